@@ -1,0 +1,13 @@
+"""The names under which metrics are logged, written to metrics.csv, shown on W&B and reported."""
+
+TRAIN_LOSS = "train/loss"
+VAL_LOSS = "val/loss"  # nats per target token
+VAL_PERPLEXITY = "val/perplexity"
+VAL_BITS_PER_BYTE = "val/bits_per_byte"
+LEARNING_RATE = "lr"
+GRAD_NORM = "grad_norm"
+TOKENS = "tokens"
+TOKENS_PER_SECOND = "tokens_per_second"
+MFU = "mfu"
+MEMORY_GB = "memory_gb"
+DISTILL_KL = "distill/kl"
