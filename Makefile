@@ -1,0 +1,56 @@
+# Everything runs in .venv, which `make setup` creates. GNU make ≥ 4.3, Python ≥ 3.11.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PYTEST := $(PYTHON_IN_VENV) -m pytest
+
+.PHONY: help setup demo test test-all check format bench chaos docs gpu-check clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(READY) ## create .venv with the pinned packages (TORCH_INDEX=URL, PYTHON=python3.12)
+
+$(READY): requirements.txt requirements-dev.txt requirements-lock.txt setup.sh
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" ./setup.sh
+	@touch $@
+
+demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, then one table
+	@$(PYTHON_IN_VENV) -m gpt2lab.demo
+
+test: $(READY) ## the tests that run in minutes
+	@$(PYTEST) -m "not slow and not chaos"
+
+test-all: $(READY) ## every test
+	@$(PYTEST)
+
+check: $(READY) ## lint, format, types, architecture
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(PYTEST) tests/test_architecture.py
+
+format: $(READY) ## let ruff rewrite what it can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+bench: $(READY) ## training speed through train.py (NANOGPT=/path/to/nanoGPT adds its model in the same run)
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_training_step $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
+	@$(PYTHON_IN_VENV) -m benchmarks.profile_step
+
+chaos: $(READY) ## tests that kill processes and damage files
+	@$(PYTEST) -m chaos
+
+docs: $(READY) ## rewrite docs/reference.md from conf/
+	@$(PYTHON_IN_VENV) -m docs.build_reference
+
+gpu-check: $(READY) ## what a CPU cannot show; 20 minutes on one GPU, appends to benchmarks/RESULTS.md
+	@$(PYTHON_IN_VENV) -m benchmarks.gpu_check
+
+clean: ## remove .venv and tool caches; runs, sweeps and prepared data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
