@@ -69,3 +69,54 @@ class DataFacts:
     train_tokens: int
     val_tokens: int  # target tokens of the whole validation split
     val_bytes: int  # UTF-8 bytes of the text these targets spell, for bits per byte
+
+
+@dataclass
+class TrainingSettings:
+    """What every task's module needs to train a model.
+
+    Attributes:
+        shape: sizes for random weights; with other weights only its dropout counts.
+        init: "scratch", or a Hugging Face folder or Hub id.
+        steps: optimizer steps of the whole run, for the schedule.
+        gradient_clip: largest global L2 norm of the gradient; 0 does not clip.
+        compile_blocks: compile the transformer blocks.
+        compile_head: compile the work on each chunk of the LM-head loss.
+        ema: decay of the averaged weights used for validation and export; 0 is off.
+        val_tokens, val_bytes: targets of the validation split and the UTF-8 bytes they spell, for bits per byte.
+        log_every: optimizer steps between two logged training losses.
+    """
+
+    shape: ModelShape
+    tokenizer_folder: str
+    init: str
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    steps: int
+    seed: int
+    val_tokens: int
+    val_bytes: int
+    gradient_clip: float = 1.0
+    compile_blocks: bool = False
+    compile_head: bool = False
+    activation_checkpointing: bool = False
+    ema: float = 0.0
+    log_every: int = 10
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters instead of full fine-tuning; rank 0 trains all weights."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+
+@dataclass
+class TextMetricSettings:
+    """Metrics on text generated from the first `examples` validation prompts; the first metric is the watched one."""
+
+    metrics: list[str]
+    examples: int
+    max_new_tokens: int

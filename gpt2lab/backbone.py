@@ -1,0 +1,186 @@
+"""Backbone: Hugging Face's GPT-2 in a layout that trains fast; gives hidden states, and loads and leaves as plain GPT-2.
+
+Shapes: B sequences, T positions, D hidden width, V vocabulary.
+
+The modules are `transformers`' own, so `generate`, PEFT and assisted decoding work on them. Two things differ from the
+stock model, neither of which changes the function: its Conv1D layers are `nn.Linear` (faster under compile), and
+gelu_new is computed by PyTorch's fused tanh GELU. `plain_hf` turns both back for export.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from gpt2lab.errors import InputError
+from gpt2lab.settings import ModelShape
+
+HeadResult = TypeVar("HeadResult")
+
+
+class Backbone(nn.Module):
+    """GPT-2 with random weights: N(0, 0.02), residual projections scaled by 1 / sqrt(2 · layers)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.lm = _linear_layout(GPT2LMHeadModel(_config(shape)))
+
+    def forward(self, input_ids: Tensor, head: Callable[[Tensor, Tensor], HeadResult]) -> HeadResult:
+        """Run `head(hidden_states (B, T, D), head_weight (V, D))` and return what it returns.
+
+        The head runs inside this forward because FSDP2 gathers the head's weight only here.
+
+        Args:
+            input_ids: (B, T) int64.
+            head: for example a loss, which thereby never needs the logits of the whole batch.
+        """
+        hidden = self.lm.transformer(input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        return head(hidden, self.lm.transformer.wte.weight)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, V). For tests and generation: a training batch's logits would not fit in memory."""
+        return self(input_ids, lambda hidden, weight: hidden @ weight.T)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks in order: what is compiled, checkpointed and sharded one by one."""
+        return self.lm.transformer.h
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place; parameter names stay as they are."""
+        for block in self.blocks:
+            block.compile()
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Exact number of parameters, tied weights counted once, without allocating any."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Backbone(shape).parameters())
+
+
+def shape_of(config: GPT2Config, dropout: float = 0.0) -> ModelShape:
+    """Sizes of a Hugging Face GPT-2 configuration."""
+    return ModelShape(
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        n_positions=config.n_positions,
+        vocab_size=config.vocab_size,
+        dropout=dropout,
+    )
+
+
+def resolve_weights(source: str) -> str:
+    """A run directory becomes its `hf` folder; a Hugging Face folder or Hub id stays as it is.
+
+    Raises:
+        InputError: the folder exists but holds neither.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return source
+    for candidate in (folder / "hf", folder):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    raise InputError(
+        f"{source} holds no model: neither hf/config.json (a run directory) nor config.json (a Hugging Face folder).\n"
+        "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."
+    )
+
+
+def load_backbone(source: str, dropout: float = 0.0) -> Backbone:
+    """Load a run directory, a Hugging Face GPT-2 folder or a Hub id, in fp32.
+
+    Raises:
+        InputError: not to be found or read, or not a GPT-2.
+    """
+    source = resolve_weights(source)
+    try:
+        config = GPT2Config.from_pretrained(source)
+        if config.model_type != "gpt2":
+            raise InputError(f"{source} is a {config.model_type} model; give a GPT-2.")
+        model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"Cannot load a GPT-2 from {source}: {str(error).splitlines()[0]}\n"
+            "Give a run directory, a Hugging Face folder with config.json and model.safetensors, or a Hub id."
+        ) from error
+    return from_hf(model, dropout)
+
+
+def from_hf(model: GPT2LMHeadModel, dropout: float = 0.0) -> Backbone:
+    """Wrap a plain GPT-2. Its weights are copied into the training layout."""
+    shape = shape_of(model.config, dropout)
+    with torch.device("meta"):
+        backbone = Backbone(shape)
+    backbone = backbone.to_empty(device="cpu")
+    backbone.lm.tie_weights()
+    backbone.lm.load_state_dict(_swap_layout(model.state_dict()))
+    return backbone
+
+
+def plain_hf(backbone: Backbone) -> GPT2LMHeadModel:
+    """A copy of the model as `transformers` knows it, on the CPU in fp32: Conv1D layout, gelu_new."""
+    return plain_hf_from_state(backbone.lm.state_dict(), backbone.shape)
+
+
+def plain_hf_from_state(state: dict[str, Tensor], shape: ModelShape) -> GPT2LMHeadModel:
+    """As `plain_hf`, from a training-layout state dict of the inner model (for averaged or gathered weights)."""
+    config = _config(shape)
+    config.activation_function = "gelu_new"
+    config.use_cache = True
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    model.load_state_dict(_swap_layout({name: tensor.detach().float().cpu() for name, tensor in state.items()}))
+    return model.eval()
+
+
+def _config(shape: ModelShape) -> GPT2Config:
+    end_of_text = shape.vocab_size - 1 if shape.vocab_size == 50257 else 0
+    return GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_positions=shape.n_positions,
+        n_embd=shape.n_embd,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        use_cache=False,
+        loss_type="ForCausalLM",
+    )
+
+
+def _linear_layout(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Replace every Conv1D by the nn.Linear that computes the same."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                n_in, n_out = child.weight.shape
+                linear = nn.Linear(n_in, n_out, device=child.weight.device)
+                linear.weight = nn.Parameter(child.weight.detach().T.contiguous())
+                linear.bias = child.bias
+                setattr(parent, name, linear)
+    return model
+
+
+def _swap_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Transpose the weights that are Conv1D in one layout and nn.Linear in the other; its own inverse."""
+    swapped = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: tensor.T.contiguous() if name.endswith(swapped) else tensor for name, tensor in state.items()}

@@ -1,0 +1,112 @@
+"""FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
+
+from pathlib import Path
+
+import torch.distributed
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2lab.backbone import Backbone
+from gpt2lab.batch import Batch
+from gpt2lab.generation import GREEDY
+from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
+from gpt2lab.text_metrics import text_metrics
+from lightning_modules.language_model import LanguageModel
+
+GENERATION_BATCH = 16
+LORA_LAYERS = ["c_attn", "c_proj", "c_fc"]
+
+
+class FineTune(LanguageModel):
+    """Cross-entropy on the response tokens only: the data's labels leave the prompt out.
+
+    Args:
+        training: as for every task.
+        lora: rank 0 trains all weights.
+        text: metrics on text generated greedily from validation prompts.
+    """
+
+    def __init__(self, training: TrainingSettings, lora: LoraSettings, text: TextMetricSettings) -> None:
+        super().__init__(training)
+        self.lora = lora
+        self.text = text
+        if text.metrics and text.examples:
+            self.watched_metric = f"val/{text.metrics[0]}"
+        self._prompts: list[list[int]] = []
+        self._references: list[str] = []
+
+    def build_backbone(self) -> Backbone:
+        backbone = super().build_backbone()
+        if self.lora.rank:
+            torch.manual_seed(self.settings.seed)
+            inject_adapter_in_model(self._lora_config(), backbone.lm)
+        return backbone
+
+    # Metrics on generated text
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._prompts, self._references = [], []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        wanted = -(-self.text.examples // self.trainer.world_size) - len(self._prompts)
+        lengths = batch.prompt_lengths.tolist()[: max(wanted, 0)]
+        self._prompts += [batch.input_ids[row, :length].tolist() for row, length in enumerate(lengths)]
+        self._references += batch.references[: len(lengths)]
+
+    def generated_metrics(self) -> dict[str, float]:
+        if not self.text.metrics or not self.text.examples:
+            return {}
+        completions: list[str] = []
+        for start in range(0, len(self._prompts), GENERATION_BATCH):
+            prompts = self._prompts[start : start + GENERATION_BATCH]
+            completions += self.generate_from_ids(prompts, GREEDY, self.text.max_new_tokens)
+        pairs = list(zip(completions, self._references, strict=True))
+        if self.trainer.world_size > 1:
+            parts: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(parts, pairs)
+            pairs = [pair for part in parts for pair in part]
+        predictions, references = [p.strip() for p, _ in pairs], [r.strip() for _, r in pairs]
+        return {f"val/{name}": v for name, v in text_metrics(self.text.metrics, predictions, references).items()}
+
+    # LoRA
+
+    def _lora_config(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.lora.rank,
+            lora_alpha=self.lora.alpha,
+            lora_dropout=self.lora.dropout,
+            target_modules=LORA_LAYERS,
+            task_type="CAUSAL_LM",
+        )
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        """As the base's, with each adapter's product added to the weight it adapts."""
+        state = super()._whole_state()
+        if not self.lora.rank:
+            return state
+        scale = self.lora.alpha / self.lora.rank
+        merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+        for name, module in self.backbone.lm.named_modules():
+            if isinstance(module, LoraLayer):
+                down, up = state[f"{name}.lora_A.default.weight"], state[f"{name}.lora_B.default.weight"]
+                merged[f"{name}.weight"] = merged[f"{name}.weight"] + scale * (up @ down)
+        return merged
+
+    def export_adapter(self, folder: Path) -> bool:
+        """Write `adapter_model.safetensors` and `adapter_config.json` for a plain GPT-2, whose Conv1D is transposed."""
+        if not self.lora.rank:
+            return False
+        state = get_peft_model_state_dict(self.backbone.lm, state_dict=super()._whole_state())
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in state.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = self._lora_config()
+        config.fan_in_fan_out = True
+        config.inference_mode = True
+        config.base_model_name_or_path = self.settings.init
+        config.save_pretrained(folder)
+        return True

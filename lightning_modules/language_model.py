@@ -1,0 +1,262 @@
+"""LanguageModel: what pretraining, distillation and fine-tuning share — step, optimizer, validation, logging, export.
+
+A task states only how it builds its backbone and what its loss on a batch is. Losses are sums; the step divides them by
+the number of target tokens of the whole global batch, so one rank with 32 sequences, 4 micro-batches of 8 and two ranks
+of 16 give the same gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from gpt2lab import metric_names
+from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
+from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.generation import Sampling, generate_ids
+from gpt2lab.lm_head_loss import DenseTeacher, LMHeadLoss, lm_head_loss
+from gpt2lab.optimizers import build_optimizer
+from gpt2lab.schedules import learning_rate_factor
+from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.tokenizer import load_tokenizer
+from gpt2lab.weight_average import WeightAverage
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the message names the step and the sequences of the batch."""
+
+
+class LanguageModel(lightning.LightningModule):
+    """Base of the three tasks; its own loss is next-token cross-entropy."""
+
+    def __init__(self, training: TrainingSettings) -> None:
+        super().__init__()
+        self.settings = training
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
+        self.backbone: Backbone | None = None  # made in configure_model, once the strategy is known
+        self.average: WeightAverage | None = None
+        self.tokens_seen = 0
+        self.watched_metric = metric_names.VAL_LOSS
+        self._step_loss = torch.zeros(())
+        self._step_indices: list[Tensor] = []
+        self._validation_sums: dict[str, Tensor] = {}
+        self._gradient_norm = 0.0
+
+    # What a task may state for itself
+
+    def build_backbone(self) -> Backbone:
+        """The model to train, on the CPU."""
+        if self.settings.init == "scratch":
+            torch.manual_seed(self.settings.seed)
+            return Backbone(self.settings.shape)
+        return load_backbone(self.settings.init, dropout=self.settings.shape.dropout)
+
+    def loss(self, batch: Batch) -> LMHeadLoss:
+        """Training loss of one micro-batch, as sums over its targets."""
+        return self.head_loss(batch)
+
+    def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the batch's targets by metric name; each is divided by the targets of the whole split."""
+        return {metric_names.VAL_LOSS: self.head_loss(batch).cross_entropy}
+
+    def facts_for_report(self) -> dict[str, Any]:
+        """What the report says beyond the common fields."""
+        return {}
+
+    # Model
+
+    def configure_model(self) -> None:
+        if self.backbone is not None:
+            return
+        self.backbone = self.build_backbone()
+        if self.settings.activation_checkpointing:
+            self.backbone.checkpoint_activations()
+        if self.settings.compile_blocks:
+            self.backbone.compile_blocks()
+        if self.is_sharded:
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.backbone.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.backbone, mesh=mesh)
+        if self.settings.ema:
+            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its part of the weights (FSDP2)."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def head_loss(
+        self, batch: Batch, teacher: DenseTeacher | None = None, mix: LossSettings | None = None
+    ) -> LMHeadLoss:
+        """LM-head loss of one micro-batch: cross-entropy, or mixed with a teacher's divergence."""
+
+        def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
+            rows, labels, signal = hidden.flatten(0, 1), batch.labels.flatten(), teacher
+            if batch.prompt_lengths is not None:  # pairs: most positions are prompt or padding and need no logits
+                targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+                rows, labels = rows[targets], labels[targets]
+                signal = replace(signal, hidden=signal.hidden[targets]) if signal else None
+            return lm_head_loss(rows, weight, labels, teacher=signal, loss=mix, compiled=self.settings.compile_head)
+
+        return self.backbone(batch.input_ids, head)
+
+    # Training
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(
+            self.backbone.named_parameters(), self.settings.optimizer, fused=self.trainer.precision != "16-mixed"
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.settings.steps, self.settings.schedule)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._seed_dropout(batch_idx)
+        result = self.loss(batch)
+        self._step_loss = self._step_loss + result.total.detach()
+        self._step_indices.append(batch.indices)
+        # Lightning divides by the accumulation and DDP and FSDP2 average over ranks: undo both, divide once by N.
+        return result.total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.target_tokens)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_unused: Any) -> None:
+        norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), self.settings.gradient_clip or math.inf)
+        self._gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        # With fp16 an overflowing gradient is normal: the scaler skips the step and lowers its scale.
+        watched = float(self._step_loss) if self.trainer.precision == "16-mixed" else self._gradient_norm
+        if not math.isfinite(watched):
+            raise NonFiniteLossError(
+                f"the loss or its gradient is not finite at step {self.trainer.global_step + 1}, "
+                f"batch of sequences {torch.cat(self._step_indices).tolist()}.\n"
+                "Lower optimizer.lr, lengthen schedule.warmup_steps, or use precision=fp32."
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        self.tokens_seen += batch.target_tokens
+        if self.average is not None:
+            self.average.update()
+        step = self.trainer.global_step
+        if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
+            self._log_step(step, self._over_ranks(self._step_loss) / batch.target_tokens)
+        self._step_loss = torch.zeros((), device=self.device)
+        self._step_indices = []
+
+    def _log_step(self, step: int, loss: Tensor) -> None:
+        self.log_dict(
+            {
+                "step": float(step),
+                metric_names.TRAIN_LOSS: loss,
+                metric_names.LEARNING_RATE: self.trainer.optimizers[0].param_groups[-1]["lr"],
+                metric_names.GRAD_NORM: self._gradient_norm,
+                metric_names.TOKENS: float(self.tokens_seen),
+            }
+        )
+
+    def _seed_dropout(self, batch_idx: int) -> None:
+        """Dropout draws from (seed, step, rank, micro-batch), so a resumed run draws what an unbroken one draws."""
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        position = (self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank) * 4096 + micro_batch
+        torch.manual_seed((self.settings.seed * 0x9E3779B97F4A7C15 + position) % 2**63)
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums = {}
+        if self.average is not None:
+            self.average.swap()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name, value in {**self.validation_sums(batch), "targets": torch.tensor(float(batch.target_tokens))}.items():
+            self._validation_sums[name] = self._validation_sums.get(name, 0) + value.detach().double().to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = {name: self._over_ranks(value) for name, value in self._validation_sums.items()}
+        targets = sums.pop("targets")
+        means = {name: (value / targets).item() for name, value in sums.items()}
+        loss = means[metric_names.VAL_LOSS]
+        means[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))
+        bits = loss * self.settings.val_tokens / math.log(2)
+        means[metric_names.VAL_BITS_PER_BYTE] = bits / max(self.settings.val_bytes, 1)
+        self.log_dict({"step": float(self.trainer.global_step), **means, **self.generated_metrics()})
+        if self.average is not None:
+            self.average.swap()
+
+    def generated_metrics(self) -> dict[str, float]:
+        """Metrics on generated text, for tasks that have them."""
+        return {}
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value
+
+    # Checkpoints, export, generation
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+        if self.average is not None:
+            checkpoint["weight_average"] = self.average.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["tokens_seen"]
+        if self.average is not None:
+            self.average.load(checkpoint["weight_average"])
+
+    def export_model(self) -> GPT2LMHeadModel:
+        """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
+
+        Under FSDP every rank must call it.
+        """
+        if self.average is not None:
+            self.average.swap()
+        state = self._whole_state()
+        model = plain_hf_from_state(state, self.backbone.shape)
+        if self.average is not None:
+            self.average.swap()
+        return model
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        """State dict of the inner GPT-2 with whole tensors on every rank, in the training layout."""
+        if not self.is_sharded:
+            return self.backbone.lm.state_dict()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+        state = get_model_state_dict(self.backbone, options=options)
+        return {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+
+    def export_adapter(self, folder: Path) -> bool:
+        """Write a PEFT adapter into `folder`, for tasks that train one; says whether it did."""
+        return False
+
+    def generate(self, prompts: Sequence[str], method: Sampling, max_new_tokens: int) -> list[str]:
+        """Completions of text prompts. Under FSDP every rank must call it."""
+        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        return self.generate_from_ids(ids, method, max_new_tokens)
+
+    def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
+        """As `generate`, from token ids."""
+        model = self.export_model() if self.is_sharded else self.backbone.lm
+        completions = generate_ids(
+            model,
+            prompts,
+            method,
+            max_new_tokens=max_new_tokens,
+            end_of_text=self.tokenizer.eos_token_id,
+            seed=self.settings.seed,
+        )
+        return [self.tokenizer.decode(completion) for completion in completions]
