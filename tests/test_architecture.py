@@ -1,0 +1,314 @@
+"""The house rules that a machine can keep: who imports whom, where `_target_` stands, what names and calls are banned.
+
+Every rule is a function from a project folder to a list of violations. It is asserted on this project, and a planted
+violation proves that it bites.
+"""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = "gpt2lab"
+MIDDLE = ("lightning_modules", "datamodules", "callbacks")
+ENTRY = ("train", "evaluate", "generate", "launch", "hydra_plugins", "benchmarks", "docs")
+OWN = (CORE, *MIDDLE, *ENTRY)
+NOT_IN_CORE = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb")
+CONFIGURATION_LIBRARIES = ("hydra", "omegaconf")
+TARGET_SEAMS = ("task", "data", "callbacks", "logger", "trainer")
+BANNED_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "gpt2")
+LONGEST_FUNCTION = 100
+
+Rule = Callable[[Path], list[str]]
+
+
+def own_files(root: Path, tests: bool = False) -> list[Path]:
+    """Python files of the project, tests only when asked for."""
+    folders = [name for name in (*OWN, "tests") if (root / name).is_dir() and (tests or name != "tests")]
+    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    return sorted([*root.glob("*.py"), *files])
+
+
+def parsed(root: Path, tests: bool = False) -> Iterator[tuple[str, ast.Module]]:
+    for path in own_files(root, tests):
+        yield path.relative_to(root).as_posix(), ast.parse(path.read_text())
+
+
+def module_name(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(tree: ast.AST, file: str) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of everything imported anywhere below a node, relative imports resolved."""
+    package = module_name(file).split(".") if file.endswith("__init__.py") else module_name(file).split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{source}.{alias.name}", node.lineno
+
+
+def top(dotted: str) -> str:
+    return dotted.split(".")[0]
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """Entry side → lightning_modules | datamodules | callbacks → gpt2lab; inside its own folder anybody."""
+    if importer in ENTRY:
+        return True
+    return imported in (importer, CORE)
+
+
+def wrong_way_imports(root: Path) -> list[str]:
+    return [
+        f"{file}:{line}: {top(file.removesuffix('.py').replace('/', '.'))} may not import {name}"
+        for file, tree in parsed(root)
+        for name, line in imports(tree, file)
+        if top(name) in OWN and not may_import(top(module_name(file)), top(name))
+    ]
+
+
+def import_cycles(root: Path) -> list[str]:
+    """Cycles between own modules; an import inside a function counts too."""
+    trees = dict(parsed(root))
+    modules = {module_name(file) for file in trees}
+    graph: dict[str, set[str]] = {}
+    for file, tree in trees.items():
+        names = {name for name, _ in imports(tree, file)}
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module_name(file)] = (targets & modules) - {module_name(file)}
+    cycles, done = [], set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            cycles.append(" → ".join((*path[path.index(module) :], module)))
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+    return cycles
+
+
+def frameworks_in_the_core(root: Path) -> list[str]:
+    """gpt2lab is plain PyTorch and NumPy; torchmetrics, slow to import, only inside the function that needs it."""
+    found = []
+    for file, tree in parsed(root):
+        if top(module_name(file)) != CORE:
+            continue
+        at_module_level = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            for name, line in imports(node, file):
+                if top(name) in NOT_IN_CORE or (top(name) == "torchmetrics" and id(node) in at_module_level):
+                    found.append(f"{file}:{line}: {name} in the core")
+    return found
+
+
+def configuration_trees_below_the_entry(root: Path) -> list[str]:
+    return [
+        f"{file}:{line}: {name}: configuration becomes plain arguments in launch/"
+        for file, tree in parsed(root)
+        for name, line in imports(tree, file)
+        if top(module_name(file)) in (CORE, *MIDDLE) and top(name) in CONFIGURATION_LIBRARIES
+    ]
+
+
+def banned_names(root: Path) -> list[str]:
+    paths = [path for folder in (*OWN, "tests", "conf") for path in (root / folder).rglob("*")]
+    paths += [path for path in root.iterdir() if not path.name.startswith(".")]
+    return [
+        f"{path.relative_to(root)}: name it after its subject"
+        for path in paths
+        if "__pycache__" not in path.parts and path.suffix in ("", ".py")
+        if path.stem in BANNED_NAMES or path.stem.endswith(("_utils", "_helpers", "_common"))
+    ]
+
+
+def probing_calls(root: Path) -> list[str]:
+    """hasattr, and getattr with a default: an attribute is part of a type or it is not there."""
+    return [
+        f"{file}:{node.lineno}: {ast.unparse(node)[:80]}"
+        for file, tree in parsed(root)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)
+    ]
+
+
+def keyword_catch_alls(root: Path) -> list[str]:
+    return [
+        f"{file}:{node.lineno}: {node.name}(**{node.args.kwarg.arg})"
+        for file, tree in parsed(root, tests=True)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.args.kwarg
+    ]
+
+
+def prints_outside_entry_modules(root: Path) -> list[str]:
+    """An entry module is one that can be run: it has an `if __name__ == "__main__"`."""
+    found = []
+    for file, tree in parsed(root):
+        runnable = any(
+            isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body
+        )
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        found += [f"{file}:{call.lineno}: print" for call in calls if call.func.id == "print" and not runnable]
+    return found
+
+
+def bare_excepts(root: Path) -> list[str]:
+    return [
+        f"{file}:{node.lineno}: say which exception"
+        for file, tree in parsed(root, tests=True)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+
+
+def giant_functions(root: Path) -> list[str]:
+    return [
+        f"{file}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for file, tree in parsed(root)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    ]
+
+
+def missing_docstrings(root: Path) -> list[str]:
+    return [
+        f"{file}: the first line says what the module is"
+        for file, tree in parsed(root, tests=True)
+        if tree.body and not ast.get_docstring(tree)
+    ]
+
+
+def conf_files(root: Path) -> list[Path]:
+    return sorted((root / "conf").rglob("*.yaml"))
+
+
+def target_paths(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where `_target_` stands in a tree, as the keys above it."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path
+        for key, value in node.items():
+            yield from target_paths(value, (*path, str(key)))
+    elif isinstance(node, list):
+        for value in node:
+            yield from target_paths(value, (*path, "[]"))
+
+
+def stray_targets(root: Path) -> list[str]:
+    """`_target_` only in the seams: at the top, or one named level below for callbacks and loggers."""
+    found = []
+    for path in conf_files(root):
+        name = path.relative_to(root / "conf").as_posix()
+        text = path.read_text()
+        if "_partial_" in text:
+            found.append(f"{name}: _partial_")
+        places = list(target_paths(yaml.safe_load(text)))
+        seam = top(name.replace("/", "."))
+        depth = 1 if seam in ("callbacks", "logger") else 0
+        if text.startswith("# @package _global_"):  # the file spells its own group's key
+            places = [place[1:] if place[:1] == (seam,) else ("outside", *place) for place in places]
+        for place in places:
+            nested = any(other != place and place[: len(other)] == other for other in places)
+            if seam not in TARGET_SEAMS or len(place) > depth or nested:
+                found.append(f"{name}: _target_ below {'.'.join(place) or 'the top'}")
+    return found
+
+
+def silent_recipes(root: Path) -> list[str]:
+    """Every configuration file opens by saying what it is; only Hydra's own `# @package` may stand above."""
+    found = []
+    for path in conf_files(root):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+        if not lines or not lines[0].startswith("# "):
+            found.append(str(path.relative_to(root)))
+    return found
+
+
+# Rule, file in which a violation is planted, its text.
+PLANTED: list[tuple[Rule, str, str]] = [
+    (wrong_way_imports, "gpt2lab/a.py", "def f():\n    from launch import build\n"),
+    (wrong_way_imports, "datamodules/a.py", "import callbacks.report\n"),
+    (wrong_way_imports, "lightning_modules/a.py", "from datamodules import pairs\n"),
+    (wrong_way_imports, "callbacks/a.py", "from train import main\n"),
+    (import_cycles, "gpt2lab/backbone.py", "def f():\n    from gpt2lab import loss\n"),
+    (import_cycles, "gpt2lab/backbone.py", "from .loss import total\n"),
+    (frameworks_in_the_core, "gpt2lab/a.py", "def f():\n    import lightning.pytorch\n"),
+    (frameworks_in_the_core, "gpt2lab/a.py", "from torchmetrics.text import ROUGEScore\n"),
+    (configuration_trees_below_the_entry, "callbacks/a.py", "from omegaconf import DictConfig\n"),
+    (banned_names, "gpt2lab/utils.py", ""),
+    (banned_names, "callbacks/plot_utils.py", ""),
+    (banned_names, "gpt2/model.py", ""),
+    (banned_names, "datamodules/gpt2/model.py", ""),
+    (probing_calls, "gpt2lab/a.py", "x = getattr(object(), 'weight', None)\n"),
+    (probing_calls, "launch/a.py", "x = hasattr(object(), 'weight')\n"),
+    (keyword_catch_alls, "gpt2lab/a.py", "def f(a, **options):\n    pass\n"),
+    (prints_outside_entry_modules, "callbacks/a.py", "def f():\n    print('x')\n"),
+    (bare_excepts, "gpt2lab/a.py", "try:\n    pass\nexcept:\n    pass\n"),
+    (giant_functions, "gpt2lab/a.py", "def f():\n" + "    x = 1\n" * 100),
+    (missing_docstrings, "gpt2lab/a.py", "x = 1\n"),
+    (stray_targets, "conf/model/a.yaml", "# a\n_target_: x.Y\n"),
+    (stray_targets, "conf/task/a.yaml", "# a\n_target_: x.Y\nloss:\n  _target_: x.Z\n"),
+    (stray_targets, "conf/task/a.yaml", "# @package _global_\n_target_: x.Y\n"),
+    (stray_targets, "conf/callbacks/a.yaml", "# a\nreport:\n  _target_: x.Y\n  writer:\n    _target_: x.Z\n"),
+    (stray_targets, "conf/task/a.yaml", "# a\n_target_: x.Y\n_partial_: true\n"),
+    (silent_recipes, "conf/task/a.yaml", "_target_: x.Y\n"),
+    (silent_recipes, "conf/task/a.yaml", "# @package _global_\nsteps: 3\n"),
+]
+RULES = list(dict.fromkeys(rule for rule, _, _ in PLANTED))
+
+# A small project that keeps every rule.
+KEPT = {
+    "train.py": '"""Entry."""\nfrom launch import job\nif __name__ == "__main__":\n    print(job)\n',
+    "launch/job.py": '"""Jobs."""\nfrom omegaconf import OmegaConf\nfrom callbacks import report\nimport datamodules\n',
+    "callbacks/report.py": '"""Report."""\nimport lightning\nfrom gpt2lab.backbone import Backbone\n',
+    "datamodules/pairs.py": '"""Pairs."""\nfrom gpt2lab import loss\n',
+    "gpt2lab/backbone.py": '"""Backbone."""\nimport torch\ngetattr(torch, "float32")\n',
+    "gpt2lab/loss.py": '"""Loss."""\nfrom gpt2lab.backbone import Backbone\ndef f():\n    import torchmetrics\n',
+    "conf/task/pretrain.yaml": "# Pretraining.\n_target_: lightning_modules.pretrain.Pretrain\n",
+    "conf/callbacks/default.yaml": "# What is observed.\nreport:\n  _target_: callbacks.report.Report\n",
+    "conf/experiment/quick.yaml": "# @package _global_\n# Quick.\nsteps: 3\n",
+}
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_this_project_keeps_the_rule(rule: Rule) -> None:
+    assert rule(ROOT) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_project_that_keeps_the_rules_passes(rule: Rule, tmp_path: Path) -> None:
+    write(tmp_path, KEPT)
+    assert rule(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "text"), PLANTED, ids=[f"{rule.__name__}-{number}" for number, (rule, _, _) in enumerate(PLANTED)]
+)
+def test_a_planted_violation_is_found(rule: Rule, file: str, text: str, tmp_path: Path) -> None:
+    write(tmp_path, KEPT | {file: text})
+    found = rule(tmp_path)
+    assert found
+    assert any(Path(file).parts[0] in line or Path(file).stem in line for line in found)
