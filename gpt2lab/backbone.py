@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lab.errors import InputError
 from gpt2lab.settings import ModelShape
 
+CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in the training layout
+
 HeadResult = TypeVar("HeadResult")
 
 
@@ -53,7 +55,7 @@ class Backbone(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     def compile_blocks(self) -> None:
         """Compile each block in place; parameter names stay as they are."""
@@ -182,5 +184,4 @@ def _linear_layout(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 def _swap_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Transpose the weights that are Conv1D in one layout and nn.Linear in the other; its own inverse."""
-    swapped = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: tensor.T.contiguous() if name.endswith(swapped) else tensor for name, tensor in state.items()}
+    return {name: tensor.T.contiguous() if name.endswith(CONV1D_WEIGHTS) else tensor for name, tensor in state.items()}

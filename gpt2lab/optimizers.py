@@ -79,6 +79,7 @@ class MuonWithAdamW(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             if not state:
+                state["step"] = torch.zeros(())  # AdamW's restoring expects one in every state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
             update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov

@@ -1,0 +1,96 @@
+"""Optimizers and schedules: Muon against PyTorch's own, the split of parameters, and the curves of the learning rate."""
+
+import pytest
+import torch
+from torch import nn
+
+from gpt2lab.backbone import Backbone
+from gpt2lab.optimizers import build_optimizer, orthogonalise
+from gpt2lab.schedules import learning_rate_factor
+from gpt2lab.settings import ModelShape, OptimizerSettings, ScheduleSettings
+
+TINY = ModelShape(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64)
+
+
+def test_muon_updates_equal_pytorchs() -> None:
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(64, 48))
+    theirs = nn.Parameter(ours.detach().clone())
+    settings = OptimizerSettings("muon", lr=0.01, weight_decay=0.1)
+    mine = build_optimizer([("lm.transformer.h.0.mlp.c_fc.weight", ours)], settings, fused=False)
+    reference = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    start = ours.detach().clone()
+    for _ in range(10):
+        ours.grad = torch.randn(64, 48)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+    assert (ours - theirs).norm() <= 0.02 * (ours - start).norm()  # both orthogonalise in bf16
+
+
+def test_muon_treats_merged_qkv_as_three_matrices() -> None:
+    merged = nn.Parameter(torch.zeros(96, 32))
+    optimizer = build_optimizer(
+        [("lm.transformer.h.0.attn.c_attn.weight", merged)], OptimizerSettings("muon", 1.0, 0.0), fused=False
+    )
+    merged.grad = torch.randn(96, 32)
+    optimizer.step()
+    for part, gradient in zip(merged.detach().chunk(3), merged.grad.chunk(3), strict=True):
+        expected = -0.2 * 32**0.5 * orthogonalise(gradient[None] * 1.0)[0].float()
+        assert (part - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_muon_takes_hidden_matrices_and_adamw_everything_else() -> None:
+    backbone = Backbone(TINY)
+    optimizer = build_optimizer(backbone.named_parameters(), OptimizerSettings("muon", 3e-3, 0.1), fused=False)
+    names = {id(p): n for n, p in backbone.named_parameters()}
+    muon = {names[id(p)] for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
+    assert muon == {n for n, p in backbone.named_parameters() if ".h." in n and p.ndim == 2}
+    everything = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(everything) == sorted(names)
+    undecayed = [names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
+    assert all(name.endswith("bias") or ".ln_" in name for name in undecayed)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
+def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str) -> None:
+    def train(model: Backbone, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model.logits(ids).flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
+            optimizer.step()
+
+    def fresh() -> tuple[Backbone, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        model = Backbone(TINY)
+        return model, build_optimizer(model.named_parameters(), OptimizerSettings(name, 1e-2, 0.1), fused=True)
+
+    unbroken, optimizer = fresh()
+    train(unbroken, optimizer, 0, 6)
+    first, first_optimizer = fresh()
+    train(first, first_optimizer, 0, 3)
+    second, second_optimizer = fresh()
+    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(first_optimizer.state_dict())
+    train(second, second_optimizer, 3, 6)
+    for weight, twin in zip(unbroken.parameters(), second.parameters(), strict=True):
+        assert torch.equal(weight, twin)
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear", "constant"])
+def test_schedules_warm_up_peak_and_end_where_they_say(name: str) -> None:
+    schedule = ScheduleSettings(name, warmup_steps=10, final_fraction=0.1, decay_fraction=0.25)
+    curve = [learning_rate_factor(step, 100, schedule) for step in range(100)]
+    assert curve[0] == pytest.approx(0.1)
+    assert curve[9] == pytest.approx(1.0)
+    assert curve[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
+    assert all(a >= b for a, b in zip(curve[9:], curve[10:], strict=False))
+    if name == "wsd":
+        assert curve[74] == 1.0
+        assert curve[77] < 1.0
+
+
+def test_a_run_shorter_than_its_warm_up_still_has_a_schedule() -> None:
+    schedule = ScheduleSettings("wsd", warmup_steps=20, final_fraction=0.05)
+    assert [learning_rate_factor(step, 3, schedule) for step in range(3)] == pytest.approx([0.05, 0.1, 0.15])
