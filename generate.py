@@ -1,0 +1,97 @@
+"""Writes text with any checkpoint.
+
+    python generate.py checkpoint=runs/pretrain/nano-… prompt="def add(a, b):" max_new_tokens=64 temperature=0.8
+
+Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colons and newlines.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.errors import InputError
+from launch.answer import exit_code
+from launch.key_values import argument, check_output_file, describe, parse
+
+
+@dataclass
+class Arguments:
+    checkpoint: str = argument("a run directory, a Hugging Face folder or a Hub id")
+    prompt: str = argument("the text to continue")
+    max_new_tokens: int = argument("most tokens to write", 128, at_least=1)
+    temperature: float = argument("0 always takes the likeliest token", 0.8, at_least=0)
+    top_k: int = argument("choose among the k likeliest tokens; 0: among all", 0, at_least=0)
+    top_p: float = argument(
+        "choose among the likeliest tokens that hold this probability", 0.95, at_least=0.01, at_most=1
+    )
+    num_samples: int = argument("how many texts", 1, at_least=1)
+    seed: int = argument("the same seed gives the same text", 1337, at_least=0)
+    accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
+    json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
+
+
+def generate(arguments: Arguments) -> list[dict[str, Any]]:
+    """One {prompt, completion, tokens, seconds} for each sample; the samples are drawn together, so share their seconds.
+
+    Raises:
+        InputError: no such checkpoint or device, or no room for the tokens asked for.
+    """
+    from transformers import logging
+
+    from gpt2lab.backbone import load_backbone, resolve_weights
+    from gpt2lab.device import named_device, synchronize
+    from gpt2lab.generation import Sampling, generate_ids
+    from gpt2lab.tokenizer import load_tokenizer
+
+    logging.set_verbosity_error()
+    device = named_device(arguments.accelerator)
+    model = load_backbone(arguments.checkpoint).lm.to(device)
+    tokenizer = load_tokenizer(resolve_weights(arguments.checkpoint))
+    positions = model.config.n_positions
+    if arguments.max_new_tokens >= positions:
+        raise InputError(
+            f"max_new_tokens={arguments.max_new_tokens} does not fit into the model's {positions} positions "
+            f"beside a prompt; give at most {positions - 1}."
+        )
+    sampling = Sampling("chosen", arguments.temperature, arguments.top_k, arguments.top_p)
+    prompt_ids = tokenizer(arguments.prompt)["input_ids"]
+    if len(prompt_ids) > positions - arguments.max_new_tokens:
+        print("The prompt is longer than the model can see; its last tokens are continued.", file=sys.stderr)
+    started = time.perf_counter()
+    completions = generate_ids(
+        model,
+        [prompt_ids] * arguments.num_samples,
+        sampling,
+        max_new_tokens=arguments.max_new_tokens,
+        end_of_text=tokenizer.eos_token_id,
+        seed=arguments.seed,
+    )
+    synchronize(device)
+    seconds = round(time.perf_counter() - started, 3)
+    return [
+        {"prompt": arguments.prompt, "completion": tokenizer.decode(ids), "tokens": len(ids), "seconds": seconds}
+        for ids in completions
+    ]
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:], Arguments)
+    check_output_file(arguments.json)
+    written = generate(arguments)
+    for number, text in enumerate(written, 1):
+        if len(written) > 1:
+            print(f"--- {number} of {len(written)}")
+        print(text["prompt"] + text["completion"])
+    if arguments.json:
+        from gpt2lab.atomic_files import write_json
+
+        write_json(Path(arguments.json), written)
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\n{describe(Arguments)}")
+        sys.exit(0)
+    sys.exit(exit_code(main))

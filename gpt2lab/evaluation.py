@@ -1,0 +1,87 @@
+"""Loss, perplexity and bits per byte of a model on batches of text.
+
+Shapes: B sequences, T positions, D hidden width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gpt2lab.backbone import Backbone
+from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: nats per target token.
+        perplexity: exp(loss).
+        bits_per_byte: bits per UTF-8 byte that the target tokens spell; comparable between tokenizers.
+        tokens: how many targets were scored.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(V,) int64: how many bytes of text each entry of a byte-level BPE spells; special tokens spell none.
+
+    In a byte-level vocabulary (GPT-2's, and those trained here) each character of an entry stands for one byte.
+    """
+    special = set(tokenizer.all_special_ids)
+    entries = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([0 if number in special else len(entry) for number, entry in enumerate(entries)])
+
+
+@torch.no_grad()
+def score(
+    backbone: Backbone,
+    batches: Iterable[Batch],
+    token_bytes: Tensor,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    each: Callable[[int], None] = lambda tokens: None,
+) -> Score:
+    """Score every target of the batches once.
+
+    Args:
+        backbone: moved to `device` and put in evaluation mode.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`.
+        autocast: number format of the matrix products; None computes in the weights' own.
+        each: called with the number of targets scored after every batch, for a progress bar.
+
+    Raises:
+        ValueError: the batches hold no target.
+    """
+    backbone.to(device).eval()
+    nats, tokens, size = 0.0, 0, 0
+    for batch in batches:
+        labels = batch.labels.flatten()
+        kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # rows that are prompt or padding need no logits
+        kept_labels = labels[kept]
+        rows, row_labels = kept.to(device), kept_labels.to(device)
+
+        def head(hidden: Tensor, weight: Tensor, rows: Tensor = rows, labels: Tensor = row_labels) -> LMHeadLoss:
+            return lm_head_loss(hidden.flatten(0, 1)[rows], weight, labels)
+
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            result = backbone(batch.input_ids.to(device), head)
+        nats += result.cross_entropy.item()
+        tokens += len(kept_labels)
+        size += int(token_bytes[kept_labels].sum())
+        each(len(kept_labels))
+    if not tokens:
+        raise ValueError("The batches hold no target token.")
+    loss = nats / tokens
+    return Score(loss, math.exp(min(loss, 100.0)), nats / math.log(2) / max(size, 1), tokens)
