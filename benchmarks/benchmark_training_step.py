@@ -1,0 +1,91 @@
+"""Training speed of model mini through train.py, eager and compiled, beside nanoGPT's model in the same run.
+
+    python -m benchmarks.benchmark_training_step --nanogpt /path/to/nanoGPT       (make bench NANOGPT=…)
+
+T = 256, 2,048 tokens a step, bf16, AdamW, vocabularies of 4,096 and 50,257. Rounds alternate between the programs, and
+each figure is the median over rounds; ratios are to nanoGPT's best of eager and compiled. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.shape import BATCH, CONTEXT
+from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.train_command import ROOT, bin_data, train
+
+VOCABULARIES = (4_096, 50_257)
+
+
+def ours(corpus: Path, tokenizer: Path, run_dir: Path, compiled: bool, steps: int) -> float:
+    """Tokens per second as report.json has it: whole steps through train.py, data and logging included."""
+    arguments = ["task=pretrain", "model=mini", *bin_data(corpus, tokenizer), "optimizer=adamw", "precision=bf16"]
+    arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", f"steps={steps}"]
+    arguments += [f"validate_every={steps}", f"checkpoint_every={steps}", f"sample_every={steps}", "log_every=5"]
+    arguments += ["logger=csv", f"compile={str(compiled).lower()}", "devices=1"]
+    return train(run_dir, arguments)["tokens_per_second"]
+
+
+def nanogpt(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, steps: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.nanogpt_step", "--model", str(model_file), "--corpus", str(corpus)]
+    command += ["--vocab", str(vocab_size), "--steps", str(steps), *(["--compile"] if compiled else [])]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ended.stdout)["tokens_per_second"]
+
+
+def measure(folder: Path, model_file: Path | None, steps: int, rounds: int) -> dict[tuple[int, str, bool], float]:
+    """(vocabulary, program, compiled) → median tokens per second."""
+    speeds: dict[tuple[int, str, bool], list[float]] = defaultdict(list)
+    for vocab_size in VOCABULARIES:
+        corpus, tokenizer = folder / f"corpus-{vocab_size}", folder / f"tokenizer-{vocab_size}"
+        write_corpus(corpus, vocab_size)
+        write_tokenizer(tokenizer, vocab_size)
+        for number in range(rounds):
+            for compiled in (False, True):
+                run_dir = folder / f"run-{vocab_size}-{number}-{compiled}"
+                speed = ours(corpus, tokenizer, run_dir, compiled, steps)
+                speeds[vocab_size, "train.py", compiled].append(speed)
+                print(f"V={vocab_size} train.py compile={compiled}: {speed:,.0f} tokens/s", file=sys.stderr)
+                if model_file is not None:
+                    speed = nanogpt(model_file, corpus, vocab_size, compiled, steps)
+                    speeds[vocab_size, "nanoGPT", compiled].append(speed)
+                    print(f"V={vocab_size} nanoGPT compile={compiled}: {speed:,.0f} tokens/s", file=sys.stderr)
+    return {key: statistics.median(values) for key, values in speeds.items()}
+
+
+def markdown(speeds: dict[tuple[int, str, bool], float]) -> str:
+    rows = [
+        "| vocabulary | program | eager, tokens/s | compiled, tokens/s | best ÷ nanoGPT's best |",
+        "|--:|---|--:|--:|--:|",
+    ]
+    best = {key[:2]: max(speeds[*key[:2], False], speeds[*key[:2], True]) for key in speeds}
+    for vocab_size, program in best:
+        reference = best.get((vocab_size, "nanoGPT"))
+        ratio = f"{best[vocab_size, program] / reference:.2f}" if reference else ""
+        eager, compiled = (speeds[vocab_size, program, kind] for kind in (False, True))
+        rows.append(f"| {vocab_size:,} | {program} | {eager:,.0f} | {compiled:,.0f} | {ratio} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nanogpt", type=Path, help="a nanoGPT checkout, or its model.py")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model_file = options.nanogpt
+    if model_file is not None:
+        model_file = (model_file / "model.py" if model_file.is_dir() else model_file).resolve()
+        if not model_file.is_file():
+            parser.error(f"--nanogpt {options.nanogpt}: no model.py there")
+    with tempfile.TemporaryDirectory() as folder:
+        print(markdown(measure(Path(folder), model_file, options.steps, options.rounds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Times the training step of nanoGPT's own model file, for comparison; its code is read from a checkout, not kept here.
+
+    python -m benchmarks.nanogpt_step --model /path/to/nanoGPT/model.py --corpus DIR --vocab 4096 [--compile]
+
+Prints one JSON object: {"tokens_per_second": …}. The step is nanoGPT's train.py: bf16 autocast, fused AdamW, clipping
+at 1.0, batches drawn from train.bin.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from benchmarks.shape import BATCH, CONTEXT, MINI
+from gpt2lab.device import named_device, synchronize
+
+
+def load_model_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def step_seconds(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, steps: int) -> list[float]:
+    """Seconds of each of `steps` optimizer steps of BATCH × CONTEXT tokens."""
+    nanogpt = load_model_file(model_file)
+    device = named_device("auto")
+    torch.manual_seed(0)
+    shape = nanogpt.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=True, **MINI)
+    model = nanogpt.GPT(shape).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    step_model = torch.compile(model) if compiled else model
+    tokens = np.memmap(corpus / "train.bin", dtype=np.uint16, mode="r")
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,))
+        rows = [tokens[start : start + CONTEXT + 1].astype(np.int64) for start in starts.tolist()]
+        batch = torch.from_numpy(np.stack(rows)).to(device)  # (B, T + 1)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            _, loss = step_model(batch[:, :-1], batch[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--vocab", type=int, required=True)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):  # the model file prints what it does
+        seconds = step_seconds(options.model, options.corpus, options.vocab, options.compile, options.steps)
+    settled = seconds[len(seconds) // 4 :]
+    print(json.dumps({"tokens_per_second": BATCH * CONTEXT / statistics.median(settled)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Runs train.py as a user would and reads the run's report."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class TrainingFailed(RuntimeError):
+    """train.py ended with another exit code than 0; the message holds the end of what it said."""
+
+
+def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
+    """Run `python train.py …` into `run_dir` and return its report.json.
+
+    Raises:
+        TrainingFailed: it did not finish.
+    """
+    command = [sys.executable, "train.py", *arguments, f"run_dir={run_dir}"]
+    try:
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        raise TrainingFailed(f"not finished after {timeout:.0f} s") from None
+    if ended.returncode:
+        last_lines = "\n".join((ended.stdout + ended.stderr).splitlines()[-15:])
+        raise TrainingFailed(f"exit code {ended.returncode} from {' '.join(command[1:])}\n{last_lines}")
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def bin_data(corpus: Path, tokenizer: Path) -> list[str]:
+    """Arguments that train on a folder of train.bin and val.bin with a local tokenizer."""
+    return ["data=bin", f"path={corpus}", "tokenizer=hub", f"tokenizer.source={tokenizer}"]
