@@ -1,0 +1,76 @@
+"""StepTimes: a callback that measures where a training step's time goes; profile_step.py adds it to a run."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from gpt2lab.device import synchronize
+
+SETTLE_STEPS = 10  # left out: first touches of memory, compilation
+PHASES = ("forward", "backward", "optimizer")
+
+
+class StepTimes(Callback):
+    """Writes <run_dir>/step_times.json: median milliseconds of a whole step and of its phases.
+
+    A step reaches from the end of one optimizer step to the end of the next; forward, backward and optimizer (clipping
+    included) are what the mathematics needs, the rest is data, logging, callbacks and the framework. Steps in which a
+    validation, a checkpoint or samples fall are outliers that the median passes over.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.file = Path(run_dir) / "step_times.json"
+        self.steps: list[dict[str, float]] = []
+        self.current = dict.fromkeys(PHASES, 0.0)
+        self.marks: dict[str, float] = {}
+        self.step_ended = 0.0
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self._mark("forward")
+
+    def on_before_backward(self, trainer: lightning.Trainer, module: Any, loss: Tensor) -> None:
+        self._add("forward")
+        self._mark("backward")
+
+    def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._add("backward")
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, module: Any, optimizer: Any) -> None:
+        self._mark("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if "optimizer" not in self.marks:
+            return  # a micro-batch that only accumulates
+        self._add("optimizer")
+        now = self._now()
+        if self.step_ended:
+            self.steps.append({**self.current, "step": now - self.step_ended})
+        self.current = dict.fromkeys(PHASES, 0.0)
+        self.step_ended = now
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        settled = self.steps[SETTLE_STEPS:]
+        if not settled:
+            return
+        medians = {name: statistics.median(step[name] for step in settled) * 1e3 for name in (*PHASES, "step")}
+        outside = statistics.median(1 - sum(step[name] for name in PHASES) / step["step"] for step in settled)
+        self.file.write_text(json.dumps({**medians, "outside_share": outside, "steps": len(settled)}) + "\n")
+
+    def _now(self) -> float:
+        synchronize(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return time.perf_counter()
+
+    def _mark(self, phase: str) -> None:
+        self.marks[phase] = self._now()
+
+    def _add(self, phase: str) -> None:
+        self.current[phase] += self._now() - self.marks.pop(phase)
