@@ -11,7 +11,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 .PHONY: help setup demo test test-all check format bench chaos docs gpu-check clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(READY) ## create .venv with the pinned packages (TORCH_INDEX=URL, PYTHON=python3.12)
 
@@ -28,10 +28,11 @@ test: $(READY) ## the tests that run in minutes
 test-all: $(READY) ## every test
 	@$(PYTEST)
 
-check: $(READY) ## lint, format, types, architecture
+check: $(READY) ## lint, format, types, documentation, architecture
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+	@$(PYTHON_IN_VENV) -m docs.build_reference --check
 	@$(PYTEST) tests/test_architecture.py
 
 format: $(READY) ## let ruff rewrite what it can
@@ -45,7 +46,7 @@ bench: $(READY) ## training speed through train.py (NANOGPT=/path/to/nanoGPT add
 chaos: $(READY) ## tests that kill processes and damage files
 	@$(PYTEST) -m chaos
 
-docs: $(READY) ## rewrite docs/reference.md from conf/
+docs: $(READY) ## rewrite docs/reference.md and the README's tree of files
 	@$(PYTHON_IN_VENV) -m docs.build_reference
 
 gpu-check: $(READY) ## what a CPU cannot show; 20 minutes on one GPU, appends to benchmarks/RESULTS.md

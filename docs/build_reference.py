@@ -4,6 +4,7 @@ python -m docs.build_reference            rewrite the page (make docs)
 python -m docs.build_reference --check    exit code 1 where the page is out of date
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "reference.md"
+README = ROOT / "README.md"
+TREE = re.compile(r"(?<=<!-- written by make docs -->\n).*?(?=<!-- end -->)", re.DOTALL)
+FOLDERS = ("launch", "lightning_modules", "datamodules", "callbacks", "gpt2lab", "hydra_plugins", "benchmarks", "docs")
+NOT_PYTHON = {
+    "conf/": "values only, a folder for each group; docs/reference.md says what each is",
+    "tests/": "promises, kept by real runs on tiny sizes",
+    "setup.sh, Makefile, .ci/run": "the environment, the commands, what a change must pass",
+    "requirements*.txt": "what is imported, what the tests need, and the lock of what these bring along",
+}
 INTRODUCTION = """# Configuration reference
 
 Written by `make docs` from `conf/`. A value is chosen with `group=value`, a setting inside it with `group.setting=…`:
@@ -60,16 +70,35 @@ def page() -> str:
     return "\n\n".join([INTRODUCTION.rstrip(), *sections, plain_keys_section()]) + "\n"
 
 
+def first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    return docstring.splitlines()[0].rstrip(".") if docstring else ""
+
+
+def tree() -> str:
+    """Every module with the first line of its docstring."""
+    entries = [(path.name, first_line(path)) for path in sorted(ROOT.glob("*.py"))]
+    for folder in FOLDERS:
+        entries.append((f"{folder}/", ""))
+        files = [path for path in sorted((ROOT / folder).rglob("*.py")) if first_line(path)]
+        entries += [(f"  {path.relative_to(ROOT / folder)}", first_line(path)) for path in files]
+    entries += NOT_PYTHON.items()
+    width = max(len(name) for name, _ in entries) + 2
+    return "\n".join(["```text", *(f"{name:<{width}}{says}".rstrip() for name, says in entries), "```\n"])
+
+
 def main(arguments: list[str]) -> int:
+    fresh = {PAGE: page(), README: TREE.sub(lambda _: tree(), README.read_text())}
     if arguments == ["--check"]:
-        if PAGE.is_file() and PAGE.read_text() == page():
-            return 0
-        print("docs/reference.md is out of date; run: make docs", file=sys.stderr)
-        return 1
+        stale = [path.name for path, text in fresh.items() if not path.is_file() or path.read_text() != text]
+        if stale:
+            print(f"Out of date: {', '.join(stale)}. Run: make docs", file=sys.stderr)
+        return 1 if stale else 0
     if arguments:
         print(f"Unknown arguments {' '.join(arguments)}; allowed: --check", file=sys.stderr)
         return 2
-    PAGE.write_text(page())
+    for path, text in fresh.items():
+        path.write_text(text)
     return 0
 
 
