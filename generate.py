@@ -33,7 +33,7 @@ class Arguments:
 
 
 def generate(arguments: Arguments) -> list[dict[str, Any]]:
-    """One {prompt, completion, tokens, seconds} for each sample; the samples are drawn together, so share their seconds.
+    """One {prompt, completion, tokens, seconds} for each sample; they are drawn together and share their seconds.
 
     Raises:
         InputError: no such checkpoint or device, or no room for the tokens asked for.

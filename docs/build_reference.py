@@ -1,7 +1,7 @@
-"""Writes docs/reference.md: every configuration group, its values and what each is, read from conf/ itself.
+"""Writes docs/reference.md from the comments in conf/, and the README's tree of files from the modules' first lines.
 
-python -m docs.build_reference            rewrite the page (make docs)
-python -m docs.build_reference --check    exit code 1 where the page is out of date
+python -m docs.build_reference            rewrite both (make docs)
+python -m docs.build_reference --check    exit code 1 where one is out of date
 """
 
 import ast

@@ -51,7 +51,7 @@ def stages(folder: Path) -> list[Stage]:
         Stage(
             "scratch",
             "Training the same student without the teacher, on the same batches",
-            ("task=pretrain", *student, "tokenizer=hub", f"tokenizer.source={teacher / 'hf'}"),
+            ("task=pretrain", *student),
         ),
         Stage(
             "finetuned",
