@@ -92,7 +92,7 @@ def lm_head_loss(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, kept, teacher, loss, chunk_rows, compiled):  # noqa: ANN001, ANN205, PLR0913
+    def forward(ctx, hidden, weight, labels, kept, teacher, loss, chunk_rows, compiled):
         compute_dtype = _compute_dtype(hidden)
         head = weight.to(compute_dtype)  # (V, D)
         teacher_head = teacher.weight.to(compute_dtype) if teacher is not None else None  # (V, Dt)
@@ -126,7 +126,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss.hard_weight * cross_entropy + (1 - loss.hard_weight) * divergence, cross_entropy, divergence
 
     @staticmethod
-    def backward(ctx, total_gradient, _cross_entropy_gradient, _divergence_gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, total_gradient, _cross_entropy_gradient, _divergence_gradient):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scaled_hidden = scaled_weight = None
         if hidden_gradient is not None:

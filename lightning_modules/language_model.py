@@ -131,7 +131,9 @@ class LanguageModel(lightning.LightningModule):
         # Lightning divides by the accumulation and DDP and FSDP2 average over ranks: undo both, divide once by N.
         return result.total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.target_tokens)
 
-    def configure_gradient_clipping(self, optimizer: Any, *_unused: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), self.settings.gradient_clip or math.inf)
         self._gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         # With fp16 an overflowing gradient is normal: the scaler skips the step and lowers its scale.

@@ -1,0 +1,56 @@
+"""Data order as a pure function: which samples a step sees depends on (seed, step) alone.
+
+The training set of `size` samples is an endless stream of epochs, each permuted anew. A permutation is a Feistel
+network over the smallest power of four that holds the set, walked until it falls inside: no table, no state, any
+position at once.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+FEISTEL_ROUNDS = 6
+
+
+def step_samples(step: int, batch: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Sample indices (batch,) of the global batch at `step` (from 0): positions [step · batch, (step + 1) · batch)."""
+    positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+    epochs, offsets = positions // size, positions % size
+    samples = np.empty(batch, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        samples[inside] = permute(offsets[inside], size, seed, int(epoch))
+    return samples
+
+
+def micro_batch_rows(samples: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
+    """The rows of micro-batch number `part` of `parts`; sizes differ by at most one."""
+    return np.array_split(samples, parts)[part]
+
+
+def permute(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where each of `indices` (any shape, 0 ≤ index < size) goes in the permutation of this seed and epoch."""
+    half_bits = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
+    keys = _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + _mix(np.uint64(seed)) + _mix(~np.uint64(epoch)))
+    values = _feistel(indices.astype(np.uint64), half_bits, keys)
+    outside = values >= size
+    while outside.any():
+        values[outside] = _feistel(values[outside], half_bits, keys)
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << shift) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
