@@ -1,0 +1,123 @@
+"""Checkpoint: saves between optimizer steps what a run needs to go on, and beside it a Hugging Face folder."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from transformers import GPT2LMHeadModel
+
+from callbacks.throughput import outside_training_time
+from callbacks.wandb_logger import WeightsAndBiases
+from gpt2lab.atomic_files import told_when_full
+from gpt2lab.batch import Batch
+from gpt2lab.checkpoint_ledger import checkpoint_folder, newest_good_checkpoint, record, scratch_file
+from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint(lightning.Callback):
+    """Saves every `every` steps, after the last step and when the run is stopped; stands last among the callbacks.
+
+    A step that is also validated is saved after its validation. The Hugging Face folder `<run_dir>/hf` is written
+    before the checkpoint is put into the ledger, so it is never older than the newest checkpoint.
+
+    Args:
+        keep_last: how many checkpoints stay.
+        verify_export: after the last save, load the folder in a fresh process and compare logits.
+    """
+
+    def __init__(self, run_dir: str, every: int, keep_last: int = 2, verify_export: bool = True) -> None:
+        self.run_dir = Path(run_dir)
+        self.every = every
+        self.keep_last = keep_last
+        self.verify_export = verify_export
+        self.saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = StreamingCheckpointIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if between_steps and self._is_due(trainer) and not _validation_follows(trainer):
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
+            with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
+                self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """The last export is proven; also where a run taken up again had nothing left to train."""
+        folder = self.run_dir / "hf"
+        if not trainer.is_global_zero or trainer.global_step < trainer.max_steps or not folder.exists():
+            return
+        if self.verify_export:
+            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+            length = min(model.config.n_positions, 64)
+            ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
+            with torch.no_grad():
+                difference = verify_in_fresh_process(folder, ids, model(ids).logits)
+            log.info("%s loads with transformers alone; largest difference of logits %.1e", folder, difference)
+        for logger in trainer.loggers:
+            if isinstance(logger, WeightsAndBiases):
+                logger.log_model(folder)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        return step != self.saved_step and (step % self.every == 0 or step == trainer.max_steps or trainer.should_stop)
+
+    def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Every rank takes part, rank 0 writes."""
+        step = trainer.global_step
+        older = newest_good_checkpoint(self.run_dir) if trainer.is_global_zero else None
+        kept = f"{older} is intact: free some space and continue with resume={self.run_dir}" if older else ""
+        with (
+            outside_training_time(trainer),
+            told_when_full(f"the checkpoint of step {step}", kept or "Free some space."),
+        ):
+            checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
+            scratch = scratch_file(self.run_dir, step)
+            try:
+                trainer.save_checkpoint(scratch, weights_only=False)
+                self._export(trainer, pl_module)
+                if trainer.is_global_zero:
+                    record(self.run_dir, step, self.keep_last)
+            finally:
+                if trainer.is_global_zero:
+                    scratch.unlink(missing_ok=True)
+            trainer.strategy.barrier("checkpoint recorded")
+        self.saved_step = step
+
+    def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        model = pl_module.export_model()
+        if trainer.is_global_zero:
+            card = {"title": self.run_dir.name, "Steps": str(trainer.global_step), "Trained with": "gpt2-lab"}
+            write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
+        elif pl_module.is_sharded:
+            with tempfile.TemporaryDirectory() as unused:  # gathering the adapter takes all ranks
+                pl_module.export_adapter(Path(unused))
+
+
+class StreamingCheckpointIO(TorchCheckpointIO):
+    """Writes straight to the file; Lightning's own first builds the whole file in memory."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning is about to validate after this step; it decides by interval and by `should_stop`."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

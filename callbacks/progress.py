@@ -1,0 +1,75 @@
+"""Progress: a bar with loss, tokens per second and ETA on a terminal, and about ten plain lines anywhere else."""
+
+import time
+from typing import Any
+
+import lightning
+from lightning import Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as EtaColumn
+
+from callbacks.terminal import console, show
+from gpt2lab import metric_names
+from gpt2lab.batch import Batch
+
+REFRESH = 0.25  # seconds; drawing happens between steps, not in a thread that would compete with them
+LINES = 10  # of a whole run, where the output is no terminal
+
+
+class ProgressBar(lightning.Callback):
+    """Speaks on rank 0 only."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._started = 0.0
+        self._first_step = 0
+        self._drawn = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+        if not trainer.is_global_zero or not console.is_terminal:
+            return
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[numbers]}"))
+        times = (TimeElapsedColumn(), TextColumn("ETA"), EtaColumn(compact=True))
+        self._bar = Progress(*columns, *times, console=console, auto_refresh=False, expand=True)
+        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, numbers="")
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step, total = trainer.global_step, trainer.max_steps
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=_numbers(trainer))
+            if time.monotonic() - self._drawn > REFRESH or step == total:
+                self._bar.refresh()
+                self._drawn = time.monotonic()
+        elif step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total:
+            seconds = (time.monotonic() - self._started) / (step - self._first_step) * (total - step)
+            eta = f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+            show("  ".join(part for part in (f"step {step}/{total}", _numbers(trainer), f"ETA {eta}") if part))
+
+    def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _numbers(trainer: Trainer) -> str:
+    """The newest logged values."""
+    logged = trainer.callback_metrics
+    shown = (
+        (metric_names.TRAIN_LOSS, "loss {:.3f}"),
+        (metric_names.VAL_LOSS, "val {:.3f}"),
+        (metric_names.TOKENS_PER_SECOND, "{:,.0f} tok/s"),
+    )
+    return "  ".join(form.format(float(logged[name])) for name, form in shown if name in logged)

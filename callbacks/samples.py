@@ -1,0 +1,74 @@
+"""Samples: text the model writes during training, to samples.jsonl, the terminal and the loggers."""
+
+import json
+from typing import Any
+
+import lightning
+from lightning import Trainer
+
+from callbacks.tensorboard_logger import TensorBoard
+from callbacks.terminal import show
+from callbacks.throughput import outside_training_time
+from callbacks.wandb_logger import WeightsAndBiases
+from gpt2lab.batch import Batch
+from gpt2lab.generation import GREEDY, NUCLEUS, TOP_K
+from gpt2lab.sample_file import Sample, append_samples, drop_samples_after
+
+METHODS = (GREEDY, TOP_K, NUCLEUS)
+SOURCE_PROMPTS = (
+    "def add(a, b):\n",
+    "class Stack:\n    def __init__(self",
+    'import os\n\ndef read_lines(path):\n    """',
+)
+PAIR_PROMPTS = 3
+
+
+class Samples(lightning.Callback):
+    """Every `every` steps and after the last one, each prompt is completed greedily, by top-k and by nucleus sampling.
+
+    Training is the same with and without it: `generate` restores the random state and the module's mode.
+
+    Args:
+        prompts: empty: Python source, or for pairs the first validation prompts.
+    """
+
+    def __init__(self, run_dir: str, every: int, prompts: list[str], max_new_tokens: int) -> None:
+        self.run_dir = run_dir
+        self.every = every
+        self.prompts = list(prompts)
+        self.max_new_tokens = max_new_tokens
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero:
+            drop_samples_after(self.run_dir, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or (step % self.every and step != trainer.max_steps):
+            return
+        with outside_training_time(trainer):
+            if not self.prompts:
+                self.prompts = self._fitting_prompts(trainer, pl_module)
+            self._sample(trainer, pl_module, step)
+
+    def _fitting_prompts(self, trainer: Trainer, pl_module: lightning.LightningModule) -> list[str]:
+        batch: Batch = next(iter(trainer.datamodule.val_dataloader()))
+        if batch.prompt_lengths is None:
+            return list(SOURCE_PROMPTS)
+        lengths = batch.prompt_lengths[:PAIR_PROMPTS].tolist()
+        return [pl_module.tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
+
+    def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
+        samples = []
+        for method in METHODS:  # on every rank: a sharded model generates with all of them
+            completions = pl_module.generate(self.prompts, method, self.max_new_tokens)
+            samples += [Sample(step, p, c, method.name) for p, c in zip(self.prompts, completions, strict=True)]
+        if not trainer.is_global_zero:
+            return
+        append_samples(self.run_dir, samples)
+        for logger in trainer.loggers:
+            if isinstance(logger, WeightsAndBiases | TensorBoard):
+                logger.log_samples(samples, step)
+        show(f"step {step} · {samples[0].method} · {json.dumps(samples[0].prompt + samples[0].completion)[:200]}")

@@ -1,0 +1,99 @@
+"""Throughput: tokens per second, model FLOP utilisation and peak memory, once per log interval."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+from lightning import Trainer
+
+from gpt2lab import device, metric_names
+from gpt2lab.batch import Batch
+
+MATMUL_DTYPES = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+class Throughput(lightning.Callback):
+    """Counts target tokens over training time: waiting for data counts, validating, sampling and saving do not.
+
+    MFU counts the trained model's own FLOP, 6 N + 12 · L · D · T per token, over all devices' matrix-product peak.
+    Stands first among the callbacks, so that the others' time after a step lies outside the clock.
+    """
+
+    def __init__(self, cache_dir: str) -> None:
+        self.cache_dir = cache_dir
+        self._tokens = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._peak = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block is not training time."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._device = pl_module.device
+        dtype = MATMUL_DTYPES.get(str(trainer.precision), torch.float32)
+        self._peak = device.peak_flops(self._device, dtype, self.cache_dir) * trainer.world_size
+        self._parameters = sum(parameter.numel() for parameter in pl_module.backbone.parameters())
+        self._start()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._stop()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._tokens += batch.target_tokens
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        self._stop()
+        speed = self._tokens / self._seconds
+        shape = pl_module.backbone.shape
+        per_token = device.flops_per_token(self._parameters, shape.n_layer, shape.n_embd, batch.input_ids.shape[1])
+        self.log_dict(
+            {
+                metric_names.TOKENS_PER_SECOND: speed,
+                metric_names.MFU: speed * per_token / self._peak,
+                metric_names.MEMORY_GB: device.peak_memory_bytes(self._device) / 1e9,
+            }
+        )
+        self._tokens, self._seconds = 0, 0.0
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self) -> None:
+        device.synchronize(self._device)
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+
+@contextmanager
+def outside_training_time(trainer: Trainer) -> Iterator[None]:
+    """Keep the block's time out of the tokens per second, where the run measures them."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Throughput):
+            with callback.paused():
+                yield
+            return
+    yield

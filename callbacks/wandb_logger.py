@@ -1,0 +1,122 @@
+"""WeightsAndBiases: one W&B run per job; online where this machine is logged in, else offline; it never asks or fails.
+
+Whatever goes wrong with W&B is told once in a warning, and the training goes on without it.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from gpt2lab.sample_file import Sample
+
+log = logging.getLogger(__name__)
+
+INIT_TIMEOUT = 30  # seconds before an unreachable server is given up
+
+
+class WeightsAndBiases(Logger):
+    """Writes to `<run_dir>/wandb`. The run id is kept there, so a resumed job continues the same W&B run.
+
+    Args:
+        project: the W&B project; a run carries its run directory's name.
+        mode: auto, or one of W&B's own (online, offline, disabled); WANDB_MODE goes before it.
+    """
+
+    def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto") -> None:
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.project = project
+        self.mode = mode
+        self.run: Any = None
+        self._failed = False
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    @property
+    def version(self) -> str:
+        """The W&B run id."""
+        file = self.run_dir / "wandb" / "run-id"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(wandb.util.generate_id())
+        return file.read_text()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self._guarded(lambda run: run.config.update(params, allow_val_change=True))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        self._guarded(lambda run: run.log({**values, "step": step}))
+
+    @rank_zero_only
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        rows = [[sample.step, sample.method, sample.prompt, sample.completion] for sample in samples]
+        table = wandb.Table(columns=["step", "method", "prompt", "completion"], data=rows)
+        self._guarded(lambda run: run.log({"samples": table, "step": step}))
+
+    @rank_zero_only
+    def log_model(self, folder: Path) -> None:
+        """Attach the folder to the run as an artifact; immutable, so its files are not copied first."""
+        artifact = wandb.Artifact(f"model-{self.version}", type="model")
+        artifact.add_dir(str(folder), policy="immutable")
+        self._guarded(lambda run: run.log_artifact(artifact))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self.run is not None:
+            self._guarded(lambda run: run.finish(exit_code=0 if status in ("success", "finished") else 1))
+            self.run, self._failed = None, True  # nothing after this starts a second run
+
+    def _guarded(self, action: Callable[[Any], Any]) -> None:
+        """Run `action` on the W&B run, started at the first use."""
+        if self._failed:
+            return
+        try:
+            if self.run is None:
+                self.run = self._start()
+            action(self.run)
+        except (wandb.Error, OSError, ValueError, TypeError, RuntimeError) as error:
+            self._failed = True
+            log.warning("W&B is off for the rest of this run: %s", str(error).splitlines()[:1])
+
+    def _start(self) -> Any:
+        mode = os.environ.get("WANDB_MODE") or (self._available_mode() if self.mode == "auto" else self.mode)
+        try:
+            run = self._init(mode)
+        except (wandb.Error, OSError) as error:
+            if mode != "online":
+                raise
+            log.warning("W&B cannot be reached (%s); this run is kept offline.", str(error).splitlines()[:1])
+            run = self._init("offline")
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _init(self, mode: str) -> Any:
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", self.project),
+            name=self.name,
+            id=self.version,
+            dir=self.run_dir,
+            resume="allow",
+            mode=mode,
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT, console="off"),
+        )
+
+    @staticmethod
+    def _available_mode() -> str:
+        try:
+            return "online" if wandb.login(prompt=False, verify=False) else "offline"
+        except (wandb.Error, OSError, ValueError):
+            return "offline"

@@ -1,0 +1,85 @@
+"""The checkpoints of a run and the ledger that vouches for them.
+
+    <run>/checkpoints/step-000200.ckpt, index.json (the ledger), last (a symlink to the newest checkpoint)
+
+A checkpoint counts only once the ledger names it with its size and SHA-256; the ledger is written after the file.
+So whatever instant a process dies at, the newest named checkpoint is whole.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpt2lab.atomic_files import flush, point_symlink, write_json
+
+log = logging.getLogger(__name__)
+
+LEDGER = "index.json"
+
+
+@dataclass
+class Entry:
+    """One checkpoint: its file's name, the optimizer steps completed in it, and what its bytes must be."""
+
+    file: str
+    step: int
+    bytes: int
+    sha256: str
+
+
+def checkpoint_folder(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def scratch_file(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is whole."""
+    return checkpoint_folder(run_dir) / f".step-{step:06d}.ckpt.tmp"
+
+
+def entries(run_dir: str | Path) -> list[Entry]:
+    """What the ledger names, oldest first; empty without a readable ledger."""
+    path = checkpoint_folder(run_dir) / LEDGER
+    try:
+        return [Entry(**entry) for entry in json.loads(path.read_text())["checkpoints"]]
+    except FileNotFoundError:
+        return []
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        log.warning("%s is damaged and was ignored.", path)
+        return []
+
+
+def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
+    """Turn the scratch file of `step` into a checkpoint; keep the newest `keep_last` and delete every other file."""
+    folder = checkpoint_folder(run_dir)
+    scratch = scratch_file(run_dir, step)
+    flush(scratch)
+    entry = Entry(f"step-{step:06d}.ckpt", step, scratch.stat().st_size, _sha256(scratch))
+    # Checkpoints beyond this step come from a run that was taken up again before them.
+    kept = [*(old for old in entries(run_dir) if old.step < step), entry][-keep_last:]
+    path = folder / entry.file
+    scratch.replace(path)
+    flush(folder)
+    write_json(folder / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
+    point_symlink(folder / "last", entry.file)
+    named = {entry.file for entry in kept}
+    for stray in [*folder.glob("step-*.ckpt"), *folder.glob(".step-*.tmp")]:
+        if stray.name not in named:
+            stray.unlink(missing_ok=True)
+    return path
+
+
+def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint whose bytes are those that were written; damaged ones are passed over with a warning."""
+    for entry in reversed(entries(run_dir)):
+        path = checkpoint_folder(run_dir) / entry.file
+        if path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256:
+            return path
+        log.warning("Checkpoint %s is damaged or missing; falling back to the one before.", path)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,132 @@
+"""Hugging Face folders: a GPT-2 with its tokenizer, generation settings and model card, as transformers reads them."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from gpt2lab.atomic_files import replaced_folder
+
+TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a fresh one
+
+# Runs with transformers alone: the working directory is a scratch folder and the project is not on the path.
+FRESH_PROCESS = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, scratch, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+given = torch.load(scratch, weights_only=True)
+AutoTokenizer.from_pretrained(folder)
+with torch.no_grad():
+    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(given["input_ids"]).logits
+print((logits - given["logits"]).abs().max().item())
+"""
+
+
+def write_hf_folder(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: dict[str, str],
+    export_adapter: Callable[[Path], bool] | None = None,
+) -> None:
+    """Write `folder` anew; a reader finds the old one or the new one, never a half.
+
+    Args:
+        model: plain GPT-2, on the CPU.
+        card: facts for the model card, in order; "title" becomes its heading.
+        export_adapter: writes a PEFT adapter into the folder it is given, and says whether it did.
+
+    Raises:
+        RuntimeError: a tensor read back differs from the one written.
+    """
+    end_of_text = tokenizer.eos_token_id
+    model.config.bos_token_id = model.config.eos_token_id = end_of_text
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text
+    )
+    with replaced_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(_model_card(card), encoding="utf-8")
+        if export_adapter is not None:
+            export_adapter(scratch / "adapter")
+        _compare_tensors(model, scratch / "model.safetensors")
+
+
+def verify_in_fresh_process(folder: Path, input_ids: Tensor, logits: Tensor) -> float:
+    """Load `folder` with transformers alone, offline, in a new process; the largest difference of its logits.
+
+    Args:
+        input_ids: (B, T) int64.
+        logits: (B, T, V) fp32, what the folder's model gave in this process.
+
+    Raises:
+        RuntimeError: it does not load there, or its logits differ by more than 1e-5.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given = Path(scratch) / "given.pt"
+        torch.save({"input_ids": input_ids, "logits": logits}, given)
+        # -P keeps the script's folder off the path, -E ignores PYTHONPATH: this project cannot be imported there.
+        command = [sys.executable, "-PE", "-c", FRESH_PROCESS, str(folder.resolve()), str(given)]
+        environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(
+            [*command, str(torch.get_num_threads())],
+            cwd=scratch,
+            env={**_environment(), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        raise RuntimeError(f"{folder} does not load in a process with transformers alone:\n{result.stderr[-2000:]}")
+    difference = float(result.stdout.split()[-1])
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{folder} gives logits that differ by {difference:.1e} in a fresh process.")
+    return difference
+
+
+def _environment() -> dict[str, str]:
+    """What a fresh interpreter needs of the environment, without what ranks of a training run share."""
+    return {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+
+
+def _compare_tensors(model: GPT2LMHeadModel, file: Path) -> None:
+    written = load_file(file)
+    expected = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied to wte
+    if written.keys() != expected.keys():
+        raise RuntimeError(f"{file} holds other tensors than the model: {sorted(written.keys() ^ expected.keys())[:3]}")
+    for name, tensor in expected.items():
+        if not torch.equal(written[name], tensor):
+            raise RuntimeError(f"{file}: tensor {name} is not what was written.")
+
+
+def _model_card(card: dict[str, str]) -> str:
+    facts = "\n".join(f"- {name}: {value}" for name, value in card.items() if name != "title")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2]
+---
+
+# {card.get("title", "GPT-2")}
+
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+print(tokenizer.decode(model.generate(**tokenizer("def add(a, b):", return_tensors="pt"), max_new_tokens=40)[0]))
+```
+"""

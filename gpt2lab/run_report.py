@@ -1,0 +1,73 @@
+"""The report of a run: report.json with facts and final metrics, and report.html; written when it fails too."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gpt2lab import metric_names
+from gpt2lab.atomic_files import write_json, write_text
+from gpt2lab.metrics_file import read_metrics, series
+from gpt2lab.report_html import render
+from gpt2lab.sample_file import read_samples
+
+PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "tokenizers", "wandb", "peft")
+WARM_UP_INTERVALS = 1  # log intervals left out of the median speed: compilation, caches
+
+
+def build_report(run_dir: str | Path, status: str, facts: dict[str, Any], error: str = "") -> dict[str, Any]:
+    """Facts given by the caller, and what metrics.csv says last; the values survive a resume because the file does.
+
+    Args:
+        status: finished, stopped or failed.
+        facts: task, model, parameters, tokens_seen, seconds, data, command, … in the order they shall stand.
+        error: what a failed run failed of.
+    """
+    rows = read_metrics(run_dir)
+    names = [name for name in rows[0] if name != "step"] if rows else []
+    last = {name: series(rows, name)[-1][1] for name in names if series(rows, name)}
+    report: dict[str, Any] = {"status": status, **({"error": error} if error else {}), **facts}
+    report |= {
+        "tokens_per_second": _typical(rows, metric_names.TOKENS_PER_SECOND),
+        "mfu": _typical(rows, metric_names.MFU),
+        "train_loss": last.get(metric_names.TRAIN_LOSS),
+        "val_loss": last.get(metric_names.VAL_LOSS),
+        "val_perplexity": last.get(metric_names.VAL_PERPLEXITY),
+        "bits_per_byte": last.get(metric_names.VAL_BITS_PER_BYTE),
+        "metrics": last,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git": git_state(),
+    }
+    return report
+
+
+def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
+    """Write report.json, then report.html with the run's loss curve and samples."""
+    folder = Path(run_dir)
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.html", render(folder.name, report, read_metrics(folder), read_samples(folder)))
+
+
+def read_report(run_dir: str | Path) -> dict[str, Any]:
+    """report.json of a run; empty where there is none."""
+    path = Path(run_dir) / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of this project's source and whether it was changed since; nothing outside a git checkout."""
+    root = str(Path(__file__).resolve().parent.parent)
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}
+
+
+def _typical(rows: list[dict[str, str]], name: str) -> float | None:
+    values = [value for _, value in series(rows, name)]
+    return median(values[WARM_UP_INTERVALS:] or values) if values else None
