@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst"}
 RECORD_ENDINGS = {".jsonl", ".parquet"}
+KNOWN_ENDINGS = frozenset(TEXT_ENDINGS | RECORD_ENDINGS)
 COMPRESSED_ENDINGS = {".gz", ".zst"}
 PIECE_CHARACTERS = 64 * 1024  # a longer text file becomes several documents, cut at line ends
 HASHED_BYTES = 256 * 2**20  # up to this size a corpus is known by its content, beyond by names, sizes and times
@@ -97,16 +98,16 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
     return Corpus("text", identity, reader(files), validation)
 
 
-def find_files(path: str, key: str) -> list[Path]:
-    """The readable files that a file name, folder or glob stands for, sorted.
+def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> list[Path]:
+    """The readable files of these endings that a file name, folder or glob stands for, sorted.
 
     Raises:
         InputError: no such path, or no file of a known ending.
     """
     given = Path(path).expanduser()
     if given.is_file():
-        if kind_of(given) is None:
-            raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_known_endings()}.")
+        if kind_of(given, endings) is None:
+            raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_in_words(endings)}.")
         return [given]
     if given.is_dir():
         found = [file for file in given.rglob("*") if file.is_file()]
@@ -114,23 +115,23 @@ def find_files(path: str, key: str) -> list[Path]:
         found = [Path(name) for name in glob(str(given), recursive=True) if Path(name).is_file()]  # noqa: PTH207 — any root
     else:
         raise InputError(f"{key}={path}: no such file or folder.\nGive an existing file, folder or glob.")
-    files = sorted(file for file in found if kind_of(file))
+    files = sorted(file for file in found if kind_of(file, endings))
     if not files:
-        raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_known_endings()}.")
+        raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_in_words(endings)}.")
     return files
 
 
-def kind_of(file: Path) -> str | None:
+def kind_of(file: Path, known: frozenset[str] = KNOWN_ENDINGS) -> str | None:
     """The ending that tells how to read a file, compression aside; None for kinds that are not read."""
     endings = [ending.lower() for ending in file.suffixes]
     if endings and endings[-1] in COMPRESSED_ENDINGS:
         endings.pop()
     ending = endings[-1] if endings else ""
-    return ending if ending in TEXT_ENDINGS | RECORD_ENDINGS else None
+    return ending if ending in known else None
 
 
-def _known_endings() -> str:
-    return f"{' '.join(sorted(TEXT_ENDINGS | RECORD_ENDINGS))}, each also with {' '.join(sorted(COMPRESSED_ENDINGS))}"
+def _in_words(endings: frozenset[str]) -> str:
+    return f"{' '.join(sorted(endings))}, each also with {' '.join(sorted(COMPRESSED_ENDINGS))}"
 
 
 def files_identity(files: list[Path], root: Path | None = None) -> str:
@@ -235,7 +236,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     try:
         with file.open("rb") as raw:
             if ending == ".gz":
-                yield gzip.open(raw)
+                yield gzip.GzipFile(fileobj=raw)
             elif ending == ".zst":
                 yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
             else:

@@ -97,7 +97,8 @@ class LanguageModelingData(lightning.LightningDataModule):
             if file.windows == 0:
                 raise InputError(
                     f"data={self.name}: the {side} text has {len(file.tokens)} tokens; "
-                    f"one window of context={self.context} needs {self.context + 1 if side == 'training' else 2}.\nGive more text, or lower context."
+                    f"one window of context={self.context} needs {self.context + 1 if side == 'training' else 2}.\n"
+                    "Give more text, or lower context."
                 )
         return DataFacts(
             name=self.name,
