@@ -14,6 +14,7 @@ from typing import Any
 from gpt2lab.errors import InputError
 from launch.answer import exit_code
 from launch.key_values import argument, check_output_file, describe, parse
+from launch.model_folder import folder_of, read_shape
 
 
 @dataclass
@@ -38,23 +39,24 @@ def generate(arguments: Arguments) -> list[dict[str, Any]]:
     Raises:
         InputError: no such checkpoint or device, or no room for the tokens asked for.
     """
-    from transformers import logging
+    folder = folder_of(arguments.checkpoint, "checkpoint")
+    positions = read_shape(folder)["n_positions"]
+    if arguments.max_new_tokens >= positions:
+        raise InputError(
+            f"max_new_tokens={arguments.max_new_tokens} does not fit into the model's {positions} positions "
+            f"beside a prompt; give at most {positions - 1}."
+        )
+    from transformers import logging  # these take seconds; mistakes are told before
 
-    from gpt2lab.backbone import load_backbone, resolve_weights
+    from gpt2lab.backbone import load_backbone
     from gpt2lab.device import named_device, synchronize
     from gpt2lab.generation import Sampling, generate_ids
     from gpt2lab.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
     device = named_device(arguments.accelerator)
-    model = load_backbone(arguments.checkpoint).lm.to(device)
-    tokenizer = load_tokenizer(resolve_weights(arguments.checkpoint))
-    positions = model.config.n_positions
-    if arguments.max_new_tokens >= positions:
-        raise InputError(
-            f"max_new_tokens={arguments.max_new_tokens} does not fit into the model's {positions} positions "
-            f"beside a prompt; give at most {positions - 1}."
-        )
+    model = load_backbone(str(folder)).lm.to(device)
+    tokenizer = load_tokenizer(str(folder))
     sampling = Sampling("chosen", arguments.temperature, arguments.top_k, arguments.top_p)
     prompt_ids = tokenizer(arguments.prompt)["input_ids"]
     if len(prompt_ids) > positions - arguments.max_new_tokens:
