@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.documents import Corpus, Document
 from gpt2lab.errors import InputError
 from gpt2lab.token_file import token_dtype
-from gpt2lab.tokenizer import encode_batch
+from gpt2lab.tokenizer import TextEncoder
 
 ENCODED_TOGETHER = 64  # documents tokenized in one call; at most 64 Ki characters each where they come from text files
 HASHES = 2**64
@@ -76,10 +76,11 @@ def write_tokens(
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
     progress = tqdm(desc=f"{name}: {path.stem} tokens", unit=" tokens", unit_scale=True, disable=None)
     remaining = iter(documents)
+    encode = TextEncoder(tokenizer)
     with path.open("wb") as file:
         while together := list(islice(remaining, ENCODED_TOGETHER)):
             texts = [document.text.encode("utf-8", "replace").decode() for document in together]
-            ids = [token for tokens in encode_batch(tokenizer, texts) for token in (*tokens, tokenizer.eos_token_id)]
+            ids = [token for tokens in encode(texts) for token in (*tokens, tokenizer.eos_token_id)]
             file.write(np.array(ids, dtype=dtype).tobytes())
             counts["documents"] += len(together)
             counts["tokens"] += len(ids)

@@ -30,7 +30,8 @@ def micro_batch_rows(samples: NDArray[np.int64], part: int, parts: int) -> NDArr
 def permute(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Where each of `indices` (any shape, 0 ≤ index < size) goes in the permutation of this seed and epoch."""
     half_bits = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
-    keys = _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + _mix(np.uint64(seed)) + _mix(~np.uint64(epoch)))
+    seed_part, epoch_part = _mix(np.array([seed % 2**64, ~epoch % 2**64], dtype=np.uint64))
+    keys = _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + seed_part + epoch_part)
     values = _feistel(indices.astype(np.uint64), half_bits, keys)
     outside = values >= size
     while outside.any():
