@@ -1,0 +1,86 @@
+"""Answer: runs an entry point and turns how it ended into an exit code, and a user's mistake into a few lines on stderr.
+
+0 finished · 1 an error, or a sweep in which a job failed · 2 a mistake in the configuration or the input · 75 stopped by
+a signal after saving, to be resumed · 130 Ctrl-C.
+"""
+
+import errno
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from gpt2lab.errors import InputError
+
+FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+class Ended(SystemExit):
+    """The run ended early in an orderly way; `code` is the exit code, `message` goes to stderr."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(code)
+        self.message = message
+
+
+def exit_code(entry: Callable[[], Any]) -> int:
+    """Run `entry` and say how it ended."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, _end_before_training)
+    try:
+        entry()
+    except Ended as ended:
+        if ended.message:
+            print(ended.message, file=sys.stderr)
+        return int(ended.code or FINISHED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return _answer_to(error)
+    return FINISHED
+
+
+@contextmanager
+def ending_in_a_code() -> Iterator[None]:
+    """Errors of the block end the program at once with their code; Hydra would first put a line of its own before them."""
+    try:
+        yield
+    except Exception as error:
+        raise Ended(_answer_to(error)) from None
+
+
+def _answer_to(error: Exception) -> int:
+    mistake = as_mistake(error)
+    if mistake is None:
+        traceback.print_exception(error)
+        return FAILED
+    print(f"error: {mistake}", file=sys.stderr)
+    return MISTAKE
+
+
+def as_mistake(error: Exception) -> InputError | None:
+    """The InputError that this error amounts to, if it is the user's to mend."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return InputError(
+            f"No space left on the disk{where}.\nFree some, or set run_dir= and cache_dir= to another disk."
+        )
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        from launch.mistakes import explained
+
+        return explained(error)
+    return None
+
+
+def _end_before_training(signum: int, _frame: FrameType | None) -> None:
+    """Until training starts and its own handlers take over there is nothing to save."""
+    raise Ended(STOPPED, f"Stopped by {signal.Signals(signum).name} before training began.")

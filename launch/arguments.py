@@ -1,0 +1,73 @@
+"""Arguments: makes what people type readable by Hydra's grammar.
+
+Paths, names and ids are free text to a user (`path=notes, old/*.md`, `name=1e3`), yet Hydra parses every value. Values
+of such keys that its grammar would refuse or read as something else are quoted here.
+"""
+
+import shlex
+import sys
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import OverrideParseException
+
+from gpt2lab.errors import InputError
+from launch.spelling import nearest
+
+FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
+FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
+FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r")
+FLAGS += ("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn")
+FLAGS += ("--config-dir", "-cd", "--experimental-rerun", "--info", "-i")
+
+
+def command() -> str:
+    """The command line as it could be typed again."""
+    return shlex.join(["python", *sys.argv])
+
+
+def readable_by_hydra(arguments: list[str]) -> list[str]:
+    """The same arguments with free text quoted where Hydra would stumble over it or misread it.
+
+    Raises:
+        InputError: an unknown flag.
+    """
+    _check_flags(arguments)
+    sweeping = is_multirun(arguments)
+    return [_readable(argument, sweeping) for argument in arguments]
+
+
+def is_multirun(arguments: list[str]) -> bool:
+    """Whether commas separate the values of a sweep."""
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Refuse an unknown flag, which Hydra would answer with its whole usage."""
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        if argument.startswith("-") and flag not in FLAGS:
+            raise InputError(
+                f"There is no flag {flag}{nearest(flag, FLAGS)}. Keys are given as key=value, without dashes."
+            )
+
+
+def _readable(argument: str, sweeping: bool) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or not (key in FREE_TEXT or key.endswith(FREE_TEXT_SUFFIXES)):
+        return argument
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except OverrideParseException:
+        return _quote(key, value)
+    parsed = override.value()
+    is_plain = (
+        parsed is None or isinstance(override._value, QuotedString) or (isinstance(parsed, str) and parsed == value)
+    )
+    is_sweep = sweeping and override.is_sweep_override()
+    return argument if is_plain or is_sweep else _quote(key, value)
+
+
+def _quote(key: str, value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value or value.endswith("\\") else value
+    return f"{key}='{escaped}'"

@@ -1,0 +1,240 @@
+"""Checks: what can be said about a configuration before anything heavy is imported. Each check is one small function."""
+
+import glob
+import math
+import os
+from pathlib import Path
+
+from gpt2lab.errors import InputError
+from launch import run_folders
+from launch.config import Config
+from launch.ignored_keys import check_ignored_keys, given_keys
+from launch.runtime_arguments import ARGUMENTS, DATA_ONLY_KEYS
+from launch.signature import check_target
+from launch.spelling import nearest
+
+CHOICES = {
+    "accelerator": ("auto", "cpu", "gpu", "mps"),
+    "preflight": ("refuse", "warn", "off"),
+    "on_bad_line": ("stop", "skip"),
+    "optimizer.name": ("adamw", "adam", "muon"),
+    "schedule.name": ("wsd", "cosine", "linear", "constant"),
+    "loss.name": ("forward_kl",),
+    "objective.name": ("clm",),
+    "tokenizer.kind": ("auto", "bpe", "pretrained"),
+}
+# key → (smallest, largest); a bound in brackets is itself not allowed
+RANGES = {
+    "steps": (1, math.inf),
+    "context": (2, math.inf),
+    "batch_tokens": (1, math.inf),
+    "batch_sequences": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+    "gradient_clip": (0, math.inf),
+    "ema": (0, [1]),
+    "validate_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "sample_every": (1, math.inf),
+    "log_every": (1, math.inf),
+    "workers": (0, math.inf),
+    "val_fraction": ([0], [1]),
+    "vocab_size": (257, math.inf),
+    "model.n_layer": (1, math.inf),
+    "model.n_head": (1, math.inf),
+    "model.n_embd": (1, math.inf),
+    "model.n_positions": (2, math.inf),
+    "model.dropout": (0, [1]),
+    "optimizer.lr": ([0], math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.beta1": (0, [1]),
+    "optimizer.beta2": (0, [1]),
+    "optimizer.eps": ([0], math.inf),
+    "optimizer.momentum": (0, [1]),
+    "optimizer.adamw_lr": (0, math.inf),
+    "schedule.warmup_steps": (0, math.inf),
+    "schedule.final_fraction": (0, 1),
+    "schedule.decay_fraction": (0, 1),
+    "loss.temperature": ([0], math.inf),
+    "loss.hard_weight": (0, 1),
+    "tokenizer.vocab_size": (257, math.inf),
+}
+COUNTS_OR_AUTO = ("micro_batch", "devices", "threads")
+# Keys that, where they are given, must name something on this machine
+FILES = ("path", "val_path")
+
+
+def check(config: Config) -> None:
+    """Everything that composition cannot know and that needs no data, model or device.
+
+    Raises:
+        InputError: the first mistake found.
+    """
+    check_own_record(config)
+    check_ignored_keys(config)
+    check_choices(config)
+    check_ranges(config)
+    check_counts_or_auto(config)
+    check_model(config)
+    check_batch(config)
+    check_files(config)
+    check_precision(config)
+    check_task_and_data(config)
+    check_targets(config)
+    check_run_dir(config)
+
+
+def check_own_record(config: Config) -> None:
+    """`record` is the launcher's own, and `+key` must not smuggle in a key nothing reads."""
+    for override, key in zip(config.record.overrides, given_keys(config.record.overrides), strict=True):
+        head, _, rest = key.partition(".")
+        known = Config.__dataclass_fields__
+        if head == "record" or (head not in known and override.startswith("+")):
+            raise InputError(f"There is no key {key}{nearest(key, known)}.\nAll keys: python train.py --cfg job.")
+        node = value_of(config, head)
+        if rest and override.startswith("+") and not isinstance(node, dict):
+            names = [f"{head}.{name}" for name in type(node).__dataclass_fields__]
+            if key not in names:
+                raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
+
+
+def value_of(config: Config, key: str) -> object:
+    """The value of a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else vars(value)[part]
+    return value
+
+
+def check_choices(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        given = str(value_of(config, key))
+        if given not in allowed:
+            raise InputError(f"{key}={given}: no such value{nearest(given, allowed)}.\nAllowed: {', '.join(allowed)}.")
+    if str(config.compile).lower() not in ("auto", "true", "false"):
+        raise InputError(f"compile={config.compile}: no such value.\nAllowed: auto, true, false.")
+
+
+def check_ranges(config: Config) -> None:
+    for key, (low, high) in RANGES.items():
+        value = value_of(config, key)
+        if value is None:
+            continue
+        smallest, largest = (bound[0] if isinstance(bound, list) else bound for bound in (low, high))
+        fits = isinstance(value, int | float) and smallest <= value <= largest
+        fits = fits and math.isfinite(value) and not (value == smallest and isinstance(low, list))
+        if not fits or (value == largest and isinstance(high, list)):
+            lower = f"greater than {smallest}" if isinstance(low, list) else f"at least {smallest}"
+            upper = "" if largest == math.inf else f" and {'below' if isinstance(high, list) else 'at most'} {largest}"
+            raise InputError(f"{key}={value} is out of range: it must be {lower}{upper}.")
+
+
+def check_counts_or_auto(config: Config) -> None:
+    for key in COUNTS_OR_AUTO:
+        value = value_of(config, key)
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1.")
+
+
+def check_model(config: Config) -> None:
+    """Heads divide the width; the context fits. With model=auto this waits for init's own sizes."""
+    model = config.model
+    sizes = (model.n_layer, model.n_head, model.n_embd, model.n_positions)
+    if None in sizes:
+        if sizes != (None,) * 4 or config.record.groups["model"] != "auto":
+            raise InputError("model.n_layer, n_head, n_embd and n_positions must all be given, or model=auto.")
+        if config.init == "scratch":
+            raise InputError(
+                "model=auto takes its sizes from init, but init=scratch has none.\nName a model: model=nano."
+            )
+        return
+    check_heads(model.n_embd, model.n_head)
+    check_context(config.context, model.n_positions, f"model {config.record.groups['model']}'s")
+
+
+def check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        fitting = [count for count in range(1, width + 1) if width % count == 0]
+        near = sorted(sorted(fitting, key=lambda count: abs(count - heads))[:2])
+        raise InputError(
+            f"model.n_head={heads} does not divide model.n_embd={width}.\n"
+            f"Nearest that do: {' and '.join(map(str, near))}."
+        )
+
+
+def check_context(context: int, positions: int, whose: str) -> None:
+    if context > positions:
+        raise InputError(
+            f"context={context} is longer than {whose} {positions} positions.\n"
+            f"Lower context, or set model.n_positions={context} when training from scratch."
+        )
+
+
+def check_batch(config: Config) -> None:
+    """A step holds whole windows, and at least one sequence for each rank."""
+    if config.takes_pairs:
+        rows, key = config.batch_sequences, f"batch_sequences={config.batch_sequences}"
+    else:
+        rows, rest = divmod(config.batch_tokens, config.context)
+        key = f"batch_tokens={config.batch_tokens} ({rows} sequences of context={config.context})"
+        if rest or rows == 0:
+            near = sorted({max(rows, 1) * config.context, (rows + 1) * config.context})
+            raise InputError(
+                f"batch_tokens={config.batch_tokens} is not a multiple of context={config.context}.\n"
+                f"Nearest: {' or '.join(f'batch_tokens={value}' for value in near)}."
+            )
+    if isinstance(config.devices, int) and rows < config.devices:
+        raise InputError(
+            f"{key} cannot be shared by devices={config.devices}: each needs a sequence.\nRaise the batch."
+        )
+
+
+def check_files(config: Config) -> None:
+    for key in FILES:
+        given = str(value_of(config, key))
+        found = os.path.expanduser(given)  # noqa: PTH111 — a glob is no path
+        if given and not glob.glob(found, recursive=True):  # noqa: PTH207
+            raise InputError(f"{key}={given}: there is no such file or folder{_nearest_file(Path(found))}.")
+
+
+def _nearest_file(path: Path) -> str:
+    """The nearest name in the folder where the path would lie."""
+    folder = path.parent
+    return nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else ""
+
+
+def check_precision(config: Config) -> None:
+    if config.precision == "fp16" and config.accelerator == "cpu":
+        refuse_fp16_on_cpu()
+
+
+def refuse_fp16_on_cpu() -> None:
+    raise InputError(
+        "precision=fp16 needs a GPU: a CPU computes no fp16 matrix products, and Lightning would silently take bf16.\n"
+        "Set precision=bf16 or precision=fp32."
+    )
+
+
+def check_task_and_data(config: Config) -> None:
+    if config.task_name == "finetune" and not config.takes_pairs:
+        raise InputError(
+            f"task=finetune trains on pairs of prompt and response, data={config.record.groups['data']} is running text.\n"
+            "Use data=pairs (or summarize, complete, …), or go on pretraining: task=pretrain init=… data=…"
+        )
+
+
+def check_targets(config: Config) -> None:
+    """Bind every `_target_`'s keys to its constructor."""
+    check_target(config.task, "task", ARGUMENTS["task"])
+    check_target(config.data, "data", ARGUMENTS["data"], DATA_ONLY_KEYS)
+    for name, node in config.callbacks.items():
+        if node is not None:
+            check_target(node, f"callbacks.{name}", ARGUMENTS["callbacks"])
+    if config.logger:
+        check_target(config.logger, "logger", ARGUMENTS["logger"])
+
+
+def check_run_dir(config: Config) -> None:
+    """The name is plain and the folder can be made."""
+    run_folders.check_name(config)
+    if config.resume is None and config.run_dir is not None:
+        run_folders.check_free(Path(config.run_dir).expanduser())

@@ -1,0 +1,49 @@
+"""Children: processes that end with their parent, and signals that reach them exactly once."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, however it dies (Linux).
+
+    Args:
+        parent: the process id of the parent, which may be gone already.
+    """
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return  # no such call here; then an orphan ends when it next talks to its parent
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@contextmanager
+def forwarding(pids: Callable[[], list[int]]) -> Iterator[list[int]]:
+    """While the block runs, hand every signal on to the processes instead of acting on it; gives the signals so far.
+
+    The children are sessions of their own, so a Ctrl-C at the terminal reaches only this process, and them once.
+    """
+    received: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for pid in pids():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

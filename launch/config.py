@@ -1,0 +1,157 @@
+"""Config: every key of train.py with its type. Imports nothing heavy.
+
+Hydra composes conf/ into this schema, so a wrong type is refused while composing; `typed` turns the composed tree into
+a plain `Config`, and the tree goes no further.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gpt2lab.errors import InputError
+from gpt2lab.settings import LossSettings, OptimizerSettings, ScheduleSettings, TokenizerChoice
+
+
+@dataclass
+class ModelKeys:
+    """Sizes of the model; null (model=auto) follows init. Its vocabulary is the tokenizer's."""
+
+    n_layer: int | None
+    n_head: int | None
+    n_embd: int | None
+    n_positions: int | None
+    dropout: float
+
+
+@dataclass
+class ObjectiveKeys:
+    """What is predicted from what: clm is the next token."""
+
+    name: str
+
+
+@dataclass
+class Record:
+    """What the launcher notes down in a run's config.yaml; not for the user to set."""
+
+    groups: dict[str, str] = field(default_factory=dict)  # group → value: task=pretrain, model=nano, …
+    overrides: list[str] = field(default_factory=list)  # as given on the command line
+    command: str = ""
+    teacher_hash: str = ""  # sha256 of the teacher's model.safetensors
+    world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
+    accumulate: int = 0  # micro-batches of one optimizer step on each rank
+
+
+@dataclass
+class Config:
+    """conf/train.yaml says what each key means."""
+
+    task: dict[str, Any]
+    model: ModelKeys
+    data: dict[str, Any]
+    tokenizer: TokenizerChoice
+    objective: ObjectiveKeys
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    callbacks: dict[str, Any]
+    logger: dict[str, Any]
+    precision: str
+    strategy: str
+
+    seed: int
+    run_dir: str | None
+    name: str | None
+    init: str
+    resume: str | None
+    teacher: str
+    preflight: str
+
+    steps: int
+    batch_tokens: int
+    batch_sequences: int
+    micro_batch: int | str
+    context: int
+    gradient_clip: float
+    ema: float
+    activation_checkpointing: bool
+    compile: bool | str
+    validate_every: int
+    checkpoint_every: int
+    sample_every: int
+    log_every: int
+
+    accelerator: str
+    devices: int | str
+    threads: int | str
+    workers: int
+    cache_dir: str | None
+
+    path: str
+    val_path: str
+    val_fraction: float
+    on_bad_line: str
+    source: str
+    target: str
+    vocab_size: int
+
+    record: Record = field(default_factory=Record)
+
+    @property
+    def task_name(self) -> str:
+        """pretrain, distill or finetune."""
+        return self.record.groups["task"]
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the data are pairs of texts; then a batch counts sequences, not tokens."""
+        return str(self.data["_target_"]).endswith(".PairData")
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that conf/train.yaml lists first."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def typed(tree: DictConfig, hydra: DictConfig, command: str) -> Config:
+    """The composed tree as a plain, resolved Config.
+
+    Args:
+        tree: what Hydra composed, without its own `hydra` node.
+        hydra: that node; it knows which value each group has and what was given on the command line.
+
+    Raises:
+        InputError: an interpolation leads nowhere or a value is missing.
+    """
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise InputError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    choices = hydra.runtime.choices.items()
+    groups = {str(group): str(value) for group, value in choices if not str(group).startswith("hydra/")}
+    config.record = Record(groups=groups, overrides=list(hydra.overrides.task), command=command)
+    return config
+
+
+def save(config: Config, file: Path) -> None:
+    """Write the whole configuration as YAML; `load` reads it back."""
+    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def load(file: Path) -> Config:
+    """Read what `save` wrote.
+
+    Raises:
+        InputError: missing, unreadable, or of another shape.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise InputError(f"Cannot read the configuration {file}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return config

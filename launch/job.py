@@ -1,0 +1,130 @@
+"""Job: one run from a checked Config to its report; as a program, a run or one of its ranks in a process of its own.
+
+python -m launch.job SPEC PARENT          a job of a sweep: SPEC is a config.yaml, PARENT the process to die with
+python -m launch.job SPEC PARENT --rank   one rank of a run on several devices
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.errors import InputError
+from launch import answer, checks, children, config, noise, resolve, resume, run_folders, space
+from launch.config import Config
+
+
+def run_job(asked: Config) -> dict[str, Any]:
+    """Resolve what is left open, prepare data, make the run directory, train.
+
+    Returns:
+        The report, and `watched`, the last value of the metric that says how good the run is.
+
+    Raises:
+        InputError: a mistake in configuration or input; then no run directory is left behind.
+        answer.Ended: stopped by a signal, after saving.
+    """
+    noise.settle_noise()
+    taken_up = resume.taken_up(asked)
+    settings = taken_up or asked
+    if taken_up is None:
+        run_folders.check_free(run_folders.wanted_folder(settings))
+        resolve.resolve(settings)
+    from launch import automatic, build
+
+    if settings.record.world_size == 0:
+        automatic.settle(settings)
+    data = build.data_module(settings)
+    facts = data.prepare()
+    vocab_size = resolve.vocabulary(settings, facts.vocab_size)
+    settings.compile = automatic.compile_pays(settings, vocab_size)
+    checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
+    space.check(settings, vocab_size)
+    if settings.record.world_size > 1:
+        from launch import ranks
+
+        return ranks.run(settings, is_new=taken_up is None)
+    return train(settings, data, facts, is_new=taken_up is None)
+
+
+def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, Any]:
+    """Build everything and train in this process, which is the only one or one rank of several."""
+    import torch
+
+    from launch import build
+
+    torch.set_num_threads(int(settings.threads))
+    module = build.task_module(settings, facts, resolve.vocabulary(settings, facts.vocab_size))
+    folder = _folder(settings, is_new)
+    trainer = None
+    try:
+        observers = build.callbacks(settings, folder, facts)
+        trainer = build.trainer(settings, folder, observers, build.loggers(settings, folder))
+        _fit(trainer, module, data, resume.checkpoint(settings))
+    except InputError:
+        if is_new and (trainer is None or trainer.global_step == 0):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return _outcome(trainer, folder)
+
+
+def _folder(settings: Config, is_new: bool) -> Path:
+    """Make the run directory and write config.yaml into it, unless the run goes on in the one it has."""
+    folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
+    settings.run_dir = str(folder)
+    config.save(settings, folder / "config.yaml")
+    return folder
+
+
+def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> None:
+    from callbacks.interrupt import StoppedNowError
+
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except StoppedNowError:
+        raise answer.Ended(answer.INTERRUPTED, "Stopped at once, without saving.") from None
+    except SystemExit as ended:  # so Lightning answers a Ctrl-C that comes before training starts
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
+    """The report, or the orderly end that a signal brought about."""
+    from callbacks.interrupt import Interrupt
+    from callbacks.report import Report
+
+    report = next((callback.content for callback in trainer.callbacks if isinstance(callback, Report)), {})
+    reason = next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
+    if reason:
+        codes = {"SIGINT": answer.INTERRUPTED, "SIGTERM": answer.STOPPED, "SIGUSR1": answer.STOPPED}
+        message = (
+            f"Stopped by {reason} after step {trainer.global_step}. Continue with: python train.py resume={folder}"
+        )
+        raise answer.Ended(codes.get(reason, answer.FAILED), message if trainer.is_global_zero else "")
+    metrics = trainer.callback_metrics
+    watched = trainer.lightning_module.watched_metric
+    return {**report, "watched": float(metrics[watched]) if watched in metrics else None}
+
+
+def _run_rank(spec: Path) -> None:
+    rank = int(os.environ["RANK"])
+    noise.settle_noise(speaks=rank == 0)
+    settings = config.load(spec)
+    from launch import build
+
+    data = build.data_module(settings)
+    train(settings, data, data.prepare(), is_new=False)
+
+
+def _program(spec: str, parent: str, *flags: str) -> None:
+    children.die_with_parent(int(parent))
+    if "--rank" in flags:
+        _run_rank(Path(spec))
+    else:
+        run_job(config.load(Path(spec)))
+
+
+if __name__ == "__main__":
+    sys.exit(answer.exit_code(lambda: _program(*sys.argv[1:])))

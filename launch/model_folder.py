@@ -1,0 +1,103 @@
+"""Model folder: from what init= or teacher= names to a folder with a GPT-2 in it, known by its config.json alone."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.errors import InputError
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", "merges.txt", "tokenizer_config.json"]
+HUB_FILES += list(TOKENIZER_FILES)
+
+
+def folder_of(source: str, key: str) -> Path:
+    """A run directory's export, the Hugging Face folder itself, or a Hub model's local copy, downloaded where needed.
+
+    Args:
+        source: what the user named.
+        key: init or teacher, for messages.
+
+    Raises:
+        InputError: not there, not reachable, not a GPT-2, or damaged.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        if not _may_be_hub_id(source):
+            raise InputError(
+                f"{key}={source}: there is no such folder.\nGive a run directory, a model folder or a Hub id."
+            )
+        folder = _from_hub(source, key)
+    for candidate in (folder / "hf", folder):
+        if (candidate / "config.json").is_file():
+            read_shape(candidate)
+            _check_weights(candidate)
+            return candidate.resolve()
+    raise InputError(
+        f"{key}={source} holds no model: neither hf/config.json (a run directory) nor config.json (a model folder).\n"
+        "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."
+    )
+
+
+def read_shape(folder: Path) -> dict[str, int]:
+    """Sizes of the GPT-2 in a folder: n_layer, n_head, n_embd, n_positions, vocab_size.
+
+    Raises:
+        InputError: config.json cannot be read or describes another architecture.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+        defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+        shape = {name: int(config.get(name, default)) for name, default in defaults.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
+    if kind != "gpt2":
+        raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
+    return shape
+
+
+def parameters_of(shape: dict[str, Any]) -> int:
+    """Number of parameters of a GPT-2, tied head counted once."""
+    width = shape["n_embd"]
+    block = 12 * width * width + 13 * width
+    return (shape["vocab_size"] + shape["n_positions"]) * width + shape["n_layer"] * block + 2 * width
+
+
+def _check_weights(folder: Path) -> None:
+    """The file of weights is there, and as long as its own header says."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise InputError(f"{folder} has a config.json but no weights (model.safetensors).\nGive a complete folder.")
+        return
+    try:
+        with file.open("rb") as stream:
+            (header_length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_length))
+        data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
+        whole = file.stat().st_size == 8 + header_length + data
+    except (OSError, ValueError, struct.error, KeyError, MemoryError, OverflowError) as error:
+        raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
+    if not whole:
+        raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
+
+
+def _may_be_hub_id(source: str) -> bool:
+    first, _, rest = source.partition("/")
+    return not source.startswith((".", "/", "~")) and "/" not in rest and not (rest and Path(first).is_dir())
+
+
+def _from_hub(source: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{key}={source} is neither a folder here nor a model that the Hugging Face Hub gives: "
+            f"{str(error).strip().splitlines()[0][:120]}\n"
+            "Check the spelling and the network, or give a run directory or a model folder."
+        ) from error

@@ -1,0 +1,171 @@
+"""Resolve: what a configuration leaves open — init, teacher, model sizes, tokenizer — becomes paths, sizes and a choice.
+
+Done once, in the parent process, before data or models are touched. Runs are known by report.json and config.yaml and
+models by config.json, so none of it needs torch.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.errors import InputError
+from gpt2lab.settings import TokenizerChoice
+from launch import checks, run_folders
+from launch.config import Config, ModelKeys
+from launch.ignored_keys import given_keys
+from launch.model_folder import TOKENIZER_FILES, folder_of, parameters_of, read_shape
+
+FALLBACK_TEACHER = "gpt2-medium"
+CORPORA_WITH_OWN_BPE = ("stdlib", "packages", "text")
+
+
+def resolve(config: Config) -> None:
+    """Replace `latest`, `auto`, run directories and Hub ids in place; say in one line which teacher was taken.
+
+    Raises:
+        InputError: nothing fits, a folder holds no GPT-2, or sizes contradict each other.
+    """
+    if config.init != "scratch":
+        config.init = _init_folder(config)
+    _take_sizes_from_init(config)
+    if config.task_name == "distill":
+        config.teacher = _teacher_folder(config)
+        config.record.teacher_hash = file_hash(Path(config.teacher) / "model.safetensors")
+        print(f"teacher: {config.teacher}", file=sys.stderr)
+    config.tokenizer = _tokenizer(config)
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file, or nothing where there is none (weights in several parts)."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _init_folder(config: Config) -> str:
+    if config.init != "latest":
+        return str(folder_of(config.init, "init"))
+    for run in run_folders.finished_runs():
+        if run.config.task_name in ("pretrain", "distill"):
+            print(f"init: {run.folder}", file=sys.stderr)
+            return str((run.folder / "hf").resolve())
+    raise InputError(
+        "init=latest: there is no finished pretrain or distill run under runs/ to start from.\n"
+        "Train one first: python train.py\n"
+        "Or name weights: init=RUN_DIR, init=FOLDER, init=gpt2, or init=scratch model=nano."
+    )
+
+
+def _take_sizes_from_init(config: Config) -> None:
+    """model=auto takes init's sizes; a named model must agree with them."""
+    if config.init == "scratch":
+        return
+    shape, group = read_shape(Path(config.init)), config.record.groups["model"]
+    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+    if config.model.n_layer is None:
+        config.model = ModelKeys(**sizes, dropout=config.model.dropout)
+        checks.check_context(config.context, sizes["n_positions"], "the init model's")
+        return
+    for item in fields(ModelKeys):
+        wanted = vars(config.model)[item.name]
+        if item.name in sizes and wanted != sizes[item.name]:
+            raise InputError(
+                f"model={group} has {item.name}={wanted}, but init={config.init} has {sizes[item.name]}.\n"
+                "Leave the sizes to init with model=auto, or start from scratch with init=scratch."
+            )
+
+
+def _teacher_folder(config: Config) -> str:
+    if config.teacher != "latest":
+        return str(folder_of(config.teacher, "teacher"))
+    for run in run_folders.finished_runs():
+        if run.config.task_name == "pretrain" and _can_teach(run, config):
+            return str((run.folder / "hf").resolve())
+    try:
+        return str(folder_of(FALLBACK_TEACHER, "teacher"))
+    except InputError as error:
+        model = config.record.groups["model"]
+        raise InputError(
+            f"No teacher for model {model}: no finished pretrain run under runs/ has the same data and a larger model,\n"
+            f"and {FALLBACK_TEACHER} cannot be had from the Hub.\n"
+            f"Train one (python train.py task=pretrain model=… data={config.record.groups['data']}), or name one: teacher=RUN_DIR."
+        ) from error
+
+
+def _can_teach(run: run_folders.FinishedRun, config: Config) -> bool:
+    """Same data, a larger model, and the tokenizer that was named, if one was."""
+    theirs = run.config
+    same_data = (theirs.data, theirs.path, theirs.val_path) == (config.data, config.path, config.val_path)
+    named = config.tokenizer.kind != "auto"
+    same_tokenizer = not named or wanted_tokenizer(theirs) == wanted_tokenizer(config)
+    shape = read_shape(run.folder / "hf")
+    own_shape: dict[str, Any] = {**vars(config.model), "vocab_size": shape["vocab_size"]}
+    return same_data and same_tokenizer and parameters_of(shape) > parameters_of(own_shape)
+
+
+def wanted_tokenizer(config: Config) -> TokenizerChoice:
+    """The named tokenizer with the size that `vocab_size` asks for."""
+    choice = config.tokenizer
+    own_size = "tokenizer.vocab_size" in given_keys(config.record.overrides)
+    size = choice.vocab_size if own_size else config.vocab_size
+    return TokenizerChoice("bpe", vocab_size=size) if choice.kind == "bpe" else choice
+
+
+def _tokenizer(config: Config) -> TokenizerChoice:
+    """The named one; else the teacher's, else init's, else the data's own."""
+    if config.tokenizer.kind != "auto":
+        return wanted_tokenizer(config)
+    for source, key in ((config.teacher if config.task_name == "distill" else "", "teacher"), (config.init, "init")):
+        if source in ("", "scratch"):
+            continue
+        if any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+            return TokenizerChoice("pretrained", source=source)
+        if key == "init" or config.preflight == "refuse":
+            raise InputError(
+                f"The {key} {source} holds no tokenizer, so its token ids may mean other text.\n"
+                "Name its tokenizer: tokenizer=hub tokenizer.source=FOLDER"
+                + (", or go on all the same with preflight=warn." if key == "teacher" else ".")
+            )
+    own = config.data.get("default_tokenizer")
+    if own is None:
+        own = "bpe" if config.data.get("source") in CORPORA_WITH_OWN_BPE or config.takes_pairs else "gpt2"
+    return (
+        TokenizerChoice("bpe", vocab_size=config.vocab_size)
+        if own == "bpe"
+        else TokenizerChoice("pretrained", source=own)
+    )
+
+
+def vocabulary(config: Config, entries: int) -> int:
+    """Vocabulary size of the model, once the tokenizer's number of entries is known.
+
+    A teacher or init decides it; the tokenizer may have fewer entries only where no folder says which tokens they are.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    wanted = entries
+    if config.init != "scratch":
+        wanted = _fitting(read_shape(Path(config.init))["vocab_size"], entries, f"The init model {config.init}", True)
+    if config.task_name == "distill":
+        lenient = config.preflight != "refuse" and config.init == "scratch"
+        size = _fitting(
+            read_shape(Path(config.teacher))["vocab_size"], wanted, f"The teacher {config.teacher}", lenient
+        )
+        wanted = size if config.init == "scratch" else wanted
+    return wanted
+
+
+def _fitting(size: int, entries: int, whose: str, may_be_larger: bool) -> int:
+    if size == entries or (size > entries and may_be_larger):
+        return size
+    raise InputError(
+        f"{whose} has a vocabulary of {size} entries, the student's tokenizer {entries}: they cannot be compared token by token.\n"
+        "Leave tokenizer=auto, which takes the teacher's, or name a teacher trained with this tokenizer."
+        if whose.startswith("The teacher")
+        else f"{whose} has a vocabulary of {size} entries, the tokenizer {entries}.\nLeave tokenizer=auto, which takes init's."
+    )

@@ -1,0 +1,111 @@
+"""Resume: a run goes on with its own config.yaml; only what does not change its result may be given anew."""
+
+import shlex
+from pathlib import Path
+
+from gpt2lab.errors import InputError
+from launch import config as configuration
+from launch import run_folders
+from launch.config import Config
+from launch.ignored_keys import given_keys
+from launch.resolve import file_hash
+
+# What may be given with resume=: how long, how often, and where the work is done
+CHANGEABLE = (
+    "steps",
+    "validate_every",
+    "checkpoint_every",
+    "sample_every",
+    "log_every",
+    "workers",
+    "cache_dir",
+    "threads",
+)
+CHANGEABLE += ("accelerator", "devices", "strategy", "micro_batch")
+PLACE = ("resume", "run_dir", "name", "launcher")
+MACHINE = ("accelerator", "devices", "strategy", "micro_batch", "threads")
+
+
+def taken_up(asked: Config) -> Config | None:
+    """The configuration of the run that `resume` names, with the changes asked for; None: a new run.
+
+    Raises:
+        InputError: there is no such run or no whole checkpoint in it, or a change that would alter its result.
+    """
+    if asked.resume is None:
+        return None
+    if asked.resume == "auto":
+        if asked.run_dir is None and asked.name is None:
+            raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
+        folder = run_folders.wanted_folder(asked)
+        if _newest(folder) is None:
+            _remove_unfinished_start(folder)
+            asked.resume = None
+            return None
+    else:
+        folder = Path(asked.resume).expanduser()
+        _check_is_run(folder, asked.resume)
+    stored = configuration.load(folder / "config.yaml")
+    _check_changes(asked, stored, folder)
+    _check_teacher(stored)
+    changed = {key.split(".")[0] for key in given_keys(asked.record.overrides)} & set(CHANGEABLE)
+    for key in changed:
+        setattr(stored, key, vars(asked)[key])
+    if changed & set(MACHINE):
+        stored.record.world_size = 0  # the machine changes, so what was chosen for it is chosen anew
+        for key in {"micro_batch", "threads"} - changed:
+            setattr(stored, key, "auto")
+    stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
+    return stored
+
+
+def checkpoint(settings: Config) -> Path | None:
+    """The checkpoint from which a resumed run goes on; None for a new one."""
+    return _newest(Path(settings.resume)) if settings.resume else None
+
+
+def _newest(folder: Path) -> Path | None:
+    from gpt2lab.checkpoint_ledger import newest_good_checkpoint
+
+    return newest_good_checkpoint(folder) if (folder / "config.yaml").is_file() else None
+
+
+def _check_is_run(folder: Path, given: str) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"resume={given}: there is no run in {folder} (no config.yaml).\nGive a run directory.")
+    if _newest(folder) is None:
+        raise InputError(
+            f"resume={given}: the run has no whole checkpoint to continue from.\nStart it anew in another run_dir."
+        )
+
+
+def _remove_unfinished_start(folder: Path) -> None:
+    """A run that died before its first checkpoint left its configuration and metrics; it starts anew in their place."""
+    if (folder / "config.yaml").is_file() and not (folder / "hf").exists():
+        import shutil
+
+        shutil.rmtree(folder)
+
+
+def _check_changes(asked: Config, stored: Config, folder: Path) -> None:
+    """Refuse what would silently have no effect: a key given now that the run was not started with."""
+    started_with = set(stored.record.overrides)
+    for override, key in zip(asked.record.overrides, given_keys(asked.record.overrides), strict=True):
+        if key.split(".")[0] in (*CHANGEABLE, *PLACE) or override in started_with:
+            continue
+        raise InputError(
+            f"{override} cannot be changed when a run is continued: {folder} goes on with its own config.yaml.\n"
+            f"Changeable: {', '.join(CHANGEABLE)}.\n"
+            f"For another configuration start a run from its weights: init={shlex.quote(str(folder))}"
+        )
+
+
+def _check_teacher(stored: Config) -> None:
+    """The teacher must be the same, byte for byte."""
+    if stored.task_name != "distill" or not stored.record.teacher_hash:
+        return
+    if file_hash(Path(stored.teacher) / "model.safetensors") != stored.record.teacher_hash:
+        raise InputError(
+            f"The teacher {stored.teacher} is missing or is no longer the one this run was started with.\n"
+            "Put it back, or start a new run with the present one."
+        )

@@ -1,0 +1,107 @@
+"""Run folders: where a run lies, how it is made, and how earlier runs are found by report.json and config.yaml."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.errors import InputError
+from launch import config as configuration
+from launch.config import Config
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """An earlier run that has a report, a configuration and exported weights."""
+
+    folder: Path
+    report: dict[str, Any]
+    config: Config
+
+
+def check_name(config: Config) -> None:
+    """Refuse what would make paths awkward to type or that names nothing.
+
+    Raises:
+        InputError
+    """
+    if config.name is not None and config.run_dir is not None:
+        raise InputError("name and run_dir both say where the run lies; give one of them.")
+    last = Path(config.run_dir).name if config.run_dir else config.name
+    if last is not None and (not last or "=" in last or any(letter.isspace() for letter in last)):
+        raise InputError(f"A run cannot be called {last!r}: give a name without = and without spaces.")
+    if config.name is not None and ("/" in config.name or config.name in (".", "..")):
+        raise InputError(f"name={config.name} is a path; set run_dir={config.name} instead.")
+
+
+def wanted_folder(config: Config) -> Path:
+    """The run's folder: run_dir, else runs/<task>/<name>, else runs/<task>/<model>-<time>."""
+    if config.run_dir:
+        return Path(config.run_dir).expanduser()
+    model = config.record.groups["model"]
+    return RUNS / config.task_name / (config.name or f"{model}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+
+
+def check_free(folder: Path) -> None:
+    """The folder can be made here and holds nothing yet.
+
+    Raises:
+        InputError
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder} is not empty.\nContinue the run in it with resume={folder}, or give another run_dir or name."
+        )
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not _can_write(existing):
+        raise InputError(
+            f"Cannot make the run directory {folder}: {existing} cannot be written to.\nGive another run_dir."
+        )
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether a folder can be made here. Asked by doing it: root and network mounts answer `access` wrongly."""
+    probe = folder / f".gpt2lab-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def make(config: Config) -> Path:
+    """Make the run's folder; without a name of its own, one that another run took in the same second gets a number."""
+    folder, number = wanted_folder(config), 1
+    check_free(folder)
+    if config.run_dir or config.name:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    base = folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+
+
+def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
+    """Finished runs with exported weights under `root`, newest first. Folders that cannot be read are passed over."""
+    runs = []
+    for file in sorted(root.glob("**/report.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        folder = file.parent
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            if report.get("status") == "finished" and (folder / "hf" / "config.json").is_file():
+                runs.append(FinishedRun(folder, report, configuration.load(folder / "config.yaml")))
+        except (OSError, ValueError):
+            continue
+    return runs

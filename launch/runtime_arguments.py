@@ -1,0 +1,27 @@
+"""Runtime arguments: what the launcher adds to the keys of a `_target_`, where its constructor takes them."""
+
+ARGUMENTS: dict[str, set[str]] = {
+    "task": {"training", "teacher", "loss", "preflight"},
+    "data": {
+        "name",
+        "tokenizer",
+        "context",
+        "batch_sequences",
+        "eval_batch_sequences",
+        "accumulate",
+        "seed",
+        "workers",
+        "cache_dir",
+        "val_fraction",
+        "val_path",
+        "path",
+        "on_bad_line",
+        "source",
+        "target",
+    },
+    "callbacks": {"run_dir", "cache_dir", "facts"},
+    "logger": {"run_dir"},
+}
+
+# Keys of conf/data/*.yaml that the launcher reads itself, before there is a data module
+DATA_ONLY_KEYS = {"default_tokenizer", "takes_path", "metrics"}

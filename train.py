@@ -1,0 +1,38 @@
+"""Train a GPT-2: pretrain, distil or fine-tune it, as conf/ and the command line say. README shows the commands.
+
+python train.py                                                    python train.py task=distill model=small
+"""
+
+import os
+import sys
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and launch.answer tells them in a few lines
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from launch import answer, arguments, checks, config
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(tree: DictConfig) -> float | None:
+    """One run: check what was composed, then train. Returns the watched metric."""
+    with answer.ending_in_a_code():
+        settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
+        checks.check(settings)
+        from launch.job import run_job  # torch, lightning and transformers are imported only now
+
+        return run_job(settings)["watched"]
+
+
+def command_line() -> None:
+    """Hand Hydra the command line, made readable for it."""
+    sys.argv[1:] = arguments.readable_by_hydra(sys.argv[1:])
+    main()
+
+
+if __name__ == "__main__":
+    sys.exit(answer.exit_code(command_line))
