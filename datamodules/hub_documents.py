@@ -47,8 +47,8 @@ def hub_corpus(
     )
 
 
-def load_hub_split(dataset: str, config: str, split: str, streaming: bool) -> Any:
-    """A `datasets` split: a folder made by `save_to_disk`, a folder of data files, or a Hub id.
+def load_hub_split(dataset: str, config: str, split: str, streaming: bool, revision: str = "") -> Any:
+    """A `datasets` split: a folder made by `save_to_disk`, a folder of data files, or a Hub id (at a branch or commit).
 
     Raises:
         InputError: not to be had; says what to do.
@@ -59,10 +59,10 @@ def load_hub_split(dataset: str, config: str, split: str, streaming: bool) -> An
         if (Path(dataset) / "dataset_dict.json").is_file() or (Path(dataset) / "state.json").is_file():
             stored = datasets.load_from_disk(dataset)
             return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
-        return datasets.load_dataset(dataset, config or None, split=split, streaming=streaming)
+        return datasets.load_dataset(dataset, config or None, split=split, streaming=streaming, revision=revision or None)
     except KeyError as error:
         raise InputError(f"{dataset} has no split {split!r}; it has: {', '.join(stored)}.") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(
             f"Cannot load the data set {dataset} (config {config or 'default'}, split {split}): {reason}\n"

@@ -1,0 +1,117 @@
+"""Rows of parallel text in gettext catalogues, `.mo` and `.po`: columns `source` (message) and `target` (translation).
+
+Left out: headers, messages that are translated by themselves, fuzzy and obsolete entries, all plural forms but the
+first, and repetitions of a pair.
+"""
+
+import ast
+import gettext
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+from gpt2lab.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SYSTEM_FOLDER = "/usr/share/locale"
+SUFFIXES = (".mo", ".po")
+CONTEXT_END = "\x04"  # gettext puts a message's context before it, ended by this
+PO_LINE = re.compile(r'(?P<keyword>msgctxt|msgid_plural|msgid|msgstr(?:\[\d+\])?)?\s*(?P<text>".*")\s*$')
+
+
+def catalogue_files(path: str, language: str) -> list[Path]:
+    """The catalogues of `language` in the folder `path`, in a fixed order, or `path` itself where it is one.
+
+    A catalogue belongs to a language by a folder of that name above it (`de/LC_MESSAGES/x.mo`) or by its own (`de.po`).
+
+    Raises:
+        InputError: no such path, no catalogue, or none of that language.
+    """
+    path = path or SYSTEM_FOLDER
+    root = Path(path).expanduser()
+    if root.is_file() and root.suffix in SUFFIXES:
+        return [root]
+    if not root.is_dir():
+        raise InputError(
+            f"path={path} is neither a folder of gettext catalogues nor a .mo or .po file.\n{_cure(language)}"
+        )
+    catalogues = sorted(file for suffix in SUFFIXES for file in root.rglob(f"*{suffix}"))
+    chosen = [file for file in catalogues if language in _languages(file, root)]
+    if not chosen:
+        counts: dict[str, int] = {}
+        for file in catalogues:
+            for name in _languages(file, root):
+                counts[name] = counts.get(name, 0) + 1
+        known = sorted(counts, key=lambda name: -counts[name])
+        found = f"Languages there: {', '.join(known[:12])}." if known else "It holds no .mo or .po file at all."
+        raise InputError(f"No catalogue of language {language!r} under {path}.\n{found}\n{_cure(language)}")
+    return chosen
+
+
+def _languages(file: Path, root: Path) -> set[str]:
+    folders = [part for part in file.relative_to(root).parts[:-1] if part not in ("LC_MESSAGES", "LC_TIME")]
+    return {folders[-1] if folders else file.stem}
+
+
+def _cure(language: str) -> str:
+    return (
+        f"Choose another data.language, or give path= a folder with {language}/LC_MESSAGES/*.mo or {language}.po,\n"
+        "or a table (.tsv .jsonl …). Container images often leave translations out; any translated project holds some."
+    )
+
+
+def catalogue_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
+    """Yield each distinct pair once, keeping 16 bytes of hash for it. Broken files are named, then passed over."""
+    seen: set[bytes] = set()
+    for file in files:
+        try:
+            pairs = list(_mo_pairs(file) if file.suffix == ".mo" else _po_pairs(file))
+        except (OSError, ValueError, SyntaxError) as error:  # UnicodeDecodeError is a ValueError
+            log.warning("%s is not a readable catalogue and is left out: %s", file, error)
+            continue
+        for source, target in pairs:
+            source = source.rpartition(CONTEXT_END)[2]
+            digest = blake2b(f"{source}\0{target}".encode(), digest_size=16).digest()
+            if source.strip() and target.strip() and source != target and digest not in seen:
+                seen.add(digest)
+                yield {"source": source, "target": target}
+
+
+def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:
+    with file.open("rb") as stream:
+        # The stdlib parses catalogues but has no public way to list their messages.
+        messages = gettext.GNUTranslations(stream)._catalog
+    for message, translation in messages.items():
+        if isinstance(message, str):
+            yield message, translation
+        elif message[1] == 0:  # plural forms are listed as (message, number of the form)
+            yield message[0], translation
+
+
+def _po_pairs(file: Path) -> Iterator[tuple[str, str]]:
+    """Entries are blocks of lines `keyword "text"`, continued by lines `"text"`."""
+    fuzzy, field, entry = False, "", {}
+    for line in [*file.read_text(encoding="utf-8").splitlines(), 'msgid ""']:
+        match = PO_LINE.match(line)
+        if match is None:
+            if line.startswith("#,"):
+                yield from _po_entry(entry, fuzzy)
+                fuzzy, entry = "fuzzy" in line, {}
+            continue
+        keyword = match["keyword"]
+        if keyword in ("msgctxt", "msgid") and "msgstr" in entry:
+            yield from _po_entry(entry, fuzzy)
+            fuzzy, entry = False, {}
+        if keyword:
+            field = "msgstr" if keyword == "msgstr[0]" else keyword
+            entry[field] = ""
+        # PO strings are escaped as in C, which Python reads the same way.
+        entry[field] = entry.get(field, "") + ast.literal_eval(match["text"])
+
+
+def _po_entry(entry: dict[str, str], fuzzy: bool) -> Iterator[tuple[str, str]]:
+    if not fuzzy and "msgid" in entry and "msgstr" in entry:
+        yield entry["msgid"], entry["msgstr"]

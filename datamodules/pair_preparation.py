@@ -1,0 +1,180 @@
+"""From rows to tokenized pairs on disk, in memory that does not grow with the number of pairs.
+
+Step (1) collect: rows → pairs.jsonl, one {"source", "target"} a line; tokenizers are trained on it.
+Step (2) split: by a hash of the source text, or by validation pairs of their own; no source text is on both sides.
+Step (3) encode: each side → a PairFile.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from hashlib import blake2b, sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.pair_sources import PairSource, Row, pair_text
+from gpt2lab.errors import InputError
+from gpt2lab.pair_file import PairFileWriter
+from gpt2lab.pair_template import PairTemplate, encode_pairs
+
+log = logging.getLogger(__name__)
+
+HASHES = 2**64
+ENCODED_TOGETHER = 256  # pairs tokenized in one call
+
+Pairs = Callable[[], Iterator[tuple[str, str]]]
+
+
+def source_hash(source: str) -> int:
+    """A number in [0, 2^64) that decides on which side of the split a source text lies."""
+    return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "big")
+
+
+def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], name: str) -> dict[str, Any]:
+    """Write folder/pairs.jsonl; rows with an empty source or target are left out and counted.
+
+    Returns:
+        pairs, empty, sha256 of the file, hashes: the smallest and largest source_hash.
+
+    Raises:
+        InputError: a column does not exist, or there is no pair.
+    """
+    digest, pairs, empty, smallest, largest = sha256(), 0, 0, HASHES, -1
+    with (folder / "pairs.jsonl").open("wb") as file:
+        for row in tqdm(source.rows(), desc=f"{name}: pairs", unit=" pairs", disable=None):
+            source_text, target_text = _text(row, columns[0], "source"), _text(row, columns[1], "target")
+            if not source_text.strip() or not target_text.strip():
+                empty += 1
+                continue
+            line = json.dumps({"source": source_text, "target": target_text}, ensure_ascii=False).encode() + b"\n"
+            file.write(line)
+            digest.update(line)
+            pairs += 1
+            smallest, largest = min(smallest, source_hash(source_text)), max(largest, source_hash(source_text))
+    if pairs == 0:
+        raise InputError(
+            f"data={name} holds no pair: {empty} rows, none with text in both columns {columns[0]} and {columns[1]}.\n"
+            "Give rows with text on both sides, or name other columns: source=NAME target=NAME"
+        )
+    if empty:
+        log.warning("data=%s: %d rows with an empty source or target are left out", name, empty)
+    return {"pairs": pairs, "empty": empty, "sha256": digest.hexdigest(), "hashes": [smallest, largest]}
+
+
+def _text(row: Row, column: str, key: str) -> str:
+    try:
+        text = pair_text(row, column)
+    except KeyError:
+        names = [name for name, value in row.items() if not isinstance(value, dict)]
+        names += [f"{name}.{inner}" for name, value in row.items() if isinstance(value, dict) for inner in value]
+        raise InputError(
+            f"{key}={column}: the data have no such column.\n"
+            f"Columns there: {', '.join(names)}.\nName two of them: source=NAME target=NAME"
+        ) from None
+    return text.encode("utf-8", "replace").decode()  # JSON can spell half characters that no text holds
+
+
+def collected_pairs(folder: Path) -> Iterator[tuple[str, str]]:
+    """The pairs that `collect_pairs` wrote to `folder`, in order."""
+    with (folder / "pairs.jsonl").open("rb") as file:
+        for line in file:
+            pair = json.loads(line)
+            yield pair["source"], pair["target"]
+
+
+def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: str) -> tuple[Pairs, Pairs]:
+    """(training pairs, validation pairs): about `val_fraction` of the source texts, at least one on each side.
+
+    The hash knows nothing of the run's seed, so runs with different seeds validate on the same pairs.
+
+    Raises:
+        InputError: fewer than two different source texts.
+    """
+    smallest, largest = hashes
+    if smallest == largest:
+        raise InputError(
+            f"data={name} holds one source text; training and validation need one each.\n"
+            "Give more pairs, or validation pairs of their own: val_path=FILE"
+        )
+    threshold = min(max(int(val_fraction * HASHES), smallest + 1), largest)
+
+    def side(validation: bool) -> Pairs:
+        return lambda: (pair for pair in collected_pairs(folder) if (source_hash(pair[0]) < threshold) == validation)
+
+    return side(validation=False), side(validation=True)
+
+
+def split_as_given(folder: Path, val_folder: Path) -> tuple[Pairs, Pairs]:
+    """(training pairs whose source text is no validation pair's, validation pairs)."""
+
+    def training() -> Iterator[tuple[str, str]]:
+        # One number for each validation pair; validation sets are small.
+        held_out = {source_hash(source) for source, _ in collected_pairs(val_folder)}
+        return (pair for pair in collected_pairs(folder) if source_hash(pair[0]) not in held_out)
+
+    return training, lambda: collected_pairs(val_folder)
+
+
+def encode_side(
+    folder: Path,
+    pairs: Pairs,
+    template: PairTemplate,
+    tokenizer: PreTrainedTokenizerFast,
+    context: int,
+    name: str,
+) -> dict[str, int]:
+    """Write one side of the split as a PairFile to `folder`, named train or val; val keeps its references.
+
+    Returns:
+        pairs; targets: tokens of the responses; bytes: the UTF-8 bytes that the responses spell; shortened: pairs whose
+        source lost its end; too_long: pairs left out.
+
+    Raises:
+        InputError: no pair fits in the context.
+    """
+    counts = {"bytes": 0, "shortened": 0, "too_long": 0}
+    remaining = pairs()
+    progress = tqdm(desc=f"{name}: {folder.name} tokens", unit=" pairs", disable=None)
+    with progress, PairFileWriter(folder, len(tokenizer)) as writer:
+        while together := list(islice(remaining, ENCODED_TOGETHER)):
+            encoded = encode_pairs(together, template, tokenizer, context)
+            for (source, target), tokens in zip(together, encoded, strict=True):
+                if tokens is None:
+                    counts["too_long"] += 1
+                    continue
+                reference = {"source": source, "reference": target} if folder.name == "val" else None
+                writer.add(tokens.prompt, tokens.response, reference)
+                counts["shortened"] += tokens.shortened
+                counts["bytes"] += len(template.render_response(target).encode())
+            progress.update(len(together))
+    counts |= {"pairs": writer.pairs, "targets": writer.response_tokens}
+    _tell(counts, name, "training" if folder.name == "train" else "validation", context)
+    return counts
+
+
+def _tell(counts: dict[str, int], name: str, side: str, context: int) -> None:
+    """Say what did not fit; refuse a side that is left without a pair."""
+    if counts["pairs"] == 0 and counts["too_long"]:
+        raise InputError(
+            f"data={name}: none of the {counts['too_long']} {side} pairs fits in context={context}; "
+            "their targets alone are longer.\nRaise context, or give pairs with shorter targets."
+        )
+    if counts["pairs"] == 0:
+        raise InputError(
+            f"data={name}: no {side} pair is left, every source text is also a validation pair's.\n"
+            "Give other validation pairs: val_path=FILE"
+        )
+    if counts["too_long"] or counts["shortened"]:
+        log.warning(
+            "data=%s, context=%d: of %d %s pairs %d are left out (target too long) and %d lose the end of their source",
+            name,
+            context,
+            counts["pairs"] + counts["too_long"],
+            side,
+            counts["too_long"],
+            counts["shortened"],
+        )

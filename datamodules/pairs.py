@@ -1,0 +1,214 @@
+"""Pairs of texts (prompt → response) as data for fine-tuning.
+
+Step (1) source: rows of functions, catalogues, tables or a Hub data set (pair_sources.py).
+Step (2) pairs: two columns of the rows, collected once in the cache, and split by a hash of the source text or as given
+         (pair_preparation.py).
+Step (3) tokenizer: the model's own, or one trained on the training pairs.
+Step (4) tokens: both sides through the template into PairFiles, once, in the cache.
+Step (5) batches: pairs in the order of gpt2lab.order, padded to the longest of each micro-batch (pair_batches.py).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.pair_batches import PairsInOrder, PairsToPad, TrainingPairs
+from datamodules.pair_preparation import Pairs, collect_pairs, encode_side, split_as_given, split_by_hash
+from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
+from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
+from gpt2lab.errors import InputError
+from gpt2lab.pair_file import PairFile
+from gpt2lab.pair_template import PairTemplate
+from gpt2lab.settings import DataFacts, TokenizerChoice
+from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
+
+
+class PairData(lightning.LightningDataModule):
+    """Prompts and responses; the loss is on the responses.
+
+    Args:
+        name: shown in reports and cache folders.
+        reader: functions, catalogues or tables; what `path` holds (tables are recognised by any reader).
+        prompt, response: templates; `{source}` stands in the first, `{target}` in the second.
+        source, target: columns of the rows; `a.b` is b within a, `a+b` both with an empty line between.
+        metrics: scores of generated text (gpt2lab.text_metrics); the first is the watched one.
+        language: of the catalogues.
+        dataset, config, revision, split, val_split: of a data set of the Hub or in a local folder, read where `path` is
+            empty.
+        path, val_path, on_bad_line: for files.
+        val_fraction: share of the source texts held out, where neither `val_path` nor `val_split` is given.
+        batch_sequences: pairs of the global batch of one optimizer step.
+        accumulate: micro-batches of one step on each rank.
+        eval_batch_sequences: pairs of one validation batch.
+
+    Raises:
+        InputError: a template lacks its field or has another.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        prompt: str,
+        response: str,
+        source: str,
+        target: str,
+        reader: str = "tables",
+        metrics: list[str] | None = None,
+        language: str = "",
+        dataset: str = "",
+        config: str = "",
+        revision: str = "",
+        split: str = "train",
+        val_split: str = "",
+        tokenizer: TokenizerChoice,
+        context: int,
+        batch_sequences: int,
+        accumulate: int,
+        seed: int,
+        workers: int = 0,
+        cache_dir: str = "",
+        val_fraction: float = 0.05,
+        val_path: str = "",
+        path: str = "",
+        on_bad_line: str = "stop",
+        eval_batch_sequences: int = 16,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.template = PairTemplate(prompt, response)
+        self.columns = (source, target)
+        self.metrics = list(metrics or [])
+        self.reader = reader
+        self.language = language
+        self.hub = (dataset, config, revision, split, val_split)
+        self.files = (path, val_path, on_bad_line)
+        self.tokenizer_choice = tokenizer
+        self.context = context
+        self.batch_sequences = batch_sequences
+        self.accumulate = accumulate
+        self.seed = seed
+        self.workers = workers
+        self.cache_dir = cache_folder(cache_dir)
+        self.val_fraction = val_fraction
+        self.eval_batch_sequences = eval_batch_sequences
+        self.train_pairs: PairsToPad
+        self.val_pairs: PairsToPad
+
+    def prepare(self) -> DataFacts:
+        """Collect, split and tokenize the pairs unless that is done, and open them. Idempotent.
+
+        Raises:
+            InputError: no pairs, no such column, a broken line, no catalogue, nothing that fits in the context.
+        """
+        training, validation, identity = self._split()
+        tokenizer_folder = prepare_tokenizer(
+            self.tokenizer_choice, self.name, identity, lambda: self._texts(training), self.cache_dir
+        )
+        tokenizer = load_tokenizer(tokenizer_folder)
+        key = {
+            "data": identity,
+            "template": [self.template.prompt, self.template.response],
+            "tokenizer": tokenizer_hash(tokenizer),
+            "context": self.context,
+            "format": 1,
+        }
+
+        def build(folder: Path) -> dict[str, Any]:
+            sides = {"train": training, "val": validation}
+            return {
+                side: encode_side(folder / side, sides[side], self.template, tokenizer, self.context, self.name)
+                for side in sides
+            }
+
+        folder = prepared("tokenized_pairs", self.name, key, build, self.cache_dir)
+        self.train_pairs = self._opened(folder / "train", tokenizer)
+        self.val_pairs = self._opened(folder / "val", tokenizer)
+        counts = read_ledger(folder)
+        return DataFacts(
+            name=self.name,
+            hash=content_hash(key)[:16],
+            tokenizer_folder=tokenizer_folder,
+            vocab_size=len(tokenizer),
+            train_tokens=counts["train"]["targets"],
+            val_tokens=counts["val"]["targets"],
+            val_bytes=counts["val"]["bytes"],
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank from the trainer's optimizer step on, without end."""
+        rank, world, first_step = self._place()
+        if self.batch_sequences < self.accumulate * world:
+            raise InputError(
+                f"batch_sequences={self.batch_sequences} is less than one pair for each of {world} processes times "
+                f"{self.accumulate} micro-batches.\nRaise batch_sequences, or use fewer devices."
+            )
+        pairs = TrainingPairs(
+            self.train_pairs, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
+        )
+        return DataLoader(pairs, batch_size=None, shuffle=False, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """The whole validation split once, with references; ranks take turns."""
+        return self._in_order(self.val_pairs)
+
+    def train_eval_dataloader(self) -> DataLoader:
+        """The whole training split once, in file order, for evaluation."""
+        return self._in_order(self.train_pairs)
+
+    def _in_order(self, pairs: PairsToPad) -> DataLoader:
+        rank, world, _ = self._place()
+        return DataLoader(PairsInOrder(pairs, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False)
+
+    def _place(self) -> tuple[int, int, int]:
+        """(rank, number of ranks, optimizer step to start from)."""
+        if self.trainer is None:
+            return 0, 1, 0
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
+
+    def _split(self) -> tuple[Pairs, Pairs, dict[str, Any]]:
+        """(training pairs, validation pairs, what both depend on)."""
+        training, validation = self._sources()
+        folder = self._collected(training)
+        ledger = read_ledger(folder)
+        if validation is None:
+            identity = {"pairs": ledger["sha256"], "val_fraction": self.val_fraction}
+            return *split_by_hash(folder, ledger["hashes"], self.val_fraction, self.name), identity
+        val_folder = self._collected(validation)
+        identity = {"pairs": ledger["sha256"], "val_pairs": read_ledger(val_folder)["sha256"]}
+        return *split_as_given(folder, val_folder), identity
+
+    def _sources(self) -> tuple[PairSource, PairSource | None]:
+        """Where training pairs come from, and validation pairs where they have a place of their own."""
+        path, val_path, on_bad_line = self.files
+        dataset, config, revision, split, val_split = self.hub
+        from_hub = bool(dataset) and not path
+        if from_hub:
+            training = open_hub_source(dataset, config, revision, split)
+        else:
+            training = open_pair_source(self.reader, path, self.language, on_bad_line, self.columns)
+        if val_path:
+            return training, open_tables(val_path, "val_path", on_bad_line, self.columns)
+        return training, open_hub_source(dataset, config, revision, val_split) if from_hub and val_split else None
+
+    def _collected(self, source: PairSource) -> Path:
+        key = {"source": source.identity, "columns": self.columns, "format": 1}
+        return prepared(
+            "pairs",
+            self.name,
+            key,
+            lambda folder: collect_pairs(folder, source, self.columns, self.name),
+            self.cache_dir,
+        )
+
+    def _texts(self, pairs: Pairs) -> Iterator[str]:
+        for pair in tqdm(pairs(), f"{self.name}: tokenizer", unit=" pairs", disable=None):
+            yield from pair
+
+    def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> PairsToPad:
+        return PairsToPad(PairFile(folder, len(tokenizer)), self.context, tokenizer.eos_token_id)

@@ -1,0 +1,86 @@
+"""Tokenized pairs on disk: one flat file of token ids, one index entry per pair, references as JSON lines.
+
+    tokens.bin         prompt and response of pair 0, of pair 1, …; little-endian uint16, uint32 from 65,537 entries on
+    index.bin          one INDEX_ENTRY per pair
+    references.jsonl   {"source": …, "reference": …} per pair, where they were given (the validation side)
+
+Reading is memory-mapped: memory does not grow with the number of pairs.
+"""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from gpt2lab.token_file import token_dtype
+
+# `offset` counts tokens in tokens.bin, `prompt` and `response` are lengths in tokens, `reference` is a byte of
+# references.jsonl, or −1.
+INDEX_ENTRY = np.dtype([("offset", "<i8"), ("prompt", "<i4"), ("response", "<i4"), ("reference", "<i8")])
+
+
+class PairFileWriter:
+    """Appends pairs to a new folder; a context manager. `pairs` and `response_tokens` count what was written."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        folder.mkdir(parents=True)
+        self._dtype = token_dtype(vocab_size)
+        self._files = ExitStack()
+        self._tokens, self._index, self._references = (
+            self._files.enter_context((folder / name).open("wb"))
+            for name in ("tokens.bin", "index.bin", "references.jsonl")
+        )
+        self._offset = 0
+        self.pairs = 0
+        self.response_tokens = 0
+
+    def __enter__(self) -> "PairFileWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def add(self, prompt: list[int], response: list[int], reference: dict[str, str] | None = None) -> None:
+        place = -1
+        if reference is not None:
+            place = self._references.tell()
+            self._references.write(json.dumps(reference, ensure_ascii=False).encode() + b"\n")
+        self._tokens.write(np.array(prompt + response, dtype=self._dtype).tobytes())
+        self._index.write(np.array((self._offset, len(prompt), len(response), place), dtype=INDEX_ENTRY).tobytes())
+        self._offset += len(prompt) + len(response)
+        self.pairs += 1
+        self.response_tokens += len(response)
+
+
+class PairFile:
+    """Random access to the pairs of a folder that PairFileWriter wrote and that holds at least one pair."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
+        self._tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(vocab_size), mode="r")  # (all tokens,)
+        self._index = np.memmap(folder / "index.bin", dtype=INDEX_ENTRY, mode="r")  # (pairs,)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def target_tokens(self, rows: np.ndarray) -> int:
+        """Number of targets, end-of-text included, in the pairs `rows` (any number, int64)."""
+        return int(self._index["response"][rows].sum())
+
+    def sequence(self, row: int) -> tuple[np.ndarray, int]:
+        """Token ids of one pair, prompt and response (L,) int64, and the length of its prompt."""
+        entry = self._index[row]
+        start, prompt_length = int(entry["offset"]), int(entry["prompt"])
+        return self._tokens[start : start + prompt_length + int(entry["response"])].astype(np.int64), prompt_length
+
+    def references(self, rows: np.ndarray) -> list[str] | None:
+        """Target texts of the pairs `rows`, as they were given; None where the folder keeps none."""
+        if (self._index["reference"][rows] < 0).any():
+            return None
+        with (self.folder / "references.jsonl").open("rb") as file:
+            texts = []
+            for row in rows:
+                file.seek(int(self._index[row]["reference"]))
+                texts.append(json.loads(file.readline())["reference"])
+        return texts

@@ -1,0 +1,68 @@
+"""Scores of generated text against references, all from 0 to 100, as papers print them.
+
+rouge1, rouge2, rougeL  F1 of unigrams, bigrams, longest common subsequence, averaged over texts; no stemming (rouge_score)
+bleu                    corpus BLEU, tokenized as sacreBLEU's 13a, or zh where the references are Chinese or Japanese
+chrf                    corpus chrF2: character 6-grams, no words (sacreBLEU's default)
+exact                   share of predictions that equal their reference, white space at the ends aside
+"""
+
+from collections.abc import Callable, Iterable
+
+TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")
+
+
+def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:
+    """Score `predictions` (N texts) against one reference each.
+
+    torchmetrics, which computes all but `exact`, takes seconds to import: that happens here, not when the module is.
+
+    Raises:
+        ValueError: an unknown name, no text, or not as many predictions as references.
+    """
+    names = list(names)
+    unknown = sorted(set(names) - set(TEXT_METRICS))
+    if unknown:
+        raise ValueError(f"unknown text metric {unknown[0]!r}; allowed: {', '.join(TEXT_METRICS)}.")
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references: give as many, at least one."
+        )
+    scores: dict[str, float] = {}
+    rouge_names = tuple(name for name in names if name.startswith("rouge"))
+    if rouge_names:
+        scores |= _rouge(rouge_names, predictions, references)
+    one_each: dict[str, Callable[[list[str], list[str]], float]] = {"bleu": _bleu, "chrf": _chrf, "exact": _exact}
+    scores |= {name: one_each[name](predictions, references) for name in names if name in one_each}
+    return {name: scores[name] for name in names}
+
+
+def _rouge(names: tuple[str, ...], predictions: list[str], references: list[str]) -> dict[str, float]:
+    from torchmetrics.functional.text import rouge_score
+
+    scores = rouge_score(predictions, references, rouge_keys=names)
+    return {name: 100 * scores[f"{name}_fmeasure"].item() for name in names}
+
+
+def _bleu(predictions: list[str], references: list[str]) -> float:
+    from torchmetrics.functional.text import sacre_bleu_score
+
+    # 13a splits at spaces, which these languages do not write: a whole sentence would be one word.
+    tokenize = "zh" if _mostly_han(references) else "13a"
+    return 100 * sacre_bleu_score(predictions, [[text] for text in references], tokenize=tokenize).item()
+
+
+def _mostly_han(texts: list[str]) -> bool:
+    letters = [character for text in texts for character in text if character.isalpha()]
+    han = sum("\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff" for character in letters)
+    return 2 * han > len(letters)
+
+
+def _chrf(predictions: list[str], references: list[str]) -> float:
+    from torchmetrics.functional.text import chrf_score
+
+    return 100 * chrf_score(predictions, [[text] for text in references], n_word_order=0).item()
+
+
+def _exact(predictions: list[str], references: list[str]) -> float:
+    equal = sum(ours.strip() == theirs.strip() for ours, theirs in zip(predictions, references, strict=True))
+    return 100 * equal / len(references)

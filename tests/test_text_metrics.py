@@ -1,0 +1,81 @@
+"""Text metrics agree with the packages that define them."""
+
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from datamodules.documents import stdlib_corpus
+from datamodules.function_pairs import function_rows
+from gpt2lab.text_metrics import TEXT_METRICS, text_metrics
+
+ZH_REFERENCES = ["打开文件时出错。", "没有这样的文件或目录", "无法创建临时文件"]
+ZH_PREDICTIONS = ["打开文件出错。", "没有这个文件或目录", "不能创建 temp 文件"]
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[list[str], list[str]]:
+    """60 summaries of the standard library and imperfect guesses at them: some cut, some another's, one empty."""
+    rows = function_rows(document.text for document in stdlib_corpus().documents())
+    references = [row["summary"] for row in islice(rows, 60)]
+    predictions = [
+        text if number % 5 == 0 else text[: len(text) * 2 // 3] if number % 2 else references[number - 1]
+        for number, text in enumerate(references)
+    ]
+    predictions[7] = ""
+    return predictions, references
+
+
+def test_rouge_equals_rouge_score(texts):
+    predictions, references = texts
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=False)
+    each = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
+    ours = text_metrics(names, predictions, references)
+    for name in names:
+        theirs = 100 * sum(score[name].fmeasure for score in each) / len(each)
+        assert ours[name] == pytest.approx(theirs, abs=1e-3)
+        assert 10 < ours[name] < 100
+
+
+def test_bleu_and_chrf_equal_sacrebleu(texts):
+    predictions, references = texts
+    ours = text_metrics(["bleu", "chrf"], predictions, references)
+    assert ours["bleu"] == pytest.approx(BLEU().corpus_score(predictions, [references]).score, abs=1e-3)
+    assert ours["chrf"] == pytest.approx(CHRF().corpus_score(predictions, [references]).score, abs=1e-3)
+
+
+def test_bleu_counts_chinese_characters_as_words():
+    ours = text_metrics(["bleu"], ZH_PREDICTIONS, ZH_REFERENCES)["bleu"]
+    assert ours == pytest.approx(BLEU(tokenize="zh").corpus_score(ZH_PREDICTIONS, [ZH_REFERENCES]).score, abs=1e-3)
+    assert ours > 10
+
+
+def test_exact_looks_past_white_space_at_the_ends():
+    assert text_metrics(["exact"], [" a b\n", "a  b"], ["a b", "a b"]) == {"exact": 50.0}
+
+
+def test_a_perfect_prediction_scores_100_in_every_metric(texts):
+    _, references = texts
+    assert text_metrics(TEXT_METRICS, references, references) == {
+        name: pytest.approx(100, abs=1e-3) for name in TEXT_METRICS
+    }
+
+
+def test_empty_predictions_score_0_and_do_not_fail():
+    assert text_metrics(TEXT_METRICS, ["", ""], ["one two three four", "five"]) == dict.fromkeys(TEXT_METRICS, 0.0)
+
+
+def test_unknown_names_and_unequal_numbers_are_refused():
+    with pytest.raises(ValueError, match="allowed: rouge1"):
+        text_metrics(["meteor"], ["a"], ["a"])
+    with pytest.raises(ValueError, match="1 predictions and 2 references"):
+        text_metrics(["exact"], ["a"], ["a", "b"])
+
+
+def test_the_module_itself_does_not_import_torchmetrics():
+    program = "import sys, gpt2lab.text_metrics; sys.exit('torchmetrics' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
