@@ -1,7 +1,7 @@
-"""Answer: runs an entry point and turns how it ended into an exit code, and a user's mistake into a few lines on stderr.
+"""Answer: turns how an entry point ended into an exit code, and a user's mistake into a few lines on stderr.
 
-0 finished · 1 an error, or a sweep in which a job failed · 2 a mistake in the configuration or the input · 75 stopped by
-a signal after saving, to be resumed · 130 Ctrl-C.
+0 finished · 1 an error, or a sweep in which a job failed · 2 a mistake in the configuration or the input · 75 stopped
+by a signal after saving, to be resumed · 130 Ctrl-C.
 """
 
 import errno
@@ -29,7 +29,7 @@ class Ended(SystemExit):
 def exit_code(entry: Callable[[], Any]) -> int:
     """Run `entry` and say how it ended."""
     for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, _end_before_training)
+        signal.signal(name, _end_outside_training)
     try:
         entry()
     except Ended as ended:
@@ -44,9 +44,14 @@ def exit_code(entry: Callable[[], Any]) -> int:
     return FINISHED
 
 
+def code_of_signal(number: int) -> int:
+    """Exit code of a run that this signal stopped in good order."""
+    return INTERRUPTED if number == signal.SIGINT else STOPPED
+
+
 @contextmanager
 def ending_in_a_code() -> Iterator[None]:
-    """Errors of the block end the program at once with their code; Hydra would first put a line of its own before them."""
+    """Errors of the block end the program with their code; Hydra would first print a line of its own."""
     try:
         yield
     except Exception as error:
@@ -81,6 +86,6 @@ def as_mistake(error: Exception) -> InputError | None:
     return None
 
 
-def _end_before_training(signum: int, _frame: FrameType | None) -> None:
-    """Until training starts and its own handlers take over there is nothing to save."""
-    raise Ended(STOPPED, f"Stopped by {signal.Signals(signum).name} before training began.")
+def _end_outside_training(signum: int, _frame: FrameType | None) -> None:
+    """Before and after the training, which has handlers of its own, there is nothing to save."""
+    raise Ended(STOPPED, f"Stopped by {signal.Signals(signum).name}; no step was lost.")

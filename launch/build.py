@@ -26,7 +26,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16_true": "bf16-true",
 
 
 def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any:
-    """Call a node's `_target_` with its own keys and with those of `supplied` that it takes and the node does not state.
+    """Call a node's `_target_` with its own keys and with those of `supplied` that it takes and does not state.
 
     A dictionary given for an argument that is a settings dataclass becomes that dataclass, typed.
 
@@ -94,8 +94,8 @@ def data_module(config: Config) -> Any:
 def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> TrainingSettings:
     """What every task's module is given."""
     model = config.model
-    assert model.n_layer and model.n_head and model.n_embd and model.n_positions
-    shape = ModelShape(model.n_layer, model.n_head, model.n_embd, model.n_positions, vocab_size, model.dropout)
+    sizes = [size or 0 for size in (model.n_layer, model.n_head, model.n_embd, model.n_positions)]
+    shape = ModelShape(*sizes, vocab_size=vocab_size, dropout=model.dropout)
     compiled = config.compile is True
     return TrainingSettings(
         shape=shape,

@@ -1,4 +1,4 @@
-"""Checks: what can be said about a configuration before anything heavy is imported. Each check is one small function."""
+"""Checks: what can be said of a configuration before anything heavy is imported; each is one small function."""
 
 import glob
 import math
@@ -217,7 +217,7 @@ def refuse_fp16_on_cpu() -> None:
 def check_task_and_data(config: Config) -> None:
     if config.task_name == "finetune" and not config.takes_pairs:
         raise InputError(
-            f"task=finetune trains on pairs of prompt and response, data={config.record.groups['data']} is running text.\n"
+            f"task=finetune trains on pairs of prompt and response; data={config.record.groups['data']} has none.\n"
             "Use data=pairs (or summarize, complete, …), or go on pretraining: task=pretrain init=… data=…"
         )
 

@@ -23,7 +23,8 @@ def check_ignored_keys(config: Config) -> None:
         reader = ""
         if not task_reads(config.task_name, key):
             raise InputError(
-                f"task={config.task_name} does not read {key}; only task=distill does.\nLeave it out, or set task=distill."
+                f"task={config.task_name} does not read {key}; only task=distill does.\n"
+                "Leave it out, or set task=distill."
             )
         if group in PAIRS_ONLY and not config.takes_pairs:
             reader = "pairs of texts" + (", running text reads batch_tokens" if group == "batch_sequences" else "")

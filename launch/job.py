@@ -33,6 +33,7 @@ def run_job(asked: Config) -> dict[str, Any]:
         resolve.resolve(settings)
     from launch import automatic, build
 
+    noise.settle_library_noise()
     if settings.record.world_size == 0:
         automatic.settle(settings)
     data = build.data_module(settings)
@@ -71,6 +72,8 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
 
 def _folder(settings: Config, is_new: bool) -> Path:
     """Make the run directory and write config.yaml into it, unless the run goes on in the one it has."""
+    if settings.record.world_size > 1:
+        return Path(settings.run_dir or "")  # the parent has made it
     folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
     settings.run_dir = str(folder)
     config.save(settings, folder / "config.yaml")
@@ -112,10 +115,22 @@ def _run_rank(spec: Path) -> None:
     rank = int(os.environ["RANK"])
     noise.settle_noise(speaks=rank == 0)
     settings = config.load(spec)
-    from launch import build
+    from launch import build, ranks
 
-    data = build.data_module(settings)
-    train(settings, data, data.prepare(), is_new=False)
+    noise.settle_library_noise()
+    try:
+        data = build.data_module(settings)
+        watched = train(settings, data, data.prepare(), is_new=False)["watched"]
+    except answer.Ended as ended:
+        # Exit code 0: to the parent any other says that this rank died, and it would kill the rest while they save.
+        ranks.record_outcome(int(ended.code or 0), ended.message)
+    except Exception as error:
+        mistake = answer.as_mistake(error)
+        if mistake is None:
+            raise
+        ranks.record_outcome(answer.MISTAKE, f"error: {mistake}")
+    else:
+        ranks.record_outcome(answer.FINISHED, watched=watched)
 
 
 def _program(spec: str, parent: str, *flags: str) -> None:

@@ -19,6 +19,7 @@ QUIET_WARNINGS = (
     ".*Found \\d+ module\\(s\\) in eval mode.*",
     ".*The loaded checkpoint was.*",
     ".*torch.get_autocast_gpu_dtype.*",
+    ".*sync_dist=True.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 
@@ -56,11 +57,8 @@ def settle_noise(speaks: bool = True) -> None:
 
 def settle_library_noise() -> None:
     """The part that must come after the libraries, which set up their own output while they are imported."""
-    import lightning.pytorch.utilities.rank_zero  # noqa: F401
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,11 +1,10 @@
-"""Resolve: what a configuration leaves open — init, teacher, model sizes, tokenizer — becomes paths, sizes and a choice.
+"""Resolve: what a configuration leaves open (init, teacher, model sizes, tokenizer) becomes paths and numbers.
 
 Done once, in the parent process, before data or models are touched. Runs are known by report.json and config.yaml and
 models by config.json, so none of it needs torch.
 """
 
 import hashlib
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -88,11 +87,11 @@ def _teacher_folder(config: Config) -> str:
     try:
         return str(folder_of(FALLBACK_TEACHER, "teacher"))
     except InputError as error:
-        model = config.record.groups["model"]
+        model, data = config.record.groups["model"], config.record.groups["data"]
         raise InputError(
-            f"No teacher for model {model}: no finished pretrain run under runs/ has the same data and a larger model,\n"
-            f"and {FALLBACK_TEACHER} cannot be had from the Hub.\n"
-            f"Train one (python train.py task=pretrain model=… data={config.record.groups['data']}), or name one: teacher=RUN_DIR."
+            f"There is no teacher for model {model}: no finished pretrain run under runs/ has the same data and a\n"
+            f"larger model, and {FALLBACK_TEACHER} cannot be had from the Hugging Face Hub.\n"
+            f"Train one: python train.py task=pretrain model=… data={data}; or name one: teacher=RUN_DIR."
         ) from error
 
 
@@ -164,8 +163,6 @@ def _fitting(size: int, entries: int, whose: str, may_be_larger: bool) -> int:
     if size == entries or (size > entries and may_be_larger):
         return size
     raise InputError(
-        f"{whose} has a vocabulary of {size} entries, the student's tokenizer {entries}: they cannot be compared token by token.\n"
-        "Leave tokenizer=auto, which takes the teacher's, or name a teacher trained with this tokenizer."
-        if whose.startswith("The teacher")
-        else f"{whose} has a vocabulary of {size} entries, the tokenizer {entries}.\nLeave tokenizer=auto, which takes init's."
+        f"{whose} has a vocabulary of {size} entries, the tokenizer of this run {entries}; they must be the same.\n"
+        "Leave tokenizer=auto, which takes the teacher's or init's, or name weights trained with this tokenizer."
     )

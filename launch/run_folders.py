@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,14 @@ def make(config: Config) -> Path:
         except FileExistsError:
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
+
+
+def remove_if_untrained(folder: Path, is_new: bool) -> None:
+    """Leave nothing behind of a new run that ended before its first logged step."""
+    metrics = folder / "metrics.csv"
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    if is_new and not has_metrics and not (folder / "checkpoints").exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished_runs(root: Path = RUNS) -> list[FinishedRun]:

@@ -26,8 +26,8 @@ def check(config: Config, vocab_size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"No space left for this run: it writes up to {needed / 1e9:.1f} GB, {folder.resolve()} has {free / 1e9:.1f} GB.\n"
-            "Free some, or set run_dir= to another disk."
+            f"No space left for this run: it writes up to {needed / 1e9:.1f} GB, "
+            f"{folder.resolve()} has {free / 1e9:.1f} GB.\nFree some, or set run_dir= to another disk."
         )
 
 

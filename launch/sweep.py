@@ -1,0 +1,203 @@
+"""Sweep: the jobs of a multirun, one after another, each checked here and run in a fresh process.
+
+A job that is misconfigured, fails or is killed is recorded and the next one starts; a signal to this process goes to
+the running job, and then the sweep ends too.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gpt2lab.errors import InputError
+from launch import answer, checks, children, config
+from launch.ignored_keys import given_keys, in_words, without_ignored
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = (
+    "job",
+    "status",
+    "watched_metric",
+    "watched",
+    "val_loss",
+    "seconds",
+    "tokens_per_second",
+    "overrides",
+    "error",
+)
+
+
+@dataclass
+class Job:
+    """One combination of a sweep and what became of it."""
+
+    number: int
+    overrides: list[str]
+    folder: Path
+    status: str = "waiting"
+    error: str = ""
+    watched: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """A line of sweep.csv."""
+        report = _report_of(self.folder)
+        shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
+        own = {"job": self.number, "status": self.status, "overrides": in_words(self.overrides), "error": self.error}
+        return {**shown, **own, "watched": "" if self.watched is None else self.watched}
+
+
+def run_sweep(
+    loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int
+) -> list[JobReturn]:
+    """Run every job, then print the table and write sweep.csv.
+
+    Raises:
+        InputError: the combinations contradict each other as a whole.
+        answer.Ended: a signal stopped the sweep, or jobs failed.
+    """
+    folder = Path(str(sweep_config.hydra.sweep.dir))
+    jobs = [Job(first + i, overrides, folder / str(first + i)) for i, overrides in enumerate(combinations)]
+    tasks = [_task_of(loader, sweep_config, job) for job in jobs]
+    _check_together(jobs, tasks)
+    stopped = 0
+    for job, task in zip(jobs, tasks, strict=True):
+        print(f"job {job.number}: {in_words(job.overrides)}", flush=True)
+        stopped = _run(loader, sweep_config, job, task, set(tasks))
+        _write_csv(folder / "sweep.csv", jobs)
+        if job.error:
+            print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
+        if stopped:
+            break
+    print(_table(jobs))
+    print(f"{folder}/sweep.csv")
+    failed = sum(job.status == "failed" for job in jobs)
+    if stopped:
+        raise answer.Ended(answer.code_of_signal(stopped), f"The sweep was stopped by {signal.Signals(stopped).name}.")
+    if failed:
+        raise answer.Ended(answer.FAILED, f"{failed} of {len(jobs)} jobs failed.")
+    return [_job_return(job) for job in jobs]
+
+
+def _task_of(loader: ConfigLoader, sweep_config: DictConfig, job: Job) -> str:
+    """The task a job will have, read without composing it."""
+    given = [override.split("=", 1)[1] for override in job.overrides if override.startswith("task=")]
+    return given[-1] if given else str(sweep_config.hydra.runtime.choices.task)
+
+
+def _check_together(jobs: list[Job], tasks: list[str]) -> None:
+    """A distillation cannot wait for a teacher that the same sweep is yet to train."""
+    if {"pretrain", "distill"} <= set(tasks) and not any("teacher" in given_keys(job.overrides) for job in jobs):
+        raise InputError(
+            "A sweep over task=pretrain,distill needs a teacher named: jobs do not wait for each other's results.\n"
+            "Give teacher=RUN_DIR (or a model folder or Hub id), or run the two one after the other."
+        )
+
+
+def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, task: str, all_tasks: set[str]) -> int:
+    """Compose, check and run one job; returns the signal that stopped it, or 0."""
+    # What another task of this sweep reads is no mistake of this job's; with one task only it stays one.
+    overrides = without_ignored(job.overrides, task) if len(all_tasks) > 1 else job.overrides
+    try:
+        settings = _composed(loader, sweep_config, job, overrides)
+    except Exception as error:
+        mistake = answer.as_mistake(error)
+        if mistake is None:
+            raise
+        job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
+        return 0
+    code, stopped = _run_process(settings)
+    report = _report_of(job.folder)
+    job.status = {answer.FINISHED: "finished", answer.STOPPED: "stopped", answer.INTERRUPTED: "stopped"}.get(
+        code, "failed"
+    )
+    if job.status == "failed":
+        died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        job.error = report.get("error") or died
+    elif job.status == "finished":
+        job.watched = report.get("metrics", {}).get(report.get("watched_metric"))
+    return stopped
+
+
+def _composed(loader: ConfigLoader, sweep_config: DictConfig, job: Job, overrides: list[str]) -> config.Config:
+    tree = loader.load_sweep_config(sweep_config, overrides)
+    with open_dict(tree):
+        tree.hydra.job.num = job.number
+        hydra = tree.pop("hydra")
+    OmegaConf.set_struct(tree, True)
+    settings = config.typed(tree, hydra, command=f"python train.py {in_words(overrides)}")
+    if settings.run_dir is None and settings.name is None and settings.resume is None:
+        settings.run_dir = str(job.folder)
+    else:
+        raise InputError(
+            "run_dir, name and resume cannot be given in a sweep: each job has a folder of its own.\n"
+            "Set the sweep's: hydra.sweep.dir=FOLDER"
+        )
+    checks.check(settings)
+    return settings
+
+
+def _run_process(settings: config.Config) -> tuple[int, int]:
+    """(exit code, signal that came meanwhile or 0) of a job in a process and session of its own."""
+    with tempfile.TemporaryDirectory(prefix="gpt2lab-job-") as scratch:
+        spec = Path(scratch, "config.yaml")
+        config.save(settings, spec)
+        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.job", str(spec), str(os.getpid())],
+            env={**os.environ, "PYTHONPATH": search},
+            start_new_session=True,
+        )
+        with children.forwarding(lambda: [process.pid]) as signals:
+            code = process.wait()
+    return code, signals[-1] if signals else 0
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    file = folder / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _write_csv(file: Path, jobs: list[Job]) -> None:
+    """Rewritten after every job, aside and then moved, so that it can be read at any time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".tmp")
+    with scratch.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(job.row() for job in jobs)
+    scratch.replace(file)
+
+
+def _table(jobs: list[Job]) -> str:
+    """The sweep as the terminal shows it, one line a job, with the overrides in which the jobs differ."""
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    lines = [("job", "status", "watched", "value", "seconds", "overrides")]
+    for job in jobs:
+        row = job.row()
+        value = "" if job.watched is None else f"{job.watched:.4f}"
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] != "" else ""
+        own = in_words(override for override in job.overrides if override not in shared)
+        lines.append((str(job.number), job.status, row["watched_metric"], value, seconds, own))
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(lines[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(str(cell).ljust(width) for cell, width in zip(line, widths, strict=False)), str(line[-1])])
+        for line in lines
+    )
+
+
+def _job_return(job: Job) -> JobReturn:
+    """What a sweeper is told: the watched metric."""
+    result = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+    result.return_value = job.watched
+    return result
