@@ -1,6 +1,6 @@
 """Scores of generated text against references, all from 0 to 100, as papers print them.
 
-rouge1, rouge2, rougeL  F1 of unigrams, bigrams, longest common subsequence, averaged over texts; no stemming (rouge_score)
+rouge1, rouge2, rougeL  F1 of unigrams, bigrams, longest common subsequence, averaged over texts; no stemming
 bleu                    corpus BLEU, tokenized as sacreBLEU's 13a, or zh where the references are Chinese or Japanese
 chrf                    corpus chrF2: character 6-grams, no words (sacreBLEU's default)
 exact                   share of predictions that equal their reference, white space at the ends aside
@@ -14,7 +14,7 @@ TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")
 def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:
     """Score `predictions` (N texts) against one reference each.
 
-    torchmetrics, which computes all but `exact`, takes seconds to import: that happens here, not when the module is.
+    torchmetrics takes seconds to import: that happens here, not when the module is imported.
 
     Raises:
         ValueError: an unknown name, no text, or not as many predictions as references.
@@ -44,11 +44,11 @@ def _rouge(names: tuple[str, ...], predictions: list[str], references: list[str]
 
 
 def _bleu(predictions: list[str], references: list[str]) -> float:
-    from torchmetrics.functional.text import sacre_bleu_score
+    from sacrebleu.metrics import BLEU
 
     # 13a splits at spaces, which these languages do not write: a whole sentence would be one word.
     tokenize = "zh" if _mostly_han(references) else "13a"
-    return 100 * sacre_bleu_score(predictions, [[text] for text in references], tokenize=tokenize).item()
+    return BLEU(tokenize=tokenize).corpus_score(predictions, [references]).score
 
 
 def _mostly_han(texts: list[str]) -> bool:
@@ -58,9 +58,10 @@ def _mostly_han(texts: list[str]) -> bool:
 
 
 def _chrf(predictions: list[str], references: list[str]) -> float:
-    from torchmetrics.functional.text import chrf_score
+    # Not torchmetrics' (1.9): it drops the references of predictions that share nothing with them, which flatters.
+    from sacrebleu.metrics import CHRF
 
-    return 100 * chrf_score(predictions, [[text] for text in references], n_word_order=0).item()
+    return CHRF().corpus_score(predictions, [references]).score
 
 
 def _exact(predictions: list[str], references: list[str]) -> float:

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 
 from datamodules.documents import stdlib_corpus
 from datamodules.function_pairs import function_rows
@@ -41,17 +41,33 @@ def test_rouge_equals_rouge_score(texts):
         assert 10 < ours[name] < 100
 
 
-def test_bleu_and_chrf_equal_sacrebleu(texts):
+def test_bleu_equals_torchmetrics_own_sacrebleu(texts):
     predictions, references = texts
-    ours = text_metrics(["bleu", "chrf"], predictions, references)
-    assert ours["bleu"] == pytest.approx(BLEU().corpus_score(predictions, [references]).score, abs=1e-3)
-    assert ours["chrf"] == pytest.approx(CHRF().corpus_score(predictions, [references]).score, abs=1e-3)
+    theirs = 100 * sacre_bleu_score(predictions, [[text] for text in references]).item()
+    assert text_metrics(["bleu"], predictions, references)["bleu"] == pytest.approx(theirs, abs=1e-3)
 
 
 def test_bleu_counts_chinese_characters_as_words():
+    theirs = 100 * sacre_bleu_score(ZH_PREDICTIONS, [[text] for text in ZH_REFERENCES], tokenize="zh").item()
     ours = text_metrics(["bleu"], ZH_PREDICTIONS, ZH_REFERENCES)["bleu"]
-    assert ours == pytest.approx(BLEU(tokenize="zh").corpus_score(ZH_PREDICTIONS, [ZH_REFERENCES]).score, abs=1e-3)
+    assert ours == pytest.approx(theirs, abs=1e-3)
     assert ours > 10
+
+
+def test_chrf_equals_torchmetrics_where_every_prediction_shares_something_with_its_reference(texts):
+    pairs = [
+        (prediction, reference) for prediction, reference in zip(*texts, strict=True) if prediction[:9] == reference[:9]
+    ]
+    predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    theirs = 100 * chrf_score(predictions, [[text] for text in references], n_word_order=0).item()
+    # Smoothing differs in the fourth digit.
+    assert text_metrics(["chrf"], predictions, references)["chrf"] == pytest.approx(theirs, abs=0.02)
+
+
+def test_chrf_counts_the_references_of_hopeless_predictions():
+    predictions, references = ["abcdefgh", "zzzzzzzz"], ["abcdefgh", "ijklmnop"]
+    # Each order n: half of the n-grams match on both sides, so precision = recall = F = 1/2.
+    assert text_metrics(["chrf"], predictions, references) == {"chrf": pytest.approx(50)}
 
 
 def test_exact_looks_past_white_space_at_the_ends():
