@@ -11,6 +11,7 @@ from lightning import Trainer
 from callbacks.interrupt import Interrupt
 from gpt2lab import metric_names
 from gpt2lab.batch import Batch
+from gpt2lab.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Health(lightning.Callback):
 
     def __init__(self, on_spike: Literal["warn", "stop"] = "warn") -> None:
         if on_spike not in ("warn", "stop"):
-            raise ValueError(f"on_spike={on_spike} is not known; give warn or stop.")
+            raise InputError(f"on_spike={on_spike} is not known; give warn or stop.")
         self.on_spike = on_spike
         self.detector = SpikeDetector()
         self._logged_tokens = -1.0

@@ -5,6 +5,7 @@ Whatever goes wrong with W&B is told once in a warning, and the training goes on
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class WeightsAndBiases(Logger):
         file = self.run_dir / "wandb" / "run-id"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(wandb.util.generate_id())
+            file.write_text(secrets.token_hex(4))
         return file.read_text()
 
     @rank_zero_only

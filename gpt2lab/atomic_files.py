@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -86,10 +87,22 @@ def told_when_full(what: str, kept: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
+    except Exception as error:
+        code = _os_error_behind(error)
+        if code not in NO_SPACE:
             raise
-        raise InputError(f"No space left to write {what}: {error.strerror}.\n{kept}") from error
+        raise InputError(f"No space left to write {what}: {os.strerror(code)}.\n{kept}") from error
+
+
+def _os_error_behind(error: BaseException | None) -> int:
+    """The system's error number: torch and safetensors report failed writes as errors of their own; 0 where none is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, which is written in Rust
+            return int(told.group(1))
+        error = error.__cause__ or error.__context__
+    return 0
 
 
 def _exchange(first: Path, second: Path) -> bool:

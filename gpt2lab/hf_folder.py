@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from gpt2lab.atomic_files import replaced_folder
 
@@ -55,7 +56,7 @@ def write_hf_folder(
         bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text
     )
     with replaced_folder(folder) as scratch:
-        model.save_pretrained(scratch)
+        _save_quietly(model, scratch)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(_model_card(card), encoding="utf-8")
         if export_adapter is not None:
@@ -93,6 +94,15 @@ def verify_in_fresh_process(folder: Path, input_ids: Tensor, logits: Tensor) -> 
     if not difference <= TOLERANCE:
         raise RuntimeError(f"{folder} gives logits that differ by {difference:.1e} in a fresh process.")
     return difference
+
+
+def _save_quietly(model: GPT2LMHeadModel, folder: Path) -> None:
+    """`save_pretrained` without its own progress bar, which would cut through the run's."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    if shown:
+        transformers_logging.enable_progress_bar()
 
 
 def _environment() -> dict[str, str]:

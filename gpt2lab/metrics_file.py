@@ -28,7 +28,7 @@ class MetricsFile:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write `metrics` of `step`. Steps never decrease within one process."""
-        values = {name: repr(float(value)) for name, value in metrics.items()}
+        values = {name: _number(float(value)) for name, value in metrics.items()}
         if not self._open:
             self._take_up(step)
         if self._row.get(STEP) != str(step):
@@ -76,6 +76,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, str]]:
 def series(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
     """(step, value) of one metric, where it was logged."""
     return [(int(row[STEP]), float(row[name])) for row in rows if row.get(name)]
+
+
+def _number(value: float) -> str:
+    """Seven digits, which is what fp32 holds; whole numbers in full."""
+    return str(int(value)) if value.is_integer() else f"{value:.7g}"
 
 
 def _line(row: dict[str, str], columns: list[str]) -> bytes:

@@ -6,7 +6,7 @@ of 16 give the same gradient.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class LanguageModel(lightning.LightningModule):
         self.watched_metric = metric_names.VAL_LOSS
         self._step_loss = torch.zeros(())
         self._step_indices: list[Tensor] = []
+        self._step_targets = 0
         self._validation_sums: dict[str, Tensor] = {}
         self._gradient_norm = 0.0
 
@@ -128,6 +129,7 @@ class LanguageModel(lightning.LightningModule):
         result = self.loss(batch)
         self._step_loss = self._step_loss + result.total.detach()
         self._step_indices.append(batch.indices)
+        self._step_targets = batch.target_tokens
         # Lightning divides by the accumulation and DDP and FSDP2 average over ranks: undo both, divide once by N.
         return result.total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.target_tokens)
 
@@ -145,12 +147,18 @@ class LanguageModel(lightning.LightningModule):
                 "Lower optimizer.lr, lengthen schedule.warmup_steps, or use precision=fp32."
             )
 
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Here and not at the end of the batch, where callbacks come before the module: they save and report these.
+        self.tokens_seen += self._step_targets
+        if self.average is not None:
+            self.average.update()
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        self.tokens_seen += batch.target_tokens
-        if self.average is not None:
-            self.average.update()
         step = self.trainer.global_step
         if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
             self._log_step(step, self._over_ranks(self._step_loss) / batch.target_tokens)
