@@ -3,20 +3,20 @@
 A corpus gives its documents as often as asked and an identity that changes whenever they would.
 """
 
-import gzip
 import hashlib
 import io
 import json
 import logging
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from datamodules.compressed_files import COMPRESSED_ENDINGS, opened
 from gpt2lab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -24,44 +24,53 @@ log = logging.getLogger(__name__)
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst"}
 RECORD_ENDINGS = {".jsonl", ".parquet"}
 KNOWN_ENDINGS = frozenset(TEXT_ENDINGS | RECORD_ENDINGS)
-COMPRESSED_ENDINGS = {".gz", ".zst"}
-PIECE_CHARACTERS = 64 * 1024  # a longer text file becomes several documents, cut at line ends
-HASHED_BYTES = 256 * 2**20  # up to this size a corpus is known by its content, beyond by names, sizes and times
-TEST_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
+PIECE_CHARACTERS = 64 * 1024  # a longer text file comes in pieces of about this size
+KEY_CHARACTERS = 32 * 1024  # of a text decide on its side of the split
+LONGEST_PIECE = 2**20  # even if no line ends in it
+HASHED_BYTES = 64 * 2**20  # up to this size a corpus is known by its content, beyond by names, sizes and times
+NOT_STDLIB = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """`key` decides on which side of the training/validation split the text lies."""
+    """`key` decides on which side of the training/validation split the text lies.
+
+    A long document comes in pieces with one key: `continues` says that this one goes on where the last one ended.
+    """
 
     key: str
     text: str
+    continues: bool = False
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from; `validation` is None where the corpus has no validation part of its own."""
+    """Where documents come from; `validation` is None where the corpus has no validation part of its own.
+
+    `size` is about the number of bytes all of it has, for progress bars; 0 where nobody knows.
+    """
 
     name: str
     identity: dict[str, Any]
     documents: Callable[[], Iterator[Document]]
     validation: Callable[[], Iterator[Document]] | None = None
+    size: int = 0
 
 
 def stdlib_corpus() -> Corpus:
     """The Python standard library of the running interpreter, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(root.rglob("*.py")) if not TEST_FOLDERS & set(path.relative_to(root).parts[:-1])]
-    return _source_corpus("stdlib", root, files)
+    return _source_corpus("stdlib", root, _files_below(root, NOT_STDLIB))
 
 
 def packages_corpus() -> Corpus:
     """The Python source of the packages installed in this environment."""
     root = Path(sysconfig.get_paths()["purelib"])
-    return _source_corpus("packages", root, sorted(root.rglob("*.py")))
+    return _source_corpus("packages", root, _files_below(root))
 
 
-def _source_corpus(name: str, root: Path, files: list[Path]) -> Corpus:
+def _source_corpus(name: str, root: Path, found: list[Path]) -> Corpus:
+    files = [file for file in found if file.suffix == ".py"]
     if not files:
         raise InputError(
             f"data={name}: no Python source below {root} (python {sys.version.split()[0]}); use data=text."
@@ -73,11 +82,14 @@ def _source_corpus(name: str, root: Path, files: list[Path]) -> Corpus:
             if text.strip():
                 yield Document(path.relative_to(root).as_posix(), text)
 
-    return Corpus(name, {"files": files_identity(files, root)}, documents)
+    return Corpus(name, {"files": files_identity(files, root)}, documents, size=total_size(files))
 
 
 def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) -> Corpus:
     """Files, folders or globs of .txt .md .rst .py .jsonl .parquet, each also as .gz or .zst.
+
+    A text file is one document, a record one. Which side of the split it lies on depends on its text (the first piece
+    of a long one), so equal texts lie on the same side wherever they are.
 
     Raises:
         InputError: nothing there, no readable file among them, a broken line, or a missing column.
@@ -95,7 +107,8 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
         val_files = find_files(val_path, "val_path")
         identity["val_files"] = files_identity(val_files)
         validation = reader(val_files)
-    return Corpus("text", identity, reader(files), validation)
+    size = 0 if any(file.suffix.lower() in COMPRESSED_ENDINGS for file in files) else total_size(files)
+    return Corpus("text", identity, reader(files), validation, size)
 
 
 def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> list[Path]:
@@ -110,7 +123,7 @@ def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> 
             raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_in_words(endings)}.")
         return [given]
     if given.is_dir():
-        found = [file for file in given.rglob("*") if file.is_file()]
+        found = _files_below(given)
     elif has_magic(path):
         found = [Path(name) for name in glob(str(given), recursive=True) if Path(name).is_file()]  # noqa: PTH207 — any root
     else:
@@ -119,6 +132,20 @@ def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> 
     if not files:
         raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_in_words(endings)}.")
     return files
+
+
+def _files_below(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
+    """Files in a folder and all below it, sorted; hidden folders such as .git are left out, and those named."""
+    found: list[Path] = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in skipped and not name.startswith(".")]
+        found.extend(path for name in names if (path := Path(folder, name)).is_file())
+    return sorted(found)
+
+
+def total_size(files: list[Path]) -> int:
+    """Bytes on the disk."""
+    return sum(file.stat().st_size for file in files)
 
 
 def kind_of(file: Path, known: frozenset[str] = KNOWN_ENDINGS) -> str | None:
@@ -135,21 +162,31 @@ def _in_words(endings: frozenset[str]) -> str:
 
 
 def files_identity(files: list[Path], root: Path | None = None) -> str:
-    """SHA-256 over names and content; over names, sizes and modification times where the files are large together."""
-    by_content = sum(file.stat().st_size for file in files) <= HASHED_BYTES
+    """SHA-256 over the files' content and, where a `root` is given, their names below it.
+
+    Hashing much text would delay every start: beyond 64 MiB together it is their paths, sizes and modification times.
+    """
+    by_content = total_size(files) <= HASHED_BYTES
     digest = hashlib.sha256()
     for file in files:
-        name = file.relative_to(root) if root else file.resolve()
-        digest.update(f"{name}\0".encode(errors="surrogateescape"))
-        if by_content:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        if not by_content:
+            known = f"{file.resolve()}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\0"
         else:
-            digest.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+            known = f"{file.relative_to(root) if root else ''.join(file.suffixes[-2:])}\0"
+            try:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+            except OSError as error:
+                raise InputError(f"Cannot read {file}: {error.strerror}.\nMend or leave out the file.") from error
+        digest.update(known.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def file_documents(file: Path, text_column: str, on_bad_line: str) -> Iterator[Document]:
-    """The documents of one file: a text file is one (a long one several), a record file one a row."""
+    """The documents of one file: a text file is one (a long one in pieces), a record file one a row.
+
+    Raises:
+        InputError: not readable, a broken line, or no such column.
+    """
     if kind_of(file) not in RECORD_ENDINGS:
         yield from _text_pieces(file)
         return
@@ -159,23 +196,43 @@ def file_documents(file: Path, text_column: str, on_bad_line: str) -> Iterator[D
                 f"{file}:{number}: no column {text_column!r}.\nColumns there: {', '.join(map(str, row))}.\n"
                 "Name the text column: data.text_column=NAME"
             )
-        if row[text_column] and str(row[text_column]).strip():
-            yield Document(f"{file.name}#{number}", str(row[text_column]))
+        yield from record_document(row[text_column])
+
+
+def record_document(value: Any) -> Iterator[Document]:
+    """The document that a record's text column holds; none where there is no text."""
+    text = str(value or "").encode("utf-8", "replace").decode()  # JSON can spell lone surrogates, which no text holds
+    if text.strip():
+        yield Document(text[:KEY_CHARACTERS], text)
 
 
 def _text_pieces(file: Path) -> Iterator[Document]:
-    """Bytes that are no UTF-8 are read as the replacement character."""
-    smallest = (
-        max(file.stat().st_size // 20, 1024) if file.suffix.lower() not in COMPRESSED_ENDINGS else PIECE_CHARACTERS
-    )
+    """Bytes that are no UTF-8 are read as the replacement character, and a byte order mark is dropped."""
     with opened(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace")
-        number = 0
-        while lines := text.readlines(min(PIECE_CHARACTERS, smallest)):
-            piece = "".join(lines)
-            if piece.strip():
-                yield Document(f"{file.name}#{number}", piece)
-            number += 1
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        key, rest = "", ""
+        while block := text.read(PIECE_CHARACTERS):
+            rest += block
+            if len(rest) < PIECE_CHARACTERS:
+                continue
+            place = _last_cut(rest) or (len(rest) if len(rest) >= LONGEST_PIECE else 0)
+            if not place:
+                continue
+            piece, rest = rest[:place], rest[place:]
+            if key or piece.strip():
+                yield Document(key or piece[:KEY_CHARACTERS], piece, continues=bool(key))
+                key = key or piece[:KEY_CHARACTERS]
+        if rest and (key or rest.strip()):
+            yield Document(key or rest[:KEY_CHARACTERS], rest, continues=bool(key))
+
+
+def _last_cut(text: str) -> int:
+    """Where a text can be cut without changing GPT-2's tokens: before its last line end, 0 if it has none.
+
+    The pre-tokenizer never joins a visible character with white space that follows, so no token spans such a place.
+    """
+    line_end = text.rfind("\n", 0, -1)
+    return len(text[:line_end].rstrip()) if line_end > 0 else 0
 
 
 def file_records(file: Path, on_bad_line: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -221,25 +278,3 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{file}: no readable parquet file ({str(error).splitlines()[0]}).") from error
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
-    """A binary stream of the file's content, decompressed.
-
-    Raises:
-        InputError: not readable, or the compressed data are damaged.
-    """
-    import zstandard
-
-    ending = file.suffix.lower()
-    try:
-        with file.open("rb") as raw:
-            if ending == ".gz":
-                yield gzip.GzipFile(fileobj=raw)
-            elif ending == ".zst":
-                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
-            else:
-                yield raw
-    except (PermissionError, gzip.BadGzipFile, EOFError, zstandard.ZstdError) as error:
-        raise InputError(f"Cannot read {file}: {error}.\nMend or leave out the file.") from error

@@ -1,50 +1,54 @@
 """Documents of a data set on the Hub or in a local folder that `datasets` reads, downloaded or streamed."""
 
-import logging
+import functools
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.documents import Corpus, Document
+from datamodules.documents import Corpus, Document, files_identity, record_document
 from gpt2lab.errors import InputError
+from gpt2lab.hub import is_hub_id, require_hub
 
-log = logging.getLogger(__name__)
+NO_HUB = (
+    "Give a local data set folder (data.dataset=FOLDER), or data that need no network: data=stdlib, data=text path=…"
+)
 
 
 def hub_corpus(
-    name: str, dataset: str, config: str, split: str, val_split: str, text_column: str, streaming: bool
+    name: str, dataset: str, config: str, revision: str, split: str, val_split: str, text_column: str, streaming: bool
 ) -> Corpus:
     """One text column of a data set; `val_split` empty takes the validation text out of `split` by hash.
 
+    A data set of the Hub is known by its name and revision, so prepared tokens are found again without the Hub. Without
+    a revision that is the state in which it was first prepared.
+
     Raises:
-        InputError: the data set, split or column is not to be had.
+        InputError: no data set named. What is not to be had is told when documents are first asked for.
     """
     if not dataset:
         raise InputError("data=hub needs data.dataset=HUB_ID or a local data set folder.")
-    training = load_hub_split(dataset, config, split, streaming)
-    validation = load_hub_split(dataset, config, val_split, streaming) if val_split else None
     identity = {"dataset": dataset, "config": config, "split": split, "val_split": val_split, "column": text_column}
-    if not streaming:
-        identity["fingerprint"] = training._fingerprint
-    elif Path(dataset).exists():
-        identity["modified"] = max(file.stat().st_mtime_ns for file in Path(dataset).rglob("*"))
+    if Path(dataset).is_dir():
+        identity["files"] = files_identity(sorted(file for file in Path(dataset).rglob("*") if file.is_file()))
+    else:
+        identity["revision"] = revision
 
-    def documents(rows: Iterable[dict[str, Any]], side: str) -> Iterator[Document]:
-        for number, row in enumerate(rows):
+    @functools.cache
+    def rows(side: str) -> Iterable[dict[str, Any]]:
+        return load_hub_split(dataset, config, side, streaming, revision)
+
+    def documents(side: str) -> Iterator[Document]:
+        for row in rows(side):
             if text_column not in row:
                 raise InputError(
                     f"{dataset}: no column {text_column!r}.\nColumns there: {', '.join(row)}.\n"
                     "Name the text column: data.text_column=NAME"
                 )
-            if row[text_column] and row[text_column].strip():
-                yield Document(f"{side}#{number}", row[text_column])
+            yield from record_document(row[text_column])
 
-    return Corpus(
-        name,
-        identity,
-        lambda: documents(training, split),
-        (lambda: documents(validation, val_split)) if validation is not None else None,
-    )
+    validation = (lambda: documents(val_split)) if val_split else None
+    return Corpus(name, identity, lambda: documents(split), validation)
 
 
 def load_hub_split(dataset: str, config: str, split: str, streaming: bool, revision: str = "") -> Any:
@@ -55,17 +59,22 @@ def load_hub_split(dataset: str, config: str, split: str, streaming: bool, revis
     """
     import datasets
 
+    if is_hub_id(dataset):
+        require_hub(f"The data set {dataset}", NO_HUB)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         if (Path(dataset) / "dataset_dict.json").is_file() or (Path(dataset) / "state.json").is_file():
             stored = datasets.load_from_disk(dataset)
             return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
-        return datasets.load_dataset(dataset, config or None, split=split, streaming=streaming, revision=revision or None)
+        return datasets.load_dataset(
+            dataset, config or None, split=split, streaming=streaming, revision=revision or None
+        )
     except KeyError as error:
         raise InputError(f"{dataset} has no split {split!r}; it has: {', '.join(stored)}.") from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(
             f"Cannot load the data set {dataset} (config {config or 'default'}, split {split}): {reason}\n"
-            "Check the name and the network (HF_TOKEN for gated data), give a local folder (data.dataset=FOLDER),\n"
-            "or use data that need no network: data=stdlib, or data=text path=…"
+            f"Check the name and the network (HF_TOKEN for gated data).\n{NO_HUB}"
         ) from error

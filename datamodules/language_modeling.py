@@ -7,6 +7,8 @@ Step (4) tokens: both sides into flat files, once, in the cache.
 Step (5) batches: windows in the order of gpt2lab.order, a pure function of (seed, step).
 """
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from tqdm import tqdm
 
 from datamodules.documents import Corpus, packages_corpus, stdlib_corpus, text_corpus
 from datamodules.hub_documents import hub_corpus
-from datamodules.token_preparation import bytes_spelt, split_corpus, write_tokens
+from datamodules.token_bins import bin_facts
+from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
 from datamodules.windows import TrainingWindows, WindowsInOrder
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
@@ -32,7 +35,8 @@ class LanguageModelingData(lightning.LightningDataModule):
     Args:
         name: shown in reports and cache folders.
         source: stdlib, packages, text, hub or bin.
-        text_column, dataset, config, split, val_split, streaming: for source hub; text_column for record files too.
+        dataset, config, revision, split, val_split, streaming: for source hub.
+        text_column: for source hub, and for record files.
         path, val_path, val_fraction, on_bad_line: for files; bin takes a folder with train.bin and val.bin.
         batch_sequences: windows of the global batch of one optimizer step.
         accumulate: micro-batches of one step on each rank.
@@ -47,6 +51,7 @@ class LanguageModelingData(lightning.LightningDataModule):
         text_column: str = "text",
         dataset: str = "",
         config: str = "",
+        revision: str = "",
         split: str = "train",
         val_split: str = "",
         streaming: bool = False,
@@ -64,9 +69,9 @@ class LanguageModelingData(lightning.LightningDataModule):
         eval_batch_sequences: int = 16,
     ) -> None:
         super().__init__()
-        self.name = name
+        self.name: str = name
         self.source = source
-        self.hub_arguments = (dataset, config, split, val_split, text_column, streaming)
+        self.hub_arguments = (dataset, config, revision, split, val_split, text_column, streaming)
         self.tokenizer_choice = tokenizer
         self.context = context
         self.batch_sequences = batch_sequences
@@ -87,10 +92,11 @@ class LanguageModelingData(lightning.LightningDataModule):
             InputError: no text, a broken line, too little text for one window, no space left, and so on.
         """
         if self.source == "bin":
-            folder, tokenizer_folder, facts = self._bin_folder()
+            folder = Path(self.file_arguments[0]).expanduser()
+            tokenizer_folder, facts = bin_facts(folder, self.tokenizer_choice, self.cache_dir)
         else:
             folder, tokenizer_folder, facts = self._token_folder()
-        dtype = token_dtype(facts["vocab_size"])
+        dtype = np.dtype(facts["dtype"])
         self.train_file = TokenFile(folder / "train.bin", dtype, self.context)
         self.val_file = TokenFile(folder / "val.bin", dtype, self.context, keep_short=True)
         for side, file in (("training", self.train_file), ("validation", self.val_file)):
@@ -146,65 +152,43 @@ class LanguageModelingData(lightning.LightningDataModule):
             return text_corpus(*self.file_arguments)
         if self.source == "hub":
             return hub_corpus(self.name, *self.hub_arguments)
-        raise ValueError(f"unknown source {self.source!r}: one of stdlib, packages, text, hub, bin.")
+        raise InputError(f"data.source={self.source}: not one of stdlib, packages, text, hub, bin.")
 
     def _token_folder(self) -> tuple[Path, str, dict[str, Any]]:
         """(folder with train.bin and val.bin, tokenizer folder, facts)."""
         corpus = self._corpus()
-        training, validation = split_corpus(corpus, self.val_fraction)
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"val_fraction={self.val_fraction}: not between 0 and 1; the default is 0.05.")
         identity = {**corpus.identity, "val_fraction": self.val_fraction}
-        tokenizer_folder = prepare_tokenizer(
-            self.tokenizer_choice,
-            self.name,
-            identity,
-            lambda: (doc.text for doc in tqdm(training(), f"{self.name}: tokenizer", unit=" documents", disable=None)),
-            self.cache_dir,
-        )
+        placed = functools.cache(
+            lambda: split_corpus(corpus, self.val_fraction)
+        )  # asks for text only when it is needed
+
+        def training_texts() -> Iterator[str]:
+            with self._progress("tokenizer", corpus.size) as progress:
+                for side, document in placed()():
+                    progress.update(len(document.text))
+                    if side == TRAIN:
+                        yield document.text
+
+        tokenizer_folder = prepare_tokenizer(self.tokenizer_choice, self.name, identity, training_texts, self.cache_dir)
         tokenizer = load_tokenizer(tokenizer_folder)
 
         def build(folder: Path) -> dict[str, Any]:
-            sides = {"train": training, "val": validation}
-            counts = {side: write_tokens(folder / f"{side}.bin", sides[side](), tokenizer, self.name) for side in sides}
+            sides = write_token_files(folder, placed()(), tokenizer, self._progress("tokens", corpus.size))
             return {
                 "vocab_size": len(tokenizer),
-                "val_bytes": counts["val"]["bytes"],
-                "counts": counts,
-                "hash": content_hash([identity, tokenizer_hash(tokenizer)])[:16],
+                "dtype": token_dtype(len(tokenizer)).str,
+                "tokenizer": tokenizer_hash(tokenizer),
+                "val_bytes": sides[VAL]["bytes"],
+                "sides": sides,
+                "hash": content_hash([sides[TRAIN]["sha256"], sides[VAL]["sha256"]])[:16],
             }
 
-        key = {"data": identity, "tokenizer": tokenizer_hash(tokenizer), "format": 1}
+        key = {"data": identity, "tokenizer": tokenizer_hash(tokenizer), "format": 2}
         folder = prepared("tokens", self.name, key, build, self.cache_dir)
         return folder, tokenizer_folder, read_ledger(folder)
 
-    def _bin_folder(self) -> tuple[Path, str, dict[str, Any]]:
-        """nanoGPT's train.bin and val.bin (uint16), used where they lie."""
-        folder = Path(self.file_arguments[0]).expanduser()
-        missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
-        if missing or not self.file_arguments[0]:
-            raise InputError(
-                f"data=bin path={self.file_arguments[0]}: {' and '.join(missing)} not found.\n"
-                "Give the folder in which nanoGPT's prepare.py wrote train.bin and val.bin: path=FOLDER"
-            )
-        tokenizer_folder = self.tokenizer_choice.source
-        if self.tokenizer_choice.kind != "pretrained":
-            raise InputError("data=bin holds tokens already; name the tokenizer that made them: tokenizer=hub")
-        tokenizer = load_tokenizer(tokenizer_folder)
-        tokens = np.memmap(folder / "val.bin", dtype="<u2", mode="r")
-        stamp = [
-            [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in ("train.bin", "val.bin")
-        ]
-        highest = int(tokens.max()) if len(tokens) else 0
-        if highest >= len(tokenizer):
-            raise InputError(
-                f"{folder / 'val.bin'} holds token {highest}, but {tokenizer_folder} has {len(tokenizer)} entries.\n"
-                "Name the tokenizer that made the file: tokenizer=hub tokenizer.source=FOLDER_OR_HUB_ID"
-            )
-        return (
-            folder,
-            tokenizer_folder,
-            {
-                "vocab_size": len(tokenizer),
-                "val_bytes": bytes_spelt(tokens[1:], tokenizer),
-                "hash": content_hash([str(folder.resolve()), stamp])[:16],
-            },
-        )
+    def _progress(self, what: str, size: int) -> tqdm:
+        """Quiet when stderr is no terminal."""
+        return tqdm(desc=f"{self.name}: {what}", total=size or None, unit="B", unit_scale=True, disable=None)

@@ -3,6 +3,7 @@
 import functools
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -11,6 +12,12 @@ from huggingface_hub import constants
 from gpt2lab.errors import InputError
 
 SECONDS = 5.0
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this is NAME or OWNER/NAME and no folder here; a path that leads nowhere is none."""
+    looks_like_path = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1
+    return bool(source) and not looks_like_path and not Path(source).exists()
 
 
 @functools.cache

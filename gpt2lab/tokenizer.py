@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2lab.cache import content_hash, prepared
 from gpt2lab.errors import InputError
-from gpt2lab.hub import require_hub
+from gpt2lab.hub import is_hub_id, require_hub
 from gpt2lab.settings import TokenizerChoice
 
 END_OF_TEXT = "<|endoftext|>"
@@ -55,8 +55,8 @@ def _tokenizer_folder(source: str) -> Path | None:
         InputError: a path that leads nowhere, or a folder without tokenizer files.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir():
-        if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or not source:
+    if not source or not folder.is_dir():
+        if not is_hub_id(source):
             raise InputError(
                 f"The tokenizer {source!r}: no such folder.\nGive a folder with tokenizer files or a Hub id."
             )
