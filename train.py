@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launch import answer, arguments, checks, config
+from launch.help_text import help_text
 
 config.register()
 
@@ -30,6 +31,9 @@ def main(tree: DictConfig) -> float | None:
 
 def command_line() -> None:
     """Hand Hydra the command line, made readable for it."""
+    if {"--help", "-h"} & set(sys.argv):
+        print(help_text())
+        return
     sys.argv[1:] = arguments.readable_by_hydra(sys.argv[1:])
     main()
 

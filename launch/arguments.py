@@ -6,6 +6,7 @@ of such keys that its grammar would refuse or read as something else are quoted 
 
 import shlex
 import sys
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
@@ -14,6 +15,7 @@ from hydra.errors import OverrideParseException
 from gpt2lab.errors import InputError
 from launch.spelling import nearest
 
+CONF = Path(__file__).parent.parent / "conf"
 FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
 FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r")
@@ -33,6 +35,7 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
         InputError: an unknown flag.
     """
     _check_flags(arguments)
+    _check_groups(arguments)
     sweeping = is_multirun(arguments)
     return [_readable(argument, sweeping) for argument in arguments]
 
@@ -40,6 +43,16 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
 def is_multirun(arguments: list[str]) -> bool:
     """Whether commas separate the values of a sweep."""
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def _check_groups(arguments: list[str]) -> None:
+    """Refuse a group without a value, at which Hydra would fail with a traceback."""
+    for argument in arguments:
+        group, equals, value = argument.partition("=")
+        folder = CONF / group
+        if equals and value in ("", "null", "~") and group and "/" not in group and folder.is_dir():
+            allowed = sorted(file.stem for file in folder.glob("*.yaml"))
+            raise InputError(f"{argument}: a group must have a value.\nAllowed: {', '.join(allowed)}.")
 
 
 def _check_flags(arguments: list[str]) -> None:

@@ -97,7 +97,8 @@ def _unknown_key(cause: OmegaConfBaseException) -> InputError:
     known = [key for key in known if key not in ("hydra", "record")]
     if not prefix:
         known += groups()
-    suggestion = nearest(given, known) or nearest(given, _nested_keys()) or _same_ending(given)
+    suggestion = _same_ending(given) or _near_sibling(given, known)
+    suggestion = suggestion or ("" if prefix else nearest(given, _nested_keys()))
     lines = [f"There is no key {given}{suggestion}."]
     if prefix and known:
         lines.append(f"Allowed: {', '.join(known)}.")
@@ -111,6 +112,14 @@ def _unknown_group(message: str) -> InputError:
     given = quoted[-1] if quoted else message
     name = re.split(r"[@/=]", given)[0]
     return InputError(f"There is no group or key {given}{nearest(name, [*groups(), *_nested_keys()])}.")
+
+
+def _near_sibling(given: str, known: list[str]) -> str:
+    """The nearest by its last part: all siblings share the rest."""
+    by_ending = {key.rpartition(".")[2]: key for key in known}
+    near = nearest(given.rpartition(".")[2], by_ending)
+    ending = near.removeprefix(" (did you mean ").removesuffix("?)")
+    return f" (did you mean {by_ending[ending]}?)" if near else ""
 
 
 def _same_ending(given: str) -> str:

@@ -90,14 +90,21 @@ def _may_be_hub_id(source: str) -> bool:
 
 
 def _from_hub(source: str, key: str) -> Path:
+    """The local copy, downloaded where there is none yet; the Hub is asked only when it answers."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from gpt2lab.hub import require_hub
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        require_hub(f"{key}={source} is no folder here", "Give a run directory or a model folder.")
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{key}={source} is neither a folder here nor a model that the Hugging Face Hub gives: "
             f"{str(error).strip().splitlines()[0][:120]}\n"
-            "Check the spelling and the network, or give a run directory or a model folder."
+            "Check the spelling, or give a run directory or a model folder."
         ) from error
