@@ -54,6 +54,7 @@ def generate(arguments: Arguments) -> list[dict[str, Any]]:
     from gpt2lab.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     device = named_device(arguments.accelerator)
     model = load_backbone(str(folder)).lm.to(device)
     tokenizer = load_tokenizer(str(folder))

@@ -90,7 +90,7 @@ def results_table(reports: dict[str, dict[str, Any]]) -> Table:
             _number(report.get("val_loss"), ".3f"),
             _number(report.get("val_perplexity"), ".1f"),
             _number(report.get("bits_per_byte"), ".3f"),
-            _number(report.get("val/rougeL"), ".3f"),
+            _number(report["metrics"].get("val/rougeL"), ".3f"),
             _number(report.get("tokens_per_second"), ",.0f"),
             _number(report.get("seconds"), ".0f"),
         )
@@ -111,29 +111,29 @@ def show_samples(run: Path, console: Console) -> None:
         console.print(sample["completion"], markup=False, highlight=False)
 
 
-def main() -> int:
-    console = Console()
-    folder = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+def run_demo(folder: Path, console: Console) -> int:
+    """Run all stages into `folder` and show what came out; the exit code of the first stage that fails, else 0."""
     started = time.monotonic()
-    done = stages(folder)
-    for number, stage in enumerate(done, 1):
+    plan = stages(folder)
+    for number, stage in enumerate(plan, 1):
         code = run_stage(stage, folder, console)
         if code:
-            print(f"\nThe demo stopped: stage {number} of {len(done)} ({stage.name}) ended with exit code {code}.")
+            console.print(
+                f"\nThe demo stopped: stage {number} of {len(plan)}, {stage.name}, ended with exit code {code}."
+            )
             return code
-    reports = {stage.name: read_report(ROOT / folder / stage.name) for stage in done}
+    reports = {stage.name: read_report(ROOT / folder / stage.name) for stage in plan}
     console.print()
     console.print(results_table(reports))
     gain = reports["scratch"]["val_loss"] - reports["distilled"]["val_loss"]
-    console.print(
-        f"At equal tokens the distilled student's loss is {gain:.3f} nats below the one trained from scratch."
-    )
+    console.print(f"At equal tokens the distilled student's loss is {gain:.3f} nats below the scratch one's.")
     show_samples(ROOT / folder / "finetuned", console)
-    console.print(f"\nReports (open in a browser), after {time.monotonic() - started:.0f} seconds:", highlight=False)
-    for stage in done:
+    console.rule()
+    console.print(f"{time.monotonic() - started:.0f} seconds in all. The reports, for a browser:", highlight=False)
+    for stage in plan:
         console.print(f"  {folder / stage.name / 'report.html'}", highlight=False, soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_demo(Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), Console()))

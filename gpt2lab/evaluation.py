@@ -4,7 +4,7 @@ Shapes: B sequences, T positions, D hidden width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,6 @@ def score(
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    each: Callable[[int], None] = lambda tokens: None,
 ) -> Score:
     """Score every target of the batches once.
 
@@ -59,7 +58,6 @@ def score(
         backbone: moved to `device` and put in evaluation mode.
         token_bytes: (V,) bytes of each token, from `bytes_of_tokens`.
         autocast: number format of the matrix products; None computes in the weights' own.
-        each: called with the number of targets scored after every batch, for a progress bar.
 
     Raises:
         ValueError: the batches hold no target.
@@ -80,7 +78,6 @@ def score(
         nats += result.cross_entropy.item()
         tokens += len(kept_labels)
         size += int(token_bytes[kept_labels].sum())
-        each(len(kept_labels))
     if not tokens:
         raise ValueError("The batches hold no target token.")
     loss = nats / tokens
