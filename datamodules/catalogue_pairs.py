@@ -83,7 +83,7 @@ def catalogue_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
 def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:
     with file.open("rb") as stream:
         # The stdlib parses catalogues but has no public way to list their messages.
-        messages = gettext.GNUTranslations(stream)._catalog
+        messages: dict[str | tuple[str, int], str] = vars(gettext.GNUTranslations(stream))["_catalog"]
     for message, translation in messages.items():
         if isinstance(message, str):
             yield message, translation
@@ -93,7 +93,8 @@ def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:
 
 def _po_pairs(file: Path) -> Iterator[tuple[str, str]]:
     """Entries are blocks of lines `keyword "text"`, continued by lines `"text"`."""
-    fuzzy, field, entry = False, "", {}
+    fuzzy, field = False, ""
+    entry: dict[str, str] = {}
     for line in [*file.read_text(encoding="utf-8").splitlines(), 'msgid ""']:
         match = PO_LINE.match(line)
         if match is None:

@@ -128,13 +128,14 @@ def _delimited_rows(file: Path, on_bad_line: str, header: bool) -> Iterator[Row]
         InputError: a line has not as many fields as the first, and `on_bad_line` is stop.
     """
     delimiter = DELIMITERS[kind_of(file, TABLE_ENDINGS) or ""]
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     csv.field_size_limit(2**31 - 1)  # articles are longer than the default of 128 Ki characters
     names: list[str] = []
     skipped = 0
     with opened(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-        reader = csv.reader(text, delimiter=delimiter, quoting=quoting)
+        reader = csv.reader(
+            text, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        )
         for fields in reader:
             if not fields:
                 continue

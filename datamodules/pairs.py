@@ -80,7 +80,7 @@ class PairData(lightning.LightningDataModule):
         eval_batch_sequences: int = 16,
     ) -> None:
         super().__init__()
-        self.name = name
+        self.name: str = name
         self.template = PairTemplate(prompt, response)
         self.columns = (source, target)
         self.metrics = list(metrics or [])
