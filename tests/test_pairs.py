@@ -44,7 +44,7 @@ class Place:
         self.global_rank, self.world_size, self.global_step = rank, world, step
 
 
-def make(path: Path | str, cache: Path, **changed) -> PairData:
+def make(path: Path | str, cache: Path, changed: dict[str, object] | None = None) -> PairData:
     arguments = {
         "name": "pairs",
         "prompt": "{source}\n\nTL;DR:",
@@ -61,7 +61,7 @@ def make(path: Path | str, cache: Path, **changed) -> PairData:
         "val_fraction": 0.2,
         "eval_batch_sequences": 5,
     }
-    return PairData(**{**arguments, **changed})
+    return PairData(**{**arguments, **(changed or {})})
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_each_micro_batch_is_padded_to_its_own_longest_rounded_up_to_eight(data)
 
 
 def test_padding_never_exceeds_the_context(pairs_file, tmp_path):
-    data = make(pairs_file, tmp_path / "cache", context=50)
+    data = make(pairs_file, tmp_path / "cache", {"context": 50})
     data.prepare()
     shapes = {
         next(iter(data.train_dataloader())).input_ids.shape[1],
@@ -132,7 +132,7 @@ def test_no_source_text_is_on_both_sides_and_no_pair_is_lost(data, pairs_file):
 
 
 def test_the_split_does_not_depend_on_the_seed(pairs_file, tmp_path):
-    first, second = (make(pairs_file, tmp_path / "cache", seed=seed) for seed in (1, 2))
+    first, second = (make(pairs_file, tmp_path / "cache", {"seed": seed}) for seed in (1, 2))
     assert first.prepare() == second.prepare()
     assert not torch.equal(next(iter(first.train_dataloader())).indices, next(iter(second.train_dataloader())).indices)
 
@@ -141,7 +141,7 @@ def test_the_split_does_not_depend_on_the_seed(pairs_file, tmp_path):
 def test_each_side_gets_a_pair_even_of_two(tmp_path, val_fraction):
     file = tmp_path / "two.jsonl"
     file.write_text('{"source": "one", "target": "eins"}\n{"source": "two", "target": "zwei"}\n')
-    data = make(file, tmp_path / "cache", val_fraction=val_fraction)
+    data = make(file, tmp_path / "cache", {"val_fraction": val_fraction})
     data.prepare()
     assert len(data.train_pairs.file) == len(data.val_pairs.file) == 1
 
@@ -150,7 +150,7 @@ def test_pairs_with_a_validation_file_of_their_own_leave_training(pairs_file, tm
     given = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     val_file = tmp_path / "val.jsonl"
     val_file.write_text("\n".join(json.dumps(pair) for pair in given[:4]))
-    data = make(pairs_file, tmp_path / "cache", val_path=str(val_file))
+    data = make(pairs_file, tmp_path / "cache", {"val_path": str(val_file)})
     data.prepare()
     assert len(data.val_pairs.file) == 4
     held_out = {pair["source"] for pair in given[:4]}
@@ -159,7 +159,7 @@ def test_pairs_with_a_validation_file_of_their_own_leave_training(pairs_file, tm
 
 def test_pairs_that_are_too_long_lose_the_end_of_their_source_and_nothing_else(data, pairs_file, tmp_path):
     context = 80
-    short = make(pairs_file, tmp_path / "cache", context=context)
+    short = make(pairs_file, tmp_path / "cache", {"context": context})
     short.prepare()
     whole = dict(enumerate(pair for batch in data.train_eval_dataloader() for pair in texts_of(data, batch)))
     shortened = 0
@@ -185,7 +185,7 @@ def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_pa
         for i in range(60)
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    data = make(file, tmp_path / "cache", context=100)
+    data = make(file, tmp_path / "cache", {"context": 100})
     data.prepare()
     assert len(data.train_pairs.file) + len(data.val_pairs.file) == 59
     assert "1 are left out (target too long)" in caplog.text
@@ -197,7 +197,7 @@ def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_pa
 def test_braces_and_every_other_character_of_the_data_survive_the_template(tmp_path, text):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps({"source": f"{text}{n}", "target": f"{text}!{n}"}) for n in range(8)))
-    data = make(file, tmp_path / "cache", prompt="Q: {source} A:", response="{target}.")
+    data = make(file, tmp_path / "cache", {"prompt": "Q: {source} A:", "response": "{target}."})
     data.prepare()
     found = {pair for batch in data.train_eval_dataloader() for pair in texts_of(data, batch)}
     found |= {pair for batch in data.val_dataloader() for pair in texts_of(data, batch)}
@@ -211,7 +211,7 @@ def test_the_global_batch_and_its_count_are_the_same_however_it_is_divided(data,
     whole = itertools.islice(data.train_dataloader(), 20)  # 240 pairs: more than two epochs
     ranks = []
     for rank in range(world):
-        part = make(pairs_file, data.cache_dir, accumulate=accumulate)
+        part = make(pairs_file, data.cache_dir, {"accumulate": accumulate})
         part.trainer = Place(rank, world)
         part.prepare()
         ranks.append(iter(part.train_dataloader()))
@@ -232,7 +232,7 @@ def test_every_epoch_holds_every_pair_once(data):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_starts_at_a_later_step_goes_on_with_that_steps_batch(data, pairs_file, workers):
     expected = next(itertools.islice(data.train_dataloader(), 17, None))
-    later = make(pairs_file, data.cache_dir, workers=workers)
+    later = make(pairs_file, data.cache_dir, {"workers": workers})
     later.trainer = Place(0, 1, step=17)
     later.prepare()
     batch = next(iter(later.train_dataloader()))
@@ -283,18 +283,18 @@ def test_whatever_changes_the_tokens_changes_the_hash(data, pairs_file, change):
     before = data.prepare().hash
     if change == "bytes":
         pairs_file.write_text(pairs_file.read_text() + '\n{"source": "one more", "target": "pair"}')
-    assert make(pairs_file, data.cache_dir, **changed).prepare().hash != before
+    assert make(pairs_file, data.cache_dir, changed).prepare().hash != before
 
 
 def test_a_given_tokenizer_is_used_as_it_is(data, pairs_file, tmp_path):
     folder = data.prepare().tokenizer_folder
-    given = make(pairs_file, tmp_path / "cache2", tokenizer=TokenizerChoice("pretrained", source=folder))
+    given = make(pairs_file, tmp_path / "cache2", {"tokenizer": TokenizerChoice("pretrained", source=folder)})
     assert tokenizer_hash(load_tokenizer(given.prepare().tokenizer_folder)) == tokenizer_hash(load_tokenizer(folder))
     assert given.prepare().vocab_size == 300
 
 
 def test_micro_batches_without_a_pair_are_refused(pairs_file, tmp_path):
-    data = make(pairs_file, tmp_path / "cache", batch_sequences=3, accumulate=4)
+    data = make(pairs_file, tmp_path / "cache", {"batch_sequences": 3, "accumulate": 4})
     data.prepare()
     with pytest.raises(InputError, match="batch_sequences=3 is less than one pair"):
         data.train_dataloader()
