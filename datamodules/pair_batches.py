@@ -70,7 +70,11 @@ class TrainingPairs(Dataset[Batch]):
 
 
 class PairsInOrder(Dataset[Batch]):
-    """Every pair of a side once, in batches with their references; rank r takes batches r, r + world, …"""
+    """Every pair of a side once, in batches with their references; rank r takes batches r, r + world, …
+
+    All ranks get equally many, because sharded models run forward together: where the batches do not come out even, the
+    last ranks end with one without pairs (one row of ignored labels, target_tokens 0, nothing else).
+    """
 
     def __init__(self, pairs: PairsToPad, batch: int, rank: int, world: int) -> None:
         self.pairs = pairs
@@ -79,13 +83,17 @@ class PairsInOrder(Dataset[Batch]):
         self.world = world
 
     def __len__(self) -> int:
-        return len(range(self.rank, -(-len(self.pairs.file) // self.batch), self.world))
+        return -(-len(self.pairs.file) // (self.batch * self.world))
 
     def __getitem__(self, number: int) -> Batch:
         if number >= len(self):
             raise IndexError(number)
         first = (self.rank + number * self.world) * self.batch
         rows = np.arange(first, min(first + self.batch, len(self.pairs.file)), dtype=np.int64)
+        if len(rows) == 0:
+            filler = self.pairs.batch(np.zeros(1, dtype=np.int64), 0)
+            none = torch.empty(0, dtype=torch.int64)
+            return Batch(filler.input_ids, torch.full_like(filler.labels, IGNORE_INDEX), 0, none, none, [])
         batch = self.pairs.batch(rows, self.pairs.file.target_tokens(rows))
         batch.references = self.pairs.file.references(rows)
         return batch

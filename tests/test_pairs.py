@@ -240,17 +240,22 @@ def test_a_run_that_starts_at_a_later_step_goes_on_with_that_steps_batch(data, p
     assert torch.equal(batch.labels, expected.labels)
 
 
-def test_ranks_validate_every_pair_once_between_them(data, pairs_file):
-    seen = []
-    for rank in range(2):
+@pytest.mark.parametrize("world", [2, 4, 5])
+def test_ranks_validate_every_pair_once_in_equally_many_batches(data, pairs_file, world):
+    seen, batches = [], set()
+    for rank in range(world):
         part = make(pairs_file, data.cache_dir)
-        part.trainer = Place(rank, 2)
+        part.trainer = Place(rank, world)
         part.prepare()
-        for batch in part.val_dataloader():
+        mine = list(part.val_dataloader())
+        batches.add(len(mine))
+        for batch in mine:
             assert batch.target_tokens == int((batch.labels != IGNORE_INDEX).sum())
             assert len(batch.references) == len(batch.indices) == len(batch.prompt_lengths)
+            assert len(batch.input_ids) > 0
             seen += batch.indices.tolist()
     assert sorted(seen) == list(range(len(data.val_pairs.file)))
+    assert len(batches) == 1
 
 
 def test_facts_count_what_the_batches_hold(data):
