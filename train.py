@@ -18,7 +18,7 @@ from launch.help_text import help_text
 config.register()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(arguments.CONF), config_name="train")
 def main(tree: DictConfig) -> float | None:
     """One run: check what was composed, then train. Returns the watched metric."""
     with answer.ending_in_a_code():

@@ -15,7 +15,7 @@ from hydra.errors import OverrideParseException
 from gpt2lab.errors import InputError
 from launch.spelling import nearest
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).resolve().parent.parent / "conf"
 FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
 FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r")
@@ -70,7 +70,7 @@ def _readable(argument: str, sweeping: bool) -> str:
     if not equals or not (key in FREE_TEXT or key.endswith(FREE_TEXT_SUFFIXES)):
         return argument
     try:
-        override = OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_overrides([argument])[0]
     except OverrideParseException:
         return _quote(key, value)
     parsed = override.value()

@@ -1,4 +1,4 @@
-"""Help text: what --help prints, read from conf/ itself: every group with its values, every plain key with its default."""
+"""Help text: what --help prints, read from conf/ itself: every group with its values, every plain key."""
 
 from pathlib import Path
 

@@ -45,8 +45,17 @@ def run_job(asked: Config) -> dict[str, Any]:
     if settings.record.world_size > 1:
         from launch import ranks
 
-        return ranks.run(settings, is_new=taken_up is None)
-    return train(settings, data, facts, is_new=taken_up is None)
+        report = ranks.run(settings, is_new=taken_up is None)
+    else:
+        report = train(settings, data, facts, is_new=taken_up is None)
+    print(closing_line(report, settings.run_dir or ""), flush=True)
+    return report
+
+
+def closing_line(report: dict[str, Any], folder: str) -> str:
+    """What the terminal shows last: how good the run is and where it lies."""
+    score = f"{report['watched_metric']} {report['watched']:.4f} · " if report["watched"] is not None else ""
+    return f"finished: {score}{folder}/report.html"
 
 
 def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, Any]:
@@ -108,7 +117,7 @@ def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
         raise answer.Ended(codes.get(reason, answer.FAILED), message if trainer.is_global_zero else "")
     metrics = trainer.callback_metrics
     watched = trainer.lightning_module.watched_metric
-    return {**report, "watched": float(metrics[watched]) if watched in metrics else None}
+    return {"watched_metric": watched, **report, "watched": float(metrics[watched]) if watched in metrics else None}
 
 
 def _run_rank(spec: Path) -> None:

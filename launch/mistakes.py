@@ -78,7 +78,7 @@ def _wrong_type(error: BaseException, cause: ValidationError) -> InputError:
     message = str(cause).splitlines()[0]
     key = cause.full_key or str(error).rpartition(" ")[2]
     value = re.search(r"Value '(.*?)'", message)
-    allowed = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+    allowed = {"Integer": "a whole number", "Float": "a number", "Bool": "true or false", "String": "text"}
     kind = next((words for name, words in allowed.items() if name.lower() in message.lower()), "")
     if value and kind:
         return InputError(f"{key}={value[1]} is not {kind}.")

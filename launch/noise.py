@@ -18,6 +18,7 @@ QUIET_WARNINGS = (
     ".*weights_only.*",
     ".*Found \\d+ module\\(s\\) in eval mode.*",
     ".*The loaded checkpoint was.*",
+    ".*ended before the epoch ended.*",  # our loaders start at the step they are taken up from
     ".*torch.get_autocast_gpu_dtype.*",
     ".*sync_dist=True.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",

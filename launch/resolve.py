@@ -67,6 +67,7 @@ def _take_sizes_from_init(config: Config) -> None:
     sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")}
     if config.model.n_layer is None:
         config.model = ModelKeys(**sizes, dropout=config.model.dropout)
+        config.record.groups["model"] = _model_name(Path(config.init))
         checks.check_context(config.context, sizes["n_positions"], "the init model's")
         return
     for item in fields(ModelKeys):
@@ -76,6 +77,14 @@ def _take_sizes_from_init(config: Config) -> None:
                 f"model={group} has {item.name}={wanted}, but init={config.init} has {sizes[item.name]}.\n"
                 "Leave the sizes to init with model=auto, or start from scratch with init=scratch."
             )
+
+
+def _model_name(folder: Path) -> str:
+    """What the model in a folder is called: as in its run's configuration, else the folder's own name."""
+    try:
+        return run_folders.configuration.load(folder.parent / "config.yaml").record.groups["model"]
+    except (InputError, KeyError):
+        return "".join(letter if letter.isalnum() else "-" for letter in folder.name)
 
 
 def _teacher_folder(config: Config) -> str:

@@ -1,6 +1,7 @@
 """Resume: a run goes on with its own config.yaml; only what does not change its result may be given anew."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 from gpt2lab.errors import InputError
@@ -81,9 +82,8 @@ def _check_is_run(folder: Path, given: str) -> None:
 
 def _remove_unfinished_start(folder: Path) -> None:
     """A run that died before its first checkpoint left its configuration and metrics; it starts anew in their place."""
-    if (folder / "config.yaml").is_file() and not (folder / "hf").exists():
-        import shutil
-
+    if (folder / "config.yaml").is_file() and not (folder / "checkpoints" / "index.json").exists():
+        configuration.load(folder / "config.yaml")  # raises where it is somebody else's
         shutil.rmtree(folder)
 
 

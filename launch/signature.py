@@ -47,10 +47,11 @@ def check_target(node: dict[str, Any], where: str, supplied: set[str], not_argum
         return  # importing it would be the heavy part; the constructor itself will tell
     parameters = {parameter.name: parameter for parameter in _parameters(target, where)}
     given = {key: value for key, value in node.items() if key != "_target_" and key not in not_arguments}
+    places = [f"{where}.{name}" for name in parameters]
     for key, value in given.items():
         if key not in parameters:
             raise InputError(
-                f"There is no key {where}.{key}{nearest(key, parameters)}.\n"
+                f"There is no key {where}.{key}{nearest(f'{where}.{key}', places)}.\n"
                 f"{target} takes {', '.join(sorted(set(parameters) - supplied)) or 'no keys'}."
             )
         kinds = SIMPLE_TYPES.get(parameters[key].annotation)

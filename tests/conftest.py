@@ -1,0 +1,101 @@
+"""Shared by the tests of train.py: the real conf/, shrunk to a model and a text of seconds."""
+
+import heapq
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHRUNK = (
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.n_positions=64",
+    "context=32",
+    "vocab_size=300",
+)
+SHRUNK += ("batch_tokens=256", "precision=fp32", "data=text", "logger=none", "callbacks=minimal", "val_fraction=0.3")
+
+
+@dataclass
+class Answer:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Train = Callable[..., Answer]
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few real Python files."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("heapq", "bisect", "textwrap", "shlex", "string", "queue"):
+        original = Path(heapq.__file__).with_name(f"{name}.py")
+        (folder / original.name).write_text(original.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all runs of a test session, as on a user's machine."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(sources: Path) -> list[str]:
+    """Overrides that make any run small."""
+    return [*SHRUNK, f"path={sources}"]
+
+
+@pytest.fixture
+def train_here(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Train:
+    """train.py in this process, in an empty folder: the same as from the shell, without the seconds of imports."""
+    import train
+    from launch import answer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*overrides: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *overrides])
+        capfd.readouterr()
+        code = answer.exit_code(train.command_line)
+        return Answer(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def train_process(tmp_path: Path, cache: Path) -> Train:
+    """train.py as a user runs it, in an empty folder."""
+
+    def run(*overrides: str) -> Answer:
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *overrides],
+            cwd=tmp_path,
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+        )
+        return Answer(ended.returncode, ended.stdout, ended.stderr)
+
+    return run
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Of a run in a process of its own."""
+    return {**os.environ, "GPT2LAB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}

@@ -1,0 +1,174 @@
+"""Every mistake is answered with exit code 2 and at most five lines that name it and the cure, and leaves nothing behind."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Train
+
+# arguments → words that the answer must hold
+BEFORE_ANY_IMPORT = [
+    ("modle=small", "no key modle (did you mean model?)"),
+    ("+modle=small", "no key modle (did you mean model?)"),
+    ("stpes=3", "(did you mean steps?)"),
+    ("lr=3", "(did you mean optimizer.lr?)"),
+    ("n_head=3", "(did you mean model.n_head?)"),
+    ("optimizer.lrr=3", "(did you mean optimizer.lr?)"),
+    ("+optimizer.lrr=3", "(did you mean optimizer.lr?)"),
+    ("data.sorce=x", "(did you mean data.source?)"),
+    ("+data.datset=x", "(did you mean data.dataset?)"),
+    ("record.world_size=3", "no key record.world_size"),
+    ("model=smal", "(did you mean small?)"),
+    ("task=distil", "(did you mean distill?)"),
+    ("optimizer=null", "adamw"),
+    ("precision=fp8", "bf16"),
+    ("accelerator=cup", "(did you mean cpu?)"),
+    ("optimizer.name=adamv", "adam"),
+    ("compile=perhaps", "auto, true, false"),
+    ("steps=abc", "steps=abc is not a whole number"),
+    ("steps=1.5", "steps"),
+    ("steps=null", "steps cannot be null"),
+    ("optimizer.lr=fast", "not a number"),
+    ("activation_checkpointing=maybe", "true or false"),
+    ("callbacks.samples.prompts=3", "list[str]"),
+    ("micro_batch=some", "auto"),
+    ("devices=0", "at least 1"),
+    ("steps=0", "at least 1"),
+    ("optimizer.lr=0", "greater than 0"),
+    ("optimizer.lr=nan", "out of range"),
+    ("val_fraction=1", "below 1"),
+    ("seed=-1", "at least 0"),
+    ("steps", "steps is not key=value"),
+    ("steps=(3", "Cannot read"),
+    ("model=nano,micro", "-m"),
+    ("--stpes", "no flag"),
+    ("loss.temperature=2", "task=pretrain does not read loss.temperature"),
+    ("teacher=x", "task=pretrain does not read teacher"),
+    ("batch_sequences=8", "data=stdlib does not read batch_sequences"),
+    ("path=/tmp", "data=stdlib does not read path"),
+    ("task=finetune batch_tokens=512", "data=summarize does not read batch_tokens"),
+    ("task=finetune data=stdlib", "pairs"),
+    ("data=text path=no/such/file.txt", "no such file"),
+    ("data=text path=. val_path=nowhere", "val_path=nowhere"),
+    ("context=2048", "context=2048 is longer than model nano's 1024 positions"),
+    ("batch_tokens=1000", "batch_tokens=768 or batch_tokens=1024"),
+    ("batch_tokens=128", "batch_tokens=256"),
+    ("devices=64", "devices=64"),
+    ("model.n_head=3", "does not divide model.n_embd=128"),
+    ("model=auto", "init=scratch"),
+    ("precision=fp16 accelerator=cpu", "precision=bf16"),
+    ("name=a=b", "without ="),
+    ("name='a b'", "without spaces"),
+    ("name=x run_dir=y", "one of them"),
+    ("run_dir=/proc/run", "cannot be written"),
+    ("resume=nothing", "there is no run in nothing"),
+    ("resume=auto", "name="),
+]
+
+
+def refused(answer, words: str) -> None:
+    assert answer.code == 2, answer.stderr
+    assert words in answer.stderr
+    assert 1 <= len(answer.stderr.strip().splitlines()) <= 5, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not list(Path.cwd().glob("runs*")), "a run directory was left behind"
+
+
+@pytest.mark.parametrize(("arguments", "words"), BEFORE_ANY_IMPORT, ids=[case[0] for case in BEFORE_ANY_IMPORT])
+def test_a_mistake_is_told_in_a_few_lines(arguments: str, words: str, train_here: Train):
+    given = re.findall(r"(?:[^ ']|'[^']*')+", arguments)
+    refused(train_here(*given), words)
+
+
+def test_free_text_is_taken_as_it_is(train_here: Train, tmp_path: Path):
+    """Hydra's grammar would refuse these or read them as numbers and lists."""
+    refused(train_here("data=text", "path=notes, old (2)/*.md"), "path=notes, old (2)/*.md: there is no such file")
+    refused(train_here("data=text", "path=it's {odd}: [x]"), "path=it's {odd}: [x]: there is no such file")
+    refused(train_here("task=distill", "teacher=~/a=b, c"), "teacher=~/a=b, c")
+    (tmp_path / "1e3").mkdir()
+    (tmp_path / "1e3" / "file").touch()
+    refused(train_here("run_dir=1e3"), "1e3 is not empty")
+
+
+def test_data_that_cannot_be_trained_on_are_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+    (tmp_path / "empty").mkdir()
+    refused(train_here(*tiny, "path=empty"), "path=empty")
+    (tmp_path / "short.txt").write_text("A few words.")
+    refused(train_here(*tiny, "path=short.txt"), "context")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    refused(train_here(*tiny, "path=broken.jsonl"), "2")
+    (tmp_path / "pairs.jsonl").write_text('{"source": "one", "target": "two"}\n')
+    pairs = [item for item in tiny if not item.startswith(("data=", "batch_tokens=", "model.", "path="))]
+    refused(
+        train_here(
+            *pairs, "task=finetune", "init=scratch", "model=nano", "data=pairs", "path=pairs.jsonl", "source=from"
+        ),
+        "from",
+    )
+
+
+def test_a_machine_without_gpu_says_so(train_here: Train, tiny: list[str]):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(train_here(*tiny, "accelerator=gpu", "strategy=fsdp"), "accelerator=gpu")
+    refused(train_here(*tiny, "precision=fp16"), "precision=fp16 needs a GPU")
+
+
+def test_a_run_that_would_not_fit_on_the_disk_is_refused(train_here: Train, tiny: list[str]):
+    width = ["model.n_layer=1000", "model.n_embd=65536", "model.n_head=512"]
+    refused(train_here(*tiny, *width), "No space left for this run")
+
+
+def model_folder(folder: Path, **changes: object) -> Path:
+    """A tiny real GPT-2 in a Hugging Face folder, then changed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_model_folder_that_cannot_be_used_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+    distill = [*tiny, "task=distill"]
+    refused(train_here(*distill, "teacher=./missing"), "no such folder")
+    refused(train_here(*distill, "teacher=nobody/nothing"), "teacher=nobody/nothing")
+    (tmp_path / "hollow").mkdir()
+    refused(train_here(*distill, "teacher=hollow"), "holds no model")
+    refused(train_here(*distill, f"teacher={model_folder(tmp_path / 'llama', model_type='llama')}"), "llama")
+    good = model_folder(tmp_path / "good")
+    refused(train_here(*distill, f"teacher={good}"), "holds no tokenizer")
+    refused(train_here(*tiny, f"init={good}", "model.n_layer=3"), "n_layer")
+    weights = good / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(train_here(*distill, f"teacher={good}"), "cut short")
+    weights.write_bytes(b"not safetensors")
+    refused(train_here(*distill, f"teacher={good}"), "Cannot read")
+    weights.unlink()
+    refused(train_here(*distill, f"teacher={good}"), "no weights")
+
+
+def test_teacher_and_student_with_different_vocabularies_are_refused(
+    train_here: Train, tmp_path: Path, tiny: list[str]
+):
+    teacher = model_folder(tmp_path / "teacher")
+    refused(train_here(*tiny, "task=distill", f"teacher={teacher}", "tokenizer=bpe", "vocab_size=280"), "280")
+
+
+def test_where_no_teacher_is_to_be_had_three_lines_say_what_to_do(train_here: Train):
+    answer = train_here("task=distill", "model=small")
+    refused(answer, "teacher=RUN_DIR")
+    assert len(answer.stderr.strip().splitlines()) == 3
+
+
+def test_a_folder_in_use_is_never_written_into(train_here: Train, tmp_path: Path, tiny: list[str]):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious").write_text("mine")
+    refused(train_here(*tiny, "run_dir=used"), "resume=used")
+    (tmp_path / "used" / "config.yaml").write_text("mine: too\n")
+    answer = train_here(*tiny, "run_dir=used", "resume=auto")
+    assert answer.code == 2
+    assert (tmp_path / "used" / "precious").read_text() == "mine"
