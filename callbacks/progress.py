@@ -1,7 +1,6 @@
 """Progress: a bar with loss, tokens per second and ETA on a terminal, and about ten plain lines anywhere else."""
 
 import time
-from typing import Any
 
 import lightning
 from lightning import Trainer
@@ -24,10 +23,12 @@ class ProgressBar(lightning.Callback):
         self._task = TaskID(0)
         self._started = 0.0
         self._first_step = 0
+        self._shown_step = 0
         self._drawn = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._shown_step = trainer.global_step
         if not trainer.is_global_zero or not console.is_terminal:
             return
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[numbers]}"))
@@ -36,12 +37,24 @@ class ProgressBar(lightning.Callback):
         self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, numbers="")
         self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        if not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
+        """A step's numbers are there once it has been logged and validated, which is before the next one starts."""
+        if trainer.is_global_zero and trainer.global_step > self._shown_step:
+            self._show(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero and trainer.global_step > self._shown_step:
+            self._show(trainer)
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _show(self, trainer: Trainer) -> None:
         step, total = trainer.global_step, trainer.max_steps
+        self._shown_step = step
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_numbers(trainer))
             if time.monotonic() - self._drawn > REFRESH or step == total:
@@ -51,12 +64,6 @@ class ProgressBar(lightning.Callback):
             seconds = (time.monotonic() - self._started) / (step - self._first_step) * (total - step)
             eta = f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
             show("  ".join(part for part in (f"step {step}/{total}", _numbers(trainer), f"ETA {eta}") if part))
-
-    def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        self._close()
 
     def _close(self) -> None:
         if self._bar is not None:

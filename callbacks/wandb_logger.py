@@ -69,7 +69,8 @@ class WeightsAndBiases(Logger):
     def log_model(self, folder: Path) -> None:
         """Attach the folder to the run as an artifact; immutable, so its files are not copied first."""
         artifact = wandb.Artifact(f"model-{self.version}", type="model")
-        artifact.add_dir(str(folder), policy="immutable")
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
+            artifact.add_file(str(file), name=str(file.relative_to(folder)), policy="immutable")
         self._guarded(lambda run: run.log_artifact(artifact))
 
     @rank_zero_only
@@ -99,6 +100,7 @@ class WeightsAndBiases(Logger):
                 raise
             log.warning("W&B cannot be reached (%s); this run is kept offline.", str(error).splitlines()[:1])
             run = self._init("offline")
+        log.info("W&B: %s", run.url or f"offline in {self.run_dir / 'wandb'}; `wandb sync` uploads it")
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run

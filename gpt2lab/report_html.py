@@ -32,7 +32,8 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px
 table { border-collapse: collapse; width: 100%; } td { border-top: 1px solid var(--line); padding: 6px 8px 6px 0;
   vertical-align: top; overflow-wrap: anywhere; } td:first-child { color: var(--soft); width: 180px; }
 pre { background: var(--panel); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 13px/1.45 ui-monospace, monospace; margin: 6px 0 18px; } pre b { color: var(--val); font-weight: 600; }
+  font: 13px/1.45 ui-monospace, monospace; margin: 6px 0 18px; max-height: 300px; overflow-y: auto; }
+pre b { color: var(--val); font-weight: 600; }
 .error { border-left: 4px solid var(--val); }
 """
 

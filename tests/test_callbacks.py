@@ -1,12 +1,14 @@
 """Callbacks on real, tiny runs: what they write is right, and training comes out the same with and without them."""
 
 import json
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
@@ -29,6 +31,22 @@ from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.run_report import read_report
 from gpt2lab.sample_file import read_samples
 from lightning_modules.pretrain import Pretrain
+
+
+@pytest.fixture(autouse=True)
+def warnings_reach_caplog(monkeypatch) -> None:
+    """The launcher, which other tests run in this process, keeps our log lines from the root logger."""
+    for name in ("callbacks", "gpt2lab"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A model this small is slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lightning
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.final_validation import FinalValidation
@@ -73,6 +74,7 @@ def train(
     loggers: list[Logger] | None = None,
     verify_export: bool = False,
     every: int = 4,
+    ranks: int = 1,
 ) -> tuple[lightning.Trainer, Pretrain]:
     """Start or go on; validates every 8 steps, logs every 2."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,8 @@ def train(
     model = module(prepared, steps)
     trainer = lightning.Trainer(
         accelerator="cpu",
+        devices=ranks,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
         max_steps=steps,
         accumulate_grad_batches=ACCUMULATE,
         val_check_interval=8 * ACCUMULATE,

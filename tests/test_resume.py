@@ -1,0 +1,178 @@
+"""A run that was killed and taken up again ends with the same bytes as one that was never broken."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2lab.checkpoint_ledger import entries, newest_good_checkpoint
+from gpt2lab.metrics_file import read_metrics
+from gpt2lab.run_report import read_report
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = {"tokens_per_second", "mfu", "memory_gb"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def finish(*arguments: str) -> None:
+    process = start(*arguments)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr[-3000:]
+
+
+def kill_after_step(step: int, run_dir: Path, *arguments: str) -> None:
+    """Start a run; kill it with SIGKILL once it has saved at `step` or later and gone on from there."""
+    process = start(*arguments)
+    while process.poll() is None:
+        saved = [entry.step for entry in entries(run_dir)]
+        logged = [int(row["step"]) for row in read_metrics(run_dir)] if saved else []
+        if logged and saved[-1] >= step and logged[-1] > saved[-1]:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.002)
+    stderr = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, f"ended before it could be killed: {stderr[-2000:]}"
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def assert_same_end(resumed: Path, unbroken: Path) -> None:
+    """Weights byte for byte, optimizer state tensor for tensor, and every metric that is not a time."""
+    assert digest(resumed / "hf" / "model.safetensors") == digest(unbroken / "hf" / "model.safetensors")
+    states = [torch.load(newest_good_checkpoint(run), weights_only=True) for run in (resumed, unbroken)]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    assert states[0]["tokens_seen"] == states[1]["tokens_seen"]
+    assert_equal(states[0]["state_dict"], states[1]["state_dict"])
+    assert_equal(states[0]["optimizer_states"], states[1]["optimizer_states"])
+    assert_equal(states[0]["lr_schedulers"], states[1]["lr_schedulers"])
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(run)] for run in (resumed, unbroken)
+    ]
+    assert rows[0] == rows[1]
+
+
+def assert_equal(first: object, second: object) -> None:
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    else:
+        assert first == second
+
+
+@pytest.mark.slow
+def test_killed_and_taken_up_again_the_module_ends_with_the_same_bytes(cache, tmp_path):
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    program = str(ROOT / "tests" / "tiny_run.py")
+    finish(program, str(unbroken), str(cache), "24")
+    kill_after_step(8, resumed, program, str(resumed), str(cache), "24")
+    finish(program, str(resumed), str(cache), "24")
+    assert_same_end(resumed, unbroken)
+
+
+TWO_RANKS = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import lightning, tiny_run
+
+class SignalToRankOne(lightning.Callback):
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.global_rank == 1 and trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+run, cache = map(pathlib.Path, sys.argv[1:3])
+tiny_run.train(run, cache, extra=[SignalToRankOne()] if sys.argv[3] == "stop" else [], ranks=2)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_after_the_same_step_and_go_on(cache, tmp_path):
+    """One rank alone gets the signal; both stop in order, and one checkpoint serves both."""
+    program, run_dir = tmp_path / "two_ranks.py", tmp_path / "run"
+    program.write_text(TWO_RANKS)
+    for wish, status in (("stop", "stopped"), ("go on", "finished")):
+        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
+        finish(*ranks, str(run_dir), str(cache), wish)
+        assert read_report(run_dir)["status"] == status
+    assert read_report(run_dir)["steps"] == 12
+    assert read_report(run_dir)["tokens_seen"] == 12 * 4 * 32
+
+
+SMALL = ("context=32", "micro_batch=4", "steps=24", "validate_every=8", "checkpoint_every=6", "log_every=2")
+SMALL += (
+    "model.dropout=0.1",
+    "callbacks=minimal",
+    "logger=csv",
+    "threads=1",
+    "compile=false",
+    "precision=fp32",
+    "devices=1",
+)
+LANGUAGE = (*SMALL, "data=text", f"path={ROOT / 'gpt2lab'}/*.py", "val_fraction=0.3", "batch_tokens=256")
+PAIRS = (*SMALL, "data=pairs", "batch_sequences=8", "val_fraction=0.1")
+TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=32")
+
+
+@pytest.fixture(scope="module")
+def teacher(cache, tmp_path_factory) -> Path:
+    """A pretrained model that can teach and be fine-tuned."""
+    run_dir = tmp_path_factory.mktemp("teacher") / "run"
+    wider = ("model.n_layer=2", "model.n_head=2", "model.n_embd=64")
+    finish("train.py", *LANGUAGE, *wider, f"run_dir={run_dir}", f"cache_dir={cache}")
+    return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain", "distill", "finetune"])
+def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, teacher, tmp_path, task):
+    """Dropout on, two micro-batches a step, killed in the middle of an epoch."""
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    if task == "finetune":
+        pairs = tmp_path / "pairs.tsv"
+        lines = [
+            line.strip() for file in sorted((ROOT / "gpt2lab").glob("*.py")) for line in file.open() if "=" in line
+        ]
+        pairs.write_text(
+            "source\ttarget\n" + "".join("\t".join(line.split("=", 1)) + "\n" for line in lines if "\t" not in line)
+        )
+        keys = (*PAIRS, "task=finetune", f"init={teacher}", f"path={pairs}", "task.text.examples=4")
+    elif task == "distill":
+        keys = (*LANGUAGE, *TINY, "task=distill", f"teacher={teacher}")
+    else:
+        keys = (*LANGUAGE, *TINY)
+    keys += (f"cache_dir={cache}",)
+    finish("train.py", *keys, f"run_dir={unbroken}")
+    kill_after_step(6, resumed, "train.py", *keys, f"run_dir={resumed}")
+    finish("train.py", f"resume={resumed}")
+    assert read_report(resumed)["status"] == "finished"
+    assert_same_end(resumed, unbroken)
