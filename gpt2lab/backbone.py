@@ -1,4 +1,4 @@
-"""Backbone: Hugging Face's GPT-2 in a layout that trains fast; gives hidden states, and loads and leaves as plain GPT-2.
+"""Backbone: Hugging Face's GPT-2 in a layout that trains fast; gives hidden states, loads and leaves as plain GPT-2.
 
 Shapes: B sequences, T positions, D hidden width, V vocabulary.
 

@@ -35,7 +35,7 @@ def generate_ids(
     """New token ids for each prompt, up to and without `end_of_text`. The global random state is left as it was.
 
     Prompts are padded on the left and masked, so a batch gives what each prompt alone would give. A prompt keeps its
-    last tokens where prompt and completion together exceed the model's positions. An empty prompt starts at end_of_text.
+    last tokens where prompt and completion together exceed the model's positions. An empty one starts at end_of_text.
     """
     room = model.config.n_positions - max_new_tokens
     if room < 1:
@@ -46,7 +46,7 @@ def generate_ids(
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in cut], device=device)  # (B, longest)
     if sampling.temperature == 0:
-        choice = {"do_sample": False}
+        choice: dict[str, bool | float] = {"do_sample": False}
     else:
         choice = {
             "do_sample": True,

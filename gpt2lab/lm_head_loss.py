@@ -1,4 +1,4 @@
-"""LM-head loss: hidden states + head weight + targets → loss sum, chunk by chunk, without the logits of the whole batch.
+"""LM-head loss: hidden states + head weight + targets → loss sum, chunk by chunk, without the whole batch's logits.
 
 Shapes: N positions (B·T flattened), D hidden width, V vocabulary, C rows of one chunk.
 
@@ -14,6 +14,7 @@ Gradients per position, with q, p the student's and teacher's probabilities and 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,17 @@ def lm_head_loss(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, kept, teacher, loss, chunk_rows, compiled):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        kept: Tensor,
+        teacher: DenseTeacher | None,
+        loss: LossSettings,
+        chunk_rows: int,
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = _compute_dtype(hidden)
         head = weight.to(compute_dtype)  # (V, D)
         teacher_head = teacher.weight.to(compute_dtype) if teacher is not None else None  # (V, Dt)
@@ -106,7 +117,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
             logits = chunk @ head.T  # (C, V)
-            if teacher is None:
+            if teacher is None or teacher_head is None:
                 chunk_sums, gradient = _chunk_function(_cross_entropy_chunk, compiled)(logits, labels[rows], kept[rows])
             else:
                 teacher_logits = teacher.hidden[rows].to(compute_dtype) @ teacher_head.T  # (C, V)
@@ -114,9 +125,9 @@ class _ChunkedLoss(torch.autograd.Function):
                     logits, teacher_logits, labels[rows], kept[rows], loss.hard_weight, loss.temperature, loss.scale_t2
                 )
             sums += chunk_sums
-            if hidden_needs_gradient:
+            if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ head
-            if weight_needs_gradient:
+            if weight_gradient is not None:
                 weight_gradient += gradient.T @ chunk
 
         ctx.save_for_backward(hidden_gradient, weight_gradient)
@@ -126,7 +137,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss.hard_weight * cross_entropy + (1 - loss.hard_weight) * divergence, cross_entropy, divergence
 
     @staticmethod
-    def backward(ctx, total_gradient, _cross_entropy_gradient, _divergence_gradient):
+    def backward(ctx: Any, total_gradient: Tensor, *_of_detached: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scaled_hidden = scaled_weight = None
         if hidden_gradient is not None:

@@ -57,12 +57,12 @@ class MuonWithAdamW(torch.optim.AdamW):
     Source: Jordan et al. 2024; scale of Moonlight (arXiv 2502.16982), as in `torch.optim.Muon`.
     """
 
-    def step(self, closure: Callable | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all groups; `closure` as in any PyTorch optimizer."""
         every_group = self.param_groups
         self.param_groups = [group for group in every_group if "momentum" not in group]
         try:
-            loss = super().step(closure)
+            loss: float | None = super().step(closure)
         finally:
             self.param_groups = every_group
         for group in every_group:
@@ -72,7 +72,7 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _muon_step(self, group: dict) -> None:
-        updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # matrices of one shape are worked on together
+        updates: dict[torch.Size, list[Tensor]] = {}  # matrices of one shape are worked on together
         whole = {}
         for parameter in group["params"]:
             if parameter.grad is None:

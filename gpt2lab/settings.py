@@ -51,7 +51,7 @@ class LossSettings:
 
 @dataclass
 class TokenizerChoice:
-    """`kind` is bpe (trained on the training split, `vocab_size` entries) or pretrained (`source`: folder or Hub id)."""
+    """`kind` is bpe (trained on the training split, `vocab_size` entries) or pretrained (`source`: folder or id)."""
 
     kind: str
     vocab_size: int = 4096

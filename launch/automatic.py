@@ -14,6 +14,7 @@ import torch
 from gpt2lab.errors import InputError
 from launch import checks
 from launch.config import Config
+from launch.ignored_keys import given_keys
 from launch.model_folder import parameters_of
 
 CPU_TOKENS = 8_192  # of one micro-batch: above it activations outgrow the caches and nothing gets faster
@@ -21,6 +22,8 @@ GPU_TOKENS = 16_384
 # What eager training reaches of 6 · parameters · tokens per second on few CPU cores, and what compiling costs and gains
 CPU_FLOPS, GPU_FLOPS = 60e9, 60e12
 COMPILE_SECONDS, COMPILE_GAIN = {"cpu": 20.0, "gpu": 60.0}, {"cpu": 0.05, "gpu": 0.3}
+
+HEAD_COMPILE_STEPS = 50
 
 
 def settle(config: Config) -> None:
@@ -70,6 +73,15 @@ def compile_pays(config: Config, vocab_size: int) -> bool:
     work = 6 * parameters_of({**vars(config.model), "vocab_size": vocab_size}) * tokens
     seconds = work / (CPU_FLOPS if kind == "cpu" else GPU_FLOPS * int(config.devices))
     return seconds * COMPILE_GAIN[kind] > COMPILE_SECONDS[kind]
+
+
+def compiling_the_head_pays(config: Config) -> bool:
+    """The LM head's elementwise work compiles in seconds and then takes half the time: it pays within about 50 steps.
+
+    Must be asked after `compile_pays` has settled `compile`, and follows it where compiling was refused by hand.
+    """
+    refused = "compile" in given_keys(config.record.overrides) and config.compile is False
+    return not refused and config.accelerator != "mps" and has_compiler() and config.steps >= HEAD_COMPILE_STEPS
 
 
 def has_compiler() -> bool:

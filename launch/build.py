@@ -94,9 +94,14 @@ def data_module(config: Config) -> Any:
 def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> TrainingSettings:
     """What every task's module is given."""
     model = config.model
-    sizes = [size or 0 for size in (model.n_layer, model.n_head, model.n_embd, model.n_positions)]
-    shape = ModelShape(*sizes, vocab_size=vocab_size, dropout=model.dropout)
-    compiled = config.compile is True
+    shape = ModelShape(
+        n_layer=model.n_layer or 0,
+        n_head=model.n_head or 0,
+        n_embd=model.n_embd or 0,
+        n_positions=model.n_positions or 0,
+        vocab_size=vocab_size,
+        dropout=model.dropout,
+    )
     return TrainingSettings(
         shape=shape,
         tokenizer_folder=facts.tokenizer_folder,
@@ -108,8 +113,8 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         val_tokens=facts.val_tokens,
         val_bytes=facts.val_bytes,
         gradient_clip=config.gradient_clip,
-        compile_blocks=compiled,
-        compile_head=compiled,
+        compile_blocks=config.compile is True,
+        compile_head=config.record.compile_head is True,
         activation_checkpointing=config.activation_checkpointing,
         ema=config.ema,
         log_every=config.log_every,

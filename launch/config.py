@@ -43,6 +43,7 @@ class Record:
     command: str = ""
     teacher_hash: str = ""  # sha256 of the teacher's model.safetensors
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
+    compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
     accumulate: int = 0  # micro-batches of one optimizer step on each rank
 
 

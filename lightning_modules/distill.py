@@ -32,12 +32,13 @@ class Distill(LanguageModel):
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
     """
 
+    teacher: OnlineTeacher  # loaded when fitting starts
+
     def __init__(self, training: TrainingSettings, teacher: str, loss: LossSettings, preflight: str = "refuse") -> None:
         super().__init__(training)
         self.teacher_source = teacher
         self.loss_settings = loss
         self.preflight = preflight
-        self.teacher: OnlineTeacher | None = None
         self.teacher_loss: float | None = None
 
     def on_fit_start(self) -> None:

@@ -52,6 +52,8 @@ class FineTune(LanguageModel):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
+        assert batch.prompt_lengths is not None
+        assert batch.references is not None
         wanted = -(-self.text.examples // self.trainer.world_size) - len(self._prompts)
         lengths = batch.prompt_lengths.tolist()[: max(wanted, 0)]
         self._prompts += [batch.input_ids[row, :length].tolist() for row, length in enumerate(lengths)]

@@ -40,11 +40,12 @@ class NonFiniteLossError(RuntimeError):
 class LanguageModel(lightning.LightningModule):
     """Base of the three tasks; its own loss is next-token cross-entropy."""
 
+    backbone: Backbone  # made in configure_model, once the strategy is known
+
     def __init__(self, training: TrainingSettings) -> None:
         super().__init__()
         self.settings = training
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
-        self.backbone: Backbone | None = None  # made in configure_model, once the strategy is known
         self.average: WeightAverage | None = None
         self.tokens_seen = 0
         self.watched_metric = metric_names.VAL_LOSS
@@ -78,7 +79,7 @@ class LanguageModel(lightning.LightningModule):
     # Model
 
     def configure_model(self) -> None:
-        if self.backbone is not None:
+        if "backbone" in self._modules:
             return
         self.backbone = self.build_backbone()
         if self.settings.activation_checkpointing:
@@ -199,8 +200,9 @@ class LanguageModel(lightning.LightningModule):
         means = {name: (value / targets).item() for name, value in sums.items()}
         loss = means[metric_names.VAL_LOSS]
         means[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))
-        bits = loss * self.settings.val_tokens / math.log(2)
-        means[metric_names.VAL_BITS_PER_BYTE] = bits / max(self.settings.val_bytes, 1)
+        if self.settings.val_bytes:  # unknown for tokens whose tokenizer is not at hand
+            bits = loss * self.settings.val_tokens / math.log(2)
+            means[metric_names.VAL_BITS_PER_BYTE] = bits / self.settings.val_bytes
         self.log_dict({"step": float(self.trainer.global_step), **means, **self.generated_metrics()})
         if self.average is not None:
             self.average.swap()
@@ -247,7 +249,7 @@ class LanguageModel(lightning.LightningModule):
             return self.backbone.lm.state_dict()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
         state = get_model_state_dict(self.backbone, options=options)
-        return {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+        return {name.removeprefix("lm."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
     def export_adapter(self, folder: Path) -> bool:
         """Write a PEFT adapter into `folder`, for tasks that train one; says whether it did."""

@@ -150,16 +150,18 @@ def probing_calls(root: Path) -> list[str]:
 def keyword_catch_alls(root: Path) -> list[str]:
     return [
         f"{file}:{node.lineno}: {node.name}(**{node.args.kwarg.arg})"
-        for file, tree in parsed(root, tests=True)
+        for file, tree in parsed(root)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.args.kwarg
     ]
 
 
 def prints_outside_entry_modules(root: Path) -> list[str]:
-    """An entry module is one that can be run: it has an `if __name__ == "__main__"`."""
+    """An entry module is one that can be run (it has an `if __name__ == "__main__"`) or one of launch/, its speaker."""
     found = []
     for file, tree in parsed(root):
+        if top(module_name(file)) == "launch":
+            continue
         runnable = any(
             isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body
         )

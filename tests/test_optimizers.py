@@ -1,4 +1,6 @@
-"""Optimizers and schedules: Muon against PyTorch's own, the split of parameters, and the curves of the learning rate."""
+"""Optimizers and schedules: Muon against PyTorch's own, the split of parameters, learning-rate curves."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,7 +87,7 @@ def test_schedules_warm_up_peak_and_end_where_they_say(name: str) -> None:
     assert curve[0] == pytest.approx(0.1)
     assert curve[9] == pytest.approx(1.0)
     assert curve[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
-    assert all(a >= b for a, b in zip(curve[9:], curve[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(curve[9:]))
     if name == "wsd":
         assert curve[74] == 1.0
         assert curve[77] < 1.0
