@@ -138,38 +138,46 @@ SMALL += (
     "precision=fp32",
     "devices=1",
 )
-LANGUAGE = (*SMALL, "data=text", f"path={ROOT / 'gpt2lab'}/*.py", "val_fraction=0.3", "batch_tokens=256")
+LANGUAGE = (*SMALL, "data=text", "val_fraction=0.3", "batch_tokens=256")
 PAIRS = (*SMALL, "data=pairs", "batch_sequences=8", "val_fraction=0.1")
 TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=32")
 
 
 @pytest.fixture(scope="module")
-def teacher(cache, tmp_path_factory) -> Path:
+def sources(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    for file in sorted(Path(os.__file__).parent.glob("[a-d]*.py")):
+        (folder / file.name).write_bytes(file.read_bytes()[:20_000].rsplit(b"\n", 1)[0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(cache, sources, tmp_path_factory) -> Path:
     """A pretrained model that can teach and be fine-tuned."""
     run_dir = tmp_path_factory.mktemp("teacher") / "run"
     wider = ("model.n_layer=2", "model.n_head=2", "model.n_embd=64")
-    finish("train.py", *LANGUAGE, *wider, f"run_dir={run_dir}", f"cache_dir={cache}")
+    finish("train.py", *LANGUAGE, *wider, f"path={sources}", f"run_dir={run_dir}", f"cache_dir={cache}")
     return run_dir
+
+
+def assignments(sources: Path) -> str:
+    """Pairs from real text: the left and the right side of assignments, as a table."""
+    lines = [line.strip() for file in sorted(sources.glob("*.py")) for line in file.open(errors="replace")]
+    pairs = [line.split(" = ", 1) for line in lines if " = " in line and "\t" not in line and '"' not in line]
+    return "source\ttarget\n" + "".join(f"{left}\t{right}\n" for left, right in pairs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["pretrain", "distill", "finetune"])
-def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, teacher, tmp_path, task):
+def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sources, teacher, tmp_path, task):
     """Dropout on, two micro-batches a step, killed in the middle of an epoch."""
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     if task == "finetune":
-        pairs = tmp_path / "pairs.tsv"
-        lines = [
-            line.strip() for file in sorted((ROOT / "gpt2lab").glob("*.py")) for line in file.open() if "=" in line
-        ]
-        pairs.write_text(
-            "source\ttarget\n" + "".join("\t".join(line.split("=", 1)) + "\n" for line in lines if "\t" not in line)
-        )
-        keys = (*PAIRS, "task=finetune", f"init={teacher}", f"path={pairs}", "task.text.examples=4")
-    elif task == "distill":
-        keys = (*LANGUAGE, *TINY, "task=distill", f"teacher={teacher}")
+        (tmp_path / "pairs.tsv").write_text(assignments(sources))
+        keys = (*PAIRS, "task=finetune", f"init={teacher}", f"path={tmp_path / 'pairs.tsv'}", "task.text.examples=4")
     else:
-        keys = (*LANGUAGE, *TINY)
+        keys = (*LANGUAGE, *TINY, f"path={sources}", f"task={task}")
+        keys += (f"teacher={teacher}",) if task == "distill" else ()
     keys += (f"cache_dir={cache}",)
     finish("train.py", *keys, f"run_dir={unbroken}")
     kill_after_step(6, resumed, "train.py", *keys, f"run_dir={resumed}")
