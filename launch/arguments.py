@@ -18,7 +18,19 @@ from launch.spelling import nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
-FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r")
+FLAGS: tuple[str, ...] = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--run",
+    "-r",
+)
 FLAGS += ("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn")
 FLAGS += ("--config-dir", "-cd", "--experimental-rerun", "--info", "-i")
 

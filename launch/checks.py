@@ -4,6 +4,7 @@ import glob
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from gpt2lab.errors import InputError
 from launch import run_folders
@@ -90,16 +91,16 @@ def check_own_record(config: Config) -> None:
         known = Config.__dataclass_fields__
         if head == "record" or (head not in known and override.startswith("+")):
             raise InputError(f"There is no key {key}{nearest(key, known)}.\nAll keys: python train.py --cfg job.")
-        node = value_of(config, head)
-        if rest and override.startswith("+") and not isinstance(node, dict):
+        node = value_of(config, head) if rest and override.startswith("+") else {}
+        if not isinstance(node, dict):
             names = [f"{head}.{name}" for name in type(node).__dataclass_fields__]
             if key not in names:
                 raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
 
 
-def value_of(config: Config, key: str) -> object:
+def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key."""
-    value: object = config
+    value: Any = config
     for part in key.split("."):
         value = value[part] if isinstance(value, dict) else vars(value)[part]
     return value
@@ -120,8 +121,9 @@ def check_ranges(config: Config) -> None:
         if value is None:
             continue
         smallest, largest = (bound[0] if isinstance(bound, list) else bound for bound in (low, high))
-        fits = isinstance(value, int | float) and smallest <= value <= largest
-        fits = fits and math.isfinite(value) and not (value == smallest and isinstance(low, list))
+        assert isinstance(value, int | float)
+        fits = math.isfinite(value) and smallest <= value <= largest
+        fits = fits and not (value == smallest and isinstance(low, list))
         if not fits or (value == largest and isinstance(high, list)):
             lower = f"greater than {smallest}" if isinstance(low, list) else f"at least {smallest}"
             upper = "" if largest == math.inf else f" and {'below' if isinstance(high, list) else 'at most'} {largest}"
@@ -139,7 +141,7 @@ def check_model(config: Config) -> None:
     """Heads divide the width; the context fits. With model=auto this waits for init's own sizes."""
     model = config.model
     sizes = (model.n_layer, model.n_head, model.n_embd, model.n_positions)
-    if None in sizes:
+    if model.n_layer is None or model.n_head is None or model.n_embd is None or model.n_positions is None:
         if sizes != (None,) * 4 or config.record.groups["model"] != "auto":
             raise InputError("model.n_layer, n_head, n_embd and n_positions must all be given, or model=auto.")
         if config.init == "scratch":

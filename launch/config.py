@@ -118,7 +118,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def typed(tree: DictConfig, hydra: DictConfig, command: str) -> Config:
+def typed(tree: DictConfig, hydra: Any, command: str) -> Config:
     """The composed tree as a plain, resolved Config.
 
     Args:

@@ -12,7 +12,7 @@ from launch.ignored_keys import given_keys
 from launch.resolve import file_hash
 
 # What may be given with resume=: how long, how often, and where the work is done
-CHANGEABLE = (
+CHANGEABLE: tuple[str, ...] = (
     "steps",
     "validate_every",
     "checkpoint_every",

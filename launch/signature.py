@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ class Parameter:
     required: bool
 
 
-def check_target(node: dict[str, Any], where: str, supplied: set[str], not_arguments: set[str] = frozenset()) -> None:
+def check_target(node: dict[str, Any], where: str, supplied: set[str], not_arguments: Collection[str] = ()) -> None:
     """Check the keys and simple types of a node with `_target_` against that class's constructor.
 
     Args:

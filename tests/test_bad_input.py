@@ -1,4 +1,4 @@
-"""Every mistake is answered with exit code 2 and at most five lines that name it and the cure, and leaves nothing behind."""
+"""Every mistake is answered with exit code 2 and at most five lines that name it and the cure."""
 
 import json
 import re

@@ -1,0 +1,217 @@
+"""conf/ composes in every combination, builds real objects, and questions are answered without heavy imports."""
+
+import itertools
+import random
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHRUNK, Train
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+
+from gpt2lab.settings import DataFacts, TokenizerChoice
+from launch import automatic, build, checks, config, resolve, run_folders
+from launch.config import Config
+from launch.model_folder import parameters_of
+
+CONF = ROOT / "conf"
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+}
+EXACT_PARAMETERS = {
+    "distil": 81_912_576,
+    "small": 124_439_808,
+    "medium": 354_823_168,
+    "large": 774_030_080,
+    "xl": 1_557_611_200,
+}
+config.register()
+
+
+def composed(*overrides: str) -> Config:
+    """What train.py makes of the command line."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = compose("train", list(overrides), return_hydra_config=True)
+    with open_dict(tree):
+        hydra = tree.pop("hydra")
+    return config.typed(tree, hydra, command="python train.py")
+
+
+def covering_array(groups: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Rows in which every pair of values of two groups stands together at least once, greedily."""
+    names, chance = sorted(groups), random.Random(0)
+    wanted = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in groups[a] for y in groups[b]}
+    rows = []
+    while wanted:
+        first, second = next(iter(sorted(wanted)))
+        row = dict([first, second])
+        for name in chance.sample([name for name in names if name not in row], len(names) - 2):
+            gains = {
+                value: sum(tuple(sorted([(name, value), item])) in wanted for item in row.items())
+                for value in groups[name]
+            }
+            row[name] = max(gains, key=gains.__getitem__)
+        wanted -= set(itertools.combinations(sorted(row.items()), 2))
+        rows.append(row)
+    return rows
+
+
+ROWS = covering_array(GROUPS)
+
+
+def fits(row: dict[str, str]) -> bool:
+    """Combinations that are mistakes in themselves, each with a test of its own in test_bad_input.py."""
+    is_running_text = "PairData" not in (CONF / "data" / f"{row['data']}.yaml").read_text()
+    return not (row["task"] == "finetune" and is_running_text)
+
+
+def test_every_pair_of_values_stands_in_some_row():
+    pairs = {pair for row in ROWS for pair in itertools.combinations(sorted(row.items()), 2)}
+    for (a, x), (b, y) in itertools.combinations([(g, v) for g in sorted(GROUPS) for v in GROUPS[g]], 2):
+        assert a == b or ((a, x), (b, y)) in pairs
+
+
+def test_every_combination_composes_and_is_checked():
+    """All pairs of group values, through composition, types and the checks that come before the imports."""
+    for row in ROWS:
+        if not fits(row):
+            continue
+        # loss belongs to distillation; elsewhere naming it is a mistake, and the default stands
+        given = [f"{group}={value}" for group, value in row.items() if group != "loss" or row["task"] == "distill"]
+        given += ["init=gpt2"] if row["model"] == "auto" else []
+        checks.check(composed(*given))
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> DataFacts:
+    settings = composed(*SHRUNK, f"path={sources}", f"cache_dir={tmp_path_factory.mktemp('cache')}")
+    return build_data(settings).prepare()
+
+
+def build_data(settings: Config):
+    settings.tokenizer = TokenizerChoice("bpe", vocab_size=300)
+    settings.accelerator = "cpu"
+    automatic.settle(settings)
+    return build.data_module(settings)
+
+
+def test_every_combination_builds_its_objects(facts: DataFacts, tmp_path: Path):
+    """Data module, LightningModule, callbacks, loggers and Trainer of each row, from the real constructors."""
+    for number, row in enumerate(ROWS):
+        if not fits(row) or row["precision"] == "fp16":
+            continue
+        given = [f"{group}={value}" for group, value in row.items() if group != "loss" or row["task"] == "distill"]
+        given += ["init=gpt2"] if row["model"] == "auto" else []
+        settings = composed(*given, f"cache_dir={tmp_path}", "logger=csv")
+        build_data(settings)
+        settings.compile = False
+        if row["model"] == "auto":
+            settings.model = config.ModelKeys(2, 2, 32, 64, 0.0)
+        module = build.task_module(settings, facts, facts.vocab_size)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trainer = build.trainer(
+            settings, folder, build.callbacks(settings, folder, facts), build.loggers(settings, folder)
+        )
+        assert trainer.max_steps == module.settings.steps == 300
+        assert module.settings.shape.vocab_size == facts.vocab_size
+
+
+@pytest.mark.parametrize("name", GROUPS["logger"])
+def test_every_logger_is_built_beside_metrics_csv(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    loggers = build.loggers(composed(f"logger={name}"), tmp_path)
+    assert loggers[0].name == "csv"
+    assert len(loggers) == (2 if name in ("wandb", "tensorboard") else 1)
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS["model"] if name != "auto"])
+def test_parameter_counts_are_exact(name: str):
+    from gpt2lab.backbone import count_parameters
+    from gpt2lab.settings import ModelShape
+
+    model = composed(f"model={name}").model
+    shape = ModelShape(**{**vars(model), "vocab_size": 50257})
+    counted = count_parameters(shape)
+    assert counted == parameters_of(vars(shape)), "the formula that needs no torch"
+    assert counted == EXACT_PARAMETERS.get(name, counted)
+
+
+def test_every_yaml_opens_with_what_it_is_and_the_command():
+    for file in CONF.rglob("*.yaml"):
+        head = [line for line in file.read_text().splitlines()[:8] if line.startswith("#")]
+        assert any("python train.py" in line for line in head), file
+        assert not head[-1].isspace()
+
+
+def test_help_names_every_group_value_and_key(train_here: Train):
+    answer = train_here("--help")
+    assert answer.code == 0
+    for group, values in GROUPS.items():
+        assert all(word in answer.stdout for word in (group, *values))
+    assert "batch_tokens: 4096" in answer.stdout
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path):
+    settings = composed("task=distill", "micro_batch=4", "name=001", "model=micro", "callbacks=minimal")
+    config.save(settings, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == settings
+    assert settings.micro_batch == 4
+
+
+def test_the_batch_is_split_so_that_every_micro_batch_has_a_sequence():
+    settings = composed("accelerator=cpu")
+    for rows, ranks, wanted in itertools.product((1, 2, 5, 16, 33, 128), (1, 2, 3), ("auto", 1, 3, 8)):
+        if rows < ranks:
+            continue
+        settings.batch_tokens, settings.record.world_size, settings.micro_batch = rows * settings.context, ranks, wanted
+        micro, accumulate = automatic.split_batch(settings)
+        parts = accumulate * ranks
+        assert parts <= rows <= parts * micro
+
+
+def test_automatic_precision_follows_the_cpu(tmp_path: Path):
+    for flags, has in (("fpu avx512_bf16 sse", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx2", False)):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        assert automatic.cpu_has_bf16(tmp_path / "cpuinfo") is has
+    assert automatic.cpu_has_bf16(tmp_path / "missing") is False
+
+
+def test_run_names_are_short_and_plain():
+    folder = run_folders.wanted_folder(composed("model=micro"))
+    assert folder.parent == Path("runs/pretrain")
+    assert folder.name.startswith("micro-2")
+    assert not set(str(folder)) & set("= ")
+    assert run_folders.wanted_folder(composed("name=mine")) == Path("runs/pretrain/mine")
+
+
+def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
+    assert resolve.wanted_tokenizer(composed("tokenizer=bpe", "vocab_size=500")).vocab_size == 500
+    hub = resolve.wanted_tokenizer(composed("tokenizer=hub", "tokenizer.source=./mine"))
+    assert (hub.kind, hub.source) == ("pretrained", "./mine")
+
+
+def seconds_of(*command: str) -> float:
+    """Processor time, which a busy machine does not stretch; nothing here waits for anything else."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    def once() -> float:
+        before = spent()
+        subprocess.run([sys.executable, *command], capture_output=True, cwd=ROOT)
+        return spent() - before
+
+    return statistics.median(once() for _ in range(3))
+
+
+@pytest.mark.parametrize("argument", ["modle=small", "--help", "--cfg=job", "context=4096"])
+def test_a_mistake_or_a_question_is_answered_at_once(argument: str):
+    """Within half a second of what importing hydra alone takes: nothing heavy is imported."""
+    arguments = ["--cfg", "job"] if argument == "--cfg=job" else [argument]
+    assert seconds_of("train.py", *arguments) - seconds_of("-c", "import hydra") < 0.5

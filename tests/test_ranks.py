@@ -1,0 +1,93 @@
+"""Two CPU ranks: the same losses as one process, under ddp and fsdp; signals and deaths reach the right processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Train, environment
+
+from gpt2lab.metrics_file import read_metrics
+
+
+def losses(folder: Path) -> list[float]:
+    rows = read_metrics(folder)
+    return [float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> list[float]:
+    """Losses of the run in one process."""
+    from conftest import SHRUNK
+
+    folder = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, str(ROOT / "train.py"), *SHRUNK, f"path={sources}", *RUN, "run_dir=run"]
+    subprocess.run(command, cwd=folder, env=environment(cache), check=True, capture_output=True)
+    return losses(folder / "run")
+
+
+RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_have_the_losses_of_one(
+    strategy: str, alone: list[float], train_process: Train, tiny: list[str], tmp_path: Path
+):
+    answer = train_process(*tiny, *RUN, "devices=2", f"strategy={strategy}", "run_dir=run")
+    assert answer.code == 0, answer.stderr
+    together = losses(tmp_path / "run")
+    assert len(alone) == len(together) == 8
+    assert together == pytest.approx(alone, abs=2e-5)
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    assert answer.stdout.strip().splitlines()[-1].startswith("finished: val/loss")
+
+
+def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A run on two ranks that has begun to train, and its ranks' process ids."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides, "devices=2", "log_every=1", "run_dir=run"],
+        cwd=tmp_path,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None:
+        if len(read_metrics(tmp_path / "run")) > 1:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            return process, [int(child) for child in children]
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny: list[str]):
+    process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "resume=run" in stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
+    process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 1, stderr
+    assert "failed" in stderr
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str]):
+    process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
+    process.kill()
+    process.communicate(timeout=30)
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

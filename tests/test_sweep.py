@@ -1,0 +1,128 @@
+"""A multirun: one run directory per job, a table at the end, and no job that stops another."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Train, environment
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_failed_job_does_not_stop_the_rest(train_process: Train, tiny: list[str], tmp_path: Path):
+    """Of three jobs one is misspelt and one is impossible; the other two are trained, each in a folder of its own."""
+    sweep = ["-m", "steps=2", "optimizer=adamw,adamv", "init=scratch,no/such/run", "hydra.sweep.dir=swept"]
+    answer = train_process(*tiny, *sweep)
+    assert answer.code == 1
+    assert answer.stderr.strip().endswith("3 of 4 jobs failed.")
+    table = rows(tmp_path / "swept")
+    assert [row["status"] for row in table] == ["finished", "failed", "failed", "failed"]
+    assert "no such folder" in table[1]["error"]
+    assert "adamv" in table[2]["error"]
+    report = json.loads((tmp_path / "swept" / "0" / "report.json").read_text())
+    assert float(table[0]["watched"]) == report["val_loss"]
+    assert table[0]["watched_metric"] == "val/loss"
+    assert not (tmp_path / "swept" / "1").exists()
+    assert not (tmp_path / "runs").exists()
+    lines = answer.stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("job  status"))
+    assert "optimizer=adamw init=scratch" in lines[start + 1]
+    assert "finished" in lines[start + 1]
+    assert "data=text" not in lines[start + 1], "what all jobs share is no news"
+
+
+def test_jobs_start_from_the_parents_environment_alone(train_process: Train, tiny: list[str], tmp_path: Path):
+    """`hydra.mode=MULTIRUN` is a multirun without -m; a key that only one task reads is dropped for the other."""
+    sweep = ["hydra.mode=MULTIRUN", "steps=2", "task=pretrain,distill", "teacher=missing/run", "hydra.sweep.dir=swept"]
+    answer = train_process(*tiny, *sweep)
+    assert answer.code == 1
+    first, second = rows(tmp_path / "swept")
+    assert (first["status"], second["status"]) == ("finished", "failed")
+    assert "missing/run" in second["error"]
+    stored = (tmp_path / "swept" / "0" / "config.yaml").read_text()
+    assert "missing/run" not in stored
+
+
+def test_a_sweep_over_tasks_wants_its_teacher_named(train_here: Train, tiny: list[str]):
+    answer = train_here(*tiny, "-m", "task=pretrain,distill")
+    assert answer.code == 2
+    assert "teacher=RUN_DIR" in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) <= 5
+
+
+def test_a_mistake_that_all_jobs_share_is_told_at_once(train_here: Train):
+    answer = train_here("-m", "model=nano,micro", "stpes=3")
+    assert answer.code == 2
+    assert "did you mean steps?" in answer.stderr
+    assert not list(Path.cwd().glob("sweeps*"))
+
+
+def test_run_dir_has_no_place_in_a_sweep(train_here: Train):
+    answer = train_here("-m", "seed=1,2", "run_dir=here")
+    assert answer.code == 2
+    assert "hydra.sweep.dir" in answer.stderr
+
+
+def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
+    """Process id of a job that has begun to train."""
+    while process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        metrics = folder / "0" / "metrics.csv"
+        if children and metrics.is_file() and metrics.stat().st_size:
+            return int(children[0])
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], tmp_path: Path):
+    """Killed, it leaves no process behind; interrupted, its job saves first and the next one does not start."""
+    command = [*tiny, "-m", "steps=100000", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command],
+        cwd=tmp_path,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    job = running_job(tmp_path / "swept", process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    end = time.monotonic() + 5
+    while Path(f"/proc/{job}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{job}").exists()
+    assert not (tmp_path / "swept" / "1").exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert rows(tmp_path / "swept")[0]["status"] == "stopped"
+        assert list((tmp_path / "swept" / "0" / "checkpoints").glob("step-*.ckpt"))
+
+
+def test_a_killed_job_is_recorded_and_the_next_one_starts(cache: Path, tiny: list[str], tmp_path: Path):
+    command = [*tiny, "-m", "steps=100000,2", "log_every=1", "hydra.sweep.dir=swept"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command],
+        cwd=tmp_path,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.kill(running_job(tmp_path / "swept", process), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    table = rows(tmp_path / "swept")
+    assert [row["status"] for row in table] == ["failed", "finished"]
+    assert table[0]["error"] == "killed by SIGKILL"
