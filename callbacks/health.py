@@ -28,12 +28,13 @@ class SpikeDetector:
     def __init__(self, window: int = 20, deviations: float = 6.0, margin: float = 0.3) -> None:
         self.deviations = deviations
         self.margin = margin
+        self.window = window
         self.recent: deque[float] = deque(maxlen=window)
 
     def is_spike(self, loss: float) -> bool:
         before = list(self.recent)
         self.recent.append(loss)
-        if len(before) < self.recent.maxlen // 2:
+        if len(before) < self.window // 2:
             return False
         centre = median(before)
         spread = NORMAL * median(abs(value - centre) for value in before)

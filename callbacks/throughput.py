@@ -30,7 +30,7 @@ class Throughput(lightning.Callback):
         self.cache_dir = cache_dir
         self._tokens = 0
         self._seconds = 0.0
-        self._since: float | None = None
+        self._since = 0.0
         self._peak = 0.0
 
     @contextmanager
@@ -85,7 +85,6 @@ class Throughput(lightning.Callback):
     def _stop(self) -> None:
         device.synchronize(self._device)
         self._seconds += time.perf_counter() - self._since
-        self._since = None
 
 
 @contextmanager

@@ -99,13 +99,15 @@ class WeightsAndBiases(Logger):
             if mode != "online":
                 raise
             log.warning("W&B cannot be reached (%s); this run is kept offline.", str(error).splitlines()[:1])
-            run = self._init("offline")
-        log.info("W&B: %s", run.url or f"offline in {self.run_dir / 'wandb'}; `wandb sync` uploads it")
+            mode = "offline"
+            run = self._init(mode)
+        offline = f"{mode} in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
+        log.info("W&B: %s", run.url if mode == "online" else offline)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Any) -> Any:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", self.project),
             name=self.name,

@@ -25,7 +25,7 @@ CHOICES = {
     "tokenizer.kind": ("auto", "bpe", "pretrained"),
 }
 # key → (smallest, largest); a bound in brackets is itself not allowed
-RANGES = {
+RANGES: dict[str, tuple[Any, Any]] = {
     "steps": (1, math.inf),
     "context": (2, math.inf),
     "batch_tokens": (1, math.inf),
