@@ -32,6 +32,9 @@ class StepTimes(Callback):
         self.marks: dict[str, float] = {}
         self.step_ended = 0.0
 
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(self._optimizer_stepped)
+
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._mark("forward")
 
@@ -45,11 +48,8 @@ class StepTimes(Callback):
     def on_before_optimizer_step(self, trainer: lightning.Trainer, module: Any, optimizer: Any) -> None:
         self._mark("optimizer")
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if "optimizer" not in self.marks:
-            return  # a micro-batch that only accumulates
+    def _optimizer_stepped(self, *_unused: Any) -> None:
+        """PyTorch calls this when the optimizer's own step is over, before any callback's work on the step."""
         self._add("optimizer")
         now = self._now()
         if self.step_ended:

@@ -1,0 +1,83 @@
+"""README and docs: every command they show is one that train.py, evaluate.py, generate.py or make understands."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+
+import evaluate
+import generate
+from launch import checks, config
+from launch.arguments import readable_by_hydra
+from launch.key_values import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(start: str) -> list[str]:
+    """Indented lines of the pages that begin with `start`, continuation lines joined, comments cut off."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        found += [line.strip() for line in text.splitlines() if line.startswith(f"    {start}")]
+    return sorted({" ".join(line.split("  # ")[0].split()) for line in found})
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that the pages speak of."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "pairs.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", commands("python train.py"))
+def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path) -> None:
+    words = shlex.split(command)[2:]
+    if "resume=" in command or "--cfg" in command:
+        pytest.skip("continues or prints; the rest of the command stands elsewhere on the page")
+    # Of a sweep the first job is checked.
+    overrides = [word.split(",")[0] for word in words if word != "-m"]
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        tree = compose("train", overrides=readable_by_hydra(overrides), return_hydra_config=True)
+    with open_dict(tree):
+        hydra_node = tree.pop("hydra")
+    checks.check(config.typed(tree, hydra_node, command=command))
+
+
+@pytest.mark.parametrize("command", commands("python evaluate.py"))
+def test_an_evaluate_command_of_the_pages_parses(command: str) -> None:
+    parse(shlex.split(command)[2:], evaluate.Arguments)
+
+
+@pytest.mark.parametrize("command", commands("python generate.py"))
+def test_a_generate_command_of_the_pages_parses(command: str) -> None:
+    parse(shlex.split(command)[2:], generate.Arguments)
+
+
+@pytest.mark.parametrize("target", sorted({command.split()[1] for command in commands("make ")}))
+def test_a_make_target_of_the_pages_exists(target: str) -> None:
+    subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_group_value_stands_in_the_readme() -> None:
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    told: dict[str, str] = {}
+    for group, values in rows:
+        told[group] = told.get(group, "") + " " + values
+    for path in (ROOT / "conf").glob("*/*.yaml"):
+        assert re.search(rf"\b{path.stem}\b", told[path.parent.name]), f"{path.parent.name}={path.stem}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} → {target}"
