@@ -26,6 +26,7 @@ class SpikeDetector:
     """
 
     def __init__(self, window: int = 20, deviations: float = 6.0, margin: float = 0.3) -> None:
+        self.window = window
         self.deviations = deviations
         self.margin = margin
         self.window = window

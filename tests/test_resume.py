@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 from gpt2lab.checkpoint_ledger import entries, newest_good_checkpoint
 from gpt2lab.metrics_file import read_metrics
@@ -184,3 +185,17 @@ def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sour
     finish("train.py", f"resume={resumed}")
     assert read_report(resumed)["status"] == "finished"
     assert_same_end(resumed, unbroken)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_saves_whole_tensors_and_is_taken_up_again(cache, sources, tmp_path):
+    run_dir = tmp_path / "run"
+    keys = [*LANGUAGE, *TINY, f"path={sources}", f"cache_dir={cache}", f"run_dir={run_dir}"]
+    keys = [key for key in keys if not key.startswith(("devices", "callbacks", "steps"))]
+    finish("train.py", *keys, "strategy=fsdp", "devices=2", "steps=12", "sample_every=6", "ema=0.9")
+    state = torch.load(newest_good_checkpoint(run_dir), weights_only=True)
+    assert all(type(tensor) is torch.Tensor for tensor in state["state_dict"].values())
+    GPT2LMHeadModel.from_pretrained(run_dir / "hf")
+    finish("train.py", f"resume={run_dir}", "steps=16")
+    report = read_report(run_dir)
+    assert (report["status"], report["steps"], report["tokens_seen"]) == ("finished", 16, 16 * 8 * 32)
