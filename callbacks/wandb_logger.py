@@ -87,18 +87,20 @@ class WeightsAndBiases(Logger):
             if self.run is None:
                 self.run = self._start()
             action(self.run)
-        except (wandb.Error, OSError, ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # whatever W&B raises must not end a training run
             self._failed = True
-            log.warning("W&B is off for the rest of this run: %s", str(error).splitlines()[:1])
+            log.warning("W&B is off for the rest of this run: %s", _first_line(error))
 
     def _start(self) -> Any:
+        wandb.setup(wandb.Settings(silent=True))  # its login would print
         mode = os.environ.get("WANDB_MODE") or (self._available_mode() if self.mode == "auto" else self.mode)
         try:
             run = self._init(mode)
-        except (wandb.Error, OSError) as error:
+        except Exception as error:
             if mode != "online":
                 raise
-            log.warning("W&B cannot be reached (%s); this run is kept offline.", str(error).splitlines()[:1])
+            wandb.teardown()  # its service still holds the run id
+            log.warning("W&B cannot be reached (%s); this run is kept offline.", _first_line(error))
             mode = "offline"
             run = self._init(mode)
         offline = f"{mode} in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
@@ -125,3 +127,7 @@ class WeightsAndBiases(Logger):
             return "online" if wandb.login(prompt=False, verify=False) else "offline"
         except (wandb.Error, OSError, ValueError):
             return "offline"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
