@@ -21,9 +21,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 
 # Optimizer steps of each stage: about eight minutes in all on two CPU cores.
-TEACHER_STEPS = 400
-STUDENT_STEPS = 300
-FINETUNE_STEPS = 100
+TEACHER_STEPS = 200
+STUDENT_STEPS = 120
+FINETUNE_STEPS = 60
 
 PROMPT_COUNT = 3
 
