@@ -102,7 +102,15 @@ class Checkpoint(lightning.Callback):
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         model = pl_module.export_model()
         if trainer.is_global_zero:
-            card = {"title": self.run_dir.name, "Steps": str(trainer.global_step), "Trained with": "gpt2-lab"}
+            scores = {n: f"{float(v):.4f}" for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+            card = {
+                "title": self.run_dir.name,
+                "parameters": f"{model.num_parameters():,}",
+                "steps": str(trainer.global_step),
+                "target tokens trained on": f"{pl_module.tokens_seen:,}",
+                **scores,
+                "trained with": "gpt2-lab",
+            }
             write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
         elif pl_module.is_sharded:
             with tempfile.TemporaryDirectory() as unused:  # gathering the adapter takes all ranks

@@ -57,8 +57,9 @@ class Samples(lightning.Callback):
         batch: Batch = next(iter(trainer.datamodule.val_dataloader()))
         if batch.prompt_lengths is None:
             return list(SOURCE_PROMPTS)
-        lengths = batch.prompt_lengths[:PAIR_PROMPTS].tolist()
-        return [pl_module.tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
+        lengths = batch.prompt_lengths.tolist()
+        prompts = [pl_module.tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
+        return list(dict.fromkeys(prompts))[:PAIR_PROMPTS]
 
     def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
         samples = []
