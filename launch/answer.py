@@ -5,6 +5,7 @@ by a signal after saving, to be resumed · 130 Ctrl-C.
 """
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
@@ -28,19 +30,18 @@ class Ended(SystemExit):
 
 def exit_code(entry: Callable[[], Any]) -> int:
     """Run `entry` and say how it ended."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, _end_outside_training)
+    previous = {number: signal.signal(number, _end_at_once) for number in SIGNALS}
     try:
         entry()
     except Ended as ended:
         if ended.message:
             print(ended.message, file=sys.stderr)
         return int(ended.code or FINISHED)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         return _answer_to(error)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return FINISHED
 
 
@@ -86,6 +87,26 @@ def as_mistake(error: Exception) -> InputError | None:
     return None
 
 
-def _end_outside_training(signum: int, _frame: FrameType | None) -> None:
-    """Before and after the training, which has handlers of its own, there is nothing to save."""
-    raise Ended(STOPPED, f"Stopped by {signal.Signals(signum).name}; no step was lost.")
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """In the block a signal raises `Ended`, so that what was made can be removed again."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise Ended(code_of_signal(number), _message_of(number))
+
+    previous = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> None:
+    """Until a run directory is made nothing needs cleaning up, and an exception amid imports is garbled by some."""
+    os.write(sys.stderr.fileno(), f"{_message_of(number)}\n".encode())
+    os._exit(code_of_signal(number))
+
+
+def _message_of(number: int) -> str:
+    return f"Stopped by {signal.Signals(number).name} outside training; no step was lost."

@@ -18,21 +18,9 @@ from launch.spelling import nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
-FLAGS: tuple[str, ...] = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "--package",
-    "-p",
-    "--run",
-    "-r",
-)
-FLAGS += ("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn")
-FLAGS += ("--config-dir", "-cd", "--experimental-rerun", "--info", "-i")
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--info", "-i")
+FLAGS_WITH_VALUE += ("--config-dir", "-cd")
+FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 
 
 def command() -> str:
@@ -49,7 +37,8 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
     _check_flags(arguments)
     _check_groups(arguments)
     sweeping = is_multirun(arguments)
-    return [_readable(argument, sweeping) for argument in arguments]
+    flags, overrides = _flags_apart(arguments)
+    return [*flags, *(_readable(override, sweeping) for override in overrides)]
 
 
 def is_multirun(arguments: list[str]) -> bool:
@@ -65,6 +54,20 @@ def _check_groups(arguments: list[str]) -> None:
         if equals and value in ("", "null", "~") and group and "/" not in group and folder.is_dir():
             allowed = sorted(file.stem for file in folder.glob("*.yaml"))
             raise InputError(f"{argument}: a group must have a value.\nAllowed: {', '.join(allowed)}.")
+
+
+def _flags_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and the overrides: argparse does not understand `a=1 -m b=2,3`."""
+    flags, overrides, left = [], [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.append(argument)
+        if argument in FLAGS_WITH_VALUE and left:
+            flags.append(left.pop(0))
+    return flags, overrides
 
 
 def _check_flags(arguments: list[str]) -> None:

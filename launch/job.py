@@ -14,6 +14,8 @@ from gpt2lab.errors import InputError
 from launch import answer, checks, children, config, noise, resolve, resume, run_folders, space
 from launch.config import Config
 
+ERROR_FILE = "error.txt"
+
 
 def run_job(asked: Config) -> dict[str, Any]:
     """Resolve what is left open, prepare data, make the run directory, train.
@@ -68,16 +70,17 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
 
     torch.set_num_threads(int(settings.threads))
     module = build.task_module(settings, facts, resolve.vocabulary(settings, facts.vocab_size))
-    folder = _folder(settings, is_new)
     trainer = None
-    try:
-        observers = build.callbacks(settings, folder, facts)
-        trainer = build.trainer(settings, folder, observers, build.loggers(settings, folder))
-        _fit(trainer, module, data, resume.checkpoint(settings))
-    except InputError:
-        if is_new and (trainer is None or trainer.global_step == 0):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with answer.cleaning_up():
+        folder = _folder(settings, is_new)
+        try:
+            observers = build.callbacks(settings, folder, facts)
+            trainer = build.trainer(settings, folder, observers, build.loggers(settings, folder))
+            _fit(trainer, module, data, resume.checkpoint(settings))
+        except (InputError, answer.Ended):
+            if is_new and (trainer is None or trainer.global_step == 0):
+                shutil.rmtree(folder, ignore_errors=True)  # a run without a step is no run
+            raise
     return _outcome(trainer, folder)
 
 
@@ -98,10 +101,6 @@ def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except StoppedNowError:
         raise answer.Ended(answer.INTERRUPTED, "Stopped at once, without saving.") from None
-    except SystemExit as ended:  # so Lightning answers a Ctrl-C that comes before training starts
-        if isinstance(ended.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
 
 
 def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
@@ -144,12 +143,22 @@ def _run_rank(spec: Path) -> None:
         ranks.record_outcome(answer.FINISHED, watched=watched)
 
 
+def _run_for_a_sweep(spec: Path) -> None:
+    """The sweep's process reads from beside the spec why its job failed."""
+    try:
+        run_job(config.load(spec))
+    except Exception as error:
+        mistake = answer.as_mistake(error)
+        spec.with_name(ERROR_FILE).write_text(str(mistake or f"{type(error).__name__}: {error}"), encoding="utf-8")
+        raise
+
+
 def _program(spec: str, parent: str, *flags: str) -> None:
     children.die_with_parent(int(parent))
     if "--rank" in flags:
         _run_rank(Path(spec))
     else:
-        run_job(config.load(Path(spec)))
+        _run_for_a_sweep(Path(spec))
 
 
 if __name__ == "__main__":

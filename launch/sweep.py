@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2lab.errors import InputError
 from launch import answer, checks, children, config
 from launch.ignored_keys import given_keys, in_words, without_ignored
+from launch.job import ERROR_FILE
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = (
@@ -96,7 +97,12 @@ def _task_of(loader: ConfigLoader, sweep_config: DictConfig, job: Job) -> str:
 
 
 def _check_together(jobs: list[Job], tasks: list[str]) -> None:
-    """A distillation cannot wait for a teacher that the same sweep is yet to train."""
+    """Jobs have folders of their own, and a distillation cannot wait for a teacher that the same sweep trains."""
+    if {"run_dir", "name", "resume"} & {key for job in jobs for key in given_keys(job.overrides)}:
+        raise InputError(
+            "run_dir, name and resume cannot be given in a sweep: each job has a folder of its own.\n"
+            "Set the sweep's: hydra.sweep.dir=FOLDER"
+        )
     if {"pretrain", "distill"} <= set(tasks) and not any("teacher" in given_keys(job.overrides) for job in jobs):
         raise InputError(
             "A sweep over task=pretrain,distill needs a teacher named: jobs do not wait for each other's results.\n"
@@ -116,14 +122,14 @@ def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, task: str, al
             raise
         job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
         return 0
-    code, stopped = _run_process(settings)
+    code, stopped, told = _run_process(settings)
     report = _report_of(job.folder)
     job.status = {answer.FINISHED: "finished", answer.STOPPED: "stopped", answer.INTERRUPTED: "stopped"}.get(
         code, "failed"
     )
     if job.status == "failed":
         died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        job.error = report.get("error") or died
+        job.error = " ".join(told.split("\n")) or report.get("error") or died
     elif job.status == "finished":
         job.watched = report.get("metrics", {}).get(report.get("watched_metric"))
     return stopped
@@ -136,19 +142,13 @@ def _composed(loader: ConfigLoader, sweep_config: DictConfig, job: Job, override
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
     settings = config.typed(tree, hydra, command=f"python train.py {in_words(overrides)}")
-    if settings.run_dir is None and settings.name is None and settings.resume is None:
-        settings.run_dir = str(job.folder)
-    else:
-        raise InputError(
-            "run_dir, name and resume cannot be given in a sweep: each job has a folder of its own.\n"
-            "Set the sweep's: hydra.sweep.dir=FOLDER"
-        )
+    settings.run_dir = str(job.folder)
     checks.check(settings)
     return settings
 
 
-def _run_process(settings: config.Config) -> tuple[int, int]:
-    """(exit code, signal that came meanwhile or 0) of a job in a process and session of its own."""
+def _run_process(settings: config.Config) -> tuple[int, int, str]:
+    """(exit code, signal that came meanwhile or 0, error it told) of a job in a process and session of its own."""
     with tempfile.TemporaryDirectory(prefix="gpt2lab-job-") as scratch:
         spec = Path(scratch, "config.yaml")
         config.save(settings, spec)
@@ -160,7 +160,9 @@ def _run_process(settings: config.Config) -> tuple[int, int]:
         )
         with children.forwarding(lambda: [process.pid]) as signals:
             code = process.wait()
-    return code, signals[-1] if signals else 0
+        error = spec.with_name(ERROR_FILE)
+        told = error.read_text(encoding="utf-8") if error.is_file() else ""
+    return code, signals[-1] if signals else 0, told
 
 
 def _report_of(folder: Path) -> dict[str, Any]:

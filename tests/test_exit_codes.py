@@ -1,0 +1,108 @@
+"""How a run ends is what its exit code says: 0 finished, 75 stopped to be resumed, 130 Ctrl-C, 1 an error."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Train, environment
+
+from gpt2lab.metrics_file import read_metrics
+
+
+def start(cache: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=folder,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A process started in a shell's background ignores Ctrl-C; a user's does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
+    while process.poll() is None:
+        if len(read_metrics(run)) > 1:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
+    number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str], train_here: Train
+):
+    run = tmp_path / "run"
+    process = start(cache, tmp_path, *tiny, "steps=100000", "log_every=1", "run_dir=run")
+    wait_until_training(process, run)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert stderr.strip().splitlines()[-1].endswith("Continue with: python train.py resume=run")
+    report = json.loads((run / "report.json").read_text())
+    assert report["status"] == "stopped"
+    stopped_at = report["steps"]
+
+    refused = train_here("resume=run", "optimizer.lr=1")
+    assert refused.code == 2
+    assert "optimizer.lr=1 cannot be changed" in refused.stderr
+    answer = train_here("resume=run", f"steps={stopped_at + 3}")
+    assert answer.code == 0, answer.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert (report["status"], report["steps"]) == ("finished", stopped_at + 3)
+
+
+def test_the_second_ctrl_c_stops_at_once(cache: Path, tmp_path: Path, tiny: list[str]):
+    # One step lasts for seconds, so both presses fall into it.
+    slow = ["batch_tokens=65536", "steps=1000", "log_every=1", "run_dir=run"]
+    process = start(cache, tmp_path, *tiny, *slow)
+    while not read_metrics(tmp_path / "run"):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.8)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+def test_a_signal_before_training_leaves_nothing_behind(cache: Path, tmp_path: Path, tiny: list[str]):
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        process = start(cache, tmp_path, *tiny, "run_dir=run")
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.02)  # then lightning and transformers are still being imported
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == code
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], train_here: Train):
+    answer = train_here(*tiny, "run_dir=run", "optimizer=adamw", "optimizer.lr=1e38", "gradient_clip=0", "steps=20")
+    assert answer.code == 1
+    assert "not finite at step" in answer.stderr
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "failed"
+
+
+def test_a_finished_run_ends_in_one_line_that_says_how_good_it_is(tiny: list[str], train_here: Train):
+    answer = train_here(*tiny, "name=mine", "steps=2", "validate_every=1000")
+    assert answer.code == 0, answer.stderr
+    report = json.loads(Path("runs/pretrain/mine/report.json").read_text())
+    assert report["val_loss"] > 0, "the last step is validated though 1000 does not divide 2"
+    last = answer.stdout.strip().splitlines()[-1]
+    assert last == f"finished: val/loss {report['val_loss']:.4f} · runs/pretrain/mine/report.html"
+
+
+def test_resume_auto_starts_and_then_goes_on(tiny: list[str], train_here: Train):
+    command = [*tiny, "name=mine", "resume=auto"]
+    assert train_here(*command, "steps=2").code == 0
+    answer = train_here(*command, "steps=4")
+    assert answer.code == 0, answer.stderr
+    report = json.loads(Path("runs/pretrain/mine/report.json").read_text())
+    assert (report["status"], report["steps"]) == ("finished", 4)
+    assert train_here(*tiny, "name=mine", "steps=2").code == 2, "without resume the folder is taken"
