@@ -18,8 +18,7 @@ from launch.spelling import nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
-FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--info", "-i")
-FLAGS_WITH_VALUE += ("--config-dir", "-cd")
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "-i", "-cd")
 FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 
 
