@@ -3,6 +3,7 @@
 They are made once and written into the run's config.yaml, so a resumed run computes what the first one did.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -16,6 +17,8 @@ from launch import checks
 from launch.config import Config
 from launch.ignored_keys import given_keys
 from launch.model_folder import parameters_of
+
+log = logging.getLogger(__name__)
 
 CPU_TOKENS = 8_192  # of one micro-batch: above it activations outgrow the caches and nothing gets faster
 GPU_TOKENS = 16_384
@@ -64,11 +67,14 @@ def split_batch(config: Config) -> tuple[int, int]:
 def compile_pays(config: Config, vocab_size: int) -> bool:
     """Whether compiling saves more within this run than it costs, and can work here at all."""
     given = str(config.compile).lower()
-    if given != "auto":
-        return given == "true"
+    wanted = given == "true" or (given == "auto" and config.accelerator != "mps" and _saves_time(config, vocab_size))
+    if wanted and not has_compiler():
+        log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
+    return wanted and has_compiler()
+
+
+def _saves_time(config: Config, vocab_size: int) -> bool:
     kind = "cpu" if config.accelerator == "cpu" else "gpu"
-    if config.accelerator == "mps" or not has_compiler():
-        return False
     tokens = config.steps * rows_of_a_step(config) * config.context
     work = 6 * parameters_of({**vars(config.model), "vocab_size": vocab_size}) * tokens
     seconds = work / (CPU_FLOPS if kind == "cpu" else GPU_FLOPS * int(config.devices))

@@ -1,5 +1,7 @@
 """conf/ composes in every combination, builds real objects, and questions are answered without heavy imports."""
 
+import copy
+import functools
 import itertools
 import random
 import resource
@@ -14,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 from gpt2lab.settings import DataFacts, TokenizerChoice
-from launch import automatic, build, checks, config, resolve, run_folders
+from launch import automatic, build, checks, config, noise, resolve, run_folders
 from launch.config import Config
 from launch.model_folder import parameters_of
 
@@ -34,6 +36,11 @@ config.register()
 
 def composed(*overrides: str) -> Config:
     """What train.py makes of the command line."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = compose("train", list(overrides), return_hydra_config=True)
     with open_dict(tree):
@@ -106,7 +113,8 @@ def test_every_combination_builds_its_objects(facts: DataFacts, tmp_path: Path):
             continue
         given = [f"{group}={value}" for group, value in row.items() if group != "loss" or row["task"] == "distill"]
         given += ["init=gpt2"] if row["model"] == "auto" else []
-        settings = composed(*given, f"cache_dir={tmp_path}", "logger=csv")
+        settings = composed(*given)
+        settings.cache_dir, settings.logger = str(tmp_path), {}
         build_data(settings)
         settings.compile = False
         if row["model"] == "auto":
@@ -215,3 +223,17 @@ def test_a_mistake_or_a_question_is_answered_at_once(argument: str):
     """Within half a second of what importing hydra alone takes: nothing heavy is imported."""
     arguments = ["--cfg", "job"] if argument == "--cfg=job" else [argument]
     assert seconds_of("train.py", *arguments) - seconds_of("-c", "import hydra") < 0.5
+
+
+def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    noise.settle_noise()
+    assert automatic.compile_pays(composed("compile=true", "accelerator=cpu"), 4096) is False
+    assert "runs eagerly" in capfd.readouterr().err
+
+
+def test_compiling_is_chosen_where_it_pays_back():
+    """Three hundred steps of nano are over before a compiler is; thousands of mini are not."""
+    nano, mini = composed("accelerator=cpu"), composed("accelerator=cpu", "model=mini", "steps=5000")
+    assert automatic.compile_pays(nano, 4096) is False
+    assert automatic.compile_pays(mini, 4096) is automatic.has_compiler()

@@ -34,7 +34,9 @@ def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
     number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str], train_here: Train
 ):
@@ -58,6 +60,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
     assert (report["status"], report["steps"]) == ("finished", stopped_at + 3)
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_stops_at_once(cache: Path, tmp_path: Path, tiny: list[str]):
     # One step lasts for seconds, so both presses fall into it.
     slow = ["batch_tokens=65536", "steps=1000", "log_every=1", "run_dir=run"]

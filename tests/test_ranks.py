@@ -73,6 +73,7 @@ def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.mark.chaos
 def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
     assert len(ranks) == 2
@@ -83,6 +84,7 @@ def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[s
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.mark.chaos
 def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
     process.kill()

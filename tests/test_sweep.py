@@ -83,7 +83,7 @@ def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.chaos), signal.SIGINT])
 def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], tmp_path: Path):
     """Killed, it leaves no process behind; interrupted, its job saves first and the next one does not start."""
     command = [*tiny, "-m", "steps=100000", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
@@ -110,6 +110,7 @@ def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], t
         assert list((tmp_path / "swept" / "0" / "checkpoints").glob("step-*.ckpt"))
 
 
+@pytest.mark.chaos
 def test_a_killed_job_is_recorded_and_the_next_one_starts(cache: Path, tiny: list[str], tmp_path: Path):
     command = [*tiny, "-m", "steps=100000,2", "log_every=1", "hydra.sweep.dir=swept"]
     process = subprocess.Popen(
