@@ -5,6 +5,7 @@ models by config.json, so none of it needs torch.
 """
 
 import hashlib
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -27,6 +28,9 @@ def resolve(config: Config) -> None:
     Raises:
         InputError: nothing fits, a folder holds no GPT-2, or sizes contradict each other.
     """
+    for key in ("path", "val_path"):  # absolute, so that the run can be continued from any folder
+        if given := vars(config)[key]:
+            setattr(config, key, os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111 — may be a glob
     if config.init != "scratch":
         config.init = _init_folder(config)
     _take_sizes_from_init(config)

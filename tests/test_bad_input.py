@@ -93,7 +93,7 @@ def test_free_text_is_taken_as_it_is(train_here: Train, tmp_path: Path):
 
 def test_data_that_cannot_be_trained_on_are_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
     (tmp_path / "empty").mkdir()
-    refused(train_here(*tiny, "path=empty"), "path=empty")
+    refused(train_here(*tiny, "path=empty"), "/empty")
     (tmp_path / "short.txt").write_text("A few words.")
     refused(train_here(*tiny, "path=short.txt"), "context")
     (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
