@@ -45,10 +45,9 @@ class Report(lightning.Callback):
     def _write(self, trainer: Trainer, pl_module: lightning.LightningModule, status: str, error: str = "") -> None:
         if not trainer.is_global_zero:
             return
-        backbone = pl_module.backbone
         facts = {
             **self.facts,
-            "parameters": sum(p.numel() for p in backbone.parameters()) if backbone is not None else None,
+            "parameters": sum(p.numel() for p in pl_module.backbone.parameters()) if pl_module.is_built else None,
             "steps": trainer.global_step,
             "tokens_seen": pl_module.tokens_seen,
             "seconds": round(self._seconds(), 2),

@@ -79,7 +79,7 @@ class LanguageModel(lightning.LightningModule):
     # Model
 
     def configure_model(self) -> None:
-        if "backbone" in self._modules:
+        if self.is_built:
             return
         self.backbone = self.build_backbone()
         if self.settings.activation_checkpointing:
@@ -93,6 +93,11 @@ class LanguageModel(lightning.LightningModule):
             fully_shard(self.backbone, mesh=mesh)
         if self.settings.ema:
             self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is a backbone yet; a run may fail before."""
+        return "backbone" in self._modules
 
     @property
     def is_sharded(self) -> bool:

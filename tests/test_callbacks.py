@@ -245,6 +245,18 @@ def test_a_second_ctrl_c_stops_at_once(cache, tmp_path):
     assert newest_good_checkpoint(tmp_path).name == "step-000004.ckpt"
 
 
+def test_an_error_before_there_is_a_model_is_reported_as_itself(cache, tmp_path):
+    class BreaksEarly(lightning.Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise RuntimeError("no memory for the model")
+
+    with pytest.raises(RuntimeError, match="no memory for the model"):
+        tiny_run.train(tmp_path, cache, extra=[BreaksEarly()])
+    report = read_report(tmp_path)
+    assert (report["status"], report["parameters"]) == ("failed", None)
+    assert "no memory for the model" in report["error"]
+
+
 def test_an_error_in_training_is_reported(cache, tmp_path):
     def fail() -> None:
         raise RuntimeError("the loss is not finite at step 6")
