@@ -12,16 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.documents import Corpus, packages_corpus, stdlib_corpus, text_corpus
 from datamodules.hub_documents import hub_corpus
+from datamodules.micro_batches import SampleDataModule
 from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
-from datamodules.windows import TrainingWindows, WindowsInOrder
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, TokenizerChoice
@@ -29,7 +27,7 @@ from gpt2lab.token_file import TokenFile, token_dtype
 from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
 
 
-class LanguageModelingData(lightning.LightningDataModule):
+class LanguageModelingData(SampleDataModule):
     """Windows of running text.
 
     Args:
@@ -38,9 +36,7 @@ class LanguageModelingData(lightning.LightningDataModule):
         dataset, config, revision, split, val_split, streaming: for source hub.
         text_column: for source hub, and for record files.
         path, val_path, val_fraction, on_bad_line: for files; bin takes a folder with train.bin and val.bin.
-        batch_sequences: windows of the global batch of one optimizer step.
-        accumulate: micro-batches of one step on each rank.
-        eval_batch_sequences: windows of one validation batch.
+        batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a window.
     """
 
     def __init__(
@@ -68,22 +64,15 @@ class LanguageModelingData(lightning.LightningDataModule):
         on_bad_line: str = "stop",
         eval_batch_sequences: int = 16,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences)
         self.name: str = name
         self.source = source
         self.hub_arguments = (dataset, config, revision, split, val_split, text_column, streaming)
         self.tokenizer_choice = tokenizer
         self.context = context
-        self.batch_sequences = batch_sequences
-        self.accumulate = accumulate
-        self.seed = seed
-        self.workers = workers
         self.cache_dir = cache_folder(cache_dir)
         self.val_fraction = val_fraction
         self.file_arguments = (path, val_path, text_column, on_bad_line)
-        self.eval_batch_sequences = eval_batch_sequences
-        self.train_file: TokenFile
-        self.val_file: TokenFile
 
     def prepare(self) -> DataFacts:
         """Make tokenizer and token files unless they are there, and open them. Idempotent.
@@ -97,51 +86,25 @@ class LanguageModelingData(lightning.LightningDataModule):
         else:
             folder, tokenizer_folder, facts = self._token_folder()
         dtype = np.dtype(facts["dtype"])
-        self.train_file = TokenFile(folder / "train.bin", dtype, self.context)
-        self.val_file = TokenFile(folder / "val.bin", dtype, self.context, keep_short=True)
-        for side, file in (("training", self.train_file), ("validation", self.val_file)):
+        train_file = TokenFile(folder / "train.bin", dtype, self.context)
+        val_file = TokenFile(folder / "val.bin", dtype, self.context, keep_short=True)
+        for side, file in (("training", train_file), ("validation", val_file)):
             if file.windows == 0:
                 raise InputError(
                     f"data={self.name}: the {side} text has {len(file.tokens)} tokens; "
                     f"one window of context={self.context} needs {self.context + 1 if side == 'training' else 2}.\n"
                     "Give more text, or lower context."
                 )
+        self.train_samples, self.val_samples = train_file, val_file
         return DataFacts(
             name=self.name,
             hash=facts["hash"],
             tokenizer_folder=tokenizer_folder,
             vocab_size=facts["vocab_size"],
-            train_tokens=len(self.train_file.tokens),
-            val_tokens=self.val_file.targets,
+            train_tokens=len(train_file.tokens),
+            val_tokens=val_file.targets,
             val_bytes=facts["val_bytes"],
         )
-
-    def train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank from the trainer's optimizer step on, without end."""
-        rank, world, first_step = self._place()
-        windows = TrainingWindows(
-            self.train_file, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
-        )
-        return DataLoader(windows, batch_size=None, shuffle=False, num_workers=self.workers)
-
-    def val_dataloader(self) -> DataLoader:
-        """The whole validation split once; ranks take turns."""
-        rank, world, _ = self._place()
-        windows = WindowsInOrder(self.val_file, self.eval_batch_sequences, rank, world)
-        return DataLoader(windows, batch_size=None, shuffle=False)
-
-    def train_eval_dataloader(self) -> DataLoader:
-        """The whole training split once, in file order, for evaluation."""
-        rank, world, _ = self._place()
-        return DataLoader(
-            WindowsInOrder(self.train_file, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False
-        )
-
-    def _place(self) -> tuple[int, int, int]:
-        """(rank, number of ranks, optimizer step to start from)."""
-        if self.trainer is None:
-            return 0, 1, 0
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
 
     def _corpus(self) -> Corpus:
         if self.source == "stdlib":

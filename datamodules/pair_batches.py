@@ -1,4 +1,4 @@
-"""Which pairs a step sees, and how they are padded: micro-batches as a pure function of (seed, step, rank).
+"""Pairs as micro-batches: labels on the response only, padded to the longest pair of the batch.
 
 Shapes: B pairs of a micro-batch; T the length of its longest, rounded up to a multiple of 8.
 """
@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.order import micro_batch_rows, step_samples
 from gpt2lab.pair_file import PairFile
 
-ENDLESS = 2**62
 MULTIPLE = 8  # tensor cores like it, and fewer lengths compile to fewer kernels
 
 
@@ -40,60 +37,16 @@ class PairsToPad:
     file: PairFile
     context: int
     pad_id: int
+    with_references: bool
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def count_targets(self, rows: NDArray[np.int64]) -> int:
+        return self.file.target_tokens(rows)
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
-        return collate_pairs(self.file, rows, target_tokens, self.context, self.pad_id)
-
-
-class TrainingPairs(Dataset[Batch]):
-    """This rank's micro-batches from `first_step` on; item number = (step − first_step) · accumulate + part."""
-
-    def __init__(
-        self, pairs: PairsToPad, batch: int, accumulate: int, seed: int, rank: int, world: int, first_step: int
-    ) -> None:
-        self.pairs = pairs
-        self.batch = batch
-        self.accumulate = accumulate
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.first_step = first_step
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.accumulate)
-        samples = step_samples(self.first_step + step, self.batch, len(self.pairs.file), self.seed)
-        rows = micro_batch_rows(samples, part * self.world + self.rank, self.accumulate * self.world)
-        return self.pairs.batch(rows, self.pairs.file.target_tokens(samples))
-
-
-class PairsInOrder(Dataset[Batch]):
-    """Every pair of a side once, in batches with their references; rank r takes batches r, r + world, …
-
-    All ranks get equally many, because sharded models run forward together: where the batches do not come out even, the
-    last ranks end with one without pairs (one row of ignored labels, target_tokens 0, nothing else).
-    """
-
-    def __init__(self, pairs: PairsToPad, batch: int, rank: int, world: int) -> None:
-        self.pairs = pairs
-        self.batch = batch
-        self.rank = rank
-        self.world = world
-
-    def __len__(self) -> int:
-        return -(-len(self.pairs.file) // (self.batch * self.world))
-
-    def __getitem__(self, number: int) -> Batch:
-        if number >= len(self):
-            raise IndexError(number)
-        first = (self.rank + number * self.world) * self.batch
-        rows = np.arange(first, min(first + self.batch, len(self.pairs.file)), dtype=np.int64)
-        if len(rows) == 0:
-            filler = self.pairs.batch(np.zeros(1, dtype=np.int64), 0)
-            none = torch.empty(0, dtype=torch.int64)
-            return Batch(filler.input_ids, torch.full_like(filler.labels, IGNORE_INDEX), 0, none, none, [])
-        batch = self.pairs.batch(rows, self.pairs.file.target_tokens(rows))
-        batch.references = self.pairs.file.references(rows)
+        batch = collate_pairs(self.file, rows, target_tokens, self.context, self.pad_id)
+        if self.with_references:
+            batch.references = self.file.references(rows)
         return batch

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.pair_batches import PairsInOrder, PairsToPad, TrainingPairs
+from datamodules.micro_batches import SampleDataModule
+from datamodules.pair_batches import PairsToPad
 from datamodules.pair_preparation import Pairs, collect_pairs, encode_side, split_as_given, split_by_hash
 from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
@@ -28,7 +28,7 @@ from gpt2lab.settings import DataFacts, TokenizerChoice
 from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
 
 
-class PairData(lightning.LightningDataModule):
+class PairData(SampleDataModule):
     """Prompts and responses; the loss is on the responses.
 
     Args:
@@ -42,9 +42,7 @@ class PairData(lightning.LightningDataModule):
             empty.
         path, val_path, on_bad_line: for files.
         val_fraction: share of the source texts held out, where neither `val_path` nor `val_split` is given.
-        batch_sequences: pairs of the global batch of one optimizer step.
-        accumulate: micro-batches of one step on each rank.
-        eval_batch_sequences: pairs of one validation batch.
+        batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a pair.
 
     Raises:
         InputError: a template lacks its field or has another.
@@ -79,7 +77,7 @@ class PairData(lightning.LightningDataModule):
         on_bad_line: str = "stop",
         eval_batch_sequences: int = 16,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences)
         self.name: str = name
         self.template = PairTemplate(prompt, response)
         self.columns = (source, target)
@@ -90,15 +88,8 @@ class PairData(lightning.LightningDataModule):
         self.files = (path, val_path, on_bad_line)
         self.tokenizer_choice = tokenizer
         self.context = context
-        self.batch_sequences = batch_sequences
-        self.accumulate = accumulate
-        self.seed = seed
-        self.workers = workers
         self.cache_dir = cache_folder(cache_dir)
         self.val_fraction = val_fraction
-        self.eval_batch_sequences = eval_batch_sequences
-        self.train_pairs: PairsToPad
-        self.val_pairs: PairsToPad
 
     def prepare(self) -> DataFacts:
         """Collect, split and tokenize the pairs unless that is done, and open them. Idempotent.
@@ -127,8 +118,8 @@ class PairData(lightning.LightningDataModule):
             }
 
         folder = prepared("tokenized_pairs", self.name, key, build, self.cache_dir)
-        self.train_pairs = self._opened(folder / "train", tokenizer)
-        self.val_pairs = self._opened(folder / "val", tokenizer)
+        self.train_samples = self._opened(folder / "train", tokenizer, with_references=False)
+        self.val_samples = self._opened(folder / "val", tokenizer, with_references=True)
         counts = read_ledger(folder)
         return DataFacts(
             name=self.name,
@@ -142,34 +133,13 @@ class PairData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank from the trainer's optimizer step on, without end."""
-        rank, world, first_step = self._place()
+        _, world, _ = self._place()
         if self.batch_sequences < self.accumulate * world:
             raise InputError(
                 f"batch_sequences={self.batch_sequences} is less than one pair for each of {world} processes times "
                 f"{self.accumulate} micro-batches.\nRaise batch_sequences, or use fewer devices."
             )
-        pairs = TrainingPairs(
-            self.train_pairs, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
-        )
-        return DataLoader(pairs, batch_size=None, shuffle=False, num_workers=self.workers)
-
-    def val_dataloader(self) -> DataLoader:
-        """The whole validation split once, with references; ranks take turns."""
-        return self._in_order(self.val_pairs)
-
-    def train_eval_dataloader(self) -> DataLoader:
-        """The whole training split once, in file order, for evaluation."""
-        return self._in_order(self.train_pairs)
-
-    def _in_order(self, pairs: PairsToPad) -> DataLoader:
-        rank, world, _ = self._place()
-        return DataLoader(PairsInOrder(pairs, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False)
-
-    def _place(self) -> tuple[int, int, int]:
-        """(rank, number of ranks, optimizer step to start from)."""
-        if self.trainer is None:
-            return 0, 1, 0
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
+        return super().train_dataloader()
 
     def _split(self) -> tuple[Pairs, Pairs, dict[str, Any]]:
         """(training pairs, validation pairs, what both depend on)."""
@@ -210,5 +180,5 @@ class PairData(lightning.LightningDataModule):
         for pair in tqdm(pairs(), f"{self.name}: tokenizer", unit=" pairs", disable=None):
             yield from pair
 
-    def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> PairsToPad:
-        return PairsToPad(PairFile(folder, len(tokenizer)), self.context, tokenizer.eos_token_id)
+    def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairsToPad:
+        return PairsToPad(PairFile(folder, len(tokenizer)), self.context, tokenizer.eos_token_id, with_references)

@@ -1,6 +1,6 @@
 """Token file: one split's tokens in one flat file, read through a memory map as fixed windows.
 
-    train.bin, val.bin    little-endian uint16, or uint32 from 65,537 entries on; documents end with end-of-text
+    train.bin, val.bin    little-endian uint16, or uint32 from 65,537 entries on; end-of-text before each document
 
 Window i of context T takes tokens [i·T, i·T + T] and predicts each from those before it: windows tile the file with
 stride T and never overlap, so a window's content does not depend on order, batch size or epoch.
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt2lab.batch import IGNORE_INDEX
+from gpt2lab.batch import IGNORE_INDEX, Batch
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -47,7 +47,15 @@ class TokenFile:
         labels[torch.from_numpy(positions[:, 1:] > last)] = IGNORE_INDEX
         return tokens[:, :-1].contiguous(), labels
 
-    def count_targets(self, windows: NDArray[np.int64]) -> int:
-        """Number of targets in the windows numbered (B,)."""
-        left = len(self.tokens) - 1 - windows * self.context
+    def __len__(self) -> int:
+        return self.windows
+
+    def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
+        """The windows numbered `rows` (B,) as a micro-batch of a step with `target_tokens` targets in all."""
+        input_ids, labels = self.read(rows)
+        return Batch(input_ids, labels, target_tokens, torch.from_numpy(rows))
+
+    def count_targets(self, rows: NDArray[np.int64]) -> int:
+        """Number of targets in the windows numbered `rows` (B,)."""
+        left = len(self.tokens) - 1 - rows * self.context
         return int(np.clip(left, 0, self.context).sum())

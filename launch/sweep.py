@@ -5,7 +5,7 @@ the running job, and then the sweep ends too.
 """
 
 import csv
-import json
+import io
 import os
 import signal
 import subprocess
@@ -20,7 +20,9 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from gpt2lab.atomic_files import write_text
 from gpt2lab.errors import InputError
+from gpt2lab.run_report import read_report
 from launch import answer, checks, children, config
 from launch.ignored_keys import given_keys, in_words, without_ignored
 from launch.job import ERROR_FILE
@@ -52,7 +54,7 @@ class Job:
 
     def row(self) -> dict[str, Any]:
         """A line of sweep.csv."""
-        report = _report_of(self.folder)
+        report = read_report(self.folder)
         shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
         own = {"job": self.number, "status": self.status, "overrides": in_words(self.overrides), "error": self.error}
         return {**shown, **own, "watched": "" if self.watched is None else self.watched}
@@ -123,7 +125,7 @@ def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, task: str, al
         job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
         return 0
     code, stopped, told = _run_process(settings)
-    report = _report_of(job.folder)
+    report = read_report(job.folder)
     job.status = {answer.FINISHED: "finished", answer.STOPPED: "stopped", answer.INTERRUPTED: "stopped"}.get(
         code, "failed"
     )
@@ -165,20 +167,14 @@ def _run_process(settings: config.Config) -> tuple[int, int, str]:
     return code, signals[-1] if signals else 0, told
 
 
-def _report_of(folder: Path) -> dict[str, Any]:
-    file = folder / "report.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def _write_csv(file: Path, jobs: list[Job]) -> None:
-    """Rewritten after every job, aside and then moved, so that it can be read at any time."""
+    """Rewritten after every job, so that it can be read at any time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".tmp")
-    with scratch.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(job.row() for job in jobs)
-    scratch.replace(file)
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(job.row() for job in jobs)
+    write_text(file, lines.getvalue())
 
 
 def _table(jobs: list[Job]) -> str:

@@ -20,8 +20,8 @@ import zstandard
 
 from datamodules.documents import file_documents, find_files, stdlib_corpus
 from datamodules.language_modeling import LanguageModelingData
+from datamodules.micro_batches import InOrder, TrainingStream
 from datamodules.token_preparation import split_corpus
-from datamodules.windows import TrainingWindows, WindowsInOrder
 from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.cache import prepared, read_ledger
 from gpt2lab.errors import InputError
@@ -142,10 +142,10 @@ def test_the_token_file_spells_the_validation_text_and_counts_its_bytes(stories:
     data = text_data(stories, tmp_path / "cache", val_path=str(stories / "3.txt"))
     facts = data.prepare()
     tokenizer = load_tokenizer(facts.tokenizer_folder)
-    documents = tokenizer.decode(data.val_file.tokens.tolist()).split("<|endoftext|>")
+    documents = tokenizer.decode(data.val_samples.tokens.tolist()).split("<|endoftext|>")
     assert "".join(documents) == STORIES[3]
     assert facts.val_bytes == len(STORIES[3].encode())
-    assert facts.val_tokens == len(data.val_file.tokens) - 1
+    assert facts.val_tokens == len(data.val_samples.tokens) - 1
 
 
 def test_windows_tile_the_file_and_labels_are_the_next_token(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_validation_covers_every_target_once_over_ranks(tmp_path: Path) -> None:
     np.arange(1000, dtype="<u2").tofile(tmp_path / "t.bin")
     file = TokenFile(tmp_path / "t.bin", np.dtype("<u2"), context=8, keep_short=True)
     for world in (1, 2, 3):
-        by_rank = [list(WindowsInOrder(file, 4, rank, world)) for rank in range(world)]
+        by_rank = [list(InOrder(file, 4, rank, world)) for rank in range(world)]
         assert len(set(map(len, by_rank))) == 1, "sharded ranks run forward together"
         batches = [batch for rank in by_rank for batch in rank]
         assert sum(batch.target_tokens for batch in batches) == 999
@@ -174,8 +174,8 @@ def test_validation_covers_every_target_once_over_ranks(tmp_path: Path) -> None:
 def test_training_resumes_at_any_step_with_the_batches_it_would_have_had(tmp_path: Path) -> None:
     np.arange(1000, dtype="<u2").tofile(tmp_path / "t.bin")
     file = TokenFile(tmp_path / "t.bin", np.dtype("<u2"), context=8)
-    whole = TrainingWindows(file, 12, 3, seed=5, rank=1, world=2, first_step=0)
-    later = TrainingWindows(file, 12, 3, seed=5, rank=1, world=2, first_step=20)
+    whole = TrainingStream(file, 12, 3, seed=5, rank=1, world=2, first_step=0)
+    later = TrainingStream(file, 12, 3, seed=5, rank=1, world=2, first_step=20)
     for number in range(9):
         assert torch.equal(whole[60 + number].input_ids, later[number].input_ids)
         assert later[number].target_tokens == 12 * 8
@@ -323,13 +323,15 @@ def test_nanogpt_files_are_used_where_they_lie(stories: Path, tmp_path: Path) ->
     facts = made.prepare()
     folder = tmp_path / "bin"
     folder.mkdir()
-    made.train_file.tokens.tofile(folder / "train.bin")
-    made.val_file.tokens.tofile(folder / "val.bin")
+    made.train_samples.tokens.tofile(folder / "train.bin")
+    made.val_samples.tokens.tofile(folder / "val.bin")
     tokenizer = TokenizerChoice("pretrained", source=facts.tokenizer_folder)
     data = text_data(folder, tmp_path / "other", source="bin", name="bin", tokenizer=tokenizer)
     read: DataFacts = data.prepare()
     assert (read.train_tokens, read.val_tokens) == (facts.train_tokens, facts.val_tokens)
-    spelt = load_tokenizer(facts.tokenizer_folder).decode(made.val_file.tokens[1:].tolist(), skip_special_tokens=True)
+    spelt = load_tokenizer(facts.tokenizer_folder).decode(
+        made.val_samples.tokens[1:].tolist(), skip_special_tokens=True
+    )
     assert read.val_bytes == len(spelt.encode())
     assert not (tmp_path / "other" / "tokens").exists()
     (folder / "val.bin").unlink()

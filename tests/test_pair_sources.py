@@ -147,7 +147,7 @@ def test_the_function_presets_need_no_file(tmp_path, name):
     data = preset(name, tmp_path / "cache")
     facts = data.prepare()
     assert facts.train_tokens > 10 * facts.val_tokens > 10_000
-    assert 3_000 < len(data.train_pairs.file) < 12_000
+    assert 3_000 < len(data.train_samples) < 12_000
 
 
 # Catalogues
@@ -415,7 +415,7 @@ def test_a_hub_presets_own_validation_split_is_used_and_kept_out_of_training(tmp
             rows.to_json(folder / f"{split}.jsonl")
     data = preset("wmt14_de_en", tmp_path / "cache", {"dataset": str(folder), "config": ""})
     data.prepare()
-    assert len(data.train_pairs.file) == 3
+    assert len(data.train_samples) == 3
     (batch,) = data.val_dataloader()
     assert batch.references == ["Cancel"]
 
@@ -450,7 +450,7 @@ def test_hub_presets_name_the_columns_of_their_data_sets(tmp_path, name, row):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     data = preset(name, tmp_path / "cache", {"dataset": str(tmp_path / "set")})
     data.prepare()
-    assert (len(data.train_pairs.file), len(data.val_pairs.file)) == (4, 2)
+    assert (len(data.train_samples), len(data.val_samples)) == (4, 2)
 
 
 def test_a_split_or_data_set_that_is_not_there_is_told(tmp_path, parallel, monkeypatch):

@@ -143,7 +143,7 @@ def test_each_side_gets_a_pair_even_of_two(tmp_path, val_fraction):
     file.write_text('{"source": "one", "target": "eins"}\n{"source": "two", "target": "zwei"}\n')
     data = make(file, tmp_path / "cache", {"val_fraction": val_fraction})
     data.prepare()
-    assert len(data.train_pairs.file) == len(data.val_pairs.file) == 1
+    assert len(data.train_samples) == len(data.val_samples) == 1
 
 
 def test_pairs_with_a_validation_file_of_their_own_leave_training(pairs_file, tmp_path):
@@ -152,9 +152,9 @@ def test_pairs_with_a_validation_file_of_their_own_leave_training(pairs_file, tm
     val_file.write_text("\n".join(json.dumps(pair) for pair in given[:4]))
     data = make(pairs_file, tmp_path / "cache", {"val_path": str(val_file)})
     data.prepare()
-    assert len(data.val_pairs.file) == 4
+    assert len(data.val_samples) == 4
     held_out = {pair["source"] for pair in given[:4]}
-    assert len(data.train_pairs.file) == sum(pair["source"] not in held_out for pair in given)
+    assert len(data.train_samples) == sum(pair["source"] not in held_out for pair in given)
 
 
 def test_pairs_that_are_too_long_lose_the_end_of_their_source_and_nothing_else(data, pairs_file, tmp_path):
@@ -187,7 +187,7 @@ def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_pa
     file.write_text("\n".join(map(json.dumps, rows)))
     data = make(file, tmp_path / "cache", {"context": 100})
     data.prepare()
-    assert len(data.train_pairs.file) + len(data.val_pairs.file) == 59
+    assert len(data.train_samples) + len(data.val_samples) == 59
     assert "1 are left out (target too long)" in caplog.text
 
 
@@ -223,7 +223,7 @@ def test_the_global_batch_and_its_count_are_the_same_however_it_is_divided(data,
 
 
 def test_every_epoch_holds_every_pair_once(data):
-    size = len(data.train_pairs.file)
+    size = len(data.train_samples)
     stream = (index for batch in data.train_dataloader() for index in batch.indices.tolist())
     for _ in range(3):
         assert sorted(itertools.islice(stream, size)) == list(range(size))
@@ -254,7 +254,7 @@ def test_ranks_validate_every_pair_once_in_equally_many_batches(data, pairs_file
             assert len(batch.references) == len(batch.indices) == len(batch.prompt_lengths)
             assert len(batch.input_ids) > 0
             seen += batch.indices.tolist()
-    assert sorted(seen) == list(range(len(data.val_pairs.file)))
+    assert sorted(seen) == list(range(len(data.val_samples)))
     assert len(batches) == 1
 
 

@@ -1,0 +1,137 @@
+"""Micro-batches of windows or pairs: the endless training stream of one rank, and a side of the split in file order."""
+
+from typing import Protocol
+
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.order import micro_batch_rows, step_samples
+
+ENDLESS = 2**62
+
+
+class Samples(Protocol):
+    """One side of the split: numbered samples that become batches."""
+
+    def __len__(self) -> int: ...
+
+    def count_targets(self, rows: NDArray[np.int64]) -> int:
+        """Number of targets in the samples `rows`."""
+        ...
+
+    def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
+        """The samples `rows`, at least one, as one micro-batch."""
+        ...
+
+
+class TrainingStream(Dataset[Batch]):
+    """This rank's micro-batches from `first_step` on; item number = (step − first_step) · accumulate + part."""
+
+    def __init__(
+        self, samples: Samples, batch: int, accumulate: int, seed: int, rank: int, world: int, first_step: int
+    ) -> None:
+        self.samples = samples
+        self.batch = batch
+        self.accumulate = accumulate
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> Batch:
+        step, part = divmod(number, self.accumulate)
+        of_step = step_samples(self.first_step + step, self.batch, len(self.samples), self.seed)
+        rows = micro_batch_rows(of_step, part * self.world + self.rank, self.accumulate * self.world)
+        return self.samples.batch(rows, self.samples.count_targets(of_step))
+
+
+class InOrder(Dataset[Batch]):
+    """Every sample once, in batches; rank r takes batches r, r + world, …
+
+    All ranks get equally many, because sharded models run forward together: where the batches do not come out even, the
+    last ranks end with one without samples (one row of ignored labels, target_tokens 0, nothing else).
+    """
+
+    def __init__(self, samples: Samples, batch: int, rank: int, world: int) -> None:
+        self.samples = samples
+        self.batch = batch
+        self.rank = rank
+        self.world = world
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // (self.batch * self.world))
+
+    def __getitem__(self, number: int) -> Batch:
+        if number >= len(self):
+            raise IndexError(number)
+        first = (self.rank + number * self.world) * self.batch
+        rows = np.arange(first, min(first + self.batch, len(self.samples)), dtype=np.int64)
+        return self.samples.batch(rows, self.samples.count_targets(rows)) if len(rows) else self._filler()
+
+    def _filler(self) -> Batch:
+        filler = self.samples.batch(np.zeros(1, dtype=np.int64), 0)
+        none = torch.empty(0, dtype=torch.int64)
+        return Batch(
+            filler.input_ids,
+            torch.full_like(filler.labels, IGNORE_INDEX),
+            target_tokens=0,
+            indices=none,
+            prompt_lengths=None if filler.prompt_lengths is None else none,
+            references=None if filler.references is None else [],
+        )
+
+
+class SampleDataModule(lightning.LightningDataModule):
+    """Loaders over the two sides that `prepare` opens.
+
+    Args:
+        batch_sequences: samples of the global batch of one optimizer step.
+        accumulate: micro-batches of one step on each rank.
+        eval_batch_sequences: samples of one validation batch.
+    """
+
+    train_samples: Samples
+    val_samples: Samples
+
+    def __init__(
+        self, batch_sequences: int, accumulate: int, seed: int, workers: int, eval_batch_sequences: int
+    ) -> None:
+        super().__init__()
+        self.batch_sequences = batch_sequences
+        self.accumulate = accumulate
+        self.seed = seed
+        self.workers = workers
+        self.eval_batch_sequences = eval_batch_sequences
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank from the trainer's optimizer step on, without end."""
+        rank, world, first_step = self._place()
+        stream = TrainingStream(
+            self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
+        )
+        return DataLoader(stream, batch_size=None, shuffle=False, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """The whole validation split once; ranks take turns."""
+        return self._in_order(self.val_samples)
+
+    def train_eval_dataloader(self) -> DataLoader:
+        """The whole training split once, in file order, for evaluation."""
+        return self._in_order(self.train_samples)
+
+    def _in_order(self, samples: Samples) -> DataLoader:
+        rank, world, _ = self._place()
+        return DataLoader(InOrder(samples, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False)
+
+    def _place(self) -> tuple[int, int, int]:
+        """(rank, number of ranks, optimizer step to start from)."""
+        if self.trainer is None:
+            return 0, 1, 0
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step
