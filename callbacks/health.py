@@ -29,7 +29,6 @@ class SpikeDetector:
         self.window = window
         self.deviations = deviations
         self.margin = margin
-        self.window = window
         self.recent: deque[float] = deque(maxlen=window)
 
     def is_spike(self, loss: float) -> bool:

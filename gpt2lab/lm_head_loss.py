@@ -49,7 +49,7 @@ def lm_head_loss(
     teacher: DenseTeacher | None = None,
     loss: LossSettings | None = None,
     ignore_index: int = IGNORE_INDEX,
-    chunk_rows: int = 512,
+    chunk_rows: int = 1024,
     compiled: bool = False,
 ) -> LMHeadLoss:
     """Cross-entropy, or hard_weight · cross-entropy + (1 − hard_weight) · forward KL(teacher ‖ student).
@@ -111,7 +111,7 @@ class _ChunkedLoss(torch.autograd.Function):
         accumulate_dtype = torch.promote_types(torch.float32, weight.dtype)
         sums = torch.zeros(2, dtype=accumulate_dtype, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if hidden_needs_gradient else None
-        weight_gradient = torch.zeros_like(weight, dtype=accumulate_dtype) if weight_needs_gradient else None
+        weight_gradient: Tensor | None = None
 
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -127,8 +127,13 @@ class _ChunkedLoss(torch.autograd.Function):
             sums += chunk_sums
             if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ head
-            if weight_gradient is not None:
-                weight_gradient += gradient.T @ chunk
+            if weight_needs_gradient:
+                product = gradient.T @ chunk  # (V, D)
+                weight_gradient = (
+                    product.to(accumulate_dtype) if weight_gradient is None else weight_gradient.add_(product)
+                )
+        if weight_needs_gradient and weight_gradient is None:  # no rows at all
+            weight_gradient = torch.zeros_like(weight, dtype=accumulate_dtype)
 
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
@@ -139,12 +144,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, total_gradient: Tensor, *_of_detached: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        scaled_hidden = scaled_weight = None
         if hidden_gradient is not None:
-            scaled_hidden = (hidden_gradient * total_gradient).to(hidden_gradient.dtype)
+            hidden_gradient = (hidden_gradient * total_gradient).to(hidden_gradient.dtype)
         if weight_gradient is not None:
-            scaled_weight = (weight_gradient * total_gradient).to(ctx.weight_dtype)
-        return scaled_hidden, scaled_weight, None, None, None, None, None, None
+            weight_gradient = (weight_gradient * total_gradient).to(ctx.weight_dtype)
+        return hidden_gradient, weight_gradient, None, None, None, None, None, None
 
 
 def _cross_entropy_chunk(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,9 +156,7 @@ def _cross_entropy_chunk(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     log_q = _log_softmax(logits)
     cross_entropy = torch.where(kept, -log_q.gather(1, safe_labels).squeeze(1), 0.0).sum()
-    gradient = log_q.exp()
-    gradient = gradient.scatter_add(1, safe_labels, torch.full_like(safe_labels, -1, dtype=gradient.dtype))
-    gradient = gradient * kept.unsqueeze(1)
+    gradient = _subtract_at_labels(log_q.exp_(), safe_labels, 1.0).mul_(kept.unsqueeze(1))
     return torch.stack([cross_entropy, torch.zeros_like(cross_entropy)]), gradient.to(logits.dtype)
 
 
@@ -177,10 +179,18 @@ def _forward_kl_chunk(
     # A teacher logit of −inf has p = 0 and log p = −inf: its term is 0, not NaN.
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1) * scale  # (C,)
     cross_entropy = torch.where(kept, -log_q1.gather(1, safe_labels).squeeze(1), 0.0).sum()
-    gradient = hard_weight * log_q1.exp() + ((1 - hard_weight) * scale / temperature) * (log_q.exp() - p)
-    gradient = gradient.scatter_add(1, safe_labels, torch.full_like(safe_labels, -hard_weight, dtype=gradient.dtype))
-    gradient = gradient * kept.unsqueeze(1)
+    gradient = log_q.exp().sub_(p).mul_((1 - hard_weight) * scale / temperature)
+    gradient = gradient.add_(log_q1.exp(), alpha=hard_weight)
+    gradient = _subtract_at_labels(gradient, safe_labels, hard_weight).mul_(kept.unsqueeze(1))
     return torch.stack([cross_entropy, torch.where(kept, kl, 0.0).sum()]), gradient.to(logits.dtype)
+
+
+def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """gradient (C, V) − weight · one-hot(labels (C, 1)), in place where it is not compiled."""
+    if torch.compiler.is_compiling():  # fuses with its neighbours; a scatter would split the kernel in two
+        columns = torch.arange(gradient.shape[1], device=gradient.device)
+        return gradient - weight * (columns == labels)
+    return gradient.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=gradient.dtype))
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from gpt2lab.errors import InputError
 from launch import checks
 from launch.config import Config
-from launch.ignored_keys import given_keys
 from launch.model_folder import parameters_of
 
 log = logging.getLogger(__name__)
@@ -84,10 +83,11 @@ def _saves_time(config: Config, vocab_size: int) -> bool:
 def compiling_the_head_pays(config: Config) -> bool:
     """The LM head's elementwise work compiles in seconds and then takes half the time: it pays within about 50 steps.
 
-    Must be asked after `compile_pays` has settled `compile`, and follows it where compiling was refused by hand.
+    Must be asked before `compile_pays` settles `compile`, because it follows what was said by hand.
     """
-    refused = "compile" in given_keys(config.record.overrides) and config.compile is False
-    return not refused and config.accelerator != "mps" and has_compiler() and config.steps >= HEAD_COMPILE_STEPS
+    given = str(config.compile).lower()
+    wanted = given == "true" or (given == "auto" and config.accelerator != "mps" and config.steps >= HEAD_COMPILE_STEPS)
+    return wanted and has_compiler()
 
 
 def has_compiler() -> bool:

@@ -41,9 +41,9 @@ def run_job(asked: Config) -> dict[str, Any]:
     data = build.data_module(settings)
     facts = data.prepare()
     vocab_size = resolve.vocabulary(settings, facts.vocab_size)
-    settings.compile = automatic.compile_pays(settings, vocab_size)
     if settings.record.compile_head is None:
         settings.record.compile_head = automatic.compiling_the_head_pays(settings)
+    settings.compile = automatic.compile_pays(settings, vocab_size)
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
     if settings.record.world_size > 1:
