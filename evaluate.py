@@ -90,7 +90,7 @@ def evaluate(arguments: Arguments) -> "Score":
     Raises:
         InputError: no such checkpoint, data, column or device, or a tokenizer of another vocabulary.
     """
-    from launch.model_folder import folder_of, read_shape
+    from gpt2lab.model_folder import folder_of, read_shape
 
     folder = folder_of(arguments.checkpoint, "checkpoint")
     shape = read_shape(folder)
@@ -104,11 +104,14 @@ def evaluate(arguments: Arguments) -> "Score":
     from gpt2lab.backbone import load_backbone
     from gpt2lab.device import named_device
     from gpt2lab.evaluation import bytes_of_tokens, score
+    from gpt2lab.host_memory import keep_freed_memory
     from gpt2lab.tokenizer import load_tokenizer
     from launch.build import data_module
 
     logging.disable_progress_bar()
     device = named_device(arguments.accelerator)
+    if device.type == "cpu":
+        keep_freed_memory()
     settings.accelerator = "cpu" if device.type == "cpu" else "gpu"
     data = data_module(settings)
     facts = data.prepare()

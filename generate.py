@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import folder_of, read_shape
 from launch.answer import exit_code
 from launch.key_values import argument, check_output_file, describe, parse
-from launch.model_folder import folder_of, read_shape
 
 
 @dataclass

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint(lightning.Callback):
-    """Saves every `every` steps, after the last step and when the run is stopped; stands last among the callbacks.
+    """Saves every `checkpoint_every` steps, after the last step and when the run is stopped; one of the last callbacks.
 
     A step that is also validated is saved after its validation. The Hugging Face folder `<run_dir>/hf` is written
     before the checkpoint is put into the ledger, so it is never older than the newest checkpoint.
@@ -32,9 +32,9 @@ class Checkpoint(lightning.Callback):
         verify_export: after the last save, load the folder in a fresh process and compare logits.
     """
 
-    def __init__(self, run_dir: str, every: int, keep_last: int = 2, verify_export: bool = True) -> None:
+    def __init__(self, run_dir: str, checkpoint_every: int, keep_last: int = 2, verify_export: bool = True) -> None:
         self.run_dir = Path(run_dir)
-        self.every = every
+        self.checkpoint_every = checkpoint_every
         self.keep_last = keep_last
         self.verify_export = verify_export
         self.saved_step = -1
@@ -75,7 +75,8 @@ class Checkpoint(lightning.Callback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
-        return step != self.saved_step and (step % self.every == 0 or step == trainer.max_steps or trainer.should_stop)
+        due = step % self.checkpoint_every == 0 or step == trainer.max_steps or trainer.should_stop
+        return due and step != self.saved_step
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Every rank takes part, rank 0 writes."""

@@ -24,7 +24,7 @@ PAIR_PROMPTS = 3
 
 
 class Samples(lightning.Callback):
-    """Every `every` steps and after the last one, each prompt is completed greedily, by top-k and by nucleus sampling.
+    """Every `sample_every` steps and after the last, each prompt is completed greedily, by top-k and by nucleus.
 
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
@@ -32,9 +32,9 @@ class Samples(lightning.Callback):
         prompts: empty: Python source, or for pairs the first validation prompts.
     """
 
-    def __init__(self, run_dir: str, every: int, prompts: list[str], max_new_tokens: int) -> None:
+    def __init__(self, run_dir: str, sample_every: int, prompts: list[str], max_new_tokens: int) -> None:
         self.run_dir = run_dir
-        self.every = every
+        self.sample_every = sample_every
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
 
@@ -46,7 +46,8 @@ class Samples(lightning.Callback):
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or (step % self.every and step != trainer.max_steps):
+        due = step % self.sample_every == 0 or step == trainer.max_steps
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not due:
             return
         with outside_training_time(trainer):
             if not self.prompts:

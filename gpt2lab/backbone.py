@@ -8,7 +8,6 @@ gelu_new is computed by PyTorch's fused tanh GELU. `plain_hf` turns both back fo
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import folder_of
 from gpt2lab.settings import ModelShape
 
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in the training layout
@@ -81,43 +81,23 @@ def shape_of(config: GPT2Config, dropout: float = 0.0) -> ModelShape:
     )
 
 
-def resolve_weights(source: str) -> str:
-    """A run directory becomes its `hf` folder; a Hugging Face folder or Hub id stays as it is.
-
-    Raises:
-        InputError: the folder exists but holds neither.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return source
-    for candidate in (folder / "hf", folder):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    raise InputError(
-        f"{source} holds no model: neither hf/config.json (a run directory) nor config.json (a Hugging Face folder).\n"
-        "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."
-    )
-
-
 def load_backbone(source: str, dropout: float = 0.0) -> Backbone:
     """Load a run directory, a Hugging Face GPT-2 folder or a Hub id, in fp32.
 
     Raises:
-        InputError: not to be found or read, or not a GPT-2.
+        InputError: not to be found or read, not a GPT-2, or without some of its weights.
     """
-    source = resolve_weights(source)
+    folder = folder_of(source, "model")
     try:
-        config = GPT2Config.from_pretrained(source)
-        if config.model_type != "gpt2":
-            raise InputError(f"{source} is a {config.model_type} model; give a GPT-2.")
-        model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
-            f"Cannot load a GPT-2 from {source}: {str(error).splitlines()[0]}\n"
+            f"Cannot load a GPT-2 from {folder}: {str(error).splitlines()[0]}\n"
             "Give a run directory, a Hugging Face folder with config.json and model.safetensors, or a Hub id."
         ) from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InputError(f"{folder} lacks weights that a GPT-2 of its config.json has: {missing}.\nGive a whole model.")
     return from_hf(model, dropout)
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import constants
-
 from gpt2lab.errors import InputError
 
 SECONDS = 5.0
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this is NAME or OWNER/NAME and no folder here; a path that leads nowhere is none."""
-    looks_like_path = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1
+    """Whether this is NAME or OWNER/NAME and no folder here; a path that leads nowhere, such as runs/x, is none."""
+    owner, _, name = source.partition("/")
+    looks_like_path = source.startswith((".", "/", "~")) or "/" in name or (bool(name) and Path(owner).is_dir())
     return bool(source) and not looks_like_path and not Path(source).exists()
 
 
@@ -26,6 +25,8 @@ def hub_is_reachable() -> bool:
 
     Behind a proxy no connection is tried: the proxy's answer comes with the first request.
     """
+    from huggingface_hub import constants
+
     if constants.is_offline_mode():
         return False
     address = urlsplit(constants.ENDPOINT)
@@ -47,6 +48,8 @@ def require_hub(wanted: str, instead: str) -> None:
     Raises:
         InputError: no connection.
     """
+    from huggingface_hub import constants
+
     if constants.is_offline_mode() or hub_is_reachable():
         return
     proxy = "" if "https_proxy" in {name.lower() for name in os.environ} else " (behind a proxy, set HTTPS_PROXY)"

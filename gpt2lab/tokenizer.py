@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gpt2lab.cache import content_hash, prepared
 from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
+from gpt2lab.model_folder import TOKENIZER_FILES, has_tokenizer
 from gpt2lab.settings import TokenizerChoice
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BYTE_ENTRIES = 256
 BPE_TEXT = 256 * 2**20
 
@@ -63,7 +63,7 @@ def _tokenizer_folder(source: str) -> Path | None:
         return None
     inner = folder / "hf"
     folder = inner if inner.is_dir() else folder
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise InputError(
             f"{source} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}.\n"
             "Give a folder with tokenizer files: tokenizer=hub tokenizer.source=FOLDER"

@@ -13,19 +13,17 @@ from pathlib import Path
 import torch
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import parameters_of
 from launch import checks
 from launch.config import Config
-from launch.model_folder import parameters_of
 
 log = logging.getLogger(__name__)
 
 CPU_TOKENS = 8_192  # of one micro-batch: above it activations outgrow the caches and nothing gets faster
 GPU_TOKENS = 16_384
-# What eager training reaches of 6 · parameters · tokens per second on few CPU cores, and what compiling costs and gains
-CPU_FLOPS, GPU_FLOPS = 60e9, 60e12
-COMPILE_SECONDS, COMPILE_GAIN = {"cpu": 20.0, "gpu": 60.0}, {"cpu": 0.05, "gpu": 0.3}
-
-HEAD_COMPILE_STEPS = 50
+# GPU: what eager training reaches of 6 · parameters · tokens per second, and what compiling the blocks costs and gains
+GPU_FLOPS, COMPILE_SECONDS, COMPILE_GAIN = 60e12, 60.0, 0.3
+HEAD_COMPILE_STEPS = 50  # compiling the work on the LM head's logits takes seconds and then halves its time
 
 
 def settle(config: Config) -> None:
@@ -64,24 +62,25 @@ def split_batch(config: Config) -> tuple[int, int]:
 
 
 def compile_pays(config: Config, vocab_size: int) -> bool:
-    """Whether compiling saves more within this run than it costs, and can work here at all."""
+    """Whether compiling the blocks saves more within this run than it costs, and can work here at all.
+
+    On a CPU it gains nothing: docs/performance.md has the figures.
+    """
     given = str(config.compile).lower()
-    wanted = given == "true" or (given == "auto" and config.accelerator != "mps" and _saves_time(config, vocab_size))
+    wanted = given == "true" or (given == "auto" and config.accelerator == "gpu" and _saves_time(config, vocab_size))
     if wanted and not has_compiler():
         log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
     return wanted and has_compiler()
 
 
 def _saves_time(config: Config, vocab_size: int) -> bool:
-    kind = "cpu" if config.accelerator == "cpu" else "gpu"
     tokens = config.steps * rows_of_a_step(config) * config.context
     work = 6 * parameters_of({**vars(config.model), "vocab_size": vocab_size}) * tokens
-    seconds = work / (CPU_FLOPS if kind == "cpu" else GPU_FLOPS * int(config.devices))
-    return seconds * COMPILE_GAIN[kind] > COMPILE_SECONDS[kind]
+    return work / (GPU_FLOPS * int(config.devices)) * COMPILE_GAIN > COMPILE_SECONDS
 
 
 def compiling_the_head_pays(config: Config) -> bool:
-    """The LM head's elementwise work compiles in seconds and then takes half the time: it pays within about 50 steps.
+    """Whether to compile the work on the LM head's logits, on any device.
 
     Must be asked before `compile_pays` settles `compile`, because it follows what was said by hand.
     """

@@ -144,7 +144,14 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
         "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
         "command": config.record.command,
     }
-    supplied = {"run_dir": str(folder), "cache_dir": str(cache_folder(config.cache_dir)), "facts": report_facts}
+    supplied = {
+        "run_dir": str(folder),
+        "cache_dir": str(cache_folder(config.cache_dir)),
+        "facts": report_facts,
+        "checkpoint_every": config.checkpoint_every,
+        "sample_every": config.sample_every,
+        "on_spike": config.on_spike,
+    }
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     return [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
 

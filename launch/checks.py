@@ -18,6 +18,7 @@ CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "mps"),
     "preflight": ("refuse", "warn", "off"),
     "on_bad_line": ("stop", "skip"),
+    "on_spike": ("warn", "stop"),
     "optimizer.name": ("adamw", "adam", "muon"),
     "schedule.name": ("wsd", "cosine", "linear", "constant"),
     "loss.name": ("forward_kl",),

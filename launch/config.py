@@ -42,6 +42,7 @@ class Record:
     overrides: list[str] = field(default_factory=list)  # as given on the command line
     command: str = ""
     teacher_hash: str = ""  # sha256 of the teacher's model.safetensors
+    data_hash: str = ""  # content hash of the prepared data
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
     compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
     accumulate: int = 0  # micro-batches of one optimizer step on each rank
@@ -85,6 +86,7 @@ class Config:
     checkpoint_every: int
     sample_every: int
     log_every: int
+    on_spike: str
 
     accelerator: str
     devices: int | str

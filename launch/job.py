@@ -40,6 +40,7 @@ def run_job(asked: Config) -> dict[str, Any]:
         automatic.settle(settings)
     data = build.data_module(settings)
     facts = data.prepare()
+    resume.check_data(settings, facts.hash)
     vocab_size = resolve.vocabulary(settings, facts.vocab_size)
     if settings.record.compile_head is None:
         settings.record.compile_head = automatic.compiling_the_head_pays(settings)
@@ -66,9 +67,12 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
     """Build everything and train in this process, which is the only one or one rank of several."""
     import torch
 
+    from gpt2lab.host_memory import keep_freed_memory
     from launch import build
 
     torch.set_num_threads(int(settings.threads))
+    if settings.accelerator == "cpu":
+        keep_freed_memory()
     module = build.task_module(settings, facts, resolve.vocabulary(settings, facts.vocab_size))
     trainer = None
     with answer.cleaning_up():

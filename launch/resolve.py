@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import folder_of, has_tokenizer, parameters_of, read_shape
 from gpt2lab.settings import TokenizerChoice
 from launch import checks, run_folders
 from launch.config import Config, ModelKeys
 from launch.ignored_keys import given_keys
-from launch.model_folder import TOKENIZER_FILES, folder_of, parameters_of, read_shape
 
 FALLBACK_TEACHER = "gpt2-medium"
 CORPORA_WITH_OWN_BPE = ("stdlib", "packages", "text")
@@ -134,7 +134,7 @@ def _tokenizer(config: Config) -> TokenizerChoice:
     for source, key in ((config.teacher if config.task_name == "distill" else "", "teacher"), (config.init, "init")):
         if source in ("", "scratch"):
             continue
-        if any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+        if has_tokenizer(Path(source)):
             return TokenizerChoice("pretrained", source=source)
         if key == "init" or config.preflight == "refuse":
             raise InputError(

@@ -12,19 +12,10 @@ from launch.ignored_keys import given_keys
 from launch.resolve import file_hash
 
 # What may be given with resume=: how long, how often, and where the work is done
-CHANGEABLE: tuple[str, ...] = (
-    "steps",
-    "validate_every",
-    "checkpoint_every",
-    "sample_every",
-    "log_every",
-    "workers",
-    "cache_dir",
-    "threads",
-)
-CHANGEABLE += ("accelerator", "devices", "strategy", "micro_batch")
-PLACE = ("resume", "run_dir", "name", "launcher")
 MACHINE = ("accelerator", "devices", "strategy", "micro_batch", "threads")
+CHANGEABLE: tuple[str, ...] = ("steps", "validate_every", "checkpoint_every", "sample_every", "log_every", "on_spike")
+CHANGEABLE += ("workers", "cache_dir", *MACHINE)
+PLACE = ("resume", "run_dir", "name", "launcher")
 
 
 def taken_up(asked: Config) -> Config | None:
@@ -58,6 +49,21 @@ def taken_up(asked: Config) -> Config | None:
             setattr(stored, key, "auto")
     stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
     return stored
+
+
+def check_data(settings: Config, data_hash: str) -> None:
+    """Remember which data a new run has; a continued one must find the same.
+
+    Raises:
+        InputError: they have changed.
+    """
+    record = settings.record
+    if record.data_hash and record.data_hash != data_hash:
+        raise InputError(
+            f"The data of {settings.run_dir} are no longer those it was started with, so its order would break.\n"
+            f"Put them back, or start a run from its weights: init={shlex.quote(str(settings.run_dir))}"
+        )
+    record.data_hash = data_hash
 
 
 def checkpoint(settings: Config) -> Path | None:

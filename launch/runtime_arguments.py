@@ -19,7 +19,7 @@ ARGUMENTS: dict[str, set[str]] = {
         "source",
         "target",
     },
-    "callbacks": {"run_dir", "cache_dir", "facts"},
+    "callbacks": {"run_dir", "cache_dir", "facts", "checkpoint_every", "sample_every", "on_spike"},
     "logger": {"run_dir"},
 }
 

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import parameters_of
 from launch import run_folders
 from launch.config import Config
-from launch.model_folder import parameters_of
 
 # Weights and two optimizer moments in fp32, for two kept checkpoints and the one being written; two exports
 BYTES_PER_PARAMETER = 3 * 12 + 2 * 4

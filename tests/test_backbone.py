@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2lab.backbone import (
@@ -11,7 +12,6 @@ from gpt2lab.backbone import (
     from_hf,
     load_backbone,
     plain_hf,
-    resolve_weights,
 )
 from gpt2lab.errors import InputError
 from gpt2lab.settings import ModelShape
@@ -106,10 +106,20 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 def test_an_unreadable_model_folder_is_an_input_error(tmp_path) -> None:
     with pytest.raises(InputError, match="holds no model"):
-        resolve_weights(str(tmp_path))
+        load_backbone(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1}')
-    with pytest.raises(InputError, match="Cannot load"):
+    with pytest.raises(InputError, match="no weights"):
         load_backbone(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="bert"):
+        load_backbone(str(tmp_path))
+
+
+def test_missing_weights_are_never_filled_with_random_numbers(tmp_path) -> None:
+    model = plain_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight"):
         load_backbone(str(tmp_path))

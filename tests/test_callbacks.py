@@ -86,7 +86,7 @@ class At(lightning.Callback):
 
 
 def test_sampling_writes_every_method_and_leaves_training_as_it_is(plain, cache, tmp_path, capsys):
-    samples = Samples(str(tmp_path), every=4, prompts=[], max_new_tokens=8)
+    samples = Samples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=8)
     _, model = tiny_run.train(tmp_path, cache, extra=[samples])
     assert equal(model, plain[1])
     written = read_samples(tmp_path)
@@ -312,7 +312,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_wandb_offline_holds_metrics_samples_and_the_model_and_keeps_its_run_id(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    samples = Samples(str(tmp_path), every=4, prompts=["def f("], max_new_tokens=4)
+    samples = Samples(str(tmp_path), sample_every=4, prompts=["def f("], max_new_tokens=4)
     ids = []
     for steps in (4, 8):
         logger = WeightsAndBiases(str(tmp_path))

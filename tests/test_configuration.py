@@ -15,10 +15,10 @@ from conftest import ROOT, SHRUNK, Train
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
+from gpt2lab.model_folder import parameters_of
 from gpt2lab.settings import DataFacts, TokenizerChoice
 from launch import automatic, build, checks, config, noise, resolve, run_folders
 from launch.config import Config
-from launch.model_folder import parameters_of
 
 CONF = ROOT / "conf"
 GROUPS = {
@@ -233,7 +233,17 @@ def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.Mo
 
 
 def test_compiling_is_chosen_where_it_pays_back():
-    """Three hundred steps of nano are over before a compiler is; thousands of mini are not."""
-    nano, mini = composed("accelerator=cpu"), composed("accelerator=cpu", "model=mini", "steps=5000")
+    """On a GPU three hundred steps of nano are over before a compiler is, thousands of small are not; on a CPU it never
+    pays for the blocks, and for the LM head from some fifty steps on. What is asked for by hand is done."""
+    nano = composed("accelerator=gpu", "devices=1")
+    small = composed("accelerator=gpu", "devices=1", "model=small", "batch_tokens=131072", "steps=5000")
     assert automatic.compile_pays(nano, 4096) is False
-    assert automatic.compile_pays(mini, 4096) is automatic.has_compiler()
+    assert automatic.compile_pays(small, 50_257) is automatic.has_compiler()
+    long, short = composed("accelerator=cpu", "model=mini", "steps=5000"), composed("accelerator=cpu", "steps=3")
+    assert automatic.compile_pays(long, 50_257) is False
+    assert automatic.compiling_the_head_pays(long) is automatic.has_compiler()
+    assert automatic.compiling_the_head_pays(short) is False
+    for given, wanted in (("true", automatic.has_compiler()), ("false", False)):
+        by_hand = composed("accelerator=cpu", "steps=3", f"compile={given}")
+        assert automatic.compile_pays(by_hand, 4096) is wanted
+        assert automatic.compiling_the_head_pays(by_hand) is wanted

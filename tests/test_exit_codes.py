@@ -1,6 +1,7 @@
 """How a run ends is what its exit code says: 0 finished, 75 stopped to be resumed, 130 Ctrl-C, 1 an error."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,3 +110,21 @@ def test_resume_auto_starts_and_then_goes_on(tiny: list[str], train_here: Train)
     report = json.loads(Path("runs/pretrain/mine/report.json").read_text())
     assert (report["status"], report["steps"]) == ("finished", 4)
     assert train_here(*tiny, "name=mine", "steps=2").code == 2, "without resume the folder is taken"
+
+
+def test_a_continued_run_keeps_to_its_new_intervals(tiny: list[str], train_here: Train):
+    assert train_here(*tiny, "name=mine", "steps=2").code == 0
+    answer = train_here("resume=runs/pretrain/mine", "steps=6", "checkpoint_every=1")
+    assert answer.code == 0, answer.stderr
+    assert Path("runs/pretrain/mine/checkpoints/step-000005.ckpt").is_file()
+
+
+def test_a_run_whose_data_have_changed_is_not_continued(tiny: list[str], train_here: Train, sources: Path):
+    shutil.copytree(sources, "text")
+    assert train_here(*tiny, "path=text", "name=mine", "steps=2").code == 0
+    Path("text", "more.py").write_text((sources / "heapq.py").read_text() * 2)
+    answer = train_here("resume=runs/pretrain/mine", "steps=4")
+    assert answer.code == 2
+    assert "no longer those it was started with" in answer.stderr
+    Path("text", "more.py").unlink()
+    assert train_here("resume=runs/pretrain/mine", "steps=4").code == 0

@@ -96,7 +96,7 @@ def train(
             Interrupt(),
             *(extra or []),
             FinalValidation(),
-            Checkpoint(str(run_dir), every=every, verify_export=verify_export),
+            Checkpoint(str(run_dir), checkpoint_every=every, verify_export=verify_export),
             Report(str(run_dir), {"task": "pretrain", "model": "tiny"}),
         ],
         enable_checkpointing=False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.hub import is_hub_id, require_hub
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", "merges.txt", "tokenizer_config.json"]
@@ -17,14 +18,14 @@ def folder_of(source: str, key: str) -> Path:
 
     Args:
         source: what the user named.
-        key: init or teacher, for messages.
+        key: init, teacher or checkpoint, for messages.
 
     Raises:
         InputError: not there, not reachable, not a GPT-2, or damaged.
     """
     folder = Path(source).expanduser()
     if not folder.exists():
-        if not _may_be_hub_id(source):
+        if not is_hub_id(source):
             raise InputError(
                 f"{key}={source}: there is no such folder.\nGive a run directory, a model folder or a Hub id."
             )
@@ -38,6 +39,11 @@ def folder_of(source: str, key: str) -> Path:
         f"{key}={source} holds no model: neither hf/config.json (a run directory) nor config.json (a model folder).\n"
         "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_shape(folder: Path) -> dict[str, int]:
@@ -84,17 +90,10 @@ def _check_weights(folder: Path) -> None:
         raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
 
 
-def _may_be_hub_id(source: str) -> bool:
-    first, _, rest = source.partition("/")
-    return not source.startswith((".", "/", "~")) and "/" not in rest and not (rest and Path(first).is_dir())
-
-
 def _from_hub(source: str, key: str) -> Path:
     """The local copy, downloaded where there is none yet; the Hub is asked only when it answers."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    from gpt2lab.hub import require_hub
 
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES, local_files_only=True))

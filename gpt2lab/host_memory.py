@@ -1,0 +1,22 @@
+"""Host memory: keeps what a training step frees for the next step, instead of giving it back to the kernel."""
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Have this process reuse freed memory; says whether the C library can (glibc).
+
+    By default glibc maps every large tensor anew and the kernel zeroes its pages again, which takes 8 % of a training
+    step on a CPU at a vocabulary of 4,096 and 25 % at 50,257 (see docs/performance.md). The price is that the process
+    keeps its peak of memory until it ends.
+
+    Source: mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, LARGEST))
