@@ -41,6 +41,7 @@ format: $(READY) ## let ruff rewrite what it can
 
 bench: $(READY) ## training speed through train.py (NANOGPT=/path/to/nanoGPT adds its model in the same run)
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_training_step $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_cpu_step
 	@$(PYTHON_IN_VENV) -m benchmarks.profile_step
 
 chaos: $(READY) ## tests that kill processes and damage files

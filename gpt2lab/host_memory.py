@@ -9,9 +9,9 @@ LARGEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Have this process reuse freed memory; says whether the C library can (glibc).
 
-    By default glibc maps every large tensor anew and the kernel zeroes its pages again, which takes 8 % of a training
-    step on a CPU at a vocabulary of 4,096 and 25 % at 50,257 (see docs/performance.md). The price is that the process
-    keeps its peak of memory until it ends.
+    By default glibc maps every large tensor anew and the kernel zeroes its pages again, which at a vocabulary of 50,257
+    takes a quarter of a training step on a CPU (docs/performance.md). The price is that the process keeps its peak of
+    memory until it ends.
 
     Source: mallopt(3).
     """

@@ -1,0 +1,90 @@
+"""What two choices are worth in a training step on a CPU: reusing freed memory, and compiling the blocks.
+
+    python -m benchmarks.benchmark_cpu_step
+
+Model mini, 8 sequences of 256 tokens, bf16 autocast, AdamW; the LM head's work is compiled throughout. Every case runs
+in fresh processes, taking turns; a figure is the median over them of the median step, memory the largest resident set.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from benchmarks.shape import BATCH, CONTEXT, MINI
+from benchmarks.train_command import ROOT
+from gpt2lab.backbone import Backbone
+from gpt2lab.device import peak_memory_bytes
+from gpt2lab.host_memory import keep_freed_memory
+from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
+from gpt2lab.optimizers import build_optimizer
+from gpt2lab.settings import ModelShape, OptimizerSettings
+
+VOCABULARIES = (4_096, 50_257)
+CASES = {"as PyTorch comes": "", "freed memory reused": "reuse", "the same, blocks compiled": "reuse compile"}
+WARM_UP, STEPS, ROUNDS = 5, 20, 3
+
+
+def step_milliseconds(vocab_size: int, compiled_blocks: bool) -> float:
+    """Median of STEPS optimizer steps."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": MINI["n_layer"], "n_head": MINI["n_head"], "n_embd": MINI["n_embd"]}
+    backbone = Backbone(ModelShape(**sizes, n_positions=MINI["block_size"], vocab_size=vocab_size)).train()
+    if compiled_blocks:
+        backbone.compile_blocks()
+    optimizer = build_optimizer(backbone.named_parameters(), OptimizerSettings("adamw", 1e-3, 0.1), fused=True)
+    tokens = torch.randint(vocab_size, (BATCH, CONTEXT + 1))  # (B, T + 1)
+    labels = tokens[:, 1:].flatten()  # (B·T,)
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor) -> LMHeadLoss:
+        return lm_head_loss(hidden.flatten(0, 1), weight, labels, compiled=True)
+
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = backbone(tokens[:, :-1], head)
+        (result.total / len(labels)).backward()
+        nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARM_UP:]) * 1e3
+
+
+def measure_here(vocab_size: int, options: str) -> None:
+    if "reuse" in options and not keep_freed_memory():
+        raise SystemExit("This C library has no mallopt; there is nothing to compare.")
+    milliseconds = step_milliseconds(vocab_size, "compile" in options)
+    print(json.dumps({"milliseconds": milliseconds, "memory": peak_memory_bytes(torch.device("cpu"))}))
+
+
+def measure_apart(vocab_size: int, options: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.benchmark_cpu_step", str(vocab_size), options]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ended.stdout)
+
+
+def main() -> None:
+    print("| vocabulary | | step, ms | ÷ as PyTorch comes | peak memory, GB |\n|--:|---|--:|--:|--:|")
+    for vocab_size in VOCABULARIES:
+        found = defaultdict(list)
+        for _ in range(ROUNDS):
+            for name, options in CASES.items():
+                found[name].append(measure_apart(vocab_size, options))
+        times = {name: statistics.median(one["milliseconds"] for one in several) for name, several in found.items()}
+        for name, several in found.items():
+            ratio, memory = times[name] / times["as PyTorch comes"], max(one["memory"] for one in several) / 1e9
+            print(f"| {vocab_size:,} | {name} | {times[name]:.0f} | {ratio:.2f} | {memory:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        measure_here(int(sys.argv[1]), sys.argv[2])
+    else:
+        main()
