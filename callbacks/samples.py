@@ -15,12 +15,6 @@ from gpt2lab.generation import GREEDY, NUCLEUS, TOP_K
 from gpt2lab.sample_file import Sample, append_samples, drop_samples_after
 
 METHODS = (GREEDY, TOP_K, NUCLEUS)
-SOURCE_PROMPTS = (
-    "def add(a, b):\n",
-    "class Stack:\n    def __init__(self",
-    'import os\n\ndef read_lines(path):\n    """',
-)
-PAIR_PROMPTS = 3
 
 
 class Samples(lightning.Callback):
@@ -29,7 +23,7 @@ class Samples(lightning.Callback):
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
     Args:
-        prompts: empty: Python source, or for pairs the first validation prompts.
+        prompts: empty: those of the data.
     """
 
     def __init__(self, run_dir: str, sample_every: int, prompts: list[str], max_new_tokens: int) -> None:
@@ -51,16 +45,8 @@ class Samples(lightning.Callback):
             return
         with outside_training_time(trainer):
             if not self.prompts:
-                self.prompts = self._fitting_prompts(trainer, pl_module)
+                self.prompts = trainer.datamodule.sample_prompts(pl_module.tokenizer)
             self._sample(trainer, pl_module, step)
-
-    def _fitting_prompts(self, trainer: Trainer, pl_module: lightning.LightningModule) -> list[str]:
-        batch: Batch = next(iter(trainer.datamodule.val_dataloader()))
-        if batch.prompt_lengths is None:
-            return list(SOURCE_PROMPTS)
-        lengths = batch.prompt_lengths.tolist()
-        prompts = [pl_module.tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
-        return list(dict.fromkeys(prompts))[:PAIR_PROMPTS]
 
     def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
         samples = []

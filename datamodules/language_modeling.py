@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from datamodules.documents import Corpus, packages_corpus, stdlib_corpus, text_corpus
 from datamodules.hub_documents import hub_corpus
@@ -25,6 +26,13 @@ from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, TokenizerChoice
 from gpt2lab.token_file import TokenFile, token_dtype
 from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
+
+SOURCE_PROMPTS = (
+    "def add(a, b):\n",
+    "class Stack:\n    def __init__(self",
+    'import os\n\ndef read_lines(path):\n    """',
+)
+PROMPT_TOKENS = 16
 
 
 class LanguageModelingData(SampleDataModule):
@@ -105,6 +113,14 @@ class LanguageModelingData(SampleDataModule):
             val_tokens=val_file.targets,
             val_bytes=facts["val_bytes"],
         )
+
+    def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """Functions to complete for Python source, else the beginnings of three validation windows."""
+        if self.source in ("stdlib", "packages"):
+            return list(SOURCE_PROMPTS)
+        windows = np.unique(np.arange(3) * len(self.val_samples) // 3)
+        input_ids = self.val_samples.batch(windows, 0).input_ids[:, :PROMPT_TOKENS]  # (≤ 3, ≤ PROMPT_TOKENS)
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in input_ids]
 
     def _corpus(self) -> Corpus:
         if self.source == "stdlib":

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
 
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.order import micro_batch_rows, step_samples
@@ -125,6 +126,10 @@ class SampleDataModule(lightning.LightningDataModule):
     def train_eval_dataloader(self) -> DataLoader:
         """The whole training split once, in file order, for evaluation."""
         return self._in_order(self.train_samples)
+
+    def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """A few texts that suit these data, for the model to continue while it trains."""
+        raise NotImplementedError
 
     def _in_order(self, samples: Samples) -> DataLoader:
         rank, world, _ = self._place()

@@ -20,6 +20,7 @@ from datamodules.micro_batches import SampleDataModule
 from datamodules.pair_batches import PairsToPad
 from datamodules.pair_preparation import Pairs, collect_pairs, encode_side, split_as_given, split_by_hash
 from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
+from gpt2lab.batch import Batch
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.pair_file import PairFile
@@ -140,6 +141,14 @@ class PairData(SampleDataModule):
                 f"{self.accumulate} micro-batches.\nRaise batch_sequences, or use fewer devices."
             )
         return super().train_dataloader()
+
+    def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """The first three different validation prompts."""
+        batch: Batch = next(iter(self.val_dataloader()))
+        assert batch.prompt_lengths is not None
+        lengths = batch.prompt_lengths.tolist()
+        prompts = [tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
+        return list(dict.fromkeys(prompts))[:3]
 
     def _split(self) -> tuple[Pairs, Pairs, dict[str, Any]]:
         """(training pairs, validation pairs, what both depend on)."""

@@ -1,7 +1,8 @@
 """The names under which metrics are logged, written to metrics.csv, shown on W&B and reported."""
 
-TRAIN_LOSS = "train/loss"
-VAL_LOSS = "val/loss"  # nats per target token
+TRAIN_LOSS = "train/loss"  # cross-entropy, nats per target token, in distillation too
+TRAIN_OBJECTIVE = "train/objective"  # what distillation minimises
+VAL_LOSS = "val/loss"  # as train/loss
 VAL_PERPLEXITY = "val/perplexity"
 VAL_BITS_PER_BYTE = "val/bits_per_byte"
 LEARNING_RATE = "lr"

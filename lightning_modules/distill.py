@@ -49,6 +49,9 @@ class Distill(LanguageModel):
     def loss(self, batch: Batch) -> LMHeadLoss:
         return self.head_loss(batch, self.teacher.signal(batch.input_ids), self.loss_settings)
 
+    def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+        return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
+
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
         result = self.loss(batch)
         squared = self.loss_settings.temperature**2 if self.loss_settings.scale_t2 else 1.0

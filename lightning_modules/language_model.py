@@ -49,7 +49,7 @@ class LanguageModel(lightning.LightningModule):
         self.average: WeightAverage | None = None
         self.tokens_seen = 0
         self.watched_metric = metric_names.VAL_LOSS
-        self._step_loss = torch.zeros(())
+        self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
         self._step_targets = 0
         self._validation_sums: dict[str, Tensor] = {}
@@ -67,6 +67,10 @@ class LanguageModel(lightning.LightningModule):
     def loss(self, batch: Batch) -> LMHeadLoss:
         """Training loss of one micro-batch, as sums over its targets."""
         return self.head_loss(batch)
+
+    def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+        """What is logged of a step, from its two means per target token."""
+        return {metric_names.TRAIN_LOSS: cross_entropy}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the batch's targets by metric name; each is divided by the targets of the whole split."""
@@ -133,7 +137,8 @@ class LanguageModel(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._seed_dropout(batch_idx)
         result = self.loss(batch)
-        self._step_loss = self._step_loss + result.total.detach()
+        sums = torch.stack([result.total.detach(), result.cross_entropy])
+        self._step_sums = self._step_sums.to(self.device) + sums
         self._step_indices.append(batch.indices)
         self._step_targets = batch.target_tokens
         # Lightning divides by the accumulation and DDP and FSDP2 average over ranks: undo both, divide once by N.
@@ -145,7 +150,7 @@ class LanguageModel(lightning.LightningModule):
         norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), self.settings.gradient_clip or math.inf)
         self._gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         # With fp16 an overflowing gradient is normal: the scaler skips the step and lowers its scale.
-        watched = float(self._step_loss) if self.trainer.precision == "16-mixed" else self._gradient_norm
+        watched = float(self._step_sums[0]) if self.trainer.precision == "16-mixed" else self._gradient_norm
         if not math.isfinite(watched):
             raise NonFiniteLossError(
                 f"the loss or its gradient is not finite at step {self.trainer.global_step + 1}, "
@@ -167,15 +172,16 @@ class LanguageModel(lightning.LightningModule):
             return
         step = self.trainer.global_step
         if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
-            self._log_step(step, self._over_ranks(self._step_loss) / batch.target_tokens)
-        self._step_loss = torch.zeros((), device=self.device)
+            objective, cross_entropy = self._over_ranks(self._step_sums) / batch.target_tokens
+            self._log_step(step, self.training_losses(objective, cross_entropy))
+        self._step_sums = torch.zeros(2)
         self._step_indices = []
 
-    def _log_step(self, step: int, loss: Tensor) -> None:
+    def _log_step(self, step: int, losses: dict[str, Tensor]) -> None:
         self.log_dict(
             {
                 "step": float(step),
-                metric_names.TRAIN_LOSS: loss,
+                **losses,
                 metric_names.LEARNING_RATE: self.trainer.optimizers[0].param_groups[-1]["lr"],
                 metric_names.GRAD_NORM: self._gradient_norm,
                 metric_names.TOKENS: float(self.tokens_seen),
