@@ -90,6 +90,7 @@ def lm_head_loss(
         loss or LossSettings("cross_entropy", hard_weight=1.0),
         chunk_rows or _even_chunks(hidden.shape[0], weight.shape[0]),
         compiled,
+        torch.is_grad_enabled(),
     )
     return LMHeadLoss(total, kept.sum(), cross_entropy, divergence)
 
@@ -111,13 +112,18 @@ class _ChunkedLoss(torch.autograd.Function):
         loss: LossSettings,
         chunk_rows: int,
         compiled: bool,
+        gradients_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = _compute_dtype(hidden)
         head = weight.to(compute_dtype)  # (V, D)
         teacher_head = teacher.weight.to(compute_dtype) if teacher is not None else None  # (V, Dt)
-        hidden_needs_gradient, weight_needs_gradient = ctx.needs_input_grad[:2]
+        # needs_input_grad holds under no_grad too, where validation would pay for gradients that nobody asks for.
+        hidden_needs_gradient, weight_needs_gradient = (
+            gradients_enabled and needs for needs in ctx.needs_input_grad[:2]
+        )
         accumulate_dtype = torch.promote_types(torch.float32, weight.dtype)
         sums = torch.zeros(2, dtype=accumulate_dtype, device=hidden.device)
+        needs_gradient = hidden_needs_gradient or weight_needs_gradient
         hidden_gradient = torch.empty_like(hidden) if hidden_needs_gradient else None
         weight_gradient: Tensor | None = None
 
@@ -126,11 +132,14 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
             logits = chunk @ head.T  # (C, V)
             if teacher is None or teacher_head is None:
-                chunk_sums, gradient = _chunk_function(_cross_entropy_chunk, compiled)(logits, labels[rows], kept[rows])
+                chunk_sums, gradient = _chunk_function(_cross_entropy_chunk, compiled)(
+                    logits, labels[rows], kept[rows], needs_gradient
+                )
             else:
                 teacher_logits = teacher.hidden[rows].to(compute_dtype) @ teacher_head.T  # (C, V)
+                mix = (loss.hard_weight, loss.temperature, loss.scale_t2)
                 chunk_sums, gradient = _chunk_function(_forward_kl_chunk, compiled)(
-                    logits, teacher_logits, labels[rows], kept[rows], loss.hard_weight, loss.temperature, loss.scale_t2
+                    logits, teacher_logits, labels[rows], kept[rows], *mix, needs_gradient
                 )
             sums += chunk_sums
             if hidden_gradient is not None:
@@ -156,16 +165,21 @@ class _ChunkedLoss(torch.autograd.Function):
             hidden_gradient = (hidden_gradient * total_gradient).to(hidden_gradient.dtype)
         if weight_gradient is not None:
             weight_gradient = (weight_gradient * total_gradient).to(ctx.weight_dtype)
-        return hidden_gradient, weight_gradient, None, None, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None, None, None
 
 
-def _cross_entropy_chunk(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(C, V), (C,), (C,) → sums (2,) [cross-entropy, 0] and the gradient (C, V) in the logits' dtype."""
+def _cross_entropy_chunk(
+    logits: Tensor, labels: Tensor, kept: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(C, V), (C,), (C,) → sums (2,) [cross-entropy, 0] and the gradient (C, V) in the logits' dtype, where needed."""
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     log_q = _log_softmax(logits)
     cross_entropy = torch.where(kept, -log_q.gather(1, safe_labels).squeeze(1), 0.0).sum()
+    sums = torch.stack([cross_entropy, torch.zeros_like(cross_entropy)])
+    if not needs_gradient:
+        return sums, None
     gradient = _subtract_at_labels(log_q.exp_(), safe_labels, 1.0).mul_(kept.unsqueeze(1))
-    return torch.stack([cross_entropy, torch.zeros_like(cross_entropy)]), gradient.to(logits.dtype)
+    return sums, gradient.to(logits.dtype)
 
 
 def _forward_kl_chunk(
@@ -176,8 +190,9 @@ def _forward_kl_chunk(
     hard_weight: float,
     temperature: float,
     scale_t2: bool,
-) -> tuple[Tensor, Tensor]:
-    """(C, V) twice, (C,), (C,) → sums (2,) [cross-entropy, forward KL] and the mixed gradient (C, V)."""
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(C, V) twice, (C,), (C,) → sums (2,) [cross-entropy, forward KL] and the mixed gradient (C, V), where needed."""
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     scale = temperature**2 if scale_t2 else 1.0
     log_q1 = _log_softmax(logits)
@@ -187,10 +202,13 @@ def _forward_kl_chunk(
     # A teacher logit of −inf has p = 0 and log p = −inf: its term is 0, not NaN.
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1) * scale  # (C,)
     cross_entropy = torch.where(kept, -log_q1.gather(1, safe_labels).squeeze(1), 0.0).sum()
+    sums = torch.stack([cross_entropy, torch.where(kept, kl, 0.0).sum()])
+    if not needs_gradient:
+        return sums, None
     gradient = log_q.exp().sub_(p).mul_((1 - hard_weight) * scale / temperature)
     gradient = gradient.add_(log_q1.exp(), alpha=hard_weight)
     gradient = _subtract_at_labels(gradient, safe_labels, hard_weight).mul_(kept.unsqueeze(1))
-    return torch.stack([cross_entropy, torch.where(kept, kl, 0.0).sum()]), gradient.to(logits.dtype)
+    return sums, gradient.to(logits.dtype)
 
 
 def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:

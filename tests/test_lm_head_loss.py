@@ -143,6 +143,18 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
     assert hidden.grad is not None
 
 
+@pytest.mark.parametrize("mix", [None, MIXES[2]], ids=str)
+def test_without_gradients_the_values_are_the_same_and_no_gradient_is_formed(mix) -> None:
+    hidden, weight, labels, teacher = example(torch.float32)
+    given = {"teacher": teacher if mix else None, "loss": mix, "chunk_rows": 16}
+    trained = lm_head_loss(hidden, weight, labels, **given)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2lab.lm_head_loss._subtract_at_labels", None)  # what every gradient needs
+        scored = lm_head_loss(hidden, weight, labels, **given)
+    assert torch.equal(trained.total, scored.total)
+    assert torch.equal(trained.divergence, scored.divergence)
+
+
 def test_teacher_and_student_of_different_vocabularies_are_refused() -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     with pytest.raises(ValueError, match="not one vocabulary"):
