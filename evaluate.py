@@ -17,6 +17,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
 from launch.answer import exit_code
 from launch.key_values import argument, check_output_file, describe, parse
+from launch.spelling import nearest
 
 if TYPE_CHECKING:
     from gpt2lab.evaluation import Score
@@ -51,21 +52,26 @@ def data_settings(arguments: Arguments, folder: Path, positions: int) -> "Config
         InputError: an unknown value of data, a file that is not there, or a context longer than the model.
     """
     from launch import checks, config
+    from launch.ignored_keys import unread_keys
 
     run_config = folder.parent / "config.yaml"
     is_run = folder.name == "hf" and run_config.is_file()
     own = config.load(run_config) if is_run else None
     settings = own if own is not None and not arguments.data else composed(arguments.data or "stdlib")
-    for key in ("path", "val_path", "source", "target", "cache_dir"):
-        if value := vars(arguments)[key]:
+    given = {key: vars(arguments)[key] for key in ("path", "val_path", "source", "target", "cache_dir")}
+    for key, value in given.items():
+        if value:
             setattr(settings, key, value)
             settings.record.overrides.append(f"{key}={value}")  # goes before what a preset names itself
     settings.context = arguments.context or min(own.context if own is not None else positions, positions)
     settings.tokenizer = TokenizerChoice("pretrained", source=arguments.tokenizer or str(folder))
     settings.record.accumulate = 1
+    for key, message in unread_keys(settings).items():
+        if given.get(key):
+            raise InputError(f"{message}.\nLeave it out.")
     checks.check_files(settings)
-    if settings.context > positions:
-        raise InputError(f"context={settings.context} is longer than the model's {positions} positions; lower it.")
+    if not 2 <= settings.context <= positions:
+        raise InputError(f"context={settings.context}: the model takes windows of 2 to {positions} tokens.")
     return settings
 
 
@@ -76,8 +82,12 @@ def composed(data: str) -> "Config":
 
     from launch import config
 
+    folder = Path(__file__).resolve().parent / "conf"
+    allowed = sorted(file.stem for file in (folder / "data").glob("*.yaml"))
+    if data not in allowed:
+        raise InputError(f"data={data}: no such value{nearest(data, allowed)}.\nAllowed: {', '.join(allowed)}.")
     config.register()
-    with initialize_config_dir(str(Path(__file__).resolve().parent / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(folder), version_base="1.3"):
         tree = compose("train", overrides=[f"data={data}"], return_hydra_config=True)
     with open_dict(tree):
         hydra_node = tree.pop("hydra")

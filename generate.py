@@ -22,13 +22,13 @@ class Arguments:
     checkpoint: str = argument("a run directory, a Hugging Face folder or a Hub id")
     prompt: str = argument("the text to continue")
     max_new_tokens: int = argument("most tokens to write", 128, at_least=1)
-    temperature: float = argument("0 always takes the likeliest token", 0.8, at_least=0)
+    temperature: float = argument("0 always takes the likeliest token", 0.8, at_least=0, at_most=100)
     top_k: int = argument("choose among the k likeliest tokens; 0: among all", 0, at_least=0)
     top_p: float = argument(
         "choose among the likeliest tokens that hold this probability", 0.95, at_least=0.01, at_most=1
     )
-    num_samples: int = argument("how many texts", 1, at_least=1)
-    seed: int = argument("the same seed gives the same text", 1337, at_least=0)
+    num_samples: int = argument("how many texts", 1, at_least=1, at_most=1000)
+    seed: int = argument("the same seed gives the same text", 1337, at_least=0, at_most=2**63 - 1)
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
     json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
 

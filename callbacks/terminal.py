@@ -1,8 +1,20 @@
 """The one terminal that callbacks write to, so that lines stand above the progress bar and not across it."""
 
+import os
+import sys
+
 from rich.console import Console
 
-console = Console()
+
+class Terminal(Console):
+    """A console that falls silent where its reader goes away, as in `python train.py | head`; training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = Terminal()
 
 
 def show(line: str) -> None:

@@ -91,8 +91,13 @@ def _functions(path: str) -> PairSource:
     files = find_files(path, "path", frozenset({".py"}))
     return PairSource(
         {"functions": files_identity(files)},
-        lambda: function_rows(file.read_text(encoding="utf-8", errors="replace") for file in files),
+        lambda: function_rows(_text_of(file) for file in files),
     )
+
+
+def _text_of(file: Path) -> str:
+    with opened(file) as stream:
+        return stream.read().decode("utf-8", errors="replace")
 
 
 def open_tables(path: str, key: str, on_bad_line: str, columns: tuple[str, str]) -> PairSource:

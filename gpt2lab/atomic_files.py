@@ -53,6 +53,17 @@ def point_symlink(link: Path, target_name: str) -> None:
     aside.replace(link)
 
 
+def can_write(folder: Path) -> bool:
+    """Whether something can be made in a folder. Asked by doing it: root and network mounts answer `access` wrongly."""
+    probe = folder / f".gpt2lab-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Fill a scratch folder that becomes `folder` when the block ends; on an exception the old `folder` stays.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -90,7 +91,7 @@ def load_backbone(source: str, dropout: float = 0.0) -> Backbone:
     folder = folder_of(source, "model")
     try:
         model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"Cannot load a GPT-2 from {folder}: {str(error).splitlines()[0]}\n"
             "Give a run directory, a Hugging Face folder with config.json and model.safetensors, or a Hub id."

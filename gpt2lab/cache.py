@@ -79,7 +79,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except Timeout:
             log.warning("waiting for another process that prepares %s", folder)
             lock.acquire()
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise InputError(
             f"Cannot write prepared data to {folder.parent}: {error.strerror}.\n"
             "Choose another folder: cache_dir=FOLDER, or the environment variable GPT2LAB_CACHE"

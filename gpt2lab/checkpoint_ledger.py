@@ -80,6 +80,11 @@ def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps completed in a checkpoint, from its name."""
+    return int(checkpoint.stem.rpartition("-")[2])
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

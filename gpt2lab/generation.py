@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left, and logits overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+    """How the next token is chosen: greedily below temperature 0.001; top_k 0 and top_p 1 leave all tokens in."""
 
     name: str
     temperature: float = 1.0
@@ -45,7 +47,7 @@ def generate_ids(
     device = model.transformer.wte.weight.device
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in cut], device=device)  # (B, longest)
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         choice: dict[str, bool | float] = {"do_sample": False}
     else:
         choice = {

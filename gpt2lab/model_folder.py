@@ -61,6 +61,8 @@ def read_shape(folder: Path) -> dict[str, int]:
         raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
     if kind != "gpt2":
         raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
+    if min(shape.values()) < 1:
+        raise InputError(f"{folder}/config.json has a size below 1: {shape}.\nGive a folder with a GPT-2 in it.")
     return shape
 
 

@@ -13,13 +13,15 @@ from hydra.core.override_parser.types import QuotedString
 from hydra.errors import OverrideParseException
 
 from gpt2lab.errors import InputError
+from launch import run_folders
 from launch.spelling import nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
-FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "-i", "-cd")
-FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--version", "--resolve", "--multirun", "-m")
+SHOWN = ("job", "hydra", "all")  # values of --cfg
 
 
 def command() -> str:
@@ -34,7 +36,8 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
         InputError: an unknown flag.
     """
     _check_flags(arguments)
-    _check_groups(arguments)
+    for argument in arguments:
+        _check_override(argument)
     sweeping = is_multirun(arguments)
     flags, overrides = _flags_apart(arguments)
     return [*flags, *(_readable(override, sweeping) for override in overrides)]
@@ -45,14 +48,28 @@ def is_multirun(arguments: list[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def _check_groups(arguments: list[str]) -> None:
-    """Refuse a group without a value, at which Hydra would fail with a traceback."""
-    for argument in arguments:
-        group, equals, value = argument.partition("=")
-        folder = CONF / group
-        if equals and value in ("", "null", "~") and group and "/" not in group and folder.is_dir():
-            allowed = sorted(file.stem for file in folder.glob("*.yaml"))
-            raise InputError(f"{argument}: a group must have a value.\nAllowed: {', '.join(allowed)}.")
+def _check_override(argument: str) -> None:
+    """Refuse what Hydra would answer with a traceback or in words of its own."""
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+~")
+    if equals and not name:
+        raise InputError(f"{argument} names no key. Keys are given as key=value.")
+    if key.startswith("~") and not name.startswith("callbacks."):
+        raise InputError(f"{argument}: a key cannot be taken away, only given another value: {name}=VALUE.")
+    if name.startswith("hydra/"):
+        raise InputError(f"{argument}: Hydra's own plugins are chosen by launcher=processes.\nLeave it out.")
+    if name == "hydra.run.dir":
+        raise InputError(f"{argument}: a run's folder is set by run_dir=FOLDER or name=NAME.")
+    if name == "hydra.sweep.dir":
+        run_folders.check_can_be_made(Path(value).expanduser(), "hydra.sweep.dir")
+    folder = CONF / name
+    if not equals or "/" in name or not folder.is_dir():
+        return
+    allowed = sorted(file.stem for file in folder.glob("*.yaml"))
+    if value in ("", "null", "~") or value.startswith("["):
+        raise InputError(f"{argument}: a group has one value.\nAllowed: {', '.join(allowed)}.")
+    if key.startswith("+"):
+        raise InputError(f"{name} is a group already; leave out the +: {name}={value}.")
 
 
 def _flags_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -77,6 +94,13 @@ def _check_flags(arguments: list[str]) -> None:
             raise InputError(
                 f"There is no flag {flag}{nearest(flag, FLAGS)}. Keys are given as key=value, without dashes."
             )
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag in FLAGS_WITH_VALUE and (not value or value.startswith("-")):
+            raise InputError(f"{flag} needs a value, for example --cfg {SHOWN[0]}.")
+        if flag in ("--cfg", "-c") and value not in SHOWN:
+            raise InputError(f"{flag} {value}: give one of {', '.join(SHOWN)}.")
+    if "--resolve" in arguments and not {"--cfg", "-c"} & set(arguments):
+        raise InputError("--resolve belongs to --cfg: python train.py --cfg job --resolve")
 
 
 def _readable(argument: str, sweeping: bool) -> str:

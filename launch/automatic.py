@@ -38,8 +38,7 @@ def settle(config: Config) -> None:
     config.precision = _precision(config)
     config.record.world_size = config.devices
     checks.check_batch(config)
-    cores = len(os.sched_getaffinity(0))
-    config.threads = config.threads if config.threads != "auto" else max(1, cores // config.devices)
+    config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
     config.micro_batch, config.record.accumulate = split_batch(config)
 
 
@@ -113,7 +112,7 @@ def _devices(config: Config) -> int:
     if config.devices == "auto":
         return there
     wanted = int(config.devices)
-    most = len(os.sched_getaffinity(0)) if config.accelerator == "cpu" else there
+    most = cpu_cores() if config.accelerator == "cpu" else there
     if wanted > most:
         what = "cores to run a process on each" if config.accelerator == "cpu" else "devices"
         raise InputError(
@@ -138,6 +137,14 @@ def _precision(config: Config) -> str:
     if config.accelerator == "gpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if config.accelerator == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux tells
+        return os.cpu_count() or 1
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

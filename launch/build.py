@@ -9,8 +9,6 @@ from typing import Any, get_type_hints
 import lightning
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.metrics_csv import MetricsCsv
 from gpt2lab.cache import cache_folder
@@ -20,6 +18,7 @@ from launch.automatic import largest_micro_batch, rows_of_a_step
 from launch.config import Config
 from launch.ignored_keys import given_keys
 from launch.runtime_arguments import DATA_ONLY_KEYS
+from launch.signature import typed_settings
 from launch.spelling import nearest
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16_true": "bf16-true", "fp16": "16-mixed"}
@@ -50,19 +49,12 @@ def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any
     for key, value in own.items():
         hint = hints.get(key)
         if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
-            arguments[key] = _settings(hint, value, f"{where}.{key}")
+            arguments[key] = typed_settings(hint, value, f"{where}.{key}")
     try:
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:
         raise InputError(f"{where} does not fit {target}: {error}.") from error
     return kind(**arguments)
-
-
-def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    except OmegaConfBaseException as error:
-        raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
 def data_module(config: Config) -> Any:

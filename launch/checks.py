@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.text_metrics import TEXT_METRICS
 from launch import run_folders
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
@@ -27,10 +28,10 @@ CHOICES = {
 }
 # key → (smallest, largest); a bound in brackets is itself not allowed
 RANGES: dict[str, tuple[Any, Any]] = {
-    "steps": (1, math.inf),
-    "context": (2, math.inf),
-    "batch_tokens": (1, math.inf),
-    "batch_sequences": (1, math.inf),
+    "steps": (1, 10**9),
+    "context": (2, 10**6),
+    "batch_tokens": (1, 10**9),
+    "batch_sequences": (1, 10**6),
     "seed": (0, 2**32 - 1),
     "gradient_clip": (0, math.inf),
     "ema": (0, [1]),
@@ -38,9 +39,9 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "checkpoint_every": (1, math.inf),
     "sample_every": (1, math.inf),
     "log_every": (1, math.inf),
-    "workers": (0, math.inf),
+    "workers": (0, 64),
     "val_fraction": ([0], [1]),
-    "vocab_size": (257, math.inf),
+    "vocab_size": (257, 10**6),
     "model.n_layer": (1, math.inf),
     "model.n_head": (1, math.inf),
     "model.n_embd": (1, math.inf),
@@ -58,9 +59,28 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "schedule.decay_fraction": (0, 1),
     "loss.temperature": ([0], math.inf),
     "loss.hard_weight": (0, 1),
-    "tokenizer.vocab_size": (257, math.inf),
+    "tokenizer.vocab_size": (257, 10**6),
 }
-COUNTS_OR_AUTO = ("micro_batch", "devices", "threads")
+# The same for keys that only some tasks, data and callbacks have
+RANGES_WHERE_THERE: dict[str, tuple[Any, Any]] = {
+    "task.lora.rank": (0, 10**4),
+    "task.lora.alpha": ([0], math.inf),
+    "task.lora.dropout": (0, [1]),
+    "task.text.examples": (0, math.inf),
+    "task.text.max_new_tokens": (1, math.inf),
+    "callbacks.samples.max_new_tokens": (1, math.inf),
+    "callbacks.checkpoint.keep_last": (1, math.inf),
+}
+CHOICES_WHERE_THERE: dict[str, tuple[str, ...]] = {
+    "data.reader": ("tables", "functions", "catalogues"),
+    "data.source": ("stdlib", "packages", "text", "hub", "bin"),
+    "task.text.metrics": TEXT_METRICS,
+    "data.metrics": TEXT_METRICS,
+    "logger.mode": ("auto", "online", "offline", "disabled"),
+}
+COUNTS_OR_AUTO = {"micro_batch": 10**6, "devices": 10**4, "threads": 4096}  # key → largest
+# What writes text, and so needs room in the model for it
+GENERATED = ("task.text.max_new_tokens", "callbacks.samples.max_new_tokens")
 # Keys that, where they are given, must name something on this machine
 FILES = ("path", "val_path")
 
@@ -72,7 +92,11 @@ def check(config: Config) -> None:
         InputError: the first mistake found.
     """
     check_own_record(config)
+    check_run_dir(config)
+    if config.resume not in (None, "auto"):
+        return  # the run goes on with its own configuration, and launch.resume checks what may be given anew
     check_ignored_keys(config)
+    check_targets(config)
     check_choices(config)
     check_ranges(config)
     check_counts_or_auto(config)
@@ -81,8 +105,6 @@ def check(config: Config) -> None:
     check_files(config)
     check_precision(config)
     check_task_and_data(config)
-    check_targets(config)
-    check_run_dir(config)
 
 
 def check_own_record(config: Config) -> None:
@@ -107,18 +129,29 @@ def value_of(config: Config, key: str) -> Any:
     return value
 
 
+def optional_value(config: Config, key: str) -> Any:
+    """As `value_of`; None where this task, these data or callbacks have no such key."""
+    try:
+        return value_of(config, key)
+    except (KeyError, TypeError):
+        return None
+
+
 def check_choices(config: Config) -> None:
-    for key, allowed in CHOICES.items():
-        given = str(value_of(config, key))
-        if given not in allowed:
-            raise InputError(f"{key}={given}: no such value{nearest(given, allowed)}.\nAllowed: {', '.join(allowed)}.")
+    wanted = [(key, value_of(config, key), allowed) for key, allowed in CHOICES.items()]
+    wanted += [(key, optional_value(config, key), allowed) for key, allowed in CHOICES_WHERE_THERE.items()]
+    for key, value, allowed in wanted:
+        for given in value if isinstance(value, list) else [value]:
+            if given is not None and str(given) not in allowed:
+                near = nearest(str(given), allowed)
+                raise InputError(f"{key}={given}: no such value{near}.\nAllowed: {', '.join(allowed)}.")
     if str(config.compile).lower() not in ("auto", "true", "false"):
         raise InputError(f"compile={config.compile}: no such value.\nAllowed: auto, true, false.")
 
 
 def check_ranges(config: Config) -> None:
-    for key, (low, high) in RANGES.items():
-        value = value_of(config, key)
+    for key, (low, high) in (RANGES | RANGES_WHERE_THERE).items():
+        value = optional_value(config, key)
         if value is None:
             continue
         smallest, largest = (bound[0] if isinstance(bound, list) else bound for bound in (low, high))
@@ -127,15 +160,16 @@ def check_ranges(config: Config) -> None:
         fits = fits and not (value == smallest and isinstance(low, list))
         if not fits or (value == largest and isinstance(high, list)):
             lower = f"greater than {smallest}" if isinstance(low, list) else f"at least {smallest}"
-            upper = "" if largest == math.inf else f" and {'below' if isinstance(high, list) else 'at most'} {largest}"
-            raise InputError(f"{key}={value} is out of range: it must be {lower}{upper}.")
+            bound = f"{'below' if isinstance(high, list) else 'at most'} {largest}"
+            upper = "finite" if largest == math.inf else bound
+            raise InputError(f"{key}={value} is out of range: it must be {lower} and {upper}.")
 
 
 def check_counts_or_auto(config: Config) -> None:
-    for key in COUNTS_OR_AUTO:
+    for key, most in COUNTS_OR_AUTO.items():
         value = value_of(config, key)
-        if value != "auto" and not (isinstance(value, int) and value >= 1):
-            raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1.")
+        if value != "auto" and not (isinstance(value, int) and 1 <= value <= most):
+            raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1 and at most {most}.")
 
 
 def check_model(config: Config) -> None:
@@ -151,6 +185,7 @@ def check_model(config: Config) -> None:
             )
         return
     check_heads(model.n_embd, model.n_head)
+    check_room(config, model.n_positions)
     check_context(config.context, model.n_positions, f"model {config.record.groups['model']}'s")
 
 
@@ -162,6 +197,17 @@ def check_heads(width: int, heads: int) -> None:
             f"model.n_head={heads} does not divide model.n_embd={width}.\n"
             f"Nearest that do: {' and '.join(map(str, near))}."
         )
+
+
+def check_room(config: Config, positions: int) -> None:
+    """Generated text and at least one token of its prompt fit in the model."""
+    for key in GENERATED:
+        tokens = optional_value(config, key)
+        if tokens is not None and tokens >= positions:
+            raise InputError(
+                f"{key}={tokens} leaves no room for a prompt in the model's {positions} positions.\n"
+                f"Give {key}={positions // 2}, or another below {positions}."
+            )
 
 
 def check_context(context: int, positions: int, whose: str) -> None:
@@ -192,6 +238,9 @@ def check_batch(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
+    if not config.takes_pairs and config.data.get("source") in ("text", "bin") and not config.path:
+        kind = "a folder with train.bin and val.bin" if config.data["source"] == "bin" else "a file, a folder or a glob"
+        raise InputError(f"data={config.record.groups['data']} needs path=…: {kind}.")
     for key in FILES:
         given = str(value_of(config, key))
         found = os.path.expanduser(given)  # noqa: PTH111 — a glob is no path
@@ -230,8 +279,14 @@ def check_targets(config: Config) -> None:
     check_target(config.task, "task", ARGUMENTS["task"])
     check_target(config.data, "data", ARGUMENTS["data"], DATA_ONLY_KEYS)
     for name, node in config.callbacks.items():
-        if node is not None:
-            check_target(node, f"callbacks.{name}", ARGUMENTS["callbacks"])
+        if node is None:
+            continue
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise InputError(
+                f"callbacks.{name}={node} is no callback.\n"
+                f"Give its keys, callbacks.{name}.KEY=VALUE, or null to leave it out."
+            )
+        check_target(node, f"callbacks.{name}", ARGUMENTS["callbacks"])
     if config.logger:
         check_target(config.logger, "logger", ARGUMENTS["logger"])
 

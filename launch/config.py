@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import LossSettings, OptimizerSettings, ScheduleSettings, TokenizerChoice
@@ -154,7 +155,7 @@ def load(file: Path) -> Config:
     """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"Cannot read the configuration {file}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     return config

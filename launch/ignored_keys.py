@@ -1,53 +1,112 @@
 """Ignored keys: refuses a key that was given although nothing in the run would read it."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
 from gpt2lab.errors import InputError
 from launch.config import Config
 
 DISTILL_ONLY = ("loss", "teacher", "preflight")
-PAIRS_ONLY = ("batch_sequences", "source", "target")
-TEXT_ONLY = ("batch_tokens",)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads a key; `reads` asks it of a configuration in which the key was given."""
+
+    group: str  # whose value decides
+    key: str
+    reads: Callable[[Config], bool]
+    says: str
+
+
+def _source(config: Config) -> str:
+    """Where running text comes from: stdlib, packages, text, hub, bin; nothing for pairs."""
+    return "" if config.takes_pairs else str(config.data.get("source"))
+
+
+def _reads_files(config: Config) -> bool:
+    tables = config.takes_pairs and (config.data.get("reader") == "tables" or bool(config.path))
+    return _source(config) == "text" or tables or bool(config.val_path)
+
+
+def _splits_by_hash(config: Config) -> bool:
+    own_validation = bool(config.val_path) or bool(config.data.get("val_split"))
+    return _source(config) != "bin" and (not own_validation or (config.takes_pairs and bool(config.path)))
+
+
+def _trains_bpe(config: Config) -> bool:
+    if config.tokenizer.kind != "auto":
+        return config.tokenizer.kind == "bpe"
+    return config.data.get("default_tokenizer") != "gpt2" and _source(config) not in ("hub", "bin")
+
+
+def _adapts(config: Config) -> bool:
+    lora = config.task.get("lora")
+    return not isinstance(lora, dict) or bool(lora.get("rank"))
+
+
+READERS = (
+    Reader(
+        "data", "batch_sequences", lambda c: c.takes_pairs, "pairs of texts read it, running text reads batch_tokens"
+    ),
+    Reader("data", "source", lambda c: c.takes_pairs, "pairs of texts read it"),
+    Reader("data", "target", lambda c: c.takes_pairs, "pairs of texts read it"),
+    Reader("data", "batch_tokens", lambda c: not c.takes_pairs, "running text reads it, pairs read batch_sequences"),
+    Reader(
+        "data", "path", lambda c: c.takes_pairs or _source(c) in ("text", "bin"), "data=text, bin and pairs read it"
+    ),
+    Reader("data", "val_path", lambda c: c.takes_pairs or _source(c) == "text", "data=text and pairs read it"),
+    Reader("data", "val_fraction", _splits_by_hash, "these data have a validation part of their own"),
+    Reader("data", "on_bad_line", _reads_files, "files of text or records read it"),
+    Reader("tokenizer", "vocab_size", _trains_bpe, "only a tokenizer trained here reads it (tokenizer=bpe)"),
+    Reader("tokenizer", "tokenizer.vocab_size", lambda c: c.tokenizer.kind == "bpe", "tokenizer=bpe reads it"),
+    Reader("tokenizer", "tokenizer.source", lambda c: c.tokenizer.kind == "pretrained", "tokenizer=hub reads it"),
+    Reader("optimizer", "optimizer.momentum", lambda c: c.optimizer.name == "muon", "optimizer=muon reads it"),
+    Reader("optimizer", "optimizer.adamw_lr", lambda c: c.optimizer.name == "muon", "optimizer=muon reads it"),
+    Reader(
+        "schedule",
+        "schedule.final_fraction",
+        lambda c: c.schedule.name != "constant",
+        "all schedules but constant read it",
+    ),
+    Reader("schedule", "schedule.decay_fraction", lambda c: c.schedule.name == "wsd", "schedule=wsd reads it"),
+    Reader(
+        "callbacks",
+        "sample_every",
+        lambda c: "samples" in c.callbacks,
+        "the callback samples reads it (callbacks=default)",
+    ),
+    Reader(
+        "callbacks", "on_spike", lambda c: "health" in c.callbacks, "the callback health reads it (callbacks=default)"
+    ),
+    Reader("task", "task.lora.alpha", _adapts, "LoRA reads it (task.lora.rank=8)"),
+    Reader("task", "task.lora.dropout", _adapts, "LoRA reads it (task.lora.rank=8)"),
+)
 
 
 def check_ignored_keys(config: Config) -> None:
-    """Compare what was given on the command line with what the task, the data and the tokenizer read.
+    """Compare what was given on the command line with what the task, the data and the other groups read.
 
     Raises:
-        InputError: names the key and who reads it.
+        InputError: names the first unread key and who reads it.
     """
-    data = config.record.groups["data"]
-    for key in given_keys(config.record.overrides):
-        group = key.split(".")[0]
-        reader = ""
-        if not task_reads(config.task_name, key):
-            raise InputError(
-                f"task={config.task_name} does not read {key}; only task=distill does.\n"
-                "Leave it out, or set task=distill."
-            )
-        if group in PAIRS_ONLY and not config.takes_pairs:
-            reader = "pairs of texts" + (", running text reads batch_tokens" if group == "batch_sequences" else "")
-        elif group in TEXT_ONLY and config.takes_pairs:
-            reader = "running text; pairs read batch_sequences"
-        if reader:
-            raise InputError(f"data={data} does not read {key}: it belongs to {reader}.\nLeave it out.")
-        if group == "path" and not _takes_path(config):
-            raise InputError(f"data={data} does not read path: it brings its own text.\nUse data=text or data=pairs.")
-        if key == "vocab_size" and config.tokenizer.kind == "pretrained":
-            raise InputError(
-                "A pretrained tokenizer brings its own vocabulary; leave out vocab_size or set tokenizer=bpe."
-            )
+    for message in unread_keys(config).values():
+        raise InputError(f"{message}.\nLeave it out.")
 
 
-def _takes_path(config: Config) -> bool:
-    source = config.data.get("source")
-    return bool(config.data.get("takes_path", config.takes_pairs or source in ("text", "bin")))
-
-
-def task_reads(task: str, key: str) -> bool:
-    """Whether a task reads a plain key, a group or a key of a group."""
-    return task == "distill" or key.split(".")[0] not in DISTILL_ONLY
+def unread_keys(config: Config) -> dict[str, str]:
+    """The given keys that nothing in the run reads, each with who would read it."""
+    given, groups = given_keys(config.record.overrides), config.record.groups
+    unread = {
+        key: f"task={config.task_name} does not read {key}: only task=distill does"
+        for key in given
+        if config.task_name != "distill" and key.split(".")[0] in DISTILL_ONLY
+    }
+    for reader in READERS:
+        if reader.key in given and not reader.reads(config):
+            unread[reader.key] = f"{reader.group}={groups[reader.group]} does not read {reader.key}: {reader.says}"
+    return unread
 
 
 def given_keys(overrides: Iterable[str]) -> list[str]:
@@ -55,9 +114,9 @@ def given_keys(overrides: Iterable[str]) -> list[str]:
     return [override.split("=")[0].lstrip("+~").split("@")[0].replace("/", ".") for override in overrides]
 
 
-def without_ignored(overrides: Iterable[str], task: str) -> list[str]:
-    """The overrides that a task reads; for the jobs of a sweep over tasks."""
-    return [override for override in overrides if task_reads(task, given_keys([override])[0])]
+def without(overrides: Iterable[str], keys: Collection[str]) -> list[str]:
+    """The overrides of all other keys."""
+    return [override for override in overrides if given_keys([override])[0] not in keys]
 
 
 def in_words(overrides: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ python -m launch.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
             _fit(trainer, module, data, resume.checkpoint(settings))
         except (InputError, answer.Ended):
             if is_new and (trainer is None or trainer.global_step == 0):
-                shutil.rmtree(folder, ignore_errors=True)  # a run without a step is no run
+                run_folders.remove(folder)  # a run without a step is no run
             raise
     return _outcome(trainer, folder)
 

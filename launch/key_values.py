@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt2lab.atomic_files import can_write
 from gpt2lab.errors import InputError
 from launch.spelling import nearest
 
@@ -75,8 +76,8 @@ def check_output_file(path: str) -> None:
         InputError: `path` is a folder, or its folder does not exist.
     """
     file = Path(path)
-    if path and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise InputError(f"json={path} cannot be written: give a file in a folder that exists.")
+    if path and (file.is_dir() or not can_write(file.absolute().parent)):
+        raise InputError(f"json={path} cannot be written: give a file in a folder that exists and can be written to.")
 
 
 def _converted(field: dataclasses.Field, text: str) -> str | int | float:
@@ -94,6 +95,6 @@ def _converted(field: dataclasses.Field, text: str) -> str | int | float:
         raise InputError(f"{field.name}={text} is not {kind}; for example {field.name}={field.default}.") from None
     low, high = field.metadata["range"]
     if not low <= value <= high:
-        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:.15g}"
         raise InputError(f"{field.name}={text} is out of range: it must be {bounds}.")
     return value

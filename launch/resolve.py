@@ -73,6 +73,7 @@ def _take_sizes_from_init(config: Config) -> None:
         config.model = ModelKeys(**sizes, dropout=config.model.dropout)
         config.record.groups["model"] = _model_name(Path(config.init))
         checks.check_context(config.context, sizes["n_positions"], "the init model's")
+        checks.check_room(config, sizes["n_positions"])
         return
     for item in fields(ModelKeys):
         wanted = vars(config.model)[item.name]
@@ -114,9 +115,8 @@ def _can_teach(run: run_folders.FinishedRun, config: Config) -> bool:
     same_data = (theirs.data, theirs.path, theirs.val_path) == (config.data, config.path, config.val_path)
     named = config.tokenizer.kind != "auto"
     same_tokenizer = not named or wanted_tokenizer(theirs) == wanted_tokenizer(config)
-    shape = read_shape(run.folder / "hf")
-    own_shape: dict[str, Any] = {**vars(config.model), "vocab_size": shape["vocab_size"]}
-    return same_data and same_tokenizer and parameters_of(shape) > parameters_of(own_shape)
+    own_shape: dict[str, Any] = {**vars(config.model), "vocab_size": run.shape["vocab_size"]}
+    return same_data and same_tokenizer and parameters_of(run.shape) > parameters_of(own_shape)
 
 
 def wanted_tokenizer(config: Config) -> TokenizerChoice:

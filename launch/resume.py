@@ -4,9 +4,10 @@ import shlex
 import shutil
 from pathlib import Path
 
+from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.errors import InputError
+from launch import checks, run_folders
 from launch import config as configuration
-from launch import run_folders
 from launch.config import Config
 from launch.ignored_keys import given_keys
 from launch.resolve import file_hash
@@ -35,10 +36,14 @@ def taken_up(asked: Config) -> Config | None:
             asked.resume = None
             return None
     else:
+        if asked.run_dir is not None or asked.name is not None:
+            raise InputError("resume=RUN_DIR says where the run lies; leave out run_dir and name.")
         folder = Path(asked.resume).expanduser()
         _check_is_run(folder, asked.resume)
     stored = configuration.load(folder / "config.yaml")
     _check_changes(asked, stored, folder)
+    for look in (checks.check_choices, checks.check_ranges, checks.check_counts_or_auto):
+        look(asked)
     _check_teacher(stored)
     changed = {key.split(".")[0] for key in given_keys(asked.record.overrides)} & set(CHANGEABLE)
     for key in changed:
@@ -48,6 +53,7 @@ def taken_up(asked: Config) -> Config | None:
         for key in {"micro_batch", "threads"} - changed:
             setattr(stored, key, "auto")
     stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
+    _check_steps(stored.steps, folder)
     return stored
 
 
@@ -72,8 +78,6 @@ def checkpoint(settings: Config) -> Path | None:
 
 
 def _newest(folder: Path) -> Path | None:
-    from gpt2lab.checkpoint_ledger import newest_good_checkpoint
-
     return newest_good_checkpoint(folder) if (folder / "config.yaml").is_file() else None
 
 
@@ -104,6 +108,13 @@ def _check_changes(asked: Config, stored: Config, folder: Path) -> None:
             f"Changeable: {', '.join(CHANGEABLE)}.\n"
             f"For another configuration start a run from its weights: init={shlex.quote(str(folder))}"
         )
+
+
+def _check_steps(steps: int, folder: Path) -> None:
+    newest = _newest(folder)
+    done = step_of(newest) if newest else 0
+    if steps < done:
+        raise InputError(f"steps={steps}: the run in {folder} has done {done} already.\nGive more than that.")
 
 
 def _check_teacher(stored: Config) -> None:

@@ -1,27 +1,28 @@
 """Run folders: where a run lies, how it is made, and how earlier runs are found by report.json and config.yaml."""
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from gpt2lab.atomic_files import can_write
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import read_shape
 from launch import config as configuration
 from launch.config import Config
 
 RUNS = Path("runs")
+OWN_ROOTS = ("runs", "sweeps")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """An earlier run that has a report, a configuration and exported weights."""
+    """An earlier run that has a report, a configuration and exported weights of a known shape."""
 
     folder: Path
-    report: dict[str, Any]
     config: Config
+    shape: dict[str, int]
 
 
 def check_name(config: Config) -> None:
@@ -57,24 +58,20 @@ def check_free(folder: Path) -> None:
         raise InputError(
             f"{folder} is not empty.\nContinue the run in it with resume={folder}, or give another run_dir or name."
         )
+    check_can_be_made(folder, "run_dir")
+
+
+def check_can_be_made(folder: Path, key: str) -> None:
+    """Whether the folder that `key` names is there or can be made.
+
+    Raises:
+        InputError
+    """
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    if not existing.is_dir() or not _can_write(existing):
-        raise InputError(
-            f"Cannot make the run directory {folder}: {existing} cannot be written to.\nGive another run_dir."
-        )
-
-
-def _can_write(folder: Path) -> bool:
-    """Whether a folder can be made here. Asked by doing it: root and network mounts answer `access` wrongly."""
-    probe = folder / f".gpt2lab-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError:
-        return False
-    return True
+    if not existing.is_dir() or not can_write(existing):
+        raise InputError(f"Cannot make the folder {folder}: {existing} cannot be written to.\nGive another {key}.")
 
 
 def make(config: Config) -> Path:
@@ -94,12 +91,29 @@ def make(config: Config) -> Path:
             folder = base.with_name(f"{base.name}-{number}")
 
 
+def remove(folder: Path) -> None:
+    """Delete a run's folder that nothing came of."""
+    shutil.rmtree(folder, ignore_errors=True)
+    remove_empty(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Delete a folder, and below runs/ and sweeps/ those above it, as far as they are empty."""
+    for path in [folder, *(above for above in folder.parents if above.parts and above.parts[0] in OWN_ROOTS)]:
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
+
+
 def remove_if_untrained(folder: Path, is_new: bool) -> None:
     """Leave nothing behind of a new run that ended before its first logged step."""
     metrics = folder / "metrics.csv"
     has_metrics = metrics.is_file() and metrics.stat().st_size > 0
     if is_new and not has_metrics and not (folder / "checkpoints").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
@@ -109,8 +123,9 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
         folder = file.parent
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
-            if report.get("status") == "finished" and (folder / "hf" / "config.json").is_file():
-                runs.append(FinishedRun(folder, report, configuration.load(folder / "config.yaml")))
+            if isinstance(report, dict) and report.get("status") == "finished":
+                config, shape = configuration.load(folder / "config.yaml"), read_shape(folder / "hf")
+                runs.append(FinishedRun(folder, config, shape))
         except (OSError, ValueError):
             continue
     return runs

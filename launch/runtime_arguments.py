@@ -24,4 +24,4 @@ ARGUMENTS: dict[str, set[str]] = {
 }
 
 # Keys of conf/data/*.yaml that the launcher reads itself, before there is a data module
-DATA_ONLY_KEYS = {"default_tokenizer", "takes_path"}
+DATA_ONLY_KEYS = {"default_tokenizer"}

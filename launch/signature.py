@@ -8,6 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gpt2lab import settings
 from gpt2lab.errors import InputError
 from launch.spelling import nearest
 
@@ -55,9 +59,11 @@ def check_target(node: dict[str, Any], where: str, supplied: set[str], not_argum
                 f"There is no key {where}.{key}{nearest(f'{where}.{key}', places)}.\n"
                 f"{target} takes {', '.join(sorted(set(parameters) - supplied)) or 'no keys'}."
             )
-        kinds = SIMPLE_TYPES.get(parameters[key].annotation)
-        if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise InputError(f"{where}.{key}={value} is not of type {parameters[key].annotation}.")
+        annotation = parameters[key].annotation
+        if annotation in vars(settings):
+            typed_settings(vars(settings)[annotation], value, f"{where}.{key}")
+        elif not _fits(value, annotation):
+            raise InputError(f"{where}.{key}={value} is not of type {annotation}.")
     missing = [
         name
         for name, parameter in parameters.items()
@@ -65,6 +71,35 @@ def check_target(node: dict[str, Any], where: str, supplied: set[str], not_argum
     ]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}, which {target} needs.")
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    kinds = SIMPLE_TYPES.get(annotation)
+    if kinds is None:
+        return True
+    if annotation == "list[str]" and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        return False
+    return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def typed_settings(kind: type, values: Any, where: str) -> Any:
+    """A settings dataclass from a dictionary of the configuration.
+
+    Raises:
+        InputError: no dictionary, an unknown or missing key, or a value of the wrong type.
+    """
+    names = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    if not isinstance(values, dict):
+        raise InputError(f"{where}={values}: give its keys, {', '.join(f'{where}.{name}' for name in names)}.")
+    for key in values:
+        if key not in names:
+            raise InputError(f"There is no key {where}.{key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except OmegaConfBaseException as error:
+        key = f"{where}.{error.full_key}" if error.full_key else where
+        given = values.get(str(error.full_key), values)
+        raise InputError(f"{key}={given}: {str(error).splitlines()[0]}") from error
 
 
 def _parameters(target: str, where: str) -> list[Parameter]:

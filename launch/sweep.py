@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2lab.atomic_files import write_text
 from gpt2lab.errors import InputError
 from gpt2lab.run_report import read_report
-from launch import answer, checks, children, config
-from launch.ignored_keys import given_keys, in_words, without_ignored
+from launch import answer, checks, children, config, run_folders
+from launch.ignored_keys import given_keys, in_words, unread_keys, without
 from launch.job import ERROR_FILE
 
 ROOT = Path(__file__).parent.parent
@@ -72,11 +72,16 @@ def run_sweep(
     folder = Path(str(sweep_config.hydra.sweep.dir))
     jobs = [Job(first + i, overrides, folder / str(first + i)) for i, overrides in enumerate(combinations)]
     tasks = [_task_of(loader, sweep_config, job) for job in jobs]
-    _check_together(jobs, tasks)
+    try:
+        _check_together(jobs, tasks)
+    except InputError:
+        (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
+        run_folders.remove_empty(folder)
+        raise
     stopped = 0
-    for job, task in zip(jobs, tasks, strict=True):
+    for job in jobs:
         print(f"job {job.number}: {in_words(job.overrides)}", flush=True)
-        stopped = _run(loader, sweep_config, job, task, set(tasks))
+        stopped = _run(loader, sweep_config, job, several_tasks=len(set(tasks)) > 1)
         _write_csv(folder / "sweep.csv", jobs)
         if job.error:
             print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
@@ -112,12 +117,14 @@ def _check_together(jobs: list[Job], tasks: list[str]) -> None:
         )
 
 
-def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, task: str, all_tasks: set[str]) -> int:
+def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, several_tasks: bool) -> int:
     """Compose, check and run one job; returns the signal that stopped it, or 0."""
-    # What another task of this sweep reads is no mistake of this job's; with one task only it stays one.
-    overrides = without_ignored(job.overrides, task) if len(all_tasks) > 1 else job.overrides
     try:
-        settings = _composed(loader, sweep_config, job, overrides)
+        settings = _composed(loader, sweep_config, job, job.overrides)
+        if several_tasks:  # what another task of this sweep reads is no mistake of this job's
+            read = without(job.overrides, unread_keys(settings))
+            settings = _composed(loader, sweep_config, job, read)
+        checks.check(settings)
     except Exception as error:
         mistake = answer.as_mistake(error)
         if mistake is None:
@@ -145,7 +152,6 @@ def _composed(loader: ConfigLoader, sweep_config: DictConfig, job: Job, override
     OmegaConf.set_struct(tree, True)
     settings = config.typed(tree, hydra, command=f"python train.py {in_words(overrides)}")
     settings.run_dir = str(job.folder)
-    checks.check(settings)
     return settings
 
 

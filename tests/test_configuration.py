@@ -90,6 +90,7 @@ def test_every_combination_composes_and_is_checked():
         # loss belongs to distillation; elsewhere naming it is a mistake, and the default stands
         given = [f"{group}={value}" for group, value in row.items() if group != "loss" or row["task"] == "distill"]
         given += ["init=gpt2"] if row["model"] == "auto" else []
+        given += ["path=."] if row["data"] in ("text", "bin") else []
         checks.check(composed(*given))
 
 

@@ -95,7 +95,12 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
     [
         (["data=stdlb"], "did you mean stdlib"),
         (["data=text", "path=/nowhere/at/all"], "/nowhere/at/all"),
-        (["context=4096"], "longer than the model's 32 positions"),
+        (["context=4096"], "windows of 2 to 32 tokens"),
+        (["context=1"], "windows of 2 to 32 tokens"),
+        (["data=../task/pretrain"], "Allowed: "),
+        (["data=stdlib", "path=README.md"], "data=stdlib does not read path"),
+        (["source=question"], "does not read source"),
+        (["json=/proc/scores.json"], "json=/proc/scores.json"),
         (["contxt=16"], "did you mean context"),
         (["split=train"], "Allowed: val, all"),
         (["tokenizer=/nowhere/at/all"], "/nowhere/at/all"),
