@@ -15,7 +15,7 @@ from callbacks.throughput import outside_training_time
 from callbacks.wandb_logger import WeightsAndBiases
 from gpt2lab.atomic_files import told_when_full
 from gpt2lab.batch import Batch
-from gpt2lab.checkpoint_ledger import checkpoint_folder, newest_good_checkpoint, record, scratch_file
+from gpt2lab.checkpoint_ledger import checkpoint_folder, drop_after, newest_good_checkpoint, record, scratch_file
 from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class Checkpoint(lightning.Callback):
     """Saves every `checkpoint_every` steps, after the last step and when the run is stopped; one of the last callbacks.
 
-    A step that is also validated is saved after its validation. The Hugging Face folder `<run_dir>/hf` is written
-    before the checkpoint is put into the ledger, so it is never older than the newest checkpoint.
+    A step that is also validated is saved after its validation, unless the run is being stopped. The Hugging Face
+    folder `<run_dir>/hf` is written before the checkpoint is put into the ledger, so it is never the older of the two.
 
     Args:
         keep_last: how many checkpoints stay.
@@ -44,12 +44,15 @@ class Checkpoint(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            drop_after(self.run_dir, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if between_steps and self._is_due(trainer) and not _validation_follows(trainer):
+        is_stopped = trainer.should_stop and trainer.global_step < trainer.max_steps  # whoever wants that may not wait
+        if between_steps and self._is_due(trainer) and (is_stopped or not _validation_follows(trainer)):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

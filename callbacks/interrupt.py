@@ -57,7 +57,8 @@ class Interrupt(lightning.Callback):
         if reason and trainer.global_step < trainer.max_steps:
             log.warning("%s: stopping after step %d and saving.", reason, trainer.global_step)
             self.reason = reason
-            trainer.limit_val_batches = 0  # a stop saves at once; validation comes again after the resume
+            if (batch_idx + 1) % trainer.val_check_batch:  # Lightning would validate whenever it is asked to stop
+                trainer.limit_val_batches = 0
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

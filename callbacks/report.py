@@ -8,7 +8,7 @@ from lightning import Trainer
 
 from callbacks.interrupt import Interrupt
 from gpt2lab import device
-from gpt2lab.run_report import build_report, write_report
+from gpt2lab.run_report import build_report, read_report, write_report
 
 
 class Report(lightning.Callback):
@@ -24,6 +24,7 @@ class Report(lightning.Callback):
         self.content: dict[str, Any] = {}
         self._earlier_seconds = 0.0
         self._start = time.monotonic()
+        self._has_trained = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}
@@ -34,11 +35,16 @@ class Report(lightning.Callback):
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._start = time.monotonic()
 
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._has_trained = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._write(trainer, pl_module, "finished" if trainer.global_step >= trainer.max_steps else "stopped")
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        stopped = _stop_reason(trainer) != ""
+        if not self._has_trained and read_report(self.run_dir):
+            return  # a run taken up again failed before it went on: what is known of it stays
+        stopped = _stop_reason(trainer) != "" or isinstance(exception, SystemExit)  # a signal outside training
         error = "" if stopped else f"{type(exception).__name__}: {exception}"
         self._write(trainer, pl_module, "stopped" if stopped else "failed", error)
 

@@ -89,7 +89,7 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
     """Files, folders or globs of .txt .md .rst .py .jsonl .parquet, each also as .gz or .zst.
 
     A text file is one document, a record one. Which side of the split it lies on depends on its text (the first piece
-    of a long one), so equal texts lie on the same side wherever they are.
+    of a long one), so equal files lie on the same side wherever they are. Files of `val_path` are never trained on.
 
     Raises:
         InputError: nothing there, no readable file among them, a broken line, or a missing column.
@@ -101,12 +101,18 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
     def reader(files: list[Path]) -> Callable[[], Iterator[Document]]:
         return lambda: (doc for file in files for doc in file_documents(file, text_column, on_bad_line))
 
-    identity: dict[str, Any] = {"files": files_identity(files), "column": text_column, "on_bad_line": on_bad_line}
-    validation = None
+    validation, identity = None, {"column": text_column, "on_bad_line": on_bad_line}
     if val_path:
         val_files = find_files(val_path, "val_path")
+        held_out = {file.resolve() for file in val_files}
+        files = [file for file in files if file.resolve() not in held_out]
+        if not files:
+            raise InputError(
+                f"path={path} holds no other file than val_path={val_path}; give training text of its own."
+            )
         identity["val_files"] = files_identity(val_files)
         validation = reader(val_files)
+    identity["files"] = files_identity(files)
     size = 0 if any(file.suffix.lower() in COMPRESSED_ENDINGS for file in files) else total_size(files)
     return Corpus("text", identity, reader(files), validation, size)
 

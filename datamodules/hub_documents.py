@@ -30,7 +30,8 @@ def hub_corpus(
         raise InputError("data=hub needs data.dataset=HUB_ID or a local data set folder.")
     identity = {"dataset": dataset, "config": config, "split": split, "val_split": val_split, "column": text_column}
     if Path(dataset).is_dir():
-        identity["files"] = files_identity(sorted(file for file in Path(dataset).rglob("*") if file.is_file()))
+        files = sorted(file for file in Path(dataset).rglob("*") if file.is_file())
+        identity["files"] = files_identity(files, Path(dataset))  # `datasets` tells the splits from the names
     else:
         identity["revision"] = revision
 

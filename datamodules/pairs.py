@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +21,6 @@ from datamodules.micro_batches import SampleDataModule
 from datamodules.pair_batches import PairsToPad
 from datamodules.pair_preparation import Pairs, collect_pairs, encode_side, split_as_given, split_by_hash
 from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
-from gpt2lab.batch import Batch
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.pair_file import PairFile
@@ -144,7 +144,7 @@ class PairData(SampleDataModule):
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """The first three different validation prompts."""
-        batch: Batch = next(iter(self.val_dataloader()))
+        batch = self.val_samples.batch(np.arange(min(len(self.val_samples), 16)), 0)
         assert batch.prompt_lengths is not None
         lengths = batch.prompt_lengths.tolist()
         prompts = [tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]

@@ -3,12 +3,14 @@
     <run>/checkpoints/step-000200.ckpt, index.json (the ledger), last (a symlink to the newest checkpoint)
 
 A checkpoint counts only once the ledger names it with its size and SHA-256; the ledger is written after the file.
-So whatever instant a process dies at, the newest named checkpoint is whole.
+So whatever instant a process dies at, the newest named checkpoint is whole. Where the ledger itself is lost, a
+checkpoint still counts by the checksums inside it.
 """
 
 import hashlib
 import json
 import logging
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,7 +79,34 @@ def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
         if path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256:
             return path
         log.warning("Checkpoint %s is damaged or missing; falling back to the one before.", path)
+    named = {entry.file for entry in entries(run_dir)}
+    for path in sorted(checkpoint_files(run_dir), reverse=True):
+        if path.name not in named and _is_whole_archive(path):
+            log.warning("The ledger does not name %s, but it is whole by its own checksums.", path)
+            return path
     return None
+
+
+def checkpoint_files(run_dir: str | Path) -> list[Path]:
+    """Every file that was put in place as a checkpoint, whether the ledger names it or not."""
+    return sorted(checkpoint_folder(run_dir).glob("step-*.ckpt"))
+
+
+def drop_after(run_dir: str | Path, step: int) -> None:
+    """Strike from the ledger what lies beyond `step`, from which a run goes on: damaged, or soon written anew."""
+    named = entries(run_dir)
+    kept = [entry for entry in named if entry.step <= step]
+    if len(kept) < len(named):
+        write_json(checkpoint_folder(run_dir) / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """PyTorch writes zip archives with a checksum for each member."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def step_of(checkpoint: Path) -> int:

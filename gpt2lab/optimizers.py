@@ -59,10 +59,14 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all groups; `closure` as in any PyTorch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()  # while all groups are there: it zeroes their gradients
         every_group = self.param_groups
         self.param_groups = [group for group in every_group if "momentum" not in group]
         try:
-            loss: float | None = super().step(closure)
+            super().step()
         finally:
             self.param_groups = every_group
         for group in every_group:

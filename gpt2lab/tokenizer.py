@@ -1,5 +1,6 @@
 """Tokenizers: train a byte-level BPE, load any Hugging Face one, tell whether two are the same."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gpt2lab.settings import TokenizerChoice
 END_OF_TEXT = "<|endoftext|>"
 BYTE_ENTRIES = 256
 BPE_TEXT = 256 * 2**20
+ENDLESS_WORD = re.compile(r"\w{512,}|[^\w\s]{512,}")  # encoded data: the time to learn from a word grows as its square
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
@@ -79,8 +81,8 @@ def _in_hub_cache(source: str) -> bool:
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `vocab_size` entries as in GPT-2: the 256 bytes, merges, and <|endoftext|> as number 0.
 
-    Learnt from the first 256 Mi characters: the trainer holds every distinct word in memory. Little text gives fewer
-    entries than asked for.
+    Learnt from the first 256 Mi characters, words of more than 511 left out: the trainer holds every distinct word in
+    memory. Little text gives fewer entries than asked for.
 
     Raises:
         InputError: `vocab_size` does not even hold the bytes.
@@ -99,7 +101,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first(texts, BPE_TEXT), trainer)
+    tokenizer.train_from_iterator((ENDLESS_WORD.sub(" ", text) for text in _first(texts, BPE_TEXT)), trainer)
     return _with_end_of_text(tokenizer)
 
 

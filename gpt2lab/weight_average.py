@@ -1,9 +1,11 @@
 """Exponential moving average of weights, to be swapped in for validation and export."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -14,6 +16,7 @@ class WeightAverage:
         self.parameters = list(parameters)
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
         self._update = get_ema_multi_avg_fn(decay)
+        self._is_applied = False
 
     @torch.no_grad()
     def update(self) -> None:
@@ -27,13 +30,29 @@ class WeightAverage:
             weight = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(weight)
+        self._is_applied = not self._is_applied
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """In the block the parameters hold the averages, whether or not they already did."""
+        was_applied = self._is_applied
+        if not was_applied:
+            self.swap()
+        try:
+            yield
+        finally:
+            if not was_applied:
+                self.swap()
 
     def state(self) -> list[Tensor]:
-        """What a checkpoint keeps."""
-        return self.averages
+        """What a checkpoint keeps: whole tensors. Where weights are sharded every rank must call it."""
+        return [average.full_tensor() if isinstance(average, DTensor) else average for average in self.averages]
 
     @torch.no_grad()
     def load(self, averages: list[Tensor]) -> None:
         """Take up the averages of a checkpoint."""
         for mine, saved in zip(self.averages, averages, strict=True):
-            mine.copy_(saved)
+            saved = saved.to(mine.device)
+            mine.copy_(
+                distribute_tensor(saved, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else saved
+            )

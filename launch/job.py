@@ -119,8 +119,8 @@ def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
             f"Stopped by {reason} after step {trainer.global_step}. Continue with: python train.py resume={folder}"
         )
         raise answer.Ended(codes.get(reason, answer.FAILED), message if trainer.is_global_zero else "")
-    metrics = trainer.callback_metrics
     watched = trainer.lightning_module.watched_metric
+    metrics = {**report.get("metrics", {}), **trainer.callback_metrics}  # a run with no step left has only the former
     return {"watched_metric": watched, **report, "watched": float(metrics[watched]) if watched in metrics else None}
 
 

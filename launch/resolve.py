@@ -31,6 +31,9 @@ def resolve(config: Config) -> None:
     for key in ("path", "val_path"):  # absolute, so that the run can be continued from any folder
         if given := vars(config)[key]:
             setattr(config, key, os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111 — may be a glob
+    dataset = os.path.expanduser(str(config.data.get("dataset") or ""))  # noqa: PTH111 — may be a Hub id
+    if dataset and Path(dataset).is_dir():
+        config.data["dataset"] = str(Path(dataset).absolute())
     if config.init != "scratch":
         config.init = _init_folder(config)
     _take_sizes_from_init(config)

@@ -4,7 +4,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
+from gpt2lab.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, step_of
 from gpt2lab.errors import InputError
 from launch import checks, run_folders
 from launch import config as configuration
@@ -32,6 +32,8 @@ def taken_up(asked: Config) -> Config | None:
             raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
         folder = run_folders.wanted_folder(asked)
         if _newest(folder) is None:
+            if checkpoint_files(folder):
+                _check_is_run(folder, asked.resume)
             _remove_unfinished_start(folder)
             asked.resume = None
             return None
@@ -92,7 +94,7 @@ def _check_is_run(folder: Path, given: str) -> None:
 
 def _remove_unfinished_start(folder: Path) -> None:
     """A run that died before its first checkpoint left its configuration and metrics; it starts anew in their place."""
-    if (folder / "config.yaml").is_file() and not (folder / "checkpoints" / "index.json").exists():
+    if (folder / "config.yaml").is_file() and not checkpoint_files(folder):
         configuration.load(folder / "config.yaml")  # raises where it is somebody else's
         shutil.rmtree(folder)
 

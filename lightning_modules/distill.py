@@ -44,7 +44,8 @@ class Distill(LanguageModel):
     def on_fit_start(self) -> None:
         self.teacher = OnlineTeacher(self.teacher_source)
         self.teacher.to(self.device, TEACHER_DTYPES.get(str(self.trainer.precision), torch.float32))
-        self._check_teacher()
+        if not self.tokens_seen:  # a run taken up again was let in when it started
+            self._check_teacher()
 
     def loss(self, batch: Batch) -> LMHeadLoss:
         return self.head_loss(batch, self.teacher.signal(batch.input_ids), self.loss_settings)
@@ -56,6 +57,14 @@ class Distill(LanguageModel):
         result = self.loss(batch)
         squared = self.loss_settings.temperature**2 if self.loss_settings.scale_t2 else 1.0
         return {metric_names.VAL_LOSS: result.cross_entropy, metric_names.DISTILL_KL: result.divergence / squared}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["teacher_loss"] = self.teacher_loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.teacher_loss = checkpoint["teacher_loss"]
 
     def facts_for_report(self) -> dict[str, Any]:
         return {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}

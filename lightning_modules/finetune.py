@@ -15,7 +15,6 @@ from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.text_metrics import text_metrics
 from lightning_modules.language_model import LanguageModel
 
-GENERATION_BATCH = 16
 LORA_LAYERS = ["c_attn", "c_proj", "c_fc"]
 
 
@@ -54,18 +53,16 @@ class FineTune(LanguageModel):
         super().validation_step(batch, batch_idx)
         assert batch.prompt_lengths is not None
         assert batch.references is not None
-        wanted = -(-self.text.examples // self.trainer.world_size) - len(self._prompts)
-        lengths = batch.prompt_lengths.tolist()[: max(wanted, 0)]
-        self._prompts += [batch.input_ids[row, :length].tolist() for row, length in enumerate(lengths)]
-        self._references += batch.references[: len(lengths)]
+        # By their place in the split, so that one rank and several score the same pairs.
+        for row, place in enumerate(batch.indices.tolist()):
+            if place < self.text.examples:
+                self._prompts.append(batch.input_ids[row, : int(batch.prompt_lengths[row])].tolist())
+                self._references.append(batch.references[row])
 
     def generated_metrics(self) -> dict[str, float]:
         if not self.text.metrics or not self.text.examples:
             return {}
-        completions: list[str] = []
-        for start in range(0, len(self._prompts), GENERATION_BATCH):
-            prompts = self._prompts[start : start + GENERATION_BATCH]
-            completions += self.generate_from_ids(prompts, GREEDY, self.text.max_new_tokens)
+        completions = self.generate_from_ids(self._prompts, GREEDY, self.text.max_new_tokens)
         pairs = list(zip(completions, self._references, strict=True))
         if self.trainer.world_size > 1:
             parts: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]
@@ -102,7 +99,9 @@ class FineTune(LanguageModel):
         """Write `adapter_model.safetensors` and `adapter_config.json` for a plain GPT-2, whose Conv1D is transposed."""
         if not self.lora.rank:
             return False
-        state = get_peft_model_state_dict(self.backbone.lm, state_dict=super()._whole_state())
+        with self.averaged_weights():
+            whole = {name: tensor.clone() for name, tensor in super()._whole_state().items() if ".lora_" in name}
+        state = get_peft_model_state_dict(self.backbone.lm, state_dict=whole)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -7,6 +7,7 @@ of 16 give the same gradient.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
+
+GENERATED_TOGETHER = 16  # prompts
 
 
 class NonFiniteLossError(RuntimeError):
@@ -233,6 +236,7 @@ class LanguageModel(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         if self.average is not None:
             checkpoint["weight_average"] = self.average.state()
 
@@ -240,19 +244,23 @@ class LanguageModel(lightning.LightningModule):
         self.tokens_seen = checkpoint["tokens_seen"]
         if self.average is not None:
             self.average.load(checkpoint["weight_average"])
+        # Lightning counts micro-batches; a run may go on with another number of them in a step.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        shift = checkpoint["global_step"] * (self.trainer.accumulate_grad_batches - checkpoint["accumulate"])
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: count + shift for name, count in counts.items()})
 
     def export_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
 
         Under FSDP every rank must call it.
         """
-        if self.average is not None:
-            self.average.swap()
-        state = self._whole_state()
-        model = plain_hf_from_state(state, self.backbone.shape)
-        if self.average is not None:
-            self.average.swap()
-        return model
+        with self.averaged_weights():
+            return plain_hf_from_state(self._whole_state(), self.backbone.shape)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """In this context the model has its averaged weights, where they are kept."""
+        return self.average.applied() if self.average is not None else nullcontext()
 
     def _whole_state(self) -> dict[str, Tensor]:
         """State dict of the inner GPT-2 with whole tensors on every rank, in the training layout."""
@@ -274,12 +282,14 @@ class LanguageModel(lightning.LightningModule):
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
         """As `generate`, from token ids."""
         model = self.export_model() if self.is_sharded else self.backbone.lm
-        completions = generate_ids(
-            model,
-            prompts,
-            method,
-            max_new_tokens=max_new_tokens,
-            end_of_text=self.tokenizer.eos_token_id,
-            seed=self.settings.seed,
-        )
+        completions: list[list[int]] = []
+        for start in range(0, len(prompts), GENERATED_TOGETHER):
+            completions += generate_ids(
+                model,
+                prompts[start : start + GENERATED_TOGETHER],
+                method,
+                max_new_tokens=max_new_tokens,
+                end_of_text=self.tokenizer.eos_token_id,
+                seed=self.settings.seed,
+            )
         return [self.tokenizer.decode(completion) for completion in completions]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Train, environment
 
-from gpt2lab.metrics_file import read_metrics
+from gpt2lab.metrics_file import read_metrics, series
 
 
 def start(cache: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -128,3 +128,49 @@ def test_a_run_whose_data_have_changed_is_not_continued(tiny: list[str], train_h
     assert "no longer those it was started with" in answer.stderr
     Path("text", "more.py").unlink()
     assert train_here("resume=runs/pretrain/mine", "steps=4").code == 0
+
+
+def test_a_run_continued_with_other_micro_batches_computes_the_same(tiny: list[str], train_here: Train):
+    keys = [*tiny, "steps=6", "checkpoint_every=3", "validate_every=2", "log_every=1", "micro_batch=8", "devices=1"]
+    assert train_here(*keys, "name=unbroken").code == 0
+    shutil.copytree("runs/pretrain/unbroken", "runs/pretrain/halved")
+    Path("runs/pretrain/halved/checkpoints/step-000006.ckpt").unlink()
+    answer = train_here("resume=runs/pretrain/halved", "micro_batch=2")
+    assert answer.code == 0, answer.stderr
+    unbroken, halved = (read_metrics(f"runs/pretrain/{name}") for name in ("unbroken", "halved"))
+    for name in ("train/loss", "val/loss", "grad_norm"):
+        assert dict(series(halved, name)) == pytest.approx(dict(series(unbroken, name)), rel=1e-4), name
+
+
+def test_a_student_better_than_its_teacher_can_be_continued(tiny: list[str], train_here: Train):
+    assert train_here(*tiny, "name=teacher", "model.n_embd=64", "steps=6").code == 0
+    keys = [*tiny, "task=distill", "teacher=runs/pretrain/teacher", "name=student", "loss.hard_weight=1"]
+    answer = train_here(*keys, "steps=30", "schedule=constant", "optimizer.lr=1e-2")
+    assert answer.code == 0, answer.stderr
+    before = json.loads(Path("runs/distill/student/report.json").read_text())
+    assert before["val_loss"] < before["teacher"]["val_loss"]
+    assert train_here("resume=runs/distill/student", "steps=32").code == 0
+    after = json.loads(Path("runs/distill/student/report.json").read_text())
+    assert after["steps"] == 32
+    assert after["teacher"] == before["teacher"]
+
+
+@pytest.mark.parametrize("ledger", [None, '{"checkpoints": [', ""])
+def test_checkpoints_outlive_their_ledger(tiny: list[str], train_here: Train, ledger: str | None):
+    keys = [*tiny, "name=mine", "steps=4", "checkpoint_every=2"]
+    assert train_here(*keys).code == 0
+    folder = Path("runs/pretrain/mine/checkpoints")
+    Path(folder / "index.json").unlink()
+    if ledger is not None:
+        Path(folder / "index.json").write_text(ledger)
+    answer = train_here(*keys, "resume=auto")
+    assert answer.code == 0, answer.stderr
+    assert "whole by its own checksums" in answer.stderr
+    assert len(read_metrics("runs/pretrain/mine")) > 0
+    damaged = folder / "step-000004.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:-500])
+    (folder / "step-000002.ckpt").unlink(missing_ok=True)
+    answer = train_here(*keys, "resume=auto")
+    assert answer.code == 2
+    assert "no whole checkpoint" in answer.stderr
+    assert damaged.exists()

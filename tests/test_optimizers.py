@@ -55,6 +55,35 @@ def test_muon_takes_hidden_matrices_and_adamw_everything_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
+def test_a_closure_sees_every_parameter(name: str) -> None:
+    """Lightning zeroes the gradients inside the closure; what it did not reach would pile up from step to step."""
+    torch.manual_seed(0)
+    backbone = Backbone(TINY)
+    optimizer = build_optimizer(backbone.named_parameters(), OptimizerSettings(name, 1e-3, 0.1), fused=False)
+    ids = torch.randint(64, (2, 16))
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = backbone.logits(ids).logsumexp(-1).mean()
+        loss.backward()
+        return loss.item()
+
+    before = [p.detach().clone() for p in backbone.parameters()]
+    for _ in range(3):
+        assert optimizer.step(closure) > 0
+    stepped = [p.detach().clone() for p in backbone.parameters()]
+    with torch.no_grad():
+        for parameter, start in zip(backbone.parameters(), before, strict=True):
+            parameter.copy_(start)
+    apart = build_optimizer(backbone.named_parameters(), OptimizerSettings(name, 1e-3, 0.1), fused=False)
+    for _ in range(3):
+        apart.zero_grad()
+        backbone.logits(ids).logsumexp(-1).mean().backward()
+        apart.step()
+    assert all(torch.equal(p, s) for p, s in zip(backbone.parameters(), stepped, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str) -> None:
     def train(model: Backbone, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
