@@ -42,6 +42,13 @@ def opening_comment(path: Path) -> list[str]:
     return comment
 
 
+def what_it_is(path: Path) -> str:
+    """The opening comment up to the command that uses the value."""
+    lines = opening_comment(path)
+    end = next((number for number, line in enumerate(lines) if line.lstrip().startswith("python ")), len(lines))
+    return " ".join(line.strip() for line in lines[:end])
+
+
 def default_values() -> dict[str, str]:
     """Group → default value, from the defaults list of conf/train.yaml."""
     pairs = re.findall(r"^  - (\w+): (\w+)$", (CONF / "train.yaml").read_text(), flags=re.MULTILINE)
@@ -51,7 +58,7 @@ def default_values() -> dict[str, str]:
 def group_section(folder: Path, default: str | None) -> str:
     rows = [f"## {folder.name}", "", "| value | |", "|---|---|"]
     for path in sorted(folder.glob("*.yaml")):
-        says = opening_comment(path)[0].replace("|", "\\|")
+        says = what_it_is(path).replace("|", "\\|")
         rows.append(f"| `{path.stem}`{' (default)' if path.stem == default else ''} | {says} |")
     return "\n".join(rows)
 

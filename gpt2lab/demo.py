@@ -102,9 +102,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def show_samples(run: Path, console: Console) -> None:
-    """The last texts of a run, one for each prompt."""
+    """The last texts of a run, the likeliest one for each prompt."""
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    last = {sample["prompt"]: sample for sample in lines}
+    last = {sample["prompt"]: sample for sample in lines if sample["method"] == "greedy"}
     for sample in list(last.values())[:PROMPT_COUNT]:
         console.rule(f"{run.name}, {sample['method']}", style="dim")
         console.print(sample["prompt"], style="bold", markup=False, highlight=False, end="")

@@ -6,6 +6,7 @@ of such keys that its grammar would refuse or read as something else are quoted 
 
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -94,7 +95,7 @@ def _check_flags(arguments: list[str]) -> None:
             raise InputError(
                 f"There is no flag {flag}{nearest(flag, FLAGS)}. Keys are given as key=value, without dashes."
             )
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in pairwise([*arguments, ""]):
         if flag in FLAGS_WITH_VALUE and (not value or value.startswith("-")):
             raise InputError(f"{flag} needs a value, for example --cfg {SHOWN[0]}.")
         if flag in ("--cfg", "-c") and value not in SHOWN:

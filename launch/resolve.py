@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.hub import hub_is_reachable
 from gpt2lab.model_folder import folder_of, has_tokenizer, parameters_of, read_shape
 from gpt2lab.settings import TokenizerChoice
 from launch import checks, run_folders
@@ -101,6 +102,8 @@ def _teacher_folder(config: Config) -> str:
     for run in run_folders.finished_runs():
         if run.config.task_name == "pretrain" and _can_teach(run, config):
             return str((run.folder / "hf").resolve())
+    if hub_is_reachable():
+        print(f"teacher: no finished pretrain run fits, so {FALLBACK_TEACHER} of the Hugging Face Hub", file=sys.stderr)
     try:
         return str(folder_of(FALLBACK_TEACHER, "teacher"))
     except InputError as error:

@@ -309,6 +309,28 @@ def test_a_local_data_set_goes_the_hubs_way(tmp_path: Path, streaming: bool) -> 
         text_data(folder, tmp_path / "cache", **hub, text_column="body").prepare()
 
 
+def test_a_local_data_set_is_known_by_its_file_names_too(tmp_path: Path) -> None:
+    """`datasets` tells the splits from the names: other names for the same files are other data."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in STORIES[:2]))
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in STORIES[2:]))
+    first = text_data(folder, tmp_path / "cache", source="hub", dataset=str(folder)).prepare()
+    (folder / "train.jsonl").rename(folder / "validation.jsonl")
+    (folder / "test.jsonl").rename(folder / "train.jsonl")
+    second = text_data(folder, tmp_path / "cache", source="hub", dataset=str(folder)).prepare()
+    assert first.hash != second.hash
+
+
+def test_files_held_out_for_validation_are_never_trained_on(stories: Path, tmp_path: Path) -> None:
+    whole = text_data(stories, tmp_path / "cache", val_path=str(stories / "3.txt")).prepare()
+    (stories / "3.txt").rename(tmp_path / "3.txt")
+    apart = text_data(stories, tmp_path / "cache", val_path=str(tmp_path / "3.txt")).prepare()
+    assert (whole.train_tokens, whole.val_tokens) == (apart.train_tokens, apart.val_tokens)
+    with pytest.raises(InputError, match="no other file"):
+        text_data(tmp_path / "3.txt", tmp_path / "cache", val_path=str(tmp_path / "3.txt")).prepare()
+
+
 def test_a_saved_data_set_is_read_and_a_missing_one_refused(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": STORIES})
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")

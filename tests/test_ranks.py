@@ -45,6 +45,26 @@ def test_two_ranks_have_the_losses_of_one(
     assert answer.stdout.strip().splitlines()[-1].startswith("finished: val/loss")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_score_the_pairs_of_one_though_one_rank_has_none(
+    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
+):
+    """Twelve validation pairs fit into the first rank's one batch; the other generates nothing, and both go on."""
+    lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(240)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
+    keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens", "val_fraction", "callbacks"))]
+    keys += ["task=finetune", "init=scratch", "model=nano", "data=pairs", f"path={tmp_path / 'pairs.tsv'}"]
+    keys += ["batch_sequences=8", "steps=4", "validate_every=2", "sample_every=2", "log_every=1", "optimizer=adamw"]
+    keys += ["task.text.examples=5", "task.text.max_new_tokens=8", "callbacks.samples.max_new_tokens=8"]
+    assert train_process(*keys, "devices=1", "run_dir=one").code == 0
+    answer = train_process(*keys, "devices=2", f"strategy={strategy}", "run_dir=two")
+    assert answer.code == 0, answer.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    one, two = (read_metrics(tmp_path / name)[-1]["val/rougeL"] for name in ("one", "two"))
+    assert one == two
+
+
 def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A run on two ranks that has begun to train, and its ranks' process ids."""
     process = subprocess.Popen(

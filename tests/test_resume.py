@@ -196,6 +196,10 @@ def test_a_sharded_run_saves_whole_tensors_and_is_taken_up_again(cache, sources,
     state = torch.load(newest_good_checkpoint(run_dir), weights_only=True)
     assert all(type(tensor) is torch.Tensor for tensor in state["state_dict"].values())
     GPT2LMHeadModel.from_pretrained(run_dir / "hf")
+    unbroken = read_report(run_dir)["val_loss"]  # of the averaged weights
+    newest_good_checkpoint(run_dir).unlink()
+    finish("train.py", f"resume={run_dir}")
+    assert read_report(run_dir)["val_loss"] == pytest.approx(unbroken, abs=1e-6)
     finish("train.py", f"resume={run_dir}", "steps=16")
     report = read_report(run_dir)
     assert (report["status"], report["steps"], report["tokens_seen"]) == ("finished", 16, 16 * 8 * 32)

@@ -154,3 +154,9 @@ def test_large_files_are_described_in_no_time(folder: Path, tmp_path: Path) -> N
     start = time.perf_counter()
     bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")
     assert time.perf_counter() - start < 3
+
+
+def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer() -> None:
+    """Learning from a word takes the square of its length: this one alone would take hours."""
+    tokenizer = train_bpe(iter(["a" * 2_000_000 + " some words and some words more", "=" * 2_000_000]), 300)
+    assert tokenizer.decode(tokenizer("aaaa some words")["input_ids"]) == "aaaa some words"

@@ -213,11 +213,16 @@ def test_bf16_trains_close_to_fp32(tokenizer_folder) -> None:
 # Fine-tuning
 
 
-def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder, tmp_path) -> None:
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder, tmp_path, ema) -> None:
     base = plain_hf(Backbone(settings(tokenizer_folder).shape))
     base.save_pretrained(tmp_path / "base")
     training = settings(
-        tokenizer_folder, steps=20, init=str(tmp_path / "base"), optimizer=OptimizerSettings("adamw", 1e-2, 0.0)
+        tokenizer_folder,
+        steps=20,
+        init=str(tmp_path / "base"),
+        optimizer=OptimizerSettings("adamw", 1e-2, 0.0),
+        ema=ema,
     )
     module = FineTune(training, LoraSettings(rank=4, alpha=8.0, dropout=0.1), TextMetricSettings(["exact"], 4, 4))
     trainer = fit(module, CountingData(pairs=True))
@@ -231,8 +236,8 @@ def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder
     adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     ids = torch.arange(20)[None]
     assert (adapted(ids).logits - merged(ids).logits).abs().max() <= 1e-5
-    module.eval()
-    assert (module.backbone.logits(ids) - merged(ids).logits).abs().max() <= 1e-5
+    with module.averaged_weights():
+        assert (module.eval().backbone.logits(ids) - merged(ids).logits).abs().max() <= 1e-5
 
 
 def test_finetuning_scores_generated_text(tokenizer_folder) -> None:
