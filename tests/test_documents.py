@@ -151,7 +151,8 @@ def test_bytes_that_are_no_utf8_and_byte_order_marks_do_no_harm(tmp_path: Path) 
     assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["caf�\n"]
     assert [doc.text for doc in file_documents(tmp_path / "marked.txt", "text", "stop")] == ["text\r\n"]
     (tmp_path / "odd.jsonl").write_text('{"text": "half \\ud83d pair"}\n')
-    facts = text_data(tmp_path / "odd.jsonl", tmp_path / "cache", val_path=str(tmp_path / "odd.jsonl"), context=2)
+    (tmp_path / "val.jsonl").write_bytes((tmp_path / "odd.jsonl").read_bytes())
+    facts = text_data(tmp_path / "odd.jsonl", tmp_path / "cache", val_path=str(tmp_path / "val.jsonl"), context=2)
     assert facts.prepare().val_bytes == len("half ? pair")
 
 
