@@ -1,6 +1,7 @@
 """Progress: a bar with loss, tokens per second and ETA on a terminal, and about ten plain lines anywhere else."""
 
 import time
+from typing import Any
 
 import lightning
 from lightning import Trainer
@@ -43,6 +44,20 @@ class ProgressBar(lightning.Callback):
         """A step's numbers are there once it has been logged and validated, which is before the next one starts."""
         if trainer.is_global_zero and trainer.global_step > self._shown_step:
             self._show(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._bar is not None and time.monotonic() - self._drawn > REFRESH:
+            self._bar.update(self._task, numbers=f"validating {batch_idx + 1}/{trainer.num_val_batches[0]}")
+            self._bar.refresh()
+            self._drawn = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self._shown_step:

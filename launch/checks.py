@@ -7,80 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.text_metrics import TEXT_METRICS
 from launch import run_folders
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
+from launch.limits import CHOICES, CHOICES_WHERE_THERE, COUNTS_OR_AUTO, GENERATED, RANGES, RANGES_WHERE_THERE
 from launch.runtime_arguments import ARGUMENTS, DATA_ONLY_KEYS
 from launch.signature import check_target
 from launch.spelling import nearest
 
-CHOICES = {
-    "accelerator": ("auto", "cpu", "gpu", "mps"),
-    "preflight": ("refuse", "warn", "off"),
-    "on_bad_line": ("stop", "skip"),
-    "on_spike": ("warn", "stop"),
-    "optimizer.name": ("adamw", "adam", "muon"),
-    "schedule.name": ("wsd", "cosine", "linear", "constant"),
-    "loss.name": ("forward_kl",),
-    "objective.name": ("clm",),
-    "tokenizer.kind": ("auto", "bpe", "pretrained"),
-}
-# key → (smallest, largest); a bound in brackets is itself not allowed
-RANGES: dict[str, tuple[Any, Any]] = {
-    "steps": (1, 10**9),
-    "context": (2, 10**6),
-    "batch_tokens": (1, 10**9),
-    "batch_sequences": (1, 10**6),
-    "seed": (0, 2**32 - 1),
-    "gradient_clip": (0, math.inf),
-    "ema": (0, [1]),
-    "validate_every": (1, math.inf),
-    "checkpoint_every": (1, math.inf),
-    "sample_every": (1, math.inf),
-    "log_every": (1, math.inf),
-    "workers": (0, 64),
-    "val_fraction": ([0], [1]),
-    "vocab_size": (257, 10**6),
-    "model.n_layer": (1, math.inf),
-    "model.n_head": (1, math.inf),
-    "model.n_embd": (1, math.inf),
-    "model.n_positions": (2, math.inf),
-    "model.dropout": (0, [1]),
-    "optimizer.lr": ([0], math.inf),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.beta1": (0, [1]),
-    "optimizer.beta2": (0, [1]),
-    "optimizer.eps": ([0], math.inf),
-    "optimizer.momentum": (0, [1]),
-    "optimizer.adamw_lr": (0, math.inf),
-    "schedule.warmup_steps": (0, math.inf),
-    "schedule.final_fraction": (0, 1),
-    "schedule.decay_fraction": (0, 1),
-    "loss.temperature": ([0], math.inf),
-    "loss.hard_weight": (0, 1),
-    "tokenizer.vocab_size": (257, 10**6),
-}
-# The same for keys that only some tasks, data and callbacks have
-RANGES_WHERE_THERE: dict[str, tuple[Any, Any]] = {
-    "task.lora.rank": (0, 10**4),
-    "task.lora.alpha": ([0], math.inf),
-    "task.lora.dropout": (0, [1]),
-    "task.text.examples": (0, math.inf),
-    "task.text.max_new_tokens": (1, math.inf),
-    "callbacks.samples.max_new_tokens": (1, math.inf),
-    "callbacks.checkpoint.keep_last": (1, math.inf),
-}
-CHOICES_WHERE_THERE: dict[str, tuple[str, ...]] = {
-    "data.reader": ("tables", "functions", "catalogues"),
-    "data.source": ("stdlib", "packages", "text", "hub", "bin"),
-    "task.text.metrics": TEXT_METRICS,
-    "data.metrics": TEXT_METRICS,
-    "logger.mode": ("auto", "online", "offline", "disabled"),
-}
-COUNTS_OR_AUTO = {"micro_batch": 10**6, "devices": 10**4, "threads": 4096}  # key → largest
-# What writes text, and so needs room in the model for it
-GENERATED = ("task.text.max_new_tokens", "callbacks.samples.max_new_tokens")
 # Keys that, where they are given, must name something on this machine
 FILES = ("path", "val_path")
 
