@@ -156,7 +156,9 @@ def show(arguments: Arguments, result: "Score") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("checkpoint", "split")
+    table = Table()
+    table.add_column("checkpoint", overflow="fold")
+    table.add_column("split")
     row = [arguments.checkpoint, arguments.split]
     for name, value in asdict(result).items():
         table.add_column(name.replace("_", " "), justify="right")

@@ -174,3 +174,16 @@ def test_checkpoints_outlive_their_ledger(tiny: list[str], train_here: Train, le
     assert answer.code == 2
     assert "no whole checkpoint" in answer.stderr
     assert damaged.exists()
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_does_not_end_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
+    """As in `python train.py | head -1`."""
+    keys = [key for key in tiny if not key.startswith("callbacks")]
+    room = ["callbacks.samples.max_new_tokens=8", "callbacks.checkpoint.verify_export=false"]
+    process = start(cache, tmp_path, *keys, *room, "steps=40", "log_every=2", "run_dir=run")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step ")
+    process.stdout.close()
+    assert process.wait() == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "finished"
