@@ -31,9 +31,10 @@ def taken_up(asked: Config) -> Config | None:
         if asked.run_dir is None and asked.name is None:
             raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
         folder = run_folders.wanted_folder(asked)
-        if _newest(folder) is None:
+        newest = _newest(folder)
+        if newest is None:
             if checkpoint_files(folder):
-                _check_is_run(folder, asked.resume)
+                raise _nothing_whole(folder)
             _remove_unfinished_start(folder)
             asked.resume = None
             return None
@@ -41,7 +42,7 @@ def taken_up(asked: Config) -> Config | None:
         if asked.run_dir is not None or asked.name is not None:
             raise InputError("resume=RUN_DIR says where the run lies; leave out run_dir and name.")
         folder = Path(asked.resume).expanduser()
-        _check_is_run(folder, asked.resume)
+        newest = _newest_of_a_run(folder, asked.resume)
     stored = configuration.load(folder / "config.yaml")
     _check_changes(asked, stored, folder)
     for look in (checks.check_choices, checks.check_ranges, checks.check_counts_or_auto):
@@ -55,7 +56,10 @@ def taken_up(asked: Config) -> Config | None:
         for key in {"micro_batch", "threads"} - changed:
             setattr(stored, key, "auto")
     stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
-    _check_steps(stored.steps, folder)
+    if stored.steps < step_of(newest):
+        raise InputError(
+            f"steps={stored.steps}: the run in {folder} has done {step_of(newest)} already.\nGive more than that."
+        )
     return stored
 
 
@@ -83,13 +87,19 @@ def _newest(folder: Path) -> Path | None:
     return newest_good_checkpoint(folder) if (folder / "config.yaml").is_file() else None
 
 
-def _check_is_run(folder: Path, given: str) -> None:
+def _newest_of_a_run(folder: Path, given: str) -> Path:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"resume={given}: there is no run in {folder} (no config.yaml).\nGive a run directory.")
-    if _newest(folder) is None:
-        raise InputError(
-            f"resume={given}: the run has no whole checkpoint to continue from.\nStart it anew in another run_dir."
-        )
+    newest = _newest(folder)
+    if newest is None:
+        raise _nothing_whole(folder)
+    return newest
+
+
+def _nothing_whole(folder: Path) -> InputError:
+    return InputError(
+        f"The run in {folder} has no whole checkpoint to continue from.\nStart it anew in another run_dir."
+    )
 
 
 def _remove_unfinished_start(folder: Path) -> None:
@@ -110,13 +120,6 @@ def _check_changes(asked: Config, stored: Config, folder: Path) -> None:
             f"Changeable: {', '.join(CHANGEABLE)}.\n"
             f"For another configuration start a run from its weights: init={shlex.quote(str(folder))}"
         )
-
-
-def _check_steps(steps: int, folder: Path) -> None:
-    newest = _newest(folder)
-    done = step_of(newest) if newest else 0
-    if steps < done:
-        raise InputError(f"steps={steps}: the run in {folder} has done {done} already.\nGive more than that.")
 
 
 def _check_teacher(stored: Config) -> None:
