@@ -80,7 +80,7 @@ def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
             return path
         log.warning("Checkpoint %s is damaged or missing; falling back to the one before.", path)
     named = {entry.file for entry in entries(run_dir)}
-    for path in sorted(checkpoint_files(run_dir), reverse=True):
+    for path in reversed(checkpoint_files(run_dir)):
         if path.name not in named and _is_whole_archive(path):
             log.warning("The ledger does not name %s, but it is whole by its own checksums.", path)
             return path

@@ -21,7 +21,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Optimizer steps of each stage: four and a half minutes in all on two CPU cores with bf16 in hardware.
+# Optimizer steps of each stage: four minutes in all on two CPU cores with bf16 in hardware.
 TEACHER_STEPS = 320
 STUDENT_STEPS = 200
 FINETUNE_STEPS = 120

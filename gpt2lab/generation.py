@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel
 
 COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left, and logits overflow
 
@@ -72,20 +72,3 @@ def generate_ids(
     model.train(was_training)
     completions = output[:, longest:].tolist()
     return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
-
-
-def generate_text(
-    model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    seed: int = 0,
-) -> list[str]:
-    """As `generate_ids`, from text to text; only the completions are returned."""
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    completions = generate_ids(
-        model, ids, sampling, max_new_tokens=max_new_tokens, end_of_text=tokenizer.eos_token_id, seed=seed
-    )
-    return [tokenizer.decode(completion) for completion in completions]
