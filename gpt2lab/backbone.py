@@ -32,6 +32,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.shape = shape
         self.lm = _linear_layout(GPT2LMHeadModel(_config(shape)))
+        self.projection: nn.Linear | None = None
 
     def forward(self, input_ids: Tensor, head: Callable[[Tensor, Tensor], HeadResult]) -> HeadResult:
         """Run `head(hidden_states (B, T, D), head_weight (V, D))` and return what it returns.
@@ -48,6 +49,11 @@ class Backbone(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         """(B, T) → (B, T, V). For tests and generation: a training batch's logits would not fit in memory."""
         return self(input_ids, lambda hidden, weight: hidden @ weight.T)
+
+    def add_projection(self, width: int) -> None:
+        """Give it a linear map from its hidden states to those of a teacher; trained beside it, left out of exports."""
+        self.projection = nn.Linear(self.shape.n_embd, width, bias=False)
+        nn.init.xavier_uniform_(self.projection.weight)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -1,6 +1,6 @@
 """Plain typed settings that travel from the configuration into the code. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -39,14 +39,41 @@ class ScheduleSettings:
     decay_fraction: float = 0.4  # wsd only: share of the steps spent decaying
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class LossSettings:
-    """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`)."""
+    """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`).
+
+    Attributes:
+        name: one of those in gpt2lab/divergences.py.
+        beta: of jsd.
+        alpha: of skew_kl and skew_reverse_kl.
+        mixing_start, mixing_end, mixing_step, mixing_momentum: of taid (gpt2lab/taid.py).
+        hidden_cosine, hidden_mse: weights of the distances between the last hidden states (gpt2lab/hidden_states.py).
+    """
 
     name: str
     temperature: float = 1.0
     scale_t2: bool = True
     hard_weight: float = 0.1
+    beta: float = 0.5
+    alpha: float = 0.1
+    mixing_start: float = 0.4
+    mixing_end: float = 1.0
+    mixing_step: float = 5e-4
+    mixing_momentum: float = 0.99
+    hidden_cosine: float = 0.0
+    hidden_mse: float = 0.0
+
+
+@dataclass(unsafe_hash=True)
+class CrossEntropySettings:
+    """`label_smoothing` of each label is shared out evenly over the vocabulary; `z_loss` · logsumexp² is added."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 
 @dataclass
@@ -85,6 +112,7 @@ class TrainingSettings:
         ema: decay of the averaged weights used for validation and export; 0 is off.
         val_tokens, val_bytes: targets of the validation split and the UTF-8 bytes they spell, for bits per byte.
         log_every: optimizer steps between two logged training losses.
+        cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
     """
 
     shape: ModelShape
@@ -102,6 +130,7 @@ class TrainingSettings:
     activation_checkpointing: bool = False
     ema: float = 0.0
     log_every: int = 10
+    cross_entropy: CrossEntropySettings = field(default_factory=CrossEntropySettings)
 
 
 @dataclass

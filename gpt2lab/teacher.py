@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.backbone import Backbone, load_backbone
-from gpt2lab.lm_head_loss import DenseTeacher
+from gpt2lab.teacher_signal import DenseTeacher
 
 
 class OnlineTeacher:

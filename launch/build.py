@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from callbacks.metrics_csv import MetricsCsv
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
-from gpt2lab.settings import DataFacts, ModelShape, TrainingSettings
+from gpt2lab.settings import CrossEntropySettings, DataFacts, ModelShape, TrainingSettings
 from launch.automatic import largest_micro_batch, rows_of_a_step
 from launch.config import Config
 from launch.ignored_keys import given_keys
@@ -110,6 +110,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         activation_checkpointing=config.activation_checkpointing,
         ema=config.ema,
         log_every=config.log_every,
+        cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
     )
 
 

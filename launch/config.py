@@ -79,6 +79,8 @@ class Config:
     batch_sequences: int
     micro_batch: int | str
     context: int
+    label_smoothing: float
+    z_loss: float
     gradient_clip: float
     ema: float
     activation_checkpointing: bool

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gpt2lab.errors import InputError
 from launch.config import Config
 
+SKEW = ("skew_kl", "skew_reverse_kl")
 DISTILL_ONLY = ("loss", "teacher", "preflight")
 
 
@@ -79,6 +80,12 @@ READERS = (
     ),
     Reader(
         "callbacks", "on_spike", lambda c: "health" in c.callbacks, "the callback health reads it (callbacks=default)"
+    ),
+    Reader("loss", "loss.beta", lambda c: c.loss.name == "jsd", "loss=jsd reads it"),
+    Reader("loss", "loss.alpha", lambda c: c.loss.name in SKEW, "loss=skew_kl and loss=skew_reverse_kl read it"),
+    *(
+        Reader("loss", f"loss.mixing_{part}", lambda c: c.loss.name == "taid", "loss=taid reads it")
+        for part in ("start", "end", "step", "momentum")
     ),
     Reader("task", "task.lora.alpha", _adapts, "LoRA reads it (task.lora.rank=8)"),
     Reader("task", "task.lora.dropout", _adapts, "LoRA reads it (task.lora.rank=8)"),

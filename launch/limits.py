@@ -5,6 +5,7 @@ from typing import Any
 
 from gpt2lab.text_metrics import TEXT_METRICS
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse")
 CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "mps"),
     "preflight": ("refuse", "warn", "off"),
@@ -12,7 +13,7 @@ CHOICES = {
     "on_spike": ("warn", "stop"),
     "optimizer.name": ("adamw", "adam", "muon"),
     "schedule.name": ("wsd", "cosine", "linear", "constant"),
-    "loss.name": ("forward_kl",),
+    "loss.name": DIVERGENCES,
     "objective.name": ("clm",),
     "tokenizer.kind": ("auto", "bpe", "pretrained"),
 }
@@ -23,6 +24,8 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "batch_tokens": (1, 10**9),
     "batch_sequences": (1, 10**6),
     "seed": (0, 2**32 - 1),
+    "label_smoothing": (0, [1]),
+    "z_loss": (0, math.inf),
     "gradient_clip": (0, math.inf),
     "ema": (0, [1]),
     "validate_every": (1, math.inf),
@@ -49,6 +52,14 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "schedule.decay_fraction": (0, 1),
     "loss.temperature": ([0], math.inf),
     "loss.hard_weight": (0, 1),
+    "loss.beta": (0, 1),
+    "loss.alpha": (0, [1]),
+    "loss.mixing_start": (0, 1),
+    "loss.mixing_end": (0, 1),
+    "loss.mixing_step": (0, 1),
+    "loss.mixing_momentum": (0, [1]),
+    "loss.hidden_cosine": (0, math.inf),
+    "loss.hidden_mse": (0, math.inf),
     "tokenizer.vocab_size": (257, 10**6),
 }
 # The same for keys that only some tasks, data and callbacks have

@@ -5,6 +5,7 @@ models by config.json, so none of it needs torch.
 """
 
 import hashlib
+import math
 import os
 import sys
 from dataclasses import fields
@@ -20,6 +21,7 @@ from launch.config import Config, ModelKeys
 from launch.ignored_keys import given_keys
 
 FALLBACK_TEACHER = "gpt2-medium"
+PADDING = 0.05  # largest share of entries that mean no token: padding to a multiple of 64 or 1,024
 CORPORA_WITH_OWN_BPE = ("stdlib", "packages", "text")
 
 
@@ -161,25 +163,28 @@ def _tokenizer(config: Config) -> TokenizerChoice:
 def vocabulary(config: Config, entries: int) -> int:
     """Vocabulary size of the model, once the tokenizer's number of entries is known.
 
-    A teacher or init decides it; the tokenizer may have fewer entries only where no folder says which tokens they are.
+    init decides it, else the tokenizer; where the teacher's folder does not say which tokens its entries are, the
+    teacher. Entries that mean no token pad a vocabulary to a round number: the loss cuts them.
 
     Raises:
         InputError: they do not fit.
     """
     wanted = entries
     if config.init != "scratch":
-        wanted = _fitting(read_shape(Path(config.init))["vocab_size"], entries, f"The init model {config.init}", True)
-    if config.task_name == "distill":
-        lenient = config.preflight != "refuse" and config.init == "scratch"
-        size = _fitting(
-            read_shape(Path(config.teacher))["vocab_size"], wanted, f"The teacher {config.teacher}", lenient
+        wanted = _fitting(
+            read_shape(Path(config.init))["vocab_size"], entries, f"The init model {config.init}", math.inf
         )
-        wanted = size if config.init == "scratch" else wanted
+    if config.task_name == "distill":
+        size = read_shape(Path(config.teacher))["vocab_size"]
+        known = has_tokenizer(Path(config.teacher)) or config.record.groups["tokenizer"] != "auto"
+        lenient = not known and config.preflight != "refuse"
+        _fitting(size, entries, f"The teacher {config.teacher}", math.inf if lenient else PADDING)
+        wanted = wanted if known or config.init != "scratch" else size
     return wanted
 
 
-def _fitting(size: int, entries: int, whose: str, may_be_larger: bool) -> int:
-    if size == entries or (size > entries and may_be_larger):
+def _fitting(size: int, entries: int, whose: str, padding: float) -> int:
+    if entries <= size <= entries * (1 + padding):
         return size
     raise InputError(
         f"{whose} has a vocabulary of {size} entries, the tokenizer of this run {entries}; they must be the same.\n"

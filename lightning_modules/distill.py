@@ -2,19 +2,25 @@
 
 import logging
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt2lab import metric_names
-from gpt2lab.batch import Batch
+from gpt2lab.backbone import Backbone
+from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
+from gpt2lab.hidden_states import cosine_distance, squared_distance
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
+from gpt2lab.model_folder import read_shape
 from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.taid import AdaptiveMixing
 from gpt2lab.teacher import OnlineTeacher
+from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal
 from gpt2lab.tokenizer import differing_tokens, load_tokenizer
-from lightning_modules.language_model import LanguageModel
+from lightning_modules.language_model import LanguageModel, Teaching
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ class Distill(LanguageModel):
         self.teacher_source = teacher
         self.loss_settings = loss
         self.preflight = preflight
+        self.mixing = AdaptiveMixing(loss, training.steps)
         self.teacher_loss: float | None = None
 
     def on_fit_start(self) -> None:
@@ -47,8 +54,44 @@ class Distill(LanguageModel):
         if not self.tokens_seen:  # a run taken up again was let in when it started
             self._check_teacher()
 
+    def build_backbone(self) -> Backbone:
+        backbone = super().build_backbone()
+        width = read_shape(Path(self.teacher_source))["n_embd"]
+        if self.compares_hidden_states and width != backbone.shape.n_embd:
+            backbone.add_projection(width)
+        return backbone
+
+    @property
+    def compares_hidden_states(self) -> bool:
+        """Whether the loss has terms on the last hidden states beside the divergence."""
+        return bool(self.loss_settings.hidden_cosine or self.loss_settings.hidden_mse)
+
     def loss(self, batch: Batch) -> LMHeadLoss:
-        return self.head_loss(batch, self.teacher.signal(batch.input_ids), self.loss_settings)
+        return self.head_loss(
+            batch,
+            Teaching(
+                self.teacher.signal(batch.input_ids),
+                self.loss_settings,
+                mixing=torch.tensor(self.mixing.share, device=self.device),
+                further=self._hidden_distance if self.compares_hidden_states else None,
+            ),
+        )
+
+    def _hidden_distance(self, hidden: Tensor, labels: Tensor, signal: TeacherSignal) -> Tensor:
+        """Weighted distances of the last hidden states, summed over the targets."""
+        assert isinstance(signal, DenseTeacher)
+        mapped = self.backbone.projection(hidden) if self.backbone.projection is not None else hidden
+        settings, kept = self.loss_settings, labels != IGNORE_INDEX
+        total = hidden.new_zeros(())
+        if settings.hidden_cosine:
+            total = total + settings.hidden_cosine * cosine_distance(mapped, signal.hidden, kept)
+        if settings.hidden_mse:
+            total = total + settings.hidden_mse * squared_distance(mapped, signal.hidden, kept)
+        return total
+
+    def after_step(self) -> None:
+        if self.loss_settings.name == "taid":
+            self.mixing.update(self.trainer.global_step, self.step_objective())
 
     def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
@@ -61,10 +104,12 @@ class Distill(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["teacher_loss"] = self.teacher_loss
+        checkpoint["taid"] = self.mixing.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.teacher_loss = checkpoint["teacher_loss"]
+        self.mixing.load(checkpoint["taid"])
 
     def facts_for_report(self) -> dict[str, Any]:
         return {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}
@@ -72,12 +117,19 @@ class Distill(LanguageModel):
     # Preflight: is this teacher able to teach this student?
 
     def _check_teacher(self) -> None:
-        teacher_size, size = self.teacher.backbone.shape.vocab_size, self.backbone.shape.vocab_size
-        if teacher_size != size:
+        sizes = {"teacher": self.teacher.backbone.shape.vocab_size, "student": self.backbone.shape.vocab_size}
+        entries = len(self.tokenizer)
+        if sizes["teacher"] < entries:
             raise InputError(
-                f"The teacher {self.teacher_source} has {teacher_size} vocabulary entries, the student {size}.\n"
+                f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, "
+                f"the tokenizer of this run {entries}.\n"
                 "Both must use one tokenizer: leave tokenizer=auto, or train the teacher with the student's tokenizer."
             )
+        for whose, size in sizes.items():
+            if size > entries:
+                log.info(
+                    "preflight: %d entries of the %s's vocabulary mean no token and are cut", size - entries, whose
+                )
         if self.preflight == "off":
             return
         for problem in (self._token_id_problem(), self._loss_problem()):

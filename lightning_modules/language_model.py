@@ -8,7 +8,7 @@ of 16 give the same gradient.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,32 @@ from gpt2lab import metric_names
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.generation import Sampling, generate_ids
-from gpt2lab.lm_head_loss import DenseTeacher, LMHeadLoss, lm_head_loss
+from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.teacher_signal import TeacherSignal, rows_of
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
 
 GENERATED_TOGETHER = 16  # prompts
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a teacher adds to a batch's loss.
+
+    Attributes:
+        signal: its distributions at the batch's positions.
+        loss: the divergence, and how it is mixed with the cross-entropy.
+        mixing: () TAID's share of the teacher.
+        further: (hidden states (N, D), labels (N,), signal) → terms () added to the sum over the targets.
+    """
+
+    signal: TeacherSignal
+    loss: LossSettings
+    mixing: Tensor | None = None
+    further: Callable[[Tensor, Tensor, TeacherSignal], Tensor] | None = None
 
 
 class NonFiniteLossError(RuntimeError):
@@ -79,6 +97,9 @@ class LanguageModel(lightning.LightningModule):
         """Sums over the batch's targets by metric name; each is divided by the targets of the whole split."""
         return {metric_names.VAL_LOSS: self.head_loss(batch).cross_entropy}
 
+    def after_step(self) -> None:
+        """What a task keeps track of, once the weights have changed; `step_objective` is that step's."""
+
     def facts_for_report(self) -> dict[str, Any]:
         """What the report says beyond the common fields."""
         return {}
@@ -111,18 +132,30 @@ class LanguageModel(lightning.LightningModule):
         """Whether each rank holds only its part of the weights (FSDP2)."""
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
-    def head_loss(
-        self, batch: Batch, teacher: DenseTeacher | None = None, mix: LossSettings | None = None
-    ) -> LMHeadLoss:
-        """LM-head loss of one micro-batch: cross-entropy, or mixed with a teacher's divergence."""
+    def head_loss(self, batch: Batch, teaching: Teaching | None = None) -> LMHeadLoss:
+        """LM-head loss of one micro-batch: cross-entropy, or mixed with what a teacher says."""
 
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
-            rows, labels, signal = hidden.flatten(0, 1), batch.labels.flatten(), teacher
+            rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
+            signal = teaching.signal if teaching else None
             if batch.prompt_lengths is not None:  # pairs: most positions are prompt or padding and need no logits
                 targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
                 rows, labels = rows[targets], labels[targets]
-                signal = replace(signal, hidden=signal.hidden[targets]) if signal else None
-            return lm_head_loss(rows, weight, labels, teacher=signal, loss=mix, compiled=self.settings.compile_head)
+                signal = rows_of(signal, targets) if signal else None
+            result = lm_head_loss(
+                rows,
+                weight,
+                labels,
+                teacher=signal,
+                loss=teaching.loss if teaching else None,
+                hard=self.settings.cross_entropy,
+                mixing=teaching.mixing if teaching else None,
+                vocab_size=len(self.tokenizer),
+                compiled=self.settings.compile_head,
+            )
+            if teaching is None or teaching.further is None or signal is None:
+                return result
+            return replace(result, total=result.total + teaching.further(rows, labels, signal))
 
         return self.backbone(batch.input_ids, head)
 
@@ -167,6 +200,7 @@ class LanguageModel(lightning.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Here and not at the end of the batch, where callbacks come before the module: they save and report these.
         self.tokens_seen += self._step_targets
+        self.after_step()
         if self.average is not None:
             self.average.update()
 
@@ -179,6 +213,10 @@ class LanguageModel(lightning.LightningModule):
             self._log_step(step, self.training_losses(objective, cross_entropy))
         self._step_sums = torch.zeros(2)
         self._step_indices = []
+
+    def step_objective(self) -> float:
+        """Mean objective per target token of the step just made, over all ranks."""
+        return (self._over_ranks(self._step_sums)[0] / self._step_targets).item()
 
     def _log_step(self, step: int, losses: dict[str, Tensor]) -> None:
         self.log_dict(
@@ -268,7 +306,8 @@ class LanguageModel(lightning.LightningModule):
             return self.backbone.lm.state_dict()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
         state = get_model_state_dict(self.backbone, options=options)
-        return {name.removeprefix("lm."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
+        return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
 
     def export_adapter(self, folder: Path) -> bool:
         """Write a PEFT adapter into `folder`, for tasks that train one; says whether it did."""

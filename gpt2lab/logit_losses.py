@@ -1,0 +1,159 @@
+"""Logit losses: from one chunk's logits to its loss sums and to the gradient with respect to those logits.
+
+Shapes: C positions, V vocabulary, K stored entries of a top-k or sampled teacher.
+Sums are (3,): objective, cross-entropy, divergence, over the positions that are kept.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from gpt2lab.divergences import SMALLEST, SMALLEST_LOG, Divergence, divergence
+from gpt2lab.settings import CrossEntropySettings, LossSettings
+from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
+
+ChunkResult = tuple[Tensor, Tensor | None]
+# (logits (C, V), labels (C,), kept (C,), what the teacher says, TAID's mixing) → sums and gradient (C, V) or None
+ChunkFunction = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], ChunkResult]
+
+
+@cache
+def chunk_function(
+    teacher: type, loss: LossSettings | None, hard: CrossEntropySettings, needs_gradient: bool, compiled: bool
+) -> ChunkFunction:
+    """The work on a chunk's logits for a form of teacher, or NoneType and no loss settings for plain cross-entropy."""
+    work = partial(_hard_chunk, hard, needs_gradient)
+    if loss is not None:
+        work = partial(_mixed_chunk, teacher, loss, hard, needs_gradient)
+    return torch.compile(work) if compiled else work
+
+
+def _hard_chunk(
+    hard: CrossEntropySettings,
+    needs_gradient: bool,
+    logits: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    teacher: tuple[Tensor, ...],
+    mixing: Tensor | None,
+) -> ChunkResult:
+    """Cross-entropy alone."""
+    safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
+    log_q = _log_softmax(logits)
+    cross_entropy, objective = _hard_losses(log_q, logits, safe_labels, hard)
+    sums = _sums(kept, objective, cross_entropy, torch.zeros_like(cross_entropy))
+    if not needs_gradient:
+        return sums, None
+    gradient = _hard_gradient(log_q, logits, safe_labels, hard, 1.0)
+    return sums, gradient.mul_(kept.unsqueeze(1)).to(logits.dtype)
+
+
+def _mixed_chunk(
+    teacher_kind: type,
+    loss: LossSettings,
+    hard: CrossEntropySettings,
+    needs_gradient: bool,
+    logits: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    teacher: tuple[Tensor, ...],
+    mixing: Tensor | None,
+) -> ChunkResult:
+    """hard_weight · cross-entropy + (1 − hard_weight) · divergence."""
+    temperature, soft_weight = loss.temperature, 1 - loss.hard_weight
+    scale = temperature**2 if loss.scale_t2 else 1.0
+    safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
+    log_q1 = _log_softmax(logits)
+    log_q = log_q1 if temperature == 1.0 else _log_softmax(logits / temperature)
+    distance, gradient = SOFT_TERMS[teacher_kind](log_q, teacher, temperature, divergence(loss, mixing))
+    distance = scale * distance
+    cross_entropy, hard_loss = _hard_losses(log_q1, logits, safe_labels, hard)
+    sums = _sums(kept, loss.hard_weight * hard_loss + soft_weight * distance, cross_entropy, distance)
+    if not needs_gradient:
+        return sums, None
+    gradient = gradient * (soft_weight * scale / temperature)
+    if loss.hard_weight:
+        gradient = gradient + _hard_gradient(log_q1, logits, safe_labels, hard, loss.hard_weight)
+    return sums, gradient.mul_(kept.unsqueeze(1)).to(logits.dtype)
+
+
+def _hard_losses(log_q: Tensor, logits: Tensor, labels: Tensor, hard: CrossEntropySettings) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (C,) as it is reported, and with label smoothing and z-loss as it is trained."""
+    cross_entropy = -log_q.gather(1, labels).squeeze(1)
+    trained = cross_entropy
+    if hard.label_smoothing:
+        trained = (1 - hard.label_smoothing) * cross_entropy - hard.label_smoothing * log_q.mean(1)
+    if hard.z_loss:
+        trained = trained + hard.z_loss * _log_normaliser(log_q, logits).square().squeeze(1)
+    return cross_entropy, trained
+
+
+def _hard_gradient(log_q: Tensor, logits: Tensor, labels: Tensor, hard: CrossEntropySettings, weight: float) -> Tensor:
+    """weight · (q − (1 − ε) 1_y − ε / V + 2 c lse q), (C, V)."""
+    gradient = log_q.exp()
+    if hard.z_loss:
+        gradient = gradient * (1 + 2 * hard.z_loss * _log_normaliser(log_q, logits))
+    if hard.label_smoothing:
+        gradient = gradient - hard.label_smoothing / log_q.shape[1]
+    return _subtract_at_labels(weight * gradient, labels, weight * (1 - hard.label_smoothing))
+
+
+def _log_normaliser(log_q: Tensor, logits: Tensor) -> Tensor:
+    """logsumexp of the logits (C, 1): logits − log q, the same at every entry."""
+    return logits[:, :1].to(log_q.dtype) - log_q[:, :1]
+
+
+def _dense_term(
+    log_q: Tensor, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+) -> tuple[Tensor, Tensor]:
+    (teacher_logits,) = teacher  # (C, V)
+    return distance(_log_softmax(teacher_logits / temperature).clamp_min(SMALLEST_LOG), log_q)
+
+
+def _top_k_term(
+    log_q: Tensor, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+) -> tuple[Tensor, Tensor]:
+    """The divergence over K entries and one bucket for all others.
+
+    The bucket's gradient reaches its entries in proportion to their share of it: its logit is their logsumexp.
+    """
+    ids, probabilities, tail = teacher  # (C, K), (C, K), (C,)
+    gradient = log_q.exp().scatter_(1, ids, 0.0)  # (C, V)
+    bucket = gradient.sum(1, keepdim=True).clamp_min(SMALLEST)  # (C, 1)
+    log_p = torch.cat([probabilities, tail.unsqueeze(1)], dim=1).to(log_q.dtype).clamp_min(SMALLEST).log()
+    loss, of_buckets = distance(log_p, torch.cat([log_q.gather(1, ids), bucket.log()], dim=1))  # (C, K + 1)
+    gradient = (gradient * (of_buckets[:, -1:] / bucket)).scatter_(1, ids, of_buckets[:, :-1])
+    return loss, gradient
+
+
+def _sampled_term(
+    log_q: Tensor, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+) -> tuple[Tensor, Tensor]:
+    """Forward KL estimated from draws: cross-entropy to the draws less the teacher's entropy."""
+    ids, entropy = teacher  # (C, K), (C,)
+    loss = -log_q.gather(1, ids).mean(1) - entropy
+    share = torch.full_like(ids, -1.0 / ids.shape[1], dtype=log_q.dtype)
+    return loss, log_q.exp().scatter_add_(1, ids, share)
+
+
+SOFT_TERMS = {DenseTeacher: _dense_term, TopKTeacher: _top_k_term, SampledTeacher: _sampled_term}
+
+
+def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """gradient (C, V) − weight · one-hot(labels (C, 1)), in place where it is not compiled."""
+    if torch.compiler.is_compiling():  # fuses with its neighbours; a scatter would split the kernel in two
+        columns = torch.arange(gradient.shape[1], device=gradient.device)
+        return gradient - weight * (columns == labels)
+    return gradient.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=gradient.dtype))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """(C, V) → (C, V), at least in fp32."""
+    return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=-1)
+
+
+def _sums(kept: Tensor, *losses: Tensor) -> Tensor:
+    """Losses (C,) each → their sums over the kept positions."""
+    return torch.stack([torch.where(kept, loss, 0.0).sum() for loss in losses])

@@ -1,0 +1,42 @@
+"""TAID's mixing: how much of the teacher is in the target, growing during training and faster while the loss falls.
+
+Source: TAID (arXiv 2501.16937) and the authors' code for the default constants.
+"""
+
+import math
+
+from gpt2lab.settings import LossSettings
+
+
+class AdaptiveMixing:
+    """The share t of the teacher, from `mixing_start` to `mixing_end` over the run.
+
+    It never lags behind the straight line between them, and runs ahead by mixing_step · sigmoid(m) · (1 − t) a step,
+    where m is the running mean of the loss's relative improvement.
+    """
+
+    def __init__(self, settings: LossSettings, steps: int) -> None:
+        self.settings = settings
+        self.steps = steps
+        self.share = settings.mixing_start
+        self.improvement = 0.0
+        self.last_loss = math.inf
+
+    def update(self, step: int, loss: float) -> None:
+        """Take in the mean loss of optimizer step number `step` (from 1)."""
+        start, end = self.settings.mixing_start, self.settings.mixing_end
+        if math.isfinite(self.last_loss) and self.last_loss > 0:
+            momentum = self.settings.mixing_momentum
+            relative = (self.last_loss - loss) / self.last_loss
+            self.improvement = momentum * self.improvement + (1 - momentum) * relative
+            ahead = self.settings.mixing_step / (1 + math.exp(-self.improvement)) * (1 - self.share)
+            self.share = min(end, max(start + (end - start) * step / self.steps, self.share + ahead))
+        self.last_loss = loss
+
+    def state(self) -> dict[str, float]:
+        """For the checkpoint."""
+        return {"share": self.share, "improvement": self.improvement, "last_loss": self.last_loss}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Go on from what `state` gave."""
+        self.share, self.improvement, self.last_loss = state["share"], state["improvement"], state["last_loss"]

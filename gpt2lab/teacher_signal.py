@@ -1,0 +1,48 @@
+"""Teacher signal: the forms in which a teacher's next-token distributions reach the LM-head loss.
+
+Shapes: N positions, Dt the teacher's hidden width, V vocabulary, K stored entries of one position.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """A teacher given by what its own head would multiply; the width Dt may differ from the student's."""
+
+    hidden: Tensor  # (N, Dt)
+    weight: Tensor  # (V, Dt)
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """The K most likely entries, taken at the loss's temperature, and what all others have together."""
+
+    ids: Tensor  # (N, K) int64, no entry twice in a row
+    probabilities: Tensor  # (N, K)
+    tail: Tensor  # (N,) probability of all other entries; 0 where the K were scaled to sum to 1
+
+
+@dataclass(frozen=True)
+class SampledTeacher:
+    """K independent draws from the teacher's distribution at the loss's temperature; an entry may be drawn often.
+
+    Source: random-sampling distillation, arXiv 2503.16870. Its estimate of the forward KL has no bias.
+    """
+
+    ids: Tensor  # (N, K) int64
+    entropy: Tensor  # (N,) nats, of the whole distribution: turns the cross-entropy to the draws into a KL
+
+
+TeacherSignal = DenseTeacher | TopKTeacher | SampledTeacher
+
+
+def rows_of(signal: TeacherSignal, rows: Tensor) -> TeacherSignal:
+    """The signal at the positions numbered `rows` (any number, int64)."""
+    if isinstance(signal, DenseTeacher):
+        return replace(signal, hidden=signal.hidden[rows])
+    if isinstance(signal, TopKTeacher):
+        return TopKTeacher(signal.ids[rows], signal.probabilities[rows], signal.tail[rows])
+    return SampledTeacher(signal.ids[rows], signal.entropy[rows])
