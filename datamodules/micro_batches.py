@@ -20,8 +20,8 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def count_targets(self, rows: NDArray[np.int64]) -> int:
-        """Number of targets in the samples `rows`."""
+    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of targets in each of the samples `rows`."""
         ...
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
@@ -50,7 +50,7 @@ class TrainingStream(Dataset[Batch]):
         step, part = divmod(number, self.accumulate)
         of_step = step_samples(self.first_step + step, self.batch, len(self.samples), self.seed)
         rows = micro_batch_rows(of_step, part * self.world + self.rank, self.accumulate * self.world)
-        return self.samples.batch(rows, self.samples.count_targets(of_step))
+        return self.samples.batch(rows, int(self.samples.target_counts(of_step).sum()))
 
 
 class InOrder(Dataset[Batch]):
@@ -74,7 +74,7 @@ class InOrder(Dataset[Batch]):
             raise IndexError(number)
         first = (self.rank + number * self.world) * self.batch
         rows = np.arange(first, min(first + self.batch, len(self.samples)), dtype=np.int64)
-        return self.samples.batch(rows, self.samples.count_targets(rows)) if len(rows) else self._filler()
+        return self.samples.batch(rows, int(self.samples.target_counts(rows).sum())) if len(rows) else self._filler()
 
     def _filler(self) -> Batch:
         filler = self.samples.batch(np.zeros(1, dtype=np.int64), 0)

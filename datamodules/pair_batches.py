@@ -42,8 +42,8 @@ class PairsToPad:
     def __len__(self) -> int:
         return len(self.file)
 
-    def count_targets(self, rows: NDArray[np.int64]) -> int:
-        return self.file.target_tokens(rows)
+    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.file.target_counts(rows)
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
         batch = collate_pairs(self.file, rows, target_tokens, self.context, self.pad_id)

@@ -46,7 +46,7 @@ def prepared(
     if is_prepared(folder):
         return folder
     full = "What was begun is removed. Free some space, or put the cache elsewhere: cache_dir=FOLDER"
-    with told_when_full(f"prepared data to {folder}", full), _locked(folder):
+    with told_when_full(f"prepared data to {folder}", full), locked(folder):
         if not is_prepared(folder):
             with replaced_folder(folder) as scratch:
                 facts = build(scratch)
@@ -70,7 +70,12 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on this folder of the cache; waits for the one that does.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")

@@ -30,8 +30,8 @@ def micro_batch_rows(samples: NDArray[np.int64], part: int, parts: int) -> NDArr
 def permute(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Where each of `indices` (any shape, 0 ≤ index < size) goes in the permutation of this seed and epoch."""
     half_bits = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
-    seed_part, epoch_part = _mix(np.array([seed % 2**64, ~epoch % 2**64], dtype=np.uint64))
-    keys = _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + seed_part + epoch_part)
+    seed_part, epoch_part = mix(np.array([seed % 2**64, ~epoch % 2**64], dtype=np.uint64))
+    keys = mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + seed_part + epoch_part)
     values = _feistel(indices.astype(np.uint64), half_bits, keys)
     outside = values >= size
     while outside.any():
@@ -44,14 +44,20 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64
     shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
     left, right = values >> shift, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
+        left, right = right, left ^ (mix(right + key) & mask)
     return (left << shift) | right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash: SplitMix64's finaliser (Steele et al. 2014), in which every input bit reaches every output bit."""
     with np.errstate(over="ignore"):
         values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def uniforms(indices: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that depend on (seed, index) alone, for `indices` of any shape."""
+    key = mix(np.array([seed % 2**64], dtype=np.uint64))
+    return (mix(indices.astype(np.uint64) ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -64,9 +64,9 @@ class PairFile:
     def __len__(self) -> int:
         return len(self._index)
 
-    def target_tokens(self, rows: np.ndarray) -> int:
-        """Number of targets, end-of-text included, in the pairs `rows` (any number, int64)."""
-        return int(self._index["response"][rows].sum())
+    def target_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Number of targets, end-of-text included, in each of the pairs `rows` (any number, int64)."""
+        return self._index["response"][rows].astype(np.int64)
 
     def sequence(self, row: int) -> tuple[np.ndarray, int]:
         """Token ids of one pair, prompt and response (L,) int64, and the length of its prompt."""

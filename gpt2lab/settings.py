@@ -73,6 +73,27 @@ class CrossEntropySettings:
     z_loss: float = 0.0
 
 
+@dataclass
+class TeacherCacheSettings:
+    """What is kept of a teacher's distributions.
+
+    Attributes:
+        name: none, topk or sampled.
+        k: entries of a top-k record.
+        tail: whether what all other entries have together counts; without it the k are scaled to sum to 1.
+        dtype: of a top-k record's probabilities, float16 or float32.
+        n: draws of a sampled record.
+        draw_seed: decides them, whatever the run's seed is.
+    """
+
+    name: str = "none"
+    k: int = 32
+    tail: bool = True
+    dtype: str = "float16"
+    n: int = 12
+    draw_seed: int = 0
+
+
 PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 

@@ -6,6 +6,14 @@ from torch import Tensor
 from gpt2lab.backbone import Backbone, load_backbone
 from gpt2lab.teacher_signal import DenseTeacher
 
+# What the teacher's weights are kept in under each of the run's precisions: it spares casting them at every step
+TEACHER_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16_true": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
 
 class OnlineTeacher:
     """A loaded teacher. Not an nn.Module, so no optimizer, checkpoint or wrapper of the student ever takes it up.
@@ -19,7 +27,7 @@ class OnlineTeacher:
         self.backbone: Backbone = load_backbone(source).eval().requires_grad_(False)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the weights; a low-precision dtype spares casting them at every step."""
+        """Move the weights."""
         self.backbone.to(device=device, dtype=dtype)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 Shapes: N positions, Dt the teacher's hidden width, V vocabulary, K stored entries of one position.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -37,12 +37,3 @@ class SampledTeacher:
 
 
 TeacherSignal = DenseTeacher | TopKTeacher | SampledTeacher
-
-
-def rows_of(signal: TeacherSignal, rows: Tensor) -> TeacherSignal:
-    """The signal at the positions numbered `rows` (any number, int64)."""
-    if isinstance(signal, DenseTeacher):
-        return replace(signal, hidden=signal.hidden[rows])
-    if isinstance(signal, TopKTeacher):
-        return TopKTeacher(signal.ids[rows], signal.probabilities[rows], signal.tail[rows])
-    return SampledTeacher(signal.ids[rows], signal.entropy[rows])

@@ -55,7 +55,6 @@ class TokenFile:
         input_ids, labels = self.read(rows)
         return Batch(input_ids, labels, target_tokens, torch.from_numpy(rows))
 
-    def count_targets(self, rows: NDArray[np.int64]) -> int:
-        """Number of targets in the windows numbered `rows` (B,)."""
-        left = len(self.tokens) - 1 - rows * self.context
-        return int(np.clip(left, 0, self.context).sum())
+    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of targets in each of the windows numbered `rows` (B,)."""
+        return np.clip(len(self.tokens) - 1 - rows * self.context, 0, self.context)

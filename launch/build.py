@@ -125,6 +125,8 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "teacher": config.teacher,
         "loss": config.loss,
         "preflight": config.preflight,
+        "cache": config.record.teacher_cache,
+        "cached": config.teacher_cache,
     }
     return construct(node, "task", supplied)
 

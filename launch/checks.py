@@ -39,6 +39,7 @@ def check(config: Config) -> None:
     check_files(config)
     check_precision(config)
     check_task_and_data(config)
+    check_teacher_cache(config)
 
 
 def check_own_record(config: Config) -> None:
@@ -205,6 +206,28 @@ def check_task_and_data(config: Config) -> None:
         raise InputError(
             f"task=finetune trains on pairs of prompt and response; data={config.record.groups['data']} has none.\n"
             "Use data=pairs (or summarize, complete, …), or go on pretraining: task=pretrain init=… data=…"
+        )
+
+
+def check_teacher_cache(config: Config) -> None:
+    """A cache has not everything that a loaded teacher has."""
+    mode, loss = config.teacher_cache.name, config.loss
+    if mode == "none":
+        return
+    if loss.hidden_cosine or loss.hidden_mse:
+        raise InputError(
+            f"teacher_cache={mode} keeps no hidden states, which loss.hidden_cosine and loss.hidden_mse compare.\n"
+            "Leave those out, or ask the teacher at every step with teacher_cache=none."
+        )
+    if mode == "sampled" and loss.name != "forward_kl":
+        raise InputError(
+            f"teacher_cache=sampled with loss={loss.name}: draws estimate forward KL without bias, other losses not.\n"
+            "Use loss=forward_kl, or teacher_cache=topk."
+        )
+    if loss.name == "mse":
+        raise InputError(
+            "loss=mse compares every logit, and teacher_cache=topk keeps only some.\n"
+            "Use another loss, or teacher_cache=none."
         )
 
 

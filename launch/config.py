@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gpt2lab.errors import InputError
-from gpt2lab.settings import LossSettings, OptimizerSettings, ScheduleSettings, TokenizerChoice
+from gpt2lab.settings import LossSettings, OptimizerSettings, ScheduleSettings, TeacherCacheSettings, TokenizerChoice
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Record:
     groups: dict[str, str] = field(default_factory=dict)  # group → value: task=pretrain, model=nano, …
     overrides: list[str] = field(default_factory=list)  # as given on the command line
     command: str = ""
-    teacher_hash: str = ""  # sha256 of the teacher's model.safetensors
+    teacher_hash: str = ""  # sha256 of the teacher's weights
+    teacher_cache: str = ""  # folder with what the teacher says of the data, where it is not asked at every step
     data_hash: str = ""  # content hash of the prepared data
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
     compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
@@ -59,6 +60,7 @@ class Config:
     tokenizer: TokenizerChoice
     objective: ObjectiveKeys
     loss: LossSettings
+    teacher_cache: TeacherCacheSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     callbacks: dict[str, Any]

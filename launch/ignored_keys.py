@@ -8,7 +8,7 @@ from gpt2lab.errors import InputError
 from launch.config import Config
 
 SKEW = ("skew_kl", "skew_reverse_kl")
-DISTILL_ONLY = ("loss", "teacher", "preflight")
+DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "preflight")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ def _trains_bpe(config: Config) -> bool:
 def _adapts(config: Config) -> bool:
     lora = config.task.get("lora")
     return not isinstance(lora, dict) or bool(lora.get("rank"))
+
+
+def _cache_reader(mode: str, key: str) -> Reader:
+    def reads(config: Config) -> bool:
+        return config.teacher_cache.name == mode
+
+    return Reader("teacher_cache", f"teacher_cache.{key}", reads, f"teacher_cache={mode} reads it")
 
 
 READERS = (
@@ -87,6 +94,8 @@ READERS = (
         Reader("loss", f"loss.mixing_{part}", lambda c: c.loss.name == "taid", "loss=taid reads it")
         for part in ("start", "end", "step", "momentum")
     ),
+    *(_cache_reader("topk", key) for key in ("k", "tail", "dtype")),
+    *(_cache_reader("sampled", key) for key in ("n", "draw_seed")),
     Reader("task", "task.lora.alpha", _adapts, "LoRA reads it (task.lora.rank=8)"),
     Reader("task", "task.lora.dropout", _adapts, "LoRA reads it (task.lora.rank=8)"),
 )

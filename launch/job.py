@@ -46,6 +46,10 @@ def run_job(asked: Config) -> dict[str, Any]:
     settings.compile = automatic.compile_pays(settings, vocab_size)
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
+    if settings.task_name == "distill" and settings.teacher_cache.name != "none":
+        from launch import cached_teacher
+
+        cached_teacher.fill(settings, data, facts)
     if settings.record.world_size > 1:
         from launch import ranks
 

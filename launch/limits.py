@@ -14,6 +14,8 @@ CHOICES = {
     "optimizer.name": ("adamw", "adam", "muon"),
     "schedule.name": ("wsd", "cosine", "linear", "constant"),
     "loss.name": DIVERGENCES,
+    "teacher_cache.name": ("none", "topk", "sampled"),
+    "teacher_cache.dtype": ("float16", "float32"),
     "objective.name": ("clm",),
     "tokenizer.kind": ("auto", "bpe", "pretrained"),
 }
@@ -60,6 +62,9 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "loss.mixing_momentum": (0, [1]),
     "loss.hidden_cosine": (0, math.inf),
     "loss.hidden_mse": (0, math.inf),
+    "teacher_cache.k": (1, 10**6),
+    "teacher_cache.n": (1, 10**4),
+    "teacher_cache.draw_seed": (0, 2**63 - 1),
     "tokenizer.vocab_size": (257, 10**6),
 }
 # The same for keys that only some tasks, data and callbacks have

@@ -42,17 +42,18 @@ def resolve(config: Config) -> None:
     _take_sizes_from_init(config)
     if config.task_name == "distill":
         config.teacher = _teacher_folder(config)
-        config.record.teacher_hash = file_hash(Path(config.teacher) / "model.safetensors")
+        config.record.teacher_hash = weights_hash(Path(config.teacher))
         print(f"teacher: {config.teacher}", file=sys.stderr)
     config.tokenizer = _tokenizer(config)
 
 
-def file_hash(file: Path) -> str:
-    """sha256 of a file, or nothing where there is none (weights in several parts)."""
-    if not file.is_file():
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def weights_hash(folder: Path) -> str:
+    """sha256 of the weights in a model folder; of several files, that of their hashes in the order of their names."""
+    digests = []
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _init_folder(config: Config) -> str:

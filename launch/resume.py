@@ -10,7 +10,7 @@ from launch import checks, run_folders
 from launch import config as configuration
 from launch.config import Config
 from launch.ignored_keys import given_keys
-from launch.resolve import file_hash
+from launch.resolve import weights_hash
 
 # What may be given with resume=: how long, how often, and where the work is done
 MACHINE = ("accelerator", "devices", "strategy", "micro_batch", "threads")
@@ -126,7 +126,7 @@ def _check_teacher(stored: Config) -> None:
     """The teacher must be the same, byte for byte."""
     if stored.task_name != "distill" or not stored.record.teacher_hash:
         return
-    if file_hash(Path(stored.teacher) / "model.safetensors") != stored.record.teacher_hash:
+    if weights_hash(Path(stored.teacher)) != stored.record.teacher_hash:
         raise InputError(
             f"The teacher {stored.teacher} is missing or is no longer the one this run was started with.\n"
             "Put it back, or start a new run with the present one."

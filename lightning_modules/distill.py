@@ -1,7 +1,6 @@
 """Distill: a student learns from a larger teacher's whole next-token distribution, mixed with the labels."""
 
 import logging
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,19 @@ from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
 from gpt2lab.hidden_states import cosine_distance, squared_distance
-from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
+from gpt2lab.lm_head_loss import LMHeadLoss
 from gpt2lab.model_folder import read_shape
-from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.settings import LossSettings, TeacherCacheSettings, TrainingSettings
 from gpt2lab.taid import AdaptiveMixing
-from gpt2lab.teacher import OnlineTeacher
+from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
+from gpt2lab.teacher_cache import cache_sides
 from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal
-from gpt2lab.tokenizer import differing_tokens, load_tokenizer
+from lightning_modules import preflight
 from lightning_modules.language_model import LanguageModel, Teaching
 
 log = logging.getLogger(__name__)
 
-PREFLIGHT_BATCHES = 4
-TEACHER_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "bf16-true": "bf16_true", "16-mixed": "fp16"}  # Lightning's
 
 
 class Distill(LanguageModel):
@@ -36,21 +35,36 @@ class Distill(LanguageModel):
         teacher: run directory, Hugging Face folder or Hub id.
         loss: temperature, whether T² is kept, weight of the labels.
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
+        cache: folder with what the teacher says of these data; empty: it is loaded and asked.
+        cached: what is kept there.
     """
 
-    teacher: OnlineTeacher  # loaded when fitting starts
+    teacher: OnlineTeacher  # loaded when fitting starts, unless what it says is cached
 
-    def __init__(self, training: TrainingSettings, teacher: str, loss: LossSettings, preflight: str = "refuse") -> None:
+    def __init__(
+        self,
+        training: TrainingSettings,
+        teacher: str,
+        loss: LossSettings,
+        preflight: str = "refuse",
+        cache: str = "",
+        cached: TeacherCacheSettings | None = None,
+    ) -> None:
         super().__init__(training)
         self.teacher_source = teacher
         self.loss_settings = loss
         self.preflight = preflight
+        entries = len(self.tokenizer)
+        self.cache = cache_sides(Path(cache), cached, entries) if cache and cached else {}
         self.mixing = AdaptiveMixing(loss, training.steps)
         self.teacher_loss: float | None = None
 
     def on_fit_start(self) -> None:
-        self.teacher = OnlineTeacher(self.teacher_source)
-        self.teacher.to(self.device, TEACHER_DTYPES.get(str(self.trainer.precision), torch.float32))
+        if not self.cache:
+            self.teacher = OnlineTeacher(self.teacher_source)
+            self.teacher.to(self.device, TEACHER_DTYPES[PRECISIONS[str(self.trainer.precision)]])
+
+    def on_train_start(self) -> None:
         if not self.tokens_seen:  # a run taken up again was let in when it started
             self._check_teacher()
 
@@ -70,12 +84,20 @@ class Distill(LanguageModel):
         return self.head_loss(
             batch,
             Teaching(
-                self.teacher.signal(batch.input_ids),
+                self.signal(batch, "train"),
                 self.loss_settings,
-                mixing=torch.tensor(self.mixing.share, device=self.device),
+                mixing=self.mixing_tensor(),
                 further=self._hidden_distance if self.compares_hidden_states else None,
             ),
         )
+
+    def mixing_tensor(self) -> Tensor:
+        """TAID's share of the teacher (); as a tensor, so that a compiled loss need not be compiled anew."""
+        return torch.tensor(self.mixing.share, device=self.device)
+
+    def signal(self, batch: Batch, side: str) -> TeacherSignal:
+        """What the teacher says of a batch of this side of the split, train or val."""
+        return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids)
 
     def _hidden_distance(self, hidden: Tensor, labels: Tensor, signal: TeacherSignal) -> Tensor:
         """Weighted distances of the last hidden states, summed over the targets."""
@@ -114,10 +136,12 @@ class Distill(LanguageModel):
     def facts_for_report(self) -> dict[str, Any]:
         return {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}
 
-    # Preflight: is this teacher able to teach this student?
-
     def _check_teacher(self) -> None:
-        sizes = {"teacher": self.teacher.backbone.shape.vocab_size, "student": self.backbone.shape.vocab_size}
+        """Refuse or warn, as `preflight` says, before anything is trained."""
+        sizes = {
+            "teacher": read_shape(Path(self.teacher_source))["vocab_size"],
+            "student": self.backbone.shape.vocab_size,
+        }
         entries = len(self.tokenizer)
         if sizes["teacher"] < entries:
             raise InputError(
@@ -132,38 +156,8 @@ class Distill(LanguageModel):
                 )
         if self.preflight == "off":
             return
-        for problem in (self._token_id_problem(), self._loss_problem()):
+        for problem in preflight.problems(self):
             if problem and self.preflight == "refuse":
                 raise InputError(f"{problem}\nGive a better teacher, or go on all the same with preflight=warn.")
             if problem:
                 log.warning("preflight: %s", problem)
-
-    def _token_id_problem(self) -> str:
-        """Why the two would number the same text differently, or nothing."""
-        try:
-            teacher_tokenizer = load_tokenizer(self.teacher_source)
-        except InputError:
-            return f"The teacher {self.teacher_source} holds no tokenizer, so its token ids may mean other text."
-        different = differing_tokens(teacher_tokenizer, self.tokenizer)
-        return f"Teacher and student number tokens differently, for example {different}." if different else ""
-
-    @torch.no_grad()
-    def _loss_problem(self) -> str:
-        """Why the teacher has nothing to teach: its loss on validation text against the student's, or nothing."""
-        teacher_sum, student_sum, targets = 0.0, 0.0, 0
-        with self.trainer.precision_plugin.forward_context():
-            for host_batch in islice(self.trainer.datamodule.val_dataloader(), PREFLIGHT_BATCHES):
-                batch = self.transfer_batch_to_device(host_batch, self.device, 0)
-                signal = self.teacher.signal(batch.input_ids)
-                labels = batch.labels.flatten()
-                teacher_sum += lm_head_loss(signal.hidden, signal.weight, labels).total.item()
-                student_sum += self.head_loss(batch).total.item()
-                targets += batch.target_tokens
-        self.teacher_loss = teacher_sum / targets
-        student_loss = student_sum / targets
-        log.info(
-            "preflight: teacher %.3f nats per token, student %.3f before training", self.teacher_loss, student_loss
-        )
-        if self.teacher_loss < student_loss:
-            return ""
-        return f"The teacher's loss {self.teacher_loss:.3f} is not below the student's {student_loss:.3f} on this data."

@@ -30,7 +30,7 @@ from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
-from gpt2lab.teacher_signal import TeacherSignal, rows_of
+from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
 
@@ -42,7 +42,7 @@ class Teaching:
     """What a teacher adds to a batch's loss.
 
     Attributes:
-        signal: its distributions at the batch's positions.
+        signal: its distributions at all of the batch's positions; a stored one's at the targets only.
         loss: the divergence, and how it is mixed with the cross-entropy.
         mixing: () TAID's share of the teacher.
         further: (hidden states (N, D), labels (N,), signal) → terms () added to the sum over the targets.
@@ -138,10 +138,13 @@ class LanguageModel(lightning.LightningModule):
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
             rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
             signal = teaching.signal if teaching else None
-            if batch.prompt_lengths is not None:  # pairs: most positions are prompt or padding and need no logits
+            only_targets = isinstance(signal, TopKTeacher | SampledTeacher) and len(signal.ids) < len(labels)
+            # Of pairs, most positions are prompt or padding and need no logits.
+            if batch.prompt_lengths is not None or only_targets:
                 targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
                 rows, labels = rows[targets], labels[targets]
-                signal = rows_of(signal, targets) if signal else None
+                if isinstance(signal, DenseTeacher):
+                    signal = replace(signal, hidden=signal.hidden[targets])
             result = lm_head_loss(
                 rows,
                 weight,
@@ -209,14 +212,14 @@ class LanguageModel(lightning.LightningModule):
             return
         step = self.trainer.global_step
         if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
-            objective, cross_entropy = self._over_ranks(self._step_sums) / batch.target_tokens
+            objective, cross_entropy = self.over_ranks(self._step_sums) / batch.target_tokens
             self._log_step(step, self.training_losses(objective, cross_entropy))
         self._step_sums = torch.zeros(2)
         self._step_indices = []
 
     def step_objective(self) -> float:
         """Mean objective per target token of the step just made, over all ranks."""
-        return (self._over_ranks(self._step_sums)[0] / self._step_targets).item()
+        return (self.over_ranks(self._step_sums)[0] / self._step_targets).item()
 
     def _log_step(self, step: int, losses: dict[str, Tensor]) -> None:
         self.log_dict(
@@ -247,7 +250,7 @@ class LanguageModel(lightning.LightningModule):
             self._validation_sums[name] = self._validation_sums.get(name, 0) + value.detach().double().to(self.device)
 
     def on_validation_epoch_end(self) -> None:
-        sums = {name: self._over_ranks(value) for name, value in self._validation_sums.items()}
+        sums = {name: self.over_ranks(value) for name, value in self._validation_sums.items()}
         targets = sums.pop("targets")
         means = {name: (value / targets).item() for name, value in sums.items()}
         loss = means[metric_names.VAL_LOSS]
@@ -263,7 +266,8 @@ class LanguageModel(lightning.LightningModule):
         """Metrics on generated text, for tasks that have them."""
         return {}
 
-    def _over_ranks(self, value: Tensor) -> Tensor:
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of every rank's value."""
         if self.trainer.world_size == 1:
             return value
         value = value.clone()
