@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from gpt2lab import metric_names
+from gpt2lab.backbone import Backbone
 from gpt2lab.batch import Batch
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.student_init import CALIBRATION_SAMPLES, student_from_teacher
+from gpt2lab.student_shape import TEACHER_LAYERS
 from gpt2lab.teacher import OnlineTeacher
 from gpt2lab.tokenizer import differing_tokens, load_tokenizer
 from lightning_modules.language_model import LanguageModel
@@ -32,7 +35,7 @@ class Distill(LanguageModel):
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
     """
 
-    teacher: OnlineTeacher  # loaded when fitting starts
+    teacher: OnlineTeacher  # loaded with the student's model, which may be cut out of it
 
     def __init__(self, training: TrainingSettings, teacher: str, loss: LossSettings, preflight: str = "refuse") -> None:
         super().__init__(training)
@@ -41,8 +44,15 @@ class Distill(LanguageModel):
         self.preflight = preflight
         self.teacher_loss: float | None = None
 
-    def on_fit_start(self) -> None:
+    def build_backbone(self) -> Backbone:
         self.teacher = OnlineTeacher(self.teacher_source)
+        if self.settings.init != TEACHER_LAYERS:
+            return super().build_backbone()
+        self.teacher.to(self.trainer.strategy.root_device, torch.float32)
+        calibration = self.trainer.datamodule.calibration_batches(CALIBRATION_SAMPLES)
+        return student_from_teacher(self.teacher.backbone, self.settings.shape, calibration)
+
+    def on_fit_start(self) -> None:
         self.teacher.to(self.device, TEACHER_DTYPES.get(str(self.trainer.precision), torch.float32))
         if not self.tokens_seen:  # a run taken up again was let in when it started
             self._check_teacher()
