@@ -33,13 +33,14 @@ class Importance:
         channels: (D,).
         heads: (H,) for each layer.
         neurons: (F,) for each layer.
-        energy: for each layer norm by its name (D,): mean square of what it has normalised, before its gain.
+        norms: for each layer norm by its name (2, D): mean and mean square of what it has normalised, before gain and
+            bias.
     """
 
     channels: Tensor
     heads: list[Tensor]
     neurons: list[Tensor]
-    energy: dict[str, Tensor]
+    norms: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def student_from_teacher(teacher: Backbone, shape: ModelShape, batches: Iterable
     importance = measure_importance(teacher, batches)
     kept = keep_strongest(teacher.shape, shape, importance)
     student = cut_out(teacher, shape, kept)
-    _keep_norms_in_scale(student, kept, importance.energy)
+    _keep_norms_in_place(student, kept, importance.norms)
     return student
 
 
@@ -131,7 +132,7 @@ def measure_importance(teacher: Backbone, batches: Iterable[Batch]) -> Importanc
         channels=torch.stack([sums[f"{name} output"] for name in norms]).sum(0) / tokens,
         heads=[sums[f"{layer} heads"] / tokens for layer in layers],
         neurons=[sums[f"{layer} neurons"] / tokens for layer in layers],
-        energy={name: sums[f"{name} energy"] / tokens for name in norms},
+        norms={name: torch.stack([sums[f"{name} mean"], sums[f"{name} square"]]) / tokens for name in norms},
     )
 
 
@@ -141,8 +142,10 @@ def _listen(teacher: Backbone, add: Callable[[str, Tensor], None]) -> list[Remov
 
     def norm_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> None:
+            normalised = nn.functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)  # (B, T, D)
             add(f"{name} output", output.abs())
-            add(f"{name} energy", nn.functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps).square())
+            add(f"{name} mean", normalised)
+            add(f"{name} square", normalised.square())
 
         return hook
 
@@ -211,16 +214,17 @@ def _places(teacher: ModelShape, channels: Tensor, heads: Tensor, neurons: Tenso
 
 
 @torch.no_grad()
-def _keep_norms_in_scale(student: Backbone, kept: Kept, energy: dict[str, Tensor]) -> None:
-    """Let each layer norm's gain make up for the variance that left with the dropped channels.
+def _keep_norms_in_place(student: Backbone, kept: Kept, norms: dict[str, Tensor]) -> None:
+    """Let each layer norm's gain and bias make up for the mean and the variance that left with the dropped channels.
 
-    The norm divides by the deviation over the kept channels alone; times sqrt(mean energy of the kept), their outputs
-    are on average what they were in the teacher. Without it, dropping one channel of great variance, as GPT-2 has
-    some, would blow up all others.
+    Over the kept channels alone the norm gives mean 0 and variance 1; here they get back what they had among all, on
+    average over the text. Without it, dropping one loud channel, of which GPT-2 has a few, would blow up all others.
     """
     for name, module in student.lm.named_modules():
         if isinstance(module, nn.LayerNorm):
-            parts = name.split(".")  # transformer.h.0.ln_1 or transformer.ln_f
-            if parts[1] == "h":
-                parts[2] = str(kept.layers[int(parts[2])])
-            module.weight.mul_(energy[".".join(parts)][kept.channels].mean().sqrt())
+            place = name.split(".")  # transformer.h.0.ln_1 or transformer.ln_f
+            if place[1] == "h":
+                place[2] = str(kept.layers[int(place[2])])
+            mean, square = norms[".".join(place)][:, kept.channels].mean(1).tolist()
+            module.bias.add_(module.weight * mean)
+            module.weight.mul_((square - mean**2) ** 0.5)
