@@ -125,7 +125,9 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "training": training_settings(config, facts, vocab_size),
         "teacher": config.teacher,
         "loss": config.loss,
-        "preflight": config.preflight,
+        # A continued run was let in when it started. Where weights are sharded its checkpoint is loaded after the
+        # preflight, whose forward would leave them gathered.
+        "preflight": "off" if config.resume else config.preflight,
     }
     return construct(node, "task", supplied)
 

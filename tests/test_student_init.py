@@ -282,7 +282,7 @@ def test_train_py_starts_from_a_narrowed_teacher_and_goes_on_without_cutting_aga
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_every_rank_cuts_out_the_same_student(
+def test_every_rank_cuts_out_the_same_student_and_goes_on_with_it(
     strategy: str, with_teacher: list[str], train_process: Train, tmp_path: Path
 ):
     keys = [*with_teacher, "steps=4", "log_every=1", "validate_every=2", "micro_batch=2", "optimizer=adamw"]
@@ -294,3 +294,10 @@ def test_every_rank_cuts_out_the_same_student(
         for name in ("one", "two")
     )
     assert two == pytest.approx(one, abs=2e-5)
+    answer = train_process("resume=two", "steps=6")
+    assert answer.code == 0, answer.stderr
+    assert "preflight" not in answer.stderr
+    report = read_report(tmp_path / "two")
+    assert (report["steps"], report["init"]["layers"]) == (6, [0, 2])
+    assert report["teacher"]["val_loss"] is not None
+    assert report["val_loss"] < one[-1]
