@@ -2,7 +2,6 @@
 
 import logging
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
 from gpt2lab.hidden_states import cosine_distance, squared_distance
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
-from gpt2lab.model_folder import read_shape
 from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.student_init import CALIBRATION_SAMPLES, student_from_teacher
+from gpt2lab.student_shape import TEACHER_LAYERS
 from gpt2lab.taid import AdaptiveMixing
 from gpt2lab.teacher import OnlineTeacher
 from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal
@@ -38,7 +38,7 @@ class Distill(LanguageModel):
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
     """
 
-    teacher: OnlineTeacher  # loaded when fitting starts
+    teacher: OnlineTeacher  # loaded with the student's model, which may be cut out of it
 
     def __init__(self, training: TrainingSettings, teacher: str, loss: LossSettings, preflight: str = "refuse") -> None:
         super().__init__(training)
@@ -49,17 +49,23 @@ class Distill(LanguageModel):
         self.teacher_loss: float | None = None
 
     def on_fit_start(self) -> None:
-        self.teacher = OnlineTeacher(self.teacher_source)
         self.teacher.to(self.device, TEACHER_DTYPES.get(str(self.trainer.precision), torch.float32))
         if not self.tokens_seen:  # a run taken up again was let in when it started
             self._check_teacher()
 
     def build_backbone(self) -> Backbone:
-        backbone = super().build_backbone()
-        width = read_shape(Path(self.teacher_source))["n_embd"]
+        self.teacher = OnlineTeacher(self.teacher_source)
+        backbone = self._cut_out() if self.settings.init == TEACHER_LAYERS else super().build_backbone()
+        width = self.teacher.backbone.shape.n_embd
         if self.compares_hidden_states and width != backbone.shape.n_embd:
             backbone.add_projection(width)
         return backbone
+
+    def _cut_out(self) -> Backbone:
+        """The student with its first weights out of the teacher, the same on every rank."""
+        self.teacher.to(self.trainer.strategy.root_device, torch.float32)
+        calibration = self.trainer.datamodule.calibration_batches(CALIBRATION_SAMPLES)
+        return student_from_teacher(self.teacher.backbone, self.settings.shape, calibration)
 
     @property
     def compares_hidden_states(self) -> bool:
