@@ -1,5 +1,6 @@
 """Micro-batches of windows or pairs: the endless training stream of one rank, and a side of the split in file order."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import lightning
@@ -126,6 +127,12 @@ class SampleDataModule(lightning.LightningDataModule):
     def train_eval_dataloader(self) -> DataLoader:
         """The whole training split once, in file order, for evaluation."""
         return self._in_order(self.train_samples)
+
+    def calibration_batches(self, samples: int) -> Iterator[Batch]:
+        """Up to `samples` training samples, evenly spaced over the split: the same on every rank, whatever the seed."""
+        rows = np.unique(np.arange(samples, dtype=np.int64) * len(self.train_samples) // samples)
+        for part in np.array_split(rows, -(-len(rows) // self.eval_batch_sequences)):
+            yield self.train_samples.batch(part, self.train_samples.count_targets(part))
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """A few texts that suit these data, for the model to continue while it trains."""

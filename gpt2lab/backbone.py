@@ -110,12 +110,16 @@ def load_backbone(source: str, dropout: float = 0.0) -> Backbone:
 
 def from_hf(model: GPT2LMHeadModel, dropout: float = 0.0) -> Backbone:
     """Wrap a plain GPT-2. Its weights are copied into the training layout."""
-    shape = shape_of(model.config, dropout)
+    return backbone_from_state(_swap_layout(model.state_dict()), shape_of(model.config, dropout))
+
+
+def backbone_from_state(state: dict[str, Tensor], shape: ModelShape) -> Backbone:
+    """A backbone on the CPU with a copy of these weights: the inner model's state dict in the training layout."""
     with torch.device("meta"):
         backbone = Backbone(shape)
     backbone = backbone.to_empty(device="cpu")
     backbone.lm.tie_weights()
-    backbone.lm.load_state_dict(_swap_layout(model.state_dict()))
+    backbone.lm.load_state_dict(state)
     return backbone
 
 

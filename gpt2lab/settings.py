@@ -124,8 +124,8 @@ class TrainingSettings:
     """What every task's module needs to train a model.
 
     Attributes:
-        shape: sizes for random weights; with other weights only its dropout counts.
-        init: "scratch", or a Hugging Face folder or Hub id.
+        shape: sizes for random weights and for those cut out of a teacher; with other weights only its dropout counts.
+        init: "scratch", "teacher_layers" (task distill), or a Hugging Face folder or Hub id.
         steps: optimizer steps of the whole run, for the schedule.
         gradient_clip: largest global L2 norm of the gradient; 0 does not clip.
         compile_blocks: compile the transformer blocks.

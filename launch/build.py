@@ -14,6 +14,7 @@ from callbacks.metrics_csv import MetricsCsv
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
 from gpt2lab.settings import CrossEntropySettings, DataFacts, ModelShape, TrainingSettings
+from gpt2lab.student_shape import TEACHER_LAYERS
 from launch.automatic import largest_micro_batch, rows_of_a_step
 from launch.config import Config
 from launch.ignored_keys import given_keys
@@ -97,7 +98,8 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
     return TrainingSettings(
         shape=shape,
         tokenizer_folder=facts.tokenizer_folder,
-        init=config.init,
+        # A continued run has its weights from its checkpoint, and need not cut them out of the teacher again.
+        init="scratch" if config.resume and config.init == TEACHER_LAYERS else config.init,
         optimizer=config.optimizer,
         schedule=config.schedule,
         steps=config.steps,
@@ -124,7 +126,9 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "training": training_settings(config, facts, vocab_size),
         "teacher": config.teacher,
         "loss": config.loss,
-        "preflight": config.preflight,
+        # A continued run was let in when it started. Where weights are sharded its checkpoint is loaded after the
+        # preflight, whose forward would leave them gathered.
+        "preflight": "off" if config.resume else config.preflight,
         "cache": config.record.teacher_cache,
         "cached": config.teacher_cache,
     }
@@ -136,6 +140,7 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
     report_facts = {
         "task": config.task_name,
         "model": config.record.groups["model"],
+        "init": {"source": config.init, **config.record.kept},
         "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
         "command": config.record.command,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.student_shape import TEACHER_LAYERS
 from launch import run_folders
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
@@ -34,6 +35,7 @@ def check(config: Config) -> None:
     check_choices(config)
     check_ranges(config)
     check_counts_or_auto(config)
+    check_init(config)
     check_model(config)
     check_batch(config)
     check_files(config)
@@ -107,6 +109,15 @@ def check_counts_or_auto(config: Config) -> None:
             raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1 and at most {most}.")
 
 
+def check_init(config: Config) -> None:
+    """Only distillation has a teacher to take layers from."""
+    if config.init == TEACHER_LAYERS and config.task_name != "distill":
+        raise InputError(
+            f"init=teacher_layers takes the first weights from a teacher, and task={config.task_name} has none.\n"
+            "Use task=distill teacher=…, or name weights (init=RUN_DIR, init=FOLDER), or init=scratch."
+        )
+
+
 def check_model(config: Config) -> None:
     """Heads divide the width; the context fits. With model=auto this waits for init's own sizes."""
     model = config.model
@@ -114,9 +125,9 @@ def check_model(config: Config) -> None:
     if model.n_layer is None or model.n_head is None or model.n_embd is None or model.n_positions is None:
         if sizes != (None,) * 4 or config.record.groups["model"] != "auto":
             raise InputError("model.n_layer, n_head, n_embd and n_positions must all be given, or model=auto.")
-        if config.init == "scratch":
+        if not config.init_names_weights:
             raise InputError(
-                "model=auto takes its sizes from init, but init=scratch has none.\nName a model: model=nano."
+                f"model=auto takes its sizes from init, but init={config.init} has none.\nName a model: model=nano."
             )
         return
     check_heads(model.n_embd, model.n_head)

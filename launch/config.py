@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import LossSettings, OptimizerSettings, ScheduleSettings, TeacherCacheSettings, TokenizerChoice
+from gpt2lab.student_shape import TEACHER_LAYERS
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Record:
     command: str = ""
     teacher_hash: str = ""  # sha256 of the teacher's weights
     teacher_cache: str = ""  # folder with what the teacher says of the data, where it is not asked at every step
+    kept: dict[str, Any] = field(default_factory=dict)  # init=teacher_layers: what the student has of its teacher
     data_hash: str = ""  # content hash of the prepared data
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
     compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
@@ -113,6 +115,11 @@ class Config:
     def task_name(self) -> str:
         """pretrain, distill or finetune."""
         return self.record.groups["task"]
+
+    @property
+    def init_names_weights(self) -> bool:
+        """Whether weights are loaded from where init says, and sizes with them."""
+        return self.init not in ("scratch", TEACHER_LAYERS)
 
     @property
     def takes_pairs(self) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 from gpt2lab.errors import InputError
 from gpt2lab.hub import hub_is_reachable
 from gpt2lab.model_folder import folder_of, has_tokenizer, parameters_of, read_shape
-from gpt2lab.settings import TokenizerChoice
+from gpt2lab.settings import ModelShape, TokenizerChoice
+from gpt2lab.student_shape import TEACHER_LAYERS, check_fits, what_is_kept
 from launch import checks, run_folders
 from launch.config import Config, ModelKeys
 from launch.ignored_keys import given_keys
@@ -37,13 +38,15 @@ def resolve(config: Config) -> None:
     dataset = os.path.expanduser(str(config.data.get("dataset") or ""))  # noqa: PTH111 — may be a Hub id
     if dataset and Path(dataset).is_dir():
         config.data["dataset"] = str(Path(dataset).absolute())
-    if config.init != "scratch":
+    if config.init_names_weights:
         config.init = _init_folder(config)
     _take_sizes_from_init(config)
     if config.task_name == "distill":
         config.teacher = _teacher_folder(config)
         config.record.teacher_hash = weights_hash(Path(config.teacher))
         print(f"teacher: {config.teacher}", file=sys.stderr)
+    if config.init == TEACHER_LAYERS:
+        config.record.kept = _kept_of_teacher(config)
     config.tokenizer = _tokenizer(config)
 
 
@@ -72,7 +75,7 @@ def _init_folder(config: Config) -> str:
 
 def _take_sizes_from_init(config: Config) -> None:
     """model=auto takes init's sizes; a named model must agree with them."""
-    if config.init == "scratch":
+    if not config.init_names_weights:
         return
     shape, group = read_shape(Path(config.init)), config.record.groups["model"]
     sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")}
@@ -118,6 +121,22 @@ def _teacher_folder(config: Config) -> str:
         ) from error
 
 
+def _kept_of_teacher(config: Config) -> dict[str, Any]:
+    """What the student takes over of its teacher; said in one line.
+
+    Raises:
+        InputError: the student cannot be cut out of this teacher.
+    """
+    teacher = ModelShape(**read_shape(Path(config.teacher)))
+    student = ModelShape(**vars(config.model))
+    check_fits(teacher, student)
+    kept = what_is_kept(teacher, student)
+    layers = ", ".join(map(str, kept["layers"]))
+    width = f", {student.n_embd} of {teacher.n_embd} channels" if student.n_embd < teacher.n_embd else ""
+    print(f"init: the teacher's layers {layers} (of 0 to {teacher.n_layer - 1}){width}", file=sys.stderr)
+    return kept
+
+
 def _can_teach(run: run_folders.FinishedRun, config: Config) -> bool:
     """Same data, a larger model, and the tokenizer that was named, if one was."""
     theirs = run.config
@@ -140,8 +159,9 @@ def _tokenizer(config: Config) -> TokenizerChoice:
     """The named one; else the teacher's, else init's, else the data's own."""
     if config.tokenizer.kind != "auto":
         return wanted_tokenizer(config)
-    for source, key in ((config.teacher if config.task_name == "distill" else "", "teacher"), (config.init, "init")):
-        if source in ("", "scratch"):
+    teacher = config.teacher if config.task_name == "distill" else ""
+    for source, key in ((teacher, "teacher"), (config.init if config.init_names_weights else "", "init")):
+        if not source:
             continue
         if has_tokenizer(Path(source)):
             return TokenizerChoice("pretrained", source=source)
@@ -171,7 +191,7 @@ def vocabulary(config: Config, entries: int) -> int:
         InputError: they do not fit.
     """
     wanted = entries
-    if config.init != "scratch":
+    if config.init_names_weights:
         wanted = _fitting(
             read_shape(Path(config.init))["vocab_size"], entries, f"The init model {config.init}", math.inf
         )
@@ -180,7 +200,7 @@ def vocabulary(config: Config, entries: int) -> int:
         known = has_tokenizer(Path(config.teacher)) or config.record.groups["tokenizer"] != "auto"
         lenient = not known and config.preflight != "refuse"
         _fitting(size, entries, f"The teacher {config.teacher}", math.inf if lenient else PADDING)
-        wanted = wanted if known or config.init != "scratch" else size
+        wanted = wanted if known or config.init_names_weights else size
     return wanted
 
 

@@ -15,6 +15,8 @@ from gpt2lab.hidden_states import cosine_distance, squared_distance
 from gpt2lab.lm_head_loss import LMHeadLoss
 from gpt2lab.model_folder import read_shape
 from gpt2lab.settings import LossSettings, TeacherCacheSettings, TrainingSettings
+from gpt2lab.student_init import CALIBRATION_SAMPLES, student_from_teacher
+from gpt2lab.student_shape import TEACHER_LAYERS
 from gpt2lab.taid import AdaptiveMixing
 from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
 from gpt2lab.teacher_cache import cache_sides
@@ -39,7 +41,7 @@ class Distill(LanguageModel):
         cached: what is kept there.
     """
 
-    teacher: OnlineTeacher  # loaded when fitting starts, unless what it says is cached
+    teacher: OnlineTeacher  # loaded with the student's model, unless what it says is cached
 
     def __init__(
         self,
@@ -61,7 +63,6 @@ class Distill(LanguageModel):
 
     def on_fit_start(self) -> None:
         if not self.cache:
-            self.teacher = OnlineTeacher(self.teacher_source)
             self.teacher.to(self.device, TEACHER_DTYPES[PRECISIONS[str(self.trainer.precision)]])
 
     def on_train_start(self) -> None:
@@ -69,11 +70,22 @@ class Distill(LanguageModel):
             self._check_teacher()
 
     def build_backbone(self) -> Backbone:
-        backbone = super().build_backbone()
+        cut_out = self.settings.init == TEACHER_LAYERS
+        if cut_out or not self.cache:
+            self.teacher = OnlineTeacher(self.teacher_source)
+        backbone = self._cut_out() if cut_out else super().build_backbone()
+        if cut_out and self.cache:
+            del self.teacher  # asked no more
         width = read_shape(Path(self.teacher_source))["n_embd"]
         if self.compares_hidden_states and width != backbone.shape.n_embd:
             backbone.add_projection(width)
         return backbone
+
+    def _cut_out(self) -> Backbone:
+        """The student with its first weights out of the teacher, the same on every rank."""
+        self.teacher.to(self.trainer.strategy.root_device, torch.float32)
+        calibration = self.trainer.datamodule.calibration_batches(CALIBRATION_SAMPLES)
+        return student_from_teacher(self.teacher.backbone, self.settings.shape, calibration)
 
     @property
     def compares_hidden_states(self) -> bool:

@@ -57,6 +57,9 @@ BEFORE_ANY_IMPORT = [
     ("devices=64", "devices=64"),
     ("model.n_head=3", "does not divide model.n_embd=128"),
     ("model=auto", "init=scratch"),
+    ("init=teacher_layers", "task=pretrain has none"),
+    ("task=finetune init=teacher_layers", "task=finetune has none"),
+    ("task=distill init=teacher_layers model=auto", "init=teacher_layers has none"),
     ("precision=fp16 accelerator=cpu", "precision=bf16"),
     ("name=a=b", "without ="),
     ("name='a b'", "without spaces"),
@@ -188,6 +191,14 @@ def test_a_model_folder_that_cannot_be_used_is_refused(train_here: Train, tmp_pa
     refused(train_here(*distill, f"teacher={good}"), "Cannot read")
     weights.unlink()
     refused(train_here(*distill, f"teacher={good}"), "no weights")
+
+
+def test_a_student_that_cannot_be_cut_out_of_its_teacher_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+    keys = [*tiny, "task=distill", "init=teacher_layers", f"teacher={model_folder(tmp_path / 'teacher')}"]
+    refused(train_here(*keys, "model.n_layer=3"), "model.n_layer=2")
+    refused(train_here(*keys, "model.n_embd=48"), "model.n_embd=32")
+    refused(train_here(*keys, "model.n_positions=128"), "model.n_positions=64")
+    refused(train_here(*keys, "model.n_head=4"), "model.n_embd=32 model.n_head=2")
 
 
 def test_teacher_and_student_with_different_vocabularies_are_refused(

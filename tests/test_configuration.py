@@ -21,6 +21,7 @@ from launch import automatic, build, checks, config, noise, resolve, run_folders
 from launch.config import Config
 
 CONF = ROOT / "conf"
+OF_DISTILLATION = ("loss", "teacher_cache")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
@@ -87,8 +88,12 @@ def test_every_combination_composes_and_is_checked():
     for row in ROWS:
         if not fits(row):
             continue
-        # loss belongs to distillation; elsewhere naming it is a mistake, and the default stands
-        given = [f"{group}={value}" for group, value in row.items() if group != "loss" or row["task"] == "distill"]
+        # these belong to distillation; elsewhere naming them is a mistake, and the defaults stand
+        given = [
+            f"{group}={value}"
+            for group, value in row.items()
+            if group not in OF_DISTILLATION or row["task"] == "distill"
+        ]
         given += ["init=gpt2"] if row["model"] == "auto" else []
         given += ["path=."] if row["data"] in ("text", "bin") else []
         checks.check(composed(*given))
@@ -112,7 +117,11 @@ def test_every_combination_builds_its_objects(facts: DataFacts, tmp_path: Path):
     for number, row in enumerate(ROWS):
         if not fits(row) or row["precision"] == "fp16":
             continue
-        given = [f"{group}={value}" for group, value in row.items() if group != "loss" or row["task"] == "distill"]
+        given = [
+            f"{group}={value}"
+            for group, value in row.items()
+            if group not in OF_DISTILLATION or row["task"] == "distill"
+        ]
         given += ["init=gpt2"] if row["model"] == "auto" else []
         settings = composed(*given)
         settings.cache_dir, settings.logger = str(tmp_path), {}
