@@ -132,7 +132,7 @@ class SampleDataModule(lightning.LightningDataModule):
         """Up to `samples` training samples, evenly spaced over the split: the same on every rank, whatever the seed."""
         rows = np.unique(np.arange(samples, dtype=np.int64) * len(self.train_samples) // samples)
         for part in np.array_split(rows, -(-len(rows) // self.eval_batch_sequences)):
-            yield self.train_samples.batch(part, self.train_samples.count_targets(part))
+            yield self.train_samples.batch(part, int(self.train_samples.target_counts(part).sum()))
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """A few texts that suit these data, for the model to continue while it trains."""
