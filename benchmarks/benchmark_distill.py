@@ -1,0 +1,212 @@
+"""A distillation step through train.py beside TRL's GKDTrainer: speed and memory, and the same student's step alone.
+
+    python -m benchmarks.benchmark_distill --trl-python /path/to/environment/bin/python        (make bench TRL_PYTHON=…)
+
+Student 4 layers, width 256; teacher 8 layers, width 512; random weights and tokens; T = 256, 2,048 targets a step,
+AdamW, on the CPU. Every measurement is a fresh process, the sides take turns, and a figure is the median over rounds.
+docs/performance.md tells how to make TRL's environment; without one it is left out. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.profile_step import STEP_TIMES
+from benchmarks.shape import BATCH, CONTEXT
+from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.train_command import ROOT, bin_data, train
+from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.settings import ModelShape
+from launch.automatic import HEAD_COMPILE_STEPS, cpu_cores
+
+STEP_MEMORY = "+callbacks.step_memory._target_=benchmarks.step_memory.StepMemory"
+# Loss → arguments of train.py, and the beta by which GKDTrainer knows it
+LOSSES = {
+    "jsd": (["loss=jsd", "loss.beta=0.5"], 0.5),
+    "forward_kl": (["loss=forward_kl"], 0.0),
+    "reverse_kl": (["loss=reverse_kl"], 1.0),
+}
+DISTILLATION, CROSS_ENTROPY = "train.py, distillation", "train.py, cross-entropy alone"
+TRL_SIDES = {
+    f"GKDTrainer {precision}{', freed memory reused' if keep else ''}": (precision, keep)
+    for precision in ("fp32", "bf16")
+    for keep in (False, True)
+}
+HEADING = """| vocabulary | step | ms | ÷ cross-entropy alone | tokens/s | distillation's ÷ it \
+| memory above imports, GB | distillation's ÷ it | whole process, GB |
+|--:|---|--:|--:|--:|--:|--:|--:|--:|"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is trained and for how long."""
+
+    vocabularies: tuple[int, ...]
+    student: ModelShape
+    teacher: ModelShape
+    context: int
+    batch: int  # sequences
+    steps: int  # of train.py
+    trl_steps: int
+    rounds: int
+    threads: int
+
+    @property
+    def targets(self) -> int:
+        """Target tokens of a step."""
+        return self.batch * self.context
+
+
+FULL = Sizes(
+    vocabularies=(4_096, 50_257),
+    student=ModelShape(n_layer=4, n_head=4, n_embd=256),
+    teacher=ModelShape(n_layer=8, n_head=8, n_embd=512),
+    context=CONTEXT,
+    batch=BATCH,
+    steps=HEAD_COMPILE_STEPS,  # from this many on the LM head's work is compiled
+    trl_steps=8,  # at 50,257 entries one takes ten seconds
+    rounds=3,
+    threads=cpu_cores(),
+)
+TINY = Sizes((300,), ModelShape(1, 1, 16), ModelShape(1, 2, 32), 32, 2, steps=12, trl_steps=4, rounds=1, threads=1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step; memory in bytes."""
+
+    milliseconds: float
+    before_model: float  # resident when everything was imported
+    peak: float  # resident, at most
+
+    @property
+    def above(self) -> float:
+        return self.peak - self.before_model
+
+
+Results = dict[tuple[int, str], Measured]
+
+
+class Bench:
+    """The files that all sides of one vocabulary share, and the sides as functions."""
+
+    def __init__(self, folder: Path, sizes: Sizes, vocab_size: int, loss: str, trl_python: Path | None) -> None:
+        self.folder, self.sizes, self.trl_python = folder, sizes, trl_python
+        self.loss_arguments, self.beta = LOSSES[loss]
+        self.runs = 0
+        self.corpus, self.tokenizer, self.teacher = (folder / name for name in ("corpus", "tokenizer", "teacher"))
+        write_corpus(self.corpus, vocab_size, train_tokens=200_000)
+        write_tokenizer(self.tokenizer, vocab_size)
+        torch.manual_seed(1)
+        plain_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(self.teacher)
+
+    def sides(self) -> dict[str, Callable[[], Measured]]:
+        distill = ["task=distill", f"teacher={self.teacher}", "preflight=off", *self.loss_arguments]
+        found: dict[str, Callable[[], Measured]] = {
+            DISTILLATION: partial(self.ours, [*distill, "loss.hard_weight=0"]),
+            CROSS_ENTROPY: partial(self.ours, ["task=pretrain"]),
+        }
+        if self.trl_python is not None:
+            for name, (precision, keep) in TRL_SIDES.items():
+                found[name] = partial(self.trl, precision, keep)
+        return found
+
+    def ours(self, task: list[str]) -> Measured:
+        """A whole run of train.py in bf16, as users start it."""
+        sizes, student = self.sizes, self.sizes.student
+        arguments = [*task, *bin_data(self.corpus, self.tokenizer), "model=micro", f"model.n_layer={student.n_layer}"]
+        arguments += [f"model.n_head={student.n_head}", f"model.n_embd={student.n_embd}", "optimizer=adamw"]
+        arguments += [f"context={sizes.context}", f"batch_tokens={sizes.targets}", f"micro_batch={sizes.batch}"]
+        arguments += [f"{key}={sizes.steps}" for key in ("steps", "validate_every", "checkpoint_every", "sample_every")]
+        arguments += ["precision=bf16", "accelerator=cpu", "devices=1", f"threads={sizes.threads}", "logger=csv"]
+        arguments += [STEP_TIMES, STEP_MEMORY, "callbacks.checkpoint.verify_export=false"]
+        self.runs += 1
+        run_dir = self.folder / f"run-{self.runs}"
+        train(run_dir, arguments)
+        memory = json.loads((run_dir / "step_memory.json").read_text())
+        return Measured(json.loads((run_dir / "step_times.json").read_text())["step"], **memory)
+
+    def trl(self, precision: str, keep_freed_memory: bool) -> Measured:
+        """GKDTrainer in its own environment; the same teacher, corpus and number of target tokens."""
+        sizes, student = self.sizes, self.sizes.student
+        given = {"corpus": self.corpus, "tokenizer": self.tokenizer, "teacher": self.teacher, "precision": precision}
+        given |= {"layers": student.n_layer, "heads": student.n_head, "width": student.n_embd, "beta": self.beta}
+        given |= {"context": sizes.context, "batch": sizes.batch, "steps": sizes.trl_steps, "threads": sizes.threads}
+        command = [str(self.trl_python), "-m", "benchmarks.trl_gkd_step"]
+        command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        command += ["--keep-freed-memory"] if keep_freed_memory else []
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command)}\n{ended.stderr[-2000:]}")
+        found = json.loads(ended.stdout)
+        if found["targets"] != sizes.targets:
+            raise RuntimeError(f"GKDTrainer learns {found['targets']} target tokens a step, train.py {sizes.targets}.")
+        return Measured(found["milliseconds"], found["before_model"], found["peak"])
+
+
+def measure(sizes: Sizes, loss: str, trl_python: Path | None) -> Results:
+    """(vocabulary, side) → medians over the rounds."""
+    several: dict[tuple[int, str], list[Measured]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as scratch:
+        benches = {v: Bench(Path(scratch) / str(v), sizes, v, loss, trl_python) for v in sizes.vocabularies}
+        for _ in range(sizes.rounds):
+            for vocab_size, bench in benches.items():
+                for name, side in bench.sides().items():
+                    one = side()
+                    several[vocab_size, name].append(one)
+                    print(f"V={vocab_size} {name}: {one.milliseconds:.0f} ms, {one.peak / 1e9:.2f} GB", file=sys.stderr)
+    fields = ("milliseconds", "before_model", "peak")
+    return {
+        key: Measured(*(statistics.median(vars(one)[field] for one in ones) for field in fields))
+        for key, ones in several.items()
+    }
+
+
+def markdown(results: Results, targets: int) -> str:
+    """Ratios are of train.py's distillation to each side: how many times the tokens per second, how much memory."""
+    rows = [HEADING]
+    for (vocab_size, name), one in results.items():
+        ours, alone = results[vocab_size, DISTILLATION], results[vocab_size, CROSS_ENTROPY]
+        time = f"{one.milliseconds:,.0f} | {one.milliseconds / alone.milliseconds:.2f}"
+        speed = f"{targets / one.milliseconds * 1e3:,.0f} | {one.milliseconds / ours.milliseconds:.2f}"
+        memory = f"{one.above / 1e9:.2f} | {ours.above / one.above:.2f} | {one.peak / 1e9:.2f}"
+        rows.append(f"| {vocab_size:,} | {name} | {time} | {speed} | {memory} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trl-python", type=Path, help="Python of an environment with TRL (default: $TRL_PYTHON)")
+    parser.add_argument("--loss", choices=LOSSES, default="jsd", help="the divergence, without labels (default: jsd)")
+    parser.add_argument("--rounds", type=int, default=FULL.rounds)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=FULL.vocabularies)
+    parser.add_argument("--tiny", action="store_true", help="sizes of seconds: that it runs, not how fast")
+    options = parser.parse_args()
+    trl_python = options.trl_python or (Path(os.environ["TRL_PYTHON"]) if os.environ.get("TRL_PYTHON") else None)
+    if trl_python is not None and not trl_python.is_file():
+        parser.error(f"--trl-python {trl_python}: no such file")
+    full = replace(FULL, vocabularies=tuple(options.vocabularies), rounds=options.rounds)
+    sizes = TINY if options.tiny else full
+    transformers_logging.disable_progress_bar()
+    # Absolute, but not resolved: through its link a Python knows the environment that it belongs to.
+    results = measure(sizes, options.loss, trl_python.absolute() if trl_python else None)
+    print(markdown(results, sizes.targets))
+    if trl_python is None:
+        print("\nWithout --trl-python there is no comparison with TRL's GKDTrainer; docs/performance.md tells how.")
+
+
+if __name__ == "__main__":
+    main()

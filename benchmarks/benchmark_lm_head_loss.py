@@ -1,0 +1,165 @@
+"""The LM head alone, forward and backward: gpt2lab's loss beside dense PyTorch, eager and compiled, and other kernels.
+
+    python -m benchmarks.benchmark_lm_head_loss
+
+N = 4,096 positions, V = 50,257 entries, D = 384 and 768; cross-entropy, and forward KL to a teacher of the same width;
+fp32, and bf16 autocast with probabilities in fp32. A time is the median of rounds in which the sides take turns in one
+process that reuses freed memory on a CPU, as train.py does. Memory is the peak above the inputs in a fresh process for
+each side: the allocator's on a GPU; on a CPU what is resident, as PyTorch comes and with freed memory reused. Prints a
+Markdown table.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from benchmarks.lm_head_sides import EAGER, OURS, Head, HeadInputs, Side, make_inputs, sides
+from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from benchmarks.train_command import ROOT
+from gpt2lab.device import named_device, synchronize
+from gpt2lab.host_memory import keep_freed_memory
+from launch.automatic import cpu_cores, has_compiler
+
+LOSSES, PRECISIONS, WIDTHS = ("cross_entropy", "forward_kl"), ("fp32", "bf16"), (384, 768)
+ROWS, VOCABULARY, ROUNDS, WARM_UP = 4_096, 50_257, 5, 2
+SAME = {"fp32": 1e-3, "bf16": 3e-2}  # norm of a gradient's difference from dense PyTorch's ÷ the norm of the latter
+HEADING = f"""| loss | precision | D | side | ms | {OURS} ÷ it | memory, MB | {OURS} ÷ it | reused, MB | {OURS} ÷ it |
+|---|---|--:|---|--:|--:|--:|--:|--:|--:|"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    milliseconds: float
+    memory: int  # peak bytes above the inputs
+    memory_kept: int  # the same where freed memory is kept for reuse; on a GPU nothing differs
+
+
+def step(side: Side, head: Head, inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    """Mean loss forward and backward; the gradients of hidden states and head weight."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    with torch.autocast(inputs.hidden.device.type, dtype=torch.bfloat16, enabled=head.precision == "bf16"):
+        total = side(inputs)
+    (total / len(inputs.labels)).backward()
+    synchronize(inputs.hidden.device)
+    assert inputs.hidden.grad is not None
+    assert inputs.weight.grad is not None
+    return inputs.hidden.grad, inputs.weight.grad
+
+
+def times_here(head: Head, rounds: int, compiles: bool) -> dict[str, float]:
+    """Side → median milliseconds.
+
+    Raises:
+        RuntimeError: a side computes something else than dense PyTorch.
+    """
+    device = named_device("auto")
+    inputs, every = make_inputs(head, device), sides(head, device, compiles)
+    right = step(every[EAGER], head, inputs)
+    for name, side in every.items():
+        for gradient, expected in zip(step(side, head, inputs), right, strict=True):
+            difference = ((gradient - expected).norm() / expected.norm()).item()
+            if not difference < SAME[head.precision]:
+                raise RuntimeError(f"{name}, {head}: its gradient differs from dense PyTorch's by {difference:.1e}.")
+    seconds = defaultdict(list)
+    for number in range(WARM_UP + rounds):
+        for name, side in every.items():
+            started = time.perf_counter()
+            step(side, head, inputs)
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(several) * 1e3 for name, several in seconds.items()}
+
+
+def memory_here(head: Head, name: str, compiles: bool) -> int:
+    """Peak bytes above the inputs of one side.
+
+    It works on a few rows first, so that the libraries that a side loads when it first runs do not count.
+    """
+    device = named_device("auto")
+    side = sides(head, device, compiles)[name]
+    few = replace(head, rows=8, vocab_size=64)
+    step(side, few, make_inputs(few, device))
+    torch.compiler.reset()  # what comes now is compiled for its own sizes, not for any
+    inputs = make_inputs(head, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else forget_peak()
+    for _ in range(2):
+        step(side, head, inputs)
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()) - before
+
+
+def apart(*job: object) -> str:
+    """What `here` prints for this job in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.benchmark_lm_head_loss", "--here", json.dumps(job)]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def here(what: str, head: dict, rounds: int, compiles: bool, keep: bool, name: str) -> None:
+    torch.set_num_threads(cpu_cores())
+    if keep:
+        keep_freed_memory()
+    if what == "times":
+        print(json.dumps(times_here(Head(**head), rounds, compiles)))
+    else:
+        print(json.dumps(memory_here(Head(**head), name, compiles)))
+
+
+def measure(head: Head, rounds: int, compiles: bool, reuse: bool = True) -> dict[str, Measured]:
+    """Side → its time and memory. `reuse`: freed memory is reused while times are taken."""
+    sizes, found = asdict(head), {}
+    on_cpu = named_device("auto").type == "cpu"
+    for name, milliseconds in json.loads(apart("times", sizes, rounds, compiles, reuse and on_cpu, "")).items():
+        memory = int(apart("memory", sizes, rounds, compiles, False, name))
+        kept = int(apart("memory", sizes, rounds, compiles, True, name)) if on_cpu else memory
+        found[name] = Measured(milliseconds, memory, kept)
+        print(f"{head} {name}: {milliseconds:.0f} ms, {memory / 1e6:.0f} MB, {kept / 1e6:.0f} MB", file=sys.stderr)
+    return found
+
+
+def markdown_rows(head: Head, found: dict[str, Measured]) -> str:
+    """Ratios are lm_head_loss's to the side's: below 1 it is faster, or smaller."""
+    ours, rows = found[OURS], []
+    for name, one in found.items():
+        speed = f"{one.milliseconds:,.0f} | {ours.milliseconds / one.milliseconds:.2f}"
+        memory = f"{one.memory / 1e6:,.0f} | {ours.memory / max(one.memory, 1):.2f}"
+        kept = f"{one.memory_kept / 1e6:,.0f} | {ours.memory_kept / max(one.memory_kept, 1):.2f}"
+        what = f"{head.loss.replace('_', ' ')} | {head.precision} | {head.width} | {name}"
+        rows.append(f"| {what} | {speed} | {memory} | {kept} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--as-pytorch-comes", action="store_true", help="times without the reuse of freed memory")
+    parser.add_argument("--tiny", action="store_true", help="sizes of seconds, nothing compiled: that it runs")
+    parser.add_argument("--here", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        return here(*options.here)
+    heads = [Head(*kind, ROWS, VOCABULARY) for kind in product(options.losses, options.precisions, options.widths)]
+    if options.tiny:
+        heads = list(dict.fromkeys(replace(head, width=16, rows=32, vocab_size=64) for head in heads))
+    compiles = has_compiler() and not options.tiny
+    print(HEADING, flush=True)
+    for head in heads:
+        found = measure(head, options.rounds, compiles, reuse=not options.as_pytorch_comes)
+        print(markdown_rows(head, found), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

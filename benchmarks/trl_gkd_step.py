@@ -1,0 +1,127 @@
+"""Times the step of TRL's GKDTrainer, for comparison; run by the Python of an environment that has TRL.
+
+    /path/to/trl-environment/bin/python -m benchmarks.trl_gkd_step --corpus DIR --tokenizer DIR --teacher DIR …
+
+Prints one JSON object: {"milliseconds", "before_model", "peak", "targets", "trl"}. The student is a plain GPT-2 with
+random weights. A sequence has one prompt token, the fewest that the trainer takes, and `context` target tokens.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trl
+from datasets import Dataset
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from gpt2lab.host_memory import keep_freed_memory
+
+IGNORE_INDEX = -100
+
+
+def dataset(corpus: Path, context: int, sequences: int) -> Dataset:
+    """Rows of context + 1 tokens that are not tokenized again: one of the prompt, the rest to be learnt."""
+    tokens = np.fromfile(corpus / "train.bin", dtype=np.uint16, count=sequences * (context + 1))
+    rows = tokens.reshape(sequences, context + 1).astype(np.int64).tolist()
+    masks = [[0] + [1] * context] * sequences
+    return Dataset.from_dict({"input_ids": rows, "completion_mask": masks, "prompt": ["0"] * sequences})
+
+
+def settings(options: argparse.Namespace, folder: str) -> GKDConfig:
+    """Only the distillation step: no generation, evaluation, saving, logging, or recomputed activations."""
+    return GKDConfig(
+        output_dir=folder,
+        lmbda=0.0,
+        seq_kd=False,
+        beta=options.beta,
+        disable_dropout=True,
+        max_length=options.context + 1,
+        per_device_train_batch_size=options.batch,
+        max_steps=options.steps,
+        optim="adamw_torch_fused",
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        use_cpu=True,
+        bf16=options.precision == "bf16",
+        fp16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Median step after the first quarter, and resident bytes before there is a model and at their peak."""
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    rows = dataset(options.corpus, options.context, options.batch * options.steps)
+    before_model = forget_peak()
+    torch.manual_seed(0)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_layer": options.layers, "n_head": options.heads, "n_embd": options.width, "n_positions": 1024}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), use_cache=False, **sizes, **dropout, **ends)
+    student = GPT2LMHeadModel(config)
+    teacher_dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    teacher = GPT2LMHeadModel.from_pretrained(options.teacher, dtype=teacher_dtype)
+    ended: list[
+        float
+    ] = []  # as in step_times.py, a step reaches from the end of one optimizer step to that of the next
+    register_optimizer_step_post_hook(lambda *_unused: ended.append(time.perf_counter()))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=settings(options, folder),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        targets = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        trainer.train()
+    seconds = np.diff(ended)
+    return {
+        "milliseconds": statistics.median(seconds[len(seconds) // 4 :].tolist()) * 1e3,
+        "before_model": before_model,
+        "peak": peak_resident_bytes(),
+        "targets": targets,
+        "trl": trl.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("corpus", "tokenizer", "teacher"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("layers", "heads", "width", "context", "batch", "steps", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), required=True)
+    parser.add_argument("--beta", type=float, required=True, help="0 forward KL, 1 reverse KL, between them JSD")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as train.py does on a CPU")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.keep_freed_memory and not keep_freed_memory():
+        raise SystemExit("This C library has no mallopt.")
+    with contextlib.redirect_stdout(sys.stderr):  # the trainer prints a summary
+        found = measure(options)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmarks run, at sizes of seconds, and their tables put the right numbers into ratios."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, environment
+
+from benchmarks import benchmark_distill, benchmark_lm_head_loss
+from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
+from benchmarks.lm_head_sides import EAGER, OURS, Head
+from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+
+SMALL = {"width": 16, "rows": 64, "vocab_size": 300}
+
+
+def cells(table: str) -> list[list[str]]:
+    """Rows of a Markdown table without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "--:" not in line][
+        1:
+    ]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sides_of_the_head_benchmark_compute_the_same(loss: str, precision: str) -> None:
+    times = benchmark_lm_head_loss.times_here(Head(loss, precision, **SMALL), rounds=1, compiles=False)
+    assert {OURS, EAGER} <= times.keys()
+    assert ("F.linear_cross_entropy" in times) == (loss == "cross_entropy")
+    assert min(times.values()) > 0
+
+
+def test_a_side_that_computes_something_else_stops_the_head_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = benchmark_lm_head_loss.sides
+
+    def with_a_liar(head, device, compiles):
+        every = honest(head, device, compiles)
+        return {**every, "a half": lambda inputs: every[EAGER](inputs) / 2}
+
+    monkeypatch.setattr(benchmark_lm_head_loss, "sides", with_a_liar)
+    with pytest.raises(RuntimeError, match="a half"):
+        benchmark_lm_head_loss.times_here(Head("cross_entropy", "fp32", **SMALL), rounds=1, compiles=False)
+
+
+def test_the_head_benchmark_measures_memory_in_a_process_of_its_own() -> None:
+    """Dense cross-entropy at N = 2,048, V = 8,000 holds several tensors of its logits' size, in fp32 66 MB, at once."""
+    sizes = {"loss": "cross_entropy", "precision": "fp32", "width": 16, "rows": 2048, "vocab_size": 8000}
+    logits = 2048 * 8000 * 4
+    measured = int(benchmark_lm_head_loss.apart("memory", sizes, 1, False, False, EAGER))
+    assert 2 * logits < measured < 5 * logits
+
+
+def test_the_head_benchmark_states_ratios_of_ours_to_each_side() -> None:
+    found = {
+        OURS: benchmark_lm_head_loss.Measured(50.0, 20_000_000, 30_000_000),
+        EAGER: benchmark_lm_head_loss.Measured(100.0, 100_000_000, 120_000_000),
+    }
+    rows = benchmark_lm_head_loss.markdown_rows(Head("forward_kl", "bf16", **SMALL), found)
+    assert "| dense, eager | 100 | 0.50 | 100 | 0.20 | 120 | 0.25 |" in rows
+
+
+def test_a_forgotten_peak_counts_no_more() -> None:
+    large = torch.ones(2**25)  # 128 MiB
+    del large
+    before = forget_peak()
+    assert peak_resident_bytes() - before < 2**24
+
+
+def test_the_distillation_benchmark_states_ratios_of_ours_to_each_side() -> None:
+    results = {
+        (300, DISTILLATION): Measured(20.0, 1e9, 2e9),
+        (300, CROSS_ENTROPY): Measured(16.0, 1e9, 1.5e9),
+        (300, "GKDTrainer fp32"): Measured(100.0, 1e9, 5e9),
+    }
+    ours, alone, theirs = cells(benchmark_distill.markdown(results, targets=64))
+    assert ours == ["300", DISTILLATION, "20", "1.25", "3,200", "1.00", "1.00", "1.00", "2.00"]
+    assert alone == ["300", CROSS_ENTROPY, "16", "1.00", "4,000", "0.80", "0.50", "2.00", "1.50"]
+    assert theirs == ["300", "GKDTrainer fp32", "100", "6.25", "640", "5.00", "4.00", "0.25", "5.00"]
+
+
+def test_a_distillation_step_is_measured_through_train_py(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
+    bench = benchmark_distill.Bench(tmp_path, TINY, 300, "forward_kl", trl_python=None)
+    measured = bench.sides()[DISTILLATION]()
+    assert measured.milliseconds > 0
+    assert 1e8 < measured.before_model < measured.peak < 2e9
+
+
+@pytest.mark.slow
+def test_the_distillation_benchmark_runs_and_says_what_it_left_out(cache: Path) -> None:
+    """With $TRL_PYTHON set it runs GKDTrainer too."""
+    command = [sys.executable, "-m", "benchmarks.benchmark_distill", "--tiny", "--loss", "forward_kl"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    sides = [row[1] for row in cells(ended.stdout.split("\n\n")[0])]
+    assert CROSS_ENTROPY in sides
+    assert ("GKDTrainer bf16" in sides) == bool(os.environ.get("TRL_PYTHON"))
+    assert ("no comparison" in ended.stdout) == (not os.environ.get("TRL_PYTHON"))
