@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpt2lab import metric_names
 from gpt2lab.batch import Batch
+from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.settings import LossSettings, TrainingSettings
@@ -30,15 +31,24 @@ class Distill(LanguageModel):
         teacher: run directory, Hugging Face folder or Hub id.
         loss: temperature, whether T² is kept, weight of the labels.
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
+        baseline_loss: val/loss of the same student trained without a teacher, for distill/gap_closed; None: unknown.
     """
 
     teacher: OnlineTeacher  # loaded when fitting starts
 
-    def __init__(self, training: TrainingSettings, teacher: str, loss: LossSettings, preflight: str = "refuse") -> None:
+    def __init__(
+        self,
+        training: TrainingSettings,
+        teacher: str,
+        loss: LossSettings,
+        preflight: str = "refuse",
+        baseline_loss: float | None = None,
+    ) -> None:
         super().__init__(training)
         self.teacher_source = teacher
         self.loss_settings = loss
         self.preflight = preflight
+        self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
 
     def on_fit_start(self) -> None:
@@ -54,9 +64,23 @@ class Distill(LanguageModel):
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
-        result = self.loss(batch)
-        squared = self.loss_settings.temperature**2 if self.loss_settings.scale_t2 else 1.0
-        return {metric_names.VAL_LOSS: result.cross_entropy, metric_names.DISTILL_KL: result.divergence / squared}
+        signal, labels = self.teacher.signal(batch.input_ids), batch.labels.flatten()
+
+        def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            return distillation_sums(hidden.flatten(0, 1), weight, labels, signal, compiled=self.settings.compile_head)
+
+        return self.backbone(batch.input_ids, head)
+
+    def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
+        found = figures(sums, targets)
+        self.teacher_loss = found[metric_names.DISTILL_TEACHER_LOSS]
+        if self.baseline_loss is not None:
+            closed = gap_closed(self.baseline_loss, found[metric_names.VAL_LOSS], self.teacher_loss)
+            if closed is None:
+                log.warning("The baseline is no worse than the teacher, so there is no gap to close.")
+            else:
+                found[metric_names.DISTILL_GAP_CLOSED] = closed
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -67,7 +91,8 @@ class Distill(LanguageModel):
         self.teacher_loss = checkpoint["teacher_loss"]
 
     def facts_for_report(self) -> dict[str, Any]:
-        return {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}
+        facts: dict[str, Any] = {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}
+        return facts if self.baseline_loss is None else {**facts, "baseline": {"val_loss": self.baseline_loss}}
 
     # Preflight: is this teacher able to teach this student?
 
