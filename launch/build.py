@@ -124,6 +124,7 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "teacher": config.teacher,
         "loss": config.loss,
         "preflight": config.preflight,
+        "baseline_loss": config.record.baseline_loss,
     }
     return construct(node, "task", supplied)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from launch import run_folders
+from launch import baseline, run_folders
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
 from launch.limits import CHOICES, CHOICES_WHERE_THERE, COUNTS_OR_AUTO, GENERATED, RANGES, RANGES_WHERE_THERE
@@ -39,6 +39,7 @@ def check(config: Config) -> None:
     check_files(config)
     check_precision(config)
     check_task_and_data(config)
+    baseline.check_run(config)
 
 
 def check_own_record(config: Config) -> None:

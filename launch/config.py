@@ -44,6 +44,7 @@ class Record:
     command: str = ""
     teacher_hash: str = ""  # sha256 of the teacher's model.safetensors
     data_hash: str = ""  # content hash of the prepared data
+    baseline_loss: float | None = None  # val/loss of the baseline, read when the run started
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
     compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
     accumulate: int = 0  # micro-batches of one optimizer step on each rank
@@ -102,6 +103,8 @@ class Config:
     source: str
     target: str
     vocab_size: int
+
+    baseline: str | None = None  # with a default, so that runs from before there was the key can still be read
 
     record: Record = field(default_factory=Record)
 

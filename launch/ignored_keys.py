@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gpt2lab.errors import InputError
 from launch.config import Config
 
-DISTILL_ONLY = ("loss", "teacher", "preflight")
+DISTILL_ONLY = ("loss", "teacher", "preflight", "baseline")
 
 
 @dataclass(frozen=True)
