@@ -171,7 +171,8 @@ def _chunk_sums_of_logits(logits: Tensor, teacher_logits: Tensor, labels: Tensor
 
 @cache
 def _chunk_function(compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Sums]:
-    return torch.compile(_chunk_sums_of_logits) if compiled else _chunk_sums_of_logits
+    # dynamic: the number of targets differs from batch to batch, and each new one would be compiled anew
+    return torch.compile(_chunk_sums_of_logits, dynamic=True) if compiled else _chunk_sums_of_logits
 
 
 def _likeliest(scores: Tensor) -> Tensor:

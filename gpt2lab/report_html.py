@@ -31,6 +31,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px
 .train { stroke: var(--train); } .val { stroke: var(--val); } circle.val { fill: var(--val); }
 table { border-collapse: collapse; width: 100%; } td { border-top: 1px solid var(--line); padding: 6px 8px 6px 0;
   vertical-align: top; overflow-wrap: anywhere; } td:first-child { color: var(--soft); width: 180px; }
+.figures td:first-child { white-space: nowrap; }
 .figures td:nth-child(2) { text-align: right; padding-right: 20px; font-variant-numeric: tabular-nums; }
 pre { background: var(--panel); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.45 ui-monospace, monospace; margin: 6px 0 18px; max-height: 300px; overflow-y: auto; }
