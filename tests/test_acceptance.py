@@ -56,6 +56,15 @@ def test_drafts_drawn_from_another_distribution_would_be_noticed(models, monkeyp
     assert abs(deviation(models)) > 8
 
 
+def test_the_number_that_draws_does_not_also_decide() -> None:
+    """One number for both would keep exactly the first token of these two, 0.5 instead of 0.5 + 0.1."""
+    log_q, log_p = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    uniforms = torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(0))
+    sums = drawn_sums(log_q.expand(POSITIONS, 2), log_p.expand(POSITIONS, 2), uniforms)
+    error = sums[DRAW_VARIANCE].item() ** 0.5
+    assert abs(sums[ACCEPTED].item() - 0.6 * POSITIONS) < 4 * error < 0.02 * POSITIONS
+
+
 def test_drafts_are_drawn_as_often_as_the_student_says(monkeypatch) -> None:
     log_q = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().expand(20_000, 4)
     seen = []
