@@ -182,9 +182,7 @@ def show(arguments: Arguments, result: "Score", comparison: "Comparison | None")
     rows = [(role, score) for role, score in scores.items() if score is not None]
     console.print(score_tables.score_table(rows, "model", arguments.split))
     if comparison.is_cut:
-        console.print(
-            f"Only the first {comparison.entries:,} entries of the vocabulary count: all models have these.\n"
-        )
+        console.print(f"Only the first {comparison.entries:,} entries of the vocabulary count: the rest is padding.\n")
     console.print(score_tables.distillation_table(comparison.figures))
     if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
         console.print("The baseline is no worse than the teacher, so there is no gap to close.\n")

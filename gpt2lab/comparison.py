@@ -26,8 +26,8 @@ class Comparison:
         student, teacher, baseline: each model's own score.
         figures: the distill/… figures by metric name; distill/gap_closed where a baseline is worse than the teacher.
         speculation: acceptance as measured, and the speed-up it implies.
-        entries: how many of the vocabulary counted: as many as the shortest head has.
-        is_cut: whether another head has more.
+        entries: how many of the vocabulary counted: as many as the tokenizer has.
+        is_cut: whether a head has more, as padding to a round number.
     """
 
     student: Score
@@ -56,7 +56,7 @@ def compare(
 
     Args:
         student, teacher, baseline: moved to `device` and put in evaluation mode.
-        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; longer heads are cut to these entries.
         context: tokens at which the cost of a decoding step is counted.
         seed: of the drafts that are drawn.
         autocast: number format of the matrix products; None computes in the weights' own.
@@ -67,7 +67,7 @@ def compare(
     models = [model for model in (student, teacher, baseline) if model is not None]
     for model in models:
         model.to(device).eval()
-    entries = min(model.shape.vocab_size for model in models)
+    entries = min(len(token_bytes), *(model.shape.vocab_size for model in models))
     draws = torch.Generator().manual_seed(seed)
     sums: Sums = {}
     baseline_nats, tokens, size = 0.0, 0, 0

@@ -56,7 +56,8 @@ def score(
 
     Args:
         backbone: moved to `device` and put in evaluation mode.
-        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; a longer head is cut to these entries: the rest
+            is padding and means no token.
         autocast: number format of the matrix products; None computes in the weights' own.
 
     Raises:
@@ -66,14 +67,14 @@ def score(
     nats, tokens, size = 0.0, 0, 0
     for batch in batches:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            nats += nats_of(backbone, batch, device)
+            nats += nats_of(backbone, batch, device, len(token_bytes))
         targets = targets_of(batch)
         tokens += len(targets)
         size += int(token_bytes[targets].sum())
     return score_of_sum(nats, tokens, size)
 
 
-def nats_of(backbone: Backbone, batch: Batch, device: torch.device, entries: int | None = None) -> float:
+def nats_of(backbone: Backbone, batch: Batch, device: torch.device, entries: int) -> float:
     """Cross-entropy of the batch's targets, summed; of a longer head only the first `entries` count."""
     labels = batch.labels.flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1).to(device)  # others are prompt or padding and need no logits

@@ -67,7 +67,14 @@ class Distill(LanguageModel):
         signal, labels = self.teacher.signal(batch.input_ids), batch.labels.flatten()
 
         def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            return distillation_sums(hidden.flatten(0, 1), weight, labels, signal, compiled=self.settings.compile_head)
+            return distillation_sums(
+                hidden.flatten(0, 1),
+                weight,
+                labels,
+                signal,
+                vocab_size=len(self.tokenizer),
+                compiled=self.settings.compile_head,
+            )
 
         return self.backbone(batch.input_ids, head)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.model_folder import read_shape
 from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
-from launch import answer
+from launch import answer, config
 
 STEPS = ["steps=12", "validate_every=6", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2"]
 # Metrics go through fp32 and seven digits; chunks and batches differ.
@@ -129,23 +130,35 @@ def test_the_seed_decides_which_drafts_are_drawn(evaluate_here: Evaluate, tmp_pa
     assert measured[0] == measured[1] != measured[2]
 
 
-def test_a_padded_teacher_is_cut_to_the_entries_that_both_have(evaluate_here: Evaluate, tmp_path: Path) -> None:
-    teacher = load_backbone("runs/pretrain/teacher").lm
-    padded = Backbone(ModelShape(2, 2, 64, 64, teacher.config.vocab_size + 20))
-    weights = teacher.state_dict()
+def padded(run: str, entries: int, folder: Path) -> Path:
+    """The run's model with so many more vocabulary entries, whose logits of 0 would take a real share."""
+    original = load_backbone(run)
+    shape = replace(original.shape, vocab_size=original.shape.vocab_size + entries)
+    longer, weights = Backbone(shape), original.lm.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = torch.cat([weights[name], torch.zeros(20, 64)])
-    padded.lm.load_state_dict(weights)
-    tokenizer = load_tokenizer("runs/pretrain/teacher")
-    write_hf_folder(plain_hf(padded), tokenizer, tmp_path / "padded", {"title": "padded"})
+        weights[name] = torch.cat([weights[name], torch.zeros(entries, shape.n_embd)])
+    longer.lm.load_state_dict(weights)
+    write_hf_folder(plain_hf(longer), load_tokenizer(run), folder, {"title": "padded"})
+    return folder
+
+
+def test_padding_of_a_vocabulary_changes_no_figure(evaluate_here: Evaluate, tmp_path: Path) -> None:
+    student = padded("runs/distill/student", 13, tmp_path / "student")
+    teacher = padded("runs/pretrain/teacher", 20, tmp_path / "teacher")
+    data = ["data=text", f"path={config.load(Path('runs/distill/student/config.yaml')).path}", "context=32"]
     scores = []
-    for number, folder in enumerate(("runs/pretrain/teacher", tmp_path / "padded")):
-        done = evaluate_here(MODELS[0], f"teacher={folder}", f"json={tmp_path / str(number)}")
+    for number, models in enumerate((MODELS[:2], [f"checkpoint={student}", f"teacher={teacher}"])):
+        words = [*models, *data, "val_path=own_validation.py", f"json={tmp_path / str(number)}"]
+        Path("own_validation.py").write_text(Path(json.decoder.__file__).read_text())
+        done = evaluate_here(*words)
         assert done.code == 0, done.stderr
         scores.append(json.loads((tmp_path / str(number)).read_text()))
-    assert f"Only the first {teacher.config.vocab_size} entries" in done.stdout
+    assert "Only the first 300 entries" in done.stdout
     for name in (*metric_names.DISTILLATION, "loss"):
-        assert scores[1].get(name) == pytest.approx(scores[0].get(name)), name
+        assert scores[1].get(name) == pytest.approx(scores[0].get(name), abs=1e-6), name
+    assert evaluate_here(f"checkpoint={student}", *words[2:]).code == 0
+    alone = json.loads((tmp_path / "1").read_text())
+    assert alone["loss"] == pytest.approx(scores[0]["loss"], abs=1e-6)
 
 
 def test_models_that_cannot_be_compared_are_refused(evaluate_here: Evaluate, tmp_path: Path) -> None:
