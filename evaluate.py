@@ -1,25 +1,30 @@
-"""Scores any checkpoint on any data: loss in nats per token, perplexity, bits per byte.
+"""Scores any checkpoint on any data: loss, perplexity, bits per byte, and how near a student is to its teacher.
 
     python evaluate.py checkpoint=runs/pretrain/nano-…
     python evaluate.py checkpoint=gpt2 data=text path=~/notes context=1024 json=scores.json
+    python evaluate.py checkpoint=runs/distill/nano-… teacher=runs/pretrain/micro-… baseline=runs/pretrain/nano-…
 
 Arguments are key=value and taken verbatim. A run directory brings its own data, context and tokenizer; for pairs the
-loss is over the responses.
+loss is over the responses. With teacher= the two distributions are compared at every target: divergences, agreement,
+calibration, and what the student is worth as a draft model in speculative decoding.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.metric_names import DISTILL_GAP_CLOSED
 from gpt2lab.settings import TokenizerChoice
+from launch import compared_models, score_tables
 from launch.answer import exit_code
 from launch.key_values import argument, check_output_file, describe, parse
 from launch.spelling import nearest
 
 if TYPE_CHECKING:
+    from gpt2lab.comparison import Comparison
     from gpt2lab.evaluation import Score
     from launch.config import Config
 
@@ -27,6 +32,10 @@ if TYPE_CHECKING:
 @dataclass
 class Arguments:
     checkpoint: str = argument("a run directory, a Hugging Face folder or a Hub id")
+    teacher: str = argument("compare with this model: a run directory, a Hugging Face folder or a Hub id", "")
+    baseline: str = argument(
+        "the student trained without the teacher: likewise; tells how much of the gap is closed", ""
+    )
     data: str = argument("a value of conf/data; default: the run's own, else stdlib", "")
     path: str = argument("file, folder or glob, for data=text, bin and pairs", "")
     val_path: str = argument("validation data of their own", "")
@@ -38,7 +47,8 @@ class Arguments:
     precision: str = argument("number format of the matrix products", "fp32", choices=("fp32", "bf16"))
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
     cache_dir: str = argument("where prepared data lie; default: $GPT2LAB_CACHE, else ~/.cache/gpt2lab", "")
-    json: str = argument("also write loss, perplexity, bits_per_byte and tokens to this file", "")
+    seed: int = argument("of the drafts drawn to measure acceptance", 1337, at_least=0, at_most=2**63 - 1)
+    json: str = argument("also write loss, perplexity, bits_per_byte, tokens and the comparison to this file", "")
 
 
 def data_settings(arguments: Arguments, folder: Path, positions: int) -> "Config":
@@ -94,17 +104,15 @@ def composed(data: str) -> "Config":
     return config.typed(tree, hydra_node, command="")
 
 
-def evaluate(arguments: Arguments) -> "Score":
-    """Score the checkpoint as the arguments say.
+def evaluate(arguments: Arguments) -> "tuple[Score, Comparison | None]":
+    """Score the checkpoint as the arguments say, and compare it with a teacher where there is one.
 
     Raises:
-        InputError: no such checkpoint, data, column or device, or a tokenizer of another vocabulary.
+        InputError: no such checkpoint, data, column or device, or models of different tokenizers.
     """
-    from gpt2lab.model_folder import folder_of, read_shape
-
-    folder = folder_of(arguments.checkpoint, "checkpoint")
-    shape = read_shape(folder)
-    settings = data_settings(arguments, folder, shape["n_positions"])
+    models = compared_models.named_models({key: vars(arguments)[key] for key in ("checkpoint", "teacher", "baseline")})
+    settings = data_settings(arguments, models[0].folder, models[0].positions)
+    compared_models.check_context(models, settings.context)
     from launch.noise import settle_noise  # what follows takes seconds to import; mistakes are told before
 
     settle_noise()
@@ -112,6 +120,7 @@ def evaluate(arguments: Arguments) -> "Score":
     from transformers import logging
 
     from gpt2lab.backbone import load_backbone
+    from gpt2lab.comparison import compare
     from gpt2lab.device import named_device
     from gpt2lab.evaluation import bytes_of_tokens, score
     from gpt2lab.host_memory import keep_freed_memory
@@ -125,18 +134,25 @@ def evaluate(arguments: Arguments) -> "Score":
     settings.accelerator = "cpu" if device.type == "cpu" else "gpu"
     data = data_module(settings)
     facts = data.prepare()
-    if facts.vocab_size > shape["vocab_size"]:
-        raise InputError(
-            f"tokenizer={facts.tokenizer_folder} has {facts.vocab_size} entries, "
-            f"the model {shape['vocab_size']}.\nLeave out tokenizer=, which takes the checkpoint's own."
-        )
-    return score(
-        load_backbone(str(folder)),
-        batches_of(data, arguments.split),
-        bytes_of_tokens(load_tokenizer(facts.tokenizer_folder)),
+    compared_models.check_vocabularies(models, facts)
+    token_bytes = bytes_of_tokens(load_tokenizer(facts.tokenizer_folder))
+    autocast = torch.bfloat16 if arguments.precision == "bf16" else None
+    student, *others = (load_backbone(str(model.folder)) for model in models)
+    batches = batches_of(data, arguments.split)
+    if not others:
+        return score(student, batches, token_bytes, device=device, autocast=autocast), None
+    comparison = compare(
+        student,
+        others[0],
+        batches,
+        token_bytes,
+        baseline=others[1] if len(others) > 1 else None,
         device=device,
-        autocast=torch.bfloat16 if arguments.precision == "bf16" else None,
+        context=settings.context,
+        seed=arguments.seed,
+        autocast=autocast,
     )
+    return comparison.student, comparison
 
 
 def batches_of(data: Any, split: str) -> Iterator[Any]:
@@ -152,30 +168,37 @@ def batches_of(data: Any, split: str) -> Iterator[Any]:
                 bar.update()
 
 
-def show(arguments: Arguments, result: "Score") -> None:
+def show(arguments: Arguments, result: "Score", comparison: "Comparison | None") -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
-    table.add_column("checkpoint", overflow="fold")
-    table.add_column("split")
-    row = [arguments.checkpoint, arguments.split]
-    for name, value in asdict(result).items():
-        table.add_column(name.replace("_", " "), justify="right")
-        row.append(f"{value:,}" if name == "tokens" else f"{value:.4f}")
-    table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if comparison is None:
+        console.print(score_tables.score_table([(arguments.checkpoint, result)], "checkpoint", arguments.split))
+        return
+    sources = {"student": arguments.checkpoint, "teacher": arguments.teacher, "baseline": arguments.baseline}
+    scores = {"student": result, "teacher": comparison.teacher, "baseline": comparison.baseline}
+    for role in (role for role, score in scores.items() if score is not None):
+        console.print(f"{role:<9} {sources[role]}", highlight=False, markup=False, soft_wrap=True)
+    rows = [(role, score) for role, score in scores.items() if score is not None]
+    console.print(score_tables.score_table(rows, "model", arguments.split))
+    if comparison.is_cut:
+        console.print(f"Only the first {comparison.entries:,} entries of the vocabulary count: the rest is padding.\n")
+    console.print(score_tables.distillation_table(comparison.figures))
+    if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
+        console.print("The baseline is no worse than the teacher, so there is no gap to close.\n")
+    console.print(score_tables.speculation_table(comparison.speculation))
 
 
 def main() -> None:
     arguments = parse(sys.argv[1:], Arguments)
     check_output_file(arguments.json)
-    result = evaluate(arguments)
-    show(arguments, result)
+    result, comparison = evaluate(arguments)
+    show(arguments, result, comparison)
     if arguments.json:
         from gpt2lab.atomic_files import write_json
 
-        write_json(Path(arguments.json), asdict(result))
+        sources = {"teacher": arguments.teacher, "baseline": arguments.baseline}
+        write_json(Path(arguments.json), score_tables.as_json(result, comparison, sources))
 
 
 if __name__ == "__main__":

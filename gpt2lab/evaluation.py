@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
+from gpt2lab.lm_head_loss import lm_head_loss
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def score(
 
     Args:
         backbone: moved to `device` and put in evaluation mode.
-        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; a longer head is cut to these entries: the rest
+            is padding and means no token.
         autocast: number format of the matrix products; None computes in the weights' own.
 
     Raises:
@@ -65,19 +66,37 @@ def score(
     backbone.to(device).eval()
     nats, tokens, size = 0.0, 0, 0
     for batch in batches:
-        labels = batch.labels.flatten()
-        kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # rows that are prompt or padding need no logits
-        kept_labels = labels[kept]
-        rows, row_labels = kept.to(device), kept_labels.to(device)
-
-        def head(hidden: Tensor, weight: Tensor, rows: Tensor = rows, labels: Tensor = row_labels) -> LMHeadLoss:
-            return lm_head_loss(hidden.flatten(0, 1)[rows], weight, labels)
-
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            result = backbone(batch.input_ids.to(device), head)
-        nats += result.cross_entropy.item()
-        tokens += len(kept_labels)
-        size += int(token_bytes[kept_labels].sum())
+            nats += nats_of(backbone, batch, device, len(token_bytes))
+        targets = targets_of(batch)
+        tokens += len(targets)
+        size += int(token_bytes[targets].sum())
+    return score_of_sum(nats, tokens, size)
+
+
+def nats_of(backbone: Backbone, batch: Batch, device: torch.device, entries: int) -> float:
+    """Cross-entropy of the batch's targets, summed; of a longer head only the first `entries` count."""
+    labels = batch.labels.flatten()
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1).to(device)  # others are prompt or padding and need no logits
+    kept_labels = targets_of(batch).to(device)
+
+    def head(hidden: Tensor, weight: Tensor) -> float:
+        return lm_head_loss(hidden.flatten(0, 1)[rows], weight[:entries], kept_labels).cross_entropy.item()
+
+    return backbone(batch.input_ids.to(device), head)
+
+
+def targets_of(batch: Batch) -> Tensor:
+    """(n,) the labels that count."""
+    return batch.labels[batch.labels != IGNORE_INDEX]
+
+
+def score_of_sum(nats: float, tokens: int, size: int) -> Score:
+    """The score of `tokens` targets that spell `size` bytes, from their summed cross-entropy.
+
+    Raises:
+        ValueError: no target.
+    """
     if not tokens:
         raise ValueError("The batches hold no target token.")
     loss = nats / tokens

@@ -31,6 +31,8 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px
 .train { stroke: var(--train); } .val { stroke: var(--val); } circle.val { fill: var(--val); }
 table { border-collapse: collapse; width: 100%; } td { border-top: 1px solid var(--line); padding: 6px 8px 6px 0;
   vertical-align: top; overflow-wrap: anywhere; } td:first-child { color: var(--soft); width: 180px; }
+.figures td:first-child { white-space: nowrap; }
+.figures td:nth-child(2) { text-align: right; padding-right: 20px; font-variant-numeric: tabular-nums; }
 pre { background: var(--panel); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.45 ui-monospace, monospace; margin: 6px 0 18px; max-height: 300px; overflow-y: auto; }
 pre b { color: var(--val); font-weight: 600; }
@@ -54,7 +56,7 @@ def render(title: str, report: dict[str, Any], rows: list[dict[str, str]], sampl
 <h1>{escape(title)}</h1><p class="status">{escape(status)}</p>{error}
 <div class="tiles">{"".join(_tiles(report))}</div>
 <h2>Loss</h2>{loss_curve(series(rows, metric_names.TRAIN_LOSS), series(rows, metric_names.VAL_LOSS))}
-<h2>Samples</h2>{_samples(samples)}
+{_distillation(report.get("metrics") or {})}<h2>Samples</h2>{_samples(samples)}
 <h2>Facts</h2><table>{"".join(_facts(report))}</table>
 </body></html>
 """
@@ -128,10 +130,20 @@ def _tiles(report: dict[str, Any]) -> list[str]:
 
 
 def _task_metrics(report: dict[str, Any]) -> list[str]:
-    """Metrics that only some tasks have."""
+    """Metrics on generated text, which only fine-tuning has."""
     common = {metric_names.VAL_LOSS, metric_names.VAL_PERPLEXITY, metric_names.VAL_BITS_PER_BYTE}
     names = report.get("metrics", {})
-    return [name for name in names if name.startswith(("val/", "distill/")) and name not in common]
+    return [name for name in names if name.startswith("val/") and name not in common]
+
+
+def _distillation(metrics: dict[str, Any]) -> str:
+    """The student beside its teacher, each figure with what it says; nothing for a run without a teacher."""
+    rows = [
+        f"<tr><td>{escape(label)}</td><td>{metrics[name]:.4f}</td><td>{escape(says)}</td></tr>"
+        for name, (label, says) in metric_names.DISTILLATION.items()
+        if name in metrics
+    ]
+    return f'<h2>The student against its teacher</h2><table class="figures">{"".join(rows)}</table>\n' if rows else ""
 
 
 def _samples(samples: list[Sample]) -> str:

@@ -18,7 +18,19 @@ from launch import run_folders
 from launch.spelling import nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-FREE_TEXT = ("path", "val_path", "init", "teacher", "resume", "run_dir", "name", "cache_dir", "source", "target")
+FREE_TEXT = (
+    "path",
+    "val_path",
+    "init",
+    "teacher",
+    "baseline",
+    "resume",
+    "run_dir",
+    "name",
+    "cache_dir",
+    "source",
+    "target",
+)
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--version", "--resolve", "--multirun", "-m")

@@ -131,6 +131,7 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "preflight": "off" if config.resume else config.preflight,
         "cache": config.record.teacher_cache,
         "cached": config.teacher_cache,
+        "baseline_loss": config.record.baseline_loss,
     }
     return construct(node, "task", supplied)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.student_shape import TEACHER_LAYERS
-from launch import run_folders
+from launch import baseline, run_folders
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
 from launch.limits import CHOICES, CHOICES_WHERE_THERE, COUNTS_OR_AUTO, GENERATED, RANGES, RANGES_WHERE_THERE
@@ -42,6 +42,7 @@ def check(config: Config) -> None:
     check_precision(config)
     check_task_and_data(config)
     check_teacher_cache(config)
+    baseline.check_run(config)
 
 
 def check_own_record(config: Config) -> None:

@@ -47,6 +47,7 @@ class Record:
     teacher_cache: str = ""  # folder with what the teacher says of the data, where it is not asked at every step
     kept: dict[str, Any] = field(default_factory=dict)  # init=teacher_layers: what the student has of its teacher
     data_hash: str = ""  # content hash of the prepared data
+    baseline_loss: float | None = None  # val/loss of the baseline, read when the run started
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
     compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
     accumulate: int = 0  # micro-batches of one optimizer step on each rank
@@ -108,6 +109,8 @@ class Config:
     source: str
     target: str
     vocab_size: int
+
+    baseline: str | None = None  # with a default, so that runs from before there was the key can still be read
 
     record: Record = field(default_factory=Record)
 

@@ -8,7 +8,7 @@ from gpt2lab.errors import InputError
 from launch.config import Config
 
 SKEW = ("skew_kl", "skew_reverse_kl")
-DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "preflight")
+DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "preflight", "baseline")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from launch import answer, checks, children, config, noise, resolve, resume, run_folders, space
+from launch import answer, baseline, checks, children, config, noise, resolve, resume, run_folders, space
 from launch.config import Config
 
 ERROR_FILE = "error.txt"
@@ -40,6 +40,8 @@ def run_job(asked: Config) -> dict[str, Any]:
     data = build.data_module(settings)
     facts = data.prepare()
     resume.check_data(settings, facts.hash)
+    if taken_up is None:
+        settings.record.baseline_loss = baseline.loss_of_baseline(settings, facts)
     vocab_size = resolve.vocabulary(settings, facts.vocab_size)
     if settings.record.compile_head is None:
         settings.record.compile_head = automatic.compiling_the_head_pays(settings)

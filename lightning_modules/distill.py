@@ -10,6 +10,7 @@ from torch import Tensor
 from gpt2lab import metric_names
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
 from gpt2lab.errors import InputError
 from gpt2lab.hidden_states import cosine_distance, squared_distance
 from gpt2lab.lm_head_loss import LMHeadLoss
@@ -39,6 +40,7 @@ class Distill(LanguageModel):
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
         cache: folder with what the teacher says of these data; empty: it is loaded and asked.
         cached: what is kept there.
+        baseline_loss: val/loss of the same student trained without a teacher, for distill/gap_closed; None: unknown.
     """
 
     teacher: OnlineTeacher  # loaded with the student's model, unless what it says is cached
@@ -51,6 +53,7 @@ class Distill(LanguageModel):
         preflight: str = "refuse",
         cache: str = "",
         cached: TeacherCacheSettings | None = None,
+        baseline_loss: float | None = None,
     ) -> None:
         super().__init__(training)
         self.teacher_source = teacher
@@ -59,6 +62,7 @@ class Distill(LanguageModel):
         entries = len(self.tokenizer)
         self.cache = cache_sides(Path(cache), cached, entries) if cache and cached else {}
         self.mixing = AdaptiveMixing(loss, training.steps)
+        self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
 
     def on_fit_start(self) -> None:
@@ -131,9 +135,44 @@ class Distill(LanguageModel):
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
-        result = self.loss(batch)
-        squared = self.loss_settings.temperature**2 if self.loss_settings.scale_t2 else 1.0
-        return {metric_names.VAL_LOSS: result.cross_entropy, metric_names.DISTILL_KL: result.divergence / squared}
+        if self.cache:
+            return self._sums_from_cache(batch)
+        signal, labels = self.teacher.signal(batch.input_ids), batch.labels.flatten()
+
+        def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            return distillation_sums(
+                hidden.flatten(0, 1),
+                weight,
+                labels,
+                signal,
+                vocab_size=len(self.tokenizer),
+                compiled=self.settings.compile_head,
+            )
+
+        return self.backbone(batch.input_ids, head)
+
+    def _sums_from_cache(self, batch: Batch) -> dict[str, Tensor]:
+        """What stored entries tell: both losses, and a KL over them and their tail, which the whole one exceeds."""
+        settings = self.loss_settings
+        plain = LossSettings("forward_kl", temperature=settings.temperature, scale_t2=False, hard_weight=0.0)
+        result = self.head_loss(batch, Teaching(self.signal(batch, "val"), plain))
+        nats = self.cache["val"].nats(batch.indices.cpu().numpy())
+        return {
+            metric_names.VAL_LOSS: result.cross_entropy,
+            metric_names.DISTILL_TEACHER_LOSS: torch.tensor(nats),
+            metric_names.DISTILL_KL: result.divergence,
+        }
+
+    def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
+        found = super().validation_figures(sums, targets) if self.cache else figures(sums, targets)
+        self.teacher_loss = found[metric_names.DISTILL_TEACHER_LOSS]
+        if self.baseline_loss is not None:
+            closed = gap_closed(self.baseline_loss, found[metric_names.VAL_LOSS], self.teacher_loss)
+            if closed is None:
+                log.warning("The baseline is no worse than the teacher, so there is no gap to close.")
+            else:
+                found[metric_names.DISTILL_GAP_CLOSED] = closed
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -146,7 +185,8 @@ class Distill(LanguageModel):
         self.mixing.load(checkpoint["taid"])
 
     def facts_for_report(self) -> dict[str, Any]:
-        return {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}
+        facts: dict[str, Any] = {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}
+        return facts if self.baseline_loss is None else {**facts, "baseline": {"val_loss": self.baseline_loss}}
 
     def _check_teacher(self) -> None:
         """Refuse or warn, as `preflight` says, before anything is trained."""

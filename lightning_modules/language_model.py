@@ -94,11 +94,15 @@ class LanguageModel(lightning.LightningModule):
         return {metric_names.TRAIN_LOSS: cross_entropy}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch's targets by metric name; each is divided by the targets of the whole split."""
+        """Sums over the batch's targets, of any shape; they are added over the whole split and over ranks."""
         return {metric_names.VAL_LOSS: self.head_loss(batch).cross_entropy}
 
     def after_step(self) -> None:
         """What a task keeps track of, once the weights have changed; `step_objective` is that step's."""
+
+    def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
+        """Figures by metric name, val/loss among them, from the sums over the whole split's targets."""
+        return {name: value.item() / targets for name, value in sums.items()}
 
     def facts_for_report(self) -> dict[str, Any]:
         """What the report says beyond the common fields."""
@@ -251,14 +255,14 @@ class LanguageModel(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.over_ranks(value) for name, value in self._validation_sums.items()}
-        targets = sums.pop("targets")
-        means = {name: (value / targets).item() for name, value in sums.items()}
-        loss = means[metric_names.VAL_LOSS]
-        means[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))
+        targets = sums.pop("targets").item()
+        figures = self.validation_figures(sums, targets)
+        loss = figures[metric_names.VAL_LOSS]
+        figures[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))
         if self.settings.val_bytes:  # unknown for tokens whose tokenizer is not at hand
             bits = loss * self.settings.val_tokens / math.log(2)
-            means[metric_names.VAL_BITS_PER_BYTE] = bits / self.settings.val_bytes
-        self.log_dict({"step": float(self.trainer.global_step), **means, **self.generated_metrics()})
+            figures[metric_names.VAL_BITS_PER_BYTE] = bits / self.settings.val_bytes
+        self.log_dict({"step": float(self.trainer.global_step), **figures, **self.generated_metrics()})
         if self.average is not None:
             self.average.swap()
 

@@ -1,0 +1,198 @@
+"""Distillation metrics: how far a student's predictions are from its teacher's, as sums over target positions.
+
+Shapes: N positions, C positions of one chunk, D and Dt hidden widths, V vocabulary.
+
+With q the student's and p the teacher's probabilities at temperature 1, each position gives:
+    losses              −log q_y and −log p_y at the label y
+    KL, reverse KL      Σ p (log p − log q) and Σ q (log q − log p)
+    TVD                 ½ Σ |p − q|; 1 − TVD is how often speculative decoding accepts a student's draft
+    top-1, top-5        whether both hold the same entry likeliest; the share of the teacher's five likeliest that are
+                        among the student's five
+    entropies           −Σ q log q and −Σ p log p
+    calibration         by confidence in the likeliest entry, in 15 bins: how far being right lies above confidence
+
+Sums add over chunks, batches and ranks; `figures` divides them once by the number of targets. Logits (C, V) live only
+while their chunk is worked on, so no (N, V) tensor exists for student or teacher.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gpt2lab import metric_names as names
+from gpt2lab.acceptance import drawn_sums
+from gpt2lab.batch import IGNORE_INDEX
+from gpt2lab.lm_head_loss import DenseTeacher
+
+LOGITS_OF_A_CHUNK = 2**25  # of one model; they take 64 MiB in bf16
+LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several more such matrices live at a time, in fp32
+LIKELIEST = 5
+CALIBRATION_BINS = 15
+# An entry ruled out by a logit of −inf: 0 · log 0 must be 0, and a KL that would be infinite stays a number.
+SMALLEST_LOG = -1e4
+
+STUDENT_CALIBRATION, TEACHER_CALIBRATION = "calibration_student", "calibration_teacher"  # names of (15,) sums
+
+MEANS = (
+    names.VAL_LOSS,
+    names.DISTILL_TEACHER_LOSS,
+    names.DISTILL_KL,
+    names.DISTILL_REVERSE_KL,
+    names.DISTILL_TVD,
+    names.DISTILL_TOP1_AGREEMENT,
+    names.DISTILL_TOP5_AGREEMENT,
+    names.DISTILL_ENTROPY_STUDENT,
+    names.DISTILL_ENTROPY_TEACHER,
+)
+
+Sums = dict[str, Tensor]
+Likeliest = tuple[Tensor, Tensor]
+
+
+def distillation_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: DenseTeacher,
+    *,
+    vocab_size: int | None = None,
+    uniforms: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_rows: int | None = None,
+    compiled: bool = False,
+) -> Sums:
+    """Sums over the positions that have a target, by metric name; the result does not depend on `chunk_rows`.
+
+    Under autocast the matrix products run in its dtype; all else is computed in fp32.
+
+    Args:
+        hidden: (N, D) student hidden states after the final layer norm.
+        weight: (V, D) student head. Heads of different length are cut to the shorter, or to `vocab_size` where that is
+            less still: an entry that one of them lacks is padding, and has no probability in either.
+        labels: (N,) int64 below the number of entries that count, or `ignore_index`.
+        uniforms: (N, 2) numbers in [0, 1) that decide which drafts are drawn and accepted (gpt2lab.acceptance).
+        chunk_rows: C; by default as many as hold 2^25 logits (2^23 uncompiled), in chunks of one size.
+        compiled: run the work on a chunk's logits through torch.compile, which takes seconds once and then halves its
+            time.
+
+    Raises:
+        ValueError: hidden states, labels and teacher differ in their number of positions.
+    """
+    if not hidden.shape[0] == labels.shape[0] == teacher.hidden.shape[0]:
+        raise ValueError(
+            f"hidden has {hidden.shape[0]} rows, labels {labels.shape[0]}, the teacher {teacher.hidden.shape[0]}; "
+            "they must be equal."
+        )
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    hidden, teacher_hidden, labels = hidden[kept], teacher.hidden[kept], labels[kept]
+    uniforms = uniforms[kept] if uniforms is not None else None
+    entries = min(weight.shape[0], teacher.weight.shape[0], vocab_size or weight.shape[0])
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    work, total = _chunk_function(compiled), Sums()
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        head, teacher_head = weight[:entries].to(dtype), teacher.weight[:entries].to(dtype)  # (V, D), (V, Dt)
+        rows_of_a_chunk = chunk_rows or _even_chunks(len(kept), entries, compiled)
+        for start in range(0, max(len(kept), 1), rows_of_a_chunk):  # without any row one empty chunk gives the zeros
+            rows = slice(start, start + rows_of_a_chunk)
+            logits, teacher_logits = hidden[rows].to(dtype) @ head.T, teacher_hidden[rows].to(dtype) @ teacher_head.T
+            draws = uniforms[rows] if uniforms is not None else None
+            total = added(total, work(logits, teacher_logits, labels[rows], draws))
+    return total
+
+
+def chunk_sums(log_q: Tensor, log_p: Tensor, labels: Tensor, likeliest: Likeliest | None = None) -> Sums:
+    """The sums over one chunk's positions, all of which have a target.
+
+    Args:
+        log_q, log_p: (C, V) log-probabilities of student and teacher.
+        labels: (C,) int64.
+        likeliest: (C, 5) entries that student and teacher hold likeliest, best first; found here where not given.
+    """
+    best_q, best_p = likeliest if likeliest is not None else (_likeliest(log_q), _likeliest(log_p))
+    log_q, log_p = log_q.clamp_min(SMALLEST_LOG), log_p.clamp_min(SMALLEST_LOG)
+    q, p, difference, at_label = log_q.exp(), log_p.exp(), log_p - log_q, labels.unsqueeze(1)
+    shared = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(2)  # (C, 5)
+    return {
+        names.VAL_LOSS: -log_q.gather(1, at_label).sum(),
+        names.DISTILL_TEACHER_LOSS: -log_p.gather(1, at_label).sum(),
+        names.DISTILL_KL: (p * difference).sum(1).sum(),
+        names.DISTILL_REVERSE_KL: -(q * difference).sum(1).sum(),
+        names.DISTILL_TVD: (p - q).abs().sum(1).sum() / 2,
+        names.DISTILL_TOP1_AGREEMENT: (best_p[:, 0] == best_q[:, 0]).sum(),
+        names.DISTILL_TOP5_AGREEMENT: shared.to(log_q.dtype).mean(1).sum(),
+        names.DISTILL_ENTROPY_STUDENT: -(q * log_q).sum(1).sum(),
+        names.DISTILL_ENTROPY_TEACHER: -(p * log_p).sum(1).sum(),
+        STUDENT_CALIBRATION: _calibration_sums(log_q, best_q[:, 0], labels),
+        TEACHER_CALIBRATION: _calibration_sums(log_p, best_p[:, 0], labels),
+    }
+
+
+def added(first: Sums, second: Sums) -> Sums:
+    """The sums of two sets of positions; an empty dictionary stands for none."""
+    return {name: first[name] + value for name, value in second.items()} if first else second
+
+
+def figures(sums: Sums, targets: float) -> dict[str, float]:
+    """Sums over `targets` positions → figures under their metric names, the student's cross-entropy as val/loss.
+
+    The calibration error is Σ over bins of (share of the positions) · |share of them that was right − mean confidence|,
+    as in Guo et al. 2017 (arXiv 1706.04599).
+
+    Raises:
+        ValueError: no position.
+    """
+    if not targets:
+        raise ValueError("There is no target position to compare student and teacher at.")
+    means = {name: value.item() / targets for name, value in sums.items() if name in MEANS}
+    means[names.DISTILL_ACCEPTANCE] = 1 - means[names.DISTILL_TVD]
+    means[names.DISTILL_ECE] = sums[STUDENT_CALIBRATION].abs().sum().item() / targets
+    means[names.DISTILL_TEACHER_ECE] = sums[TEACHER_CALIBRATION].abs().sum().item() / targets
+    return means
+
+
+def gap_closed(baseline_loss: float, student_loss: float, teacher_loss: float) -> float | None:
+    """(baseline − student) / (baseline − teacher): 0 as good as training without a teacher, 1 as good as the teacher.
+
+    None where the baseline is no worse than the teacher, so that there is no gap.
+    """
+    gap = baseline_loss - teacher_loss
+    return (baseline_loss - student_loss) / gap if gap > 0 else None
+
+
+def _chunk_sums_of_logits(logits: Tensor, teacher_logits: Tensor, labels: Tensor, uniforms: Tensor | None) -> Sums:
+    log_q, log_p = _log_softmax(logits), _log_softmax(teacher_logits)  # (C, V)
+    # From the logits: a compiled chunk then never writes its log-probabilities to memory.
+    sums = chunk_sums(log_q, log_p, labels, (_likeliest(logits), _likeliest(teacher_logits)))
+    return sums if uniforms is None else {**sums, **drawn_sums(log_q, log_p, uniforms)}
+
+
+@cache
+def _chunk_function(compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Sums]:
+    # dynamic: the number of targets differs from batch to batch, and each new one would be compiled anew
+    return torch.compile(_chunk_sums_of_logits, dynamic=True) if compiled else _chunk_sums_of_logits
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """(C, V) → (C, 5) entries, best first."""
+    return scores.topk(min(LIKELIEST, scores.shape[1]), dim=1).indices
+
+
+def _calibration_sums(log_probabilities: Tensor, best: Tensor, labels: Tensor) -> Tensor:
+    """(C, V), (C,), (C,) → (15,): Σ (right − confidence) of the positions in each bin of confidence [low, high)."""
+    confidence = log_probabilities.gather(1, best.unsqueeze(1)).exp()  # (C, 1)
+    surplus = (best == labels).unsqueeze(1).to(confidence.dtype) - confidence
+    bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    return torch.where(bins == torch.arange(CALIBRATION_BINS, device=bins.device), surplus, 0.0).sum(0)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """(C, V) → (C, V), at least in fp32."""
+    return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=1)
+
+
+def _even_chunks(rows: int, entries: int, compiled: bool) -> int:
+    chunks = -(-rows * entries // (LOGITS_OF_A_CHUNK if compiled else LOGITS_OF_AN_UNCOMPILED_CHUNK))
+    return -(-rows // max(chunks, 1)) or 1

@@ -1,0 +1,94 @@
+"""Compared models: whether a checkpoint, its teacher and a baseline can be scored on the same tokens."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2lab.errors import InputError
+from gpt2lab.model_folder import folder_of, read_shape
+from gpt2lab.settings import DataFacts
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that an argument names.
+
+    Attributes:
+        key: checkpoint, teacher or baseline.
+        source: as given.
+        folder: its Hugging Face folder.
+    """
+
+    key: str
+    source: str
+    folder: Path
+    positions: int
+    vocab_size: int
+
+
+def named_models(sources: dict[str, str]) -> list[NamedModel]:
+    """The models that were named: key → run directory, Hugging Face folder or Hub id, or nothing.
+
+    Raises:
+        InputError: one of them is not there or holds no GPT-2, or there is a baseline and no teacher.
+    """
+    if sources.get("baseline") and not sources.get("teacher"):
+        raise InputError(
+            "baseline= says how far a student came from it to its teacher, and there is no teacher.\nGive teacher= too."
+        )
+    models = []
+    for key, source in sources.items():
+        if source:
+            folder = folder_of(source, key)
+            shape = read_shape(folder)
+            models.append(NamedModel(key, source, folder, shape["n_positions"], shape["vocab_size"]))
+    return models
+
+
+def check_context(models: list[NamedModel], context: int) -> None:
+    """Every model has room for the windows.
+
+    Raises:
+        InputError: names the first that has not.
+    """
+    for model in models:
+        if context > model.positions:
+            raise InputError(
+                f"context={context}: {model.key}={model.source} takes windows of 2 to {model.positions} tokens.\n"
+                f"Give context={model.positions} or less."
+            )
+
+
+def check_vocabularies(models: list[NamedModel], facts: DataFacts) -> None:
+    """Every model has an entry for every token, and numbers tokens as the data's tokenizer does.
+
+    Heads may have more entries than the tokenizer: vocabularies are padded to round numbers.
+
+    Raises:
+        InputError: shows the first tokens that differ.
+    """
+    for model in models:
+        if facts.vocab_size > model.vocab_size:
+            cure = (
+                "Leave out tokenizer=, which takes the checkpoint's own."
+                if model.key == "checkpoint"
+                else f"Give a {model.key} trained with the tokenizer of the checkpoint."
+            )
+            raise InputError(
+                f"tokenizer={facts.tokenizer_folder} has {facts.vocab_size} entries, "
+                f"{model.key}={model.source} {model.vocab_size}.\n{cure}"
+            )
+    if len(models) < 2:
+        return  # the checkpoint's tokenizer is the data's, or the one that was named in its place
+    from gpt2lab.tokenizer import differing_tokens, load_tokenizer
+
+    of_data = load_tokenizer(facts.tokenizer_folder)
+    for model in models[1:]:
+        different = differing_tokens(of_data, load_tokenizer(str(model.folder)))
+        if different:
+            raise InputError(
+                f"{models[0].key}={models[0].source} and {model.key}={model.source} number tokens differently,\n"
+                f"for example {different}: their predictions cannot be compared.\n"
+                f"Give a {model.key} trained with the same tokenizer; "
+                f"python evaluate.py checkpoint={shlex.quote(model.source)} scores it alone."
+            )
