@@ -34,6 +34,8 @@ CALIBRATION_BINS = 15
 SMALLEST_LOG = -1e4
 
 STUDENT_CALIBRATION, TEACHER_CALIBRATION = "calibration_student", "calibration_teacher"  # names of (15,) sums
+OF_STUDENT = (names.VAL_LOSS, names.DISTILL_ENTROPY_STUDENT, STUDENT_CALIBRATION)
+OF_TEACHER = (names.DISTILL_TEACHER_LOSS, names.DISTILL_ENTROPY_TEACHER, TEACHER_CALIBRATION)
 
 MEANS = (
     names.VAL_LOSS,
@@ -113,20 +115,45 @@ def chunk_sums(log_q: Tensor, log_p: Tensor, labels: Tensor, likeliest: Likelies
     """
     best_q, best_p = likeliest if likeliest is not None else (_likeliest(log_q), _likeliest(log_p))
     log_q, log_p = log_q.clamp_min(SMALLEST_LOG), log_p.clamp_min(SMALLEST_LOG)
-    q, p, difference, at_label = log_q.exp(), log_p.exp(), log_p - log_q, labels.unsqueeze(1)
-    shared = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(2)  # (C, 5)
     return {
-        names.VAL_LOSS: -log_q.gather(1, at_label).sum(),
-        names.DISTILL_TEACHER_LOSS: -log_p.gather(1, at_label).sum(),
+        **dict(zip(OF_STUDENT, own_sums(log_q, labels, best_q[:, 0]), strict=True)),
+        **dict(zip(OF_TEACHER, own_sums(log_p, labels, best_p[:, 0]), strict=True)),
+        **divergence_sums(log_q, log_p),
+        **agreement_sums(best_q, best_p, log_q.dtype),
+    }
+
+
+def own_sums(log_probabilities: Tensor, labels: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, entropy and calibration (15,) of one model.
+
+    Args:
+        log_probabilities: (C, V), finite.
+        labels, best: (C,) the target and the likeliest entry.
+    """
+    confidence = log_probabilities.gather(1, best.unsqueeze(1)).exp()  # (C, 1)
+    surplus = (best == labels).unsqueeze(1).to(confidence.dtype) - confidence
+    bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)  # [low, high)
+    calibration = torch.where(bins == torch.arange(CALIBRATION_BINS, device=bins.device), surplus, 0.0).sum(0)
+    loss = -log_probabilities.gather(1, labels.unsqueeze(1)).sum()
+    return loss, -(log_probabilities.exp() * log_probabilities).sum(1).sum(), calibration
+
+
+def divergence_sums(log_q: Tensor, log_p: Tensor) -> Sums:
+    """KL both ways and TVD from finite log-probabilities (C, E): of E entries, or of buckets of them."""
+    q, p, difference = log_q.exp(), log_p.exp(), log_p - log_q
+    return {
         names.DISTILL_KL: (p * difference).sum(1).sum(),
         names.DISTILL_REVERSE_KL: -(q * difference).sum(1).sum(),
         names.DISTILL_TVD: (p - q).abs().sum(1).sum() / 2,
+    }
+
+
+def agreement_sums(best_q: Tensor, best_p: Tensor, dtype: torch.dtype = torch.float32) -> Sums:
+    """Of the likeliest entries (C, 5) of student and teacher, best first; shares in `dtype`."""
+    shared = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(2)  # (C, 5)
+    return {
         names.DISTILL_TOP1_AGREEMENT: (best_p[:, 0] == best_q[:, 0]).sum(),
-        names.DISTILL_TOP5_AGREEMENT: shared.to(log_q.dtype).mean(1).sum(),
-        names.DISTILL_ENTROPY_STUDENT: -(q * log_q).sum(1).sum(),
-        names.DISTILL_ENTROPY_TEACHER: -(p * log_p).sum(1).sum(),
-        STUDENT_CALIBRATION: _calibration_sums(log_q, best_q[:, 0], labels),
-        TEACHER_CALIBRATION: _calibration_sums(log_p, best_p[:, 0], labels),
+        names.DISTILL_TOP5_AGREEMENT: shared.to(dtype).mean(1).sum(),
     }
 
 
@@ -178,14 +205,6 @@ def _chunk_function(compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor 
 def _likeliest(scores: Tensor) -> Tensor:
     """(C, V) → (C, 5) entries, best first."""
     return scores.topk(min(LIKELIEST, scores.shape[1]), dim=1).indices
-
-
-def _calibration_sums(log_probabilities: Tensor, best: Tensor, labels: Tensor) -> Tensor:
-    """(C, V), (C,), (C,) → (15,): Σ (right − confidence) of the positions in each bin of confidence [low, high)."""
-    confidence = log_probabilities.gather(1, best.unsqueeze(1)).exp()  # (C, 1)
-    surplus = (best == labels).unsqueeze(1).to(confidence.dtype) - confidence
-    bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
-    return torch.where(bins == torch.arange(CALIBRATION_BINS, device=bins.device), surplus, 0.0).sum(0)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
