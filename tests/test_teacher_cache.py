@@ -248,7 +248,14 @@ def sequences_read(answer: Answer) -> int:
 
 @pytest.mark.parametrize(
     "change",
-    ["loss.temperature=2", "teacher_cache.k=7", "teacher_cache.dtype=float32", "context=16", "vocab_size=290", "other weights"],
+    [
+        "loss.temperature=2",
+        "teacher_cache.k=7",
+        "teacher_cache.dtype=float32",
+        "context=16",
+        "vocab_size=290",
+        "other weights",
+    ],
 )
 def test_whatever_a_record_depends_on_has_a_cache_of_its_own(
     distil: Callable[..., Answer], train_here: Train, tiny: list[str], tmp_path: Path, change: str
