@@ -21,10 +21,11 @@ from launch import automatic, build, checks, config, noise, resolve, run_folders
 from launch.config import Config
 
 CONF = ROOT / "conf"
-OF_DISTILLATION = ("loss", "teacher_cache")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
+OF_DISTILLATION = ("loss", "teacher_cache")
+UNSERVED = {("sampled", loss) for loss in GROUPS["loss"] if loss != "forward_kl"} | {("topk", "mse")}
 EXACT_PARAMETERS = {
     "distil": 81_912_576,
     "small": 124_439_808,
@@ -72,8 +73,10 @@ ROWS = covering_array(GROUPS)
 
 
 def fits(row: dict[str, str]) -> bool:
-    """Combinations that are mistakes in themselves, each with a test of its own in test_bad_input.py."""
+    """Combinations that are mistakes in themselves, each with a test of its own: test_bad_input, test_teacher_cache."""
     is_running_text = "PairData" not in (CONF / "data" / f"{row['data']}.yaml").read_text()
+    if row["task"] == "distill" and (row["teacher_cache"], row["loss"]) in UNSERVED:
+        return False
     return not (row["task"] == "finetune" and is_running_text)
 
 
