@@ -1,20 +1,21 @@
 """Divergences of a student's distribution from a teacher's, each with its gradient in closed form.
 
-Shapes: C positions, V entries. `log_p` and `log_q` (C, V) are the log-probabilities of teacher and student at the
-loss's temperature, in fp32 or more. Each function gives the loss (C,) in nats and its gradient (C, V) with respect to
-the logits whose softmax q is.
+Shapes: C positions, V entries. Each function takes the distributions p of the teacher and q of the student at the
+loss's temperature, and gives the loss (C,) in nats and its gradient (C, V) with respect to the logits whose softmax q
+is.
 
 The gradient of a loss L(q) is g = ∂L/∂q taken through the softmax: q · (g − Σ q g). Where g stays bounded it vanishes
 as q does, so reverse KL, JSD, skew reverse KL and TVD teach a student little about what it rules out itself; begin with
 forward KL or skew KL.
 
-A probability below e^−87 (fp32's smallest normal number) counts as that, so no loss is infinite where a teacher rules
-entries out.
+An entry whose probability is less than e^−87 of the likeliest one's (fp32's smallest normal number) counts as having
+that, so no loss is infinite where a teacher rules entries out.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +27,37 @@ SMALLEST = math.exp(SMALLEST_LOG)
 # Divergences that draws from the teacher can estimate without bias: those linear in p
 LINEAR_IN_TEACHER = ("forward_kl",)
 
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Distribution(NamedTuple):
+    """Over the vocabulary, at each of C positions, in fp32 or more: probabilities are weights / total.
+
+    Kept apart, because a compiled loss that needs no normalised probability before its sums reads the logits once less.
+    """
+
+    scores: Tensor  # (C, V) logits less a constant
+    weights: Tensor  # (C, V) their exponentials
+    total: Tensor  # (C, 1) sum of the weights
+
+    @property
+    def log(self) -> Tensor:
+        """(C, V) log-probabilities."""
+        return self.scores - self.total.log()
+
+    @property
+    def value(self) -> Tensor:
+        """(C, V) probabilities."""
+        return self.weights * (1 / self.total)
+
+    def mean(self, of: Tensor) -> Tensor:
+        """Expectation (C, 1) of what has a value at each entry (C, V)."""
+        return (self.weights * of).sum(1, keepdim=True) / self.total
+
+
+Divergence = Callable[[Distribution, Distribution], tuple[Tensor, Tensor]]
 
 
 def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
-    """The function (log_p, log_q) → (loss (C,), gradient (C, V)) that the settings name.
+    """The function (teacher, student) → (loss (C,), gradient (C, V)) that the settings name.
 
     Args:
         mixing: () TAID's share of the teacher at this step, which grows during training.
@@ -60,57 +87,63 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
             raise ValueError(f"loss={loss.name}: no such divergence.")
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ p (log p − log q)."""
-    p = log_p.exp()
-    return (p * (log_p - log_q)).sum(1), log_q.exp() - p
+def softmax(logits: Tensor) -> Distribution:
+    """(C, V) → its softmax over the vocabulary. A logit further below the largest than fp32 can tell counts as that."""
+    logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    scores = (logits - logits.amax(1, keepdim=True)).clamp_min(SMALLEST_LOG)
+    weights = scores.exp()
+    return Distribution(scores, weights, weights.sum(1, keepdim=True))
 
 
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
+    """Σ p (log p − log q): the mean under p of the difference of logits, less that of their log-normalisers."""
+    difference = teacher.mean(teacher.scores - student.scores) - teacher.total.log() + student.total.log()
+    return difference.squeeze(1), student.value - teacher.value
+
+
+def reverse_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
     """Σ q (log q − log p)."""
-    q, ratio = log_q.exp(), log_q - log_p
-    return (q * ratio).sum(1), _through_softmax(q, ratio)
+    ratio = student.scores - teacher.scores
+    mean = student.mean(ratio)
+    return (mean - student.total.log() + teacher.total.log()).squeeze(1), student.value * (ratio - mean)
 
 
-def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jensen_shannon(teacher: Distribution, student: Distribution, beta: float) -> tuple[Tensor, Tensor]:
     """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q, as in GKD (arXiv 2306.13649)."""
-    p, q = log_p.exp(), log_q.exp()
-    log_m = _safe_log(beta * p + (1 - beta) * q)
-    ratio = log_q - log_m
-    loss = (beta * p * (log_p - log_m) + (1 - beta) * q * ratio).sum(1)
-    return loss, _through_softmax(q, (1 - beta) * ratio)
+    log_m = (beta * teacher.value + (1 - beta) * student.value).clamp_min(SMALLEST).log()
+    ratio = student.log - log_m
+    loss = (beta * teacher.value * (teacher.log - log_m) + (1 - beta) * student.value * ratio).sum(1)
+    return loss, _through_softmax(student.value, (1 - beta) * ratio)
 
 
-def skew_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_kl(teacher: Distribution, student: Distribution, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(p ‖ α p + (1 − α) q), DistiLLM (arXiv 2402.03898)."""
-    p, q = log_p.exp(), log_q.exp()
-    m = (alpha * p + (1 - alpha) * q).clamp_min(SMALLEST)
-    return (p * (log_p - m.log())).sum(1), _through_softmax(q, (alpha - 1) * p / m)
+    m = (alpha * teacher.value + (1 - alpha) * student.value).clamp_min(SMALLEST)
+    loss = (teacher.value * (teacher.log - m.log())).sum(1)
+    return loss, _through_softmax(student.value, (alpha - 1) * teacher.value / m)
 
 
-def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl(teacher: Distribution, student: Distribution, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(q ‖ (1 − α) p + α q), DistiLLM (arXiv 2402.03898)."""
-    p, q = log_p.exp(), log_q.exp()
-    m = ((1 - alpha) * p + alpha * q).clamp_min(SMALLEST)
-    ratio = log_q - m.log()
-    return (q * ratio).sum(1), _through_softmax(q, ratio - alpha * q / m)
+    m = ((1 - alpha) * teacher.value + alpha * student.value).clamp_min(SMALLEST)
+    ratio = student.log - m.log()
+    return (student.value * ratio).sum(1), _through_softmax(student.value, ratio - alpha * student.value / m)
 
 
-def total_variation(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def total_variation(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
     """½ Σ |p − q|: one minus the acceptance of speculative decoding (DistillSpec, arXiv 2310.08461)."""
-    q = log_q.exp()
-    difference = q - log_p.exp()
-    return difference.abs().sum(1) / 2, _through_softmax(q, difference.sign() / 2)
+    difference = student.value - teacher.value
+    return difference.abs().sum(1) / 2, _through_softmax(student.value, difference.sign() / 2)
 
 
-def interpolated(log_p: Tensor, log_q: Tensor, mixing: Tensor | float) -> tuple[Tensor, Tensor]:
+def interpolated(teacher: Distribution, student: Distribution, mixing: Tensor | float) -> tuple[Tensor, Tensor]:
     """KL(r ‖ q) with r = softmax((1 − t) log q + t log p) taken as constant: TAID (arXiv 2501.16937)."""
-    return forward_kl(torch.log_softmax((1 - mixing) * log_q + mixing * log_p, dim=1), log_q)
+    return forward_kl(softmax((1 - mixing) * student.log + mixing * teacher.log), student)
 
 
-def centred_logit_mse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def centred_logit_mse(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
     """Mean over the vocabulary of (z_s − z_t)², both logits less their mean, since a constant in them means nothing."""
-    difference = log_q - log_p
+    difference = student.log - teacher.log
     difference = difference - difference.mean(1, keepdim=True)
     return difference.square().mean(1), difference * (2 / difference.shape[1])
 
@@ -118,7 +151,3 @@ def centred_logit_mse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 def _through_softmax(q: Tensor, by_q: Tensor) -> Tensor:
     """∂L/∂q (C, V) → ∂L/∂logits (C, V)."""
     return q * (by_q - (q * by_q).sum(1, keepdim=True))
-
-
-def _safe_log(probability: Tensor) -> Tensor:
-    return probability.clamp_min(SMALLEST).log()

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from gpt2lab.divergences import SMALLEST, SMALLEST_LOG, Divergence, divergence
+from gpt2lab.divergences import SMALLEST, Distribution, Divergence, divergence, softmax
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
 
@@ -41,12 +41,12 @@ def _hard_chunk(
 ) -> ChunkResult:
     """Cross-entropy alone."""
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
-    log_q = _log_softmax(logits)
-    cross_entropy, objective = _hard_losses(log_q, logits, safe_labels, hard)
+    student = softmax(logits)
+    cross_entropy, objective = _hard_losses(student, logits, safe_labels, hard)
     sums = _sums(kept, objective, cross_entropy, torch.zeros_like(cross_entropy))
     if not needs_gradient:
         return sums, None
-    gradient = _hard_gradient(log_q, logits, safe_labels, hard, 1.0)
+    gradient = _hard_gradient(student, logits, safe_labels, hard, 1.0)
     return sums, gradient.mul_(kept.unsqueeze(1)).to(logits.dtype)
 
 
@@ -65,77 +65,82 @@ def _mixed_chunk(
     temperature, soft_weight = loss.temperature, 1 - loss.hard_weight
     scale = temperature**2 if loss.scale_t2 else 1.0
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
-    log_q1 = _log_softmax(logits)
-    log_q = log_q1 if temperature == 1.0 else _log_softmax(logits / temperature)
-    distance, gradient = SOFT_TERMS[teacher_kind](log_q, teacher, temperature, divergence(loss, mixing))
+    student = softmax(logits)
+    tempered = student if temperature == 1.0 else softmax(logits / temperature)
+    distance, gradient = SOFT_TERMS[teacher_kind](tempered, teacher, temperature, divergence(loss, mixing))
     distance = scale * distance
-    cross_entropy, hard_loss = _hard_losses(log_q1, logits, safe_labels, hard)
+    cross_entropy, hard_loss = _hard_losses(student, logits, safe_labels, hard)
     sums = _sums(kept, loss.hard_weight * hard_loss + soft_weight * distance, cross_entropy, distance)
     if not needs_gradient:
         return sums, None
     gradient = gradient * (soft_weight * scale / temperature)
     if loss.hard_weight:
-        gradient = gradient + _hard_gradient(log_q1, logits, safe_labels, hard, loss.hard_weight)
+        gradient = gradient + _hard_gradient(student, logits, safe_labels, hard, loss.hard_weight)
     return sums, gradient.mul_(kept.unsqueeze(1)).to(logits.dtype)
 
 
-def _hard_losses(log_q: Tensor, logits: Tensor, labels: Tensor, hard: CrossEntropySettings) -> tuple[Tensor, Tensor]:
+def _hard_losses(
+    student: Distribution, logits: Tensor, labels: Tensor, hard: CrossEntropySettings
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy (C,) as it is reported, and with label smoothing and z-loss as it is trained."""
-    cross_entropy = -log_q.gather(1, labels).squeeze(1)
+    cross_entropy = -student.log.gather(1, labels).squeeze(1)
     trained = cross_entropy
     if hard.label_smoothing:
-        trained = (1 - hard.label_smoothing) * cross_entropy - hard.label_smoothing * log_q.mean(1)
+        trained = (1 - hard.label_smoothing) * cross_entropy - hard.label_smoothing * student.log.mean(1)
     if hard.z_loss:
-        trained = trained + hard.z_loss * _log_normaliser(log_q, logits).square().squeeze(1)
+        trained = trained + hard.z_loss * _log_normaliser(student, logits).square().squeeze(1)
     return cross_entropy, trained
 
 
-def _hard_gradient(log_q: Tensor, logits: Tensor, labels: Tensor, hard: CrossEntropySettings, weight: float) -> Tensor:
+def _hard_gradient(
+    student: Distribution, logits: Tensor, labels: Tensor, hard: CrossEntropySettings, weight: float
+) -> Tensor:
     """weight · (q − (1 − ε) 1_y − ε / V + 2 c lse q), (C, V)."""
-    gradient = log_q.exp()
+    gradient = student.value
     if hard.z_loss:
-        gradient = gradient * (1 + 2 * hard.z_loss * _log_normaliser(log_q, logits))
+        gradient = gradient * (1 + 2 * hard.z_loss * _log_normaliser(student, logits))
     if hard.label_smoothing:
-        gradient = gradient - hard.label_smoothing / log_q.shape[1]
+        gradient = gradient - hard.label_smoothing / gradient.shape[1]
     return _subtract_at_labels(weight * gradient, labels, weight * (1 - hard.label_smoothing))
 
 
-def _log_normaliser(log_q: Tensor, logits: Tensor) -> Tensor:
+def _log_normaliser(student: Distribution, logits: Tensor) -> Tensor:
     """logsumexp of the logits (C, 1): logits − log q, the same at every entry."""
-    return logits[:, :1].to(log_q.dtype) - log_q[:, :1]
+    return logits[:, :1].to(student.log.dtype) - student.log[:, :1]
 
 
 def _dense_term(
-    log_q: Tensor, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
 ) -> tuple[Tensor, Tensor]:
     (teacher_logits,) = teacher  # (C, V)
-    return distance(_log_softmax(teacher_logits / temperature).clamp_min(SMALLEST_LOG), log_q)
+    return distance(softmax(teacher_logits / temperature), student)
 
 
 def _top_k_term(
-    log_q: Tensor, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
 ) -> tuple[Tensor, Tensor]:
     """The divergence over K entries and one bucket for all others.
 
     The bucket's gradient reaches its entries in proportion to their share of it: its logit is their logsumexp.
     """
     ids, probabilities, tail = teacher  # (C, K), (C, K), (C,)
-    gradient = log_q.exp().scatter_(1, ids, 0.0)  # (C, V)
-    bucket = gradient.sum(1, keepdim=True).clamp_min(SMALLEST)  # (C, 1)
-    log_p = torch.cat([probabilities, tail.unsqueeze(1)], dim=1).to(log_q.dtype).clamp_min(SMALLEST).log()
-    loss, of_buckets = distance(log_p, torch.cat([log_q.gather(1, ids), bucket.log()], dim=1))  # (C, K + 1)
-    gradient = (gradient * (of_buckets[:, -1:] / bucket)).scatter_(1, ids, of_buckets[:, :-1])
-    return loss, gradient
+    others = student.weights.scatter(1, ids, 0.0)  # (C, V)
+    bucket = others.sum(1, keepdim=True).clamp_min(SMALLEST)  # (C, 1)
+    weights = torch.cat([student.weights.gather(1, ids), bucket], dim=1)  # (C, K + 1)
+    p = torch.cat([probabilities, tail.unsqueeze(1)], dim=1).to(weights.dtype).clamp_min(SMALLEST)
+    said = Distribution(p.log(), p, torch.ones_like(student.total))
+    loss, gradient = distance(said, Distribution(weights.log(), weights, student.total))
+    return loss, (others * (gradient[:, -1:] / bucket)).scatter_(1, ids, gradient[:, :-1])
 
 
 def _sampled_term(
-    log_q: Tensor, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
 ) -> tuple[Tensor, Tensor]:
     """Forward KL estimated from draws: cross-entropy to the draws less the teacher's entropy."""
     ids, entropy = teacher  # (C, K), (C,)
-    loss = -log_q.gather(1, ids).mean(1) - entropy
-    share = torch.full_like(ids, -1.0 / ids.shape[1], dtype=log_q.dtype)
-    return loss, log_q.exp().scatter_add_(1, ids, share)
+    loss = -student.log.gather(1, ids).mean(1) - entropy
+    share = torch.full_like(ids, -1.0 / ids.shape[1], dtype=student.value.dtype)
+    return loss, student.value.scatter_add(1, ids, share)
 
 
 SOFT_TERMS = {DenseTeacher: _dense_term, TopKTeacher: _top_k_term, SampledTeacher: _sampled_term}
@@ -147,11 +152,6 @@ def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tens
         columns = torch.arange(gradient.shape[1], device=gradient.device)
         return gradient - weight * (columns == labels)
     return gradient.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=gradient.dtype))
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """(C, V) → (C, V), at least in fp32."""
-    return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=-1)
 
 
 def _sums(kept: Tensor, *losses: Tensor) -> Tensor:

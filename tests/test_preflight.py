@@ -33,6 +33,7 @@ from gpt2lab import lm_head_loss as head_loss_module
 from gpt2lab import teacher as teacher_module
 from gpt2lab.backbone import load_backbone
 from gpt2lab.batch import Batch
+from gpt2lab.divergences import Distribution
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import LMHeadLoss
 from gpt2lab.settings import LossSettings, ModelShape
@@ -57,8 +58,8 @@ def as_other_chunks(monkeypatch: pytest.MonkeyPatch, plant) -> None:
 
 
 def student_missing(monkeypatch) -> None:
-    def entropy_only(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return (log_p.exp() * log_p).sum(1), torch.zeros_like(log_q)
+    def entropy_only(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
+        return (teacher.value * teacher.log).sum(1), torch.zeros_like(student.value)
 
     monkeypatch.setattr(divergences, "forward_kl", entropy_only)
 
