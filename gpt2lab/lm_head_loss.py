@@ -167,8 +167,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ head.T
-            if weight_gradient is not None:
+            if weight_gradient is not None and weight_gradient.dtype == compute_dtype:
+                weight_gradient[:entries].addmm_(gradient.T, chunk)
+            elif weight_gradient is not None:
                 add(weight_gradient[:entries], _outer_product(gradient, chunk))
+            del gradient  # before the next chunk takes as much again
 
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
