@@ -3,8 +3,10 @@
 Shapes: N positions (B·T flattened), D hidden width, V vocabulary, C rows of one chunk.
 
 Each chunk's logits (C, V) live only while that chunk is worked on. Its gradient with respect to the logits is known in
-closed form, so it is formed at once and turned into the gradients of the hidden states and of the head weight; backward
-then only scales those two. Cross-entropy and the teacher's divergence share the student's one pass over the chunk.
+closed form, so it is formed at once, in their place, and turned into the gradients of the hidden states and of the head
+weight; backward then only scales those two. Cross-entropy and the teacher's divergence share the student's one pass
+over the chunk. Matrix products like large chunks; what is computed of the logits goes over them in small blocks, whose
+intermediate results stay in a CPU's cache.
 
 Gradient per position, with q the student's probabilities at temperature 1, y the label and lse = logsumexp(logits):
     cross-entropy with label smoothing ε and z-loss c     q − (1 − ε) 1_y − ε / V + 2 c lse q
@@ -24,9 +26,8 @@ from gpt2lab.logit_losses import ChunkFunction, chunk_function
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
 from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 
-# Fewer and larger matrix products are faster; an uncompiled chunk holds several more such matrices at a time.
-BYTES_OF_A_CHUNK = 2**28
-BYTES_OF_AN_UNCOMPILED_CHUNK = 2**26
+BYTES_OF_A_CHUNK = 2**27  # of logits
+LOGITS_OF_A_BLOCK = 2**20  # on a CPU; a GPU takes whole chunks
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def lm_head_loss(
             a top-k teacher every divergence but mse.
         hard: label smoothing and z-loss of the cross-entropy.
         mixing: () TAID's share of the teacher.
-        chunk_rows: C; by default as many as a buffer of BYTES_OF_A_CHUNK holds logits, in chunks of one size.
+        chunk_rows: C; by default as many as BYTES_OF_A_CHUNK hold logits, in chunks of one size.
         compiled: run the work on a chunk's logits through torch.compile.
 
     Raises:
@@ -99,7 +100,7 @@ def lm_head_loss(
         compiled,
         mixing,
         entries,
-        chunk_rows or _even_chunks(hidden.shape[0], entries * _compute_dtype(hidden).itemsize, compiled),
+        chunk_rows or _even_chunks(hidden.shape[0], entries * _compute_dtype(hidden).itemsize),
         torch.is_grad_enabled(),
     )
     return LMHeadLoss(total, kept.sum(), cross_entropy, distance)
@@ -120,8 +121,8 @@ def check_served(teacher: TeacherSignal, loss: LossSettings) -> None:
         raise ValueError("loss=mse compares every logit, and a top-k teacher has only some.")
 
 
-def _even_chunks(rows: int, row_bytes: int, compiled: bool) -> int:
-    chunks = -(-rows * row_bytes // (BYTES_OF_A_CHUNK if compiled else BYTES_OF_AN_UNCOMPILED_CHUNK))
+def _even_chunks(rows: int, row_bytes: int) -> int:
+    chunks = -(-rows * row_bytes // BYTES_OF_A_CHUNK)
     return -(-rows // max(chunks, 1)) or 1
 
 
@@ -161,9 +162,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
-            chunk_sums, gradient = work(chunk @ head, labels[rows], kept[rows], targets_of(rows), mixing)
-            sums += chunk_sums
-            if gradient is None:
+            gradient = chunk @ head  # (C, V) logits, which the work on them replaces by their gradient
+            said = targets_of(rows)
+            for block in _blocks(gradient):
+                of_block = tuple(part[block] for part in said)
+                sums += work(gradient[block], labels[rows][block], kept[rows][block], of_block, mixing)
+            if not needs_gradient:
                 continue
             if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ head.T
@@ -171,7 +175,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_gradient[:entries].addmm_(gradient.T, chunk)
             elif weight_gradient is not None:
                 add(weight_gradient[:entries], _outer_product(gradient, chunk))
-            del gradient  # before the next chunk takes as much again
+            del gradient, said  # before the next chunk takes as much again
 
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
@@ -206,6 +210,13 @@ def _teacher_rows(
             return lambda rows: (teacher.ids[rows], teacher.entropy[rows])
         case None:
             return lambda rows: ()
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Slices of the rows (C, V) that are worked on together."""
+    rows, entries = logits.shape
+    step = max(LOGITS_OF_A_BLOCK // entries, 1) if logits.device.type == "cpu" else max(rows, 1)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logit losses: from one chunk's logits to its loss sums and to the gradient with respect to those logits.
+"""Logit losses: from logits to their loss sums, and in place of the logits the gradient with respect to them.
 
 Shapes: C positions, V vocabulary, K stored entries of a top-k or sampled teacher.
 Sums are (3,): objective, cross-entropy, divergence, over the positions that are kept.
@@ -14,16 +14,18 @@ from gpt2lab.divergences import SMALLEST, Distribution, Divergence, divergence, 
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
 
-ChunkResult = tuple[Tensor, Tensor | None]
-# (logits (C, V), labels (C,), kept (C,), what the teacher says, TAID's mixing) → sums and gradient (C, V) or None
-ChunkFunction = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], ChunkResult]
+# (logits (C, V), labels (C,), kept (C,), what the teacher says, TAID's mixing) → sums; the logits become their gradient
+ChunkFunction = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
 
 
 @cache
 def chunk_function(
     teacher: type, loss: LossSettings | None, hard: CrossEntropySettings, needs_gradient: bool, compiled: bool
 ) -> ChunkFunction:
-    """The work on a chunk's logits for a form of teacher, or NoneType and no loss settings for plain cross-entropy."""
+    """The work on logits for a form of teacher, or NoneType and no loss settings for plain cross-entropy.
+
+    Logits stay as they are where no gradient is needed.
+    """
     work = partial(_hard_chunk, hard, needs_gradient)
     if loss is not None:
         work = partial(_mixed_chunk, teacher, loss, hard, needs_gradient)
@@ -38,16 +40,15 @@ def _hard_chunk(
     kept: Tensor,
     teacher: tuple[Tensor, ...],
     mixing: Tensor | None,
-) -> ChunkResult:
+) -> Tensor:
     """Cross-entropy alone."""
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     student = softmax(logits)
     cross_entropy, objective = _hard_losses(student, logits, safe_labels, hard)
     sums = _sums(kept, objective, cross_entropy, torch.zeros_like(cross_entropy))
-    if not needs_gradient:
-        return sums, None
-    gradient = _hard_gradient(student, logits, safe_labels, hard, 1.0)
-    return sums, gradient.mul_(kept.unsqueeze(1)).to(logits.dtype)
+    if needs_gradient:
+        logits.copy_(_hard_gradient(student, logits, safe_labels, hard, 1.0).mul_(kept.unsqueeze(1)))
+    return sums
 
 
 def _mixed_chunk(
@@ -60,7 +61,7 @@ def _mixed_chunk(
     kept: Tensor,
     teacher: tuple[Tensor, ...],
     mixing: Tensor | None,
-) -> ChunkResult:
+) -> Tensor:
     """hard_weight · cross-entropy + (1 − hard_weight) · divergence."""
     temperature, soft_weight = loss.temperature, 1 - loss.hard_weight
     scale = temperature**2 if loss.scale_t2 else 1.0
@@ -71,12 +72,12 @@ def _mixed_chunk(
     distance = scale * distance
     cross_entropy, hard_loss = _hard_losses(student, logits, safe_labels, hard)
     sums = _sums(kept, loss.hard_weight * hard_loss + soft_weight * distance, cross_entropy, distance)
-    if not needs_gradient:
-        return sums, None
-    gradient = gradient * (soft_weight * scale / temperature)
-    if loss.hard_weight:
-        gradient = gradient + _hard_gradient(student, logits, safe_labels, hard, loss.hard_weight)
-    return sums, gradient.mul_(kept.unsqueeze(1)).to(logits.dtype)
+    if needs_gradient:
+        gradient = gradient * (soft_weight * scale / temperature)
+        if loss.hard_weight:
+            gradient = gradient + _hard_gradient(student, logits, safe_labels, hard, loss.hard_weight)
+        logits.copy_(gradient.mul_(kept.unsqueeze(1)))
+    return sums
 
 
 def _hard_losses(
