@@ -26,7 +26,8 @@ from gpt2lab.logit_losses import ChunkFunction, chunk_function
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
 from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 
-BYTES_OF_A_CHUNK = 2**27  # of logits
+BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products share
+ROWS_OF_A_TEACHER = 512  # whose logits are in one product only
 LOGITS_OF_A_BLOCK = 2**20  # on a CPU; a GPU takes whole chunks
 
 
@@ -163,10 +164,12 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
             gradient = chunk @ head  # (C, V) logits, which the work on them replaces by their gradient
-            said = targets_of(rows)
-            for block in _blocks(gradient):
-                of_block = tuple(part[block] for part in said)
-                sums += work(gradient[block], labels[rows][block], kept[rows][block], of_block, mixing)
+            for part in _slices(len(gradient), ROWS_OF_A_TEACHER):
+                said = targets_of(slice(start + part.start, start + part.stop))
+                for block in _blocks(gradient[part]):
+                    places = slice(start + part.start + block.start, start + part.start + block.stop)
+                    of_block = tuple(tensor[block] for tensor in said)
+                    sums += work(gradient[part][block], labels[places], kept[places], of_block, mixing)
             if not needs_gradient:
                 continue
             if hidden_gradient is not None:
@@ -175,7 +178,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_gradient[:entries].addmm_(gradient.T, chunk)
             elif weight_gradient is not None:
                 add(weight_gradient[:entries], _outer_product(gradient, chunk))
-            del gradient, said  # before the next chunk takes as much again
+            del gradient  # before the next chunk takes as much again
 
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
@@ -215,8 +218,11 @@ def _teacher_rows(
 def _blocks(logits: Tensor) -> list[slice]:
     """Slices of the rows (C, V) that are worked on together."""
     rows, entries = logits.shape
-    step = max(LOGITS_OF_A_BLOCK // entries, 1) if logits.device.type == "cpu" else max(rows, 1)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return _slices(rows, max(LOGITS_OF_A_BLOCK // entries, 1) if logits.device.type == "cpu" else max(rows, 1))
+
+
+def _slices(rows: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
