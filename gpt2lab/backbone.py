@@ -88,15 +88,15 @@ def shape_of(config: GPT2Config, dropout: float = 0.0) -> ModelShape:
     )
 
 
-def load_backbone(source: str, dropout: float = 0.0) -> Backbone:
-    """Load a run directory, a Hugging Face GPT-2 folder or a Hub id, in fp32.
+def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Backbone:
+    """Load a run directory, a Hugging Face GPT-2 folder or a Hub id.
 
     Raises:
         InputError: not to be found or read, not a GPT-2, or without some of its weights.
     """
     folder = folder_of(source, "model")
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"Cannot load a GPT-2 from {folder}: {str(error).splitlines()[0]}\n"
@@ -105,7 +105,13 @@ def load_backbone(source: str, dropout: float = 0.0) -> Backbone:
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{folder} lacks weights that a GPT-2 of its config.json has: {missing}.\nGive a whole model.")
-    return from_hf(model, dropout)
+    shape = shape_of(model.config, dropout)
+    with torch.device("meta"):
+        backbone = Backbone(shape)
+    # The tensors themselves, not copies: of a large teacher, one more would be the run's peak of memory.
+    backbone.lm.load_state_dict(_swap_layout(model.state_dict()), assign=True)
+    backbone.lm.tie_weights()
+    return backbone
 
 
 def from_hf(model: GPT2LMHeadModel, dropout: float = 0.0) -> Backbone:

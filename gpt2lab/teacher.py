@@ -20,11 +20,12 @@ class OnlineTeacher:
 
     Args:
         source: run directory, Hugging Face folder or Hub id.
+        dtype: what its weights are kept in.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, dtype: torch.dtype = torch.float32) -> None:
         self.source = source
-        self.backbone: Backbone = load_backbone(source).eval().requires_grad_(False)
+        self.backbone: Backbone = load_backbone(source, dtype=dtype).eval().requires_grad_(False)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the weights."""

@@ -102,7 +102,7 @@ def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.
     if settings.accelerator == "cpu":
         keep_freed_memory()
     device, dtype = named_device(settings.accelerator), TEACHER_DTYPES[settings.precision]
-    teacher = OnlineTeacher(settings.teacher)
+    teacher = OnlineTeacher(settings.teacher, dtype)
     teacher.to(device, dtype)
 
     def signal(input_ids: torch.Tensor) -> DenseTeacher:

@@ -67,7 +67,7 @@ class Distill(LanguageModel):
 
     def on_fit_start(self) -> None:
         if not self.cache:
-            self.teacher.to(self.device, TEACHER_DTYPES[PRECISIONS[str(self.trainer.precision)]])
+            self.teacher.to(self.device, self._teacher_dtype)
 
     def on_train_start(self) -> None:
         if not self.tokens_seen:  # a run taken up again was let in when it started
@@ -76,7 +76,7 @@ class Distill(LanguageModel):
     def build_backbone(self) -> Backbone:
         cut_out = self.settings.init == TEACHER_LAYERS
         if cut_out or not self.cache:
-            self.teacher = OnlineTeacher(self.teacher_source)
+            self.teacher = OnlineTeacher(self.teacher_source, torch.float32 if cut_out else self._teacher_dtype)
         backbone = self._cut_out() if cut_out else super().build_backbone()
         if cut_out and self.cache:
             del self.teacher  # asked no more
@@ -84,6 +84,10 @@ class Distill(LanguageModel):
         if self.compares_hidden_states and width != backbone.shape.n_embd:
             backbone.add_projection(width)
         return backbone
+
+    @property
+    def _teacher_dtype(self) -> torch.dtype:
+        return TEACHER_DTYPES[PRECISIONS[str(self.trainer.precision)]]
 
     def _cut_out(self) -> Backbone:
         """The student with its first weights out of the teacher, the same on every rank."""

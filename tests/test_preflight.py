@@ -93,7 +93,7 @@ def shifted_by_one(monkeypatch) -> None:
 
 
 def training_mode(monkeypatch) -> None:
-    monkeypatch.setattr(teacher_module, "load_backbone", lambda source: load_backbone(source, dropout=0.1))
+    monkeypatch.setattr(teacher_module, "load_backbone", lambda source, dtype: load_backbone(source, 0.1, dtype))
     monkeypatch.setattr(torch.nn.Module, "eval", torch.nn.Module.train)
 
 
