@@ -27,7 +27,7 @@ from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSett
 from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products share
-ROWS_OF_A_TEACHER = 512  # whose logits are in one product only
+ROWS_OF_A_TEACHER = 256  # whose logits are in one product only
 LOGITS_OF_A_BLOCK = 2**20  # on a CPU; a GPU takes whole chunks
 
 
@@ -163,7 +163,9 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
-            gradient = chunk @ head  # (C, V) logits, which the work on them replaces by their gradient
+            gradient = _logits(
+                chunk, head, "student"
+            )  # (C, V) logits, which the work on them replaces by their gradient
             for part in _slices(len(gradient), ROWS_OF_A_TEACHER):
                 said = targets_of(slice(start + part.start, start + part.stop))
                 for block in _blocks(gradient[part]):
@@ -206,13 +208,30 @@ def _teacher_rows(
     match teacher:
         case DenseTeacher():
             head = transposed(teacher.weight[:entries], dtype)  # (Dt, V)
-            return lambda rows: (teacher.hidden[rows].to(dtype) @ head,)
+            return lambda rows: (_logits(teacher.hidden[rows].to(dtype), head, "teacher"),)
         case TopKTeacher():
             return lambda rows: (teacher.ids[rows], teacher.probabilities[rows], teacher.tail[rows])
         case SampledTeacher():
             return lambda rows: (teacher.ids[rows], teacher.entropy[rows])
         case None:
             return lambda rows: ()
+
+
+_workspaces: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+def _logits(hidden: Tensor, head: Tensor, whose: str) -> Tensor:
+    """(C, D), (D, V) → (C, V); on a CPU in memory that the next chunk's logits overwrite.
+
+    It is by far the largest piece of a step: given back to the system allocator each time, its place breaks into parts.
+    """
+    if hidden.device.type != "cpu":
+        return hidden @ head
+    rows, entries = hidden.shape[0], head.shape[1]
+    workspace = _workspaces.get((whose, head.dtype))
+    if workspace is None or workspace.numel() < rows * entries:
+        workspace = _workspaces[whose, head.dtype] = head.new_empty(rows * entries)
+    return torch.mm(hidden, head, out=workspace[: rows * entries].view(rows, entries))
 
 
 def _blocks(logits: Tensor) -> list[slice]:

