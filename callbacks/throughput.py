@@ -62,7 +62,7 @@ class Throughput(lightning.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._tokens += batch.target_tokens
+        self._tokens += pl_module.step_targets
         if trainer.global_step % trainer.log_every_n_steps:
             return
         self._stop()

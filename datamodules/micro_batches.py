@@ -114,11 +114,11 @@ class SampleDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank from the trainer's optimizer step on, without end."""
-        rank, world, first_step = self._place()
-        stream = TrainingStream(
-            self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
-        )
-        return DataLoader(stream, batch_size=None, shuffle=False, num_workers=self.workers)
+        return DataLoader(self._stream(), batch_size=None, shuffle=False, num_workers=self.workers)
+
+    def training_batch(self, part: int) -> Batch:
+        """Micro-batch number `part` of this rank at the trainer's optimizer step."""
+        return self._stream()[part]
 
     def val_dataloader(self) -> DataLoader:
         """The whole validation split once; ranks take turns."""
@@ -130,13 +130,23 @@ class SampleDataModule(lightning.LightningDataModule):
 
     def calibration_batches(self, samples: int) -> Iterator[Batch]:
         """Up to `samples` training samples, evenly spaced over the split: the same on every rank, whatever the seed."""
-        rows = np.unique(np.arange(samples, dtype=np.int64) * len(self.train_samples) // samples)
+        rows = self.calibration_rows(samples)
         for part in np.array_split(rows, -(-len(rows) // self.eval_batch_sequences)):
             yield self.train_samples.batch(part, int(self.train_samples.target_counts(part).sum()))
+
+    def calibration_rows(self, samples: int) -> NDArray[np.int64]:
+        """The numbers of those samples."""
+        return np.unique(np.arange(samples, dtype=np.int64) * len(self.train_samples) // samples)
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """A few texts that suit these data, for the model to continue while it trains."""
         raise NotImplementedError
+
+    def _stream(self) -> TrainingStream:
+        rank, world, first_step = self._place()
+        return TrainingStream(
+            self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
+        )
 
     def _in_order(self, samples: Samples) -> DataLoader:
         rank, world, _ = self._place()

@@ -3,11 +3,14 @@
 Shapes: B sequences of one micro-batch on one rank, T positions each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+MULTIPLE = 8  # tensor cores like it, and fewer lengths compile to fewer kernels
 
 
 @dataclass
@@ -23,3 +26,25 @@ class Batch:
     indices: Tensor  # (B,) int64, position of each sequence in the (training or validation) set
     prompt_lengths: Tensor | None = None  # (B,) int64, pairs only: input_ids[b, :prompt_lengths[b]] is the prompt
     references: list[str] | None = None  # (B,) pairs only: the target text, for metrics on generated text
+    by_student: bool = False  # whether the student itself wrote the text, so that its labels teach nothing
+
+
+def pad_pairs(
+    sequences: Sequence[tuple[Tensor, int]], indices: Tensor, *, target_tokens: int, context: int, pad_id: int
+) -> Batch:
+    """Pairs as one micro-batch, with labels on what follows the prompt.
+
+    Args:
+        sequences: B of (token ids of prompt and response (L,), length of the prompt).
+        context: the most positions; T is the length of the longest pair, rounded up to a multiple of 8.
+        indices, target_tokens: as in Batch.
+    """
+    longest = max(len(tokens) - 1 for tokens, _ in sequences)
+    length = min(-(-longest // MULTIPLE) * MULTIPLE, context)
+    input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)  # (B, T)
+    labels = torch.full((len(sequences), length), IGNORE_INDEX, dtype=torch.int64)  # (B, T)
+    for place, (tokens, prompt_length) in enumerate(sequences):
+        input_ids[place, : len(tokens) - 1] = tokens[:-1]
+        labels[place, prompt_length - 1 : len(tokens) - 1] = tokens[prompt_length:]
+    prompt_lengths = torch.tensor([prompt_length for _, prompt_length in sequences])  # (B,)
+    return Batch(input_ids, labels, target_tokens, indices, prompt_lengths)

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel
+from torch import Tensor
+from transformers import GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
 COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left, and logits overflow
 
@@ -33,8 +35,13 @@ def generate_ids(
     max_new_tokens: int,
     end_of_text: int,
     seed: int = 0,
+    row_seeds: Sequence[int] | None = None,
+    entries: int | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt, up to and without `end_of_text`. The global random state is left as it was.
+
+    With `row_seeds`, one for each prompt, a prompt's completion does not depend on those beside it; then `seed`, top_k
+    and top_p are not read. Of a vocabulary padded with entries that mean no token only the first `entries` are written.
 
     Prompts are padded on the left and masked, so a batch gives what each prompt alone would give. A prompt keeps its
     last tokens where prompt and completion together exceed the model's positions. An empty one starts at end_of_text.
@@ -48,7 +55,10 @@ def generate_ids(
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in cut], device=device)  # (B, longest)
     if sampling.temperature < COLDEST:
-        choice: dict[str, bool | float] = {"do_sample": False}
+        choice: dict[str, Any] = {"do_sample": False}
+    elif row_seeds is not None:
+        noise = RowwiseSampling(sampling.temperature, row_seeds, device)
+        choice = {"do_sample": False, "logits_processor": LogitsProcessorList([noise])}
     else:
         choice = {
             "do_sample": True,
@@ -56,9 +66,13 @@ def generate_ids(
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
         }
+    padding = list(range(entries or model.config.vocab_size, model.config.vocab_size))
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.compiler.set_stance("force_eager"),  # every token is another length, for which blocks would be compiled
+    ):
         torch.manual_seed(seed)
         output = model.generate(
             ids,
@@ -67,8 +81,27 @@ def generate_ids(
             pad_token_id=end_of_text,
             eos_token_id=end_of_text,
             use_cache=True,
+            suppress_tokens=padding or None,
             **choice,
         )  # (B, longest + new)
     model.train(was_training)
     completions = output[:, longest:].tolist()
     return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
+
+
+class RowwiseSampling(LogitsProcessor):
+    """Makes the likeliest token a draw from softmax(logits / temperature), each row with its own generator.
+
+    Source: the Gumbel-max trick; −log of an exponential variate is a Gumbel variate.
+    """
+
+    def __init__(self, temperature: float, row_seeds: Sequence[int], device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in row_seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) → what argmax is taken of."""
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self.temperature - noise.log()

@@ -94,6 +94,34 @@ class TeacherCacheSettings:
     draw_seed: int = 0
 
 
+@dataclass
+class SequenceSettings:
+    """Whose text a distillation trains on.
+
+    Attributes:
+        name: data; gkd and distillm: also the student's own; seqkd: the teacher's.
+        max_new_tokens: the most that is written after a prompt, end-of-text included.
+        gen_temperature: of the writing; the loss has one of its own.
+        lmbda: of gkd, share of the steps on text that the student has just written.
+        threshold_step, tolerance, capacity: of distillm (gpt2lab/on_policy.py).
+        draw_seed: of seqkd, decides what the teacher writes, whatever the run's seed is.
+    """
+
+    name: str = "data"
+    max_new_tokens: int = 64
+    gen_temperature: float = 1.0
+    lmbda: float = 0.5
+    threshold_step: float = 0.1
+    tolerance: float = 0.1
+    capacity: int = 1000
+    draw_seed: int = 0
+
+    @property
+    def by_student(self) -> bool:
+        """Whether the student writes while it is trained."""
+        return self.name in ("gkd", "distillm")
+
+
 PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 

@@ -66,7 +66,9 @@ def compile_pays(config: Config, vocab_size: int) -> bool:
     On a CPU it gains nothing: docs/performance.md has the figures.
     """
     given = str(config.compile).lower()
-    wanted = given == "true" or (given == "auto" and config.accelerator == "gpu" and _saves_time(config, vocab_size))
+    fixed = not config.sequences.by_student  # what the student writes has another length at every step
+    pays = fixed and config.accelerator == "gpu" and _saves_time(config, vocab_size)
+    wanted = given == "true" or (given == "auto" and pays)
     if wanted and not has_compiler():
         log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
     return wanted and has_compiler()

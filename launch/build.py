@@ -132,6 +132,8 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "cache": config.record.teacher_cache,
         "cached": config.teacher_cache,
         "baseline_loss": config.record.baseline_loss,
+        "sequences": config.sequences,
+        "context": config.context,
     }
     return construct(node, "task", supplied)
 

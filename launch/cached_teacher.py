@@ -6,6 +6,7 @@ and a longer one or one with another seed adds what is missing.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def fill(settings: Config, data: Any, facts: DataFacts) -> None:
         write_json(folder / "key.json", key)
         sides = cache_sides(folder, settings.teacher_cache, entries)
         wanted = {
-            "train": (data.train_samples, _training_rows(settings, len(data.train_samples))),
+            "train": (data.train_samples, training_rows(settings, len(data.train_samples))),
             "val": (data.val_samples, np.arange(len(data.val_samples))),
         }
         missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]] = []
@@ -85,7 +86,7 @@ def _key(settings: Config, facts: DataFacts) -> dict[str, Any]:
     }
 
 
-def _training_rows(settings: Config, samples: int) -> NDArray[np.int64]:
+def training_rows(settings: Config, samples: int) -> NDArray[np.int64]:
     """The samples that the run's steps will draw: all of them from one epoch on."""
     positions = settings.steps * rows_of_a_step(settings)
     if positions >= samples:
@@ -98,24 +99,36 @@ def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.
     if not total:
         return
     log.info("the teacher reads %d sequences, once for all students", total)
+    with (
+        working_teacher(settings) as teacher,
+        tqdm(total=total, desc="teacher cache", unit="sequence", disable=None) as progress,
+    ):
+        device = teacher.backbone.lm.device
+
+        def signal(input_ids: torch.Tensor) -> DenseTeacher:
+            return teacher.signal(input_ids.to(device))
+
+        for side, samples, rows in missing:
+            side.write(
+                batches(samples, rows, largest_micro_batch(settings), progress), signal, settings.loss.temperature
+            )
+
+
+@contextmanager
+def working_teacher(settings: Config) -> Iterator[OnlineTeacher]:
+    """The teacher on one device, at work in the run's precision, before there is a Trainer."""
     torch.set_num_threads(int(settings.threads))
     if settings.accelerator == "cpu":
         keep_freed_memory()
     device, dtype = named_device(settings.accelerator), TEACHER_DTYPES[settings.precision]
     teacher = OnlineTeacher(settings.teacher, dtype)
     teacher.to(device, dtype)
-
-    def signal(input_ids: torch.Tensor) -> DenseTeacher:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return teacher.signal(input_ids.to(device))
-
-    with tqdm(total=total, desc="teacher cache", unit="sequence", disable=None) as progress:
-        for side, samples, rows in missing:
-            batches = _batches(samples, rows, largest_micro_batch(settings), progress)
-            side.write(batches, signal, settings.loss.temperature)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        yield teacher
 
 
-def _batches(samples: Samples, rows: NDArray[np.int64], size: int, progress: tqdm) -> Iterator[Batch]:
+def batches(samples: Samples, rows: NDArray[np.int64], size: int, progress: tqdm) -> Iterator[Batch]:
+    """The samples `rows` in micro-batches of `size`."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         yield samples.batch(part, 0)

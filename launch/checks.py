@@ -42,6 +42,7 @@ def check(config: Config) -> None:
     check_precision(config)
     check_task_and_data(config)
     check_teacher_cache(config)
+    check_sequences(config)
     baseline.check_run(config)
 
 
@@ -240,6 +241,31 @@ def check_teacher_cache(config: Config) -> None:
         raise InputError(
             "loss=mse compares every logit, and teacher_cache=topk keeps only some.\n"
             "Use another loss, or teacher_cache=none."
+        )
+
+
+def check_sequences(config: Config) -> None:
+    """Written text needs prompts before it, and a teacher who reads it."""
+    sequences = config.sequences
+    if sequences.name == "data":
+        return
+    if sequences.max_new_tokens >= config.context:
+        raise InputError(
+            f"sequences.max_new_tokens={sequences.max_new_tokens} leaves no room for a prompt in "
+            f"context={config.context}.\n"
+            f"Give sequences.max_new_tokens={config.context // 2}, or another number below the context."
+        )
+    if sequences.by_student and config.teacher_cache.name != "none":
+        raise InputError(
+            f"teacher_cache={config.teacher_cache.name} keeps what the teacher says of the data, and with "
+            f"sequences={sequences.name} the student writes other text.\n"
+            "Use teacher_cache=none, or sequences=seqkd, whose text is written once."
+        )
+    rows = config.batch_sequences if config.takes_pairs else config.batch_tokens // config.context
+    if sequences.name == "distillm" and sequences.capacity < rows:
+        raise InputError(
+            f"sequences.capacity={sequences.capacity} is less than the {rows} sequences of a step.\n"
+            f"Give at least sequences.capacity={rows}."
         )
 
 

@@ -14,7 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gpt2lab.errors import InputError
-from gpt2lab.settings import LossSettings, OptimizerSettings, ScheduleSettings, TeacherCacheSettings, TokenizerChoice
+from gpt2lab.settings import (
+    LossSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    SequenceSettings,
+    TeacherCacheSettings,
+    TokenizerChoice,
+)
 from gpt2lab.student_shape import TEACHER_LAYERS
 
 
@@ -44,6 +51,7 @@ class Record:
     overrides: list[str] = field(default_factory=list)  # as given on the command line
     command: str = ""
     teacher_hash: str = ""  # sha256 of the teacher's weights
+    teacher_text: str = ""  # folder with what the teacher wrote, where students train on that
     teacher_cache: str = ""  # folder with what the teacher says of the data, where it is not asked at every step
     kept: dict[str, Any] = field(default_factory=dict)  # init=teacher_layers: what the student has of its teacher
     data_hash: str = ""  # content hash of the prepared data
@@ -63,7 +71,6 @@ class Config:
     tokenizer: TokenizerChoice
     objective: ObjectiveKeys
     loss: LossSettings
-    teacher_cache: TeacherCacheSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     callbacks: dict[str, Any]
@@ -84,8 +91,6 @@ class Config:
     batch_sequences: int
     micro_batch: int | str
     context: int
-    label_smoothing: float
-    z_loss: float
     gradient_clip: float
     ema: float
     activation_checkpointing: bool
@@ -110,7 +115,12 @@ class Config:
     target: str
     vocab_size: int
 
-    baseline: str | None = None  # with a default, so that runs from before there was the key can still be read
+    # With defaults, so that runs from before there were these keys can still be read
+    teacher_cache: TeacherCacheSettings = field(default_factory=TeacherCacheSettings)
+    sequences: SequenceSettings = field(default_factory=SequenceSettings)
+    baseline: str | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     record: Record = field(default_factory=Record)
 

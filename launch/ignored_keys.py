@@ -8,7 +8,7 @@ from gpt2lab.errors import InputError
 from launch.config import Config
 
 SKEW = ("skew_kl", "skew_reverse_kl")
-DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "preflight", "baseline")
+DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "sequences", "preflight", "baseline")
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,14 @@ def _adapts(config: Config) -> bool:
     return not isinstance(lora, dict) or bool(lora.get("rank"))
 
 
-def _cache_reader(mode: str, key: str) -> Reader:
-    def reads(config: Config) -> bool:
-        return config.teacher_cache.name == mode
+def _reader(group: str, key: str, *values: str) -> Reader:
+    """Of a key of a group that only some of its values have."""
 
-    return Reader("teacher_cache", f"teacher_cache.{key}", reads, f"teacher_cache={mode} reads it")
+    def reads(config: Config) -> bool:
+        return vars(vars(config)[group])["name"] in values
+
+    names = " and ".join(f"{group}={value}" for value in values)
+    return Reader(group, f"{group}.{key}", reads, f"{names} {'reads' if len(values) == 1 else 'read'} it")
 
 
 READERS = (
@@ -94,8 +97,12 @@ READERS = (
         Reader("loss", f"loss.mixing_{part}", lambda c: c.loss.name == "taid", "loss=taid reads it")
         for part in ("start", "end", "step", "momentum")
     ),
-    *(_cache_reader("topk", key) for key in ("k", "tail", "dtype")),
-    *(_cache_reader("sampled", key) for key in ("n", "draw_seed")),
+    *(_reader("teacher_cache", key, "topk") for key in ("k", "tail", "dtype")),
+    *(_reader("teacher_cache", key, "sampled") for key in ("n", "draw_seed")),
+    *(_reader("sequences", key, "gkd", "distillm", "seqkd") for key in ("max_new_tokens", "gen_temperature")),
+    _reader("sequences", "lmbda", "gkd"),
+    *(_reader("sequences", key, "distillm") for key in ("threshold_step", "tolerance", "capacity")),
+    _reader("sequences", "draw_seed", "seqkd"),
     Reader("task", "task.lora.alpha", _adapts, "LoRA reads it (task.lora.rank=8)"),
     Reader("task", "task.lora.dropout", _adapts, "LoRA reads it (task.lora.rank=8)"),
 )

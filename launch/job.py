@@ -48,10 +48,8 @@ def run_job(asked: Config) -> dict[str, Any]:
     settings.compile = automatic.compile_pays(settings, vocab_size)
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
-    if settings.task_name == "distill" and settings.teacher_cache.name != "none":
-        from launch import cached_teacher
-
-        cached_teacher.fill(settings, data, facts)
+    if settings.task_name == "distill":
+        facts = _teacher_at_work(settings, data, facts)
     if settings.record.world_size > 1:
         from launch import ranks
 
@@ -60,6 +58,20 @@ def run_job(asked: Config) -> dict[str, Any]:
         report = train(settings, data, facts, is_new=taken_up is None)
     print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
+
+
+def _teacher_at_work(settings: Config, data: Any, facts: Any) -> Any:
+    """Let the teacher write or read what it does once for all students; returns the facts of what they train on."""
+    if settings.sequences.name == "seqkd":
+        from launch import teacher_writing
+
+        teacher_writing.write(settings, data, facts)
+        facts = teacher_writing.put_in(settings, data, facts)
+    if settings.teacher_cache.name != "none":
+        from launch import cached_teacher
+
+        cached_teacher.fill(settings, data, facts)
+    return facts
 
 
 def closing_line(report: dict[str, Any], folder: str) -> str:
@@ -139,7 +151,12 @@ def _run_rank(spec: Path) -> None:
     noise.settle_library_noise()
     try:
         data = build.data_module(settings)
-        watched = train(settings, data, data.prepare(), is_new=False)["watched"]
+        facts = data.prepare()
+        if settings.record.teacher_text:
+            from launch import teacher_writing
+
+            facts = teacher_writing.put_in(settings, data, facts)
+        watched = train(settings, data, facts, is_new=False)["watched"]
     except answer.Ended as ended:
         # Exit code 0: to the parent any other says that this rank died, and it would kill the rest while they save.
         ranks.record_outcome(int(ended.code or 0), ended.message)

@@ -16,6 +16,7 @@ CHOICES = {
     "loss.name": DIVERGENCES,
     "teacher_cache.name": ("none", "topk", "sampled"),
     "teacher_cache.dtype": ("float16", "float32"),
+    "sequences.name": ("data", "gkd", "distillm", "seqkd"),
     "objective.name": ("clm",),
     "tokenizer.kind": ("auto", "bpe", "pretrained"),
 }
@@ -65,6 +66,13 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "teacher_cache.k": (1, 10**6),
     "teacher_cache.n": (1, 10**4),
     "teacher_cache.draw_seed": (0, 2**63 - 1),
+    "sequences.max_new_tokens": (1, 10**6),
+    "sequences.gen_temperature": (0, math.inf),
+    "sequences.lmbda": (0, 1),
+    "sequences.threshold_step": (0, 1),
+    "sequences.tolerance": (-math.inf, math.inf),
+    "sequences.capacity": (1, 10**7),
+    "sequences.draw_seed": (0, 2**63 - 1),
     "tokenizer.vocab_size": (257, 10**6),
 }
 # The same for keys that only some tasks, data and callbacks have

@@ -1,7 +1,7 @@
 """Runtime arguments: what the launcher adds to the keys of a `_target_`, where its constructor takes them."""
 
 ARGUMENTS: dict[str, set[str]] = {
-    "task": {"training", "teacher", "loss", "preflight", "cache", "cached", "baseline_loss"},
+    "task": {"training", "teacher", "loss", "preflight", "cache", "cached", "baseline_loss", "sequences", "context"},
     "data": {
         "name",
         "tokenizer",

@@ -1,6 +1,7 @@
 """Distill: a student learns from a larger teacher's whole next-token distribution, mixed with the labels."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.hidden_states import cosine_distance, squared_distance
 from gpt2lab.lm_head_loss import LMHeadLoss
 from gpt2lab.model_folder import read_shape
-from gpt2lab.settings import LossSettings, TeacherCacheSettings, TrainingSettings
+from gpt2lab.settings import LossSettings, SequenceSettings, TeacherCacheSettings, TrainingSettings
 from gpt2lab.student_init import CALIBRATION_SAMPLES, student_from_teacher
 from gpt2lab.student_shape import TEACHER_LAYERS
 from gpt2lab.taid import AdaptiveMixing
@@ -24,6 +25,7 @@ from gpt2lab.teacher_cache import cache_sides
 from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal
 from lightning_modules import preflight
 from lightning_modules.language_model import LanguageModel, Teaching
+from lightning_modules.student_text import StudentText
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Distill(LanguageModel):
         cache: folder with what the teacher says of these data; empty: it is loaded and asked.
         cached: what is kept there.
         baseline_loss: val/loss of the same student trained without a teacher, for distill/gap_closed; None: unknown.
+        sequences: whose text is trained on; None: the data's.
+        context: the most tokens of a sequence that the student writes.
     """
 
     teacher: OnlineTeacher  # loaded with the student's model, unless what it says is cached
@@ -54,6 +58,8 @@ class Distill(LanguageModel):
         cache: str = "",
         cached: TeacherCacheSettings | None = None,
         baseline_loss: float | None = None,
+        sequences: SequenceSettings | None = None,
+        context: int = 0,
     ) -> None:
         super().__init__(training)
         self.teacher_source = teacher
@@ -64,6 +70,11 @@ class Distill(LanguageModel):
         self.mixing = AdaptiveMixing(loss, training.steps)
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
+        self.step_is_students = False  # whether the step at work trains on text that the student wrote
+        self.student_text: StudentText | None = None
+        if sequences is not None and sequences.by_student:
+            end_of_text = self.tokenizer.eos_token_id
+            self.student_text = StudentText(sequences, context, training.steps, training.seed, end_of_text, entries)
 
     def on_fit_start(self) -> None:
         if not self.cache:
@@ -100,12 +111,20 @@ class Distill(LanguageModel):
         """Whether the loss has terms on the last hidden states beside the divergence."""
         return bool(self.loss_settings.hidden_cosine or self.loss_settings.hidden_mse)
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.student_text is not None:
+            batch = self.student_text.in_place_of(batch, batch_idx % self.trainer.accumulate_grad_batches, self)
+        self.step_is_students = batch.by_student
+        return super().training_step(batch, batch_idx)
+
     def loss(self, batch: Batch) -> LMHeadLoss:
+        # What the student wrote is no label for it.
+        settings = replace(self.loss_settings, hard_weight=0.0) if batch.by_student else self.loss_settings
         return self.head_loss(
             batch,
             Teaching(
                 self.signal(batch, "train"),
-                self.loss_settings,
+                settings,
                 mixing=self.mixing_tensor(),
                 further=self._hidden_distance if self.compares_hidden_states else None,
             ),
@@ -136,6 +155,8 @@ class Distill(LanguageModel):
             self.mixing.update(self.trainer.global_step, self.step_objective())
 
     def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+        if self.step_is_students:
+            return {metric_names.TRAIN_OBJECTIVE: objective}
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
@@ -170,6 +191,8 @@ class Distill(LanguageModel):
     def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
         found = super().validation_figures(sums, targets) if self.cache else figures(sums, targets)
         self.teacher_loss = found[metric_names.DISTILL_TEACHER_LOSS]
+        if self.student_text is not None:
+            self.student_text.choice.validated(found[metric_names.VAL_LOSS])
         if self.baseline_loss is not None:
             closed = gap_closed(self.baseline_loss, found[metric_names.VAL_LOSS], self.teacher_loss)
             if closed is None:
@@ -182,11 +205,14 @@ class Distill(LanguageModel):
         super().on_save_checkpoint(checkpoint)
         checkpoint["teacher_loss"] = self.teacher_loss
         checkpoint["taid"] = self.mixing.state()
+        checkpoint["student_text"] = self.student_text.state() if self.student_text is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.teacher_loss = checkpoint["teacher_loss"]
         self.mixing.load(checkpoint["taid"])
+        if self.student_text is not None:
+            self.student_text.load(checkpoint["student_text"])
 
     def facts_for_report(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}

@@ -72,7 +72,7 @@ class LanguageModel(lightning.LightningModule):
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
-        self._step_targets = 0
+        self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self._validation_sums: dict[str, Tensor] = {}
         self._gradient_norm = 0.0
 
@@ -183,7 +183,7 @@ class LanguageModel(lightning.LightningModule):
         sums = torch.stack([result.total.detach(), result.cross_entropy])
         self._step_sums = self._step_sums.to(self.device) + sums
         self._step_indices.append(batch.indices)
-        self._step_targets = batch.target_tokens
+        self.step_targets = batch.target_tokens
         # Lightning divides by the accumulation and DDP and FSDP2 average over ranks: undo both, divide once by N.
         return result.total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.target_tokens)
 
@@ -206,7 +206,7 @@ class LanguageModel(lightning.LightningModule):
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Here and not at the end of the batch, where callbacks come before the module: they save and report these.
-        self.tokens_seen += self._step_targets
+        self.tokens_seen += self.step_targets
         self.after_step()
         if self.average is not None:
             self.average.update()
@@ -216,14 +216,14 @@ class LanguageModel(lightning.LightningModule):
             return
         step = self.trainer.global_step
         if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
-            objective, cross_entropy = self.over_ranks(self._step_sums) / batch.target_tokens
+            objective, cross_entropy = self.over_ranks(self._step_sums) / self.step_targets
             self._log_step(step, self.training_losses(objective, cross_entropy))
         self._step_sums = torch.zeros(2)
         self._step_indices = []
 
     def step_objective(self) -> float:
         """Mean objective per target token of the step just made, over all ranks."""
-        return (self.over_ranks(self._step_sums)[0] / self._step_targets).item()
+        return (self.over_ranks(self._step_sums)[0] / self.step_targets).item()
 
     def _log_step(self, step: int, losses: dict[str, Tensor]) -> None:
         self.log_dict(
@@ -296,6 +296,10 @@ class LanguageModel(lightning.LightningModule):
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count + shift for name, count in counts.items()})
 
+    def present_model(self) -> GPT2LMHeadModel:
+        """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
+        return plain_hf_from_state(self._whole_state(), self.backbone.shape) if self.is_sharded else self.backbone.lm
+
     def export_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
 
@@ -337,6 +341,7 @@ class LanguageModel(lightning.LightningModule):
                 method,
                 max_new_tokens=max_new_tokens,
                 end_of_text=self.tokenizer.eos_token_id,
+                entries=len(self.tokenizer),
                 seed=self.settings.seed,
             )
         return [self.tokenizer.decode(completion) for completion in completions]

@@ -34,6 +34,7 @@ class Answer:
 
 
 Train = Callable[..., Answer]
+Distil = Callable[..., Answer]
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +76,21 @@ def train_here(
         capfd.readouterr()
         code = answer.exit_code(train.command_line)
         return Answer(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def distil(train_here: Train, tiny: list[str], tmp_path: Path) -> Distil:
+    """Distils from a teacher in ./teacher that has a cache folder of its own."""
+    wide = [key for key in tiny if not key.startswith(("model.n_head", "model.n_embd"))]
+    assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
+
+    def run(*overrides: str, without: tuple[str, ...] = ()) -> Answer:
+        given = ("task=distill", "teacher=teacher", f"cache_dir={tmp_path / 'cache'}", "steps=4", "seed=1")
+        answer = train_here(*(key for key in tiny if not key.startswith(without)), *given, *overrides)
+        assert answer.code == 0, answer.stderr
+        return answer
 
     return run
 

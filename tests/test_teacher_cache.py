@@ -1,13 +1,13 @@
 """What a teacher says is written once, completely and without bias, and a student of it learns as from the teacher."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Answer, Train
+from conftest import Answer, Distil, Train
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -204,23 +204,8 @@ PLAIN = ("optimizer=adamw", "optimizer.lr=1e-3")  # Muon orthogonalises in bf16,
 EXACT = (*PLAIN, "teacher_cache=topk", "teacher_cache.k=300", "teacher_cache.dtype=float32")
 
 
-@pytest.fixture
-def distil(train_here: Train, tiny: list[str], tmp_path: Path) -> Callable[..., Answer]:
-    """Distils from a teacher in ./teacher that has a cache folder of its own."""
-    wide = [key for key in tiny if not key.startswith(("model.n_head", "model.n_embd"))]
-    assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
-
-    def run(*overrides: str) -> Answer:
-        given = ("task=distill", "teacher=teacher", f"cache_dir={tmp_path / 'cache'}", "steps=4", "seed=1")
-        answer = train_here(*tiny, *given, *overrides)
-        assert answer.code == 0, answer.stderr
-        return answer
-
-    return run
-
-
 def test_no_teacher_is_loaded_once_it_has_spoken_and_the_student_is_the_same(
-    distil: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distil(*PLAIN, "run_dir=online")
     assert "the teacher reads" in distil(*EXACT, "run_dir=first").stderr
@@ -234,7 +219,7 @@ def test_no_teacher_is_loaded_once_it_has_spoken_and_the_student_is_the_same(
     assert teacher_losses[1] == pytest.approx(teacher_losses[0], rel=1e-5)
 
 
-def test_only_what_a_run_will_see_is_written_and_a_longer_one_adds_to_it(distil: Callable[..., Answer]) -> None:
+def test_only_what_a_run_will_see_is_written_and_a_longer_one_adds_to_it(distil: Distil) -> None:
     sampled = ("teacher_cache=sampled", "run_dir=a")
     first = sequences_read(distil(*sampled, "steps=2"))
     assert sequences_read(distil("teacher_cache=sampled", "run_dir=b", "steps=5")) == 3 * 8
@@ -259,7 +244,7 @@ def sequences_read(answer: Answer) -> int:
     ],
 )
 def test_whatever_a_record_depends_on_has_a_cache_of_its_own(
-    distil: Callable[..., Answer], train_here: Train, tiny: list[str], tmp_path: Path, change: str
+    distil: Distil, train_here: Train, tiny: list[str], tmp_path: Path, change: str
 ) -> None:
     distil("teacher_cache=topk", "teacher_cache.k=5", "run_dir=a", "steps=1")
     if change in ("vocab_size=290", "other weights"):
