@@ -1,6 +1,6 @@
 """Distillation metrics: how far a student's predictions are from its teacher's, as sums over target positions.
 
-Shapes: N positions, C positions of one chunk, D and Dt hidden widths, V vocabulary.
+Shapes: N positions, C positions of one chunk, D and Dt hidden widths, V vocabulary, K stored entries of a position.
 
 With q the student's and p the teacher's probabilities at temperature 1, each position gives:
     losses              −log q_y and −log p_y at the label y
@@ -11,12 +11,18 @@ With q the student's and p the teacher's probabilities at temperature 1, each po
     entropies           −Σ q log q and −Σ p log p
     calibration         by confidence in the likeliest entry, in 15 bins: how far being right lies above confidence
 
+A teacher that is known by its K likeliest entries and the probability of all others together is compared over K + 1
+classes, the others merged into one. Of a coarser partition KL both ways, TVD and the teacher's entropy are no larger
+than of the whole vocabulary, so the acceptance 1 − TVD is no smaller. All else is what the whole teacher gives, but for
+its loss, which such entries do not tell.
+
 Sums add over chunks, batches and ranks; `figures` divides them once by the number of targets. Logits (C, V) live only
 while their chunk is worked on, so no (N, V) tensor exists for student or teacher.
 """
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +30,7 @@ from torch import Tensor
 from gpt2lab import metric_names as names
 from gpt2lab.acceptance import drawn_sums
 from gpt2lab.batch import IGNORE_INDEX
-from gpt2lab.lm_head_loss import DenseTeacher
+from gpt2lab.teacher_signal import DenseTeacher, TopKTeacher
 
 LOGITS_OF_A_CHUNK = 2**25  # of one model; they take 64 MiB in bf16
 LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several more such matrices live at a time, in fp32
@@ -57,7 +63,7 @@ def distillation_sums(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    teacher: DenseTeacher,
+    teacher: DenseTeacher | TopKTeacher,
     *,
     vocab_size: int | None = None,
     uniforms: Tensor | None = None,
@@ -74,7 +80,10 @@ def distillation_sums(
         weight: (V, D) student head. Heads of different length are cut to the shorter, or to `vocab_size` where that is
             less still: an entry that one of them lacks is padding, and has no probability in either.
         labels: (N,) int64 below the number of entries that count, or `ignore_index`.
-        uniforms: (N, 2) numbers in [0, 1) that decide which drafts are drawn and accepted (gpt2lab.acceptance).
+        teacher: dense, at all N positions; or top-k at the targets alone, in their order, at temperature 1, with five
+            entries or more of which the likeliest come first. Without the whole teacher its loss is left out.
+        uniforms: (N, 2) numbers in [0, 1) that decide which drafts are drawn and accepted (gpt2lab.acceptance); for
+            dense teachers.
         chunk_rows: C; by default as many as hold 2^25 logits (2^23 uncompiled), in chunks of one size.
         compiled: run the work on a chunk's logits through torch.compile, which takes seconds once and then halves its
             time.
@@ -82,26 +91,24 @@ def distillation_sums(
     Raises:
         ValueError: hidden states, labels and teacher differ in their number of positions.
     """
-    if not hidden.shape[0] == labels.shape[0] == teacher.hidden.shape[0]:
-        raise ValueError(
-            f"hidden has {hidden.shape[0]} rows, labels {labels.shape[0]}, the teacher {teacher.hidden.shape[0]}; "
-            "they must be equal."
-        )
     kept = (labels != ignore_index).nonzero().squeeze(1)
-    hidden, teacher_hidden, labels = hidden[kept], teacher.hidden[kept], labels[kept]
+    _check_rows(hidden, labels, teacher, len(kept))
+    hidden, labels = hidden[kept], labels[kept]
     uniforms = uniforms[kept] if uniforms is not None else None
-    entries = min(weight.shape[0], teacher.weight.shape[0], vocab_size or weight.shape[0])
+    entries = min(weight.shape[0], vocab_size or weight.shape[0])
+    if isinstance(teacher, DenseTeacher):
+        entries = min(entries, teacher.weight.shape[0])
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    work, total = _chunk_function(compiled), Sums()
+    kind: Any = type(teacher)
+    work, total = _chunk_function(kind, compiled), Sums()
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        head, teacher_head = weight[:entries].to(dtype), teacher.weight[:entries].to(dtype)  # (V, D), (V, Dt)
+        head, said_of = weight[:entries].to(dtype), _teacher_rows(teacher, kept, entries, dtype)  # (V, D)
         rows_of_a_chunk = chunk_rows or _even_chunks(len(kept), entries, compiled)
         for start in range(0, max(len(kept), 1), rows_of_a_chunk):  # without any row one empty chunk gives the zeros
             rows = slice(start, start + rows_of_a_chunk)
-            logits, teacher_logits = hidden[rows].to(dtype) @ head.T, teacher_hidden[rows].to(dtype) @ teacher_head.T
             draws = uniforms[rows] if uniforms is not None else None
-            total = added(total, work(logits, teacher_logits, labels[rows], draws))
+            total = added(total, work(hidden[rows].to(dtype) @ head.T, said_of(rows), labels[rows], draws))
     return total
 
 
@@ -120,6 +127,30 @@ def chunk_sums(log_q: Tensor, log_p: Tensor, labels: Tensor, likeliest: Likelies
         **dict(zip(OF_TEACHER, own_sums(log_p, labels, best_p[:, 0]), strict=True)),
         **divergence_sums(log_q, log_p),
         **agreement_sums(best_q, best_p, log_q.dtype),
+    }
+
+
+def bucket_sums(log_q: Tensor, teacher: TopKTeacher, labels: Tensor, best_q: Tensor) -> Sums:
+    """As `chunk_sums`, from K entries of the teacher and one class for all others; without the teacher's loss.
+
+    Args:
+        log_q: (C, V) log-probabilities of the student.
+        labels: (C,) int64.
+        best_q: (C, 5) entries that the student holds likeliest, best first.
+    """
+    others = log_q.scatter(1, teacher.ids, -torch.inf).logsumexp(1, keepdim=True)  # (C, 1)
+    log_q_of_classes = torch.cat([log_q.gather(1, teacher.ids), others], dim=1).clamp_min(SMALLEST_LOG)  # (C, K + 1)
+    p = torch.cat([teacher.probabilities, teacher.tail.unsqueeze(1)], dim=1).to(log_q.dtype)
+    log_p = (p / p.sum(1, keepdim=True)).log().clamp_min(SMALLEST_LOG)  # float16 records miss a sum of 1 by rounding
+    is_label = torch.cat([teacher.ids == labels.unsqueeze(1), torch.ones_like(others, dtype=torch.bool)], dim=1)
+    class_of_label = is_label.to(torch.uint8).argmax(1)  # (C,) the first that holds it
+    _, teacher_entropy, teacher_calibration = own_sums(log_p, class_of_label, torch.zeros_like(class_of_label))
+    return {
+        **dict(zip(OF_STUDENT, own_sums(log_q.clamp_min(SMALLEST_LOG), labels, best_q[:, 0]), strict=True)),
+        names.DISTILL_ENTROPY_TEACHER: teacher_entropy,
+        TEACHER_CALIBRATION: teacher_calibration,
+        **divergence_sums(log_q_of_classes, log_p),
+        **agreement_sums(best_q, teacher.ids[:, :LIKELIEST], log_q.dtype),
     }
 
 
@@ -189,17 +220,48 @@ def gap_closed(baseline_loss: float, student_loss: float, teacher_loss: float) -
     return (baseline_loss - student_loss) / gap if gap > 0 else None
 
 
-def _chunk_sums_of_logits(logits: Tensor, teacher_logits: Tensor, labels: Tensor, uniforms: Tensor | None) -> Sums:
+def _check_rows(hidden: Tensor, labels: Tensor, teacher: DenseTeacher | TopKTeacher, targets: int) -> None:
+    theirs, wanted = (
+        (len(teacher.hidden), len(labels)) if isinstance(teacher, DenseTeacher) else (len(teacher.ids), targets)
+    )
+    if len(hidden) != len(labels) or theirs != wanted:
+        raise ValueError(
+            f"hidden has {len(hidden)} rows, labels {len(labels)}, the teacher {theirs}; "
+            f"they must be equal, but for a top-k teacher's, which are those of the {targets} targets."
+        )
+
+
+def _teacher_rows(
+    teacher: DenseTeacher | TopKTeacher, kept: Tensor, entries: int, dtype: torch.dtype
+) -> Callable[[slice], tuple[Tensor, ...]]:
+    """What a chunk is told of its teacher: a function of the chunk's rows, which count the targets alone."""
+    if isinstance(teacher, DenseTeacher):
+        hidden, head = teacher.hidden[kept], teacher.weight[:entries].to(dtype)  # (targets, Dt), (V, Dt)
+        return lambda rows: (hidden[rows].to(dtype) @ head.T,)
+    return lambda rows: (teacher.ids[rows], teacher.probabilities[rows], teacher.tail[rows])
+
+
+def _dense_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, uniforms: Tensor | None) -> Sums:
+    (teacher_logits,) = said  # (C, V)
     log_q, log_p = _log_softmax(logits), _log_softmax(teacher_logits)  # (C, V)
     # From the logits: a compiled chunk then never writes its log-probabilities to memory.
     sums = chunk_sums(log_q, log_p, labels, (_likeliest(logits), _likeliest(teacher_logits)))
     return sums if uniforms is None else {**sums, **drawn_sums(log_q, log_p, uniforms)}
 
 
+def _top_k_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, uniforms: Tensor | None) -> Sums:
+    return bucket_sums(_log_softmax(logits), TopKTeacher(*said), labels, _likeliest(logits))
+
+
+CHUNKS = {DenseTeacher: _dense_chunk, TopKTeacher: _top_k_chunk}
+
+
 @cache
-def _chunk_function(compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Sums]:
+def _chunk_function(
+    teacher: type, compiled: bool
+) -> Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], Sums]:
     # dynamic: the number of targets differs from batch to batch, and each new one would be compiled anew
-    return torch.compile(_chunk_sums_of_logits, dynamic=True) if compiled else _chunk_sums_of_logits
+    return torch.compile(CHUNKS[teacher], dynamic=True) if compiled else CHUNKS[teacher]
 
 
 def _likeliest(scores: Tensor) -> Tensor:

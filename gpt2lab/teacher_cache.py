@@ -63,6 +63,7 @@ class CacheSide:
     """
 
     def __init__(self, folder: Path, side: str, settings: TeacherCacheSettings, vocab_size: int) -> None:
+        self.side = side
         self.settings = settings
         self.vocab_size = vocab_size
         self._record = record_type(settings, vocab_size)
@@ -168,15 +169,20 @@ def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]])
 def cache_sides(folder: Path, settings: TeacherCacheSettings, vocab_size: int) -> dict[str, CacheSide]:
     """Both sides of a cache, under train and val.
 
-    Validation compares whole distributions, which draws cannot give, so its records are top-k with their tail.
+    Validation compares whole distributions, which draws cannot give, so its records are top-k with their tail, of 64
+    entries or more. It compares them at temperature 1, whatever the loss's is; see `temperature_of`.
     """
-    of_val = TeacherCacheSettings("topk", k=min(VALIDATION_ENTRIES, vocab_size))
-    if settings.name == "topk":
-        of_val = replace(settings, tail=True)
+    k = settings.k if settings.name == "topk" else 0
+    of_val = replace(settings, name="topk", k=min(max(k, VALIDATION_ENTRIES), vocab_size), tail=True)
     return {
         "train": CacheSide(folder, "train", settings, vocab_size),
         "val": CacheSide(folder, "val", of_val, vocab_size),
     }
+
+
+def temperature_of(side: str, loss_temperature: float) -> float:
+    """At which a side's records are taken: training reads the loss's, validation tells the teacher as it is."""
+    return loss_temperature if side == "train" else 1.0
 
 
 def record_numbers(index: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from gpt2lab.host_memory import keep_freed_memory
 from gpt2lab.order import permute
 from gpt2lab.settings import DataFacts
 from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
-from gpt2lab.teacher_cache import CacheSide, Samples, cache_sides
+from gpt2lab.teacher_cache import CacheSide, Samples, cache_sides, temperature_of
 from gpt2lab.teacher_signal import DenseTeacher
 from gpt2lab.tokenizer import load_tokenizer, tokenizer_hash
 from launch.automatic import largest_micro_batch, rows_of_a_step
@@ -31,7 +31,7 @@ from launch.config import Config
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; another number makes every cache anew
+FORMAT = 2  # of the files; another number makes every cache anew
 
 
 def fill(settings: Config, data: Any, facts: DataFacts) -> None:
@@ -109,9 +109,8 @@ def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.
             return teacher.signal(input_ids.to(device))
 
         for side, samples, rows in missing:
-            side.write(
-                batches(samples, rows, largest_micro_batch(settings), progress), signal, settings.loss.temperature
-            )
+            parts = batches(samples, rows, largest_micro_batch(settings), progress)
+            side.write(parts, signal, temperature_of(side.side, settings.loss.temperature))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from gpt2lab.student_shape import TEACHER_LAYERS
 from gpt2lab.taid import AdaptiveMixing
 from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
 from gpt2lab.teacher_cache import cache_sides
-from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal
+from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal, TopKTeacher
 from lightning_modules import preflight
 from lightning_modules.language_model import LanguageModel, Teaching
 from lightning_modules.student_text import StudentText
@@ -160,9 +160,8 @@ class Distill(LanguageModel):
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
-        if self.cache:
-            return self._sums_from_cache(batch)
-        signal, labels = self.teacher.signal(batch.input_ids), batch.labels.flatten()
+        signal, labels = self.signal(batch, "val"), batch.labels.flatten()
+        assert isinstance(signal, DenseTeacher | TopKTeacher)  # a cache draws for training only
 
         def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
             return distillation_sums(
@@ -174,22 +173,14 @@ class Distill(LanguageModel):
                 compiled=self.settings.compile_head,
             )
 
-        return self.backbone(batch.input_ids, head)
-
-    def _sums_from_cache(self, batch: Batch) -> dict[str, Tensor]:
-        """What stored entries tell: both losses, and a KL over them and their tail, which the whole one exceeds."""
-        settings = self.loss_settings
-        plain = LossSettings("forward_kl", temperature=settings.temperature, scale_t2=False, hard_weight=0.0)
-        result = self.head_loss(batch, Teaching(self.signal(batch, "val"), plain))
-        nats = self.cache["val"].nats(batch.indices.cpu().numpy())
-        return {
-            metric_names.VAL_LOSS: result.cross_entropy,
-            metric_names.DISTILL_TEACHER_LOSS: torch.tensor(nats),
-            metric_names.DISTILL_KL: result.divergence,
-        }
+        sums = self.backbone(batch.input_ids, head)
+        if self.cache:  # some labels are not among the stored entries, so the loss is stored too
+            nats = self.cache["val"].nats(batch.indices.cpu().numpy())
+            sums[metric_names.DISTILL_TEACHER_LOSS] = torch.tensor(nats)
+        return sums
 
     def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
-        found = super().validation_figures(sums, targets) if self.cache else figures(sums, targets)
+        found = figures(sums, targets)
         self.teacher_loss = found[metric_names.DISTILL_TEACHER_LOSS]
         if self.student_text is not None:
             self.student_text.choice.validated(found[metric_names.VAL_LOSS])
