@@ -50,10 +50,13 @@ class Backbone(nn.Module):
         """(B, T) → (B, T, V). For tests and generation: a training batch's logits would not fit in memory."""
         return self(input_ids, lambda hidden, weight: hidden @ weight.T)
 
-    def add_projection(self, width: int) -> None:
-        """Give it a linear map from its hidden states to those of a teacher; trained beside it, left out of exports."""
+    def add_projection(self, width: int, seed: int) -> None:
+        """Give it a linear map from its hidden states to those of a teacher; trained beside it, left out of exports.
+
+        Its first weights depend on the seed alone, not on what was drawn before.
+        """
         self.projection = nn.Linear(self.shape.n_embd, width, bias=False)
-        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.xavier_uniform_(self.projection.weight, generator=torch.Generator().manual_seed(seed))
 
     @property
     def blocks(self) -> nn.ModuleList:

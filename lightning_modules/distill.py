@@ -93,7 +93,7 @@ class Distill(LanguageModel):
             del self.teacher  # asked no more
         width = read_shape(Path(self.teacher_source))["n_embd"]
         if self.compares_hidden_states and width != backbone.shape.n_embd:
-            backbone.add_projection(width)
+            backbone.add_projection(width, self.settings.seed)
         return backbone
 
     @property

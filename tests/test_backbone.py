@@ -123,3 +123,16 @@ def test_missing_weights_are_never_filled_with_random_numbers(tmp_path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight"):
         load_backbone(str(tmp_path))
+
+
+def test_a_projection_depends_on_the_seed_alone() -> None:
+    """Ranks, and a run done again, begin with the same one, whatever was drawn before."""
+    made = []
+    for drawn_before, seed in ((1, 3), (2, 3), (1, 4)):
+        backbone = Backbone(ModelShape(1, 1, 16, 8, 30))
+        torch.manual_seed(drawn_before)
+        backbone.add_projection(24, seed)
+        assert backbone.projection is not None
+        made.append(backbone.projection.weight)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
