@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -25,6 +26,11 @@ GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
 OF_DISTILLATION = ("loss", "teacher_cache", "sequences")
+# experiment → what it chooses of other groups
+RECIPES = {
+    name: dict(re.findall(r"^  - override /(\w+): (\w+)$", (CONF / f"experiment/{name}.yaml").read_text(), re.MULTILINE))
+    for name in GROUPS["experiment"]
+}
 UNSERVED = {("sampled", loss) for loss in GROUPS["loss"] if loss != "forward_kl"} | {("topk", "mse")}
 EXACT_PARAMETERS = {
     "distil": 81_912_576,
@@ -69,7 +75,28 @@ def covering_array(groups: dict[str, list[str]]) -> list[dict[str, str]]:
     return rows
 
 
-ROWS = covering_array(GROUPS)
+PLAIN = covering_array({group: values for group, values in GROUPS.items() if group != "experiment"})
+
+
+def around_a_recipe(name: str) -> list[dict[str, str]]:
+    """Rows with every value of each group that the recipe leaves open; what it chooses makes sense with its own only."""
+    most = max(len(values) for group, values in GROUPS.items() if group not in RECIPES[name])
+    rows = [{group: values[number % len(values)] for group, values in GROUPS.items()} for number in range(most)]
+    return [row | RECIPES[name] | {"experiment": name} for row in rows]
+
+
+ROWS = PLAIN + [row for name in GROUPS["experiment"] if name != "none" for row in around_a_recipe(name)]
+
+
+def given(row: dict[str, str]) -> list[str]:
+    """The row as it is typed: without what its recipe chooses, and without what its task would refuse as unread."""
+    chosen = RECIPES[row.get("experiment", "none")]
+    words = [
+        f"{group}={value}"
+        for group, value in row.items()
+        if group not in chosen and (group not in OF_DISTILLATION or row["task"] == "distill")
+    ]
+    return words + (["init=gpt2"] if row["model"] == "auto" else [])
 
 
 def fits(row: dict[str, str]) -> bool:
@@ -85,7 +112,9 @@ def fits(row: dict[str, str]) -> bool:
 def test_every_pair_of_values_stands_in_some_row():
     pairs = {pair for row in ROWS for pair in itertools.combinations(sorted(row.items()), 2)}
     for (a, x), (b, y) in itertools.combinations([(g, v) for g in sorted(GROUPS) for v in GROUPS[g]], 2):
-        assert a == b or ((a, x), (b, y)) in pairs
+        recipe = {"experiment": "none"} | dict([(a, x), (b, y)])
+        chosen = recipe["experiment"] == "none" or {a, b} & RECIPES[recipe["experiment"]].keys()
+        assert a == b or ((a, x), (b, y)) in pairs or ("experiment" in (a, b) and chosen)
 
 
 def test_every_combination_composes_and_is_checked():
@@ -93,15 +122,7 @@ def test_every_combination_composes_and_is_checked():
     for row in ROWS:
         if not fits(row):
             continue
-        # these belong to distillation; elsewhere naming them is a mistake, and the defaults stand
-        given = [
-            f"{group}={value}"
-            for group, value in row.items()
-            if group not in OF_DISTILLATION or row["task"] == "distill"
-        ]
-        given += ["init=gpt2"] if row["model"] == "auto" else []
-        given += ["path=."] if row["data"] in ("text", "bin") else []
-        checks.check(composed(*given))
+        checks.check(composed(*given(row), *(["path=."] if row["data"] in ("text", "bin") else [])))
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +143,7 @@ def test_every_combination_builds_its_objects(facts: DataFacts, tmp_path: Path):
     for number, row in enumerate(ROWS):
         if not fits(row) or row["precision"] == "fp16":
             continue
-        given = [
-            f"{group}={value}"
-            for group, value in row.items()
-            if group not in OF_DISTILLATION or row["task"] == "distill"
-        ]
-        given += ["init=gpt2"] if row["model"] == "auto" else []
-        settings = composed(*given)
+        settings = composed(*given(row), "steps=300")
         settings.cache_dir, settings.logger = str(tmp_path), {}
         build_data(settings)
         settings.compile = False
