@@ -39,6 +39,7 @@ PROMISED: dict[str, dict[str, Any]] = {
     },
     "minillm_dolly": {
         "loss": {"name": "reverse_kl", "temperature": 1.0, "hard_weight": 0.0},
+        "sequences": {"name": "gkd", "lmbda": 1.0, "gen_temperature": 1.0},
         "optimizer": {"name": "adamw", "lr": 5e-6, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-6},
         "schedule": {"name": "constant"},
         "gradient_clip": 1.0,
@@ -179,7 +180,15 @@ def test_minillm_distils_a_started_student_on_pairs(
 ) -> None:
     monkeypatch.chdir(project)
     words = ["data=pairs", "path=pairs.tsv", "val_fraction=0.3", "data.prompt='{source} -> '"]
-    words += ["context=32", "batch_sequences=16", "threads=1", "precision=fp32", "logger=none", "callbacks=minimal"]
+    words += [
+        "context=32",
+        "sequences.max_new_tokens=12",
+        "batch_sequences=16",
+        "threads=1",
+        "precision=fp32",
+        "logger=none",
+        "callbacks=minimal",
+    ]
     words += ["teacher=runs/pretrain/teacher", "init=runs/pretrain/started"]
     words += ["optimizer.lr=3e-3"]  # the published 5e-6 is for steps by the thousand
     settings = run_twin("minillm_dolly", train_here, tmp_path / "run", 0.05, *words)
