@@ -42,6 +42,7 @@ format: $(READY) ## let ruff rewrite what it can
 bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/path/to/python add these in the same run)
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_training_step $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_distill $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_ten_students
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_lm_head_loss
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_cpu_step
 	@$(PYTHON_IN_VENV) -m benchmarks.profile_step

@@ -1,4 +1,4 @@
-"""A distillation step through train.py beside TRL's GKDTrainer: speed and memory, and the same student's step alone.
+"""A distillation step through train.py: beside TRL's GKDTrainer, with the teacher cached, and without a teacher.
 
     python -m benchmarks.benchmark_distill --trl-python /path/to/environment/bin/python        (make bench TRL_PYTHON=…)
 
@@ -39,6 +39,7 @@ LOSSES = {
     "reverse_kl": (["loss=reverse_kl"], 1.0),
 }
 DISTILLATION, CROSS_ENTROPY = "train.py, distillation", "train.py, cross-entropy alone"
+CACHED = "train.py, forward KL to a cached teacher"
 TRL_SIDES = {
     f"GKDTrainer {precision}{', freed memory reused' if keep else ''}": (precision, keep)
     for precision in ("fp32", "bf16")
@@ -113,9 +114,11 @@ class Bench:
         plain_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(self.teacher)
 
     def sides(self) -> dict[str, Callable[[], Measured]]:
-        distill = ["task=distill", f"teacher={self.teacher}", "preflight=off", *self.loss_arguments]
+        distill = ["task=distill", f"teacher={self.teacher}", "preflight=off", "loss.hard_weight=0"]
+        cached = ["loss=forward_kl", "teacher_cache=sampled", f"cache_dir={self.folder / 'cache'}"]
         found: dict[str, Callable[[], Measured]] = {
-            DISTILLATION: partial(self.ours, [*distill, "loss.hard_weight=0"]),
+            DISTILLATION: partial(self.ours, [*distill, *self.loss_arguments]),
+            CACHED: partial(self.ours, [*distill, *cached]),
             CROSS_ENTROPY: partial(self.ours, ["task=pretrain"]),
         }
         if self.trl_python is not None:

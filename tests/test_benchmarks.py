@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-from benchmarks import benchmark_distill, benchmark_lm_head_loss
+from benchmarks import benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.lm_head_sides import EAGER, OURS, Head
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
@@ -100,3 +100,12 @@ def test_the_distillation_benchmark_runs_and_says_what_it_left_out(cache: Path) 
     assert CROSS_ENTROPY in sides
     assert ("GKDTrainer bf16" in sides) == bool(os.environ.get("TRL_PYTHON"))
     assert ("no comparison" in ended.stdout) == (not os.environ.get("TRL_PYTHON"))
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_ten_students_runs(cache: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.benchmark_ten_students", "--tiny"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    online, cached = cells(ended.stdout)
+    assert online == [benchmark_ten_students.ONLINE, online[1], "1.00"]
+    assert float(cached[1]) > 0
