@@ -64,7 +64,9 @@ class Health(lightning.Callback):
         if tokens == self._logged_tokens:
             return
         self._logged_tokens = tokens
-        loss = float(logged.get(metric_names.TRAIN_LOSS, 0.0))  # not logged of a step on text that the student wrote
+        if metric_names.TRAIN_LOSS not in logged:  # so far all steps were on text that the student wrote
+            return
+        loss = float(logged[metric_names.TRAIN_LOSS])
         if not self.detector.is_spike(loss):
             return
         usual = median(self.detector.recent)

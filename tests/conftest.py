@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,15 @@ class Answer:
 
 Train = Callable[..., Answer]
 Distil = Callable[..., Answer]
+
+
+def in_words(loss: Any) -> str:
+    """The name of a test's loss: what differs from the defaults."""
+    if loss is None:
+        return "cross_entropy"
+    usual = vars(type(loss)(loss.name))
+    changed = [f"{name}={value}" for name, value in vars(loss).items() if value != usual[name]]
+    return ",".join([loss.name, *changed])
 
 
 @pytest.fixture(scope="session")

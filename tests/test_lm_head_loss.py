@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import in_words
 from torch import Tensor
 
 from gpt2lab.lm_head_loss import lm_head_loss
@@ -107,7 +108,7 @@ def assert_gradients_close(ours: Tensor, theirs: Tensor, of: tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
-@pytest.mark.parametrize("mix", [None, *MIXES], ids=str)
+@pytest.mark.parametrize("mix", [None, *MIXES], ids=in_words)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_value_and_gradients_equal_the_dense_twin(mask, chunk_rows, mix, dtype, tolerance) -> None:
     hidden, weight, labels, teacher = example(dtype, mask)
@@ -123,7 +124,7 @@ def test_value_and_gradients_equal_the_dense_twin(mask, chunk_rows, mix, dtype, 
     assert result.tokens == (labels != -100).sum()
 
 
-@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=str)
+@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=in_words)
 def test_gradcheck_in_double_precision(mix) -> None:
     if mix is not None and mix.name == "taid":
         pytest.skip("TAID's target is the student's own, taken as constant: no gradient of its value")
@@ -136,7 +137,7 @@ def test_gradcheck_in_double_precision(mix) -> None:
     assert torch.autograd.gradcheck(lambda h, w: lm_head_loss(h, w, labels, **given).total, of)
 
 
-@pytest.mark.parametrize("mix", [None, *DIVERGENCES], ids=str)
+@pytest.mark.parametrize("mix", [None, *DIVERGENCES], ids=in_words)
 def test_all_targets_ignored_gives_zero_and_no_nan(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     result = lm_head_loss(hidden, weight, torch.full_like(labels, -100), teacher=teacher if mix else None, loss=mix)
@@ -148,7 +149,7 @@ def test_all_targets_ignored_gives_zero_and_no_nan(mix) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("mix", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("mix", DIVERGENCES, ids=in_words)
 def test_a_student_equal_to_its_teacher_has_no_loss_and_gets_no_gradient(mix, temperature) -> None:
     hidden, weight, labels, _ = example(torch.float64)
     teacher = DenseTeacher(hidden.detach(), weight.detach())
@@ -158,7 +159,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_gets_no_gradient(mix, te
     assert hidden.grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("mix", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("mix", DIVERGENCES, ids=in_words)
 def test_a_teacher_that_rules_tokens_out_gives_finite_losses(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     ruled_out = teacher.weight.clone()
@@ -171,7 +172,7 @@ def test_a_teacher_that_rules_tokens_out_gives_finite_losses(mix) -> None:
     assert torch.isfinite(hidden.grad).all()
 
 
-@pytest.mark.parametrize("mix", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("mix", DIVERGENCES, ids=in_words)
 def test_logits_far_apart_give_finite_losses(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     teacher = replace(teacher, hidden=300 * teacher.hidden)
@@ -181,7 +182,7 @@ def test_logits_far_apart_give_finite_losses(mix) -> None:
     assert torch.isfinite(hidden.grad).all()
 
 
-@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=str)
+@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=in_words)
 def test_padding_of_either_vocabulary_is_in_no_softmax(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float64)
     labels %= 90  # the padded labels of example() are −100 no more, which is all the same here
@@ -197,7 +198,7 @@ def test_padding_of_either_vocabulary_is_in_no_softmax(mix) -> None:
         assert torch.equal(ours.total, cut_by_teacher.total)
 
 
-@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=str)
+@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=in_words)
 def test_bf16_autocast_keeps_the_loss_in_fp32_and_close_to_it(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     teacher = teacher if mix else None
@@ -234,7 +235,7 @@ def top_k_twin(logits: Tensor, teacher: TopKTeacher, mix: LossSettings) -> Tenso
 
 
 @pytest.mark.parametrize("with_tail", [True, False])
-@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix.name != "mse"], ids=str)
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix.name != "mse"], ids=in_words)
 def test_a_top_k_teacher_equals_its_bucketed_twin(mix, with_tail) -> None:
     if not with_tail and mix.name != "forward_kl":
         pytest.skip("the twin itself is infinite or undefined on an empty bucket")
@@ -248,7 +249,7 @@ def test_a_top_k_teacher_equals_its_bucketed_twin(mix, with_tail) -> None:
     assert_gradients_close(result.total, expected, (hidden, weight), 1e-9)
 
 
-@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix.name != "mse"], ids=str)
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix.name != "mse"], ids=in_words)
 def test_a_top_k_teacher_with_every_entry_is_the_dense_teacher(mix) -> None:
     hidden, weight, labels, dense = example(torch.float32)
     teacher = replace(top_k(dense, mix.temperature, VOCABULARY), tail=torch.zeros(ROWS))
@@ -258,7 +259,7 @@ def test_a_top_k_teacher_with_every_entry_is_the_dense_teacher(mix) -> None:
     assert_gradients_close(sparse.total, online.total, (hidden, weight), 1e-6)
 
 
-@pytest.mark.parametrize("mix", [MIXES[0], KL], ids=str)
+@pytest.mark.parametrize("mix", [MIXES[0], KL], ids=in_words)
 def test_draws_from_the_teacher_estimate_the_forward_kl_without_bias(mix) -> None:
     hidden, weight, labels, dense = example(torch.float64)
     p = (dense.hidden @ dense.weight.T / mix.temperature).softmax(-1)
@@ -283,7 +284,7 @@ def test_draws_equal_the_cross_entropy_to_them() -> None:
     assert_gradients_close(result.total, expected, (hidden, weight), 1e-12)
 
 
-@pytest.mark.parametrize("mix", DIVERGENCES[1:], ids=str)
+@pytest.mark.parametrize("mix", DIVERGENCES[1:], ids=in_words)
 def test_draws_serve_no_loss_that_they_would_bias(mix) -> None:
     hidden, weight, labels, _ = example(torch.float32)
     draws = SampledTeacher(torch.zeros(ROWS, 5, dtype=torch.int64), torch.zeros(ROWS))
@@ -295,7 +296,7 @@ def test_draws_serve_no_loss_that_they_would_bias(mix) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=str)
+@pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=in_words)
 def test_every_compiled_chunk_gives_the_same(mix) -> None:
     compiled_equals_plain(mix, *example(torch.float32))
 
@@ -335,7 +336,7 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
     assert hidden.grad is not None
 
 
-@pytest.mark.parametrize("mix", [None, KL], ids=str)
+@pytest.mark.parametrize("mix", [None, KL], ids=in_words)
 def test_without_gradients_the_values_are_the_same_and_no_gradient_is_formed(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     given = {"teacher": teacher if mix else None, "loss": mix, "chunk_rows": 16}

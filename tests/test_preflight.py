@@ -24,6 +24,7 @@ import pytest
 import test_lm_head_loss
 import test_training_modules
 import torch
+from conftest import in_words
 from test_lm_head_loss import KL, MIXES
 from test_training_modules import CountingData, fit, settings, teacher_folder, tokenizer_folder  # noqa: F401
 from torch import Tensor
@@ -231,7 +232,7 @@ GOOD += [LossSettings("forward_kl", temperature=4.0, scale_t2=False), LossSettin
 GOOD += [LossSettings("forward_kl", hidden_cosine=1.0), LossSettings("skew_kl", hidden_mse=1.0, alpha=0.5)]
 
 
-@pytest.mark.parametrize("loss", GOOD, ids=str)
+@pytest.mark.parametrize("loss", GOOD, ids=in_words)
 def test_a_good_configuration_raises_no_alarm(tokenizer_folder, teacher_folder, caplog, loss) -> None:  # noqa: F811
     with caplog.at_level(logging.WARNING):
         shape = ModelShape(1, 2, 24, 32, 64) if loss.hidden_cosine else None
