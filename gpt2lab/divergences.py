@@ -5,8 +5,8 @@ loss's temperature, and gives the loss (C,) in nats and its gradient (C, V) with
 is.
 
 The gradient of a loss L(q) is g = ∂L/∂q taken through the softmax: q · (g − Σ q g). Where g stays bounded it vanishes
-as q does, so reverse KL, JSD, skew reverse KL and TVD teach a student little about what it rules out itself; begin with
-forward KL or skew KL.
+as q does, so reverse KL, JSD, skew reverse KL, TVD and ULD teach a student little about what it rules out itself; begin
+with forward KL or skew KL.
 
 An entry whose probability is less than e^−87 of the likeliest one's (fp32's smallest normal number) counts as having
 that, so no loss is infinite where a teacher rules entries out.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.settings import LossSettings
+from gpt2lab.sorted_difference import sorted_difference
 
 SMALLEST_LOG = -87.0
 SMALLEST = math.exp(SMALLEST_LOG)
@@ -83,6 +84,8 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
             return partial(interpolated, mixing=1.0 if mixing is None else mixing)
         case "mse":
             return centred_logit_mse
+        case "uld":
+            return universal_logit_distance
         case _:
             raise ValueError(f"loss={loss.name}: no such divergence.")
 
@@ -146,6 +149,22 @@ def centred_logit_mse(teacher: Distribution, student: Distribution) -> tuple[Ten
     difference = student.log - teacher.log
     difference = difference - difference.mean(1, keepdim=True)
     return difference.square().mean(1), difference * (2 / difference.shape[1])
+
+
+def universal_logit_distance(
+    teacher: Distribution, student: Distribution, matched: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Σ |q_(i) − p_(i)|, both sorted in descending order, the shorter padded with zeros: ULD (arXiv 2402.12030).
+
+    It compares how the probability is shared out, not which entries have it, so the vocabularies need not be one.
+
+    Args:
+        matched: (C,) bool; elsewhere the teacher says nothing, and loss and gradient are 0.
+    """
+    if matched is None:
+        matched = torch.ones_like(student.total[:, 0], dtype=torch.bool)
+    loss, signs = sorted_difference(student.value, teacher.value, matched)
+    return loss, _through_softmax(student.value, signs)
 
 
 def _through_softmax(q: Tensor, by_q: Tensor) -> Tensor:

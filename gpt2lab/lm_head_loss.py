@@ -24,7 +24,7 @@ from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.divergences import LINEAR_IN_TEACHER
 from gpt2lab.logit_losses import ChunkFunction, chunk_function
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
-from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products share
 ROWS_OF_A_TEACHER = 256  # whose logits are in one product only
@@ -68,7 +68,8 @@ def lm_head_loss(
         labels: (N,) int64 below the smaller vocabulary; `ignore_index` marks positions that count neither as loss nor
             as token.
         teacher: needs `loss`; without it the loss is plain cross-entropy. Draws (SampledTeacher) serve forward KL only,
-            a top-k teacher every divergence but mse.
+            a top-k teacher every divergence but mse and uld, and one with another vocabulary (AlignedTeacher), which is
+            not cut, uld only.
         hard: label smoothing and z-loss of the cross-entropy.
         mixing: () TAID's share of the teacher.
         chunk_rows: C; by default as many as BYTES_OF_A_CHUNK hold logits, in chunks of one size.
@@ -118,8 +119,12 @@ def check_served(teacher: TeacherSignal, loss: LossSettings) -> None:
             f"loss={loss.name} is not linear in the teacher's probabilities, so draws from them would bias it; "
             "draws serve loss=forward_kl."
         )
-    if isinstance(teacher, TopKTeacher) and loss.name == "mse":
-        raise ValueError("loss=mse compares every logit, and a top-k teacher has only some.")
+    if isinstance(teacher, TopKTeacher) and loss.name in ("mse", "uld"):
+        raise ValueError(f"loss={loss.name} compares every logit, and a top-k teacher has only some.")
+    if isinstance(teacher, AlignedTeacher) and loss.name != "uld":
+        raise ValueError(
+            f"loss={loss.name} compares entry by entry, and this teacher's are other tokens; use loss=uld."
+        )
 
 
 def _even_chunks(rows: int, row_bytes: int) -> int:
@@ -209,6 +214,12 @@ def _teacher_rows(
         case DenseTeacher():
             head = transposed(teacher.weight[:entries], dtype)  # (Dt, V)
             return lambda rows: (_logits(teacher.hidden[rows].to(dtype), head, "teacher"),)
+        case AlignedTeacher():
+            own_head = transposed(teacher.weight, dtype)  # (Dt, W)
+            return lambda rows: (
+                _logits(teacher.hidden[teacher.places[rows].clamp_min(0)].to(dtype), own_head, "teacher"),
+                teacher.places[rows] >= 0,
+            )
         case TopKTeacher():
             return lambda rows: (teacher.ids[rows], teacher.probabilities[rows], teacher.tail[rows])
         case SampledTeacher():

@@ -10,9 +10,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from gpt2lab.divergences import SMALLEST, Distribution, Divergence, divergence, softmax
+from gpt2lab.divergences import SMALLEST, Distribution, Divergence, divergence, softmax, universal_logit_distance
 from gpt2lab.settings import CrossEntropySettings, LossSettings
-from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
+from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TopKTeacher
 
 # (logits (C, V), labels (C,), kept (C,), what the teacher says, TAID's mixing) → sums; the logits become their gradient
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
@@ -144,7 +144,20 @@ def _sampled_term(
     return loss, student.value.scatter_add(1, ids, share)
 
 
-SOFT_TERMS = {DenseTeacher: _dense_term, TopKTeacher: _top_k_term, SampledTeacher: _sampled_term}
+def _aligned_term(
+    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
+) -> tuple[Tensor, Tensor]:
+    """ULD, the one divergence between two vocabularies; 0 where the teacher has no position that fits."""
+    teacher_logits, matched = teacher  # (C, W), (C,)
+    return universal_logit_distance(softmax(teacher_logits / temperature), student, matched)
+
+
+SOFT_TERMS = {
+    DenseTeacher: _dense_term,
+    TopKTeacher: _top_k_term,
+    SampledTeacher: _sampled_term,
+    AlignedTeacher: _aligned_term,
+}
 
 
 def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:

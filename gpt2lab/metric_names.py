@@ -23,6 +23,8 @@ DISTILL_ENTROPY_TEACHER = "distill/entropy_teacher"
 DISTILL_TEACHER_LOSS = "distill/teacher_loss"
 DISTILL_ACCEPTANCE = "distill/acceptance"
 DISTILL_GAP_CLOSED = "distill/gap_closed"
+DISTILL_ULD = "distill/uld"
+DISTILL_MATCHED = "distill/matched"
 
 # What each figure of a distillation is called and says, in the order in which reports and tables show them
 DISTILLATION = {
@@ -41,4 +43,12 @@ DISTILLATION = {
     DISTILL_ENTROPY_TEACHER: ("entropy, teacher", "nats"),
     DISTILL_ECE: ("calibration error, student", "gap between its confidence and how often it is right, in 15 bins"),
     DISTILL_TEACHER_ECE: ("calibration error, teacher", "the same of the teacher"),
+}
+# The figures that a teacher with another tokenizer has instead of those that compare entries
+BETWEEN_TOKENIZERS = {
+    DISTILL_ULD: (
+        "universal logit distance",
+        "between both sorted distributions, 0 to 2; 0 where nothing is matched",
+    ),
+    DISTILL_MATCHED: ("matched targets", "share of the targets at whose first byte the teacher begins a token too"),
 }

@@ -140,7 +140,7 @@ def _distillation(metrics: dict[str, Any]) -> str:
     """The student beside its teacher, each figure with what it says; nothing for a run without a teacher."""
     rows = [
         f"<tr><td>{escape(label)}</td><td>{metrics[name]:.4f}</td><td>{escape(says)}</td></tr>"
-        for name, (label, says) in metric_names.DISTILLATION.items()
+        for name, (label, says) in {**metric_names.DISTILLATION, **metric_names.BETWEEN_TOKENIZERS}.items()
         if name in metrics
     ]
     return f'<h2>The student against its teacher</h2><table class="figures">{"".join(rows)}</table>\n' if rows else ""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.backbone import Backbone, load_backbone
-from gpt2lab.teacher_signal import DenseTeacher
+from gpt2lab.teacher_signal import AlignedTeacher, AlignedText, DenseTeacher
 
 # What the teacher's weights are kept in under each of the run's precisions: it spares casting them at every step
 TEACHER_DTYPES = {
@@ -36,3 +36,8 @@ class OnlineTeacher:
         """(B, T) → hidden states (B·T, Dt) and head weight (V, Dt)."""
         self.backbone.eval()
         return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
+
+    def aligned_signal(self, text: AlignedText, entries: int) -> AlignedTeacher:
+        """What it says of a text in its own tokens; of a padded head the first `entries` count."""
+        said = self.signal(text.input_ids)
+        return AlignedTeacher(said.hidden, said.weight[:entries], text.places, text)

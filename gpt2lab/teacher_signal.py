@@ -3,8 +3,9 @@
 Shapes: N positions, Dt the teacher's hidden width, V vocabulary, K stored entries of one position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -36,4 +37,33 @@ class SampledTeacher:
     entropy: Tensor  # (N,) nats, of the whole distribution: turns the cross-entropy to the draws into a KL
 
 
-TeacherSignal = DenseTeacher | TopKTeacher | SampledTeacher
+@dataclass(frozen=True)
+class AlignedText:
+    """The text of a batch in the tokens of a teacher that has another tokenizer (gpt2lab/alignment.py).
+
+    Shapes: B sequences, U of the teacher's tokens, M = B·U; N = B·T positions of the student.
+    """
+
+    input_ids: Tensor  # (B, U) int64, padded on the right
+    labels: Tensor  # (M,) int64: the token that follows; IGNORE_INDEX where it is not all within the targets
+    places: Tensor  # (N,) int64 in 0 … M − 1: which position predicts at the same byte of the text; −1: none
+    label_bytes: int  # that `labels` spell, a special token counting as one
+    target_bytes: int  # that the student's targets spell, likewise
+
+    def to(self, device: torch.device) -> "AlignedText":
+        """The same on a device."""
+        tensors = {name: vars(self)[name].to(device) for name in ("input_ids", "labels", "places")}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class AlignedTeacher:
+    """A teacher with a vocabulary of its own; it speaks where both tokenizers begin a token at the same byte."""
+
+    hidden: Tensor  # (M, Dt) at its own positions
+    weight: Tensor  # (W, Dt) W: its own vocabulary
+    places: Tensor  # (N,) int64, as of the text
+    text: AlignedText
+
+
+TeacherSignal = DenseTeacher | TopKTeacher | SampledTeacher | AlignedTeacher

@@ -191,6 +191,15 @@ def differing_tokens(first: PreTrainedTokenizerFast, second: PreTrainedTokenizer
     return ", ".join(f"{token!r}: {ours.get(token)} and {theirs.get(token)}" for token in different[:shown])
 
 
+def difference_in_words(folder: Path, tokenizer: PreTrainedTokenizerFast, shown: int = 3) -> str:
+    """How the tokenizer in a model folder numbers tokens differently, as a sentence with a line end before it.
+
+    Empty where the folder holds no tokenizer, or both agree.
+    """
+    different = differing_tokens(load_tokenizer(str(folder)), tokenizer, shown) if has_tokenizer(folder) else ""
+    return f"\nThe two number tokens differently, for example {different}." if different else ""
+
+
 class TextEncoder:
     """Token ids of texts, many at once on all cores. Text that spells a special token gets no special treatment."""
 

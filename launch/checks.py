@@ -43,6 +43,7 @@ def check(config: Config) -> None:
     check_task_and_data(config)
     check_teacher_cache(config)
     check_sequences(config)
+    check_hidden_terms(config)
     baseline.check_run(config)
 
 
@@ -237,6 +238,11 @@ def check_teacher_cache(config: Config) -> None:
             f"teacher_cache=sampled with loss={loss.name}: draws estimate forward KL without bias, other losses not.\n"
             "Use loss=forward_kl, or teacher_cache=topk."
         )
+    if loss.name == "uld":
+        raise InputError(
+            f"teacher_cache={mode} keeps what a teacher says in the student's tokens; loss=uld asks it in its own.\n"
+            "Use teacher_cache=none; with one tokenizer for both, another loss."
+        )
     if loss.name == "mse":
         raise InputError(
             "loss=mse compares every logit, and teacher_cache=topk keeps only some.\n"
@@ -266,6 +272,15 @@ def check_sequences(config: Config) -> None:
         raise InputError(
             f"sequences.capacity={sequences.capacity} is less than the {rows} sequences of a step.\n"
             f"Give at least sequences.capacity={rows}."
+        )
+
+
+def check_hidden_terms(config: Config) -> None:
+    """Hidden states can be compared where both models stand at every token."""
+    if config.loss.name == "uld" and (config.loss.hidden_cosine or config.loss.hidden_mse):
+        raise InputError(
+            "loss=uld is for a teacher with other tokens: its hidden states stand at other positions than the student's.\n"
+            "Leave out loss.hidden_cosine and loss.hidden_mse; with one tokenizer for both, use another loss."
         )
 
 

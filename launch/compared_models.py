@@ -67,6 +67,8 @@ def check_vocabularies(models: list[NamedModel], facts: DataFacts) -> None:
     Raises:
         InputError: shows the first tokens that differ.
     """
+    from gpt2lab.tokenizer import difference_in_words, differing_tokens, load_tokenizer
+
     for model in models:
         if facts.vocab_size > model.vocab_size:
             cure = (
@@ -74,14 +76,13 @@ def check_vocabularies(models: list[NamedModel], facts: DataFacts) -> None:
                 if model.key == "checkpoint"
                 else f"Give a {model.key} trained with the tokenizer of the checkpoint."
             )
+            different = difference_in_words(model.folder, load_tokenizer(facts.tokenizer_folder))
             raise InputError(
                 f"tokenizer={facts.tokenizer_folder} has {facts.vocab_size} entries, "
-                f"{model.key}={model.source} {model.vocab_size}.\n{cure}"
+                f"{model.key}={model.source} {model.vocab_size}.{different}\n{cure}"
             )
     if len(models) < 2:
         return  # the checkpoint's tokenizer is the data's, or the one that was named in its place
-    from gpt2lab.tokenizer import differing_tokens, load_tokenizer
-
     of_data = load_tokenizer(facts.tokenizer_folder)
     for model in models[1:]:
         different = differing_tokens(of_data, load_tokenizer(str(model.folder)))

@@ -42,7 +42,7 @@ def run_job(asked: Config) -> dict[str, Any]:
     resume.check_data(settings, facts.hash)
     if taken_up is None:
         settings.record.baseline_loss = baseline.loss_of_baseline(settings, facts)
-    vocab_size = resolve.vocabulary(settings, facts.vocab_size)
+    vocab_size = resolve.vocabulary(settings, facts)
     if settings.record.compile_head is None:
         settings.record.compile_head = automatic.compiling_the_head_pays(settings)
     settings.compile = automatic.compile_pays(settings, vocab_size)
@@ -90,7 +90,7 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
     torch.set_num_threads(int(settings.threads))
     if settings.accelerator == "cpu":
         keep_freed_memory()
-    module = build.task_module(settings, facts, resolve.vocabulary(settings, facts.vocab_size))
+    module = build.task_module(settings, facts, resolve.vocabulary(settings, facts))
     trainer = None
     with answer.cleaning_up():
         folder = _folder(settings, is_new)

@@ -5,7 +5,7 @@ from typing import Any
 
 from gpt2lab.text_metrics import TEXT_METRICS
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse", "uld")
 CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "mps"),
     "preflight": ("refuse", "warn", "off"),

@@ -15,7 +15,7 @@ from typing import Any
 from gpt2lab.errors import InputError
 from gpt2lab.hub import hub_is_reachable
 from gpt2lab.model_folder import folder_of, has_tokenizer, parameters_of, read_shape
-from gpt2lab.settings import ModelShape, TokenizerChoice
+from gpt2lab.settings import DataFacts, ModelShape, TokenizerChoice
 from gpt2lab.student_shape import TEACHER_LAYERS, check_fits, what_is_kept
 from launch import checks, run_folders
 from launch.config import Config, ModelKeys
@@ -45,6 +45,11 @@ def resolve(config: Config) -> None:
         config.teacher = _teacher_folder(config)
         config.record.teacher_hash = weights_hash(Path(config.teacher))
         print(f"teacher: {config.teacher}", file=sys.stderr)
+        if config.loss.name == "uld" and not has_tokenizer(Path(config.teacher)):
+            raise InputError(
+                f"loss=uld asks the teacher in its own tokens, but {config.teacher} holds no tokenizer.\n"
+                "Put its tokenizer.json there."
+            )
     if config.init == TEACHER_LAYERS:
         config.record.kept = _kept_of_teacher(config)
     config.tokenizer = _tokenizer(config)
@@ -138,10 +143,10 @@ def _kept_of_teacher(config: Config) -> dict[str, Any]:
 
 
 def _can_teach(run: run_folders.FinishedRun, config: Config) -> bool:
-    """Same data, a larger model, and the tokenizer that was named, if one was."""
+    """Same data, a larger model, and the tokenizer that was named, if one was; with loss=uld any tokenizer."""
     theirs = run.config
     same_data = (theirs.data, theirs.path, theirs.val_path) == (config.data, config.path, config.val_path)
-    named = config.tokenizer.kind != "auto"
+    named = config.tokenizer.kind != "auto" and config.loss.name != "uld"
     same_tokenizer = not named or wanted_tokenizer(theirs) == wanted_tokenizer(config)
     own_shape: dict[str, Any] = {**vars(config.model), "vocab_size": run.shape["vocab_size"]}
     return same_data and same_tokenizer and parameters_of(run.shape) > parameters_of(own_shape)
@@ -156,10 +161,14 @@ def wanted_tokenizer(config: Config) -> TokenizerChoice:
 
 
 def _tokenizer(config: Config) -> TokenizerChoice:
-    """The named one; else the teacher's, else init's, else the data's own."""
+    """The named one; else the teacher's, else init's, else the data's own.
+
+    With loss=uld the teacher's tokenizer is its own affair, unless the student is cut out of it.
+    """
     if config.tokenizer.kind != "auto":
         return wanted_tokenizer(config)
-    teacher = config.teacher if config.task_name == "distill" else ""
+    follows = config.task_name == "distill" and (config.loss.name != "uld" or config.init == TEACHER_LAYERS)
+    teacher = config.teacher if follows else ""
     for source, key in ((teacher, "teacher"), (config.init if config.init_names_weights else "", "init")):
         if not source:
             continue
@@ -181,33 +190,55 @@ def _tokenizer(config: Config) -> TokenizerChoice:
     )
 
 
-def vocabulary(config: Config, entries: int) -> int:
+def vocabulary(config: Config, facts: DataFacts) -> int:
     """Vocabulary size of the model, once the tokenizer's number of entries is known.
 
     init decides it, else the tokenizer; where the teacher's folder does not say which tokens its entries are, the
-    teacher. Entries that mean no token pad a vocabulary to a round number: the loss cuts them.
+    teacher. Entries that mean no token pad a vocabulary to a round number: the loss cuts them. With loss=uld a teacher
+    has its own.
 
     Raises:
-        InputError: they do not fit.
+        InputError: they do not fit; shows the first tokens that differ.
     """
-    wanted = entries
+    wanted = facts.vocab_size
     if config.init_names_weights:
-        wanted = _fitting(
-            read_shape(Path(config.init))["vocab_size"], entries, f"The init model {config.init}", math.inf
-        )
-    if config.task_name == "distill":
-        size = read_shape(Path(config.teacher))["vocab_size"]
+        wanted = _fitting("init", config.init, facts, math.inf)
+    if config.task_name == "distill" and config.loss.name == "uld":
+        _check_cut_out(config, facts)
+    elif config.task_name == "distill":
         known = has_tokenizer(Path(config.teacher)) or config.record.groups["tokenizer"] != "auto"
         lenient = not known and config.preflight != "refuse"
-        _fitting(size, entries, f"The teacher {config.teacher}", math.inf if lenient else PADDING)
+        size = _fitting("teacher", config.teacher, facts, math.inf if lenient else PADDING)
         wanted = wanted if known or config.init_names_weights else size
     return wanted
 
 
-def _fitting(size: int, entries: int, whose: str, padding: float) -> int:
+def _fitting(key: str, folder: str, facts: DataFacts, padding: float) -> int:
+    """Vocabulary size of the model that this key names."""
+    size, entries = read_shape(Path(folder))["vocab_size"], facts.vocab_size
     if entries <= size <= entries * (1 + padding):
         return size
+    from gpt2lab.tokenizer import difference_in_words, load_tokenizer
+
+    different = difference_in_words(Path(folder), load_tokenizer(facts.tokenizer_folder))
+    other_way = ", or distil between tokenizers: loss=uld" if key == "teacher" else ""
     raise InputError(
-        f"{whose} has a vocabulary of {size} entries, the tokenizer of this run {entries}; they must be the same.\n"
-        "Leave tokenizer=auto, which takes the teacher's or init's, or name weights trained with this tokenizer."
+        f"{key}={folder} has a vocabulary of {size} entries, the tokenizer of this run {entries}; "
+        f"they must be the same.{different}\n"
+        "Leave tokenizer=auto, which takes the teacher's or init's, or name weights trained with this tokenizer"
+        f"{other_way}."
     )
+
+
+def _check_cut_out(config: Config, facts: DataFacts) -> None:
+    """A student that is cut out of its teacher has its embeddings, which mean the teacher's tokens."""
+    if config.init != TEACHER_LAYERS:
+        return
+    from gpt2lab.tokenizer import difference_in_words, load_tokenizer
+
+    different = difference_in_words(Path(config.teacher), load_tokenizer(facts.tokenizer_folder))
+    if different:
+        raise InputError(
+            "init=teacher_layers gives the student its teacher's embeddings, and they have not the same tokenizer."
+            f"{different}\nUse init=scratch, or leave tokenizer=auto, which takes the teacher's."
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab import metric_names
+from gpt2lab.alignment import Alignment
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
@@ -22,7 +23,9 @@ from gpt2lab.student_shape import TEACHER_LAYERS
 from gpt2lab.taid import AdaptiveMixing
 from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
 from gpt2lab.teacher_cache import cache_sides
-from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.tokenizer import difference_in_words, load_tokenizer
+from gpt2lab.uld_metrics import uld_figures, uld_sums
 from lightning_modules import preflight
 from lightning_modules.language_model import LanguageModel, Teaching
 from lightning_modules.student_text import StudentText
@@ -67,6 +70,7 @@ class Distill(LanguageModel):
         self.preflight = preflight
         entries = len(self.tokenizer)
         self.cache = cache_sides(Path(cache), cached, entries) if cache and cached else {}
+        self.alignment = self._alignment() if loss.name == "uld" else None
         self.mixing = AdaptiveMixing(loss, training.steps)
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
@@ -75,6 +79,11 @@ class Distill(LanguageModel):
         if sequences is not None and sequences.by_student:
             end_of_text = self.tokenizer.eos_token_id
             self.student_text = StudentText(sequences, context, training.steps, training.seed, end_of_text, entries)
+
+    def _alignment(self) -> Alignment:
+        """Of the student's tokenizer with the teacher's, which may be another."""
+        positions = read_shape(Path(self.teacher_source))["n_positions"]
+        return Alignment(self.tokenizer, load_tokenizer(self.teacher_source), self.teacher_source, positions)
 
     def on_fit_start(self) -> None:
         if not self.cache:
@@ -136,7 +145,13 @@ class Distill(LanguageModel):
 
     def signal(self, batch: Batch, side: str) -> TeacherSignal:
         """What the teacher says of a batch of this side of the split, train or val."""
+        if self.alignment is not None:
+            return self.aligned_signal(self.alignment, batch)
         return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids)
+
+    def aligned_signal(self, alignment: Alignment, batch: Batch) -> AlignedTeacher:
+        """What a teacher with a tokenizer of its own says of a batch."""
+        return self.teacher.aligned_signal(alignment(batch).to(self.device), alignment.entries)
 
     def _hidden_distance(self, hidden: Tensor, labels: Tensor, signal: TeacherSignal) -> Tensor:
         """Weighted distances of the last hidden states, summed over the targets."""
@@ -160,6 +175,8 @@ class Distill(LanguageModel):
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
+        if self.alignment is not None:
+            return self._sums_between_tokenizers(self.alignment, batch)
         signal, labels = self.signal(batch, "val"), batch.labels.flatten()
         assert isinstance(signal, DenseTeacher | TopKTeacher)  # a cache draws for training only
 
@@ -179,8 +196,17 @@ class Distill(LanguageModel):
             sums[metric_names.DISTILL_TEACHER_LOSS] = torch.tensor(nats)
         return sums
 
+    def _sums_between_tokenizers(self, alignment: Alignment, batch: Batch) -> dict[str, Tensor]:
+        signal, entries = self.aligned_signal(alignment, batch), len(self.tokenizer)
+
+        def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            compiled, labels = self.settings.compile_head, batch.labels.flatten()
+            return uld_sums(hidden.flatten(0, 1), weight[:entries], labels, signal, compiled=compiled)
+
+        return self.backbone(batch.input_ids, head)
+
     def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
-        found = figures(sums, targets)
+        found = figures(sums, targets) if self.alignment is None else uld_figures(sums, targets)
         self.teacher_loss = found[metric_names.DISTILL_TEACHER_LOSS]
         if self.student_text is not None:
             self.student_text.choice.validated(found[metric_names.VAL_LOSS])
@@ -215,18 +241,20 @@ class Distill(LanguageModel):
             "teacher": read_shape(Path(self.teacher_source))["vocab_size"],
             "student": self.backbone.shape.vocab_size,
         }
-        entries = len(self.tokenizer)
-        if sizes["teacher"] < entries:
+        entries = {whose: len(self.tokenizer) for whose in sizes}
+        if self.alignment is not None:
+            entries["teacher"] = self.alignment.entries
+        if sizes["teacher"] < entries["teacher"]:
             raise InputError(
-                f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, "
-                f"the tokenizer of this run {entries}.\n"
+                f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, the tokenizer of "
+                f"{'this run' if self.alignment is None else 'its own'} {entries['teacher']}."
+                f"{'' if self.alignment else difference_in_words(Path(self.teacher_source), self.tokenizer)}\n"
                 "Both must use one tokenizer: leave tokenizer=auto, or train the teacher with the student's tokenizer."
             )
         for whose, size in sizes.items():
-            if size > entries:
-                log.info(
-                    "preflight: %d entries of the %s's vocabulary mean no token and are cut", size - entries, whose
-                )
+            if size > entries[whose]:
+                cut = size - entries[whose]
+                log.info("preflight: %d entries of the %s's vocabulary mean no token and are cut", cut, whose)
         if self.preflight == "off":
             return
         for problem in preflight.problems(self):

@@ -30,7 +30,7 @@ from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
-from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
 
@@ -149,6 +149,8 @@ class LanguageModel(lightning.LightningModule):
                 rows, labels = rows[targets], labels[targets]
                 if isinstance(signal, DenseTeacher):
                     signal = replace(signal, hidden=signal.hidden[targets])
+                elif isinstance(signal, AlignedTeacher):
+                    signal = replace(signal, places=signal.places[targets])
             result = lm_head_loss(
                 rows,
                 weight,

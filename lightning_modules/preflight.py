@@ -14,8 +14,9 @@ from torch import Tensor
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import lm_head_loss
-from gpt2lab.teacher_signal import DenseTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import differing_tokens, load_tokenizer
+from gpt2lab.uld_metrics import nats_of_teacher
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +48,25 @@ def _probe(distill: Any) -> Batch:
 
 
 def _tokens(distill: Any) -> str:
-    """The two number the same text alike."""
+    """The two number the same text alike; under loss=uld they need not."""
     try:
         theirs = load_tokenizer(distill.teacher_source)
     except InputError:
         return f"The teacher {distill.teacher_source} holds no tokenizer, so its token ids may mean other text."
     different = differing_tokens(theirs, distill.tokenizer)
+    if distill.alignment is not None:
+        if not different:
+            log.warning(
+                "preflight: teacher and student have one tokenizer, so loss=forward_kl teaches more than loss=uld"
+            )
+        return ""
     return f"Teacher and student number tokens differently, for example {different}." if different else ""
 
 
 def _answers_twice(signal: TeacherSignal, again: TeacherSignal) -> str:
     """The teacher says the same of the same text: no dropout is at work."""
-    first, second = (said.hidden if isinstance(said, DenseTeacher) else said.ids for said in (signal, again))
+    dense = DenseTeacher | AlignedTeacher
+    first, second = (said.hidden if isinstance(said, dense) else said.ids for said in (signal, again))
     return (
         "" if torch.equal(first, second) else "The teacher answers the same text differently each time: dropout is on."
     )
@@ -74,6 +82,10 @@ def _losses(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
         return f"The teacher speaks of {teacher_targets} targets where the student counts {int(student.tokens)}."
     sums = torch.stack([teacher_nats, student.cross_entropy.float(), student.tokens.float()])
     teacher_nats, student_nats, targets = distill.over_ranks(sums).tolist()
+    if isinstance(signal, AlignedTeacher):
+        problem = _common_ground(distill, batch, signal, targets, teacher_nats, student_nats)
+        if problem:
+            return problem
     teacher_loss, student_loss = teacher_nats / targets, student_nats / targets
     distill.teacher_loss = teacher_loss
     gap = student_loss - teacher_loss
@@ -85,13 +97,38 @@ def _losses(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
     return ""
 
 
+def _common_ground(
+    distill: Any, batch: Batch, signal: AlignedTeacher, targets: float, teacher_nats: float, student_nats: float
+) -> str:
+    """Tokens of two tokenizers: some begin at the same byte, and bytes are what both losses can be counted in."""
+    matched = (signal.places >= 0) & (batch.labels.flatten() != IGNORE_INDEX)
+    spelled = torch.tensor([signal.text.label_bytes, signal.text.target_bytes], device=matched.device)
+    sums = torch.cat([matched.sum().unsqueeze(0), spelled]).double()
+    found, of_teacher, of_targets = distill.over_ranks(sums).tolist()
+    if not found or not of_teacher:
+        return "No token of the teacher begins where a target of the student does, so it has nothing to say."
+    log.info(
+        "preflight: teacher %.3f nats per byte, student %.3f; %.0f %% of the targets begin a token of the teacher too",
+        teacher_nats / of_targets,
+        student_nats / of_targets,
+        100 * found / targets,
+    )
+    return ""
+
+
 def _teacher_loss(distill: Any, batch: Batch, signal: TeacherSignal) -> tuple[Tensor, int]:
-    """(nats, number of targets): from its logits, or from what is stored of them, so that a wrong record shows."""
+    """(nats, number of targets): from its logits, or from what is stored of them, so that a wrong record shows.
+
+    In tokens of its own: nats per byte times the bytes of the student's targets.
+    """
     labels = batch.labels.flatten()
     kept = labels != IGNORE_INDEX
     if isinstance(signal, DenseTeacher):
         result = lm_head_loss(signal.hidden, signal.weight, labels, vocab_size=len(distill.tokenizer))
         return result.cross_entropy.float(), int(result.tokens)
+    if isinstance(signal, AlignedTeacher):
+        nats, spelled = nats_of_teacher(signal)
+        return nats.float() * (signal.text.target_bytes / max(spelled, 1)), int(kept.sum())
     assert isinstance(signal, TopKTeacher)  # what the validation side of every cache holds
     targets = labels[kept]
     if len(signal.ids) != len(targets):
@@ -105,8 +142,14 @@ def _teacher_loss(distill: Any, batch: Batch, signal: TeacherSignal) -> tuple[Te
 def _gradient(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
     """The divergence pulls at the student, as its value says, and only at targets."""
     labels = batch.labels.flatten()
-    targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)[:PROBED]
-    if isinstance(signal, DenseTeacher):
+    looked_at = labels != IGNORE_INDEX
+    if isinstance(signal, AlignedTeacher):
+        looked_at &= signal.places >= 0
+    targets = looked_at.nonzero().squeeze(1)[:PROBED]
+    if isinstance(signal, AlignedTeacher):
+        places = signal.places[targets]
+        signal = AlignedTeacher(signal.hidden.float(), signal.weight.float(), places, signal.text)
+    elif isinstance(signal, DenseTeacher):
         signal = DenseTeacher(signal.hidden[targets].float(), signal.weight.float())
     elif isinstance(signal, TopKTeacher):
         few = slice(len(targets))

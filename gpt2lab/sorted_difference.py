@@ -1,0 +1,77 @@
+"""Sorted difference: Σ |q_(i) − p_(i)| of two distributions after each is sorted, and which way every entry pulls.
+
+Shapes: C positions, V entries of q, W of p; V and W may differ.
+
+A custom operator, because what sorts fast is not in PyTorch on a CPU: NumPy's sort uses vector instructions and takes a
+thirtieth of the time. torch.compile passes over it.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@torch.library.custom_op("gpt2lab::sorted_difference", mutates_args=())
+def sorted_difference(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (C,) and the signs of q_(rank) − p_(rank) at q's own entries (C, V), both 0 where `matched` is not.
+
+    The shorter of the two counts as padded with zeros.
+
+    Args:
+        q: (C, V) probabilities.
+        p: (C, W) probabilities.
+        matched: (C,) bool.
+    """
+    if q.device.type == "cpu":
+        return _by_numpy(q.contiguous(), p.contiguous(), matched)
+    values, order = q.sort(dim=1, descending=True)
+    entries = min(q.shape[1], p.shape[1])
+    others = p.sort(dim=1, descending=True).values
+    difference = values.clone()
+    difference[:, :entries] -= others[:, :entries]
+    distance = difference.abs().sum(1) + others[:, entries:].sum(1)
+    signs = torch.zeros_like(q).scatter_(1, order, difference.sign())
+    return torch.where(matched, distance, 0.0), signs.mul_(matched.unsqueeze(1))
+
+
+@sorted_difference.register_fake
+def _(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape[0]), torch.empty_like(q)
+
+
+def _by_numpy(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    distance, signs = q.new_zeros(q.shape[0]), torch.zeros_like(q)
+    found = matched.nonzero().squeeze(1).numpy()
+    outcome = distance.numpy(), signs.numpy()
+
+    def work(rows: NDArray[np.int64]) -> None:
+        _sort_rows(q.numpy(), p.numpy(), rows, *outcome)
+
+    parts = np.array_split(found, min(torch.get_num_threads(), max(len(found), 1)))
+    if len(parts) == 1:
+        work(parts[0])
+    else:
+        with ThreadPoolExecutor(len(parts)) as pool:  # NumPy sorts outside the interpreter's lock
+            list(pool.map(work, parts))
+    return distance, signs
+
+
+def _sort_rows(
+    q: NDArray[np.floating],
+    p: NDArray[np.floating],
+    rows: NDArray[np.int64],
+    distance: NDArray[np.floating],
+    signs: NDArray[np.floating],
+) -> None:
+    """Fill in these rows of the distance (C,) and the signs (C, V)."""
+    of_rows, others = q[rows], np.sort(p[rows], axis=1)  # ascending: ranks are counted from the end
+    order = np.argsort(of_rows, axis=1)
+    difference = np.take_along_axis(of_rows, order, 1)
+    entries = min(q.shape[1], p.shape[1])
+    difference[:, -entries:] -= others[:, -entries:]
+    distance[rows] = np.abs(difference).sum(1) + others[:, :-entries].sum(1)
+    np.put_along_axis(of_rows, order, np.sign(difference), 1)
+    signs[rows] = of_rows
