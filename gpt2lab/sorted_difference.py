@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+WORTH_THREADS = 2**17  # probabilities; fewer are sorted within the time it takes to start a thread
+
 
 @torch.library.custom_op("gpt2lab::sorted_difference", mutates_args=())
 def sorted_difference(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,8 +27,16 @@ def sorted_difference(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Te
         p: (C, W) probabilities.
         matched: (C,) bool.
     """
-    if q.device.type == "cpu":
-        return _by_numpy(q.contiguous(), p.contiguous(), matched)
+    by = _by_numpy if q.device.type == "cpu" else _by_torch
+    return by(q, p, matched)
+
+
+@sorted_difference.register_fake
+def _(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape[0]), torch.empty_like(q)
+
+
+def _by_torch(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
     values, order = q.sort(dim=1, descending=True)
     entries = min(q.shape[1], p.shape[1])
     others = p.sort(dim=1, descending=True).values
@@ -37,11 +47,6 @@ def sorted_difference(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Te
     return torch.where(matched, distance, 0.0), signs.mul_(matched.unsqueeze(1))
 
 
-@sorted_difference.register_fake
-def _(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape[0]), torch.empty_like(q)
-
-
 def _by_numpy(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
     distance, signs = q.new_zeros(q.shape[0]), torch.zeros_like(q)
     found = matched.nonzero().squeeze(1).numpy()
@@ -50,7 +55,8 @@ def _by_numpy(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
     def work(rows: NDArray[np.int64]) -> None:
         _sort_rows(q.numpy(), p.numpy(), rows, *outcome)
 
-    parts = np.array_split(found, min(torch.get_num_threads(), max(len(found), 1)))
+    threads = torch.get_num_threads() if len(found) * q.shape[1] >= WORTH_THREADS else 1
+    parts = np.array_split(found, min(threads, max(len(found), 1)))
     if len(parts) == 1:
         work(parts[0])
     else:

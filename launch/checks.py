@@ -279,7 +279,7 @@ def check_hidden_terms(config: Config) -> None:
     """Hidden states can be compared where both models stand at every token."""
     if config.loss.name == "uld" and (config.loss.hidden_cosine or config.loss.hidden_mse):
         raise InputError(
-            "loss=uld is for a teacher with other tokens: its hidden states stand at other positions than the student's.\n"
+            "loss=uld is for a teacher with other tokens, whose hidden states stand at other positions.\n"
             "Leave out loss.hidden_cosine and loss.hidden_mse; with one tokenizer for both, use another loss."
         )
 

@@ -51,6 +51,7 @@ class Distill(LanguageModel):
     """
 
     teacher: OnlineTeacher  # loaded with the student's model, unless what it says is cached
+    alignment: Alignment | None = None  # with loss=uld: of the student's tokenizer with the teacher's
 
     def __init__(
         self,
@@ -70,7 +71,6 @@ class Distill(LanguageModel):
         self.preflight = preflight
         entries = len(self.tokenizer)
         self.cache = cache_sides(Path(cache), cached, entries) if cache and cached else {}
-        self.alignment = self._alignment() if loss.name == "uld" else None
         self.mixing = AdaptiveMixing(loss, training.steps)
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
@@ -79,11 +79,6 @@ class Distill(LanguageModel):
         if sequences is not None and sequences.by_student:
             end_of_text = self.tokenizer.eos_token_id
             self.student_text = StudentText(sequences, context, training.steps, training.seed, end_of_text, entries)
-
-    def _alignment(self) -> Alignment:
-        """Of the student's tokenizer with the teacher's, which may be another."""
-        positions = read_shape(Path(self.teacher_source))["n_positions"]
-        return Alignment(self.tokenizer, load_tokenizer(self.teacher_source), self.teacher_source, positions)
 
     def on_fit_start(self) -> None:
         if not self.cache:
@@ -94,15 +89,17 @@ class Distill(LanguageModel):
             self._check_teacher()
 
     def build_backbone(self) -> Backbone:
-        cut_out = self.settings.init == TEACHER_LAYERS
+        shape, cut_out = read_shape(Path(self.teacher_source)), self.settings.init == TEACHER_LAYERS
+        if self.loss_settings.name == "uld":
+            theirs = load_tokenizer(self.teacher_source)
+            self.alignment = Alignment(self.tokenizer, theirs, self.teacher_source, shape["n_positions"])
         if cut_out or not self.cache:
             self.teacher = OnlineTeacher(self.teacher_source, torch.float32 if cut_out else self._teacher_dtype)
         backbone = self._cut_out() if cut_out else super().build_backbone()
         if cut_out and self.cache:
             del self.teacher  # asked no more
-        width = read_shape(Path(self.teacher_source))["n_embd"]
-        if self.compares_hidden_states and width != backbone.shape.n_embd:
-            backbone.add_projection(width, self.settings.seed)
+        if self.compares_hidden_states and shape["n_embd"] != backbone.shape.n_embd:
+            backbone.add_projection(shape["n_embd"], self.settings.seed)
         return backbone
 
     @property

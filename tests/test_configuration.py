@@ -33,7 +33,7 @@ RECIPES = {
     )
     for name in GROUPS["experiment"]
 }
-UNSERVED = {("sampled", loss) for loss in GROUPS["loss"] if loss != "forward_kl"} | {("topk", "mse")}
+UNSERVED = {("sampled", loss) for loss in GROUPS["loss"] if loss != "forward_kl"} | {("topk", "mse"), ("topk", "uld")}
 EXACT_PARAMETERS = {
     "distil": 81_912_576,
     "small": 124_439_808,
