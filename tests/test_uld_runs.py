@@ -1,4 +1,4 @@
-"""Distillation between tokenizers through train.py: a student learns in tokens of its own; what cannot be is refused."""
+"""Distillation between tokenizers through train.py: a student learns in tokens of its own, or is told why it cannot."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
 from launch import answer
 
-STEPS = ["steps=12", "validate_every=6", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2"]
+STEPS = ["steps=12", "validate_every=6", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2", "threads=1"]
 ULD = ["task=distill", "loss=uld"]
 OF_ENTRIES = {
     metric_names.DISTILL_KL,
