@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import in_words
 from test_lm_head_loss import assert_gradients_close
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
