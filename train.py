@@ -20,13 +20,16 @@ config.register()
 
 @hydra.main(version_base="1.3", config_path=str(arguments.CONF), config_name="train")
 def main(tree: DictConfig) -> float | None:
-    """One run: check what was composed, then train. Returns the watched metric."""
+    """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
     with answer.ending_in_a_code():
         settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
         checks.check(settings)
-        from launch.job import run_job  # torch, lightning and transformers are imported only now
+        from launch import job, study  # torch, lightning and transformers are imported only now
 
-        return run_job(settings)["watched"]
+        if settings.is_study:
+            study.run_study(settings)
+            return None
+        return job.run_job(settings)["watched"]
 
 
 def command_line() -> None:

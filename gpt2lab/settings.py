@@ -95,6 +95,23 @@ class TeacherCacheSettings:
 
 
 @dataclass
+class StudySettings:
+    """What a study of distillation compares.
+
+    Attributes:
+        seeds: how many; each is one pair of every comparison.
+        lr_factors: multiples of the learning rate that are tried.
+        tune: baseline (the best for the student from random weights without a teacher is that of all) or every_arm.
+        inits: starts of the student: scratch, teacher_layers.
+    """
+
+    seeds: int = 3
+    lr_factors: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    tune: str = "baseline"
+    inits: list[str] = field(default_factory=lambda: ["scratch", "teacher_layers"])
+
+
+@dataclass
 class SequenceSettings:
     """Whose text a distillation trains on.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.student_shape import TEACHER_LAYERS
-from launch import baseline, run_folders
+from launch import baseline, run_folders, study_plan
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
 from launch.limits import CHOICES, CHOICES_WHERE_THERE, COUNTS_OR_AUTO, GENERATED, RANGES, RANGES_WHERE_THERE
@@ -27,6 +27,7 @@ def check(config: Config) -> None:
         InputError: the first mistake found.
     """
     check_own_record(config)
+    study_plan.check(config)
     check_run_dir(config)
     if config.resume not in (None, "auto"):
         return  # the run goes on with its own configuration, and launch.resume checks what may be given anew
@@ -91,18 +92,24 @@ def check_choices(config: Config) -> None:
 
 def check_ranges(config: Config) -> None:
     for key, (low, high) in (RANGES | RANGES_WHERE_THERE).items():
-        value = optional_value(config, key)
-        if value is None:
+        given = optional_value(config, key)
+        if given is None:
             continue
-        smallest, largest = (bound[0] if isinstance(bound, list) else bound for bound in (low, high))
-        assert isinstance(value, int | float)
-        fits = math.isfinite(value) and smallest <= value <= largest
-        fits = fits and not (value == smallest and isinstance(low, list))
-        if not fits or (value == largest and isinstance(high, list)):
-            lower = f"greater than {smallest}" if isinstance(low, list) else f"at least {smallest}"
-            bound = f"{'below' if isinstance(high, list) else 'at most'} {largest}"
-            upper = "finite" if largest == math.inf else bound
-            raise InputError(f"{key}={value} is out of range: it must be {lower} and {upper}.")
+        for value in given if isinstance(given, list) else [given]:
+            check_range(key, value, low, high)
+
+
+def check_range(key: str, value: float, low: Any, high: Any) -> None:
+    """Bounds as in RANGES."""
+    smallest, largest = (bound[0] if isinstance(bound, list) else bound for bound in (low, high))
+    assert isinstance(value, int | float)
+    fits = math.isfinite(value) and smallest <= value <= largest
+    fits = fits and not (value == smallest and isinstance(low, list))
+    if not fits or (value == largest and isinstance(high, list)):
+        lower = f"greater than {smallest}" if isinstance(low, list) else f"at least {smallest}"
+        bound = f"{'below' if isinstance(high, list) else 'at most'} {largest}"
+        upper = "finite" if largest == math.inf else bound
+        raise InputError(f"{key}={value} is out of range: it must be {lower} and {upper}.")
 
 
 def check_counts_or_auto(config: Config) -> None:

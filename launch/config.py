@@ -19,10 +19,13 @@ from gpt2lab.settings import (
     OptimizerSettings,
     ScheduleSettings,
     SequenceSettings,
+    StudySettings,
     TeacherCacheSettings,
     TokenizerChoice,
 )
 from gpt2lab.student_shape import TEACHER_LAYERS
+
+STUDY = "distill_study"  # the experiment that is a study of many runs
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Record:
     teacher_hash: str = ""  # sha256 of the teacher's weights
     teacher_text: str = ""  # folder with what the teacher wrote, where students train on that
     teacher_cache: str = ""  # folder with what the teacher says of the data, where it is not asked at every step
+    teacher_seconds: float = 0.0  # what this run spent on having the teacher write or read once for all students
     kept: dict[str, Any] = field(default_factory=dict)  # init=teacher_layers: what the student has of its teacher
     data_hash: str = ""  # content hash of the prepared data
     baseline_loss: float | None = None  # val/loss of the baseline, read when the run started
@@ -122,12 +126,19 @@ class Config:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
+
     record: Record = field(default_factory=Record)
 
     @property
     def task_name(self) -> str:
         """pretrain, distill or finetune."""
         return self.record.groups["task"]
+
+    @property
+    def is_study(self) -> bool:
+        """Whether this is the plan of a study's many runs and none itself."""
+        return self.record.groups.get("experiment") == STUDY
 
     @property
     def init_names_weights(self) -> bool:

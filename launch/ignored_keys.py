@@ -103,6 +103,10 @@ READERS = (
     _reader("sequences", "lmbda", "gkd"),
     *(_reader("sequences", key, "distillm") for key in ("threshold_step", "tolerance", "capacity")),
     _reader("sequences", "draw_seed", "seqkd"),
+    *(
+        Reader("experiment", f"study.{key}", lambda c: c.is_study, "only experiment=distill_study reads it")
+        for key in ("seeds", "lr_factors", "tune", "inits")
+    ),
     Reader("task", "task.lora.alpha", _adapts, "LoRA reads it (task.lora.rank=8)"),
     Reader("task", "task.lora.dropout", _adapts, "LoRA reads it (task.lora.rank=8)"),
 )

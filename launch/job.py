@@ -6,6 +6,7 @@ python -m launch.job SPEC PARENT --rank   one rank of a run on several devices
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def run_job(asked: Config) -> dict[str, Any]:
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
     if settings.task_name == "distill":
+        started = time.monotonic()
         facts = _teacher_at_work(settings, data, facts)
+        settings.record.teacher_seconds = round(time.monotonic() - started, 2)
     if settings.record.world_size > 1:
         from launch import ranks
 

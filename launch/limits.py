@@ -18,6 +18,8 @@ CHOICES = {
     "teacher_cache.dtype": ("float16", "float32"),
     "sequences.name": ("data", "gkd", "distillm", "seqkd"),
     "objective.name": ("clm",),
+    "study.tune": ("baseline", "every_arm"),
+    "study.inits": ("scratch", "teacher_layers"),
     "tokenizer.kind": ("auto", "bpe", "pretrained"),
 }
 # key → (smallest, largest); a bound in brackets is itself not allowed
@@ -74,6 +76,8 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "sequences.capacity": (1, 10**7),
     "sequences.draw_seed": (0, 2**63 - 1),
     "tokenizer.vocab_size": (257, 10**6),
+    "study.seeds": (1, 1000),
+    "study.lr_factors": ([0], 10**6),
 }
 # The same for keys that only some tasks, data and callbacks have
 RANGES_WHERE_THERE: dict[str, tuple[Any, Any]] = {

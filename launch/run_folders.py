@@ -12,8 +12,8 @@ from gpt2lab.model_folder import read_shape
 from launch import config as configuration
 from launch.config import Config
 
-RUNS = Path("runs")
-OWN_ROOTS = ("runs", "sweeps")
+RUNS, STUDIES = Path("runs"), Path("studies")
+OWN_ROOTS = ("runs", "sweeps", "studies")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ def check_name(config: Config) -> None:
 
 
 def wanted_folder(config: Config) -> Path:
-    """The run's folder: run_dir, else runs/<task>/<name>, else runs/<task>/<model>-<time>."""
+    """run_dir, else runs/<task>/<name>, else runs/<task>/<model>-<time>; of a study studies/<name>, studies/<time>."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
-    model = config.record.groups["model"]
-    return RUNS / config.task_name / (config.name or f"{model}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    now, model = time.strftime("%Y-%m-%d_%H-%M-%S"), config.record.groups["model"]
+    if config.is_study:
+        return STUDIES / (config.name or now)
+    return RUNS / config.task_name / (config.name or f"{model}-{now}")
 
 
 def check_free(folder: Path) -> None:

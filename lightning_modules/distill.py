@@ -124,6 +124,8 @@ class Distill(LanguageModel):
         return super().training_step(batch, batch_idx)
 
     def loss(self, batch: Batch) -> LMHeadLoss:
+        if self.loss_settings.hard_weight == 1 and not self.compares_hidden_states and not batch.by_student:
+            return self.head_loss(batch)  # the labels alone: the teacher's time is saved
         # What the student wrote is no label for it.
         settings = replace(self.loss_settings, hard_weight=0.0) if batch.by_student else self.loss_settings
         return self.head_loss(

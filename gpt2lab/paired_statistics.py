@@ -1,0 +1,114 @@
+"""Paired statistics: whether one way to train beats another, from their losses at the same seeds, in numbers and words.
+
+A loss is a number per seed; the difference is taken within each seed: what a seed does to both sides is
+no noise.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`sd` is the sample's standard deviation, with n − 1; None below two values."""
+
+    n: int
+    mean: float | None
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """First minus second within each seed.
+
+    Attributes:
+        differences: by seed, those at which both sides are there and finite.
+        missing: seeds at which they are not.
+        low, high: Student's t interval of the mean; None below two pairs.
+    """
+
+    differences: dict[int, float]
+    missing: list[int]
+    mean: float | None
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean and standard deviation."""
+    n = len(values)
+    return Summary(n, fmean(values) if n else None, stdev(values) if n > 1 else None)
+
+
+def paired_difference(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> PairedDifference:
+    """Compare two sides seed by seed; a seed that one of them lacks (None, NaN, infinite) is left out of both."""
+    seeds = sorted(first.keys() | second.keys())
+    pairs = {seed: (first.get(seed), second.get(seed)) for seed in seeds}
+    differences = {
+        seed: ours - theirs
+        for seed, (ours, theirs) in pairs.items()
+        if ours is not None and theirs is not None and math.isfinite(ours - theirs)
+    }
+    found = summary(list(differences.values()))
+    low = high = None
+    if found.mean is not None and found.sd is not None:
+        half = t_quantile(found.n - 1) * found.sd / math.sqrt(found.n)
+        low, high = found.mean - half, found.mean + half
+    missing = [seed for seed in seeds if seed not in differences]
+    return PairedDifference(differences, missing, found.mean, found.sd, low, high)
+
+
+def verdict(found: PairedDifference, first: str, second: str) -> str:
+    """What the difference of two losses in nats says, in words; a lower loss wins."""
+    n = len(found.differences)
+    left_out = f"; left out: seed{'s' * (len(found.missing) > 1)} {', '.join(map(str, found.missing))}"
+    left_out = left_out if found.missing else ""
+    if found.mean is None:
+        return f"nothing can be said: no pair of runs finished{left_out}"
+    winner, loser = (first, second) if found.mean < 0 else (second, first)
+    if found.sd is None or found.low is None or found.high is None:
+        return f"one seed: no interval; {winner} is {abs(found.mean):.3f} nats below {loser}{left_out}"
+    if found.low <= 0 <= found.high:
+        interval = f"interval {_signed(found.low)} … {_signed(found.high)} includes 0"
+        return f"no difference shown with {n} seeds ({interval}{left_out})"
+    near, far = sorted((abs(found.low), abs(found.high)))
+    interval = f"{CONFIDENCE:.0%} interval {near:.3f} … {far:.3f}, {n} seeds".replace("%", " %")
+    return f"{winner} beats {loser} by {abs(found.mean):.3f} ± {found.sd:.3f} nats ({interval}{left_out})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
+
+
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """The t that a Student variable exceeds in absolute value with probability 1 − confidence, by bisection.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+    """
+    low, high = 0.0, 1.0
+    while t_probability(high, freedom) < confidence:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def t_probability(t: float, freedom: int) -> float:
+    """P(|T| < t) of Student's distribution, a finite sum for whole degrees of freedom (Abramowitz & Stegun 26.7)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for power in range(odd, freedom - 1, 2):  # powers of the cosine: 1, 3, … or 0, 2, … up to freedom − 2
+        total += term
+        term *= (power + 1) / (power + 2) * cosine**2
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
