@@ -64,6 +64,7 @@ BEFORE_ANY_IMPORT = [
     ("task=distill sequences=gkd sequences.lmbda=2", "at most 1"),
     ("task=distill sequences=gkd sequences.max_new_tokens=256", "no room for a prompt in context=256"),
     ("task=distill sequences=gkd teacher_cache=sampled", "sequences=seqkd, whose text is written once"),
+    ("task=distill sequences=seqkd loss=uld", "sequences=data or gkd"),
     ("task=distill sequences=distillm sequences.capacity=8", "at least sequences.capacity=16"),
     ("task=finetune init=teacher_layers", "task=finetune has none"),
     ("task=distill init=teacher_layers model=auto", "init=teacher_layers has none"),
