@@ -1,14 +1,12 @@
 """A teacher known by its likeliest entries gives the figures of the whole one: exactly, or as the bounds they are."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Answer, Train
+from conftest import Distil, Train
 from test_distillation_metrics import ROWS, VOCABULARY, WIDTH, LargestTensor, example, target_count
-from test_teacher_cache import distil  # noqa: F401
 from torch import Tensor
 
 from gpt2lab import metric_names as names
@@ -115,7 +113,7 @@ ALIKE = ("loss.hard_weight=1", "loss.temperature=2", "optimizer=adamw", "steps=8
 
 
 def test_a_cached_run_writes_every_figure_of_an_online_one_at_temperature_1(
-    distil: Callable[..., Answer],  # noqa: F811
+    distil: Distil,
     train_here: Train,
     tiny: list[str],
     tmp_path: Path,

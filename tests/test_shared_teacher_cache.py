@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Answer, Train, environment
+from conftest import ROOT, Distil, Train, environment
 from filelock import FileLock
 from numpy.typing import NDArray
-from test_teacher_cache import distil  # noqa: F401
 
 from gpt2lab.run_report import read_report
 
@@ -26,7 +25,7 @@ def nats(folder: Path, side: str) -> NDArray[np.float32]:
 
 @pytest.mark.slow
 def test_the_jobs_of_a_sweep_write_one_cache_once(
-    distil: Callable[..., Answer],  # noqa: F811
+    distil: Distil,
     train_process: Train,
     tiny: list[str],
     tmp_path: Path,
@@ -67,7 +66,7 @@ def start(cache: Path, tiny: list[str], tmp_path: Path) -> Iterator[Callable[[st
 
 @pytest.mark.slow
 def test_of_two_processes_that_want_the_same_cache_one_writes_and_the_other_waits(
-    distil: Callable[..., Answer],  # noqa: F811
+    distil: Distil,
     start: Callable[[str], subprocess.Popen[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
