@@ -7,7 +7,7 @@ import yaml
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
-from gpt2lab.study_results import CE, KD, SCRATCH, Arm
+from gpt2lab.study_results import CE, KD, LAYERS, SCRATCH, Arm
 from launch.arguments import CONF, readable_by_hydra
 from launch.config import STUDY, Config
 from launch.ignored_keys import given_keys, without
@@ -62,6 +62,11 @@ def check(config: Config) -> None:
         raise InputError(
             "loss.hard_weight=1 is cross-entropy alone, which a study runs anyway.\n"
             "Give the weight of the labels in distillation, from 0 to below 1."
+        )
+    if config.loss.name == "uld" and LAYERS in config.study.inits:
+        raise InputError(
+            "loss=uld is for a teacher with other tokens, and no student of these tokens can be cut out of that.\n"
+            "Leave those runs out: study.inits=[scratch]"
         )
     for key in ("lr_factors", "inits"):
         values = vars(config.study)[key]

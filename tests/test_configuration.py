@@ -103,7 +103,7 @@ def given(row: dict[str, str]) -> list[str]:
 
 def fits(row: dict[str, str]) -> bool:
     """Combinations that are mistakes in themselves, with tests of their own: test_bad_input, _teacher_cache, _study."""
-    if row.get("experiment") == "distill_study" and row["model"] == "auto":
+    if row.get("experiment") == "distill_study" and (row["model"] == "auto" or row["loss"] == "uld"):
         return False
     is_running_text = "PairData" not in (CONF / "data" / f"{row['data']}.yaml").read_text()
     if row["task"] == "distill" and (row["teacher_cache"], row["loss"]) in UNSERVED:

@@ -242,6 +242,7 @@ MISTAKES = [
     ("experiment=distill_study resume=auto", "give run_dir= or name= too"),
     ("experiment=distill_study model=auto", "Give model=nano"),
     ("experiment=distill_study loss.hard_weight=1", "cross-entropy alone"),
+    ("experiment=distill_study loss=uld", "study.inits=[scratch]"),
     ("experiment=distill_study study.seeds=0", "at least 1"),
     ("experiment=distill_study study.seeds=many", "not a whole number"),
     ("experiment=distill_study study.lr_factors=[]", "at least one value"),
