@@ -106,7 +106,7 @@ class StudySettings:
     """
 
     seeds: int = 3
-    lr_factors: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    lr_factors: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0])
     tune: str = "baseline"
     inits: list[str] = field(default_factory=lambda: ["scratch", "teacher_layers"])
 

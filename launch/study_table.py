@@ -24,8 +24,8 @@ def text(results: StudyResults) -> str:
 def _arms(results: StudyResults) -> list[str]:
     teacher = "" if results.teacher_loss is None else f" (validation loss {results.teacher_loss:.3f})"
     seeds = ", ".join(map(str, results.seeds))
-    lines = [f"Teacher: {results.teacher}{teacher}", ""]
-    lines += [f"  {'validation loss, nats per token; seeds ' + seeds:<52}{'steps':>8}{'seconds':>9}"]
+    lines = [f"Teacher: {results.teacher}{teacher}", f"Seeds: {seeds}", ""]
+    lines += [f"  {'':<22}{'validation loss':<30}{'steps':>8}{'seconds':>9}"]
     for budget, heading in HEADINGS.items():
         of_budget = [result for result in results.arms if result.budget == budget]
         lines += [heading, *map(_arm, of_budget)] if of_budget else []

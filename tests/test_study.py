@@ -325,7 +325,7 @@ def results_in(folder: Path) -> dict[str, Any]:
 
 
 def test_a_study_runs_every_arm_and_says_what_it_found(study: Study, tmp_path: Path):
-    ended = study("name=mine")
+    ended = study("name=mine", "study.lr_factors=[0.5,1,2]")
     assert ended.code == 0, ended.stderr
     folder = tmp_path / "studies" / "mine"
     table, found = rows(folder), results_in(folder)
