@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Threads that spin while they wait take the cores of a busy machine from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SHRUNK = (
     "model.n_layer=2",
