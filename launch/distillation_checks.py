@@ -59,10 +59,10 @@ def check_sequences(config: Config) -> None:
             f"sequences={sequences.name} the student writes other text.\n"
             "Use teacher_cache=none, or sequences=seqkd, whose text is written once."
         )
-    if sequences.name == "seqkd" and config.loss.name == "uld":
+    if config.loss.name == "uld":
         raise InputError(
-            "sequences=seqkd gives the student what the teacher writes, which with loss=uld is in other tokens.\n"
-            "Use sequences=data or gkd; with one tokenizer for both, another loss."
+            f"sequences={sequences.name} needs a teacher with the student's tokens; loss=uld is for others.\n"
+            "Use sequences=data; with one tokenizer for both, another loss."
         )
     rows = config.batch_sequences if config.takes_pairs else config.batch_tokens // config.context
     if sequences.name == "distillm" and sequences.capacity < rows:

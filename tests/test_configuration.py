@@ -110,7 +110,7 @@ def fits(row: dict[str, str]) -> bool:
         return False
     if row["task"] == "distill" and row["teacher_cache"] != "none" and row["sequences"] in ("gkd", "distillm"):
         return False
-    if row["task"] == "distill" and (row["sequences"], row["loss"]) == ("seqkd", "uld"):
+    if row["task"] == "distill" and row["loss"] == "uld" and row["sequences"] != "data":
         return False
     return not (row["task"] == "finetune" and is_running_text)
 
