@@ -60,7 +60,9 @@ class Alignment:
         inputs, labels = batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy()  # (B, T)
         is_target = labels != IGNORE_INDEX
         lengths = np.where(is_target.any(1), inputs.shape[1] - is_target[:, ::-1].argmax(1), 0)  # (B,) up to the last
-        prompts = [0] * len(inputs) if batch.prompt_lengths is None else batch.prompt_lengths.tolist()
+        # A batch without samples, which a rank with none left is given, has one row and no prompt.
+        given = None if batch.prompt_lengths is None else batch.prompt_lengths.tolist()
+        prompts = given or [0] * len(inputs)
         rows = [
             [*inputs[row, :length].tolist(), int(labels[row, length - 1])] if length else []
             for row, length in enumerate(lengths.tolist())

@@ -324,6 +324,16 @@ def test_labels_may_have_holes_and_rows_none() -> None:
     assert text.label_bytes == text.target_bytes == 0
 
 
+def test_a_rank_without_samples_left_has_nothing_to_lay_beside() -> None:
+    """Where validation batches do not come out even, the last ranks' has one row of ignored labels and no prompts."""
+    batch = pairs()
+    none = torch.empty(0, dtype=torch.int64)
+    filler = Batch(batch.input_ids[:1], torch.full_like(batch.labels[:1], IGNORE_INDEX), 0, none, none)
+    text = Alignment(STUDENT, TEACHER, "teacher", 1024)(filler)
+    assert (text.places == -1).all()
+    assert text.label_bytes == text.target_bytes == 0
+
+
 def test_text_that_spells_end_of_text_is_no_end() -> None:
     batch = windows(["say <|endoftext|> twice <|endoftext|>", "next"], 12, 4)
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(batch)
