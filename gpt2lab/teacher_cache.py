@@ -1,6 +1,7 @@
 """Teacher cache: a teacher's next-token distributions on disk, written once and read by every student of it.
 
-    train.bin, val.bin      one record for each target of each sample, in the order of the samples
+    train.bin, val.bin      one record for each target of each sample, in the order of the samples; of text that is
+                            still to be written each sample has a place for as many as it can get
     train.index, val.index  int64 (S + 1,): the first record of each of the S samples
     train.nats, val.nats    float32 (S,): the teacher's own loss summed over a sample's targets; NaN: not written yet
     key.json                what the records depend on; its hash is in the folder's name
@@ -69,9 +70,13 @@ class CacheSide:
         self._record = record_type(settings, vocab_size)
         self._files = {part: folder / f"{side}.{part}" for part in ("bin", "index", "nats")}
 
-    def create(self, samples: Samples) -> None:
-        """Make the files, empty, unless they are there with the sizes they should have."""
-        counts = samples.target_counts(np.arange(len(samples)))
+    def create(self, samples: Samples, room: int | None = None) -> None:
+        """Make the files, empty, unless they are there with the sizes they should have.
+
+        Args:
+            room: records for which each sample has a place, where its targets are not all known yet; None: they are.
+        """
+        counts = samples.target_counts(np.arange(len(samples))) if room is None else np.full(len(samples), room)
         index = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
         sizes = {"bin": int(index[-1]) * self._record.itemsize, "index": index.nbytes, "nats": 4 * len(samples)}
         if all(file.is_file() and file.stat().st_size == sizes[part] for part, file in self._files.items()):
@@ -98,11 +103,10 @@ class CacheSide:
         with self._files["bin"].open("r+b") as records, self._files["nats"].open("r+b") as nats:
             pending: list[tuple[int, float]] = []  # samples whose records may not be on the disk yet, and their nats
             for batch in batches:
-                samples = batch.indices.numpy()
-                found, losses = self._records(
-                    signal(batch.input_ids), batch, record_numbers(index, samples), temperature
-                )
-                ends = np.cumsum(index[samples + 1] - index[samples])[:-1]
+                samples, counts = batch.indices.numpy(), _targets_of_rows(batch)
+                numbers = record_numbers(index, samples, counts)
+                found, losses = self._records(signal(batch.input_ids), batch, numbers, temperature)
+                ends = np.cumsum(counts)[:-1]
                 for sample, part, loss in zip(samples, np.split(found, ends), np.split(losses, ends), strict=True):
                     # A full disk raises here, where writing to a memory map would kill the process.
                     records.seek(int(index[sample]) * self._record.itemsize)
@@ -115,7 +119,8 @@ class CacheSide:
     def signal(self, batch: Batch) -> TopKTeacher | SampledTeacher:
         """What the teacher says at the batch's targets (their number, …), in the order of its flattened labels."""
         records = self._map("bin", self._record)
-        found = records[record_numbers(self._map("index", "<i8"), batch.indices.cpu().numpy())]
+        samples = batch.indices.cpu().numpy()
+        found = records[record_numbers(self._map("index", "<i8"), samples, _targets_of_rows(batch)[: len(samples)])]
         device = batch.input_ids.device
         ids = torch.from_numpy(found["ids"].astype(np.int64)).to(device)
         if self.settings.name == "sampled":
@@ -155,6 +160,11 @@ class CacheSide:
         return records, losses
 
 
+def _targets_of_rows(batch: Batch) -> NDArray[np.int64]:
+    """(B,)"""
+    return (batch.labels != IGNORE_INDEX).sum(1).cpu().numpy()
+
+
 def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]]) -> None:
     """Mark samples as written, once their records are on the disk."""
     records.flush()
@@ -185,9 +195,12 @@ def temperature_of(side: str, loss_temperature: float) -> float:
     return loss_temperature if side == "train" else 1.0
 
 
-def record_numbers(index: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of all records of the samples (B,), one sample after the other."""
-    ranges = [np.arange(index[sample], index[sample + 1]) for sample in samples.tolist()]
+def record_numbers(
+    index: NDArray[np.int64], samples: NDArray[np.int64], counts: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Numbers of all records of the samples (B,), which have `counts` (B,) each, one sample after the other."""
+    firsts = index[samples].tolist()
+    ranges = [np.arange(first, first + count) for first, count in zip(firsts, counts.tolist(), strict=True)]
     return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 

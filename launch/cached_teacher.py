@@ -52,14 +52,16 @@ def fill(settings: Config, data: Any, facts: DataFacts) -> None:
         folder.mkdir(exist_ok=True)
         write_json(folder / "key.json", key)
         sides = cache_sides(folder, settings.teacher_cache, entries)
+        # What the teacher writes grows with every longer run; the records of what is written stay where they are.
+        room = settings.sequences.max_new_tokens if settings.sequences.name == "seqkd" else None
         wanted = {
-            "train": (data.train_samples, training_rows(settings, len(data.train_samples))),
-            "val": (data.val_samples, np.arange(len(data.val_samples))),
+            "train": (data.train_samples, training_rows(settings, len(data.train_samples)), room),
+            "val": (data.val_samples, np.arange(len(data.val_samples)), None),
         }
         missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]] = []
-        for name, (samples, rows) in wanted.items():
+        for name, (samples, rows, most) in wanted.items():
             side = sides[name]
-            side.create(samples)
+            side.create(samples, most)
             missing.append((side, samples, side.missing(rows)))
         _write(settings, missing)
     settings.record.teacher_cache = str(folder)

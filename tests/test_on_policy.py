@@ -254,6 +254,14 @@ def test_a_cache_can_hold_what_the_teacher_says_of_its_own_text(distil: Distil, 
     torch.testing.assert_close(weights(tmp_path / "cached"), weights(tmp_path / "online"), rtol=0, atol=1e-5)
 
 
-def sequences_written(stderr: str) -> int:
-    found = re.search(r"the teacher writes (\d+) sequences", stderr)
+def test_what_a_cache_holds_of_the_teachers_text_stays_when_more_is_written(distil: Distil) -> None:
+    keys = ("sequences=seqkd", "teacher_cache=topk", *WRITES)
+    distil(*keys, "steps=2", "run_dir=first")
+    longer = distil(*keys, "steps=5", "run_dir=longer").stderr
+    assert sequences_written(longer) == 24
+    assert sequences_written(longer, "reads") == 24
+
+
+def sequences_written(stderr: str, does: str = "writes") -> int:
+    found = re.search(rf"the teacher {does} (\d+) sequences", stderr)
     return int(found.group(1)) if found else 0
