@@ -43,6 +43,7 @@ def resolve(config: Config) -> None:
     _take_sizes_from_init(config)
     if config.task_name == "distill":
         config.teacher = _teacher_folder(config)
+        _check_reads(config)
         config.record.teacher_hash = weights_hash(Path(config.teacher))
         print(f"teacher: {config.teacher}", file=sys.stderr)
         if config.loss.name == "uld" and not has_tokenizer(Path(config.teacher)):
@@ -124,6 +125,16 @@ def _teacher_folder(config: Config) -> str:
             f"larger model, and {FALLBACK_TEACHER} cannot be had from the Hugging Face Hub.\n"
             f"Train one: python train.py task=pretrain model=… data={data}; or name one: teacher=RUN_DIR."
         ) from error
+
+
+def _check_reads(config: Config) -> None:
+    """The teacher reads what the student reads; with loss=uld what goes beyond its positions is cut."""
+    positions = read_shape(Path(config.teacher))["n_positions"]
+    if config.loss.name != "uld" and config.context > positions:
+        raise InputError(
+            f"context={config.context} is longer than the {positions} positions of the teacher {config.teacher}.\n"
+            f"Lower context to {positions}, or name a teacher with more positions."
+        )
 
 
 def _kept_of_teacher(config: Config) -> dict[str, Any]:

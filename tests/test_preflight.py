@@ -24,7 +24,7 @@ import pytest
 import test_lm_head_loss
 import test_training_modules
 import torch
-from conftest import in_words
+from conftest import Distil, Train, in_words
 from test_lm_head_loss import KL, MIXES
 from test_training_modules import CountingData, fit, settings, teacher_folder, tokenizer_folder  # noqa: F401
 from torch import Tensor
@@ -238,3 +238,15 @@ def test_a_good_configuration_raises_no_alarm(tokenizer_folder, teacher_folder, 
         shape = ModelShape(1, 2, 24, 32, 64) if loss.hidden_cosine else None
         begin(tokenizer_folder, teacher_folder, loss, **({"shape": shape} if shape else {}))
     assert not [record.message for record in caplog.records if "preflight" in record.message]
+
+
+# What is told before any look
+
+
+def test_a_teacher_with_fewer_positions_than_the_context_is_refused(
+    distil: Distil, train_here: Train, tiny: list[str]
+) -> None:
+    keys = [*tiny, "task=distill", "teacher=teacher", "model.n_positions=128", "context=128", "run_dir=longer"]
+    answer = train_here(*keys)
+    assert answer.code == 2
+    assert "context=128 is longer than the 64 positions of the teacher" in answer.stderr
