@@ -162,6 +162,8 @@ def _gradient(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
 
     with distill.trainer.precision_plugin.forward_context(), torch.no_grad():
         hidden, weight = distill.backbone(batch.input_ids, head)  # (PROBED, D), (V, D)
+    if len(targets) < 2:  # of a small validation split this rank has no share, and another looks
+        return ""
     soft, entries = replace(distill.loss_settings, hard_weight=0.0), len(distill.tokenizer)
 
     def value(at: Tensor) -> Tensor:

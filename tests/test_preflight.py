@@ -33,12 +33,13 @@ from gpt2lab import divergences, logit_losses
 from gpt2lab import lm_head_loss as head_loss_module
 from gpt2lab import teacher as teacher_module
 from gpt2lab.backbone import load_backbone
-from gpt2lab.batch import Batch
+from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.divergences import Distribution
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import LMHeadLoss
 from gpt2lab.settings import LossSettings, ModelShape
 from gpt2lab.teacher import OnlineTeacher
+from lightning_modules import preflight
 from lightning_modules.distill import Distill
 from lightning_modules.language_model import LanguageModel
 
@@ -238,6 +239,14 @@ def test_a_good_configuration_raises_no_alarm(tokenizer_folder, teacher_folder, 
         shape = ModelShape(1, 2, 24, 32, 64) if loss.hidden_cosine else None
         begin(tokenizer_folder, teacher_folder, loss, **({"shape": shape} if shape else {}))
     assert not [record.message for record in caplog.records if "preflight" in record.message]
+
+
+def test_a_rank_without_validation_samples_raises_no_alarm(tokenizer_folder, teacher_folder) -> None:  # noqa: F811
+    module = begin(tokenizer_folder, teacher_folder)
+    batch = next(iter(module.trainer.datamodule.val_dataloader()))
+    labels = torch.full_like(batch.labels[:1], IGNORE_INDEX)
+    filler = Batch(batch.input_ids[:1], labels, 0, torch.empty(0, dtype=torch.int64))
+    assert not preflight._gradient(module, filler, module.signal(filler, "val"))
 
 
 # What is told before any look
