@@ -31,7 +31,7 @@ def run_job(asked: Config) -> dict[str, Any]:
     taken_up = resume.taken_up(asked)
     settings = taken_up or asked
     if taken_up is None:
-        run_folders.check_free(run_folders.wanted_folder(settings))
+        run_folders.check_wanted(settings)
         resolve.resolve(settings)
     from launch import automatic, build
 

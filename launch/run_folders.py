@@ -76,10 +76,22 @@ def check_can_be_made(folder: Path, key: str) -> None:
         raise InputError(f"Cannot make the folder {folder}: {existing} cannot be written to.\nGive another {key}.")
 
 
+def check_wanted(config: Config) -> None:
+    """A named folder is free; one named by the time can be made, and gets a number where another run took that name.
+
+    Raises:
+        InputError
+    """
+    if config.run_dir or config.name:
+        check_free(wanted_folder(config))
+    else:
+        check_can_be_made(wanted_folder(config), "run_dir")
+
+
 def make(config: Config) -> Path:
     """Make the run's folder; without a name of its own, one that another run took in the same second gets a number."""
+    check_wanted(config)
     folder, number = wanted_folder(config), 1
-    check_free(folder)
     if config.run_dir or config.name:
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHRUNK, Train
@@ -285,3 +286,14 @@ def test_compiling_is_chosen_where_it_pays_back():
         by_hand = composed("accelerator=cpu", "steps=3", f"compile={given}")
         assert automatic.compile_pays(by_hand, 4096) is wanted
         assert automatic.compiling_the_head_pays(by_hand) is wanted
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
+    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("launch.run_folders.time", SimpleNamespace(strftime=lambda _: "2026-01-01_12-00-00"))
+    for _ in range(2):
+        answer = train_here(*tiny, "steps=1", "threads=1")
+        assert answer.code == 0, answer.stderr
+    names = {folder.name for folder in (tmp_path / "runs" / "pretrain").iterdir()}
+    assert names == {"nano-2026-01-01_12-00-00", "nano-2026-01-01_12-00-00-2"}
