@@ -55,6 +55,26 @@ def prepared(
     return folder
 
 
+@contextmanager
+def grown(kind: str, name: str, key: dict[str, Any], what: str, cache_dir: Path) -> Iterator[Path]:
+    """The folder `<cache_dir>/<kind>/<name>-<hash of key>`, which whoever needs more of it adds to, one at a time.
+
+    Unlike `prepared` it is never whole: its files say themselves what is there. key.json holds what it was made from.
+
+    Args:
+        what: is written there, for messages.
+
+    Raises:
+        InputError: the cache cannot be written, or no space is left.
+    """
+    folder = cache_dir / kind / f"{name}-{content_hash(key)[:12]}"
+    full = "What was written is kept. Free some space and start again, or put the cache elsewhere: cache_dir=FOLDER"
+    with told_when_full(f"{what} {folder}", full), locked(folder):
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "key.json", key)
+        yield folder
+
+
 def is_prepared(folder: Path) -> bool:
     """Whether a build finished here and its files still have their sizes."""
     try:

@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gpt2lab.atomic_files import told_when_full, write_json
 from gpt2lab.batch import Batch
-from gpt2lab.cache import cache_folder, content_hash, locked
+from gpt2lab.cache import cache_folder, grown
 from gpt2lab.device import named_device
 from gpt2lab.errors import InputError
 from gpt2lab.host_memory import keep_freed_memory
@@ -45,12 +44,8 @@ def fill(settings: Config, data: Any, facts: DataFacts) -> None:
     entries = len(load_tokenizer(facts.tokenizer_folder))
     if settings.teacher_cache.name == "topk" and settings.teacher_cache.k > entries:
         raise InputError(f"teacher_cache.k={settings.teacher_cache.k}: the vocabulary has only {entries} entries.")
-    key = _key(settings, facts)
-    folder = cache_folder(settings.cache_dir) / "teachers" / f"{facts.name}-{content_hash(key)[:12]}"
-    full = "What was written is kept. Free some space and start again, or put the cache elsewhere: cache_dir=FOLDER"
-    with told_when_full(f"the teacher's cache {folder}", full), locked(folder):
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "key.json", key)
+    cache_dir = cache_folder(settings.cache_dir)
+    with grown("teachers", facts.name, _key(settings, facts), "the teacher's cache", cache_dir) as folder:
         sides = cache_sides(folder, settings.teacher_cache, entries)
         # What the teacher writes grows with every longer run; the records of what is written stay where they are.
         room = settings.sequences.max_new_tokens if settings.sequences.name == "seqkd" else None

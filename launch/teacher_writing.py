@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt2lab.atomic_files import told_when_full, write_json
-from gpt2lab.cache import cache_folder, content_hash, locked
+from gpt2lab.cache import cache_folder, content_hash, grown
 from gpt2lab.settings import DataFacts
 from gpt2lab.student_init import CALIBRATION_SAMPLES
 from gpt2lab.student_shape import TEACHER_LAYERS
@@ -31,12 +30,8 @@ def write(settings: Config, data: Any, facts: DataFacts) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    key = _key(settings, facts)
-    folder = cache_folder(settings.cache_dir) / "teacher_texts" / f"{facts.name}-{content_hash(key)[:12]}"
-    full = "What was written is kept. Free some space and start again, or put the cache elsewhere: cache_dir=FOLDER"
-    with told_when_full(f"the teacher's text {folder}", full), locked(folder):
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "key.json", key)
+    cache_dir = cache_folder(settings.cache_dir)
+    with grown("teacher_texts", facts.name, _key(settings, facts), "the teacher's text", cache_dir) as folder:
         settings.record.teacher_text = str(folder)
         text = _opened(settings, data, facts)
         text.create()
