@@ -42,11 +42,6 @@ def settle(config: Config) -> None:
     config.micro_batch, config.record.accumulate = split_batch(config)
 
 
-def rows_of_a_step(config: Config) -> int:
-    """Sequences of the global batch."""
-    return config.batch_sequences if config.takes_pairs else config.batch_tokens // config.context
-
-
 def largest_micro_batch(config: Config) -> int:
     """Sequences that one device works on at a time when nothing else is said."""
     return max(1, (CPU_TOKENS if config.accelerator == "cpu" else GPU_TOKENS) // config.context)
@@ -54,7 +49,7 @@ def largest_micro_batch(config: Config) -> int:
 
 def split_batch(config: Config) -> tuple[int, int]:
     """(largest micro-batch, number of micro-batches on each rank): every one of them gets at least one sequence."""
-    rows, ranks = rows_of_a_step(config), config.record.world_size
+    rows, ranks = config.rows_of_a_step, config.record.world_size
     wanted = largest_micro_batch(config) if config.micro_batch == "auto" else int(config.micro_batch)
     accumulate = min(math.ceil(rows / (ranks * wanted)), rows // ranks)
     return math.ceil(rows / (ranks * accumulate)), accumulate
@@ -75,7 +70,7 @@ def compile_pays(config: Config, vocab_size: int) -> bool:
 
 
 def _saves_time(config: Config, vocab_size: int) -> bool:
-    tokens = config.steps * rows_of_a_step(config) * config.context
+    tokens = config.steps * config.rows_of_a_step * config.context
     work = 6 * parameters_of({**vars(config.model), "vocab_size": vocab_size}) * tokens
     return work / (GPU_FLOPS * int(config.devices)) * COMPILE_GAIN > COMPILE_SECONDS
 

@@ -15,7 +15,7 @@ from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
 from gpt2lab.settings import CrossEntropySettings, DataFacts, ModelShape, TrainingSettings
 from gpt2lab.student_shape import TEACHER_LAYERS
-from launch.automatic import largest_micro_batch, rows_of_a_step
+from launch.automatic import largest_micro_batch
 from launch.config import Config
 from launch.ignored_keys import given_keys
 from launch.runtime_arguments import DATA_ONLY_KEYS
@@ -64,7 +64,7 @@ def data_module(config: Config) -> Any:
         "name": config.record.groups["data"],
         "tokenizer": config.tokenizer,
         "context": config.context,
-        "batch_sequences": rows_of_a_step(config),
+        "batch_sequences": config.rows_of_a_step,
         "eval_batch_sequences": largest_micro_batch(config),
         "accumulate": config.record.accumulate,
         "seed": config.seed,

@@ -25,7 +25,7 @@ from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
 from gpt2lab.teacher_cache import CacheSide, Samples, cache_sides, temperature_of
 from gpt2lab.teacher_signal import DenseTeacher
 from gpt2lab.tokenizer import load_tokenizer, tokenizer_hash
-from launch.automatic import largest_micro_batch, rows_of_a_step
+from launch.automatic import largest_micro_batch
 from launch.config import Config
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _key(settings: Config, facts: DataFacts) -> dict[str, Any]:
 
 def training_rows(settings: Config, samples: int) -> NDArray[np.int64]:
     """The samples that the run's steps will draw: all of them from one epoch on."""
-    positions = settings.steps * rows_of_a_step(settings)
+    positions = settings.steps * settings.rows_of_a_step
     if positions >= samples:
         return np.arange(samples)
     return permute(np.arange(positions), samples, settings.seed, epoch=0)

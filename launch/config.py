@@ -146,6 +146,11 @@ class Config:
         return self.init not in ("scratch", TEACHER_LAYERS)
 
     @property
+    def rows_of_a_step(self) -> int:
+        """Sequences of the global batch."""
+        return self.batch_sequences if self.takes_pairs else self.batch_tokens // self.context
+
+    @property
     def takes_pairs(self) -> bool:
         """Whether the data are pairs of texts; then a batch counts sequences, not tokens."""
         return str(self.data["_target_"]).endswith(".PairData")

@@ -64,7 +64,7 @@ def check_sequences(config: Config) -> None:
             f"sequences={sequences.name} needs a teacher with the student's tokens; loss=uld is for others.\n"
             "Use sequences=data; with one tokenizer for both, another loss."
         )
-    rows = config.batch_sequences if config.takes_pairs else config.batch_tokens // config.context
+    rows = config.rows_of_a_step
     if sequences.name == "distillm" and sequences.capacity < rows:
         raise InputError(
             f"sequences.capacity={sequences.capacity} is less than the {rows} sequences of a step.\n"
