@@ -24,12 +24,14 @@ def main(tree: DictConfig) -> float | None:
     with answer.ending_in_a_code():
         settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
         checks.check(settings)
-        from launch import job, study  # torch, lightning and transformers are imported only now
-
         if settings.is_study:
-            study.run_study(settings)
+            from launch.study import run_study
+
+            run_study(settings)
             return None
-        return job.run_job(settings)["watched"]
+        from launch.job import run_job  # torch, lightning and transformers are imported only now
+
+        return run_job(settings)["watched"]
 
 
 def command_line() -> None:
