@@ -168,9 +168,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
-            gradient = _logits(
-                chunk, head, "student"
-            )  # (C, V) logits, which the work on them replaces by their gradient
+            gradient = _logits(chunk, head, "student")  # (C, V), which the work on them replaces by their gradient
             for part in _slices(len(gradient), ROWS_OF_A_TEACHER):
                 said = targets_of(slice(start + part.start, start + part.stop))
                 for block in _blocks(gradient[part]):

@@ -7,6 +7,7 @@
 Ids are on the disk before their lengths are, so whatever kills the writer, the next one goes on where it stopped.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class TeacherText:
                     ids.seek(one.sample * width)
                     ids.write(np.array(one.text, self._token).tobytes())
                 ids.flush()
+                os.fsync(ids.fileno())
                 for one in written:
                     lengths.seek(one.sample * 4)
                     lengths.write(np.array(len(one.text), "<i4").tobytes())
