@@ -19,7 +19,8 @@ from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILL_GAP_CLOSED
 from gpt2lab.settings import TokenizerChoice
 from launch import compared_models, score_tables
-from launch.answer import exit_code
+from launch.answer import end
+from launch.groups import CONF, values
 from launch.key_values import argument, check_output_file, describe, parse
 from launch.spelling import nearest
 
@@ -92,12 +93,12 @@ def composed(data: str) -> "Config":
 
     from launch import config
 
-    folder = Path(__file__).resolve().parent / "conf"
-    allowed = sorted(file.stem for file in (folder / "data").glob("*.yaml"))
-    if data not in allowed:
-        raise InputError(f"data={data}: no such value{nearest(data, allowed)}.\nAllowed: {', '.join(allowed)}.")
+    if data not in values("data"):
+        raise InputError(
+            f"data={data}: no such value{nearest(data, values('data'))}.\nAllowed: {', '.join(values('data'))}."
+        )
     config.register()
-    with initialize_config_dir(str(folder), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = compose("train", overrides=[f"data={data}"], return_hydra_config=True)
     with open_dict(tree):
         hydra_node = tree.pop("hydra")
@@ -205,4 +206,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
         sys.exit(0)
-    sys.exit(exit_code(main))
+    end(main)

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.model_folder import folder_of, read_shape
-from launch.answer import exit_code
+from launch.answer import end
 from launch.key_values import argument, check_output_file, describe, parse
 
 
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
         sys.exit(0)
-    sys.exit(exit_code(main))
+    end(main)

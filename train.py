@@ -13,12 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launch import answer, arguments, checks, config
+from launch.groups import CONF
 from launch.help_text import help_text
 
 config.register()
 
 
-@hydra.main(version_base="1.3", config_path=str(arguments.CONF), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(tree: DictConfig) -> float | None:
     """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
     with answer.ending_in_a_code():
@@ -44,4 +45,4 @@ def command_line() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(answer.exit_code(command_line))
+    answer.end(command_line)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Checkpoint(lightning.Callback):
     """Saves every `checkpoint_every` steps, after the last step and when the run is stopped; one of the last callbacks.
 
-    A step that is also validated is saved after its validation, unless the run is being stopped. The Hugging Face
+    A step that is also validated is saved after its validation; a run that is being stopped saves before it too. The Hugging Face
     folder `<run_dir>/hf` is written before the checkpoint is put into the ledger, so it is never the older of the two.
 
     Args:
@@ -56,7 +56,9 @@ class Checkpoint(lightning.Callback):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
+        # What was saved to be on the safe side knows nothing of this validation, which some tasks go by.
+        is_due = self._is_due(trainer) or trainer.should_stop
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and is_due:
             with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
                 self._save(trainer, pl_module)
 

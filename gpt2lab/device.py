@@ -89,6 +89,11 @@ def named_device(accelerator: str) -> torch.device:
     return torch.device("mps" if accelerator == "mps" else "cpu")
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The widest float of a device, for long sums: an Apple GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a GPU, so that a clock read now counts it."""
     if device.type == "cuda":

@@ -9,8 +9,8 @@ from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", "merges.txt", "tokenizer_config.json"]
-HUB_FILES += list(TOKENIZER_FILES)
+HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+HUB_FILES += ["merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
 
 
 def folder_of(source: str, key: str) -> Path:

@@ -112,7 +112,7 @@ def measure_importance(teacher: Backbone, batches: Iterable[Batch]) -> Importanc
     real = torch.empty(0)  # (B, T) bool: which positions of the present batch are text
 
     def add(name: str, values: Tensor) -> None:  # (B, T, …)
-        total = values[real].sum(0).double().cpu()
+        total = values[real].sum(0).cpu().double()
         sums[name] = sums[name] + total if name in sums else total
 
     handles = _listen(teacher, add)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gpt2lab.atomic_files import flush
 from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.device import exact_dtype
 from gpt2lab.order import uniforms
 from gpt2lab.settings import TeacherCacheSettings
 from gpt2lab.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
@@ -211,8 +212,9 @@ def draws(probabilities: Tensor, n: int, numbers: NDArray[np.int64], seed: int) 
     shift is random, a pure function of (seed, number of the record). An entry is expected n · p times, as with
     independent draws, and the number of times it comes varies less: it is n · p rounded down or up.
     """
-    shift = torch.from_numpy(uniforms(numbers, seed)).to(probabilities.device)  # (C,)
-    points = (torch.arange(n, device=probabilities.device) + shift.unsqueeze(1)) / n  # (C, n)
-    cumulated = probabilities.double().cumsum(1)
+    device, dtype = probabilities.device, exact_dtype(probabilities.device)
+    shift = torch.from_numpy(uniforms(numbers, seed)).to(device, dtype)  # (C,)
+    points = (torch.arange(n, device=device) + shift.unsqueeze(1)) / n  # (C, n)
+    cumulated = probabilities.cumsum(1, dtype=dtype)
     found = torch.searchsorted(cumulated, points * cumulated[:, -1:], right=True)
     return found.clamp_max(probabilities.shape[1] - 1)

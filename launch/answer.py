@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt2lab.errors import InputError
 
@@ -26,6 +26,13 @@ class Ended(SystemExit):
     def __init__(self, code: int, message: str = "") -> None:
         super().__init__(code)
         self.message = message
+
+
+def end(entry: Callable[[], Any]) -> NoReturn:
+    """Run `entry` and end this process as it ended; a Ctrl-C while the interpreter shuts down has an exit code too."""
+    for number in SIGNALS:
+        signal.signal(number, _end_at_once)
+    sys.exit(exit_code(entry))
 
 
 def exit_code(entry: Callable[[], Any]) -> int:

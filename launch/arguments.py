@@ -15,9 +15,9 @@ from hydra.errors import OverrideParseException
 
 from gpt2lab.errors import InputError
 from launch import run_folders
+from launch.groups import groups, values
 from launch.spelling import nearest
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 FREE_TEXT = (
     "path",
     "val_path",
@@ -75,12 +75,10 @@ def _check_override(argument: str) -> None:
         raise InputError(f"{argument}: a run's folder is set by run_dir=FOLDER or name=NAME.")
     if name == "hydra.sweep.dir":
         run_folders.check_can_be_made(Path(value).expanduser(), "hydra.sweep.dir")
-    folder = CONF / name
-    if not equals or "/" in name or not folder.is_dir():
+    if not equals or name not in groups():
         return
-    allowed = sorted(file.stem for file in folder.glob("*.yaml"))
     if value in ("", "null", "~") or value.startswith("["):
-        raise InputError(f"{argument}: a group has one value.\nAllowed: {', '.join(allowed)}.")
+        raise InputError(f"{argument}: a group has one value.\nAllowed: {', '.join(values(name))}.")
     if key.startswith("+"):
         raise InputError(f"{name} is a group already; leave out the +: {name}={value}.")
 

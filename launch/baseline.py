@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import folder_of, read_shape
 from gpt2lab.settings import DataFacts
 from launch import config as configuration
 from launch.config import Config
 
 CURE = "Give a run directory of the same student trained on these data: baseline=RUN_DIR, or leave it out."
+
+STUDENT_SIZES = ("n_layer", "n_head", "n_embd")
 
 
 def check_run(settings: Config) -> None:
@@ -34,13 +37,17 @@ def loss_of_baseline(settings: Config, facts: DataFacts) -> float | None:
     """Its last val/loss, if it comes from the same validation tokens; None: there is no baseline.
 
     Raises:
-        InputError: another tokenizer or other data.
+        InputError: another model, tokenizer or other data.
     """
     if settings.baseline is None:
         return None
     from gpt2lab.tokenizer import differing_tokens, load_tokenizer
 
     folder = _folder(settings.baseline)
+    sizes = {name: size for name, size in read_shape(folder_of(str(folder), "baseline")).items() if name in STUDENT_SIZES}
+    own = {name: size for name, size in vars(settings.model).items() if name in STUDENT_SIZES}
+    if sizes != own:
+        raise InputError(f"baseline={settings.baseline} is another model: {sizes}, this run's student {own}.\n{CURE}")
     different = differing_tokens(load_tokenizer(str(folder)), load_tokenizer(facts.tokenizer_folder))
     if different:
         raise InputError(f"baseline={settings.baseline} numbers tokens differently, for example {different}.\n{CURE}")

@@ -1,8 +1,7 @@
 """Help text: what --help prints, read from conf/ itself: every group with its values, every plain key."""
 
-from pathlib import Path
+from launch.groups import CONF, groups, values
 
-CONF = Path(__file__).parent.parent / "conf"
 HEAD = """train.py: pretrain, distil or fine-tune a GPT-2.
 
   python train.py                                                       pretrain nano on the standard library's source
@@ -21,10 +20,9 @@ def help_text() -> str:
 def _groups() -> str:
     defaults = _defaults()
     lines = []
-    for group in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        values = sorted(file.stem for file in group.glob("*.yaml"))
-        shown = [f"[{value}]" if value == defaults.get(group.name) else value for value in values]
-        lines.append(f"  {group.name:<11}{' '.join(shown)}")
+    for group in groups():
+        shown = [f"[{value}]" if value == defaults.get(group) else value for value in values(group)]
+        lines.append(f"  {group:<11}{' '.join(shown)}")
     return "\n".join(lines)
 
 

@@ -191,4 +191,4 @@ def _program(spec: str, parent: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(answer.exit_code(lambda: _program(*sys.argv[1:])))
+    answer.end(lambda: _program(*sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -11,9 +10,8 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from gpt2lab.errors import InputError
 from launch.config import Config
+from launch.groups import groups, values
 from launch.spelling import nearest
-
-CONF = Path(__file__).parent.parent / "conf"
 
 
 def explained(error: HydraException | OmegaConfBaseException) -> InputError:
@@ -41,11 +39,6 @@ def explained(error: HydraException | OmegaConfBaseException) -> InputError:
     return InputError("\n".join(line for line in message.splitlines() if line.strip())[:600])
 
 
-def groups() -> list[str]:
-    """Names of the groups under conf/."""
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
-
-
 def _missing_value(error: MissingConfigException) -> InputError:
     group, _, value = (error.missing_cfg_file or "").rpartition("/")
     options = sorted(option for option in error.options or [] if option)
@@ -54,11 +47,7 @@ def _missing_value(error: MissingConfigException) -> InputError:
         return InputError(f"{head} has no value {'/'.join(rest)}.") if rest else InputError(str(error).splitlines()[0])
     if group not in groups() and "/" in group:
         head = group.split("/")[0]
-        options, value, group = (
-            sorted(file.stem for file in (CONF / head).glob("*.yaml")),
-            str(error.missing_cfg_file),
-            head,
-        )
+        options, value, group = values(head), str(error.missing_cfg_file), head
     return InputError(f"{group}={value}: no such value{nearest(value, options)}.\nAllowed: {', '.join(options)}.")
 
 

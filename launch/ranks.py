@@ -15,6 +15,7 @@ from typing import Any
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from gpt2lab.atomic_files import write_json
 from launch import answer, children, config, run_folders
 from launch.config import Config
 
@@ -29,7 +30,7 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
         The report that rank 0 wrote, and the watched metric.
 
     Raises:
-        answer.Ended: with the exit code that rank 0 recorded, when the run did not finish.
+        answer.Ended: with the exit code that was recorded, when the run did not finish.
     """
     folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
     settings.run_dir = str(folder)
@@ -53,10 +54,13 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
 
 
 def record_outcome(code: int, message: str = "", watched: float | None = None) -> None:
-    """Rank 0 leaves word of how the run ended; exit codes alone would be drowned by those of ranks that are killed."""
-    if os.environ["RANK"] == "0":
+    """Leave word of how the run ended; exit codes alone would be drowned by those of ranks that are killed.
+
+    Rank 0 speaks for all, except that a mistake may show on any rank alone, while the others lose their connection.
+    """
+    if os.environ["RANK"] == "0" or code == answer.MISTAKE:
         outcome = {"code": code, "message": message, "watched": watched}
-        Path(os.environ["GPT2LAB_OUTCOME"]).write_text(json.dumps(outcome))
+        write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
 
 
 def _start_and_wait(

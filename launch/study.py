@@ -193,6 +193,7 @@ def _opened(settings: Config) -> Study:
     resolve.resolve(settings)
     if LAYERS in inits:
         _check_can_be_cut_out(settings)
+    _check_tokens(settings)
     study = Study(settings, folder, settings.teacher, settings.record.teacher_hash, settings.tokenizer)
     if known.is_file():
         _check_same(study, known)
@@ -207,6 +208,24 @@ def _check_can_be_cut_out(settings: Config) -> None:
         check_fits(ModelShape(**read_shape(Path(settings.teacher))), ModelShape(**vars(settings.model)))
     except InputError as error:
         raise InputError(f"{error}\nOr leave those runs out: study.inits=[scratch]") from error
+
+
+def _check_tokens(settings: Config) -> None:
+    """A named tokenizer must be the teacher's; the runs without a teacher would train with any, before another fails."""
+    if settings.record.groups["tokenizer"] == "auto" or settings.loss.name == "uld":
+        return
+    from gpt2lab.tokenizer import difference_in_words, load_tokenizer
+    from launch import automatic, build
+
+    automatic.settle(settings)
+    facts = build.data_module(settings).prepare()
+    resolve.vocabulary(settings, facts)
+    different = difference_in_words(Path(settings.teacher), load_tokenizer(facts.tokenizer_folder))
+    if different:
+        raise InputError(
+            f"tokenizer={settings.record.groups['tokenizer']} is not that of the teacher {settings.teacher}."
+            f"{different}\nLeave tokenizer=auto, or study loss=uld study.inits=[scratch]."
+        )
 
 
 def _check_same(study: Study, known: Path) -> None:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
 from gpt2lab.study_results import CE, KD, LAYERS, SCRATCH, Arm
-from launch.arguments import CONF, readable_by_hydra
+from launch.arguments import readable_by_hydra
 from launch.config import STUDY, Config
+from launch.groups import experiment_keys
 from launch.ignored_keys import given_keys, without
 
 # Keys that a study gives to its runs itself, with what the user says instead
@@ -103,10 +102,8 @@ def shared_overrides(config: Config) -> list[str]:
 
     Written out, so that every run's command does the same without the study.
     """
-    recipe = yaml.safe_load((CONF / "experiment" / f"{STUDY}.yaml").read_text(encoding="utf-8"))
-    chosen = [item for default in recipe.pop("defaults") for item in default.items()]
-    told = [f"{group.removeprefix('override /')}={value}" for group, value in chosen]
-    told += [f"{key}={value}" for key, value in recipe.items() if key != "study"]
+    chosen, keys = experiment_keys(STUDY)
+    told = [f"{key}={value}" for key, value in {**chosen, **keys}.items() if key != "study"]
     own = [*OF_THE_STUDY, *LEARNING_RATES, *(f"study.{name}" for name in vars(config.study)), "study"]
     given = without(config.record.overrides, own)
     return [*without(told, [*own, *given_keys(given)]), *given]

@@ -17,6 +17,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.run_report import read_report
 from launch import jobs, run_folders
 from launch.config import STUDY
+from launch.groups import experiment_keys, values
 from launch.ignored_keys import given_keys, in_words
 from launch.jobs import Job
 
@@ -44,7 +45,7 @@ def run_sweep(
     """
     folder = Path(str(sweep_config.hydra.sweep.dir))
     planned = [Job(first + i, overrides, folder / str(first + i)) for i, overrides in enumerate(combinations)]
-    tasks = [_task_of(loader, sweep_config, job) for job in planned]
+    tasks = [_task_of(job, sweep_config) for job in planned]
     try:
         _check_together(planned, tasks, str(sweep_config.hydra.runtime.choices.experiment))
     except InputError:
@@ -66,10 +67,12 @@ def run_sweep(
     return [_job_return(job) for job in planned]
 
 
-def _task_of(loader: ConfigLoader, sweep_config: DictConfig, job: Job) -> str:
+def _task_of(job: Job, sweep_config: DictConfig) -> str:
     """The task a job will have, read without composing it."""
-    given = [override.split("=", 1)[1] for override in job.overrides if override.startswith("task=")]
-    return given[-1] if given else str(sweep_config.hydra.runtime.choices.task)
+    given = dict(override.split("=", 1) for override in job.overrides if "=" in override)
+    default = sweep_config.hydra.runtime.choices.task
+    of_experiment = experiment_keys(given["experiment"])[0] if given.get("experiment") in values("experiment") else {}
+    return str(given.get("task", of_experiment.get("task", default)))
 
 
 def _check_together(planned: list[Job], tasks: list[str], experiment: str) -> None:

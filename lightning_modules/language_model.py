@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from gpt2lab import metric_names
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.device import exact_dtype
 from gpt2lab.generation import Sampling, generate_ids
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
@@ -252,8 +253,9 @@ class LanguageModel(lightning.LightningModule):
             self.average.swap()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        dtype = exact_dtype(self.device)
         for name, value in {**self.validation_sums(batch), "targets": torch.tensor(float(batch.target_tokens))}.items():
-            self._validation_sums[name] = self._validation_sums.get(name, 0) + value.detach().double().to(self.device)
+            self._validation_sums[name] = self._validation_sums.get(name, 0) + value.detach().to(self.device, dtype)
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.over_ranks(value) for name, value in self._validation_sums.items()}

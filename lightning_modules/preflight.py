@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.device import exact_dtype
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import lm_head_loss
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
@@ -103,7 +104,7 @@ def _common_ground(
     """Tokens of two tokenizers: some begin at the same byte, and bytes are what both losses can be counted in."""
     matched = (signal.places >= 0) & (batch.labels.flatten() != IGNORE_INDEX)
     spelled = torch.tensor([signal.text.label_bytes, signal.text.target_bytes], device=matched.device)
-    sums = torch.cat([matched.sum().unsqueeze(0), spelled]).double()
+    sums = torch.cat([matched.sum().unsqueeze(0), spelled]).to(exact_dtype(matched.device))
     found, of_teacher, of_targets = distill.over_ranks(sums).tolist()
     if not found or not of_teacher:
         return "No token of the teacher begins where a target of the student does, so it has nothing to say."

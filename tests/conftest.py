@@ -98,10 +98,10 @@ def distil(train_here: Train, tiny: list[str], tmp_path: Path) -> Distil:
     wide = [key for key in tiny if not key.startswith(("model.n_head", "model.n_embd"))]
     assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
 
-    def run(*overrides: str, without: tuple[str, ...] = ()) -> Answer:
+    def run(*overrides: str, without: tuple[str, ...] = (), code: int = 0) -> Answer:
         given = ("task=distill", "teacher=teacher", f"cache_dir={tmp_path / 'cache'}", "steps=4", "seed=1")
         answer = train_here(*(key for key in tiny if not key.startswith(without)), *given, *overrides)
-        assert answer.code == 0, answer.stderr
+        assert answer.code == code, answer.stderr
         return answer
 
     return run

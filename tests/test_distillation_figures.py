@@ -215,6 +215,8 @@ def test_a_baseline_that_says_nothing_about_this_run_is_refused(
     other_data = changed(data={"name": "text", "hash": "0" * 16, "tokens": 5})
     assert "other data (hash 0000000000000000" in refused(*distill, f"baseline={other_data}")
     assert "context=32, this run has context=16" in refused(*distill, "baseline=runs/pretrain/scratch", "context=16")
+    larger = "another model: {'n_layer': 2, 'n_head': 2, 'n_embd': 32}, this run's student {'n_layer': 3,"
+    assert larger in refused(*distill, "baseline=runs/pretrain/scratch", "model.n_layer=3")
     other_tokens = tmp_path / "tokens"
     shutil.copytree("runs/pretrain/scratch", other_tokens)
     train_bpe(iter([Path(json.__file__).read_text()]), 290).save_pretrained(other_tokens / "hf")

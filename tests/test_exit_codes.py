@@ -75,6 +75,25 @@ def test_the_second_ctrl_c_stops_at_once(cache: Path, tmp_path: Path, tiny: list
     assert process.returncode == 130
 
 
+def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):
+    program = "import atexit, time; from launch import answer\n"
+    program += "atexit.register(lambda: (print('down', flush=True), time.sleep(30)))\nanswer.end(lambda: None)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "down\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
 def test_a_signal_before_training_leaves_nothing_behind(cache: Path, tmp_path: Path, tiny: list[str]):
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
         process = start(cache, tmp_path, *tiny, "run_dir=run")

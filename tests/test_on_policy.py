@@ -1,7 +1,9 @@
 """Text that student or teacher write: drawn from the model, the same on any layout, counted once it is there."""
 
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from gpt2lab.metrics_file import read_metrics
 from gpt2lab.on_policy import BUFFER, DATA, STUDENT, ReplayBuffer, TextChoice
 from gpt2lab.settings import ModelShape, SequenceSettings
 from gpt2lab.written_text import Writer, Written, collate
+from lightning_modules.distill import Distill
 
 ENTRIES, END = 50, 0
 WRITER = Writer(context=16, max_new_tokens=6, temperature=1.0, end_of_text=END, entries=ENTRIES, seed=3)
@@ -208,6 +211,23 @@ def test_taken_up_again_the_student_writes_and_remembers_the_same(
     state = torch.load(tmp_path / "broken" / "checkpoints" / "step-000016.ckpt", weights_only=True)["student_text"]
     assert len(state["buffer"]) == (16 if keys == REPLAY else 0)
     assert torch.equal(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
+
+
+def test_stopped_at_a_step_that_is_validated_a_run_goes_on_by_that_validation(
+    distil: Distil, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = (*REPLAY, "steps=8")
+    distil(*keys, "run_dir=unbroken")
+    with monkeypatch.context() as patch:
+
+        def stopping(self: Distill) -> None:
+            if self.trainer.global_step == 4:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        patch.setattr(Distill, "after_step", stopping)
+        distil(*keys, "run_dir=stopped", code=75)
+    assert train_here("resume=stopped").code == 0
+    assert torch.equal(weights(tmp_path / "unbroken"), weights(tmp_path / "stopped"))
 
 
 @pytest.mark.slow

@@ -324,6 +324,14 @@ def results_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "study.json").read_text())
 
 
+def test_a_tokenizer_that_is_not_the_teachers_is_refused_before_anything_is_run(study: Study, tmp_path: Path):
+    ended = study("tokenizer=bpe", "vocab_size=300")
+    assert ended.code == 2
+    assert "Leave tokenizer=auto" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) <= 6
+    assert not (tmp_path / "studies").exists()
+
+
 def test_a_study_runs_every_arm_and_says_what_it_found(study: Study, tmp_path: Path):
     ended = study("name=mine", "study.lr_factors=[0.5,1,2]")
     assert ended.code == 0, ended.stderr

@@ -52,6 +52,16 @@ def test_jobs_start_from_the_parents_environment_alone(train_process: Train, tin
     assert "missing/run" not in stored
 
 
+@pytest.mark.slow
+def test_the_task_of_a_job_may_come_from_its_experiment(train_process: Train, tiny: list[str], tmp_path: Path):
+    """What only the distillation reads is no mistake of the pretraining."""
+    sweep = ["-m", "steps=2", "experiment=none,distilgpt2_owt", "teacher=missing/run", "hydra.sweep.dir=swept"]
+    assert train_process(*tiny, *sweep).code == 1
+    first, second = rows(tmp_path / "swept")
+    assert first["status"] == "finished", first["error"]
+    assert "missing/run" in second["error"]
+
+
 def test_a_sweep_over_tasks_wants_its_teacher_named(train_here: Train, tiny: list[str]):
     answer = train_here(*tiny, "-m", "task=pretrain,distill")
     assert answer.code == 2
