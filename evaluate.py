@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILL_GAP_CLOSED
-from gpt2lab.settings import TokenizerChoice
+from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
 from launch import compared_models, score_tables
 from launch.answer import end
 from launch.groups import CONF, values
@@ -62,7 +62,8 @@ def data_settings(arguments: Arguments, folder: Path, positions: int) -> "Config
     Raises:
         InputError: an unknown value of data, a file that is not there, or a context longer than the model.
     """
-    from launch import checks, config
+    from gpt2lab.model_folder import read_objective
+    from launch import checks, config, objective_checks
     from launch.ignored_keys import unread_keys
 
     run_config = folder.parent / "config.yaml"
@@ -76,7 +77,9 @@ def data_settings(arguments: Arguments, folder: Path, positions: int) -> "Config
             settings.record.overrides.append(f"{key}={value}")  # goes before what a preset names itself
     settings.context = arguments.context or min(own.context if own is not None else positions, positions)
     settings.tokenizer = TokenizerChoice("pretrained", source=arguments.tokenizer or str(folder))
+    settings.objective = own.objective if own is not None else ObjectiveSettings(read_objective(folder))
     settings.record.accumulate = 1
+    objective_checks.check(settings)
     for key, message in unread_keys(settings).items():
         if given.get(key):
             raise InputError(f"{message}.\nLeave it out.")

@@ -11,14 +11,13 @@ from callbacks.terminal import show
 from callbacks.throughput import outside_training_time
 from callbacks.wandb_logger import WeightsAndBiases
 from gpt2lab.batch import Batch
-from gpt2lab.generation import GREEDY, NUCLEUS, TOP_K
 from gpt2lab.sample_file import Sample, append_samples, drop_samples_after
-
-METHODS = (GREEDY, TOP_K, NUCLEUS)
 
 
 class Samples(lightning.Callback):
     """Every `sample_every` steps and after the last, each prompt is completed greedily, by top-k and by nucleus.
+
+    Under mlm its gaps are filled instead.
 
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
@@ -50,7 +49,7 @@ class Samples(lightning.Callback):
 
     def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
         samples = []
-        for method in METHODS:  # on every rank: a sharded model generates with all of them
+        for method in pl_module.writing_methods:  # on every rank: a sharded model generates with all of them
             completions = pl_module.generate(self.prompts, method, self.max_new_tokens)
             samples += [Sample(step, p, c, method.name) for p, c in zip(self.prompts, completions, strict=True)]
         if not trainer.is_global_zero:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -23,16 +24,21 @@ from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
-from gpt2lab.settings import DataFacts, TokenizerChoice
+from gpt2lab.marks import PLACE, marks_of
+from gpt2lab.objectives import Objective
+from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
 from gpt2lab.token_file import TokenFile, token_dtype
 from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
+from gpt2lab.windows import Windows
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
     "class Stack:\n    def __init__(self",
     'import os\n\ndef read_lines(path):\n    """',
 )
-PROMPT_TOKENS = 16
+PROMPT_TOKENS, GAP_EVERY = 16, 5
+VALIDATION_SEED = 0  # what is drawn for validation is the same in every run
+COUNTED_AT_A_TIME = 2**24
 
 
 class LanguageModelingData(SampleDataModule):
@@ -45,6 +51,8 @@ class LanguageModelingData(SampleDataModule):
         text_column: for source hub, and for record files.
         path, val_path, val_fraction, on_bad_line: for files; bin takes a folder with train.bin and val.bin.
         batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a window.
+        objective: what is predicted from what; None: the next token.
+        packing: whether documents in one window do not see each other.
     """
 
     def __init__(
@@ -71,9 +79,13 @@ class LanguageModelingData(SampleDataModule):
         path: str = "",
         on_bad_line: str = "stop",
         eval_batch_sequences: int = 16,
+        objective: ObjectiveSettings | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences)
         self.name: str = name
+        self.objective = objective or ObjectiveSettings()
+        self.packing = packing
         self.source = source
         self.hub_arguments = (dataset, config, revision, split, val_split, text_column, streaming)
         self.tokenizer_choice = tokenizer
@@ -103,24 +115,46 @@ class LanguageModelingData(SampleDataModule):
                     f"one window of context={self.context} needs {self.context + 1 if side == 'training' else 2}.\n"
                     "Give more text, or lower context."
                 )
-        self.train_samples, self.val_samples = train_file, val_file
+        self._entries = int(facts["vocab_size"])
+        tokenizer = load_tokenizer(tokenizer_folder)
+        self.train_samples = Windows(train_file, self._objective(tokenizer, self.seed))
+        self.val_samples = Windows(val_file, self._objective(tokenizer, VALIDATION_SEED))
+        of_all_text = self.objective.name in ("clm", "sampled_softmax")
         return DataFacts(
             name=self.name,
             hash=facts["hash"],
             tokenizer_folder=tokenizer_folder,
-            vocab_size=facts["vocab_size"],
+            vocab_size=self._entries,
             train_tokens=len(train_file.tokens),
-            val_tokens=val_file.targets,
-            val_bytes=facts["val_bytes"],
+            val_tokens=int(self.val_samples.target_counts(np.arange(len(val_file))).sum()),
+            val_bytes=facts["val_bytes"] if of_all_text else 0,
         )
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """Functions to complete for Python source, else the beginnings of three validation windows."""
-        if self.source in ("stdlib", "packages"):
+        """Functions to complete for Python source, else the beginnings of three validation windows; for mlm with gaps."""
+        if self.source in ("stdlib", "packages") and self.objective.name != "mlm":
             return list(SOURCE_PROMPTS)
+        assert isinstance(self.val_samples, Windows)
         windows = np.unique(np.arange(3) * len(self.val_samples) // 3)
-        input_ids = self.val_samples.batch(windows, 0).input_ids[:, :PROMPT_TOKENS]  # (≤ 3, ≤ PROMPT_TOKENS)
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in input_ids]
+        input_ids, _ = self.val_samples.file.read(windows)
+        prompts = input_ids[:, :PROMPT_TOKENS].tolist()  # (≤ 3, ≤ PROMPT_TOKENS)
+        if self.objective.name == "mlm":
+            return [PLACE.join(tokenizer.decode(part) for part in _every_gap(row[1:])) for row in prompts]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in prompts]
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """(V,) how often each entry occurs in the training text."""
+        assert isinstance(self.train_samples, Windows)
+        tokens, entries = self.train_samples.file.tokens, self._entries
+        counts = np.zeros(entries, np.int64)
+        for start in range(0, len(tokens), COUNTED_AT_A_TIME):
+            counts += np.bincount(tokens[start : start + COUNTED_AT_A_TIME], minlength=entries)
+        return counts
+
+    def _objective(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> Objective:
+        needs_marks = self.packing or self.objective.name in ("mlm", "fim")
+        marks = marks_of(tokenizer) if needs_marks else None
+        return Objective(self.objective, marks, separate=self.packing, seed=seed)
 
     def _corpus(self) -> Corpus:
         if self.source == "stdlib":
@@ -171,3 +205,8 @@ class LanguageModelingData(SampleDataModule):
     def _progress(self, what: str, size: int) -> tqdm:
         """Quiet when stderr is no terminal."""
         return tqdm(desc=f"{self.name}: {what}", total=size or None, unit="B", unit_scale=True, disable=None)
+
+
+def _every_gap(tokens: list[int]) -> list[list[int]]:
+    """The tokens without every fifth one, in the parts that this leaves."""
+    return [tokens[start : start + GAP_EVERY - 1] for start in range(0, len(tokens), GAP_EVERY)]

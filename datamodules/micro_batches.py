@@ -1,6 +1,7 @@
 """Micro-batches of windows or pairs: the endless training stream of one rank, and a side of the split in file order."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import lightning
@@ -21,11 +22,11 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of targets in each of the samples `rows`."""
+    def target_counts(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Number of targets in each of the samples `rows`; what is drawn follows from `draws`, else from `rows`."""
         ...
 
-    def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
+    def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
         """The samples `rows`, at least one, as one micro-batch."""
         ...
 
@@ -50,8 +51,12 @@ class TrainingStream(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         step, part = divmod(number, self.accumulate)
         of_step = step_samples(self.first_step + step, self.batch, len(self.samples), self.seed)
-        rows = micro_batch_rows(of_step, part * self.world + self.rank, self.accumulate * self.world)
-        return self.samples.batch(rows, int(self.samples.target_counts(of_step).sum()))
+        places = np.arange(self.batch, dtype=np.int64) + (self.first_step + step) * self.batch  # in the endless stream
+        rows, draws = (
+            micro_batch_rows(numbers, part * self.world + self.rank, self.accumulate * self.world)
+            for numbers in (of_step, places)
+        )
+        return self.samples.batch(rows, int(self.samples.target_counts(of_step, places).sum()), draws)
 
 
 class InOrder(Dataset[Batch]):
@@ -80,10 +85,9 @@ class InOrder(Dataset[Batch]):
     def _filler(self) -> Batch:
         filler = self.samples.batch(np.zeros(1, dtype=np.int64), 0)
         none = torch.empty(0, dtype=torch.int64)
-        return Batch(
-            filler.input_ids,
-            torch.full_like(filler.labels, IGNORE_INDEX),
-            target_tokens=0,
+        return replace(
+            filler,
+            labels=torch.full_like(filler.labels, IGNORE_INDEX),
             indices=none,
             prompt_lengths=None if filler.prompt_lengths is None else none,
             references=None if filler.references is None else [],

@@ -1,4 +1,4 @@
-"""Pairs as micro-batches: labels on the response only, padded to the longest pair of the batch."""
+"""Pairs as micro-batches: labels on the response only, padded to the longest row of the batch."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt2lab.batch import Batch, pad_pairs
+from gpt2lab.batch import Batch, PairTokens, packed, pad_pairs
 from gpt2lab.pair_file import PairFile
 
 
@@ -18,22 +18,28 @@ class PairsToPad:
     context: int
     pad_id: int
     with_references: bool
+    both_ways: bool = False  # whether prompts see themselves both ways
+    packing: bool = False  # several pairs in a row
 
     def __len__(self) -> int:
         return len(self.file)
 
-    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def target_counts(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         return self.file.target_counts(rows)
 
-    def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
-        sequences = [self.file.sequence(row) for row in rows.tolist()]
+    def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
+        pairs = [self._pair(row) for row in rows.tolist()]
         batch = pad_pairs(
-            [(torch.from_numpy(tokens), prompt_length) for tokens, prompt_length in sequences],
-            torch.from_numpy(rows),
+            packed(pairs, self.context) if self.packing else [[pair] for pair in pairs],
             target_tokens=target_tokens,
             context=self.context,
             pad_id=self.pad_id,
+            both_ways=self.both_ways,
         )
         if self.with_references:
             batch.references = self.file.references(rows)
         return batch
+
+    def _pair(self, row: int) -> PairTokens:
+        tokens, prompt_length = self.file.sequence(row)
+        return PairTokens(torch.from_numpy(tokens), prompt_length, row)

@@ -25,7 +25,7 @@ from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.pair_file import PairFile
 from gpt2lab.pair_template import PairTemplate
-from gpt2lab.settings import DataFacts, TokenizerChoice
+from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
 from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
 
 
@@ -44,6 +44,8 @@ class PairData(SampleDataModule):
         path, val_path, on_bad_line: for files.
         val_fraction: share of the source texts held out, where neither `val_path` nor `val_split` is given.
         batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a pair.
+        objective: under prefix_lm prompts see themselves both ways; None: all is causal.
+        packing: whether several training pairs share a row, without seeing each other.
 
     Raises:
         InputError: a template lacks its field or has another.
@@ -77,9 +79,13 @@ class PairData(SampleDataModule):
         path: str = "",
         on_bad_line: str = "stop",
         eval_batch_sequences: int = 16,
+        objective: ObjectiveSettings | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences)
         self.name: str = name
+        self.objective = objective or ObjectiveSettings()
+        self.packing = packing
         self.template = PairTemplate(prompt, response)
         self.columns = (source, target)
         self.metrics = list(metrics or [])
@@ -190,4 +196,6 @@ class PairData(SampleDataModule):
             yield from pair
 
     def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairsToPad:
-        return PairsToPad(PairFile(folder, len(tokenizer)), self.context, tokenizer.eos_token_id, with_references)
+        file, both_ways = PairFile(folder, len(tokenizer)), self.objective.name == "prefix_lm"
+        packing = self.packing and not with_references  # for metrics on generated text each prompt stands alone
+        return PairsToPad(file, self.context, tokenizer.eos_token_id, with_references, both_ways, packing)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from gpt2lab.attention_spans import as_mask, positions_of, visible
 from gpt2lab.errors import InputError
 from gpt2lab.model_folder import folder_of
 from gpt2lab.settings import ModelShape
@@ -34,7 +35,9 @@ class Backbone(nn.Module):
         self.lm = _linear_layout(GPT2LMHeadModel(_config(shape)))
         self.projection: nn.Linear | None = None
 
-    def forward(self, input_ids: Tensor, head: Callable[[Tensor, Tensor], HeadResult]) -> HeadResult:
+    def forward(
+        self, input_ids: Tensor, head: Callable[[Tensor, Tensor], HeadResult], spans: Tensor | None = None
+    ) -> HeadResult:
         """Run `head(hidden_states (B, T, D), head_weight (V, D))` and return what it returns.
 
         The head runs inside this forward because FSDP2 gathers the head's weight only here.
@@ -42,13 +45,18 @@ class Backbone(nn.Module):
         Args:
             input_ids: (B, T) int64.
             head: for example a loss, which thereby never needs the logits of the whole batch.
+            spans: (B, T, 2) what each position sees (gpt2lab/attention_spans.py); None: itself and all before it.
         """
-        hidden = self.lm.transformer(input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-        return head(hidden, self.lm.transformer.wte.weight)
+        transformer, mask, positions = self.lm.transformer, None, None
+        if spans is not None:
+            mask = as_mask(visible(spans), self.lm.config._attn_implementation, transformer.wte.weight.dtype)
+            positions = positions_of(spans)
+        out = transformer(input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return head(out.last_hidden_state, transformer.wte.weight)
 
-    def logits(self, input_ids: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, spans: Tensor | None = None) -> Tensor:
         """(B, T) → (B, T, V). For tests and generation: a training batch's logits would not fit in memory."""
-        return self(input_ids, lambda hidden, weight: hidden @ weight.T)
+        return self(input_ids, lambda hidden, weight: hidden @ weight.T, spans)
 
     def add_projection(self, width: int, seed: int) -> None:
         """Give it a linear map from its hidden states to those of a teacher; trained beside it, left out of exports.
@@ -137,9 +145,14 @@ def plain_hf(backbone: Backbone) -> GPT2LMHeadModel:
     return plain_hf_from_state(backbone.lm.state_dict(), backbone.shape)
 
 
-def plain_hf_from_state(state: dict[str, Tensor], shape: ModelShape) -> GPT2LMHeadModel:
-    """As `plain_hf`, from a training-layout state dict of the inner model (for averaged or gathered weights)."""
+def plain_hf_from_state(state: dict[str, Tensor], shape: ModelShape, objective: str = "clm") -> GPT2LMHeadModel:
+    """As `plain_hf`, from a training-layout state dict of the inner model (for averaged or gathered weights).
+
+    Args:
+        objective: that it was trained with, noted in its configuration.
+    """
     config = _config(shape)
+    config.objective = objective
     config.activation_function = "gelu_new"
     config.use_cache = True
     with torch.device("meta"):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt2lab.attention_spans import document_bounds, spans_of
+
 IGNORE_INDEX = -100
 MULTIPLE = 8  # tensor cores like it, and fewer lengths compile to fewer kernels
 
@@ -17,34 +19,80 @@ MULTIPLE = 8  # tensor cores like it, and fewer lengths compile to fewer kernels
 class Batch:
     """One micro-batch. Padding, where there is any, stands on the right and carries ignored labels.
 
-    Under a causal mask a padded position on the right is never seen by a real one, so no attention mask is needed.
+    Without spans attention is causal: then a padded position on the right is never seen by a real one.
     """
 
     input_ids: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64, already shifted: the token that follows; IGNORE_INDEX where there is no target
+    labels: Tensor  # (B, T) int64, what position i predicts, the token that follows unless the objective says else; or IGNORE_INDEX
     target_tokens: int  # number of targets in the whole global batch of the optimizer step: all micro-batches and ranks
-    indices: Tensor  # (B,) int64, position of each sequence in the (training or validation) set
-    prompt_lengths: Tensor | None = None  # (B,) int64, pairs only: input_ids[b, :prompt_lengths[b]] is the prompt
+    indices: Tensor  # (B,) int64, position of each sequence in the (training or validation) set; several pairs may share a row
+    prompt_lengths: Tensor | None = None  # int64, pairs only: each one's number of prompt tokens, in the order of indices
     references: list[str] | None = None  # (B,) pairs only: the target text, for metrics on generated text
+    spans: Tensor | None = None  # (B, T, 2) int64, what each position sees (gpt2lab/attention_spans.py); None: causal
+    few_targets: bool = False  # whether many positions have no target, so that leaving those out of the head pays
     by_student: bool = False  # whether the student itself wrote the text, so that its labels teach nothing
 
 
+@dataclass(frozen=True)
+class PairTokens:
+    """One pair as token ids."""
+
+    tokens: Tensor  # (L,) prompt and response
+    prompt_length: int
+    index: int  # in the (training or validation) set
+
+
 def pad_pairs(
-    sequences: Sequence[tuple[Tensor, int]], indices: Tensor, *, target_tokens: int, context: int, pad_id: int
+    rows: Sequence[Sequence[PairTokens]], *, target_tokens: int, context: int, pad_id: int, both_ways: bool = False
 ) -> Batch:
-    """Pairs as one micro-batch, with labels on what follows the prompt.
+    """Pairs as one micro-batch, with labels on what follows each prompt.
 
     Args:
-        sequences: B of (token ids of prompt and response (L,), length of the prompt).
-        context: the most positions; T is the length of the longest pair, rounded up to a multiple of 8.
-        indices, target_tokens: as in Batch.
+        rows: B sequences of one pair each, or of several that do not see each other.
+        context: the most positions; T is that of the longest row, rounded up to a multiple of 8.
+        target_tokens: as in Batch.
+        both_ways: whether the tokens of a prompt, but for its last, see each other both ways.
     """
-    longest = max(len(tokens) - 1 for tokens, _ in sequences)
+    longest = max(sum(len(pair.tokens) - 1 for pair in row) for row in rows)
     length = min(-(-longest // MULTIPLE) * MULTIPLE, context)
-    input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)  # (B, T)
-    labels = torch.full((len(sequences), length), IGNORE_INDEX, dtype=torch.int64)  # (B, T)
-    for place, (tokens, prompt_length) in enumerate(sequences):
-        input_ids[place, : len(tokens) - 1] = tokens[:-1]
-        labels[place, prompt_length - 1 : len(tokens) - 1] = tokens[prompt_length:]
-    prompt_lengths = torch.tensor([prompt_length for _, prompt_length in sequences])  # (B,)
-    return Batch(input_ids, labels, target_tokens, indices, prompt_lengths)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)  # (B, T)
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)  # (B, T)
+    starts = torch.zeros(len(rows), length, dtype=torch.bool)  # (B, T)
+    ahead = torch.zeros(len(rows), length, dtype=torch.int64)  # (B, T)
+    for place, row in enumerate(rows):
+        start = 0
+        for pair in row:
+            end = start + len(pair.tokens) - 1
+            input_ids[place, start:end] = pair.tokens[:-1]
+            labels[place, start + pair.prompt_length - 1 : end] = pair.tokens[pair.prompt_length :]
+            starts[place, start] = True
+            if both_ways:
+                ahead[place, start:end] = start + pair.prompt_length - 1
+            start = end
+        starts[place, start:] = True  # padding sees itself alone
+    pairs = [pair for row in rows for pair in row]
+    causal = not both_ways and len(pairs) == len(rows)
+    return Batch(
+        input_ids,
+        labels,
+        target_tokens,
+        torch.tensor([pair.index for pair in pairs]),
+        torch.tensor([pair.prompt_length for pair in pairs]),
+        spans=None if causal else spans_of(*document_bounds(starts), ahead),
+        few_targets=True,
+    )
+
+
+def packed(pairs: Sequence[PairTokens], context: int) -> list[list[PairTokens]]:
+    """Pairs shared out over rows of at most `context` positions: the longest first, each into the first with room."""
+    rows: list[list[PairTokens]] = []
+    left: list[int] = []
+    for pair in sorted(pairs, key=lambda pair: -len(pair.tokens)):
+        size = len(pair.tokens) - 1
+        place = next((place for place, room in enumerate(left) if room >= size), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(context)
+        rows[place].append(pair)
+        left[place] -= size
+    return rows

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+
+from gpt2lab.attention_spans import as_mask
 
 COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left, and logits overflow
 
@@ -24,6 +26,7 @@ class Sampling:
 GREEDY = Sampling("greedy", temperature=0.0)
 TOP_K = Sampling("top_k", temperature=0.8, top_k=50)
 NUCLEUS = Sampling("nucleus", temperature=0.9, top_p=0.95)
+FILL = Sampling("fill", temperature=0.0)  # of gaps, objective mlm
 
 
 @torch.no_grad()
@@ -37,6 +40,7 @@ def generate_ids(
     seed: int = 0,
     row_seeds: Sequence[int] | None = None,
     entries: int | None = None,
+    both_ways: bool = False,
 ) -> list[list[int]]:
     """New token ids for each prompt, up to and without `end_of_text`. The global random state is left as it was.
 
@@ -45,6 +49,7 @@ def generate_ids(
 
     Prompts are padded on the left and masked, so a batch gives what each prompt alone would give. A prompt keeps its
     last tokens where prompt and completion together exceed the model's positions. An empty one starts at end_of_text.
+    With `both_ways` the tokens of a prompt, but for its last, see each other both ways (objective prefix_lm).
     """
     room = model.config.n_positions - max_new_tokens
     if room < 1:
@@ -74,6 +79,8 @@ def generate_ids(
         torch.compiler.set_stance("force_eager"),  # every token is another length, for which blocks would be compiled
     ):
         torch.manual_seed(seed)
+        if both_ways and longest > 1:
+            choice["past_key_values"] = _read_both_ways(model, ids[:, :-1], mask[:, :-1])
         output = model.generate(
             ids,
             attention_mask=mask,
@@ -87,6 +94,17 @@ def generate_ids(
     model.train(was_training)
     completions = output[:, longest:].tolist()
     return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
+
+
+def _read_both_ways(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) -> Cache:
+    """Keys and values of prompts (B, L), padded on the left as the mask (B, L) says."""
+    length = ids.shape[1]
+    itself = torch.eye(length, dtype=torch.bool, device=ids.device)  # padding too must see something
+    seen = mask.bool()[:, None, None, :] | itself  # (B, 1, L, L)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    mask_4d = as_mask(seen, model.config._attn_implementation, model.dtype)
+    out = model.transformer(ids, attention_mask=mask_4d, position_ids=positions, use_cache=True)
+    return out.past_key_values
 
 
 class RowwiseSampling(LogitsProcessor):

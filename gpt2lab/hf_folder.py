@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from gpt2lab.atomic_files import replaced_folder
+from gpt2lab.marks import marks_of
 
 TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a fresh one
 
@@ -58,7 +59,8 @@ def write_hf_folder(
     with replaced_folder(folder) as scratch:
         _save_quietly(model, scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(_model_card(card), encoding="utf-8")
+        card_text = _model_card(card, model.config.to_dict().get("objective", "clm"), tokenizer)
+        (scratch / "README.md").write_text(card_text, encoding="utf-8")
         if export_adapter is not None:
             export_adapter(scratch / "adapter")
         _compare_tensors(model, scratch / "model.safetensors")
@@ -120,11 +122,11 @@ def _compare_tensors(model: GPT2LMHeadModel, file: Path) -> None:
             raise RuntimeError(f"{file}: tensor {name} is not what was written.")
 
 
-def _model_card(card: dict[str, str]) -> str:
+def _model_card(card: dict[str, str], objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in card.items() if name != "title")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {"fill-mask" if objective == "mlm" else "text-generation"}
 tags: [gpt2]
 ---
 
@@ -137,6 +139,40 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-print(tokenizer.decode(model.generate(**tokenizer("def add(a, b):", return_tensors="pt"), max_new_tokens=40)[0]))
+{_example(objective, tokenizer)}
 ```
 """
+
+
+def _example(objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Python that runs such a model with transformers alone."""
+    if objective == "mlm":
+        mask = marks_of(tokenizer).mask
+        return f"""\
+import torch
+
+parts = [tokenizer(part)["input_ids"] for part in ("import ", "\\n")]
+ids = torch.tensor([[*parts[0], {mask}, *parts[1]]])  # {mask} stands for what is hidden
+everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+logits = model(ids, attention_mask=everything, use_cache=False).logits[0, len(parts[0])]
+print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
+    if objective == "prefix_lm":
+        return """\
+import torch
+
+ids = tokenizer("def add(a, b):", return_tensors="pt")["input_ids"]
+place = torch.arange(ids.shape[1])
+sees = (place <= place[:, None]) | (place < ids.shape[1] - 1)  # the prompt, but for its last token, both ways
+logits = model(ids, attention_mask=sees[None, None], use_cache=False).logits[0, -1]
+print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
+    if objective == "fim":
+        marks = marks_of(tokenizer)
+        return f"""\
+import torch
+
+before, after = (tokenizer(part)["input_ids"] for part in ("def add(a, b):\\n", "    return total\\n"))
+ids = torch.tensor([[{marks.end_of_text}, {marks.prefix}, *before, {marks.suffix}, *after, {marks.middle}]])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0, ids.shape[1] :]))"""
+    return """\
+prompt = tokenizer("def add(a, b):", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"""

@@ -66,6 +66,11 @@ def read_shape(folder: Path) -> dict[str, int]:
     return shape
 
 
+def read_objective(folder: Path) -> str:
+    """The objective that the model in a folder was trained with, as its config.json says; clm where it does not."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("objective", "clm"))
+
+
 def parameters_of(shape: dict[str, Any]) -> int:
     """Number of parameters of a GPT-2, tied head counted once."""
     width = shape["n_embd"]

@@ -139,6 +139,27 @@ class SequenceSettings:
         return self.name in ("gkd", "distillm")
 
 
+@dataclass
+class ObjectiveSettings:
+    """What is predicted from what (gpt2lab/objectives.py).
+
+    Attributes:
+        name: clm, prefix_lm, mlm, fim or sampled_softmax.
+        mask_share: of mlm, share of the tokens that are predicted.
+        fim_rate: of fim, share of the documents whose middle is moved to the end.
+        spm_share: of fim, share of those that have the suffix before the prefix.
+        negatives: of sampled_softmax, entries beside the target.
+        distribution: of sampled_softmax, log_uniform or unigram: what they are drawn from.
+    """
+
+    name: str = "clm"
+    mask_share: float = 0.15
+    fim_rate: float = 0.5
+    spm_share: float = 0.5
+    negatives: int = 4096
+    distribution: str = "log_uniform"
+
+
 PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 
@@ -179,6 +200,7 @@ class TrainingSettings:
         val_tokens, val_bytes: targets of the validation split and the UTF-8 bytes they spell, for bits per byte.
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
+        objective: what the batches ask for; goes into the export, and decides how text is written.
     """
 
     shape: ModelShape
@@ -197,6 +219,7 @@ class TrainingSettings:
     ema: float = 0.0
     log_every: int = 10
     cross_entropy: CrossEntropySettings = field(default_factory=CrossEntropySettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 
 
 @dataclass

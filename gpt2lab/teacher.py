@@ -32,10 +32,10 @@ class OnlineTeacher:
         self.backbone.to(device=device, dtype=dtype)
 
     @torch.no_grad()
-    def signal(self, input_ids: Tensor) -> DenseTeacher:
-        """(B, T) → hidden states (B·T, Dt) and head weight (V, Dt)."""
+    def signal(self, input_ids: Tensor, spans: Tensor | None = None) -> DenseTeacher:
+        """(B, T), and what each position sees (B, T, 2) → hidden states (B·T, Dt) and head weight (V, Dt)."""
         self.backbone.eval()
-        return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
+        return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
 
     def aligned_signal(self, text: AlignedText, entries: int) -> AlignedTeacher:
         """What it says of a text in its own tokens; of a padded head the first `entries` count."""

@@ -98,7 +98,7 @@ class CacheSide:
         """The teacher's loss summed over the targets of the samples `rows`."""
         return float(self._map("nats", "<f4")[rows].sum(dtype=np.float64))
 
-    def write(self, batches: Iterable[Batch], signal: Callable[[Tensor], DenseTeacher], temperature: float) -> None:
+    def write(self, batches: Iterable[Batch], signal: Callable[[Batch], DenseTeacher], temperature: float) -> None:
         """Let the teacher read the batches and write what it says."""
         index = self._map("index", "<i8")
         with self._files["bin"].open("r+b") as records, self._files["nats"].open("r+b") as nats:
@@ -106,7 +106,7 @@ class CacheSide:
             for batch in batches:
                 samples, counts = batch.indices.numpy(), _targets_of_rows(batch)
                 numbers = record_numbers(index, samples, counts)
-                found, losses = self._records(signal(batch.input_ids), batch, numbers, temperature)
+                found, losses = self._records(signal(batch), batch, numbers, temperature)
                 ends = np.cumsum(counts)[:-1]
                 for sample, part, loss in zip(samples, np.split(found, ends), np.split(losses, ends), strict=True):
                     # A full disk raises here, where writing to a memory map would kill the process.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.batch import Batch, pad_pairs
+from gpt2lab.batch import Batch, PairTokens, pad_pairs
 from gpt2lab.generation import Sampling, generate_ids
 from gpt2lab.order import mix
 
@@ -76,8 +76,7 @@ class Writer:
 def collate(sequences: Sequence[Written], target_tokens: int, writer: Writer) -> Batch:
     """Sequences as one micro-batch, with labels on what was written."""
     return pad_pairs(
-        [(torch.tensor(one.prompt + one.text), len(one.prompt)) for one in sequences],
-        torch.tensor([one.sample for one in sequences]),
+        [[PairTokens(torch.tensor(one.prompt + one.text), len(one.prompt), one.sample)] for one in sequences],
         target_tokens=target_tokens,
         context=writer.context,
         pad_id=writer.end_of_text,

@@ -76,6 +76,8 @@ def data_module(config: Config) -> Any:
         "on_bad_line": config.on_bad_line,
         "source": config.source,
         "target": config.target,
+        "objective": config.objective,
+        "packing": config.packing,
     }
     node = {key: value for key, value in config.data.items() if key not in DATA_ONLY_KEYS}
     # A preset names its own columns and files; what was given on the command line goes before them.
@@ -113,6 +115,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         ema=config.ema,
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
+        objective=config.objective,
     )
 
 

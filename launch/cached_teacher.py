@@ -75,6 +75,7 @@ def _key(settings: Config, facts: DataFacts) -> dict[str, Any]:
         "context": settings.context,
         "pairs": settings.takes_pairs,
         "objective": settings.objective.name,
+        "packing": settings.packing and not settings.takes_pairs,  # of pairs it changes nothing but their places
         "temperature": settings.loss.temperature,
         "precision": settings.precision,
         "mode": cache.name,
@@ -102,8 +103,9 @@ def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.
     ):
         device = teacher.backbone.lm.device
 
-        def signal(input_ids: torch.Tensor) -> DenseTeacher:
-            return teacher.signal(input_ids.to(device))
+        def signal(batch: Batch) -> DenseTeacher:
+            spans = None if batch.spans is None else batch.spans.to(device)
+            return teacher.signal(batch.input_ids.to(device), spans)
 
         for side, samples, rows in missing:
             parts = batches(samples, rows, largest_micro_batch(settings), progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.student_shape import TEACHER_LAYERS
-from launch import baseline, distillation_checks, run_folders, study_plan
+from launch import baseline, distillation_checks, objective_checks, run_folders, study_plan
 from launch.config import Config
 from launch.ignored_keys import check_ignored_keys, given_keys
 from launch.limits import CHOICES, CHOICES_WHERE_THERE, COUNTS_OR_AUTO, GENERATED, RANGES, RANGES_WHERE_THERE
@@ -42,6 +42,7 @@ def check(config: Config) -> None:
     check_files(config)
     check_precision(config)
     check_task_and_data(config)
+    objective_checks.check(config)
     distillation_checks.check(config)
     baseline.check_run(config)
 

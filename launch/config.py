@@ -16,6 +16,7 @@ from yaml import YAMLError
 from gpt2lab.errors import InputError
 from gpt2lab.settings import (
     LossSettings,
+    ObjectiveSettings,
     OptimizerSettings,
     ScheduleSettings,
     SequenceSettings,
@@ -37,13 +38,6 @@ class ModelKeys:
     n_embd: int | None
     n_positions: int | None
     dropout: float
-
-
-@dataclass
-class ObjectiveKeys:
-    """What is predicted from what: clm is the next token."""
-
-    name: str
 
 
 @dataclass
@@ -73,7 +67,7 @@ class Config:
     model: ModelKeys
     data: dict[str, Any]
     tokenizer: TokenizerChoice
-    objective: ObjectiveKeys
+    objective: ObjectiveSettings
     loss: LossSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
@@ -125,6 +119,7 @@ class Config:
     baseline: str | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    packing: bool = False
 
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 

@@ -97,6 +97,9 @@ READERS = (
         Reader("loss", f"loss.mixing_{part}", lambda c: c.loss.name == "taid", "loss=taid reads it")
         for part in ("start", "end", "step", "momentum")
     ),
+    _reader("objective", "mask_share", "mlm"),
+    *(_reader("objective", key, "fim") for key in ("fim_rate", "spm_share")),
+    *(_reader("objective", key, "sampled_softmax") for key in ("negatives", "distribution")),
     *(_reader("teacher_cache", key, "topk") for key in ("k", "tail", "dtype")),
     *(_reader("teacher_cache", key, "sampled") for key in ("n", "draw_seed")),
     *(_reader("sequences", key, "gkd", "distillm", "seqkd") for key in ("max_new_tokens", "gen_temperature")),

@@ -85,6 +85,7 @@ class Distill(LanguageModel):
             self.teacher.to(self.device, self._teacher_dtype)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if not self.tokens_seen:  # a run taken up again was let in when it started
             self._check_teacher()
 
@@ -146,7 +147,7 @@ class Distill(LanguageModel):
         """What the teacher says of a batch of this side of the split, train or val."""
         if self.alignment is not None:
             return self.aligned_signal(self.alignment, batch)
-        return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids)
+        return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids, batch.spans)
 
     def aligned_signal(self, alignment: Alignment, batch: Batch) -> AlignedTeacher:
         """What a teacher with a tokenizer of its own says of a batch."""
@@ -189,7 +190,7 @@ class Distill(LanguageModel):
                 compiled=self.settings.compile_head,
             )
 
-        sums = self.backbone(batch.input_ids, head)
+        sums = self.backbone(batch.input_ids, head, batch.spans)
         if self.cache:  # some labels are not among the stored entries, so the loss is stored too
             nats = self.cache["val"].nats(batch.indices.cpu().numpy())
             sums[metric_names.DISTILL_TEACHER_LOSS] = torch.tensor(nats)

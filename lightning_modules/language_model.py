@@ -25,17 +25,17 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from gpt2lab import metric_names
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.completion import complete, prompt_ids
 from gpt2lab.device import exact_dtype
-from gpt2lab.generation import Sampling, generate_ids
+from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
+from gpt2lab.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
 from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
-
-GENERATED_TOGETHER = 16  # prompts
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class LanguageModel(lightning.LightningModule):
         self.settings = training
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
         self.average: WeightAverage | None = None
+        self.negatives: NegativeSampler | None = None  # with objective=sampled_softmax
         self.tokens_seen = 0
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
@@ -88,7 +89,7 @@ class LanguageModel(lightning.LightningModule):
 
     def loss(self, batch: Batch) -> LMHeadLoss:
         """Training loss of one micro-batch, as sums over its targets."""
-        return self.head_loss(batch)
+        return self.head_loss(batch) if self.negatives is None else self._sampled_loss(batch, self.negatives)
 
     def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
         """What is logged of a step, from its two means per target token."""
@@ -144,8 +145,7 @@ class LanguageModel(lightning.LightningModule):
             rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
             signal = teaching.signal if teaching else None
             only_targets = isinstance(signal, TopKTeacher | SampledTeacher) and len(signal.ids) < len(labels)
-            # Of pairs, most positions are prompt or padding and need no logits.
-            if batch.prompt_lengths is not None or only_targets:
+            if batch.few_targets or only_targets:
                 targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
                 rows, labels = rows[targets], labels[targets]
                 if isinstance(signal, DenseTeacher):
@@ -167,9 +167,28 @@ class LanguageModel(lightning.LightningModule):
                 return result
             return replace(result, total=result.total + teaching.further(rows, labels, signal))
 
-        return self.backbone(batch.input_ids, head)
+        return self.backbone(batch.input_ids, head, batch.spans)
+
+    def _sampled_loss(self, batch: Batch, negatives: NegativeSampler) -> LMHeadLoss:
+        """Cross-entropy over the targets and this step's negatives, which all micro-batches and ranks share."""
+        entries = negatives.of_step(self.trainer.global_step).to(self.device)
+        log_expected = negatives.log_expected.to(self.device, torch.float32)
+
+        def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
+            return sampled_softmax_loss(hidden.flatten(0, 1), weight, batch.labels.flatten(), entries, log_expected)
+
+        return self.backbone(batch.input_ids, head, batch.spans)
 
     # Training
+
+    def on_train_start(self) -> None:
+        if self.settings.objective.name == "sampled_softmax":
+            self.negatives = NegativeSampler(self._negative_distribution(), self.settings.objective.negatives, self.settings.seed)
+
+    def _negative_distribution(self) -> Tensor:
+        if self.settings.objective.distribution == "log_uniform":
+            return log_uniform(len(self.tokenizer))
+        return unigram(torch.from_numpy(self.trainer.datamodule.token_counts()))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(
@@ -302,7 +321,7 @@ class LanguageModel(lightning.LightningModule):
 
     def present_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
-        return plain_hf_from_state(self._whole_state(), self.backbone.shape) if self.is_sharded else self.backbone.lm
+        return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name) if self.is_sharded else self.backbone.lm
 
     def export_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
@@ -310,7 +329,7 @@ class LanguageModel(lightning.LightningModule):
         Under FSDP every rank must call it.
         """
         with self.averaged_weights():
-            return plain_hf_from_state(self._whole_state(), self.backbone.shape)
+            return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """In this context the model has its averaged weights, where they are kept."""
@@ -330,22 +349,25 @@ class LanguageModel(lightning.LightningModule):
         return False
 
     def generate(self, prompts: Sequence[str], method: Sampling, max_new_tokens: int) -> list[str]:
-        """Completions of text prompts. Under FSDP every rank must call it."""
-        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        """Completions of text prompts; under mlm the prompts with their gaps filled. Under FSDP every rank must call it."""
+        ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
         return self.generate_from_ids(ids, method, max_new_tokens)
+
+    @property
+    def writing_methods(self) -> tuple[Sampling, ...]:
+        """How samples are written while training."""
+        return (FILL,) if self.settings.objective.name == "mlm" else (GREEDY, TOP_K, NUCLEUS)
 
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
         """As `generate`, from token ids."""
         model = self.export_model() if self.is_sharded else self.backbone.lm
-        completions: list[list[int]] = []
-        for start in range(0, len(prompts), GENERATED_TOGETHER):
-            completions += generate_ids(
-                model,
-                prompts[start : start + GENERATED_TOGETHER],
-                method,
-                max_new_tokens=max_new_tokens,
-                end_of_text=self.tokenizer.eos_token_id,
-                entries=len(self.tokenizer),
-                seed=self.settings.seed,
-            )
+        completions = complete(
+            model,
+            self.tokenizer,
+            self.settings.objective.name,
+            prompts,
+            method,
+            max_new_tokens=max_new_tokens,
+            seed=self.settings.seed,
+        )
         return [self.tokenizer.decode(completion) for completion in completions]

@@ -43,8 +43,16 @@ def _probe(distill: Any) -> Batch:
     """The first validation sequences, as many as hold TOKENS positions."""
     batch = next(iter(distill.trainer.datamodule.val_dataloader()))
     rows = max(TOKENS // batch.input_ids.shape[1], 1)
-    prompts = None if batch.prompt_lengths is None else batch.prompt_lengths[:rows]
-    few = Batch(batch.input_ids[:rows], batch.labels[:rows], 0, batch.indices[:rows], prompts)
+    few = replace(
+        batch,
+        input_ids=batch.input_ids[:rows],
+        labels=batch.labels[:rows],
+        target_tokens=0,
+        indices=batch.indices[:rows],
+        prompt_lengths=None if batch.prompt_lengths is None else batch.prompt_lengths[:rows],
+        references=None,
+        spans=None if batch.spans is None else batch.spans[:rows],
+    )
     return distill.transfer_batch_to_device(few, distill.device, 0)
 
 
@@ -162,7 +170,7 @@ def _gradient(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
         return hidden.flatten(0, 1)[targets].float(), weight.float().clone()  # FSDP takes the weight away again
 
     with distill.trainer.precision_plugin.forward_context(), torch.no_grad():
-        hidden, weight = distill.backbone(batch.input_ids, head)  # (PROBED, D), (V, D)
+        hidden, weight = distill.backbone(batch.input_ids, head, batch.spans)  # (PROBED, D), (V, D)
     if len(targets) < 2:  # of a small validation split this rank has no share, and another looks
         return ""
     soft, entries = replace(distill.loss_settings, hard_weight=0.0), len(distill.tokenizer)
