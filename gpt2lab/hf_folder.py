@@ -172,7 +172,7 @@ import torch
 
 before, after = (tokenizer(part)["input_ids"] for part in ("def add(a, b):\\n", "    return total\\n"))
 ids = torch.tensor([[{marks.end_of_text}, {marks.prefix}, *before, {marks.suffix}, *after, {marks.middle}]])
-print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0, ids.shape[1] :]))"""
+print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0, ids.shape[1] :]))"""
     return """\
 prompt = tokenizer("def add(a, b):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"""

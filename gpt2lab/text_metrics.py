@@ -4,11 +4,18 @@ rouge1, rouge2, rougeL  F1 of unigrams, bigrams, longest common subsequence, ave
 bleu                    corpus BLEU, tokenized as sacreBLEU's 13a, or zh where the references are Chinese or Japanese
 chrf                    corpus chrF2: character 6-grams, no words (sacreBLEU's default)
 exact                   share of predictions that equal their reference, white space at the ends aside
+accuracy, f1            of labels in words: exact, and the mean over the references' labels of each label's F1 (macro)
+compiles                share of predictions that are the body of a Python function
+placeholders            share of the texts whose reference has any (%s, %(name)d, {name}) that have the same
 """
 
+import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 
-TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact")
+TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
+PLACEHOLDER = re.compile(r"%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]|\{\w*\}")  # of printf and of str.format
 
 
 def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -31,7 +38,15 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
     rouge_names = tuple(name for name in names if name.startswith("rouge"))
     if rouge_names:
         scores |= _rouge(rouge_names, predictions, references)
-    one_each: dict[str, Callable[[list[str], list[str]], float]] = {"bleu": _bleu, "chrf": _chrf, "exact": _exact}
+    one_each: dict[str, Callable[[list[str], list[str]], float]] = {
+        "bleu": _bleu,
+        "chrf": _chrf,
+        "exact": _exact,
+        "accuracy": _exact,
+        "f1": _macro_f1,
+        "compiles": _compiles,
+        "placeholders": _placeholders,
+    }
     scores |= {name: one_each[name](predictions, references) for name in names if name in one_each}
     return {name: scores[name] for name in names}
 
@@ -67,3 +82,35 @@ def _chrf(predictions: list[str], references: list[str]) -> float:
 def _exact(predictions: list[str], references: list[str]) -> float:
     equal = sum(ours.strip() == theirs.strip() for ours, theirs in zip(predictions, references, strict=True))
     return 100 * equal / len(references)
+
+
+def _macro_f1(predictions: list[str], references: list[str]) -> float:
+    given, right = Counter(text.strip() for text in predictions), Counter(text.strip() for text in references)
+    hits = Counter(
+        theirs.strip() for ours, theirs in zip(predictions, references, strict=True) if ours.strip() == theirs.strip()
+    )
+    return 100 * sum(2 * hits[label] / (given[label] + count) for label, count in right.items()) / len(right)
+
+
+def _compiles(predictions: list[str], references: list[str]) -> float:
+    return 100 * sum(map(_is_body, predictions)) / len(predictions)
+
+
+def _is_body(text: str) -> bool:
+    """Whether the text, indented as it is, can stand under `def` or `async def`."""
+    for head in ("def f():", "async def f():"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes and such
+                compile(f"{head}\n{text}\n", "prediction", "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        return True
+    return False
+
+
+def _placeholders(predictions: list[str], references: list[str]) -> float:
+    """100 where no reference has any."""
+    wanted = [(ours, sorted(PLACEHOLDER.findall(theirs))) for ours, theirs in zip(predictions, references, strict=True)]
+    kept = [sorted(PLACEHOLDER.findall(ours)) == theirs for ours, theirs in wanted if theirs]
+    return 100 * sum(kept) / len(kept) if kept else 100.0

@@ -212,6 +212,11 @@ def vocabulary(config: Config, facts: DataFacts) -> int:
         InputError: they do not fit; shows the first tokens that differ.
     """
     wanted = facts.vocab_size
+    if config.objective.name == "sampled_softmax" and config.objective.negatives >= wanted:
+        raise InputError(
+            f"objective.negatives={config.objective.negatives}: the vocabulary has only {wanted} entries.\n"
+            f"Give fewer, for example objective.negatives={max(wanted // 4, 1)}, or objective=clm."
+        )
     if config.init_names_weights:
         wanted = _fitting("init", config.init, facts, math.inf)
     if config.task_name == "distill" and config.loss.name == "uld":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.micro_batches import TrainingStream
 from gpt2lab.attention_spans import document_bounds, spans_of, visible
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch, PairTokens, packed, pad_pairs
@@ -132,6 +133,21 @@ def test_what_is_drawn_follows_from_seed_and_draw_number_alone(name: str, file: 
     another_seed = windows(file, marks, name, seed=2).batch(rows, 0, rows + 100)
     assert not torch.equal(another_epoch.labels, together.labels)
     assert not torch.equal(another_seed.labels, together.labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_and_ranks_share_out_the_same_step(name: str, file: TokenFile, marks: Marks) -> None:
+    samples, size = windows(file, marks, name), 12
+    (whole,) = (TrainingStream(samples, size, 1, seed=1, rank=0, world=1, first_step=9)[0],)
+    parts = [
+        TrainingStream(samples, size, 2, seed=1, rank=rank, world=2, first_step=5)[8 + part]
+        for part in range(2)
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+    assert {part.target_tokens for part in parts} == {whole.target_tokens}
+    assert whole.target_tokens == int((whole.labels != IGNORE_INDEX).sum())
 
 
 def test_clm_is_what_the_file_says(file: TokenFile, marks: Marks) -> None:

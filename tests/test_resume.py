@@ -168,8 +168,11 @@ def assignments(sources: Path) -> str:
     return "source\ttarget\n" + "".join(f"{left}\t{right}\n" for left, right in pairs)
 
 
+OBJECTIVES = ("prefix_lm", "mlm", "fim", "sampled_softmax")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["pretrain", "distill", "finetune"])
+@pytest.mark.parametrize("task", ["pretrain", "distill", "finetune", *OBJECTIVES])
 def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sources, teacher, tmp_path, task):
     """Dropout on, two micro-batches a step, killed in the middle of an epoch."""
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
@@ -177,7 +180,9 @@ def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sour
         (tmp_path / "pairs.tsv").write_text(assignments(sources))
         keys = (*PAIRS, "task=finetune", f"init={teacher}", f"path={tmp_path / 'pairs.tsv'}", "task.text.examples=4")
     else:
-        keys = (*LANGUAGE, *TINY, f"path={sources}", f"task={task}")
+        of_task = (f"objective={task}", "packing=true") if task in OBJECTIVES else (f"task={task}",)
+        keys = (*LANGUAGE, *TINY, f"path={sources}", *of_task)
+        keys += ("objective.negatives=100",) if task == "sampled_softmax" else ()
         keys += (f"teacher={teacher}",) if task == "distill" else ()
     keys += (f"cache_dir={cache}",)
     finish("train.py", *keys, f"run_dir={unbroken}")

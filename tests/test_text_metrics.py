@@ -5,6 +5,7 @@ import sys
 from itertools import islice
 
 import pytest
+import torch
 from rouge_score.rouge_scorer import RougeScorer
 from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 
@@ -12,6 +13,7 @@ from datamodules.documents import stdlib_corpus
 from datamodules.function_pairs import function_rows
 from gpt2lab.text_metrics import TEXT_METRICS, text_metrics
 
+OF_TEXT = tuple(name for name in TEXT_METRICS if name not in ("compiles", "placeholders"))
 ZH_REFERENCES = ["打开文件时出错。", "没有这样的文件或目录", "无法创建临时文件"]
 ZH_PREDICTIONS = ["打开文件出错。", "没有这个文件或目录", "不能创建 temp 文件"]
 
@@ -76,13 +78,11 @@ def test_exact_looks_past_white_space_at_the_ends():
 
 def test_a_perfect_prediction_scores_100_in_every_metric(texts):
     _, references = texts
-    assert text_metrics(TEXT_METRICS, references, references) == {
-        name: pytest.approx(100, abs=1e-3) for name in TEXT_METRICS
-    }
+    assert text_metrics(OF_TEXT, references, references) == {name: pytest.approx(100, abs=1e-3) for name in OF_TEXT}
 
 
 def test_empty_predictions_score_0_and_do_not_fail():
-    assert text_metrics(TEXT_METRICS, ["", ""], ["one two three four", "five"]) == dict.fromkeys(TEXT_METRICS, 0.0)
+    assert text_metrics(OF_TEXT, ["", ""], ["one two three four", "five"]) == dict.fromkeys(OF_TEXT, 0.0)
 
 
 def test_unknown_names_and_unequal_numbers_are_refused():
@@ -95,3 +95,33 @@ def test_unknown_names_and_unequal_numbers_are_refused():
 def test_the_module_itself_does_not_import_torchmetrics():
     program = "import sys, gpt2lab.text_metrics; sys.exit('torchmetrics' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_compiles_counts_what_can_stand_as_a_functions_body():
+    bodies = ["    return 1", "    await x\n    return 2", "return 1", "    if x:", "    yield 1\n\n    return 3", ""]
+    assert text_metrics(["compiles"], bodies, bodies) == {"compiles": pytest.approx(50)}
+
+
+def test_every_body_of_the_standard_library_compiles():
+    rows = function_rows(document.text for document in stdlib_corpus().documents())
+    bodies = [row["body"] for row in islice(rows, 400)]
+    assert text_metrics(["compiles"], bodies, bodies)["compiles"] > 99  # `nonlocal` cannot stand alone
+
+
+def test_accuracy_and_macro_f1_equal_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    references = ["spam", "ham", "ham", "eggs", "ham", "spam"]
+    predictions = ["spam", "ham", " spam", "ham", "ham", "spam"]
+    scores = text_metrics(["accuracy", "f1"], predictions, references)
+    assert scores["accuracy"] == pytest.approx(100 * 4 / 6)
+    numbers = {"spam": 0, "ham": 1, "eggs": 2}
+    ours, theirs = (torch.tensor([numbers[text.strip()] for text in texts]) for texts in (predictions, references))
+    assert scores["f1"] == pytest.approx(100 * float(multiclass_f1_score(ours, theirs, 3, average="macro")), abs=1e-3)
+    assert text_metrics(["f1"], ["no label at all", "ham"], ["spam", "ham"])["f1"] == pytest.approx(50)
+
+
+def test_placeholders_must_all_be_there_once():
+    references = ["%s von %d", "kein Platz", "{name}: %(count)d %%", "%5.2f"]
+    predictions = ["%d aus %s", "%s", "{name}: %(count)d", "%5.2f Euro"]
+    assert text_metrics(["placeholders"], predictions, references)["placeholders"] == pytest.approx(100 * 2 / 3)

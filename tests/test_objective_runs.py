@@ -1,0 +1,205 @@
+"""Objectives through train.py: each learns, is exported as plain GPT-2, and writes or fills in as it was taught."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import generate
+from gpt2lab.attention_spans import document_bounds, spans_of, visible
+from gpt2lab.backbone import Backbone, load_backbone
+from gpt2lab.completion import complete, filled, prompt_ids
+from gpt2lab.errors import InputError
+from gpt2lab.generation import GREEDY
+from gpt2lab.marks import marks_of
+from gpt2lab.metrics_file import read_metrics
+from gpt2lab.model_folder import read_objective
+from gpt2lab.settings import ModelShape
+from gpt2lab.tokenizer import load_tokenizer
+
+LEARNING = ("steps=24", "validate_every=12", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2")
+LEARNING += ("log_every=6", "seed=1")
+KEYS = {
+    "clm": (),
+    "prefix_lm": (),
+    "mlm": ("objective.mask_share=0.3",),
+    "fim": (),
+    "sampled_softmax": ("objective.negatives=100",),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_each_objective_learns_and_leaves_as_plain_gpt2(
+    name: str, packing: str, train_here: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    ended = train_here(*tiny, *LEARNING, f"objective={name}", *KEYS[name], f"packing={packing}", "run_dir=run")
+    assert ended.code == 0, ended.stderr
+    losses = [float(row["val/loss"]) for row in read_metrics(tmp_path / "run") if row.get("val/loss")]
+    assert max(losses) < 5.0  # ln 300 = 5.7 at the start
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert bool(report["bits_per_byte"]) == (name in ("clm", "sampled_softmax"))
+    folder = tmp_path / "run" / "hf"
+    assert read_objective(folder) == name
+    # The export's logits are the backbone's, given the mask that an objective needs as transformers takes it.
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    bounds = document_bounds(torch.zeros_like(ids, dtype=torch.bool))
+    spans = {"mlm": spans_of(*bounds, 20), "prefix_lm": spans_of(*bounds, 9)}.get(name)
+    mask = None if spans is None else visible(spans)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(ids, attention_mask=mask, use_cache=False).logits
+        ours = load_backbone(str(tmp_path / "run")).eval().logits(ids, spans)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_the_example_of_the_model_card_runs(
+    name: str, train_here: Train, tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(*tiny, "steps=2", f"objective={name}", *KEYS[name], "run_dir=run").code == 0
+    card = (tmp_path / "run" / "hf" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "run" / "hf"))
+    capfd.readouterr()
+    exec(compile(code, "card", "exec"), {})  # noqa: S102 — what a reader of the card would run
+    assert capfd.readouterr().out.strip()
+
+
+def test_an_objective_can_follow_another(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
+    sizeless = [key for key in tiny if not key.startswith(("model", "vocab_size"))]
+    assert train_here(*tiny, *LEARNING, "objective=mlm", "run_dir=first").code == 0
+    for before, name in (("first", "clm"), ("clm", "fim"), ("fim", "prefix_lm")):
+        keys = ("model=auto", f"init={before}", f"objective={name}", "steps=2", f"run_dir={name}")
+        ended = train_here(*sizeless, *keys)
+        assert ended.code == 0, ended.stderr
+        assert read_objective(tmp_path / name / "hf") == name
+    first = load_file(tmp_path / "first" / "hf" / "model.safetensors")
+    last = load_file(tmp_path / "prefix_lm" / "hf" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in last.items()}
+
+
+@pytest.mark.parametrize("name", ["prefix_lm", "mlm", "fim", "sampled_softmax"])
+def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
+    name: str, train_here: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    """Across the end of an epoch."""
+    keys = ("steps=60", "micro_batch=4", "checkpoint_every=30", "validate_every=30", "seed=1", "log_every=1", f"objective={name}")
+    assert train_here(*tiny, *keys, *KEYS[name], "run_dir=unbroken").code == 0
+    assert train_here(*tiny, *keys, *KEYS[name], "run_dir=stopped").code == 0
+    (tmp_path / "stopped" / "checkpoints" / "step-000060.ckpt").unlink()
+    assert train_here("resume=stopped").code == 0
+    weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("unbroken", "stopped")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ("objective=mlm data=pairs path={pairs}", "objective=mlm is for running text"),
+        ("objective=clm objective.mask_share=0.2", "objective=clm does not read objective.mask_share"),
+        ("objective=mlm objective.mask_share=0", "objective.mask_share=0.0 is out of range"),
+        ("objective=sampled_softmax objective.negatives=300", "objective.negatives=300: the vocabulary has only 300"),
+        ("objective=sampled_softmax label_smoothing=0.1", "label_smoothing is of the whole softmax"),
+        ("task=distill teacher=x objective=sampled_softmax", "a distillation compares whole distributions"),
+        ("task=distill teacher=x objective=fim teacher_cache=topk", "Give teacher_cache=none, or objective=clm"),
+        ("task=distill teacher=x objective=prefix_lm sequences=gkd", "sequences=gkd is written as objective=clm"),
+        ("task=distill teacher=x packing=true loss=uld", "does not take packing=true"),
+        ("objective=mlmm", "Allowed: clm, fim, mlm, prefix_lm, sampled_softmax"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    keys: str, told: str, train_here: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "a\tb\n" * 9)
+    words = keys.format(pairs=tmp_path / "pairs.tsv").split()
+    given = {word.split("=")[0] for word in words}
+    without = {"path", "data", "batch_tokens", "val_fraction"} if "data" in given else set()
+    ended = train_here(*(key for key in tiny if key.split("=")[0] not in given | without), *words)
+    assert ended.code == 2, ended.stdout
+    assert told in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) <= 5
+
+
+# What a model makes of a prompt
+
+
+@pytest.fixture
+def model(train_here: Train, tiny: list[str], tmp_path: Path) -> Backbone:
+    """A run whose tokenizer is real and whose weights are random but large."""
+    assert train_here(*tiny, "steps=1", "run_dir=run").code == 0
+    torch.manual_seed(1)
+    backbone = Backbone(ModelShape(2, 2, 32, 64, 300)).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(4)
+    return backbone
+
+
+@torch.no_grad()
+def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, tmp_path: Path) -> None:
+    """Prompts of different lengths together, each as the whole mask says; a causal model writes something else."""
+    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    prompts = [prompt_ids(text, tokenizer, "prefix_lm") for text in ("def f(a):", "x", "class Stack:\n    pass")]
+    together = complete(model.lm, tokenizer, "prefix_lm", prompts, GREEDY, max_new_tokens=8)
+    for prompt, written in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        for token in written:
+            row = torch.tensor([ids])
+            bounds = document_bounds(torch.zeros_like(row, dtype=torch.bool))
+            assert int(model.logits(row, spans_of(*bounds, len(prompt) - 1))[0, -1].argmax()) == token
+            ids.append(token)
+    assert together != complete(model.lm, tokenizer, "clm", prompts, GREEDY, max_new_tokens=8)
+
+
+@torch.no_grad()
+def test_gaps_are_filled_the_surest_first(model: Backbone, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    marks, prompt = marks_of(tokenizer), prompt_ids("def <|mask|>(a, <|mask|>):", tokenizer, "mlm")
+    places = [place for place, token in enumerate(prompt) if token == marks.mask]
+    assert len(places) == 2
+    text = filled(model.lm, prompt, marks)
+    assert [token for place, token in enumerate(text) if place not in places] == [t for t in prompt if t != marks.mask]
+    row = torch.tensor([prompt])
+    spans = spans_of(*document_bounds(torch.zeros_like(row, dtype=torch.bool)), row.shape[1])
+    logits = model.logits(row, spans)[0, places]
+    logits[:, marks.mask] = -torch.inf
+    surest = int(np.argmax([float(line.softmax(0).max()) for line in logits]))
+    assert text[places[surest]] == int(logits[surest].argmax())
+
+
+def test_gaps_are_asked_of_models_that_fill_them(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
+    assert train_here(*tiny, "steps=1", "run_dir=run").code == 0
+    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    for objective, prompt, told in (
+        ("clm", "a <|mask|>", "fills none"),
+        ("fim", "a <|mask|> b <|mask|>", "fills one at a time"),
+        ("mlm", "no gap", "the prompt has none"),
+    ):
+        with pytest.raises(InputError, match=told):
+            prompt_ids(prompt, tokenizer, objective)
+
+
+@pytest.mark.parametrize("name", ["mlm", "fim", "prefix_lm"])
+def test_generate_shows_the_whole_text(
+    name: str,
+    train_here: Train,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert train_here(*tiny, "steps=2", f"objective={name}", "run_dir=run").code == 0
+    prompt = "def f(a):" if name == "prefix_lm" else "def f(<|mask|>):\n    pass"
+    words = ["checkpoint=run", f"prompt={prompt}", "max_new_tokens=4", "json=out.json"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *words])
+    capfd.readouterr()
+    generate.main()
+    shown, (written,) = capfd.readouterr().out.rstrip("\n"), json.loads((tmp_path / "out.json").read_text())
+    assert shown.startswith("def f(")
+    assert written["prompt"] == prompt
+    assert written["tokens"] <= (1 if name == "mlm" else 4)
+    assert shown.endswith("):\n    pass" if name != "prefix_lm" else written["completion"].rstrip("\n"))
