@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 class Checkpoint(lightning.Callback):
     """Saves every `checkpoint_every` steps, after the last step and when the run is stopped; one of the last callbacks.
 
-    A step that is also validated is saved after its validation; a run that is being stopped saves before it too. The Hugging Face
-    folder `<run_dir>/hf` is written before the checkpoint is put into the ledger, so it is never the older of the two.
+    A step that is also validated is saved after its validation; a run that is being stopped saves before it too. The
+    Hugging Face folder `<run_dir>/hf` is written before the checkpoint is put into the ledger, so it is never the older
+    of the two.
 
     Args:
         keep_last: how many checkpoints stay.

@@ -131,7 +131,7 @@ class LanguageModelingData(SampleDataModule):
         )
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """Functions to complete for Python source, else the beginnings of three validation windows; for mlm with gaps."""
+        """Functions to complete for Python source, else the beginnings of validation windows; for mlm with gaps."""
         if self.source in ("stdlib", "packages") and self.objective.name != "mlm":
             return list(SOURCE_PROMPTS)
         assert isinstance(self.val_samples, Windows)

@@ -23,10 +23,10 @@ class Batch:
     """
 
     input_ids: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64, what position i predicts, the token that follows unless the objective says else; or IGNORE_INDEX
+    labels: Tensor  # (B, T) int64, what each position predicts: usually the token that follows; or IGNORE_INDEX
     target_tokens: int  # number of targets in the whole global batch of the optimizer step: all micro-batches and ranks
-    indices: Tensor  # (B,) int64, position of each sequence in the (training or validation) set; several pairs may share a row
-    prompt_lengths: Tensor | None = None  # int64, pairs only: each one's number of prompt tokens, in the order of indices
+    indices: Tensor  # int64, position of each sample in the (training or validation) set; pairs may share a row
+    prompt_lengths: Tensor | None = None  # int64, pairs only: each one's prompt tokens, in the order of indices
     references: list[str] | None = None  # (B,) pairs only: the target text, for metrics on generated text
     spans: Tensor | None = None  # (B, T, 2) int64, what each position sees (gpt2lab/attention_spans.py); None: causal
     few_targets: bool = False  # whether many positions have no target, so that leaving those out of the head pays

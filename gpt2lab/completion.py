@@ -1,9 +1,10 @@
-"""Completion: what a model makes of a prompt, as its objective has taught it: text after it, or what stands in its gaps."""
+"""Completion: what a model makes of a prompt, as its objective has taught it: text after it, or in its gaps."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.attention_spans import as_mask
 from gpt2lab.errors import InputError
@@ -46,12 +47,16 @@ def complete(
     *,
     max_new_tokens: int,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """New tokens after each prompt, or under mlm the prompt with its gaps filled.
 
     Args:
         objective: that the model was trained with.
         prompts: as `prompt_ids` gives them.
+        stop: texts that end a completion.
+        streamer: is given the tokens of a single prompt as they come.
     """
     if objective == "mlm":
         return [filled(model, prompt, marks_of(tokenizer)) for prompt in prompts]
@@ -66,6 +71,9 @@ def complete(
             entries=len(tokenizer),
             seed=seed,
             both_ways=objective == "prefix_lm",
+            streamer=streamer,
+            stop=stop,
+            tokenizer=tokenizer,
         )
     return completions
 

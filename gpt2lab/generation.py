@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.attention_spans import as_mask
 
@@ -15,12 +16,44 @@ COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedily below temperature 0.001; top_k 0 and top_p 1 leave all tokens in."""
+    """How the next token is chosen: greedily below temperature 0.001, by beam search where there are several beams.
+
+    Attributes:
+        top_k, top_p, min_p, typical_p: which tokens are left in; 0, 1, 0 and 1 leave all.
+        repetition_penalty: above 1 tokens that are there already become less likely.
+        no_repeat_ngram: so many tokens in a row are never written twice; 0: no limit.
+    """
 
     name: str
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    beams: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature < COLDEST or self.beams > 1
+
+    def choice(self) -> dict[str, Any]:
+        """As arguments of `generate`; those that change nothing are left out, for some would cost time."""
+        drawn = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "typical_p": self.typical_p}
+        neutral = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # top_k 0 must be said: its default is 50
+        arguments: dict[str, Any] = {"do_sample": not self.is_greedy}
+        if not self.is_greedy:
+            arguments["temperature"] = self.temperature
+            arguments |= {name: value for name, value in drawn.items() if value != neutral[name]}
+        if self.beams > 1:
+            arguments["num_beams"] = self.beams
+        if self.repetition_penalty != 1:
+            arguments["repetition_penalty"] = self.repetition_penalty
+        if self.no_repeat_ngram:
+            arguments["no_repeat_ngram_size"] = self.no_repeat_ngram
+        return arguments
 
 
 GREEDY = Sampling("greedy", temperature=0.0)
@@ -41,6 +74,10 @@ def generate_ids(
     row_seeds: Sequence[int] | None = None,
     entries: int | None = None,
     both_ways: bool = False,
+    assistant: GPT2LMHeadModel | None = None,
+    streamer: BaseStreamer | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt, up to and without `end_of_text`. The global random state is left as it was.
 
@@ -50,6 +87,11 @@ def generate_ids(
     Prompts are padded on the left and masked, so a batch gives what each prompt alone would give. A prompt keeps its
     last tokens where prompt and completion together exceed the model's positions. An empty one starts at end_of_text.
     With `both_ways` the tokens of a prompt, but for its last, see each other both ways (objective prefix_lm).
+
+    Args:
+        assistant: a draft model (gpt2lab/speculative.py); takes one prompt.
+        streamer: is given the tokens of one prompt as they come.
+        stop: texts that end a completion, which holds them; needs the tokenizer.
     """
     room = model.config.n_positions - max_new_tokens
     if room < 1:
@@ -59,18 +101,16 @@ def generate_ids(
     device = model.transformer.wte.weight.device
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in cut], device=device)  # (B, longest)
-    if sampling.temperature < COLDEST:
-        choice: dict[str, Any] = {"do_sample": False}
-    elif row_seeds is not None:
+    choice = sampling.choice()
+    if row_seeds is not None and not sampling.is_greedy:
         noise = RowwiseSampling(sampling.temperature, row_seeds, device)
         choice = {"do_sample": False, "logits_processor": LogitsProcessorList([noise])}
-    else:
-        choice = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+    if assistant is not None:
+        choice["assistant_model"] = assistant
+    if streamer is not None:
+        choice["streamer"] = streamer
+    if stop:
+        choice |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     padding = list(range(entries or model.config.vocab_size, model.config.vocab_size))
     was_training = model.training
     model.eval()

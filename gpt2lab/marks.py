@@ -42,4 +42,5 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
             "is no byte-level BPE.\nUse objective=clm, or tokenizer=bpe."
         )
     assert isinstance(tokenizer.eos_token_id, int)
-    return Marks(*(vocabulary[letter] for letter in letters), tokenizer.eos_token_id, len(tokenizer))
+    mask, prefix, suffix, middle = (vocabulary[letter] for letter in letters)
+    return Marks(mask, prefix, suffix, middle, tokenizer.eos_token_id, len(tokenizer))

@@ -3,7 +3,7 @@
 Shapes: B samples of one micro-batch, T positions.
 
     clm              each token from those before it
-    prefix_lm        the source sees itself both ways, the target is predicted as in clm (Raffel et al. 2020, section 3.2)
+    prefix_lm        the source sees itself both ways, the target is predicted as in clm (T5, Raffel et al. 2020)
     mlm              hidden tokens from all others (BERT, Devlin et al. 2019)
     fim              as clm, on documents whose middle was moved to their end (Bavarian et al. 2022, arXiv 2207.14255)
     sampled_softmax  clm, trained on a few entries of the vocabulary (gpt2lab/sampled_softmax.py)

@@ -2,10 +2,10 @@
 
 Shapes: N rows, D hidden width, V vocabulary, S drawn entries.
 
-The logit of each drawn entry is lowered by the logarithm of how often it is expected to be drawn. So the expected sum of
-their exponentials is that over all entries but the target, which is always there, and the gradient tends to that of the
-full softmax as S grows. All rows of a step share the drawn entries, which are all different, and where one of them is
-a row's own target it counts only as that.
+The logit of each drawn entry is lowered by the logarithm of how often it is expected to be drawn. So the expected sum
+of their exponentials is that over all entries but the target, which is always there, and the gradient tends to that of
+the full softmax as S grows. All rows of a step share the drawn entries, which are all different, and where one of them
+is a row's own target it counts only as that.
 
 Source: Jean et al. 2015, arXiv 1412.2007; Bengio & Senécal 2008.
 """

@@ -44,8 +44,8 @@ def loss_of_baseline(settings: Config, facts: DataFacts) -> float | None:
     from gpt2lab.tokenizer import differing_tokens, load_tokenizer
 
     folder = _folder(settings.baseline)
-    sizes = {name: size for name, size in read_shape(folder_of(str(folder), "baseline")).items() if name in STUDENT_SIZES}
-    own = {name: size for name, size in vars(settings.model).items() if name in STUDENT_SIZES}
+    shape = read_shape(folder_of(str(folder), "baseline"))
+    sizes, own = ({name: of[name] for name in STUDENT_SIZES} for of in (shape, vars(settings.model)))
     if sizes != own:
         raise InputError(f"baseline={settings.baseline} is another model: {sizes}, this run's student {own}.\n{CURE}")
     different = differing_tokens(load_tokenizer(str(folder)), load_tokenizer(facts.tokenizer_folder))

@@ -21,5 +21,5 @@ def values(group: str) -> list[str]:
 def experiment_keys(name: str) -> tuple[dict[str, str], dict[str, Any]]:
     """(group → value, key → value) that conf/experiment/<name>.yaml sets."""
     keys = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
-    chosen = {group.removeprefix("override /"): value for item in keys.pop("defaults", []) for group, value in item.items()}
-    return chosen, keys
+    chosen = [item for default in keys.pop("defaults", []) for item in default.items()]
+    return {group.removeprefix("override /"): value for group, value in chosen}, keys

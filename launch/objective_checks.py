@@ -38,7 +38,9 @@ def _check_sampled_softmax(config: Config) -> None:
         )
     for key in ("label_smoothing", "z_loss"):
         if vars(config)[key]:
-            raise InputError(f"{key} is of the whole softmax, which objective=sampled_softmax does not form.\nLeave it out.")
+            raise InputError(
+                f"{key} is of the whole softmax, which objective=sampled_softmax does not form.\nLeave it out."
+            )
 
 
 def _check_distillation(config: Config) -> None:
@@ -54,4 +56,6 @@ def _check_distillation(config: Config) -> None:
         raise InputError(f"sequences={sequences} is written as objective=clm writes, not {name}.\nGive objective=clm.")
     if config.loss.name == "uld" and (name != "clm" or config.packing):
         what = "packing=true" if config.packing else f"objective={name}"
-        raise InputError(f"loss=uld pairs the tokens of whole causal windows, so it does not take {what}.\nLeave it out.")
+        raise InputError(
+            f"loss=uld pairs the tokens of whole causal windows, so it does not take {what}.\nLeave it out."
+        )

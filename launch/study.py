@@ -211,7 +211,7 @@ def _check_can_be_cut_out(settings: Config) -> None:
 
 
 def _check_tokens(settings: Config) -> None:
-    """A named tokenizer must be the teacher's; the runs without a teacher would train with any, before another fails."""
+    """A named tokenizer must be the teacher's: runs without a teacher would train with any, before another fails."""
     if settings.record.groups["tokenizer"] == "auto" or settings.loss.name == "uld":
         return
     from gpt2lab.tokenizer import difference_in_words, load_tokenizer

@@ -182,10 +182,11 @@ class LanguageModel(lightning.LightningModule):
     # Training
 
     def on_train_start(self) -> None:
-        if self.settings.objective.name == "sampled_softmax":
-            self.negatives = NegativeSampler(self._negative_distribution(), self.settings.objective.negatives, self.settings.seed)
+        objective = self.settings.objective
+        if objective.name == "sampled_softmax":
+            self.negatives = NegativeSampler(self._distribution(), objective.negatives, self.settings.seed)
 
-    def _negative_distribution(self) -> Tensor:
+    def _distribution(self) -> Tensor:
         if self.settings.objective.distribution == "log_uniform":
             return log_uniform(len(self.tokenizer))
         return unigram(torch.from_numpy(self.trainer.datamodule.token_counts()))
@@ -321,7 +322,7 @@ class LanguageModel(lightning.LightningModule):
 
     def present_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
-        return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name) if self.is_sharded else self.backbone.lm
+        return self._plain_hf() if self.is_sharded else self.backbone.lm
 
     def export_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
@@ -329,7 +330,10 @@ class LanguageModel(lightning.LightningModule):
         Under FSDP every rank must call it.
         """
         with self.averaged_weights():
-            return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
+            return self._plain_hf()
+
+    def _plain_hf(self) -> GPT2LMHeadModel:
+        return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """In this context the model has its averaged weights, where they are kept."""
@@ -349,7 +353,7 @@ class LanguageModel(lightning.LightningModule):
         return False
 
     def generate(self, prompts: Sequence[str], method: Sampling, max_new_tokens: int) -> list[str]:
-        """Completions of text prompts; under mlm the prompts with their gaps filled. Under FSDP every rank must call it."""
+        """Completions of prompts; under mlm these with their gaps filled. Under FSDP every rank must call it."""
         ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
         return self.generate_from_ids(ids, method, max_new_tokens)
 

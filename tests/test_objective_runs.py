@@ -65,7 +65,7 @@ def test_the_example_of_the_model_card_runs(
     card = (tmp_path / "run" / "hf" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "run" / "hf"))
     capfd.readouterr()
-    exec(compile(code, "card", "exec"), {})  # noqa: S102 — what a reader of the card would run
+    exec(compile(code, "card", "exec"), {})
     assert capfd.readouterr().out.strip()
 
 
@@ -87,7 +87,15 @@ def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     """Across the end of an epoch."""
-    keys = ("steps=60", "micro_batch=4", "checkpoint_every=30", "validate_every=30", "seed=1", "log_every=1", f"objective={name}")
+    keys = (
+        "steps=60",
+        "micro_batch=4",
+        "checkpoint_every=30",
+        "validate_every=30",
+        "seed=1",
+        "log_every=1",
+        f"objective={name}",
+    )
     assert train_here(*tiny, *keys, *KEYS[name], "run_dir=unbroken").code == 0
     assert train_here(*tiny, *keys, *KEYS[name], "run_dir=stopped").code == 0
     (tmp_path / "stopped" / "checkpoints" / "step-000060.ckpt").unlink()
@@ -195,7 +203,7 @@ def test_generate_shows_the_whole_text(
     assert train_here(*tiny, "steps=2", f"objective={name}", "run_dir=run").code == 0
     prompt = "def f(a):" if name == "prefix_lm" else "def f(<|mask|>):\n    pass"
     words = ["checkpoint=run", f"prompt={prompt}", "max_new_tokens=4", "json=out.json"]
-    monkeypatch.setattr("sys.argv", ["generate.py", *words])
+    monkeypatch.setattr("sys.argv", ["generate.py", *words])  # no terminal: nothing is streamed
     capfd.readouterr()
     generate.main()
     shown, (written,) = capfd.readouterr().out.rstrip("\n"), json.loads((tmp_path / "out.json").read_text())

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +209,7 @@ def test_fim_moves_middles_and_loses_nothing(file: TokenFile, marks: Marks) -> N
 
 def split_at(tokens: list[int], end_of_text: int) -> list[list[int]]:
     starts = [0, *[place for place, token in enumerate(tokens) if place and token == end_of_text], len(tokens)]
-    return [tokens[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    return [tokens[start:end] for start, end in pairwise(starts)]
 
 
 def follows(piece: list[int], marks: Marks) -> bool:

@@ -1,0 +1,265 @@
+"""Writing: what generate.py does — prompts from the command line, a file or the terminal; text as it comes; drafts."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2lab.errors import InputError
+from gpt2lab.marks import PLACE
+from gpt2lab.model_folder import folder_of, read_objective, read_shape
+from launch.noise import settle_noise
+
+if TYPE_CHECKING:
+    from generate import Arguments
+
+SEPARATOR = "||"  # of stop texts
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written after, or into, a prompt.
+
+    Attributes:
+        completion: under mlm the prompt with its gaps filled.
+        tokens: that were written.
+        seconds: of all texts that were written together.
+        measured: of speculative decoding.
+    """
+
+    prompt: str
+    completion: str
+    tokens: int
+    seconds: float
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        own = {"prompt": self.prompt, "completion": self.completion, "tokens": self.tokens, "seconds": self.seconds}
+        return own | self.measured
+
+
+class Author:
+    """A loaded checkpoint and how it is to write.
+
+    Raises:
+        InputError: no such checkpoint, file or device, no room for the tokens asked for, or keys that contradict.
+    """
+
+    def __init__(self, arguments: "Arguments") -> None:
+        self.arguments = arguments
+        folder = folder_of(arguments.checkpoint, "checkpoint")
+        self.positions, self.objective = read_shape(folder)["n_positions"], read_objective(folder)
+        self.prompts = [arguments.prompt] if arguments.prompt else _prompts_in(arguments.prompts)
+        self._check()
+        settle_noise()  # what follows takes seconds to import; mistakes are told before
+        from gpt2lab.backbone import load_backbone
+        from gpt2lab.device import named_device
+        from gpt2lab.generation import Sampling
+        from gpt2lab.tokenizer import load_tokenizer
+
+        _quiet_transformers()
+        self.device = named_device(arguments.accelerator)
+        self.model = load_backbone(str(folder)).lm.to(self.device).eval()
+        self.tokenizer = load_tokenizer(str(folder))
+        self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
+        self.sampling = Sampling(
+            "chosen",
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            typical_p=arguments.typical_p,
+            beams=arguments.beams,
+            repetition_penalty=arguments.repetition_penalty,
+            no_repeat_ngram=arguments.no_repeat_ngram,
+        )
+
+    def write(self) -> list[Text]:
+        """Every prompt's texts, shown; a single one as it is written, where somebody watches."""
+        single = len(self.prompts) == self.arguments.num_samples == 1
+        if single and sys.stdout.isatty() and self._streams:
+            return [self._streamed(self.prompts[0])]
+        texts = self._texts([prompt for prompt in self.prompts for _ in range(self.arguments.num_samples)])
+        for number, text in enumerate(texts, 1):
+            if len(texts) > 1:
+                print(f"--- {number} of {len(texts)}")
+            print(self._whole(text))
+        return texts
+
+    def converse(self) -> None:
+        """Ask for prompts and write after each, until there are no more (Ctrl-D)."""
+        if sys.stdin.isatty():
+            print("A prompt is continued at Enter; Ctrl-D ends.", file=sys.stderr)
+        while True:
+            try:
+                prompt = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return
+            try:
+                if self._streams and sys.stdout.isatty():
+                    self._streamed(prompt)
+                else:
+                    print(self._whole(self._texts([prompt])[0]))
+            except InputError as mistake:
+                print(f"error: {mistake}", file=sys.stderr)
+
+    def speculate(self) -> list[Text]:
+        """Every prompt's text by speculative decoding, shown, and beside it what that was worth."""
+        from gpt2lab.backbone import load_backbone
+        from gpt2lab.speculative import speculate
+
+        arguments, folder = self.arguments, folder_of(self.arguments.draft, "draft")
+        self._check_draft(folder)
+        draft = load_backbone(str(folder)).lm.to(self.device).eval()
+        texts = []
+        for prompt in [self.prompts[0], *self.prompts]:  # the first time warms up, and is not counted
+            found = speculate(
+                self.model,
+                draft,
+                self._ids(prompt),
+                self.sampling,
+                max_new_tokens=arguments.max_new_tokens,
+                end_of_text=self.tokenizer.eos_token_id,
+                entries=len(self.tokenizer),
+                seed=arguments.seed,
+            )
+            measured = {name: round(value, 4) for name, value in found.figures().items()}
+            written = self.tokenizer.decode(found.ids)
+            texts.append(Text(prompt, written, len(found.ids), round(found.seconds, 3), measured))
+        for text in texts[1:]:
+            print(self._whole(text))
+            print(_in_words(text), file=sys.stderr)
+        return texts[1:]
+
+    def _texts(self, prompts: list[str]) -> list[Text]:
+        from gpt2lab.completion import complete
+        from gpt2lab.device import synchronize
+
+        ids = [self._ids(prompt) for prompt in prompts]
+        started = time.perf_counter()
+        completions = complete(
+            self.model,
+            self.tokenizer,
+            self.objective,
+            ids,
+            self.sampling,
+            max_new_tokens=self.arguments.max_new_tokens,
+            seed=self.arguments.seed,
+            stop=self.stop,
+        )
+        synchronize(self.device)
+        seconds = round(time.perf_counter() - started, 3)
+        pairs = zip(prompts, completions, strict=True)
+        return [self._text(prompt, written, seconds) for prompt, written in pairs]
+
+    def _text(self, prompt: str, ids: list[int], seconds: float) -> Text:
+        completion = self.tokenizer.decode(ids)
+        for stop in self.stop:
+            completion = completion.partition(stop)[0]
+        return Text(prompt, completion, prompt.count(PLACE) if self.objective == "mlm" else len(ids), seconds)
+
+    def _streamed(self, prompt: str) -> Text:
+        from transformers import TextStreamer
+
+        from gpt2lab.completion import complete
+
+        ids = self._ids(prompt)
+        print(prompt, end="", flush=True)
+        started = time.perf_counter()
+        (written,) = complete(
+            self.model,
+            self.tokenizer,
+            self.objective,
+            [ids],
+            self.sampling,
+            max_new_tokens=self.arguments.max_new_tokens,
+            seed=self.arguments.seed,
+            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        return self._text(prompt, written, round(time.perf_counter() - started, 3))
+
+    @property
+    def _streams(self) -> bool:
+        """Whether tokens can be shown as they come: no beams, no gaps, nothing to cut off."""
+        return self.sampling.beams == 1 and self.objective not in ("mlm", "fim") and not self.stop
+
+    def _ids(self, prompt: str) -> list[int]:
+        from gpt2lab.completion import prompt_ids
+
+        ids = prompt_ids(prompt, self.tokenizer, self.objective)
+        if len(ids) > self.positions - self.arguments.max_new_tokens:
+            print("A prompt is longer than the model can see; its last tokens are continued.", file=sys.stderr)
+        return ids
+
+    def _whole(self, text: Text) -> str:
+        """The prompt continued, or with its gap filled."""
+        if self.objective == "mlm":
+            return text.completion
+        return text.prompt.replace(PLACE, text.completion) if PLACE in text.prompt else text.prompt + text.completion
+
+    def _check(self) -> None:
+        arguments = self.arguments
+        if arguments.max_new_tokens >= self.positions:
+            raise InputError(
+                f"max_new_tokens={arguments.max_new_tokens} does not fit into the model's {self.positions} positions "
+                f"beside a prompt; give at most {self.positions - 1}."
+            )
+        if arguments.prompt and arguments.prompts:
+            raise InputError("prompt and prompts are both given.\nGive one of them.")
+        if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1 or arguments.stop):
+            raise InputError("draft decodes one text at a time.\nLeave out beams, num_samples and stop.")
+        if arguments.draft and self.objective not in ("clm", "fim", "sampled_softmax"):
+            raise InputError(f"draft is for causal models, and this one was trained with objective={self.objective}.")
+        if arguments.draft and not self.prompts:
+            raise InputError("draft needs prompt= or prompts=.")
+
+    def _check_draft(self, folder: Path) -> None:
+        from gpt2lab.tokenizer import difference_in_words
+
+        different = difference_in_words(folder, self.tokenizer)
+        shape = read_shape(folder)
+        if different or shape["vocab_size"] != self.model.config.vocab_size:
+            raise InputError(
+                f"draft={self.arguments.draft} has other tokens than the checkpoint: {shape['vocab_size']} entries, "
+                f"{self.model.config.vocab_size}.{different}\nGive a draft distilled from the checkpoint, for example."
+            )
+        self.positions = min(self.positions, shape["n_positions"])
+
+
+def _prompts_in(file: str) -> list[str]:
+    """The prompts of a file; none where no file is named."""
+    if not file:
+        return []
+    path = Path(file).expanduser()
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"prompts={file} cannot be read: {error}.\nGive a text file, or a .jsonl with `prompt`."
+        ) from error
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"prompts={file} holds no prompt.\nGive a text file, or a .jsonl with `prompt`.")
+    return prompts
+
+
+def _quiet_transformers() -> None:
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _in_words(text: Text) -> str:
+    """What speculative decoding was worth, in one line."""
+    found = text.measured
+    return (
+        f"{text.tokens} tokens in {text.seconds:.2f} s, plain in {found['plain_seconds']:.2f} s: "
+        f"{found['speedup']:.2f} × (implied {found['predicted_speedup']:.2f}) · "
+        f"{found['tokens_per_call']:.2f} tokens per call · acceptance {found['acceptance']:.2f} · "
+        f"cost ratio {found['cost_ratio']:.3f}"
+    )
