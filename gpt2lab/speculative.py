@@ -110,16 +110,9 @@ def speculate(
     with Calls(target) as calls, Calls(draft) as drafts:
         ids, seconds = written(draft)
     ratio = drafts.median() / plain_calls.median()
-    return Speculated(
-        ids,
-        plain_ids,
-        *(len(one) + (len(one) < max_new_tokens) for one in (ids, plain_ids)),
-        calls=len(calls.seconds),
-        drafted=len(drafts.seconds),
-        seconds=seconds,
-        plain_seconds=plain_seconds,
-        cost_ratio=ratio,
-    )
+    tokens, plain_tokens = (len(one) + (len(one) < max_new_tokens) for one in (ids, plain_ids))
+    counts = (len(calls.seconds), len(drafts.seconds))
+    return Speculated(ids, plain_ids, tokens, plain_tokens, *counts, seconds, plain_seconds, ratio)
 
 
 class Calls:

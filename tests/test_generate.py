@@ -1,16 +1,24 @@
 """generate.py: text from any checkpoint, prompts verbatim, mistakes answered with exit code 2."""
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate as generate_command
 from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import train_bpe
+from launch import answer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +28,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     tokenizer = train_bpe(iter([Path(json.__file__).read_text()]), 300)
     shape = ModelShape(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=len(tokenizer))
-    write_hf_folder(plain_hf(Backbone(shape)), tokenizer, folder / "hf", {"title": "tiny"})
+    torch.manual_seed(0)
+    backbone = Backbone(shape)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(12)  # far from an even distribution
+    write_hf_folder(plain_hf(backbone), tokenizer, folder / "hf", {"title": "tiny"})
     return folder
 
 
@@ -70,3 +83,114 @@ def test_a_mistake_ends_with_exit_code_2_and_few_lines(words: list[str], checkpo
     assert done.returncode == 2, done.stderr
     assert 1 <= len(done.stderr.strip().splitlines()) <= 5
     assert "Traceback" not in done.stderr
+
+
+# In this process: the same as from the shell, without the seconds of imports
+
+
+@dataclass
+class Written:
+    """What the command showed and put into its file."""
+
+    shown: str
+    told: str
+    texts: list[dict[str, Any]]
+
+
+Write = Callable[..., Written]
+
+
+@pytest.fixture
+def write(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Write:
+    def run(*words: str, stdin: str = "") -> Written:
+        file = tmp_path / "written.json"
+        file.unlink(missing_ok=True)
+        length = [] if any(word.startswith("max_new_tokens") for word in words) else ["max_new_tokens=8"]
+        given = [f"checkpoint={checkpoint}", f"json={file}", *length, *words]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *given])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        code = answer.exit_code(generate_command.main)
+        shown, told = capfd.readouterr()
+        assert code == (2 if "error:" in told else 0), told
+        return Written(shown, told, json.loads(file.read_text()) if file.is_file() else [])
+
+    return run
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write, tmp_path: Path) -> None:
+    prompts = ["def add(a, b):", "import", "class Stack:"]
+    lines = prompts if ending == "txt" else [json.dumps({"prompt": prompt}) for prompt in prompts]
+    file = tmp_path / f"prompts.{ending}"
+    file.write_text("\n".join(lines) + "\n")
+    together = write(f"prompts={file}", "temperature=0").texts
+    assert [text["prompt"] for text in together] == prompts
+    alone = [write(f"prompt={prompt}", "temperature=0").texts[0]["completion"] for prompt in prompts]
+    assert [text["completion"] for text in together] == alone
+
+
+def test_beams_find_a_likelier_text_than_greed(write: Write, checkpoint: Path) -> None:
+    lm = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
+    given = tokenizer("import", return_tensors="pt")
+    for beams in (1, 4):
+        ids = lm.generate(**given, max_new_tokens=8, num_beams=beams, do_sample=False)
+        theirs = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        ours = write("prompt=import", "temperature=0", f"beams={beams}").texts[0]["completion"]
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("word", ["min_p=1", "top_k=1", "top_p=0.01"])
+def test_every_filter_can_leave_one_token(word: str, write: Write) -> None:
+    keys = ["prompt=import", "temperature=1", word, *([] if word.startswith("top_p") else ["top_p=1"])]
+    tight = [write(*keys, f"seed={seed}") for seed in (1, 2)]
+    assert tight[0].texts[0]["completion"] == tight[1].texts[0]["completion"]
+    loose = [write("prompt=import", "temperature=1", "top_p=1", f"seed={seed}") for seed in (1, 2)]
+    assert loose[0].texts[0]["completion"] != loose[1].texts[0]["completion"]
+    typical = write("prompt=import", "temperature=1", "top_p=1", "typical_p=0.2", "seed=1")
+    assert typical.texts[0]["completion"] != loose[0].texts[0]["completion"]
+
+
+def test_no_ngram_is_repeated_and_a_stop_text_ends_the_completion(write: Write) -> None:
+    free = write("prompt=import", "temperature=0", "max_new_tokens=20").texts[0]
+    once = write("prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1").texts[0]
+    assert once["completion"] != free["completion"]
+    stop = next(letter for letter in once["completion"][3:] if letter.isascii() and letter.isprintable())
+    stopped = write(
+        "prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1", f"stop=~never~||{stop}"
+    ).texts[0]
+    assert stopped["completion"] == once["completion"].partition(stop)[0]
+    assert stopped["tokens"] < once["tokens"]
+
+
+def test_without_a_prompt_every_line_that_comes_is_continued(write: Write) -> None:
+    shown = write("temperature=0", stdin="import\nclass A:\n").shown.splitlines()
+    assert shown[0].startswith("import")
+    assert any(line.startswith("class A:") for line in shown)
+
+
+def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkpoint: Path) -> None:
+    plain = write("prompt=import", "temperature=0").texts[0]
+    drafted = write("prompt=import", "temperature=0", f"draft={checkpoint}")
+    assert drafted.texts[0]["completion"] == plain["completion"]
+    assert drafted.texts[0]["acceptance"] == 1
+    assert 1 <= drafted.texts[0]["tokens_per_call"] <= 8
+    assert "tokens per call" in drafted.told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["prompt=a", "prompts=b"], "prompt and prompts are both given"),
+        (["prompts=/nowhere.txt"], "cannot be read"),
+        (["prompt=a", "draft=/nowhere"], "draft=/nowhere: there is no such folder"),
+        (["prompt=a", "draft={checkpoint}", "beams=2"], "Leave out beams"),
+        (["draft={checkpoint}"], "draft needs prompt= or prompts="),
+        (["prompt=a <|mask|>"], "fills none"),
+    ],
+)
+def test_what_cannot_be_written_is_told(words: list[str], told: str, write: Write, checkpoint: Path) -> None:
+    assert told in write(*(word.format(checkpoint=checkpoint) for word in words)).told
