@@ -40,9 +40,10 @@ LOSSES = {
 }
 DISTILLATION, CROSS_ENTROPY = "train.py, distillation", "train.py, cross-entropy alone"
 CACHED = "train.py, forward KL to a cached teacher"
+TRL_PRECISIONS = ("fp32", "bf16")
 TRL_SIDES = {
     f"GKDTrainer {precision}{', freed memory reused' if keep else ''}": (precision, keep)
-    for precision in ("fp32", "bf16")
+    for precision in TRL_PRECISIONS
     for keep in (False, True)
 }
 HEADING = """| vocabulary | step | ms | ÷ cross-entropy alone | tokens/s | distillation's ÷ it \
@@ -63,6 +64,7 @@ class Sizes:
     trl_steps: int
     rounds: int
     threads: int
+    trl_precisions: tuple[str, ...] = TRL_PRECISIONS
 
     @property
     def targets(self) -> int:
@@ -123,7 +125,8 @@ class Bench:
         }
         if self.trl_python is not None:
             for name, (precision, keep) in TRL_SIDES.items():
-                found[name] = partial(self.trl, precision, keep)
+                if precision in self.sizes.trl_precisions:
+                    found[name] = partial(self.trl, precision, keep)
         return found
 
     def ours(self, task: list[str]) -> Measured:
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path, help="Python of an environment with TRL (default: $TRL_PYTHON)")
     parser.add_argument("--loss", choices=LOSSES, default="jsd", help="the divergence, without labels (default: jsd)")
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
+    parser.add_argument("--trl-precisions", choices=TRL_PRECISIONS, nargs="+", default=TRL_PRECISIONS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=FULL.vocabularies)
     parser.add_argument("--tiny", action="store_true", help="sizes of seconds: that it runs, not how fast")
     options = parser.parse_args()
@@ -202,6 +206,7 @@ def main() -> None:
     if trl_python is not None and not trl_python.is_file():
         parser.error(f"--trl-python {trl_python}: no such file")
     full = replace(FULL, vocabularies=tuple(options.vocabularies), rounds=options.rounds)
+    full = replace(full, trl_precisions=tuple(options.trl_precisions))
     sizes = TINY if options.tiny else full
     transformers_logging.disable_progress_bar()
     # Absolute, but not resolved: through its link a Python knows the environment that it belongs to.

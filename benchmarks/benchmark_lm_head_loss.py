@@ -114,7 +114,7 @@ def here(what: str, head: dict, rounds: int, compiles: bool, keep: bool, name: s
         print(json.dumps(memory_here(Head(**head), name, compiles)))
 
 
-def measure(head: Head, rounds: int, compiles: bool, reuse: bool = True) -> dict[str, Measured]:
+def measure(head: Head, rounds: int, compiles: bool, reuse: bool = False) -> dict[str, Measured]:
     """Side → its time and memory. `reuse`: freed memory is reused while times are taken."""
     sizes, found = asdict(head), {}
     on_cpu = named_device("auto").type == "cpu"
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--as-pytorch-comes", action="store_true", help="times without the reuse of freed memory")
+    parser.add_argument("--freed-memory-reused", action="store_true", help="while times are taken, by all sides")
     parser.add_argument("--tiny", action="store_true", help="sizes of seconds, nothing compiled: that it runs")
     parser.add_argument("--here", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> None:
     compiles = has_compiler() and not options.tiny
     print(HEADING, flush=True)
     for head in heads:
-        found = measure(head, options.rounds, compiles, reuse=not options.as_pytorch_comes)
+        found = measure(head, options.rounds, compiles, reuse=options.freed_memory_reused)
         print(markdown_rows(head, found), flush=True)
     return None
 

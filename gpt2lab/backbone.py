@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2lab.attention_spans import as_mask, positions_of, visible
 from gpt2lab.errors import InputError
+from gpt2lab.host_memory import give_back_freed_memory
 from gpt2lab.model_folder import folder_of
 from gpt2lab.settings import ModelShape
 
@@ -122,6 +123,8 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
     # The tensors themselves, not copies: of a large teacher, one more would be the run's peak of memory.
     backbone.lm.load_state_dict(_swap_layout(model.state_dict()), assign=True)
     backbone.lm.tie_weights()
+    del model
+    give_back_freed_memory()  # transformers reads files in threads, whose memory this one would not use again
     return backbone
 
 

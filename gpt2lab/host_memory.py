@@ -20,3 +20,15 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+
+
+def give_back_freed_memory() -> None:
+    """Give the kernel what was freed, once: for what no later allocation would find, as another thread allocated it.
+
+    Source: malloc_trim(3).
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    trim(0)
