@@ -4,9 +4,8 @@
 
 N = 4,096 positions, V = 50,257 entries, D = 384 and 768; cross-entropy, and forward KL to a teacher of the same width;
 fp32, and bf16 autocast with probabilities in fp32. A time is the median of rounds in which the sides take turns in one
-process that reuses freed memory on a CPU, as train.py does. Memory is the peak above the inputs in a fresh process for
-each side: the allocator's on a GPU; on a CPU what is resident, as PyTorch comes and with freed memory reused. Prints a
-Markdown table.
+process. Memory is the peak above the inputs in a fresh process for each side: the allocator's on a GPU; on a CPU what
+is resident, as PyTorch comes and with freed memory reused, as train.py does. Prints a Markdown table.
 """
 
 import argparse

@@ -152,9 +152,9 @@ class LanguageModelingData(SampleDataModule):
         return counts
 
     def _objective(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> Objective:
-        needs_marks = self.packing or self.objective.name in ("mlm", "fim")
-        marks = marks_of(tokenizer) if needs_marks else None
-        return Objective(self.objective, marks, separate=self.packing, seed=seed)
+        marks = marks_of(tokenizer) if self.objective.name in ("mlm", "fim") else None
+        end_of_text = tokenizer.eos_token_id if self.packing else None
+        return Objective(self.objective, marks, end_of_text=end_of_text, seed=seed)
 
     def _corpus(self) -> Corpus:
         if self.source == "stdlib":

@@ -34,17 +34,22 @@ class Objective:
     """What windows of running text become. The default changes nothing.
 
     Args:
-        marks: of the tokenizer; mlm, fim and `separate` need them.
-        separate: whether documents in one window do not see each other.
+        marks: of the tokenizer, for mlm and fim.
+        end_of_text: begins each document; given, documents in one window do not see each other.
         seed: decides what is drawn.
     """
 
     def __init__(
-        self, settings: ObjectiveSettings, marks: Marks | None = None, *, separate: bool = False, seed: int = 0
+        self,
+        settings: ObjectiveSettings,
+        marks: Marks | None = None,
+        *,
+        end_of_text: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.settings = settings
         self.marks = marks
-        self.separate = separate
+        self.end_of_text = end_of_text
         self.seed = seed
 
     def target_counts(self, counts: NDArray[np.int64], length: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -69,6 +74,10 @@ class Objective:
         """
         name = self.settings.name
         counts = (batch.labels != IGNORE_INDEX).sum(1).numpy()  # (B,)
+        if name == "fim":
+            batch = self._rearranged(batch, counts, draws)
+        # Before any is hidden; −1 is no token
+        starts = batch.input_ids == (-1 if self.end_of_text is None else self.end_of_text)
         both_ways: Tensor | int = 0
         if name == "mlm":
             lengths = np.minimum(counts + 1, batch.labels.shape[1])
@@ -76,14 +85,10 @@ class Objective:
         elif name == "prefix_lm":
             prefixes = torch.from_numpy(self._prefixes(counts, draws))[:, None]  # (B, 1)
             early = torch.arange(batch.labels.shape[1]) < prefixes - 1
-            batch, both_ways = replace(batch, labels=batch.labels.masked_fill(early, IGNORE_INDEX)), prefixes - 1
-        elif name == "fim":
-            batch = self._rearranged(batch, counts, draws)
-        if not self.separate and name not in ("mlm", "prefix_lm"):
+            labels = batch.labels.masked_fill(early, IGNORE_INDEX)
+            batch, both_ways = replace(batch, labels=labels, few_targets=True), prefixes - 1
+        if self.end_of_text is None and name not in ("mlm", "prefix_lm"):
             return batch
-        starts = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        if self.separate:
-            starts = batch.input_ids == self._known_marks.end_of_text
         return replace(batch, spans=spans_of(*document_bounds(starts), both_ways))
 
     @property

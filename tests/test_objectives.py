@@ -53,7 +53,9 @@ def file(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFa
 
 
 def windows(file: TokenFile, marks: Marks, name: str, *, separate: bool = False, seed: int = 1) -> Windows:
-    return Windows(file, Objective(ObjectiveSettings(name), marks, separate=separate, seed=seed))
+    return Windows(
+        file, Objective(ObjectiveSettings(name), marks, end_of_text=marks.end_of_text if separate else None, seed=seed)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,15 @@ def test_spans_say_which_documents_and_which_prefix_are_seen() -> None:
     ahead = torch.tensor([[2, 2, 2, 5, 5, 5, 0]])
     assert spans_of(first, end, ahead)[0, :, 1].tolist() == [2, 2, 3, 5, 5, 6, 7]
     assert spans_of(first, end, 100)[0, :, 1].tolist() == [3, 3, 3, 6, 6, 6, 7]
+
+
+def test_documents_are_told_apart_though_their_beginnings_are_hidden(file: TokenFile, marks: Marks) -> None:
+    rows = np.arange(len(file))
+    plain, masked = (windows(file, marks, name, separate=True).batch(rows, 0) for name in ("clm", "mlm"))
+    assert bool(((plain.input_ids == marks.end_of_text) & (masked.input_ids != marks.end_of_text)).any())
+    assert plain.spans is not None
+    assert masked.spans is not None
+    assert torch.equal(plain.spans[..., 0], masked.spans[..., 0])
 
 
 # What is predicted
