@@ -7,7 +7,7 @@ stock model, neither of which changes the function: its Conv1D layers are `nn.Li
 gelu_new is computed by PyTorch's fused tanh GELU. `plain_hf` turns both back for export.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -68,9 +68,13 @@ class Backbone(nn.Module):
         nn.init.xavier_uniform_(self.projection.weight, generator=torch.Generator().manual_seed(seed))
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order: what is compiled, checkpointed and sharded one by one."""
-        return self.lm.transformer.h
+        return list(self.lm.transformer.h.children())
+
+    def drop_layers(self, probability: float) -> None:
+        """In training, leave every block out of a pass with this probability; names of parameters stay as they are."""
+        self.lm.transformer.h = DroppedLayers(self.blocks, probability)
 
     def checkpoint_activations(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -80,6 +84,25 @@ class Backbone(nn.Module):
         """Compile each block in place; parameter names stay as they are."""
         for block in self.blocks:
             block.compile()
+
+
+class DroppedLayers(nn.ModuleList):
+    """Blocks of which a pass in training goes through some; all of them otherwise.
+
+    Drawn from PyTorch's global random state, as dropout is.
+
+    Source: LayerDrop (Fan et al. 2019, arXiv 1909.11556).
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], probability: float) -> None:
+        super().__init__(blocks)
+        self.probability = probability
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        dropped = (
+            torch.rand(len(self)) < self.probability if self.training else torch.zeros(len(self), dtype=torch.bool)
+        )
+        return (block for block, drop in zip(self.children(), dropped.tolist(), strict=True) if not drop)
 
 
 def count_parameters(shape: ModelShape) -> int:

@@ -197,6 +197,7 @@ class TrainingSettings:
         compile_blocks: compile the transformer blocks.
         compile_head: compile the work on each chunk of the LM-head loss.
         ema: decay of the averaged weights used for validation and export; 0 is off.
+        layer_drop: probability with which a training pass leaves out a block; 0 is off.
         val_tokens, val_bytes: targets of the validation split and the UTF-8 bytes they spell, for bits per byte.
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
@@ -217,6 +218,7 @@ class TrainingSettings:
     compile_head: bool = False
     activation_checkpointing: bool = False
     ema: float = 0.0
+    layer_drop: float = 0.0
     log_every: int = 10
     cross_entropy: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)

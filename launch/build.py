@@ -113,6 +113,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         compile_head=config.record.compile_head is True,
         activation_checkpointing=config.activation_checkpointing,
         ema=config.ema,
+        layer_drop=config.layer_drop,
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
         objective=config.objective,
@@ -207,7 +208,12 @@ def strategy(config: Config) -> Strategy | str:
     """Lightning's strategy; FSDP2 also runs on CPU ranks, over gloo."""
     backend = "gloo" if config.accelerator == "cpu" else None
     if config.strategy == "ddp":
-        return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+        # A block that was left out has no gradient, which DDP must be told to expect.
+        return DDPStrategy(
+            process_group_backend=backend,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=config.layer_drop > 0,
+        )
     if config.strategy == "fsdp":
         return ModelParallelStrategy(
             data_parallel_size=config.record.world_size,

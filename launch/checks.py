@@ -41,6 +41,7 @@ def check(config: Config) -> None:
     check_batch(config)
     check_files(config)
     check_precision(config)
+    check_layer_drop(config)
     check_task_and_data(config)
     objective_checks.check(config)
     distillation_checks.check(config)
@@ -219,6 +220,15 @@ def refuse_fp16_on_cpu() -> None:
         "precision=fp16 needs a GPU: a CPU computes no fp16 matrix products, and Lightning would silently take bf16.\n"
         "Set precision=bf16 or precision=fp32."
     )
+
+
+def check_layer_drop(config: Config) -> None:
+    """Ranks that share each block's weights must all go through the same blocks."""
+    if config.layer_drop and config.strategy == "fsdp":
+        raise InputError(
+            "layer_drop draws on each rank which blocks it leaves out, and with strategy=fsdp all must run the same.\n"
+            "Leave layer_drop out, or use strategy=ddp."
+        )
 
 
 def check_task_and_data(config: Config) -> None:

@@ -120,6 +120,7 @@ class Config:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     packing: bool = False
+    layer_drop: float = 0.0
 
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 

@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "z_loss": (0, math.inf),
     "gradient_clip": (0, math.inf),
     "ema": (0, [1]),
+    "layer_drop": (0, [1]),
     "validate_every": (1, math.inf),
     "checkpoint_every": (1, math.inf),
     "sample_every": (1, math.inf),

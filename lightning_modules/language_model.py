@@ -118,6 +118,8 @@ class LanguageModel(lightning.LightningModule):
         self.backbone = self.build_backbone()
         if self.settings.activation_checkpointing:
             self.backbone.checkpoint_activations()
+        if self.settings.layer_drop:
+            self.backbone.drop_layers(self.settings.layer_drop)
         if self.settings.compile_blocks:
             self.backbone.compile_blocks()
         if self.is_sharded:

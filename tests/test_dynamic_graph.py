@@ -1,0 +1,86 @@
+"""The dynamic graph: layers that a pass leaves out, and batches of many lengths through a few compiled graphs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Train
+from safetensors.torch import load_file
+
+from gpt2lab.backbone import Backbone
+from gpt2lab.metrics_file import read_metrics
+from gpt2lab.settings import ModelShape
+
+
+def passed_through(backbone: Backbone) -> list[int]:
+    """Numbers of the blocks that one pass goes through."""
+    seen: list[int] = []
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: seen.append(number))
+        for number, block in enumerate(backbone.blocks)
+    ]
+    backbone.logits(torch.tensor([[1, 2, 3]]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_layers_are_left_out_in_training_only() -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(ModelShape(8, 1, 8, 16, 20))
+    names = list(backbone.state_dict())
+    backbone.drop_layers(0.25)
+    assert list(backbone.state_dict()) == names
+    passes = [passed_through(backbone) for _ in range(200)]
+    assert sum(map(len, passes)) / 200 == pytest.approx(6, abs=0.3)
+    assert all(numbers == sorted(numbers) for numbers in passes)
+    assert len({tuple(numbers) for numbers in passes}) > 50
+    assert passed_through(backbone.eval()) == list(range(8))
+
+
+def test_a_run_with_layer_drop_is_taken_up_again_as_if_unbroken(
+    train_here: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    keys = (*tiny, "layer_drop=0.5", "steps=12", "checkpoint_every=6", "validate_every=6", "seed=1", "log_every=1")
+    assert train_here(*keys, "run_dir=unbroken").code == 0
+    assert train_here(*keys, "run_dir=stopped").code == 0
+    (tmp_path / "stopped" / "checkpoints" / "step-000012.ckpt").unlink()
+    assert train_here("resume=stopped").code == 0
+    weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("unbroken", "stopped")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.slow
+def test_two_ranks_train_with_layers_left_out(train_process: Train, tiny: list[str], tmp_path: Path) -> None:
+    ended = train_process(*tiny, "layer_drop=0.5", "steps=12", "validate_every=6", "devices=2", "run_dir=run")
+    assert ended.code == 0, ended.stderr
+    losses = [float(row["val/loss"]) for row in read_metrics(tmp_path / "run") if row.get("val/loss")]
+    assert losses[-1] < losses[0]
+    refused = train_process(*tiny, "layer_drop=0.5", "devices=2", "strategy=fsdp", "run_dir=sharded")
+    assert refused.code == 2
+    assert "use strategy=ddp" in refused.stderr
+
+
+@pytest.mark.slow
+def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
+    train_here: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    """Micro-batches of 8 to 64 positions; the second length makes the graph dynamic, and it serves the rest."""
+    lines = [f"{'x ' * (number % 9)}\t{'y ' * (number % 11 + 1)}{number}" for number in range(400)]
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "\n".join(line for line in lines if line[0] == "x") + "\n")
+    keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens", "context"))]
+    keys += [
+        "task=finetune",
+        "init=scratch",
+        "model=nano",
+        "data=pairs",
+        f"path={tmp_path / 'pairs.tsv'}",
+        "context=64",
+    ]
+    keys += ["batch_sequences=2", "steps=40", "validate_every=40", "task.text.examples=0", "compile=true"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ended = train_here(*keys, "run_dir=run")
+    assert ended.code == 0, ended.stderr
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 12, dict(torch._dynamo.utils.counters["stats"])
