@@ -113,6 +113,13 @@ def fits(row: dict[str, str]) -> bool:
         return False
     if row["task"] == "distill" and row["loss"] == "uld" and row["sequences"] != "data":
         return False
+    if row["objective"] in ("mlm", "fim") and not is_running_text:
+        return False
+    if row["task"] == "distill" and row["objective"] != "clm":
+        drawn_anew = is_running_text and row["objective"] != "sampled_softmax" and row["teacher_cache"] != "none"
+        on_other_text = row["sequences"] != "data" or row["loss"] == "uld"
+        if row["objective"] == "sampled_softmax" or drawn_anew or on_other_text:
+            return False
     return not (row["task"] == "finetune" and is_running_text)
 
 

@@ -25,9 +25,11 @@ from datamodules.token_preparation import split_corpus
 from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.cache import prepared, read_ledger
 from gpt2lab.errors import InputError
-from gpt2lab.settings import DataFacts, TokenizerChoice
+from gpt2lab.objectives import Objective
+from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
 from gpt2lab.token_file import TokenFile
 from gpt2lab.tokenizer import differing_tokens, load_tokenizer, train_bpe
+from gpt2lab.windows import Windows
 
 ROOT = Path(__file__).parent.parent
 STORIES = [Path(os.__file__).with_name(name).read_text() for name in ("textwrap.py", "bisect.py", "heapq.py", "abc.py")]
@@ -142,10 +144,10 @@ def test_the_token_file_spells_the_validation_text_and_counts_its_bytes(stories:
     data = text_data(stories, tmp_path / "cache", val_path=str(stories / "3.txt"))
     facts = data.prepare()
     tokenizer = load_tokenizer(facts.tokenizer_folder)
-    documents = tokenizer.decode(data.val_samples.tokens.tolist()).split("<|endoftext|>")
+    documents = tokenizer.decode(data.val_samples.file.tokens.tolist()).split("<|endoftext|>")
     assert "".join(documents) == STORIES[3]
     assert facts.val_bytes == len(STORIES[3].encode())
-    assert facts.val_tokens == len(data.val_samples.tokens) - 1
+    assert facts.val_tokens == len(data.val_samples.file.tokens) - 1
 
 
 def test_windows_tile_the_file_and_labels_are_the_next_token(tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_validation_covers_every_target_once_over_ranks(tmp_path: Path) -> None:
 
 def test_training_resumes_at_any_step_with_the_batches_it_would_have_had(tmp_path: Path) -> None:
     np.arange(1000, dtype="<u2").tofile(tmp_path / "t.bin")
-    file = TokenFile(tmp_path / "t.bin", np.dtype("<u2"), context=8)
+    file = Windows(TokenFile(tmp_path / "t.bin", np.dtype("<u2"), context=8), Objective(ObjectiveSettings()))
     whole = TrainingStream(file, 12, 3, seed=5, rank=1, world=2, first_step=0)
     later = TrainingStream(file, 12, 3, seed=5, rank=1, world=2, first_step=20)
     for number in range(9):
@@ -345,14 +347,14 @@ def test_nanogpt_files_are_used_where_they_lie(stories: Path, tmp_path: Path) ->
     facts = made.prepare()
     folder = tmp_path / "bin"
     folder.mkdir()
-    made.train_samples.tokens.tofile(folder / "train.bin")
-    made.val_samples.tokens.tofile(folder / "val.bin")
+    made.train_samples.file.tokens.tofile(folder / "train.bin")
+    made.val_samples.file.tokens.tofile(folder / "val.bin")
     tokenizer = TokenizerChoice("pretrained", source=facts.tokenizer_folder)
     data = text_data(folder, tmp_path / "other", source="bin", name="bin", tokenizer=tokenizer)
     read: DataFacts = data.prepare()
     assert (read.train_tokens, read.val_tokens) == (facts.train_tokens, facts.val_tokens)
     spelt = load_tokenizer(facts.tokenizer_folder).decode(
-        made.val_samples.tokens[1:].tolist(), skip_special_tokens=True
+        made.val_samples.file.tokens[1:].tolist(), skip_special_tokens=True
     )
     assert read.val_bytes == len(spelt.encode())
     assert not (tmp_path / "other" / "tokens").exists()

@@ -76,12 +76,12 @@ def test_files_become_one_document_each_with_end_of_text_before_it(tmp_path: Pat
         (tmp_path / f"{number}.txt").write_text(source)
     data = text_data(tmp_path, tmp_path / "cache")
     facts = data.prepare()
-    ledger = read_ledger(data.val_samples.tokens.filename.parent)
+    ledger = read_ledger(data.val_samples.file.tokens.filename.parent)
     sides = ledger["sides"]
     assert sides["train"]["documents"] + sides["val"]["documents"] == len(SOURCES)
     assert sides["train"]["bytes"] + sides["val"]["bytes"] == sum(len(source.encode()) for source in SOURCES)
     tokenizer = load_tokenizer(facts.tokenizer_folder)
-    both = [tokenizer.decode(file.tokens.tolist()) for file in (data.train_samples, data.val_samples)]
+    both = [tokenizer.decode(side.file.tokens.tolist()) for side in (data.train_samples, data.val_samples)]
     assert all(text.startswith("<|endoftext|>") for text in both)
     assert sorted(document for text in both for document in text.split("<|endoftext|>")[1:]) == sorted(SOURCES)
 
@@ -90,7 +90,7 @@ def test_of_a_single_document_the_last_part_is_validation(tmp_path: Path) -> Non
     (tmp_path / "one.txt").write_text(text := "".join(SOURCES[:2]))
     data = text_data(tmp_path / "one.txt", tmp_path / "cache", val_fraction=0.1)
     tokenizer = load_tokenizer(data.prepare().tokenizer_folder)
-    train, val = (tokenizer.decode(file.tokens[1:].tolist()) for file in (data.train_samples, data.val_samples))
+    train, val = (tokenizer.decode(side.file.tokens[1:].tolist()) for side in (data.train_samples, data.val_samples))
     assert train + val == text
     assert train.endswith("\n")
     assert 0.09 < len(val) / len(text) < 0.11

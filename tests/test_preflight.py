@@ -81,14 +81,14 @@ def wrong_gradient(monkeypatch) -> None:
 
 def ids_clamped(monkeypatch) -> None:
     honest = OnlineTeacher.signal
-    monkeypatch.setattr(OnlineTeacher, "signal", lambda self, ids: honest(self, ids.clamp_max(9)))
+    monkeypatch.setattr(OnlineTeacher, "signal", lambda self, ids, spans: honest(self, ids.clamp_max(9), spans))
 
 
 def shifted_by_one(monkeypatch) -> None:
     honest = OnlineTeacher.signal
 
-    def shifted(self: OnlineTeacher, ids: Tensor):
-        said = honest(self, ids)
+    def shifted(self: OnlineTeacher, ids: Tensor, spans: Tensor | None):
+        said = honest(self, ids, spans)
         return replace(said, hidden=said.hidden.roll(1, 0))
 
     monkeypatch.setattr(OnlineTeacher, "signal", shifted)
@@ -102,8 +102,8 @@ def training_mode(monkeypatch) -> None:
 def dropout_in_teacher(monkeypatch) -> None:
     honest = OnlineTeacher.signal
 
-    def dropping(self: OnlineTeacher, ids: Tensor):
-        said = honest(self, ids)
+    def dropping(self: OnlineTeacher, ids: Tensor, spans: Tensor | None):
+        said = honest(self, ids, spans)
         return replace(said, hidden=torch.dropout(said.hidden, 0.1, train=True))
 
     monkeypatch.setattr(OnlineTeacher, "signal", dropping)

@@ -325,7 +325,7 @@ def results_in(folder: Path) -> dict[str, Any]:
 
 
 def test_a_tokenizer_that_is_not_the_teachers_is_refused_before_anything_is_run(study: Study, tmp_path: Path):
-    ended = study("tokenizer=bpe", "vocab_size=300")
+    ended = study("tokenizer=bpe", "vocab_size=280")
     assert ended.code == 2
     assert "Leave tokenizer=auto" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) <= 6

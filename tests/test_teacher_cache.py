@@ -44,12 +44,12 @@ class TalkativePairs:
         return Batch(self.ids[rows], labels, target_tokens, torch.from_numpy(rows))
 
 
-def teacher(input_ids: Tensor) -> DenseTeacher:
+def teacher(batch: Batch) -> DenseTeacher:
     """Deterministic, and different for every token."""
     generator = torch.Generator().manual_seed(1)
     embedding = torch.randn(VOCABULARY, WIDTH, generator=generator)
     weight = torch.randn(VOCABULARY + 3, WIDTH, generator=generator)  # three entries of padding
-    return DenseTeacher(embedding[input_ids].flatten(0, 1), weight)
+    return DenseTeacher(embedding[batch.input_ids].flatten(0, 1), weight)
 
 
 def batches(samples: TalkativePairs, rows: NDArray[np.int64], size: int = 4) -> Iterator[Batch]:
@@ -66,7 +66,7 @@ def written(folder: Path, settings: TeacherCacheSettings, temperature: float = 1
 
 def probabilities(batch: Batch, temperature: float = 1.0) -> Tensor:
     """(targets, V) of the teacher, padding cut."""
-    dense = teacher(batch.input_ids)
+    dense = teacher(batch)
     kept = batch.labels.flatten() != IGNORE_INDEX
     return (dense.hidden[kept] @ dense.weight[:VOCABULARY].T / temperature).softmax(1)
 
@@ -93,7 +93,7 @@ def test_a_cache_of_every_entry_gives_the_loss_and_gradient_of_the_teacher_itsel
     side, samples = written(tmp_path, TeacherCacheSettings("topk", k=VOCABULARY, dtype="float32"))
     batch = samples.batch(np.arange(9), 0)
     kept = batch.labels.flatten() != IGNORE_INDEX
-    labels, dense = batch.labels.flatten()[kept], teacher(batch.input_ids)
+    labels, dense = batch.labels.flatten()[kept], teacher(batch)
     torch.manual_seed(2)
     hidden = torch.randn(len(labels), WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
