@@ -4,6 +4,7 @@
 by a signal after saving, to be resumed · 130 Ctrl-C.
 """
 
+import atexit
 import errno
 import os
 import signal
@@ -30,6 +31,7 @@ class Ended(SystemExit):
 
 def end(entry: Callable[[], Any]) -> NoReturn:
     """Run `entry` and end this process as it ended; a Ctrl-C while the interpreter shuts down has an exit code too."""
+    atexit.register(_ignore_signals)
     for number in SIGNALS:
         signal.signal(number, _end_at_once)
     sys.exit(exit_code(entry))
@@ -107,6 +109,12 @@ def cleaning_up() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    """The last of what runs at exit, for it is registered first; next Python gives signals back to the system."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> None:

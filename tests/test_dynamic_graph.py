@@ -78,6 +78,7 @@ def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
         "context=64",
     ]
     keys += ["batch_sequences=2", "steps=40", "validate_every=40", "task.text.examples=0", "compile=true"]
+    keys += ["task.text.max_new_tokens=8"]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     ended = train_here(*keys, "run_dir=run")

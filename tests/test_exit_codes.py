@@ -64,20 +64,21 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
 @pytest.mark.slow
 def test_the_second_ctrl_c_stops_at_once(cache: Path, tmp_path: Path, tiny: list[str]):
     # One step lasts for seconds, so both presses fall into it.
-    slow = ["batch_tokens=65536", "steps=1000", "log_every=1", "run_dir=run"]
+    slow = ["batch_tokens=262144", "steps=1000", "log_every=1", "run_dir=run"]
     process = start(cache, tmp_path, *tiny, *slow)
     while not read_metrics(tmp_path / "run"):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     time.sleep(0.8)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "Stopped at once" in stderr
 
 
 def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):
     program = "import atexit, time; from launch import answer\n"
-    program += "atexit.register(lambda: (print('down', flush=True), time.sleep(30)))\nanswer.end(lambda: None)"
+    program += "down = lambda: (print('down', flush=True), time.sleep(30))\nanswer.end(lambda: atexit.register(down))"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
