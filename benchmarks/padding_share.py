@@ -1,0 +1,52 @@
+"""How much of what is computed in fine-tuning is padding, with and without packing: pairs of data=summarize.
+
+    python -m benchmarks.padding_share
+
+Context 256; the first 100 steps of 16 pairs in one micro-batch each, tokenizer and split as train.py has
+them. Nothing is trained. Prints a Markdown table.
+"""
+
+from datamodules.micro_batches import TrainingStream
+from datamodules.pair_batches import PairsToPad
+from datamodules.pairs import PairData
+from gpt2lab.settings import TokenizerChoice
+
+CONTEXT, PAIRS, STEPS = 256, 16, 100
+
+
+def opened(packing: bool) -> PairData:
+    """The pairs of conf/data/summarize.yaml."""
+    data = PairData(
+        name="summarize",
+        prompt="{source}\n\nTL;DR:",
+        response=" {target}",
+        source="code",
+        target="summary",
+        reader="functions",
+        tokenizer=TokenizerChoice("bpe"),
+        context=CONTEXT,
+        batch_sequences=PAIRS,
+        accumulate=1,
+        seed=1337,
+        packing=packing,
+    )
+    data.prepare()
+    return data
+
+
+def main() -> None:
+    print("| | rows of a micro-batch | positions | of these padding |\n|---|--:|--:|--:|")
+    for packing in (False, True):
+        data = opened(packing)
+        stream = TrainingStream(data.train_samples, PAIRS, 1, seed=1337, rank=0, world=1, first_step=0)
+        batches = [stream[step] for step in range(STEPS)]
+        positions = sum(batch.input_ids.numel() for batch in batches)
+        pairs = data.train_samples
+        assert isinstance(pairs, PairsToPad)
+        real = sum(len(pairs.file.sequence(row)[0]) - 1 for batch in batches for row in batch.indices.tolist())
+        rows = sum(len(batch.input_ids) for batch in batches) / STEPS
+        print(f"| packing={str(packing).lower()} | {rows:.1f} | {positions:,} | {1 - real / positions:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
