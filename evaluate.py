@@ -96,10 +96,9 @@ def composed(data: str) -> "Config":
 
     from launch import config
 
-    if data not in values("data"):
-        raise InputError(
-            f"data={data}: no such value{nearest(data, values('data'))}.\nAllowed: {', '.join(values('data'))}."
-        )
+    allowed = values("data")
+    if data not in allowed:
+        raise InputError(f"data={data}: no such value{nearest(data, allowed)}.\nAllowed: {', '.join(allowed)}.")
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = compose("train", overrides=[f"data={data}"], return_hydra_config=True)
@@ -117,11 +116,10 @@ def evaluate(arguments: Arguments) -> "tuple[Score, Comparison | None]":
     models = compared_models.named_models({key: vars(arguments)[key] for key in ("checkpoint", "teacher", "baseline")})
     settings = data_settings(arguments, models[0].folder, models[0].positions)
     compared_models.check_context(models, settings.context)
-    from launch.noise import settle_noise  # what follows takes seconds to import; mistakes are told before
+    from launch.noise import settle_library_noise, settle_noise
 
-    settle_noise()
+    settle_noise()  # what follows takes seconds to import; mistakes are told before
     import torch
-    from transformers import logging
 
     from gpt2lab.backbone import load_backbone
     from gpt2lab.comparison import compare
@@ -131,7 +129,7 @@ def evaluate(arguments: Arguments) -> "tuple[Score, Comparison | None]":
     from gpt2lab.tokenizer import load_tokenizer
     from launch.build import data_module
 
-    logging.disable_progress_bar()
+    settle_library_noise()
     device = named_device(arguments.accelerator)
     if device.type == "cpu":
         keep_freed_memory()

@@ -21,14 +21,14 @@ def main() -> None:
     arguments = parse(sys.argv[1:], Arguments)
     check_output_file(arguments.json)
     author = Author(arguments)
-    if not arguments.prompt and not arguments.prompts:
-        return author.converse()
-    written = author.speculate() if arguments.draft else author.write()
+    if arguments.draft:
+        written = author.speculate()
+    else:
+        written = author.write() if author.prompts else author.converse()
     if arguments.json:
         from gpt2lab.atomic_files import write_json
 
         write_json(Path(arguments.json), [text.facts for text in written])
-    return None
 
 
 if __name__ == "__main__":

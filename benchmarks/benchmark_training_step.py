@@ -22,12 +22,12 @@ from benchmarks.train_command import ROOT, bin_data, train
 VOCABULARIES = (4_096, 50_257)
 
 
-def ours(corpus: Path, tokenizer: Path, run_dir: Path, compiled: bool, steps: int) -> float:
+def ours(corpus: Path, tokenizer: Path, run_dir: Path, steps: int, keys: list[str]) -> float:
     """Tokens per second as report.json has it: whole steps through train.py, data and logging included."""
     arguments = ["task=pretrain", "model=mini", *bin_data(corpus, tokenizer), "optimizer=adamw", "precision=bf16"]
     arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", f"steps={steps}"]
     arguments += [f"validate_every={steps}", f"checkpoint_every={steps}", f"sample_every={steps}", "log_every=5"]
-    arguments += ["logger=csv", f"compile={str(compiled).lower()}", "devices=1"]
+    arguments += ["logger=csv", "devices=1", *keys]
     return train(run_dir, arguments)["tokens_per_second"]
 
 
@@ -48,7 +48,7 @@ def measure(folder: Path, model_file: Path | None, steps: int, rounds: int) -> d
         for number in range(rounds):
             for compiled in (False, True):
                 run_dir = folder / f"run-{vocab_size}-{number}-{compiled}"
-                speed = ours(corpus, tokenizer, run_dir, compiled, steps)
+                speed = ours(corpus, tokenizer, run_dir, steps, [f"compile={str(compiled).lower()}"])
                 speeds[vocab_size, "train.py", compiled].append(speed)
                 print(f"V={vocab_size} train.py compile={compiled}: {speed:,.0f} tokens/s", file=sys.stderr)
                 if model_file is not None:

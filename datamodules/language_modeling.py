@@ -116,9 +116,8 @@ class LanguageModelingData(SampleDataModule):
                     "Give more text, or lower context."
                 )
         self._entries = int(facts["vocab_size"])
-        tokenizer = load_tokenizer(tokenizer_folder)
-        self.train_samples = Windows(train_file, self._objective(tokenizer, self.seed))
-        self.val_samples = Windows(val_file, self._objective(tokenizer, VALIDATION_SEED))
+        self.train_samples = Windows(train_file, self._objective(tokenizer_folder, self.seed))
+        self.val_samples = Windows(val_file, self._objective(tokenizer_folder, VALIDATION_SEED))
         of_all_text = self.objective.name in ("clm", "sampled_softmax")
         return DataFacts(
             name=self.name,
@@ -151,8 +150,12 @@ class LanguageModelingData(SampleDataModule):
             counts += np.bincount(tokens[start : start + COUNTED_AT_A_TIME], minlength=entries)
         return counts
 
-    def _objective(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> Objective:
-        marks = marks_of(tokenizer) if self.objective.name in ("mlm", "fim") else None
+    def _objective(self, tokenizer_folder: str, seed: int) -> Objective:
+        has_marks = self.objective.name in ("mlm", "fim")
+        if not has_marks and not self.packing:
+            return Objective(self.objective, seed=seed)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        marks = marks_of(tokenizer) if has_marks else None
         end_of_text = tokenizer.eos_token_id if self.packing else None
         return Objective(self.objective, marks, end_of_text=end_of_text, seed=seed)
 

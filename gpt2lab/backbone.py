@@ -99,9 +99,9 @@ class DroppedLayers(nn.ModuleList):
         self.probability = probability
 
     def __iter__(self) -> Iterator[nn.Module]:
-        dropped = (
-            torch.rand(len(self)) < self.probability if self.training else torch.zeros(len(self), dtype=torch.bool)
-        )
+        if not self.training:
+            return super().__iter__()
+        dropped = torch.rand(len(self)) < self.probability
         return (block for block, drop in zip(self.children(), dropped.tolist(), strict=True) if not drop)
 
 

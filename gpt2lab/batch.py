@@ -32,6 +32,10 @@ class Batch:
     few_targets: bool = False  # whether many positions have no target, so that leaving those out of the head pays
     by_student: bool = False  # whether the student itself wrote the text, so that its labels teach nothing
 
+    def spans_on(self, device: torch.device) -> Tensor | None:
+        """Its spans, moved to a device."""
+        return None if self.spans is None else self.spans.to(device)
+
 
 @dataclass(frozen=True)
 class PairTokens:

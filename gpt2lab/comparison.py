@@ -96,7 +96,7 @@ def compare(
 
 def _sums_of(student: Backbone, teacher: Backbone, batch: Batch, uniforms: Tensor, entries: int) -> Sums:
     input_ids, labels = batch.input_ids.to(uniforms.device), batch.labels.flatten().to(uniforms.device)
-    spans = None if batch.spans is None else batch.spans.to(uniforms.device)
+    spans = batch.spans_on(uniforms.device)
     signal = teacher(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
 
     def head(hidden: Tensor, weight: Tensor) -> Sums:

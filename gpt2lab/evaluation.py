@@ -83,7 +83,7 @@ def nats_of(backbone: Backbone, batch: Batch, device: torch.device, entries: int
     def head(hidden: Tensor, weight: Tensor) -> float:
         return lm_head_loss(hidden.flatten(0, 1)[rows], weight[:entries], kept_labels).cross_entropy.item()
 
-    return backbone(batch.input_ids.to(device), head, None if batch.spans is None else batch.spans.to(device))
+    return backbone(batch.input_ids.to(device), head, batch.spans_on(device))
 
 
 def targets_of(batch: Batch) -> Tensor:

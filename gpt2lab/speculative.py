@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from gpt2lab.device import synchronize
 from gpt2lab.generation import Sampling, generate_ids
 
 
@@ -143,7 +143,6 @@ class Calls:
     def _begin(self, *_: object) -> None:
         self._started = time.perf_counter()
 
-    def _end(self, module: GPT2LMHeadModel, _given: object, output: object) -> None:
-        if module.device.type == "cuda":
-            Tensor.item(output.logits[0, 0, 0])  # type: ignore[attr-defined]  # waits for the GPU
+    def _end(self, *_: object) -> None:
+        synchronize(self.model.device)
         self.seconds.append(time.perf_counter() - self._started)

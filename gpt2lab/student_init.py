@@ -121,11 +121,7 @@ def measure_importance(teacher: Backbone, batches: Iterable[Batch]) -> Importanc
         for batch in batches:
             # Padding stands on the right of the last target.
             real = (batch.labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1).bool().to(device)
-            teacher(
-                batch.input_ids.to(device),
-                lambda hidden, weight: None,
-                None if batch.spans is None else batch.spans.to(device),
-            )
+            teacher(batch.input_ids.to(device), lambda hidden, weight: None, batch.spans_on(device))
             tokens += int(real.sum())
     finally:
         for handle in handles:

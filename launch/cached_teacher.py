@@ -104,8 +104,7 @@ def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.
         device = teacher.backbone.lm.device
 
         def signal(batch: Batch) -> DenseTeacher:
-            spans = None if batch.spans is None else batch.spans.to(device)
-            return teacher.signal(batch.input_ids.to(device), spans)
+            return teacher.signal(batch.input_ids.to(device), batch.spans_on(device))
 
         for side, samples, rows in missing:
             parts = batches(samples, rows, largest_micro_batch(settings), progress)

@@ -5,13 +5,16 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.marks import PLACE
 from gpt2lab.model_folder import folder_of, read_objective, read_shape
 from launch.key_values import argument
-from launch.noise import settle_noise
+from launch.noise import settle_library_noise, settle_noise
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
 
 SEPARATOR = "||"  # of stop texts
 
@@ -85,7 +88,7 @@ class Author:
         from gpt2lab.generation import Sampling
         from gpt2lab.tokenizer import load_tokenizer
 
-        _quiet_transformers()
+        settle_library_noise()
         self.device = named_device(arguments.accelerator)
         self.model = load_backbone(str(folder)).lm.to(self.device).eval()
         self.tokenizer = load_tokenizer(str(folder))
@@ -103,31 +106,21 @@ class Author:
         )
 
     def write(self) -> list[Text]:
-        """Every prompt's texts, shown; a single one as it is written, where somebody watches."""
-        single = len(self.prompts) == self.arguments.num_samples == 1
-        if single and sys.stdout.isatty() and self._streams:
-            return [self._streamed(self.prompts[0])]
-        texts = self._texts([prompt for prompt in self.prompts for _ in range(self.arguments.num_samples)])
-        for number, text in enumerate(texts, 1):
-            if len(texts) > 1:
-                print(f"--- {number} of {len(texts)}")
-            print(self._whole(text))
-        return texts
+        """Every prompt's texts, shown."""
+        return self._show(self.prompts)
 
-    def converse(self) -> None:
+    def converse(self) -> list[Text]:
         """Ask for prompts and write after each, until there are no more (Ctrl-D)."""
+        texts: list[Text] = []
         if sys.stdin.isatty():
             print("A prompt is continued at Enter; Ctrl-D ends.", file=sys.stderr)
         while True:
             try:
                 prompt = input("> " if sys.stdin.isatty() else "")
             except EOFError:
-                return
+                return texts
             try:
-                if self._streams and sys.stdout.isatty():
-                    self._streamed(prompt)
-                else:
-                    print(self._whole(self._texts([prompt])[0]))
+                texts += self._show([prompt])
             except InputError as mistake:
                 print(f"error: {mistake}", file=sys.stderr)
 
@@ -140,7 +133,7 @@ class Author:
         self._check_draft(folder)
         draft = load_backbone(str(folder)).lm.to(self.device).eval()
         texts = []
-        for prompt in [self.prompts[0], *self.prompts]:  # the first time warms up, and is not counted
+        for number, prompt in enumerate([self.prompts[0], *self.prompts]):
             found = speculate(
                 self.model,
                 draft,
@@ -151,15 +144,29 @@ class Author:
                 entries=len(self.tokenizer),
                 seed=arguments.seed,
             )
+            if not number:
+                continue  # the first time warms up
             measured = {name: round(value, 4) for name, value in found.figures().items()}
-            written = self.tokenizer.decode(found.ids)
-            texts.append(Text(prompt, written, len(found.ids), round(found.seconds, 3), measured))
-        for text in texts[1:]:
-            print(self._whole(text))
-            print(_in_words(text), file=sys.stderr)
-        return texts[1:]
+            texts.append(self._text(prompt, found.ids, round(found.seconds, 3), measured))
+            print(self._whole(texts[-1]))
+            print(_in_words(texts[-1]), file=sys.stderr)
+        return texts
 
-    def _texts(self, prompts: list[str]) -> list[Text]:
+    def _show(self, prompts: list[str]) -> list[Text]:
+        """The texts of some prompts; a single one is shown as it is written, where somebody watches."""
+        if len(prompts) == self.arguments.num_samples == 1 and sys.stdout.isatty() and self._streams:
+            from transformers import TextStreamer
+
+            print(prompts[0], end="", flush=True)
+            return self._written(prompts, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        texts = self._written([prompt for prompt in prompts for _ in range(self.arguments.num_samples)])
+        for number, text in enumerate(texts, 1):
+            if len(texts) > 1:
+                print(f"--- {number} of {len(texts)}")
+            print(self._whole(text))
+        return texts
+
+    def _written(self, prompts: list[str], streamer: "BaseStreamer | None" = None) -> list[Text]:
         from gpt2lab.completion import complete
         from gpt2lab.device import synchronize
 
@@ -174,37 +181,19 @@ class Author:
             max_new_tokens=self.arguments.max_new_tokens,
             seed=self.arguments.seed,
             stop=self.stop,
+            streamer=streamer,
         )
         synchronize(self.device)
         seconds = round(time.perf_counter() - started, 3)
         pairs = zip(prompts, completions, strict=True)
         return [self._text(prompt, written, seconds) for prompt, written in pairs]
 
-    def _text(self, prompt: str, ids: list[int], seconds: float) -> Text:
+    def _text(self, prompt: str, ids: list[int], seconds: float, measured: dict[str, float] | None = None) -> Text:
         completion = self.tokenizer.decode(ids)
         for stop in self.stop:
             completion = completion.partition(stop)[0]
-        return Text(prompt, completion, prompt.count(PLACE) if self.objective == "mlm" else len(ids), seconds)
-
-    def _streamed(self, prompt: str) -> Text:
-        from transformers import TextStreamer
-
-        from gpt2lab.completion import complete
-
-        ids = self._ids(prompt)
-        print(prompt, end="", flush=True)
-        started = time.perf_counter()
-        (written,) = complete(
-            self.model,
-            self.tokenizer,
-            self.objective,
-            [ids],
-            self.sampling,
-            max_new_tokens=self.arguments.max_new_tokens,
-            seed=self.arguments.seed,
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-        return self._text(prompt, written, round(time.perf_counter() - started, 3))
+        tokens = prompt.count(PLACE) if self.objective == "mlm" else len(ids)
+        return Text(prompt, completion, tokens, seconds, measured or {})
 
     @property
     def _streams(self) -> bool:
@@ -269,13 +258,6 @@ def _prompts_in(file: str) -> list[str]:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"prompts={file} holds no prompt.\nGive a text file, or a .jsonl with `prompt`.")
     return prompts
-
-
-def _quiet_transformers() -> None:
-    from transformers import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _in_words(text: Text) -> str:

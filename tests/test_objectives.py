@@ -150,7 +150,7 @@ def test_what_is_drawn_follows_from_seed_and_draw_number_alone(name: str, file: 
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_and_ranks_share_out_the_same_step(name: str, file: TokenFile, marks: Marks) -> None:
     samples, size = windows(file, marks, name), 12
-    (whole,) = (TrainingStream(samples, size, 1, seed=1, rank=0, world=1, first_step=9)[0],)
+    whole = TrainingStream(samples, size, 1, seed=1, rank=0, world=1, first_step=9)[0]
     parts = [
         TrainingStream(samples, size, 2, seed=1, rank=rank, world=2, first_step=5)[8 + part]
         for part in range(2)
