@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,7 @@ from datamodules.hub_documents import hub_corpus
 from datamodules.micro_batches import SampleDataModule
 from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
+from gpt2lab.batch import Batch
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.marks import PLACE, marks_of
@@ -29,7 +31,7 @@ from gpt2lab.objectives import Objective
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
 from gpt2lab.token_file import TokenFile, token_dtype
 from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
-from gpt2lab.windows import Windows
+from gpt2lab.windows import SlidingWindows, Windows
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
@@ -149,6 +151,15 @@ class LanguageModelingData(SampleDataModule):
         for start in range(0, len(tokens), COUNTED_AT_A_TIME):
             counts += np.bincount(tokens[start : start + COUNTED_AT_A_TIME], minlength=entries)
         return counts
+
+    def sliding_batches(self, stride: int, all_text: bool) -> ConcatDataset[Batch]:
+        """The validation text, or all of it, in windows that overlap (gpt2lab/windows.py)."""
+        assert isinstance(self.train_samples, Windows)
+        assert isinstance(self.val_samples, Windows)
+        sides = [self.val_samples, self.train_samples] if all_text else [self.val_samples]
+        return ConcatDataset(
+            [SlidingWindows(side.file.tokens, self.context, stride, self.eval_batch_sequences) for side in sides]
+        )
 
     def _objective(self, tokenizer_folder: str, seed: int) -> Objective:
         has_marks = self.objective.name in ("mlm", "fim")

@@ -51,6 +51,9 @@ class PairData(SampleDataModule):
         InputError: a template lacks its field or has another.
     """
 
+    train_samples: PairsToPad
+    val_samples: PairsToPad
+
     def __init__(
         self,
         *,
@@ -155,6 +158,21 @@ class PairData(SampleDataModule):
         lengths = batch.prompt_lengths.tolist()
         prompts = [tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
         return list(dict.fromkeys(prompts))[:3]
+
+    def training_pairs(self) -> Iterator[tuple[str, str]]:
+        """(source, target) texts of the training side."""
+        return self._split()[0]()
+
+    def val_texts(self, count: int) -> tuple[list[str], list[str]]:
+        """Sources and targets of the first validation pairs, as they were given."""
+        rows = np.arange(min(count, len(self.val_samples)))
+        return self.val_samples.file.texts(rows)
+
+    def val_prompts(self, count: int) -> list[list[int]]:
+        """Token ids of the first validation pairs' prompts."""
+        rows = range(min(count, len(self.val_samples)))
+        sequences = (self.val_samples.file.sequence(row) for row in rows)
+        return [tokens[:length].tolist() for tokens, length in sequences]
 
     def _split(self) -> tuple[Pairs, Pairs, dict[str, Any]]:
         """(training pairs, validation pairs, what both depend on)."""

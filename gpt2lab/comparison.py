@@ -1,6 +1,6 @@
 """Comparison: a student scored beside its teacher, and a baseline where there is one, on the same targets in one pass.
 
-Shapes: B sequences, T positions, N = B·T, D hidden width, V vocabulary.
+Shapes: B sequences, T positions, D hidden width, V vocabulary.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,13 @@ from torch import Tensor
 from gpt2lab import metric_names
 from gpt2lab.acceptance import Speculation, cost_ratio, speculation
 from gpt2lab.backbone import Backbone
-from gpt2lab.batch import Batch
-from gpt2lab.distillation_metrics import Sums, added, distillation_sums, figures, gap_closed
-from gpt2lab.evaluation import Score, nats_of, score_of_sum, targets_of
+from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
+from gpt2lab.evaluation import NATS, TOKENS, Score, row_sums, score_of
 from gpt2lab.lm_head_loss import DenseTeacher
+from gpt2lab.standard_errors import Figures, Sums, standard_errors, total
+
+BASELINE_NATS = "baseline_nats"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Comparison:
     Attributes:
         student, teacher, baseline: each model's own score.
         figures: the distill/… figures by metric name; distill/gap_closed where a baseline is worse than the teacher.
+        standard_errors: of the figures.
         speculation: acceptance as measured, and the speed-up it implies.
         entries: how many of the vocabulary counted: as many as the tokenizer has.
         is_cut: whether a head has more, as padding to a round number.
@@ -33,7 +37,8 @@ class Comparison:
     student: Score
     teacher: Score
     baseline: Score | None
-    figures: dict[str, float]
+    figures: Figures
+    standard_errors: Figures
     speculation: Speculation
     entries: int
     is_cut: bool
@@ -69,37 +74,62 @@ def compare(
         model.to(device).eval()
     entries = min(len(token_bytes), *(model.shape.vocab_size for model in models))
     draws = torch.Generator().manual_seed(seed)
-    sums: Sums = {}
-    baseline_nats, tokens, size = 0.0, 0, 0
+    own: list[list[Sums]] = [[] for _ in models]  # of each model, by row
+    both: list[Sums] = []
     for batch in batches:
-        uniforms = torch.rand(batch.labels.numel(), 2, generator=draws)  # on the CPU: every device draws the same
-        targets = targets_of(batch)
-        tokens += len(targets)
-        size += int(token_bytes[targets].sum())
+        uniforms = torch.rand(*batch.labels.shape, 2, generator=draws)  # on the CPU: every device draws the same
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            part = _sums_of(student, teacher, batch, uniforms.to(device), entries)
-            if baseline is not None:
-                baseline_nats += nats_of(baseline, batch, device, entries)
-        sums = added(sums, {name: value.cpu().double() for name, value in part.items()})
+            seen = [_hidden(model, batch, device) for model in models]
+            for of_model, (hidden, weight) in zip(own, seen, strict=True):
+                of_model += row_sums(hidden, weight[:entries], batch, token_bytes)
+            both += _sums_of_rows(seen[0], seen[1], batch, uniforms.to(device), entries)
+    scores = [score_of(of_model) for of_model in own]
+    # What a figure needs beside the sums of the pair, in the same rows.
+    rows = [{**pair, TOKENS: alone[TOKENS]} for pair, alone in zip(both, own[0], strict=True)]
+    if baseline is not None:
+        rows = [{**row, BASELINE_NATS: alone[NATS]} for row, alone in zip(rows, own[2], strict=True)]
+    sums = total(rows)
+    found, ratio = _figures(sums), cost_ratio(student.shape, teacher.shape, context)
+    return Comparison(
+        student=scores[0],
+        teacher=scores[1],
+        baseline=scores[2] if baseline is not None else None,
+        figures=found,
+        standard_errors=standard_errors(rows, _figures),
+        speculation=speculation(found[metric_names.DISTILL_ACCEPTANCE], sums, scores[0].tokens, ratio),
+        entries=entries,
+        is_cut=any(model.shape.vocab_size > entries for model in models),
+    )
+
+
+def _hidden(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T, D) hidden states and (V, D) head."""
+    return model(batch.input_ids.to(device), lambda hidden, weight: (hidden, weight), batch.spans_on(device))
+
+
+def _sums_of_rows(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], batch: Batch, uniforms: Tensor, entries: int
+) -> list[Sums]:
+    """`distillation_sums` of each row that has a target, on the CPU."""
+    rows = []
+    for row in (batch.labels != IGNORE_INDEX).any(1).nonzero().squeeze(1).tolist():
+        sums = distillation_sums(
+            student[0][row],
+            student[1],
+            batch.labels[row].to(uniforms.device),
+            DenseTeacher(teacher[0][row], teacher[1]),
+            vocab_size=entries,
+            uniforms=uniforms[row],
+        )
+        rows.append({name: value.cpu().double() for name, value in sums.items()})
+    return rows
+
+
+def _figures(sums: Sums) -> Figures:
+    tokens = sums[TOKENS].item()
     found = figures(sums, tokens)
-    own = [sums[name].item() for name in (metric_names.VAL_LOSS, metric_names.DISTILL_TEACHER_LOSS)]
-    of_student, of_teacher = (score_of_sum(nats, tokens, size) for nats in own)
-    of_baseline = score_of_sum(baseline_nats, tokens, size) if baseline is not None else None
-    if of_baseline is not None:
-        closed = gap_closed(of_baseline.loss, of_student.loss, of_teacher.loss)
+    if BASELINE_NATS in sums:
+        own = (found[metric_names.VAL_LOSS], found[metric_names.DISTILL_TEACHER_LOSS])
+        closed = gap_closed(sums[BASELINE_NATS].item() / tokens, *own)
         found |= {} if closed is None else {metric_names.DISTILL_GAP_CLOSED: closed}
-    acceptance = found[metric_names.DISTILL_ACCEPTANCE]
-    gain = speculation(acceptance, sums, tokens, cost_ratio(student.shape, teacher.shape, context))
-    is_cut = any(model.shape.vocab_size > entries for model in models)
-    return Comparison(of_student, of_teacher, of_baseline, found, gain, entries, is_cut)
-
-
-def _sums_of(student: Backbone, teacher: Backbone, batch: Batch, uniforms: Tensor, entries: int) -> Sums:
-    input_ids, labels = batch.input_ids.to(uniforms.device), batch.labels.flatten().to(uniforms.device)
-    spans = batch.spans_on(uniforms.device)
-    signal = teacher(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
-
-    def head(hidden: Tensor, weight: Tensor) -> Sums:
-        return distillation_sums(hidden.flatten(0, 1), weight, labels, signal, vocab_size=entries, uniforms=uniforms)
-
-    return student(input_ids, head, spans)
+    return found

@@ -1,11 +1,14 @@
-"""Loss, perplexity and bits per byte of a model on batches of text.
+"""How well a model predicts batches of text: loss, bits per byte, accuracy, calibration, each with its error.
 
-Shapes: B sequences, T positions, D hidden width, V vocabulary.
+Shapes: B sequences, T positions, n targets of one row, D hidden width, V vocabulary.
+
+Everything is a function of sums over rows (windows or pairs), so that errors can be told (gpt2lab/standard_errors.py).
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.lm_head_loss import lm_head_loss
+from gpt2lab.distillation_metrics import CALIBRATION_BINS, LIKELIEST
+from gpt2lab.standard_errors import Figures, Sums, standard_errors, total
+
+LOGITS_OF_A_CHUNK = 2**23
+TOKENS, BYTES, NATS, TOP1, TOP5, CALIBRATION = "tokens", "bytes", "nats", "top1", "top5", "calibration"
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,32 @@ class Score:
         perplexity: exp(loss).
         bits_per_byte: bits per UTF-8 byte that the target tokens spell; comparable between tokenizers.
         tokens: how many targets were scored.
+        top1, top5: share of the targets that the model held likeliest, and among its five likeliest.
+        ece: expected calibration error, in 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599).
+        standard_errors: of each of these but `tokens`; empty where the text is a single row.
+        rows: the sums of each row of text.
     """
 
     loss: float
     perplexity: float
     bits_per_byte: float
     tokens: int
+    top1: float
+    top5: float
+    ece: float
+    standard_errors: Figures = field(default_factory=dict)
+    rows: list[Sums] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: value for name, value in vars(self).items() if name != "rows"}
+
+    @property
+    def figures(self) -> Figures:
+        """By name, the number of tokens left out."""
+        names = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "ece")
+        return {name: vars(self)[name] for name in names}
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -64,40 +91,99 @@ def score(
         ValueError: the batches hold no target.
     """
     backbone.to(device).eval()
-    nats, tokens, size = 0.0, 0, 0
+    rows: list[Sums] = []
     for batch in batches:
+
+        def head(hidden: Tensor, weight: Tensor, batch: Batch = batch) -> list[Sums]:
+            return row_sums(hidden, weight[: len(token_bytes)], batch, token_bytes)
+
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            nats += nats_of(backbone, batch, device, len(token_bytes))
-        targets = targets_of(batch)
-        tokens += len(targets)
-        size += int(token_bytes[targets].sum())
-    return score_of_sum(nats, tokens, size)
+            rows += backbone(batch.input_ids.to(device), head, batch.spans_on(device))
+    return score_of(rows)
 
 
-def nats_of(backbone: Backbone, batch: Batch, device: torch.device, entries: int) -> float:
-    """Cross-entropy of the batch's targets, summed; of a longer head only the first `entries` count."""
-    labels = batch.labels.flatten()
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1).to(device)  # others are prompt or padding and need no logits
-    kept_labels = targets_of(batch).to(device)
-
-    def head(hidden: Tensor, weight: Tensor) -> float:
-        return lm_head_loss(hidden.flatten(0, 1)[rows], weight[:entries], kept_labels).cross_entropy.item()
-
-    return backbone(batch.input_ids.to(device), head, batch.spans_on(device))
-
-
-def targets_of(batch: Batch) -> Tensor:
-    """(n,) the labels that count."""
-    return batch.labels[batch.labels != IGNORE_INDEX]
-
-
-def score_of_sum(nats: float, tokens: int, size: int) -> Score:
-    """The score of `tokens` targets that spell `size` bytes, from their summed cross-entropy.
+def score_of(rows: list[Sums]) -> Score:
+    """The score of rows, as `row_sums` gives them.
 
     Raises:
         ValueError: no target.
     """
-    if not tokens:
+    if not rows:
         raise ValueError("The batches hold no target token.")
+    sums = total(rows)
+    found = _figures(sums)
+    return Score(**found, tokens=int(sums[TOKENS]), standard_errors=standard_errors(rows, _figures), rows=rows)
+
+
+def difference_of_losses(first: Score, second: Score) -> tuple[float, float | None] | None:
+    """(first − second, standard error); None where they did not score the same rows, as with other tokenizers."""
+    counts = [[row[TOKENS].item() for row in score.rows] for score in (first, second)]
+    if counts[0] != counts[1]:
+        return None
+    rows = [
+        {TOKENS: ours[TOKENS], NATS: ours[NATS] - theirs[NATS]}
+        for ours, theirs in zip(first.rows, second.rows, strict=True)
+    ]
+    errors = standard_errors(rows, lambda sums: {"loss": sums[NATS].item() / sums[TOKENS].item()})
+    return first.loss - second.loss, errors.get("loss")
+
+
+def row_sums(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) -> list[Sums]:
+    """Sums over the targets of each row that has any, on the CPU.
+
+    Args:
+        hidden: (B, T, D).
+        weight: (V, D) head.
+        token_bytes: (V,).
+    """
+    kept = batch.labels != IGNORE_INDEX  # (B, T)
+    labels, counts = batch.labels[kept], kept.sum(1).tolist()
+    chunks = _of_chunks(hidden[kept.to(hidden.device)], weight, labels.to(hidden.device))
+    nats, rank, confidence = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))  # (n of all rows,) each
+    bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    rows, start = [], 0
+    for count in counts:
+        own = slice(start, start + count)
+        start += count
+        if not count:
+            continue
+        surplus = (rank[own] == 0).double() - confidence[own].double()
+        rows.append(
+            {
+                TOKENS: torch.tensor(count),
+                BYTES: token_bytes[labels[own]].sum(),
+                NATS: nats[own].double().sum(),
+                TOP1: (rank[own] == 0).sum(),
+                TOP5: (rank[own] < LIKELIEST).sum(),
+                CALIBRATION: torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins[own], surplus),
+            }
+        )
+    return rows
+
+
+def _of_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each target (n,): nats, how many entries the model holds likelier, and the probability of its likeliest."""
+    rows_of_a_chunk = max(LOGITS_OF_A_CHUNK // len(weight), 1)
+    for start in range(0, max(len(labels), 1), rows_of_a_chunk):  # without any row one empty chunk
+        part = slice(start, start + rows_of_a_chunk)
+        logits = (hidden[part] @ weight.to(hidden.dtype).T).float()  # (C, V)
+        of_label = logits.gather(1, labels[part].unsqueeze(1))  # (C, 1)
+        normaliser = logits.logsumexp(1)
+        yield (
+            normaliser - of_label.squeeze(1),
+            (logits > of_label).sum(1),
+            (logits.max(1).values - normaliser).exp(),
+        )
+
+
+def _figures(sums: Sums) -> Figures:
+    tokens, nats = sums[TOKENS].item(), sums[NATS].item()
     loss = nats / tokens
-    return Score(loss, math.exp(min(loss, 100.0)), nats / math.log(2) / max(size, 1), tokens)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 100.0)),
+        "bits_per_byte": nats / math.log(2) / max(sums[BYTES].item(), 1),
+        "top1": sums[TOP1].item() / tokens,
+        "top5": sums[TOP5].item() / tokens,
+        "ece": sums[CALIBRATION].abs().sum().item() / tokens,
+    }

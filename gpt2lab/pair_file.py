@@ -76,11 +76,13 @@ class PairFile:
 
     def references(self, rows: np.ndarray) -> list[str] | None:
         """Target texts of the pairs `rows`, as they were given; None where the folder keeps none."""
-        if (self._index["reference"][rows] < 0).any():
-            return None
+        return None if (self._index["reference"][rows] < 0).any() else self.texts(rows)[1]
+
+    def texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
+        """Sources and targets of the pairs `rows`, as they were given, of a folder that keeps them."""
+        pairs = []
         with (self.folder / "references.jsonl").open("rb") as file:
-            texts = []
             for row in rows:
                 file.seek(int(self._index[row]["reference"]))
-                texts.append(json.loads(file.readline())["reference"])
-        return texts
+                pairs.append(json.loads(file.readline()))
+        return [pair["source"] for pair in pairs], [pair["reference"] for pair in pairs]

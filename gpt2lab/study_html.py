@@ -2,16 +2,9 @@
 
 from html import escape
 
-from gpt2lab.report_html import LEFT, RIGHT, STYLE, WIDTH, ticks
+from gpt2lab.report_html import STYLE
+from gpt2lab.row_plot import OWN_STYLE, ROW, RowPlot
 from gpt2lab.study_results import TIME, ArmResult, Contrast, StudyResults
-
-LABELS = 210  # pixels left of the plots
-ROW = 34  # pixels of one arm or comparison
-AXIS = 44  # pixels below the rows
-OWN_STYLE = """
-circle.run { fill: var(--train); fill-opacity: .75; } .mean { stroke: var(--val); stroke-width: 3; }
-.interval { stroke: var(--train); stroke-width: 3; } .zero { stroke: var(--ink); stroke-dasharray: 3 4; }
-"""
 
 
 def render(title: str, results: StudyResults) -> str:
@@ -43,7 +36,7 @@ def _dots(arms: list[ArmResult]) -> str:
     values = [loss for arm in arms for loss in arm.losses.values() if loss is not None]
     if not values:
         return "<p>No run finished.</p>"
-    plot = _Plot(values, [label for label, _ in rows], "validation loss, nats per token")
+    plot = RowPlot(values, [label for label, _ in rows], "validation loss, nats per token")
     for row, (_, arm) in enumerate(rows):
         y = plot.y(row)
         for seed, loss in arm.losses.items():
@@ -67,7 +60,7 @@ def _intervals(contrasts: list[Contrast]) -> str:
     ]
     if not shown:
         return "<p>No pair of runs finished.</p>"
-    plot = _Plot([0.0, *values], [f"{contrast.title} ({contrast.budget})" for contrast in shown], "nats per token")
+    plot = RowPlot([0.0, *values], [f"{contrast.title} ({contrast.budget})" for contrast in shown], "nats per token")
     zero = plot.x(0.0)
     plot.parts.append(f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="{ROW * len(shown)}"/>')
     for row, contrast in enumerate(shown):
@@ -78,36 +71,6 @@ def _intervals(contrasts: list[Contrast]) -> str:
         assert found.mean is not None
         plot.parts.append(f'<circle class="val" cx="{plot.x(found.mean)}" cy="{y}" r="5"/>')
     return plot.svg("difference of every comparison, with its interval")
-
-
-class _Plot:
-    """Rows with a label each over one axis of numbers."""
-
-    def __init__(self, values: list[float], labels: list[str], axis: str) -> None:
-        self.ticks = ticks(min(values), max(values), 6)
-        self.rows = len(labels)
-        bottom = ROW * self.rows
-        self.parts: list[str] = []
-        for tick in self.ticks:
-            x = self.x(tick)
-            self.parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="{bottom}"/>')
-            self.parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
-        middle = (LABELS + LEFT + WIDTH - RIGHT) / 2
-        self.parts.append(f'<text x="{middle}" y="{bottom + 36}" text-anchor="middle">{escape(axis)}</text>')
-        for row, label in enumerate(labels):
-            self.parts.append(f'<text x="0" y="{self.y(row) + 4}">{escape(label)}</text>')
-
-    def x(self, value: float) -> float:
-        low, high = self.ticks[0], self.ticks[-1]
-        left = LABELS + LEFT
-        return round(left + (value - low) / (high - low) * (WIDTH - RIGHT - left), 1)
-
-    def y(self, row: int) -> float:
-        return ROW * row + ROW / 2
-
-    def svg(self, says: str) -> str:
-        size = f'viewBox="0 0 {WIDTH} {ROW * self.rows + AXIS}"'
-        return f'<svg {size} role="img" aria-label="{escape(says)}">{"".join(self.parts)}</svg>'
 
 
 def _rates(results: StudyResults) -> str:

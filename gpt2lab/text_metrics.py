@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
 PLACEHOLDER = re.compile(r"%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]|\{\w*\}")  # of printf and of str.format
@@ -34,36 +35,62 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} references: give as many, at least one."
         )
-    scores: dict[str, float] = {}
-    rouge_names = tuple(name for name in names if name.startswith("rouge"))
-    if rouge_names:
-        scores |= _rouge(rouge_names, predictions, references)
-    one_each: dict[str, Callable[[list[str], list[str]], float]] = {
-        "bleu": _bleu,
-        "chrf": _chrf,
+    values = values_of_texts(names, predictions, references)
+    of_corpus = {"bleu": bleu, "chrf": chrf, "f1": macro_f1}
+    return {
+        name: mean_of(values[name]) if name in values else of_corpus[name](predictions, references) for name in names
+    }
+
+
+def values_of_texts(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, list[float]]:
+    """0 to 100 of each text, for those metrics that are a mean over texts; placeholders has the texts with any."""
+    one_each: dict[str, Callable[[str, str], float | None]] = {
         "exact": _exact,
         "accuracy": _exact,
-        "f1": _macro_f1,
-        "compiles": _compiles,
+        "compiles": lambda ours, _: 100.0 * _is_body(ours),
         "placeholders": _placeholders,
     }
-    scores |= {name: one_each[name](predictions, references) for name in names if name in one_each}
-    return {name: scores[name] for name in names}
+    values: dict[str, list[float]] = {}
+    pairs = list(zip(predictions, references, strict=True))
+    rouge_names = tuple(name for name in names if name.startswith("rouge"))
+    if rouge_names:
+        values |= _rouge(rouge_names, pairs)
+    for name in names:
+        if name in one_each:
+            each = [one_each[name](ours, theirs) for ours, theirs in pairs]
+            values[name] = [value for value in each if value is not None]
+    return values
 
 
-def _rouge(names: tuple[str, ...], predictions: list[str], references: list[str]) -> dict[str, float]:
+def mean_of(values: list[float]) -> float:
+    """100 where nothing could go wrong: no reference has a placeholder."""
+    return sum(values) / len(values) if values else 100.0
+
+
+def _rouge(names: tuple[str, ...], pairs: list[tuple[str, str]]) -> dict[str, list[float]]:
     from torchmetrics.functional.text import rouge_score
 
-    scores = rouge_score(predictions, references, rouge_keys=names)
-    return {name: 100 * scores[f"{name}_fmeasure"].item() for name in names}
+    each = [rouge_score(ours, theirs, rouge_keys=names) for ours, theirs in pairs]
+    return {name: [100 * scores[f"{name}_fmeasure"].item() for scores in each] for name in names}
 
 
-def _bleu(predictions: list[str], references: list[str]) -> float:
-    from sacrebleu.metrics import BLEU
+def bleu(predictions: list[str], references: list[str]) -> float:
+    """Corpus BLEU."""
+    return sacrebleu_metric("bleu", references).corpus_score(predictions, [references]).score
+
+
+def chrf(predictions: list[str], references: list[str]) -> float:
+    """Corpus chrF2."""
+    # Not torchmetrics' (1.9): it drops the references of predictions that share nothing with them, which flatters.
+    return sacrebleu_metric("chrf", references).corpus_score(predictions, [references]).score
+
+
+def sacrebleu_metric(name: str, references: list[str]) -> Any:
+    """sacreBLEU's object for bleu or chrf."""
+    from sacrebleu.metrics import BLEU, CHRF
 
     # 13a splits at spaces, which these languages do not write: a whole sentence would be one word.
-    tokenize = "zh" if _mostly_han(references) else "13a"
-    return BLEU(tokenize=tokenize).corpus_score(predictions, [references]).score
+    return CHRF() if name == "chrf" else BLEU(tokenize="zh" if _mostly_han(references) else "13a")
 
 
 def _mostly_han(texts: list[str]) -> bool:
@@ -72,28 +99,17 @@ def _mostly_han(texts: list[str]) -> bool:
     return 2 * han > len(letters)
 
 
-def _chrf(predictions: list[str], references: list[str]) -> float:
-    # Not torchmetrics' (1.9): it drops the references of predictions that share nothing with them, which flatters.
-    from sacrebleu.metrics import CHRF
-
-    return CHRF().corpus_score(predictions, [references]).score
+def _exact(ours: str, theirs: str) -> float:
+    return 100.0 * (ours.strip() == theirs.strip())
 
 
-def _exact(predictions: list[str], references: list[str]) -> float:
-    equal = sum(ours.strip() == theirs.strip() for ours, theirs in zip(predictions, references, strict=True))
-    return 100 * equal / len(references)
-
-
-def _macro_f1(predictions: list[str], references: list[str]) -> float:
+def macro_f1(predictions: list[str], references: list[str]) -> float:
+    """Mean over the references' labels of each label's F1."""
     given, right = Counter(text.strip() for text in predictions), Counter(text.strip() for text in references)
     hits = Counter(
         theirs.strip() for ours, theirs in zip(predictions, references, strict=True) if ours.strip() == theirs.strip()
     )
     return 100 * sum(2 * hits[label] / (given[label] + count) for label, count in right.items()) / len(right)
-
-
-def _compiles(predictions: list[str], references: list[str]) -> float:
-    return 100 * sum(map(_is_body, predictions)) / len(predictions)
 
 
 def _is_body(text: str) -> bool:
@@ -109,8 +125,6 @@ def _is_body(text: str) -> bool:
     return False
 
 
-def _placeholders(predictions: list[str], references: list[str]) -> float:
-    """100 where no reference has any."""
-    wanted = [(ours, sorted(PLACEHOLDER.findall(theirs))) for ours, theirs in zip(predictions, references, strict=True)]
-    kept = [sorted(PLACEHOLDER.findall(ours)) == theirs for ours, theirs in wanted if theirs]
-    return 100 * sum(kept) / len(kept) if kept else 100.0
+def _placeholders(ours: str, theirs: str) -> float | None:
+    wanted = sorted(PLACEHOLDER.findall(theirs))
+    return 100.0 * (sorted(PLACEHOLDER.findall(ours)) == wanted) if wanted else None

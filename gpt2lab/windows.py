@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
-from gpt2lab.batch import Batch
+from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.objectives import Objective
 from gpt2lab.token_file import TokenFile
 
@@ -28,3 +30,38 @@ class Windows:
     def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
         """The windows numbered `rows` (B,) as a micro-batch of a step with `target_tokens` targets in all."""
         return self.objective(self.file.batch(rows, target_tokens), rows if draws is None else draws)
+
+
+class SlidingWindows(Dataset[Batch]):
+    """Windows that overlap, in batches: every token but the first is a target once, with a long context before it.
+
+    The first window scores all its targets, each further one its last `stride`, or what is left of the text.
+
+    Args:
+        tokens: (N,) of a text.
+        context: T, tokens of a window; the least a target sees, but for the first ones, is T − stride + 1.
+        stride: 1 to T.
+        batch: windows of a batch.
+    """
+
+    def __init__(self, tokens: NDArray[np.integer], context: int, stride: int, batch: int) -> None:
+        self.tokens, self.stride, self.batch = tokens, stride, batch
+        self.context = min(context, len(tokens) - 1)
+        self.windows = 1 + -(-(len(tokens) - 1 - self.context) // stride)
+
+    def __len__(self) -> int:
+        return -(-self.windows // self.batch)
+
+    def __getitem__(self, number: int) -> Batch:
+        if number >= len(self):
+            raise IndexError(number)
+        rows = np.arange(number * self.batch, min((number + 1) * self.batch, self.windows))
+        last = len(self.tokens) - 1 - self.context
+        starts = np.minimum(rows * self.stride, last)  # (B,) the last window ends where the text does
+        read = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)  # (B, T + 1)
+        labels = torch.from_numpy(read[:, 1:].copy())
+        scored = np.minimum((rows - 1) * self.stride, last) + self.context - starts  # (B,) labels that were scored
+        scored[rows == 0] = 0
+        labels[torch.from_numpy(np.arange(self.context) < scored[:, None])] = IGNORE_INDEX
+        input_ids = torch.from_numpy(read[:, :-1].copy())
+        return Batch(input_ids, labels, int((labels != IGNORE_INDEX).sum()), torch.from_numpy(rows))

@@ -142,6 +142,7 @@ def check_model(config: Config) -> None:
         return
     check_heads(model.n_embd, model.n_head)
     check_room(config, model.n_positions)
+    check_frozen(config, model.n_layer)
     check_context(config.context, model.n_positions, f"model {config.record.groups['model']}'s")
 
 
@@ -164,6 +165,20 @@ def check_room(config: Config, positions: int) -> None:
                 f"{key}={tokens} leaves no room for a prompt in the model's {positions} positions.\n"
                 f"Give {key}={positions // 2}, or another below {positions}."
             )
+
+
+def check_frozen(config: Config, layers: int) -> None:
+    """At least the last block is left to train.
+
+    Raises:
+        InputError: says how many blocks there are.
+    """
+    frozen = config.task.get("frozen_layers", 0)
+    if frozen >= layers:
+        raise InputError(
+            f"task.frozen_layers={frozen} leaves no block to train: the model has {layers}.\n"
+            f"Give task.frozen_layers={layers - 1} or less."
+        )
 
 
 def check_context(context: int, positions: int, whose: str) -> None:

@@ -26,6 +26,24 @@ class NamedModel:
     vocab_size: int
 
 
+def named_checkpoints(sources: str) -> list[NamedModel]:
+    """The checkpoints that were named: one, several with commas between, or a pattern of folders.
+
+    Raises:
+        InputError: one of them is not there or holds no GPT-2, or a pattern fits nothing.
+    """
+    found: list[str] = []
+    for source in [sources] if Path(sources).expanduser().exists() else sources.split(","):
+        if any(sign in source for sign in "*?[") and not Path(source).expanduser().exists():
+            fitting = _folders(Path(source).expanduser())
+            if not fitting:
+                raise InputError(f"checkpoint={source} fits no folder.\nGive a run directory, or another pattern.")
+            found += fitting
+        else:
+            found.append(source.strip())
+    return [_named("checkpoint", source) for source in found]
+
+
 def named_models(sources: dict[str, str]) -> list[NamedModel]:
     """The models that were named: key → run directory, Hugging Face folder or Hub id, or nothing.
 
@@ -36,13 +54,18 @@ def named_models(sources: dict[str, str]) -> list[NamedModel]:
         raise InputError(
             "baseline= says how far a student came from it to its teacher, and there is no teacher.\nGive teacher= too."
         )
-    models = []
-    for key, source in sources.items():
-        if source:
-            folder = folder_of(source, key)
-            shape = read_shape(folder)
-            models.append(NamedModel(key, source, folder, shape["n_positions"], shape["vocab_size"]))
-    return models
+    return [_named(key, source) for key, source in sources.items() if source]
+
+
+def _folders(pattern: Path) -> list[str]:
+    root = Path(pattern.anchor)
+    return sorted(str(path) for path in root.glob(str(pattern.relative_to(root))) if path.is_dir())
+
+
+def _named(key: str, source: str) -> NamedModel:
+    folder = folder_of(source, key)
+    shape = read_shape(folder)
+    return NamedModel(key, source, folder, shape["n_positions"], shape["vocab_size"])
 
 
 def check_context(models: list[NamedModel], context: int) -> None:
@@ -52,7 +75,7 @@ def check_context(models: list[NamedModel], context: int) -> None:
         InputError: names the first that has not.
     """
     for model in models:
-        if context > model.positions:
+        if not 2 <= context <= model.positions:
             raise InputError(
                 f"context={context}: {model.key}={model.source} takes windows of 2 to {model.positions} tokens.\n"
                 f"Give context={model.positions} or less."

@@ -47,6 +47,11 @@ def _adapts(config: Config) -> bool:
     return not isinstance(lora, dict) or bool(lora.get("rank"))
 
 
+def _trains_all(config: Config) -> bool:
+    lora = config.task.get("lora")
+    return not isinstance(lora, dict) or not lora.get("rank")
+
+
 def _reader(group: str, key: str, *values: str) -> Reader:
     """Of a key of a group that only some of its values have."""
 
@@ -112,6 +117,7 @@ READERS = (
     ),
     Reader("task", "task.lora.alpha", _adapts, "LoRA reads it (task.lora.rank=8)"),
     Reader("task", "task.lora.dropout", _adapts, "LoRA reads it (task.lora.rank=8)"),
+    Reader("task", "task.frozen_layers", _trains_all, "training without LoRA reads it (task.lora.rank=0)"),
 )
 
 

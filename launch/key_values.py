@@ -69,15 +69,18 @@ def describe(kind: type) -> str:
     return "\n".join(lines)
 
 
-def check_output_file(path: str) -> None:
+def check_output_file(path: str, key: str = "json") -> None:
     """Find out before the work, not after it, that its result cannot be written.
+
+    Args:
+        key: that named it, for messages.
 
     Raises:
         InputError: `path` is a folder, or its folder does not exist.
     """
     file = Path(path)
     if path and (file.is_dir() or not can_write(file.absolute().parent)):
-        raise InputError(f"json={path} cannot be written: give a file in a folder that exists and can be written to.")
+        raise InputError(f"{key}={path} cannot be written: give a file in a folder that exists and can be written to.")
 
 
 def _converted(field: dataclasses.Field, text: str) -> str | int | float:

@@ -90,6 +90,7 @@ RANGES_WHERE_THERE: dict[str, tuple[Any, Any]] = {
     "task.lora.rank": (0, 10**4),
     "task.lora.alpha": ([0], math.inf),
     "task.lora.dropout": (0, [1]),
+    "task.frozen_layers": (0, 10**4),
     "task.text.examples": (0, math.inf),
     "task.text.max_new_tokens": (1, math.inf),
     "callbacks.samples.max_new_tokens": (1, math.inf),

@@ -24,13 +24,17 @@ class FineTune(LanguageModel):
     Args:
         training: as for every task.
         lora: rank 0 trains all weights.
+        frozen_layers: so many blocks, from the first, and the embeddings (and with them the head) keep their weights.
         text: metrics on text generated greedily from validation prompts.
     """
 
-    def __init__(self, training: TrainingSettings, lora: LoraSettings, text: TextMetricSettings) -> None:
+    def __init__(
+        self, training: TrainingSettings, lora: LoraSettings, text: TextMetricSettings, frozen_layers: int = 0
+    ) -> None:
         super().__init__(training)
         self.lora = lora
         self.text = text
+        self.frozen_layers = frozen_layers
         if text.metrics and text.examples:
             self.watched_metric = f"val/{text.metrics[0]}"
         self._prompts: list[list[int]] = []
@@ -41,6 +45,10 @@ class FineTune(LanguageModel):
         if self.lora.rank:
             torch.manual_seed(self.settings.seed)
             inject_adapter_in_model(self._lora_config(), backbone.lm)
+        if self.frozen_layers:
+            transformer = backbone.lm.transformer
+            for part in (transformer.wte, transformer.wpe, *backbone.blocks[: self.frozen_layers]):
+                part.requires_grad_(False)
         return backbone
 
     # Metrics on generated text

@@ -102,6 +102,8 @@ BEFORE_ANY_IMPORT = [
     ("task=finetune task.lora.rank=four", "task.lora.rank=four"),
     ("task=finetune task.lora.rank=4 task.lora.dropout=2", "below 1"),
     ("task=finetune task.lora.alpha=8", "LoRA reads it"),
+    ("task=finetune init=scratch model=nano task.frozen_layers=2", "leaves no block to train: the model has 2"),
+    ("task=finetune task.frozen_layers=1 task.lora.rank=4", "without LoRA reads it"),
     ("task=finetune task.text.metrics=[foo]", "rougeL"),
     ("task=finetune data.reader=foo", "tables"),
     ("task=finetune task.text.max_new_tokens=0", "at least 1"),

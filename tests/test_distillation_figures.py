@@ -104,8 +104,11 @@ def test_adding_a_teacher_changes_no_score_of_the_checkpoint(evaluate_here: Eval
         assert evaluate_here(*words, f"json={tmp_path / str(number)}").code == 0
         scores.append(json.loads((tmp_path / str(number)).read_text()))
     alone, compared = scores
-    assert list(alone) == ["loss", "perplexity", "bits_per_byte", "tokens"]
-    assert {name: compared[name] for name in alone} == pytest.approx(alone, rel=1e-5)
+    names = ("loss", "perplexity", "bits_per_byte", "tokens", "top1", "top5", "ece")
+    assert [compared[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-5)
+    assert {name: compared["standard_errors"][name] for name in alone["standard_errors"]} == pytest.approx(
+        alone["standard_errors"], rel=1e-4
+    )
     assert "baseline" not in compared
     assert "distill/gap_closed" not in compared
 

@@ -104,6 +104,10 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["contxt=16"], "did you mean context"),
         (["split=train"], "Allowed: val, all"),
         (["tokenizer=/nowhere/at/all"], "/nowhere/at/all"),
+        (["stride=33"], "stride=33 leaves out tokens"),
+        (["metrics=rouge"], "metrics=rouge"),
+        (["csv=/proc/scores.csv"], "csv=/proc/scores.csv"),
+        (["data=summarize", "stride=4"], "these data are pairs"),
     ],
 )
 def test_a_mistake_ends_with_exit_code_2_and_few_lines(words: list[str], told: str, run: Path) -> None:

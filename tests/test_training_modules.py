@@ -240,6 +240,21 @@ def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder
         assert (module.eval().backbone.logits(ids) - merged(ids).logits).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_layers_keep_their_weights_and_the_others_learn(tokenizer_folder, tmp_path, optimizer) -> None:
+    base = plain_hf(Backbone(settings(tokenizer_folder, shape=ModelShape(2, 2, 32, 32, 64)).shape))
+    base.save_pretrained(tmp_path)
+    training = settings(
+        tokenizer_folder, steps=5, init=str(tmp_path), optimizer=OptimizerSettings(optimizer, 1e-2, 0.1), ema=0.9
+    )
+    module = FineTune(training, LoraSettings(), TextMetricSettings([], 0, 4), frozen_layers=1)
+    fit(module, CountingData(pairs=True))
+    before, after = base.state_dict(), module.export_model().state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in changed if ".h.1." not in name} == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+    assert {name for name in before if ".h.1." in name and "attn.c_attn.weight" in name} <= changed
+
+
 def test_finetuning_scores_generated_text(tokenizer_folder) -> None:
     module = FineTune(settings(tokenizer_folder, steps=80), LoraSettings(), TextMetricSettings(["exact"], 8, 4))
     trainer = fit(module, CountingData(pairs=True))

@@ -1,0 +1,81 @@
+"""Zero-shot: tasks of EleutherAI's lm-evaluation-harness, an optional package, on a loaded checkpoint."""
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from gpt2lab.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+INSTALL = 'pip install "lm-eval>=0.4.13"'
+BATCH = 16
+
+
+def check(tasks: str, objective: str) -> None:
+    """Before the work: the package is there, and the model reads as its tasks expect.
+
+    Raises:
+        InputError: it is not, or it does not.
+    """
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"lm_eval={tasks} needs the package lm-eval, which is not installed.\n{INSTALL}")
+    if objective not in ("clm", "fim", "sampled_softmax"):
+        raise InputError(f"lm_eval is for causal models, and one was trained with objective={objective}.")
+
+
+def zero_shot(
+    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", tasks: str, folder: str, limit: int
+) -> dict[str, tuple[float, float | None]]:
+    """(value, standard error) by task/metric.
+
+    Args:
+        model: as `transformers` knows it.
+        tasks: names, separated by commas; each brings its data from the Hub or from files.
+        folder: with task files (.yaml) of your own; may be empty.
+        limit: so many examples of each task; 0: all.
+
+    Raises:
+        InputError: an unknown task, or data that cannot be had.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    manager = TaskManager(include_path=folder or None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise InputError(
+            f"lm_eval={unknown[0]}: no such task among {len(manager.all_tasks):,}.\n"
+            "Name a task of lm-evaluation-harness, or give lm_eval_path=FOLDER with a task file of your own."
+        )
+    judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+    try:
+        found = lm_eval.simple_evaluate(
+            judge, tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=1000, verbosity="ERROR"
+        )
+    except (OSError, ValueError, ConnectionError) as error:
+        raise InputError(
+            f"lm_eval={tasks} could not be run: {str(error).strip().splitlines()[0][:150]}\n"
+            "Its data come from the Hub or from the task file's own paths."
+        ) from error
+    assert found is not None
+    return {
+        f"{task}/{metric}": value for task, results in found["results"].items() for metric, value in _figures(results)
+    }
+
+
+def _figures(results: dict[str, Any]) -> list[tuple[str, tuple[float, float | None]]]:
+    """lm_eval's `acc,none` and `acc_stderr,none` as one figure; a filter other than none stays in the name."""
+    figures = []
+    for key, value in results.items():
+        name, comma, choice = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = results.get(f"{name}_stderr,{choice}")
+        shown = name if choice == "none" else key
+        figures.append((shown, (float(value), float(error) if isinstance(error, int | float) else None)))
+    return figures

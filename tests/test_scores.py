@@ -1,0 +1,208 @@
+"""evaluate.py on several checkpoints and by every measure: one table, files that hold it, plain twins agree."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Answer
+from torch.nn import functional
+
+import evaluate
+from gpt2lab.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.hf_folder import write_hf_folder
+from gpt2lab.settings import ModelShape
+from gpt2lab.tokenizer import load_tokenizer, train_bpe
+from gpt2lab.windows import SlidingWindows
+from launch import answer
+
+TEXT = Path(json.__file__).read_text()
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tiny models: one and two with one tokenizer, three with another; and a text in two parts."""
+    folder = tmp_path_factory.mktemp("models")
+    for number, entries in enumerate((300, 300, 350), 1):
+        tokenizer = train_bpe(iter([TEXT]), entries)
+        torch.manual_seed(number)
+        shape = ModelShape(n_layer=1, n_head=2, n_embd=16, n_positions=CONTEXT, vocab_size=len(tokenizer))
+        backbone = Backbone(shape)
+        for parameter in backbone.parameters():
+            parameter.data *= 8  # far from even, so that there is something to tell
+        write_hf_folder(plain_hf(backbone), tokenizer, folder / str(number), {"title": "tiny"})
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "val.txt").write_text(TEXT[1000:4000])
+    pairs = [{"source": f"call {name}", "target": f"{name} was called"} for name in ("open", "close", "read", "write")]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 2)))
+    held_out = json.dumps({"source": "call it", "target": "it was called"})
+    (folder / "val.jsonl").write_text("\n".join([held_out] * 3))
+    return folder
+
+
+@pytest.fixture
+def evaluate_here(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
+    """evaluate.py in this process, in the folder of the models."""
+    monkeypatch.chdir(models)
+    monkeypatch.setenv("GPT2LAB_CACHE", str(tmp_path / "cache"))
+
+    def run(*words: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *words])
+        capfd.readouterr()
+        code = answer.exit_code(evaluate.main)
+        return Answer(code, *capfd.readouterr())
+
+    return run
+
+
+RUNNING = ["data=text", "path=train.txt", "val_path=val.txt"]
+PAIRS = ["data=pairs", "path=pairs.jsonl", "val_path=val.jsonl"]
+
+
+def logits_of(model: Path, context: int = CONTEXT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, V) and labels (n,) of the validation text, side by side windows, by a plain loop."""
+    backbone, tokenizer = load_backbone(str(model)).eval(), load_tokenizer(str(model))
+    ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(TEXT[1000:4000])["input_ids"]])
+    with torch.no_grad():
+        parts = [backbone.logits(ids[None, :-1][:, at : at + context])[0] for at in range(0, len(ids) - 1, context)]
+    return torch.cat(parts), ids[1:]
+
+
+def test_accuracy_and_calibration_are_those_of_the_plain_logits(evaluate_here, models: Path, tmp_path: Path) -> None:
+    done = evaluate_here("checkpoint=1", *RUNNING, f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    logits, labels = logits_of(models / "1")
+    best = logits.topk(5).indices
+    right = (best[:, 0] == labels).double()
+    confidence = logits.softmax(1).max(1).values.double()
+    bins = (confidence * 15).long().clamp_max(14)
+    gaps = [((right - confidence)[bins == number]).sum().abs().item() for number in range(15)]
+    assert scores["top1"] == pytest.approx(right.mean().item())
+    assert scores["top5"] == pytest.approx((best == labels[:, None]).any(1).double().mean().item())
+    assert scores["ece"] == pytest.approx(sum(gaps) / len(labels), abs=1e-6)
+    assert 0 < scores["standard_errors"]["loss"] < 1
+
+
+def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_here, tmp_path: Path) -> None:
+    names = {"json": "scores.json", "csv": "scores.csv", "plot": "scores.html"}
+    files = [f"{key}={tmp_path / name}" for key, name in names.items()]
+    done = evaluate_here("checkpoint=[123]", *RUNNING, *files, "decode=4")
+    assert done.code == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [one["source"] for one in scores] == ["1", "2", "3"]
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    for one, row in zip(scores, rows, strict=True):
+        assert float(row["loss"]) == one["loss"]
+        assert float(row["bits_per_byte_standard_error"]) == one["standard_errors"]["bits_per_byte"]
+        assert [speed["batch"] for speed in one["decoding"]] == [1, 16]
+        assert min(speed["tokens_per_second"] for speed in one["decoding"]) > 0
+        assert f"{one['loss']:.2f}" in done.stdout
+    assert scores[0]["tokens"] == scores[1]["tokens"] != scores[2]["tokens"]
+    assert scores[1]["loss_minus_first"]["value"] == pytest.approx(scores[1]["loss"] - scores[0]["loss"])
+    assert "loss_minus_first" not in scores[2]  # other tokens
+    page = (tmp_path / "scores.html").read_text()
+    assert page.count("<circle") == sum(1 for row in rows for name, cell in row.items() if cell and _is_figure(name))
+
+
+def _is_figure(name: str) -> bool:
+    return name not in ("model", "tokens") and not name.endswith("_standard_error")
+
+
+def test_a_pattern_that_fits_nothing_is_told(evaluate_here) -> None:
+    done = evaluate_here("checkpoint=run-*", *RUNNING)
+    assert done.code == 2
+    assert "checkpoint=run-* fits no folder" in done.stderr
+
+
+def test_sliding_windows_give_every_token_more_before_it(evaluate_here, models: Path, tmp_path: Path) -> None:
+    done = evaluate_here("checkpoint=1", *RUNNING, "stride=10", f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    backbone, tokenizer = load_backbone(str(models / "1")).eval(), load_tokenizer(str(models / "1"))
+    ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(TEXT[1000:4000])["input_ids"]])
+    losses, done_until = [], 0
+    with torch.no_grad():
+        while done_until < len(ids) - 1:
+            end = CONTEXT if not done_until else min(done_until + 10, len(ids) - 1)
+            logits = backbone.logits(ids[None, end - CONTEXT : end])[0]
+            new = end - done_until
+            losses.append(functional.cross_entropy(logits[-new:], ids[end - new + 1 : end + 1], reduction="none"))
+            done_until = end
+    expected = torch.cat(losses)
+    assert scores["tokens"] == len(expected) == len(ids) - 1
+    assert scores["loss"] == pytest.approx(expected.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 9, 33, 34, 60])
+@pytest.mark.parametrize("stride", [1, 7, 32])
+def test_no_target_is_left_out_or_counted_twice(length: int, stride: int) -> None:
+    tokens = torch.arange(length).numpy()
+    windows = SlidingWindows(tokens, CONTEXT, stride, batch=2)
+    labels = torch.cat([windows[number].labels.flatten() for number in range(len(windows))])
+    assert sorted(labels[labels >= 0].tolist()) == list(range(1, length))
+
+
+def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_here, tmp_path: Path) -> None:
+    words = ["metrics=rougeL,chrf", "texts=2", "max_new_tokens=4", f"json={tmp_path / 'scores.json'}"]
+    done = evaluate_here("checkpoint=1", *PAIRS, *words)
+    assert done.code == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert sorted(scores["texts"]) == ["chrf", "rougeL"]
+    assert sorted(scores["baselines"]) == ["copy", "first words", "word table"]
+    # “call it” against “it was called”: one word of two and of three, whose harmonic mean is 2/5
+    assert scores["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(40)
+    assert "word table" in done.stdout
+    assert "ROUGE-L" in done.stdout
+    none = evaluate_here("checkpoint=1", *PAIRS, "texts=0", f"json={tmp_path / 'none.json'}")
+    assert none.code == 0
+    assert "texts" not in json.loads((tmp_path / "none.json").read_text())
+
+
+TASK = """
+task: tiny_completion
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate_here, models, tmp_path: Path) -> None:
+    questions = [
+        {"question": TEXT[at : at + 40], "choices": [TEXT[at + 40 : at + 50], "zzzz zzzz"], "answer": 0}
+        for at in range(0, 2000, 100)
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
+    words = ["lm_eval=tiny_completion", f"lm_eval_path={tmp_path}", f"json={tmp_path / 'scores.json'}"]
+    done = evaluate_here("checkpoint=1", *RUNNING, *words)
+    assert done.code == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())["zero_shot"]["tiny_completion/acc"]
+    backbone, tokenizer = load_backbone(str(models / "1")).eval(), load_tokenizer(str(models / "1"))
+
+    def likelihood(question: str, choice: str) -> float:
+        whole, start = tokenizer(f"{question} {choice}")["input_ids"], len(tokenizer(question)["input_ids"])
+        logits = backbone.logits(torch.tensor([whole[:-1]])[:, -CONTEXT:])[0].log_softmax(1)
+        chosen = torch.tensor(whole[start:])
+        return logits[-len(chosen) :].gather(1, chosen[:, None]).sum().item()
+
+    with torch.no_grad():
+        likely = [[likelihood(one["question"], choice) for choice in one["choices"]] for one in questions]
+    right = [first > second for first, second in likely]
+    assert found["value"] == pytest.approx(sum(right) / len(right))
+    assert found["standard_error"] > 0 or sum(right) in (0, 20)
+    unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
+    assert unknown.code == 2
+    assert "no such task" in unknown.stderr

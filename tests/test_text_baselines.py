@@ -1,0 +1,38 @@
+"""Answers without a model: copies, the commonest label, and a word table that finds the words it was shown."""
+
+import random
+
+from gpt2lab.text_baselines import COMMONEST, COPY, FIRST_WORDS, WORD_TABLE, text_baselines
+
+DICTIONARY = {"open": "öffne", "close": "schließe", "file": "Datei", "folder": "Ordner", "the": "die", "no": "kein"}
+
+
+def translations(count: int) -> list[tuple[str, str]]:
+    """Sentences of three words, in another order on the other side."""
+    draws = random.Random(0)
+    pairs = []
+    for _ in range(count):
+        words = draws.sample(sorted(DICTIONARY), 3)
+        theirs = [DICTIONARY[word] for word in words]
+        draws.shuffle(theirs)
+        pairs.append((" ".join(words), " ".join(theirs)))
+    return pairs
+
+
+def test_a_word_table_finds_the_dictionary_behind_the_pairs() -> None:
+    answer = text_baselines(["chrf", "bleu"], translations(200))[WORD_TABLE]
+    assert answer("open the file: %s!") == "öffne die Datei: %s!"
+    assert answer("unknown folder") == "unknown Ordner"
+
+
+def test_the_lead_is_as_long_as_targets_are() -> None:
+    answers = text_baselines(["rougeL"], [("a b c d", "x y"), ("e f g", "x y z"), ("h", "x y")])
+    assert sorted(answers) == [COPY, FIRST_WORDS]
+    assert answers[FIRST_WORDS]("one two three") == "one two"
+    assert answers[COPY](" one two three\n") == "one two three"
+
+
+def test_labels_are_guessed_as_the_commonest() -> None:
+    answers = text_baselines(["accuracy", "f1"], [("good", "yes"), ("bad", "no"), ("fine", "yes ")])
+    assert list(answers) == [COMMONEST]
+    assert answers[COMMONEST]("awful") == "yes"
