@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,15 @@ metric_list: [{{metric: acc}}]
 """
 
 
+def alone(folder: Path, tasks: Path) -> float:
+    """The accuracy that lm_eval's own command finds for the Hugging Face folder."""
+    words = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
+    words += ["--tasks", "tiny_completion", "--include_path", str(tasks), "--output_path", str(tasks / "out")]
+    subprocess.run([sys.executable, "-m", "lm_eval", *words], check=True, cwd=tasks, timeout=250)
+    (file,) = (tasks / "out").rglob("results*.json")
+    return json.loads(file.read_text())["results"]["tiny_completion"]["acc,none"]
+
+
 @pytest.mark.slow
 def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate_here, models, tmp_path: Path) -> None:
     questions = [
@@ -203,6 +213,7 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     right = [first > second for first, second in likely]
     assert found["value"] == pytest.approx(sum(right) / len(right))
     assert found["standard_error"] > 0 or sum(right) in (0, 20)
+    assert alone(models / "1", tmp_path) == found["value"]
     unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
     assert unknown.code == 2
     assert "no such task" in unknown.stderr
