@@ -4,6 +4,7 @@
     python generate.py checkpoint=RUN prompts=prompts.txt beams=4 json=written.json
     python generate.py checkpoint=RUN                                  asks for prompts and writes as it goes
     python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " temperature=0
+    python generate.py checkpoint=TEACHER draft=STUDENT serve=true     opens a page where both write side by side
     python generate.py checkpoint=RUN_OF_OBJECTIVE_FIM prompt="def add(a, b):<|mask|>    return total"
 
 Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colons and newlines.
@@ -20,6 +21,11 @@ from launch.writing import Arguments, Author
 def main() -> None:
     arguments = parse(sys.argv[1:], Arguments)
     check_output_file(arguments.json)
+    if arguments.serve:
+        from launch.serving import serve
+
+        serve(arguments)
+        return
     author = Author(arguments)
     if arguments.draft:
         written = author.speculate()

@@ -37,7 +37,7 @@ def argument(
 
 
 def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
-    """Turn `key=value` words into an arguments dataclass with str, int and float fields.
+    """Turn `key=value` words into an arguments dataclass with str, bool, int and float fields.
 
     Raises:
         InputError: a word without `=`, an unknown, repeated or missing key, a value of the wrong type or out of range.
@@ -63,7 +63,7 @@ def describe(kind: type) -> str:
     """One line for each argument, for --help."""
     lines = []
     for field in dataclasses.fields(kind):
-        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {field.default})"
+        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {_in_words(field.default)})"
         choices = f" {{{', '.join(field.metadata['choices'])}}}" if field.metadata["choices"] else ""
         lines.append(f"  {field.name + '=':<16} {field.metadata['says']}{choices}{default}")
     return "\n".join(lines)
@@ -83,6 +83,10 @@ def check_output_file(path: str, key: str = "json") -> None:
         raise InputError(f"{key}={path} cannot be written: give a file in a folder that exists and can be written to.")
 
 
+def _in_words(value: str | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _converted(field: dataclasses.Field, text: str) -> str | int | float:
     if field.type is str:
         choices = field.metadata["choices"]
@@ -90,6 +94,10 @@ def _converted(field: dataclasses.Field, text: str) -> str | int | float:
             message = f"{field.name}={text}: no such value{nearest(text, choices)}."
             raise InputError(f"{message}\nAllowed: {', '.join(choices)}.")
         return text
+    if field.type is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{field.name}={text} is not true or false; for example {field.name}=true.")
+        return text.lower() == "true"
     assert field.type in (int, float)
     try:
         value = field.type(text)

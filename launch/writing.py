@@ -14,9 +14,13 @@ from launch.key_values import argument
 from launch.noise import settle_library_noise, settle_noise
 
 if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
     from transformers.generation.streamers import BaseStreamer
 
+    from gpt2lab.generation import Sampling
+
 SEPARATOR = "||"  # of stop texts
+PORT = 7860
 
 
 @dataclass
@@ -42,6 +46,8 @@ class Arguments:
     num_samples: int = argument("how many texts for each prompt", 1, at_least=1, at_most=1000)
     seed: int = argument("the same seed gives the same text", 1337, at_least=0, at_most=2**63 - 1)
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
+    serve: bool = argument("open a page in the browser instead, on this machine alone", False)
+    port: int = argument("of that page; 0: any that is free", PORT, at_least=0, at_most=65535)
     json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
 
 
@@ -85,7 +91,6 @@ class Author:
         settle_noise()  # what follows takes seconds to import; mistakes are told before
         from gpt2lab.backbone import load_backbone
         from gpt2lab.device import named_device
-        from gpt2lab.generation import Sampling
         from gpt2lab.tokenizer import load_tokenizer
 
         settle_library_noise()
@@ -93,17 +98,7 @@ class Author:
         self.model = load_backbone(str(folder)).lm.to(self.device).eval()
         self.tokenizer = load_tokenizer(str(folder))
         self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
-        self.sampling = Sampling(
-            "chosen",
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            min_p=arguments.min_p,
-            typical_p=arguments.typical_p,
-            beams=arguments.beams,
-            repetition_penalty=arguments.repetition_penalty,
-            no_repeat_ngram=arguments.no_repeat_ngram,
-        )
+        self.sampling = chosen_sampling(arguments)
 
     def write(self) -> list[Text]:
         """Every prompt's texts, shown."""
@@ -126,13 +121,9 @@ class Author:
 
     def speculate(self) -> list[Text]:
         """Every prompt's text by speculative decoding, shown, and beside it what that was worth."""
-        from gpt2lab.backbone import load_backbone
         from gpt2lab.speculative import speculate
 
-        arguments, folder = self.arguments, folder_of(self.arguments.draft, "draft")
-        self._check_draft(folder)
-        draft = load_backbone(str(folder)).lm.to(self.device).eval()
-        texts = []
+        arguments, draft, texts = self.arguments, self.load_draft(), []
         for number, prompt in enumerate([self.prompts[0], *self.prompts]):
             found = speculate(
                 self.model,
@@ -151,6 +142,14 @@ class Author:
             print(self._whole(texts[-1]))
             print(_in_words(texts[-1]), file=sys.stderr)
         return texts
+
+    def load_draft(self) -> "GPT2LMHeadModel":
+        """The draft model; a text then fits into the positions of both."""
+        from gpt2lab.backbone import load_backbone
+
+        folder = folder_of(self.arguments.draft, "draft")
+        self._check_draft(folder)
+        return load_backbone(str(folder)).lm.to(self.device).eval()
 
     def _show(self, prompts: list[str]) -> list[Text]:
         """The texts of some prompts; a single one is shown as it is written, where somebody watches."""
@@ -227,8 +226,10 @@ class Author:
             raise InputError("draft decodes one text at a time.\nLeave out beams, num_samples and stop.")
         if arguments.draft and self.objective not in ("clm", "fim", "sampled_softmax"):
             raise InputError(f"draft is for causal models, and this one was trained with objective={self.objective}.")
-        if arguments.draft and not self.prompts:
+        if arguments.draft and not self.prompts and not arguments.serve:
             raise InputError("draft needs prompt= or prompts=.")
+        if arguments.port != PORT and not arguments.serve:
+            raise InputError("port= is of the page that serve=true opens.\nAdd serve=true, or leave port= out.")
 
     def _check_draft(self, folder: Path) -> None:
         from gpt2lab.tokenizer import difference_in_words
@@ -241,6 +242,23 @@ class Author:
                 f"{self.model.config.vocab_size}.{different}\nGive a draft distilled from the checkpoint, for example."
             )
         self.positions = min(self.positions, shape["n_positions"])
+
+
+def chosen_sampling(arguments: Arguments) -> "Sampling":
+    """How the arguments say that the next token is chosen."""
+    from gpt2lab.generation import Sampling
+
+    return Sampling(
+        "chosen",
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        typical_p=arguments.typical_p,
+        beams=arguments.beams,
+        repetition_penalty=arguments.repetition_penalty,
+        no_repeat_ngram=arguments.no_repeat_ngram,
+    )
 
 
 def _prompts_in(file: str) -> list[str]:

@@ -1,0 +1,134 @@
+"""Headless Chromium for tests of pages, driven over its DevTools protocol."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 60.0  # seconds, on a machine that does other things too
+
+
+class Browser:
+    """One tab. Nothing but 127.0.0.1 can be reached from it."""
+
+    def __init__(self, folder: Path, width: int = 1400, height: int = 1000) -> None:
+        assert PROGRAM is not None
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+            f"--window-size={width},{height}",
+            f"--user-data-dir={folder}",
+            "--remote-debugging-port=0",
+        ]
+        self._process = subprocess.Popen(
+            [PROGRAM, *options, "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._loop, self._number = asyncio.new_event_loop(), 0
+        self.told: list[dict[str, Any]] = []  # what the protocol said unasked: errors of the page among it
+        try:
+            self._loop.run_until_complete(self._connect(self._port(folder / "DevToolsActivePort")))
+            for domain in ("Page", "Runtime", "Log"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self._kill()
+            raise
+
+    @staticmethod
+    def _port(place: Path) -> str:
+        """That the browser listens on, as it writes into its folder."""
+        end = time.monotonic() + PATIENCE
+        while not (place.is_file() and place.read_text().count("\n")):
+            assert time.monotonic() < end, "chromium does not start"
+            time.sleep(0.05)
+        return place.read_text().splitlines()[0]
+
+    async def _connect(self, port: str) -> None:
+        self._session = aiohttp.ClientSession()
+        async with self._session.get(f"http://127.0.0.1:{port}/json") as answer:
+            tab = next(tab for tab in await answer.json() if tab["type"] == "page")
+        self._socket = await self._session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
+
+    def call(self, method: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One command of the protocol and its result."""
+        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters or {}), PATIENCE))
+
+    async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        self._number += 1
+        await self._socket.send_str(json.dumps({"id": self._number, "method": method, "params": parameters}))
+        while True:
+            message = json.loads((await self._socket.receive()).data)
+            if message.get("id") == self._number:
+                assert "error" not in message, message["error"]
+                return message["result"]
+            self.told.append(message)
+
+    def value(self, script: str) -> Any:
+        """What a script of the page gives."""
+        result = self.call("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, script: str) -> Any:
+        """The first value of the script that counts as true."""
+        end = time.monotonic() + PATIENCE
+        while not (value := self.value(script)):
+            assert time.monotonic() < end, f"{script} never came true:\n{self.value('document.body.innerText')}"
+            time.sleep(0.05)
+        return value
+
+    def open(self, address: str) -> None:
+        self.call("Page.navigate", {"url": address})
+        self.wait("document.readyState === 'complete'")
+
+    def click(self, selector: str) -> None:
+        """With the mouse, as a user does."""
+        place = self.value(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            "return {x: r.x + r.width / 2, y: r.y + r.height / 2}; })()"
+        )
+        self._mouse("mouseMoved", place)
+        for kind in ("mousePressed", "mouseReleased"):
+            self._mouse(kind, {**place, "button": "left", "clickCount": 1})
+
+    def point(self, selector: str) -> None:
+        """Move the mouse onto an element."""
+        place = self.value(
+            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getClientRects()[0];"
+            "return {x: r.x + r.width / 2, y: r.y + r.height / 2}; })()"
+        )
+        self._mouse("mouseMoved", place)
+
+    def _mouse(self, kind: str, place: dict[str, Any]) -> None:
+        self.call("Input.dispatchMouseEvent", {"type": kind, **place})
+
+    def type(self, selector: str, text: str) -> None:
+        """Replace what a field holds."""
+        self.value(f"document.querySelector({json.dumps(selector)}).select()")
+        self.value(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.call("Input.insertText", {"text": text})
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+        self._kill()
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
