@@ -4,6 +4,7 @@
     python generate.py checkpoint=RUN prompts=prompts.txt beams=4 json=written.json
     python generate.py checkpoint=RUN                                  asks for prompts and writes as it goes
     python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " temperature=0
+    python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true teacher=TEACHER      a page: attention, surprise
     python generate.py checkpoint=RUN_OF_OBJECTIVE_FIM prompt="def add(a, b):<|mask|>    return total"
 
 Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colons and newlines.
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from launch.answer import end
+from launch.inspecting import check_inspection, inspect_written
 from launch.key_values import check_output_file, describe, parse
 from launch.writing import Arguments, Author
 
@@ -20,11 +22,14 @@ from launch.writing import Arguments, Author
 def main() -> None:
     arguments = parse(sys.argv[1:], Arguments)
     check_output_file(arguments.json)
+    check_inspection(arguments)
     author = Author(arguments)
     if arguments.draft:
         written = author.speculate()
     else:
         written = author.write() if author.prompts else author.converse()
+    if arguments.inspect:
+        inspect_written(author, written[0])
     if arguments.json:
         from gpt2lab.atomic_files import write_json
 

@@ -15,6 +15,7 @@ from gpt2lab.errors import InputError
 from launch.spelling import nearest
 
 Arguments = TypeVar("Arguments")
+YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def argument(
@@ -37,7 +38,7 @@ def argument(
 
 
 def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
-    """Turn `key=value` words into an arguments dataclass with str, int and float fields.
+    """Turn `key=value` words into an arguments dataclass with str, bool, int and float fields.
 
     Raises:
         InputError: a word without `=`, an unknown, repeated or missing key, a value of the wrong type or out of range.
@@ -63,30 +64,42 @@ def describe(kind: type) -> str:
     """One line for each argument, for --help."""
     lines = []
     for field in dataclasses.fields(kind):
-        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {field.default})"
+        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {_as_typed(field.default)})"
         choices = f" {{{', '.join(field.metadata['choices'])}}}" if field.metadata["choices"] else ""
         lines.append(f"  {field.name + '=':<16} {field.metadata['says']}{choices}{default}")
     return "\n".join(lines)
 
 
-def check_output_file(path: str) -> None:
+def check_output_file(path: str, key: str = "json") -> None:
     """Find out before the work, not after it, that its result cannot be written.
+
+    Args:
+        key: that names the file, for the message.
 
     Raises:
         InputError: `path` is a folder, or its folder does not exist.
     """
     file = Path(path)
     if path and (file.is_dir() or not can_write(file.absolute().parent)):
-        raise InputError(f"json={path} cannot be written: give a file in a folder that exists and can be written to.")
+        raise InputError(f"{key}={path} cannot be written: give a file in a folder that exists and can be written to.")
 
 
-def _converted(field: dataclasses.Field, text: str) -> str | int | float:
+def _as_typed(value: Any) -> str:
+    """A value as it is given on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _converted(field: dataclasses.Field, text: str) -> str | bool | int | float:
     if field.type is str:
         choices = field.metadata["choices"]
         if choices and text not in choices:
             message = f"{field.name}={text}: no such value{nearest(text, choices)}."
             raise InputError(f"{message}\nAllowed: {', '.join(choices)}.")
         return text
+    if field.type is bool:
+        if text.lower() not in YES_OR_NO:
+            raise InputError(f"{field.name}={text} is not true or false.\nGive {field.name}=true, or leave it out.")
+        return YES_OR_NO[text.lower()]
     assert field.type in (int, float)
     try:
         value = field.type(text)

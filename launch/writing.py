@@ -42,6 +42,9 @@ class Arguments:
     num_samples: int = argument("how many texts for each prompt", 1, at_least=1, at_most=1000)
     seed: int = argument("the same seed gives the same text", 1337, at_least=0, at_most=2**63 - 1)
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
+    inspect: bool = argument("also show what goes on inside the model while it reads prompt and text, as a page", False)
+    inspect_file: str = argument("where that page is written; left out: inspect.html in the run directory, or here", "")
+    teacher: str = argument("with inspect=true: a model with the same tokenizer, to show where the two disagree", "")
     json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
 
 
@@ -52,6 +55,7 @@ class Text:
     Attributes:
         completion: under mlm the prompt with its gaps filled.
         tokens: that were written.
+        ids: of the completion.
         seconds: of all texts that were written together.
         measured: of speculative decoding.
     """
@@ -61,6 +65,7 @@ class Text:
     tokens: int
     seconds: float
     measured: dict[str, float] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -193,7 +198,7 @@ class Author:
         for stop in self.stop:
             completion = completion.partition(stop)[0]
         tokens = prompt.count(PLACE) if self.objective == "mlm" else len(ids)
-        return Text(prompt, completion, tokens, seconds, measured or {})
+        return Text(prompt, completion, tokens, seconds, measured or {}, ids)
 
     @property
     def _streams(self) -> bool:
