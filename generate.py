@@ -4,7 +4,7 @@
     python generate.py checkpoint=RUN prompts=prompts.txt beams=4 json=written.json
     python generate.py checkpoint=RUN                                  asks for prompts and writes as it goes
     python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " temperature=0
-    python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true teacher=TEACHER      a page: attention, surprise
+    python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true      a page: attention, surprise
     python generate.py checkpoint=RUN_OF_OBJECTIVE_FIM prompt="def add(a, b):<|mask|>    return total"
 
 Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colons and newlines.

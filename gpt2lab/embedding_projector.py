@@ -1,10 +1,10 @@
 """Embedding projector: a model's token embeddings as TensorBoard's projector, or projector.tensorflow.org, reads them.
 
-    tensors.tsv              one embedding a line
-    metadata.tsv             token, id and kind of each, under a line of headings
-    projector_config.pbtxt   names the two
+tensors.tsv              one embedding a line
+metadata.tsv             token, id and kind of each, under a line of headings
+projector_config.pbtxt   names the two
 
-    tensorboard --logdir FOLDER
+tensorboard --logdir FOLDER
 """
 
 from pathlib import Path

@@ -12,6 +12,7 @@ and with p those of a teacher that reads the same:
     TVD        ½ Σ |p − q|, from 0 (the same) to 1 (nothing in common)
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,9 +57,7 @@ class Reading:
         """(T,) the tokens, hidden ones filled in."""
         if not self.fills:
             return self.ids
-        return [
-            token if label == IGNORE_INDEX else label for token, label in zip(self.ids, self.labels, strict=True)
-        ]
+        return [token if label == IGNORE_INDEX else label for token, label in zip(self.ids, self.labels, strict=True)]
 
 
 def reading_of_text(
@@ -94,10 +93,15 @@ def reading_of_gaps(prompt: Sequence[int], filled: Sequence[int], mask: int) -> 
 
 
 def reading_of_batch(batch: Batch, objective: str, tokens: int) -> Reading:
-    """The first sequence of a batch, as it is trained on: its first `tokens` tokens, and none of its padding."""
-    targets = (batch.labels[0] != IGNORE_INDEX).nonzero()
-    longest = len(batch.labels[0]) if objective == "mlm" or not len(targets) else int(targets[-1]) + 1
-    length, fills = min(longest, tokens), objective == "mlm"
+    """The beginning of a batch's first sequence, as it is trained on, without its padding.
+
+    Args:
+        tokens: how many; more where the first half of so many would not reach the tokens that are predicted.
+    """
+    targets, fills = (batch.labels[0] != IGNORE_INDEX).nonzero().flatten().tolist(), objective == "mlm"
+    length = min(len(batch.labels[0]), tokens)
+    if targets and not fills:
+        length = min(targets[-1] + 1, max(targets[0] + tokens // 2, tokens))
     labels = batch.labels[0, :length].tolist()
     if not fills:
         labels[-1] = IGNORE_INDEX  # its token is not among those read
@@ -173,15 +177,21 @@ def tokens_shown(layers: int, heads: int, length: int) -> int:
 
 @torch.no_grad()
 def inspect_reading(
-    model: GPT2LMHeadModel, reading: Reading, entries: int, teacher: GPT2LMHeadModel | None = None
+    model: GPT2LMHeadModel,
+    reading: Reading,
+    entries: int,
+    teacher: GPT2LMHeadModel | None = None,
+    most: int = LONGEST_MAP,
 ) -> Inspection:
     """Let a model, and a teacher with the same tokenizer, read a text. Both stay as they are; nothing is drawn.
 
     Args:
         entries: of the vocabulary that mean a token; padding is in no softmax.
+        most: of how many tokens, the last ones, attention is kept.
     """
     shape = model.config
-    hidden, attention = read(model, reading, tokens_shown(shape.n_layer, shape.n_head, len(reading.ids)))
+    shown = tokens_shown(shape.n_layer, shape.n_head, min(most, len(reading.ids)))
+    hidden, attention = read(model, reading, shown)
     sources = [place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX]
     labels = torch.tensor([reading.labels[place] for place in sources], dtype=torch.int64)  # (N,)
     of_model = _log_probabilities(model, hidden[sources], entries)
@@ -256,9 +266,7 @@ def nearest(weight: Tensor, ids: Sequence[int], entries: int, count: int) -> lis
     cosines = directions[own] @ directions.T  # (len(ids), V)
     cosines.scatter_(1, own[:, None], -torch.inf)
     values, found = cosines.topk(min(count, entries - 1))
-    return [
-        list(zip(row, near, strict=True)) for row, near in zip(found.tolist(), values.tolist(), strict=True)
-    ]
+    return [list(zip(row, near, strict=True)) for row, near in zip(found.tolist(), values.tolist(), strict=True)]
 
 
 def habits(inspection: Inspection) -> list[str]:
@@ -281,9 +289,8 @@ def habits(inspection: Inspection) -> list[str]:
     weights = inspection.attention[:, :, free].clamp_min(1e-12)
     choices = (-(weights * weights.log()).sum(3)).mean(2).exp()  # (L, H) as many equally good ones
     told = []
-    for layer in range(layers):
-        for head in range(heads):
-            name = max(shares, key=lambda each: float(shares[each][layer, head]))
-            share = float(shares[name][layer, head])
-            told.append(f"{name} {share:.0%}" if share >= CLEAR_HABIT else f"≈ {float(choices[layer, head]):.0f} tokens")
+    for layer, head in itertools.product(range(layers), range(heads)):
+        name = max(shares, key=lambda each: float(shares[each][layer, head]))
+        share, spread = float(shares[name][layer, head]), float(choices[layer, head])
+        told.append(f"{name} {share:.0%}" if share >= CLEAR_HABIT else f"≈ {spread:.0f} tokens")
     return told

@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gpt2lab.atomic_files import write_text
-from gpt2lab.inspection import LONGEST_STRIP, Inspection, Reading, habits, inspect_reading, nearest
+from gpt2lab.inspection import LONGEST_MAP, LONGEST_STRIP, Inspection, Reading, habits, inspect_reading, nearest
 from gpt2lab.report_html import STYLE
 from gpt2lab.token_text import token_texts, with_signs
 
@@ -26,24 +26,25 @@ MOST_NEIGHBOURED = 40  # distinct tokens in the table of neighbours
 MOST_DISPUTED = 10  # tokens in the table of disagreements
 ACROSS = 26  # tokens in a row of the heat map
 
-SURPRISE = """Each token is coloured by how little the model expected it. <b>Loss</b> is −ln of the probability that it
-gave the token which really stands there: 0 means it was sure, and training lowers its mean. <b>Bits</b> are the same in
-yes-or-no questions. <b>Rank</b> counts the entries of the vocabulary it held likelier. <b>Entropy</b> says how undecided
-it was before it saw the token, right or wrong; e to its power is the number of equally likely choices that would be as
-undecided."""
+SURPRISE = """Each token is coloured by how little the model expected it. <b>Loss</b> is −ln of the probability that
+it gave the token which really stands there: 0 means it was sure, and training lowers its mean. <b>Bits</b> are the
+same in yes-or-no questions. <b>Rank</b> counts the entries of the vocabulary it held likelier. <b>Entropy</b> says
+how undecided it was before it saw the token, right or wrong; e to its power is the number of equally likely choices
+that would be as undecided."""
 HEAT = """Both models read the same text, and at every token each has a distribution over all that may stand there.
-<b>KL(teacher‖student)</b> is what forward-KL distillation lowers: nats lost by coding the teacher's expectations with the
-student's. <b>Total variation</b> is the share of probability that would have to be moved to turn one into the other, and 1
-minus it how often speculative decoding would keep the student's draft. A strongly coloured column is a place where the student has
-something left to learn from this teacher."""
-ATTENTION = """One map for each head: row i shows how the i-th token shares out its attention over the tokens it may see,
-and each row sums to 1. The text runs down and to the right. Colour is the square root of the weight, so that faint ones
-show; hatched places are masked: attention there is exactly 0. Under each map stands where it mostly looks. Common habits:
-the <b>previous</b> token; the <b>first</b>, which is where a head looks that finds nothing to do here; <b>itself</b>; or
-spread over many. <b>Click a map</b> to enlarge it; <b>hover or tap a token</b> to see what it attends to."""
-NEAR = """Rows of the embedding matrix, which also is the output head: entries whose vectors point the same way (by the
-cosine of their angle) are read alike and predicted in the same places. In a model that has learned little they are
-neighbours by chance."""
+<b>KL(teacher‖student)</b> is what forward-KL distillation lowers: nats lost by coding the teacher's expectations with
+the student's. <b>Total variation</b> is the share of probability that would have to be moved to turn one into the
+other, and 1 minus it how often speculative decoding would keep the student's draft. A strongly coloured column is a
+place where the student has something left to learn from this teacher."""
+ATTENTION = """One map for each head: row i shows how the i-th token shares out its attention over the tokens it may
+see, and each row sums to 1. The text runs down and to the right. Colour is the square root of the weight, so that
+faint ones show; hatched places are masked: attention there is exactly 0. Under each map stands where it mostly looks.
+Common habits: the <b>previous</b> token; the <b>first</b>, which is where a head looks that finds nothing to do here;
+<b>itself</b>; or spread over many. <b>Click a map</b> to enlarge it; <b>hover or tap a token</b> to see what it
+attends to."""
+NEAR = """Rows of the embedding matrix, which also is the output head: entries whose vectors point the same way (by
+the cosine of their angle) are read alike and predicted in the same places. In a model that has learned little they
+are neighbours by chance."""
 UNPREDICTED = {
     "mlm": "It is given, not predicted: this model predicts hidden tokens only.",
     "prefix_lm": "It belongs to the source, which is read both ways and not predicted.",
@@ -61,15 +62,17 @@ def write_inspection(
     objective: str,
     teacher: GPT2LMHeadModel | None = None,
     teacher_name: str = "",
+    most: int = LONGEST_MAP,
 ) -> None:
     """Let the model read the text and write the page.
 
     Args:
         title: what the model is.
         teacher: with the same tokenizer, to be shown beside it.
+        most: of how many tokens, the last ones, attention is shown.
     """
     entries = len(tokenizer)
-    inspection = inspect_reading(model, reading, entries, teacher)
+    inspection = inspect_reading(model, reading, entries, teacher, most)
     distinct = list(dict.fromkeys(reading.text))[:MOST_NEIGHBOURED]
     neighbours = nearest(model.transformer.wte.weight, distinct, entries, NEIGHBOURS)
     shape = model.config
@@ -188,12 +191,13 @@ class Page:
         marks = " Underlined tokens were written by the model itself." if any(self.seen.reading.written) else ""
         return f"""<h2>How surprising each token was</h2><p class="says">{SURPRISE}{marks}</p>{_notes(notes)}
 <div class="beside"><div><div class="choice" id="measures"><span>Colour by</span>{_buttons(names)}</div>
-<div class="strip hot" id="strip" tabindex="0" role="group" aria-label="tokens; arrow keys move">{self._strip(self.first)}</div>
-<div class="legend hot" id="legend"></div></div><div class="card" id="card"></div></div>
+{self._strip("strip", "hot", self.first)}<div class="legend hot" id="legend"></div></div>
+<div class="card" id="card"></div></div>
 """
 
-    def _strip(self, start: int, read: bool = False) -> str:
+    def _strip(self, name: str, tint: str, start: int, read: bool = False) -> str:
         """Tokens from `start` on, as text; as they were read, where hidden ones are to be seen as such."""
+        begin = f'<div class="strip {tint}" id="{name}" tabindex="0" role="group" aria-label="tokens; arrow keys move">'
         texts = token_texts(self.tokenizer, self.seen.reading.ids) if read else self.texts
         predicted = set(self.seen.places)
         parts = []
@@ -201,7 +205,7 @@ class Page:
             kinds = ["t"] + ["none"] * (place not in predicted) + ["written"] * self.seen.reading.written[place]
             text = escape(texts[place]).replace("\n", '<span class="sign">↵</span>\n')
             parts.append(f'<span class="{" ".join(kinds)}" data-i="{place}">{text}</span>')
-        return "".join(parts)
+        return f"{begin}{''.join(parts)}</div>"
 
     # A teacher beside it
 
@@ -231,7 +235,8 @@ class Page:
 <div class="beside"><div class="scroll" id="heat">{"".join(tables)}</div><div class="card" id="heat-card"></div></div>
 <h3>Most disputed</h3><div class="scroll"><table class="list"><tr><th>token, and what stands before it</th>
 <th class="figure">KL</th><th class="figure">total variation</th><th class="figure">student's loss</th>
-<th class="figure">teacher's loss</th><th>student's first choice</th><th>teacher's</th></tr>{self._disputed(begin)}</table></div>
+<th class="figure">teacher's loss</th><th>student's first choice</th><th>teacher's</th></tr>
+{self._disputed(begin)}</table></div>
 """
 
     def _signs_of(self, rows: range) -> list[str]:
@@ -244,11 +249,11 @@ class Page:
         lines = []
         for row in order:
             place = self.seen.places[row]
-            before = "".join(self.signs[max(place - 5, 0) : place])
+            before, token = escape("".join(self.signs[max(place - 5, 0) : place])), escape(self.signs[place])
             figures = (beside.kl[row], beside.tvd[row], expected.losses[row], beside.expectations.losses[row])
             choices = (expected.likeliest[row][0], beside.expectations.likeliest[row][0])
             lines.append(
-                f'<tr><td><code><span class="before">{escape(before)}</span><b>{escape(self.signs[place])}</b></code></td>'
+                f'<tr><td><code><span class="before">{before}</span><b>{token}</b></code></td>'
                 + "".join(f'<td class="figure">{figure:.3f}</td>' for figure in figures)
                 + "".join(f"<td><code>{escape(self._sign(e))}</code> {p:.0%}</td>" for e, p in choices)
                 + "</tr>"
@@ -262,8 +267,8 @@ class Page:
         notes = []
         if self.attention_from:
             notes.append(
-                f"Attention is shown of the last {size} of {len(self.texts):,} tokens, to keep the page small; the model "
-                "read all of them, and what a token gives to those not shown is told with it."
+                f"Attention is shown of the last {size} of {len(self.texts):,} tokens, to keep the page small; the "
+                "model read all of them, and what a token gives to those not shown is told with it."
             )
         captions = habits(self.seen)
         parts = ["<span></span>"] + [f'<span class="head">head {head + 1}</span>' for head in range(heads)]
@@ -282,18 +287,12 @@ class Page:
 <h3 id="which"></h3><div class="choice"><span id="wholes" class="choice">{wholes}</span>
 <span id="ways" class="choice">{ways}</span></div>
 <div class="large"><canvas id="large" role="img" aria-label="the chosen map, enlarged"></canvas><div>
-<div class="strip look" id="looks" tabindex="0" role="group" aria-label="tokens; arrow keys move">{self._strip(self.attention_from, read=True)}</div>
-<p id="told"></p></div></div>
+{self._strip("looks", "look", self.attention_from, read=True)}<p id="told"></p></div></div>
 """
 
     def _neighbours(self, neighbours: dict[int, list[tuple[int, float]]]) -> str:
         lines = "".join(
-            f"<tr><td><code>{escape(self._sign(token))}</code></td><td>"
-            + "".join(
-                f'<span style="--v:{max(cosine, 0):.2f}"><code>{escape(self._sign(entry))}</code> <small>{cosine:.2f}</small></span>'
-                for entry, cosine in near
-            )
-            + "</td></tr>"
+            f"<tr><td><code>{escape(self._sign(token))}</code></td><td>{''.join(map(self._neighbour, near))}</td></tr>"
             for token, near in neighbours.items()
         )
         distinct = len(set(self.seen.reading.text))
@@ -301,6 +300,11 @@ class Page:
         return f"""<h2>Nearest in the embedding</h2><p class="says">{NEAR}</p>{_notes(notes)}
 <table class="list near"><tr><th>token</th><th>nearest entries, and their cosines</th></tr>{lines}</table>
 """
+
+    def _neighbour(self, near: tuple[int, float]) -> str:
+        entry, cosine = near
+        text = f"<code>{escape(self._sign(entry))}</code> <small>{cosine:.2f}</small>"
+        return f'<span style="--v:{max(cosine, 0):.2f}">{text}</span>'
 
 
 def _as_bytes(attention: torch.Tensor) -> bytes:

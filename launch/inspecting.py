@@ -1,4 +1,4 @@
-"""Inspecting: generate.py inspect=true — a page that shows what goes on in the model while it reads what was written."""
+"""Inspecting: generate.py inspect=true — a page on what goes on in the model while it reads what was written."""
 
 import sys
 from pathlib import Path
@@ -84,9 +84,10 @@ def _teacher_positions(author: Author) -> int:
     source, entries = author.arguments.teacher, len(author.tokenizer)
     folder = folder_of(source, "teacher")
     shape, different = read_shape(folder), difference_in_words(folder, author.tokenizer)
-    if different or shape["vocab_size"] < entries:
+    size = shape["vocab_size"]
+    if different or size < entries:
         raise InputError(
-            f"teacher={source} has other tokens than the checkpoint: {shape['vocab_size']} entries, {entries}.{different}\n"
+            f"teacher={source} has other tokens than the checkpoint: {size} entries, {entries}.{different}\n"
             "Give a teacher with the same tokenizer."
         )
     return shape["n_positions"]
