@@ -194,6 +194,8 @@ function drawLarge() {
   pen.fillStyle = getComputedStyle(document.body).backgroundColor; // under the names, the hatching only where nothing is seen
   pen.fillRect(0, 0, wide, margin);
   pen.fillRect(0, 0, margin, wide);
+  pen.fillRect(margin + inner, 0, wide, wide);
+  pen.fillRect(0, margin + inner, wide, wide);
   pen.drawImage(small, margin, margin, inner, inner);
   pen.strokeStyle = colours.ink;
   pen.lineWidth = 1.5;
@@ -247,7 +249,7 @@ function lookAt(place) {
 function refresh() {
   current = weights();
   const titles = { head: `Layer ${state.layer + 1}, head ${state.head + 1}`, layer: `Layer ${state.layer + 1}, mean of its heads`, all: "Mean of all heads" };
-  const habit = state.whole === "head" ? `: ${data.habits[state.layer * heads + state.head]}` : "";
+  const habit = state.whole === "head" ? `: ${data.habits[state.layer * heads + state.head].replace("≈", "spread over ≈")}` : "";
   one("which").textContent = titles[state.whole] + habit;
   for (const map of all(".map")) map.setAttribute("aria-pressed", state.whole === "all" || (Math.floor(map.value / heads) === state.layer && (state.whole === "layer" || map.value % heads === state.head)));
   for (const button of all("#wholes button")) button.setAttribute("aria-pressed", button.value === state.whole);

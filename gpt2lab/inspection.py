@@ -12,7 +12,6 @@ and with p those of a teacher that reads the same:
     TVD        ½ Σ |p − q|, from 0 (the same) to 1 (nothing in common)
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from gpt2lab.attention_habits import habits
 from gpt2lab.attention_spans import as_mask, document_bounds, positions_of, spans_of, visible
 from gpt2lab.batch import IGNORE_INDEX, Batch
 
@@ -31,7 +31,6 @@ LONGEST_STRIP = 512  # tokens whose figures are shown
 LONGEST_MAP = 192  # tokens whose attention is shown, and fewer where layers and heads are many:
 LARGEST_MAPS = 6_000_000  # weights in all, a byte each in the page
 SMALLEST_LOG = -1e4  # of a probability of 0, as in gpt2lab/distillation_metrics.py
-CLEAR_HABIT = 0.3  # mean share from which a head is said to look at a place
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,13 @@ class Inspection:
     Attributes:
         attention: (L, H, S, S) fp32: how much each of the last S tokens (third) takes from each (fourth). A row sums to
             1, or to less where tokens before those shown are seen too. What a token does not see has exactly 0.
+        habits: (L · H,) where each head mostly looks, over all T tokens.
         places: (N,) places in the text of the predicted tokens, in order.
     """
 
     reading: Reading
     attention: Tensor
+    habits: list[str]
     places: list[int]
     expectations: Expectations
     disagreement: Disagreement | None
@@ -191,7 +192,8 @@ def inspect_reading(
     """
     shape = model.config
     shown = tokens_shown(shape.n_layer, shape.n_head, min(most, len(reading.ids)))
-    hidden, attention = read(model, reading, shown)
+    with _kept_attention(model, reading.spans, shown) as (maps, told):
+        hidden = read(model, reading)
     sources = [place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX]
     labels = torch.tensor([reading.labels[place] for place in sources], dtype=torch.int64)  # (N,)
     of_model = _log_probabilities(model, hidden[sources], entries)
@@ -200,23 +202,23 @@ def inspect_reading(
         for log_q, some in zip(of_model, labels.split(ROWS_OF_A_CHUNK), strict=True):
             expectations.add(log_q, some)
     else:
-        disagreement, (said, _) = Disagreement(), read(teacher, reading, 0)
+        disagreement, said = Disagreement(), read(teacher, reading)
         of_teacher = _log_probabilities(teacher, said[sources], entries)
         for log_p, log_q, some in zip(of_teacher, of_model, labels.split(ROWS_OF_A_CHUNK), strict=True):
             expectations.add(log_q, some)
             disagreement.add(log_p, log_q, some)
     places = sources if reading.fills else [place + 1 for place in sources]
-    return Inspection(reading, attention, places, expectations, disagreement)
+    return Inspection(reading, torch.stack(maps), told, places, expectations, disagreement)
 
 
-def read(model: GPT2LMHeadModel, reading: Reading, shown: int) -> tuple[Tensor, Tensor]:
-    """Last hidden states (T, D), and attention (L, H, S, S) on the CPU of the last S = `shown` tokens."""
+def read(model: GPT2LMHeadModel, reading: Reading) -> Tensor:
+    """Last hidden states (T, D); attention is computed step by step, and dropout is off."""
     weight = model.transformer.wte.weight
     ids, spans = torch.tensor([reading.ids], device=weight.device), reading.spans.to(weight.device)
     mask = as_mask(visible(spans), "eager", weight.dtype)
-    with _eager(model), _kept_attention(model, shown) as maps:
+    with _eager(model):
         out = model.transformer(ids, attention_mask=mask, position_ids=positions_of(spans), use_cache=False)
-    return out.last_hidden_state[0], torch.stack(maps) if shown else torch.empty(0)
+    return out.last_hidden_state[0]
 
 
 @contextmanager
@@ -233,16 +235,22 @@ def _eager(model: GPT2LMHeadModel) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_attention(model: GPT2LMHeadModel, shown: int) -> Iterator[list[Tensor]]:
-    """Each layer's weights (H, S, S), as they come: of a long text all layers' whole ones would not fit in memory."""
+def _kept_attention(model: GPT2LMHeadModel, spans: Tensor, shown: int) -> Iterator[tuple[list[Tensor], list[str]]]:
+    """Each layer's weights (H, S, S) and its heads' habits, as they come.
+
+    Of a long text all layers' whole weights would not fit in memory.
+    """
     maps: list[Tensor] = []
+    told: list[str] = []
 
     def keep(module: nn.Module, given: Any, output: tuple[Tensor, Tensor]) -> None:
-        maps.append(output[1][0, :, -shown:, -shown:].float().cpu())
+        weights = output[1][0].float()  # (H, T, T)
+        maps.append(weights[:, -shown:, -shown:].cpu())
+        told.extend(habits(weights, spans[0].to(weights.device)))
 
-    hooks = [block.attn.register_forward_hook(keep) for block in model.transformer.h] if shown else []
+    hooks = [block.attn.register_forward_hook(keep) for block in model.transformer.h]
     try:
-        yield maps
+        yield maps, told
     finally:
         for hook in hooks:
             hook.remove()
@@ -267,30 +275,3 @@ def nearest(weight: Tensor, ids: Sequence[int], entries: int, count: int) -> lis
     cosines.scatter_(1, own[:, None], -torch.inf)
     values, found = cosines.topk(min(count, entries - 1))
     return [list(zip(row, near, strict=True)) for row, near in zip(found.tolist(), values.tolist(), strict=True)]
-
-
-def habits(inspection: Inspection) -> list[str]:
-    """(L · H,) where each head mostly looks, in two words: a place and the mean share that it gets there.
-
-    Rows that see one token alone, which have no choice, are left out.
-    """
-    layers, heads, size, _ = inspection.attention.shape
-    start = len(inspection.reading.ids) - size
-    spans = (inspection.reading.spans[0, start:] - start).clamp_min(0)  # (S, 2)
-    rows = torch.arange(size)
-    free = spans[:, 1] - spans[:, 0] > 1
-    places = {"itself": rows, "previous": rows - 1, "first": spans[:, 0], "next": rows + 1}
-    shares = {}
-    for name, place in places.items():
-        there = (place >= spans[:, 0]) & (place < spans[:, 1]) & free
-        there &= (place != rows - 1) | (name != "first")  # the second token's first is its previous one
-        of_rows = inspection.attention[:, :, rows, place.clamp(0, size - 1)]  # (L, H, S)
-        shares[name] = (of_rows * there).sum(2) / there.sum().clamp_min(1)
-    weights = inspection.attention[:, :, free].clamp_min(1e-12)
-    choices = (-(weights * weights.log()).sum(3)).mean(2).exp()  # (L, H) as many equally good ones
-    told = []
-    for layer, head in itertools.product(range(layers), range(heads)):
-        name = max(shares, key=lambda each: float(shares[each][layer, head]))
-        share, spread = float(shares[name][layer, head]), float(choices[layer, head])
-        told.append(f"{name} {share:.0%}" if share >= CLEAR_HABIT else f"≈ {spread:.0f} tokens")
-    return told

@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gpt2lab.atomic_files import write_text
-from gpt2lab.inspection import LONGEST_MAP, LONGEST_STRIP, Inspection, Reading, habits, inspect_reading, nearest
+from gpt2lab.inspection import LONGEST_MAP, LONGEST_STRIP, Inspection, Reading, inspect_reading, nearest
 from gpt2lab.report_html import STYLE
 from gpt2lab.token_text import token_texts, with_signs
 
@@ -40,8 +40,8 @@ ATTENTION = """One map for each head: row i shows how the i-th token shares out 
 see, and each row sums to 1. The text runs down and to the right. Colour is the square root of the weight, so that
 faint ones show; hatched places are masked: attention there is exactly 0. Under each map stands where it mostly looks.
 Common habits: the <b>previous</b> token; the <b>first</b>, which is where a head looks that finds nothing to do here;
-<b>itself</b>; or spread over many. <b>Click a map</b> to enlarge it; <b>hover or tap a token</b> to see what it
-attends to."""
+<b>itself</b>; or spread over about (≈) so many tokens. <b>Click a map</b> to enlarge it; <b>hover or tap a token</b> to
+see what it attends to."""
 NEAR = """Rows of the embedding matrix, which also is the output head: entries whose vectors point the same way (by
 the cosine of their angle) are read alike and predicted in the same places. In a model that has learned little they
 are neighbours by chance."""
@@ -139,7 +139,7 @@ class Page:
             "layers": seen.attention.shape[0],
             "heads": seen.attention.shape[1],
             "sees": spans.tolist(),
-            "habits": habits(seen),
+            "habits": seen.habits,
             "attention": base64.b64encode(_as_bytes(seen.attention)).decode(),
         }
 
@@ -270,7 +270,7 @@ class Page:
                 f"Attention is shown of the last {size} of {len(self.texts):,} tokens, to keep the page small; the "
                 "model read all of them, and what a token gives to those not shown is told with it."
             )
-        captions = habits(self.seen)
+        captions = self.seen.habits
         parts = ["<span></span>"] + [f'<span class="head">head {head + 1}</span>' for head in range(heads)]
         for layer in range(layers):
             parts.append(f'<span class="layer">layer {layer + 1}</span>')

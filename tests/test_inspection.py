@@ -24,6 +24,7 @@ from transformers import GPT2LMHeadModel
 
 import generate as generate_command
 from callbacks.inspection import Inspect
+from gpt2lab.attention_habits import habits
 from gpt2lab.attention_spans import visible
 from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.batch import IGNORE_INDEX, Batch, PairTokens, pad_pairs
@@ -32,7 +33,6 @@ from gpt2lab.embedding_projector import kind, write_projector
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.inspection import (
     Reading,
-    habits,
     inspect_reading,
     nearest,
     reading_of_batch,
@@ -162,6 +162,7 @@ def test_of_a_long_text_the_last_tokens_are_shown_and_all_are_read() -> None:
     assert part.attention.shape == (2, 2, 10, 10)
     assert torch.equal(part.attention, whole.attention[:, :, -10:, -10:])
     assert part.expectations == whole.expectations
+    assert part.habits == whole.habits
     assert float(part.attention[0, 0, 0].sum()) < 0.999
     assert tokens_shown(48, 25, 1024) ** 2 * 48 * 25 <= 6_000_000
     assert tokens_shown(2, 2, 1024) == 192
@@ -188,16 +189,16 @@ def test_the_reading_of_a_batch_has_its_masks_and_no_padding() -> None:
 
 
 def test_habits_name_where_a_head_looks() -> None:
-    found = inspect_reading(model(), reading("clm"), ENTRIES)
-    size = found.attention.shape[2]
+    size, spans = 12, reading_of_text(range(12), [], "clm", written=False, room=12).spans[0]
     previous, first, even = (torch.zeros(size, size) for _ in range(3))
     previous[range(1, size), range(size - 1)] = previous[0, 0] = 1
     first[:, 0] = 1
     even += torch.ones(size, size).tril() / torch.arange(1, size + 1)[:, None]
-    attention = torch.stack([previous, first, torch.eye(size), even]).view(2, 2, size, size)
-    told = habits(replace(found, attention=attention))
-    assert told[:3] == ["previous 100%", "first 100%", "itself 100%"]
-    assert told[3].startswith("≈ ")
+    told = habits(torch.stack([previous, first, torch.eye(size), even]), spans)
+    choices = math.exp(sum(math.log(seen) for seen in range(2, size + 1)) / (size - 1))
+    assert told == ["previous 100%", "first 100%", "itself 100%", f"≈ {choices:.0f} tokens"]
+    both_ways = torch.tensor([[0, size]] * size)
+    assert habits(torch.eye(size).roll(1, 1)[None], both_ways) == ["next 100%"]
 
 
 def test_nearest_entries_are_those_of_the_largest_cosine() -> None:
