@@ -2,6 +2,7 @@
 
 import base64
 import bisect
+import copy
 import json
 import math
 import re
@@ -244,11 +245,20 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_tokens("</script><script>")  # one token
     text = "</script><script>alert(1)</script> <b>&amp;\n\t\"'"
-    given = reading_of_text(TOKENIZER(text)["input_ids"], [], "clm", written=False, room=64)
+    given = reading_of_text(tokenizer(text)["input_ids"], [], "clm", written=False, room=64)
     file = tmp_path / "page.html"
     write_inspection(
-        file, "<i>run</i>", model(), given, TOKENIZER, objective="clm", teacher=model(1), teacher_name="<u>"
+        file,
+        "<i>run</i>",
+        model(padding=1),
+        given,
+        tokenizer,
+        objective="clm",
+        teacher=model(1, padding=1),
+        teacher_name="<u>",
     )
     page = file.read_text()
     assert Links(page).loaded == []
@@ -260,7 +270,7 @@ def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
     assert len(data["teacher"]["kl"]) == len(data["places"]) == len(given.ids) - 1
     encoded = np.frombuffer(base64.b64decode(data["attention"]), dtype=np.uint8)
     weights = (encoded.reshape(2, 2, len(given.ids), len(given.ids)) / 255) ** 2
-    found = inspect_reading(model(), given, ENTRIES).attention.numpy()
+    found = inspect_reading(model(padding=1), given, ENTRIES + 1).attention.numpy()
     np.testing.assert_allclose(weights, found, atol=1 / 255)
     assert (weights[:, :, ~np.tri(len(given.ids), dtype=bool)] == 0).all()
 
