@@ -5,6 +5,7 @@
     python generate.py checkpoint=RUN                                  asks for prompts and writes as it goes
     python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " temperature=0
     python generate.py checkpoint=TEACHER draft=STUDENT serve=true     opens a page where both write side by side
+    python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true      a page: attention, surprise
     python generate.py checkpoint=RUN_OF_OBJECTIVE_FIM prompt="def add(a, b):<|mask|>    return total"
 
 Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colons and newlines.
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from launch.answer import end
+from launch.inspecting import check_inspection, inspect_written
 from launch.key_values import check_output_file, describe, parse
 from launch.writing import Arguments, Author
 
@@ -21,6 +23,7 @@ from launch.writing import Arguments, Author
 def main() -> None:
     arguments = parse(sys.argv[1:], Arguments)
     check_output_file(arguments.json)
+    check_inspection(arguments)
     if arguments.serve:
         from launch.serving import serve
 
@@ -31,6 +34,8 @@ def main() -> None:
         written = author.speculate()
     else:
         written = author.write() if author.prompts else author.converse()
+    if arguments.inspect:
+        inspect_written(author, written[0])
     if arguments.json:
         from gpt2lab.atomic_files import write_json
 

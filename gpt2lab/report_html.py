@@ -1,7 +1,9 @@
 """report.html of one run: numbers, loss curve and samples in a single file without scripts, fonts or network."""
 
 import math
+from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from gpt2lab import metric_names
@@ -29,6 +31,7 @@ h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); } .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .train { stroke: var(--train); } .val { stroke: var(--val); } circle.val { fill: var(--val); }
+a { color: var(--train); }
 table { border-collapse: collapse; width: 100%; } td { border-top: 1px solid var(--line); padding: 6px 8px 6px 0;
   vertical-align: top; overflow-wrap: anywhere; } td:first-child { color: var(--soft); width: 180px; }
 .figures td:first-child { white-space: nowrap; }
@@ -40,13 +43,16 @@ pre b { color: var(--val); font-weight: 600; }
 """
 
 
-def render(title: str, report: dict[str, Any], rows: list[dict[str, str]], samples: list[Sample]) -> str:
+def render(
+    title: str, report: dict[str, Any], rows: list[dict[str, str]], samples: list[Sample], inside: Sequence[str] = ()
+) -> str:
     """The whole page.
 
     Args:
         report: content of report.json.
         rows: content of metrics.csv.
         samples: all samples; those of the newest step are shown.
+        inside: paths of inspection pages, to be linked.
     """
     error = f'<pre class="error">{escape(str(report["error"]))}</pre>' if report.get("error") else ""
     status = " · ".join(str(report[key]) for key in ("status", "task", "model") if report.get(key))
@@ -57,7 +63,7 @@ def render(title: str, report: dict[str, Any], rows: list[dict[str, str]], sampl
 <div class="tiles">{"".join(_tiles(report))}</div>
 <h2>Loss</h2>{loss_curve(series(rows, metric_names.TRAIN_LOSS), series(rows, metric_names.VAL_LOSS))}
 {_distillation(report.get("metrics") or {})}<h2>Samples</h2>{_samples(samples)}
-<h2>Facts</h2><table>{"".join(_facts(report))}</table>
+{_inside(inside)}<h2>Facts</h2><table>{"".join(_facts(report))}</table>
 </body></html>
 """
 
@@ -155,6 +161,12 @@ def _samples(samples: list[Sample]) -> str:
         for s in newest
     ]
     return "".join(blocks)
+
+
+def _inside(pages: Sequence[str]) -> str:
+    """Links to the pages that show the model from inside."""
+    links = " · ".join(f'<a href="{escape(page)}">{escape(Path(page).stem)}</a>' for page in pages)
+    return f"<h2>Inside the model</h2><p>{links}</p>\n" if pages else ""
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

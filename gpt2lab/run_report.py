@@ -48,7 +48,8 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
     """Write report.json, then report.html with the run's loss curve and samples."""
     folder = Path(run_dir)
     write_json(folder / "report.json", report)
-    write_text(folder / "report.html", render(folder.name, report, read_metrics(folder), read_samples(folder)))
+    inside = sorted(page.relative_to(folder).as_posix() for page in folder.glob("inspect/step-*.html"))
+    write_text(folder / "report.html", render(folder.name, report, read_metrics(folder), read_samples(folder), inside))
 
 
 def read_report(run_dir: str | Path) -> dict[str, Any]:

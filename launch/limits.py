@@ -94,6 +94,7 @@ RANGES_WHERE_THERE: dict[str, tuple[Any, Any]] = {
     "task.text.examples": (0, math.inf),
     "task.text.max_new_tokens": (1, math.inf),
     "callbacks.samples.max_new_tokens": (1, math.inf),
+    "callbacks.inspect.tokens": (2, math.inf),
     "callbacks.checkpoint.keep_last": (1, math.inf),
 }
 CHOICES_WHERE_THERE: dict[str, tuple[str, ...]] = {

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from launch.playground import Playground
 
 HOST = "127.0.0.1"  # nobody else's: there is no password
-NOT_SERVED = {"prompts": "", "json": "", "num_samples": 1, "beams": 1, "stop": ""}  # with their defaults
+NOT_SERVED = {
+    "prompts": "",
+    "json": "",
+    "num_samples": 1,
+    "beams": 1,
+    "stop": "",
+    "inspect": False,
+}
 
 
 def serve(arguments: Arguments) -> NoReturn:

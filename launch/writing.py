@@ -48,6 +48,9 @@ class Arguments:
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
     serve: bool = argument("open a page in the browser instead, on this machine alone", False)
     port: int = argument("of that page; 0: any that is free", PORT, at_least=0, at_most=65535)
+    inspect: bool = argument("also show what goes on inside the model while it reads prompt and text, as a page", False)
+    inspect_file: str = argument("where that page is written; left out: inspect.html in the run directory, or here", "")
+    teacher: str = argument("with inspect=true: a model with the same tokenizer, to show where the two disagree", "")
     json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
 
 
@@ -58,6 +61,7 @@ class Text:
     Attributes:
         completion: under mlm the prompt with its gaps filled.
         tokens: that were written.
+        ids: of the completion.
         seconds: of all texts that were written together.
         measured: of speculative decoding.
     """
@@ -67,6 +71,7 @@ class Text:
     tokens: int
     seconds: float
     measured: dict[str, float] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -192,7 +197,7 @@ class Author:
         for stop in self.stop:
             completion = completion.partition(stop)[0]
         tokens = prompt.count(PLACE) if self.objective == "mlm" else len(ids)
-        return Text(prompt, completion, tokens, seconds, measured or {})
+        return Text(prompt, completion, tokens, seconds, measured or {}, ids)
 
     @property
     def _streams(self) -> bool:

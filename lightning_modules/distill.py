@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from gpt2lab import metric_names
 from gpt2lab.alignment import Alignment
@@ -230,6 +231,11 @@ class Distill(LanguageModel):
         self.mixing.load(checkpoint["taid"])
         if self.student_text is not None:
             self.student_text.load(checkpoint["student_text"])
+
+    def live_teacher(self) -> tuple[GPT2LMHeadModel | None, str]:
+        if self.cache or self.alignment is not None:
+            return None, ""
+        return self.teacher.backbone.lm, self.teacher_source
 
     def facts_for_report(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"teacher": {"source": self.teacher_source, "val_loss": self.teacher_loss}}

@@ -106,6 +106,10 @@ class LanguageModel(lightning.LightningModule):
         """Figures by metric name, val/loss among them, from the sums over the whole split's targets."""
         return {name: value.item() / targets for name, value in sums.items()}
 
+    def live_teacher(self) -> tuple[GPT2LMHeadModel | None, str]:
+        """A loaded teacher with this model's tokenizer, and where it comes from; for whoever shows the two together."""
+        return None, ""
+
     def facts_for_report(self) -> dict[str, Any]:
         """What the report says beyond the common fields."""
         return {}
