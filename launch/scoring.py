@@ -137,6 +137,8 @@ def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[
             raise InputError("stride= is for objective=clm without packing: other windows are not to be slid over.")
         if arguments.decode and own.objective.name == "mlm":
             raise InputError("decode= times how a text is written on, which a model of objective=mlm does not do.")
+    if not arguments.lm_eval and (arguments.lm_eval_path or arguments.lm_eval_limit):
+        raise InputError("lm_eval_path= and lm_eval_limit= are of lm_eval=.\nName its tasks, or leave them out.")
     if arguments.metrics:
         from gpt2lab.text_metrics import TEXT_METRICS
 
@@ -162,6 +164,9 @@ class _Scorer:
         self.has_pairs = "prompt" in settings.data
         if self.has_pairs and arguments.stride:
             raise InputError("stride= slides windows over running text, and these data are pairs.\nLeave it out.")
+        unread = [key for key in ("metrics", "max_new_tokens") if vars(arguments)[key] and not self.has_pairs]
+        if unread:
+            raise InputError(f"{unread[0]}= is of answers to prompts, and these data are running text.\nLeave it out.")
 
     def scored(self, model: NamedModel, others: list[NamedModel]) -> Scored:
         """Everything that was asked for."""

@@ -107,6 +107,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["stride=33"], "stride=33 leaves out tokens"),
         (["metrics=rouge"], "metrics=rouge"),
         (["csv=/proc/scores.csv"], "csv=/proc/scores.csv"),
+        (["lm_eval_limit=3"], "are of lm_eval="),
         (["data=summarize", "stride=4"], "these data are pairs"),
     ],
 )
