@@ -1,15 +1,31 @@
-"""Text from a model: greedy, top-k and nucleus sampling on prompts of different lengths, through `generate`."""
+"""Text from a model: greedy, top-k and nucleus sampling on prompts of different lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.attention_spans import as_mask
+from gpt2lab.decoder import Decoder
 
 COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left, and logits overflow
 
@@ -39,21 +55,35 @@ class Sampling:
         """Whether nothing is drawn."""
         return self.temperature < COLDEST or self.beams > 1
 
-    def choice(self) -> dict[str, Any]:
-        """As arguments of `generate`; those that change nothing are left out, for some would cost time."""
-        drawn = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "typical_p": self.typical_p}
-        neutral = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # top_k 0 must be said: its default is 50
-        arguments: dict[str, Any] = {"do_sample": not self.is_greedy}
-        if not self.is_greedy:
-            arguments["temperature"] = self.temperature
-            arguments |= {name: value for name, value in drawn.items() if value != neutral[name]}
-        if self.beams > 1:
-            arguments["num_beams"] = self.beams
+    @property
+    def looks_back(self) -> bool:
+        """Whether a token's chances depend on which tokens are there, beyond what the model makes of them."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
+
+    def processors(self, padding: Tensor | None = None) -> LogitsProcessorList:
+        """What turns logits into those that are drawn from, in the order of `transformers`' generate.
+
+        Args:
+            padding: (B,) how many tokens at each row's left are no text; None: none.
+        """
+        processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
-            arguments["repetition_penalty"] = self.repetition_penalty
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty, prompt_ignore_length=padding))
         if self.no_repeat_ngram:
-            arguments["no_repeat_ngram_size"] = self.no_repeat_ngram
-        return arguments
+            processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram))
+        if self.is_greedy:
+            return processors
+        if self.temperature != 1:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            processors.append(MinPLogitsWarper(self.min_p))
+        if self.typical_p < 1:
+            processors.append(TypicalLogitsWarper(self.typical_p))
+        return processors
 
 
 GREEDY = Sampling("greedy", temperature=0.0)
@@ -62,7 +92,7 @@ NUCLEUS = Sampling("nucleus", temperature=0.9, top_p=0.95)
 FILL = Sampling("fill", temperature=0.0)  # of gaps, objective mlm
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_ids(
     model: GPT2LMHeadModel,
     prompts: Sequence[Sequence[int]],
@@ -74,7 +104,6 @@ def generate_ids(
     row_seeds: Sequence[int] | None = None,
     entries: int | None = None,
     both_ways: bool = False,
-    assistant: GPT2LMHeadModel | None = None,
     streamer: BaseStreamer | None = None,
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -89,7 +118,6 @@ def generate_ids(
     With `both_ways` the tokens of a prompt, but for its last, see each other both ways (objective prefix_lm).
 
     Args:
-        assistant: a draft model (gpt2lab/speculative.py); takes one prompt.
         streamer: is given the tokens of one prompt as they come.
         stop: texts that end a completion, which holds them; needs the tokenizer.
     """
@@ -99,41 +127,128 @@ def generate_ids(
     cut = [list(prompt)[-room:] or [end_of_text] for prompt in prompts]
     longest = max(len(prompt) for prompt in cut)
     device = model.transformer.wte.weight.device
+    padding = torch.tensor([longest - len(prompt) for prompt in cut], device=device)  # (B,)
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in cut], device=device)  # (B, longest)
-    choice = sampling.choice()
-    if row_seeds is not None and not sampling.is_greedy:
-        noise = RowwiseSampling(sampling.temperature, row_seeds, device)
-        choice = {"do_sample": False, "logits_processor": LogitsProcessorList([noise])}
-    if assistant is not None:
-        choice["assistant_model"] = assistant
-    if streamer is not None:
-        choice["streamer"] = streamer
-    if stop:
-        choice |= {"stop_strings": list(stop), "tokenizer": tokenizer}
-    padding = list(range(entries or model.config.vocab_size, model.config.vocab_size))
-    was_training = model.training
-    model.eval()
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.compiler.set_stance("force_eager"),  # every token is another length, for which blocks would be compiled
-    ):
+    stops = StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))] if stop else [])
+    processors = sampling.processors(padding)
+    draws = not sampling.is_greedy
+    if row_seeds is not None and draws:
+        processors, draws = LogitsProcessorList([RowwiseSampling(sampling.temperature, row_seeds, device)]), False
+    entries = entries or model.config.vocab_size
+    with writing(model, seed=seed):
+        if sampling.beams > 1:
+            written = _search(model, ids, padding, sampling, stops, max_new_tokens, end_of_text, entries, both_ways)
+        else:
+            decoder = Decoder(model, longest + max_new_tokens, padding)
+            if both_ways and longest > 1:
+                decoder.read(ids[:, :-1], both_ways=True)
+            written = _write(
+                decoder, ids, Choice(processors, entries, draws), stops, max_new_tokens, end_of_text, streamer
+            )
+    completions = written[:, longest:].tolist()
+    return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
+
+
+@contextmanager
+def writing(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
+    """In this context the models are in eval mode and random numbers follow from the seed; then all is as it was."""
+    device = models[0].transformer.wte.weight.device
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        if both_ways and longest > 1:
-            choice["past_key_values"] = _read_both_ways(model, ids[:, :-1], mask[:, :-1])
-        output = model.generate(
+        try:
+            yield
+        finally:
+            for model, was_training in zip(models, were_training, strict=True):
+                model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a token is chosen from logits, of which the first `entries` count."""
+
+    processors: LogitsProcessorList
+    entries: int
+    draws: bool
+
+    def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Logits (B, V) after the tokens (B, S) → those (B, entries) that count."""
+        return self.processors(ids, logits[:, : self.entries].float())
+
+    def tokens(self, scores: Tensor) -> Tensor:
+        """(B, entries) → (B, 1)."""
+        return scores.softmax(1).multinomial(1) if self.draws else scores.argmax(1, keepdim=True)
+
+
+def _write(
+    decoder: Decoder,
+    ids: Tensor,
+    choice: Choice,
+    stops: StoppingCriteriaList,
+    max_new_tokens: int,
+    end_of_text: int,
+    streamer: BaseStreamer | None,
+) -> Tensor:
+    """Prompts (B, L) and what follows them, (B, L + new); after a row's end there is end_of_text.
+
+    It is `transformers`' generate reduced to what is asked of it here, because that spends 0.2 to 0.3 ms on every
+    token, as long as model nano computes.
+    """
+    open_rows = torch.ones_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
+    longest = ids.shape[1] + max_new_tokens
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    while ids.shape[1] < longest:
+        logits = decoder.read(ids[:, decoder.length :])[:, -1]  # (B, V)
+        tokens = choice.tokens(choice.scores(ids, logits)).where(open_rows, end_of_text)
+        ids = torch.cat([ids, tokens], 1)
+        if streamer is not None:
+            streamer.put(tokens[:, 0].cpu())
+        open_rows &= tokens != end_of_text
+        if stops:
+            open_rows &= ~stops(ids, logits)[:, None]
+        if not open_rows.any():
+            break
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+def _search(
+    model: GPT2LMHeadModel,
+    ids: Tensor,
+    padding: Tensor,
+    sampling: Sampling,
+    stops: StoppingCriteriaList,
+    max_new_tokens: int,
+    end_of_text: int,
+    entries: int,
+    both_ways: bool,
+) -> Tensor:
+    """As `_write`, by the beam search of `transformers`."""
+    mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()  # (B, L)
+    cache = None
+    if both_ways and ids.shape[1] > 1:
+        cache = _read_both_ways(model, ids[:, :-1], mask[:, :-1])
+        cache.batch_repeat_interleave(sampling.beams)
+    with torch.compiler.set_stance("force_eager"):  # every token is another length, for which blocks would be compiled
+        return model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=end_of_text,
             eos_token_id=end_of_text,
             use_cache=True,
-            suppress_tokens=padding or None,
-            **choice,
-        )  # (B, longest + new)
-    model.train(was_training)
-    completions = output[:, longest:].tolist()
-    return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
+            do_sample=False,
+            num_beams=sampling.beams,
+            past_key_values=cache,
+            suppress_tokens=list(range(entries, model.config.vocab_size)) or None,
+            repetition_penalty=sampling.repetition_penalty,
+            no_repeat_ngram_size=sampling.no_repeat_ngram,
+            stopping_criteria=stops,
+        )
 
 
 def _read_both_ways(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) -> Cache:

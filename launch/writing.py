@@ -218,13 +218,16 @@ class Author:
             return text.completion
         return text.prompt.replace(PLACE, text.completion) if PLACE in text.prompt else text.prompt + text.completion
 
+    def _check_room(self) -> None:
+        if self.arguments.max_new_tokens >= self.positions:
+            raise InputError(
+                f"max_new_tokens={self.arguments.max_new_tokens} does not fit into the model's {self.positions} "
+                f"positions beside a prompt; give at most {self.positions - 1}."
+            )
+
     def _check(self) -> None:
         arguments = self.arguments
-        if arguments.max_new_tokens >= self.positions:
-            raise InputError(
-                f"max_new_tokens={arguments.max_new_tokens} does not fit into the model's {self.positions} positions "
-                f"beside a prompt; give at most {self.positions - 1}."
-            )
+        self._check_room()
         if arguments.prompt and arguments.prompts:
             raise InputError("prompt and prompts are both given.\nGive one of them.")
         if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1 or arguments.stop):
@@ -247,6 +250,7 @@ class Author:
                 f"{self.model.config.vocab_size}.{different}\nGive a draft distilled from the checkpoint, for example."
             )
         self.positions = min(self.positions, shape["n_positions"])
+        self._check_room()
 
 
 def chosen_sampling(arguments: Arguments) -> "Sampling":
@@ -290,5 +294,5 @@ def _in_words(text: Text) -> str:
         f"{text.tokens} tokens in {text.seconds:.2f} s, plain in {found['plain_seconds']:.2f} s: "
         f"{found['speedup']:.2f} × (implied {found['predicted_speedup']:.2f}) · "
         f"{found['tokens_per_call']:.2f} tokens per call · acceptance {found['acceptance']:.2f} · "
-        f"cost ratio {found['cost_ratio']:.3f}"
+        f"cost ratio {found['cost_ratio']:.3f} · a look costs {found['look_ratio']:.2f} steps"
     )

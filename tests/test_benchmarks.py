@@ -9,10 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-from benchmarks import benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students
+from benchmarks import benchmark_decoding, benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.lm_head_sides import EAGER, OURS, Head
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from gpt2lab.generation import GREEDY
+from gpt2lab.settings import ModelShape
+from gpt2lab.speculative import Speculated
 
 SMALL = {"width": 16, "rows": 64, "vocab_size": 300}
 
@@ -109,3 +112,25 @@ def test_the_benchmark_of_ten_students_runs(cache: Path) -> None:
     online, cached = cells(ended.stdout)
     assert online == [benchmark_ten_students.ONLINE, online[1], "1.00"]
     assert float(cached[1]) > 0
+
+
+def test_the_sides_of_the_decoding_benchmark_write_the_same() -> None:
+    rows = benchmark_decoding.decoding_rows(ModelShape(1, 2, 16, 64, 100), tokens=8, rounds=1)
+    assert [row.split(" | ")[-1] for row in rows] == ["1/1 |", "1/1 |", "16/16 |", "16/16 |"]
+
+
+def test_the_decoding_benchmark_pools_prompts_and_states_measured_over_predicted() -> None:
+    """12 + 8 tokens in 4 + 6 calls with 8 + 12 drafts; a call costs 1.2 steps and 2 drafts of 0.1."""
+    costs = {"cost_ratio": 0.1, "look_ratio": 1.2}
+    two = [
+        Speculated([1], [1], 12, 10, 4, 8, seconds=1.0, plain_seconds=1.5, **costs),
+        Speculated([1], [2], 8, 10, 6, 12, seconds=1.0, plain_seconds=1.5, **costs),
+    ]
+    both = benchmark_decoding.pooled(two)
+    assert both.tokens_per_call == 2
+    assert both.speedup == pytest.approx(1.5)
+    assert both.predicted_speedup == pytest.approx(2 / 1.4)
+    cells = [cell.strip() for cell in benchmark_decoding.speculation_row(GREEDY, [two]).split("|")]
+    assert cells[4] == "10.0 (10.0–10.0)"
+    assert cells[8] == "1.05 (1.05–1.05)"
+    assert cells[10] == "1/2"

@@ -1,13 +1,17 @@
 """Speculative decoding: the target's own text, faster; what it reports is what happened."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from gpt2lab import speculative
+from gpt2lab.acceptance import MOST_DRAFTS
 from gpt2lab.backbone import Backbone
 from gpt2lab.generation import GREEDY, Sampling, generate_ids
 from gpt2lab.settings import ModelShape
-from gpt2lab.speculative import Calls, speculate
+from gpt2lab.speculative import DraftLength, Speculated, accept, speculate, speculative_ids
 
 ENTRIES, END = 6, -1
 
@@ -32,29 +36,98 @@ def draft() -> GPT2LMHeadModel:
     return model(1, seed=1)
 
 
-def test_greedy_text_is_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+PENALISED = Sampling("penalised", temperature=0.0, repetition_penalty=1.3, no_repeat_ngram=3)
+FILTERED = Sampling("filtered", temperature=0.8, top_k=4, top_p=0.9)
+SIZES = {"end_of_text": END, "entries": ENTRIES}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
+def test_greedy_text_is_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, sampling: Sampling) -> None:
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1]):
-        found = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, end_of_text=END, entries=ENTRIES)
+        found = speculate(target, draft, prompt, sampling, max_new_tokens=24, **SIZES)
         assert found.ids == found.plain_ids
         assert len(found.ids) == 24
 
 
-def test_the_target_as_its_own_draft_is_always_accepted(target: GPT2LMHeadModel) -> None:
+def test_an_end_of_text_ends_it_wherever_it_comes_in_a_draft(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+    lengths = set()
+    for prompt in ([1, 2], [3], [5, 4, 3, 2, 1], [0], [4, 4]):
+        whole = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, **SIZES).ids
+        for end in set(whole):
+            ids, _ = speculative_ids(
+                target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES
+            )
+            assert ids == whole[: whole.index(end)]
+            lengths.add(len(ids))
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALISED, FILTERED])
+def test_the_target_as_its_own_draft_is_always_accepted(target: GPT2LMHeadModel, sampling: Sampling) -> None:
     own = model(2, seed=0)
-    found = speculate(target, own, [1, 2], GREEDY, max_new_tokens=40, end_of_text=END, entries=ENTRIES)
+    found = speculate(target, own, [1, 2], sampling, max_new_tokens=40, **SIZES)
     assert found.acceptance == 1
-    assert found.tokens_per_call > 2
     assert found.tokens == found.calls + found.drafted
     assert found.cost_ratio > 0
+    assert found.look_ratio > 0
+
+
+def test_the_same_seed_draws_the_same_text(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+    drawn = [
+        speculative_ids(target, draft, [1, 2], FILTERED, max_new_tokens=20, seed=seed, **SIZES)[0] for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_no_filtered_token_is_written(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+    likeliest = Sampling("one", top_k=1)
+    greedy = generate_ids(target, [[1, 2]], GREEDY, max_new_tokens=20, **SIZES)[0]
+    assert speculative_ids(target, draft, [1, 2], likeliest, max_new_tokens=20, **SIZES)[0] == greedy
+
+
+def drafted_after(kept: int, rounds: int = 40, cost: float = 0.1) -> int:
+    """How long a draft is of which the draft model is even, once of so many drafts so many tokens were kept."""
+    length = DraftLength(cost)
+    for _ in range(rounds):
+        drafted = 1
+        while length.goes_on(0.5) and drafted < MOST_DRAFTS:
+            drafted += 1
+        length.learn(min(kept, drafted))
+    return drafted
+
+
+def test_drafts_become_as_long_as_they_are_kept() -> None:
+    assert drafted_after(kept=0) == 1
+    assert drafted_after(kept=MOST_DRAFTS) > 10
+    assert 1 < drafted_after(kept=4) <= 8
+    assert drafted_after(kept=4, cost=0.5) < drafted_after(kept=4, cost=0.02)
+
+
+def test_where_the_draft_is_unsure_it_ends_sooner() -> None:
+    """Of what it is sure of all is kept, of the rest nothing."""
+    length = DraftLength(0.1)
+    for _ in range(30):
+        length.goes_on(0.9)
+        length.goes_on(0.3)
+        length.learn(1)
+    assert length.goes_on(0.9)
+    assert not length.goes_on(0.3)
+
+
+def test_a_speedup_is_predicted_from_tokens_and_costs() -> None:
+    found = Speculated([], [], 30, 30, 10, 40, seconds=2.0, plain_seconds=3.0, cost_ratio=0.1, look_ratio=1.4)
+    assert found.tokens_per_call == 3
+    assert found.acceptance == 0.5
+    assert found.speedup == 1.5
+    assert found.predicted_speedup == pytest.approx(3 / 1.8)
+    assert found.predicted_with_free_looks == pytest.approx(3 / 1.4)
 
 
 def pairs_drawn(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, count: int) -> torch.Tensor:
-    """(36,) how often each pair of second and third token was written; the first one's call also reads the prompt."""
+    """(36,) how often each pair of second and third token was written, of six."""
     counts = torch.zeros(ENTRIES, ENTRIES)
     for seed in range(count):
-        ids = generate_ids(
-            target, [[1, 2]], Sampling("drawn"), max_new_tokens=3, end_of_text=END, seed=seed, assistant=draft
-        )[0]
+        ids, _ = speculative_ids(target, draft, [1, 2], Sampling("drawn"), max_new_tokens=6, seed=seed, **SIZES)
         counts[ids[1], ids[2]] += 1
     return counts.flatten()
 
@@ -80,33 +153,39 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected.clamp_min(1)).sum())
 
 
+@pytest.fixture
+def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a draft model that costs nothing, so that most tokens have been drafted."""
+    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.0)
+
+
 @pytest.mark.slow
-def test_drawn_text_is_distributed_as_the_targets(
-    target: GPT2LMHeadModel, draft: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("long_drafts")
+def test_drawn_text_is_distributed_as_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+    """Chi-square over at most 36 cells: 66.6 is exceeded once in a thousand times at 35 degrees of freedom."""
+    assert chi_square(pairs_drawn(target, draft, 2500), expected_pairs(target)) < 66.6
+
+
+def accept_all(drafts: torch.Tensor, _: torch.Tensor, scores: torch.Tensor, draws: bool) -> tuple[int, torch.Tensor]:
+    return len(drafts), scores[-1].softmax(0).multinomial(1)[None]
+
+
+def replace_from_target(
+    drafts: torch.Tensor, draft_scores: torch.Tensor, scores: torch.Tensor, draws: bool
+) -> tuple[int, torch.Tensor]:
+    """A rejected draft is replaced by what the target would write, as if it had not been rejected."""
+    kept, _ = accept(drafts, draft_scores, scores, draws)
+    return kept, scores[kept].softmax(0).multinomial(1)[None]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("long_drafts")
+@pytest.mark.parametrize("rule", [accept_all, replace_from_target])
+def test_the_same_statistic_shows_a_wrong_rule(
+    rule: Callable[..., tuple[int, torch.Tensor]],
+    target: GPT2LMHeadModel,
+    draft: GPT2LMHeadModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Chi-square over at most 36 cells: 66.6 is exceeded once in a thousand times at 35 degrees of freedom.
-
-    Where every draft is accepted, the text is the draft model's, and the same statistic shows it.
-    """
-    expected = expected_pairs(target)
-    assert chi_square(pairs_drawn(target, draft, 2500), expected) < 66.6
-    from transformers.generation import utils
-
-    def accept_all(candidate_input_ids, candidate_logits, candidate_length, new_logits, **_):
-        length = candidate_length
-        following = new_logits[:, length].softmax(-1).multinomial(1)
-        drafts = candidate_input_ids[:, candidate_input_ids.shape[1] - candidate_length :][:, :length]
-        return torch.cat([drafts, following], 1), length
-
-    monkeypatch.setattr(utils, "_speculative_sampling", accept_all)
-    assert chi_square(pairs_drawn(target, draft, 2500), expected) > 66.6
-
-
-def test_calls_are_counted_while_asked(target: GPT2LMHeadModel) -> None:
-    ids = torch.tensor([[1, 2, 3]])
-    with Calls(target) as calls:
-        target(ids)
-        target(ids)
-    target(ids)
-    assert len(calls.seconds) == 2
-    assert 0 < calls.median() < 1
+    monkeypatch.setattr(speculative, "accept", rule)
+    assert chi_square(pairs_drawn(target, draft, 2500), expected_pairs(target)) > 66.6

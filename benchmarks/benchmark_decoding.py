@@ -1,0 +1,217 @@
+"""Decoding: tokens a second beside `transformers`' generate; what speculative decoding is worth beside a prediction.
+
+    python -m benchmarks.benchmark_decoding
+    python -m benchmarks.benchmark_decoding --target runs/pretrain/… --draft runs/distill/… --draft …
+
+First table: models of random weights, exported and loaded by both sides, on the CPU in fp32; theirs is the stock
+GPT2LMHeadModel. Prompts of a batch have 17 to 32 tokens, padded on the left. Second table, with --target: the prompts
+below, one at a time; what predicted means stands in gpt2lab/speculative.py. Sides take turns; the first round warms up;
+a figure is the median over rounds, in brackets the smallest and the largest. With the same seed both sides draw the
+same text; how many rows are the same is in the table.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from gpt2lab.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.generation import GREEDY, Sampling, generate_ids
+from gpt2lab.model_folder import folder_of
+from gpt2lab.settings import ModelShape
+from gpt2lab.speculative import Speculated, speculate
+from gpt2lab.tokenizer import difference_in_words, load_tokenizer
+from launch.noise import settle_library_noise
+
+SHAPES = {"nano": (2, 2, 128), "micro": (4, 4, 256), "small": (12, 12, 768)}  # layers, heads, width
+TINY = {"tiny": (1, 2, 16)}
+VOCABULARY, POSITIONS, END = 4_096, 1_024, 0
+BATCHES = (1, 16)
+HOT = Sampling("temperature 1")
+WAYS = (GREEDY, HOT)
+SPECULATIVE_WAYS = (GREEDY, Sampling("temperature 0.8", temperature=0.8), HOT)
+PROMPTS = (
+    "import json\n\n\nclass Reader:\n    def read(self, path):\n",
+    "def add(a, b):\n    ",
+    "    for name in ",
+    '    """Return ',
+    "class Stack:\n    def __init__(self):\n        self.",
+    "if __name__ == ",
+)
+
+Rows = list[list[int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", help="a run directory or a Hugging Face folder")
+    parser.add_argument("--draft", action="append", default=[], help="the same, with the target's tokens; several")
+    parser.add_argument("--models", default=",".join(SHAPES), help="of the first table; empty: leave it out")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="written after each prompt")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; no figures to go by")
+    options = parser.parse_args()
+    settle_library_noise()
+    torch.set_num_threads(options.threads)
+    shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.models.split(",") if name}
+    print(f"CPU, {options.threads} threads, fp32, {options.tokens} new tokens, {options.rounds} rounds\n")
+    if shapes:
+        print("| model | batch | | theirs, tokens/s | ours, tokens/s | ours ÷ theirs | same text |")
+        print("|---|--:|---|--:|--:|--:|--:|")
+    for name, (layers, heads, width) in shapes.items():
+        shape = ModelShape(layers, heads, width, POSITIONS, VOCABULARY)
+        for row in decoding_rows(shape, options.tokens, options.rounds):
+            print(f"| {name} | {row}", flush=True)
+    if options.target:
+        print(
+            "\n| draft | | acceptance | tokens per call | drafts per call | target's step ÷ draft's | look ÷ step "
+            "| measured, × | predicted, × | measured ÷ predicted | predicted with free looks, × | same text |"
+        )
+        print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for draft in options.draft:
+        for row in speculation_rows(options.target, draft, options.tokens, options.rounds):
+            print(f"| {draft} | {row}", flush=True)
+
+
+def decoding_rows(shape: ModelShape, tokens: int, rounds: int) -> list[str]:
+    """A row of the first table for each batch and each way, but for the model's name."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        plain_hf(Backbone(shape)).save_pretrained(folder)
+        theirs, ours = GPT2LMHeadModel.from_pretrained(folder).eval(), load_backbone(folder).lm.eval()
+    rows = []
+    for batch in BATCHES:
+        prompts = [torch.randint(1, shape.vocab_size, (32 - row % 16,)).tolist() for row in range(batch)]
+        for sampling in WAYS:
+            sides = {
+                "theirs": _theirs(theirs, prompts, sampling, tokens),
+                "ours": _ours(ours, prompts, sampling, tokens),
+            }
+            speeds, texts = _alternate(sides, rounds)
+            same = sum(one == other for one, other in zip(texts["theirs"], texts["ours"], strict=True))
+            ratios = [ours / theirs for theirs, ours in zip(speeds["theirs"], speeds["ours"], strict=True)]
+            cells = [spread(speeds["theirs"], ",.0f"), spread(speeds["ours"], ",.0f"), spread(ratios)]
+            rows.append(f"{batch} | {sampling.name} | {' | '.join(cells)} | {same}/{batch} |")
+    return rows
+
+
+def speculation_rows(target: str, draft: str, tokens: int, rounds: int) -> list[str]:
+    """A row of the second table for each way, but for the draft's name."""
+    tokenizer = load_tokenizer(str(folder_of(target, "target")))
+    if different := difference_in_words(folder_of(draft, "draft"), tokenizer):
+        raise SystemExit(f"{draft} has other tokens than {target}: {different}")
+    models = [load_backbone(source).lm.eval() for source in (target, draft)]
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    rows = []
+    for sampling in SPECULATIVE_WAYS:
+        found = []
+        for number in range(rounds + 1):
+            several = [
+                speculate(
+                    models[0],
+                    models[1],
+                    prompt,
+                    sampling,
+                    max_new_tokens=tokens,
+                    end_of_text=tokenizer.eos_token_id,
+                    entries=len(tokenizer),
+                    seed=number,
+                )
+                for prompt in prompts
+            ]
+            print(f"{draft}, {sampling.name}: {pooled(several).speedup:.2f}", file=sys.stderr)
+            found.append(several)
+        rows.append(speculation_row(sampling, found[1:]))
+    return rows
+
+
+def speculation_row(sampling: Sampling, rounds: Sequence[Sequence[Speculated]]) -> str:
+    """What was found in each round, as a row but for the draft's name."""
+    each = [pooled(one) for one in rounds]
+    texts = [one for several in rounds for one in several]
+    same = sum(one.ids == one.plain_ids for one in texts)
+    cells = [
+        spread([one.acceptance for one in each]),
+        spread([one.tokens_per_call for one in each]),
+        spread([one.drafted / one.calls for one in each]),
+        spread([1 / one.cost_ratio for one in each], ".1f"),
+        spread([one.look_ratio for one in each]),
+        spread([one.speedup for one in each]),
+        spread([one.predicted_speedup for one in each]),
+        spread([one.speedup / one.predicted_speedup for one in each]),
+        spread([one.predicted_with_free_looks for one in each]),
+        f"{same}/{len(texts)}" if sampling.is_greedy else "drawn",
+    ]
+    return f"{sampling.name} | {' | '.join(cells)} |"
+
+
+def pooled(found: Sequence[Speculated]) -> Speculated:
+    """Several prompts as one: counts and seconds added up, costs the means."""
+    return Speculated(
+        ids=[],
+        plain_ids=[],
+        tokens=sum(one.tokens for one in found),
+        plain_tokens=sum(one.plain_tokens for one in found),
+        calls=sum(one.calls for one in found),
+        drafted=sum(one.drafted for one in found),
+        seconds=sum(one.seconds for one in found),
+        plain_seconds=sum(one.plain_seconds for one in found),
+        cost_ratio=statistics.mean(one.cost_ratio for one in found),
+        look_ratio=statistics.mean(one.look_ratio for one in found),
+    )
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Median, smallest and largest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def _alternate(sides: dict[str, Callable[[], Rows]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Rows]]:
+    """Tokens a second in each round, and the texts of the last."""
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    texts: dict[str, Rows] = {}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else reversed(list(sides)):
+            started = time.perf_counter()
+            texts[name] = sides[name]()
+            seconds = time.perf_counter() - started
+            if number:
+                speeds[name].append(sum(map(len, texts[name])) / seconds)
+    return speeds, texts
+
+
+def _ours(model: GPT2LMHeadModel, prompts: Rows, sampling: Sampling, tokens: int) -> Callable[[], Rows]:
+    return lambda: generate_ids(model, prompts, sampling, max_new_tokens=tokens, end_of_text=END)
+
+
+def _theirs(model: GPT2LMHeadModel, prompts: Rows, sampling: Sampling, tokens: int) -> Callable[[], Rows]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[END] * (longest - len(prompt)) + prompt for prompt in prompts])  # (B, L)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    drawn = {} if sampling.is_greedy else {"temperature": sampling.temperature, "top_k": 0}
+
+    def write() -> Rows:
+        torch.manual_seed(0)
+        written: Tensor = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            pad_token_id=END,
+            eos_token_id=END,
+            do_sample=not sampling.is_greedy,
+            **drawn,
+        )
+        return [row[: row.index(END)] if END in row else row for row in written[:, longest:].tolist()]
+
+    return write
+
+
+if __name__ == "__main__":
+    main()
