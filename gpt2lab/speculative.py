@@ -187,11 +187,13 @@ def speculative_ids(
     end_of_text: int,
     entries: int,
     seed: int = 0,
+    streamer: BaseStreamer | None = None,
 ) -> tuple[list[int], list[Round]]:
     """New token ids after the prompt, up to and without `end_of_text`, and how they came about.
 
     Args:
         prompt: with room for `max_new_tokens` in the positions of both models.
+        streamer: is given the prompt, then what each of the target's calls has settled.
     """
     device = target.transformer.wte.weight.device
     ids = torch.tensor([list(prompt) or [end_of_text]], device=device)  # (1, L)
@@ -200,6 +202,8 @@ def speculative_ids(
     step_cost = cost_ratio(shape_of(draft.config), shape_of(target.config), whole)
     length = DraftLength(step_cost + LOOK_COST)
     rounds: list[Round] = []
+    if streamer is not None:
+        streamer.put(ids.cpu())
     with writing(target, draft, seed=seed):
         reader, drafter = Decoder(target, whole), Decoder(draft, whole)
         while ids.shape[1] < whole and end_of_text not in ids[0, given:].tolist():
@@ -214,9 +218,14 @@ def speculative_ids(
             kept, following = accept(text[0, ids.shape[1] :], draft_scores, scores, choice.draws)
             length.learn(kept)
             rounds.append(Round(drafted, kept, between - started, looked - between))
-            ids = torch.cat([text[:, : ids.shape[1] + kept], following], 1)
+            settled = torch.cat([text[:, ids.shape[1] : ids.shape[1] + kept], following], 1)
+            ids = torch.cat([ids, settled], 1)
+            if streamer is not None:
+                streamer.put(settled[0].cpu())
             for decoder in (reader, drafter):
                 decoder.forget(ids.shape[1] - 1)
+    if streamer is not None:
+        streamer.end()
     written = ids[0, given:].tolist()
     return written[: written.index(end_of_text)] if end_of_text in written else written, rounds
 

@@ -12,6 +12,7 @@ from gpt2lab.completion import prompt_ids
 from gpt2lab.errors import InputError
 from gpt2lab.generation import Sampling, generate_ids
 from gpt2lab.marks import PLACE
+from gpt2lab.speculative import speculative_ids
 from gpt2lab.token_view import Rounds, chances, pieces
 from launch.key_values import parse
 from launch.spelling import nearest
@@ -121,18 +122,7 @@ class Playground:
         rounds = Rounds(self.tokenizer, lambda text: tell({"panel": name, "text": text}))
         both_ways = self.author.objective == "prefix_lm"
         started = time.perf_counter()
-        (ids,) = generate_ids(
-            model,
-            [asked.ids],
-            asked.sampling,
-            max_new_tokens=asked.max_new_tokens,
-            end_of_text=self.tokenizer.eos_token_id,
-            entries=len(self.tokenizer),
-            seed=asked.seed,
-            both_ways=both_ways,
-            assistant=None if alone is None else self.draft,
-            streamer=rounds,
-        )
+        ids = self._ids(model, asked, rounds, both_ways) if alone is None else self._speculative_ids(asked, rounds)
         seconds = time.perf_counter() - started
         scored = chances(model, asked.ids, ids, entries=len(self.tokenizer), both_ways=both_ways)
         found = pieces(self.tokenizer, ids, scored, () if alone is None else rounds.drafted)
@@ -149,6 +139,35 @@ class Playground:
             done |= {"speedup": speed / alone, "calls": len(rounds.rounds), "drafted": sum(rounds.drafted)}
         tell({"panel": name, "done": done})
         return speed
+
+    def _ids(self, model: "GPT2LMHeadModel", asked: Asked, rounds: Rounds, both_ways: bool) -> list[int]:
+        (ids,) = generate_ids(
+            model,
+            [asked.ids],
+            asked.sampling,
+            max_new_tokens=asked.max_new_tokens,
+            end_of_text=self.tokenizer.eos_token_id,
+            entries=len(self.tokenizer),
+            seed=asked.seed,
+            both_ways=both_ways,
+            streamer=rounds,
+        )
+        return ids
+
+    def _speculative_ids(self, asked: Asked, rounds: Rounds) -> list[int]:
+        assert self.draft is not None
+        ids, _ = speculative_ids(
+            self.author.model,
+            self.draft,
+            asked.ids,
+            asked.sampling,
+            max_new_tokens=asked.max_new_tokens,
+            end_of_text=self.tokenizer.eos_token_id,
+            entries=len(self.tokenizer),
+            seed=asked.seed,
+            streamer=rounds,
+        )
+        return ids
 
     def _arguments(self, given: dict[str, Any]) -> Arguments:
         """The command line's arguments with the page's values, which are held to the same ranges."""

@@ -24,6 +24,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.generation import GREEDY, generate_ids
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
+from gpt2lab.speculative import speculative_ids
 from gpt2lab.token_view import Chance, Rounds, Spelling, chances, pieces
 from gpt2lab.tokenizer import train_bpe
 from launch import serving
@@ -136,13 +137,14 @@ def test_what_counts_as_drafted_is_what_the_draft_model_proposed(playground: Pla
     prompt, share = tokenizer(PROMPT)["input_ids"], list[float]()
     for assistant in (draft, model):
         rounds = Rounds(tokenizer, lambda text: None)
-        (ids,) = generate_ids(
+        ids, _ = speculative_ids(
             model,
-            [prompt],
+            assistant,
+            prompt,
             GREEDY,
             max_new_tokens=40,
             end_of_text=tokenizer.eos_token_id,
-            assistant=assistant,
+            entries=len(tokenizer),
             streamer=rounds,
         )
         assert [token for one in rounds.rounds for token in one][: len(ids)] == ids
@@ -294,7 +296,7 @@ def test_an_error_of_ours_ends_one_text_and_not_the_site(
         raise RuntimeError("out of memory")
 
     async def what(client: TestClient, site: Site) -> None:
-        hook = playground.author.model.register_forward_pre_hook(fail)
+        hook = playground.author.model.transformer.ln_f.register_forward_pre_hook(fail)
         _, events = await ask(client, request())
         hook.remove()
         assert "terminal" in events[-1]["error"]
@@ -324,7 +326,7 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Play
 
     async def what(client: TestClient, site: Site) -> None:
         calls: list[int] = []
-        hook = playground.author.model.register_forward_hook(lambda *_: calls.append(1))
+        hook = playground.author.model.transformer.ln_f.register_forward_hook(lambda *_: calls.append(1))
         await ask(client, json.dumps(body).encode())
         whole = len(calls)
         assert whole > 200, "else it ends by itself"
