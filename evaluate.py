@@ -14,10 +14,10 @@ the student is worth as a draft model in speculative decoding. Every figure come
 
 import sys
 
-from launch import score_files, score_tables
 from launch.answer import end
-from launch.key_values import describe, parse
-from launch.scoring import Arguments, evaluate
+from launch.configuration.key_values import describe, parse
+from launch.scoring import score_files, score_tables
+from launch.scoring.score_checkpoints import Arguments, evaluate
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from launch.answer import end
-from launch.inspecting import check_inspection, inspect_written
-from launch.key_values import check_output_file, describe, parse
-from launch.writing import Arguments, Author
+from launch.configuration.key_values import check_output_file, describe, parse
+from launch.writing.author import Arguments, Author
+from launch.writing.inspecting import check_inspection, inspect_written
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     check_output_file(arguments.json)
     check_inspection(arguments)
     if arguments.serve:
-        from launch.serving import serve
+        from launch.writing.serving import serve
 
         serve(arguments)
         return

@@ -12,9 +12,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch import answer, arguments, checks, config
-from launch.groups import CONF
-from launch.help_text import help_text
+from launch import answer
+from launch.configuration import arguments, checks, config
+from launch.configuration.groups import CONF
+from launch.configuration.help_text import help_text
 
 config.register()
 
@@ -26,11 +27,11 @@ def main(tree: DictConfig) -> float | None:
         settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
         checks.check(settings)
         if settings.is_study:
-            from launch.study import run_study
+            from launch.studying.study import run_study
 
             run_study(settings)
             return None
-        from launch.job import run_job  # torch, lightning and transformers are imported only now
+        from launch.running.job import run_job  # torch, lightning and transformers are imported only now
 
         return run_job(settings)["watched"]
 

@@ -38,7 +38,7 @@ from gpt2lab.decoder import Decoder
 from gpt2lab.device import synchronize
 from gpt2lab.generation import Choice, Sampling, generate_ids, writing
 
-LOOK_COST = 0.1  # of one more token in a target's call, in its steps; on a CPU 0.03 (micro) to 0.15 (small)
+LOOK_COST = 0.15  # of one more token in a target's call, in its steps; one CPU thread: 0.2 (small), 0.03 (micro)
 LEVELS = 5  # of how sure the draft model is
 PRIOR = 4  # drafts that each level's rate of acceptance starts with
 

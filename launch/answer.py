@@ -90,7 +90,7 @@ def as_mistake(error: Exception) -> InputError | None:
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, HydraException | OmegaConfBaseException):
-        from launch.mistakes import explained
+        from launch.configuration.mistakes import explained
 
         return explained(error)
     return None

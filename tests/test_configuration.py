@@ -19,8 +19,10 @@ from omegaconf import open_dict
 
 from gpt2lab.model_folder import parameters_of
 from gpt2lab.settings import DataFacts, TokenizerChoice
-from launch import automatic, build, checks, config, noise, resolve, run_folders
-from launch.config import Config
+from launch import noise
+from launch.configuration import automatic, checks, config
+from launch.configuration.config import Config
+from launch.running import build, resolve, run_folders
 
 CONF = ROOT / "conf"
 GROUPS = {
@@ -298,7 +300,7 @@ def test_compiling_is_chosen_where_it_pays_back():
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("launch.run_folders.time", SimpleNamespace(strftime=lambda _: "2026-01-01_12-00-00"))
+    monkeypatch.setattr("launch.running.run_folders.time", SimpleNamespace(strftime=lambda _: "2026-01-01_12-00-00"))
     for _ in range(2):
         answer = train_here(*tiny, "steps=1", "threads=1")
         assert answer.code == 0, answer.stderr

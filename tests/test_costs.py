@@ -18,7 +18,8 @@ WRITE = """
 import json, sys
 from pathlib import Path
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
-from launch import build, cached_teacher, config
+from launch.running import build, cached_teacher
+from launch.configuration import config
 
 settings = config.load(Path(sys.argv[1]))
 settings.cache_dir, settings.steps = sys.argv[2], int(sys.argv[3])

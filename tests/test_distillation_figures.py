@@ -21,7 +21,8 @@ from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.model_folder import read_shape
 from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
-from launch import answer, config
+from launch import answer
+from launch.configuration import config
 
 STEPS = ["steps=12", "validate_every=6", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2"]
 # Metrics go through fp32 and seven digits; chunks and batches differ.

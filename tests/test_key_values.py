@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from gpt2lab.errors import InputError
-from launch.key_values import argument, describe, parse
+from launch.configuration.key_values import argument, describe, parse
 
 
 @dataclass

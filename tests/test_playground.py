@@ -27,10 +27,10 @@ from gpt2lab.settings import ModelShape
 from gpt2lab.speculative import speculative_ids
 from gpt2lab.token_view import Chance, Rounds, Spelling, chances, pieces
 from gpt2lab.tokenizer import train_bpe
-from launch import serving
-from launch.playground import Playground
-from launch.playground_site import WAITING, Site
-from launch.writing import Arguments, Author
+from launch.writing import serving
+from launch.writing.author import Arguments, Author
+from launch.writing.playground import Playground
+from launch.writing.playground_site import WAITING, Site
 
 PROMPT = "def add(a, b):\n    return"
 POSITIONS = 256
@@ -376,7 +376,8 @@ def test_without_its_library_the_page_says_what_to_install(
 
 
 def test_nobody_pays_for_the_page_without_it() -> None:
-    program = "import sys, generate, launch.serving; print({'aiohttp', 'launch.playground'} & set(sys.modules))"
+    program = "import sys, generate, launch.writing.serving as _\n"
+    program += "print({'aiohttp', 'launch.writing.playground'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

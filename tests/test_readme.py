@@ -11,9 +11,9 @@ from omegaconf import open_dict
 
 import evaluate
 import generate
-from launch import checks, config
-from launch.arguments import readable_by_hydra
-from launch.key_values import parse
+from launch.configuration import checks, config
+from launch.configuration.arguments import readable_by_hydra
+from launch.configuration.key_values import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

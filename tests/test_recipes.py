@@ -19,9 +19,10 @@ import train
 from gpt2lab import metric_names
 from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.run_report import read_report
-from launch import answer, checks, config
-from launch.arguments import readable_by_hydra
-from launch.config import Config
+from launch import answer
+from launch.configuration import checks, config
+from launch.configuration.arguments import readable_by_hydra
+from launch.configuration.config import Config
 
 RECIPES = ("distilgpt2_owt", "gpt2_124m_fineweb", "minillm_dolly")
 # What must stand in each, from the sources that its header names.

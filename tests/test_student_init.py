@@ -19,7 +19,7 @@ from gpt2lab.run_report import read_report
 from gpt2lab.settings import ModelShape
 from gpt2lab.student_init import Importance, keep_strongest, measure_importance, student_from_teacher
 from gpt2lab.student_shape import check_fits, kept_layers
-from launch import config
+from launch.configuration import config
 
 WIDE = ModelShape(n_layer=3, n_head=4, n_embd=32, n_positions=24, vocab_size=50)
 NARROW = ModelShape(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=50)

@@ -35,10 +35,19 @@ from gpt2lab.study_results import (
     contrasts,
 )
 from gpt2lab.teacher_signal import TeacherSignal
-from launch import answer, checks, job, jobs, study_plan, study_table
-from launch.config import Config
-from launch.ignored_keys import unread_keys, without
-from launch.study_plan import PlannedRun, run_overrides, shared_overrides, steps_in_the_same_time, training_seconds
+from launch import answer
+from launch.configuration import checks
+from launch.configuration.config import Config
+from launch.configuration.ignored_keys import unread_keys, without
+from launch.running import job, jobs
+from launch.studying import study_plan, study_table
+from launch.studying.study_plan import (
+    PlannedRun,
+    run_overrides,
+    shared_overrides,
+    steps_in_the_same_time,
+    training_seconds,
+)
 from lightning_modules.distill import Distill
 
 

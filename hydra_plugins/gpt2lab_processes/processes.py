@@ -1,4 +1,4 @@
-"""Processes: Hydra's launcher for multiruns, which hands the jobs to launch.sweep."""
+"""Processes: Hydra's launcher for multiruns, which hands the jobs to launch.running.sweep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +30,6 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs and report on every one, failed or not."""
-        from launch.sweep import run_sweep
+        from launch.running.sweep import run_sweep
 
         return run_sweep(self.config_loader, self.config, [list(job) for job in job_overrides], initial_job_idx)

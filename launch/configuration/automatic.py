@@ -1,0 +1,150 @@
+"""Automatic: the choices left to the machine — precision, strategy, devices, threads, micro-batch, compile.
+
+They are made once and written into the run's config.yaml, so a resumed run computes what the first one did.
+"""
+
+import logging
+import math
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from gpt2lab.errors import InputError
+from gpt2lab.model_folder import parameters_of
+from launch.configuration import checks
+from launch.configuration.config import Config
+
+log = logging.getLogger(__name__)
+
+CPU_TOKENS = 8_192  # of one micro-batch: above it activations outgrow the caches and nothing gets faster
+GPU_TOKENS = 16_384
+# GPU: what eager training reaches of 6 · parameters · tokens per second, and what compiling the blocks costs and gains
+GPU_FLOPS, COMPILE_SECONDS, COMPILE_GAIN = 60e12, 60.0, 0.3
+HEAD_COMPILE_STEPS = 50  # compiling the work on the LM head's logits takes seconds and then halves its time
+
+
+def settle(config: Config) -> None:
+    """Replace every `auto` by what this machine and this run call for.
+
+    Raises:
+        InputError: a GPU is asked for where there is none, more devices than there are, or fp16 on a CPU.
+    """
+    config.accelerator = _accelerator(config)
+    config.devices = _devices(config)
+    config.strategy = _strategy(config)
+    config.precision = _precision(config)
+    config.record.world_size = config.devices
+    checks.check_batch(config)
+    config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
+    config.micro_batch, config.record.accumulate = split_batch(config)
+
+
+def largest_micro_batch(config: Config) -> int:
+    """Sequences that one device works on at a time when nothing else is said."""
+    return max(1, (CPU_TOKENS if config.accelerator == "cpu" else GPU_TOKENS) // config.context)
+
+
+def split_batch(config: Config) -> tuple[int, int]:
+    """(largest micro-batch, number of micro-batches on each rank): every one of them gets at least one sequence."""
+    rows, ranks = config.rows_of_a_step, config.record.world_size
+    wanted = largest_micro_batch(config) if config.micro_batch == "auto" else int(config.micro_batch)
+    accumulate = min(math.ceil(rows / (ranks * wanted)), rows // ranks)
+    return math.ceil(rows / (ranks * accumulate)), accumulate
+
+
+def compile_pays(config: Config, vocab_size: int) -> bool:
+    """Whether compiling the blocks saves more within this run than it costs, and can work here at all.
+
+    On a CPU it gains nothing: docs/performance.md has the figures.
+    """
+    given = str(config.compile).lower()
+    fixed = not config.sequences.by_student  # what the student writes has another length at every step
+    pays = fixed and config.accelerator == "gpu" and _saves_time(config, vocab_size)
+    wanted = given == "true" or (given == "auto" and pays)
+    if wanted and not has_compiler():
+        log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
+    return wanted and has_compiler()
+
+
+def _saves_time(config: Config, vocab_size: int) -> bool:
+    tokens = config.steps * config.rows_of_a_step * config.context
+    work = 6 * parameters_of({**vars(config.model), "vocab_size": vocab_size}) * tokens
+    return work / (GPU_FLOPS * int(config.devices)) * COMPILE_GAIN > COMPILE_SECONDS
+
+
+def compiling_the_head_pays(config: Config) -> bool:
+    """Whether to compile the work on the LM head's logits, on any device.
+
+    Must be asked before `compile_pays` settles `compile`, because it follows what was said by hand.
+    """
+    given = str(config.compile).lower()
+    wanted = given == "true" or (given == "auto" and config.accelerator != "mps" and config.steps >= HEAD_COMPILE_STEPS)
+    return wanted and has_compiler()
+
+
+def has_compiler() -> bool:
+    """Inductor needs a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX") or "g++"
+    return shutil.which(compiler) is not None and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+
+
+def _accelerator(config: Config) -> str:
+    available = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.accelerator == "auto":
+        return "gpu" if available["gpu"] else "mps" if available["mps"] else "cpu"
+    if not available[config.accelerator]:
+        have = ", ".join(name for name, there in available.items() if there)
+        raise InputError(
+            f"accelerator={config.accelerator}: PyTorch {torch.__version__} finds no such device here.\n"
+            f"There is: {have}. Check the driver and that PyTorch was installed for it, or set accelerator=auto."
+        )
+    return config.accelerator
+
+
+def _devices(config: Config) -> int:
+    there = torch.cuda.device_count() if config.accelerator == "gpu" else 1
+    if config.devices == "auto":
+        return there
+    wanted = int(config.devices)
+    most = cpu_cores() if config.accelerator == "cpu" else there
+    if wanted > most:
+        what = "cores to run a process on each" if config.accelerator == "cpu" else "devices"
+        raise InputError(
+            f"devices={wanted}: there are {most} {what} (accelerator={config.accelerator}).\nLower devices."
+        )
+    return wanted
+
+
+def _strategy(config: Config) -> str:
+    if config.strategy == "auto":
+        return "auto" if config.devices == 1 else "ddp"
+    if config.accelerator == "mps":
+        raise InputError(f"strategy={config.strategy} does not work on mps, which is one device; set strategy=auto.")
+    return config.strategy
+
+
+def _precision(config: Config) -> str:
+    if config.precision == "fp16" and config.accelerator == "cpu":
+        checks.refuse_fp16_on_cpu()
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator == "gpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if config.accelerator == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux tells
+        return os.cpu_count() or 1
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,25 @@
+"""Groups: the folders of conf/ and their values, for whoever must name them."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def groups() -> list[str]:
+    """Names of the groups."""
+    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+
+
+def values(group: str) -> list[str]:
+    """What a group can be set to."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def experiment_keys(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(group → value, key → value) that conf/experiment/<name>.yaml sets."""
+    keys = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    chosen = [item for default in keys.pop("defaults", []) for item in default.items()]
+    return {group.removeprefix("override /"): value for group, value in chosen}, keys

@@ -1,0 +1,224 @@
+"""Build: from a Config to the objects of a run — data, module, callbacks, loggers, Trainer."""
+
+import importlib
+import inspect
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from callbacks.metrics_csv import MetricsCsv
+from gpt2lab.cache import cache_folder
+from gpt2lab.errors import InputError
+from gpt2lab.settings import CrossEntropySettings, DataFacts, ModelShape, TrainingSettings
+from gpt2lab.student_shape import TEACHER_LAYERS
+from launch.configuration.automatic import largest_micro_batch
+from launch.configuration.config import Config
+from launch.configuration.ignored_keys import given_keys
+from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
+from launch.configuration.signature import typed_settings
+from launch.configuration.spelling import nearest
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16_true": "bf16-true", "fp16": "16-mixed"}
+
+
+def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any:
+    """Call a node's `_target_` with its own keys and with those of `supplied` that it takes and does not state.
+
+    A dictionary given for an argument that is a settings dataclass becomes that dataclass, typed.
+
+    Raises:
+        InputError: no such class, unknown or missing keys, values of the wrong type.
+    """
+    target = str(node["_target_"])
+    module, _, name = target.rpartition(".")
+    try:
+        kind = vars(importlib.import_module(module))[name]
+    except (ModuleNotFoundError, KeyError, ValueError) as error:
+        raise InputError(f"{where}._target_={target}: there is no such class ({error}).") from error
+    parameters = inspect.signature(kind).parameters
+    own = {key: value for key, value in node.items() if key != "_target_"}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [] if takes_any else [key for key in own if key not in parameters]
+    if unknown:
+        raise InputError(f"There is no key {where}.{unknown[0]}{nearest(unknown[0], parameters)}.")
+    arguments = {key: value for key, value in supplied.items() if key in parameters} | own
+    hints = get_type_hints(kind.__init__)
+    for key, value in own.items():
+        hint = hints.get(key)
+        if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
+            arguments[key] = typed_settings(hint, value, f"{where}.{key}")
+    try:
+        inspect.signature(kind).bind(**arguments)
+    except TypeError as error:
+        raise InputError(f"{where} does not fit {target}: {error}.") from error
+    return kind(**arguments)
+
+
+def data_module(config: Config) -> Any:
+    """The data module; `prepare()` is still to be called."""
+    supplied = {
+        "name": config.record.groups["data"],
+        "tokenizer": config.tokenizer,
+        "context": config.context,
+        "batch_sequences": config.rows_of_a_step,
+        "eval_batch_sequences": largest_micro_batch(config),
+        "accumulate": config.record.accumulate,
+        "seed": config.seed,
+        "workers": config.workers,
+        "cache_dir": str(cache_folder(config.cache_dir)),
+        "val_fraction": config.val_fraction,
+        "val_path": config.val_path,
+        "path": config.path,
+        "on_bad_line": config.on_bad_line,
+        "source": config.source,
+        "target": config.target,
+        "objective": config.objective,
+        "packing": config.packing,
+    }
+    node = {key: value for key, value in config.data.items() if key not in DATA_ONLY_KEYS}
+    # A preset names its own columns and files; what was given on the command line goes before them.
+    for key in set(given_keys(config.record.overrides)) & supplied.keys() & node.keys():
+        del node[key]
+    return construct(node, "data", supplied)
+
+
+def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> TrainingSettings:
+    """What every task's module is given."""
+    model = config.model
+    shape = ModelShape(
+        n_layer=model.n_layer or 0,
+        n_head=model.n_head or 0,
+        n_embd=model.n_embd or 0,
+        n_positions=model.n_positions or 0,
+        vocab_size=vocab_size,
+        dropout=model.dropout,
+    )
+    return TrainingSettings(
+        shape=shape,
+        tokenizer_folder=facts.tokenizer_folder,
+        # A continued run has its weights from its checkpoint, and need not cut them out of the teacher again.
+        init="scratch" if config.resume and config.init == TEACHER_LAYERS else config.init,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        steps=config.steps,
+        seed=config.seed,
+        val_tokens=facts.val_tokens,
+        val_bytes=facts.val_bytes,
+        gradient_clip=config.gradient_clip,
+        compile_blocks=config.compile is True,
+        compile_head=config.record.compile_head is True,
+        activation_checkpointing=config.activation_checkpointing,
+        ema=config.ema,
+        layer_drop=config.layer_drop,
+        log_every=config.log_every,
+        cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
+        objective=config.objective,
+    )
+
+
+def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
+    """The task's LightningModule. A preset of pairs may name the metrics that suit it (`metrics` in conf/data)."""
+    node = dict(config.task)
+    metrics = config.data.get("metrics")
+    if metrics and isinstance(node.get("text"), dict) and not node["text"].get("metrics"):
+        node["text"] = {**node["text"], "metrics": metrics}
+    supplied = {
+        "training": training_settings(config, facts, vocab_size),
+        "teacher": config.teacher,
+        "loss": config.loss,
+        # A continued run was let in when it started. Where weights are sharded its checkpoint is loaded after the
+        # preflight, whose forward would leave them gathered.
+        "preflight": "off" if config.resume else config.preflight,
+        "cache": config.record.teacher_cache,
+        "cached": config.teacher_cache,
+        "baseline_loss": config.record.baseline_loss,
+        "sequences": config.sequences,
+        "context": config.context,
+    }
+    return construct(node, "task", supplied)
+
+
+def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.Callback]:
+    """What observes the run, in the order of conf/callbacks."""
+    report_facts = {
+        "task": config.task_name,
+        "model": config.record.groups["model"],
+        "init": {"source": config.init, **config.record.kept},
+        "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
+        "command": config.record.command,
+    }
+    supplied = {
+        "run_dir": str(folder),
+        "cache_dir": str(cache_folder(config.cache_dir)),
+        "facts": report_facts,
+        "checkpoint_every": config.checkpoint_every,
+        "sample_every": config.sample_every,
+        "on_spike": config.on_spike,
+    }
+    nodes = {name: node for name, node in config.callbacks.items() if node is not None}
+    return [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
+
+
+def loggers(config: Config, folder: Path) -> list[Logger]:
+    """metrics.csv always, then the chosen one. They are told the whole configuration."""
+    chosen: list[Logger] = [MetricsCsv(str(folder))]
+    if config.logger and config.logger["_target_"] != "callbacks.metrics_csv.MetricsCsv":
+        chosen.append(construct(config.logger, "logger", {"run_dir": str(folder)}))
+    for logger in chosen:
+        logger.log_hyperparams(asdict(config))
+    return chosen
+
+
+def trainer(
+    config: Config, folder: Path, observers: list[lightning.Callback], outlets: list[Logger]
+) -> lightning.Trainer:
+    """Lightning's Trainer with everything of its own that would compete with ours turned off.
+
+    The module clips gradients itself and our callbacks write checkpoints, samples and progress.
+    """
+    accumulate = config.record.accumulate
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=strategy(config),
+        precision=PRECISIONS[config.precision],
+        max_steps=config.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=config.validate_every * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.log_every,
+        callbacks=observers,
+        logger=outlets,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        inference_mode=False,  # averaged weights are swapped in while validating, which inference tensors forbid
+    )
+
+
+def strategy(config: Config) -> Strategy | str:
+    """Lightning's strategy; FSDP2 also runs on CPU ranks, over gloo."""
+    backend = "gloo" if config.accelerator == "cpu" else None
+    if config.strategy == "ddp":
+        # A block that was left out has no gradient, which DDP must be told to expect.
+        return DDPStrategy(
+            process_group_backend=backend,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=config.layer_drop > 0,
+        )
+    if config.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=config.record.world_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    return "auto"

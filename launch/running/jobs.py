@@ -1,0 +1,126 @@
+"""Jobs: runs in processes of their own, one after another; what became of each, and the CSV file of all."""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gpt2lab.atomic_files import write_text
+from gpt2lab.run_report import read_report
+from launch import answer
+from launch.configuration import checks, config
+from launch.configuration.config import Config
+from launch.configuration.ignored_keys import in_words, unread_keys, without
+from launch.running import children
+from launch.running.job import ERROR_FILE
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Job:
+    """One run among several and what became of it."""
+
+    number: int
+    overrides: list[str]
+    folder: Path
+    status: str = "waiting"
+    error: str = ""
+    watched: float | None = None
+
+
+def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> int:
+    """Compose, check and run one job; returns the signal that stopped it, or 0.
+
+    Args:
+        compose: overrides → the composed tree with Hydra's own node.
+        drops_unread: leave out the keys that only another task of these jobs reads, instead of refusing them.
+    """
+    try:
+        settings = _settings(job, compose(job.overrides), job.overrides)
+        if drops_unread:
+            read = without(job.overrides, unread_keys(settings))
+            settings = _settings(job, compose(read), read)
+        checks.check(settings)
+    except Exception as error:
+        mistake = answer.as_mistake(error)
+        if mistake is None:
+            raise
+        job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
+        return 0
+    code, stopped, told = run_process(settings)
+    report = read_report(job.folder)
+    job.status = {answer.FINISHED: "finished", answer.STOPPED: "stopped", answer.INTERRUPTED: "stopped"}.get(
+        code, "failed"
+    )
+    if job.status == "failed":
+        died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        job.error = " ".join(told.split("\n")) or report.get("error") or died
+    elif job.status == "finished":
+        job.watched = report.get("metrics", {}).get(report.get("watched_metric"))
+    return stopped
+
+
+def check_all_ended_well(jobs: Sequence[Job], stopped: int, what: str, cure: str = "") -> None:
+    """The exit code of several jobs: what a signal asks for, else 1 where one failed.
+
+    Args:
+        stopped: the signal that came, or 0.
+        what: what these jobs are together: sweep, study.
+        cure: what to do after a signal.
+
+    Raises:
+        answer.Ended
+    """
+    if stopped:
+        message = f"The {what} was stopped by {signal.Signals(stopped).name}."
+        raise answer.Ended(answer.code_of_signal(stopped), f"{message} {cure}".rstrip())
+    failed = sum(job.status == "failed" for job in jobs)
+    if failed:
+        raise answer.Ended(answer.FAILED, f"{failed} of {len(jobs)} jobs failed.")
+
+
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write all rows; called after every job, so that the file can be read at any time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, lines.getvalue())
+
+
+def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
+    with open_dict(tree):
+        hydra = tree.pop("hydra")
+    OmegaConf.set_struct(tree, True)
+    settings = config.typed(tree, hydra, command=f"python train.py {in_words(overrides)}")
+    settings.run_dir = str(job.folder)
+    return settings
+
+
+def run_process(settings: Config) -> tuple[int, int, str]:
+    """(exit code, signal that came meanwhile or 0, error it told) of a run in a process and session of its own."""
+    with tempfile.TemporaryDirectory(prefix="gpt2lab-job-") as scratch:
+        spec = Path(scratch, "config.yaml")
+        config.save(settings, spec)
+        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.running.job", str(spec), str(os.getpid())],
+            env={**os.environ, "PYTHONPATH": search},
+            start_new_session=True,
+        )
+        with children.forwarding(lambda: [process.pid]) as signals:
+            code = process.wait()
+        error = spec.with_name(ERROR_FILE)
+        told = error.read_text(encoding="utf-8") if error.is_file() else ""
+    return code, signals[-1] if signals else 0, told

@@ -1,0 +1,103 @@
+"""Ranks: one run on several devices of this machine, each rank a process started by PyTorch's elastic multiprocessing.
+
+The parent prepares data, makes the run directory and keeps the store that the ranks meet at; then it only waits and
+hands signals on. A rank that dies takes the others with it.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+from gpt2lab.atomic_files import write_json
+from launch import answer
+from launch.configuration import config
+from launch.configuration.config import Config
+from launch.running import children, run_folders
+
+ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.2
+
+
+def run(settings: Config, is_new: bool) -> dict[str, Any]:
+    """Run all ranks to their end.
+
+    Returns:
+        The report that rank 0 wrote, and the watched metric.
+
+    Raises:
+        answer.Ended: with the exit code that was recorded, when the run did not finish.
+    """
+    folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
+    settings.run_dir = str(folder)
+    config.save(settings, folder / "config.yaml")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
+        outcome_file = Path(scratch, "outcome.json")
+        failed, signals = _start_and_wait(settings, folder / "config.yaml", Path(scratch), outcome_file)
+        outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
+    if outcome is None:
+        told = f"rank {failed[0]} ended with exit code {failed[1]}" if failed else "the ranks were stopped by a signal"
+        run_folders.remove_if_untrained(folder, is_new)
+        code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED
+        raise answer.Ended(code, f"The run in {folder} failed: {told}.")
+    if outcome["code"] == answer.MISTAKE:
+        run_folders.remove_if_untrained(folder, is_new)
+    if outcome["code"]:
+        raise answer.Ended(outcome["code"], outcome["message"])
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return {**report, "watched": outcome["watched"]}
+
+
+def record_outcome(code: int, message: str = "", watched: float | None = None) -> None:
+    """Leave word of how the run ended; exit codes alone would be drowned by those of ranks that are killed.
+
+    Rank 0 speaks for all, except that a mistake may show on any rank alone, while the others lose their connection.
+    """
+    if os.environ["RANK"] == "0" or code == answer.MISTAKE:
+        outcome = {"code": code, "message": message, "watched": watched}
+        write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
+
+
+def _start_and_wait(
+    settings: Config, spec: Path, scratch: Path, outcome_file: Path
+) -> tuple[tuple[int, int] | None, list[int]]:
+    """((rank, exit code) of the first that failed or None, signals that came)."""
+    world = settings.record.world_size
+    # The store listens before any rank starts and picks its own free port, so no two runs can collide.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0",
+        "GPT2LAB_OUTCOME": str(outcome_file),
+        "OMP_NUM_THREADS": str(settings.threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    arguments = ("-m", "launch.running.job", str(spec), str(os.getpid()), "--rank")
+    context = start_processes(
+        name="rank",
+        entrypoint=sys.executable,
+        args=dict.fromkeys(range(world), arguments),
+        envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)},
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
+    )
+    try:
+        # After the start: it installs handlers of its own, which would end the ranks instead of letting them save.
+        with children.forwarding(lambda: list(context.pids().values())) as signals:
+            result = None
+            while result is None:
+                result = context.wait(POLL_SECONDS)
+    finally:
+        context.close()
+    first = min(result.failures.values(), key=lambda failure: failure.timestamp, default=None)
+    return ((first.local_rank, first.exitcode) if first else None), signals

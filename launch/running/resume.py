@@ -1,0 +1,134 @@
+"""Resume: a run goes on with its own config.yaml; only what does not change its result may be given anew."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+from gpt2lab.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, step_of
+from gpt2lab.errors import InputError
+from launch.configuration import checks
+from launch.configuration import config as configuration
+from launch.configuration.config import Config
+from launch.configuration.ignored_keys import given_keys
+from launch.running import run_folders
+from launch.running.resolve import weights_hash
+
+# What may be given with resume=: how long, how often, and where the work is done
+MACHINE = ("accelerator", "devices", "strategy", "micro_batch", "threads")
+CHANGEABLE: tuple[str, ...] = ("steps", "validate_every", "checkpoint_every", "sample_every", "log_every", "on_spike")
+CHANGEABLE += ("workers", "cache_dir", *MACHINE)
+PLACE = ("resume", "run_dir", "name", "launcher")
+
+
+def taken_up(asked: Config) -> Config | None:
+    """The configuration of the run that `resume` names, with the changes asked for; None: a new run.
+
+    Raises:
+        InputError: there is no such run or no whole checkpoint in it, or a change that would alter its result.
+    """
+    if asked.resume is None:
+        return None
+    if asked.resume == "auto":
+        if asked.run_dir is None and asked.name is None:
+            raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
+        folder = run_folders.wanted_folder(asked)
+        newest = _newest(folder)
+        if newest is None:
+            if checkpoint_files(folder):
+                raise _nothing_whole(folder)
+            _remove_unfinished_start(folder)
+            asked.resume = None
+            return None
+    else:
+        if asked.run_dir is not None or asked.name is not None:
+            raise InputError("resume=RUN_DIR says where the run lies; leave out run_dir and name.")
+        folder = Path(asked.resume).expanduser()
+        newest = _newest_of_a_run(folder, asked.resume)
+    stored = configuration.load(folder / "config.yaml")
+    _check_changes(asked, stored, folder)
+    for look in (checks.check_choices, checks.check_ranges, checks.check_counts_or_auto):
+        look(asked)
+    _check_teacher(stored)
+    changed = {key.split(".")[0] for key in given_keys(asked.record.overrides)} & set(CHANGEABLE)
+    for key in changed:
+        setattr(stored, key, vars(asked)[key])
+    if changed & set(MACHINE):
+        stored.record.world_size = 0  # the machine changes, so what was chosen for it is chosen anew
+        for key in {"micro_batch", "threads"} - changed:
+            setattr(stored, key, "auto")
+    stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
+    if stored.steps < step_of(newest):
+        raise InputError(
+            f"steps={stored.steps}: the run in {folder} has done {step_of(newest)} already.\nGive more than that."
+        )
+    return stored
+
+
+def check_data(settings: Config, data_hash: str) -> None:
+    """Remember which data a new run has; a continued one must find the same.
+
+    Raises:
+        InputError: they have changed.
+    """
+    record = settings.record
+    if record.data_hash and record.data_hash != data_hash:
+        raise InputError(
+            f"The data of {settings.run_dir} are no longer those it was started with, so its order would break.\n"
+            f"Put them back, or start a run from its weights: init={shlex.quote(str(settings.run_dir))}"
+        )
+    record.data_hash = data_hash
+
+
+def checkpoint(settings: Config) -> Path | None:
+    """The checkpoint from which a resumed run goes on; None for a new one."""
+    return _newest(Path(settings.resume)) if settings.resume else None
+
+
+def _newest(folder: Path) -> Path | None:
+    return newest_good_checkpoint(folder) if (folder / "config.yaml").is_file() else None
+
+
+def _newest_of_a_run(folder: Path, given: str) -> Path:
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"resume={given}: there is no run in {folder} (no config.yaml).\nGive a run directory.")
+    newest = _newest(folder)
+    if newest is None:
+        raise _nothing_whole(folder)
+    return newest
+
+
+def _nothing_whole(folder: Path) -> InputError:
+    return InputError(
+        f"The run in {folder} has no whole checkpoint to continue from.\nStart it anew in another run_dir."
+    )
+
+
+def _remove_unfinished_start(folder: Path) -> None:
+    """A run that died before its first checkpoint left its configuration and metrics; it starts anew in their place."""
+    if (folder / "config.yaml").is_file() and not checkpoint_files(folder):
+        configuration.load(folder / "config.yaml")  # raises where it is somebody else's
+        shutil.rmtree(folder)
+
+
+def _check_changes(asked: Config, stored: Config, folder: Path) -> None:
+    """Refuse what would silently have no effect: a key given now that the run was not started with."""
+    started_with = set(stored.record.overrides)
+    for override, key in zip(asked.record.overrides, given_keys(asked.record.overrides), strict=True):
+        if key.split(".")[0] in (*CHANGEABLE, *PLACE) or override in started_with:
+            continue
+        raise InputError(
+            f"{override} cannot be changed when a run is continued: {folder} goes on with its own config.yaml.\n"
+            f"Changeable: {', '.join(CHANGEABLE)}.\n"
+            f"For another configuration start a run from its weights: init={shlex.quote(str(folder))}"
+        )
+
+
+def _check_teacher(stored: Config) -> None:
+    """The teacher must be the same, byte for byte."""
+    if stored.task_name != "distill" or not stored.record.teacher_hash:
+        return
+    if weights_hash(Path(stored.teacher)) != stored.record.teacher_hash:
+        raise InputError(
+            f"The teacher {stored.teacher} is missing or is no longer the one this run was started with.\n"
+            "Put it back, or start a new run with the present one."
+        )

@@ -1,0 +1,114 @@
+"""Score tables: what evaluate.py shows on the terminal."""
+
+from typing import TYPE_CHECKING
+
+from gpt2lab.metric_names import DISTILL_ACCEPTANCE, DISTILL_GAP_CLOSED, DISTILLATION
+from launch.scoring.score_rows import Row, label, score_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from gpt2lab.acceptance import Speculation
+    from gpt2lab.comparison import Comparison
+    from launch.scoring.score_checkpoints import Arguments, Results
+
+MOST_COLUMNS = 4  # of models beside each other; more of them are rows
+
+
+def show(results: "Results", arguments: "Arguments") -> None:
+    """Print every table."""
+    from rich.console import Console
+
+    console = Console()
+    rows = score_rows(results, arguments.teacher, arguments.baseline)
+    if len(results.checkpoints) > 1 or arguments.teacher:
+        given = [*(scored.source for scored in results.checkpoints), arguments.teacher, arguments.baseline]
+        for row, source in zip(rows, [source for source in given if source], strict=False):
+            console.print(f"{row.name:<24} {source}", highlight=False, markup=False, soft_wrap=True)
+    comparison = results.checkpoints[0].comparison if len(results.checkpoints) == 1 else None
+    # A single student's figures beside its teacher have tables of their own, with what they say.
+    left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
+    shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
+    console.print(score_table(shown, arguments.split))
+    if any("rougeL" in row.figures or "chrf" in row.figures for row in rows):
+        console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
+    if comparison is not None:
+        _show_comparison(console.print, comparison)
+
+
+def score_table(rows: list[Row], split: str) -> "Table":
+    """Figures below each other and models side by side; the other way round where there are many models."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    if len(rows) > MOST_COLUMNS:
+        table.add_column(split, overflow="fold")
+        for name in names:
+            table.add_column(label(name)[0], justify="right")
+        for row in rows:
+            table.add_row(row.name, *(_cell(row, name) for name in names))
+        return table
+    table.add_column(split)
+    for row in rows:
+        table.add_column(row.name, justify="right", overflow="fold")
+    explains = len(rows) < 3
+    if explains:
+        table.add_column("what it says")
+    for name in names:
+        words = label(name)
+        table.add_row(words[0], *(_cell(row, name) for row in rows), *([words[1]] if explains else []))
+    return table
+
+
+def distillation_table(comparison: "Comparison") -> "Table":
+    """The student beside its teacher; what the other tables show is left out."""
+    table = _explained("The student against its teacher")
+    for name, (words, says) in DISTILLATION.items():
+        if name in comparison.figures and name != DISTILL_ACCEPTANCE:
+            error = comparison.standard_errors.get(name)
+            value = f"{comparison.figures[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            table.add_row(words, value, says)
+    return table
+
+
+def speculation_table(speculation: "Speculation") -> "Table":
+    """What the student would be worth as the teacher's draft model."""
+    table = _explained("The student as draft model of its teacher in speculative decoding")
+    measured, error = speculation.acceptance_measured, speculation.acceptance_standard_error
+    table.add_row("acceptance, expected", f"{speculation.acceptance:.4f}", "1 − total variation")
+    table.add_row(
+        "acceptance, measured", f"{measured:.4f} ± {error:.4f}", "of one draft at each position; ± standard error"
+    )
+    table.add_row("cost ratio", f"{speculation.cost_ratio:.4f}", "FLOPs of a token, student over teacher")
+    table.add_row("drafts", str(speculation.drafts), "tokens best drafted at a time, of 1 to 16")
+    table.add_row("tokens per call", f"{speculation.tokens_per_target_call:.2f}", "expected, of the teacher")
+    table.add_row("speed-up", f"{speculation.speedup:.2f}", "implied, over the teacher alone")
+    return table
+
+
+def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> None:
+    if comparison.is_cut:
+        show(f"Only the first {comparison.entries:,} entries of the vocabulary count: the rest is padding.\n")
+    show(distillation_table(comparison))
+    if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
+        show("The baseline is no worse than the teacher, so there is no gap to close.\n")
+    show(speculation_table(comparison.speculation))
+
+
+def _cell(row: Row, name: str) -> str:
+    return str(row.figures[name]) if name in row.figures else "–"
+
+
+def _explained(title: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("figure")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("what it says")
+    return table

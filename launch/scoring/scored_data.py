@@ -1,0 +1,86 @@
+"""Scored data: which texts evaluate.py reads, and how each checkpoint's tokenizer and objective cut them."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2lab.errors import InputError
+from gpt2lab.model_folder import read_objective
+from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
+from launch.configuration.groups import CONF, values
+from launch.configuration.spelling import nearest
+
+if TYPE_CHECKING:
+    from launch.configuration.config import Config
+
+GIVEN = ("path", "val_path", "source", "target", "cache_dir")
+
+
+def data_settings(data: str, given: dict[str, str], folder: Path, context: int) -> "Config":
+    """The configuration that says which data to score: a run's own or conf/'s defaults, with what was given on top.
+
+    Args:
+        data: a value of conf/data; empty: the run's own, else stdlib.
+        given: values of `GIVEN`.
+        folder: the Hugging Face folder of the checkpoint whose run counts.
+        context: tokens of a window; 0: the run's own, else 0 remains.
+
+    Raises:
+        InputError: an unknown value of data, a file that is not there, or a key that the data do not read.
+    """
+    from launch.configuration import checks
+    from launch.configuration.ignored_keys import unread_keys
+
+    own = _run_config(folder)
+    settings = own if own is not None and not data else _composed(data or "stdlib")
+    for key, value in given.items():
+        if value:
+            setattr(settings, key, value)
+            settings.record.overrides.append(f"{key}={value}")  # goes before what a preset names itself
+    settings.context = context or (own.context if own is not None else 0)
+    settings.record.accumulate = 1
+    for key, message in unread_keys(settings).items():
+        if given.get(key):
+            raise InputError(f"{message}.\nLeave it out.")
+    checks.check_files(settings)
+    return settings
+
+
+def as_read_by(settings: "Config", folder: Path, tokenizer: str) -> "Config":
+    """The settings with the tokenizer and the objective of the checkpoint in `folder`.
+
+    Args:
+        tokenizer: another than its own; empty: its own.
+    """
+    from launch.configuration import objective_checks
+
+    own, settings = _run_config(folder), deepcopy(settings)
+    settings.tokenizer = TokenizerChoice("pretrained", source=tokenizer or str(folder))
+    settings.objective = own.objective if own is not None else ObjectiveSettings(read_objective(folder))
+    objective_checks.check(settings)
+    return settings
+
+
+def _run_config(folder: Path) -> "Config | None":
+    from launch.configuration import config
+
+    file = folder.parent / "config.yaml"
+    return config.load(file) if folder.name == "hf" and file.is_file() else None
+
+
+def _composed(data: str) -> "Config":
+    """The defaults of conf/ with one value of the data group."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import open_dict
+
+    from launch.configuration import config
+
+    allowed = values("data")
+    if data not in allowed:
+        raise InputError(f"data={data}: no such value{nearest(data, allowed)}.\nAllowed: {', '.join(allowed)}.")
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = compose("train", overrides=[f"data={data}"], return_hydra_config=True)
+    with open_dict(tree):
+        hydra_node = tree.pop("hydra")
+    return config.typed(tree, hydra_node, command="")
