@@ -1,5 +1,6 @@
 """Score rows: everything evaluate.py knows as one row of figures for each model, for tables, files and plots alike."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,8 @@ class Figure:
     def __str__(self) -> str:
         if self.standard_error is None:
             return f"{self.value:,.0f}" if float(self.value).is_integer() else f"{self.value:.4f}"
-        digits = 4 if abs(self.value) < 10 else 2 if abs(self.value) < 1000 else 0
+        # Two digits of the error, and as many of the figure
+        digits = 4 if not self.standard_error else min(max(1 - math.floor(math.log10(self.standard_error)), 0), 6)
         return f"{self.value:,.{digits}f} ± {self.standard_error:,.{digits}f}"
 
 
