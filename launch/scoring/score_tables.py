@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from launch.scoring.score_checkpoints import Arguments, Results
 
 MOST_COLUMNS = 4  # of models beside each other; more of them are rows
+WIDEST_CELL = 16  # characters
 
 
 def show(results: "Results", arguments: "Arguments") -> None:
@@ -31,27 +32,30 @@ def show(results: "Results", arguments: "Arguments") -> None:
     # A single student's figures beside its teacher have tables of their own, with what they say.
     left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
     shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
-    console.print(score_table(shown, arguments.split))
+    for table in score_tables(shown, arguments.split, console.width):
+        console.print(table)
     if any("rougeL" in row.figures or "chrf" in row.figures for row in rows):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
     if comparison is not None:
         _show_comparison(console.print, comparison)
 
 
-def score_table(rows: list[Row], split: str) -> "Table":
-    """Figures below each other and models side by side; the other way round where there are many models."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def score_tables(rows: list[Row], split: str, width: int) -> "list[Table]":
+    """Figures below each other and models side by side; the other way round where there are many models.
 
+    Args:
+        width: characters of the terminal; many models have their figures in as many tables as fit into it.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    if len(rows) > MOST_COLUMNS:
-        table.add_column(split, overflow="fold")
-        for name in names:
-            table.add_column(label(name)[0], justify="right")
-        for row in rows:
-            table.add_row(row.name, *(_cell(row, name) for name in names))
-        return table
+    if len(rows) <= MOST_COLUMNS:
+        return [_beside_each_other(rows, names, split)]
+    room = width - max(len(row.name) for row in rows) - 2
+    columns = max(room // (WIDEST_CELL + 1), 1)
+    return [_below_each_other(rows, names[start : start + columns], split) for start in range(0, len(names), columns)]
+
+
+def _beside_each_other(rows: list[Row], names: list[str], split: str) -> "Table":
+    table = _plain()
     table.add_column(split)
     for row in rows:
         table.add_column(row.name, justify="right", overflow="fold")
@@ -61,6 +65,16 @@ def score_table(rows: list[Row], split: str) -> "Table":
     for name in names:
         words = label(name)
         table.add_row(words[0], *(_cell(row, name) for row in rows), *([words[1]] if explains else []))
+    return table
+
+
+def _below_each_other(rows: list[Row], names: list[str], split: str) -> "Table":
+    table = _plain()
+    table.add_column(split, overflow="fold")
+    for name in names:
+        table.add_column(label(name)[0], justify="right")
+    for row in rows:
+        table.add_row(row.name, *(_cell(row, name) for name in names))
     return table
 
 
@@ -104,11 +118,15 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _explained(title: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = _plain(title)
     table.add_column("figure")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("what it says")
     return table
+
+
+def _plain(title: str | None = None) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
