@@ -219,6 +219,9 @@ def speculative_ids(
             length.learn(kept)
             rounds.append(Round(drafted, kept, between - started, looked - between))
             settled = torch.cat([text[:, ids.shape[1] : ids.shape[1] + kept], following], 1)
+            ends = (settled[0] == end_of_text).nonzero()
+            if len(ends):  # nothing after it is text
+                settled = settled[:, : int(ends[0]) + 1]
             ids = torch.cat([ids, settled], 1)
             if streamer is not None:
                 streamer.put(settled[0].cpu())
