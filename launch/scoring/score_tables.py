@@ -32,7 +32,7 @@ def show(results: "Results", arguments: "Arguments") -> None:
     left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
     shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
     console.print(score_table(shown, arguments.split))
-    if any("rougeL" in row.figures or "chrf" in row.figures for row in rows):
+    if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
     if comparison is not None:
         _show_comparison(console.print, comparison)
@@ -41,6 +41,7 @@ def show(results: "Results", arguments: "Arguments") -> None:
 def score_table(rows: list[Row], split: str) -> "Table":
     """Figures below each other and models side by side; the other way round where there are many models."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
@@ -50,11 +51,11 @@ def score_table(rows: list[Row], split: str) -> "Table":
         for name in names:
             table.add_column(label(name)[0], justify="right")
         for row in rows:
-            table.add_row(row.name, *(_cell(row, name) for name in names))
+            table.add_row(escape(row.name), *(_cell(row, name) for name in names))
         return table
     table.add_column(split)
     for row in rows:
-        table.add_column(row.name, justify="right", overflow="fold")
+        table.add_column(escape(row.name), justify="right", overflow="fold")
     explains = len(rows) < 3
     if explains:
         table.add_column("what it says")
