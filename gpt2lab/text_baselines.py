@@ -57,8 +57,10 @@ def word_table(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
                 for word, share in zip(words, shares, strict=True):
                     if share:
                         counts[word][their] += share / whole
-        likely = {
-            word: {their: count / sum(found.values()) for their, count in found.items()}
-            for word, found in counts.items()
-        }
+        likely = {word: _shares(found) for word, found in counts.items()}
     return {word: max(found, key=lambda their: found[their]) for word, found in likely.items()}
+
+
+def _shares(counts: dict[str, float]) -> dict[str, float]:
+    whole = sum(counts.values())
+    return {word: count / whole for word, count in counts.items()}
