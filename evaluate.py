@@ -9,7 +9,7 @@
 Arguments are key=value and taken verbatim. The first run brings its own data and context, each its tokenizer; for pairs
 the loss is over the responses, and the task's metrics on what is written are told beside those of answers without a
 model. With teacher= the two distributions are compared at every target: divergences, agreement, calibration, and what
-the student is worth as a draft model in speculative decoding. Every figure comes with its standard error.
+the student is worth as a draft model in speculative decoding. Figures come with their standard errors.
 """
 
 import sys

@@ -161,6 +161,7 @@ def pooled(found: Sequence[Speculated]) -> Speculated:
         plain_tokens=sum(one.plain_tokens for one in found),
         calls=sum(one.calls for one in found),
         drafted=sum(one.drafted for one in found),
+        kept=sum(one.kept for one in found),
         seconds=sum(one.seconds for one in found),
         plain_seconds=sum(one.plain_seconds for one in found),
         cost_ratio=statistics.mean(one.cost_ratio for one in found),

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,5 +64,6 @@ def _start_of_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         give_back_freed_memory()
-        CLEAR_REFS.write_text("5")  # VmHWM becomes what is resident now (man 5 proc)
+        with suppress(OSError):  # some containers forbid it; then the peak is the process's so far
+            CLEAR_REFS.write_text("5")  # VmHWM becomes what is resident now (man 5 proc)
     return peak_memory_bytes(device)

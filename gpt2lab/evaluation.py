@@ -117,8 +117,9 @@ def score_of(rows: list[Sums]) -> Score:
 
 def difference_of_losses(first: Score, second: Score) -> tuple[float, float | None] | None:
     """(first − second, standard error); None where they did not score the same rows, as with other tokenizers."""
-    counts = [[row[TOKENS].item() for row in score.rows] for score in (first, second)]
-    if counts[0] != counts[1]:
+    # Other tokenizers can cut a text into as many tokens, but not into tokens that spell as many bytes.
+    sizes = [[(row[TOKENS].item(), row[BYTES].item()) for row in score.rows] for score in (first, second)]
+    if sizes[0] != sizes[1]:
         return None
     rows = [
         {TOKENS: ours[TOKENS], NATS: ours[NATS] - theirs[NATS]}

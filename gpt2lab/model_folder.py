@@ -9,6 +9,15 @@ from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "n_inner": (None,),
+}
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
 
@@ -50,7 +59,7 @@ def read_shape(folder: Path) -> dict[str, int]:
     """Sizes of the GPT-2 in a folder: n_layer, n_head, n_embd, n_positions, vocab_size.
 
     Raises:
-        InputError: config.json cannot be read or describes another architecture.
+        InputError: config.json cannot be read, or describes another architecture, or a variant not computed here.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -63,6 +72,13 @@ def read_shape(folder: Path) -> dict[str, int]:
         raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
     if min(shape.values()) < 1:
         raise InputError(f"{folder}/config.json has a size below 1: {shape}.\nGive a folder with a GPT-2 in it.")
+    for key, values in COMPUTED.items():
+        given = config.get(key, values[0])
+        if given not in values and not (key == "n_inner" and given == 4 * shape["n_embd"]):
+            raise InputError(
+                f"{folder}/config.json has {key}={given}, a variant of GPT-2 that is not computed here.\n"
+                f"Give a model with {key}={values[0]}, as OpenAI's have it."
+            )
     return shape
 
 

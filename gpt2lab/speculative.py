@@ -25,7 +25,7 @@ Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Spe
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,11 +36,10 @@ from gpt2lab.acceptance import MOST_DRAFTS, cost_ratio, is_kept
 from gpt2lab.backbone import shape_of
 from gpt2lab.decoder import Decoder
 from gpt2lab.device import synchronize
+from gpt2lab.draft_length import DraftLength
 from gpt2lab.generation import Choice, Sampling, generate_ids, writing
 
 LOOK_COST = 0.15  # of one more token in a target's call, in its steps; one CPU thread: 0.2 (small), 0.03 (micro)
-LEVELS = 5  # of how sure the draft model is
-PRIOR = 4  # drafts that each level's rate of acceptance starts with
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Speculated:
         tokens, plain_tokens: written, an end-of-text among them.
         calls: of the target, the first one, which reads the prompt, among them.
         drafted: tokens that were proposed.
+        kept: of these.
         seconds, plain_seconds: of the two.
         cost_ratio: time of a draft's step over that of a step of plain decoding, choosing a token included; means
             without the first ones, which read the prompt.
@@ -75,6 +75,7 @@ class Speculated:
     plain_tokens: int
     calls: int
     drafted: int
+    kept: int
     seconds: float
     plain_seconds: float
     cost_ratio: float
@@ -87,8 +88,8 @@ class Speculated:
 
     @property
     def acceptance(self) -> float:
-        """Share of the proposed tokens that were kept: every call adds one token of the target's own."""
-        return max(self.tokens - self.calls, 0) / max(self.drafted, 1)
+        """Share of the proposed tokens that were kept."""
+        return self.kept / max(self.drafted, 1)
 
     @property
     def speedup(self) -> float:
@@ -172,7 +173,7 @@ def speculate(
     step = steps.mean()
     cost = sum(one.draft_seconds for one in settled) / max(sum(one.drafted for one in settled), 1) / step
     look = sum(one.look_seconds for one in settled) / len(settled) / step
-    counts = (tokens, plain_tokens, len(rounds), drafted)
+    counts = (tokens, plain_tokens, len(rounds), drafted, sum(one.kept for one in rounds))
     return Speculated(ids, plain_ids, *counts, seconds, plain_seconds, cost, look)
 
 
@@ -217,8 +218,11 @@ def speculative_ids(
             scores = _scores(choice, text, logits, sampling.looks_back)
             kept, following = accept(text[0, ids.shape[1] :], draft_scores, scores, choice.draws)
             length.learn(kept)
-            rounds.append(Round(drafted, kept, between - started, looked - between))
             settled = torch.cat([text[:, ids.shape[1] : ids.shape[1] + kept], following], 1)
+            ends = (settled[0] == end_of_text).nonzero()
+            if len(ends):  # nothing after it is text
+                settled = settled[:, : int(ends[0]) + 1]
+            rounds.append(Round(drafted, min(kept, settled.shape[1]), between - started, looked - between))
             ids = torch.cat([ids, settled], 1)
             if streamer is not None:
                 streamer.put(settled[0].cpu())
@@ -251,47 +255,6 @@ def accept(drafts: Tensor, draft_scores: Tensor, scores: Tensor, draws: bool) ->
         missing = (rest - log_q[kept].exp()).clamp_min(0)
         rest = missing if missing.any() else rest  # nothing is missing where both are equal but for rounding
     return kept, rest.multinomial(1)[None]
-
-
-@dataclass
-class DraftLength:
-    """Decides token by token whether a draft goes on, and learns from what is kept.
-
-    With a_i the chance that token i is kept where all before it were, a draft of K tokens is expected to bring
-    N = 1 + a_1 + a_1 a_2 + … tokens at a cost of C = 1 + K c target steps. N / C is largest where the next token's part
-    of N falls below c N / C, since these parts only become smaller. a_i is the share that was kept of drafts of which
-    the draft model was as sure, in five levels of its largest probability; each level starts with that probability as
-    if it had been seen in four drafts. No decision looks at the token drawn last, so that none favours some tokens.
-
-    Attributes:
-        cost: c, of a draft's step and of a target's look at one token more.
-    """
-
-    cost: float
-    tried: list[float] = field(default_factory=lambda: [PRIOR] * LEVELS)
-    kept: list[float] = field(default_factory=lambda: [PRIOR * (level + 0.5) / LEVELS for level in range(LEVELS)])
-    levels: list[int] = field(default_factory=list)  # of the present draft
-
-    def goes_on(self, largest: float) -> bool:
-        """Whether to draft another token.
-
-        Args:
-            largest: probability in the draft model where the token just drafted was chosen.
-        """
-        self.levels.append(min(int(largest * LEVELS), LEVELS - 1))
-        reached, expected = 1.0, 1.0
-        for level in self.levels:
-            reached *= self.kept[level] / self.tried[level]
-            expected += reached
-        following = reached * sum(self.kept) / sum(self.tried)
-        return following > self.cost * expected / (1 + self.cost * len(self.levels))
-
-    def learn(self, kept: int) -> None:
-        """From the draft that ended: its first `kept` tokens were kept, and nobody knows of those after the next."""
-        for number, level in enumerate(self.levels[: kept + 1]):
-            self.tried[level] += 1
-            self.kept[level] += number < kept
-        self.levels = []
 
 
 def _draft(drafter: Decoder, ids: Tensor, choice: Choice, length: DraftLength, most: int) -> tuple[Tensor, Tensor]:

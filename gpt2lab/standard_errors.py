@@ -28,7 +28,7 @@ def total(rows: Sequence[Sums]) -> Sums:
 
 
 def standard_errors(rows: Sequence[Sums], figures: Callable[[Sums], Figures]) -> Figures:
-    """Of every figure; none where there is a single row.
+    """Of every figure that each part of the rows has; none where there is a single row.
 
     Args:
         rows: one dictionary for each row that has a target.
@@ -41,7 +41,8 @@ def standard_errors(rows: Sequence[Sums], figures: Callable[[Sums], Figures]) ->
     parts = [total(rows[start:end]) for start, end in pairwise(bounds)]
     whole = total(parts)
     without = [figures({name: whole[name] - part[name] for name in whole}) for part in parts]
-    return {name: _spread([one[name] for one in without if name in one]) for name in without[0]}
+    names = [name for name in without[0] if all(name in one for one in without)]
+    return {name: _spread([one[name] for one in without]) for name in names}
 
 
 def _spread(values: list[float]) -> float:

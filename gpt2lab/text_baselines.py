@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from statistics import median
 
+from gpt2lab.text_metrics import mostly_han
+
 COPY, FIRST_WORDS, COMMONEST, WORD_TABLE = "copy", "first words", "commonest", "word table"
 MOST_PAIRS = 20_000  # that a baseline learns from
 MOST_WORDS = 40  # of a text that a word table learns from
@@ -34,7 +36,8 @@ def text_baselines(metrics: Sequence[str], training: Iterable[tuple[str, str]]) 
         return {COMMONEST: lambda source: commonest}
     count = max(round(median(len(target.split()) for _, target in pairs)), 1)
     answers: dict[str, Answer] = {COPY: str.strip, FIRST_WORDS: lambda source: " ".join(source.split()[:count])}
-    if {"bleu", "chrf"} & set(metrics):
+    marks_words = not mostly_han([target for _, target in pairs[:1000]])  # as Chinese and Japanese do not
+    if {"bleu", "chrf"} & set(metrics) and marks_words:
         table = word_table(pairs)
         answers[WORD_TABLE] = lambda source: WORD.sub(lambda word: table.get(word[0], word[0]), source).strip()
     return answers
@@ -57,8 +60,10 @@ def word_table(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
                 for word, share in zip(words, shares, strict=True):
                     if share:
                         counts[word][their] += share / whole
-        likely = {
-            word: {their: count / sum(found.values()) for their, count in found.items()}
-            for word, found in counts.items()
-        }
+        likely = {word: _shares(found) for word, found in counts.items()}
     return {word: max(found, key=lambda their: found[their]) for word, found in likely.items()}
+
+
+def _shares(counts: dict[str, float]) -> dict[str, float]:
+    whole = sum(counts.values())
+    return {word: count / whole for word, count in counts.items()}

@@ -26,14 +26,14 @@ class TextScore:
     """From 0 to 100.
 
     Attributes:
-        low, high: of the 95 % interval.
+        standard_error, low, high: of the figure and of its 95 % interval; None where there is one text only.
         signature: how sacreBLEU computed it; empty for others.
     """
 
     value: float
-    standard_error: float
-    low: float
-    high: float
+    standard_error: float | None
+    low: float | None
+    high: float | None
     signature: str = ""
 
 
@@ -57,14 +57,19 @@ def text_scores(
         if name in OF_SACREBLEU:
             scores[name] = _of_sacrebleu(name, predictions, references)
         elif name in values:
-            again = _drawn(len(values[name]), draws)
-            means = np.array(values[name])[again].mean(1) if values[name] else np.full(DRAWS, 100.0)
-            scores[name] = _interval(mean_of(values[name]), means)
+            scores[name] = _of_means(values[name], draws)
         else:
             again = _drawn(len(references), draws)
             drawn = [macro_f1([predictions[n] for n in one], [references[n] for n in one]) for one in again]
-            scores[name] = _interval(macro_f1(predictions, references), np.array(drawn))
+            scores[name] = _interval(
+                macro_f1(predictions, references), np.array(drawn) if len(references) > 1 else None
+            )
     return scores
+
+
+def _of_means(values: list[float], draws: np.random.Generator) -> TextScore:
+    drawn = np.array(values)[_drawn(len(values), draws)].mean(1) if len(values) > 1 else None
+    return _interval(mean_of(values), drawn)
 
 
 def _drawn(count: int, draws: np.random.Generator) -> NDArray[np.int64]:
@@ -72,14 +77,19 @@ def _drawn(count: int, draws: np.random.Generator) -> NDArray[np.int64]:
     return draws.integers(0, max(count, 1), (DRAWS, count))
 
 
-def _interval(value: float, drawn: NDArray[np.float64]) -> TextScore:
+def _interval(value: float, drawn: NDArray[np.float64] | None) -> TextScore:
+    if drawn is None:
+        return TextScore(value, None, None, None)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return TextScore(value, float(drawn.std()), float(low), float(high))
 
 
 def _of_sacrebleu(name: str, predictions: list[str], references: list[str]) -> TextScore:
     metric = sacrebleu_metric(name, references)
-    found = metric.corpus_score(predictions, [references], n_bootstrap=DRAWS)
+    several = len(references) > 1
+    found = metric.corpus_score(predictions, [references], n_bootstrap=DRAWS if several else 1)
+    if not several:
+        return TextScore(found.score, None, None, None, str(metric.get_signature()))
     middle, half = float(found._mean), float(found._ci)
     signature = str(metric.get_signature())
     return TextScore(found.score, half / NORMAL_95, middle - half, middle + half, signature)

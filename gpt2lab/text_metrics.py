@@ -90,10 +90,11 @@ def sacrebleu_metric(name: str, references: list[str]) -> Any:
     from sacrebleu.metrics import BLEU, CHRF
 
     # 13a splits at spaces, which these languages do not write: a whole sentence would be one word.
-    return CHRF() if name == "chrf" else BLEU(tokenize="zh" if _mostly_han(references) else "13a")
+    return CHRF() if name == "chrf" else BLEU(tokenize="zh" if mostly_han(references) else "13a")
 
 
-def _mostly_han(texts: list[str]) -> bool:
+def mostly_han(texts: list[str]) -> bool:
+    """Whether most letters are Chinese or Japanese."""
     letters = [character for text in texts for character in text if character.isalpha()]
     han = sum("\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff" for character in letters)
     return 2 * han > len(letters)

@@ -115,6 +115,18 @@ def test_an_unreadable_model_folder_is_an_input_error(tmp_path) -> None:
         load_backbone(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True), ("layer_norm_epsilon", 0.01)],
+)
+def test_a_variant_is_refused_and_not_computed_as_if_it_were_gpt2(tmp_path, key: str, value: object) -> None:
+    model = plain_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
+    setattr(model.config, key, value)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{key}={value}, a variant"):
+        load_backbone(str(tmp_path))
+
+
 def test_missing_weights_are_never_filled_with_random_numbers(tmp_path) -> None:
     model = plain_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
     model.save_pretrained(tmp_path)

@@ -123,8 +123,8 @@ def test_the_decoding_benchmark_pools_prompts_and_states_measured_over_predicted
     """12 + 8 tokens in 4 + 6 calls with 8 + 12 drafts; a call costs 1.2 steps and 2 drafts of 0.1."""
     costs = {"cost_ratio": 0.1, "look_ratio": 1.2}
     two = [
-        Speculated([1], [1], 12, 10, 4, 8, seconds=1.0, plain_seconds=1.5, **costs),
-        Speculated([1], [2], 8, 10, 6, 12, seconds=1.0, plain_seconds=1.5, **costs),
+        Speculated([1], [1], 12, 10, 4, 8, 6, seconds=1.0, plain_seconds=1.5, **costs),
+        Speculated([1], [2], 8, 10, 6, 12, 2, seconds=1.0, plain_seconds=1.5, **costs),
     ]
     both = benchmark_decoding.pooled(two)
     assert both.tokens_per_call == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 import evaluate
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOKENS, TOP1, TOP5, difference_of_losses, score_of
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
@@ -120,6 +122,50 @@ def test_a_pattern_that_fits_nothing_is_told(evaluate_here) -> None:
     done = evaluate_here("checkpoint=run-*", *RUNNING)
     assert done.code == 2
     assert "checkpoint=run-* fits no folder" in done.stderr
+
+
+def test_names_may_be_many_and_have_spaces_between_and_brackets_in_them(
+    evaluate_here, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "1", models / "1[best]")
+    try:
+        done = evaluate_here("checkpoint=1[best], 1[best]", *RUNNING)
+        assert done.code == 0, done.stderr
+        assert done.stdout.count("1[best]") == 6  # each by its name and source, and at the head of its column
+        many = evaluate_here(f"checkpoint={','.join([str(models / '1')] * 300)},./none", *RUNNING)
+        assert many.code == 2
+        assert "checkpoint=./none: there is no such folder" in many.stderr
+    finally:
+        shutil.rmtree(models / "1[best]")
+
+
+def test_weights_that_are_no_numbers_are_told(evaluate_here, models: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(str(models / "1"))
+    backbone.lm.transformer.ln_f.bias.data[0] = torch.inf
+    write_hf_folder(plain_hf(backbone), load_tokenizer(str(models / "1")), tmp_path / "diverged", {"title": "tiny"})
+    for words in ("checkpoint=1", f"teacher={tmp_path / 'diverged'}"), (f"checkpoint={tmp_path / 'diverged'}",):
+        done = evaluate_here(*words, *RUNNING)
+        assert done.code == 2
+        assert "diverged: not all of its weights are finite" in done.stderr
+
+
+def test_another_tokenizer_is_told_before_any_checkpoint_is_scored(evaluate_here, monkeypatch) -> None:
+    monkeypatch.setattr("launch.scoring.score_checkpoints._Scorer.scored", None)
+    done = evaluate_here("checkpoint=1,3", "teacher=2", *RUNNING)
+    assert done.code == 2
+    assert "Give a teacher trained with the tokenizer of the checkpoint" in done.stderr
+
+
+def test_as_many_tokens_that_spell_other_bytes_are_not_the_same_windows() -> None:
+    def rows(*spelled: int) -> list[dict[str, torch.Tensor]]:
+        sums = {TOKENS: 4, NATS: 8.0, TOP1: 0, TOP5: 0, CALIBRATION: 0.0}
+        return [
+            {**{name: torch.tensor(value) for name, value in sums.items()}, BYTES: torch.tensor(n)} for n in spelled
+        ]
+
+    first = score_of(rows(9, 11))
+    assert difference_of_losses(score_of(rows(9, 11)), first) == (0, 0)
+    assert difference_of_losses(score_of(rows(10, 10)), first) is None
 
 
 def test_sliding_windows_give_every_token_more_before_it(evaluate_here, models: Path, tmp_path: Path) -> None:

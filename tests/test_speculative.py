@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab import speculative
 from gpt2lab.acceptance import MOST_DRAFTS
@@ -49,15 +50,30 @@ def test_greedy_text_is_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadMo
         assert len(found.ids) == 24
 
 
+class Told(BaseStreamer):
+    """What a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        pass
+
+
 def test_an_end_of_text_ends_it_wherever_it_comes_in_a_draft(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     lengths = set()
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1], [0], [4, 4]):
         whole = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, **SIZES).ids
         for end in set(whole):
+            told = Told()
             ids, _ = speculative_ids(
-                target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES
+                target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES, streamer=told
             )
             assert ids == whole[: whole.index(end)]
+            assert told.tokens == [*prompt, *ids, end]
             lengths.add(len(ids))
     assert len(lengths) > 3
 
@@ -115,7 +131,7 @@ def test_where_the_draft_is_unsure_it_ends_sooner() -> None:
 
 
 def test_a_speedup_is_predicted_from_tokens_and_costs() -> None:
-    found = Speculated([], [], 30, 30, 10, 40, seconds=2.0, plain_seconds=3.0, cost_ratio=0.1, look_ratio=1.4)
+    found = Speculated([], [], 30, 30, 10, 40, 20, seconds=2.0, plain_seconds=3.0, cost_ratio=0.1, look_ratio=1.4)
     assert found.tokens_per_call == 3
     assert found.acceptance == 0.5
     assert found.speedup == 1.5

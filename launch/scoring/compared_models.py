@@ -32,15 +32,17 @@ def named_checkpoints(sources: str) -> list[NamedModel]:
     Raises:
         InputError: one of them is not there or holds no GPT-2, or a pattern fits nothing.
     """
+    if not all(part.strip() for part in sources.split(",")):
+        raise InputError(f"checkpoint={sources} names nothing at one place.\nGive a run directory, or several: A,B")
     found: list[str] = []
-    for source in [sources] if Path(sources).expanduser().exists() else sources.split(","):
-        if any(sign in source for sign in "*?[") and not Path(source).expanduser().exists():
+    for source in [sources] if _is_there(sources) else [part.strip() for part in sources.split(",")]:
+        if any(sign in source for sign in "*?[") and not _is_there(source):
             fitting = _folders(Path(source).expanduser())
             if not fitting:
                 raise InputError(f"checkpoint={source} fits no folder.\nGive a run directory, or another pattern.")
             found += fitting
         else:
-            found.append(source.strip())
+            found.append(source)
     return [_named("checkpoint", source) for source in found]
 
 
@@ -55,6 +57,13 @@ def named_models(sources: dict[str, str]) -> list[NamedModel]:
             "baseline= says how far a student came from it to its teacher, and there is no teacher.\nGive teacher= too."
         )
     return [_named(key, source) for key, source in sources.items() if source]
+
+
+def _is_there(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except OSError:  # many names together are too long for one
+        return False
 
 
 def _folders(pattern: Path) -> list[str]:

@@ -105,10 +105,13 @@ def evaluate(arguments: Arguments) -> Results:
     device = named_device(arguments.accelerator)
     if device.type == "cpu":
         keep_freed_memory()
-    results = Results([], {})
-    for model, own in zip(checkpoints, settings, strict=True):
+    for own in settings:
         own.accelerator = "cpu" if device.type == "cpu" else "gpu"
-        scorer = _Scorer(arguments, own, device)
+    scorers = [_Scorer(arguments, own, device) for own in settings]
+    for model, scorer in zip(checkpoints, scorers, strict=True):  # of all before any is scored, which can take hours
+        compared_models.check_vocabularies([model, *others], scorer.facts)
+    results = Results([], {})
+    for model, scorer in zip(checkpoints, scorers, strict=True):
         results.checkpoints.append(scorer.scored(model, others))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
@@ -172,9 +175,14 @@ class _Scorer:
         """Everything that was asked for."""
         from gpt2lab.backbone import load_backbone
 
-        compared_models.check_vocabularies([model, *others], self.facts)
-        backbone = load_backbone(str(model.folder))
-        found = self._against([load_backbone(str(other.folder)) for other in others], backbone, model.source)
+        backbone, *of_others = [load_backbone(str(one.folder)) for one in (model, *others)]
+        for one, loaded in zip((model, *others), (backbone, *of_others), strict=True):
+            if not all(parameter.isfinite().all() for parameter in loaded.parameters()):
+                raise InputError(
+                    f"{one.key}={one.source}: not all of its weights are finite numbers, so it predicts nothing.\n"
+                    "Its training diverged; give an earlier checkpoint, or another model."
+                )
+        found = self._against(of_others, backbone, model.source)
         if self.has_pairs and self.arguments.texts and self._metrics:
             found.texts = self._written(backbone)
         if self.arguments.decode:
@@ -200,7 +208,9 @@ class _Scorer:
 
     @property
     def _metrics(self) -> list[str]:
-        return self.arguments.metrics.split(",") if self.arguments.metrics else self.data.metrics
+        """Those that were named, else the run's own, else those of the data."""
+        named = self.arguments.metrics.split(",") if self.arguments.metrics else []
+        return named or self.settings.task.get("text", {}).get("metrics") or self.data.metrics
 
     def _against(self, others: "list[Backbone]", backbone: "Backbone", source: str) -> Scored:
         import torch
@@ -251,8 +261,12 @@ class _Scorer:
         from gpt2lab.decoding_speed import decoding_speed
 
         count = min(max(BATCHES), len(self.data.val_samples))
-        rows = np.arange(count) * len(self.data.val_samples) // count
-        prompts = self.data.val_samples.batch(rows, 0).input_ids[:, :PROMPT_TOKENS].tolist()
+        if self.has_pairs:
+            prompts = self.data.val_prompts(count)
+        else:
+            rows = np.arange(count) * len(self.data.val_samples) // count
+            prompts = self.data.val_samples.batch(rows, 0).input_ids.tolist()
+        prompts = [prompt[:PROMPT_TOKENS] for prompt in prompts]
         return [
             decoding_speed(
                 backbone.lm,

@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpt2lab.metric_names import DISTILL_ACCEPTANCE, DISTILL_TEACHER_LOSS, DISTILLATION
+from gpt2lab.metric_names import DISTILL_ECE, DISTILL_TEACHER_ECE, DISTILL_TEACHER_LOSS, DISTILLATION
 
 if TYPE_CHECKING:
     from gpt2lab.evaluation import Score
     from gpt2lab.text_intervals import TextScore
     from launch.scoring.score_checkpoints import Results, Scored
+
+TOLD_BY_OTHERS = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # `loss` and `ece` of the two models
 
 # What each figure is called and says; those of a teacher stand in metric_names.DISTILLATION
 LABELS = {
@@ -32,7 +34,7 @@ LABELS = {
     "placeholders": ("placeholders", "percent that keep all placeholders, of those with any"),
     "loss_minus_first": ("loss − the first's", "on the same windows: what both find hard is no error here"),
     "speedup": ("implied speed-up", "of the teacher with this model as draft"),
-    **{name: words for name, words in DISTILLATION.items() if name not in (DISTILL_TEACHER_LOSS,)},
+    **{name: words for name, words in DISTILLATION.items() if name not in TOLD_BY_OTHERS},
 }
 
 
@@ -111,11 +113,8 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
         found |= {
             name: Figure(compared.figures[name], compared.standard_errors.get(name))
             for name in DISTILLATION
-            if name in compared.figures and name not in (DISTILL_TEACHER_LOSS, DISTILL_ACCEPTANCE)
+            if name in compared.figures and name not in TOLD_BY_OTHERS
         }
-        found[DISTILL_ACCEPTANCE] = Figure(
-            compared.figures[DISTILL_ACCEPTANCE], compared.standard_errors.get(DISTILL_ACCEPTANCE)
-        )
         found["speedup"] = Figure(compared.speculation.speedup)
     if scored.loss_minus_first is not None:
         found["loss_minus_first"] = Figure(*scored.loss_minus_first)

@@ -34,7 +34,7 @@ def show(results: "Results", arguments: "Arguments") -> None:
     shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
     for table in score_tables(shown, arguments.split, console.width):
         console.print(table)
-    if any("rougeL" in row.figures or "chrf" in row.figures for row in rows):
+    if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
     if comparison is not None:
         _show_comparison(console.print, comparison)
@@ -55,10 +55,12 @@ def score_tables(rows: list[Row], split: str, width: int) -> "list[Table]":
 
 
 def _beside_each_other(rows: list[Row], names: list[str], split: str) -> "Table":
+    from rich.markup import escape
+
     table = _plain()
     table.add_column(split)
     for row in rows:
-        table.add_column(row.name, justify="right", overflow="fold")
+        table.add_column(escape(row.name), justify="right", overflow="fold")
     explains = len(rows) < 3
     if explains:
         table.add_column("what it says")
@@ -69,12 +71,14 @@ def _beside_each_other(rows: list[Row], names: list[str], split: str) -> "Table"
 
 
 def _below_each_other(rows: list[Row], names: list[str], split: str) -> "Table":
+    from rich.markup import escape
+
     table = _plain()
     table.add_column(split, overflow="fold")
     for name in names:
         table.add_column(label(name)[0], justify="right")
     for row in rows:
-        table.add_row(row.name, *(_cell(row, name) for name in names))
+        table.add_row(escape(row.name), *(_cell(row, name) for name in names))
     return table
 
 

@@ -58,8 +58,9 @@ def zero_shot(
             judge, tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=1000, verbosity="ERROR"
         )
     except (OSError, ValueError, ConnectionError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"lm_eval={tasks} could not be run: {str(error).strip().splitlines()[0][:150]}\n"
+            f"lm_eval={tasks} could not be run: {why[:150]}\n"
             "Its data come from the Hub or from the task file's own paths."
         ) from error
     assert found is not None
