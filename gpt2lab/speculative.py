@@ -13,9 +13,9 @@ depend on the machine's load: with the same seed it is the same.
 What the speed-up should be is Leviathan's formula with what was counted and timed in this very run: tokens for each of
 the target's calls ÷ (v + c · drafts for each call). c is the time of a draft's step, choosing a token included, over
 that of a step of plain decoding; v is the same of the target's call that looks at a draft and one token more. The paper
-takes v as 1, which holds where reading the weights takes longer than computing with them. On a CPU it does not: in fp32
-with one thread, five tokens cost model small 1.3 to 1.8 times as much as one, nano and micro 1.1 to 1.3 times. Both
-predictions are reported. Reading the prompt, accepting and bookkeeping are in neither.
+takes v as 1, which holds where reading the weights takes longer than computing with them. On a CPU it does not: a look
+at two drafts and one token more cost model small 1.36 steps (docs/tasks.md). Both predictions are reported. Reading the
+prompt, accepting and bookkeeping are in neither.
 
 The loop is our own: assisted generation in `transformers` calls the draft model's whole generate for every draft, which
 with target micro and draft nano left a measured 0.90 × of an implied 1.36 ×.
