@@ -377,7 +377,7 @@ def test_without_its_library_the_page_says_what_to_install(
 
 def test_nobody_pays_for_the_page_without_it() -> None:
     program = "import sys, generate, launch.writing.serving as _\n"
-    program += "print({'aiohttp', 'launch.writing.playground'} & set(sys.modules))"
+    program += "print({'aiohttp', 'launch.writing.playground', 'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

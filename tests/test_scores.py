@@ -118,6 +118,12 @@ def _is_figure(name: str) -> bool:
     return name not in ("model", "tokens") and not name.endswith("_standard_error")
 
 
+def test_windows_of_pairs_do_not_slide(evaluate_here) -> None:
+    done = evaluate_here("checkpoint=1", *PAIRS, "stride=4")
+    assert done.code == 2
+    assert "these data are pairs" in done.stderr
+
+
 def test_a_pattern_that_fits_nothing_is_told(evaluate_here) -> None:
     done = evaluate_here("checkpoint=run-*", *RUNNING)
     assert done.code == 2
