@@ -103,7 +103,6 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["json=/proc/scores.json"], "json=/proc/scores.json"),
         (["contxt=16"], "did you mean context"),
         (["split=train"], "Allowed: val, all"),
-        (["tokenizer=/nowhere/at/all"], "/nowhere/at/all"),
         (["stride=33"], "stride=33 leaves out tokens"),
         (["metrics=rouge"], "metrics=rouge"),
         (["csv=/proc/scores.csv"], "csv=/proc/scores.csv"),

@@ -82,7 +82,12 @@ def test_an_objective_can_follow_another(train_here: Train, tiny: list[str], tmp
     assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in last.items()}
 
 
-@pytest.mark.parametrize("name", ["prefix_lm", "mlm", "fim", "sampled_softmax"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("prefix_lm", marks=SLOW), "mlm", "fim", pytest.param("sampled_softmax", marks=SLOW)]
+)
 def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:

@@ -118,6 +118,12 @@ def _is_figure(name: str) -> bool:
     return name not in ("model", "tokens") and not name.endswith("_standard_error")
 
 
+def test_a_tokenizer_that_is_not_there_is_told(evaluate_here) -> None:
+    done = evaluate_here("checkpoint=1", *RUNNING, "tokenizer=/nowhere/at/all")
+    assert done.code == 2
+    assert "/nowhere/at/all" in done.stderr
+
+
 def test_windows_of_pairs_do_not_slide(evaluate_here) -> None:
     done = evaluate_here("checkpoint=1", *PAIRS, "stride=4")
     assert done.code == 2

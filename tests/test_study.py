@@ -437,6 +437,7 @@ def test_writing_the_teachers_cache_counts_as_its_time(study: Study, tmp_path: P
     assert arms["scratch + KD"]["seconds"] > 8.0
 
 
+@pytest.mark.slow
 def test_every_arm_may_have_a_learning_rate_of_its_own(study: Study, tmp_path: Path):
     ended = study("run_dir=here", "study.tune=every_arm", "study.lr_factors=[1,30]", "study.inits=[teacher_layers]")
     assert ended.code == 0, ended.stderr
@@ -457,6 +458,7 @@ def test_a_stopped_study_says_how_to_go_on(study: Study, tmp_path: Path, monkeyp
     assert len(rows(tmp_path / "studies" / "mine")) == 1
 
 
+@pytest.mark.slow
 def test_runs_on_other_data_are_not_compared(study: Study, tiny: list[str], sources: Path, tmp_path: Path):
     shutil.copytree(sources, tmp_path / "text")
     words = ("run_dir=here", "study.lr_factors=[1]", "study.inits=[scratch]", "study.seeds=1", "path=text")
