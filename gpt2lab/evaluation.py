@@ -164,10 +164,10 @@ def row_sums(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) 
 
 def _of_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each target (n,): nats, how many entries the model holds likelier, and the probability of its likeliest."""
-    rows_of_a_chunk = max(LOGITS_OF_A_CHUNK // len(weight), 1)
+    rows_of_a_chunk, head = max(LOGITS_OF_A_CHUNK // len(weight), 1), weight.to(hidden.dtype).T  # (D, V)
     for start in range(0, max(len(labels), 1), rows_of_a_chunk):  # without any row one empty chunk
         part = slice(start, start + rows_of_a_chunk)
-        logits = (hidden[part] @ weight.to(hidden.dtype).T).float()  # (C, V)
+        logits = (hidden[part] @ head).float()  # (C, V)
         of_label = logits.gather(1, labels[part].unsqueeze(1))  # (C, 1)
         normaliser = logits.logsumexp(1)
         yield (

@@ -5,11 +5,12 @@ each, GPT-2's own too. So a model can go from one objective to another and is ex
 """
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from gpt2lab.errors import InputError
-from gpt2lab.token_bytes import byte_characters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MASK_BYTE, PREFIX_BYTE, SUFFIX_BYTE, MIDDLE_BYTE = 0xFF, 0xFE, 0xFD, 0xFC
 PLACE = "<|mask|>"  # in prompts: what is to be filled in
@@ -27,12 +28,14 @@ class Marks:
     entries: int
 
 
-def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
+def marks_of(tokenizer: "PreTrainedTokenizerBase") -> Marks:
     """The marks in a tokenizer's vocabulary.
 
     Raises:
         InputError: it is no byte-level BPE.
     """
+    from gpt2lab.token_bytes import byte_characters  # imports transformers, which those who read a prompt do not need
+
     vocabulary = tokenizer.get_vocab()
     letter_of = {byte: letter for letter, byte in byte_characters().items()}
     letters = [letter_of[byte] for byte in (MASK_BYTE, PREFIX_BYTE, SUFFIX_BYTE, MIDDLE_BYTE)]

@@ -110,9 +110,9 @@ def evaluate(arguments: Arguments) -> Results:
     scorers = [_Scorer(arguments, own, device) for own in settings]
     for model, scorer in zip(checkpoints, scorers, strict=True):  # of all before any is scored, which can take hours
         compared_models.check_vocabularies([model, *others], scorer.facts)
-    results = Results([], {})
+    results, loaded = Results([], {}), [_loaded(other) for other in others]
     for model, scorer in zip(checkpoints, scorers, strict=True):
-        results.checkpoints.append(scorer.scored(model, others))
+        results.checkpoints.append(scorer.scored(model, loaded))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
             newest.loss_minus_first = difference_of_losses(newest.score, first.score)
@@ -151,6 +151,18 @@ def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[
     return settings
 
 
+def _loaded(model: NamedModel) -> "Backbone":
+    from gpt2lab.backbone import load_backbone
+
+    backbone = load_backbone(str(model.folder))
+    if not all(parameter.isfinite().all() for parameter in backbone.parameters()):
+        raise InputError(
+            f"{model.key}={model.source}: not all of its weights are finite numbers, so it predicts nothing.\n"
+            "Its training diverged; give an earlier checkpoint, or another model."
+        )
+    return backbone
+
+
 class _Scorer:
     """The texts as one checkpoint's tokenizer and objective cut them."""
 
@@ -171,18 +183,10 @@ class _Scorer:
         if unread:
             raise InputError(f"{unread[0]}= is of answers to prompts, and these data are running text.\nLeave it out.")
 
-    def scored(self, model: NamedModel, others: list[NamedModel]) -> Scored:
-        """Everything that was asked for."""
-        from gpt2lab.backbone import load_backbone
-
-        backbone, *of_others = [load_backbone(str(one.folder)) for one in (model, *others)]
-        for one, loaded in zip((model, *others), (backbone, *of_others), strict=True):
-            if not all(parameter.isfinite().all() for parameter in loaded.parameters()):
-                raise InputError(
-                    f"{one.key}={one.source}: not all of its weights are finite numbers, so it predicts nothing.\n"
-                    "Its training diverged; give an earlier checkpoint, or another model."
-                )
-        found = self._against(of_others, backbone, model.source)
+    def scored(self, model: NamedModel, others: "list[Backbone]") -> Scored:
+        """Everything that was asked for; the others are the teacher and the baseline, as far as there are any."""
+        backbone = _loaded(model)
+        found = self._against(others, backbone, model.source)
         if self.has_pairs and self.arguments.texts and self._metrics:
             found.texts = self._written(backbone)
         if self.arguments.decode:

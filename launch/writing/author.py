@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.marks import PLACE
 from gpt2lab.model_folder import folder_of, read_objective, read_shape
 from launch.configuration.key_values import argument
 from launch.noise import settle_library_noise, settle_noise
@@ -195,8 +196,6 @@ class Author:
         completion = self.tokenizer.decode(ids)
         for stop in self.stop:
             completion = completion.partition(stop)[0]
-        from gpt2lab.marks import PLACE
-
         tokens = prompt.count(PLACE) if self.objective == "mlm" else len(ids)
         return Text(prompt, completion, tokens, seconds, measured or {}, ids)
 
@@ -217,8 +216,6 @@ class Author:
         """The prompt continued, or with its gap filled."""
         if self.objective == "mlm":
             return text.completion
-        from gpt2lab.marks import PLACE
-
         return text.prompt.replace(PLACE, text.completion) if PLACE in text.prompt else text.prompt + text.completion
 
     def _check_room(self) -> None:
