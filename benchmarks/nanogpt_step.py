@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from benchmarks.shape import BATCH, CONTEXT, MINI
+from benchmarks.shape import STEPS
 from gpt2lab.device import named_device, synchronize
 
 
@@ -33,21 +33,22 @@ def load_model_file(path: Path) -> ModuleType:
     return module
 
 
-def step_seconds(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, steps: int) -> list[float]:
-    """Seconds of each of `steps` optimizer steps of BATCH × CONTEXT tokens."""
-    nanogpt = load_model_file(model_file)
+def step_seconds(options: argparse.Namespace) -> list[float]:
+    """Seconds of each optimizer step of one batch."""
+    shape, batch_size, context = STEPS[options.size]
+    nanogpt = load_model_file(options.model)
     device = named_device("auto")
     torch.manual_seed(0)
-    shape = nanogpt.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=True, **MINI)
-    model = nanogpt.GPT(shape).to(device)
+    torch.set_float32_matmul_precision("high")  # as its train.py allows
+    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=options.vocab, dropout=0.0, bias=True, **shape)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
-    step_model = torch.compile(model) if compiled else model
-    tokens = np.memmap(corpus / "train.bin", dtype=np.uint16, mode="r")
+    step_model = torch.compile(model) if options.compile else model
+    tokens = np.memmap(options.corpus / "train.bin", dtype=np.uint16, mode="r")
     seconds = []
-    for _ in range(steps):
+    for _ in range(options.steps):
         started = time.perf_counter()
-        starts = torch.randint(len(tokens) - CONTEXT, (BATCH,))
-        rows = [tokens[start : start + CONTEXT + 1].astype(np.int64) for start in starts.tolist()]
+        starts = torch.randint(len(tokens) - context, (batch_size,))
+        rows = [tokens[start : start + context + 1].astype(np.int64) for start in starts.tolist()]
         batch = torch.from_numpy(np.stack(rows)).to(device)  # (B, T + 1)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             _, loss = step_model(batch[:, :-1], batch[:, 1:].contiguous())
@@ -65,13 +66,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--vocab", type=int, required=True)
+    parser.add_argument("--size", choices=STEPS, default="mini")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # the model file prints what it does
-        seconds = step_seconds(options.model, options.corpus, options.vocab, options.compile, options.steps)
+        seconds = step_seconds(options)
     settled = seconds[len(seconds) // 4 :]
-    print(json.dumps({"tokens_per_second": BATCH * CONTEXT / statistics.median(settled)}))
+    _, batch_size, context = STEPS[options.size]
+    print(json.dumps({"tokens_per_second": batch_size * context / statistics.median(settled)}))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     /path/to/trl-environment/bin/python -m benchmarks.trl_gkd_step --corpus DIR --tokenizer DIR --teacher DIR …
 
-Prints one JSON object: {"milliseconds", "before_model", "peak", "targets", "trl"}. The student is a plain GPT-2 with
-random weights. A sequence has one prompt token, the fewest that the trainer takes, and `context` target tokens.
+Prints one JSON object: {"milliseconds", "before_model", "peak", "targets", "trl"}; on a GPU the peak is its
+allocator's. The student is a plain GPT-2 with random weights. A sequence has one prompt token, the fewest that the
+trainer takes, and `context` target tokens.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def settings(options: argparse.Namespace, folder: str) -> GKDConfig:
         learning_rate=1e-3,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=options.precision == "bf16",
         fp16=False,
         gradient_checkpointing=False,
@@ -80,10 +81,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     student = GPT2LMHeadModel(config)
     teacher_dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     teacher = GPT2LMHeadModel.from_pretrained(options.teacher, dtype=teacher_dtype)
-    ended: list[
-        float
-    ] = []  # as in step_times.py, a step reaches from the end of one optimizer step to that of the next
-    register_optimizer_step_post_hook(lambda *_unused: ended.append(time.perf_counter()))
+    ended: list[float] = []  # as in step_times.py, a step reaches from one optimizer step's end to the next one's
+
+    def stepped(*_unused: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(stepped)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GKDTrainer(
             model=student,
@@ -99,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "milliseconds": statistics.median(seconds[len(seconds) // 4 :].tolist()) * 1e3,
         "before_model": before_model,
-        "peak": peak_resident_bytes(),
+        "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
         "targets": targets,
         "trl": trl.__version__,
     }

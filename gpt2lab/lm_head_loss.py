@@ -27,7 +27,7 @@ from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSett
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products share
-ROWS_OF_A_TEACHER = 256  # whose logits are in one product only
+ROWS_OF_A_TEACHER = 256  # whose logits are in one product only; on a CPU, a GPU takes whole chunks
 LOGITS_OF_A_BLOCK = 2**20  # on a CPU; a GPU takes whole chunks
 
 
@@ -169,7 +169,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
             gradient = _logits(chunk, head, "student")  # (C, V), which the work on them replaces by their gradient
-            for part in _slices(len(gradient), ROWS_OF_A_TEACHER):
+            for part in _slices(len(gradient), ROWS_OF_A_TEACHER if gradient.device.type == "cpu" else len(gradient)):
                 said = targets_of(slice(start + part.start, start + part.stop))
                 for block in _blocks(gradient[part]):
                     places = slice(start + part.start + block.start, start + part.start + block.stop)

@@ -1,0 +1,174 @@
+"""Checks of gpu_check.py that need no training run: attention kernels and the LM-head loss, in this process.
+
+Each raises RuntimeError where the claim does not hold, and returns what came out as text.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.benchmark_lm_head_loss import times_here
+from benchmarks.lm_head_sides import Head, make_inputs, sides
+from gpt2lab.attention_spans import document_bounds, spans_of, visible
+from gpt2lab.backbone import Backbone
+from gpt2lab.settings import ModelShape
+
+VOCABULARY, CONTEXT, SEQUENCES = 50_257, 1024, 16
+SMALL = ModelShape(n_layer=12, n_head=12, n_embd=768, vocab_size=VOCABULARY)
+CLOSE = 0.1  # of hidden states around 1, in 16 bits
+SAME_GRADIENT = 0.05  # norm of the difference ÷ norm, in bf16
+ROUNDS = 8
+
+
+def flash_attention() -> str:
+    """Forward and backward with every other attention kernel forbidden, in bf16 and fp16."""
+    backbone = Backbone(ModelShape(n_layer=2, n_head=12, n_embd=768, vocab_size=VOCABULARY)).cuda()
+    ids = torch.randint(VOCABULARY, (2, CONTEXT), device="cuda")  # (B, T)
+    differences = []
+    for dtype in (torch.bfloat16, torch.float16):
+        hidden = []
+        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+            with sdpa_kernel(kernel), torch.autocast("cuda", dtype=dtype):
+                hidden.append(backbone(ids, lambda hidden, weight: hidden))  # (B, T, D)
+            hidden[-1].float().square().mean().backward()
+        differences.append((hidden[0] - hidden[1]).float().abs().max().item())
+    if max(differences) > CLOSE:
+        raise RuntimeError(f"hidden states differ from the plain kernel's by {max(differences):.3f}")
+    return f"runs; largest difference from the plain kernel {max(differences):.3f}"
+
+
+def packing(prefix: bool) -> str:
+    """Several documents a row, causal or with prefixes, as training computes it: SDPA with a mask, in bf16.
+
+    No leak: another first document changes no bit of what the others give. Gradients are those of attention computed
+    step by step. Beside it the kernels alone, flex attention too, which passes over what is not seen.
+    """
+    backbone, spans = Backbone(SMALL).cuda(), _documents(prefix).cuda()
+    ids = torch.randint(VOCABULARY, (SEQUENCES, CONTEXT), device="cuda")
+    _check_no_leak(backbone, ids, spans)
+    masked = _gradient(backbone, ids, spans)
+    backbone.lm.config._attn_implementation = "eager"
+    plain = _gradient(backbone, ids, spans)
+    backbone.lm.config._attn_implementation = "sdpa"
+    difference = ((masked - plain).norm() / plain.norm()).item()
+    if not difference < SAME_GRADIENT:
+        raise RuntimeError(f"the gradient differs from plain attention's by {difference:.1e}")
+    whole = {"causal": None, "packed": spans}
+    eager = {name: _median(partial(_gradient, backbone, ids, some)) for name, some in whole.items()}
+    backbone.compile_blocks()
+    compiled = {name: _median(partial(_gradient, backbone, ids, some)) for name, some in whole.items()}
+    passes = ", ".join(f"{name} {eager[name]:.0f} (compiled {compiled[name]:.0f})" for name in whole)
+    kernels = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in _kernels(spans).items())
+    same = f"no leak; gradient as plain attention's to {difference:.1e}"
+    return f"{same}; ms of small without head: {passes}; of one layer's attention: {kernels}"
+
+
+def _check_no_leak(backbone: Backbone, ids: Tensor, spans: Tensor) -> None:
+    second = int((spans[0, :, 0] > 0).nonzero()[0])  # first position of the second document
+    other = ids.clone()
+    other[:, :second] = (ids[:, :second] + 1) % VOCABULARY
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        open_, apart = (
+            [backbone(some, lambda hidden, weight: hidden, seen)[0, second:] for some in (ids, other)]
+            for seen in (None, spans)
+        )
+    if torch.equal(*open_):
+        raise RuntimeError("without spans the first document should reach the others")
+    if not torch.equal(*apart):
+        raise RuntimeError("one document changes what another gives")
+
+
+def _kernels(spans: Tensor) -> dict[str, float]:
+    """Milliseconds of one layer's attention, forward and backward."""
+    query, key, value = (
+        torch.randn(SEQUENCES, 12, CONTEXT, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    seen, (first, end) = visible(spans), spans.unbind(2)
+
+    def sees(sequence: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column >= first[sequence, row]) & (column < end[sequence, row])
+
+    blocks = create_block_mask(sees, SEQUENCES, None, CONTEXT, CONTEXT, device="cuda")
+    flex = torch.compile(flex_attention)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "flash, causal": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        "SDPA, masked": lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=seen),
+        "flex": lambda: flex(query, key, value, block_mask=blocks),
+    }
+
+    def both_ways(way: Callable[[], Tensor]) -> None:
+        way().sum().backward()
+
+    return {name: _median(partial(both_ways, way)) for name, way in ways.items()}
+
+
+def lm_head_loss_beside_liger() -> str:
+    """Cross-entropy and forward KL in bf16, D = 768: time and memory of every side, the fastest first."""
+    told = []
+    for loss in ("cross_entropy", "forward_kl"):
+        head = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY)
+        times = times_here(head, rounds=ROUNDS, compiles=True)
+        memory = {name: _memory(head, name) for name in times}
+        names = sorted(times, key=times.__getitem__)
+        rows = ", ".join(f"{name} {times[name]:.1f} ms {memory[name] / 1e6:,.0f} MB" for name in names)
+        told.append(f"{loss.replace('_', ' ')}: {rows}")
+    return "; ".join(told)
+
+
+def _documents(prefix: bool) -> Tensor:
+    """(B, T, 2) spans of documents of 64 to 511 tokens."""
+    random = torch.Generator().manual_seed(0)
+    starts = torch.zeros(SEQUENCES, CONTEXT, dtype=torch.bool)
+    starts[:, 0] = True
+    for row in starts:
+        place = 0
+        while (place := place + int(torch.randint(64, 512, (), generator=random))) < CONTEXT:
+            row[place] = True
+    first, end = document_bounds(starts)
+    return spans_of(first, end, first + (end - first) // 2 if prefix else 0)
+
+
+def _gradient(backbone: Backbone, ids: Tensor, spans: Tensor | None) -> Tensor:
+    """Of the first block's fused projection: it gathers every later one's mistakes."""
+    backbone.zero_grad()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        hidden = backbone(ids, lambda hidden, weight: hidden, spans)
+    hidden.float()[..., ::7].square().sum().backward()
+    weight = backbone.get_parameter("lm.transformer.h.0.attn.c_attn.weight")
+    assert weight.grad is not None
+    return weight.grad.clone()
+
+
+def _median(work: Callable[[], object]) -> float:
+    """Milliseconds; the first rounds warm up."""
+    seconds = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[ROUNDS // 4 :]) * 1e3
+
+
+def _memory(head: Head, name: str) -> int:
+    """Peak bytes above the inputs."""
+    device = torch.device("cuda")
+    side, inputs = sides(head, device, compiles=True)[name], make_inputs(head, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        inputs.hidden.grad = inputs.weight.grad = None
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            total = side(inputs)
+        total.backward()
+        del total
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,187 @@
+"""Checks of gpu_check.py that are runs of train.py, beside nanoGPT and TRL where these are given.
+
+Each raises RuntimeError where the claim does not hold, and returns what came out as text.
+"""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shape import STEPS
+from benchmarks.train_command import ROOT, bin_data, train
+from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.settings import ModelShape
+
+VOCABULARY = 50_257
+CONTEXT = 1024
+BATCH_TOKENS = 32 * CONTEXT
+SAME_LOSS = 0.02  # nats: FSDP against one device and each precision against fp32
+SAME_RESUMED = 1e-3  # nats: GPU kernels need not give the same bytes twice
+LIMIT = 400  # seconds of one run
+PRECISIONS, SEEDS = ("fp32", "bf16", "fp16", "bf16_true"), (1, 2, 3)
+
+
+def base(folder: Path, model: str, steps: int) -> list[str]:
+    quiet = [f"{key}_every={steps}" for key in ("validate", "checkpoint", "sample")]
+    sizes = [f"context={CONTEXT}", f"batch_tokens={BATCH_TOKENS}", f"steps={steps}", "log_every=5"]
+    data = bin_data(folder / "corpus", folder / "tokenizer")
+    fixed = ["accelerator=gpu", "devices=1", "logger=csv", "callbacks=minimal"]
+    return [f"model={model}", *data, *sizes, *quiet, *fixed]
+
+
+def speed(model: str, micro_batch: int, *options: str, steps: int = 40) -> Callable[[Path], str]:
+    """A check that trains some steps and tells speed, MFU and memory."""
+
+    def run(folder: Path) -> str:
+        arguments = [*base(folder, model, steps), f"micro_batch={micro_batch}", *options]
+        report = _train_once(folder / "-".join([model, *options]).replace("=", "-"), arguments)
+        if not report["train_loss"] < 12:
+            raise RuntimeError(f"training loss {report['train_loss']}")
+        memory = report["peak_memory_bytes"] / 2**30
+        return f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, {memory:.1f} GiB"
+
+    return run
+
+
+def beside_nanogpt(model_file: Path) -> Callable[[Path], str]:
+    """A check of small beside nanoGPT's model file, both compiled: 16 sequences of 1,024 tokens, bf16, AdamW."""
+
+    def run(folder: Path) -> str:
+        _, sequences, context = STEPS["small"]
+        command = [sys.executable, "-m", "benchmarks.nanogpt_step", "--model", str(model_file), "--size", "small"]
+        command += ["--corpus", str(folder / "corpus"), "--vocab", "50304", "--steps", "40", "--compile"]
+        theirs = json.loads(_output(command))["tokens_per_second"]
+        keys = ["compile=true", "precision=bf16", "optimizer=adamw", f"micro_batch={sequences}"]
+        keys += [f"batch_tokens={sequences * context}"]
+        report = _train_once(folder / "beside-nanogpt", [*base(folder, "small", 60), *keys])
+        ours = report["tokens_per_second"]
+        return f"{ours:,.0f} tokens/s, nanoGPT {theirs:,.0f}: {ours / theirs:.2f} ×"
+
+    return run
+
+
+def beside_trl(trl_python: str) -> Callable[[Path], str]:
+    """A check of distilling medium into small (JSD, 8 sequences of 1,024 tokens, bf16) beside TRL's GKDTrainer."""
+
+    def run(folder: Path) -> str:
+        teacher = folder / "medium"
+        torch.manual_seed(1)
+        plain_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY))).save_pretrained(teacher)
+        keys = [
+            "task=distill",
+            f"teacher={teacher}",
+            "preflight=off",
+            "loss=jsd",
+            "loss.beta=0.5",
+            "loss.hard_weight=0",
+        ]
+        keys += ["optimizer=adamw", "precision=bf16", "micro_batch=8", f"batch_tokens={8 * CONTEXT}"]
+        report = _train_once(folder / "beside-trl", [*base(folder, "small", 60), *keys])
+        given = {"corpus": folder / "corpus", "tokenizer": folder / "tokenizer", "teacher": teacher, "beta": 0.5}
+        given |= {"layers": 12, "heads": 12, "width": 768, "context": CONTEXT, "batch": 8, "steps": 30, "threads": 8}
+        command = [trl_python, "-m", "benchmarks.trl_gkd_step", "--precision", "bf16"]
+        command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        theirs = json.loads(_output(command, HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1"))
+        speeds = report["tokens_per_second"], theirs["targets"] / theirs["milliseconds"] * 1e3
+        memories = report["peak_memory_bytes"] / 2**30, theirs["peak"] / 2**30
+        sides = [f"{speed:,.0f} tokens/s, {memory:.1f} GiB" for speed, memory in zip(speeds, memories, strict=True)]
+        ratios = f"{speeds[0] / speeds[1]:.2f} × the speed, {memories[0] / memories[1]:.2f} × the memory"
+        return f"{sides[0]}; TRL {theirs['trl']} {sides[1]}: {ratios}"
+
+    return run
+
+
+def fsdp_on_one_gpu(folder: Path) -> str:
+    """The same 30 steps sharded (over one GPU) and not: the same loss."""
+
+    def run(strategy: str) -> float:
+        arguments = [*base(folder, "small", 30), "micro_batch=8", "compile=false", f"strategy={strategy}"]
+        return _train_once(folder / f"strategy-{strategy}", arguments)["val_loss"]
+
+    with ThreadPoolExecutor() as pool:
+        unsharded, sharded = pool.map(run, ("auto", "fsdp"))
+    if not abs(unsharded - sharded) < SAME_LOSS:
+        raise RuntimeError(f"val/loss {unsharded:.4f} unsharded, {sharded:.4f} sharded")
+    return f"val/loss {sharded:.4f}, unsharded {unsharded:.4f}"
+
+
+def resume_after_a_kill(folder: Path) -> str:
+    """Kill −9 once the first checkpoint is saved, resume, compare with an unbroken run."""
+    arguments = [*base(folder, "mini", 150), "micro_batch=32", "compile=false", "checkpoint_every=50"]
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(train, folder / "unbroken", arguments, LIMIT)
+        run_dir = folder / "killed"
+        _kill_at_first_checkpoint([sys.executable, "train.py", *arguments, f"run_dir={run_dir}"], run_dir)
+        _output([sys.executable, "train.py", f"resume={run_dir}"])
+        unbroken = whole.result()["val_loss"]
+    loss = json.loads((run_dir / "report.json").read_text())["val_loss"]
+    if not abs(loss - unbroken) < SAME_RESUMED:
+        raise RuntimeError(f"val/loss {loss:.5f} resumed, {unbroken:.5f} unbroken")
+    return f"val/loss differs from the unbroken run's by {abs(loss - unbroken):.1e}"
+
+
+def precisions(folder: Path) -> str:
+    """Nano, 300 steps on the standard library, three seeds: each precision beside fp32 with the same seed."""
+    data = ["model=nano", "steps=300", "accelerator=gpu", "devices=1", "threads=1", "logger=csv", "callbacks=minimal"]
+    train(folder / "prepares", [*data, "steps=1"], LIMIT)
+
+    def run(job: tuple[str, int]) -> float:
+        precision, seed = job
+        arguments = [*data, "validate_every=300", f"precision={precision}", f"seed={seed}"]
+        return train(folder / f"{precision}-{seed}", arguments, LIMIT)["val_loss"]
+
+    jobs = [(precision, seed) for precision in PRECISIONS for seed in SEEDS]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        losses = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    exact = statistics.mean(losses["fp32", seed] for seed in SEEDS)
+    told, wrong = [f"fp32 {exact:.3f}"], []
+    for precision in PRECISIONS[1:]:
+        differences = [losses[precision, seed] - losses["fp32", seed] for seed in SEEDS]
+        told.append(f"{precision} {statistics.mean(differences):+.4f} ({', '.join(f'{d:+.4f}' for d in differences)})")
+        if precision != "bf16_true" and not abs(statistics.mean(differences)) < SAME_LOSS:
+            wrong.append(precision)
+    if wrong:
+        raise RuntimeError("val/loss: " + "; ".join(told))
+    return "val/loss: " + "; ".join(told)
+
+
+def _train_once(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
+    report = train(run_dir, arguments, LIMIT)
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    return report
+
+
+def _kill_at_first_checkpoint(command: list[str], run_dir: Path) -> None:
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT
+    while not (run_dir / "checkpoints" / "last").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise RuntimeError("the run ended before it saved a checkpoint")
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def _output(command: list[str], **environment: str) -> str:
+    """What a command prints.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    given = {**os.environ, **environment}
+    ended = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=LIMIT, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command[1:4])}: {ended.stderr[-300:]}")
+    return ended.stdout
