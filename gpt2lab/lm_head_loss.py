@@ -1,6 +1,7 @@
 """LM-head loss: hidden states + head weight + targets → loss sum, chunk by chunk, without the whole batch's logits.
 
-Shapes: N positions (B·T flattened), D hidden width, V vocabulary, C rows of one chunk.
+Shapes: N positions (B·T flattened), D hidden width, V vocabulary, C rows of one chunk; V' is V, padded on a GPU with
+entries whose weights are 0: so are then their logits, and the gradient of these, which no softmax sees.
 
 Each chunk's logits (C, V) live only while that chunk is worked on. Its gradient with respect to the logits is known in
 closed form, so it is formed at once, in their place, and turned into the gradients of the hidden states and of the head
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2lab.batch import IGNORE_INDEX
@@ -29,6 +31,7 @@ from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher,
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products share
 ROWS_OF_A_TEACHER = 256  # whose logits are in one product only; on a CPU, a GPU takes whole chunks
 LOGITS_OF_A_BLOCK = 2**20  # on a CPU; a GPU takes whole chunks
+GPU_ALIGNMENT = 64  # entries to whose multiple a GPU's logits are padded: at 50,257 its products are six times slower
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = _compute_dtype(hidden)
         transposed, add = (_compiled_transposed, _compiled_add) if compiled else (_transposed, _add)
-        head = transposed(weight[:entries], compute_dtype)  # (D, V)
+        head = transposed(weight[:entries], compute_dtype)  # (D, V')
         targets_of = _teacher_rows(teacher, entries, compute_dtype, transposed)
         # needs_input_grad holds under no_grad too, where validation would pay for gradients that nobody asks for.
         hidden_needs_gradient, weight_needs_gradient = (
@@ -168,22 +171,23 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows].to(compute_dtype)  # (C, D)
-            gradient = _logits(chunk, head, "student")  # (C, V), which the work on them replaces by their gradient
+            gradient = _logits(chunk, head, "student")  # (C, V'), which the work on them replaces by their gradient
+            logits = gradient[:, :entries]
             for part in _slices(len(gradient), ROWS_OF_A_TEACHER if gradient.device.type == "cpu" else len(gradient)):
                 said = targets_of(slice(start + part.start, start + part.stop))
-                for block in _blocks(gradient[part]):
+                for block in _blocks(logits[part]):
                     places = slice(start + part.start + block.start, start + part.start + block.stop)
                     of_block = tuple(tensor[block] for tensor in said)
-                    sums += work(gradient[part][block], labels[places], kept[places], of_block, mixing)
+                    sums += work(logits[part][block], labels[places], kept[places], of_block, mixing)
             if not needs_gradient:
                 continue
             if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ head.T
             if weight_gradient is not None and weight_gradient.dtype == compute_dtype:
-                weight_gradient[:entries].addmm_(gradient.T, chunk)
+                weight_gradient[:entries].addmm_(logits.T, chunk)
             elif weight_gradient is not None:
-                add(weight_gradient[:entries], _outer_product(gradient, chunk))
-            del gradient  # before the next chunk takes as much again
+                add(weight_gradient[:entries], _outer_product(gradient, chunk)[:entries])
+            del gradient, logits  # before the next chunk takes as much again
 
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
@@ -210,12 +214,14 @@ def _teacher_rows(
     """What a chunk is told of its teacher: a function of the chunk's rows."""
     match teacher:
         case DenseTeacher():
-            head = transposed(teacher.weight[:entries], dtype)  # (Dt, V)
-            return lambda rows: (_logits(teacher.hidden[rows].to(dtype), head, "teacher"),)
+            head = transposed(teacher.weight[:entries], dtype)  # (Dt, V')
+            return lambda rows: (_logits(teacher.hidden[rows].to(dtype), head, "teacher")[:, :entries],)
         case AlignedTeacher():
-            own_head = transposed(teacher.weight, dtype)  # (Dt, W)
+            own_head, own_entries = transposed(teacher.weight, dtype), teacher.weight.shape[0]  # (Dt, W'), W
             return lambda rows: (
-                _logits(teacher.hidden[teacher.places[rows].clamp_min(0)].to(dtype), own_head, "teacher"),
+                _logits(teacher.hidden[teacher.places[rows].clamp_min(0)].to(dtype), own_head, "teacher")[
+                    :, :own_entries
+                ],
                 teacher.places[rows] >= 0,
             )
         case TopKTeacher():
@@ -230,7 +236,7 @@ _workspaces: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 def _logits(hidden: Tensor, head: Tensor, whose: str) -> Tensor:
-    """(C, D), (D, V) → (C, V); on a CPU in memory that the next chunk's logits overwrite.
+    """(C, D), (D, V') → (C, V'); on a CPU in memory that the next chunk's logits overwrite.
 
     It is by far the largest piece of a step: given back to the system allocator each time, its place breaks into parts.
     """
@@ -254,13 +260,17 @@ def _slices(rows: int, step: int) -> list[slice]:
 
 
 def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, D) → (D, V). In bf16 a CPU multiplies by a transposed view half as fast as by a matrix laid out so."""
+    """(V, D) → (D, V'). In bf16 a CPU multiplies by a transposed view half as fast as by a matrix laid out so."""
+    if weight.device.type == "cuda":
+        return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % GPU_ALIGNMENT)).T
     transposed = weight.to(dtype).T
     return transposed.contiguous() if dtype.itemsize == 2 else transposed
 
 
 def _outer_product(gradient: Tensor, chunk: Tensor) -> Tensor:
-    """(C, V), (C, D) → gradientᵀ · chunk (V, D), by the product whose left side is the smaller to lay out anew."""
+    """(C, V'), (C, D) → gradientᵀ · chunk (V', D). A CPU lays out the left side anew: chunk is the smaller one."""
+    if chunk.device.type == "cuda":
+        return gradient.T @ chunk
     return (chunk.T.contiguous() @ gradient).T
 
 
