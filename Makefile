@@ -53,8 +53,8 @@ chaos: $(READY) ## tests that kill processes and damage files
 docs: $(READY) ## rewrite docs/reference.md and the README's tree of files
 	@$(PYTHON_IN_VENV) -m docs.build_reference
 
-gpu-check: $(READY) ## what a CPU cannot show; 20 minutes on one GPU, appends to benchmarks/RESULTS.md
-	@$(PYTHON_IN_VENV) -m benchmarks.gpu_check
+gpu-check: $(READY) ## what a CPU cannot show; 10 minutes on one GPU, appends to benchmarks/RESULTS.md (NANOGPT=, TRL_PYTHON=)
+	@$(PYTHON_IN_VENV) -m benchmarks.gpu_check $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")
 
 clean: ## remove .venv and tool caches; runs, sweeps and prepared data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -37,7 +37,9 @@ def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
     yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True))
     yield Check("LM-head loss, 16,384 positions, 50,257 entries", lambda _: gpu_kernels.lm_head_loss_beside_liger())
     if nanogpt is not None:
-        yield Check("small beside nanoGPT", gpu_runs.beside_nanogpt(nanogpt))
+        yield Check(
+            "small beside nanoGPT", gpu_runs.beside_nanogpt(nanogpt / "model.py" if nanogpt.is_dir() else nanogpt)
+        )
     if trl_python is not None:
         yield Check("distillation, medium to small, beside TRL", gpu_runs.beside_trl(trl_python))
     speed = gpu_runs.speed
@@ -64,7 +66,7 @@ def outcome(check: Check, folder: Path) -> tuple[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", type=Path, help="nanoGPT's model.py")
+    parser.add_argument("--nanogpt", type=Path, help="a nanoGPT checkout, or its model.py")
     parser.add_argument("--trl-python", help="the Python of an environment that has TRL")
     parser.add_argument("--only", default="", help="checks that have one of these words in their names")
     options = parser.parse_args()

@@ -89,7 +89,8 @@ def beside_trl(trl_python: str) -> Callable[[Path], str]:
         keys += ["optimizer=adamw", "precision=bf16", "micro_batch=8", f"batch_tokens={8 * CONTEXT}"]
         report = _train_once(folder / "beside-trl", [*base(folder, "small", 60), *keys])
         given = {"corpus": folder / "corpus", "tokenizer": folder / "tokenizer", "teacher": teacher, "beta": 0.5}
-        given |= {"layers": 12, "heads": 12, "width": 768, "context": CONTEXT, "batch": 8, "steps": 30, "threads": 8}
+        given |= {"layers": 12, "heads": 12, "width": 768, "context": CONTEXT - 1, "batch": 8}  # a prompt token before
+        given |= {"steps": 30, "threads": 8}
         command = [trl_python, "-m", "benchmarks.trl_gkd_step", "--precision", "bf16"]
         command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
         theirs = json.loads(_output(command, HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1"))
