@@ -23,6 +23,7 @@ from benchmarks.train_command import ROOT, bin_data, train
 from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.settings import ModelShape
 
+ACCELERATOR = "gpu"
 VOCABULARY = 50_257
 CONTEXT = 1024
 BATCH_TOKENS = 32 * CONTEXT
@@ -36,7 +37,7 @@ def base(folder: Path, model: str, steps: int) -> list[str]:
     quiet = [f"{key}_every={steps}" for key in ("validate", "checkpoint")]
     sizes = [f"context={CONTEXT}", f"batch_tokens={BATCH_TOKENS}", f"steps={steps}", "log_every=5"]
     data = bin_data(folder / "corpus", folder / "tokenizer")
-    fixed = ["accelerator=gpu", "devices=1", "logger=csv", "callbacks=minimal"]
+    fixed = [f"accelerator={ACCELERATOR}", "devices=1", "logger=csv", "callbacks=minimal"]
     return [f"model={model}", *data, *sizes, *quiet, *fixed]
 
 
@@ -117,9 +118,9 @@ def fsdp_on_one_gpu(folder: Path) -> str:
     return f"val/loss {sharded:.4f}, unsharded {unsharded:.4f}"
 
 
-def resume_after_a_kill(folder: Path) -> str:
+def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
     """Kill −9 once the first checkpoint is saved, resume, compare with an unbroken run."""
-    arguments = [*base(folder, "mini", 150), "micro_batch=32", "compile=false", "checkpoint_every=50"]
+    arguments = [*base(folder, model, 150), "micro_batch=32", "compile=false", "checkpoint_every=50"]
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(train, folder / "unbroken", arguments, LIMIT)
         run_dir = folder / "killed"
@@ -134,12 +135,12 @@ def resume_after_a_kill(folder: Path) -> str:
 
 def precisions(folder: Path) -> str:
     """Nano, 300 steps on the standard library, three seeds: each precision beside fp32 with the same seed."""
-    data = ["model=nano", "steps=300", "accelerator=gpu", "devices=1", "threads=1", "logger=csv", "callbacks=minimal"]
-    train(folder / "prepares", [*data[:1], "steps=1", *data[2:]], LIMIT)
+    every = ["model=nano", f"accelerator={ACCELERATOR}", "devices=1", "threads=1", "logger=csv", "callbacks=minimal"]
+    train(folder / "prepares", [*every, "steps=1"], LIMIT)
 
     def run(job: tuple[str, int]) -> float:
         precision, seed = job
-        arguments = [*data, "validate_every=300", f"precision={precision}", f"seed={seed}"]
+        arguments = [*every, "steps=300", "validate_every=300", f"precision={precision}", f"seed={seed}"]
         return train(folder / f"{precision}-{seed}", arguments, LIMIT)["val_loss"]
 
     jobs = [(precision, seed) for precision in PRECISIONS for seed in SEEDS]

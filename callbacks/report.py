@@ -57,7 +57,8 @@ class Report(lightning.Callback):
             "steps": trainer.global_step,
             "tokens_seen": pl_module.tokens_seen,
             "seconds": round(self._seconds(), 2),
-            "peak_memory_bytes": device.peak_memory_bytes(pl_module.device),
+            # not pl_module's: at the end of the fit Lightning has moved it to the CPU
+            "peak_memory_bytes": device.peak_memory_bytes(trainer.strategy.root_device),
             "stopped_by": _stop_reason(trainer),
             "watched_metric": pl_module.watched_metric,
             **pl_module.facts_for_report(),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-from benchmarks import benchmark_decoding, benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students
+from benchmarks import benchmark_decoding, benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students, gpu_runs
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.lm_head_sides import EAGER, OURS, Head
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from gpt2lab.generation import GREEDY
 from gpt2lab.settings import ModelShape
 from gpt2lab.speculative import Speculated
@@ -112,6 +113,18 @@ def test_the_benchmark_of_ten_students_runs(cache: Path) -> None:
     online, cached = cells(ended.stdout)
     assert online == [benchmark_ten_students.ONLINE, online[1], "1.00"]
     assert float(cached[1]) > 0
+
+
+@pytest.mark.slow
+def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
+    sizes = {"ACCELERATOR": "cpu", "VOCABULARY": 300, "CONTEXT": 32, "BATCH_TOKENS": 32 * 32}
+    for name, value in sizes.items():
+        monkeypatch.setattr(gpu_runs, name, value)
+    monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
+    write_corpus(tmp_path / "corpus", 300, train_tokens=20_000, val_tokens=640)
+    write_tokenizer(tmp_path / "tokenizer", 300)
+    assert "tokens/s, MFU" in gpu_runs.speed("nano", 32, "precision=fp32", "compile=false", steps=20)(tmp_path)
+    assert "by 0.0e+00" in gpu_runs.resume_after_a_kill(tmp_path, "nano")
 
 
 def test_the_sides_of_the_decoding_benchmark_write_the_same() -> None:

@@ -297,6 +297,20 @@ def test_draws_serve_no_loss_that_they_would_bias(mix) -> None:
         lm_head_loss(hidden, weight, labels, teacher=draws, loss=mix)
 
 
+@pytest.mark.parametrize("mix", [None, KL, LossSettings("uld", hard_weight=0.3)], ids=in_words)
+@pytest.mark.parametrize(("compiled", "tolerance"), [(False, 1e-12), pytest.param(True, 1e-5, marks=pytest.mark.slow)])
+def test_logits_padded_as_on_a_gpu_equal_the_dense_twin(
+    mix, compiled, tolerance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2lab.lm_head_loss._padding", lambda weight: -len(weight) % 64)
+    hidden, weight, labels, teacher = example(torch.float64)
+    teacher = teacher if mix else None
+    result = lm_head_loss(hidden, weight, labels, teacher=teacher, loss=mix, chunk_rows=7, compiled=compiled)
+    expected = twin(hidden, weight, labels, teacher, mix, CrossEntropySettings())
+    torch.testing.assert_close(result.total, expected, rtol=tolerance, atol=tolerance)
+    assert_gradients_close(result.total, expected, (hidden, weight), tolerance)
+
+
 # Compiled, checkpointed, without gradients
 
 
