@@ -11,9 +11,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def beside_trl(trl_python: str) -> Callable[[Path], str]:
         given |= {"steps": 30, "threads": 8}
         command = [trl_python, "-m", "benchmarks.trl_gkd_step", "--precision", "bf16"]
         command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        theirs = json.loads(_output(command, HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1"))
+        theirs = json.loads(_output(command, {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}))
         speeds = report["tokens_per_second"], theirs["targets"] / theirs["milliseconds"] * 1e3
         memories = report["peak_memory_bytes"] / 2**30, theirs["peak"] / 2**30
         sides = [f"{speed:,.0f} tokens/s, {memory:.1f} GiB" for speed, memory in zip(speeds, memories, strict=True)]
@@ -176,7 +177,7 @@ def _kill_at_first_checkpoint(command: list[str], run_dir: Path) -> None:
     process.wait()
 
 
-def _output(command: list[str], **environment: str) -> str:
+def _output(command: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> str:
     """What a command prints.
 
     Raises:

@@ -64,7 +64,7 @@ def sides(head: Head, device: torch.device, compiles: bool) -> dict[str, Side]:
     found: dict[str, Side] = {OURS: lambda inputs: ours(inputs, compiles), EAGER: dense}
     if compiles:
         found["dense, compiled"] = compiled_dense()
-    if head.loss == "cross_entropy" and hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+    if head.loss == "cross_entropy" and "linear_cross_entropy" in dir(F):  # PyTorch 2.13
         found["F.linear_cross_entropy"] = torch_chunked
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         found["Liger"] = liger
