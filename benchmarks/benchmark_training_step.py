@@ -31,11 +31,16 @@ def ours(corpus: Path, tokenizer: Path, run_dir: Path, steps: int, keys: list[st
     return train(run_dir, arguments)["tokens_per_second"]
 
 
-def nanogpt(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, steps: int) -> float:
+def nanogpt(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, steps: int, size: str = "mini") -> float:
     command = [sys.executable, "-m", "benchmarks.nanogpt_step", "--model", str(model_file), "--corpus", str(corpus)]
-    command += ["--vocab", str(vocab_size), "--steps", str(steps), *(["--compile"] if compiled else [])]
+    command += ["--vocab", str(vocab_size), "--size", size, "--steps", str(steps), *(["--compile"] if compiled else [])]
     ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(ended.stdout)["tokens_per_second"]
+
+
+def model_file_of(given: Path) -> Path:
+    """nanoGPT's model.py, from it or from a checkout."""
+    return (given / "model.py" if given.is_dir() else given).resolve()
 
 
 def measure(folder: Path, model_file: Path | None, steps: int, rounds: int) -> dict[tuple[int, str, bool], float]:
@@ -80,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     model_file = options.nanogpt
     if model_file is not None:
-        model_file = (model_file / "model.py" if model_file.is_dir() else model_file).resolve()
+        model_file = model_file_of(model_file)
         if not model_file.is_file():
             parser.error(f"--nanogpt {options.nanogpt}: no model.py there")
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_kernels, gpu_runs
+from benchmarks.benchmark_training_step import model_file_of
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT
 
@@ -37,9 +38,7 @@ def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
     yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True))
     yield Check("LM-head loss, 16,384 positions, 50,257 entries", lambda _: gpu_kernels.lm_head_loss_beside_liger())
     if nanogpt is not None:
-        yield Check(
-            "small beside nanoGPT", gpu_runs.beside_nanogpt(nanogpt / "model.py" if nanogpt.is_dir() else nanogpt)
-        )
+        yield Check("small beside nanoGPT", gpu_runs.beside_nanogpt(model_file_of(nanogpt)))
     if trl_python is not None:
         yield Check("distillation, medium to small, beside TRL", gpu_runs.beside_trl(trl_python))
     speed = gpu_runs.speed

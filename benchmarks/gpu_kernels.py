@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.benchmark_lm_head_loss import times_here
-from benchmarks.lm_head_sides import Head, make_inputs, sides
+from benchmarks.benchmark_lm_head_loss import memory_here, times_here
+from benchmarks.lm_head_sides import Head
 from gpt2lab.attention_spans import document_bounds, spans_of, visible
 from gpt2lab.backbone import Backbone
 from gpt2lab.settings import ModelShape
@@ -116,7 +116,7 @@ def lm_head_loss_beside_liger() -> str:
     for loss in ("cross_entropy", "forward_kl"):
         head = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY)
         times = times_here(head, rounds=ROUNDS, compiles=True)
-        memory = {name: _memory(head, name) for name in times}
+        memory = {name: memory_here(head, name, compiles=True) for name in times}
         names = sorted(times, key=times.__getitem__)
         rows = ", ".join(f"{name} {times[name]:.1f} ms {memory[name] / 1e6:,.0f} MB" for name in names)
         told.append(f"{loss.replace('_', ' ')}: {rows}")
@@ -157,18 +157,3 @@ def _median(work: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[ROUNDS // 4 :]) * 1e3
-
-
-def _memory(head: Head, name: str) -> int:
-    """Peak bytes above the inputs."""
-    device = torch.device("cuda")
-    side, inputs = sides(head, device, compiles=True)[name], make_inputs(head, device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for _ in range(2):
-        inputs.hidden.grad = inputs.weight.grad = None
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            total = side(inputs)
-        total.backward()
-        del total
-    return torch.cuda.max_memory_allocated() - before

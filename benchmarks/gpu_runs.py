@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
 from benchmarks.train_command import ROOT, bin_data, train
 from gpt2lab.backbone import Backbone, plain_hf
@@ -61,9 +62,7 @@ def beside_nanogpt(model_file: Path) -> Callable[[Path], str]:
 
     def run(folder: Path) -> str:
         _, sequences, context = STEPS["small"]
-        command = [sys.executable, "-m", "benchmarks.nanogpt_step", "--model", str(model_file), "--size", "small"]
-        command += ["--corpus", str(folder / "corpus"), "--vocab", "50304", "--steps", "40", "--compile"]
-        theirs = json.loads(_output(command))["tokens_per_second"]
+        theirs = nanogpt(model_file, folder / "corpus", 50_304, compiled=True, steps=40, size="small")
         keys = ["compile=true", "precision=bf16", "optimizer=adamw", f"micro_batch={sequences}"]
         keys += [f"batch_tokens={sequences * context}"]
         report = _train_once(folder / "beside-nanogpt", [*base(folder, "small", 60), *keys])
