@@ -7,6 +7,8 @@ VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTEST := $(PYTHON_IN_VENV) -m pytest
+# A process for each core and a thread for each process: twice as fast on two cores as one process with two threads.
+IN_PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help setup demo test test-all check format bench chaos docs gpu-check clean
 
@@ -23,7 +25,7 @@ demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, the
 	@$(PYTHON_IN_VENV) -m gpt2lab.demo
 
 test: $(READY) ## the tests that run in minutes
-	@$(PYTEST) -m "not slow and not chaos"
+	@$(IN_PARALLEL) -m "not slow and not chaos"
 
 test-all: $(READY) ## every test
 	@$(PYTEST)
