@@ -26,20 +26,22 @@ class WeightsAndBiases(Logger):
 
     Args:
         project: the W&B project; a run carries its run directory's name.
+        group: the sweep whose jobs W&B shows together; a job's run carries its name too.
         mode: auto, or one of W&B's own (online, offline, disabled); WANDB_MODE goes before it.
     """
 
-    def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto") -> None:
+    def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto", group: str = "") -> None:
         super().__init__()
         self.run_dir = Path(run_dir)
         self.project = project
+        self.group = group
         self.mode = mode
         self.run: Any = None
         self._failed = False
 
     @property
     def name(self) -> str:
-        return self.run_dir.name
+        return f"{self.group}-{self.run_dir.name}" if self.group else self.run_dir.name
 
     @property
     def version(self) -> str:
@@ -113,6 +115,7 @@ class WeightsAndBiases(Logger):
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", self.project),
             name=self.name,
+            group=self.group or None,
             id=self.version,
             dir=self.run_dir,
             resume="allow",

@@ -21,7 +21,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="processes", node=Proc
 
 
 class ProcessesLauncher(Launcher):
-    """Runs each job in a fresh process, one after another."""
+    """Runs each job in fresh processes."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composes a job's configuration; the task function itself runs in none of our processes."""
@@ -30,6 +30,6 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs and report on every one, failed or not."""
-        from launch.running.sweep import run_sweep
+        from launch.running.sweep import run_grid
 
-        return run_sweep(self.config_loader, self.config, [list(job) for job in job_overrides], initial_job_idx)
+        return run_grid(self.config_loader, self.config, [list(job) for job in job_overrides], initial_job_idx)

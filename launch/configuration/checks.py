@@ -45,6 +45,7 @@ def check(config: Config) -> None:
     check_choices(config)
     check_ranges(config)
     check_counts_or_auto(config)
+    check_sweep_only(config)
     check_init(config)
     check_model(config)
     check_batch(config)
@@ -126,6 +127,12 @@ def check_counts_or_auto(config: Config) -> None:
         value = value_of(config, key)
         if value != "auto" and not (isinstance(value, int) and 1 <= value <= most):
             raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1 and at most {most}.")
+
+
+def check_sweep_only(config: Config) -> None:
+    """One run has nothing to run beside it."""
+    if config.n_jobs > 1 and not config.record.sweep:
+        raise InputError(f"n_jobs={config.n_jobs} is read by sweeps, and this is one run.\nAdd -m, or leave it out.")
 
 
 def check_init(config: Config) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -52,6 +53,8 @@ class Record:
     teacher_cache: str = ""  # folder with what the teacher says of the data, where it is not asked at every step
     teacher_seconds: float = 0.0  # what this run spent on having the teacher write or read once for all students
     kept: dict[str, Any] = field(default_factory=dict)  # init=teacher_layers: what the student has of its teacher
+    sweep: str = ""  # name of the sweep that this run is a job of
+    trial: int | None = None  # its number in the study beside it, which may end it early
     data_hash: str = ""  # content hash of the prepared data
     baseline_loss: float | None = None  # val/loss of the baseline, read when the run started
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
@@ -121,6 +124,9 @@ class Config:
     z_loss: float = 0.0
     packing: bool = False
     layer_drop: float = 0.0
+    n_jobs: int = 1
+    max_restarts: int = 0
+    num_nodes: int = 1
 
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 
@@ -174,7 +180,8 @@ def typed(tree: DictConfig, hydra: Any, command: str) -> Config:
     assert isinstance(config, Config)
     choices = hydra.runtime.choices.items()
     groups = {str(group): str(value) for group, value in choices if not str(group).startswith("hydra/")}
-    config.record = Record(groups=groups, overrides=list(hydra.overrides.task), command=command)
+    sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else ""
+    config.record = Record(groups=groups, overrides=list(hydra.overrides.task), command=command, sweep=sweep)
     return config
 
 

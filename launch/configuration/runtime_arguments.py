@@ -20,7 +20,7 @@ ARGUMENTS: dict[str, set[str]] = {
         "target",
     },
     "callbacks": {"run_dir", "cache_dir", "facts", "checkpoint_every", "sample_every", "on_spike"},
-    "logger": {"run_dir"},
+    "logger": {"run_dir", "group"},
 }
 
 # Keys of conf/data/*.yaml that the launcher reads itself, before there is a data module

@@ -167,7 +167,7 @@ def loggers(config: Config, folder: Path) -> list[Logger]:
     """metrics.csv always, then the chosen one. They are told the whole configuration."""
     chosen: list[Logger] = [MetricsCsv(str(folder))]
     if config.logger and config.logger["_target_"] != "callbacks.metrics_csv.MetricsCsv":
-        chosen.append(construct(config.logger, "logger", {"run_dir": str(folder)}))
+        chosen.append(construct(config.logger, "logger", {"run_dir": str(folder), "group": config.record.sweep}))
     for logger in chosen:
         logger.log_hyperparams(asdict(config))
     return chosen

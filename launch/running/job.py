@@ -1,6 +1,7 @@
 """Job: one run from a checked Config to its report; as a program, a run or one of its ranks in a process of its own.
 
-python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a config.yaml, PARENT whom it dies with
+python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a config.yaml, PARENT whom it dies with;
+                                                  --cores 0,1 keeps it and its ranks to these
 python -m launch.running.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
@@ -187,6 +188,8 @@ def _run_for_a_sweep(spec: Path) -> None:
 
 def _program(spec: str, parent: str, *flags: str) -> None:
     children.die_with_parent(int(parent))
+    if "--cores" in flags:  # before torch counts them
+        os.sched_setaffinity(0, [int(core) for core in flags[flags.index("--cores") + 1].split(",")])
     if "--rank" in flags:
         _run_rank(Path(spec))
     else:

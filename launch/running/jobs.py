@@ -1,12 +1,8 @@
-"""Jobs: runs in processes of their own, one after another; what became of each, and the CSV file of all."""
+"""Jobs: runs in processes of their own; how one is composed and checked, what became of it, and the CSV file of all."""
 
 import csv
 import io
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +17,7 @@ from launch.configuration import checks, config
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import in_words, unread_keys, without
 from launch.running import children
-from launch.running.job import ERROR_FILE
-
-ROOT = Path(__file__).parents[2]
+from launch.running.job_process import JobProcess
 
 
 @dataclass
@@ -36,10 +30,11 @@ class Job:
     status: str = "waiting"
     error: str = ""
     watched: float | None = None
+    trial: int | None = None  # its number in the study of a search, which may end it early
 
 
-def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> int:
-    """Compose, check and run one job; returns the signal that stopped it, or 0.
+def prepared(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> Config | None:
+    """Compose and check a job; None: it cannot be run, which is recorded.
 
     Args:
         compose: overrides → the composed tree with Hydra's own node.
@@ -56,8 +51,12 @@ def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool
         if mistake is None:
             raise
         job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
-        return 0
-    code, stopped, told = run_process(settings)
+        return None
+    return settings
+
+
+def conclude(job: Job, code: int, told: str) -> None:
+    """Note what became of a job whose process ended with this exit code and told this error."""
     report = read_report(job.folder)
     job.status = {answer.FINISHED: "finished", answer.STOPPED: "stopped", answer.INTERRUPTED: "stopped"}.get(
         code, "failed"
@@ -65,8 +64,20 @@ def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool
     if job.status == "failed":
         died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         job.error = " ".join(told.split("\n")) or report.get("error") or died
-    elif job.status == "finished":
+        return
+    if job.status == "finished" and report.get("status") == "pruned":
+        job.status = "pruned"
+    if job.status in ("finished", "pruned"):
         job.watched = report.get("metrics", {}).get(report.get("watched_metric"))
+
+
+def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> int:
+    """Run one job in a process of its own; returns the signal that stopped it, or 0."""
+    settings = prepared(job, compose, drops_unread)
+    if settings is None:
+        return 0
+    code, stopped, told = run_process(settings)
+    conclude(job, code, told)
     return stopped
 
 
@@ -110,17 +121,7 @@ def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
 
 def run_process(settings: Config) -> tuple[int, int, str]:
     """(exit code, signal that came meanwhile or 0, error it told) of a run in a process and session of its own."""
-    with tempfile.TemporaryDirectory(prefix="gpt2lab-job-") as scratch:
-        spec = Path(scratch, "config.yaml")
-        config.save(settings, spec)
-        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch.running.job", str(spec), str(os.getpid())],
-            env={**os.environ, "PYTHONPATH": search},
-            start_new_session=True,
-        )
-        with children.forwarding(lambda: [process.pid]) as signals:
-            code = process.wait()
-        error = spec.with_name(ERROR_FILE)
-        told = error.read_text(encoding="utf-8") if error.is_file() else ""
+    process = JobProcess(settings)
+    with children.forwarding(lambda: process.pids) as signals:
+        code, told = process.wait()
     return code, signals[-1] if signals else 0, told

@@ -16,8 +16,8 @@ from launch.running.resolve import weights_hash
 # What may be given with resume=: how long, how often, and where the work is done
 MACHINE = ("accelerator", "devices", "strategy", "micro_batch", "threads")
 CHANGEABLE: tuple[str, ...] = ("steps", "validate_every", "checkpoint_every", "sample_every", "log_every", "on_spike")
-CHANGEABLE += ("workers", "cache_dir", *MACHINE)
-PLACE = ("resume", "run_dir", "name", "launcher")
+CHANGEABLE += ("workers", "cache_dir", "max_restarts", *MACHINE)
+PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs")
 
 
 def taken_up(asked: Config) -> Config | None:

@@ -1,8 +1,4 @@
-"""Sweep: the jobs of a multirun, one after another, each checked here and run in a fresh process.
-
-A job that is misconfigured, fails or is killed is recorded and the next one starts; a signal to this process goes to
-the running job, and then the sweep ends too.
-"""
+"""Sweep: the jobs of a multirun, each composed and checked here once and run in fresh processes, n_jobs at a time."""
 
 import sys
 from collections.abc import Sequence
@@ -15,12 +11,17 @@ from omegaconf import DictConfig, open_dict
 
 from gpt2lab.errors import InputError
 from gpt2lab.run_report import read_report
-from launch.configuration.config import STUDY
+from launch import answer
+from launch.configuration import config
+from launch.configuration.config import STUDY, Config
 from launch.configuration.groups import experiment_keys, values
-from launch.configuration.ignored_keys import given_keys, in_words
-from launch.running import jobs, run_folders
+from launch.configuration.ignored_keys import given_keys, in_words, without
+from launch.running import jobs, run_folders, slots
+from launch.running.job_process import LocalJobs
+from launch.running.job_queue import Executor, Listed, Proposal, Source, run_all
 from launch.running.jobs import Job
 
+HOW = ("resume", "n_jobs", "max_restarts", "launcher")  # what may differ where a sweep goes on
 COLUMNS = (
     "job",
     "status",
@@ -34,65 +35,107 @@ COLUMNS = (
 )
 
 
-def run_sweep(
+def run_grid(
     loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int
 ) -> list[JobReturn]:
-    """Run every job, then print the table and write sweep.csv.
+    """Run every combination of a grid.
+
+    Raises:
+        InputError: the combinations contradict each other as a whole.
+        answer.Ended: a signal stopped the sweep, or jobs failed.
+    """
+    return [_job_return(job) for job in run_sweep(loader, sweep_config, Listed(combinations), combinations, first)]
+
+
+def run_sweep(
+    loader: ConfigLoader,
+    sweep_config: DictConfig,
+    source: Source,
+    combinations: Sequence[list[str]],
+    first: int = 0,
+) -> list[Job]:
+    """Run every job that the source proposes, then print the table and write sweep.csv.
+
+    Args:
+        source: where the jobs come from.
+        combinations: what can be said of the jobs beforehand: all of a grid, or one for each choice of task and
+            experiment that a search may make.
+        first: number of the first job.
 
     Raises:
         InputError: the combinations contradict each other as a whole.
         answer.Ended: a signal stopped the sweep, or jobs failed.
     """
     folder = Path(str(sweep_config.hydra.sweep.dir))
-    planned = [Job(first + i, overrides, folder / str(first + i)) for i, overrides in enumerate(combinations)]
-    tasks = [_task_of(job, sweep_config) for job in planned]
+    tasks = {_task_of(overrides, sweep_config) for overrides in combinations}
     try:
-        _check_together(planned, tasks, str(sweep_config.hydra.runtime.choices.experiment))
+        _check_together(combinations, tasks, sweep_config)
+        executor = _executor(sweep_config, folder)
     except InputError:
         (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
         run_folders.remove_empty(folder)
         raise
-    stopped = 0
-    for job in planned:
-        print(f"job {job.number}: {in_words(job.overrides)}", flush=True)
-        stopped = _run(loader, sweep_config, job, several_tasks=len(set(tasks)) > 1)
-        jobs.write_csv(folder / "sweep.csv", COLUMNS, map(_row, planned))
+    started: list[Job] = []
+
+    def planned(proposal: Proposal) -> Job:
+        number = first + len(started)
+        job = Job(number, proposal.overrides, folder / str(number), trial=proposal.trial)
+        started.append(job)
+        print(f"job {number}: {in_words(job.overrides)}", flush=True)
+        return job
+
+    def prepared(job: Job) -> Config | None:
+        return _prepared(job, loader, sweep_config, several_tasks=len(tasks) > 1)
+
+    def changed(job: Job) -> None:
+        jobs.write_csv(folder / "sweep.csv", COLUMNS, map(_row, started))
         if job.error:
             print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
-        if stopped:
-            break
-    print(_table(planned))
+        elif executor.several and job.status != "running":
+            print(f"job {job.number} {job.status}: {_in_short(job)}", flush=True)
+
+    stopped = run_all(source, executor, planned, prepared, changed)
+    print(_table(started))
     print(f"{folder}/sweep.csv")
-    jobs.check_all_ended_well(planned, stopped, "sweep")
-    return [_job_return(job) for job in planned]
+    jobs.check_all_ended_well(started, stopped, "sweep", f"Continue with: {_command_to_continue(folder)}")
+    return started
 
 
-def _task_of(job: Job, sweep_config: DictConfig) -> str:
+def _executor(sweep_config: DictConfig, folder: Path) -> Executor:
+    """Where the jobs run."""
+    gpus = [] if sweep_config.accelerator == "cpu" or sweep_config.n_jobs == 1 else slots.usable_gpus()
+    return LocalJobs(slots.partition(int(sweep_config.n_jobs), slots.usable_cores(), gpus), folder / "logs")
+
+
+def _task_of(overrides: list[str], sweep_config: DictConfig) -> str:
     """The task a job will have, read without composing it."""
-    given = dict(override.split("=", 1) for override in job.overrides if "=" in override)
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
     default = sweep_config.hydra.runtime.choices.task
     of_experiment = experiment_keys(given["experiment"])[0] if given.get("experiment") in values("experiment") else {}
     return str(given.get("task", of_experiment.get("task", default)))
 
 
-def _check_together(planned: list[Job], tasks: list[str], experiment: str) -> None:
+def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_config: DictConfig) -> None:
     """Jobs have folders of their own, and a distillation cannot wait for a teacher that the same sweep trains."""
-    if experiment == STUDY or any(f"experiment={STUDY}" in job.overrides for job in planned):
+    experiment = str(sweep_config.hydra.runtime.choices.experiment)
+    if experiment == STUDY or any(f"experiment={STUDY}" in overrides for overrides in combinations):
         raise InputError(f"experiment={STUDY} is many runs already, each with a folder of its own.\nLeave out -m.")
-    if {"run_dir", "name", "resume"} & {key for job in planned for key in given_keys(job.overrides)}:
+    given = {override for overrides in combinations for override in overrides}
+    keys = set(given_keys(given))
+    if {"run_dir", "name"} & keys or ("resume" in keys and "resume=auto" not in given):
         raise InputError(
-            "run_dir, name and resume cannot be given in a sweep: each job has a folder of its own.\n"
-            "Set the sweep's: hydra.sweep.dir=FOLDER"
+            "run_dir, name and resume=RUN_DIR cannot be given in a sweep: each job has a folder of its own.\n"
+            "Set the sweep's: hydra.sweep.dir=FOLDER; with resume=auto a sweep that was interrupted goes on there."
         )
-    if {"pretrain", "distill"} <= set(tasks) and not any("teacher" in given_keys(job.overrides) for job in planned):
+    if {"pretrain", "distill"} <= tasks and "teacher" not in keys:
         raise InputError(
             "A sweep over task=pretrain,distill needs a teacher named: jobs do not wait for each other's results.\n"
             "Give teacher=RUN_DIR (or a model folder or Hub id), or run the two one after the other."
         )
 
 
-def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, several_tasks: bool) -> int:
-    """One job; what another task of this sweep reads is no mistake of its own. Returns the signal that came, or 0."""
+def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> Config | None:
+    """A job's checked configuration; None: nothing is left to run. What another task reads is no mistake of its own."""
 
     def compose(overrides: list[str]) -> DictConfig:
         tree = loader.load_sweep_config(sweep_config, overrides)
@@ -100,7 +143,20 @@ def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, several_tasks
             tree.hydra.job.num = job.number
         return tree
 
-    return jobs.run(job, compose, drops_unread=several_tasks)
+    settings = jobs.prepared(job, compose, drops_unread=several_tasks)
+    if settings is None:
+        return None
+    settings.record.trial = job.trial
+    if settings.resume is None or not (job.folder / "config.yaml").is_file():
+        return settings
+    stored = config.load(job.folder / "config.yaml").record.overrides
+    if without(stored, HOW) != without(settings.record.overrides, HOW):
+        job.status, job.error = "failed", f"{job.folder} holds another job; continue a sweep with the command it had"
+        return None
+    if read_report(job.folder).get("status") in ("finished", "pruned"):
+        jobs.conclude(job, answer.FINISHED, "")
+        return None
+    return settings
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -126,6 +182,20 @@ def _table(planned: list[Job]) -> str:
         "  ".join([*(str(cell).ljust(width) for cell, width in zip(line, widths, strict=False)), str(line[-1])])
         for line in lines
     )
+
+
+def _in_short(job: Job) -> str:
+    """What a finished job has to show."""
+    report = read_report(job.folder)
+    value = "" if job.watched is None else f"{report['watched_metric']} {job.watched:.4f}, "
+    return f"{value}{report.get('seconds', 0):.0f} s"
+
+
+def _command_to_continue(folder: Path) -> str:
+    """The command that was given, for the same folder."""
+    own = ("hydra.sweep.dir=", "resume=")
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(own)]
+    return in_words(["python", "train.py", *given, f"hydra.sweep.dir={folder}", "resume=auto"])
 
 
 def _job_return(job: Job) -> JobReturn:
