@@ -1,5 +1,6 @@
 """Two CPU ranks: the same losses as one process, under ddp and fsdp; signals and deaths reach the right processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, Train, environment
+from safetensors.torch import load_file
 
 from gpt2lab.metrics_file import read_metrics
 
@@ -68,7 +71,7 @@ def test_two_ranks_score_the_pairs_of_one_though_one_rank_has_none(
 def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A run on two ranks that has begun to train, and its ranks' process ids."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides, "devices=2", "log_every=1", "run_dir=run"],
+        [sys.executable, str(ROOT / "train.py"), "devices=2", *overrides, "log_every=1", "run_dir=run"],
         cwd=tmp_path,
         env=environment(cache),
         stdout=subprocess.PIPE,
@@ -113,3 +116,32 @@ def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str
     while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.chaos
+def test_a_killed_rank_starts_again_from_the_last_checkpoint(cache: Path, tmp_path: Path, tiny: list[str]):
+    """With `max_restarts` the run goes on by itself, and ends with the weights of a run that nothing happened to."""
+    keys = [*tiny, "steps=400", "checkpoint_every=100", "optimizer=adamw", "model.dropout=0.1"]
+    process, ranks = started(cache, tmp_path, *keys, "max_restarts=1")
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt")):
+        time.sleep(0.02)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert "Rank 1 was killed by SIGKILL. Restart 1 of 1." in stderr
+    command = [sys.executable, str(ROOT / "train.py"), *keys, "devices=2", "log_every=1", "run_dir=unbroken"]
+    subprocess.run(command, cwd=tmp_path, env=environment(cache), check=True, capture_output=True)
+    broken, unbroken = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("run", "unbroken"))
+    assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.mark.chaos
+def test_a_single_process_that_is_killed_starts_again_too(cache: Path, tmp_path: Path, tiny: list[str]):
+    process, ranks = started(cache, tmp_path, *tiny, "steps=300", "checkpoint_every=50", "devices=1", "max_restarts=1")
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt")):
+        time.sleep(0.02)
+    os.kill(ranks[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert "Restart 1 of 1." in stderr
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "finished"

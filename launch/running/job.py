@@ -57,7 +57,7 @@ def run_job(asked: Config) -> dict[str, Any]:
         started = time.monotonic()
         facts = _teacher_at_work(settings, data, facts)
         settings.record.teacher_seconds = round(time.monotonic() - started, 2)
-    if settings.record.world_size > 1:
+    if settings.record.world_size > 1 or settings.max_restarts:
         from launch.running import ranks
 
         report = ranks.run(settings, is_new=taken_up is None)
@@ -114,7 +114,7 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
 
 def _folder(settings: Config, is_new: bool) -> Path:
     """Make the run directory and write config.yaml into it, unless the run goes on in the one it has."""
-    if settings.record.world_size > 1:
+    if "RANK" in os.environ:
         return Path(settings.run_dir or "")  # the parent has made it
     folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
     settings.run_dir = str(folder)
