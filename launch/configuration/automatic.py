@@ -37,7 +37,7 @@ def settle(config: Config) -> None:
     config.devices = _devices(config)
     config.strategy = _strategy(config)
     config.precision = _precision(config)
-    config.record.world_size = config.devices
+    config.record.world_size = config.devices * config.num_nodes
     checks.check_batch(config)
     config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
     config.micro_batch, config.record.accumulate = split_batch(config)
@@ -121,7 +121,7 @@ def _devices(config: Config) -> int:
 
 def _strategy(config: Config) -> str:
     if config.strategy == "auto":
-        return "auto" if config.devices == 1 else "ddp"
+        return "auto" if config.devices == config.num_nodes == 1 else "ddp"
     if config.accelerator == "mps":
         raise InputError(f"strategy={config.strategy} does not work on mps, which is one device; set strategy=auto.")
     return config.strategy

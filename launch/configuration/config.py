@@ -187,7 +187,12 @@ def typed(tree: DictConfig, hydra: Any, command: str) -> Config:
 
 def save(config: Config, file: Path) -> None:
     """Write the whole configuration as YAML; `load` reads it back."""
-    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    file.write_text(dumped(config), encoding="utf-8")
+
+
+def dumped(config: Config) -> str:
+    """The whole configuration as YAML; `parsed` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def load(file: Path) -> Config:
@@ -197,8 +202,20 @@ def load(file: Path) -> Config:
         InputError: missing, unreadable, or of another shape.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file)))
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"Cannot read the configuration {file}: {str(error).splitlines()[0]}") from error
+        return parsed(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read the configuration {file}: {error}") from error
+
+
+def parsed(text: str, where: str) -> Config:
+    """Read what `dumped` made.
+
+    Raises:
+        InputError: unreadable, or of another shape.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    except (ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     return config

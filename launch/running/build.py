@@ -2,12 +2,14 @@
 
 import importlib
 import inspect
+import os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import lightning
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from callbacks.metrics_csv import MetricsCsv
@@ -184,6 +186,8 @@ def trainer(
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
+        num_nodes=config.num_nodes,
+        plugins=[TorchElasticEnvironment()] if "RANK" in os.environ else None,
         strategy=strategy(config),
         precision=PRECISIONS[config.precision],
         max_steps=config.steps,

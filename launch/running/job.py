@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import DataFacts
 from launch import answer, noise
 from launch.configuration import checks, config
 from launch.configuration.config import Config
-from launch.running import baseline, children, resolve, resume, run_folders, space
+from launch.running import baseline, children, cluster, resolve, resume, run_folders, space
 
 ERROR_FILE = "error.txt"
 
@@ -30,7 +31,22 @@ def run_job(asked: Config) -> dict[str, Any]:
         InputError: a mistake in configuration or input; then no run directory is left behind.
         answer.Ended: stopped by a signal, after saving.
     """
-    noise.settle_noise()
+    noise.settle_noise(speaks=cluster.is_first())
+    if cluster.is_rank():
+        return _run_one_of_many(asked)
+    settings, data, facts, is_new = _prepared(asked)
+    if settings.record.world_size > 1 or settings.max_restarts:
+        from launch.running import ranks
+
+        report = ranks.run(settings, is_new)
+    else:
+        report = train(settings, data, facts, is_new)
+    print(closing_line(report, settings.run_dir or ""), flush=True)
+    return report
+
+
+def _prepared(asked: Config) -> tuple[Config, Any, DataFacts, bool]:
+    """(settled configuration, data module, facts of its data, whether the run is a new one)."""
     taken_up = resume.taken_up(asked)
     settings = taken_up or asked
     if taken_up is None:
@@ -57,14 +73,44 @@ def run_job(asked: Config) -> dict[str, Any]:
         started = time.monotonic()
         facts = _teacher_at_work(settings, data, facts)
         settings.record.teacher_seconds = round(time.monotonic() - started, 2)
-    if settings.record.world_size > 1 or settings.max_restarts:
-        from launch.running import ranks
+    return settings, data, facts, taken_up is None
 
-        report = ranks.run(settings, is_new=taken_up is None)
+
+def _run_one_of_many(asked: Config) -> dict[str, Any]:
+    """This process is one rank: the first prepares everything, the others do as it says."""
+    cluster.settle_environment()
+    meeting = cluster.Meeting()
+    if meeting.rank == 0:
+        with meeting.preparing():
+            cluster.take_numbers(asked)
+            settings, data, facts, is_new = _prepared(asked)
+            if is_new:
+                settings.run_dir = str(run_folders.make(settings).absolute())
+            config.save(settings, Path(settings.run_dir or "") / "config.yaml")
+        meeting.tell(settings)
     else:
-        report = train(settings, data, facts, is_new=taken_up is None)
-    print(closing_line(report, settings.run_dir or ""), flush=True)
+        settings, is_new = meeting.told(), False
+        data, facts = _data_as_told(settings)
+    with meeting.training(settings):
+        report = train(settings, data, facts, is_new)
+    if meeting.rank == 0:
+        print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
+
+
+def _data_as_told(settings: Config) -> tuple[Any, DataFacts]:
+    """Data module and facts of its data, on a rank that is told a settled configuration."""
+    from launch.running import build
+
+    noise.settle_library_noise()
+    data = build.data_module(settings)
+    facts = data.prepare()
+    cluster.check_data(settings, facts.hash)
+    if settings.record.teacher_text:
+        from launch.running import teacher_writing
+
+        facts = teacher_writing.put_in(settings, data, facts)
+    return data, facts
 
 
 def _teacher_at_work(settings: Config, data: Any, facts: Any) -> Any:
@@ -153,16 +199,10 @@ def _run_rank(spec: Path) -> None:
     rank = int(os.environ["RANK"])
     noise.settle_noise(speaks=rank == 0)
     settings = config.load(spec)
-    from launch.running import build, ranks
+    from launch.running import ranks
 
-    noise.settle_library_noise()
     try:
-        data = build.data_module(settings)
-        facts = data.prepare()
-        if settings.record.teacher_text:
-            from launch.running import teacher_writing
-
-            facts = teacher_writing.put_in(settings, data, facts)
+        data, facts = _data_as_told(settings)
         watched = train(settings, data, facts, is_new=False)["watched"]
     except answer.Ended as ended:
         # Exit code 0: to the parent any other says that this rank died, and it would kill the rest while they save.

@@ -1,0 +1,183 @@
+"""Cluster: a run on several machines, whose processes torchrun or srun has started; each of them is one rank.
+
+Rank 0 resolves the configuration, prepares data and makes the run directory, as a single process does, and then tells
+the others, who train by what it says. The run directory must be one folder for all of them; data and tokenizer may lie
+on each machine for itself, for the same text gives the same.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+from gpt2lab.errors import InputError
+from launch import answer
+from launch.configuration import config
+from launch.configuration.config import Config
+from launch.configuration.ignored_keys import given_keys
+
+PREPARATION = timedelta(days=2)  # the others wait so long for rank 0 to prepare data and teacher
+FAREWELL = timedelta(minutes=30)  # rank 0 may save so long after the others are done
+SLURM_PORTS = 20_000  # a job's port is taken from the 10,000 above it
+TOLD = "gpt2lab/told"
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or srun has started this process as one of several ranks."""
+    return "TORCHELASTIC_RUN_ID" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks for the run: it is alone, or rank 0."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0") if is_rank(environment) else "0") == "0"
+
+
+def settle_environment() -> None:
+    """Give PyTorch the variables that torchrun sets where srun has started this process.
+
+    Raises:
+        InputError: the nodes of the step cannot be told.
+    """
+    if "RANK" in os.environ:
+        return
+    job, nodes = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "GROUP_RANK": os.environ["SLURM_NODEID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "MASTER_ADDR": _first_node(os.environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(SLURM_PORTS + job % 10_000),
+    }
+
+
+def _first_node(nodes: str) -> str:
+    """`gpu[03-05,9],login` → gpu03, as `scontrol show hostnames` reads it where it is there."""
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+        if found is None:
+            raise InputError(f"SLURM_STEP_NODELIST={nodes} names no node.") from None
+        return found[1] + (found[2] or "")
+
+
+def take_numbers(settings: Config) -> None:
+    """Set `devices` and `num_nodes` to what was started.
+
+    Raises:
+        InputError: other numbers were asked for.
+    """
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    started = {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
+    for key in set(given_keys(settings.record.overrides)) & set(started):
+        if vars(settings)[key] not in ("auto", started[key]):
+            raise InputError(
+                f"{key}={vars(settings)[key]}, and {started[key]} were started: {here} processes on each of "
+                f"{started['num_nodes']} machines.\nLeave {key} out, or start as many."
+            )
+    settings.devices, settings.num_nodes = started["devices"], started["num_nodes"]
+
+
+class Meeting:
+    """Where the ranks of a run meet: a key-value store on rank 0's machine."""
+
+    def __init__(self) -> None:
+        from torch.distributed import PrefixStore, TCPStore
+
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own listens already
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=self.rank == 0 and not has_store,
+            wait_for_workers=False,
+            timeout=PREPARATION,
+        )
+        self._store = PrefixStore(f"gpt2lab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """On rank 0: should the block fail, the others are told, and need not wait."""
+        try:
+            yield
+        except BaseException:
+            self._store.set(TOLD, json.dumps(None))
+            raise
+
+    def tell(self, settings: Config) -> None:
+        """On rank 0: what all train by."""
+        self._store.set(TOLD, json.dumps(config.dumped(settings)))
+
+    def told(self) -> Config:
+        """On the others: what rank 0 has told.
+
+        Raises:
+            answer.Ended: rank 0 has failed, and says itself of what.
+        """
+        told = json.loads(self._store.get(TOLD))
+        if told is None:
+            raise answer.Ended(answer.FAILED)
+        return config.parsed(told, "told by rank 0")
+
+    @contextmanager
+    def training(self, settings: Config) -> Iterator[None]:
+        """The block runs in a process group of all ranks; none leaves before all have ended it in good order."""
+        import torch
+        from torch import distributed
+        from torch.distributed import PrefixStore
+
+        if settings.accelerator == "gpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if settings.accelerator == "gpu" else "gloo"
+        group_store = PrefixStore("group", self._store)
+        distributed.init_process_group(backend, store=group_store, rank=self.rank, world_size=self.world_size)
+        try:
+            yield
+        except answer.Ended:
+            self._leave()
+            raise
+        self._leave()
+
+    def _leave(self) -> None:
+        """Whoever ends first would take torchrun's word for the rest, which may still be saving."""
+        self._store.set(f"left/{self.rank}", "")
+        self._store.wait([f"left/{rank}" for rank in range(self.world_size)], FAREWELL)
+        if self.rank == 0:  # the store may be this process's own: let the others read it first
+            self._store.wait([f"gone/{rank}" for rank in range(1, self.world_size)], FAREWELL)
+        else:
+            self._store.set(f"gone/{self.rank}", "")
+
+
+def check(settings: Config) -> None:
+    """Several machines need somebody to start processes on them.
+
+    Raises:
+        InputError
+    """
+    if settings.num_nodes > 1 and settings.record.groups["launcher"] != "slurm" and not is_rank():
+        raise InputError(
+            f"num_nodes={settings.num_nodes}: start the run on every machine, for example with\n"
+            f"  torchrun --nnodes={settings.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
+            "--rdzv-endpoint=FIRST_HOST:29500 train.py …\n"
+            f"or: srun --nodes={settings.num_nodes} --ntasks-per-node=1 python train.py …; or launcher=slurm."
+        )
+
+
+def check_data(settings: Config, data_hash: str) -> None:
+    """The data prepared on this machine are those of rank 0.
+
+    Raises:
+        InputError
+    """
+    if settings.record.data_hash != data_hash:
+        raise InputError(
+            f"The data on {os.uname().nodename} differ from those of the first machine.\n"
+            "Give all machines the same files, or one cache_dir that they share."
+        )
