@@ -33,7 +33,8 @@ from lightning_modules.student_text import StudentText
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "bf16-true": "bf16_true", "16-mixed": "fp16"}  # Lightning's
+# Lightning's names
+PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "bf16-true": "bf16_true", "16-mixed": "fp16", "64-true": "fp64"}
 
 
 class Distill(LanguageModel):
