@@ -15,10 +15,8 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
@@ -36,6 +34,7 @@ from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
+from lightning_modules.sharding import ShardedStrategy
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,8 @@ class LanguageModel(lightning.LightningModule):
             self.backbone.drop_layers(self.settings.layer_drop)
         if self.settings.compile_blocks:
             self.backbone.compile_blocks()
-        if self.is_sharded:
-            mesh = self.device_mesh["data_parallel"]
-            for block in self.backbone.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.backbone, mesh=mesh)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
         if self.settings.ema:
             self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
 
@@ -142,7 +138,13 @@ class LanguageModel(lightning.LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds only its part of the weights (FSDP2)."""
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return isinstance(self.trainer.strategy, ShardedStrategy)
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each rank writes its own part of a checkpoint."""
+        strategy = self.trainer.strategy
+        return isinstance(strategy, ShardedStrategy) and strategy.saves_shards
 
     def head_loss(self, batch: Batch, teaching: Teaching | None = None) -> LMHeadLoss:
         """LM-head loss of one micro-batch: cross-entropy, or mixed with what a teacher says."""
@@ -314,7 +316,8 @@ class LanguageModel(lightning.LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         if self.average is not None:
-            checkpoint["weight_average"] = self.average.state()
+            checkpoint["weight_average"] = self.average.state(whole=not self.saves_shards)
+            checkpoint["averaged"] = [name for name, _ in self.backbone.named_parameters()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]

@@ -20,16 +20,30 @@ from torch.distributed.tensor import DTensor
 from launch.configuration import config
 from launch.configuration.config import Config
 from launch.running import build, resolve
+from lightning_modules.distill import Distill
 
 Gradients = list[dict[str, Tensor]]
 
 
 class Recorder(lightning.Callback):
-    """Keeps each step's whole gradient, before it is clipped, and how many sequences and targets its parts had."""
+    """Keeps each step's whole gradient, before it is clipped, and how it came about."""
 
     def __init__(self) -> None:
         self.gradients: Gradients = []
         self.parts: list[tuple[int, int]] = []  # (sequences, targets) of each micro-batch on this rank
+        self.computed_in: torch.dtype | None = None  # the type of a block's weights while it works
+        self.split_tensors_of_teacher = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        attention = pl_module.backbone.blocks[0].attn
+
+        def look(module: torch.nn.Module, given: Any) -> None:
+            self.computed_in = next(module.parameters()).dtype
+
+        attention.register_forward_pre_hook(look)
+        if isinstance(pl_module, Distill) and not pl_module.cache:
+            teacher = pl_module.teacher.backbone.parameters()
+            self.split_tensors_of_teacher = sum(isinstance(parameter, DTensor) for parameter in teacher)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -47,36 +61,31 @@ class Recorder(lightning.Callback):
         self.gradients.append(of_step)
 
 
-def run(settings: Config, folder: Path, observers: list[lightning.Callback]) -> lightning.LightningModule:
+def recorded(settings: Config, folder: Path) -> Recorder:
     """Train as the settings say, with `precision=fp32` taken for float64; validation, checkpoints and reports left out.
 
     Args:
         folder: an empty one.
     """
+    recorder = Recorder()
     data = build.data_module(settings)
     facts = data.prepare()
     module = build.task_module(settings, facts, resolve.vocabulary(settings, facts))
-    trainer = build.trainer(settings, folder, observers, [])
+    trainer = build.trainer(settings, folder, [recorder], [])
     if settings.precision == "fp32":
         trainer.strategy.precision_plugin = DoublePrecision()  # the Trainer refuses it beside FSDP2
     trainer.fit(module, datamodule=data)
-    return module
-
-
-def gradients_of(settings: Config, folder: Path) -> tuple[Gradients, list[tuple[int, int]]]:
-    """Each step's whole gradient by parameter name, and (sequences, targets) of this rank's micro-batches."""
-    recorder = Recorder()
-    run(settings, folder, [recorder])
-    return recorder.gradients, recorder.parts
+    return recorder
 
 
 def _program(specs: list[str]) -> None:
     for spec in map(Path, specs):
-        gradients, parts = gradients_of(config.load(spec), spec.parent)
-        every_part: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every_part, parts)
+        recorder = recorded(config.load(spec), spec.parent)
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, recorder.parts)
         if torch.distributed.get_rank() == 0:
-            torch.save({"gradients": gradients, "parts": every_part}, spec.with_name("gradients.pt"))
+            kept = {name: vars(recorder)[name] for name in ("gradients", "computed_in", "split_tensors_of_teacher")}
+            torch.save({**kept, "parts": parts}, spec.with_name("gradients.pt"))
 
 
 if __name__ == "__main__":

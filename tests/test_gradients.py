@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, SHRUNK, environment
-from gradient_run import Gradients, gradients_of
+from gradient_run import Gradients, recorded
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
@@ -37,6 +38,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "finetune": PAIRS,
     "lora": (*PAIRS, "task.lora.rank=4"),
 }
+# What only ranks that shard can do: case → that of CASES whose gradient it must have, and what is set
+ONLY_SHARDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "distill_sharded_teacher": ("distill", {"shard_teacher": True}),
+    "offloaded": ("pretrain", {"fsdp_offload": True}),
+    "bf16": ("finetune", {"precision": "bf16"}),
+}
+BF16_TOLERANCE = 0.02  # of bf16's gradient; it keeps 8 bits
 
 
 def composed(overrides: tuple[str, ...], named: dict[str, str]) -> Config:
@@ -101,9 +109,9 @@ def alone(given: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
     found = {}
     for case in CASES:
         settings = settled(case, given)
-        gradients, parts = gradients_of(settings, tmp_path_factory.mktemp(case))
-        assert [rows for rows, _ in parts] == [ROWS] * STEPS
-        found[case] = settings, gradients
+        of_one = recorded(settings, tmp_path_factory.mktemp(case))
+        assert [rows for rows, _ in of_one.parts] == [ROWS] * STEPS
+        found[case] = settings, of_one.gradients
     return found
 
 
@@ -113,13 +121,17 @@ def together(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """(strategy, case) → what two ranks recorded; all of them in one process group."""
     folder = tmp_path_factory.mktemp("together")
-    specs = {}
-    for strategy in ("ddp", "fsdp"):
-        for case, (settings, _) in alone.items():
-            spec = folder / f"{strategy}-{case}" / "config.yaml"
-            spec.parent.mkdir()
-            config.save(on_two_ranks(settings, strategy), spec)
-            specs[strategy, case] = spec
+    shared = {
+        (strategy, case): on_two_ranks(settings, strategy)
+        for strategy in ("ddp", "fsdp")
+        for case, (settings, _) in alone.items()
+    }
+    for case, (like, changed) in ONLY_SHARDED.items():
+        shared["fsdp", case] = replace(copy.deepcopy(shared["fsdp", like]), **changed)
+    specs = {which: folder / "-".join(which) / "config.yaml" for which in shared}
+    for which, spec in specs.items():
+        spec.parent.mkdir()
+        config.save(shared[which], spec)
     run_ranks([str(ROOT / "tests" / "gradient_run.py"), *map(str, specs.values())], cache)
     return {which: torch.load(spec.with_name("gradients.pt")) for which, spec in specs.items()}
 
@@ -144,7 +156,7 @@ def run_ranks(program: list[str], cache: Path) -> None:
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-6000:]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -173,3 +185,25 @@ def test_two_ranks_accumulate_the_gradient_of_one_process(
     assert len(gradients) == len(recorded["gradients"]) == STEPS
     for one, two in zip(gradients, recorded["gradients"], strict=True):
         assert distance(one, two) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["distill_sharded_teacher", "offloaded"])
+def test_what_is_split_or_offloaded_besides_changes_no_gradient(
+    case: str, alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    recorded = together["fsdp", case]
+    assert bool(recorded["split_tensors_of_teacher"]) == (case == "distill_sharded_teacher")
+    assert not together["fsdp", "distill"]["split_tensors_of_teacher"]
+    for one, two in zip(alone[ONLY_SHARDED[case][0]][1], recorded["gradients"], strict=True):
+        assert distance(one, two) <= TOLERANCE
+
+
+def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_in_fp32(
+    alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    recorded = together["fsdp", "bf16"]
+    assert recorded["computed_in"] == torch.bfloat16
+    assert together["fsdp", "finetune"]["computed_in"] == torch.float64
+    for one, two in zip(alone["finetune"][1], recorded["gradients"], strict=True):
+        assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+        assert 1e-6 < distance(one, {name: tensor.double() for name, tensor in two.items()}) <= BF16_TOLERANCE

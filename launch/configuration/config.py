@@ -121,6 +121,10 @@ class Config:
     z_loss: float = 0.0
     packing: bool = False
     layer_drop: float = 0.0
+    rank_timeout: int = 1800
+    checkpoint_format: str = "single"
+    fsdp_offload: bool = False
+    shard_teacher: bool | str = False
 
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 

@@ -1,12 +1,13 @@
 """Ranks: one run on several devices of this machine, each rank a process started by PyTorch's elastic multiprocessing.
 
 The parent prepares data, makes the run directory and keeps the store that the ranks meet at; then it only waits and
-hands signals on. A rank that dies takes the others with it.
+hands signals on. A rank that dies takes the others with it, and so does one that keeps the others waiting too long.
 """
 
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from gpt2lab.atomic_files import write_json
+from gpt2lab.heartbeat import Listener
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
@@ -40,10 +42,11 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
         outcome_file = Path(scratch, "outcome.json")
-        failed, signals = _start_and_wait(settings, folder / "config.yaml", Path(scratch), outcome_file)
+        failed, signals, blame = _start_and_wait(settings, folder / "config.yaml", Path(scratch), outcome_file)
         outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
     if outcome is None:
         told = f"rank {failed[0]} ended with exit code {failed[1]}" if failed else "the ranks were stopped by a signal"
+        told = blame or told
         run_folders.remove_if_untrained(folder, is_new)
         code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED
         raise answer.Ended(code, f"The run in {folder} failed: {told}.")
@@ -65,10 +68,15 @@ def record_outcome(code: int, message: str = "", watched: float | None = None) -
         write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
 
 
+def is_timeout(error: Exception) -> bool:
+    """Whether a rank gave up waiting for the others."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("timeout", "timed out"))
+
+
 def _start_and_wait(
     settings: Config, spec: Path, scratch: Path, outcome_file: Path
-) -> tuple[tuple[int, int] | None, list[int]]:
-    """((rank, exit code) of the first that failed or None, signals that came)."""
+) -> tuple[tuple[int, int] | None, list[int], str]:
+    """((rank, exit code) of the first that failed or None, signals that came, which rank kept the others waiting)."""
     world = settings.record.world_size
     # The store listens before any rank starts and picks its own free port, so no two runs can collide.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -80,6 +88,7 @@ def _start_and_wait(
         "LOCAL_WORLD_SIZE": str(world),
         "GROUP_RANK": "0",
         "GPT2LAB_OUTCOME": str(outcome_file),
+        "GPT2LAB_HEARTBEATS": str(scratch),
         "OMP_NUM_THREADS": str(settings.threads),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
@@ -94,10 +103,29 @@ def _start_and_wait(
     try:
         # After the start: it installs handlers of its own, which would end the ranks instead of letting them save.
         with children.forwarding(lambda: list(context.pids().values())) as signals:
-            result = None
+            result, blame, listener = None, "", Listener(scratch, world)
             while result is None:
                 result = context.wait(POLL_SECONDS)
+                listener.listen(longest_gap=10 * POLL_SECONDS)
+                if result is None and not blame and listener.silent(settings.rank_timeout):
+                    blame = _end_silent(listener, settings.rank_timeout, context.pids())
     finally:
         context.close()
+    blame = blame or _blame(listener.behind(), listener, settings.rank_timeout)
     first = min(result.failures.values(), key=lambda failure: failure.timestamp, default=None)
-    return ((first.local_rank, first.exitcode) if first else None), signals
+    return ((first.local_rank, first.exitcode) if first else None), signals, blame
+
+
+def _end_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
+    """Kill the ranks that fell silent; the others then lose their connection and end by themselves."""
+    silent = listener.silent(seconds)
+    blame = _blame(silent, listener, seconds)
+    for rank in silent:
+        os.kill(pids[rank], signal.SIGKILL)
+    return blame
+
+
+def _blame(late: list[int], listener: Listener, seconds: int) -> str:
+    """Who kept the others waiting, in words; nothing where nobody did."""
+    said = " and ".join(f"rank {rank} (last {listener.last_word(rank)})" for rank in late)
+    return f"{said} kept the others waiting for more than rank_timeout={seconds} seconds" if said else ""
