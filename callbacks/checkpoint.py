@@ -117,8 +117,8 @@ class Checkpoint(lightning.Callback):
         self.saved_step = step
 
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        model = pl_module.export_model()
-        if trainer.is_global_zero:
+        model = pl_module.export_on_first_rank()
+        if model is not None:
             scores = {n: f"{float(v):.4f}" for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
             card = {
                 "title": self.run_dir.name,

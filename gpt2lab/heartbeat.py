@@ -74,16 +74,20 @@ class Listener:
         """The ranks that gave no sign of life for so long."""
         return [rank for rank, heard in enumerate(self._heard) if heard.silence >= seconds]
 
-    def behind(self) -> list[int]:
-        """The ranks for which others waited in vain: those with the fewest deeds, else those that did not wait."""
+    def behind(self, gave_up: bool = False) -> list[int]:
+        """The ranks for which others waited in vain: those with the fewest deeds, else those that did not wait.
+
+        Args:
+            gave_up: whether somebody is known to have waited who could leave no word of it.
+        """
         words = [self._words(rank) for rank in range(len(self._heard))]
         waited = [WAITED in doing for _, doing in words]
         fewest = min(deeds for deeds, _ in words)
-        if not any(waited):
-            return []
-        if any(deeds > fewest for deeds, _ in words):
-            return [rank for rank, (deeds, _) in enumerate(words) if deeds == fewest]
-        return [rank for rank, did in enumerate(waited) if not did]
+        if any(waited) or gave_up:
+            late = [rank for rank, (deeds, _) in enumerate(words) if deeds == fewest]
+            if len(late) < len(words):
+                return late
+        return [rank for rank, did in enumerate(waited) if not did] if any(waited) else []
 
     def last_word(self, rank: int) -> str:
         """What a rank was doing when it was last heard of."""

@@ -90,9 +90,9 @@ class FineTune(LanguageModel):
             task_type="CAUSAL_LM",
         )
 
-    def _whole_state(self) -> dict[str, Tensor]:
+    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
         """As the base's, with each adapter's product added to the weight it adapts."""
-        state = super()._whole_state()
+        state = super()._whole_state(first_rank_only)
         if not self.lora.rank:
             return state
         return merged(state, self.lora.alpha / self.lora.rank)

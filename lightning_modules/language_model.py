@@ -341,6 +341,16 @@ class LanguageModel(lightning.LightningModule):
         with self.averaged_weights():
             return self._plain_hf()
 
+    def export_on_first_rank(self) -> GPT2LMHeadModel | None:
+        """As `export_model` on the first rank, None on the others: a large model is whole in one place only.
+
+        Under FSDP every rank must call it.
+        """
+        with self.averaged_weights():
+            state = self._whole_state(first_rank_only=True)
+            is_first = self.trainer.is_global_zero
+            return plain_hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
+
     def _plain_hf(self) -> GPT2LMHeadModel:
         return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
 
@@ -348,11 +358,15 @@ class LanguageModel(lightning.LightningModule):
         """In this context the model has its averaged weights, where they are kept."""
         return self.average.applied() if self.average is not None else nullcontext()
 
-    def _whole_state(self) -> dict[str, Tensor]:
-        """State dict of the inner GPT-2 with whole tensors on every rank, in the training layout."""
+    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
+        """State dict of the inner GPT-2 with whole tensors, in the training layout.
+
+        Args:
+            first_rank_only: sharded weights are gathered there alone, on the CPU; the other ranks get nothing.
+        """
         if not self.is_sharded:
             return self.backbone.lm.state_dict()
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=first_rank_only)
         state = get_model_state_dict(self.backbone, options=options)
         inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
         return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}

@@ -1,14 +1,17 @@
 """Checkpoints that ranks write in parts: whole or not there, taken up by any number of ranks, made one by a command."""
 
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Train
+from conftest import ROOT, Train, environment
 from safetensors.torch import load_file
 
-from gpt2lab.checkpoint_ledger import newest_good_checkpoint
+from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.errors import InputError
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
@@ -46,6 +49,9 @@ def test_one_rank_takes_up_what_two_wrote_and_one_command_makes_it_whole(
     unbroken = losses(run)
 
     shutil.copytree(run, tmp_path / "again", symlinks=True)
+    (tmp_path / "again" / "checkpoints" / "index.json").unlink()
+    assert newest_good_checkpoint(tmp_path / "again") == tmp_path / "again" / "checkpoints" / newest.name
+    shutil.copy(run / "checkpoints" / "index.json", tmp_path / "again" / "checkpoints")
     (tmp_path / "again" / "checkpoints" / newest.name / "rest.pt").write_bytes(b"damaged")
     answer = train_here("resume=again", "devices=1", "strategy=auto")
     assert answer.code == 0, answer.stderr
@@ -83,6 +89,49 @@ def test_a_sharded_run_taken_up_again_ends_with_the_same_bytes(
     assert answer.code == 0, answer.stderr
     unbroken, again = (weights(tmp_path / name) for name in ("run", "again"))
     assert all(torch.equal(unbroken[name], again[name]) for name in unbroken)
+
+
+@pytest.mark.chaos
+def test_killed_while_ranks_write_the_last_named_checkpoint_is_whole(
+    cache: Path, train_process: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    keys = [key for key in KEYS if not key.startswith(("steps", "checkpoint_every", "validate_every"))]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *tiny, *keys, "steps=100000", "checkpoint_every=1"],
+        cwd=tmp_path,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    folder = tmp_path / "run" / "checkpoints"
+    end = time.monotonic() + 120
+    while not (list(folder.glob("step-*")) and list(folder.glob(".step-*/*.distcp"))):
+        assert time.monotonic() < end
+    process.kill()  # its ranks die with it
+    process.wait()
+    newest = newest_good_checkpoint(tmp_path / "run")
+    assert newest is not None
+    done = step_of(newest)
+    answer = train_process("resume=run", f"steps={done + 2}")
+    assert answer.code == 0, answer.stderr
+    assert read_report(tmp_path / "run")["steps"] == done + 2
+    assert not list(folder.glob(".step-*"))
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_where_ranks_wrote_them_in_parts(
+    train_process: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(240)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
+    keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens"))]
+    keys += ["task=finetune", "init=scratch", "model=nano", "data=pairs", f"path={tmp_path / 'pairs.tsv'}"]
+    keys += ["batch_sequences=6", "task.lora.rank=4", "task.text.examples=0", "task.text.max_new_tokens=8"]
+    answer = train_process(*keys, *KEYS, "optimizer=adamw", "optimizer.lr=0.1")
+    assert answer.code == 0, answer.stderr
+    exported, consolidated = weights(tmp_path / "run"), weights(consolidate(str(tmp_path / "run")))
+    assert exported.keys() == consolidated.keys()
+    assert all(torch.allclose(exported[name], consolidated[name], atol=1e-6) for name in exported)
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
         "checkpoint_every": config.checkpoint_every,
         "sample_every": config.sample_every,
         "on_spike": config.on_spike,
-        "rank_timeout": config.rank_timeout,
+        "rank_timeout": config.rank_timeout + GRACE_SECONDS,
     }
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     return [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]

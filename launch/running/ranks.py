@@ -111,8 +111,9 @@ def _start_and_wait(
                     blame = _end_silent(listener, settings.rank_timeout, context.pids())
     finally:
         context.close()
-    blame = blame or _blame(listener.behind(), listener, settings.rank_timeout)
     first = min(result.failures.values(), key=lambda failure: failure.timestamp, default=None)
+    aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
+    blame = blame or _blame(listener.behind(aborted), listener, settings.rank_timeout)
     return ((first.local_rank, first.exitcode) if first else None), signals, blame
 
 
