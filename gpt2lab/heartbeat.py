@@ -21,6 +21,7 @@ class Heartbeat:
     def __init__(self, folder: Path, rank: int) -> None:
         self.file = _file(folder, rank)
         self._deeds, self._doing = 0, "getting ready"
+        self._writing = threading.Lock()
         threading.Thread(target=self._beat_on, daemon=True).start()
 
     def mark(self, doing: str) -> None:
@@ -34,8 +35,9 @@ class Heartbeat:
 
     def _beat(self) -> None:
         aside = self.file.with_name(f".{self.file.name}")
-        aside.write_text(json.dumps([self._deeds, self._doing]), encoding="utf-8")
-        aside.replace(self.file)
+        with self._writing:
+            aside.write_text(json.dumps([self._deeds, self._doing]), encoding="utf-8")
+            aside.replace(self.file)
 
     def _beat_on(self) -> None:
         while True:
