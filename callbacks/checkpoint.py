@@ -15,8 +15,16 @@ from callbacks.throughput import outside_training_time
 from callbacks.wandb_logger import WeightsAndBiases
 from gpt2lab.atomic_files import told_when_full
 from gpt2lab.batch import Batch
-from gpt2lab.checkpoint_ledger import checkpoint_folder, drop_after, newest_good_checkpoint, record, scratch_file
+from gpt2lab.checkpoint_ledger import (
+    checkpoint_folder,
+    discard,
+    drop_after,
+    newest_good_checkpoint,
+    record,
+    scratch_file,
+)
 from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.sharded_checkpoint import is_sharded, read_whole
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +103,8 @@ class Checkpoint(lightning.Callback):
         ):
             checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
             scratch = scratch_file(self.run_dir, step)
+            if trainer.is_global_zero:
+                discard(scratch)
             try:
                 trainer.save_checkpoint(scratch, weights_only=False)
                 self._export(trainer, pl_module)
@@ -102,13 +112,13 @@ class Checkpoint(lightning.Callback):
                     record(self.run_dir, step, self.keep_last)
             finally:
                 if trainer.is_global_zero:
-                    scratch.unlink(missing_ok=True)
+                    discard(scratch)
             trainer.strategy.barrier("checkpoint recorded")
         self.saved_step = step
 
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        model = pl_module.export_model()
-        if trainer.is_global_zero:
+        model = pl_module.export_on_first_rank()
+        if model is not None:
             scores = {n: f"{float(v):.4f}" for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
             card = {
                 "title": self.run_dir.name,
@@ -125,11 +135,16 @@ class Checkpoint(lightning.Callback):
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the file; Lightning's own first builds the whole file in memory."""
+    """Writes straight to the file; Lightning's own first builds the whole file in memory. Reads shards as one file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         with Path(path).open("wb") as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if is_sharded(Path(path)):
+            return read_whole(Path(path))
+        return super().load_checkpoint(path, *arguments, weights_only=weights_only)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ checkpoint be saved; a second Ctrl-C stops at once. With several ranks all stop 
 import logging
 import signal
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -28,9 +29,14 @@ class StoppedNowError(BaseException):
 
 
 class Interrupt(lightning.Callback):
-    """After the run, `reason` names what stopped it (one of REASONS), or is empty where nothing did."""
+    """After the run, `reason` names what stopped it (one of REASONS), or is empty where nothing did.
 
-    def __init__(self) -> None:
+    Args:
+        rank_timeout: seconds after which a rank that waits for the others to agree gives up.
+    """
+
+    def __init__(self, rank_timeout: int = 1800) -> None:
+        self.timeout = timedelta(seconds=rank_timeout)
         self.reason = ""
         self._request = ""
         self._first_press = 0.0
@@ -46,7 +52,7 @@ class Interrupt(lightning.Callback):
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         if trainer.world_size > 1:
             # A group on the CPU, so that agreeing does not wait for a GPU's queue.
-            self._ranks = torch.distributed.new_group(backend="gloo")
+            self._ranks = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -1,15 +1,16 @@
-"""The checkpoints of a run and the ledger that vouches for them.
+"""The checkpoints of a run, each a file or a folder of shards, and the ledger that vouches for them.
 
     <run>/checkpoints/step-000200.ckpt, index.json (the ledger), last (a symlink to the newest checkpoint)
 
 A checkpoint counts only once the ledger names it with its size and SHA-256; the ledger is written after the file.
 So whatever instant a process dies at, the newest named checkpoint is whole. Where the ledger itself is lost, a
-checkpoint still counts by the checksums inside it.
+checkpoint still counts by the checksums inside it; a folder has them in a file.
 """
 
 import hashlib
 import json
 import logging
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from gpt2lab.atomic_files import flush, point_symlink, write_json
 log = logging.getLogger(__name__)
 
 LEDGER = "index.json"
+CHECKSUMS = "checksums.json"  # of a folder of shards: file → SHA-256
 
 
 @dataclass
 class Entry:
-    """One checkpoint: its file's name, the optimizer steps completed in it, and what its bytes must be."""
+    """One checkpoint: its name, the optimizer steps completed in it, and what its bytes must be."""
 
     file: str
     step: int
@@ -56,11 +58,16 @@ def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
     """Turn the scratch file of `step` into a checkpoint; keep the newest `keep_last` and delete every other file."""
     folder = checkpoint_folder(run_dir)
     scratch = scratch_file(run_dir, step)
-    flush(scratch)
-    entry = Entry(f"step-{step:06d}.ckpt", step, scratch.stat().st_size, _sha256(scratch))
+    if scratch.is_dir():
+        write_json(scratch / CHECKSUMS, _checksums(scratch))
+    for path in [*_files(scratch), scratch]:
+        flush(path)
+    entry = Entry(f"step-{step:06d}.ckpt", step, _bytes(scratch), _sha256(scratch))
     # Checkpoints beyond this step come from a run that was taken up again before them.
     kept = [*(old for old in entries(run_dir) if old.step < step), entry][-keep_last:]
     path = folder / entry.file
+    if path.is_dir() or scratch.is_dir():
+        discard(path)  # a folder takes no other's place
     scratch.replace(path)
     flush(folder)
     write_json(folder / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
@@ -68,27 +75,35 @@ def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
     named = {entry.file for entry in kept}
     for stray in [*folder.glob("step-*.ckpt"), *folder.glob(".step-*.tmp")]:
         if stray.name not in named:
-            stray.unlink(missing_ok=True)
+            discard(stray)
     return path
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint or what there is of one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest checkpoint whose bytes are those that were written; damaged ones are passed over with a warning."""
     for entry in reversed(entries(run_dir)):
         path = checkpoint_folder(run_dir) / entry.file
-        if path.is_file() and path.stat().st_size == entry.bytes and _sha256(path) == entry.sha256:
+        if path.exists() and _bytes(path) == entry.bytes and _sha256(path) == entry.sha256:
             return path
         log.warning("Checkpoint %s is damaged or missing; falling back to the one before.", path)
     named = {entry.file for entry in entries(run_dir)}
     for path in reversed(checkpoint_files(run_dir)):
-        if path.name not in named and _is_whole_archive(path):
+        if path.name not in named and _is_whole(path):
             log.warning("The ledger does not name %s, but it is whole by its own checksums.", path)
             return path
     return None
 
 
 def checkpoint_files(run_dir: str | Path) -> list[Path]:
-    """Every file that was put in place as a checkpoint, whether the ledger names it or not."""
+    """Everything that was put in place as a checkpoint, whether the ledger names it or not."""
     return sorted(checkpoint_folder(run_dir).glob("step-*.ckpt"))
 
 
@@ -100,12 +115,14 @@ def drop_after(run_dir: str | Path, step: int) -> None:
         write_json(checkpoint_folder(run_dir) / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
 
 
-def _is_whole_archive(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     """PyTorch writes zip archives with a checksum for each member."""
     try:
+        if path.is_dir():
+            return json.loads((path / CHECKSUMS).read_text()) == _checksums(path)
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, zipfile.BadZipFile):
         return False
 
 
@@ -114,6 +131,23 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.rpartition("-")[2])
 
 
+def _files(path: Path) -> list[Path]:
+    """A checkpoint's files, in the order of their names; `checksums.json` is about the others and not one of them."""
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in inside if file.name != CHECKSUMS]
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {file.name: _sha256(file) for file in _files(folder)}
+
+
 def _sha256(path: Path) -> str:
+    """Of a file; of a folder that of its checksums."""
+    if path.is_dir():
+        return hashlib.sha256(json.dumps(_checksums(path)).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

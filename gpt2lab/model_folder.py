@@ -44,6 +44,11 @@ def folder_of(source: str, key: str) -> Path:
             read_shape(candidate)
             _check_weights(candidate)
             return candidate.resolve()
+    if (folder / ".metadata").is_file():
+        raise InputError(
+            f"{key}={source} is a checkpoint that ranks wrote in parts.\n"
+            f"Give its run directory, or make a model folder of it: python -m launch.consolidate {source}"
+        )
     raise InputError(
         f"{key}={source} holds no model: neither hf/config.json (a run directory) nor config.json (a model folder).\n"
         "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."

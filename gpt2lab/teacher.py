@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from gpt2lab.backbone import Backbone, load_backbone
 from gpt2lab.teacher_signal import AlignedTeacher, AlignedText, DenseTeacher
@@ -12,6 +14,7 @@ TEACHER_DTYPES = {
     "bf16": torch.bfloat16,
     "bf16_true": torch.bfloat16,
     "fp16": torch.float16,
+    "fp64": torch.float64,  # no precision of train.py: in it gradients are compared to many digits
 }
 
 
@@ -26,6 +29,16 @@ class OnlineTeacher:
     def __init__(self, source: str, dtype: torch.dtype = torch.float32) -> None:
         self.source = source
         self.backbone: Backbone = load_backbone(source, dtype=dtype).eval().requires_grad_(False)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Split its blocks over the ranks of a mesh and move them to their device; the embeddings, which are its head
+        as well, stay whole on every rank. From then on all ranks must ask it together.
+        """
+        transformer = self.backbone.lm.transformer
+        for block in self.backbone.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        whole = {*transformer.wte.parameters(), *transformer.wpe.parameters(), *transformer.ln_f.parameters()}
+        fully_shard(transformer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the weights; in bf16 on a CPU the head is laid out as the LM-head loss multiplies by it."""

@@ -44,8 +44,14 @@ class WeightAverage:
             if not was_applied:
                 self.swap()
 
-    def state(self) -> list[Tensor]:
-        """What a checkpoint keeps: whole tensors. Where weights are sharded every rank must call it."""
+    def state(self, whole: bool = True) -> list[Tensor]:
+        """What a checkpoint keeps. Where weights are sharded every rank must call it.
+
+        Args:
+            whole: gather sharded tensors.
+        """
+        if not whole:
+            return list(self.averages)
         return [average.full_tensor() if isinstance(average, DTensor) else average for average in self.averages]
 
     @torch.no_grad()
@@ -53,6 +59,6 @@ class WeightAverage:
         """Take up the averages of a checkpoint."""
         for mine, saved in zip(self.averages, averages, strict=True):
             saved = saved.to(mine.device)
-            mine.copy_(
-                distribute_tensor(saved, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else saved
-            )
+            if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
+                saved = distribute_tensor(saved, mine.device_mesh, mine.placements)
+            mine.copy_(saved)

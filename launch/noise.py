@@ -21,6 +21,7 @@ QUIET_WARNINGS = (
     ".*ended before the epoch ended.*",  # our loaders start at the step they are taken up from
     ".*torch.get_autocast_gpu_dtype.*",
     ".*sync_dist=True.*",
+    ".*assuming the intent is to load in a single process.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 

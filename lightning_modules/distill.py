@@ -33,7 +33,8 @@ from lightning_modules.student_text import StudentText
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "bf16-true": "bf16_true", "16-mixed": "fp16"}  # Lightning's
+# Lightning's names
+PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "bf16-true": "bf16_true", "16-mixed": "fp16", "64-true": "fp64"}
 
 
 class Distill(LanguageModel):
@@ -49,6 +50,7 @@ class Distill(LanguageModel):
         baseline_loss: val/loss of the same student trained without a teacher, for distill/gap_closed; None: unknown.
         sequences: whose text is trained on; None: the data's.
         context: the most tokens of a sequence that the student writes.
+        shard_teacher: with strategy=fsdp, split the teacher over the ranks too.
     """
 
     teacher: OnlineTeacher  # loaded with the student's model, unless what it says is cached
@@ -65,6 +67,7 @@ class Distill(LanguageModel):
         baseline_loss: float | None = None,
         sequences: SequenceSettings | None = None,
         context: int = 0,
+        shard_teacher: bool = False,
     ) -> None:
         super().__init__(training)
         self.teacher_source = teacher
@@ -75,6 +78,7 @@ class Distill(LanguageModel):
         self.mixing = AdaptiveMixing(loss, training.steps)
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
+        self.shard_teacher = shard_teacher
         self.step_is_students = False  # whether the step at work trains on text that the student wrote
         self.student_text: StudentText | None = None
         if sequences is not None and sequences.by_student:
@@ -83,6 +87,9 @@ class Distill(LanguageModel):
 
     def on_fit_start(self) -> None:
         if not self.cache:
+            if self.shard_teacher:
+                self.teacher.backbone.to(self._teacher_dtype)
+                self.teacher.shard(self.device_mesh["data_parallel"])
             self.teacher.to(self.device, self._teacher_dtype)
 
     def on_train_start(self) -> None:
@@ -110,7 +117,8 @@ class Distill(LanguageModel):
 
     def _cut_out(self) -> Backbone:
         """The student with its first weights out of the teacher, the same on every rank."""
-        self.teacher.to(self.trainer.strategy.root_device, torch.float32)
+        device = torch.device("cpu") if self.shard_teacher else self.trainer.strategy.root_device
+        self.teacher.to(device, torch.float32)
         calibration = self.trainer.datamodule.calibration_batches(CALIBRATION_SAMPLES)
         return student_from_teacher(self.teacher.backbone, self.settings.shape, calibration)
 
@@ -233,7 +241,7 @@ class Distill(LanguageModel):
             self.student_text.load(checkpoint["student_text"])
 
     def live_teacher(self) -> tuple[GPT2LMHeadModel | None, str]:
-        if self.cache or self.alignment is not None:
+        if self.cache or self.shard_teacher or self.alignment is not None:
             return None, ""
         return self.teacher.backbone.lm, self.teacher_source
 

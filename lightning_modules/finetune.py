@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch.distributed
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import Batch
 from gpt2lab.generation import GREEDY
+from gpt2lab.lora import merged
 from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.text_metrics import text_metrics
 from lightning_modules.language_model import LanguageModel
@@ -90,18 +90,12 @@ class FineTune(LanguageModel):
             task_type="CAUSAL_LM",
         )
 
-    def _whole_state(self) -> dict[str, Tensor]:
+    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
         """As the base's, with each adapter's product added to the weight it adapts."""
-        state = super()._whole_state()
+        state = super()._whole_state(first_rank_only)
         if not self.lora.rank:
             return state
-        scale = self.lora.alpha / self.lora.rank
-        merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
-        for name, module in self.backbone.lm.named_modules():
-            if isinstance(module, LoraLayer):
-                down, up = state[f"{name}.lora_A.default.weight"], state[f"{name}.lora_B.default.weight"]
-                merged[f"{name}.weight"] = merged[f"{name}.weight"] + scale * (up @ down)
-        return merged
+        return merged(state, self.lora.alpha / self.lora.rank)
 
     def export_adapter(self, folder: Path) -> bool:
         """Write `adapter_model.safetensors` and `adapter_config.json` for a plain GPT-2, whose Conv1D is transposed."""

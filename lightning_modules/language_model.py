@@ -15,10 +15,8 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
@@ -36,6 +34,7 @@ from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
+from lightning_modules.sharding import ShardedStrategy
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,8 @@ class LanguageModel(lightning.LightningModule):
             self.backbone.drop_layers(self.settings.layer_drop)
         if self.settings.compile_blocks:
             self.backbone.compile_blocks()
-        if self.is_sharded:
-            mesh = self.device_mesh["data_parallel"]
-            for block in self.backbone.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.backbone, mesh=mesh)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
         if self.settings.ema:
             self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
 
@@ -142,7 +138,13 @@ class LanguageModel(lightning.LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds only its part of the weights (FSDP2)."""
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return isinstance(self.trainer.strategy, ShardedStrategy)
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each rank writes its own part of a checkpoint."""
+        strategy = self.trainer.strategy
+        return isinstance(strategy, ShardedStrategy) and strategy.saves_shards
 
     def head_loss(self, batch: Batch, teaching: Teaching | None = None) -> LMHeadLoss:
         """LM-head loss of one micro-batch: cross-entropy, or mixed with what a teacher says."""
@@ -314,7 +316,8 @@ class LanguageModel(lightning.LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         if self.average is not None:
-            checkpoint["weight_average"] = self.average.state()
+            checkpoint["weight_average"] = self.average.state(whole=not self.saves_shards)
+            checkpoint["averaged"] = [name for name, _ in self.backbone.named_parameters()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
@@ -338,6 +341,16 @@ class LanguageModel(lightning.LightningModule):
         with self.averaged_weights():
             return self._plain_hf()
 
+    def export_on_first_rank(self) -> GPT2LMHeadModel | None:
+        """As `export_model` on the first rank, None on the others: a large model is whole in one place only.
+
+        Under FSDP every rank must call it.
+        """
+        with self.averaged_weights():
+            state = self._whole_state(first_rank_only=True)
+            is_first = self.trainer.is_global_zero
+            return plain_hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
+
     def _plain_hf(self) -> GPT2LMHeadModel:
         return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
 
@@ -345,11 +358,15 @@ class LanguageModel(lightning.LightningModule):
         """In this context the model has its averaged weights, where they are kept."""
         return self.average.applied() if self.average is not None else nullcontext()
 
-    def _whole_state(self) -> dict[str, Tensor]:
-        """State dict of the inner GPT-2 with whole tensors on every rank, in the training layout."""
+    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
+        """State dict of the inner GPT-2 with whole tensors, in the training layout.
+
+        Args:
+            first_rank_only: sharded weights are gathered there alone, on the CPU; the other ranks get nothing.
+        """
         if not self.is_sharded:
             return self.backbone.lm.state_dict()
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=first_rank_only)
         state = get_model_state_dict(self.backbone, options=options)
         inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
         return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}

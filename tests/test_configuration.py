@@ -157,11 +157,11 @@ def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, t
         checks.check(settings)
         if row["precision"] == "fp16":
             continue
-        settings.cache_dir, settings.logger = str(tmp_path), {}
-        build_data(settings)
-        settings.compile = False
+        settings.cache_dir, settings.logger, settings.shard_teacher = str(tmp_path), {}, False
         if row["model"] == "auto":
             settings.model = config.ModelKeys(2, 2, 32, 64, 0.0)
+        build_data(settings)
+        settings.compile = False
         module = build.task_module(settings, facts, facts.vocab_size)
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -108,6 +108,45 @@ def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[s
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_is_stopped_ends_the_run_and_is_named(
+    strategy: str, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    keys = [*tiny, "steps=100000", f"strategy={strategy}", "rank_timeout=8"]
+    process, ranks = started(cache, tmp_path, *keys)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "rank 1 (last in step " in stderr.splitlines()[-1], stderr
+    assert "rank 0" not in stderr.splitlines()[-1]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+STUCK = """
+import time
+import lightning
+
+class Stuck(lightning.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            time.sleep(1000)
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_lives_but_does_not_come_is_named(
+    strategy: str, train_process: Train, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    keys = ["+callbacks.stuck._target_=stuck.Stuck", "steps=100", "devices=2", f"strategy={strategy}", "rank_timeout=8"]
+    answer = train_process(*tiny, *keys, "run_dir=run")
+    assert answer.code == 1, answer.stderr
+    assert "rank 1 (last between steps 3 and 4)" in answer.stderr.splitlines()[-1], answer.stderr
+
+
+@pytest.mark.chaos
 def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
     process.kill()
@@ -128,7 +167,7 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint(cache: Path, tmp_pa
     os.kill(ranks[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    assert "Rank 1 was killed by SIGKILL. Restart 1 of 1." in stderr
+    assert "rank 1 was killed by SIGKILL. Restart 1 of 1." in stderr
     command = [sys.executable, str(ROOT / "train.py"), *keys, "devices=2", "log_every=1", "run_dir=unbroken"]
     subprocess.run(command, cwd=tmp_path, env=environment(cache), check=True, capture_output=True)
     broken, unbroken = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("run", "unbroken"))

@@ -14,7 +14,7 @@ import torch
 
 from gpt2lab.errors import InputError
 from gpt2lab.model_folder import parameters_of
-from launch.configuration import checks
+from launch.configuration import checks, device_memory, sharding_checks
 from launch.configuration.config import Config
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,11 @@ def settle(config: Config) -> None:
     """
     config.accelerator = _accelerator(config)
     config.devices = _devices(config)
-    config.strategy = _strategy(config)
     config.precision = _precision(config)
+    config.strategy = _strategy(config)
+    sharding_checks.check(config)
+    config.checkpoint_format = _checkpoint_format(config)
+    config.shard_teacher = _shard_teacher(config)
     config.record.world_size = config.devices * config.num_nodes
     checks.check_batch(config)
     config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
@@ -120,11 +123,37 @@ def _devices(config: Config) -> int:
 
 
 def _strategy(config: Config) -> str:
+    if config.strategy == "auto" and config.devices * config.num_nodes == 1:
+        return "auto"
     if config.strategy == "auto":
-        return "auto" if config.devices == config.num_nodes == 1 else "ddp"
+        if device_memory.fits(config, devices=1, teacher_parts=1):
+            return "ddp"
+        needed = device_memory.state_bytes(config) + device_memory.teacher_bytes(config)
+        log.info(
+            "strategy=fsdp: model, optimizer and teacher take %.1f GB, too much for one device's %.1f GB",
+            needed / 1e9,
+            device_memory.device_bytes(config) / 1e9,
+        )
+        return "fsdp"
     if config.accelerator == "mps":
         raise InputError(f"strategy={config.strategy} does not work on mps, which is one device; set strategy=auto.")
     return config.strategy
+
+
+def _checkpoint_format(config: Config) -> str:
+    if config.checkpoint_format != "auto":
+        return config.checkpoint_format
+    if config.strategy != "fsdp":
+        return "single"
+    is_large = device_memory.checkpoint_bytes(config) >= device_memory.LARGE_CHECKPOINT
+    return "sharded" if is_large else "single"
+
+
+def _shard_teacher(config: Config) -> bool:
+    if str(config.shard_teacher).lower() != "auto":
+        return str(config.shard_teacher).lower() == "true"
+    devices = int(config.devices)
+    return config.strategy == "fsdp" and not device_memory.fits(config, devices, teacher_parts=1)
 
 
 def _precision(config: Config) -> str:

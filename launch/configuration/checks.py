@@ -97,8 +97,9 @@ def check_choices(config: Config) -> None:
             if given is not None and str(given) not in allowed:
                 near = nearest(str(given), allowed)
                 raise InputError(f"{key}={given}: no such value{near}.\nAllowed: {', '.join(allowed)}.")
-    if str(config.compile).lower() not in ("auto", "true", "false"):
-        raise InputError(f"compile={config.compile}: no such value.\nAllowed: auto, true, false.")
+    for key in ("compile", "shard_teacher"):
+        if str(value_of(config, key)).lower() not in ("auto", "true", "false"):
+            raise InputError(f"{key}={value_of(config, key)}: no such value.\nAllowed: auto, true, false.")
 
 
 def check_ranges(config: Config) -> None:

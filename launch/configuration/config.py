@@ -127,6 +127,10 @@ class Config:
     n_jobs: int = 1
     max_restarts: int = 0
     num_nodes: int = 1
+    rank_timeout: int = 1800
+    checkpoint_format: str = "single"
+    fsdp_offload: bool = False
+    shard_teacher: bool | str = False
 
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 

@@ -8,7 +8,7 @@ from gpt2lab.errors import InputError
 from launch.configuration.config import Config
 
 SKEW = ("skew_kl", "skew_reverse_kl")
-DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "sequences", "preflight", "baseline")
+DISTILL_ONLY = ("loss", "teacher", "teacher_cache", "sequences", "preflight", "baseline", "shard_teacher")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ READERS = (
     ),
     Reader(
         "callbacks", "on_spike", lambda c: "health" in c.callbacks, "the callback health reads it (callbacks=default)"
+    ),
+    Reader(
+        "strategy", "fsdp_offload", lambda c: c.strategy in ("auto", "fsdp") or not c.fsdp_offload, "strategy=fsdp does"
     ),
     Reader("loss", "loss.beta", lambda c: c.loss.name == "jsd", "loss=jsd reads it"),
     Reader("loss", "loss.alpha", lambda c: c.loss.name in SKEW, "loss=skew_kl and loss=skew_reverse_kl read it"),

@@ -1,7 +1,18 @@
 """Runtime arguments: what the launcher adds to the keys of a `_target_`, where its constructor takes them."""
 
 ARGUMENTS: dict[str, set[str]] = {
-    "task": {"training", "teacher", "loss", "preflight", "cache", "cached", "baseline_loss", "sequences", "context"},
+    "task": {
+        "training",
+        "teacher",
+        "loss",
+        "preflight",
+        "cache",
+        "cached",
+        "baseline_loss",
+        "sequences",
+        "context",
+        "shard_teacher",
+    },
     "data": {
         "name",
         "tokenizer",
@@ -19,7 +30,7 @@ ARGUMENTS: dict[str, set[str]] = {
         "source",
         "target",
     },
-    "callbacks": {"run_dir", "cache_dir", "facts", "checkpoint_every", "sample_every", "on_spike"},
+    "callbacks": {"run_dir", "cache_dir", "facts", "checkpoint_every", "sample_every", "on_spike", "rank_timeout"},
     "logger": {"run_dir", "group"},
 }
 

@@ -4,13 +4,14 @@ import importlib
 import inspect
 import os
 from dataclasses import asdict, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import lightning
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks.metrics_csv import MetricsCsv
 from gpt2lab.cache import cache_folder
@@ -23,7 +24,9 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
 from launch.configuration.signature import typed_settings
 from launch.configuration.spelling import nearest
+from lightning_modules.sharding import ShardedStrategy
 
+GRACE_SECONDS = 10  # a rank that fell silent is found before those that wait for it give up
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16_true": "bf16-true", "fp16": "16-mixed"}
 
 
@@ -140,6 +143,7 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "baseline_loss": config.record.baseline_loss,
         "sequences": config.sequences,
         "context": config.context,
+        "shard_teacher": config.shard_teacher is True,
     }
     return construct(node, "task", supplied)
 
@@ -160,6 +164,7 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
         "checkpoint_every": config.checkpoint_every,
         "sample_every": config.sample_every,
         "on_spike": config.on_spike,
+        "rank_timeout": config.rank_timeout + GRACE_SECONDS,
     }
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     return [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
@@ -210,19 +215,17 @@ def trainer(
 
 def strategy(config: Config) -> Strategy | str:
     """Lightning's strategy; FSDP2 also runs on CPU ranks, over gloo."""
-    backend = "gloo" if config.accelerator == "cpu" else None
+    backend = "gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl" if config.fsdp_offload else None
+    timeout = timedelta(seconds=config.rank_timeout + GRACE_SECONDS)
     if config.strategy == "ddp":
         # A block that was left out has no gradient, which DDP must be told to expect.
         return DDPStrategy(
             process_group_backend=backend,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.layer_drop > 0,
+            timeout=timeout,
         )
     if config.strategy == "fsdp":
-        return ModelParallelStrategy(
-            data_parallel_size=config.record.world_size,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=backend,
-        )
+        saves_shards = config.checkpoint_format == "sharded"
+        return ShardedStrategy(config.record.world_size, backend, timeout, saves_shards, config.fsdp_offload)
     return "auto"

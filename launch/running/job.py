@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.heartbeat import Heartbeat
 from gpt2lab.settings import DataFacts
 from launch import answer, noise
 from launch.configuration import checks, config
@@ -133,10 +134,15 @@ def closing_line(report: dict[str, Any], folder: str) -> str:
     return f"finished: {score}{folder}/report.html"
 
 
-def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, Any]:
-    """Build everything and train in this process, which is the only one or one rank of several."""
+def train(settings: Config, data: Any, facts: Any, is_new: bool, heartbeat: Heartbeat | None = None) -> dict[str, Any]:
+    """Build everything and train in this process, which is the only one or one rank of several.
+
+    Args:
+        heartbeat: of one rank of several.
+    """
     import torch
 
+    from callbacks.progress_marks import ProgressMarks
     from gpt2lab.host_memory import keep_freed_memory
     from launch.running import build
 
@@ -149,6 +155,8 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool) -> dict[str, An
         folder = _folder(settings, is_new)
         try:
             observers = build.callbacks(settings, folder, facts)
+            if heartbeat is not None:
+                observers.insert(0, ProgressMarks(heartbeat))
             trainer = build.trainer(settings, folder, observers, build.loggers(settings, folder))
             _fit(trainer, module, data, resume.checkpoint(settings))
         except (InputError, answer.Ended):
@@ -197,19 +205,22 @@ def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
 
 def _run_rank(spec: Path) -> None:
     rank = int(os.environ["RANK"])
+    heartbeat = Heartbeat(Path(os.environ["GPT2LAB_HEARTBEATS"]), rank)
     noise.settle_noise(speaks=rank == 0)
     settings = config.load(spec)
     from launch.running import ranks
 
     try:
         data, facts = _data_as_told(settings)
-        watched = train(settings, data, facts, is_new=False)["watched"]
+        watched = train(settings, data, facts, is_new=False, heartbeat=heartbeat)["watched"]
     except answer.Ended as ended:
         # Exit code 0: to the parent any other says that this rank died, and it would kill the rest while they save.
         ranks.record_outcome(int(ended.code or 0), ended.message)
     except Exception as error:
         mistake = answer.as_mistake(error)
         if mistake is None:
+            if ranks.is_timeout(error):
+                heartbeat.waited_in_vain()
             raise
         ranks.record_outcome(answer.MISTAKE, f"error: {mistake}")
     else:

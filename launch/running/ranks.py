@@ -1,8 +1,9 @@
 """Ranks: one run on several devices of this machine, each rank a process started by PyTorch's elastic multiprocessing.
 
 The parent prepares data, makes the run directory and keeps the store that the ranks meet at; then it only waits and
-hands signals on. A rank that dies takes the others with it; `max_restarts` lets all start again from the last
-checkpoint. Rank 0 speaks on the terminal, the others write to `logs/rank-N.out` and `.err` in the run directory.
+hands signals on. A rank that dies takes the others with it, and so does one that keeps the others waiting too long;
+`max_restarts` lets all start again from the last checkpoint. Rank 0 speaks on the terminal, the others write to
+`logs/rank-N.out` and `.err` in the run directory.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start
 
 from gpt2lab.atomic_files import write_json
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
+from gpt2lab.heartbeat import Listener
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
@@ -56,13 +58,13 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
         failed, signals, outcome = _attempt(settings, folder)
         if outcome is not None or signals or restarts == settings.max_restarts:
             break
-        log.warning("%s. Restart %d of %d.", _told(failed, folder), restarts + 1, settings.max_restarts)
+        log.warning("%s. Restart %d of %d.", failed, restarts + 1, settings.max_restarts)
         _take_up_again(settings, folder)
     if outcome is None:
-        told = "The ranks were stopped by a signal" if signals else _told(failed, folder)
+        told = "the ranks were stopped by a signal" if signals else failed
         run_folders.remove_if_untrained(folder, is_new)
         code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED
-        raise answer.Ended(code, f"The run in {folder} failed. {told}.")
+        raise answer.Ended(code, f"The run in {folder} failed: {told}.")
     if outcome["code"] == answer.MISTAKE:
         run_folders.remove_if_untrained(folder, is_new)
     if outcome["code"]:
@@ -81,12 +83,13 @@ def record_outcome(code: int, message: str = "", watched: float | None = None) -
         write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
 
 
-def _attempt(settings: Config, folder: Path) -> tuple[Failure | None, list[int], dict[str, Any] | None]:
-    """(first rank that failed or None, signals that came, recorded outcome or None) of one start of all ranks."""
+def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, Any] | None]:
+    """(which rank failed and how, signals that came, recorded outcome or None) of one start of all ranks."""
     with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
         outcome_file = Path(scratch, "outcome.json")
-        failed, signals = _start_and_wait(settings, folder, outcome_file)
-        return failed, signals, json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
+        failed, signals, blame = _start_and_wait(settings, folder, Path(scratch), outcome_file)
+        outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
+        return blame or _told(failed, folder), signals, outcome
 
 
 def _take_up_again(settings: Config, folder: Path) -> None:
@@ -102,11 +105,16 @@ def _take_up_again(settings: Config, folder: Path) -> None:
 def _told(failed: Failure | None, folder: Path) -> str:
     """Which rank failed, and the last line that it wrote."""
     if failed is None:
-        return "The ranks ended without a word"
+        return "the ranks ended without a word"
     died = f"was killed by {signal.Signals(-failed.code).name}" if failed.code < 0 else f"ended with code {failed.code}"
     log_file = folder / LOGS / f"rank-{failed.rank}.err"
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log_file.is_file() else []
-    return f"Rank {failed.rank} {died}{': ' + lines[-1] if lines else ''}"
+    return f"rank {failed.rank} {died}{': ' + lines[-1] if lines else ''}"
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether a rank gave up waiting for the others."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("timeout", "timed out"))
 
 
 class RankLogs(LogsSpecs):
@@ -133,8 +141,10 @@ class RankLogs(LogsSpecs):
         return str(self.folder)
 
 
-def _start_and_wait(settings: Config, folder: Path, outcome_file: Path) -> tuple[Failure | None, list[int]]:
-    """(the first rank that failed or None, signals that came)."""
+def _start_and_wait(
+    settings: Config, folder: Path, scratch: Path, outcome_file: Path
+) -> tuple[Failure | None, list[int], str]:
+    """(the first rank that failed or None, signals that came, which rank kept the others waiting)."""
     world = settings.record.world_size
     # The store listens before any rank starts and picks its own free port, so no two runs can collide.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -146,6 +156,7 @@ def _start_and_wait(settings: Config, folder: Path, outcome_file: Path) -> tuple
         "LOCAL_WORLD_SIZE": str(world),
         "GROUP_RANK": "0",
         "GPT2LAB_OUTCOME": str(outcome_file),
+        "GPT2LAB_HEARTBEATS": str(scratch),
         "OMP_NUM_THREADS": str(settings.threads),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
@@ -160,10 +171,30 @@ def _start_and_wait(settings: Config, folder: Path, outcome_file: Path) -> tuple
     try:
         # After the start: it installs handlers of its own, which would end the ranks instead of letting them save.
         with children.forwarding(lambda: list(context.pids().values())) as signals:
-            result = None
+            result, blame, listener = None, "", Listener(scratch, world)
             while result is None:
                 result = context.wait(POLL_SECONDS)
+                listener.listen(longest_gap=10 * POLL_SECONDS)
+                if result is None and not blame and listener.silent(settings.rank_timeout):
+                    blame = _end_silent(listener, settings.rank_timeout, context.pids())
     finally:
         context.close()
     first = min(result.failures.values(), key=lambda failure: failure.timestamp, default=None)
-    return (Failure(first.local_rank, first.exitcode) if first else None), signals
+    aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
+    blame = blame or _blame(listener.behind(aborted), listener, settings.rank_timeout)
+    return (Failure(first.local_rank, first.exitcode) if first else None), signals, blame
+
+
+def _end_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
+    """Kill the ranks that fell silent; the others then lose their connection and end by themselves."""
+    silent = listener.silent(seconds)
+    blame = _blame(silent, listener, seconds)
+    for rank in silent:
+        os.kill(pids[rank], signal.SIGKILL)
+    return blame
+
+
+def _blame(late: list[int], listener: Listener, seconds: int) -> str:
+    """Who kept the others waiting, in words; nothing where nobody did."""
+    said = " and ".join(f"rank {rank} (last {listener.last_word(rank)})" for rank in late)
+    return f"{said} kept the others waiting for more than rank_timeout={seconds} seconds" if said else ""

@@ -14,9 +14,18 @@ from launch.running import run_folders
 from launch.running.resolve import weights_hash
 
 # What may be given with resume=: how long, how often, and where the work is done
-MACHINE = ("accelerator", "devices", "strategy", "micro_batch", "threads")
+MACHINE = (
+    "accelerator",
+    "devices",
+    "strategy",
+    "micro_batch",
+    "threads",
+    "checkpoint_format",
+    "shard_teacher",
+    "fsdp_offload",
+)
 CHANGEABLE: tuple[str, ...] = ("steps", "validate_every", "checkpoint_every", "sample_every", "log_every", "on_spike")
-CHANGEABLE += ("workers", "cache_dir", "max_restarts", *MACHINE)
+CHANGEABLE += ("workers", "rank_timeout", "max_restarts", "cache_dir", *MACHINE)
 PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs")
 
 
@@ -54,7 +63,7 @@ def taken_up(asked: Config) -> Config | None:
         setattr(stored, key, vars(asked)[key])
     if changed & set(MACHINE):
         stored.record.world_size = 0  # the machine changes, so what was chosen for it is chosen anew
-        for key in {"micro_batch", "threads"} - changed:
+        for key in {"micro_batch", "threads", "checkpoint_format", "shard_teacher"} - changed:
             setattr(stored, key, "auto")
     stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
     if stored.steps < step_of(newest):

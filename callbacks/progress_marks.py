@@ -1,0 +1,46 @@
+"""Progress marks: notes what this rank is about to do, so that the one that keeps the others waiting can be named."""
+
+from typing import Any
+
+import lightning
+from lightning import Trainer
+
+from gpt2lab.batch import Batch
+from gpt2lab.heartbeat import Heartbeat
+
+
+class ProgressMarks(lightning.Callback):
+    """Marks every micro-batch when it arrives and when it is done.
+
+    Args:
+        heartbeat: this rank's.
+    """
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._awaits(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.heartbeat.mark(f"in step {trainer.global_step + 1}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._awaits(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.heartbeat.mark(f"validating after step {trainer.global_step}, in batch {batch_idx + 1}")
+
+    def _awaits(self, trainer: Trainer) -> None:
+        self.heartbeat.mark(f"between steps {trainer.global_step} and {trainer.global_step + 1}")

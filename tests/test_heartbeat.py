@@ -1,0 +1,53 @@
+"""Heartbeats: who is silent and who keeps the others waiting is told from the files that living threads touch."""
+
+import os
+import time
+from pathlib import Path
+
+from gpt2lab.heartbeat import BEAT_SECONDS, Heartbeat, Listener
+
+
+def listened(listener: Listener, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        listener.listen(longest_gap=1.0)
+
+
+def test_a_rank_without_a_sign_of_life_is_silent_and_a_living_one_is_not(tmp_path: Path) -> None:
+    Heartbeat(tmp_path, 0)
+    listener = Listener(tmp_path, ranks=2)
+    listened(listener, 1.6 * BEAT_SECONDS)
+    assert listener.silent(1.4 * BEAT_SECONDS) == [1]
+    Heartbeat(tmp_path, 1)
+    listened(listener, 0.5 * BEAT_SECONDS)
+    assert listener.silent(1.4 * BEAT_SECONDS) == []
+
+
+def test_while_nobody_listens_nobody_is_silent(tmp_path: Path) -> None:
+    (tmp_path / "rank-0").write_text('[1, "in step 1"]')
+    os.utime(tmp_path / "rank-0", (0, 0))
+    listener = Listener(tmp_path, ranks=1)
+    listener.listen(longest_gap=0.1)
+    time.sleep(0.5)  # as if the listener itself had been stopped
+    listener.listen(longest_gap=0.1)
+    assert listener.silent(0.15) == []
+
+
+def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(tmp_path: Path) -> None:
+    first, second = Heartbeat(tmp_path, 0), Heartbeat(tmp_path, 1)
+    listener = Listener(tmp_path, ranks=2)
+    for heartbeat in (first, second):
+        heartbeat.mark("between steps 3 and 4")
+        heartbeat._beat()
+    assert listener.behind() == []
+    first.mark("in step 4")
+    first._beat()
+    assert listener.behind() == []  # nobody gave up
+    assert listener.behind(gave_up=True) == [1]
+    first.waited_in_vain()
+    assert listener.behind() == [1]
+    assert listener.last_word(1) == "between steps 3 and 4"
+    second.mark("in step 4")
+    second._beat()
+    assert listener.behind() == [1]  # as far, but not waiting
