@@ -7,37 +7,23 @@ the running job, and then the sweep ends too.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, open_dict
 
 from gpt2lab.errors import InputError
-from gpt2lab.run_report import read_report
 from launch.configuration.config import STUDY
 from launch.configuration.groups import experiment_keys, values
 from launch.configuration.ignored_keys import given_keys, in_words
-from launch.running import jobs, run_folders
+from launch.running import jobs, run_folders, sweep_results
 from launch.running.jobs import Job
-
-COLUMNS = (
-    "job",
-    "status",
-    "watched_metric",
-    "watched",
-    "val_loss",
-    "seconds",
-    "tokens_per_second",
-    "overrides",
-    "error",
-)
 
 
 def run_sweep(
     loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int
 ) -> list[JobReturn]:
-    """Run every job, then print the table and write sweep.csv.
+    """Run every job, with sweep.csv and sweep.html written after each, then print the table.
 
     Raises:
         InputError: the combinations contradict each other as a whole.
@@ -56,13 +42,12 @@ def run_sweep(
     for job in planned:
         print(f"job {job.number}: {in_words(job.overrides)}", flush=True)
         stopped = _run(loader, sweep_config, job, several_tasks=len(set(tasks)) > 1)
-        jobs.write_csv(folder / "sweep.csv", COLUMNS, map(_row, planned))
+        sweep_results.write(folder, planned)
         if job.error:
             print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
         if stopped:
             break
-    print(_table(planned))
-    print(f"{folder}/sweep.csv")
+    print(sweep_results.in_words(folder, planned))
     jobs.check_all_ended_well(planned, stopped, "sweep")
     return [_job_return(job) for job in planned]
 
@@ -101,31 +86,6 @@ def _run(loader: ConfigLoader, sweep_config: DictConfig, job: Job, several_tasks
         return tree
 
     return jobs.run(job, compose, drops_unread=several_tasks)
-
-
-def _row(job: Job) -> dict[str, Any]:
-    """A line of sweep.csv."""
-    report = read_report(job.folder)
-    shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
-    own = {"job": job.number, "status": job.status, "overrides": in_words(job.overrides), "error": job.error}
-    return {**shown, **own, "watched": "" if job.watched is None else job.watched}
-
-
-def _table(planned: list[Job]) -> str:
-    """The sweep as the terminal shows it, one line a job, with the overrides in which the jobs differ."""
-    shared = set.intersection(*(set(job.overrides) for job in planned)) if len(planned) > 1 else set()
-    lines = [("job", "status", "watched", "value", "seconds", "overrides")]
-    for job in planned:
-        row = _row(job)
-        value = "" if job.watched is None else f"{job.watched:.4f}"
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] != "" else ""
-        own = in_words(override for override in job.overrides if override not in shared)
-        lines.append((str(job.number), job.status, row["watched_metric"], value, seconds, own))
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(lines[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(str(cell).ljust(width) for cell, width in zip(line, widths, strict=False)), str(line[-1])])
-        for line in lines
-    )
 
 
 def _job_return(job: Job) -> JobReturn:
