@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-LOG_SPAN = 10.0  # numbers that span more than this factor are seen by their logarithms
+LOG_SPAN = 10.0 * (1 - 1e-9)  # numbers that span a factor of 10, rounding aside, are seen by their logarithms
 MOST_LEVELS = 5  # of numbers; more are gathered into neighbourhoods
 FOOT = 0.12  # of an axis of numbers, where the runs stand that have none
 
@@ -24,7 +24,7 @@ class VariedKey:
         told = [value for value in self.values if value]
         numbers = [_number(value) for value in told]
         self.is_number = bool(told) and all(math.isfinite(number) for number in numbers)
-        self.is_log = self.is_number and min(numbers) > 0 and max(numbers) / min(numbers) > LOG_SPAN
+        self.is_log = self.is_number and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_SPAN
 
     @cached_property
     def places(self) -> list[float]:

@@ -275,6 +275,7 @@ def test_too_few_runs_explain_nothing():
 
 def test_numbers_over_several_magnitudes_stand_by_their_logarithms():
     assert VariedKey(["1e-4", "1e-3", "1e-2"]).places == pytest.approx([0, 0.5, 1])
+    assert VariedKey(["0.001", "0.01"]).is_log
     assert VariedKey(["1", "2", "5"]).places == pytest.approx([0, 0.25, 1])
     assert VariedKey(["adamw", "muon", "adamw"]).places == [0, 1, 0]
     untold = VariedKey(["", "0.1", "0.2"]).places
