@@ -1,8 +1,9 @@
-"""Hyperparameter importance: how much of the differences between a sweep's runs each varied key explains by itself.
+"""Hyperparameter importance: how much of the differences between settings each varied key explains by itself.
 
 One-way analysis of variance for each key: the share of the variance that lies between its values, less what chance
 would give as many values (the adjusted R²). It asks nothing of the sweep's shape, and where a key does nothing it says
-so. In a grid the rest to 1 is chance, and what keys do only together.
+so. In a grid the rest to 1 is chance, and what keys do only together. What counts is settings, not runs: the same
+setting at another seed says nothing new about a key.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,22 +32,21 @@ class Importance:
 
 
 def importances(keys: Mapping[str, Sequence[str]], results: Sequence[float]) -> list[Importance]:
-    """The keys' shares, the largest first; empty where there are too few runs, or no differences, to say.
+    """The keys' shares, the largest first; empty where there are too few settings, or no differences, to say.
 
     Args:
-        keys: the values of each varied key, by run.
-        results: the watched metric of each run, finite.
+        keys: the values of each varied key, by setting.
+        results: the watched metric of each setting, the mean over its seeds, finite.
     """
-    settings = set(zip(*(values for key, values in keys.items() if key != "seed"), strict=True))
-    values = np.array(results)  # (runs,)
-    if len(settings) < FEWEST_SETTINGS or np.ptp(values) == 0:
+    values = np.array(results)  # (settings,)
+    if len(values) < FEWEST_SETTINGS or np.ptp(values) == 0:
         return []
     found = [_importance(key, np.array(VariedKey(told).levels()), values) for key, told in keys.items()]
     return sorted((one for one in found if one is not None), key=lambda one: -one.share)
 
 
 def _importance(key: str, levels: np.ndarray, values: np.ndarray) -> Importance | None:
-    """None where the key has one value, or another one in each run."""
+    """None where the key has one value, or another one in each setting."""
     from scipy.stats import f as distribution  # a second to import, which training need not wait for
 
     groups = [values[levels == level] for level in np.unique(levels)]

@@ -152,18 +152,14 @@ def _plots(contest: Contest, results: SweepResults, numbers: dict[str, int]) -> 
 
 
 def _importance(contest: Contest, keys: Sequence[str]) -> str:
-    runs = [run for setting in contest.settings for run in setting.runs if run.value is not None]
-    varied = [key for key in (*keys, SEED) if len({run.told.get(key, "") for run in runs}) > 1]
     low, high = sorted(limits(contest))
-    found = importances(
-        {key: [run.told.get(key, "") for run in runs] for key in varied},
-        [min(max(run.value, low), high) for run in runs if run.value is not None],
-    )
+    means = [min(max(setting.mean[0], low), high) for setting in contest.settings if setting.mean is not None]
+    found = importances({key: [setting.told[key] for setting in contest.settings] for key in keys}, means)
     if not found:
-        return "<p>Too few runs to say how much each key explains.</p>"
+        return "<p>Too few settings to say how much each key explains.</p>"
     return importance_bars(found) + (
         "<p>How much of the variance each key explains by itself, less what chance would; the rest is chance and what "
-        "keys do only together. Runs that are far off count as they are drawn above, at the edge.</p>"
+        "keys do only together. What is far off counts as it is drawn above, at the edge.</p>"
     )
 
 

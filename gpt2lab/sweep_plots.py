@@ -180,7 +180,7 @@ def parallel_plot(contest: Contest, keys: Sequence[str], numbers: dict[str, int]
 
 def importance_bars(found: Sequence[Importance]) -> str:
     """A bar for each key, from 0 to 100 %; pale where chance would do as much."""
-    plot = RowPlot([0.0, 1.0], [one.key for one in found], "share of the differences between runs")
+    plot = RowPlot([0.0, 1.0], [one.key for one in found], "share of the differences between settings")
     for row, one in enumerate(found):
         left, width = plot.x(0.0), round(plot.x(one.share) - plot.x(0.0), 1)
         chance = "" if one.is_shown else " chance"
