@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,3 +138,29 @@ def test_a_killed_job_is_recorded_and_the_next_one_starts(cache: Path, tiny: lis
     table = rows(tmp_path / "swept")
     assert [row["status"] for row in table] == ["failed", "finished"]
     assert table[0]["error"] == "killed by SIGKILL"
+
+
+def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_the_best(
+    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
+):
+    sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept"]
+    ended = train_process(*tiny, *sweep)
+    assert ended.code == 0, ended.stderr
+    table = rows(tmp_path / "swept")
+    assert [(row["optimizer.lr"], row["seed"]) for row in table] == [
+        ("0.0001", "1"),
+        ("0.0001", "2"),
+        ("0.01", "1"),
+        ("0.01", "2"),
+    ]
+    assert "lr=0.01" in (tmp_path / "swept" / "sweep.html").read_text()
+    lines = ended.stdout.splitlines()
+    assert sum("2 finished" in line for line in lines) == 2, "a line for each setting"
+    (command,) = (line for line in lines if line.startswith("  python train.py "))
+    _, program, *words = shlex.split(command)
+    assert program == "train.py"
+    assert train_here(*words, "run_dir=again").code == 0
+    repeated = json.loads((tmp_path / "again" / "report.json").read_text())["val_loss"]
+    best = min(table, key=lambda row: float(row["watched"]))
+    of_its_setting = [row for row in table if row["optimizer.lr"] == best["optimizer.lr"]]
+    assert f"{repeated:.4f}" in [f"{float(row['watched']):.4f}" for row in of_its_setting]

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
@@ -16,23 +15,12 @@ from launch.configuration import config
 from launch.configuration.config import STUDY, Config
 from launch.configuration.groups import experiment_keys, values
 from launch.configuration.ignored_keys import given_keys, in_words, without
-from launch.running import jobs, run_folders, slots
+from launch.running import jobs, run_folders, slots, sweep_results
 from launch.running.job_process import LocalJobs
 from launch.running.job_queue import Executor, Listed, Proposal, Source, run_all
 from launch.running.jobs import Job
 
 HOW = ("resume", "n_jobs", "max_restarts", "launcher")  # what may differ where a sweep goes on
-COLUMNS = (
-    "job",
-    "status",
-    "watched_metric",
-    "watched",
-    "val_loss",
-    "seconds",
-    "tokens_per_second",
-    "overrides",
-    "error",
-)
 
 
 def run_grid(
@@ -54,7 +42,7 @@ def run_sweep(
     combinations: Sequence[list[str]],
     first: int = 0,
 ) -> list[Job]:
-    """Run every job that the source proposes, then print the table and write sweep.csv.
+    """Run every job that the source proposes, with sweep.csv and sweep.html after each, then print the table.
 
     Args:
         source: where the jobs come from.
@@ -88,15 +76,14 @@ def run_sweep(
         return _prepared(job, loader, sweep_config, several_tasks=len(tasks) > 1)
 
     def changed(job: Job) -> None:
-        jobs.write_csv(folder / "sweep.csv", COLUMNS, map(_row, started))
+        sweep_results.write(folder, started)
         if job.error:
             print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
         elif executor.several and job.status != "running":
             print(f"job {job.number} {job.status}: {_in_short(job)}", flush=True)
 
     stopped = run_all(source, executor, planned, prepared, changed)
-    print(_table(started))
-    print(f"{folder}/sweep.csv")
+    print(sweep_results.in_words(folder, started))
     jobs.check_all_ended_well(started, stopped, "sweep", f"Continue with: {_command_to_continue(folder)}")
     return started
 
@@ -157,31 +144,6 @@ def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_
         jobs.conclude(job, answer.FINISHED, "")
         return None
     return settings
-
-
-def _row(job: Job) -> dict[str, Any]:
-    """A line of sweep.csv."""
-    report = read_report(job.folder)
-    shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
-    own = {"job": job.number, "status": job.status, "overrides": in_words(job.overrides), "error": job.error}
-    return {**shown, **own, "watched": "" if job.watched is None else job.watched}
-
-
-def _table(planned: list[Job]) -> str:
-    """The sweep as the terminal shows it, one line a job, with the overrides in which the jobs differ."""
-    shared = set.intersection(*(set(job.overrides) for job in planned)) if len(planned) > 1 else set()
-    lines = [("job", "status", "watched", "value", "seconds", "overrides")]
-    for job in planned:
-        row = _row(job)
-        value = "" if job.watched is None else f"{job.watched:.4f}"
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] != "" else ""
-        own = in_words(override for override in job.overrides if override not in shared)
-        lines.append((str(job.number), job.status, row["watched_metric"], value, seconds, own))
-    widths = [max(len(str(line[column])) for line in lines) for column in range(len(lines[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(str(cell).ljust(width) for cell, width in zip(line, widths, strict=False)), str(line[-1])])
-        for line in lines
-    )
 
 
 def _in_short(job: Job) -> str:
