@@ -4,6 +4,7 @@ python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a co
 python -m launch.running.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
+import logging
 import os
 import sys
 import time
@@ -16,11 +17,13 @@ from launch.configuration import checks, config
 from launch.configuration.config import Config
 from launch.running import baseline, children, resolve, resume, run_folders, space
 
+log = logging.getLogger(__name__)
+
 ERROR_FILE = "error.txt"
 
 
 def run_job(asked: Config) -> dict[str, Any]:
-    """Resolve what is left open, prepare data, make the run directory, train.
+    """Resolve what is left open, prepare data, make the run directory, train; with plan=true only say what that takes.
 
     Returns:
         The report, and `watched`, the last value of the metric that says how good the run is.
@@ -41,6 +44,11 @@ def run_job(asked: Config) -> dict[str, Any]:
     noise.settle_library_noise()
     if settings.record.world_size == 0:
         automatic.settle(settings)
+    if settings.plan:
+        from launch.planning.plan import plan_of
+
+        print(plan_of(settings), flush=True)
+        return {"watched": None}
     data = build.data_module(settings)
     facts = data.prepare()
     resume.check_data(settings, facts.hash)
@@ -52,6 +60,7 @@ def run_job(asked: Config) -> dict[str, Any]:
     settings.compile = automatic.compile_pays(settings, vocab_size)
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
+    _note_planned_memory(settings, vocab_size)
     if settings.task_name == "distill":
         started = time.monotonic()
         facts = _teacher_at_work(settings, data, facts)
@@ -64,6 +73,23 @@ def run_job(asked: Config) -> dict[str, Any]:
         report = train(settings, data, facts, is_new=taken_up is None)
     print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
+
+
+def _note_planned_memory(settings: Config, vocab_size: int) -> None:
+    """What the run is expected to take, for its report; a warning where there is less."""
+    from launch.planning.free_memory import free_bytes
+    from launch.planning.plan import planned_memory
+    from launch.planning.run_sizes import room_of_a_device
+
+    plan = planned_memory(settings, vocab_size)
+    settings.record.planned_memory = {"process": plan.process, "peak": plan.peak}
+    room = room_of_a_device(settings, free_bytes(settings.accelerator), plan.process)
+    if room is not None and plan.peak > room:
+        log.warning(
+            "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
+            plan.peak / 1e9,
+            room / 1e9,
+        )
 
 
 def _teacher_at_work(settings: Config, data: Any, facts: Any) -> Any:

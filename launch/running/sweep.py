@@ -79,6 +79,10 @@ def _check_together(planned: list[Job], tasks: list[str], experiment: str) -> No
     """Jobs have folders of their own, and a distillation cannot wait for a teacher that the same sweep trains."""
     if experiment == STUDY or any(f"experiment={STUDY}" in job.overrides for job in planned):
         raise InputError(f"experiment={STUDY} is many runs already, each with a folder of its own.\nLeave out -m.")
+    if any("plan" in given_keys(job.overrides) for job in planned):
+        raise InputError(
+            "plan=true plans one run, and a sweep is many.\nLeave out -m, and plan the largest of its jobs."
+        )
     if {"run_dir", "name", "resume"} & {key for job in planned for key in given_keys(job.overrides)}:
         raise InputError(
             "run_dir, name and resume cannot be given in a sweep: each job has a folder of its own.\n"
