@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from gpt2lab import memory_parts as count
 from gpt2lab.memory_parts import RunSizes, parameters
 
-# What a CPU process takes beyond the tensors alive at once, fitted to 18 runs (docs/planning.md)
+# What a CPU process takes beyond the tensors alive at once, fitted to 11 runs (docs/planning.md)
 LATER = 50_000_000  # libraries, threads and kernels that come with the first step
 OF_WEIGHTS = 0.3  # left between the weights by making them
 OF_PASSING = 0.35  # of what a step allocates and frees
-OF_RECOMPUTED = 3.5  # of a block that is recomputed among gradients that stay
+OF_RECOMPUTED = 2.0  # of a block that is recomputed among gradients that stay
 OF_MUON = 0.9  # of Muon's work, between its moments
 OF_VALIDATION = 1.4  # its own, larger tensors find room in what training freed, but not without loss
 OF_READING = 1.2
