@@ -19,15 +19,16 @@ from dataclasses import dataclass, replace
 from gpt2lab import memory_parts as count
 from gpt2lab.memory_parts import RunSizes, parameters
 
-# What a CPU process takes beyond the tensors alive at once, fitted to 11 runs (docs/planning.md)
+# What a CPU process takes beyond the tensors alive at once, fitted to 15 runs (docs/planning.md)
 LATER = 50_000_000  # libraries, threads and kernels that come with the first step
 OF_WEIGHTS = 0.3  # left between the weights by making them
 OF_PASSING = 0.35  # of what a step allocates and frees
 OF_RECOMPUTED = 2.0  # of a block that is recomputed among gradients that stay
 OF_MUON = 0.9  # of Muon's work, between its moments
+OF_ADAPTERS = 0.8  # of the activations, where LoRA adds its products to those of the frozen weights
 OF_VALIDATION = 1.4  # its own, larger tensors find room in what training freed, but not without loss
 OF_READING = 1.2
-COMPILER = 0  # bytes of the compiler in a process that compiles
+COMPILER = 40_000_000  # bytes of the compiler in a process that compiles the LM head's work
 LASTING = ("weights", "gradients", "optimizer state", "averaged weights", "teacher weights")
 
 
@@ -79,8 +80,9 @@ def _of_a_cpu(sizes: RunSizes, parts: dict[str, int], phases: dict[str, int]) ->
     recomputed = count.of_a_layer(sizes) if sizes.checkpointing else 0
     between = OF_WEIGHTS * parts["weights"] + OF_PASSING * passing
     between += OF_RECOMPUTED * recomputed + OF_MUON * count.muon_work(sizes)
+    between += OF_ADAPTERS * parts["activations"] if sizes.lora_rank else 0
     validation = max(OF_VALIDATION * (phases["validation"] - lasting) - passing, 0)
-    exported = parameters(sizes.shape) * 4
+    exported = parameters(sizes.shape) * 4 * (2 if sizes.lora_rank else 1)  # merged, and laid out as it is written
     compiler = COMPILER if sizes.compiled_head else 0
     reading = OF_READING * phases.get("teacher reads", 0)
     return int(LATER + compiler + max(training + between + validation, reading) + exported)
@@ -140,7 +142,7 @@ def _phases(sizes: RunSizes, parts: dict[str, int]) -> dict[str, int]:
     forward += max(head + count.head_work(sizes), count.without_gradient(sizes, shape, sizes.positions, item) - hidden)
     older = gradients if sizes.step_rows > sizes.rows else 0
     backward = activations + head + kept_workspace + hidden + block_work + older
-    at_the_end = gradients + embedding + kept_workspace + block_work
+    at_the_end = gradients + kept_workspace + block_work
     validated = sizes.eval_rows * sizes.length
     phases = {
         "forward": static + gradients + max(forward, parts["teacher activations"] + kept_workspace),
