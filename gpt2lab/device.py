@@ -74,6 +74,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def resident_memory_bytes() -> int:
+    """What this process holds now; where the system does not say, the most it has held."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else peak_memory_bytes(torch.device("cpu"))
+
+
 def named_device(accelerator: str) -> torch.device:
     """The device that auto, cpu, gpu or mps means on this machine.
 

@@ -105,7 +105,7 @@ def lm_head_loss(
         compiled,
         mixing,
         entries,
-        chunk_rows or _even_chunks(hidden.shape[0], entries * _compute_dtype(hidden).itemsize),
+        chunk_rows or rows_of_a_chunk(hidden.shape[0], entries * _compute_dtype(hidden).itemsize),
         torch.is_grad_enabled(),
     )
     return LMHeadLoss(total, kept.sum(), cross_entropy, distance)
@@ -130,7 +130,8 @@ def check_served(teacher: TeacherSignal, loss: LossSettings) -> None:
         )
 
 
-def _even_chunks(rows: int, row_bytes: int) -> int:
+def rows_of_a_chunk(rows: int, row_bytes: int) -> int:
+    """C: as many of the rows, `row_bytes` of logits each, as BYTES_OF_A_CHUNK hold, in chunks of one size."""
     chunks = -(-rows * row_bytes // BYTES_OF_A_CHUNK)
     return -(-rows // max(chunks, 1)) or 1
 

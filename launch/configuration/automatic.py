@@ -12,23 +12,29 @@ from pathlib import Path
 
 import torch
 
+from gpt2lab.device import resident_memory_bytes
 from gpt2lab.errors import InputError
+from gpt2lab.memory_plan import largest_that_fits
 from gpt2lab.model_folder import parameters_of
 from launch.configuration import checks, device_memory, sharding_checks
 from launch.configuration.config import Config
+from launch.planning.free_memory import free_bytes
+from launch.planning.run_sizes import expected_vocabulary, fastest_micro_batch, room_of_a_device, run_sizes
 
 log = logging.getLogger(__name__)
 
-CPU_TOKENS = 8_192  # of one micro-batch: above it activations outgrow the caches and nothing gets faster
-GPU_TOKENS = 16_384
 # GPU: 6 · parameters · tokens per second of eager training, and the share of its time that compiled blocks save: small
 # on an H200 (benchmarks/RESULTS.md). What compiling costs is an estimate
 GPU_FLOPS, COMPILE_GAIN, COMPILE_SECONDS = 180e12, 0.35, 60.0
+USED = 0.9  # share of the free memory that a micro-batch may fill: other programs grow too, and a plan is not exact
 HEAD_COMPILE_STEPS = 50  # compiling the work on the LM head's logits takes seconds and then halves its time
 
 
-def settle(config: Config) -> None:
+def settle(config: Config, free: int | None = None) -> None:
     """Replace every `auto` by what this machine and this run call for.
+
+    Args:
+        free: bytes of memory of one device that are free; None: the device is asked.
 
     Raises:
         InputError: a GPU is asked for where there is none, more devices than there are, or fp16 on a CPU.
@@ -43,12 +49,28 @@ def settle(config: Config) -> None:
     config.record.world_size = config.devices * config.num_nodes
     checks.check_batch(config)
     config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
+    config.record.largest_micro_batch = 0  # that of another machine
+    config.record.largest_micro_batch = _largest_that_fits(config, free or free_bytes(config.accelerator))
     config.micro_batch, config.record.accumulate = split_batch(config)
 
 
 def largest_micro_batch(config: Config) -> int:
     """Sequences that one device works on at a time when nothing else is said."""
-    return max(1, (CPU_TOKENS if config.accelerator == "cpu" else GPU_TOKENS) // config.context)
+    return config.record.largest_micro_batch or fastest_micro_batch(config)
+
+
+def _largest_that_fits(config: Config, free: int | None) -> int:
+    """Sequences of the largest micro-batch that gets faster by its size and fits into the memory that is free."""
+    fastest, process = fastest_micro_batch(config), resident_memory_bytes()
+    room = room_of_a_device(config, free, process)
+    if room is None:
+        return fastest
+    return largest_that_fits(run_sizes(config, expected_vocabulary(config)), process, int(USED * room), fastest)
+
+
+def suggested_micro_batch(config: Config) -> int:
+    """What micro_batch=auto takes of a settled configuration's batch."""
+    return min(largest_micro_batch(config), math.ceil(config.rows_of_a_step / max(config.record.world_size, 1)))
 
 
 def split_batch(config: Config) -> tuple[int, int]:

@@ -37,6 +37,7 @@ def check(config: Config) -> None:
     """
     check_own_record(config)
     study_plan.check(config)
+    check_plan(config)
     check_run_dir(config)
     if config.resume not in (None, "auto"):
         return  # the run goes on with its own configuration, and launch.running.resume checks what may be given anew
@@ -57,6 +58,16 @@ def check(config: Config) -> None:
     objective_checks.check(config)
     distillation_checks.check(config)
     baseline.check_run(config)
+
+
+def check_plan(config: Config) -> None:
+    """A plan is of one new run."""
+    if config.plan and config.is_study:
+        raise InputError(
+            "plan=true plans one run, and experiment=distill_study is many.\nPlan one: task=distill plan=true"
+        )
+    if config.plan and config.resume is not None:
+        raise InputError("plan=true plans a new run; one that is continued needs what it needed.\nLeave out resume.")
 
 
 def check_own_record(config: Config) -> None:

@@ -60,6 +60,8 @@ class Record:
     world_size: int = 0  # 0 until it is settled; then every automatic choice is, and a resumed run keeps it
     compile_head: bool | None = None  # whether the work on the LM head's logits is compiled; null until it is settled
     accumulate: int = 0  # micro-batches of one optimizer step on each rank
+    largest_micro_batch: int = 0  # sequences that fit into a device at once, in validation too; 0: nobody asked
+    planned_memory: dict[str, int] = field(default_factory=dict)  # bytes: of the process without a model, and at most
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Config:
     checkpoint_format: str = "single"
     fsdp_offload: bool = False
     shard_teacher: bool | str = False
+    plan: bool = False
 
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 

@@ -156,6 +156,7 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
         "init": {"source": config.init, **config.record.kept},
         "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
         "command": config.record.command,
+        "planned_memory_bytes": config.record.planned_memory.get("peak"),
     }
     supplied = {
         "run_dir": str(folder),

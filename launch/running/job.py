@@ -5,6 +5,7 @@ python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a co
 python -m launch.running.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
+import logging
 import os
 import sys
 import time
@@ -19,11 +20,13 @@ from launch.configuration import checks, config
 from launch.configuration.config import Config
 from launch.running import baseline, children, cluster, resolve, resume, run_folders, space
 
+log = logging.getLogger(__name__)
+
 ERROR_FILE = "error.txt"
 
 
 def run_job(asked: Config) -> dict[str, Any]:
-    """Resolve what is left open, prepare data, make the run directory, train.
+    """Resolve what is left open, prepare data, make the run directory, train; with plan=true only say what that takes.
 
     Returns:
         The report, and `watched`, the last value of the metric that says how good the run is.
@@ -35,7 +38,13 @@ def run_job(asked: Config) -> dict[str, Any]:
     noise.settle_noise(speaks=cluster.is_first())
     if cluster.is_rank():
         return _run_one_of_many(asked)
-    settings, data, facts, is_new = _prepared(asked)
+    settings, is_new = _settled(asked)
+    if settings.plan:
+        from launch.planning.plan import plan_of
+
+        print(plan_of(settings), flush=True)
+        return {"watched": None}
+    data, facts = _prepared(settings, is_new)
     if settings.record.world_size > 1 or settings.max_restarts:
         from launch.running import ranks
 
@@ -46,23 +55,30 @@ def run_job(asked: Config) -> dict[str, Any]:
     return report
 
 
-def _prepared(asked: Config) -> tuple[Config, Any, DataFacts, bool]:
-    """(settled configuration, data module, facts of its data, whether the run is a new one)."""
+def _settled(asked: Config) -> tuple[Config, bool]:
+    """(the configuration with nothing left open, whether the run is a new one)."""
     taken_up = resume.taken_up(asked)
     settings = taken_up or asked
     if taken_up is None:
         run_folders.check_wanted(settings)
         resolve.resolve(settings)
     from launch.configuration import automatic
-    from launch.running import build
 
     noise.settle_library_noise()
     if settings.record.world_size == 0:
         automatic.settle(settings)
+    return settings, taken_up is None
+
+
+def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
+    """(data module, facts of its data), with what depends on these noted down in the settings."""
+    from launch.configuration import automatic
+    from launch.running import build
+
     data = build.data_module(settings)
     facts = data.prepare()
     resume.check_data(settings, facts.hash)
-    if taken_up is None:
+    if is_new:
         settings.record.baseline_loss = baseline.loss_of_baseline(settings, facts)
     vocab_size = resolve.vocabulary(settings, facts)
     if settings.record.compile_head is None:
@@ -70,11 +86,12 @@ def _prepared(asked: Config) -> tuple[Config, Any, DataFacts, bool]:
     settings.compile = automatic.compile_pays(settings, vocab_size)
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
+    _note_planned_memory(settings, vocab_size)
     if settings.task_name == "distill":
         started = time.monotonic()
         facts = _teacher_at_work(settings, data, facts)
         settings.record.teacher_seconds = round(time.monotonic() - started, 2)
-    return settings, data, facts, taken_up is None
+    return data, facts
 
 
 def _run_one_of_many(asked: Config) -> dict[str, Any]:
@@ -84,7 +101,8 @@ def _run_one_of_many(asked: Config) -> dict[str, Any]:
     if meeting.rank == 0:
         with meeting.preparing():
             cluster.take_numbers(asked)
-            settings, data, facts, is_new = _prepared(asked)
+            settings, is_new = _settled(asked)
+            data, facts = _prepared(settings, is_new)
             if is_new:
                 settings.run_dir = str(run_folders.make(settings).absolute())
             config.save(settings, Path(settings.run_dir or "") / "config.yaml")
@@ -112,6 +130,23 @@ def _data_as_told(settings: Config) -> tuple[Any, DataFacts]:
 
         facts = teacher_writing.put_in(settings, data, facts)
     return data, facts
+
+
+def _note_planned_memory(settings: Config, vocab_size: int) -> None:
+    """What the run is expected to take, for its report; a warning where there is less."""
+    from launch.planning.free_memory import free_bytes
+    from launch.planning.plan import planned_memory
+    from launch.planning.run_sizes import room_of_a_device
+
+    plan = planned_memory(settings, vocab_size)
+    settings.record.planned_memory = {"process": plan.process, "peak": plan.peak}
+    room = room_of_a_device(settings, free_bytes(settings.accelerator), plan.process)
+    if room is not None and plan.peak > room:
+        log.warning(
+            "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
+            plan.peak / 1e9,
+            room / 1e9,
+        )
 
 
 def _teacher_at_work(settings: Config, data: Any, facts: Any) -> Any:

@@ -109,6 +109,10 @@ def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_co
         raise InputError(f"experiment={STUDY} is many runs already, each with a folder of its own.\nLeave out -m.")
     given = {override for overrides in combinations for override in overrides}
     keys = set(given_keys(given))
+    if "plan" in keys:
+        raise InputError(
+            "plan=true plans one run, and a sweep is many.\nLeave out -m, and plan the largest of its jobs."
+        )
     if {"run_dir", "name"} & keys or ("resume" in keys and "resume=auto" not in given):
         raise InputError(
             "run_dir, name and resume=RUN_DIR cannot be given in a sweep: each job has a folder of its own.\n"

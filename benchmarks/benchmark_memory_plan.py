@@ -1,0 +1,195 @@
+"""Predicted against measured peak memory of short runs of train.py on a CPU, each in a process of its own.
+
+    python -m benchmarks.benchmark_memory_plan
+
+Three steps, a validation and a checkpoint each; random tokens and random weights; none of the runs was used to fit the
+plan's constants. Measured is report.json's `peak_memory_bytes`, predicted is what the run wrote into its config.yaml
+before it had a model. Both contain the process without a model, so the error of what lies above it stands beside it.
+Prints a Markdown table and the medians. About 20 minutes on two cores; the largest run takes 4 GB.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.train_command import ROOT, bin_data, train
+from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.settings import ModelShape
+
+SIZES = {"nano": (2, 128, 2), "micro": (4, 256, 4), "mini": (6, 384, 6), "distil": (6, 768, 12), "small": (12, 768, 12)}
+MODEL_FILES = "import sys; from benchmarks.benchmark_memory_plan import write_model; write_model(*sys.argv[1:])"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `like` is the task with its teacher or its way to train."""
+
+    like: str  # pretrain, distill, distill cached, finetune, LoRA
+    model: str
+    vocabulary: int
+    context: int
+    rows: int  # of a micro-batch
+    precision: str
+    optimizer: str
+    teacher: str = ""
+    more: tuple[str, ...] = ()
+    parts: int = 1  # micro-batches of a step
+
+
+CHECKPOINTED = ("activation_checkpointing=true",)
+CASES = (
+    Case("pretrain", "nano", 4_096, 256, 32, "fp32", "adamw"),
+    Case("pretrain", "nano", 16_384, 128, 16, "bf16", "muon"),
+    Case("pretrain", "nano", 50_257, 256, 16, "bf16", "adamw"),
+    Case("pretrain", "micro", 4_096, 256, 8, "bf16", "muon"),
+    Case("pretrain", "micro", 8_192, 1024, 4, "fp32", "adamw"),
+    Case("pretrain", "micro", 50_257, 256, 8, "fp32", "muon"),
+    Case("pretrain", "micro", 16_384, 512, 16, "bf16", "adamw", parts=2),
+    Case("pretrain", "mini", 4_096, 512, 16, "bf16", "adamw"),
+    Case("pretrain", "mini", 16_384, 256, 16, "fp32", "muon"),
+    Case("pretrain", "mini", 8_192, 256, 4, "fp32", "adamw", parts=3),
+    Case("pretrain", "mini", 50_257, 256, 8, "bf16", "muon"),
+    Case("pretrain", "mini", 4_096, 512, 8, "bf16", "muon", more=CHECKPOINTED),
+    Case("pretrain", "micro", 8_192, 256, 32, "fp32", "adamw", more=CHECKPOINTED),
+    Case("pretrain", "distil", 16_384, 256, 8, "fp32", "adamw"),
+    Case("pretrain", "small", 16_384, 256, 4, "bf16", "adamw"),
+    Case("distill", "nano", 4_096, 256, 16, "bf16", "adamw", "micro"),
+    Case("distill", "micro", 16_384, 256, 8, "fp32", "muon", "mini"),
+    Case("distill", "mini", 8_192, 256, 8, "bf16", "adamw", "distil", ("loss=reverse_kl",)),
+    Case("distill cached", "micro", 16_384, 256, 16, "bf16", "adamw", "mini", ("teacher_cache=sampled",)),
+    Case("distill cached", "nano", 4_096, 256, 16, "fp32", "muon", "micro", ("teacher_cache=topk",)),
+    Case("finetune", "micro", 4_096, 256, 16, "fp32", "muon"),
+    Case("finetune", "mini", 16_384, 256, 16, "bf16", "adamw"),
+    Case("LoRA", "mini", 8_192, 256, 16, "fp32", "adamw", more=("task.lora.rank=8",)),
+    Case("LoRA", "distil", 50_257, 256, 8, "bf16", "adamw", more=("task.lora.rank=16",)),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bytes of one run."""
+
+    predicted: int
+    measured: int
+    process: int
+
+    @property
+    def error(self) -> float:
+        """Of the whole peak, as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def error_above(self) -> float:
+        """Of what lies above the process without a model."""
+        return (self.predicted - self.process) / (self.measured - self.process) - 1
+
+
+def write_model(folder: str, size: str, vocabulary: str) -> None:
+    """A model of random weights as a Hugging Face folder."""
+    layers, width, heads = SIZES[size]
+    torch.manual_seed(1)
+    plain_hf(Backbone(ModelShape(layers, heads, width, 1024, int(vocabulary)))).save_pretrained(folder)
+
+
+def model_folder(folder: Path, size: str, vocabulary: int) -> Path:
+    """The folder of that model with a tokenizer, made once, in a process of its own."""
+    made = folder / f"model-{size}-{vocabulary}"
+    if not made.exists():
+        command = [sys.executable, "-c", MODEL_FILES, str(made), size, str(vocabulary)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        write_tokenizer(made, vocabulary)
+    return made
+
+
+def write_pairs(file: Path, pairs: int = 400) -> None:
+    """Pairs of random words: 60 to 240 letters of a source, some twelve of a target."""
+    drawn = random.Random(0)
+
+    def letters(count: int) -> str:
+        return "".join(drawn.choice("abcdefghij ") for _ in range(count))
+
+    lines = [{"source": letters(drawn.randint(60, 240)), "target": letters(12)} for _ in range(pairs)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def keys(case: Case, folder: Path) -> list[str]:
+    """The command line of a case."""
+    words = [f"context={case.context}", f"micro_batch={case.rows}", f"precision={case.precision}"]
+    words += [f"optimizer={case.optimizer}", *case.more, "steps=3", "log_every=1", "callbacks=minimal", "logger=none"]
+    words += ["validate_every=3", "checkpoint_every=3", "accelerator=cpu", "devices=1", "threads=2"]
+    words += [f"cache_dir={folder / 'cache'}"]
+    if case.like in ("finetune", "LoRA"):
+        if not (folder / "pairs.jsonl").exists():
+            write_pairs(folder / "pairs.jsonl")
+        start = model_folder(folder, case.model, case.vocabulary)
+        words += ["task=finetune", f"init={start}", "data=pairs", f"path={folder / 'pairs.jsonl'}"]
+        return [*words, f"batch_sequences={case.rows * case.parts}", "task.text.examples=0"]
+    corpus, tokenizer = folder / f"corpus-{case.vocabulary}", folder / f"tokenizer-{case.vocabulary}"
+    if not corpus.exists():
+        write_corpus(corpus, case.vocabulary, train_tokens=200_000, val_tokens=8_193)
+        write_tokenizer(tokenizer, case.vocabulary)
+    words += [f"model={case.model}", f"batch_tokens={case.context * case.rows * case.parts}"]
+    if case.teacher:
+        teacher = model_folder(folder, case.teacher, case.vocabulary)
+        words += ["task=distill", "preflight=off", f"teacher={teacher}"]
+    return [*words, *bin_data(corpus, tokenizer)]
+
+
+def measure(case: Case, folder: Path) -> Found:
+    """Run it."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        run_dir = Path(scratch) / "run"
+        report = train(run_dir, keys(case, folder))
+        planned = OmegaConf.load(run_dir / "config.yaml").record.planned_memory
+        return Found(int(planned.peak), int(report["peak_memory_bytes"]), int(planned.process))
+
+
+def row(case: Case, found: Found) -> str:
+    """A line of the table."""
+    model = f"{case.model} ← {case.teacher}" if case.teacher else case.model
+    settings = [case.precision, case.optimizer, *(word.removeprefix("task.") for word in case.more)]
+    batch = f"{case.rows} × {case.context}" + (f", {case.parts} a step" if case.parts > 1 else "")
+    sizes = f"{found.predicted / 1e9:.2f} | {found.measured / 1e9:.2f} | {found.error:+.0%} | {found.error_above:+.0%}"
+    return f"| {case.like} | {model} | {case.vocabulary:,} | {batch} | {', '.join(settings)} | {sizes} |"
+
+
+def medians(found: list[Found]) -> str:
+    """Of the errors' sizes."""
+    whole = statistics.median(abs(one.error) for one in found)
+    above = statistics.median(abs(one.error_above) for one in found)
+    worst = max(abs(one.error) for one in found)
+    return (
+        f"{len(found)} runs: median error {whole:.1%} of the measured peak, largest {worst:.1%}; "
+        f"above the process, median {above:.1%}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    options = parser.parse_args()
+    print(
+        "| task | model | vocabulary | micro-batch | settings | predicted, GB | measured, GB | error | above process |"
+    )
+    print("|---|---|--:|---|---|--:|--:|--:|--:|", flush=True)
+    every = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in tqdm(CASES[: options.cases], "runs", disable=None):
+            every.append(measure(case, Path(folder)))
+            print(row(case, every[-1]), flush=True)
+    print(f"\n{medians(every)}")
+
+
+if __name__ == "__main__":
+    main()

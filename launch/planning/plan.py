@@ -1,0 +1,153 @@
+"""Plan: what a run would need and do, as the terminal shows it (plan=true). Nothing of the run's size is allocated."""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gpt2lab.device import resident_memory_bytes
+from gpt2lab.memory_parts import RunSizes, trained_parameters
+from gpt2lab.memory_plan import MemoryPlan, memory_plan
+from gpt2lab.model_folder import parameters_of
+from launch.configuration import automatic
+from launch.configuration.config import Config
+from launch.planning.free_memory import free_bytes
+from launch.planning.knobs import knobs
+from launch.planning.run_sizes import expected_vocabulary, room_of_a_device, run_sizes
+from launch.planning.speed import Speed, measured_speed
+from launch.running import space
+
+WIDTH = 110
+SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
+def planned_memory(config: Config, vocab_size: int) -> MemoryPlan:
+    """Of a configuration whose automatic choices are settled, run by a process like this one."""
+    return memory_plan(run_sizes(config, vocab_size), resident_memory_bytes())
+
+
+def plan_of(config: Config) -> str:
+    """The whole plan of a resolved configuration whose automatic choices are settled.
+
+    Raises:
+        InputError: the tokenizer that is named cannot be had.
+    """
+    vocab_size = expected_vocabulary(config)
+    config.record.compile_head = automatic.compiling_the_head_pays(config)
+    plan, sizes = planned_memory(config, vocab_size), run_sizes(config, vocab_size)
+    room = room_of_a_device(config, free_bytes(config.accelerator), plan.process)
+    fits = room is None or plan.peak <= room
+    speed = measured_speed(sizes, config) if fits else Speed(None, "the run does not fit")
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(_facts(config, sizes, vocab_size))
+    console.print(_memory(config, sizes, plan, room))
+    console.print(_knobs(sizes, plan))
+    console.print(_time_and_disk(config, sizes, vocab_size, speed))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=None, title_justify="left", title_style="", pad_edge=False, padding=(0, 3, 0, 0))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number == 1 else "left")
+    return table
+
+
+def _facts(config: Config, sizes: RunSizes, vocab_size: int) -> Table:
+    groups, ranks = config.record.groups, max(config.record.world_size, 1)
+    table = _table("\nRun", "", "", "")
+    rows = config.rows_of_a_step
+    up_to = "up to " if config.tokenizer.kind == "bpe" and not config.init_names_weights else ""
+    total = parameters_of({**vars(config.model), "vocab_size": vocab_size})
+    table.add_row("task", config.task_name, f"model {groups['model']}, data {groups['data']}, init {config.init}")
+    table.add_row("parameters", f"{total:,}", f"vocabulary of {up_to}{vocab_size:,}")
+    table.add_row("trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {config.precision}")
+    if sizes.teacher or sizes.reading_teacher:
+        asked = "asked at every step" if sizes.teacher else f"read once (teacher_cache={config.teacher_cache.name})"
+        shape = sizes.teacher or sizes.reading_teacher
+        table.add_row("teacher", f"{parameters_of(vars(shape)):,}", f"parameters, {asked}: {config.teacher}")
+    table.add_row("steps", f"{config.steps:,}", f"of {rows} sequences of {config.context} tokens")
+    devices = f"{ranks} × {config.accelerator}"
+    split = f"micro_batch={config.micro_batch}, {config.record.accumulate} of them in a step on each device"
+    table.add_row("devices", devices, f"{_strategy(config)}; {split}")
+    return table
+
+
+def _strategy(config: Config) -> str:
+    return "single device" if config.strategy == "auto" else f"strategy={config.strategy}"
+
+
+def _memory(config: Config, sizes: RunSizes, plan: MemoryPlan, room: int | None) -> Table:
+    table = _table("\nMemory of each device", "", "GB", "")
+    notes = {
+        "weights": "with what is gathered of the other devices" if sizes.sharded else "",
+        "activations": f"of one micro-batch of {sizes.rows} × {sizes.length} tokens"
+        + (", recomputed block by block" if sizes.checkpointing else ""),
+        "LM head": "its gradients, and the chunk of logits that is worked on",
+    }
+    for name, size in plan.parts.items():
+        if size:
+            table.add_row(name, _gigabytes(size), notes.get(name, ""))
+    if plan.process:
+        table.add_row("process", _gigabytes(plan.process), "Python and its libraries, before there is a model")
+        table.add_row(
+            "between", _gigabytes(plan.between), "freed memory that fits nothing else, libraries loaded later"
+        )
+    table.add_row("peak", _gigabytes(plan.peak), f"in the phase {plan.fullest}; not all parts are there at once")
+    if room is None:
+        table.add_row("free", "?", "this device does not say")
+    else:
+        says = "it fits" if plan.peak <= room else "IT DOES NOT FIT: see what would save memory"
+        table.add_row("free", _gigabytes(room), says)
+    best = automatic.suggested_micro_batch(config)
+    table.add_row("micro_batch", str(best), "suggested: the largest that fits and still gains speed")
+    return table
+
+
+def _knobs(sizes: RunSizes, plan: MemoryPlan) -> Table:
+    table = _table("\nWhat would change the peak", "set", "saves GB", "costs")
+    for knob in knobs(sizes, plan):
+        table.add_row(knob.key, f"{(plan.peak - knob.peak) / 1e9:+.2f}", knob.price)
+    return table
+
+
+def _time_and_disk(config: Config, sizes: RunSizes, vocab_size: int, speed: Speed) -> Table:
+    table = _table("\nTime and disk", "", "", "")
+    if speed.tokens_per_second is None:
+        table.add_row("tokens/s", "?", f"not measured: {speed.says}")
+    else:
+        rate = speed.tokens_per_second * max(config.record.world_size, 1)
+        seconds = config.steps * config.rows_of_a_step * config.context / rate
+        table.add_row("tokens/s", f"{rate:,.0f}", speed.says)
+        table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
+    table.add_row("checkpoints", f"{space.bytes_needed(config, vocab_size) / 1e9:.2f} GB", "at most, exports included")
+    table.add_row("data", *_data_on_disk(config))
+    if sizes.reading_teacher:
+        table.add_row("teacher cache", f"{_cache_bytes(config, vocab_size) / 1e9:.2f} GB", "at most, for training")
+    return table
+
+
+def _data_on_disk(config: Config) -> tuple[str, str]:
+    folder = Path(config.path).expanduser() if config.path else None
+    if config.data.get("source") == "bin" and folder is not None:
+        size = sum(file.stat().st_size for file in folder.glob("*.bin"))
+        return f"{size / 1e9:.2f} GB", "used where they lie"
+    return "?", "made once in cache_dir; known when they are"
+
+
+def _cache_bytes(config: Config, vocab_size: int) -> int:
+    from gpt2lab.teacher_cache import record_type
+
+    positions = config.steps * config.rows_of_a_step * config.context
+    return positions * record_type(config.teacher_cache, vocab_size).itemsize
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    length, name = next((unit for unit in SECONDS if seconds >= 2 * unit[0]), SECONDS[-1])
+    return f"{seconds / length:.1f} {name}"
