@@ -52,3 +52,10 @@ BETWEEN_TOKENIZERS = {
     ),
     DISTILL_MATCHED: ("matched targets", "share of the targets at whose first byte the teacher begins a token too"),
 }
+# Every other score of a validation is of generated text, and the higher the better
+LOWER_IS_BETTER = (TRAIN_LOSS, TRAIN_OBJECTIVE, VAL_LOSS, VAL_PERPLEXITY, VAL_BITS_PER_BYTE)
+
+
+def lower_is_better(watched: str) -> bool:
+    """Whether a run is the better for a lower value of the metric that it is judged by."""
+    return watched in LOWER_IS_BETTER

@@ -20,6 +20,7 @@ from gpt2lab.settings import (
     ObjectiveSettings,
     OptimizerSettings,
     ScheduleSettings,
+    SearchSettings,
     SequenceSettings,
     StudySettings,
     TeacherCacheSettings,
@@ -128,6 +129,7 @@ class Config:
     max_restarts: int = 0
     num_nodes: int = 1
 
+    hparams_search: SearchSettings = field(default_factory=SearchSettings)
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 
     record: Record = field(default_factory=Record)
