@@ -34,6 +34,7 @@ from launch.searching.space import Dimension
 
 OWN = "hparams_search"
 ERROR, OVERRIDES = "error", "overrides"  # what a trial remembers of its job
+ATTEMPTS = 50  # to find values that were not tried
 UNTYPED = ("task", "data", "callbacks", "logger")  # groups whose values have different keys
 
 
@@ -80,9 +81,12 @@ class Search:
         self._earlier: list[FrozenTrial] = []
         if self._study is not None:
             self._check_continued(self._study, "resume=auto" in arguments)
-            self._earlier = self._study.get_trials(deepcopy=False)
-            self._study.sampler = self._sampler(len(self._earlier))
-        self._known = len(self._earlier)
+            trials = self._study.get_trials(deepcopy=False)
+            self._study.sampler = self._sampler(len(trials))
+            self._earlier = [trial for trial in trials if trial.user_attrs or trial.state == TrialState.RUNNING]
+        self._asked = [trial.user_attrs.get(OVERRIDES, []) for trial in self._earlier]
+        self._used: dict[tuple[str, tuple[str, ...]], bool] = {}  # composing takes a while
+        self._random = RandomSampler(self.settings.seed)
         self._open: dict[int, Trial] = {}  # trials whose jobs have not ended
 
     # What jobs are asked for and told
@@ -95,13 +99,16 @@ class Search:
             if known.state != TrialState.RUNNING:
                 return Proposal(known.user_attrs[OVERRIDES], known.number, known.user_attrs.get(ERROR, ""))
             trial = Trial(study, known._trial_id)
-        elif self._known < self.settings.n_trials:
-            self._known += 1
-            trial = study.ask()
+            overrides = known.user_attrs.get(OVERRIDES) or self._overrides(trial)
         else:
-            return None
+            new = self._new_trial(study) if len(self._asked) < self.settings.n_trials else None
+            if new is None:
+                return None
+            trial, overrides = new
+            self._asked.append(overrides)
+        trial.set_user_attr(OVERRIDES, overrides)
         self._open[trial.number] = trial
-        return Proposal(self._overrides(trial), trial.number)
+        return Proposal(overrides, trial.number)
 
     def tell(self, job: Job) -> None:
         """A job that was stopped goes on when the search does, so its trial stays open."""
@@ -118,40 +125,58 @@ class Search:
             trial.set_user_attr(ERROR, job.error or f"it ended without a value of {self._metric}")
             self._study.tell(trial, state=TrialState.FAIL)
 
+    def _new_trial(self, study: Study) -> tuple[Trial, list[str]] | None:
+        """(trial, overrides) of a job that was not run yet, drawn at random where the sampler repeats itself.
+
+        None: there is hardly one left. A run with the same overrides would end the same; its trial is closed and
+        counts for nothing.
+        """
+        sampler = study.sampler
+        try:
+            for _ in range(ATTEMPTS):
+                trial = study.ask()
+                overrides = self._overrides(trial)
+                if overrides not in self._asked:
+                    return trial, overrides
+                study.tell(trial, state=TrialState.FAIL)
+                study.sampler = self._random
+        finally:
+            study.sampler = sampler
+        return None
+
     def _overrides(self, trial: Trial) -> list[str]:
         """Of a trial's job: a key that it does not read is not sampled."""
-        known: list[str] | None = trial.user_attrs.get(OVERRIDES)
-        if known is not None:
-            return known
-        chosen: list[str] = []
-        for number, dimension in enumerate(self._dimensions):
-            if not self._deciders(number) or self._is_used(dimension, chosen):
-                chosen.append(dimension.suggested(trial))
-        overrides = [*self._fixed, *chosen]
-        trial.set_user_attr(OVERRIDES, overrides)
-        return overrides
+        chosen: dict[str, str] = {}
+        for dimension in self._dimensions:
+            deciding = tuple(chosen[other.key] for other in self._deciders(dimension) if other.key in chosen)
+            if not deciding or self._is_used(dimension, deciding):
+                chosen[dimension.key] = dimension.suggested(trial)
+        return [*self._fixed, *chosen.values()]
 
     # Which keys a job has and reads
 
-    def _deciders(self, number: int) -> list[Dimension]:
+    def _deciders(self, dimension: Dimension) -> list[Dimension]:
         """The dimensions before this one whose values decide whether it is used."""
-        key = self._dimensions[number].key
+        key = dimension.key
         heads = deciding_groups(key) | ({key.split(".")[0]} & set(UNTYPED))
         if heads and key != "task":
             heads |= {"task", "experiment"}
-        return [other for other in self._dimensions[:number] if other.key.split(".")[0] in heads]
+        before = self._dimensions[: self._dimensions.index(dimension)]
+        return [other for other in before if other.key.split(".")[0] in heads]
 
-    def _is_used(self, dimension: Dimension, chosen: list[str]) -> bool:
-        try:
-            return self._why_unused(dimension, chosen) is None
-        except Exception as error:
-            if answer.as_mistake(error) is None:
-                raise
-            return False  # there is no such key here
+    def _is_used(self, dimension: Dimension, deciding: tuple[str, ...]) -> bool:
+        if (dimension.key, deciding) not in self._used:
+            try:
+                is_used = self._why_unused(dimension, deciding) is None
+            except Exception as error:
+                if answer.as_mistake(error) is None:
+                    raise
+                is_used = False  # there is no such key here
+            self._used[dimension.key, deciding] = is_used
+        return self._used[dimension.key, deciding]
 
-    def _why_unused(self, dimension: Dimension, chosen: list[str]) -> str | None:
-        settings = self._composed([*chosen, dimension.examples[0]])
-        return unread_keys(settings).get(dimension.key)
+    def _why_unused(self, dimension: Dimension, deciding: Sequence[str]) -> str | None:
+        return unread_keys(self._composed([*deciding, dimension.examples[0]])).get(dimension.key)
 
     def _check_used(self, dimension: Dimension) -> None:
         """Some choice of what the key depends on has it and reads it.
@@ -160,7 +185,7 @@ class Search:
             InputError: says why none does.
         """
         mistake: InputError | None = None
-        for chosen in _combinations(self._deciders(self._dimensions.index(dimension))):
+        for chosen in _combinations(self._deciders(dimension)):
             try:
                 unused = self._why_unused(dimension, chosen)
             except Exception as error:

@@ -101,7 +101,11 @@ def _distribution(key: str, override: Override, argument: str) -> BaseDistributi
             raise InputError(f"{argument}: choices have no scale.\nLeave out tag(…).")
         return CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
     if isinstance(value, RangeSweep):
-        return _of_row(list(value.range()), "log" in tags, argument)
+        end = value.stop
+        assert end is not None
+        # Hydra counts in binary fractions, by which a row of 0.1 may reach its end
+        row = [number for number in value.range() if not math.isclose(number, end)]
+        return _of_row(row, "log" in tags, argument)
     low, high = value.start, value.end
     assert low is not None
     assert high is not None
