@@ -230,7 +230,9 @@ def test_an_interrupted_search_goes_on_with_what_is_left(search: Searching, tmp_
     after = []
     while proposal := again.ask():
         after.append(proposal)
-    assert after[:3] == [done, Proposal(failed.overrides, 1, "out of memory"), running]
+    assert [(proposal.trial, proposal.failed) for proposal in after[:3]] == [(0, ""), (1, "out of memory"), (2, "")]
+    for now, then in zip(after, (done, failed, running), strict=False):
+        assert now.overrides == ["resume=auto", *then.overrides], "a running job goes on from its checkpoint"
     assert len(after) == 4
     assert after[3].overrides[-1] not in [proposal.overrides[-1] for proposal in after[:3]]
     again.tell(Job(2, running.overrides, Path("nowhere"), "finished", watched=2.0))

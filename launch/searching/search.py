@@ -33,7 +33,7 @@ from launch.searching import space
 from launch.searching.space import Dimension
 
 OWN = "hparams_search"
-ERROR, OVERRIDES = "error", "overrides"  # what a trial remembers of its job
+ERROR, CHOSEN = "error", "chosen"  # what a trial remembers of its job
 ATTEMPTS = 50  # to find values that were not tried
 UNTYPED = ("task", "data", "callbacks", "logger")  # groups whose values have different keys
 
@@ -84,7 +84,7 @@ class Search:
             trials = self._study.get_trials(deepcopy=False)
             self._study.sampler = self._sampler(len(trials))
             self._earlier = [trial for trial in trials if trial.user_attrs or trial.state == TrialState.RUNNING]
-        self._asked = [trial.user_attrs.get(OVERRIDES, []) for trial in self._earlier]
+        self._asked = [trial.user_attrs.get(CHOSEN, []) for trial in self._earlier]
         self._used: dict[tuple[str, tuple[str, ...]], bool] = {}  # composing takes a while
         self._random = RandomSampler(self.settings.seed)
         self._open: dict[int, Trial] = {}  # trials whose jobs have not ended
@@ -97,18 +97,19 @@ class Search:
         if self._earlier:
             known = self._earlier.pop(0)
             if known.state != TrialState.RUNNING:
-                return Proposal(known.user_attrs[OVERRIDES], known.number, known.user_attrs.get(ERROR, ""))
+                overrides = [*self._fixed, *known.user_attrs[CHOSEN]]
+                return Proposal(overrides, known.number, known.user_attrs.get(ERROR, ""))
             trial = Trial(study, known._trial_id)
-            overrides = known.user_attrs.get(OVERRIDES) or self._overrides(trial)
+            chosen = known.user_attrs.get(CHOSEN) or self._chosen(trial)
         else:
             new = self._new_trial(study) if len(self._asked) < self.settings.n_trials else None
             if new is None:
                 return None
-            trial, overrides = new
-            self._asked.append(overrides)
-        trial.set_user_attr(OVERRIDES, overrides)
+            trial, chosen = new
+            self._asked.append(chosen)
+        trial.set_user_attr(CHOSEN, chosen)
         self._open[trial.number] = trial
-        return Proposal(overrides, trial.number)
+        return Proposal([*self._fixed, *chosen], trial.number)
 
     def tell(self, job: Job) -> None:
         """A job that was stopped goes on when the search does, so its trial stays open."""
@@ -126,32 +127,32 @@ class Search:
             self._study.tell(trial, state=TrialState.FAIL)
 
     def _new_trial(self, study: Study) -> tuple[Trial, list[str]] | None:
-        """(trial, overrides) of a job that was not run yet, drawn at random where the sampler repeats itself.
+        """(trial, chosen values) of a job that was not run yet, drawn at random where the sampler repeats itself.
 
-        None: there is hardly one left. A run with the same overrides would end the same; its trial is closed and
+        None: there is hardly one left. A run with the same values would end the same; its trial is closed and
         counts for nothing.
         """
         sampler = study.sampler
         try:
             for _ in range(ATTEMPTS):
                 trial = study.ask()
-                overrides = self._overrides(trial)
-                if overrides not in self._asked:
-                    return trial, overrides
+                chosen = self._chosen(trial)
+                if chosen not in self._asked:
+                    return trial, chosen
                 study.tell(trial, state=TrialState.FAIL)
                 study.sampler = self._random
         finally:
             study.sampler = sampler
         return None
 
-    def _overrides(self, trial: Trial) -> list[str]:
-        """Of a trial's job: a key that it does not read is not sampled."""
+    def _chosen(self, trial: Trial) -> list[str]:
+        """Overrides of what is searched: a key that the job does not read is not sampled."""
         chosen: dict[str, str] = {}
         for dimension in self._dimensions:
             deciding = tuple(chosen[other.key] for other in self._deciders(dimension) if other.key in chosen)
             if not deciding or self._is_used(dimension, deciding):
                 chosen[dimension.key] = dimension.suggested(trial)
-        return [*self._fixed, *chosen.values()]
+        return list(chosen.values())
 
     # Which keys a job has and reads
 
