@@ -7,6 +7,7 @@ import lightning
 from lightning import Trainer
 
 from callbacks.interrupt import Interrupt
+from callbacks.pruning import Pruning
 from gpt2lab import device
 from gpt2lab.run_report import build_report, read_report, write_report
 
@@ -39,7 +40,8 @@ class Report(lightning.Callback):
         self._has_trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self._write(trainer, pl_module, "finished" if trainer.global_step >= trainer.max_steps else "stopped")
+        ended = "pruned" if _is_pruned(trainer) else "stopped"
+        self._write(trainer, pl_module, "finished" if trainer.global_step >= trainer.max_steps else ended)
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         if not self._has_trained and read_report(self.run_dir):
@@ -72,3 +74,7 @@ class Report(lightning.Callback):
 
 def _stop_reason(trainer: Trainer) -> str:
     return next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
+
+
+def _is_pruned(trainer: Trainer) -> bool:
+    return any(callback.is_pruned for callback in trainer.callbacks if isinstance(callback, Pruning))

@@ -22,7 +22,7 @@ def build_report(run_dir: str | Path, status: str, facts: dict[str, Any], error:
     """Facts given by the caller, and what metrics.csv says last; the values survive a resume because the file does.
 
     Args:
-        status: finished, stopped or failed.
+        status: finished, stopped, pruned or failed.
         facts: task, model, parameters, tokens_seen, seconds, data, command, … in the order they shall stand.
         error: what a failed run failed of.
     """

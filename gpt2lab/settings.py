@@ -112,6 +112,30 @@ class StudySettings:
 
 
 @dataclass
+class SearchSettings:
+    """How a search of hyper-parameters chooses what its jobs try, and which it ends early.
+
+    Attributes:
+        name: none or optuna.
+        n_trials: jobs, failed and pruned ones included.
+        sampler: tpe or random.
+        seed: of the sampler; None draws other values every time.
+        n_startup_trials: jobs at random values before tpe goes by results; so many finish before median prunes.
+        pruner: none, median (the best value so far is worse than half of the finished jobs' at that step), or
+            successive_halving (asynchronous: each rung lets the best quarter pass).
+        warmup_steps: no job is pruned before this step.
+    """
+
+    name: str = "none"
+    n_trials: int = 20
+    sampler: str = "tpe"
+    seed: int | None = None
+    n_startup_trials: int = 5
+    pruner: str = "median"
+    warmup_steps: int = 0
+
+
+@dataclass
 class SequenceSettings:
     """Whose text a distillation trains on.
 

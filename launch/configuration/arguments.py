@@ -53,12 +53,14 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
         _check_override(argument)
     sweeping = is_multirun(arguments)
     flags, overrides = _flags_apart(arguments)
+    if sweeping and not {"-m", "--multirun", "--cfg", "-c"} & set(flags):
+        flags.append("-m")  # a search is a multirun by itself
     return [*flags, *(_readable(override, sweeping) for override in overrides)]
 
 
 def is_multirun(arguments: list[str]) -> bool:
     """Whether commas separate the values of a sweep."""
-    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN", "hparams_search=optuna"} & set(arguments))
 
 
 def _check_override(argument: str) -> None:

@@ -20,6 +20,7 @@ from gpt2lab.settings import (
     ObjectiveSettings,
     OptimizerSettings,
     ScheduleSettings,
+    SearchSettings,
     SequenceSettings,
     StudySettings,
     TeacherCacheSettings,
@@ -135,6 +136,7 @@ class Config:
     shard_teacher: bool | str = False
     plan: bool = False
 
+    hparams_search: SearchSettings = field(default_factory=SearchSettings)
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 
     record: Record = field(default_factory=Record)

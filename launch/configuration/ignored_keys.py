@@ -115,6 +115,10 @@ READERS = (
     *(_reader("sequences", key, "distillm") for key in ("threshold_step", "tolerance", "capacity")),
     _reader("sequences", "draw_seed", "seqkd"),
     *(
+        _reader("hparams_search", key, "optuna")
+        for key in ("n_trials", "sampler", "seed", "n_startup_trials", "pruner", "warmup_steps")
+    ),
+    *(
         Reader("experiment", f"study.{key}", lambda c: c.is_study, "only experiment=distill_study reads it")
         for key in ("seeds", "lr_factors", "tune", "inits")
     ),
@@ -146,6 +150,13 @@ def unread_keys(config: Config) -> dict[str, str]:
         if reader.key in given and not reader.reads(config):
             unread[reader.key] = f"{reader.group}={groups[reader.group]} does not read {reader.key}: {reader.says}"
     return unread
+
+
+def deciding_groups(key: str) -> set[str]:
+    """The groups whose values decide whether a run reads a key; none where every run does."""
+    return {reader.group for reader in READERS if reader.key == key} | (
+        {"task"} if key.split(".")[0] in DISTILL_ONLY else set()
+    )
 
 
 def given_keys(overrides: Iterable[str]) -> list[str]:

@@ -22,6 +22,9 @@ CHOICES = {
     "objective.distribution": ("log_uniform", "unigram"),
     "study.tune": ("baseline", "every_arm"),
     "study.inits": ("scratch", "teacher_layers"),
+    "hparams_search.name": ("none", "optuna"),
+    "hparams_search.sampler": ("tpe", "random"),
+    "hparams_search.pruner": ("none", "median", "successive_halving"),
     "tokenizer.kind": ("auto", "bpe", "pretrained"),
 }
 # key → (smallest, largest); a bound in brackets is itself not allowed
@@ -87,6 +90,10 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "objective.fim_rate": (0, 1),
     "objective.spm_share": (0, 1),
     "objective.negatives": (1, 10**6),
+    "hparams_search.n_trials": (1, 10**6),
+    "hparams_search.seed": (0, 2**32 - 1),
+    "hparams_search.n_startup_trials": (0, 10**6),
+    "hparams_search.warmup_steps": (0, 10**9),
     "study.seeds": (1, 1000),
     "study.lr_factors": ([0], 10**6),
 }

@@ -32,6 +32,10 @@ def explained(error: HydraException | OmegaConfBaseException) -> InputError:
             f"{argument} holds several values, which is a sweep.\n"
             "Add -m to run one job for each, or quote the value where the comma belongs to it: \"key='a,b'\"."
         )
+    if message.startswith("Sweep parameters"):
+        argument = message.split("'")[1]
+        cure = "Add hparams_search=optuna to search it" if "interval(" in argument else "Add -m to run one job for each"
+        return InputError(f"{argument} holds several values, which is a sweep.\n{cure}, or give one value.")
     if message.startswith("Could not append"):
         return InputError(f"{message.splitlines()[1].split(': ')[-1]} is a key already; leave out the +.")
     if "override" in message.lower() and isinstance(error, ConfigCompositionException):

@@ -14,8 +14,10 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks.metrics_csv import MetricsCsv
+from callbacks.pruning import Pruning
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
+from gpt2lab.search_study import STUDY_FILE
 from gpt2lab.settings import CrossEntropySettings, DataFacts, ModelShape, TrainingSettings
 from gpt2lab.student_shape import TEACHER_LAYERS
 from launch.configuration.automatic import largest_micro_batch
@@ -168,7 +170,11 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
         "rank_timeout": config.rank_timeout + GRACE_SECONDS,
     }
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
-    return [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
+    observers = [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
+    if config.record.trial is None:
+        return observers
+    # Last: the checkpoint of a step that is due is saved as always, and none because the run is ended.
+    return [*observers, Pruning(folder.parent / STUDY_FILE, config.record.trial)]
 
 
 def loggers(config: Config, folder: Path) -> list[Logger]:

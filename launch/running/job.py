@@ -166,7 +166,7 @@ def _teacher_at_work(settings: Config, data: Any, facts: Any) -> Any:
 def closing_line(report: dict[str, Any], folder: str) -> str:
     """What the terminal shows last: how good the run is and where it lies."""
     score = f"{report['watched_metric']} {report['watched']:.4f} · " if report["watched"] is not None else ""
-    return f"finished: {score}{folder}/report.html"
+    return f"{report.get('status', 'finished')}: {score}{folder}/report.html"
 
 
 def train(settings: Config, data: Any, facts: Any, is_new: bool, heartbeat: Heartbeat | None = None) -> dict[str, Any]:

@@ -18,10 +18,16 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the next job is to be; `trial` is its number in a study that may end it early."""
+    """What the next job is to be.
+
+    Attributes:
+        trial: its number, in a study that may end it early; None: jobs are counted.
+        failed: why it failed, where it did so before the sweep was taken up again, and is not run again.
+    """
 
     overrides: list[str]
     trial: int | None = None
+    failed: str = ""
 
 
 class Source(Protocol):

@@ -66,8 +66,8 @@ def run_sweep(
     started: list[Job] = []
 
     def planned(proposal: Proposal) -> Job:
-        number = first + len(started)
-        job = Job(number, proposal.overrides, folder / str(number), trial=proposal.trial)
+        number = first + len(started) if proposal.trial is None else proposal.trial
+        job = Job(number, proposal.overrides, folder / str(number), error=proposal.failed, trial=proposal.trial)
         started.append(job)
         print(f"job {number}: {in_words(job.overrides)}", flush=True)
         return job
@@ -127,6 +127,10 @@ def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_co
 
 def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> Config | None:
     """A job's checked configuration; None: nothing is left to run. What another task reads is no mistake of its own."""
+
+    if job.error:
+        job.status = "failed"
+        return None
 
     def compose(overrides: list[str]) -> DictConfig:
         tree = loader.load_sweep_config(sweep_config, overrides)

@@ -1,0 +1,34 @@
+"""Search: the sweeper that hands a multirun to launch.searching, which asks Optuna for each job's values."""
+
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class OptunaConf:
+    """Selected by conf/hparams_search/optuna.yaml."""
+
+    _target_: str = "hydra_plugins.gpt2lab_processes.search.OptunaSweeper"
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaConf, provider="gpt2lab")
+
+
+class OptunaSweeper(Sweeper):
+    """Asks for the next job as soon as one ends, where Hydra's batches would wait for the slowest."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what composes a job's configuration."""
+        self.config_loader = hydra_context.config_loader
+        self.config = config
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the search to its end."""
+        assert self.config is not None
+        from launch.searching.search import run_search
+
+        run_search(self.config_loader, self.config, arguments)
