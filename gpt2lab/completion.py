@@ -13,6 +13,8 @@ from gpt2lab.generation import Sampling, generate_ids
 from gpt2lab.marks import PLACE, Marks, marks_of
 
 GENERATED_TOGETHER = 16  # prompts
+SEEDS = 2**63
+SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that seeds differ in the low 32 bits, which are all that a CPU reads of them
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, objective: str) -> list[int]:
@@ -54,7 +56,7 @@ def complete(
 
     Args:
         objective: that the model was trained with.
-        prompts: as `prompt_ids` gives them.
+        prompts: as `prompt_ids` gives them; 16 are written together, each 16 with random numbers of their own.
         stop: texts that end a completion.
         streamer: is given the tokens of a single prompt as they come.
     """
@@ -69,7 +71,7 @@ def complete(
             max_new_tokens=max_new_tokens,
             end_of_text=tokenizer.eos_token_id,
             entries=len(tokenizer),
-            seed=seed,
+            seed=(seed + start * SEED_STRIDE) % SEEDS,
             both_ways=objective == "prefix_lm",
             streamer=streamer,
             stop=stop,

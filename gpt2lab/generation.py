@@ -70,7 +70,7 @@ class Sampling:
         if self.repetition_penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty, prompt_ignore_length=padding))
         if self.no_repeat_ngram:
-            processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram))
+            processors.append(NoRepeatedNGram(self.no_repeat_ngram, padding))
         if self.is_greedy:
             return processors
         if self.temperature != 1:
@@ -245,8 +245,7 @@ def _search(
             num_beams=sampling.beams,
             past_key_values=cache,
             suppress_tokens=list(range(entries, model.config.vocab_size)) or None,
-            repetition_penalty=sampling.repetition_penalty,
-            no_repeat_ngram_size=sampling.no_repeat_ngram,
+            logits_processor=sampling.processors(padding.repeat_interleave(sampling.beams)),
             stopping_criteria=stops,
         )
 
@@ -260,6 +259,25 @@ def _read_both_ways(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) -> Cache:
     mask_4d = as_mask(seen, model.config._attn_implementation, model.dtype)
     out = model.transformer(ids, attention_mask=mask_4d, position_ids=positions, use_cache=True)
     return out.past_key_values
+
+
+class NoRepeatedNGram(NoRepeatNGramLogitsProcessor):
+    """Bans tokens that would repeat some in a row; that of `transformers` takes padding for text that is there.
+
+    Args:
+        padding: (B,) how many tokens at each row's left are no text; None: none.
+    """
+
+    def __init__(self, size: int, padding: Tensor | None) -> None:
+        super().__init__(size)
+        self.padding = padding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) after the tokens (B, S) → those with −inf where a token is banned."""
+        if self.padding is not None:
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            input_ids = input_ids.masked_fill(places < self.padding[:, None], scores.shape[1])  # no token
+        return super().__call__(input_ids, scores)
 
 
 class RowwiseSampling(LogitsProcessor):

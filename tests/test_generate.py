@@ -114,6 +114,14 @@ def test_the_same_seed_gives_the_same_texts_and_samples_differ(write: Write) -> 
     assert len(set(first)) == 3
 
 
+@pytest.mark.parametrize("seed", [1337, 2**63 - 1])
+def test_more_samples_than_are_written_together_differ_too(seed: int, write: Write) -> None:
+    words = ["prompt=import", "max_new_tokens=24", "temperature=1", "top_p=1", f"seed={seed}"]
+    many, few = ([text["completion"] for text in write(*words, f"num_samples={count}").texts] for count in (33, 16))
+    assert len(set(many)) == 33
+    assert many[:16] == few
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
 def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write, tmp_path: Path) -> None:
     prompts = ["def add(a, b):", "import", "class Stack:"]

@@ -20,11 +20,18 @@ def model() -> Backbone:
     return backbone
 
 
-def test_left_padded_batches_equal_single_prompts() -> None:
-    lm = model().lm
-    together = generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=12, end_of_text=END)
-    alone = [generate_ids(lm, [prompt], GREEDY, max_new_tokens=12, end_of_text=END)[0] for prompt in PROMPTS]
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("banned", [0, 1, 2])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_left_padded_batches_equal_single_prompts(penalty: float, banned: int, beams: int) -> None:
+    """Padding is end_of_text, which counts neither as repeated nor as written. float64, lest two beams tie."""
+    lm, most = model().lm.double(), 48
+    sampling = Sampling("greedy", temperature=0.0, beams=beams, repetition_penalty=penalty, no_repeat_ngram=banned)
+    together = generate_ids(lm, PROMPTS, sampling, max_new_tokens=most, end_of_text=END)
+    alone = [generate_ids(lm, [prompt], sampling, max_new_tokens=most, end_of_text=END)[0] for prompt in PROMPTS]
     assert together == alone
+    if banned == 1:
+        assert any(len(text) < most for text in alone), "an end_of_text is written"
 
 
 def test_greedy_is_the_argmax_of_the_logits() -> None:

@@ -207,7 +207,8 @@ def test_generate_shows_the_whole_text(
 ) -> None:
     assert train_here(*tiny, "steps=2", f"objective={name}", "run_dir=run").code == 0
     prompt = "def f(a):" if name == "prefix_lm" else "def f(<|mask|>):\n    pass"
-    words = ["checkpoint=run", f"prompt={prompt}", "max_new_tokens=4", "json=out.json"]
+    most = [] if name == "mlm" else ["max_new_tokens=4"]  # gaps need no room beside the prompt
+    words = ["checkpoint=run", f"prompt={prompt}", *most, "json=out.json"]
     monkeypatch.setattr("sys.argv", ["generate.py", *words])  # no terminal: nothing is streamed
     capfd.readouterr()
     generate.main()

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from datamodules.micro_batches import TrainingStream
-from gpt2lab.attention_spans import document_bounds, spans_of, visible
-from gpt2lab.backbone import Backbone
+from gpt2lab.attention_spans import as_mask, document_bounds, spans_of, visible
+from gpt2lab.backbone import Backbone, load_backbone, plain_hf
 from gpt2lab.batch import IGNORE_INDEX, Batch, PairTokens, packed, pad_pairs
 from gpt2lab.fill_in_middle import gap_prompt
 from gpt2lab.lm_head_loss import lm_head_loss
@@ -72,6 +72,24 @@ def model(tokenizer: PreTrainedTokenizerFast) -> Backbone:
 # What each position sees
 
 
+def may_look(name: str, separate: bool, file: TokenFile, rows: np.ndarray, batch: Batch, marks: Marks) -> torch.Tensor:
+    """(B, T, T) by the definition of each objective, from the file's own tokens and the labels: not from any span."""
+    original, following = file.read(rows)
+    text = batch.input_ids if name == "fim" else original  # fim's marks move the beginnings of documents
+    held = (following != IGNORE_INDEX).sum(1)  # (B,) next tokens; the last window is short
+    allowed = torch.zeros(len(rows), CONTEXT, CONTEXT, dtype=torch.bool)
+    for row in range(len(rows)):
+        length = min(int(held[row]) + 1, CONTEXT)
+        targets = (batch.labels[row] != IGNORE_INDEX).nonzero()
+        source = int(targets[0]) if name == "prefix_lm" else 0  # its last token has the first target, and sees as one
+        document = (text[row] == marks.end_of_text).cumsum(0)
+        for i in range(CONTEXT):
+            for j in range(CONTEXT):
+                sees = j <= i or (name == "mlm" and j < length) or j < source
+                allowed[row, i, j] = sees and (not separate or document[i] == document[j])
+    return allowed
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("separate", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", NAMES)
@@ -79,22 +97,17 @@ def model(tokenizer: PreTrainedTokenizerFast) -> Backbone:
 def test_moving_a_token_moves_exactly_the_logits_that_may_look_at_it(
     name: str, separate: bool, implementation: str, file: TokenFile, marks: Marks, model: Backbone
 ) -> None:
-    batch = windows(file, marks, name, separate=separate).batch(np.array([3, len(file) - 1]), 0)
+    rows = np.array([3, len(file) - 1])
+    batch = windows(file, marks, name, separate=separate).batch(rows, 0)
     spans, length = batch.spans, batch.input_ids.shape[1]
-    if spans is None:
-        assert name in ("clm", "fim", "sampled_softmax")
-        assert not separate
-        causal = torch.arange(length) <= torch.arange(length)[:, None]
-        allowed = causal.expand(2, 1, -1, -1)
-    else:
-        allowed = visible(spans)
+    allowed = may_look(name, separate, file, rows, batch, marks)  # (B, T, T)
     model.lm.set_attn_implementation(implementation)
     before = model.logits(batch.input_ids, spans)
     for place in (0, 5, 11, length - 1):
         moved = batch.input_ids.clone()
         moved[:, place] = (moved[:, place] + 7) % model.shape.vocab_size
         change = (model.logits(moved, spans) - before).abs().amax(2)  # (B, T)
-        may = allowed[:, 0, :, place]
+        may = allowed[:, :, place]
         assert float(change.masked_fill(may, 0).max()) == 0
         assert float(change.masked_fill(~may, math.inf).min()) > 1e-3
     model.lm.set_attn_implementation("sdpa")
@@ -337,6 +350,47 @@ def test_documents_packed_into_windows_have_the_gradient_of_documents_apart(
     assert relative(gradient_of(model, [leaking]), expected) > 1e-3
 
 
+@pytest.mark.parametrize("use_cache", [False, True], ids=["uncached", "cached"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@torch.no_grad()
+def test_an_export_reads_packed_documents_as_the_backbone_does(
+    implementation: str, use_cache: bool, file: TokenFile, marks: Marks, model: Backbone, tmp_path: Path
+) -> None:
+    """Given who sees whom and positions that start anew; with cached keys and values also in two pieces."""
+    plain_hf(model).save_pretrained(tmp_path)
+    export = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=implementation, dtype=torch.float64
+    ).eval()
+    batch = windows(file, marks, "clm", separate=True).batch(np.arange(1, 7), 0)
+    ids, spans = batch.input_ids, batch.spans
+    assert spans is not None
+    assert (ids[:, 1:] == marks.end_of_text).any(1).all(), "several documents in each row"
+    expected = load_backbone(str(tmp_path), dtype=torch.float64).eval().logits(ids, spans)
+    starts = ids == marks.end_of_text
+    document, places = starts.cumsum(1), torch.arange(CONTEXT)
+    positions = places - torch.where(starts, places, 0).cummax(1).values
+    seen = (document[:, :, None] == document[:, None]) & (places <= places[:, None])  # (B, T, T)
+    mask = as_mask(seen[:, None], implementation, torch.float64)
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
+    torch.testing.assert_close(export(ids, **given).logits, expected, rtol=0, atol=1e-9)
+    # Without a cache transformers tells documents apart by positions that start anew; with one nothing but the mask does.
+    told = {"neither": {}, "mask": {"attention_mask": mask}, "positions": {"position_ids": positions}}
+    for name, part in told.items():
+        found = export(ids, use_cache=use_cache, **part).logits
+        assert (float((found - expected).abs().max()) < 1e-9) == (name == "positions" and not use_cache)
+    if use_cache:
+        cut = CONTEXT - 9
+        first = export(ids[:, :cut], attention_mask=mask[:, :, :cut, :cut], position_ids=positions[:, :cut])
+        rest = export(
+            ids[:, cut:],
+            attention_mask=mask[:, :, cut:],
+            position_ids=positions[:, cut:],
+            past_key_values=first.past_key_values,
+        )
+        found = torch.cat([first.logits, rest.logits], 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("both_ways", [False, True], ids=["clm", "prefix_lm"])
 def test_pairs_sharing_rows_have_the_gradient_of_pairs_apart(both_ways: bool, model: Backbone) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -357,3 +411,27 @@ def test_pairs_sharing_rows_have_the_gradient_of_pairs_apart(both_ways: bool, mo
     assert relative(gradient_of(model, [together]), gradient_of(model, alone)) < 1e-6
     blind = replace(together, spans=None)
     assert relative(gradient_of(model, [blind]), gradient_of(model, alone)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[(4, 3)]], ["110", "110", "111"]),  # its prompt's last token is read as the first of the target
+        ([[(5, 3), (4, 2)]], ["1100000", "1100000", "1110000", "1111000", "0000100", "0000110", "0000111"]),
+        ([[(3, 1), (5, 4)]], ["100000", "110000", "001110", "001110", "001110", "001111"]),
+    ],
+    ids=["alone", "packed", "no prompt to see"],
+)
+def test_a_prompt_is_seen_both_ways_and_another_pair_not_at_all(
+    rows: list[list[tuple[int, int]]], expected: list[str]
+) -> None:
+    """Pairs are (tokens, of these the prompt's); the last token is only predicted."""
+    pairs = [[PairTokens(torch.arange(1, size + 1), prompt, 0) for size, prompt in row] for row in rows]
+    for both_ways in (True, False):
+        batch = pad_pairs(pairs, target_tokens=0, context=CONTEXT, pad_id=0, both_ways=both_ways)
+        length = batch.input_ids.shape[1]
+        found = torch.ones(length, length).tril().bool() if batch.spans is None else visible(batch.spans)[0, 0]
+        mask = torch.tensor([[digit == "1" for digit in line] for line in expected])
+        size = len(expected)
+        assert torch.equal(found[:size, :size], mask if both_ways else mask.tril())
+        assert batch.spans is None or torch.equal(found[size:], torch.eye(length, dtype=torch.bool)[size:])

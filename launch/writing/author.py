@@ -208,8 +208,8 @@ class Author:
         from gpt2lab.completion import prompt_ids
 
         ids = prompt_ids(prompt, self.tokenizer, self.objective)
-        if len(ids) > self.positions - self.arguments.max_new_tokens:
-            print("A prompt is longer than the model can see; its last tokens are continued.", file=sys.stderr)
+        if len(ids) > self.positions - self._new_positions:
+            print("A prompt is longer than the model can see; only its last tokens are read.", file=sys.stderr)
         return ids
 
     def _whole(self, text: Text) -> str:
@@ -218,8 +218,13 @@ class Author:
             return text.completion
         return text.prompt.replace(PLACE, text.completion) if PLACE in text.prompt else text.prompt + text.completion
 
+    @property
+    def _new_positions(self) -> int:
+        """Of what is written; gaps have theirs within the prompt."""
+        return 0 if self.objective == "mlm" else self.arguments.max_new_tokens
+
     def _check_room(self) -> None:
-        if self.arguments.max_new_tokens >= self.positions:
+        if self._new_positions >= self.positions:
             raise InputError(
                 f"max_new_tokens={self.arguments.max_new_tokens} does not fit into the model's {self.positions} "
                 f"positions beside a prompt; give at most {self.positions - 1}."
