@@ -6,8 +6,10 @@ first, and repetitions of a pair.
 
 import ast
 import gettext
+import io
 import logging
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 SYSTEM_FOLDER = "/usr/share/locale"
 SUFFIXES = (".mo", ".po")
 CONTEXT_END = "\x04"  # gettext puts a message's context before it, ended by this
+PO_CHARSET = re.compile(rb'^"Content-Type:[^"\n]*charset=([\w.:-]+)', re.MULTILINE | re.IGNORECASE)  # of the header
 PO_LINE = re.compile(r'(?P<keyword>msgctxt|msgid_plural|msgid|msgstr(?:\[\d+\])?)?\s*(?P<text>".*")\s*$')
 
 
@@ -69,7 +72,7 @@ def catalogue_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
     for file in files:
         try:
             pairs = list(_mo_pairs(file) if file.suffix == ".mo" else _po_pairs(file))
-        except (OSError, ValueError, SyntaxError) as error:  # UnicodeDecodeError is a ValueError
+        except (OSError, LookupError, ValueError, SyntaxError, struct.error) as error:
             log.warning("%s is not a readable catalogue and is left out: %s", file, error)
             continue
         for source, target in pairs:
@@ -81,9 +84,9 @@ def catalogue_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
 
 
 def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:
-    with file.open("rb") as stream:
-        # The stdlib parses catalogues but has no public way to list their messages.
-        messages: dict[str | tuple[str, int], str] = vars(gettext.GNUTranslations(stream))["_catalog"]
+    stream = io.BytesIO(_with_ascii_header(file.read_bytes()))
+    # The stdlib parses catalogues but has no public way to list their messages.
+    messages: dict[str | tuple[str, int], str] = vars(gettext.GNUTranslations(stream))["_catalog"]
     for message, translation in messages.items():
         if isinstance(message, str):
             yield message, translation
@@ -91,11 +94,27 @@ def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:
             yield message[0], translation
 
 
+def _with_ascii_header(content: bytes) -> bytes:
+    """The same catalogue, "?" for every other byte of its header: the stdlib takes headers, not messages, for UTF-8."""
+    order = "<" if content[:4] == b"\xde\x12\x04\x95" else ">"
+    if len(content) < 28:
+        return content
+    count, sources, targets = struct.unpack(f"{order}3I", content[8:20])
+    if not count or content[sources : sources + 4] != bytes(4):  # the header is the translation of the empty message
+        return content
+    length, start = struct.unpack(f"{order}2I", content[targets : targets + 8])
+    header = bytes(byte if byte < 128 else ord("?") for byte in content[start : start + length])
+    return content[:start] + header + content[start + len(header) :]
+
+
 def _po_pairs(file: Path) -> Iterator[tuple[str, str]]:
     """Entries are blocks of lines `keyword "text"`, continued by lines `"text"`."""
     fuzzy, field = False, ""
     entry: dict[str, str] = {}
-    for line in [*file.read_text(encoding="utf-8").splitlines(), 'msgid ""']:
+    content = file.read_bytes()
+    charset = PO_CHARSET.search(content)
+    text = content.decode(charset[1].decode() if charset and charset[1] != b"CHARSET" else "utf-8")
+    for line in [*text.splitlines(), 'msgid ""']:
         match = PO_LINE.match(line)
         if match is None:
             if line.startswith("#,"):

@@ -69,7 +69,7 @@ def open_pair_source(reader: str, path: str, language: str, on_bad_line: str, co
         return _functions(path)
     if reader == "catalogues" and not (path and _is_table(path)):
         files = catalogue_files(path, language)
-        return PairSource({"catalogues": files_identity(files)}, lambda: catalogue_rows(files))
+        return PairSource({"catalogues": files_identity(files), "format": 2}, lambda: catalogue_rows(files))
     return open_tables(path, "path", on_bad_line, columns)
 
 

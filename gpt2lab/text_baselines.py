@@ -15,7 +15,7 @@ from statistics import median
 from gpt2lab.text_metrics import mostly_han
 
 COPY, FIRST_WORDS, COMMONEST, WORD_TABLE = "copy", "first words", "commonest", "word table"
-MOST_PAIRS = 20_000  # that a baseline learns from
+MOST_PAIRS = 100_000  # that a baseline learns from
 MOST_WORDS = 40  # of a text that a word table learns from
 ROUNDS = 5  # of expectation maximisation
 WORD = re.compile(r"\w+(?:['’]\w+)?")
@@ -28,7 +28,7 @@ def text_baselines(metrics: Sequence[str], training: Iterable[tuple[str, str]]) 
 
     Args:
         metrics: of the task (gpt2lab/text_metrics.py); bleu and chrf mean a translation, accuracy and f1 labels.
-        training: (source, target) texts; the first 20,000 are read.
+        training: (source, target) texts; the first 100,000 are read.
     """
     pairs = list(islice(training, MOST_PAIRS))
     if {"accuracy", "f1"} & set(metrics):

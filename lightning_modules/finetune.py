@@ -76,7 +76,7 @@ class FineTune(LanguageModel):
             parts: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(parts, pairs)
             pairs = [pair for part in parts for pair in part]
-        predictions, references = [p.strip() for p, _ in pairs], [r.strip() for _, r in pairs]
+        predictions, references = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
         return {f"val/{name}": v for name, v in text_metrics(self.text.metrics, predictions, references).items()}
 
     # LoRA

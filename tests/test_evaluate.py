@@ -107,6 +107,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["metrics=rouge"], "metrics=rouge"),
         (["csv=/proc/scores.csv"], "csv=/proc/scores.csv"),
         (["lm_eval_limit=3"], "are of lm_eval="),
+        (["plot=scores.png"], "ends in .html"),
     ],
 )
 def test_a_mistake_ends_with_exit_code_2_and_few_lines(words: list[str], told: str, run: Path) -> None:

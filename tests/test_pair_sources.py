@@ -219,6 +219,29 @@ def test_po_catalogues_are_read_without_fuzzy_obsolete_and_untranslated_entries(
         assert {row["source"]: row["target"] for row in rows} == expected
 
 
+def test_a_po_catalogue_is_read_in_the_charset_that_its_header_names(tmp_path, caplog):
+    (tmp_path / "de.po").write_bytes(PO.replace("UTF-8", "ISO-8859-1").encode("latin-1"))
+    rows = {row["source"]: row["target"] for row in catalogue_rows([tmp_path / "de.po"])}
+    assert rows["Open file"] == "Datei öffnen"
+    assert not caplog.text
+
+
+def test_a_mo_catalogue_is_read_in_the_charset_that_its_header_names(tmp_path, caplog):
+    header = "Last-Translator: Jürgen\nContent-Type: text/plain; charset=ISO-8859-1\n"
+    messages = [
+        (text.encode("latin-1"), theirs.encode("latin-1")) for text, theirs in (("", header), ("Open", "Öffnen"))
+    ]
+    start, table, strings = 28 + 16 * len(messages), [], b""
+    for texts in zip(*messages, strict=True):
+        for text in texts:
+            table += [len(text), start + len(strings)]
+            strings += text + b"\0"
+    head = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    (tmp_path / "de.mo").write_bytes(head + struct.pack(f"<{len(table)}I", *table) + strings)
+    assert list(catalogue_rows([tmp_path / "de.mo"])) == [{"source": "Open", "target": "Öffnen"}]
+    assert not caplog.text
+
+
 def test_a_broken_catalogue_is_named_and_passed_over(tmp_path, caplog):
     write_mo(tmp_path / "de/a.mo", GERMAN)
     (tmp_path / "de" / "b.mo").write_bytes(b"no catalogue at all, really")

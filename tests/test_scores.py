@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Answer
+from conftest import ROOT, SHRUNK, Answer
 from torch.nn import functional
 
 import evaluate
@@ -112,6 +113,14 @@ def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_h
     assert "loss_minus_first" not in scores[2]  # other tokens
     page = (tmp_path / "scores.html").read_text()
     assert page.count("<circle") == sum(1 for row in rows for name, cell in row.items() if cell and _is_figure(name))
+    panel = page[page.index("<h2>loss</h2>") : page.index("<h2>perplexity</h2>")]
+    ends = re.findall(r'class="interval" x1="([\d.]+)" x2="([\d.]+)"', panel)
+    errors = [one["standard_errors"]["loss"] for one in scores]
+    widths = [float(right) - float(left) for left, right in ends]
+    assert min(widths) > 1
+    assert widths[1] / widths[0] == pytest.approx(errors[1] / errors[0], abs=0.2 / min(widths[:2]))  # rounded pixels
+    shown = [tuple(map(float, pair)) for pair in re.findall(r"<title>.*?\((\S+) … (\S+)\)</title>", panel)]
+    assert [high - low for low, high in shown] == pytest.approx([3.92 * error for error in errors], abs=2e-4)
 
 
 def _is_figure(name: str) -> bool:
@@ -219,9 +228,29 @@ def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_h
     assert scores["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(40)
     assert "word table" in done.stdout
     assert "ROUGE-L" in done.stdout
+    assert f"chrF: {scores['texts']['chrf']['signature']}" in done.stdout
     none = evaluate_here("checkpoint=1", *PAIRS, "texts=0", f"json={tmp_path / 'none.json'}")
     assert none.code == 0
     assert "texts" not in json.loads((tmp_path / "none.json").read_text())
+
+
+BODY = "    b = a\n    return b"
+
+
+def test_a_model_that_writes_bodies_compiles_at_validation_and_here(evaluate_here, train_here, tmp_path: Path) -> None:
+    pairs = [{"source": f"def {name}(a):", "target": BODY} for name in TEXT[:2000].split() if name.isidentifier()]
+    (tmp_path / "bodies.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    data = ["data=complete", f"path={tmp_path / 'bodies.jsonl'}", "source=source", "target=target"]
+    words = [*(key for key in SHRUNK if not key.startswith(("data=", "batch_tokens="))), *data, "init=scratch"]
+    words += ["task=finetune", "batch_sequences=16", "task.text.max_new_tokens=24", "task.text.examples=16"]
+    done = train_here(*words, "steps=60", "compile=false", "optimizer.lr=1e-2", f"run_dir={tmp_path / 'run'}")
+    assert done.code == 0, done.stderr
+    rows = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    (*_, last) = [row["val/compiles"] for row in rows if row.get("val/compiles")]
+    assert float(last) > 90
+    done = evaluate_here(f"checkpoint={tmp_path / 'run'}", f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["texts"]["compiles"]["value"] > 90
 
 
 TASK = """

@@ -2,7 +2,7 @@
 
 import random
 
-from gpt2lab.text_baselines import COMMONEST, COPY, FIRST_WORDS, WORD_TABLE, text_baselines
+from gpt2lab.text_baselines import COMMONEST, COPY, FIRST_WORDS, WORD_TABLE, text_baselines, word_table
 
 DICTIONARY = {"open": "öffne", "close": "schließe", "file": "Datei", "folder": "Ordner", "the": "die", "no": "kein"}
 
@@ -36,3 +36,9 @@ def test_labels_are_guessed_as_the_commonest() -> None:
     answers = text_baselines(["accuracy", "f1"], [("good", "yes"), ("bad", "no"), ("fine", "yes ")])
     assert list(answers) == [COMMONEST]
     assert answers[COMMONEST]("awful") == "yes"
+
+
+def test_rounds_give_a_word_what_the_common_one_beside_it_leaves() -> None:
+    # One round cannot tell "Datei" from "die" beside "file"; the next has seen that "the" explains "die" everywhere.
+    pairs = [("the file", "die Datei")] * 3 + [("the folder", "die Mappe")] * 2
+    assert word_table(pairs) == {"the": "die", "file": "Datei", "folder": "Mappe"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
@@ -142,6 +143,8 @@ def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[
             raise InputError("decode= times how a text is written on, which a model of objective=mlm does not do.")
     if not arguments.lm_eval and (arguments.lm_eval_path or arguments.lm_eval_limit):
         raise InputError("lm_eval_path= and lm_eval_limit= are of lm_eval=.\nName its tasks, or leave them out.")
+    if arguments.lm_eval_path and not Path(arguments.lm_eval_path).is_dir():
+        raise InputError(f"lm_eval_path={arguments.lm_eval_path}: there is no such folder.\nGive one with task files.")
     if arguments.metrics:
         from gpt2lab.text_metrics import TEXT_METRICS
 
@@ -256,8 +259,7 @@ class _Scorer:
             max_new_tokens=self.arguments.max_new_tokens or min(most, backbone.shape.n_positions // 2),
         )
         _, references = self.data.val_texts(self.arguments.texts)
-        written = [self.tokenizer.decode(answer).strip() for answer in answers]
-        return text_scores(self._metrics, written, [reference.strip() for reference in references])
+        return text_scores(self._metrics, [self.tokenizer.decode(answer) for answer in answers], references)
 
     def _speeds(self, backbone: "Backbone") -> "list[DecodingSpeed]":
         import numpy as np

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILLATION
 from launch.configuration.key_values import check_output_file
 from launch.scoring.score_rows import Row, label, score_rows
@@ -20,6 +21,8 @@ def check(arguments: "Arguments") -> None:
     Raises:
         InputError: names the file.
     """
+    if arguments.plot and Path(arguments.plot).suffix not in (".html", ".htm"):
+        raise InputError(f"plot={arguments.plot}: the plot is a page.\nName a file that ends in .html.")
     for key in ("json", "csv", "plot"):
         check_output_file(vars(arguments)[key], key)
 

@@ -36,6 +36,8 @@ def show(results: "Results", arguments: "Arguments") -> None:
         console.print(table)
     if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
+        for signature in _signatures(results):
+            console.print(signature, highlight=False, markup=False, soft_wrap=True)
     if comparison is not None:
         _show_comparison(console.print, comparison)
 
@@ -115,6 +117,13 @@ def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> N
     if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
         show("The baseline is no worse than the teacher, so there is no gap to close.\n")
     show(speculation_table(comparison.speculation))
+
+
+def _signatures(results: "Results") -> list[str]:
+    """How sacreBLEU computed its figures; without them nobody can compare."""
+    scores = [scored.texts for scored in results.checkpoints] + list(results.baselines.values())
+    each = [f"{label(name)[0]}: {one.signature}" for texts in scores for name, one in texts.items() if one.signature]
+    return list(dict.fromkeys(each))
 
 
 def _cell(row: Row, name: str) -> str:
