@@ -95,11 +95,16 @@ def distillation_table(comparison: "Comparison") -> "Table":
     return table
 
 
-def speculation_table(speculation: "Speculation") -> "Table":
-    """What the student would be worth as the teacher's draft model."""
+def speculation_table(speculation: "Speculation", expected_error: float | None = None) -> "Table":
+    """What the student would be worth as the teacher's draft model.
+
+    Args:
+        expected_error: standard error of the expected acceptance, over texts.
+    """
     table = _explained("The student as draft model of its teacher in speculative decoding")
     measured, error = speculation.acceptance_measured, speculation.acceptance_standard_error
-    table.add_row("acceptance, expected", f"{speculation.acceptance:.4f}", "1 − total variation")
+    expected = f"{speculation.acceptance:.4f}" + ("" if expected_error is None else f" ± {expected_error:.4f}")
+    table.add_row("acceptance, expected", expected, "1 − total variation")
     table.add_row(
         "acceptance, measured", f"{measured:.4f} ± {error:.4f}", "of one draft at each position; ± standard error"
     )
@@ -116,7 +121,7 @@ def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> N
     show(distillation_table(comparison))
     if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
         show("The baseline is no worse than the teacher, so there is no gap to close.\n")
-    show(speculation_table(comparison.speculation))
+    show(speculation_table(comparison.speculation, comparison.standard_errors.get(DISTILL_ACCEPTANCE)))
 
 
 def _signatures(results: "Results") -> list[str]:
