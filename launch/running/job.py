@@ -43,7 +43,7 @@ def run_job(asked: Config) -> dict[str, Any]:
 
     noise.settle_library_noise()
     if settings.record.world_size == 0:
-        automatic.settle(settings)
+        automatic.settle(settings, automatic.free_memory(settings))
     if settings.plan:
         from launch.planning.plan import plan_of
 
