@@ -5,7 +5,7 @@
 Three steps, a validation and a checkpoint each; random tokens and random weights; none of the runs was used to fit the
 plan's constants. Measured is report.json's `peak_memory_bytes`, predicted is what the run wrote into its config.yaml
 before it had a model. Both contain the process without a model, so the error of what lies above it stands beside it.
-Prints a Markdown table and the medians. About 20 minutes on two cores; the largest run takes 4 GB.
+Prints a Markdown table and the medians. About 10 minutes on two cores; the largest run takes 4 GB.
 """
 
 import argparse

@@ -34,7 +34,8 @@ def settle(config: Config, free: int | None = None) -> None:
     """Replace every `auto` by what this machine and this run call for.
 
     Args:
-        free: bytes of memory of one device that are free; None: the device is asked.
+        free: bytes of memory that are free, see `free_memory`; micro-batches then fit into them, which takes a resolved
+            configuration. None: nobody knows.
 
     Raises:
         InputError: a GPU is asked for where there is none, more devices than there are, or fp16 on a CPU.
@@ -50,8 +51,13 @@ def settle(config: Config, free: int | None = None) -> None:
     checks.check_batch(config)
     config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
     config.record.largest_micro_batch = 0  # that of another machine
-    config.record.largest_micro_batch = _largest_that_fits(config, free or free_bytes(config.accelerator))
+    config.record.largest_micro_batch = _largest_that_fits(config, free)
     config.micro_batch, config.record.accumulate = split_batch(config)
+
+
+def free_memory(config: Config) -> int | None:
+    """Bytes that are free on a device of the kind that the run takes, or in the host's memory where that is a CPU."""
+    return free_bytes(_accelerator(config))
 
 
 def largest_micro_batch(config: Config) -> int:

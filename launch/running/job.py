@@ -66,7 +66,7 @@ def _settled(asked: Config) -> tuple[Config, bool]:
 
     noise.settle_library_noise()
     if settings.record.world_size == 0:
-        automatic.settle(settings)
+        automatic.settle(settings, automatic.free_memory(settings))
     return settings, taken_up is None
 
 
