@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate as generate_command
 from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.decoder import Decoder
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import train_bpe
@@ -166,6 +170,45 @@ def test_no_ngram_is_repeated_and_a_stop_text_ends_the_completion(write: Write) 
     ).texts[0]
     assert stopped["completion"] == once["completion"].partition(stop)[0]
     assert stopped["tokens"] < once["tokens"]
+
+
+@pytest.mark.parametrize("stop", ["", "~never~"])
+def test_on_a_terminal_a_text_is_shown_as_it_is_written(
+    stop: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where a stop text may be cut off its end."""
+    screen, terminal = pty.openpty()
+    os.set_blocking(screen, False)
+    shown, read = [""], Decoder.read  # what is to be seen whenever the model is asked for a token
+
+    def look() -> None:
+        with suppress(BlockingIOError):
+            shown.append(shown[-1] + os.read(screen, 65536).decode().replace("\r\n", "\n"))
+
+    def watched(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+        look()
+        return read(decoder, ids)
+
+    words = [
+        "prompt=import",
+        "max_new_tokens=24",
+        f"checkpoint={checkpoint}",
+        f"stop={stop}",
+        "temperature=100",
+        "top_p=1",
+    ]
+    monkeypatch.setattr(Decoder, "read", watched)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words, f"json={tmp_path / 'written.json'}"])
+    with monkeypatch.context() as on_a_terminal, os.fdopen(terminal, "w") as stdout:
+        on_a_terminal.setattr(sys, "stdout", stdout)
+        generate_command.main()
+        pieces = len(shown) - 1
+        stdout.flush()
+        look()
+    os.close(screen)
+    (text,) = json.loads((tmp_path / "written.json").read_text())
+    assert shown[-1].rstrip("\n") == ("import" + text["completion"]).rstrip("\n")
+    assert pieces == 0 if stop else pieces > 1, "the prompt, and then text before its last token"
 
 
 def test_without_a_prompt_every_line_that_comes_is_continued(write: Write) -> None:

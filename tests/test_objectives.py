@@ -373,7 +373,7 @@ def test_an_export_reads_packed_documents_as_the_backbone_does(
     mask = as_mask(seen[:, None], implementation, torch.float64)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
     torch.testing.assert_close(export(ids, **given).logits, expected, rtol=0, atol=1e-9)
-    # Without a cache transformers tells documents apart by positions that start anew; with one only the mask does.
+    # Without a cache transformers tells documents apart by positions; with one only the mask does.
     told = {"neither": {}, "mask": {"attention_mask": mask}, "positions": {"position_ids": positions}}
     for name, part in told.items():
         found = export(ids, use_cache=use_cache, **part).logits

@@ -1,6 +1,7 @@
 """The playground: tokens with their probabilities, a page for this machine alone, and requests that break nothing."""
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import signal
@@ -21,7 +22,7 @@ from conftest import ROOT
 
 from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.errors import InputError
-from gpt2lab.generation import GREEDY, generate_ids
+from gpt2lab.generation import GREEDY, Sampling, generate_ids
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.speculative import speculative_ids
@@ -188,6 +189,18 @@ def test_seed_and_settings_are_those_of_the_request(playground: Playground) -> N
     assert texts[0] == texts[1] != texts[2]
     assert text_of(written(playground, top_k=1, seed=3)["model"]) == text_of(written(playground, top_k=1)["model"])
     assert written(playground, max_new_tokens=1)["both"]["tokens"] == 1
+    typical = [text_of(written(playground, typical_p=0.01, top_p=1, seed=seed)["model"]) for seed in (1, 2)]
+    assert typical[0] == typical[1], "one token is left"
+
+
+def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playground) -> None:
+    ways = {field.name for field in dataclasses.fields(Sampling)} - {"name", "beams"}
+    assert {knob["name"] for knob in playground.facts()["knobs"]} == ways | {"max_new_tokens", "seed"}
+    once, free = (written(playground, no_repeat_ngram=size, temperature=0, max_new_tokens=40) for size in (1, 0))
+    model, tokenizer, prompt = playground.author.model, playground.tokenizer, playground.tokenizer(PROMPT)["input_ids"]
+    sampling = Sampling("once", temperature=0, no_repeat_ngram=1)
+    (ids,) = generate_ids(model, [prompt], sampling, max_new_tokens=40, end_of_text=tokenizer.eos_token_id)
+    assert text_of(once["model"]) == text_of(once["both"]) == tokenizer.decode(ids) != text_of(free["model"])
 
 
 @pytest.mark.parametrize(
@@ -341,6 +354,13 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Play
 
 
 # The command
+
+
+def test_the_page_is_for_this_machine_alone() -> None:
+    with serving._listening(0) as listener:
+        address, port = listener.getsockname()
+        assert address == "127.0.0.1"
+        socket.create_connection((address, port), timeout=5).close()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from gpt2lab.settings import ModelShape
 from gpt2lab.speculative import DraftLength, Speculated, accept, speculate, speculative_ids
 
 ENTRIES, END = 6, -1
+FEW = 800  # texts, enough that a wrong rule shows
 
 
 def model(layers: int, seed: int, entries: int = ENTRIES) -> GPT2LMHeadModel:
@@ -42,12 +43,22 @@ FILTERED = Sampling("filtered", temperature=0.8, top_k=4, top_p=0.9)
 SIZES = {"end_of_text": END, "entries": ENTRIES}
 
 
+@pytest.fixture
+def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model that costs nothing, as looks do, drafts as long as there is room, whatever is kept."""
+    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.0)
+    monkeypatch.setattr(speculative, "LOOK_COST", 0.0)
+
+
+@pytest.mark.usefixtures("long_drafts")
 @pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
 def test_greedy_text_is_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, sampling: Sampling) -> None:
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1]):
         found = speculate(target, draft, prompt, sampling, max_new_tokens=24, **SIZES)
         assert found.ids == found.plain_ids
         assert len(found.ids) == 24
+        assert found.drafted > 4 * found.calls
+        assert 0 < found.kept < found.drafted / 2, "most drafts are wrong, and some tokens after a wrong one are right"
 
 
 class Told(BaseStreamer):
@@ -101,6 +112,23 @@ def test_no_filtered_token_is_written(target: GPT2LMHeadModel, draft: GPT2LMHead
     assert speculative_ids(target, draft, [1, 2], likeliest, max_new_tokens=20, **SIZES)[0] == greedy
 
 
+def test_rounds_draft_as_much_as_is_kept(target: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy: the model as its own draft, and one that always proposes what the model holds least likely."""
+    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.02)
+    monkeypatch.setattr(speculative, "LOOK_COST", 0.02)
+    contrary = model(2, seed=0)
+    contrary.lm_head.weight = torch.nn.Parameter(-contrary.lm_head.weight)  # apart from the embedding
+    drafted = {}
+    for name, draft in (("own", model(2, seed=0)), ("contrary", contrary)):
+        _, rounds = speculative_ids(target, draft, [1, 2], GREEDY, max_new_tokens=60, **SIZES)
+        drafted[name] = [one.drafted for one in rounds]
+    *own, _ = drafted["own"]  # the last one has only so much room
+    assert own == sorted(own)
+    assert own[-1] > 4 * own[0]
+    assert max(drafted["contrary"][:5]) > 1
+    assert drafted["contrary"][-30:].count(1) > 25
+
+
 def drafted_after(kept: int, rounds: int = 40, cost: float = 0.1) -> int:
     """How long a draft is of which the draft model is even, once of so many drafts so many tokens were kept."""
     length = DraftLength(cost)
@@ -143,7 +171,7 @@ def pairs_drawn(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, count: int) -> 
     """(36,) how often each pair of second and third token was written, of six."""
     counts = torch.zeros(ENTRIES, ENTRIES)
     for seed in range(count):
-        ids, _ = speculative_ids(target, draft, [1, 2], Sampling("drawn"), max_new_tokens=6, seed=seed, **SIZES)
+        ids, _ = speculative_ids(target, draft, [1, 2], Sampling("drawn"), max_new_tokens=4, seed=seed, **SIZES)
         counts[ids[1], ids[2]] += 1
     return counts.flatten()
 
@@ -169,17 +197,11 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected.clamp_min(1)).sum())
 
 
-@pytest.fixture
-def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a draft model that costs nothing, so that most tokens have been drafted."""
-    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.0)
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("long_drafts")
-def test_drawn_text_is_distributed_as_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+@pytest.mark.parametrize("texts", [FEW, pytest.param(5000, marks=pytest.mark.slow)])
+def test_drawn_text_is_distributed_as_the_targets(texts: int, target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     """Chi-square over at most 36 cells: 66.6 is exceeded once in a thousand times at 35 degrees of freedom."""
-    assert chi_square(pairs_drawn(target, draft, 2500), expected_pairs(target)) < 66.6
+    assert chi_square(pairs_drawn(target, draft, texts), expected_pairs(target)) < 66.6
 
 
 def accept_all(drafts: torch.Tensor, _: torch.Tensor, scores: torch.Tensor, draws: bool) -> tuple[int, torch.Tensor]:
@@ -194,7 +216,6 @@ def replace_from_target(
     return kept, scores[kept].softmax(0).multinomial(1)[None]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("long_drafts")
 @pytest.mark.parametrize("rule", [accept_all, replace_from_target])
 def test_the_same_statistic_shows_a_wrong_rule(
@@ -204,4 +225,4 @@ def test_the_same_statistic_shows_a_wrong_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(speculative, "accept", rule)
-    assert chi_square(pairs_drawn(target, draft, 2500), expected_pairs(target)) > 66.6
+    assert chi_square(pairs_drawn(target, draft, FEW), expected_pairs(target)) > 66.6

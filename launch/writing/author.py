@@ -42,7 +42,7 @@ class Arguments:
     beams: int = argument("beam search over so many texts; nothing is drawn then", 1, at_least=1, at_most=100)
     repetition_penalty: float = argument("above 1 what is there is less likely", 1.0, at_least=0.01, at_most=100)
     no_repeat_ngram: int = argument("never write so many tokens in a row twice; 0: no limit", 0, at_least=0)
-    stop: str = argument("text that ends a completion, and is left out of it; several: separated by ||", "")
+    stop: str = argument("text that ends a completion and is left out; so nothing is shown before; several: a||b", "")
     num_samples: int = argument("how many texts for each prompt", 1, at_least=1, at_most=1000)
     seed: int = argument("the same seed gives the same text", 1337, at_least=0, at_most=2**63 - 1)
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))

@@ -21,7 +21,10 @@ from launch.writing.author import Arguments, Author, chosen_sampling
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+KNOBS: tuple[str, ...] = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "no_repeat_ngram", "max_new_tokens", "seed"),
+)
 MOST_NEW_TOKENS = 512  # unless the command line asks for more
 LONGEST_VALUE = 40  # characters of a number
 
