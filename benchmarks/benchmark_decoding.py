@@ -5,9 +5,11 @@
 
 First table: models of random weights, exported and loaded by both sides, on the CPU in fp32; theirs is the stock
 GPT2LMHeadModel. Prompts of a batch have 17 to 32 tokens, padded on the left. Second table, with --target: the prompts
-below, one at a time; what predicted means stands in gpt2lab/speculative.py. Sides take turns; the first round warms up;
-a figure is the median over rounds, in brackets the smallest and the largest. With the same seed both sides draw the
-same text; how many rows are the same is in the table.
+below, one at a time, with two predictions (gpt2lab/speculative.py): one with a look's measured cost, one from
+acceptance and cost ratio alone, where looks are free. Third table, also with --target: the same prompts greedily,
+beside assisted generation, which is generate of `transformers` with assistant_model and its own defaults. Sides take
+turns; the first round warms up; a figure is the median over rounds, in brackets the smallest and the largest. With
+the same seed both sides draw the same text; how many rows are the same is in the table.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from gpt2lab.backbone import Backbone, load_backbone, plain_hf
 from gpt2lab.generation import GREEDY, Sampling, generate_ids
 from gpt2lab.model_folder import folder_of
 from gpt2lab.settings import ModelShape
-from gpt2lab.speculative import Speculated, speculate
+from gpt2lab.speculative import Speculated, speculate, speculative_ids
 from gpt2lab.tokenizer import difference_in_words, load_tokenizer
 from launch.noise import settle_library_noise
 
@@ -78,6 +80,14 @@ def main() -> None:
     for draft in options.draft:
         for row in speculation_rows(options.target, draft, options.tokens, options.rounds):
             print(f"| {draft} | {row}", flush=True)
+    if options.target:
+        print(
+            "\n| draft | assisted generation ÷ theirs without | ours with the draft ÷ ours without "
+            "| ours with the draft ÷ assisted generation | same text |"
+        )
+        print("|---|--:|--:|--:|--:|")
+    for draft in options.draft:
+        print(f"| {draft} | {assisted_row(options.target, draft, options.tokens, options.rounds)}", flush=True)
 
 
 def decoding_rows(shape: ModelShape, tokens: int, rounds: int) -> list[str]:
@@ -152,6 +162,39 @@ def speculation_row(sampling: Sampling, rounds: Sequence[Sequence[Speculated]]) 
     return f"{sampling.name} | {' | '.join(cells)} |"
 
 
+def assisted_row(target: str, draft: str, tokens: int, rounds: int) -> str:
+    """The row of the third table, but for the draft's name: ratios of tokens a second, greedy, one prompt at a time."""
+    tokenizer = load_tokenizer(str(folder_of(target, "target")))
+    end = tokenizer.eos_token_id
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    backbones = [load_backbone(source).eval() for source in (target, draft)]
+    (ours, our_draft), (theirs, their_draft) = [one.lm for one in backbones], [plain_hf(one) for one in backbones]
+    given = {"max_new_tokens": tokens, "end_of_text": end, "entries": len(tokenizer)}
+
+    def generated(assistant: GPT2LMHeadModel | None) -> Rows:
+        settings = {"max_new_tokens": tokens, "pad_token_id": end, "eos_token_id": end, "do_sample": False}
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            written: Tensor = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, **settings
+            )
+            rows.append(_until(end, written[0, len(prompt) :].tolist()))
+        return rows
+
+    sides: dict[str, Callable[[], Rows]] = {
+        "theirs": lambda: generated(None),
+        "assisted": lambda: generated(their_draft),
+        "ours": lambda: [generate_ids(ours, [prompt], GREEDY, **given)[0] for prompt in prompts],
+        "drafted": lambda: [speculative_ids(ours, our_draft, prompt, GREEDY, **given)[0] for prompt in prompts],
+    }
+    speeds, texts = _alternate(sides, rounds)
+    pairs = (("assisted", "theirs"), ("drafted", "ours"), ("drafted", "assisted"))
+    ratios = [[one / other for one, other in zip(speeds[a], speeds[b], strict=True)] for a, b in pairs]
+    same = sum(len(set(map(tuple, four))) == 1 for four in zip(*texts.values(), strict=True))
+    return f"{' | '.join(map(spread, ratios))} | {same}/{len(prompts)} |"
+
+
 def pooled(found: Sequence[Speculated]) -> Speculated:
     """Several prompts as one: counts and seconds added up, costs the means."""
     return Speculated(
@@ -209,9 +252,13 @@ def _theirs(model: GPT2LMHeadModel, prompts: Rows, sampling: Sampling, tokens: i
             do_sample=not sampling.is_greedy,
             **drawn,
         )
-        return [row[: row.index(END)] if END in row else row for row in written[:, longest:].tolist()]
+        return [_until(END, row) for row in written[:, longest:].tolist()]
 
     return write
+
+
+def _until(end: int, row: list[int]) -> list[int]:
+    return row[: row.index(end)] if end in row else row
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ at two drafts and one token more cost model small 1.36 steps (docs/tasks.md). Bo
 prompt, accepting and bookkeeping are in neither.
 
 The loop is our own: assisted generation in `transformers` calls the draft model's whole generate for every draft, which
-with target micro and draft nano left a measured 0.90 × of an implied 1.36 ×.
+with target micro and draft nano was slower than no draft at all (docs/tasks.md; benchmarks/benchmark_decoding.py times
+both).
 
 Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192).
 """

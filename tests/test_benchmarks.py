@@ -4,19 +4,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, environment
+from transformers import GPT2LMHeadModel
 
 from benchmarks import benchmark_decoding, benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students, gpu_runs
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.lm_head_sides import EAGER, OURS, Head
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.generation import GREEDY
+from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.speculative import Speculated
+from gpt2lab.tokenizer import train_bpe
 
 SMALL = {"width": 16, "rows": 64, "vocab_size": 300}
 
@@ -130,6 +135,29 @@ def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch,
 def test_the_sides_of_the_decoding_benchmark_write_the_same() -> None:
     rows = benchmark_decoding.decoding_rows(ModelShape(1, 2, 16, 64, 100), tokens=8, rounds=1)
     assert [row.split(" | ")[-1] for row in rows] == ["1/1 |", "1/1 |", "16/16 |", "16/16 |"]
+
+
+def test_assisted_generation_is_timed_beside_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assistants, generate = [], GPT2LMHeadModel.generate
+
+    def recorded(model: GPT2LMHeadModel, *arguments: Any, **settings: Any) -> Any:
+        if model.config.n_layer == 2:
+            assistants.append(settings["assistant_model"] and settings["assistant_model"].config.n_layer)
+        return generate(model, *arguments, **settings)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", recorded)
+    tokenizer, sources = train_bpe(iter([Path(__file__).read_text()]), 300), []
+    for name, layers in (("target", 2), ("draft", 1)):
+        torch.manual_seed(layers)
+        backbone = Backbone(ModelShape(layers, 2, 16, 128, len(tokenizer)))
+        for parameter in backbone.parameters():
+            parameter.data *= 6  # so that no two tokens tie
+        write_hf_folder(plain_hf(backbone), tokenizer, tmp_path / name, {"title": name})
+        sources.append(str(tmp_path / name))
+    cells = [cell.strip() for cell in benchmark_decoding.assisted_row(*sources, tokens=12, rounds=1).split("|")]
+    assert cells[3] == "6/6"
+    assert [assistants.count(layers) for layers in (None, 1)] == [12, 12], "six prompts each, after a round to warm up"
+    assert all(float(cell.split()[0]) > 0 for cell in cells[:3])
 
 
 def test_the_decoding_benchmark_pools_prompts_and_states_measured_over_predicted() -> None:

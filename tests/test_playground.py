@@ -426,7 +426,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
+@pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
 def test_a_visitor_sees_three_texts_in_colour_and_ctrl_c_ends_it(
     server: subprocess.Popen[str], browser: Browser
 ) -> None:
