@@ -161,12 +161,12 @@ def check(settings: Config) -> None:
     Raises:
         InputError
     """
-    if settings.num_nodes > 1 and settings.record.groups["launcher"] != "slurm" and not is_rank():
+    if settings.num_nodes > 1 and not is_rank():
         raise InputError(
             f"num_nodes={settings.num_nodes}: start the run on every machine, for example with\n"
             f"  torchrun --nnodes={settings.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
             "--rdzv-endpoint=FIRST_HOST:29500 train.py …\n"
-            f"or: srun --nodes={settings.num_nodes} --ntasks-per-node=1 python train.py …; or launcher=slurm."
+            f"or: srun --nodes={settings.num_nodes} --ntasks-per-node=1 python train.py …"
         )
 
 
