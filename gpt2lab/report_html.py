@@ -84,12 +84,7 @@ def loss_curve(train: Points, val: Points) -> str:
         return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="training and validation loss over steps">']
-    for tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        parts.append(f'<text x="{x(tick)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>')
+    parts += step_axes([(x(tick), tick) for tick in x_ticks], [(y(tick), tick) for tick in y_ticks])
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">nats per token</text>')
     for name, curve in (("train", train), ("val", val)):
@@ -101,6 +96,18 @@ def loss_curve(train: Points, val: Points) -> str:
         parts.append(f'<line class="curve {name}" x1="{WIDTH - 130}" x2="{WIDTH - 106}" y1="{height}" y2="{height}"/>')
         parts.append(f'<text x="{WIDTH - 98}" y="{height + 4}">{label}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def step_axes(x_ticks: list[tuple[float, float]], y_ticks: list[tuple[float, float]]) -> list[str]:
+    """Grid and numbers of a curve over optimizer steps, from (place, number) of the ticks."""
+    parts = []
+    for at, tick in y_ticks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{tick:g}</text>')
+    for at, tick in x_ticks:
+        parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return [*parts, f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>']
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

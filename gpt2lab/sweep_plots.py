@@ -9,7 +9,7 @@ from html import escape
 
 from gpt2lab import metric_names
 from gpt2lab.hyperparameter_importance import Importance
-from gpt2lab.report_html import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
+from gpt2lab.report_html import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, step_axes, ticks
 from gpt2lab.row_plot import ROW, RowPlot
 from gpt2lab.sweep_runs import Contest, Setting
 from gpt2lab.varied_keys import VariedKey
@@ -130,12 +130,7 @@ def curves_plot(contest: Contest, settings: Sequence[Setting], numbers: dict[str
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(contest.metric)} over steps">']
-    for tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        parts.append(f'<text x="{x(tick)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>')
+    parts += step_axes([(x(tick), tick) for tick in x_ticks], [(y(tick), tick) for tick in y_ticks])
     inside = f'x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
     parts.append(f'<clipPath id="inside"><rect {inside}/></clipPath><g clip-path="url(#inside)">')
     for setting, run in runs:  # the best comes last, on top

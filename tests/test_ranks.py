@@ -157,16 +157,22 @@ def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+def killed_after_a_checkpoint(process: subprocess.Popen[str], rank: int, folder: Path) -> str:
+    """What a run told in the end, one rank of which was killed, and which finished all the same."""
+    while not list((folder / "run" / "checkpoints").glob("step-*.ckpt")):
+        time.sleep(0.02)
+    os.kill(rank, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
 @pytest.mark.chaos
 def test_a_killed_rank_starts_again_from_the_last_checkpoint(cache: Path, tmp_path: Path, tiny: list[str]):
     """With `max_restarts` the run goes on by itself, and ends with the weights of a run that nothing happened to."""
     keys = [*tiny, "steps=400", "checkpoint_every=100", "optimizer=adamw", "model.dropout=0.1"]
     process, ranks = started(cache, tmp_path, *keys, "max_restarts=1")
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt")):
-        time.sleep(0.02)
-    os.kill(ranks[1], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
+    stderr = killed_after_a_checkpoint(process, ranks[1], tmp_path)
     assert "rank 1 was killed by SIGKILL. Restart 1 of 1." in stderr
     command = [sys.executable, str(ROOT / "train.py"), *keys, "devices=2", "log_every=1", "run_dir=unbroken"]
     subprocess.run(command, cwd=tmp_path, env=environment(cache), check=True, capture_output=True)
@@ -177,10 +183,6 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint(cache: Path, tmp_pa
 @pytest.mark.chaos
 def test_a_single_process_that_is_killed_starts_again_too(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=300", "checkpoint_every=50", "devices=1", "max_restarts=1")
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt")):
-        time.sleep(0.02)
-    os.kill(ranks[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
+    stderr = killed_after_a_checkpoint(process, ranks[0], tmp_path)
     assert "Restart 1 of 1." in stderr
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "finished"

@@ -20,6 +20,7 @@ from launch.configuration import checks, device_memory, sharding_checks
 from launch.configuration.config import Config
 from launch.planning.free_memory import free_bytes
 from launch.planning.run_sizes import expected_vocabulary, fastest_micro_batch, room_of_a_device, run_sizes
+from launch.running.slots import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -196,10 +197,7 @@ def _precision(config: Config) -> str:
 
 def cpu_cores() -> int:
     """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux tells
-        return os.cpu_count() or 1
+    return len(usable_cores())
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

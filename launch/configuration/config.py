@@ -17,6 +17,7 @@ from yaml import YAMLError
 from gpt2lab.errors import InputError
 from gpt2lab.settings import (
     LossSettings,
+    ModelShape,
     ObjectiveSettings,
     OptimizerSettings,
     ScheduleSettings,
@@ -40,6 +41,17 @@ class ModelKeys:
     n_embd: int | None
     n_positions: int | None
     dropout: float
+
+    def shape(self, vocab_size: int) -> ModelShape:
+        """With the tokenizer's vocabulary; a size that is still open is 0."""
+        return ModelShape(
+            n_layer=self.n_layer or 0,
+            n_head=self.n_head or 0,
+            n_embd=self.n_embd or 0,
+            n_positions=self.n_positions or 0,
+            vocab_size=vocab_size,
+            dropout=self.dropout,
+        )
 
 
 @dataclass
@@ -155,6 +167,12 @@ class Config:
     def init_names_weights(self) -> bool:
         """Whether weights are loaded from where init says, and sizes with them."""
         return self.init not in ("scratch", TEACHER_LAYERS)
+
+    @property
+    def lora_rank(self) -> int:
+        """Of the adapters that are trained instead of the weights; 0: none."""
+        lora = self.task.get("lora")
+        return int(lora["rank"]) if isinstance(lora, dict) else 0
 
     @property
     def rows_of_a_step(self) -> int:

@@ -25,9 +25,7 @@ def fits(config: Config, devices: int, teacher_parts: int) -> bool:
 
 def state_bytes(config: Config) -> int:
     """Weights, gradients and two optimizer moments of the model, and its weight average; all in fp32."""
-    lora = config.task.get("lora")
-    trains_all = not isinstance(lora, dict) or not lora.get("rank")
-    return _parameters(config) * (4 + (12 if trains_all else 0) + (4 if config.ema else 0))
+    return _parameters(config) * (4 + (0 if config.lora_rank else 12) + (4 if config.ema else 0))
 
 
 def checkpoint_bytes(config: Config) -> int:

@@ -1,6 +1,7 @@
 """Plan: what a run would need and do, as the terminal shows it (plan=true). Nothing of the run's size is allocated."""
 
 import io
+import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from launch.planning.run_sizes import expected_vocabulary, room_of_a_device, run
 from launch.planning.speed import Speed, measured_speed
 from launch.running import space
 
+log = logging.getLogger(__name__)
+
 WIDTH = 110
 SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 
@@ -25,6 +28,23 @@ SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 def planned_memory(config: Config, vocab_size: int) -> MemoryPlan:
     """Of a configuration whose automatic choices are settled, run by a process like this one."""
     return memory_plan(run_sizes(config, vocab_size), resident_memory_bytes())
+
+
+def note_planned_memory(config: Config, vocab_size: int) -> None:
+    """Put what the run is expected to take into its record, for its report; warn where there is less."""
+    plan = planned_memory(config, vocab_size)
+    config.record.planned_memory = {"process": plan.process, "peak": plan.peak}
+    room = _room(config, plan)
+    if room is not None and plan.peak > room:
+        log.warning(
+            "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
+            plan.peak / 1e9,
+            room / 1e9,
+        )
+
+
+def _room(config: Config, plan: MemoryPlan) -> int | None:
+    return room_of_a_device(config, free_bytes(config.accelerator), plan.process)
 
 
 def plan_of(config: Config) -> str:
@@ -36,7 +56,7 @@ def plan_of(config: Config) -> str:
     vocab_size = expected_vocabulary(config)
     config.record.compile_head = automatic.compiling_the_head_pays(config)
     plan, sizes = planned_memory(config, vocab_size), run_sizes(config, vocab_size)
-    room = room_of_a_device(config, free_bytes(config.accelerator), plan.process)
+    room = _room(config, plan)
     fits = room is None or plan.peak <= room
     speed = measured_speed(sizes, config) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)

@@ -41,24 +41,15 @@ def expected_vocabulary(config: Config) -> int:
 
 def run_sizes(config: Config, vocab_size: int) -> RunSizes:
     """Of a configuration whose automatic choices are settled but for the micro-batch."""
-    model, distils = config.model, config.task_name == "distill"
-    shape = ModelShape(
-        n_layer=model.n_layer or 0,
-        n_head=model.n_head or 0,
-        n_embd=model.n_embd or 0,
-        n_positions=model.n_positions or 0,
-        vocab_size=vocab_size,
-        dropout=model.dropout,
-    )
+    distils = config.task_name == "distill"
     teacher = ModelShape(**read_shape(Path(config.teacher))) if distils else None
     is_cached = config.teacher_cache.name != "none"
     largest = config.record.largest_micro_batch or fastest_micro_batch(config)
     ranks = max(config.record.world_size, 1)
     step_rows = math.ceil(config.rows_of_a_step / ranks)
     rows = largest if config.micro_batch == "auto" else int(config.micro_batch)
-    lora = config.task.get("lora")
     return RunSizes(
-        shape=shape,
+        shape=config.model.shape(vocab_size),
         rows=min(rows, step_rows),
         length=config.context,
         eval_rows=largest,
@@ -70,7 +61,7 @@ def run_sizes(config: Config, vocab_size: int) -> RunSizes:
         ema=config.ema > 0,
         pairs=config.takes_pairs,
         masked=config.packing or config.objective.name in ("mlm", "prefix_lm"),
-        lora_rank=int(lora["rank"]) if isinstance(lora, dict) else 0,
+        lora_rank=config.lora_rank,
         frozen_layers=int(config.task.get("frozen_layers", 0)),
         negatives=config.objective.negatives if config.objective.name == "sampled_softmax" else 0,
         divergence=config.loss.name if distils else "",

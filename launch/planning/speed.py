@@ -4,7 +4,6 @@ python -m launch.planning.speed SIZES.json       prints the seconds of a micro-b
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,8 +25,8 @@ from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings
 from gpt2lab.teacher import TEACHER_DTYPES
 from gpt2lab.teacher_signal import DenseTeacher
 from launch.configuration.config import Config
+from launch.running import children
 
-ROOT = Path(__file__).parents[2]
 STEPS = 3
 LONGEST = 60.0  # seconds that measuring may take
 AFFORDABLE = {"cpu": 2e12}  # FLOP of measuring: seconds on a slow device; a smaller micro-batch is measured instead
@@ -54,11 +53,10 @@ def measured_speed(sizes: RunSizes, config: Config) -> Speed:
             json.dumps({"sizes": asdict(replace(sizes, rows=rows)), "optimizer": asdict(config.optimizer), **asked})
         )
         command = [sys.executable, "-m", "launch.planning.speed", str(spec)]
-        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         try:
             ended = subprocess.run(
                 command,
-                env={**os.environ, "PYTHONPATH": search},
+                env=children.environment(),
                 capture_output=True,
                 text=True,
                 timeout=LONGEST,

@@ -18,7 +18,7 @@ from callbacks.pruning import Pruning
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
 from gpt2lab.search_study import STUDY_FILE
-from gpt2lab.settings import CrossEntropySettings, DataFacts, ModelShape, TrainingSettings
+from gpt2lab.settings import CrossEntropySettings, DataFacts, TrainingSettings
 from gpt2lab.student_shape import TEACHER_LAYERS
 from launch.configuration.automatic import largest_micro_batch
 from launch.configuration.config import Config
@@ -95,17 +95,8 @@ def data_module(config: Config) -> Any:
 
 def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> TrainingSettings:
     """What every task's module is given."""
-    model = config.model
-    shape = ModelShape(
-        n_layer=model.n_layer or 0,
-        n_head=model.n_head or 0,
-        n_embd=model.n_embd or 0,
-        n_positions=model.n_positions or 0,
-        vocab_size=vocab_size,
-        dropout=model.dropout,
-    )
     return TrainingSettings(
-        shape=shape,
+        shape=config.model.shape(vocab_size),
         tokenizer_folder=facts.tokenizer_folder,
         # A continued run has its weights from its checkpoint, and need not cut them out of the teacher again.
         init="scratch" if config.resume and config.init == TEACHER_LAYERS else config.init,

@@ -1,14 +1,22 @@
-"""Children: processes that end with their parent, and signals that reach them exactly once."""
+"""Children: processes that find this project and end with their parent, and signals that reach them exactly once."""
 
 import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+ROOT = Path(__file__).parents[2]
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which `python -m` finds the project's modules whatever the working directory is."""
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search}
 
 
 def die_with_parent(parent: int) -> None:

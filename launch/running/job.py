@@ -5,7 +5,6 @@ python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a co
 python -m launch.running.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
-import logging
 import os
 import sys
 import time
@@ -19,8 +18,6 @@ from launch import answer, noise
 from launch.configuration import checks, config
 from launch.configuration.config import Config
 from launch.running import baseline, children, cluster, resolve, resume, run_folders, space
-
-log = logging.getLogger(__name__)
 
 ERROR_FILE = "error.txt"
 
@@ -73,6 +70,7 @@ def _settled(asked: Config) -> tuple[Config, bool]:
 def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
     """(data module, facts of its data), with what depends on these noted down in the settings."""
     from launch.configuration import automatic
+    from launch.planning.plan import note_planned_memory
     from launch.running import build
 
     data = build.data_module(settings)
@@ -86,7 +84,7 @@ def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
     settings.compile = automatic.compile_pays(settings, vocab_size)
     checks.check_heads(settings.model.n_embd or 0, settings.model.n_head or 1)
     space.check(settings, vocab_size)
-    _note_planned_memory(settings, vocab_size)
+    note_planned_memory(settings, vocab_size)
     if settings.task_name == "distill":
         started = time.monotonic()
         facts = _teacher_at_work(settings, data, facts)
@@ -130,23 +128,6 @@ def _data_as_told(settings: Config) -> tuple[Any, DataFacts]:
 
         facts = teacher_writing.put_in(settings, data, facts)
     return data, facts
-
-
-def _note_planned_memory(settings: Config, vocab_size: int) -> None:
-    """What the run is expected to take, for its report; a warning where there is less."""
-    from launch.planning.free_memory import free_bytes
-    from launch.planning.plan import planned_memory
-    from launch.planning.run_sizes import room_of_a_device
-
-    plan = planned_memory(settings, vocab_size)
-    settings.record.planned_memory = {"process": plan.process, "peak": plan.peak}
-    room = room_of_a_device(settings, free_bytes(settings.accelerator), plan.process)
-    if room is not None and plan.peak > room:
-        log.warning(
-            "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
-            plan.peak / 1e9,
-            room / 1e9,
-        )
 
 
 def _teacher_at_work(settings: Config, data: Any, facts: Any) -> Any:

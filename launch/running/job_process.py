@@ -8,10 +8,9 @@ from pathlib import Path
 
 from launch.configuration import config
 from launch.configuration.config import Config
+from launch.running import children
 from launch.running.job import ERROR_FILE
 from launch.running.slots import Slot
-
-ROOT = Path(__file__).parents[2]
 
 
 class JobProcess:
@@ -28,7 +27,6 @@ class JobProcess:
         self._scratch = tempfile.TemporaryDirectory(prefix="gpt2lab-job-")
         self._spec = Path(self._scratch.name, "config.yaml")
         config.save(settings, self._spec)
-        search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         cores = [] if slot.cores is None else ["--cores", ",".join(map(str, slot.cores))]
         stream = None
         if output is not None:
@@ -37,7 +35,7 @@ class JobProcess:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launch.running.job", str(self._spec), str(os.getpid()), *cores],
-                env={**os.environ, "PYTHONPATH": search, **slot.environment()},
+                env={**children.environment(), **slot.environment()},
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,

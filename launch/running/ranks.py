@@ -27,9 +27,8 @@ from launch.configuration import config
 from launch.configuration.config import Config
 from launch.running import children, run_folders
 
-ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
-LOGS = "logs"
+LOGS, OUTCOME = "logs", "outcome.json"
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +85,8 @@ def record_outcome(code: int, message: str = "", watched: float | None = None) -
 def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, Any] | None]:
     """(which rank failed and how, signals that came, recorded outcome or None) of one start of all ranks."""
     with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
-        outcome_file = Path(scratch, "outcome.json")
-        failed, signals, blame = _start_and_wait(settings, folder, Path(scratch), outcome_file)
+        failed, signals, blame = _start_and_wait(settings, folder, Path(scratch))
+        outcome_file = Path(scratch, OUTCOME)
         outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
         return blame or _told(failed, folder), signals, outcome
 
@@ -141,9 +140,7 @@ class RankLogs(LogsSpecs):
         return str(self.folder)
 
 
-def _start_and_wait(
-    settings: Config, folder: Path, scratch: Path, outcome_file: Path
-) -> tuple[Failure | None, list[int], str]:
+def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Failure | None, list[int], str]:
     """(the first rank that failed or None, signals that came, which rank kept the others waiting)."""
     world = settings.record.world_size
     # The store listens before any rank starts and picks its own free port, so no two runs can collide.
@@ -155,10 +152,10 @@ def _start_and_wait(
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "GROUP_RANK": "0",
-        "GPT2LAB_OUTCOME": str(outcome_file),
+        "GPT2LAB_OUTCOME": str(scratch / OUTCOME),
         "GPT2LAB_HEARTBEATS": str(scratch),
         "OMP_NUM_THREADS": str(settings.threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": children.environment()["PYTHONPATH"],
     }
     arguments = ("-m", "launch.running.job", str(folder / "config.yaml"), str(os.getpid()), "--rank")
     context = start_processes(

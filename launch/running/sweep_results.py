@@ -45,8 +45,7 @@ def results(folder: Path, planned: Sequence[Job]) -> SweepResults:
 
 
 def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
-    file = job.folder / "report.json"
-    report, curve = _reported(job.folder, file.stat().st_mtime_ns) if file.exists() else ({}, [])
+    report, curve = _reported(job)
     is_number = job.status == "finished" and job.watched is not None and math.isfinite(job.watched)
     return SweepRun(
         number=job.number,
@@ -63,9 +62,15 @@ def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
     )
 
 
+def _reported(job: Job) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """A job's report, empty where there is none yet, and the curve of the metric it is judged by."""
+    file = job.folder / "report.json"
+    return _read(job.folder, file.stat().st_mtime_ns) if file.exists() else ({}, [])
+
+
 @cache
-def _reported(folder: Path, written: int) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """A run's report and the curve of the metric it is judged by, read once for each time that it was written."""
+def _read(folder: Path, written: int) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """The two of `_reported`, read once for each time that they were written: all jobs are told of after every one."""
     report = read_report(folder)
     return report, series(read_metrics(folder), report.get("watched_metric", ""))
 
@@ -95,7 +100,7 @@ def _shared(planned: Sequence[Job]) -> list[str]:
 
 def _row(job: Job, told: dict[str, str]) -> dict[str, Any]:
     """A line of sweep.csv."""
-    report = read_report(job.folder)
+    report, _ = _reported(job)
     shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
     own = {"job": job.number, "status": job.status, "overrides": ignored_keys.in_words(job.overrides)}
     return {**shown, **told, **own, "error": job.error, "watched": "" if job.watched is None else job.watched}
