@@ -131,6 +131,14 @@ class LanguageModelingData(SampleDataModule):
             val_bytes=facts["val_bytes"] if of_all_text else 0,
         )
 
+    def text_bytes(self) -> int:
+        """About how many bytes of text there are, on both sides of the split; 0 where nobody knows before reading it.
+
+        Raises:
+            InputError: there is no text.
+        """
+        return 0 if self.source in ("bin", "hub") else self._corpus().size
+
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Functions to complete for Python source, else the beginnings of validation windows; for mlm with gaps."""
         if self.source in ("stdlib", "packages") and self.objective.name != "mlm":

@@ -1,6 +1,7 @@
 """plan=true says what a run would need and leaves nothing behind; the memory model counts what PyTorch really keeps."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone
     told = succeeded(train_here(*keys, *lora))
     assert f"{16 * 2 * 64 * 2:,}" in told  # what LoRA trains of two layers of width 64
     assert left_behind(tmp_path) == before
+
+
+def test_the_plan_tells_what_the_data_will_take_on_the_disk(train_here: Train, tmp_path: Path):
+    keys = ["model=nano", "data=text", f"path={Path(json.__file__).parents[1] / 'asyncio'}", "vocab_size=2048"]
+    keys += ["logger=none", "steps=1", "context=64", "cache_dir=cache", "run_dir=run", "callbacks=minimal"]
+    told = succeeded(train_here(*keys, "plan=true"))
+    planned = float(re.findall(r"^data +([\d.]+) MB   about", told, re.MULTILINE)[0]) * 1e6
+    succeeded(train_here(*keys))
+    taken = sum(file.stat().st_size for file in tmp_path.glob("cache/tokens/*/*.bin"))
+    assert taken == pytest.approx(planned, rel=0.25)
 
 
 def test_a_model_larger_than_the_machine_is_planned_in_seconds(train_here: Train, tmp_path: Path):

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2lab.device import resident_memory_bytes
+from gpt2lab.errors import InputError
 from gpt2lab.memory_parts import RunSizes, trained_parameters
 from gpt2lab.memory_plan import MemoryPlan, memory_plan
 from gpt2lab.model_folder import parameters_of
+from gpt2lab.token_file import token_dtype
 from launch.configuration import automatic
 from launch.configuration.config import Config
 from launch.planning.free_memory import free_bytes
@@ -18,10 +20,12 @@ from launch.planning.knobs import knobs
 from launch.planning.run_sizes import expected_vocabulary, room_of_a_device, run_sizes
 from launch.planning.speed import Speed, measured_speed
 from launch.running import space
+from launch.running.build import data_module
 
 log = logging.getLogger(__name__)
 
 WIDTH = 110
+BYTES_OF_A_TOKEN = 3  # of text, at least: 3.0 to 4.5 of English and of source code, with 4,096 to 50,257 entries
 SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
@@ -142,19 +146,26 @@ def _time_and_disk(config: Config, sizes: RunSizes, vocab_size: int, speed: Spee
         seconds = config.steps * config.rows_of_a_step * config.context / rate
         table.add_row("tokens/s", f"{rate:,.0f}", speed.says)
         table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
-    table.add_row("checkpoints", f"{space.bytes_needed(config, vocab_size) / 1e9:.2f} GB", "at most, exports included")
-    table.add_row("data", *_data_on_disk(config))
+    table.add_row("checkpoints", _on_disk(space.bytes_needed(config, vocab_size)), "at most, exports included")
+    table.add_row("data", *_data_on_disk(config, vocab_size))
     if sizes.reading_teacher:
-        table.add_row("teacher cache", f"{_cache_bytes(config, vocab_size) / 1e9:.2f} GB", "at most, for training")
+        table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")
     return table
 
 
-def _data_on_disk(config: Config) -> tuple[str, str]:
+def _data_on_disk(config: Config, vocab_size: int) -> tuple[str, str]:
     folder = Path(config.path).expanduser() if config.path else None
     if config.data.get("source") == "bin" and folder is not None:
         size = sum(file.stat().st_size for file in folder.glob("*.bin"))
-        return f"{size / 1e9:.2f} GB", "used where they lie"
-    return "?", "made once in cache_dir; known when they are"
+        return _on_disk(size), "used where they lie"
+    try:
+        text = 0 if config.takes_pairs else data_module(config).text_bytes()
+    except InputError as error:  # a plan may be made where the data are not
+        return "?", str(error).splitlines()[0]
+    if not text:
+        return "?", "made once in cache_dir; known when they are"
+    tokens = text // BYTES_OF_A_TOKEN
+    return _on_disk(tokens * token_dtype(vocab_size).itemsize), f"about, for {_on_disk(text)} of text; made once in cache_dir"
 
 
 def _cache_bytes(config: Config, vocab_size: int) -> int:
@@ -162,6 +173,10 @@ def _cache_bytes(config: Config, vocab_size: int) -> int:
 
     positions = config.steps * config.rows_of_a_step * config.context
     return positions * record_type(config.teacher_cache, vocab_size).itemsize
+
+
+def _on_disk(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _gigabytes(size: int) -> str:
