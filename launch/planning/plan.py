@@ -156,16 +156,15 @@ def _time_and_disk(config: Config, sizes: RunSizes, vocab_size: int, speed: Spee
 def _data_on_disk(config: Config, vocab_size: int) -> tuple[str, str]:
     folder = Path(config.path).expanduser() if config.path else None
     if config.data.get("source") == "bin" and folder is not None:
-        size = sum(file.stat().st_size for file in folder.glob("*.bin"))
-        return _on_disk(size), "used where they lie"
+        return _on_disk(sum(file.stat().st_size for file in folder.glob("*.bin"))), "used where they lie"
     try:
         text = 0 if config.takes_pairs else data_module(config).text_bytes()
     except InputError as error:  # a plan may be made where the data are not
         return "?", str(error).splitlines()[0]
     if not text:
         return "?", "made once in cache_dir; known when they are"
-    tokens = text // BYTES_OF_A_TOKEN
-    return _on_disk(tokens * token_dtype(vocab_size).itemsize), f"about, for {_on_disk(text)} of text; made once in cache_dir"
+    size = text // BYTES_OF_A_TOKEN * token_dtype(vocab_size).itemsize
+    return _on_disk(size), f"about, for {_on_disk(text)} of text; made once in cache_dir"
 
 
 def _cache_bytes(config: Config, vocab_size: int) -> int:
