@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gpt2lab.backbone import Backbone, load_backbone, plain_hf
 from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOKENS, TOP1, TOP5, difference_of_losses, score_of
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
+from gpt2lab.text_metrics import text_metrics
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.windows import SlidingWindows
 from launch import answer
@@ -124,7 +126,7 @@ def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_h
 
 
 def _is_figure(name: str) -> bool:
-    return name not in ("model", "tokens") and not name.endswith("_standard_error")
+    return name not in ("model", "tokens", "bytes") and not name.endswith("_standard_error")
 
 
 def test_a_tokenizer_that_is_not_there_is_told(evaluate_here) -> None:
@@ -232,6 +234,51 @@ def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_h
     none = evaluate_here("checkpoint=1", *PAIRS, "texts=0", f"json={tmp_path / 'none.json'}")
     assert none.code == 0
     assert "texts" not in json.loads((tmp_path / "none.json").read_text())
+
+
+def test_pairs_that_do_not_fit_for_every_tokenizer_are_scored_for_none(evaluate_here, models, tmp_path) -> None:
+    words = TEXT.split()
+    # Responses of about as many tokens as fit into 32, so that it depends on the tokenizer whether they do
+    pairs = [{"source": words[n], "target": " ".join(words[n * 3 : n * 3 + 4 + n % 5])} for n in range(60)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    data = ["data=pairs", "path=pairs.jsonl", f"val_path={tmp_path / 'long.jsonl'}", "metrics=rougeL", "texts=100"]
+
+    def scores(checkpoint: str) -> Any:
+        done = evaluate_here(f"checkpoint={checkpoint}", *data, "max_new_tokens=2", f"json={tmp_path / 'scores.json'}")
+        assert done.code == 0, done.stderr
+        found = json.loads((tmp_path / "scores.json").read_text())
+        for one in found if isinstance(found, list) else [found]:
+            kept = one["pairs"]["in_all"] - one["pairs"]["left_out"]
+            assert f"Scored are {kept} of 60 pairs" in done.stdout
+        return found
+
+    alone, (first, third), (other, again) = scores("1"), scores("1,3"), scores("3,1")
+    assert first["pairs"]["too_long_for_this"] > third["pairs"]["too_long_for_this"] > 0
+    assert first["pairs"]["left_out"] >= first["pairs"]["too_long_for_this"] == alone["pairs"]["left_out"]
+    assert third["pairs"]["left_out"] == first["pairs"]["left_out"]
+    assert first["bytes"] == third["bytes"]
+    for one, same in ((first, again), (third, other)):  # whichever was named first
+        assert {name: one[name] for name in ("loss", "texts", "baselines")} == {
+            name: same[name] for name in ("loss", "texts", "baselines")
+        }
+    tokenizers = [load_tokenizer(str(models / name)) for name in ("1", "3")]
+    fitting = [
+        pair
+        for pair in pairs
+        if all(
+            len(each("\n\n")["input_ids"]) + len(each(pair["target"])["input_ids"]) <= CONTEXT for each in tokenizers
+        )
+    ]
+    copies = text_metrics(["rougeL"], [pair["source"] for pair in fitting], [pair["target"] for pair in fitting])
+    assert first["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(copies["rougeL"])
+
+
+def test_every_byte_of_all_text_is_scored_whatever_the_tokenizer(evaluate_here, tmp_path: Path) -> None:
+    done = evaluate_here("checkpoint=[123]", *RUNNING, "split=all", f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [one["bytes"] for one in scores] == [len(TEXT.encode()) + 3000] * 3
+    assert "Not all score the same bytes" not in done.stdout
 
 
 BODY = "    b = a\n    return b"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILLATION
 from launch.configuration.key_values import check_output_file
-from launch.scoring.score_rows import Row, label, score_rows
+from launch.scoring.score_rows import COUNTED, Row, label, score_rows
 
 if TYPE_CHECKING:
     from launch.scoring.score_checkpoints import Arguments, Results, Scored
@@ -45,7 +45,7 @@ def write(results: "Results", arguments: "Arguments") -> None:
                 Bar(row.name, row.figures[name].value, *row.figures[name].bounds) for row in rows if name in row.figures
             ]
             for name in names
-            if name != "tokens"
+            if name not in COUNTED
         }
         write_text(Path(arguments.plot), render(", ".join(row.name for row in rows), panels))
 
@@ -53,6 +53,10 @@ def write(results: "Results", arguments: "Arguments") -> None:
 def as_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list[dict[str, Any]]:
     """Of one checkpoint an object, of several a list of such."""
     objects = [_as_object(scored, arguments) for scored in results.checkpoints]
+    if results.left_out is not None:
+        one = results.left_out
+        for content, count in zip(objects, one.too_long, strict=True):
+            content["pairs"] = {"in_all": one.pairs, "left_out": one.left_out, "too_long_for_this": count}
     if results.baselines:
         answers = {
             name: {metric: asdict(score) for metric, score in scores.items()}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TOLD_BY_OTHERS = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # `loss` and `ece` of the two models
 
+COUNTED = ("tokens", "bytes")  # exact, and nothing to draw
+
 # What each figure is called and says; those of a teacher stand in metric_names.DISTILLATION
 LABELS = {
     "loss": ("loss", "nats per target token"),
@@ -22,6 +24,7 @@ LABELS = {
     "top5": ("top-5 accuracy", "share of the targets among its five likeliest"),
     "ece": ("calibration error", "gap between its confidence and how often it is right, in 15 bins"),
     "tokens": ("targets", "tokens that were scored"),
+    "bytes": ("bytes", "of text that these spell"),
     "rouge1": ("ROUGE-1", "F1 of words, in percent"),
     "rouge2": ("ROUGE-2", "F1 of pairs of words"),
     "rougeL": ("ROUGE-L", "F1 of the longest common subsequence"),
@@ -127,7 +130,7 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
 
 def _own(score: "Score") -> dict[str, Figure]:
     figures = {name: Figure(value, score.standard_errors.get(name)) for name, value in score.figures.items()}
-    return {**figures, "tokens": Figure(score.tokens)}
+    return {**figures, "tokens": Figure(score.tokens), "bytes": Figure(score.bytes)}
 
 
 def _of_texts(scores: "dict[str, TextScore]") -> dict[str, Figure]:

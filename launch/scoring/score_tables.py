@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 4  # of models beside each other; more of them are rows
 WIDEST_CELL = 16  # characters
+OTHER_TEXT = (
+    "Not all score the same bytes of the text, as their objectives predict other parts of it: "
+    "only figures of equally many bytes can be compared."
+)
 
 
 def show(results: "Results", arguments: "Arguments") -> None:
@@ -28,6 +32,11 @@ def show(results: "Results", arguments: "Arguments") -> None:
         given = [*(scored.source for scored in results.checkpoints), arguments.teacher, arguments.baseline]
         for row, source in zip(rows, [source for source in given if source], strict=False):
             console.print(f"{row.name:<24} {source}", highlight=False, markup=False, soft_wrap=True)
+    names = [row.name for row in rows[: len(results.checkpoints)]]
+    if results.left_out is not None and results.left_out.left_out:
+        console.print(results.left_out.in_words(names, results.context), highlight=False, markup=False, soft_wrap=True)
+    if len({scored.score.bytes for scored in results.checkpoints}) > 1:
+        console.print(OTHER_TEXT, highlight=False, markup=False, soft_wrap=True)
     comparison = results.checkpoints[0].comparison if len(results.checkpoints) == 1 else None
     # A single student's figures beside its teacher have tables of their own, with what they say.
     left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
