@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -220,20 +221,61 @@ def test_no_target_is_left_out_or_counted_twice(length: int, stride: int) -> Non
 
 
 def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_here, tmp_path: Path) -> None:
-    words = ["metrics=rougeL,chrf", "texts=2", "max_new_tokens=4", f"json={tmp_path / 'scores.json'}"]
+    words = ["metrics=rougeL,chrf,placeholders", "texts=2", "max_new_tokens=4"]
+    words += [f"{kind}={tmp_path / f'scores.{kind}'}" for kind in ("json", "csv")] + [
+        f"plot={tmp_path / 'scores.html'}"
+    ]
     done = evaluate_here("checkpoint=1", *PAIRS, *words)
     assert done.code == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert sorted(scores["texts"]) == ["chrf", "rougeL"]
+    assert sorted(scores["texts"]) == ["chrf", "placeholders", "rougeL"]
     assert sorted(scores["baselines"]) == ["copy", "first words", "word table"]
     # “call it” against “it was called”: one word of two and of three, whose harmonic mean is 2/5
     assert scores["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(40)
     assert "word table" in done.stdout
     assert "ROUGE-L" in done.stdout
     assert f"chrF: {scores['texts']['chrf']['signature']}" in done.stdout
+    (row, *_) = csv.DictReader((tmp_path / "scores.csv").open())
+    assert row["chrf_signature"] == scores["texts"]["chrf"]["signature"]
+    assert "version:" in row["chrf_signature"]
+    assert "placeholders: no reference has any" in done.stdout
+    assert scores["texts"]["placeholders"]["value"] is None
+    assert "placeholders" not in row
     none = evaluate_here("checkpoint=1", *PAIRS, "texts=0", f"json={tmp_path / 'none.json'}")
     assert none.code == 0
     assert "texts" not in json.loads((tmp_path / "none.json").read_text())
+
+
+EXACT = {"model", "tokens", "bytes"}  # counted or named, not estimated
+
+
+def test_whatever_is_estimated_has_a_standard_error(evaluate_here, tmp_path: Path) -> None:
+    files = [f"{kind}={tmp_path / f'scores.{kind}'}" for kind in ("json", "csv")]
+    for words in (
+        ["checkpoint=1", "teacher=2", "baseline=2", *RUNNING, "decode=4"],
+        ["checkpoint=1,2", *RUNNING],
+        ["checkpoint=1,3", *PAIRS, "metrics=rougeL,bleu,chrf,exact,f1,compiles"],
+    ):
+        done = evaluate_here(*words, *files)
+        assert done.code == 0, done.stderr
+        (*rows,) = csv.DictReader((tmp_path / "scores.csv").open())
+        for row in rows:
+            figures = {name for name in row if not name.endswith(("_standard_error", "_signature"))} - EXACT
+            assert {name for name in figures if row[name] and not row[f"{name}_standard_error"]} == set()
+        assert len(figures) > 5
+    assert "± " in done.stdout
+
+
+def test_the_speed_up_of_a_draft_is_as_uncertain_as_its_acceptance(evaluate_here, tmp_path: Path) -> None:
+    done = evaluate_here("checkpoint=1", "teacher=2", *RUNNING, f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())
+    drafting, error = found["speculative_decoding"], found["standard_errors"]["distill/acceptance"]
+    kept, drafts = drafting["acceptance"], drafting["drafts"]
+    slope = sum(number * kept ** (number - 1) for number in range(1, drafts + 1))  # of 1 + α + … + α^drafts
+    assert drafting["tokens_per_target_call_standard_error"] == pytest.approx(slope * error, rel=0.05)
+    per_cost = slope * error / (1 + drafts * drafting["cost_ratio"])
+    assert drafting["speedup_standard_error"] == pytest.approx(per_cost, rel=0.05)
 
 
 def test_pairs_that_do_not_fit_for_every_tokenizer_are_scored_for_none(evaluate_here, models, tmp_path) -> None:
@@ -313,6 +355,18 @@ metric_list: [{{metric: acc}}]
 """
 
 
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question[:20]}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
 def alone(folder: Path, tasks: Path) -> float:
     """The accuracy that lm_eval's own command finds for the Hugging Face folder."""
     words = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
@@ -330,10 +384,12 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
-    words = ["lm_eval=tiny_completion", f"lm_eval_path={tmp_path}", f"json={tmp_path / 'scores.json'}"]
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format(file=tmp_path / "test.jsonl"))
+    words = ["lm_eval=tiny_completion,tiny_rolling", f"lm_eval_path={tmp_path}", f"json={tmp_path / 'scores.json'}"]
     done = evaluate_here("checkpoint=1", *RUNNING, *words)
     assert done.code == 0, done.stderr
-    found = json.loads((tmp_path / "scores.json").read_text())["zero_shot"]["tiny_completion/acc"]
+    scores = json.loads((tmp_path / "scores.json").read_text())["zero_shot"]
+    found = scores["tiny_completion/acc"]
     backbone, tokenizer = load_backbone(str(models / "1")).eval(), load_tokenizer(str(models / "1"))
 
     def likelihood(question: str, choice: str) -> float:
@@ -348,6 +404,15 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     assert found["value"] == pytest.approx(sum(right) / len(right))
     assert found["standard_error"] > 0 or sum(right) in (0, 20)
     assert alone(models / "1", tmp_path) == found["value"]
+    # The harness has no error of what it weighs by length; a document is 20 characters, so it is that of a mean.
+    with torch.no_grad():
+        rows = [[tokenizer.eos_token_id, *tokenizer(one["question"][:20])["input_ids"]] for one in questions]
+        parts = [backbone.logits(torch.tensor([row[:-1]]))[0].log_softmax(1) for row in rows]
+    nats = [-part.gather(1, torch.tensor(row[1:])[:, None]).sum() for part, row in zip(parts, rows, strict=True)]
+    bits = torch.stack(nats) / 20 / math.log(2)
+    assert scores["tiny_rolling/bits_per_byte"]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
+    assert scores["tiny_rolling/bits_per_byte"]["standard_error"] == pytest.approx(bits.std().item() / 20**0.5, rel=0.1)
+    assert scores["tiny_rolling/word_perplexity"]["standard_error"] > 0
     unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
     assert unknown.code == 2
     assert "no such task" in unknown.stderr

@@ -68,12 +68,14 @@ def as_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list
 
 
 def as_csv(rows: list[Row]) -> str:
-    """A model a row; each figure, and beside it its standard error where it has one."""
+    """A model a row; each figure, and beside it its standard error and sacreBLEU's signature where it has them."""
     names = dict.fromkeys(name for row in rows for name in row.figures)
     columns = ["model"]
     for name in names:
-        has_error = any(row.figures[name].standard_error is not None for row in rows if name in row.figures)
-        columns += [name, f"{name}_standard_error"] if has_error else [name]
+        those = [row.figures[name] for row in rows if name in row.figures]
+        columns.append(name)
+        columns += [f"{name}_standard_error"] if any(one.standard_error is not None for one in those) else []
+        columns += [f"{name}_signature"] if any(one.signature for one in those) else []
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -83,6 +85,8 @@ def as_csv(rows: list[Row]) -> str:
             cells[name] = figure.value
             if figure.standard_error is not None:
                 cells[f"{name}_standard_error"] = figure.standard_error
+            if figure.signature:
+                cells[f"{name}_signature"] = figure.signature
         writer.writerow(cells)
     return text.getvalue()
 

@@ -43,12 +43,13 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, its standard error and its 95 % interval, as far as they are known."""
+    """A value, its standard error and its 95 % interval, as far as they are known; how sacreBLEU computed it."""
 
     value: float
     standard_error: float | None = None
     low: float | None = None
     high: float | None = None
+    signature: str = ""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -118,13 +119,15 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
             for name in DISTILLATION
             if name in compared.figures and name not in TOLD_BY_OTHERS
         }
-        found["speedup"] = Figure(compared.speculation.speedup)
+        found["speedup"] = Figure(compared.speculation.speedup, compared.speculation.speedup_standard_error)
     if scored.loss_minus_first is not None:
         found["loss_minus_first"] = Figure(*scored.loss_minus_first)
     found |= _of_texts(scored.texts)
     for speed in scored.speeds:
         found[f"decode_tokens_per_second_{speed.batch}"] = Figure(speed.tokens_per_second, speed.standard_error)
-        found[f"decode_memory_gb_{speed.batch}"] = Figure(speed.memory_bytes / 1e9)
+        if speed.memory_bytes is not None and speed.memory_standard_error is not None:
+            memory = Figure(speed.memory_bytes / 1e9, speed.memory_standard_error / 1e9)
+            found[f"decode_memory_gb_{speed.batch}"] = memory
     return found | {name: Figure(*pair) for name, pair in scored.zero_shot.items()}
 
 
@@ -134,4 +137,8 @@ def _own(score: "Score") -> dict[str, Figure]:
 
 
 def _of_texts(scores: "dict[str, TextScore]") -> dict[str, Figure]:
-    return {name: Figure(one.value, one.standard_error, one.low, one.high) for name, one in scores.items()}
+    return {
+        name: Figure(one.value, one.standard_error, one.low, one.high, one.signature)
+        for name, one in scores.items()
+        if one.value is not None
+    }

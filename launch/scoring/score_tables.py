@@ -45,8 +45,8 @@ def show(results: "Results", arguments: "Arguments") -> None:
         console.print(table)
     if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
-        for signature in _signatures(results):
-            console.print(signature, highlight=False, markup=False, soft_wrap=True)
+        for line in _nothing_to_score(results) + _signatures(results):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if comparison is not None:
         _show_comparison(console.print, comparison)
 
@@ -99,9 +99,12 @@ def distillation_table(comparison: "Comparison") -> "Table":
     for name, (words, says) in DISTILLATION.items():
         if name in comparison.figures and name != DISTILL_ACCEPTANCE:
             error = comparison.standard_errors.get(name)
-            value = f"{comparison.figures[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
-            table.add_row(words, value, says)
+            table.add_row(words, _with_error(comparison.figures[name], error), says)
     return table
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def speculation_table(speculation: "Speculation", expected_error: float | None = None) -> "Table":
@@ -112,15 +115,22 @@ def speculation_table(speculation: "Speculation", expected_error: float | None =
     """
     table = _explained("The student as draft model of its teacher in speculative decoding")
     measured, error = speculation.acceptance_measured, speculation.acceptance_standard_error
-    expected = f"{speculation.acceptance:.4f}" + ("" if expected_error is None else f" ± {expected_error:.4f}")
-    table.add_row("acceptance, expected", expected, "1 − total variation")
+    table.add_row("acceptance, expected", _with_error(speculation.acceptance, expected_error), "1 − total variation")
     table.add_row(
-        "acceptance, measured", f"{measured:.4f} ± {error:.4f}", "of one draft at each position; ± standard error"
+        "acceptance, measured", _with_error(measured, error), "of one draft at each position; ± standard error"
     )
     table.add_row("cost ratio", f"{speculation.cost_ratio:.4f}", "FLOPs of a token, student over teacher")
     table.add_row("drafts", str(speculation.drafts), "tokens best drafted at a time, of 1 to 16")
-    table.add_row("tokens per call", f"{speculation.tokens_per_target_call:.2f}", "expected, of the teacher")
-    table.add_row("speed-up", f"{speculation.speedup:.2f}", "implied, over the teacher alone")
+    table.add_row(
+        "tokens per call",
+        _with_error(speculation.tokens_per_target_call, speculation.tokens_per_target_call_standard_error),
+        "expected, of the teacher",
+    )
+    table.add_row(
+        "speed-up",
+        _with_error(speculation.speedup, speculation.speedup_standard_error),
+        "implied, over the teacher alone",
+    )
     return table
 
 
@@ -131,6 +141,12 @@ def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> N
     if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
         show("The baseline is no worse than the teacher, so there is no gap to close.\n")
     show(speculation_table(comparison.speculation, comparison.standard_errors.get(DISTILL_ACCEPTANCE)))
+
+
+def _nothing_to_score(results: "Results") -> list[str]:
+    """Why a figure is missing that was asked for; all models answer the same prompts."""
+    texts = results.checkpoints[0].texts
+    return [f"{label(name)[0]}: no reference has any." for name, one in texts.items() if one.value is None]
 
 
 def _signatures(results: "Results") -> list[str]:
