@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -120,6 +120,8 @@ class LanguageModelingData(SampleDataModule):
         self._entries = int(facts["vocab_size"])
         self.train_samples = Windows(train_file, self._objective(tokenizer_folder, self.seed))
         self.val_samples = Windows(val_file, self._objective(tokenizer_folder, VALIDATION_SEED))
+        whole_file = TokenFile(folder / "train.bin", dtype, self.context, keep_short=True)
+        self.all_train_samples = Windows(whole_file, self._objective(tokenizer_folder, VALIDATION_SEED))
         of_all_text = self.objective.name in ("clm", "sampled_softmax")
         return DataFacts(
             name=self.name,
@@ -159,6 +161,10 @@ class LanguageModelingData(SampleDataModule):
         for start in range(0, len(tokens), COUNTED_AT_A_TIME):
             counts += np.bincount(tokens[start : start + COUNTED_AT_A_TIME], minlength=entries)
         return counts
+
+    def train_eval_dataloader(self) -> DataLoader:
+        """The whole training text once, its last short window too: tokenizers are compared on the same bytes."""
+        return self._in_order(self.all_train_samples)
 
     def sliding_batches(self, stride: int, all_text: bool) -> ConcatDataset[Batch]:
         """The validation text, or all of it, in windows that overlap (gpt2lab/windows.py)."""

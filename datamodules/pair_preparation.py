@@ -8,6 +8,7 @@ Step (3) encode: each side → a PairFile.
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
@@ -17,12 +18,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.pair_sources import PairSource, Row, pair_text
+from gpt2lab.cache import read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.pair_file import PairFileWriter
 from gpt2lab.pair_template import PairTemplate, encode_pairs
 
 log = logging.getLogger(__name__)
 
+SIDES = {"train": "training", "val": "validation"}  # folder of a side → in words
 HASHES = 2**64
 ENCODED_TOGETHER = 256  # pairs tokenized in one call
 
@@ -147,17 +150,17 @@ def encode_side(
                     counts["too_long"] += 1
                     continue
                 reference = {"source": source, "reference": target} if folder.name == "val" else None
-                writer.add(tokens.prompt, tokens.response, reference)
+                writer.add(writer.pairs + counts["too_long"], tokens.prompt, tokens.response, reference)
                 counts["shortened"] += tokens.shortened
                 counts["bytes"] += len(template.render_response(target).encode())
             progress.update(len(together))
     counts |= {"pairs": writer.pairs, "targets": writer.response_tokens}
-    _tell(counts, name, "training" if folder.name == "train" else "validation", context)
+    _check_side(counts, name, SIDES[folder.name], context)
     return counts
 
 
-def _tell(counts: dict[str, int], name: str, side: str, context: int) -> None:
-    """Say what did not fit; refuse a side that is left without a pair."""
+def _check_side(counts: dict[str, int], name: str, side: str, context: int) -> None:
+    """Refuse a side that is left without a pair."""
     if counts["pairs"] == 0 and counts["too_long"]:
         raise InputError(
             f"data={name}: none of the {counts['too_long']} {side} pairs fits in context={context}; "
@@ -168,13 +171,21 @@ def _tell(counts: dict[str, int], name: str, side: str, context: int) -> None:
             f"data={name}: no {side} pair is left, every source text is also a validation pair's.\n"
             "Give other validation pairs: val_path=FILE"
         )
-    if counts["too_long"] or counts["shortened"]:
-        log.warning(
-            "data=%s, context=%d: of %d %s pairs %d are left out (target too long) and %d lose the end of their source",
-            name,
-            context,
-            counts["pairs"] + counts["too_long"],
-            side,
-            counts["too_long"],
-            counts["shortened"],
-        )
+
+
+@cache
+def tell_what_does_not_fit(folder: Path, name: str, context: int) -> None:
+    """Say how many pairs were left out or cut when `folder` was prepared; once in a process, whoever prepared it."""
+    for folder_name, side in SIDES.items():
+        counts = read_ledger(folder)[folder_name]
+        if counts["too_long"] or counts["shortened"]:
+            log.warning(
+                "data=%s, context=%d: of %d %s pairs %d are left out (target too long) and %d lose the end of their "
+                "source",
+                name,
+                context,
+                counts["pairs"] + counts["too_long"],
+                side,
+                counts["too_long"],
+                counts["shortened"],
+            )

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerFast
 
 from datamodules.micro_batches import SampleDataModule
 from datamodules.pair_batches import PairsToPad
-from datamodules.pair_preparation import Pairs, collect_pairs, encode_side, split_as_given, split_by_hash
+from datamodules.pair_preparation import (
+    SIDES,
+    Pairs,
+    collect_pairs,
+    encode_side,
+    split_as_given,
+    split_by_hash,
+    tell_what_does_not_fit,
+)
 from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
 from gpt2lab.errors import InputError
@@ -121,16 +129,19 @@ class PairData(SampleDataModule):
         }
 
         def build(folder: Path) -> dict[str, Any]:
-            sides = {"train": training, "val": validation}
+            sides = dict(zip(SIDES, (training, validation), strict=True))
             return {
                 side: encode_side(folder / side, sides[side], self.template, tokenizer, self.context, self.name)
                 for side in sides
             }
 
-        folder = prepared("tokenized_pairs", self.name, key, build, self.cache_dir)
+        # The layout of the files says nothing about the pairs, so it is not in the hash of the data.
+        folder = prepared("tokenized_pairs", self.name, {**key, "layout": 2}, build, self.cache_dir)
+        tell_what_does_not_fit(folder, self.name, self.context)
         self.train_samples = self._opened(folder / "train", tokenizer, with_references=False)
         self.val_samples = self._opened(folder / "val", tokenizer, with_references=True)
         counts = read_ledger(folder)
+        self._all_pairs = {side: counts[side]["pairs"] + counts[side]["too_long"] for side in SIDES}
         return DataFacts(
             name=self.name,
             hash=content_hash(key)[:16],
@@ -158,6 +169,11 @@ class PairData(SampleDataModule):
         lengths = batch.prompt_lengths.tolist()
         prompts = [tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
         return list(dict.fromkeys(prompts))[:3]
+
+    def sides(self, all_text: bool) -> list[tuple[PairFile, int]]:
+        """The validation side, or both; each with the number of its pairs, those that were left out among them."""
+        sides = {"val": self.val_samples.file, "train": self.train_samples.file}
+        return [(sides[name], self._all_pairs[name]) for name in (sides if all_text else ["val"])]
 
     def training_pairs(self) -> Iterator[tuple[str, str]]:
         """(source, target) texts of the training side."""

@@ -9,7 +9,7 @@ teacher, and contexts are those of the scored text, not the student's own writin
 Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Speculation:
         drafts: how many tokens the student best drafts before the teacher looks at them, of 1 to 16.
         tokens_per_target_call: expected tokens gained for one look.
         speedup: over the teacher alone, in expected time per token.
+        tokens_per_target_call_standard_error, speedup_standard_error: over texts, with so many drafts; None where there
+            is a single row of text.
     """
 
     acceptance: float
@@ -43,6 +45,8 @@ class Speculation:
     drafts: int
     tokens_per_target_call: float
     speedup: float
+    tokens_per_target_call_standard_error: float | None = None
+    speedup_standard_error: float | None = None
 
 
 def drawn_sums(log_q: Tensor, log_p: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
@@ -83,6 +87,14 @@ def speculation(acceptance: float, sums: dict[str, Tensor], draws: int, ratio: f
         drafts=drafts,
         tokens_per_target_call=tokens_per_target_call(acceptance, drafts),
         speedup=speedup(acceptance, drafts, ratio),
+    )
+
+
+def with_error(found: Speculation, tokens_error: float) -> Speculation:
+    """The same with the standard error of its tokens per call, and that of the speed-up, whose costs are exact."""
+    cost = found.drafts * found.cost_ratio + 1
+    return replace(
+        found, tokens_per_target_call_standard_error=tokens_error, speedup_standard_error=tokens_error / cost
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab import metric_names
-from gpt2lab.acceptance import Speculation, cost_ratio, speculation
+from gpt2lab.acceptance import Speculation, cost_ratio, speculation, tokens_per_target_call, with_error
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
@@ -90,13 +90,19 @@ def compare(
         rows = [{**row, BASELINE_NATS: alone[NATS]} for row, alone in zip(rows, own[2], strict=True)]
     sums = total(rows)
     found, ratio = _figures(sums), cost_ratio(student.shape, teacher.shape, context)
+    gain = speculation(found[metric_names.DISTILL_ACCEPTANCE], sums, scores[0].tokens, ratio)
+
+    def tokens_of(sums: Sums) -> Figures:
+        return {"tokens": tokens_per_target_call(_figures(sums)[metric_names.DISTILL_ACCEPTANCE], gain.drafts)}
+
+    error = standard_errors(rows, tokens_of).get("tokens")
     return Comparison(
         student=scores[0],
         teacher=scores[1],
         baseline=scores[2] if baseline is not None else None,
         figures=found,
         standard_errors=standard_errors(rows, _figures),
-        speculation=speculation(found[metric_names.DISTILL_ACCEPTANCE], sums, scores[0].tokens, ratio),
+        speculation=gain if error is None else with_error(gain, error),
         entries=entries,
         is_cut=any(model.shape.vocab_size > entries for model in models),
     )

@@ -3,10 +3,10 @@
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GPT2LMHeadModel
 
@@ -14,24 +14,24 @@ from gpt2lab.device import peak_memory_bytes, synchronize
 from gpt2lab.generation import GREEDY, generate_ids
 from gpt2lab.host_memory import give_back_freed_memory
 
-ROUNDS = 5
+ROUNDS, DRAWS = 5, 1000
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class DecodingSpeed:
-    """Of greedy decoding.
+    """Of greedy decoding; medians over the rounds, with the bootstrap's standard errors of these medians.
 
     Attributes:
-        tokens_per_second: median over the rounds, of all texts that are written together.
-        standard_error: of the mean over the rounds.
-        memory_bytes: of the weights, and what decoding takes beside them at the most.
+        tokens_per_second: of all texts that are written together.
+        memory_bytes: of the weights, and what decoding takes beside them at the most; None where that is not known.
     """
 
     batch: int
     tokens_per_second: float
     standard_error: float
-    memory_bytes: int
+    memory_bytes: int | None
+    memory_standard_error: float | None
 
 
 def decoding_speed(
@@ -43,27 +43,41 @@ def decoding_speed(
         tokens: written after each prompt, fewer where a text ends before.
         entries: of the vocabulary that mean a token.
     """
-    device = model.device
-    before, rates = _start_of_peak(device), []
+    device, weights = model.device, sum(parameter.nbytes for parameter in model.parameters())
+    rates, peaks = [], []
     for _ in range(ROUNDS + 1):
+        before = _start_of_peak(device)
         synchronize(device)
         started = time.perf_counter()
         texts = generate_ids(model, prompts, GREEDY, max_new_tokens=tokens, end_of_text=end_of_text, entries=entries)
         synchronize(device)
         written = sum(min(len(text) + 1, tokens) for text in texts)
         rates.append(written / (time.perf_counter() - started))
-    rates = rates[1:]  # the first one warms up
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    memory = weights + max(peak_memory_bytes(device) - before, 0)
-    return DecodingSpeed(len(prompts), statistics.median(rates), statistics.stdev(rates) / ROUNDS**0.5, memory)
+        if before is not None:
+            peaks.append(weights + max(peak_memory_bytes(device) - before, 0))
+    speed, error = median_with_error(rates[1:])  # the first one warms up
+    if not peaks:
+        return DecodingSpeed(len(prompts), speed, error, None, None)
+    memory, memory_error = median_with_error(peaks[1:])
+    return DecodingSpeed(len(prompts), speed, error, round(memory), memory_error)
 
 
-def _start_of_peak(device: torch.device) -> int:
-    """Let the peak count anew where that can be done; returns the bytes in use."""
+def median_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """(median, its standard error by the bootstrap over the values)."""
+    drawn = np.random.default_rng(0).choice(np.array(values, dtype=np.float64), (DRAWS, len(values)))
+    return statistics.median(values), float(np.median(drawn, axis=1).std())
+
+
+def _start_of_peak(device: torch.device) -> int | None:
+    """Let the peak count anew; returns the bytes in use, or None where that cannot be done."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR_REFS.exists():
+    elif not CLEAR_REFS.exists():
+        return None
+    else:
         give_back_freed_memory()
-        with suppress(OSError):  # some containers forbid it; then the peak is the process's so far
+        try:
             CLEAR_REFS.write_text("5")  # VmHWM becomes what is resident now (man 5 proc)
+        except OSError:  # some containers forbid it
+            return None
     return peak_memory_bytes(device)

@@ -32,9 +32,10 @@ class Score:
         perplexity: exp(loss).
         bits_per_byte: bits per UTF-8 byte that the target tokens spell; comparable between tokenizers.
         tokens: how many targets were scored.
+        bytes: how many bytes of text these spell.
         top1, top5: share of the targets that the model held likeliest, and among its five likeliest.
         ece: expected calibration error, in 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599).
-        standard_errors: of each of these but `tokens`; empty where the text is a single row.
+        standard_errors: of each of these but `tokens` and `bytes`; empty where the text is a single row.
         rows: the sums of each row of text.
     """
 
@@ -42,6 +43,7 @@ class Score:
     perplexity: float
     bits_per_byte: float
     tokens: int
+    bytes: int
     top1: float
     top5: float
     ece: float
@@ -55,7 +57,7 @@ class Score:
 
     @property
     def figures(self) -> Figures:
-        """By name, the number of tokens left out."""
+        """By name; what was only counted is left out."""
         names = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "ece")
         return {name: vars(self)[name] for name in names}
 
@@ -112,7 +114,8 @@ def score_of(rows: list[Sums]) -> Score:
         raise ValueError("The batches hold no target token.")
     sums = total(rows)
     found = _figures(sums)
-    return Score(**found, tokens=int(sums[TOKENS]), standard_errors=standard_errors(rows, _figures), rows=rows)
+    tokens, size = int(sums[TOKENS]), int(sums[BYTES])
+    return Score(**found, tokens=tokens, bytes=size, standard_errors=standard_errors(rows, _figures), rows=rows)
 
 
 def difference_of_losses(first: Score, second: Score) -> tuple[float, float | None] | None:

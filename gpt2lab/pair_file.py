@@ -12,12 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2lab.token_file import token_dtype
 
 # `offset` counts tokens in tokens.bin, `prompt` and `response` are lengths in tokens, `reference` is a byte of
-# references.jsonl, or −1.
-INDEX_ENTRY = np.dtype([("offset", "<i8"), ("prompt", "<i4"), ("response", "<i4"), ("reference", "<i8")])
+# references.jsonl, or −1; `number` counts the pairs of that side of the split, those that were left out among them.
+INDEX_ENTRY = np.dtype(
+    [("offset", "<i8"), ("prompt", "<i4"), ("response", "<i4"), ("reference", "<i8"), ("number", "<i8")]
+)
 
 
 class PairFileWriter:
@@ -41,28 +44,41 @@ class PairFileWriter:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, prompt: list[int], response: list[int], reference: dict[str, str] | None = None) -> None:
+    def add(self, number: int, prompt: list[int], response: list[int], reference: dict[str, str] | None = None) -> None:
         place = -1
         if reference is not None:
             place = self._references.tell()
             self._references.write(json.dumps(reference, ensure_ascii=False).encode() + b"\n")
         self._tokens.write(np.array(prompt + response, dtype=self._dtype).tobytes())
-        self._index.write(np.array((self._offset, len(prompt), len(response), place), dtype=INDEX_ENTRY).tobytes())
+        entry = (self._offset, len(prompt), len(response), place, number)
+        self._index.write(np.array(entry, dtype=INDEX_ENTRY).tobytes())
         self._offset += len(prompt) + len(response)
         self.pairs += 1
         self.response_tokens += len(response)
 
 
 class PairFile:
-    """Random access to the pairs of a folder that PairFileWriter wrote and that holds at least one pair."""
+    """Random access to the pairs of a folder that PairFileWriter wrote and that holds at least one pair.
+
+    Attributes:
+        numbers: (pairs,) int64, rising: of each pair among all of its side, whatever the tokenizer.
+    """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self.folder = folder
         self._tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(vocab_size), mode="r")  # (all tokens,)
-        self._index = np.memmap(folder / "index.bin", dtype=INDEX_ENTRY, mode="r")  # (pairs,)
+        self._index: NDArray[np.void] = np.memmap(folder / "index.bin", dtype=INDEX_ENTRY, mode="r")  # (pairs,)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        return self._index["number"]
+
+    def keep(self, numbers: NDArray[np.int64]) -> None:
+        """From now on only pairs with these numbers are there."""
+        self._index = self._index[np.isin(self.numbers, numbers)]
 
     def target_counts(self, rows: np.ndarray) -> np.ndarray:
         """Number of targets, end-of-text included, in each of the pairs `rows` (any number, int64)."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from statistics import median
 
+from tqdm import tqdm
+
 from gpt2lab.text_metrics import mostly_han
 
 COPY, FIRST_WORDS, COMMONEST, WORD_TABLE = "copy", "first words", "commonest", "word table"
@@ -50,9 +52,9 @@ def word_table(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """
     texts = [(WORD.findall(source)[:MOST_WORDS], WORD.findall(target)[:MOST_WORDS]) for source, target in pairs]
     likely: dict[str, dict[str, float]] = {}
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for words, theirs in texts:
+        for words, theirs in tqdm(texts, f"word table, round {number + 1} of {ROUNDS}", unit=" pairs", disable=None):
             for their in theirs:
                 # In the first round every word explains every other equally well.
                 shares = [likely[word].get(their, 0.0) if likely else 1.0 for word in words]

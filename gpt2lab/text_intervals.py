@@ -26,11 +26,12 @@ class TextScore:
     """From 0 to 100.
 
     Attributes:
+        value: None where no text has what the metric looks at: no reference has a placeholder.
         standard_error, low, high: of the figure and of its 95 % interval; None where there is one text only.
         signature: how sacreBLEU computed it; empty for others.
     """
 
-    value: float
+    value: float | None
     standard_error: float | None
     low: float | None
     high: float | None
@@ -68,13 +69,15 @@ def text_scores(
 
 
 def _of_means(values: list[float], draws: np.random.Generator) -> TextScore:
+    if not values:
+        return TextScore(None, None, None, None)
     drawn = np.array(values)[_drawn(len(values), draws)].mean(1) if len(values) > 1 else None
     return _interval(mean_of(values), drawn)
 
 
 def _drawn(count: int, draws: np.random.Generator) -> NDArray[np.int64]:
     """(DRAWS, count) places of texts."""
-    return draws.integers(0, max(count, 1), (DRAWS, count))
+    return draws.integers(0, count, (DRAWS, count))
 
 
 def _interval(value: float, drawn: NDArray[np.float64] | None) -> TextScore:

@@ -9,6 +9,7 @@ compiles                share of predictions that are the body of a Python funct
 placeholders            share of the texts whose reference has any (%s, %(name)d, {name}) that have the same
 """
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ PLACEHOLDER = re.compile(r"%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]|\{\w*\}")
 
 
 def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Score `predictions` (N texts) against one reference each.
+    """Score `predictions` (N texts) against one reference each; NaN where no text has what the metric looks at.
 
     torchmetrics takes seconds to import: that happens here, not when the module is imported.
 
@@ -63,8 +64,8 @@ def values_of_texts(names: Iterable[str], predictions: list[str], references: li
 
 
 def mean_of(values: list[float]) -> float:
-    """100 where nothing could go wrong: no reference has a placeholder."""
-    return sum(values) / len(values) if values else 100.0
+    """NaN where there is nothing to score, as where no reference has a placeholder."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def _rouge(names: tuple[str, ...], pairs: list[tuple[str, str]]) -> dict[str, list[float]]:

@@ -1,5 +1,8 @@
 """FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
 
+import logging
+import math
+from functools import cache
 from pathlib import Path
 
 import torch.distributed
@@ -14,6 +17,8 @@ from gpt2lab.lora import merged
 from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.text_metrics import text_metrics
 from lightning_modules.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
 
 LORA_LAYERS = ["c_attn", "c_proj", "c_fc"]
 
@@ -77,7 +82,11 @@ class FineTune(LanguageModel):
             torch.distributed.all_gather_object(parts, pairs)
             pairs = [pair for part in parts for pair in part]
         predictions, references = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
-        return {f"val/{name}": v for name, v in text_metrics(self.text.metrics, predictions, references).items()}
+        scores = text_metrics(self.text.metrics, predictions, references)
+        for name in [name for name, value in scores.items() if math.isnan(value)]:
+            _tell_nothing_to_score(name, len(references))
+            del scores[name]
+        return {f"val/{name}": value for name, value in scores.items()}
 
     # LoRA
 
@@ -113,3 +122,9 @@ class FineTune(LanguageModel):
         config.base_model_name_or_path = self.settings.init
         config.save_pretrained(folder)
         return True
+
+
+@cache
+def _tell_nothing_to_score(metric: str, texts: int) -> None:
+    """Once in a process, not at every validation."""
+    log.warning("val/%s is not logged: none of the %d validation texts has anything of the kind", metric, texts)

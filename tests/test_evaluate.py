@@ -107,6 +107,8 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["metrics=rouge"], "metrics=rouge"),
         (["csv=/proc/scores.csv"], "csv=/proc/scores.csv"),
         (["lm_eval_limit=3"], "are of lm_eval="),
+        (["lm_eval=arc_easy", "lm_eval_path=/nowhere/at/all"], "lm_eval_path=/nowhere/at/all: there is no such folder"),
+        (["lm_eval_path=."], "are of lm_eval="),
         (["plot=scores.png"], "ends in .html"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules import pair_preparation
-from datamodules.pair_preparation import collected_pairs
+from datamodules.pair_preparation import collected_pairs, tell_what_does_not_fit
 from datamodules.pairs import PairData
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
@@ -188,7 +188,12 @@ def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_pa
     data = make(file, tmp_path / "cache", {"context": 100})
     data.prepare()
     assert len(data.train_samples) + len(data.val_samples) == 59
-    assert "1 are left out (target too long)" in caplog.text
+    assert caplog.text.count("1 are left out (target too long)") == 1
+    data.prepare()
+    assert caplog.text.count("1 are left out (target too long)") == 1
+    tell_what_does_not_fit.cache_clear()  # as in another process, which finds everything prepared
+    make(file, tmp_path / "cache", {"context": 100}).prepare()
+    assert caplog.text.count("1 are left out (target too long)") == 2
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from gpt2lab.backbone import Backbone, load_backbone, plain_hf
 from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOKENS, TOP1, TOP5, difference_of_losses, score_of
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
+from gpt2lab.text_metrics import text_metrics
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.windows import SlidingWindows
 from launch import answer
@@ -124,7 +127,7 @@ def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_h
 
 
 def _is_figure(name: str) -> bool:
-    return name not in ("model", "tokens") and not name.endswith("_standard_error")
+    return name not in ("model", "tokens", "bytes") and not name.endswith("_standard_error")
 
 
 def test_a_tokenizer_that_is_not_there_is_told(evaluate_here) -> None:
@@ -218,20 +221,106 @@ def test_no_target_is_left_out_or_counted_twice(length: int, stride: int) -> Non
 
 
 def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_here, tmp_path: Path) -> None:
-    words = ["metrics=rougeL,chrf", "texts=2", "max_new_tokens=4", f"json={tmp_path / 'scores.json'}"]
+    words = ["metrics=rougeL,chrf,placeholders", "texts=2", "max_new_tokens=4"]
+    words += [f"{kind}={tmp_path / f'scores.{kind}'}" for kind in ("json", "csv")] + [
+        f"plot={tmp_path / 'scores.html'}"
+    ]
     done = evaluate_here("checkpoint=1", *PAIRS, *words)
     assert done.code == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert sorted(scores["texts"]) == ["chrf", "rougeL"]
+    assert sorted(scores["texts"]) == ["chrf", "placeholders", "rougeL"]
     assert sorted(scores["baselines"]) == ["copy", "first words", "word table"]
     # “call it” against “it was called”: one word of two and of three, whose harmonic mean is 2/5
     assert scores["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(40)
     assert "word table" in done.stdout
     assert "ROUGE-L" in done.stdout
     assert f"chrF: {scores['texts']['chrf']['signature']}" in done.stdout
+    (row, *_) = csv.DictReader((tmp_path / "scores.csv").open())
+    assert row["chrf_signature"] == scores["texts"]["chrf"]["signature"]
+    assert "version:" in row["chrf_signature"]
+    assert "placeholders: no reference has any" in done.stdout
+    assert scores["texts"]["placeholders"]["value"] is None
+    assert "placeholders" not in row
     none = evaluate_here("checkpoint=1", *PAIRS, "texts=0", f"json={tmp_path / 'none.json'}")
     assert none.code == 0
     assert "texts" not in json.loads((tmp_path / "none.json").read_text())
+
+
+EXACT = {"model", "tokens", "bytes"}  # counted or named, not estimated
+
+
+def test_whatever_is_estimated_has_a_standard_error(evaluate_here, tmp_path: Path) -> None:
+    files = [f"{kind}={tmp_path / f'scores.{kind}'}" for kind in ("json", "csv")]
+    for words in (
+        ["checkpoint=1", "teacher=2", "baseline=2", *RUNNING, "decode=4"],
+        ["checkpoint=1,2", *RUNNING],
+        ["checkpoint=1,3", *PAIRS, "metrics=rougeL,bleu,chrf,exact,f1,compiles"],
+    ):
+        done = evaluate_here(*words, *files)
+        assert done.code == 0, done.stderr
+        (*rows,) = csv.DictReader((tmp_path / "scores.csv").open())
+        for row in rows:
+            figures = {name for name in row if not name.endswith(("_standard_error", "_signature"))} - EXACT
+            assert {name for name in figures if row[name] and not row[f"{name}_standard_error"]} == set()
+        assert len(figures) > 5
+    assert "± " in done.stdout
+
+
+def test_the_speed_up_of_a_draft_is_as_uncertain_as_its_acceptance(evaluate_here, tmp_path: Path) -> None:
+    done = evaluate_here("checkpoint=1", "teacher=2", *RUNNING, f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())
+    drafting, error = found["speculative_decoding"], found["standard_errors"]["distill/acceptance"]
+    kept, drafts = drafting["acceptance"], drafting["drafts"]
+    slope = sum(number * kept ** (number - 1) for number in range(1, drafts + 1))  # of 1 + α + … + α^drafts
+    assert drafting["tokens_per_target_call_standard_error"] == pytest.approx(slope * error, rel=0.05)
+    per_cost = slope * error / (1 + drafts * drafting["cost_ratio"])
+    assert drafting["speedup_standard_error"] == pytest.approx(per_cost, rel=0.05)
+
+
+def test_pairs_that_do_not_fit_for_every_tokenizer_are_scored_for_none(evaluate_here, models, tmp_path) -> None:
+    words = TEXT.split()
+    # Responses of about as many tokens as fit into 32, so that it depends on the tokenizer whether they do
+    pairs = [{"source": words[n], "target": " ".join(words[n * 3 : n * 3 + 4 + n % 5])} for n in range(60)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    data = ["data=pairs", "path=pairs.jsonl", f"val_path={tmp_path / 'long.jsonl'}", "metrics=rougeL", "texts=100"]
+
+    def scores(checkpoint: str) -> Any:
+        done = evaluate_here(f"checkpoint={checkpoint}", *data, "max_new_tokens=2", f"json={tmp_path / 'scores.json'}")
+        assert done.code == 0, done.stderr
+        found = json.loads((tmp_path / "scores.json").read_text())
+        for one in found if isinstance(found, list) else [found]:
+            kept = one["pairs"]["in_all"] - one["pairs"]["left_out"]
+            assert f"Scored are {kept} of 60 pairs" in done.stdout
+        return found
+
+    alone, (first, third), (other, again) = scores("1"), scores("1,3"), scores("3,1")
+    assert first["pairs"]["too_long_for_this"] > third["pairs"]["too_long_for_this"] > 0
+    assert first["pairs"]["left_out"] >= first["pairs"]["too_long_for_this"] == alone["pairs"]["left_out"]
+    assert third["pairs"]["left_out"] == first["pairs"]["left_out"]
+    assert first["bytes"] == third["bytes"]
+    for one, same in ((first, again), (third, other)):  # whichever was named first
+        assert {name: one[name] for name in ("loss", "texts", "baselines")} == {
+            name: same[name] for name in ("loss", "texts", "baselines")
+        }
+    tokenizers = [load_tokenizer(str(models / name)) for name in ("1", "3")]
+    fitting = [
+        pair
+        for pair in pairs
+        if all(
+            len(each("\n\n")["input_ids"]) + len(each(pair["target"])["input_ids"]) <= CONTEXT for each in tokenizers
+        )
+    ]
+    copies = text_metrics(["rougeL"], [pair["source"] for pair in fitting], [pair["target"] for pair in fitting])
+    assert first["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(copies["rougeL"])
+
+
+def test_every_byte_of_all_text_is_scored_whatever_the_tokenizer(evaluate_here, tmp_path: Path) -> None:
+    done = evaluate_here("checkpoint=[123]", *RUNNING, "split=all", f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [one["bytes"] for one in scores] == [len(TEXT.encode()) + 3000] * 3
+    assert "Not all score the same bytes" not in done.stdout
 
 
 BODY = "    b = a\n    return b"
@@ -266,6 +355,18 @@ metric_list: [{{metric: acc}}]
 """
 
 
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question[:20]}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
 def alone(folder: Path, tasks: Path) -> float:
     """The accuracy that lm_eval's own command finds for the Hugging Face folder."""
     words = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
@@ -283,10 +384,12 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
-    words = ["lm_eval=tiny_completion", f"lm_eval_path={tmp_path}", f"json={tmp_path / 'scores.json'}"]
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format(file=tmp_path / "test.jsonl"))
+    words = ["lm_eval=tiny_completion,tiny_rolling", f"lm_eval_path={tmp_path}", f"json={tmp_path / 'scores.json'}"]
     done = evaluate_here("checkpoint=1", *RUNNING, *words)
     assert done.code == 0, done.stderr
-    found = json.loads((tmp_path / "scores.json").read_text())["zero_shot"]["tiny_completion/acc"]
+    scores = json.loads((tmp_path / "scores.json").read_text())["zero_shot"]
+    found = scores["tiny_completion/acc"]
     backbone, tokenizer = load_backbone(str(models / "1")).eval(), load_tokenizer(str(models / "1"))
 
     def likelihood(question: str, choice: str) -> float:
@@ -301,6 +404,15 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     assert found["value"] == pytest.approx(sum(right) / len(right))
     assert found["standard_error"] > 0 or sum(right) in (0, 20)
     assert alone(models / "1", tmp_path) == found["value"]
+    # The harness has no error of what it weighs by length; a document is 20 characters, so it is that of a mean.
+    with torch.no_grad():
+        rows = [[tokenizer.eos_token_id, *tokenizer(one["question"][:20])["input_ids"]] for one in questions]
+        parts = [backbone.logits(torch.tensor([row[:-1]]))[0].log_softmax(1) for row in rows]
+    nats = [-part.gather(1, torch.tensor(row[1:])[:, None]).sum() for part, row in zip(parts, rows, strict=True)]
+    bits = torch.stack(nats) / 20 / math.log(2)
+    assert scores["tiny_rolling/bits_per_byte"]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
+    assert scores["tiny_rolling/bits_per_byte"]["standard_error"] == pytest.approx(bits.std().item() / 20**0.5, rel=0.1)
+    assert scores["tiny_rolling/word_perplexity"]["standard_error"] > 0
     unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
     assert unknown.code == 2
     assert "no such task" in unknown.stderr

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sacrebleu.metrics import CHRF
 
+from gpt2lab.decoding_speed import median_with_error
 from gpt2lab.standard_errors import Sums, standard_errors
 from gpt2lab.text_intervals import text_scores
 from gpt2lab.text_metrics import text_metrics
@@ -54,16 +55,13 @@ REFERENCES = [f"return {word} of the list" for word in ("first", "end", "sum", "
 
 
 def test_values_are_those_without_an_interval_and_lie_in_it() -> None:
-    names = ["rouge1", "rougeL", "bleu", "chrf", "exact", "f1", "compiles", "placeholders"]
+    names = ["rouge1", "rougeL", "bleu", "chrf", "exact", "f1", "compiles"]
     plain = text_metrics(names, PREDICTIONS, REFERENCES)
     found = text_scores(names, PREDICTIONS, REFERENCES)
     for name in names:
         assert found[name].value == pytest.approx(plain[name], abs=1e-9)
         low, high = found[name].low, found[name].high
-        if name == "placeholders":  # no text has any
-            assert low is high is None
-        else:
-            assert low - 1e-9 <= found[name].value <= high + 1e-9
+        assert low - 1e-9 <= found[name].value <= high + 1e-9
     assert "nc:6" in found["chrf"].signature
 
 
@@ -88,3 +86,12 @@ def test_chrf_intervals_are_as_wide_as_those_of_texts_drawn_by_hand() -> None:
         again = [PREDICTIONS[place] for place in places], [REFERENCES[place] for place in places]
         drawn.append(CHRF().corpus_score(again[0], [again[1]]).score)
     assert ours.standard_error == pytest.approx(float(np.std(drawn)), rel=0.2)
+
+
+def test_the_error_of_a_median_is_that_of_all_ways_to_draw_its_values_again() -> None:
+    # Of five draws three or more are the outlier with probability 0.05792; then the median is 100, else 1.
+    share = sum(math.comb(5, k) * 0.2**k * 0.8 ** (5 - k) for k in (3, 4, 5))
+    median, error = median_with_error([1.0, 1.0, 100.0, 1.0, 1.0])
+    assert median == 1
+    assert error == pytest.approx(99 * math.sqrt(share * (1 - share)), rel=0.2)
+    assert median_with_error([7, 7, 7]) == (7, 0)

@@ -1,6 +1,7 @@
 """Answers without a model: copies, the commonest label, and a word table that finds the words it was shown."""
 
 import random
+import sys
 
 from gpt2lab.text_baselines import COMMONEST, COPY, FIRST_WORDS, WORD_TABLE, text_baselines, word_table
 
@@ -42,3 +43,11 @@ def test_rounds_give_a_word_what_the_common_one_beside_it_leaves() -> None:
     # One round cannot tell "Datei" from "die" beside "file"; the next has seen that "the" explains "die" everywhere.
     pairs = [("the file", "die Datei")] * 3 + [("the folder", "die Mappe")] * 2
     assert word_table(pairs) == {"the": "die", "file": "Datei", "folder": "Mappe"}
+
+
+def test_who_watches_sees_how_far_a_word_table_is(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    word_table(translations(50))
+    shown = capsys.readouterr().err
+    assert "word table, round 1 of 5" in shown
+    assert "50/50" in shown

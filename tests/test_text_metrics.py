@@ -1,5 +1,6 @@
 """Text metrics agree with the packages that define them."""
 
+import math
 import subprocess
 import sys
 from itertools import islice
@@ -11,6 +12,7 @@ from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 
 from datamodules.documents import stdlib_corpus
 from datamodules.function_pairs import function_rows
+from gpt2lab.text_intervals import text_scores
 from gpt2lab.text_metrics import TEXT_METRICS, text_metrics
 
 OF_TEXT = tuple(name for name in TEXT_METRICS if name not in ("compiles", "placeholders"))
@@ -125,3 +127,10 @@ def test_placeholders_must_all_be_there_once():
     references = ["%s von %d", "kein Platz", "{name}: %(count)d %%", "%5.2f"]
     predictions = ["%d aus %s", "%s", "{name}: %(count)d", "%5.2f Euro"]
     assert text_metrics(["placeholders"], predictions, references)["placeholders"] == pytest.approx(100 * 2 / 3)
+
+
+def test_placeholders_have_no_score_where_no_reference_has_any():
+    assert math.isnan(text_metrics(["placeholders"], ["%s", "nichts"], ["nothing", "none"])["placeholders"])
+    found = text_scores(["placeholders", "exact"], ["%s", "nichts"], ["nothing", "none"])
+    assert found["placeholders"].value is found["placeholders"].standard_error is None
+    assert found["exact"].value == 0

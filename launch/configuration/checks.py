@@ -197,12 +197,17 @@ def check_room(config: Config, positions: int) -> None:
 
 
 def check_frozen(config: Config, layers: int) -> None:
-    """At least the last block is left to train.
+    """What is frozen has learned something, and at least the last block is left to train.
 
     Raises:
-        InputError: says how many blocks there are.
+        InputError: says how many blocks there are, or that weights would stay random.
     """
     frozen = config.task.get("frozen_layers", 0)
+    if frozen and config.init == "scratch":
+        raise InputError(
+            f"task.frozen_layers={frozen} would keep random weights: init=scratch has learned nothing to keep.\n"
+            "Give init=RUN, or leave task.frozen_layers out."
+        )
     if frozen >= layers:
         raise InputError(
             f"task.frozen_layers={frozen} leaves no block to train: the model has {layers}.\n"

@@ -3,10 +3,14 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2lab.errors import InputError
 from gpt2lab.model_folder import folder_of, read_shape
 from gpt2lab.settings import DataFacts
+
+if TYPE_CHECKING:
+    from gpt2lab.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,20 @@ def check_vocabularies(models: list[NamedModel], facts: DataFacts) -> None:
                 f"Give a {model.key} trained with the same tokenizer; "
                 f"python evaluate.py checkpoint={shlex.quote(model.source)} scores it alone."
             )
+
+
+def loaded(model: NamedModel) -> "Backbone":
+    """The weights.
+
+    Raises:
+        InputError: not all of them are finite numbers.
+    """
+    from gpt2lab.backbone import load_backbone
+
+    backbone = load_backbone(str(model.folder))
+    if not all(parameter.isfinite().all() for parameter in backbone.parameters()):
+        raise InputError(
+            f"{model.key}={model.source}: not all of its weights are finite numbers, so it predicts nothing.\n"
+            "Its training diverged; give an earlier checkpoint, or another model."
+        )
+    return backbone

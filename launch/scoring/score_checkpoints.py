@@ -82,10 +82,16 @@ class Scored:
 
 @dataclass
 class Results:
-    """Every checkpoint, and the task's metrics of answers without a model, by name (gpt2lab/text_baselines.py)."""
+    """Every checkpoint, and the task's metrics of answers without a model, by name (gpt2lab/text_baselines.py).
+
+    Attributes:
+        left_out: what of the pairs is not scored; None for running text.
+    """
 
     checkpoints: list[Scored]
     baselines: "dict[str, dict[str, TextScore]]"
+    left_out: scored_data.LeftOut | None = None
+    context: int = 0
 
 
 def evaluate(arguments: Arguments) -> Results:
@@ -111,7 +117,12 @@ def evaluate(arguments: Arguments) -> Results:
     scorers = [_Scorer(arguments, own, device) for own in settings]
     for model, scorer in zip(checkpoints, scorers, strict=True):  # of all before any is scored, which can take hours
         compared_models.check_vocabularies([model, *others], scorer.facts)
-    results, loaded = Results([], {}), [_loaded(other) for other in others]
+    left_out = None
+    if scorers[0].has_pairs:
+        sides = [scorer.data.sides(arguments.split == "all") for scorer in scorers]
+        left_out = scored_data.keep_what_all_can_read(sides, settings[0].context)
+    results = Results([], {}, left_out, settings[0].context)
+    loaded = [compared_models.loaded(other) for other in others]
     for model, scorer in zip(checkpoints, scorers, strict=True):
         results.checkpoints.append(scorer.scored(model, loaded))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
@@ -154,18 +165,6 @@ def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[
     return settings
 
 
-def _loaded(model: NamedModel) -> "Backbone":
-    from gpt2lab.backbone import load_backbone
-
-    backbone = load_backbone(str(model.folder))
-    if not all(parameter.isfinite().all() for parameter in backbone.parameters()):
-        raise InputError(
-            f"{model.key}={model.source}: not all of its weights are finite numbers, so it predicts nothing.\n"
-            "Its training diverged; give an earlier checkpoint, or another model."
-        )
-    return backbone
-
-
 class _Scorer:
     """The texts as one checkpoint's tokenizer and objective cut them."""
 
@@ -188,7 +187,7 @@ class _Scorer:
 
     def scored(self, model: NamedModel, others: "list[Backbone]") -> Scored:
         """Everything that was asked for; the others are the teacher and the baseline, as far as there are any."""
-        backbone = _loaded(model)
+        backbone = compared_models.loaded(model)
         found = self._against(others, backbone, model.source)
         if self.has_pairs and self.arguments.texts and self._metrics:
             found.texts = self._written(backbone)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILLATION
 from launch.configuration.key_values import check_output_file
-from launch.scoring.score_rows import Row, label, score_rows
+from launch.scoring.score_rows import COUNTED, Row, label, score_rows
 
 if TYPE_CHECKING:
     from launch.scoring.score_checkpoints import Arguments, Results, Scored
@@ -45,7 +45,7 @@ def write(results: "Results", arguments: "Arguments") -> None:
                 Bar(row.name, row.figures[name].value, *row.figures[name].bounds) for row in rows if name in row.figures
             ]
             for name in names
-            if name != "tokens"
+            if name not in COUNTED
         }
         write_text(Path(arguments.plot), render(", ".join(row.name for row in rows), panels))
 
@@ -53,6 +53,10 @@ def write(results: "Results", arguments: "Arguments") -> None:
 def as_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list[dict[str, Any]]:
     """Of one checkpoint an object, of several a list of such."""
     objects = [_as_object(scored, arguments) for scored in results.checkpoints]
+    if results.left_out is not None:
+        one = results.left_out
+        for content, count in zip(objects, one.too_long, strict=True):
+            content["pairs"] = {"in_all": one.pairs, "left_out": one.left_out, "too_long_for_this": count}
     if results.baselines:
         answers = {
             name: {metric: asdict(score) for metric, score in scores.items()}
@@ -64,12 +68,14 @@ def as_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list
 
 
 def as_csv(rows: list[Row]) -> str:
-    """A model a row; each figure, and beside it its standard error where it has one."""
+    """A model a row; each figure, and beside it its standard error and sacreBLEU's signature where it has them."""
     names = dict.fromkeys(name for row in rows for name in row.figures)
     columns = ["model"]
     for name in names:
-        has_error = any(row.figures[name].standard_error is not None for row in rows if name in row.figures)
-        columns += [name, f"{name}_standard_error"] if has_error else [name]
+        those = [row.figures[name] for row in rows if name in row.figures]
+        columns.append(name)
+        columns += [f"{name}_standard_error"] if any(one.standard_error is not None for one in those) else []
+        columns += [f"{name}_signature"] if any(one.signature for one in those) else []
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -79,6 +85,8 @@ def as_csv(rows: list[Row]) -> str:
             cells[name] = figure.value
             if figure.standard_error is not None:
                 cells[f"{name}_standard_error"] = figure.standard_error
+            if figure.signature:
+                cells[f"{name}_signature"] = figure.signature
         writer.writerow(cells)
     return text.getvalue()
 

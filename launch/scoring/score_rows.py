@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TOLD_BY_OTHERS = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # `loss` and `ece` of the two models
 
+COUNTED = ("tokens", "bytes")  # exact, and nothing to draw
+
 # What each figure is called and says; those of a teacher stand in metric_names.DISTILLATION
 LABELS = {
     "loss": ("loss", "nats per target token"),
@@ -22,6 +24,7 @@ LABELS = {
     "top5": ("top-5 accuracy", "share of the targets among its five likeliest"),
     "ece": ("calibration error", "gap between its confidence and how often it is right, in 15 bins"),
     "tokens": ("targets", "tokens that were scored"),
+    "bytes": ("bytes", "of text that these spell"),
     "rouge1": ("ROUGE-1", "F1 of words, in percent"),
     "rouge2": ("ROUGE-2", "F1 of pairs of words"),
     "rougeL": ("ROUGE-L", "F1 of the longest common subsequence"),
@@ -40,12 +43,13 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, its standard error and its 95 % interval, as far as they are known."""
+    """A value, its standard error and its 95 % interval, as far as they are known; how sacreBLEU computed it."""
 
     value: float
     standard_error: float | None = None
     low: float | None = None
     high: float | None = None
+    signature: str = ""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -115,20 +119,26 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
             for name in DISTILLATION
             if name in compared.figures and name not in TOLD_BY_OTHERS
         }
-        found["speedup"] = Figure(compared.speculation.speedup)
+        found["speedup"] = Figure(compared.speculation.speedup, compared.speculation.speedup_standard_error)
     if scored.loss_minus_first is not None:
         found["loss_minus_first"] = Figure(*scored.loss_minus_first)
     found |= _of_texts(scored.texts)
     for speed in scored.speeds:
         found[f"decode_tokens_per_second_{speed.batch}"] = Figure(speed.tokens_per_second, speed.standard_error)
-        found[f"decode_memory_gb_{speed.batch}"] = Figure(speed.memory_bytes / 1e9)
+        if speed.memory_bytes is not None and speed.memory_standard_error is not None:
+            memory = Figure(speed.memory_bytes / 1e9, speed.memory_standard_error / 1e9)
+            found[f"decode_memory_gb_{speed.batch}"] = memory
     return found | {name: Figure(*pair) for name, pair in scored.zero_shot.items()}
 
 
 def _own(score: "Score") -> dict[str, Figure]:
     figures = {name: Figure(value, score.standard_errors.get(name)) for name, value in score.figures.items()}
-    return {**figures, "tokens": Figure(score.tokens)}
+    return {**figures, "tokens": Figure(score.tokens), "bytes": Figure(score.bytes)}
 
 
 def _of_texts(scores: "dict[str, TextScore]") -> dict[str, Figure]:
-    return {name: Figure(one.value, one.standard_error, one.low, one.high) for name, one in scores.items()}
+    return {
+        name: Figure(one.value, one.standard_error, one.low, one.high, one.signature)
+        for name, one in scores.items()
+        if one.value is not None
+    }

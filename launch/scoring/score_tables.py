@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 4  # of models beside each other; more of them are rows
 WIDEST_CELL = 16  # characters
+OTHER_TEXT = (
+    "Not all score the same bytes of the text, as their objectives predict other parts of it: "
+    "only figures of equally many bytes can be compared."
+)
 
 
 def show(results: "Results", arguments: "Arguments") -> None:
@@ -28,6 +32,11 @@ def show(results: "Results", arguments: "Arguments") -> None:
         given = [*(scored.source for scored in results.checkpoints), arguments.teacher, arguments.baseline]
         for row, source in zip(rows, [source for source in given if source], strict=False):
             console.print(f"{row.name:<24} {source}", highlight=False, markup=False, soft_wrap=True)
+    names = [row.name for row in rows[: len(results.checkpoints)]]
+    if results.left_out is not None and results.left_out.left_out:
+        console.print(results.left_out.in_words(names, results.context), highlight=False, markup=False, soft_wrap=True)
+    if len({scored.score.bytes for scored in results.checkpoints}) > 1:
+        console.print(OTHER_TEXT, highlight=False, markup=False, soft_wrap=True)
     comparison = results.checkpoints[0].comparison if len(results.checkpoints) == 1 else None
     # A single student's figures beside its teacher have tables of their own, with what they say.
     left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
@@ -36,8 +45,8 @@ def show(results: "Results", arguments: "Arguments") -> None:
         console.print(table)
     if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
-        for signature in _signatures(results):
-            console.print(signature, highlight=False, markup=False, soft_wrap=True)
+        for line in _nothing_to_score(results) + _signatures(results):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if comparison is not None:
         _show_comparison(console.print, comparison)
 
@@ -90,9 +99,12 @@ def distillation_table(comparison: "Comparison") -> "Table":
     for name, (words, says) in DISTILLATION.items():
         if name in comparison.figures and name != DISTILL_ACCEPTANCE:
             error = comparison.standard_errors.get(name)
-            value = f"{comparison.figures[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
-            table.add_row(words, value, says)
+            table.add_row(words, _with_error(comparison.figures[name], error), says)
     return table
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def speculation_table(speculation: "Speculation", expected_error: float | None = None) -> "Table":
@@ -103,15 +115,22 @@ def speculation_table(speculation: "Speculation", expected_error: float | None =
     """
     table = _explained("The student as draft model of its teacher in speculative decoding")
     measured, error = speculation.acceptance_measured, speculation.acceptance_standard_error
-    expected = f"{speculation.acceptance:.4f}" + ("" if expected_error is None else f" ± {expected_error:.4f}")
-    table.add_row("acceptance, expected", expected, "1 − total variation")
+    table.add_row("acceptance, expected", _with_error(speculation.acceptance, expected_error), "1 − total variation")
     table.add_row(
-        "acceptance, measured", f"{measured:.4f} ± {error:.4f}", "of one draft at each position; ± standard error"
+        "acceptance, measured", _with_error(measured, error), "of one draft at each position; ± standard error"
     )
     table.add_row("cost ratio", f"{speculation.cost_ratio:.4f}", "FLOPs of a token, student over teacher")
     table.add_row("drafts", str(speculation.drafts), "tokens best drafted at a time, of 1 to 16")
-    table.add_row("tokens per call", f"{speculation.tokens_per_target_call:.2f}", "expected, of the teacher")
-    table.add_row("speed-up", f"{speculation.speedup:.2f}", "implied, over the teacher alone")
+    table.add_row(
+        "tokens per call",
+        _with_error(speculation.tokens_per_target_call, speculation.tokens_per_target_call_standard_error),
+        "expected, of the teacher",
+    )
+    table.add_row(
+        "speed-up",
+        _with_error(speculation.speedup, speculation.speedup_standard_error),
+        "implied, over the teacher alone",
+    )
     return table
 
 
@@ -122,6 +141,12 @@ def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> N
     if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
         show("The baseline is no worse than the teacher, so there is no gap to close.\n")
     show(speculation_table(comparison.speculation, comparison.standard_errors.get(DISTILL_ACCEPTANCE)))
+
+
+def _nothing_to_score(results: "Results") -> list[str]:
+    """Why a figure is missing that was asked for; all models answer the same prompts."""
+    texts = results.checkpoints[0].texts
+    return [f"{label(name)[0]}: no reference has any." for name, one in texts.items() if one.value is None]
 
 
 def _signatures(results: "Results") -> list[str]:

@@ -1,6 +1,7 @@
 """Scored data: which texts evaluate.py reads, and how each checkpoint's tokenizer and objective cut them."""
 
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,33 @@ from launch.configuration.groups import CONF, values
 from launch.configuration.spelling import nearest
 
 if TYPE_CHECKING:
+    from gpt2lab.pair_file import PairFile
     from launch.configuration.config import Config
 
 GIVEN = ("path", "val_path", "source", "target", "cache_dir")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Pairs that are scored for no checkpoint, for they do not fit in the context of every one.
+
+    Attributes:
+        pairs: of the split, these among them.
+        left_out: how many these are.
+        too_long: how many of these do not fit, for each checkpoint.
+    """
+
+    pairs: int
+    left_out: int
+    too_long: list[int]
+
+    def in_words(self, names: list[str], context: int) -> str:
+        """One line; the names are the checkpoints'."""
+        each = ", ".join(f"{count:,} for {name}" for name, count in zip(names, self.too_long, strict=True) if count)
+        return (
+            f"Scored are {self.pairs - self.left_out:,} of {self.pairs:,} pairs, those that fit in context={context} "
+            f"for every checkpoint. Too long: {each}."
+        )
 
 
 def data_settings(data: str, given: dict[str, str], folder: Path, context: int) -> "Config":
@@ -59,6 +84,35 @@ def as_read_by(settings: "Config", folder: Path, tokenizer: str) -> "Config":
     settings.objective = own.objective if own is not None else ObjectiveSettings(read_objective(folder))
     objective_checks.check(settings)
     return settings
+
+
+def keep_what_all_can_read(files: "list[list[tuple[PairFile, int]]]", context: int) -> LeftOut:
+    """Leave out every pair that is not there for each checkpoint, so that all are scored on the same texts.
+
+    Args:
+        files: of each checkpoint the sides that are scored, with the number of pairs before any was left out.
+
+    Raises:
+        InputError: nothing is left of a side.
+    """
+    import numpy as np
+
+    pairs, left_out, too_long = 0, 0, [0] * len(files)
+    for side in zip(*files, strict=True):
+        shared = side[0][0].numbers
+        for file, _ in side:
+            shared = np.intersect1d(shared, file.numbers)
+        if not len(shared):
+            raise InputError(
+                f"No pair fits in context={context} for every checkpoint, so nothing can be compared.\n"
+                "Raise context=, or score the checkpoints one by one."
+            )
+        of_all = side[0][1]
+        pairs, left_out = pairs + of_all, left_out + of_all - len(shared)
+        too_long = [count + of_all - len(file) for count, (file, _) in zip(too_long, side, strict=True)]
+        for file, _ in side:
+            file.keep(shared)
+    return LeftOut(pairs, left_out, too_long)
 
 
 def _run_config(folder: Path) -> "Config | None":

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+DRAWS = 1000  # of the bootstrap
 INSTALL = 'pip install "lm-eval>=0.4.13"'
 BATCH = 16
 
@@ -55,28 +57,46 @@ def zero_shot(
     judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
     try:
         found = lm_eval.simple_evaluate(
-            judge, tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=1000, verbosity="ERROR"
+            judge, tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=DRAWS, verbosity="ERROR"
         )
+        assert found is not None
+        figures = {
+            (task, key): value
+            for task, results in found["results"].items()
+            for key, value in results.items()
+            if "," in key and "_stderr," not in key and isinstance(value, int | float)
+        }
+        return {
+            f"{task}/{_shown(key)}": (float(value), _error(found, manager, task, key))
+            for (task, key), value in figures.items()
+        }
     except (OSError, ValueError, ConnectionError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"lm_eval={tasks} could not be run: {why[:150]}\n"
             "Its data come from the Hub or from the task file's own paths."
         ) from error
-    assert found is not None
-    return {
-        f"{task}/{metric}": value for task, results in found["results"].items() for metric, value in _figures(results)
-    }
 
 
-def _figures(results: dict[str, Any]) -> list[tuple[str, tuple[float, float | None]]]:
-    """lm_eval's `acc,none` and `acc_stderr,none` as one figure; a filter other than none stays in the name."""
-    figures = []
-    for key, value in results.items():
-        name, comma, choice = key.partition(",")
-        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = results.get(f"{name}_stderr,{choice}")
-        shown = name if choice == "none" else key
-        figures.append((shown, (float(value), float(error) if isinstance(error, int | float) else None)))
-    return figures
+def _shown(key: str) -> str:
+    """lm_eval's `acc,none` as `acc`; a filter other than none stays in the name."""
+    return key.removesuffix(",none")
+
+
+def _error(found: dict[str, Any], manager: "TaskManager", task: str, key: str) -> float | None:
+    """The harness's own standard error; by the bootstrap where it has none, as of what it weighs by length.
+
+    None where a group of tasks has none, or the task is a single document.
+    """
+    import numpy as np
+
+    metric, _, choice = key.partition(",")
+    theirs = found["results"][task].get(f"{metric}_stderr,{choice}")
+    if isinstance(theirs, int | float):
+        return float(theirs)
+    documents = [one for one in found["samples"].get(task, []) if one["filter"] == choice and metric in one]
+    if len(documents) < 2:
+        return None
+    values, aggregate = [one[metric] for one in documents], manager.load([task])["tasks"][task].aggregation()[metric]
+    places = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
+    return float(np.std([aggregate([values[place] for place in draw]) for draw in places]))
