@@ -16,6 +16,7 @@ Gradient per position, with q the student's probabilities at temperature 1, y th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = _compute_dtype(hidden)
-        transposed, add = (_compiled_transposed, _compiled_add) if compiled else (_transposed, _add)
+        transposed, add = _compiled_passes() if compiled else (_transposed, _add)
         head = transposed(weight[:entries], compute_dtype)  # (D, V')
         targets_of = _teacher_rows(teacher, entries, compute_dtype, transposed)
         # needs_input_grad holds under no_grad too, where validation would pay for gradients that nobody asks for.
@@ -284,8 +285,10 @@ def _add(total: Tensor, summand: Tensor) -> None:
     total.add_(summand)
 
 
-# In one pass over memory where the eager versions take two or three
-_compiled_transposed, _compiled_add = torch.compile(_transposed), torch.compile(_add)
+@cache
+def _compiled_passes() -> tuple[Callable[[Tensor, torch.dtype], Tensor], Callable[[Tensor, Tensor], None]]:
+    """In one pass over memory where the eager versions take two or three; importing the compiler takes a second."""
+    return torch.compile(_transposed), torch.compile(_add)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -241,6 +241,27 @@ def test_an_interrupted_search_goes_on_with_what_is_left(search: Searching, tmp_
     assert len(all_of(longer)) == 5
 
 
+def test_successive_halving_lets_the_best_quarter_pass_each_rung(search: Searching, tmp_path: Path):
+    """Jobs are judged at steps 5 and 20 (`validate_every`, and four times that) and nowhere between."""
+    keys = ["model.dropout=interval(0,1)", "validate_every=5", "hparams_search.pruner=successive_halving"]
+    source = search(*keys, "hparams_search.n_trials=8", "hparams_search.sampler=random")
+    ended_at: list[int] = []
+    values = [(1.0, 1.0), (1.1, 0.1), (3.0, 3.0), (4.0, 4.0), (1.2, 0.1), (0.9, 2.0), (0.8, 0.8), (0.9, 0.1)]
+    for first, later in values:
+        proposal = source.ask()
+        assert proposal is not None
+        running = study(tmp_path / "swept")
+        trial = optuna.trial.Trial(running, running.trials[proposal.trial or 0]._trial_id)
+        for step in range(5, 41, 5):
+            trial.report(first if step == 5 else later, step)
+            if trial.should_prune():
+                break
+        ended_at.append(step)
+        status = "pruned" if step < 40 else "finished"
+        source.tell(Job(proposal.trial or 0, proposal.overrides, Path("nowhere"), status, watched=later))
+    assert ended_at == [40, 5, 5, 5, 5, 20, 40, 40], "of eight the best two pass the first rung"
+
+
 # Real jobs
 
 
@@ -309,20 +330,23 @@ def test_pruning_finds_the_same_winner_in_fewer_steps(train_process: Train, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "sampler"), [("ddp", "random"), ("fsdp", "tpe")])
 def test_all_ranks_of_a_job_have_the_values_that_were_drawn(
-    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
+    strategy: str, sampler: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
-    """Unseeded: two ranks have the losses of one process that is given the job's values; another search has others."""
-    keys = [*QUICK, "optimizer.lr=interval(1e-4,1e-1)", "micro_batch=2"]
-    search = ["hparams_search=optuna", "hparams_search.n_trials=2", "devices=2", f"strategy={strategy}"]
-    answer = train_process(*tiny, *keys, *search, "hydra.sweep.dir=swept")
+    """Unseeded: two ranks have the losses of one process that is given the job's values; another job has others."""
+    quick = [*(key for key in QUICK if key != "optimizer=adamw"), "micro_batch=2"]
+    space = ["optimizer=adamw,muon", "optimizer.momentum=interval(0.8,0.99)", "optimizer.lr=interval(1e-4,1e-1)"]
+    search = ["hparams_search=optuna", f"hparams_search.sampler={sampler}", "hparams_search.n_trials=2"]
+    sweep = ["devices=2", f"strategy={strategy}", "hydra.sweep.dir=swept"]
+    answer = train_process(*tiny, *quick, *space, *search, *sweep)
     assert answer.code == 0, answer.stderr
-    drawn = [row["overrides"].split()[-1] for row in rows(tmp_path / "swept")]
-    assert len(set(drawn)) == 2
-    stored = yaml.safe_load((tmp_path / "swept" / "0" / "config.yaml").read_text())
-    assert f"optimizer.lr={stored['optimizer']['lr']}" == drawn[0]
-    assert train_process(*tiny, *QUICK, "micro_batch=2", drawn[0], "run_dir=one").code == 0
+    drawn = [
+        [word for word in row["overrides"].split() if word.startswith("optimizer")] for row in rows(tmp_path / "swept")
+    ]
+    assert drawn[0][-1] != drawn[1][-1]
+    assert all(len(words) == (3 if "optimizer=muon" in words else 2) for words in drawn)
+    assert train_process(*tiny, *quick, *drawn[0], "run_dir=one").code == 0
     together, alone = (read_metrics(tmp_path / name)[-1]["val/loss"] for name in ("swept/0", "one"))
     assert float(together) == pytest.approx(float(alone), abs=2e-5)
 

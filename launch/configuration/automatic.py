@@ -145,8 +145,9 @@ def _devices(config: Config) -> int:
     most = cpu_cores() if config.accelerator == "cpu" else there
     if wanted > most:
         what = "cores to run a process on each" if config.accelerator == "cpu" else "devices"
+        cure = ", or n_jobs: jobs that run at once share them out" if config.n_jobs > 1 else ""
         raise InputError(
-            f"devices={wanted}: there are {most} {what} (accelerator={config.accelerator}).\nLower devices."
+            f"devices={wanted}: there are {most} {what} (accelerator={config.accelerator}).\nLower devices{cure}."
         )
     return wanted
 

@@ -1,5 +1,6 @@
 """Build: from a Config to the objects of a run — data, module, callbacks, loggers, Trainer."""
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -15,13 +16,14 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning
+from callbacks.same_settings import SameSettings
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
 from gpt2lab.search_study import STUDY_FILE
 from gpt2lab.settings import CrossEntropySettings, DataFacts, TrainingSettings
 from gpt2lab.student_shape import TEACHER_LAYERS
 from launch.configuration.automatic import largest_micro_batch
-from launch.configuration.config import Config
+from launch.configuration.config import Config, dumped
 from launch.configuration.ignored_keys import given_keys
 from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
 from launch.configuration.signature import typed_settings
@@ -162,6 +164,7 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
     }
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     observers = [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
+    observers.append(SameSettings(hashlib.sha256(dumped(config).encode()).hexdigest()[:16]))
     if config.record.trial is None:
         return observers
     # Last: the checkpoint of a step that is due is saved as always, and none because the run is ended.

@@ -73,6 +73,7 @@ def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
     from launch.planning.plan import note_planned_memory
     from launch.running import build
 
+    noise.settle_library_noise()  # that of Lightning, which comes with the import above
     data = build.data_module(settings)
     facts = data.prepare()
     resume.check_data(settings, facts.hash)
@@ -245,11 +246,16 @@ def _run_rank(spec: Path) -> None:
 
 def _run_for_a_sweep(spec: Path) -> None:
     """The sweep's process reads from beside the spec why its job failed."""
+    told = spec.with_name(ERROR_FILE)
     try:
         run_job(config.load(spec))
+    except answer.Ended as ended:
+        if ended.code in (answer.FAILED, answer.MISTAKE):  # of several ranks, which have told of it already
+            told.write_text(ended.message.removeprefix("error: "), encoding="utf-8")
+        raise
     except Exception as error:
         mistake = answer.as_mistake(error)
-        spec.with_name(ERROR_FILE).write_text(str(mistake or f"{type(error).__name__}: {error}"), encoding="utf-8")
+        told.write_text(str(mistake or f"{type(error).__name__}: {error}"), encoding="utf-8")
         raise
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start
 from gpt2lab.atomic_files import write_json
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.heartbeat import Listener
+from gpt2lab.run_report import read_report
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
@@ -61,7 +63,8 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
         _take_up_again(settings, folder)
     if outcome is None:
         told = "the ranks were stopped by a signal" if signals else failed
-        run_folders.remove_if_untrained(folder, is_new)
+        if signals:
+            run_folders.remove_if_untrained(folder, is_new)
         code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED
         raise answer.Ended(code, f"The run in {folder} failed: {told}.")
     if outcome["code"] == answer.MISTAKE:
@@ -102,13 +105,19 @@ def _take_up_again(settings: Config, folder: Path) -> None:
 
 
 def _told(failed: Failure | None, folder: Path) -> str:
-    """Which rank failed, and the last line that it wrote."""
+    """Which rank failed, and of what, or the last line that it wrote."""
     if failed is None:
         return "the ranks ended without a word"
     died = f"was killed by {signal.Signals(-failed.code).name}" if failed.code < 0 else f"ended with code {failed.code}"
     log_file = folder / LOGS / f"rank-{failed.rank}.err"
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log_file.is_file() else []
-    return f"rank {failed.rank} {died}{': ' + lines[-1] if lines else ''}"
+    if failed.code < 0:
+        last = lines[-1:]
+    elif failed.rank == 0:  # it spoke on the terminal
+        last = read_report(folder).get("error", "").splitlines()
+    else:  # what stands below a traceback
+        last = list(takewhile(lambda line: not line.startswith(" "), reversed(lines)))[::-1]
+    return f"rank {failed.rank} {died}{': ' + ' '.join(last).rstrip('.') if last else ''}"
 
 
 def is_timeout(error: Exception) -> bool:
@@ -176,7 +185,9 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
                     blame = _end_silent(listener, settings.rank_timeout, context.pids())
     finally:
         context.close()
-    first = min(result.failures.values(), key=lambda failure: failure.timestamp, default=None)
+    # Times are whole seconds. A rank that was killed did not fail of the others, who may have failed of its death.
+    failures = sorted(result.failures.values(), key=lambda failure: (failure.exitcode >= 0, failure.timestamp))
+    first = failures[0] if failures else None
     aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
     blame = blame or _blame(listener.behind(aborted), listener, settings.rank_timeout)
     return (Failure(first.local_rank, first.exitcode) if first else None), signals, blame
