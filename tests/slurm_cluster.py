@@ -24,7 +24,7 @@ ClusterName=trial
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket;cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
