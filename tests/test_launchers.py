@@ -22,7 +22,6 @@ from test_sweep import rows
 HERE = ["accelerator=cpu", "launcher=slurm", "launcher.executor=local"]
 SLURM = ["accelerator=cpu", "launcher=slurm", "launcher.cpus=1"]
 RAY = ["accelerator=cpu", "launcher=ray"]
-FOUR = ["-m", "seed=1,2", "steps=100000,2", "log_every=1", "n_jobs=2", "hydra.sweep.dir=swept"]
 
 CRASHING = """
 import lightning
@@ -133,9 +132,8 @@ def saved(folder: Path) -> bool:
 def test_ctrl_c_lets_the_jobs_save_and_leaves_none_behind(
     launcher: list[str], cache: Path, tiny: list[str], tmp_path: Path
 ):
-    process = started(
-        cache, tmp_path, *tiny, *launcher, *FOUR[:-3], "n_jobs=2", "hydra.sweep.dir=swept", "steps=100000"
-    )
+    keys = [*tiny, *launcher, "steps=100000", "log_every=1", "-m", "seed=1,2", "n_jobs=2", "hydra.sweep.dir=swept"]
+    process = started(cache, tmp_path, *keys)
     wait_for(trains(tmp_path / "swept" / "0", tmp_path / "swept" / "1"), process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
