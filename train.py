@@ -31,6 +31,10 @@ def main(tree: DictConfig) -> float | None:
 
             run_study(settings)
             return None
+        if settings.launcher.name != "processes" and not settings.plan:
+            from launch.running import elsewhere
+
+            return elsewhere.run(settings)
         from launch.running.job import run_job  # torch, lightning and transformers are imported only now
 
         return run_job(settings)["watched"]

@@ -1,6 +1,7 @@
 """Plain typed settings that travel from the configuration into the code. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -133,6 +134,41 @@ class SearchSettings:
     n_startup_trials: int = 5
     pruner: str = "median"
     warmup_steps: int = 0
+
+
+@dataclass
+class LauncherSettings:
+    """Where runs are done, and what a cluster is asked for.
+
+    Attributes:
+        name: processes (this machine), slurm or ray.
+        executor: slurm, or local (submitit's processes on this machine, to try things out).
+        partition: of SLURM; None here and below: the cluster's default.
+        account: who pays.
+        qos: quality of service.
+        time: minutes that a job may take before it is queued again.
+        notice: seconds before the end of that time at which it is told to save.
+        requeues: how often a job whose time was up is queued again; it goes on from its checkpoint.
+        memory: GB on each machine.
+        cpus: cores for each device.
+        sbatch: further parameters of sbatch, by their names without dashes.
+        setup: shell commands before the job.
+        address: of a Ray cluster; local starts one on this machine, auto finds the one that `ray start` started.
+    """
+
+    name: str = "processes"
+    executor: str = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: int = 1440
+    notice: int = 120
+    requeues: int = 10
+    memory: float | None = None
+    cpus: int = 1
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)
+    address: str = "local"
 
 
 @dataclass

@@ -22,6 +22,7 @@ QUIET_WARNINGS = (
     ".*torch.get_autocast_gpu_dtype.*",
     ".*sync_dist=True.*",
     ".*assuming the intent is to load in a single process.*",
+    ".*The `srun` command is available.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
 

@@ -22,7 +22,7 @@ from launch.configuration.limits import (
 from launch.configuration.runtime_arguments import ARGUMENTS, DATA_ONLY_KEYS
 from launch.configuration.signature import check_target
 from launch.configuration.spelling import nearest
-from launch.running import baseline, cluster, run_folders
+from launch.running import baseline, cluster, run_folders, wanted_machines
 from launch.studying import study_plan
 
 # Keys that, where they are given, must name something on this machine
@@ -48,6 +48,7 @@ def check(config: Config) -> None:
     check_counts_or_auto(config)
     check_sweep_only(config)
     cluster.check(config)
+    wanted_machines.check(config)
     check_init(config)
     check_model(config)
     check_batch(config)

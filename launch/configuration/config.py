@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import (
+    LauncherSettings,
     LossSettings,
     ModelShape,
     ObjectiveSettings,
@@ -148,6 +149,7 @@ class Config:
     shard_teacher: bool | str = False
     plan: bool = False
 
+    launcher: LauncherSettings = field(default_factory=LauncherSettings)
     hparams_search: SearchSettings = field(default_factory=SearchSettings)
     study: StudySettings = field(default_factory=StudySettings)  # conf/experiment/distill_study.yaml
 

@@ -115,6 +115,12 @@ READERS = (
     *(_reader("sequences", key, "distillm") for key in ("threshold_step", "tolerance", "capacity")),
     _reader("sequences", "draw_seed", "seqkd"),
     *(
+        _reader("launcher", key, "slurm")
+        for key in ("executor", "partition", "account", "qos", "time", "notice", "requeues", "sbatch", "setup")
+    ),
+    *(_reader("launcher", key, "slurm", "ray") for key in ("memory", "cpus")),
+    _reader("launcher", "address", "ray"),
+    *(
         _reader("hparams_search", key, "optuna")
         for key in ("n_trials", "sampler", "seed", "n_startup_trials", "pruner", "warmup_steps")
     ),

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import lightning
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks.metrics_csv import MetricsCsv
@@ -193,7 +193,8 @@ def trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        plugins=[TorchElasticEnvironment()] if "RANK" in os.environ else None,
+        # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
+        plugins=[TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()],
         strategy=strategy(config),
         precision=PRECISIONS[config.precision],
         max_steps=config.steps,

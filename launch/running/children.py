@@ -3,8 +3,8 @@
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -33,9 +33,23 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def send(number: int, pids: Iterable[int]) -> None:
+    """Send a signal to those of the processes that are still there."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def noting() -> AbstractContextManager[list[int]]:
+    """While the block runs, signals are only noted down in the list that this gives."""
+    return forwarding(lambda _number: None)
+
+
 @contextmanager
-def forwarding(pids: Callable[[], list[int]]) -> Iterator[list[int]]:
-    """While the block runs, hand every signal on to the processes instead of acting on it; gives the signals so far.
+def forwarding(send: Callable[[int], None]) -> Iterator[list[int]]:
+    """While the block runs, hand every signal on with `send` instead of acting on it; gives the signals so far.
 
     The children are sessions of their own, so a Ctrl-C at the terminal reaches only this process, and them once.
     """
@@ -43,11 +57,7 @@ def forwarding(pids: Callable[[], list[int]]) -> Iterator[list[int]]:
 
     def forward(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        for pid in pids():
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        send(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:

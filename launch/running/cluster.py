@@ -57,15 +57,17 @@ def settle_environment() -> None:
 
 
 def _first_node(nodes: str) -> str:
-    """`gpu[03-05,9],login` → gpu03, as `scontrol show hostnames` reads it where it is there."""
+    """`gpu[03-05,9],login` → the address of gpu03 where SLURM knows one, which names alone may not lead to."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    if found is None:
+        raise InputError(f"SLURM_STEP_NODELIST={nodes} names no node.")
+    name = found[1] + (found[2] or "")
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return shown.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-        if found is None:
-            raise InputError(f"SLURM_STEP_NODELIST={nodes} names no node.") from None
-        return found[1] + (found[2] or "")
+        shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return name
+    address = re.search(r"\bNodeAddr=(\S+)", shown.stdout)
+    return address[1] if address else name
 
 
 def take_numbers(settings: Config) -> None:
@@ -161,7 +163,7 @@ def check(settings: Config) -> None:
     Raises:
         InputError
     """
-    if settings.num_nodes > 1 and not is_rank():
+    if settings.num_nodes > 1 and not is_rank() and settings.launcher.name == "processes":
         raise InputError(
             f"num_nodes={settings.num_nodes}: start the run on every machine, for example with\n"
             f"  torchrun --nnodes={settings.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "

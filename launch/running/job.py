@@ -6,6 +6,7 @@ python -m launch.running.job SPEC PARENT --rank   one rank of a run on several d
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -261,6 +262,7 @@ def _run_for_a_sweep(spec: Path) -> None:
 
 def _program(spec: str, parent: str, *flags: str) -> None:
     children.die_with_parent(int(parent))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, answer.SIGNALS)  # Ray blocks some in all that it starts
     if "--cores" in flags:  # before torch counts them
         os.sched_setaffinity(0, [int(core) for core in flags[flags.index("--cores") + 1].split(",")])
     if "--rank" in flags:

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import IO
 
 from launch.configuration import config
 from launch.configuration.config import Config
@@ -20,34 +22,31 @@ class JobProcess:
         settings: a checked configuration.
         slot: the cores and GPUs it may use.
         output: a file for what it prints; None: this process's own terminal.
+        errors: a file for its stderr; None: with the rest.
     """
 
-    def __init__(self, settings: Config, slot: Slot | None = None, output: Path | None = None) -> None:
+    def __init__(
+        self, settings: Config, slot: Slot | None = None, output: Path | None = None, errors: Path | None = None
+    ) -> None:
         self.slot = slot = slot or Slot()
         self._scratch = tempfile.TemporaryDirectory(prefix="gpt2lab-job-")
         self._spec = Path(self._scratch.name, "config.yaml")
         config.save(settings, self._spec)
         cores = [] if slot.cores is None else ["--cores", ",".join(map(str, slot.cores))]
-        stream = None
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            stream = output.open("ab")
-        try:
+        with ExitStack() as opened:
+            stdout, stderr = (opened.enter_context(_appending(file)) for file in (output, errors or output))
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launch.running.job", str(self._spec), str(os.getpid()), *cores],
                 env={**children.environment(), **slot.environment()},
-                stdout=stream,
-                stderr=stream,
+                stdout=stdout,
+                stderr=stderr,
                 start_new_session=True,
             )
-        finally:
-            if stream is not None:
-                stream.close()
 
-    @property
-    def pids(self) -> list[int]:
-        """Where signals to this run go."""
-        return [self._process.pid]
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.is_running:
+            children.send(number, [self._process.pid])
 
     @property
     def is_running(self) -> bool:
@@ -68,6 +67,13 @@ class JobProcess:
         told = error.read_text(encoding="utf-8") if error.is_file() else ""
         self._scratch.cleanup()
         return code, told
+
+
+def _appending(file: Path | None) -> AbstractContextManager[IO[bytes] | None]:
+    if file is None:
+        return nullcontext()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.open("ab")
 
 
 class LocalJobs:
@@ -95,6 +101,9 @@ class LocalJobs:
         output = self._logs / f"job-{number}.txt" if self.several else None
         self._started = [*self._running(), JobProcess(settings, slot, output)]
         return self._started[-1]
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _running(self) -> list[JobProcess]:
         return [process for process in self._started if process.is_running]

@@ -1,7 +1,8 @@
 """Job queue: runs what a source proposes, as many jobs at once as an executor has room for, until nothing is left.
 
 A job that is misconfigured, fails or is killed is recorded and the next one starts. A signal to this process goes to
-every running job, nothing new starts, and the queue ends with the jobs.
+every running job, nothing new starts, and the queue ends with the jobs. What runs the jobs is an `Executor`: processes
+here, SLURM, or Ray.
 """
 
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gpt2lab.errors import InputError
+from launch import answer
 from launch.configuration.config import Config
 from launch.running import children
 from launch.running.jobs import Job, conclude
@@ -43,9 +46,8 @@ class Source(Protocol):
 class RunningJob(Protocol):
     """A job that was started, here or on another machine."""
 
-    @property
-    def pids(self) -> list[int]:
-        """Processes of this machine that signals go to."""
+    def signal(self, number: int) -> None:
+        """Send it a signal, as to a process; one that has not begun is withdrawn."""
 
     def ended(self) -> tuple[int, str] | None:
         """(exit code, error it told) once it has ended."""
@@ -61,6 +63,9 @@ class Executor(Protocol):
 
     def start(self, settings: Config, number: int) -> RunningJob:
         """Start a job."""
+
+    def close(self) -> None:
+        """Let go of what is held beside the jobs, all of which have ended."""
 
 
 class Listed:
@@ -91,8 +96,8 @@ def run_all(
         changed: called whenever a job has started or ended.
     """
     running: list[tuple[Job, RunningJob]] = []
-    with children.forwarding(lambda: [pid for _, process in running for pid in process.pids]) as signals:
-        exhausted = False
+    with children.noting() as signals:
+        exhausted, sent = False, 0
         while running or not (exhausted or signals):
             while executor.has_room() and not (exhausted or signals):
                 proposal = source.ask()
@@ -107,7 +112,16 @@ def run_all(
                     continue
                 job.status = "running"
                 changed(job)
-                running.append((job, executor.start(settings, job.number)))
+                try:
+                    running.append((job, executor.start(settings, job.number)))
+                except InputError as error:  # a cluster that refuses it
+                    conclude(job, answer.MISTAKE, str(error))
+                    changed(job)
+                    source.tell(job)
+            for number in signals[sent:]:
+                for _, process in running:
+                    process.signal(number)
+                sent += 1
             for job, process in list(running):
                 ended = process.ended()
                 if ended is None:

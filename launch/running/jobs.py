@@ -122,6 +122,6 @@ def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
 def run_process(settings: Config) -> tuple[int, int, str]:
     """(exit code, signal that came meanwhile or 0, error it told) of a run in a process and session of its own."""
     process = JobProcess(settings)
-    with children.forwarding(lambda: process.pids) as signals:
+    with children.forwarding(process.signal) as signals:
         code, told = process.wait()
     return code, signals[-1] if signals else 0, told

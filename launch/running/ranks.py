@@ -176,7 +176,7 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
     )
     try:
         # After the start: it installs handlers of its own, which would end the ranks instead of letting them save.
-        with children.forwarding(lambda: list(context.pids().values())) as signals:
+        with children.forwarding(lambda number: children.send(number, context.pids().values())) as signals:
             result, blame, listener = None, "", Listener(scratch, world)
             while result is None:
                 result = context.wait(POLL_SECONDS)

@@ -6,21 +6,23 @@ from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gpt2lab.errors import InputError
 from gpt2lab.run_report import read_report
+from gpt2lab.settings import LauncherSettings
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import STUDY, Config
 from launch.configuration.groups import experiment_keys, values
 from launch.configuration.ignored_keys import given_keys, in_words, without
-from launch.running import jobs, run_folders, slots, sweep_results
+from launch.running import elsewhere, jobs, run_folders, slots, sweep_results
 from launch.running.job_process import LocalJobs
 from launch.running.job_queue import Executor, Listed, Proposal, Source, run_all
 from launch.running.jobs import Job
 
-HOW = ("resume", "n_jobs", "max_restarts", "launcher")  # what may differ where a sweep goes on
+# What may differ where a sweep goes on
+HOW = ("resume", "n_jobs", "max_restarts", "launcher", *(f"launcher.{key}" for key in vars(LauncherSettings())))
 
 
 def run_grid(
@@ -82,7 +84,10 @@ def run_sweep(
         elif executor.several and job.status != "running":
             print(f"job {job.number} {job.status}: {_in_short(job)}", flush=True)
 
-    stopped = run_all(source, executor, planned, prepared, changed)
+    try:
+        stopped = run_all(source, executor, planned, prepared, changed)
+    finally:
+        executor.close()
     print(sweep_results.in_words(folder, started))
     jobs.check_all_ended_well(started, stopped, "sweep", f"Continue with: {_command_to_continue(folder)}")
     return started
@@ -90,6 +95,10 @@ def run_sweep(
 
 def _executor(sweep_config: DictConfig, folder: Path) -> Executor:
     """Where the jobs run."""
+    launcher = OmegaConf.to_object(sweep_config.launcher)
+    assert isinstance(launcher, LauncherSettings)
+    if launcher.name != "processes":
+        return elsewhere.executor_of(launcher, int(sweep_config.n_jobs), folder / "logs")
     gpus = [] if sweep_config.accelerator == "cpu" or sweep_config.n_jobs == 1 else slots.usable_gpus()
     return LocalJobs(slots.partition(int(sweep_config.n_jobs), slots.usable_cores(), gpus), folder / "logs")
 
@@ -118,6 +127,8 @@ def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_co
             "run_dir, name and resume=RUN_DIR cannot be given in a sweep: each job has a folder of its own.\n"
             "Set the sweep's: hydra.sweep.dir=FOLDER; with resume=auto a sweep that was interrupted goes on there."
         )
+    if len({override for override in given if override.startswith("launcher=")}) > 1:
+        raise InputError("launcher says where all jobs of a sweep are run: give one value.")
     if {"pretrain", "distill"} <= tasks and "teacher" not in keys:
         raise InputError(
             "A sweep over task=pretrain,distill needs a teacher named: jobs do not wait for each other's results.\n"

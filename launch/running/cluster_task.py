@@ -1,0 +1,48 @@
+"""ClusterTask: a run as it is handed to SLURM or Ray, and the process that it becomes on the machine it is given."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from launch.configuration import config
+from launch.configuration.config import Config
+from launch.running.job_process import JobProcess
+
+
+@dataclass
+class ClusterTask:
+    """Plain text and paths, so that it can be pickled; the folders are ones that all machines see.
+
+    Attributes:
+        settings: a checked configuration, as YAML.
+        folder: the working directory.
+        output: file for what it prints.
+        errors: file for its stderr, which may be the same.
+    """
+
+    settings: str
+    folder: str
+    output: str
+    errors: str
+
+    @classmethod
+    def of(cls, settings: Config, output: Path, errors: Path) -> Self:
+        """For a run of this working directory."""
+        return cls(config.dumped(settings), str(Path.cwd()), str(output.absolute()), str(errors.absolute()))
+
+    def start(self, rank: int = 0, goes_on: bool = False) -> JobProcess:
+        """Start it on this machine.
+
+        Args:
+            rank: of this process among those that were started for the same run; each but the first has its own file.
+            goes_on: the run was begun before, and is to go on from its last checkpoint.
+        """
+        os.chdir(self.folder)
+        settings = config.parsed(self.settings, "handed over")
+        if goes_on and settings.resume is None:
+            settings.resume = "auto"
+        files = [Path(file) for file in (self.output, self.errors)]
+        if rank:
+            files = [file.with_name(f"{file.stem}-rank-{rank}{file.suffix}") for file in files]
+        return JobProcess(settings, output=files[0], errors=files[1])
