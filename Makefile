@@ -45,6 +45,8 @@ bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/pa
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_training_step $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_distill $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_ten_students
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_sweep_overhead
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_scaling
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_lm_head_loss
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_cpu_step
 	@$(PYTHON_IN_VENV) -m benchmarks.profile_step

@@ -11,7 +11,15 @@ import torch
 from conftest import ROOT, environment
 from transformers import GPT2LMHeadModel
 
-from benchmarks import benchmark_decoding, benchmark_distill, benchmark_lm_head_loss, benchmark_ten_students, gpu_runs
+from benchmarks import (
+    benchmark_decoding,
+    benchmark_distill,
+    benchmark_lm_head_loss,
+    benchmark_scaling,
+    benchmark_sweep_overhead,
+    benchmark_ten_students,
+    gpu_runs,
+)
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.lm_head_sides import EAGER, OURS, Head
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
@@ -118,6 +126,36 @@ def test_the_benchmark_of_ten_students_runs(cache: Path) -> None:
     online, cached = cells(ended.stdout)
     assert online == [benchmark_ten_students.ONLINE, online[1], "1.00"]
     assert float(cached[1]) > 0
+
+
+def test_the_scaling_benchmark_states_what_two_processes_reach_of_twice_ones_speed() -> None:
+    found = {
+        (1, "auto"): benchmark_scaling.Measured(1_000.0, 0.01),
+        (2, "ddp"): benchmark_scaling.Measured(1_800.0, 0.02),
+        (2, "fsdp"): benchmark_scaling.Measured(1_500.0, 0.005),
+    }
+    assert cells(benchmark_scaling.markdown(found)) == [
+        ["1", "–", "1,000", "1.00", "100%", "1.00%"],
+        ["2", "ddp", "1,800", "1.80", "90%", "2.00%"],
+        ["2", "fsdp", "1,500", "1.50", "75%", "0.50%"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_scaling_benchmark_runs(cache: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.benchmark_scaling", "--tiny"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    assert [row[:2] for row in cells(ended.stdout)] == [["1", "–"], ["2", "ddp"], ["2", "fsdp"]]
+    assert all(0 < float(row[-1].rstrip("%")) < 100 for row in cells(ended.stdout)), "a batch takes time to load"
+
+
+@pytest.mark.slow
+def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.benchmark_sweep_overhead", "--rounds=1", "--jobs=2", "--steps=2"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    separate, sweep = cells(ended.stdout)
+    assert separate == [benchmark_sweep_overhead.SEPARATE, separate[1], "1.00"]
+    assert float(sweep[2]) == pytest.approx(float(sweep[1]) / float(separate[1]), abs=0.01)
 
 
 @pytest.mark.slow

@@ -335,17 +335,16 @@ def test_all_ranks_of_a_job_have_the_values_that_were_drawn(
     strategy: str, sampler: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
     """Unseeded: two ranks have the losses of one process that is given the job's values; another job has others."""
-    quick = [*(key for key in QUICK if key != "optimizer=adamw"), "micro_batch=2"]
-    space = ["optimizer=adamw,muon", "optimizer.momentum=interval(0.8,0.99)", "optimizer.lr=interval(1e-4,1e-1)"]
+    quick = [*(key for key in QUICK if key != "schedule=constant"), "micro_batch=2"]
+    space = ["schedule=constant,wsd", "schedule.decay_fraction=interval(0.2,0.8)", "optimizer.lr=interval(1e-4,1e-1)"]
     search = ["hparams_search=optuna", f"hparams_search.sampler={sampler}", "hparams_search.n_trials=2"]
     sweep = ["devices=2", f"strategy={strategy}", "hydra.sweep.dir=swept"]
     answer = train_process(*tiny, *quick, *space, *search, *sweep)
     assert answer.code == 0, answer.stderr
-    drawn = [
-        [word for word in row["overrides"].split() if word.startswith("optimizer")] for row in rows(tmp_path / "swept")
-    ]
+    drawn = [row["overrides"].split()[-3:] for row in rows(tmp_path / "swept")]
+    drawn = [[word for word in words if word.startswith(("schedule", "optimizer.lr"))] for words in drawn]
     assert drawn[0][-1] != drawn[1][-1]
-    assert all(len(words) == (3 if "optimizer=muon" in words else 2) for words in drawn)
+    assert all(len(words) == (3 if "schedule=wsd" in words else 2) for words in drawn)
     assert train_process(*tiny, *quick, *drawn[0], "run_dir=one").code == 0
     together, alone = (read_metrics(tmp_path / name)[-1]["val/loss"] for name in ("swept/0", "one"))
     assert float(together) == pytest.approx(float(alone), abs=2e-5)

@@ -1,0 +1,88 @@
+"""Weak scaling: one CPU process beside two, under ddp and fsdp, each with as many tokens a step; and the data's share.
+
+    python -m benchmarks.benchmark_scaling
+
+Model micro on the standard library, 2,048 tokens a step and one thread for every process. Each measurement is a run of
+train.py, the sides take turns, and a figure is the median over rounds. Waiting for data is what a step's time goes to
+between batches, on the first rank. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.profile_step import STEP_TIMES
+from benchmarks.train_command import train
+from launch.configuration.automatic import cpu_cores
+
+SIDES = ((1, "auto"), (2, "ddp"), (2, "fsdp"))  # processes, strategy
+TOKENS = 2_048  # a step and process
+SMALL = ("model=nano", "context=64", "micro_batch=8")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    speed: float  # tokens per second of all processes together
+    waiting: float  # share of a step
+
+
+def measured(folder: Path, processes: int, strategy: str, steps: int, keys: list[str]) -> Measured:
+    """Speed of one run into `folder`."""
+    words = [f"devices={processes}", f"strategy={strategy}", f"batch_tokens={processes * TOKENS}", "threads=1"]
+    words += ["accelerator=cpu", "logger=none", "callbacks=minimal", "log_every=5", STEP_TIMES]
+    words += [f"{key}={steps}" for key in ("steps", "validate_every", "checkpoint_every")]
+    report = train(folder, [*words, *keys])
+    times = json.loads((folder / "step_times.json").read_text())
+    return Measured(report["tokens_per_second"], times["data"] / times["step"])
+
+
+def measure(rounds: int, steps: int, keys: list[str]) -> dict[tuple[int, str], Measured]:
+    """Side → medians over the rounds."""
+    found: dict[tuple[int, str], list[Measured]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in tqdm(range(rounds * len(SIDES)), "runs", disable=None):
+            side = SIDES[number % len(SIDES)]
+            found[side].append(measured(Path(scratch, str(number)), *side, steps, keys))
+    return {
+        side: Measured(statistics.median(run.speed for run in runs), statistics.median(run.waiting for run in runs))
+        for side, runs in found.items()
+    }
+
+
+def markdown(found: dict[tuple[int, str], Measured]) -> str:
+    """A row for each side; perfect scaling is as many times one process's speed as there are processes."""
+    alone = found[SIDES[0]].speed
+    rows = ["| processes | strategy | tokens/s | ÷ one process | of perfect scaling | step waits for data |"]
+    rows += ["|--:|---|--:|--:|--:|--:|"]
+    for (processes, strategy), own in found.items():
+        ratio = own.speed / alone
+        name = strategy if processes > 1 else "–"
+        rows.append(
+            f"| {processes} | {name} | {own.speed:,.0f} | {ratio:.2f} | {ratio / processes:.0%} | {own.waiting:.2%} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tiny", action="store_true", help="sizes of seconds: that it runs, not how fast")
+    options = parser.parse_args()
+    if cpu_cores() < max(processes for processes, _ in SIDES):
+        raise SystemExit("Needs as many cores as processes.")
+    if options.tiny:
+        print(markdown(measure(1, 15, list(SMALL))))
+    else:
+        print(markdown(measure(options.rounds, options.steps, ["model=micro"])))
+
+
+if __name__ == "__main__":
+    main()

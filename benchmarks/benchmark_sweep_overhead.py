@@ -1,0 +1,83 @@
+"""A sweep of short jobs, as many at once as there are cores, beside separate calls of train.py, one after the other.
+
+    python -m benchmarks.benchmark_sweep_overhead
+
+Eight seeds of nano on the standard library, 20 steps each, on two cores, which this program and what it starts keep to.
+A figure is the wall time from the command to its end, with the start of every process, validation, checkpoint and
+export; the median over rounds, in which the sides take turns. Prints a Markdown table.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.train_command import ROOT
+from launch.running.slots import usable_cores
+
+CORES = 2
+SEPARATE, SWEEP = "separate calls of train.py", f"one sweep, n_jobs={CORES}"
+
+
+def seconds_of(commands: list[list[str]]) -> float:
+    """Wall time of train.py with each of these arguments, one after the other.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    start = time.perf_counter()
+    for arguments in commands:
+        ended = subprocess.run(
+            [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if ended.returncode:
+            raise RuntimeError(f"exit code {ended.returncode}\n{(ended.stdout + ended.stderr)[-2000:]}")
+    return time.perf_counter() - start
+
+
+def sides(folder: Path, jobs: int, keys: list[str]) -> dict[str, list[list[str]]]:
+    """Side → arguments of its calls."""
+    seeds = [str(seed + 1) for seed in range(jobs)]
+    sweep = ["-m", *keys, f"seed={','.join(seeds)}", f"n_jobs={CORES}", f"hydra.sweep.dir={folder / 'sweep'}"]
+    return {SEPARATE: [[*keys, f"seed={seed}", f"run_dir={folder / seed}"] for seed in seeds], SWEEP: [sweep]}
+
+
+def measure(rounds: int, jobs: int, keys: list[str]) -> dict[str, float]:
+    """Side → median seconds over the rounds. Tokenizer and data, which are made once for all runs, are made before."""
+    found: dict[str, list[float]] = {SEPARATE: [], SWEEP: []}
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds_of([[*keys, f"run_dir={Path(scratch, 'before')}"]])
+        for number in tqdm(range(rounds), "rounds", disable=None):
+            for side, commands in sides(Path(scratch, str(number)), jobs, keys).items():
+                found[side].append(seconds_of(commands))
+    return {side: statistics.median(seconds) for side, seconds in found.items()}
+
+
+def markdown(seconds: dict[str, float], jobs: int, steps: int) -> str:
+    """A row for each side."""
+    head = [f"| {jobs} jobs of {steps} steps, {CORES} cores | s | ÷ separate calls |", "|---|--:|--:|"]
+    rows = [f"| {side} | {own:.1f} | {own / seconds[SEPARATE]:.2f} |" for side, own in seconds.items()]
+    return "\n".join([*head, *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    if len(usable_cores()) < CORES:
+        raise SystemExit(f"Needs {CORES} cores.")
+    os.sched_setaffinity(0, usable_cores()[:CORES])
+    keys = ["model=nano", f"steps={options.steps}", "logger=none", "accelerator=cpu"]
+    print(markdown(measure(options.rounds, options.jobs, keys), options.jobs, options.steps))
+
+
+if __name__ == "__main__":
+    main()
