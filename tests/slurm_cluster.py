@@ -24,7 +24,7 @@ ClusterName=trial
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket;cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -81,8 +81,16 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         subprocess.run(["scancel", "--me"], env=environment, check=False)
     finally:
         for daemon in reversed(daemons):
-            daemon.terminate()
-            daemon.wait(timeout=30)
+            end(daemon)
+
+
+def end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def wait_until_idle(environment: dict[str, str], folder: Path) -> None:
@@ -92,7 +100,9 @@ def wait_until_idle(environment: dict[str, str], folder: Path) -> None:
         if told.stdout.strip() == "idle 2":
             return
         time.sleep(0.2)
-    raise RuntimeError(f"SLURM does not come up: {told.stdout}{told.stderr}\n{(folder / 'daemons.log').read_text()}")
+    raise RuntimeError(
+        f"SLURM does not come up: {told.stdout}{told.stderr}\n{(folder / 'daemons.log').read_text()[-2000:]}"
+    )
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,10 +1,9 @@
 """Heartbeats: who is silent and who keeps the others waiting is told from the files that living threads touch."""
 
-import os
 import time
 from pathlib import Path
 
-from gpt2lab.heartbeat import BEAT_SECONDS, Heartbeat, Listener
+from gpt2lab.heartbeat import BEAT_SECONDS, Folder, Heartbeat, Listener
 
 
 def listened(listener: Listener, seconds: float) -> None:
@@ -15,19 +14,18 @@ def listened(listener: Listener, seconds: float) -> None:
 
 
 def test_a_rank_without_a_sign_of_life_is_silent_and_a_living_one_is_not(tmp_path: Path) -> None:
-    Heartbeat(tmp_path, 0)
-    listener = Listener(tmp_path, ranks=2)
+    Heartbeat(Folder(tmp_path), 0)
+    listener = Listener(Folder(tmp_path), [0, 1])
     listened(listener, 1.6 * BEAT_SECONDS)
     assert listener.silent(1.4 * BEAT_SECONDS) == [1]
-    Heartbeat(tmp_path, 1)
+    Heartbeat(Folder(tmp_path), 1)
     listened(listener, 0.5 * BEAT_SECONDS)
     assert listener.silent(1.4 * BEAT_SECONDS) == []
 
 
 def test_while_nobody_listens_nobody_is_silent(tmp_path: Path) -> None:
-    (tmp_path / "rank-0").write_text('[1, "in step 1"]')
-    os.utime(tmp_path / "rank-0", (0, 0))
-    listener = Listener(tmp_path, ranks=1)
+    (tmp_path / "rank-0").write_text('[1, 1, "in step 1"]')
+    listener = Listener(Folder(tmp_path), [0])
     listener.listen(longest_gap=0.1)
     time.sleep(0.5)  # as if the listener itself had been stopped
     listener.listen(longest_gap=0.1)
@@ -35,19 +33,38 @@ def test_while_nobody_listens_nobody_is_silent(tmp_path: Path) -> None:
 
 
 def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(tmp_path: Path) -> None:
-    first, second = Heartbeat(tmp_path, 0), Heartbeat(tmp_path, 1)
-    listener = Listener(tmp_path, ranks=2)
+    first, second = (Heartbeat(Folder(tmp_path), rank) for rank in (0, 1))
+    listener = Listener(Folder(tmp_path), [0, 1])
+
+    def behind(gave_up: bool = False) -> list[int]:
+        first.beat()
+        second.beat()
+        listener.listen(longest_gap=1.0)
+        return listener.behind(gave_up)
+
     for heartbeat in (first, second):
         heartbeat.mark("between steps 3 and 4")
-        heartbeat._beat()
-    assert listener.behind() == []
+    assert behind() == []
     first.mark("in step 4")
-    first._beat()
-    assert listener.behind() == []  # nobody gave up
-    assert listener.behind(gave_up=True) == [1]
+    assert behind() == []  # nobody gave up
+    assert behind(gave_up=True) == [1]
     first.waited_in_vain()
-    assert listener.behind() == [1]
-    assert listener.last_word(1) == "between steps 3 and 4"
+    assert behind() == [1]
+    assert "rank 1 (last between steps 3 and 4)" in listener.blame([1], 8)
     second.mark("in step 4")
-    second._beat()
-    assert listener.behind() == [1]  # as far, but not waiting
+    assert behind() == [1]  # as far, but not waiting
+
+
+def test_ranks_are_stuck_once_none_does_a_deed_and_only_those_that_are_behind(tmp_path: Path) -> None:
+    first, second = (Heartbeat(Folder(tmp_path), rank) for rank in (0, 1))
+    listener = Listener(Folder(tmp_path), [0, 1])
+    first.mark("in step 1")
+    listened(listener, 2.6 * BEAT_SECONDS)
+    assert listener.stuck(1.4 * BEAT_SECONDS) == [1]
+    second.mark("in step 1")
+    listened(listener, 2.6 * BEAT_SECONDS)
+    assert listener.stuck(1.4 * BEAT_SECONDS) == []  # all are as far
+    first.mark("in step 2")
+    first.done()
+    listened(listener, 2.6 * BEAT_SECONDS)
+    assert listener.stuck(1.4 * BEAT_SECONDS) == []  # the other may save for as long as it takes

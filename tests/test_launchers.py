@@ -4,6 +4,7 @@ SLURM is a cluster of two nodes that is this machine alone (tests/slurm_cluster.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_a_submitted_run_ends_as_it_would_here(train_here: Train, tiny: list[str
         (["launcher=ray", "accelerator=cpu", "launcher.partition=gpu"], "launcher=slurm reads it"),
         (["launcher.cpus=2"], "launcher=slurm and launcher=ray read it"),
         (["launcher=slurm", "launcher.time=0", "accelerator=cpu"], "launcher.time=0 is out of range"),
+        (["experiment=distill_study", "launcher=ray", "accelerator=cpu"], "one after the other on this machine"),
         (["-m", "launcher=slurm,ray", "accelerator=cpu"], "give one value"),
     ],
 )
@@ -156,6 +158,18 @@ def test_a_ray_cluster_runs_a_sweep_of_four_jobs(crashing: None, train_process: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [HERE, RAY], ids=["submitit", "ray"])
+def test_a_search_hands_its_jobs_over_too(launcher: list[str], train_process: Train, tiny: list[str], tmp_path: Path):
+    keys = ["-m", "hparams_search=optuna", "hparams_search.n_trials=2", "optimizer.lr=interval(1e-4,1e-2)", "steps=2"]
+    answer = train_process(*tiny, *launcher, *keys, "devices=2", "strategy=ddp", "hydra.sweep.dir=swept")
+    assert answer.code == 0, answer.stderr
+    table = rows(tmp_path / "swept")
+    assert [row["status"] for row in table] == ["finished", "finished"]
+    assert len({row["optimizer.lr"] for row in table}) == 2
+    assert (tmp_path / "swept" / "0" / "logs" / "rank-1.out").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_ray_jobs_end_with_who_started_them(cache: Path, tiny: list[str], tmp_path: Path):
     process = started(cache, tmp_path, *tiny, *RAY, "steps=100000", "log_every=1", "run_dir=run")
@@ -186,6 +200,20 @@ def queued() -> list[str]:
     return sorted(told.stdout.split(), key=int)
 
 
+def task_of(job: str) -> int:
+    """Process id of what SLURM runs for a job of one task."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            program = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        is_its_task = {f"SLURM_JOB_ID={job}".encode(), b"SLURM_PROCID=0"} <= set(variables)
+        if is_its_task and b"submitit.core._submit" in program and not program.startswith(b"srun"):
+            return int(process.name)
+    raise AssertionError(f"job {job} has no process")
+
+
 @pytest.mark.slow
 def test_slurm_jobs_that_are_killed_or_cancelled_are_recorded_and_the_sweep_goes_on(
     slurm: None, cache: Path, tiny: list[str], tmp_path: Path
@@ -194,7 +222,7 @@ def test_slurm_jobs_that_are_killed_or_cancelled_are_recorded_and_the_sweep_goes
     process = started(cache, tmp_path, *tiny, *SLURM, *keys)
     wait_for(trains(tmp_path / "swept" / "0", tmp_path / "swept" / "1"), process)
     killed, cancelled = queued()
-    subprocess.run(["scancel", "--signal=KILL", killed], check=True)
+    os.kill(task_of(killed), signal.SIGKILL)
     subprocess.run(["scancel", cancelled], check=True)
     _, stderr = process.communicate(timeout=250)
     assert process.returncode == 1, stderr

@@ -146,6 +146,62 @@ def test_a_rank_that_lives_but_does_not_come_is_named(
     assert "rank 1 (last between steps 3 and 4)" in answer.stderr.splitlines()[-1], answer.stderr
 
 
+def ranks_of_torchrun(folder: Path) -> dict[int, int]:
+    """Rank → process id of the runs whose working directory is this folder."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if (process / "cwd").resolve() == folder.resolve():
+                ranks = [int(line[5:]) for line in variables if line.startswith(b"RANK=")]
+                found.update(dict.fromkeys(ranks, int(process.name)))
+        except OSError:
+            continue
+    return found
+
+
+def under_torchrun(cache: Path, folder: Path, *keys: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "train.py"), *keys, "log_every=1", "run_dir=run", "rank_timeout=8"]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_torchrun_that_is_stopped_ends_the_run_and_is_named(
+    rank: int, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """Nobody of ours has started the ranks; they listen to each other."""
+    process = under_torchrun(cache, tmp_path, *tiny, "steps=100000", "strategy=ddp")
+    while len(read_metrics(tmp_path / "run")) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    ranks = ranks_of_torchrun(tmp_path)
+    os.kill(ranks[rank], signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 1, stderr
+    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert told.startswith(f"The run failed: rank {rank} (last "), stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_of_torchrun_that_lives_but_does_not_come_is_named(
+    strategy: str, cache: Path, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    keys = ["+callbacks.stuck._target_=stuck.Stuck", "steps=100", f"strategy={strategy}"]
+    process = under_torchrun(cache, tmp_path, *tiny, *keys)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 1, stderr
+    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert told.startswith("The run failed: rank 1 (last between steps 3 and 4)"), stderr
+
+
 @pytest.mark.chaos
 def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")

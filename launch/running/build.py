@@ -19,6 +19,7 @@ from callbacks.pruning import Pruning
 from callbacks.same_settings import SameSettings
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
+from gpt2lab.heartbeat import GRACE_SECONDS
 from gpt2lab.search_study import STUDY_FILE
 from gpt2lab.settings import CrossEntropySettings, DataFacts, TrainingSettings
 from gpt2lab.student_shape import TEACHER_LAYERS
@@ -30,7 +31,6 @@ from launch.configuration.signature import typed_settings
 from launch.configuration.spelling import nearest
 from lightning_modules.sharding import ShardedStrategy
 
-GRACE_SECONDS = 10  # a rank that fell silent is found before those that wait for it give up
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16_true": "bf16-true", "fp16": "16-mixed"}
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from gpt2lab.errors import InputError
+from gpt2lab.heartbeat import GRACE_SECONDS, Heartbeat
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
@@ -129,22 +130,38 @@ class Meeting:
         return config.parsed(told, "told by rank 0")
 
     @contextmanager
-    def training(self, settings: Config) -> Iterator[None]:
-        """The block runs in a process group of all ranks; none leaves before all have ended it in good order."""
+    def training(self, settings: Config) -> Iterator[Heartbeat]:
+        """The block runs in a process group of all ranks; none leaves before all have ended it in good order.
+
+        Gives this rank's heartbeat, which the others hear: one that keeps them waiting for longer than `rank_timeout`
+        is named, and the run ended.
+        """
         import torch
         from torch import distributed
         from torch.distributed import PrefixStore
+
+        from launch.running.cluster_watch import Watch
 
         if settings.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if settings.accelerator == "gpu" else "gloo"
         group_store = PrefixStore("group", self._store)
-        distributed.init_process_group(backend, store=group_store, rank=self.rank, world_size=self.world_size)
+        timeout = timedelta(seconds=settings.rank_timeout + GRACE_SECONDS)
+        distributed.init_process_group(
+            backend, store=group_store, rank=self.rank, world_size=self.world_size, timeout=timeout
+        )
+        watch = Watch(PrefixStore("beats", self._store), self.rank, self.world_size, settings.rank_timeout)
         try:
-            yield
+            yield watch.heartbeat
         except answer.Ended:
+            watch.stop()
             self._leave()
             raise
+        except RuntimeError as error:
+            if is_timeout(error):
+                watch.end_in_vain()
+            raise
+        watch.stop()
         self._leave()
 
     def _leave(self) -> None:
@@ -155,6 +172,11 @@ class Meeting:
             self._store.wait([f"gone/{rank}" for rank in range(1, self.world_size)], FAREWELL)
         else:
             self._store.set(f"gone/{self.rank}", "")
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether a rank gave up waiting for the others."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("timeout", "timed out"))
 
 
 def check(settings: Config) -> None:
@@ -168,7 +190,8 @@ def check(settings: Config) -> None:
             f"num_nodes={settings.num_nodes}: start the run on every machine, for example with\n"
             f"  torchrun --nnodes={settings.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
             "--rdzv-endpoint=FIRST_HOST:29500 train.py …\n"
-            f"or: srun --nodes={settings.num_nodes} --ntasks-per-node=1 python train.py …"
+            f"or: srun -K --nodes={settings.num_nodes} --ntasks-per-node=1 python train.py …\n"
+            "or let SLURM do so: launcher=slurm"
         )
 
 

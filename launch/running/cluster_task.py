@@ -7,6 +7,7 @@ from typing import Self
 
 from launch.configuration import config
 from launch.configuration.config import Config
+from launch.running import slots
 from launch.running.job_process import JobProcess
 
 
@@ -40,6 +41,8 @@ class ClusterTask:
         """
         os.chdir(self.folder)
         settings = config.parsed(self.settings, "handed over")
+        if settings.threads == "auto":  # of the machine this run has only what it asked for
+            settings.threads = min(settings.launcher.cpus, len(slots.usable_cores()))
         if goes_on and settings.resume is None:
             settings.resume = "auto"
         files = [Path(file) for file in (self.output, self.errors)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.heartbeat import Heartbeat
+from gpt2lab.heartbeat import Folder, Heartbeat
 from gpt2lab.settings import DataFacts
 from launch import answer, noise
 from launch.configuration import checks, config
@@ -110,8 +110,8 @@ def _run_one_of_many(asked: Config) -> dict[str, Any]:
     else:
         settings, is_new = meeting.told(), False
         data, facts = _data_as_told(settings)
-    with meeting.training(settings):
-        report = train(settings, data, facts, is_new)
+    with meeting.training(settings) as heartbeat:
+        report = train(settings, data, facts, is_new, heartbeat)
     if meeting.rank == 0:
         print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
@@ -223,7 +223,7 @@ def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
 
 def _run_rank(spec: Path) -> None:
     rank = int(os.environ["RANK"])
-    heartbeat = Heartbeat(Path(os.environ["GPT2LAB_HEARTBEATS"]), rank)
+    heartbeat = Heartbeat(Folder(Path(os.environ["GPT2LAB_HEARTBEATS"])), rank)
     noise.settle_noise(speaks=rank == 0)
     settings = config.load(spec)
     from launch.running import ranks
@@ -237,7 +237,7 @@ def _run_rank(spec: Path) -> None:
     except Exception as error:
         mistake = answer.as_mistake(error)
         if mistake is None:
-            if ranks.is_timeout(error):
+            if cluster.is_timeout(error):
                 heartbeat.waited_in_vain()
             raise
         ranks.record_outcome(answer.MISTAKE, f"error: {mistake}")

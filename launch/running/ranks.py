@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start
 
 from gpt2lab.atomic_files import write_json
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
-from gpt2lab.heartbeat import Listener
+from gpt2lab.heartbeat import Folder, Listener
 from gpt2lab.run_report import read_report
 from launch import answer
 from launch.configuration import config
@@ -120,11 +120,6 @@ def _told(failed: Failure | None, folder: Path) -> str:
     return f"rank {failed.rank} {died}{': ' + ' '.join(last).rstrip('.') if last else ''}"
 
 
-def is_timeout(error: Exception) -> bool:
-    """Whether a rank gave up waiting for the others."""
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("timeout", "timed out"))
-
-
 class RankLogs(LogsSpecs):
     """Where the ranks' output goes: rank 0's to the terminal, the others' to files."""
 
@@ -177,7 +172,7 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
     try:
         # After the start: it installs handlers of its own, which would end the ranks instead of letting them save.
         with children.forwarding(lambda number: children.send(number, context.pids().values())) as signals:
-            result, blame, listener = None, "", Listener(scratch, world)
+            result, blame, listener = None, "", Listener(Folder(scratch), list(range(world)))
             while result is None:
                 result = context.wait(POLL_SECONDS)
                 listener.listen(longest_gap=10 * POLL_SECONDS)
@@ -189,20 +184,15 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
     failures = sorted(result.failures.values(), key=lambda failure: (failure.exitcode >= 0, failure.timestamp))
     first = failures[0] if failures else None
     aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
-    blame = blame or _blame(listener.behind(aborted), listener, settings.rank_timeout)
+    listener.listen(longest_gap=0.0)
+    blame = blame or listener.blame(listener.behind(aborted), settings.rank_timeout)
     return (Failure(first.local_rank, first.exitcode) if first else None), signals, blame
 
 
 def _end_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
     """Kill the ranks that fell silent; the others then lose their connection and end by themselves."""
     silent = listener.silent(seconds)
-    blame = _blame(silent, listener, seconds)
+    blame = listener.blame(silent, seconds)
     for rank in silent:
         os.kill(pids[rank], signal.SIGKILL)
     return blame
-
-
-def _blame(late: list[int], listener: Listener, seconds: int) -> str:
-    """Who kept the others waiting, in words; nothing where nobody did."""
-    said = " and ".join(f"rank {rank} (last {listener.last_word(rank)})" for rank in late)
-    return f"{said} kept the others waiting for more than rank_timeout={seconds} seconds" if said else ""

@@ -21,6 +21,7 @@ from launch.running.wanted_machines import Machines
 LOOK_SECONDS = 1.0  # between looks for the files of a job
 QUEUE_SECONDS = 5.0  # between questions to SLURM, for all jobs together
 FILES_LAG = 15.0  # seconds after a job's end in which a shared file system may still hold its files back
+TRACE_RULE = "-" * 22  # submitit's, around the traceback of what it called
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ALIVE = (*WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
@@ -105,7 +106,9 @@ class SlurmJob:
         if not part.paths.result_pickle.exists():
             return None
         error = part.exception()
-        return part.result() if error is None else (answer.FAILED, str(error).strip().splitlines()[-2])
+        if error is None:
+            return part.result()
+        return answer.FAILED, str(error).split(TRACE_RULE)[1].strip().splitlines()[-1]
 
     def _state(self) -> str:
         return str(self.job.state) if self._queue is None else self._queue.state(self.job.job_id)

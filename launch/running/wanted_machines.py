@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from launch.configuration import config as configuration
-from launch.configuration.config import Config
+from launch.configuration.config import STUDY, Config
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ def check(config: Config) -> None:
     name = config.launcher.name
     if name == "processes":
         return
+    if config.is_study:
+        raise InputError(
+            f"experiment={STUDY} starts its runs one after the other on this machine.\n"
+            "Leave launcher out, and start the study on a machine that fits."
+        )
     if config.accelerator not in ("cpu", "gpu"):
         raise InputError(
             f"launcher={name}: say which machine to ask for, since it is not this one.\n"
