@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import benchmark_precisions
+from benchmarks.benchmark_precisions import EXACT, OTHERS
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
 from benchmarks.train_command import ROOT, bin_data, train
@@ -29,10 +31,9 @@ ACCELERATOR = "gpu"
 VOCABULARY = 50_257
 CONTEXT = 1024
 BATCH_TOKENS = 32 * CONTEXT
-SAME_LOSS = 0.02  # nats: FSDP against one device and each precision against fp32
+SAME_LOSS = 0.02  # nats: FSDP against one device
 SAME_RESUMED = 1e-3  # nats: GPU kernels need not give the same bytes twice
 LIMIT = 400  # seconds of one run
-PRECISIONS, SEEDS = ("fp32", "bf16", "fp16", "bf16_true"), (1, 2, 3)
 
 
 def base(folder: Path, model: str, steps: int) -> list[str]:
@@ -135,24 +136,12 @@ def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
 
 def precisions(folder: Path) -> str:
     """Nano, 300 steps on the standard library, three seeds: each precision beside fp32 with the same seed."""
-    every = ["model=nano", f"accelerator={ACCELERATOR}", "devices=1", "threads=1", "logger=csv", "callbacks=minimal"]
-    train(folder / "prepares", [*every, "steps=1"], LIMIT)
-
-    def run(job: tuple[str, int]) -> float:
-        precision, seed = job
-        arguments = [*every, "steps=300", "validate_every=300", f"precision={precision}", f"seed={seed}"]
-        return train(folder / f"{precision}-{seed}", arguments, LIMIT)["val_loss"]
-
-    jobs = [(precision, seed) for precision in PRECISIONS for seed in SEEDS]
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        losses = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    exact = statistics.mean(losses["fp32", seed] for seed in SEEDS)
-    told, wrong = [f"fp32 {exact:.3f}"], []
-    for precision in PRECISIONS[1:]:
-        differences = [losses[precision, seed] - losses["fp32", seed] for seed in SEEDS]
-        told.append(f"{precision} {statistics.mean(differences):+.4f} ({', '.join(f'{d:+.4f}' for d in differences)})")
-        if precision != "bf16_true" and not abs(statistics.mean(differences)) < SAME_LOSS:
-            wrong.append(precision)
+    losses = benchmark_precisions.measured(folder, ACCELERATOR, at_once=len(OTHERS[ACCELERATOR]) + 1)
+    told, wrong = [f"fp32 {statistics.mean(losses[EXACT].values()):.3f}"], []
+    for name, found in benchmark_precisions.beside_exact(losses).items():
+        told.append(f"{name} {found.mean:+.4f} ({', '.join(f'{d:+.4f}' for d in found.differences.values())})")
+        if not benchmark_precisions.is_within(found):
+            wrong.append(name)
     if wrong:
         raise RuntimeError("val/loss: " + "; ".join(told))
     return "val/loss: " + "; ".join(told)

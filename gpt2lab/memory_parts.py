@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gpt2lab.lm_head_loss import LOGITS_OF_A_BLOCK, ROWS_OF_A_TEACHER, rows_of_a_chunk
 from gpt2lab.model_folder import parameters_of
 from gpt2lab.settings import ModelShape
+from gpt2lab.stochastic_rounding import NUMBERS_AT_ONCE, WORK_OF_A_NUMBER
 
 # Bytes of a weight and of what matrix products are computed in
 ITEM_SIZES = {"fp32": (4, 4), "bf16": (4, 2), "fp16": (4, 2), "bf16_true": (2, 2)}
@@ -218,6 +219,14 @@ def muon_work(sizes: RunSizes) -> int:
     """Updates of all its matrices, and the Newton–Schulz iteration on those of one shape, a third of them."""
     matrices = muon_parameters(sizes)
     return matrices * sizes.weight_bytes + matrices // 3 * NEWTON_SCHULZ_BYTES
+
+
+def optimizer_work(sizes: RunSizes) -> int:
+    """Alive at once in the optimizer's step; in bf16 weights pass through fp32, some at a time, before Muon's come."""
+    if sizes.precision != "bf16_true":
+        return muon_work(sizes)
+    numbers = (trained_parameters(sizes) - muon_parameters(sizes)) // sizes.shards
+    return max(min(numbers, NUMBERS_AT_ONCE) * WORK_OF_A_NUMBER, muon_work(sizes))
 
 
 def validation_work(sizes: RunSizes, positions: int) -> int:

@@ -6,7 +6,7 @@ The parts are counted from what the code keeps, and each phase of a run holds so
 
     forward      weights, optimizer state, the last step's gradients, all activations, work on the LM head
     backward     weights, optimizer state, the activations and the gradients that take their place
-    optimizer    weights, optimizer state, gradients, and Muon's work on them
+    optimizer    weights, optimizer state, gradients, and Muon's work on them, or that of rounding
     validation   weights, optimizer state, gradients, one block's activations of a larger batch, the LM head
     saving       weights, optimizer state, gradients, and the exported model twice (CPU)
 
@@ -115,7 +115,7 @@ def _parts(sizes: RunSizes) -> dict[str, int]:
         "weights": total * item // sizes.shards + count.gathered(sizes),
         "gradients": trained * item // sizes.shards,
         "optimizer state": moments * item // sizes.shards,
-        "averaged weights": total * item // sizes.shards if sizes.ema else 0,
+        "averaged weights": total * 4 // sizes.shards if sizes.ema else 0,
         "activations": count.activations(sizes),
         "LM head": count.head_kept(sizes) + count.head_work(sizes),
         "teacher weights": parameters(teacher) * sizes.compute_bytes if teacher else 0,
@@ -144,11 +144,14 @@ def _phases(sizes: RunSizes, parts: dict[str, int]) -> dict[str, int]:
     backward = activations + head + kept_workspace + hidden + block_work + older
     at_the_end = gradients + kept_workspace + block_work
     validated = sizes.eval_rows * sizes.length
+    # While it validates the averaged weights the trained ones wait; averaging those in bf16 takes them in fp32
+    waiting = parts["averaged weights"] * item // 4
+    averaging = parts["averaged weights"] if item < 4 else 0
     phases = {
         "forward": static + gradients + max(forward, parts["teacher activations"] + kept_workspace),
         "backward": static + max(backward, at_the_end),
-        "optimizer": static + gradients + kept_workspace + count.muon_work(sizes),
-        "validation": static + gradients + count.validation_work(sizes, validated),
+        "optimizer": static + gradients + kept_workspace + max(count.optimizer_work(sizes), averaging),
+        "validation": static + waiting + gradients + count.validation_work(sizes, validated),
     }
     if sizes.reading_teacher:
         phases["teacher reads"] = count.reading_work(sizes, sizes.reading_teacher)

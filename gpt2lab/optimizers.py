@@ -7,19 +7,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt2lab.settings import OptimizerSettings
+from gpt2lab.stochastic_rounding import RoundingAdam, in_bf16, local, stochastically_rounded
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool
+    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool, seed: int = 0
 ) -> torch.optim.Optimizer:
     """Weight decay applies to matrices and embeddings, never to biases or layer norms.
 
     Args:
         named_parameters: names as in `Backbone`; parameters that need no gradient are left out.
         fused: one kernel per AdamW step; not to be combined with fp16 gradient scaling and clipping.
+        seed: of the stochastic rounding of weights in bf16.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     hidden = [p for name, p in trained if settings.name == "muon" and is_hidden_matrix(name, p)]
@@ -31,15 +33,18 @@ def build_optimizer(
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if settings.name == "adam":
-        return torch.optim.Adam(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
-    for group in groups:
-        group["lr"] = settings.adamw_lr or settings.lr
-    if hidden:
-        groups.append({"params": hidden, "weight_decay": settings.weight_decay, "momentum": settings.momentum})
-    return MuonWithAdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
+    if settings.name == "muon":
+        for group in groups:
+            group["lr"] = settings.adamw_lr or settings.lr
+        if hidden:
+            groups.append({"params": hidden, "weight_decay": settings.weight_decay, "momentum": settings.momentum})
+    kind = MuonWithAdamW if settings.name == "muon" else RoundingAdam
+    # In bf16 the optimizer calls the fused kernel itself; PyTorch would move the count of steps to the device for it.
+    fused = fused and not any(in_bf16(parameter) for _, parameter in trained)
+    is_decoupled = settings.name != "adam"
+    optimizer = kind(groups, settings.lr, betas, settings.eps, fused=fused, decoupled_weight_decay=is_decoupled)
+    optimizer.seed = seed
+    return optimizer
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -47,7 +52,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return ".h." in name and parameter.ndim == 2 and "lora_" not in name
 
 
-class MuonWithAdamW(torch.optim.AdamW):
+class MuonWithAdamW(RoundingAdam):
     """AdamW whose parameter groups with a `momentum` are stepped by Muon instead.
 
     Muon: Nesterov momentum, orthogonalised by Newton–Schulz in bf16, scaled by 0.2 · sqrt(max(rows, columns)) so that
@@ -94,11 +99,14 @@ class MuonWithAdamW(torch.optim.AdamW):
             scale = 0.2 * max(shape) ** 0.5
             for matrix, orthogonal in zip(matrices, orthogonalise(torch.stack(matrices)), strict=True):
                 matrix.copy_(orthogonal).mul_(scale)
-        for parameter, update in whole.items():
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        for place, (parameter, update) in enumerate(whole.items()):
             if isinstance(parameter, DTensor):
                 update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
-            parameter.add_(update, alpha=-group["lr"])
+            weight = local(parameter).float() if in_bf16(parameter) else local(parameter)
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(local(update), alpha=-group["lr"])
+            if in_bf16(parameter):
+                step = self.state[parameter]["step"].add_(1)
+                local(parameter).copy_(stochastically_rounded(weight, self.generator(parameter, int(step), -1, place)))
 
 
 def _square_parts(update: Tensor) -> tuple[Tensor, ...]:

@@ -10,32 +10,39 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """Keeps average ← decay · average + (1 − decay) · weight for each parameter, in the parameters' order and dtype."""
+    """Keeps average ← decay · average + (1 − decay) · weight for each parameter, in the parameters' order.
+
+    Averages of weights in bf16 are fp32, in which alone they move by a thousandth of what is left; the model takes them
+    rounded.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.parameters = list(parameters)
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.averages = [_single(parameter).clone() for parameter in self.parameters]
         self._update = get_ema_multi_avg_fn(decay)
-        self._is_applied = False
+        self._weights: list[Tensor] = []  # while the model has the averages
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now; call once after each optimizer step."""
-        self._update(self.averages, [parameter.detach() for parameter in self.parameters], None)
+        self._update(self.averages, [_single(parameter) for parameter in self.parameters], None)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages; a second call undoes it."""
+        """Give the model the averages; a second call gives it its weights back."""
+        if self._weights:
+            for parameter, weight in zip(self.parameters, self._weights, strict=True):
+                parameter.copy_(weight)
+            self._weights = []
+            return
+        self._weights = [parameter.detach().clone() for parameter in self.parameters]
         for parameter, average in zip(self.parameters, self.averages, strict=True):
-            weight = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(weight)
-        self._is_applied = not self._is_applied
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """In the block the parameters hold the averages, whether or not they already did."""
-        was_applied = self._is_applied
+        was_applied = bool(self._weights)
         if not was_applied:
             self.swap()
         try:
@@ -62,3 +69,8 @@ class WeightAverage:
             if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
                 saved = distribute_tensor(saved, mine.device_mesh, mine.placements)
             mine.copy_(saved)
+
+
+def _single(parameter: Tensor) -> Tensor:
+    """Itself, or what is in bf16 as fp32."""
+    return parameter.detach().float() if parameter.dtype == torch.bfloat16 else parameter.detach()

@@ -79,7 +79,9 @@ def _plain_model(settings: Config, whole: dict[str, Any]) -> "GPT2LMHeadModel":
 
     state = dict(whole["state_dict"])
     if "weight_average" in whole:
-        state |= {f"backbone.{name}": t for name, t in zip(whole["averaged"], whole["weight_average"], strict=True)}
+        averages = zip(whole["averaged"], whole["weight_average"], strict=True)
+        kind = whole["state_dict"]["backbone.lm.transformer.wte.weight"].dtype  # in which the run's own model has them
+        state |= {f"backbone.{name}": average.to(kind) for name, average in averages}
     prefix, model = "backbone.lm.", settings.model
     inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     embedding = inner["transformer.wte.weight"]  # (V, D)

@@ -201,7 +201,10 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(
-            self.backbone.named_parameters(), self.settings.optimizer, fused=self.trainer.precision != "16-mixed"
+            self.backbone.named_parameters(),
+            self.settings.optimizer,
+            fused=self.trainer.precision != "16-mixed",
+            seed=self.settings.seed,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.settings.steps, self.settings.schedule)

@@ -62,10 +62,12 @@ class ShardedStrategy(ModelParallelStrategy):
         """Split a model in place, block by block, and what is outside its blocks as a whole.
 
         Under bf16-mixed the blocks' weights are gathered in bf16 and their gradients summed in fp32. What the blocks
-        pass on stays in fp32, and so do the embeddings, as under autocast alone.
+        pass on stays in fp32, and so do the embeddings, as under autocast alone. Gradients that are bf16 by themselves
+        (bf16-true) are summed in fp32, too.
         """
-        mesh, is_mixed = self.device_mesh["data_parallel"], self.precision_plugin.precision == "bf16-mixed"
-        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+        mesh, precision = self.device_mesh["data_parallel"], self.precision_plugin.precision
+        is_mixed, sums_in = precision == "bf16-mixed", torch.float32 if precision == "bf16-true" else None
+        exact = MixedPrecisionPolicy(reduce_dtype=sums_in, cast_forward_inputs=False)
         mixed = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.offloads else OffloadPolicy()
         for block in blocks:

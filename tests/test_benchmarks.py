@@ -15,6 +15,7 @@ from benchmarks import (
     benchmark_decoding,
     benchmark_distill,
     benchmark_lm_head_loss,
+    benchmark_precisions,
     benchmark_scaling,
     benchmark_sweep_overhead,
     benchmark_ten_students,
@@ -168,6 +169,27 @@ def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch,
     write_tokenizer(tmp_path / "tokenizer", 300)
     assert "tokens/s, MFU" in gpu_runs.speed("nano", 32, "precision=fp32", "compile=false", steps=20)(tmp_path)
     assert "by 0.0e+00" in gpu_runs.resume_after_a_kill(tmp_path, "nano")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_precisions_trains_sweeps_and_judges_each_beside_fp32(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
+    monkeypatch.setattr(benchmark_precisions, "SEEDS", (1, 2))
+    keys = [key for key in tiny if not key.startswith("precision")]
+    found = benchmark_precisions.measured(tmp_path, "cpu", [*keys, "steps=4"], ["bf16_true"], at_once=2)
+    table = benchmark_precisions.markdown(found).splitlines()
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| fp32", "| bf16_true"]
+    difference = benchmark_precisions.beside_exact(found)["bf16_true"]
+    assert set(difference.differences) == {1, 2}
+    assert all(difference.differences.values()), "not the same run twice"
+    assert benchmark_precisions.is_within(difference)
+    assert table[-1].endswith("| yes |")
+    far = benchmark_precisions.beside_exact(
+        {**found, "bf16_true": {s: loss + 0.03 for s, loss in found["fp32"].items()}}
+    )
+    assert not benchmark_precisions.is_within(far["bf16_true"])
 
 
 def test_the_sides_of_the_decoding_benchmark_write_the_same() -> None:

@@ -43,8 +43,10 @@ ONLY_SHARDED: dict[str, tuple[str, dict[str, Any]]] = {
     "distill_sharded_teacher": ("distill", {"shard_teacher": True}),
     "offloaded": ("pretrain", {"fsdp_offload": True}),
     "bf16": ("finetune", {"precision": "bf16"}),
+    "bf16_true": ("finetune", {"precision": "bf16_true"}),
 }
 BF16_TOLERANCE = 0.02  # of bf16's gradient; it keeps 8 bits
+BF16_TRUE_TOLERANCE = 0.04  # whose weights, residual stream and accumulated gradient have no more
 
 
 def composed(overrides: tuple[str, ...], named: dict[str, str]) -> Config:
@@ -207,3 +209,13 @@ def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_i
     for one, two in zip(alone["finetune"][1], recorded["gradients"], strict=True):
         assert {tensor.dtype for tensor in two.values()} == {torch.float32}
         assert 1e-6 < distance(one, {name: tensor.double() for name, tensor in two.items()}) <= BF16_TOLERANCE
+
+
+def test_sharded_bf16_weights_and_gradients_stay_bf16(
+    alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    recorded = together["fsdp", "bf16_true"]
+    assert recorded["computed_in"] == torch.bfloat16
+    for one, two in zip(alone["finetune"][1], recorded["gradients"], strict=True):
+        assert {tensor.dtype for tensor in two.values()} == {torch.bfloat16}
+        assert 1e-6 < distance(one, {name: tensor.double() for name, tensor in two.items()}) <= BF16_TRUE_TOLERANCE

@@ -83,8 +83,9 @@ def test_a_closure_sees_every_parameter(name: str) -> None:
     assert all(torch.equal(p, s) for p, s in zip(backbone.parameters(), stepped, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
-def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str) -> None:
+def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str, dtype: torch.dtype) -> None:
     def train(model: Backbone, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
             ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
@@ -94,7 +95,7 @@ def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str) -> Non
 
     def fresh() -> tuple[Backbone, torch.optim.Optimizer]:
         torch.manual_seed(3)
-        model = Backbone(TINY)
+        model = Backbone(TINY).to(dtype)
         return model, build_optimizer(model.named_parameters(), OptimizerSettings(name, 1e-2, 0.1), fused=True)
 
     unbroken, optimizer = fresh()

@@ -155,6 +155,8 @@ COUNTED = {
     "large vocabulary": RunSizes(replace(SMALL, n_layer=2, vocab_size=50_257), 4, 256, 4, "bf16"),
     "dropout": RunSizes(replace(SMALL, dropout=0.1), 4, 256, 4),
     "muon": RunSizes(SMALL, 4, 128, 4, "bf16", optimizer="muon"),
+    "bf16_true": RunSizes(SMALL, 1, 64, 1, "bf16_true"),
+    "bf16_true, muon": RunSizes(SMALL, 1, 64, 1, "bf16_true", optimizer="muon"),
 }
 
 
@@ -165,6 +167,8 @@ def test_tensors_alive_at_once_are_those_counted(name: str):
     _workspaces.clear()
     torch.manual_seed(0)
     model = Backbone(sizes.shape).train()
+    if sizes.precision == "bf16_true":
+        model.bfloat16()
     if sizes.checkpointing:
         model.checkpoint_activations()
     settings = OptimizerSettings(sizes.optimizer, 1e-3, 0.1)
@@ -178,7 +182,7 @@ def test_tensors_alive_at_once_are_those_counted(name: str):
 
     forward().backward()
     optimizer.step()
-    held = sum(p.numel() * 4 for p in model.parameters()) + sum(
+    held = sum(p.nbytes for p in model.parameters()) + sum(
         tensor.nbytes for state in optimizer.state.values() for tensor in state.values() if tensor.ndim
     )
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -197,7 +201,8 @@ def test_tensors_alive_at_once_are_those_counted(name: str):
 
 
 def _head_kept(sizes: RunSizes) -> int:
-    return 4 * sizes.shape.vocab_size * sizes.shape.n_embd + 4 * sizes.positions * sizes.shape.n_embd
+    of_hidden = sizes.weight_bytes * sizes.positions * sizes.shape.n_embd
+    return 4 * sizes.shape.vocab_size * sizes.shape.n_embd + of_hidden
 
 
 # Choosing

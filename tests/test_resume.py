@@ -172,13 +172,15 @@ OBJECTIVES = ("prefix_lm", "mlm", "fim", "sampled_softmax")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["pretrain", "distill", "finetune", *OBJECTIVES])
+@pytest.mark.parametrize("task", ["pretrain", "distill", "finetune", *OBJECTIVES, "bf16_true"])
 def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sources, teacher, tmp_path, task):
     """Dropout on, two micro-batches a step, killed in the middle of an epoch."""
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     if task == "finetune":
         (tmp_path / "pairs.tsv").write_text(assignments(sources))
         keys = (*PAIRS, "task=finetune", f"init={teacher}", f"path={tmp_path / 'pairs.tsv'}", "task.text.examples=4")
+    elif task == "bf16_true":
+        keys = (*LANGUAGE, *TINY, f"path={sources}", "precision=bf16_true", "ema=0.9")
     else:
         of_task = (f"objective={task}", "packing=true") if task in OBJECTIVES else (f"task={task}",)
         keys = (*LANGUAGE, *TINY, f"path={sources}", *of_task)

@@ -24,13 +24,14 @@ def fits(config: Config, devices: int, teacher_parts: int) -> bool:
 
 
 def state_bytes(config: Config) -> int:
-    """Weights, gradients and two optimizer moments of the model, and its weight average; all in fp32."""
-    return _parameters(config) * (4 + (0 if config.lora_rank else 12) + (4 if config.ema else 0))
+    """Weights, gradients and two optimizer moments of the model, and its weight average, which is fp32 always."""
+    size = _bytes_of_a_weight(config)
+    return _parameters(config) * (size + (0 if config.lora_rank else 3 * size) + (4 if config.ema else 0))
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Weights and two optimizer moments."""
-    return 12 * _parameters(config)
+    return 3 * _bytes_of_a_weight(config) * _parameters(config)
 
 
 def teacher_bytes(config: Config) -> int:
@@ -46,6 +47,10 @@ def device_bytes(config: Config) -> int:
     if config.accelerator == "gpu":
         return min(torch.cuda.get_device_properties(number).total_memory for number in range(int(config.devices)))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(config.devices)
+
+
+def _bytes_of_a_weight(config: Config) -> int:
+    return 2 if config.precision == "bf16_true" else 4
 
 
 def _parameters(config: Config) -> int:

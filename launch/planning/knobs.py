@@ -32,11 +32,7 @@ def _choices(sizes: RunSizes) -> Iterator[tuple[str, RunSizes, str]]:
     if sizes.precision == "fp32":
         yield "precision=bf16", replace(sizes, precision="bf16"), "digits; faster where the device has bf16"
     if sizes.precision in ("fp32", "bf16", "fp16"):
-        yield (
-            "precision=bf16_true",
-            replace(sizes, precision="bf16_true"),
-            "digits of the weights: small updates are lost",
-        )
+        yield "precision=bf16_true", replace(sizes, precision="bf16_true"), "digits; updates are rounded by chance"
     if sizes.optimizer != "muon" and not sizes.lora_rank:
         yield "optimizer=muon", replace(sizes, optimizer="muon"), "another optimizer with its own learning rate"
     if sizes.optimizer == "muon":

@@ -29,9 +29,10 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
 from launch.configuration.signature import typed_settings
 from launch.configuration.spelling import nearest
+from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
 
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16_true": "bf16-true", "fp16": "16-mixed"}
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # bf16_true is a plugin
 
 
 def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any:
@@ -189,14 +190,17 @@ def trainer(
     The module clips gradients itself and our callbacks write checkpoints, samples and progress.
     """
     accumulate = config.record.accumulate
+    # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
+    plugins: list[Any] = [TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()]
+    if config.precision == "bf16_true":
+        plugins.append(Bf16Weights())
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
-        plugins=[TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()],
+        plugins=plugins,
         strategy=strategy(config),
-        precision=PRECISIONS[config.precision],
+        precision=PRECISIONS.get(config.precision),
         max_steps=config.steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,

@@ -1,0 +1,106 @@
+"""Validation loss under each precision beside fp32 with the same seed: nano, 300 steps on the standard library.
+
+    python -m benchmarks.benchmark_precisions                                 on a CPU, which has no fp16
+    python -m benchmarks.benchmark_precisions optimizer=adamw                 with whatever else train.py takes
+    python -m benchmarks.benchmark_precisions --accelerator gpu --at-once 5
+
+Each precision is a sweep of train.py over the seeds; on a GPU some of them can share it, since losses are no times. A
+seed has the same first weights and batches everywhere, so differences are taken within it. Prints a Markdown table;
+a precision is within when none of its seeds is further than 0.02 nats from fp32.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.train_command import ROOT, TrainingFailed, train
+from gpt2lab.paired_statistics import PairedDifference, paired_difference
+
+EXACT = "fp32"
+OTHERS = {"cpu": ("bf16", "bf16_true"), "gpu": ("bf16", "bf16_true", "fp16")}
+SEEDS = (1, 2, 3)
+STEPS = 300
+SAME_LOSS = 0.02  # nats
+
+Losses = Mapping[str, dict[int, float]]  # precision → seed → val/loss
+
+
+def measured(
+    folder: Path, accelerator: str, keys: Sequence[str] = (), precisions: Sequence[str] = (), at_once: int = 1
+) -> Losses:
+    """Train into `folder`: fp32 and the given precisions, by default all that the device has.
+
+    Args:
+        keys: of train.py, after the usual ones.
+        at_once: sweeps that share the device.
+
+    Raises:
+        TrainingFailed: one of them ended with another exit code than 0.
+    """
+    usual = ["task=pretrain", "data=stdlib", "model=nano", f"steps={STEPS}", "logger=csv", "callbacks=minimal"]
+    usual += [f"accelerator={accelerator}", "devices=1", "threads=1", *keys]
+    if at_once > 1:
+        train(folder / "prepares", [*usual, "steps=1"])  # the data, which the others would wait for
+
+    def sweep(precision: str) -> dict[int, float]:
+        target = folder / precision
+        words = [*usual, f"precision={precision}", f"seed={','.join(map(str, SEEDS))}", f"hydra.sweep.dir={target}"]
+        command = [sys.executable, "train.py", "-m", *words]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise TrainingFailed(f"exit code {ended.returncode}\n{(ended.stdout + ended.stderr)[-2000:]}")
+        reports = [json.loads((target / str(job) / "report.json").read_text()) for job in range(len(SEEDS))]
+        return {seed: report["val_loss"] for seed, report in zip(SEEDS, reports, strict=True)}
+
+    names = (EXACT, *(precisions or OTHERS[accelerator]))
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(names, pool.map(sweep, names), strict=True))
+
+
+def beside_exact(losses: Losses) -> dict[str, PairedDifference]:
+    """Precision → its losses minus those of fp32."""
+    return {name: paired_difference(found, losses[EXACT]) for name, found in losses.items() if name != EXACT}
+
+
+def is_within(found: PairedDifference) -> bool:
+    """Whether every seed has almost the loss of fp32."""
+    return not found.missing and all(abs(difference) < SAME_LOSS for difference in found.differences.values())
+
+
+def markdown(losses: Losses) -> str:
+    """A row for each precision."""
+    head = [f"| precision | val/loss of seeds {', '.join(map(str, SEEDS))} | mean | − fp32, 95 % interval | within |"]
+    rows = [*head, "|---|---|--:|--:|---|"]
+    compared = beside_exact(losses)
+    for name, found in losses.items():
+        row = (
+            f"| {name} | {', '.join(f'{loss:.4f}' for loss in found.values())} | {sum(found.values()) / len(found):.4f}"
+        )
+        told = ["", ""]
+        if name in compared:
+            difference = compared[name]
+            interval = f"{difference.low:+.4f} … {difference.high:+.4f}" if difference.low is not None else "one seed"
+            told = [f"{difference.mean:+.4f} ({interval})", "yes" if is_within(difference) else "no"]
+        rows.append(" | ".join([row, *told]) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--accelerator", choices=OTHERS, default="cpu")
+    parser.add_argument("--precisions", nargs="+", default=(), help="beside fp32; default: all that the device has")
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("keys", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measured(Path(scratch), options.accelerator, options.keys, options.precisions, options.at_once)
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
