@@ -1,10 +1,13 @@
 """Heartbeats: who is silent and who keeps the others waiting is told from the files that living threads touch."""
 
 import os
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 from gpt2lab.heartbeat import BEAT_SECONDS, Heartbeat, Listener
+from launch.running.ranks import _end_silent
 
 
 def listened(listener: Listener, seconds: float) -> None:
@@ -51,3 +54,16 @@ def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(tmp_pat
     second.mark("in step 4")
     second._beat()
     assert listener.behind() == [1]  # as far, but not waiting
+
+
+def test_a_rank_that_gave_up_and_is_long_in_ending_is_not_the_one_to_blame(tmp_path: Path) -> None:
+    """It has fallen silent, which the one that it waited for has not."""
+    (tmp_path / "rank-0").write_text('[8, "in step 4, waited for the others in vain"]')
+    Heartbeat(tmp_path, 1).mark("between steps 3 and 4")
+    listener = Listener(tmp_path, ranks=2)
+    listened(listener, 1.6 * BEAT_SECONDS)
+    assert listener.silent(1.4 * BEAT_SECONDS) == [0]
+    ending = subprocess.Popen(["sleep", "60"])
+    blame = _end_silent(listener, 1, {0: ending.pid})
+    assert blame.startswith("rank 1 (last between steps 3 and 4) kept the others waiting")
+    assert ending.wait(timeout=10) == -signal.SIGKILL
