@@ -17,12 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.profile_step import STEP_TIMES
-from benchmarks.train_command import train
+from benchmarks.train_command import of_seconds, train
 from launch.configuration.automatic import cpu_cores
 
 SIDES = ((1, "auto"), (2, "ddp"), (2, "fsdp"))  # processes, strategy
 TOKENS = 2_048  # a step and process
-SMALL = ("model=nano", "context=64", "micro_batch=8")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def main() -> None:
     if cpu_cores() < max(processes for processes, _ in SIDES):
         raise SystemExit("Needs as many cores as processes.")
     if options.tiny:
-        print(markdown(measure(1, 15, list(SMALL))))
+        print(markdown(measure(1, 15, of_seconds())))
     else:
         print(markdown(measure(options.rounds, options.steps, ["model=micro"])))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.train_command import ROOT
+from benchmarks.train_command import ROOT, of_seconds
 from launch.running.slots import usable_cores
 
 CORES = 2
@@ -71,11 +71,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tiny", action="store_true", help="runs of seconds: that it runs, not how fast")
     options = parser.parse_args()
     if len(usable_cores()) < CORES:
         raise SystemExit(f"Needs {CORES} cores.")
     os.sched_setaffinity(0, usable_cores()[:CORES])
-    keys = ["model=nano", f"steps={options.steps}", "logger=none", "accelerator=cpu"]
+    keys = [*(of_seconds() if options.tiny else ["model=nano"]), "logger=none", "accelerator=cpu"]
+    keys.append(f"steps={options.steps}")
     print(markdown(measure(options.rounds, options.jobs, keys), options.jobs, options.steps))
 
 

@@ -34,3 +34,9 @@ def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None)
 def bin_data(corpus: Path, tokenizer: Path) -> list[str]:
     """Arguments that train on a folder of train.bin and val.bin with a local tokenizer."""
     return ["data=bin", f"path={corpus}", "tokenizer=hub", f"tokenizer.source={tokenizer}"]
+
+
+def of_seconds() -> list[str]:
+    """Arguments of a run so small that it is over at once: for trying a benchmark, not for its figures."""
+    data = ["data=text", f"path={ROOT / 'gpt2lab'}", "vocab_size=300", "context=64", "micro_batch=8"]
+    return [*data, "model=nano", "model.n_embd=32", "model.n_head=2", "callbacks=minimal"]

@@ -152,7 +152,7 @@ def test_the_scaling_benchmark_runs(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_sweep_overhead", "--rounds=1", "--jobs=2", "--steps=2"]
+    command = [sys.executable, "-m", "benchmarks.benchmark_sweep_overhead", "--tiny", "--rounds=1", "--jobs=2"]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
     separate, sweep = cells(ended.stdout)
     assert separate == [benchmark_sweep_overhead.SEPARATE, separate[1], "1.00"]

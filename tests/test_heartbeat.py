@@ -1,9 +1,12 @@
 """Heartbeats: who is silent and who keeps the others waiting is told from the files that living threads touch."""
 
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 from gpt2lab.heartbeat import BEAT_SECONDS, Folder, Heartbeat, Listener
+from launch.running.ranks import _end_silent
 
 
 def listened(listener: Listener, seconds: float) -> None:
@@ -68,3 +71,17 @@ def test_ranks_are_stuck_once_none_does_a_deed_and_only_those_that_are_behind(tm
     first.done()
     listened(listener, 2.6 * BEAT_SECONDS)
     assert listener.stuck(1.4 * BEAT_SECONDS) == []  # the other may save for as long as it takes
+
+
+def test_a_rank_that_gave_up_and_is_long_in_ending_is_not_the_one_to_blame(tmp_path: Path) -> None:
+    """It has fallen silent, which the one that it waited for has not."""
+    board = Folder(tmp_path)
+    board.write(0, '[8, 8, "in step 4, waited for the others in vain"]')
+    Heartbeat(board, 1).mark("between steps 3 and 4")
+    listener = Listener(board, [0, 1])
+    listened(listener, 1.6 * BEAT_SECONDS)
+    assert listener.silent(1.4 * BEAT_SECONDS) == [0]
+    ending = subprocess.Popen(["sleep", "60"])
+    blame = _end_silent(listener, 1, {0: ending.pid})
+    assert blame.startswith("rank 1 (last between steps 3 and 4) kept the others waiting")
+    assert ending.wait(timeout=10) == -signal.SIGKILL

@@ -192,7 +192,7 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
 def _end_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
     """Kill the ranks that fell silent; the others then lose their connection and end by themselves."""
     silent = listener.silent(seconds)
-    blame = listener.blame(silent, seconds)
+    blame = listener.blame(listener.behind() or silent, seconds)  # who has given up may be long in ending
     for rank in silent:
         os.kill(pids[rank], signal.SIGKILL)
     return blame
