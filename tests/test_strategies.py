@@ -60,6 +60,8 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
     assert "host's memory already" in answer.stderr
     with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
         sharding_checks.check(composed("strategy=fsdp", "precision=fp16", "accelerator=gpu"))
+    with pytest.raises(InputError, match="precision=fp8 is an experiment"):
+        sharding_checks.check(composed("strategy=fsdp", "precision=fp8", "accelerator=gpu"))
 
 
 def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:

@@ -30,7 +30,8 @@ from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
 
 GRACE_SECONDS = 10  # a rank that fell silent is found before those that wait for it give up
-PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # bf16_true is a plugin
+# What Lightning calls them; bf16_true is a plugin of ours
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
 
 def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any:
@@ -116,6 +117,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
         objective=config.objective,
+        fp8=config.precision == "fp8",
     )
 
 
