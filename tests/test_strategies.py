@@ -42,6 +42,8 @@ def test_the_estimate_counts_what_is_kept_from_step_to_step() -> None:
     assert device_memory.state_bytes(xl) == pytest.approx(XL_STATE, rel=1e-4)
     averaged = composed("model=xl", "context=1024", "ema=0.9")
     assert device_memory.state_bytes(averaged) == pytest.approx(XL_STATE * 20 / 16, rel=1e-4)
+    rounded = composed("model=xl", "context=1024", "ema=0.9", "precision=bf16_true")
+    assert device_memory.state_bytes(rounded) == pytest.approx(XL_STATE * 12 / 16, rel=1e-4)
     assert device_memory.teacher_bytes(xl) == 0
 
 
