@@ -14,7 +14,7 @@ from gpt2lab.settings import ModelShape
 from gpt2lab.stochastic_rounding import NUMBERS_AT_ONCE, WORK_OF_A_NUMBER
 
 # Bytes of a weight and of what matrix products are computed in
-ITEM_SIZES = {"fp32": (4, 4), "bf16": (4, 2), "fp16": (4, 2), "bf16_true": (2, 2)}
+ITEM_SIZES = {"fp32": (4, 4), "bf16": (4, 2), "fp16": (4, 2), "fp8": (4, 2), "bf16_true": (2, 2)}
 # Blocks of logits in fp32 that are alive at once while a loss and its gradient are formed, eagerly
 BLOCKS_OF_CROSS_ENTROPY = 4.25
 BLOCKS_OF_DIVERGENCE = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25, "jsd": 10.25}
@@ -34,7 +34,7 @@ class RunSizes:
     Attributes:
         rows, length: of one micro-batch (B, T).
         eval_rows: sequences of one validation batch.
-        precision: fp32, bf16, bf16_true or fp16.
+        precision: fp32, bf16, bf16_true, fp16 or fp8.
         optimizer: adamw, adam or muon.
         step_rows: sequences of a whole optimizer step on this device; 0: no more than those of one micro-batch.
         pairs: whether most positions have no target, and those are left out of the LM head.

@@ -262,6 +262,7 @@ class TrainingSettings:
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
         objective: what the batches ask for; goes into the export, and decides how text is written.
+        fp8: whether the blocks multiply in fp8 (gpt2lab/fp8.py).
     """
 
     shape: ModelShape
@@ -282,6 +283,7 @@ class TrainingSettings:
     log_every: int = 10
     cross_entropy: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    fp8: bool = False
 
 
 @dataclass

@@ -14,6 +14,7 @@ TEACHER_DTYPES = {
     "bf16": torch.bfloat16,
     "bf16_true": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # the student's blocks alone
     "fp64": torch.float64,  # no precision of train.py: in it gradients are compared to many digits
 }
 

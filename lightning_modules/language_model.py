@@ -25,6 +25,7 @@ from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.completion import complete, prompt_ids
 from gpt2lab.device import exact_dtype
+from gpt2lab.fp8 import to_fp8
 from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
@@ -119,6 +120,8 @@ class LanguageModel(lightning.LightningModule):
         if self.is_built:
             return
         self.backbone = self.build_backbone()
+        if self.settings.fp8:
+            to_fp8(self.backbone.blocks)
         if self.settings.activation_checkpointing:
             self.backbone.checkpoint_activations()
         if self.settings.layer_drop:

@@ -155,7 +155,7 @@ def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, t
             continue
         settings = composed(*given(row), *(["path=."] if row["data"] in ("text", "bin") else []))
         checks.check(settings)
-        if row["precision"] == "fp16":
+        if row["precision"] in ("fp16", "fp8"):
             continue
         settings.cache_dir, settings.logger, settings.shard_teacher = str(tmp_path), {}, False
         if row["model"] == "auto":
@@ -230,6 +230,21 @@ def test_automatic_precision_follows_the_cpu(tmp_path: Path):
         (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
         assert automatic.cpu_has_bf16(tmp_path / "cpuinfo") is has
     assert automatic.cpu_has_bf16(tmp_path / "missing") is False
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_automatic_precision_says_in_one_line_what_it_took_and_why(
+    has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(automatic, "cpu_has_bf16", lambda: has_bf16)
+    noise.settle_noise()
+    settings = composed("precision=auto", "accelerator=cpu", "devices=1")
+    automatic.settle(settings)
+    assert settings.precision == precision
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"precision={precision}: this CPU" in line
+    automatic.settle(composed("precision=fp32", "accelerator=cpu", "devices=1"))
+    assert capsys.readouterr().err == ""
 
 
 def test_run_names_are_short_and_plain():

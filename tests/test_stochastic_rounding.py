@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2lab import stochastic_rounding
+from gpt2lab.backbone import Backbone
+from gpt2lab.lm_head_loss import lm_head_loss
 from gpt2lab.optimizers import build_optimizer
-from gpt2lab.settings import OptimizerSettings
+from gpt2lab.settings import ModelShape, OptimizerSettings
 from gpt2lab.stochastic_rounding import stochastically_rounded
 from gpt2lab.weight_average import WeightAverage
 
@@ -170,3 +172,31 @@ def test_an_average_of_bf16_weights_keeps_its_digits_through_validation() -> Non
         assert torch.equal(weight, torch.full((10,), 2.0, dtype=torch.bfloat16))
         assert torch.equal(average.averages[0], before[0])
         assert average.averages[0].double().mean() == pytest.approx(2 - 0.999**step, abs=1e-6)
+
+
+def test_with_bf16_weights_the_loss_and_its_gradients_are_summed_in_fp32() -> None:
+    """The twin sums in float64 over the same bf16 logits; 256 chunks whose sum in bf16 would stand still."""
+    hidden = torch.randn(4096, 64, generator=seeded(0)).bfloat16().requires_grad_()
+    weight = (torch.randn(500, 64, generator=seeded(1)) * 0.3).bfloat16().requires_grad_()
+    labels = torch.randint(500, (4096,), generator=seeded(2))
+    result = lm_head_loss(hidden, weight, labels, chunk_rows=16)
+    result.total.backward()
+    logits = (hidden @ weight.T).detach().double()
+    assert result.total.dtype == result.cross_entropy.dtype == torch.float32
+    total = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    assert result.total.item() == pytest.approx(total, rel=1e-6)
+    errors = logits.softmax(-1) - nn.functional.one_hot(labels, 500)
+    for gradient, wanted in (
+        (weight.grad, errors.T @ hidden.detach().double()),
+        (hidden.grad, errors @ weight.detach().double()),
+    ):
+        assert gradient is not None
+        assert (gradient.double() - wanted).norm() <= 2**-8 * wanted.norm()  # a product's inputs and its result rounded
+
+
+def test_with_bf16_weights_norms_are_computed_in_fp32() -> None:
+    """Of numbers around 3, whose squares would cancel in bf16; what is left is the rounding of the result."""
+    norm = Backbone(ModelShape(1, 1, 768, 8, 16)).bfloat16().blocks[0].ln_1
+    numbers = (torch.randn(512, 768, generator=seeded(0)) + 3).bfloat16()
+    wanted = nn.functional.layer_norm(numbers.double(), (768,))
+    assert ((norm(numbers).double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()

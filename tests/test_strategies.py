@@ -42,6 +42,8 @@ def test_the_estimate_counts_what_is_kept_from_step_to_step() -> None:
     assert device_memory.state_bytes(xl) == pytest.approx(XL_STATE, rel=1e-4)
     averaged = composed("model=xl", "context=1024", "ema=0.9")
     assert device_memory.state_bytes(averaged) == pytest.approx(XL_STATE * 20 / 16, rel=1e-4)
+    rounded = composed("model=xl", "context=1024", "ema=0.9", "precision=bf16_true")
+    assert device_memory.state_bytes(rounded) == pytest.approx(XL_STATE * 12 / 16, rel=1e-4)
     assert device_memory.teacher_bytes(xl) == 0
 
 
@@ -60,6 +62,8 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
     assert "host's memory already" in answer.stderr
     with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
         sharding_checks.check(composed("strategy=fsdp", "precision=fp16", "accelerator=gpu"))
+    with pytest.raises(InputError, match="precision=fp8 is an experiment"):
+        sharding_checks.check(composed("strategy=fsdp", "precision=fp8", "accelerator=gpu"))
 
 
 def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:

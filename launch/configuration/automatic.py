@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2lab import fp8
 from gpt2lab.device import resident_memory_bytes
 from gpt2lab.errors import InputError
 from gpt2lab.memory_plan import largest_that_fits
@@ -39,7 +40,8 @@ def settle(config: Config, free: int | None = None) -> None:
             configuration. None: nobody knows.
 
     Raises:
-        InputError: a GPU is asked for where there is none, more devices than there are, or fp16 on a CPU.
+        InputError: a GPU is asked for where there is none, more devices than there are, fp16 on a CPU, or fp8 on what
+            does not multiply it.
     """
     config.accelerator = _accelerator(config)
     config.devices = _devices(config)
@@ -189,11 +191,17 @@ def _shard_teacher(config: Config) -> bool:
 def _precision(config: Config) -> str:
     if config.precision == "fp16" and config.accelerator == "cpu":
         checks.refuse_fp16_on_cpu()
+    if config.precision == "fp8":
+        fp8.check()
     if config.precision != "auto":
         return config.precision
+    has_bf16 = config.accelerator == "cpu" and cpu_has_bf16()
     if config.accelerator == "gpu":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if config.accelerator == "cpu" and cpu_has_bf16() else "fp32"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    chosen = "bf16" if has_bf16 else "fp16" if config.accelerator == "gpu" else "fp32"
+    has = "multiplies bf16 in hardware" if has_bf16 else "does not multiply bf16 in hardware"
+    log.info("precision=%s: this %s %s", chosen, config.accelerator.upper(), has)
+    return chosen
 
 
 def cpu_cores() -> int:

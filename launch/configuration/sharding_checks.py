@@ -33,6 +33,11 @@ def _check_precision(config: Config) -> None:
             "precision=fp16 needs a gradient scaler, and there is none for strategy=fsdp.\n"
             "Set precision=bf16 or fp32, or strategy=ddp."
         )
+    if config.precision == "fp8":
+        raise InputError(
+            "precision=fp8 is an experiment for weights that are whole on each device, and strategy=fsdp splits them.\n"
+            "Set precision=bf16, or strategy=ddp."
+        )
 
 
 def _check_offload(config: Config) -> None:

@@ -93,7 +93,7 @@ class Rehearsal:
     def __init__(self, spec: dict[str, Any]) -> None:
         sizes, self.device, precision = spec["sizes"], named_device(spec["accelerator"]), spec["sizes"]["precision"]
         self.low = torch.float16 if precision == "fp16" else torch.bfloat16
-        self.casts = precision in ("bf16", "fp16")
+        self.casts = precision in ("bf16", "fp16", "fp8")
         weights = self.low if precision == "bf16_true" else torch.float32
         self.student = Backbone(ModelShape(**sizes["shape"])).to(self.device, weights)
         if sizes["checkpointing"]:

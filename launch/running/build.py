@@ -32,7 +32,8 @@ from launch.configuration.spelling import nearest
 from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
 
-PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # bf16_true is a plugin
+# What Lightning calls them; bf16_true is a plugin of ours
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
 
 def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any:
@@ -118,6 +119,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
         objective=config.objective,
+        fp8=config.precision == "fp8",
     )
 
 
