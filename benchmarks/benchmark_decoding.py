@@ -7,9 +7,10 @@ First table: models of random weights, exported and loaded by both sides, on the
 GPT2LMHeadModel. Prompts of a batch have 17 to 32 tokens, padded on the left. Second table, with --target: the prompts
 below, one at a time, with two predictions (gpt2lab/speculative.py): one with a look's measured cost, one from
 acceptance and cost ratio alone, where looks are free. Third table, also with --target: the same prompts greedily,
-beside assisted generation, which is generate of `transformers` with assistant_model and its own defaults. Sides take
-turns; the first round warms up; a figure is the median over rounds, in brackets the smallest and the largest. With
-the same seed both sides draw the same text; how many rows are the same is in the table.
+beside assisted generation, which is generate of `transformers` with assistant_model: with its own defaults, and tuned,
+which is two drafts for every call whatever the draft model thinks of them (it takes no static cache). Sides take turns;
+the first round warms up; a figure is the median over rounds, in brackets the smallest and the largest. With the same
+seed both sides draw the same text; how many rows are the same is in the table.
 """
 
 import argparse
@@ -38,6 +39,7 @@ BATCHES = (1, 16)
 HOT = Sampling("temperature 1")
 WAYS = (GREEDY, HOT)
 SPECULATIVE_WAYS = (GREEDY, Sampling("temperature 0.8", temperature=0.8), HOT)
+TUNED_DRAFTS = 2  # for each call, of assisted generation; what our own loop drafts at the most on a CPU, mostly
 PROMPTS = (
     "import json\n\n\nclass Reader:\n    def read(self, path):\n",
     "def add(a, b):\n    ",
@@ -82,10 +84,11 @@ def main() -> None:
             print(f"| {draft} | {row}", flush=True)
     if options.target:
         print(
-            "\n| draft | assisted generation ÷ theirs without | ours with the draft ÷ ours without "
-            "| ours with the draft ÷ assisted generation | same text |"
+            "\n| draft | assisted generation ÷ theirs without | tuned ÷ theirs without "
+            "| ours with the draft ÷ ours without | ours with the draft ÷ assisted generation "
+            "| ours with the draft ÷ tuned | same text |"
         )
-        print("|---|--:|--:|--:|--:|")
+        print("|---|--:|--:|--:|--:|--:|--:|")
     for draft in options.draft:
         print(f"| {draft} | {assisted_row(options.target, draft, options.tokens, options.rounds)}", flush=True)
 
@@ -169,6 +172,10 @@ def assisted_row(target: str, draft: str, tokens: int, rounds: int) -> str:
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     backbones = [load_backbone(source).eval() for source in (target, draft)]
     (ours, our_draft), (theirs, their_draft) = [one.lm for one in backbones], [plain_hf(one) for one in backbones]
+    tuned = plain_hf(backbones[1])
+    tuned.generation_config.num_assistant_tokens = TUNED_DRAFTS
+    tuned.generation_config.num_assistant_tokens_schedule = "constant"
+    tuned.generation_config.assistant_confidence_threshold = 0.0
     given = {"max_new_tokens": tokens, "end_of_text": end, "entries": len(tokenizer)}
 
     def generated(assistant: GPT2LMHeadModel | None) -> Rows:
@@ -185,13 +192,20 @@ def assisted_row(target: str, draft: str, tokens: int, rounds: int) -> str:
     sides: dict[str, Callable[[], Rows]] = {
         "theirs": lambda: generated(None),
         "assisted": lambda: generated(their_draft),
+        "tuned": lambda: generated(tuned),
         "ours": lambda: [generate_ids(ours, [prompt], GREEDY, **given)[0] for prompt in prompts],
         "drafted": lambda: [speculative_ids(ours, our_draft, prompt, GREEDY, **given)[0] for prompt in prompts],
     }
     speeds, texts = _alternate(sides, rounds)
-    pairs = (("assisted", "theirs"), ("drafted", "ours"), ("drafted", "assisted"))
+    pairs = (
+        ("assisted", "theirs"),
+        ("tuned", "theirs"),
+        ("drafted", "ours"),
+        ("drafted", "assisted"),
+        ("drafted", "tuned"),
+    )
     ratios = [[one / other for one, other in zip(speeds[a], speeds[b], strict=True)] for a, b in pairs]
-    same = sum(len(set(map(tuple, four))) == 1 for four in zip(*texts.values(), strict=True))
+    same = sum(len(set(map(tuple, all_of_one))) == 1 for all_of_one in zip(*texts.values(), strict=True))
     return f"{' | '.join(map(spread, ratios))} | {same}/{len(prompts)} |"
 
 

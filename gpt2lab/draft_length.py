@@ -1,5 +1,6 @@
 """Draft length: decides token by token how long a draft of speculative decoding is, and learns from what is kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LEVELS = 5  # of how sure the draft model is
@@ -11,16 +12,19 @@ class DraftLength:
     """Whether a draft goes on, token by token.
 
     With a_i the chance that token i is kept where all before it were, a draft of K tokens is expected to bring
-    N = 1 + a_1 + a_1 a_2 + … tokens at a cost of C = 1 + K c target steps. N / C is largest where the next token's part
-    of N falls below c N / C, since these parts only become smaller. a_i is the share that was kept of drafts of which
-    the draft model was as sure, in five levels of its largest probability; each level starts with that probability as
-    if it had been seen in four drafts. No decision looks at the token drawn last, so that none favours some tokens.
+    N = 1 + a_1 + a_1 a_2 + … tokens at a cost of C = K c + look(K + 1) target steps. A draft goes on while any longer
+    one is expected to have a larger N / C; one token more alone may not, where looks become dearer at that length.
+    a_i is the share that was kept of drafts of which the draft model was as sure, in five levels of its largest
+    probability; each level starts with that probability as if it had been seen in four drafts. Of tokens yet to be
+    drafted it is the share of all. No decision looks at the token drawn last, so that none favours some tokens.
 
     Attributes:
-        cost: c, of a draft's step and of a target's look at one token more.
+        step: c, cost of a draft's step.
+        looks: cost of the target's look at 1, 2, … tokens; the longest draft has one token less.
     """
 
-    cost: float
+    step: float
+    looks: Sequence[float]
     tried: list[float] = field(default_factory=lambda: [PRIOR] * LEVELS)
     kept: list[float] = field(default_factory=lambda: [PRIOR * (level + 0.5) / LEVELS for level in range(LEVELS)])
     levels: list[int] = field(default_factory=list)  # of the present draft
@@ -36,8 +40,17 @@ class DraftLength:
         for level in self.levels:
             reached *= self.kept[level] / self.tried[level]
             expected += reached
-        following = reached * sum(self.kept) / sum(self.tried)
-        return following > self.cost * expected / (1 + self.cost * len(self.levels))
+        drafted, usual = len(self.levels), sum(self.kept) / sum(self.tried)
+        rate = expected / self._cost(drafted)
+        for longer in range(drafted + 1, len(self.looks)):
+            reached *= usual
+            expected += reached
+            if expected / self._cost(longer) > rate:
+                return True
+        return False
+
+    def _cost(self, drafted: int) -> float:
+        return drafted * self.step + self.looks[drafted]
 
     def learn(self, kept: int) -> None:
         """From the draft that ended: its first `kept` tokens were kept, and nobody knows of those after the next."""

@@ -5,7 +5,7 @@ probability min(1, p(x) / q(x)), and the first that is not is replaced by a draw
 decoding keeps what the target itself would choose. Both are so up to rounding: looking at several tokens in one call
 adds numbers in another order than looking at one, which can decide between tokens that are as good as equally likely.
 
-How long a draft is: it goes on while one more token is expected to bring more for its cost than the draft has brought
+How long a draft is: it goes on while more tokens are expected to bring more for their cost than the draft has brought
 so far, the target's own token and its cost included (`DraftLength`). Expected is what came of earlier drafts of which
 the draft model was as sure. Costs in this decision are estimates from the models' sizes, not times, lest the text
 depend on the machine's load: with the same seed it is the same.
@@ -18,8 +18,8 @@ at two drafts and one token more cost model small 1.36 steps (docs/tasks.md). Bo
 prompt, accepting and bookkeeping are in neither.
 
 The loop is our own: assisted generation in `transformers` calls the draft model's whole generate for every draft, which
-with target micro and draft nano was slower than no draft at all (docs/tasks.md; benchmarks/benchmark_decoding.py times
-both).
+with target micro and draft nano was slower than no draft at all, with its defaults and with as many drafts for every
+call as here (docs/tasks.md; benchmarks/benchmark_decoding.py times both).
 
 Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192).
 """
@@ -40,7 +40,11 @@ from gpt2lab.device import synchronize
 from gpt2lab.draft_length import DraftLength
 from gpt2lab.generation import Choice, Sampling, generate_ids, writing
 
-LOOK_COST = 0.15  # of one more token in a target's call, in its steps; one CPU thread: 0.2 (small), 0.03 (micro)
+# Cost of a target's look at 1, 2, … tokens, in its steps. On a CPU a product of matrices costs little more with two or
+# three rows than with one, and with four it costs twice as much, since then the weights are copied first: model small
+# on one thread 1.12, 1.21, 1.96, 2.03, 2.14, 2.44, … (mini, distil alike; micro, which caches hold, 1.06, 1.14, 1.42).
+LOOKS_ON_CPU = (1.0, 1.1, 1.2, *(1.5 + 0.13 * rows for rows in range(4, MOST_DRAFTS + 2)))
+LOOKS_ELSEWHERE = tuple(1 + 0.15 * more for more in range(MOST_DRAFTS + 1))
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def speculative_ids(
     given, whole = ids.shape[1], ids.shape[1] + max_new_tokens
     choice = Choice(sampling.processors(), entries, draws=not sampling.is_greedy)
     step_cost = cost_ratio(shape_of(draft.config), shape_of(target.config), whole)
-    length = DraftLength(step_cost + LOOK_COST)
+    length = DraftLength(step_cost, look_costs(device))
     rounds: list[Round] = []
     if streamer is not None:
         streamer.put(ids.cpu())
@@ -233,6 +237,11 @@ def speculative_ids(
         streamer.end()
     written = ids[0, given:].tolist()
     return written[: written.index(end_of_text)] if end_of_text in written else written, rounds
+
+
+def look_costs(device: torch.device) -> Sequence[float]:
+    """Of a look at 1, 2, … tokens, in steps of the target."""
+    return LOOKS_ON_CPU if device.type == "cpu" else LOOKS_ELSEWHERE
 
 
 def accept(drafts: Tensor, draft_scores: Tensor, scores: Tensor, draws: bool) -> tuple[int, Tensor]:

@@ -323,6 +323,17 @@ def test_every_byte_of_all_text_is_scored_whatever_the_tokenizer(evaluate_here, 
     assert "Not all score the same bytes" not in done.stdout
 
 
+def test_checkpoints_that_predict_other_parts_of_the_text_are_told_apart(evaluate_here, models, tmp_path: Path) -> None:
+    shutil.copytree(models / "1", tmp_path / "prefix")
+    config = json.loads((tmp_path / "prefix" / "config.json").read_text())
+    (tmp_path / "prefix" / "config.json").write_text(json.dumps({**config, "objective": "prefix_lm"}))
+    done = evaluate_here(f"checkpoint=1,{tmp_path / 'prefix'}", *RUNNING, f"json={tmp_path / 'scores.json'}")
+    assert done.code == 0, done.stderr
+    whole, part = [one["bytes"] for one in json.loads((tmp_path / "scores.json").read_text())]
+    assert whole == 3000 > part
+    assert "Not all score the same bytes" in done.stdout
+
+
 BODY = "    b = a\n    return b"
 
 

@@ -1,5 +1,6 @@
 """Speculative decoding: the target's own text, faster; what it reports is what happened."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from gpt2lab.acceptance import MOST_DRAFTS
 from gpt2lab.backbone import Backbone
 from gpt2lab.generation import GREEDY, Sampling, generate_ids
 from gpt2lab.settings import ModelShape
-from gpt2lab.speculative import DraftLength, Speculated, accept, speculate, speculative_ids
+from gpt2lab.speculative import LOOKS_ON_CPU, DraftLength, Speculated, accept, speculate, speculative_ids
 
 ENTRIES, END = 6, -1
 FEW = 800  # texts, enough that a wrong rule shows
@@ -43,11 +44,16 @@ FILTERED = Sampling("filtered", temperature=0.8, top_k=4, top_p=0.9)
 SIZES = {"end_of_text": END, "entries": ENTRIES}
 
 
+def looks(more: float) -> list[float]:
+    """Where every token more costs as much."""
+    return [1 + more * count for count in range(MOST_DRAFTS + 1)]
+
+
 @pytest.fixture
 def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft model that costs nothing, as looks do, drafts as long as there is room, whatever is kept."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.0)
-    monkeypatch.setattr(speculative, "LOOK_COST", 0.0)
+    monkeypatch.setattr(speculative, "look_costs", lambda *_: looks(0.0))
 
 
 @pytest.mark.usefixtures("long_drafts")
@@ -115,7 +121,7 @@ def test_no_filtered_token_is_written(target: GPT2LMHeadModel, draft: GPT2LMHead
 def test_rounds_draft_as_much_as_is_kept(target: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy: the model as its own draft, and one that always proposes what the model holds least likely."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.02)
-    monkeypatch.setattr(speculative, "LOOK_COST", 0.02)
+    monkeypatch.setattr(speculative, "look_costs", lambda *_: looks(0.02))
     contrary = model(2, seed=0)
     contrary.lm_head.weight = torch.nn.Parameter(-contrary.lm_head.weight)  # apart from the embedding
     drafted = {}
@@ -131,7 +137,7 @@ def test_rounds_draft_as_much_as_is_kept(target: GPT2LMHeadModel, monkeypatch: p
 
 def drafted_after(kept: int, rounds: int = 40, cost: float = 0.1) -> int:
     """How long a draft is of which the draft model is even, once of so many drafts so many tokens were kept."""
-    length = DraftLength(cost)
+    length = DraftLength(0.0, looks(cost))
     for _ in range(rounds):
         drafted = 1
         while length.goes_on(0.5) and drafted < MOST_DRAFTS:
@@ -149,13 +155,30 @@ def test_drafts_become_as_long_as_they_are_kept() -> None:
 
 def test_where_the_draft_is_unsure_it_ends_sooner() -> None:
     """Of what it is sure of all is kept, of the rest nothing."""
-    length = DraftLength(0.1)
+    length = DraftLength(0.0, looks(0.1))
     for _ in range(30):
         length.goes_on(0.9)
         length.goes_on(0.3)
         length.learn(1)
     assert length.goes_on(0.9)
     assert not length.goes_on(0.3)
+
+
+def test_a_draft_ends_before_the_look_that_costs_a_step_more_unless_far_longer_ones_pay() -> None:
+    def lengths(kept: float) -> list[int]:
+        """Of 300 drafts of which the model is always as sure, and of whose tokens so large a share is kept."""
+        length, draws, found = DraftLength(0.02, LOOKS_ON_CPU), random.Random(0), []
+        for _ in range(300):
+            drafted = 1
+            while length.goes_on(kept):
+                drafted += 1
+            found.append(drafted)
+            length.learn(next((n for n in range(drafted) if draws.random() > kept), drafted))
+        return found[200:]
+
+    assert set(lengths(0.5)) <= {1, 2}
+    assert set(lengths(0.7)) == {2}, "with four tokens a look costs twice as much"
+    assert min(lengths(0.97)) > 6
 
 
 def test_a_speedup_is_predicted_from_tokens_and_costs() -> None:
