@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning import Trainer
 
+from gpt2lab.errors import InputError
 from gpt2lab.search_study import load_study
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Pruning(lightning.Callback):
             known = study.get_trials(deepcopy=False)[self.number]
             self._trial = optuna.trial.Trial(study, known._trial_id)
             self._reported = set(known.intermediate_values)  # by this run, before it was taken up again
-        except optuna.exceptions.StorageInternalError as error:
+        except (InputError, optuna.exceptions.StorageInternalError) as error:
             self._give_up(error)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2lab.errors import InputError
+
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
@@ -39,8 +41,13 @@ def make_study(file: Path, lower_is_better: bool, sampler: BaseSampler, notes: d
 
 
 def load_study(file: Path, sampler: BaseSampler | None = None) -> Study | None:
-    """The study in a file with its own pruner; None where there is none, or its making was interrupted."""
+    """The study in a file with its own pruner; None where there is none, or its making was interrupted.
+
+    Raises:
+        InputError: the file is damaged, or something else than a study.
+    """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     if not file.is_file():
         return None
@@ -51,6 +58,11 @@ def load_study(file: Path, sampler: BaseSampler | None = None) -> Study | None:
         )
     except KeyError:
         return None
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+        raise InputError(
+            f"{file} cannot be read as the study of a search: {str(error).splitlines()[0]}\n"
+            "Put back a whole copy, or give another hydra.sweep.dir."
+        ) from error
     if "pruner" not in study.user_attrs:
         return None
     study.pruner = _pruner(study.user_attrs["pruner"])

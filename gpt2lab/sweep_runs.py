@@ -70,8 +70,8 @@ class Setting:
 
     @cached_property
     def values(self) -> list[tuple[str, float]]:
-        """(seed, value) of the runs that have a value."""
-        return [(run.told.get(SEED, ""), run.value) for run in self.runs if run.value is not None]
+        """(seed, value) of the runs that have a value; the same run twice says nothing new."""
+        return list({run.told.get(SEED, ""): run.value for run in self.runs if run.value is not None}.items())
 
     @cached_property
     def mean(self) -> tuple[float, float] | None:

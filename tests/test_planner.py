@@ -21,6 +21,7 @@ from gpt2lab.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings
 from launch.configuration import automatic
 from launch.planning.free_memory import host_free_bytes
+from launch.planning.knobs import knobs
 from launch.planning.speed import affordable_rows
 
 SMALL = ModelShape(6, 4, 256, 1024, 4096)
@@ -241,6 +242,15 @@ def test_every_knob_that_should_save_memory_does():
         assert memory_plan(replace(sizes, on_gpu=True, **change)).peak < peak, change
     taught = replace(sizes, on_gpu=True, divergence="forward_kl", teacher=SMALL)
     assert memory_plan(replace(taught, teacher=None)).peak < memory_plan(taught).peak
+
+
+def test_knobs_are_named_once_and_can_be_set():
+    """A batch of one sequence cannot be shared by two devices; half of two is one."""
+    for rows in (1, 2, 3):
+        sizes = RunSizes(SMALL, rows, 512, rows, optimizer="adamw", step_rows=rows)
+        keys = [knob.key for knob in knobs(sizes, memory_plan(sizes))]
+        assert len(keys) == len(set(keys))
+        assert ("strategy=fsdp devices=2" in keys) == (rows > 1)
 
 
 def test_a_control_group_limits_what_is_free(tmp_path: Path):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning
 import optuna
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from hydra.types import RunMode
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from callbacks.pruning import Pruning
 from gpt2lab.errors import InputError
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
@@ -273,6 +275,22 @@ def rows(folder: Path) -> list[dict[str, str]]:
 QUICK = ["optimizer=adamw", "schedule=constant", "steps=24", "validate_every=6", "checkpoint_every=100"]
 RANDOM = ["hparams_search=optuna", "hparams_search.sampler=random", "hparams_search.seed=1"]
 FOUR = [*RANDOM, "hparams_search.n_trials=4", "hparams_search.n_startup_trials=1"]
+
+
+@pytest.mark.parametrize("kept", [0, 20_000])
+def test_a_damaged_study_is_told_and_does_not_end_a_job(
+    search: Searching, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
+):
+    """Other bytes than a database's, or only its beginning."""
+    all_of(search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=1"))
+    file = tmp_path / "swept" / STUDY_FILE
+    file.write_bytes(file.read_bytes()[:kept] or b"no study" * 1000)
+    with pytest.raises(InputError, match="cannot be read as the study") as error:
+        search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=2", "resume=auto")
+    assert len(str(error.value).splitlines()) <= 5
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    Pruning(file, 0).on_train_start(trainer, lightning.LightningModule())
+    assert "this run is not pruned" in caplog.text
 
 
 def test_a_search_of_real_runs_outlives_a_diverging_one(train_process: Train, tiny: list[str], tmp_path: Path):

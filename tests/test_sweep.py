@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Train, environment
+from conftest import ROOT, Answer, Train, environment
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -83,6 +84,34 @@ def test_run_dir_has_no_place_in_a_sweep(train_here: Train):
     assert "hydra.sweep.dir" in answer.stderr
 
 
+@pytest.fixture
+def swept(train_process: Train, tiny: list[str], tmp_path: Path) -> Callable[..., Answer]:
+    """A sweep of two jobs in ./swept, and again with what is given more."""
+
+    def again(*more: str) -> Answer:
+        return train_process(*tiny, "-m", "steps=2", "hydra.sweep.dir=swept", *more)
+
+    assert again("seed=1,2", "n_jobs=1").code == 0
+    return again
+
+
+def test_a_sweep_does_not_write_over_another_one(swept: Callable[..., Answer], tmp_path: Path):
+    """Neither the same command again nor another grid or search in its folder touches what it has found."""
+    before = (tmp_path / "swept" / "sweep.csv").read_bytes()
+    for more, says in (
+        (["seed=1,2"], "holds a sweep already"),
+        (["seed=2,3", "resume=auto"], "holds another sweep: its job 0 has seed=1"),
+        (["seed=1,2", "resume=auto", "hparams_search=optuna"], "no study of a search (study.db)"),
+    ):
+        refused = swept(*more)
+        assert refused.code == 2, refused.stderr
+        assert says in refused.stderr
+        assert (tmp_path / "swept" / "sweep.csv").read_bytes() == before
+    longer = swept("seed=1,2,3", "resume=auto")
+    assert longer.code == 0, longer.stderr
+    assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished"] * 3
+
+
 def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
     """Process id of a job that has begun to train."""
     while process.poll() is None:
@@ -123,27 +152,41 @@ def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], t
 
 @pytest.mark.chaos
 def test_a_killed_job_is_recorded_and_the_next_one_starts(cache: Path, tiny: list[str], tmp_path: Path):
-    command = [*tiny, "-m", "steps=100000,2", "log_every=1", "hydra.sweep.dir=swept"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command],
-        cwd=tmp_path,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.kill(running_job(tmp_path / "swept", process), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1, stderr
+    code, stderr = ended_by(signal.SIGKILL, cache, tiny, tmp_path)
+    assert code == 1, stderr
     table = rows(tmp_path / "swept")
     assert [row["status"] for row in table] == ["failed", "finished"]
     assert table[0]["error"] == "killed by SIGKILL"
 
 
+@pytest.mark.chaos
+def test_a_sweep_in_which_a_job_was_stopped_is_not_finished(cache: Path, tiny: list[str], tmp_path: Path):
+    code, stderr = ended_by(signal.SIGTERM, cache, tiny, tmp_path)
+    assert code == 75, stderr
+    assert "1 of 2 jobs were stopped. Continue with: python train.py" in stderr
+    assert [row["status"] for row in rows(tmp_path / "swept")] == ["stopped", "finished"]
+
+
+def ended_by(number: int, cache: Path, tiny: list[str], folder: Path) -> tuple[int, str]:
+    """(exit code, stderr) of a sweep of two jobs, of which the first gets a signal."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *tiny, "-m", "steps=100000,2", "log_every=1", "hydra.sweep.dir=swept"],
+        cwd=folder,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.kill(running_job(folder / "swept", process), number)
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
 def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_the_best(
     train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ):
-    sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept"]
+    sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept", "resume=auto"]
+    sweep += [f"n_jobs={min(2, os.cpu_count() or 1)}"]  # a run of its own knows neither
     ended = train_process(*tiny, *sweep)
     assert ended.code == 0, ended.stderr
     table = rows(tmp_path / "swept")
@@ -155,7 +198,7 @@ def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_th
     ]
     assert "lr=0.01" in (tmp_path / "swept" / "sweep.html").read_text()
     lines = ended.stdout.splitlines()
-    assert sum("2 finished" in line for line in lines) == 2, "a line for each setting"
+    assert sum("  2 finished  " in line for line in lines) == 2, "a line for each setting"
     (command,) = (line for line in lines if line.startswith("  python train.py "))
     _, program, *words = shlex.split(command)
     assert program == "train.py"

@@ -112,6 +112,14 @@ def test_what_a_seed_does_to_all_settings_is_no_noise():
     assert found.winner == "a"
 
 
+def test_the_same_run_twice_is_no_second_run(tmp_path: Path):
+    """Two copies of one seed have no noise, by which any difference would count."""
+    jobs = [job(tmp_path, n, f"lr={lr} seed=1", 3.0 + lr) for n, lr in enumerate([0.1, 0.1, 0.2, 0.2])]
+    (said,) = sentences(tmp_path, jobs)
+    assert said.startswith("Best seen: lr=0.1")
+    assert "one seed each" in said
+
+
 def test_settings_without_a_common_seed_are_compared_as_independent_runs():
     runs = {"a": [("1", 1.0), ("2", 1.01), ("3", 1.02)], "b": [("4", 2.0), ("5", 2.01), ("6", 2.02)]}
     assert compare(runs, lower_is_better=True).winner == "a"

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from gpt2lab.atomic_files import write_text
 from gpt2lab.errors import InputError
 from gpt2lab.settings import (
     LauncherSettings,
@@ -216,7 +217,7 @@ def typed(tree: DictConfig, hydra: Any, command: str) -> Config:
 
 def save(config: Config, file: Path) -> None:
     """Write the whole configuration as YAML; `load` reads it back."""
-    file.write_text(dumped(config), encoding="utf-8")
+    write_text(file, dumped(config))
 
 
 def dumped(config: Config) -> str:

@@ -27,7 +27,8 @@ def _choices(sizes: RunSizes) -> Iterator[tuple[str, RunSizes, str]]:
         yield "activation_checkpointing=true", replace(sizes, checkpointing=True), "a third more time"
     if sizes.rows > 1:
         half = replace(sizes, rows=sizes.rows // 2)
-        yield f"micro_batch={half.rows}", half, "nothing, unless the device is left idle"
+        if half.rows > 1:
+            yield f"micro_batch={half.rows}", half, "nothing, unless the device is left idle"
         yield "micro_batch=1", replace(sizes, rows=1), "speed"
     if sizes.precision == "fp32":
         yield "precision=bf16", replace(sizes, precision="bf16"), "digits; faster where the device has bf16"
@@ -37,8 +38,8 @@ def _choices(sizes: RunSizes) -> Iterator[tuple[str, RunSizes, str]]:
         yield "optimizer=muon", replace(sizes, optimizer="muon"), "another optimizer with its own learning rate"
     if sizes.optimizer == "muon":
         yield "optimizer=adamw", replace(sizes, optimizer="adamw"), "another optimizer with its own learning rate"
-    if not sizes.sharded:
-        ranks = max(sizes.ranks, 2)
+    ranks = max(sizes.ranks, 2)
+    if not sizes.sharded and max(sizes.step_rows, sizes.rows) * sizes.ranks >= ranks:  # each rank needs a sequence
         shared = replace(sizes, sharded=True, ranks=ranks, step_rows=-(-sizes.step_rows * sizes.ranks // ranks))
         yield f"strategy=fsdp devices={ranks}", replace(shared, rows=min(sizes.rows, shared.step_rows)), "communication"
     if sizes.teacher:

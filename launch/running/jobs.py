@@ -82,12 +82,12 @@ def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool
 
 
 def check_all_ended_well(jobs: Sequence[Job], stopped: int, what: str, cure: str = "") -> None:
-    """The exit code of several jobs: what a signal asks for, else 1 where one failed.
+    """The exit code of several jobs: what a signal asks for, else 1 where one failed, else 75 where one was stopped.
 
     Args:
         stopped: the signal that came, or 0.
         what: what these jobs are together: sweep, study.
-        cure: what to do after a signal.
+        cure: what to do after a stop.
 
     Raises:
         answer.Ended
@@ -98,6 +98,9 @@ def check_all_ended_well(jobs: Sequence[Job], stopped: int, what: str, cure: str
     failed = sum(job.status == "failed" for job in jobs)
     if failed:
         raise answer.Ended(answer.FAILED, f"{failed} of {len(jobs)} jobs failed.")
+    halted = sum(job.status == "stopped" for job in jobs)
+    if halted:  # by a signal of its own
+        raise answer.Ended(answer.STOPPED, f"{halted} of {len(jobs)} jobs were stopped. {cure}".rstrip())
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -114,7 +117,8 @@ def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
     with open_dict(tree):
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
-    settings = config.typed(tree, hydra, command=f"python train.py {in_words(overrides)}")
+    again = without(overrides, ("n_jobs", "resume"))  # as a run of its own
+    settings = config.typed(tree, hydra, command=f"python train.py {in_words(again)}")
     settings.run_dir = str(job.folder)
     return settings
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gpt2lab.errors import InputError
 from gpt2lab.run_report import read_report
+from gpt2lab.search_study import STUDY_FILE
 from gpt2lab.settings import LauncherSettings
 from launch import answer
 from launch.configuration import config
@@ -60,10 +61,12 @@ def run_sweep(
     tasks = {_task_of(overrides, sweep_config) for overrides in combinations}
     try:
         _check_together(combinations, tasks, sweep_config)
+        _check_folder(folder, combinations, first, isinstance(source, Listed))
         executor = _executor(sweep_config, folder)
     except InputError:
-        (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
-        run_folders.remove_empty(folder)
+        if not (folder / "sweep.csv").exists():
+            (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
+            run_folders.remove_empty(folder)
         raise
     started: list[Job] = []
 
@@ -78,7 +81,10 @@ def run_sweep(
         return _prepared(job, loader, sweep_config, several_tasks=len(tasks) > 1)
 
     def changed(job: Job) -> None:
-        sweep_results.write(folder, started)
+        try:
+            sweep_results.write(folder, started)
+        except OSError as error:  # a full disk, say: the jobs that run are worth more, and the next change writes again
+            print(f"The sweep's results could not be written: {error}", file=sys.stderr, flush=True)
         if job.error:
             print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
         elif executor.several and job.status != "running":
@@ -134,6 +140,27 @@ def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_co
             "A sweep over task=pretrain,distill needs a teacher named: jobs do not wait for each other's results.\n"
             "Give teacher=RUN_DIR (or a model folder or Hub id), or run the two one after the other."
         )
+
+
+def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, is_grid: bool) -> None:
+    """The folder is free, or holds this sweep, which goes on: what it says of finished jobs is not written over.
+
+    Raises:
+        InputError
+    """
+    cure = "or give another hydra.sweep.dir."
+    if (folder / "sweep.csv").exists() and not any("resume=auto" in overrides for overrides in combinations):
+        raise InputError(f"{folder} holds a sweep already.\nContinue it: the same command and resume=auto, {cure}")
+    if not is_grid and (folder / "sweep.csv").exists() and not (folder / STUDY_FILE).exists():
+        raise InputError(f"{folder} holds a sweep and no study of a search ({STUDY_FILE}).\nPut it back, {cure}")
+    for number, overrides in enumerate(combinations if is_grid else [], first):
+        file = folder / str(number) / "config.yaml"
+        others = set(without(config.load(file).record.overrides, HOW)) - set(overrides) if file.is_file() else set()
+        if others:
+            raise InputError(
+                f"{folder} holds another sweep: its job {number} has {in_words(sorted(others))}.\n"
+                f"Give the command that it had, {cure}"
+            )
 
 
 def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> Config | None:
