@@ -5,8 +5,10 @@ Needs root, munged, slurmctld and slurmd (Debian: apt install slurm-wlm). By han
     python tests/slurm_cluster.py FOLDER        then, elsewhere: export SLURM_CONF=FOLDER/slurm.conf
 """
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -74,7 +76,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     try:
         for command in (munged, ["slurmctld", "-D", "-c"], *nodes):
             with (folder / "daemons.log").open("ab") as log:
-                daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+                daemons.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent)
+                )
             time.sleep(0.5)
         wait_until_idle(environment, folder)
         yield {"SLURM_CONF": environment["SLURM_CONF"]}
@@ -82,6 +86,11 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         for daemon in reversed(daemons):
             end(daemon)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill the daemon when this process dies."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end(daemon: subprocess.Popen[bytes]) -> None:

@@ -200,18 +200,17 @@ def queued() -> list[str]:
     return sorted(told.stdout.split(), key=int)
 
 
-def task_of(job: str) -> int:
-    """Process id of what SLURM runs for a job of one task."""
+def process_with(program: str, **variables: str) -> int:
+    """Process id of what SLURM runs as `python … program …` with these variables."""
+    wanted = {f"{name}={value}".encode() for name, value in variables.items()}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            variables = (process / "environ").read_bytes().split(b"\0")
-            program = (process / "cmdline").read_bytes()
+            found, command = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
         except OSError:
             continue
-        is_its_task = {f"SLURM_JOB_ID={job}".encode(), b"SLURM_PROCID=0"} <= set(variables)
-        if is_its_task and b"submitit.core._submit" in program and not program.startswith(b"srun"):
+        if wanted <= set(found.split(b"\0")) and program.encode() in command and not command.startswith(b"srun"):
             return int(process.name)
-    raise AssertionError(f"job {job} has no process")
+    raise AssertionError(f"there is no {program} with {variables}")
 
 
 @pytest.mark.slow
@@ -222,7 +221,7 @@ def test_slurm_jobs_that_are_killed_or_cancelled_are_recorded_and_the_sweep_goes
     process = started(cache, tmp_path, *tiny, *SLURM, *keys)
     wait_for(trains(tmp_path / "swept" / "0", tmp_path / "swept" / "1"), process)
     killed, cancelled = queued()
-    os.kill(task_of(killed), signal.SIGKILL)
+    os.kill(process_with("submitit.core._submit", SLURM_JOB_ID=killed, SLURM_PROCID="0"), signal.SIGKILL)
     subprocess.run(["scancel", cancelled], check=True)
     _, stderr = process.communicate(timeout=250)
     assert process.returncode == 1, stderr
@@ -290,3 +289,23 @@ def test_two_slurm_nodes_have_the_losses_of_one_process(
         shown = ended.stdout
     assert shown.count("finished: val/loss") == 1
     assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_srun_that_is_stopped_ends_the_run_and_is_named(
+    rank: int, slurm: None, cache: Path, tiny: list[str], tmp_path: Path
+):
+    """Rank 0 keeps the store that the ranks listen through, which then stands still too."""
+    command = ["srun", "-K", "--nodes=2", "--ntasks-per-node=1", sys.executable, str(ROOT / "train.py"), *tiny]
+    command += ["steps=100000", "log_every=1", "num_nodes=2", "strategy=ddp", "rank_timeout=8", "run_dir=run"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stdout=pipe, stderr=pipe, text=True)
+    wait_for(trains(tmp_path / "run"), process)
+    stopped = process_with(str(ROOT / "train.py"), SLURM_PROCID=str(rank))
+    os.kill(stopped, signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode, stderr
+    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert told.startswith(f"The run failed: rank {rank} "), stderr
+    assert not Path(f"/proc/{stopped}").exists()

@@ -16,6 +16,9 @@ from launch.running.cluster_task import ClusterTask
 from launch.running.job_process import JobProcess
 
 CARRIED = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY")  # variables that go with a job to another machine
+# A cluster that is started here sends nothing to the network, does not put its workers behind all other processes, and
+# does not warn that it hides GPUs.
+OF_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 NO_RESTART = {"max_restarts": 0, "max_task_retries": 0}  # what it takes to go on is in the run directory, not in Ray
 
 
@@ -101,7 +104,8 @@ class RayJobs:
     def __init__(self, launcher: LauncherSettings, at_once: int, logs: Path) -> None:
         if find_spec("ray") is None:
             raise InputError("launcher=ray needs Ray.\nInstall it: .venv/bin/pip install 'ray>=2.50'")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that it hides GPUs
+        for name, value in OF_RAY.items():
+            os.environ.setdefault(name, value)
         import ray
 
         previous = signal.getsignal(signal.SIGTERM)  # which Ray replaces

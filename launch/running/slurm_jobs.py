@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,6 +190,8 @@ class SlurmJobs:
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             said = str(error).strip().splitlines()[-1]
             raise InputError(f"SLURM refuses this job: {said}\nChange launcher.* or what the run asks for.") from None
+        if self._queue is not None:
+            print(f"{settings.run_dir or settings.resume}: SLURM job {job.job.job_id}", file=sys.stderr, flush=True)
         self._started = [*(job for job in self._started if job.ended() is None), job]
         return job
 
@@ -211,7 +214,7 @@ def _parameters(launcher: LauncherSettings, machines: Machines, name: str) -> di
         "srun_args": ["--kill-on-bad-exit=1"] if machines.nodes > 1 else None,
     }
     return {
-        "job_name": Path(name).name or "gpt2lab",
+        "job_name": "-".join(Path(name).parts[-2:]) or "gpt2lab",
         "time": launcher.time,
         "signal_delay_s": launcher.notice,
         "nodes": machines.nodes,
