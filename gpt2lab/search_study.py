@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,26 +49,40 @@ def load_study(file: Path, sampler: BaseSampler | None = None) -> Study | None:
         InputError: the file is damaged, or something else than a study.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
     if not file.is_file():
         return None
-    try:
-        # The default sampler would read all trials whenever one is looked at.
-        study = optuna.load_study(
-            study_name=NAME, storage=_storage(file), sampler=sampler or optuna.samplers.RandomSampler()
-        )
-    except KeyError:
-        return None
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-        raise InputError(
-            f"{file} cannot be read as the study of a search: {str(error).splitlines()[0]}\n"
-            "Put back a whole copy, or give another hydra.sweep.dir."
-        ) from error
+    with told_when_unusable(file):
+        try:
+            # The default sampler would read all trials whenever one is looked at.
+            study = optuna.load_study(
+                study_name=NAME, storage=_storage(file), sampler=sampler or optuna.samplers.RandomSampler()
+            )
+        except KeyError:
+            return None
     if "pruner" not in study.user_attrs:
         return None
     study.pruner = _pruner(study.user_attrs["pruner"])
     return study
+
+
+@contextmanager
+def told_when_unusable(file: Path) -> Iterator[None]:
+    """Turn what Optuna and its database raise where a study cannot be read or written into an InputError.
+
+    Raises:
+        InputError
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise InputError(
+            f"{file} cannot be used as the study of a search: {str(error.__cause__ or error).splitlines()[0]}\n"
+            "Put back a whole copy on a disk with space and continue with resume=auto, or give another hydra.sweep.dir."
+        ) from error
 
 
 def _storage(file: Path) -> RDBStorage:

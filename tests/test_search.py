@@ -24,7 +24,7 @@ from callbacks.pruning import Pruning
 from gpt2lab.errors import InputError
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
-from gpt2lab.search_study import STUDY_FILE, load_study, make_study
+from gpt2lab.search_study import STUDY_FILE, load_study, make_study, told_when_unusable
 from launch.configuration import config
 from launch.running.job_queue import Proposal
 from launch.running.jobs import Job
@@ -282,12 +282,15 @@ def test_a_damaged_study_is_told_and_does_not_end_a_job(
     search: Searching, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
 ):
     """Other bytes than a database's, or only its beginning."""
-    all_of(search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=1"))
+    going = search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=2")
+    going.ask()
     file = tmp_path / "swept" / STUDY_FILE
     file.write_bytes(file.read_bytes()[:kept] or b"no study" * 1000)
-    with pytest.raises(InputError, match="cannot be read as the study") as error:
+    with pytest.raises(InputError, match="cannot be used as the study") as error:
         search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=2", "resume=auto")
     assert len(str(error.value).splitlines()) <= 5
+    with pytest.raises(InputError, match="cannot be used as the study"), told_when_unusable(file):
+        going.ask()
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     Pruning(file, 0).on_train_start(trainer, lightning.LightningModule())
     assert "this run is not pruned" in caplog.text

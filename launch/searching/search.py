@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gpt2lab import metric_names
 from gpt2lab.errors import InputError
-from gpt2lab.search_study import STUDY_FILE, load_study, make_study
+from gpt2lab.search_study import STUDY_FILE, load_study, make_study, told_when_unusable
 from launch import answer
 from launch.configuration import checks, config
 from launch.configuration.config import Config
@@ -46,7 +46,8 @@ def run_search(loader: ConfigLoader, sweep_config: DictConfig, arguments: Sequen
         answer.Ended: a signal stopped the search, or jobs failed.
     """
     search = Search(loader, sweep_config, arguments)
-    run_sweep(loader, sweep_config, search, search.foreseen())
+    with told_when_unusable(search.file):
+        run_sweep(loader, sweep_config, search, search.foreseen())
 
 
 class Search:
@@ -76,8 +77,8 @@ class Search:
             self._check_used(dimension)
         self._metric = self._watched_metric()
         self._asked_for = sorted(without(arguments, (*HOW, f"{OWN}.n_trials")))
-        self._file = Path(str(sweep_config.hydra.sweep.dir)) / STUDY_FILE
-        self._study = load_study(self._file)
+        self.file = Path(str(sweep_config.hydra.sweep.dir)) / STUDY_FILE
+        self._study = load_study(self.file)
         self._earlier: list[FrozenTrial] = []
         if self._study is not None:
             self._check_continued(self._study, "resume=auto" in arguments)
@@ -234,7 +235,7 @@ class Search:
     # The study
 
     def _new_study(self) -> Study:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         settings = self.settings
         pruner = {
             "name": settings.pruner,
@@ -243,7 +244,7 @@ class Search:
             "validate_every": self._validate_every,
         }
         notes: dict[str, Any] = {"metric": self._metric, "asked_for": self._asked_for, "pruner": pruner}
-        return make_study(self._file, metric_names.lower_is_better(self._metric), self._sampler(0), notes)
+        return make_study(self.file, metric_names.lower_is_better(self._metric), self._sampler(0), notes)
 
     def _sampler(self, known: int) -> BaseSampler:
         """A study keeps no state of its sampler: one that goes on must not draw the first trials' values again."""
@@ -256,7 +257,7 @@ class Search:
             return TPESampler(n_startup_trials=self.settings.n_startup_trials, seed=seed, group=True)
 
     def _check_continued(self, study: Study, wanted: bool) -> None:
-        folder = self._file.parent
+        folder = self.file.parent
         if not wanted:
             raise InputError(
                 f"{folder} holds a search already.\n"
