@@ -91,6 +91,22 @@ def test_a_model_larger_than_the_machine_is_planned_in_seconds(train_here: Train
     assert "not measured" in told
 
 
+def test_a_run_of_gpus_is_planned_where_there_are_none(train_here: Train, tmp_path: Path):
+    keys = ["data=fineweb", "tokenizer=bpe", "model=xl", "optimizer=adamw", "context=1024", "batch_tokens=524288"]
+    there = [*keys, "plan=true", "accelerator=gpu", "devices=8", "logger=none", "vocab_size=50257"]
+    large, small = (succeeded(train_here(*there, f"plan_memory={size}")) for size in (80, 24))
+    assert "8 × gpu" in large
+    assert "strategy=ddp" in large
+    assert "strategy=fsdp" in small
+    for told in (large, small):
+        assert "it fits" in told
+        assert "the machine is not this one" in told
+    answer = train_here(*keys, "plan_memory=80")
+    assert answer.code == 2
+    assert "plan=true accelerator=gpu devices=N" in answer.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("more", [("resume=auto", "name=x"), ("-m", "seed=1,2")])
 def test_a_plan_of_what_is_not_one_new_run_is_refused(train_here: Train, tiny: list[str], more: tuple[str, ...]):
     answer = train_here(*tiny, "plan=true", *more)

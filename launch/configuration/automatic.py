@@ -60,6 +60,8 @@ def settle(config: Config, free: int | None = None) -> None:
 
 def free_memory(config: Config) -> int | None:
     """Bytes that are free on a device of the kind that the run takes, or in the host's memory where that is a CPU."""
+    if config.plan_memory is not None:
+        return int(config.plan_memory * 1e9)
     return free_bytes(_accelerator(config))
 
 
@@ -130,20 +132,23 @@ def _accelerator(config: Config) -> str:
     available = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config.accelerator == "auto":
         return "gpu" if available["gpu"] else "mps" if available["mps"] else "cpu"
-    if not available[config.accelerator]:
+    if not available[config.accelerator] and config.plan_memory is None:
         have = ", ".join(name for name, there in available.items() if there)
         raise InputError(
             f"accelerator={config.accelerator}: PyTorch {torch.__version__} finds no such device here.\n"
-            f"There is: {have}. Check the driver and that PyTorch was installed for it, or set accelerator=auto."
+            f"There is: {have}. Check the driver and that PyTorch was installed for it, or set accelerator=auto.\n"
+            "To plan a run of another machine: plan=true plan_memory=GB_OF_EACH_GPU"
         )
     return config.accelerator
 
 
 def _devices(config: Config) -> int:
-    there = torch.cuda.device_count() if config.accelerator == "gpu" else 1
+    there = max(torch.cuda.device_count(), 1) if config.accelerator == "gpu" else 1
     if config.devices == "auto":
         return there
     wanted = int(config.devices)
+    if config.plan_memory is not None:
+        return wanted
     most = cpu_cores() if config.accelerator == "cpu" else there
     if wanted > most:
         what = "cores to run a process on each" if config.accelerator == "cpu" else "devices"
@@ -191,10 +196,12 @@ def _shard_teacher(config: Config) -> bool:
 def _precision(config: Config) -> str:
     if config.precision == "fp16" and config.accelerator == "cpu":
         checks.refuse_fp16_on_cpu()
-    if config.precision == "fp8":
+    if config.precision == "fp8" and config.plan_memory is None:
         fp8.check()
     if config.precision != "auto":
         return config.precision
+    if config.plan_memory is not None:
+        return "bf16"  # as GPUs have it since 2020
     has_bf16 = config.accelerator == "cpu" and cpu_has_bf16()
     if config.accelerator == "gpu":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -69,6 +69,11 @@ def check_plan(config: Config) -> None:
         )
     if config.plan and config.resume is not None:
         raise InputError("plan=true plans a new run; one that is continued needs what it needed.\nLeave out resume.")
+    if config.plan_memory is not None and not (config.plan and config.accelerator == "gpu"):
+        raise InputError(
+            f"plan_memory={config.plan_memory:g} is that of each GPU of a machine that a plan is for.\n"
+            "Give plan=true accelerator=gpu devices=N beside it, or leave it out."
+        )
 
 
 def check_own_record(config: Config) -> None:

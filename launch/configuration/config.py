@@ -149,6 +149,7 @@ class Config:
     fsdp_offload: bool = False
     shard_teacher: bool | str = False
     plan: bool = False
+    plan_memory: float | None = None
 
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     hparams_search: SearchSettings = field(default_factory=SearchSettings)

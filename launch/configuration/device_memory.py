@@ -43,7 +43,9 @@ def teacher_bytes(config: Config) -> int:
 
 
 def device_bytes(config: Config) -> int:
-    """Memory of the smallest device; of CPU processes an equal share of the machine's."""
+    """Memory of the smallest device, or of the one that is planned for; of CPU processes an equal share of the machine's."""
+    if config.plan_memory is not None:
+        return int(config.plan_memory * 1e9)
     if config.accelerator == "gpu":
         return min(torch.cuda.get_device_properties(number).total_memory for number in range(int(config.devices)))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(config.devices)

@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[Any, Any]] = {
     "n_jobs": (1, 1024),
     "max_restarts": (0, 1000),
     "rank_timeout": (5, 10**6),
+    "plan_memory": ([0], 10**6),
     "val_fraction": ([0], [1]),
     "vocab_size": (257, 10**6),
     "model.n_layer": (1, math.inf),

@@ -15,7 +15,6 @@ from gpt2lab.model_folder import parameters_of
 from gpt2lab.token_file import token_dtype
 from launch.configuration import automatic
 from launch.configuration.config import Config
-from launch.planning.free_memory import free_bytes
 from launch.planning.knobs import knobs
 from launch.planning.run_sizes import expected_vocabulary, room_of_a_device, run_sizes
 from launch.planning.speed import Speed, measured_speed
@@ -48,7 +47,7 @@ def note_planned_memory(config: Config, vocab_size: int) -> None:
 
 
 def _room(config: Config, plan: MemoryPlan) -> int | None:
-    return room_of_a_device(config, free_bytes(config.accelerator), plan.process)
+    return room_of_a_device(config, automatic.free_memory(config), plan.process)
 
 
 def plan_of(config: Config) -> str:
@@ -62,7 +61,10 @@ def plan_of(config: Config) -> str:
     plan, sizes = planned_memory(config, vocab_size), run_sizes(config, vocab_size)
     room = _room(config, plan)
     fits = room is None or plan.peak <= room
-    speed = measured_speed(sizes, config) if fits else Speed(None, "the run does not fit")
+    if config.plan_memory is not None:
+        speed = Speed(None, "the machine is not this one")
+    else:
+        speed = measured_speed(sizes, config) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(_facts(config, sizes, vocab_size))
     console.print(_memory(config, sizes, plan, room))
