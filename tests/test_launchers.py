@@ -257,6 +257,7 @@ def test_a_slurm_job_that_is_queued_again_goes_on_from_its_checkpoint(
 ):
     """USR2 is what SLURM sends before a job's time is up; a machine that fails has SLURM itself queue the job again."""
     keys = [*tiny, "accelerator=cpu", "steps=600", "optimizer=adamw", "model.dropout=0.1", "log_every=1"]
+    keys.append("threads=1")  # sums in the same order
     process = started(cache, tmp_path, *keys, *SLURM[1:], "run_dir=run")
     wait_for(trains(tmp_path / "run"), process)
     subprocess.run([*how, queued()[0]], check=True)

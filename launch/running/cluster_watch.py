@@ -11,10 +11,10 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from gpt2lab.heartbeat import BEAT_SECONDS, Heartbeat, Listener
+from gpt2lab.heartbeat import BEAT_SECONDS, GRACE_SECONDS, Heartbeat, Listener
 from launch import answer
 
-MISSED = 10  # so many beats in a row of the watch itself may be late before they count as one
+LONGEST_GAP = 3.0  # seconds that a pause of the watch itself counts at most: it is not the others that were silent then
 LOST_SECONDS = 5.0  # for who has lost the store: perhaps somebody names the rank that is to blame
 
 
@@ -78,7 +78,7 @@ class Watch:
     def _listen_on(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             try:
-                self._ears.listen(longest_gap=MISSED * BEAT_SECONDS)
+                self._ears.listen(longest_gap=LONGEST_GAP)
             except RuntimeError:  # the store is gone, and with it who kept it
                 if not self._stopped.wait(LOST_SECONDS):
                     os._exit(answer.FAILED)
@@ -94,7 +94,7 @@ class Watch:
         """The store may neither answer nor break off, where the machine that keeps it stands still."""
         while not self._stopped.wait(BEAT_SECONDS):
             self._deaf += BEAT_SECONDS
-            if self._deaf >= self._seconds + MISSED * BEAT_SECONDS:
+            if self._deaf >= self._seconds + GRACE_SECONDS:
                 told = f"rank 0 kept the others waiting for more than rank_timeout={self._seconds} seconds"
                 self._end(told, speaks=self._rank == 1)
 
