@@ -43,7 +43,7 @@ def teacher_bytes(config: Config) -> int:
 
 
 def device_bytes(config: Config) -> int:
-    """Memory of the smallest device, or of the one that is planned for; of CPU processes an equal share of the machine's."""
+    """Of the smallest device, or of one that is planned for; of CPU processes an equal share of the machine's."""
     if config.plan_memory is not None:
         return int(config.plan_memory * 1e9)
     if config.accelerator == "gpu":
