@@ -101,12 +101,16 @@ def given(row: dict[str, str]) -> list[str]:
         for group, value in row.items()
         if group not in chosen and (group not in OF_DISTILLATION or row["task"] == "distill")
     ]
-    return words + (["init=gpt2"] if row["model"] == "auto" else [])
+    words += ["init=gpt2"] if row["model"] == "auto" else []
+    return words + (["accelerator=cpu"] if row["launcher"] != "processes" else [])
 
 
 def fits(row: dict[str, str]) -> bool:
-    """Combinations that are mistakes in themselves, with tests of their own: test_bad_input, _teacher_cache, _study."""
-    if row.get("experiment") == "distill_study" and (row["model"] == "auto" or row["loss"] == "uld"):
+    """Combinations that are mistakes in themselves; test_bad_input, _teacher_cache, _study and _launchers have them."""
+    is_study = row.get("experiment") == "distill_study"
+    if is_study and (row["model"] == "auto" or row["loss"] == "uld" or row["launcher"] != "processes"):
+        return False
+    if row["launcher"] != "processes" and row["precision"] == "fp16":  # needs a GPU
         return False
     is_running_text = "PairData" not in (CONF / "data" / f"{row['data']}.yaml").read_text()
     if row["task"] == "distill" and (row["teacher_cache"], row["loss"]) in UNSERVED:

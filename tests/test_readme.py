@@ -52,6 +52,7 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
     with open_dict(tree):
         hydra_node = tree.pop("hydra")
     settings = config.typed(tree, hydra_node, command=command)
+    settings.record.sweep = "sweep" if "-m" in shlex.split(command) else ""
     if settings.baseline:
         run = home / settings.baseline
         run.mkdir(parents=True)
