@@ -11,8 +11,8 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from transformers import GPT2LMHeadModel
 
+from callbacks.logger_kinds import TakesModels
 from callbacks.throughput import outside_training_time
-from callbacks.wandb_logger import WeightsAndBiases
 from gpt2lab.atomic_files import told_when_full
 from gpt2lab.batch import Batch
 from gpt2lab.checkpoint_ledger import (
@@ -84,7 +84,7 @@ class Checkpoint(lightning.Callback):
                 difference = verify_in_fresh_process(folder, ids, model(ids).logits)
             log.info("%s loads with transformers alone; largest difference of logits %.1e", folder, difference)
         for logger in trainer.loggers:
-            if isinstance(logger, WeightsAndBiases):
+            if isinstance(logger, TakesModels):
                 logger.log_model(folder)
 
     def _is_due(self, trainer: Trainer) -> bool:

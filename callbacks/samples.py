@@ -6,10 +6,9 @@ from typing import Any
 import lightning
 from lightning import Trainer
 
-from callbacks.tensorboard_logger import TensorBoard
+from callbacks.logger_kinds import TakesSamples
 from callbacks.terminal import show
 from callbacks.throughput import outside_training_time
-from callbacks.wandb_logger import WeightsAndBiases
 from gpt2lab.batch import Batch
 from gpt2lab.sample_file import Sample, append_samples, drop_samples_after
 
@@ -56,6 +55,6 @@ class Samples(lightning.Callback):
             return
         append_samples(self.run_dir, samples)
         for logger in trainer.loggers:
-            if isinstance(logger, WeightsAndBiases | TensorBoard):
+            if isinstance(logger, TakesSamples):
                 logger.log_samples(samples, step)
         show(f"step {step} · {samples[0].method} · {json.dumps(samples[0].prompt + samples[0].completion)[:200]}")
