@@ -170,6 +170,7 @@ class SlurmJobs:
         Raises:
             InputError: SLURM refuses it.
         """
+        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # else it closes all other libraries' log handlers
         import submitit
         from submitit.core.core import PicklingExecutor
 
