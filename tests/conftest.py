@@ -125,5 +125,6 @@ def train_process(tmp_path: Path, cache: Path) -> Train:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a run in a process of its own."""
-    return {**os.environ, "GPT2LAB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    """Of a run in a process of its own, which has a W&B service of its own, too."""
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**inherited, "GPT2LAB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
