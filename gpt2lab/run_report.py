@@ -58,6 +58,12 @@ def read_report(run_dir: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def watched_value(report: dict[str, Any]) -> float | None:
+    """The last value of the metric that the run is judged by; None where it has none yet."""
+    value = report.get("metrics", {}).get(report.get("watched_metric"))
+    return None if value is None else float(value)
+
+
 def git_state() -> dict[str, Any] | None:
     """Commit of this project's source and whether it was changed since; nothing outside a git checkout."""
     root = str(Path(__file__).resolve().parent.parent)

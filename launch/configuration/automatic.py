@@ -60,9 +60,8 @@ def settle(config: Config, free: int | None = None) -> None:
 
 def free_memory(config: Config) -> int | None:
     """Bytes that are free on a device of the kind that the run takes, or in the host's memory where that is a CPU."""
-    if config.plan_memory is not None:
-        return int(config.plan_memory * 1e9)
-    return free_bytes(_accelerator(config))
+    planned = config.planned_device_bytes
+    return free_bytes(_accelerator(config)) if planned is None else planned
 
 
 def largest_micro_batch(config: Config) -> int:

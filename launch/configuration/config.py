@@ -168,6 +168,11 @@ class Config:
         return self.record.groups.get("experiment") == STUDY
 
     @property
+    def planned_device_bytes(self) -> int | None:
+        """Memory of each GPU of a machine that is only planned for; None: the machine is this one."""
+        return None if self.plan_memory is None else int(self.plan_memory * 1e9)
+
+    @property
     def init_names_weights(self) -> bool:
         """Whether weights are loaded from where init says, and sizes with them."""
         return self.init not in ("scratch", TEACHER_LAYERS)

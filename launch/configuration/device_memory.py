@@ -44,8 +44,8 @@ def teacher_bytes(config: Config) -> int:
 
 def device_bytes(config: Config) -> int:
     """Of the smallest device, or of one that is planned for; of CPU processes an equal share of the machine's."""
-    if config.plan_memory is not None:
-        return int(config.plan_memory * 1e9)
+    if config.planned_device_bytes is not None:
+        return config.planned_device_bytes
     if config.accelerator == "gpu":
         return min(torch.cuda.get_device_properties(number).total_memory for number in range(int(config.devices)))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(config.devices)

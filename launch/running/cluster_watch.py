@@ -23,7 +23,6 @@ class StoreBoard:
 
     Args:
         store: where the ranks met.
-        ranks: number of all.
     """
 
     def __init__(self, store: Any) -> None:

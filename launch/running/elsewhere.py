@@ -5,28 +5,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
-from gpt2lab.run_report import read_report
+from gpt2lab.run_report import read_report, watched_value
 from gpt2lab.settings import LauncherSettings
 from launch import answer
 from launch.configuration.config import Config
 from launch.running import children, run_folders
-from launch.running.job_queue import POLL_SECONDS, Executor, RunningJob
+from launch.running.cluster_jobs import ClusterJobs
+from launch.running.job_queue import POLL_SECONDS
 
 
-class Cluster(Executor, Protocol):
-    """Where runs are done on other machines."""
-
-    def submit(self, settings: Config, output: Path, errors: Path) -> RunningJob:
-        """Hand over a run whose output goes to these files.
-
-        Raises:
-            InputError: the cluster refuses it.
-        """
-
-
-def executor_of(launcher: LauncherSettings, at_once: int, logs: Path) -> Cluster:
+def executor_of(launcher: LauncherSettings, at_once: int, logs: Path) -> ClusterJobs:
     """SLURM or Ray.
 
     Args:
@@ -63,9 +53,7 @@ def run(settings: Config) -> float | None:
     if code:
         said = told or (f"The run in {folder} was killed by {signal.Signals(-code).name}." if code < 0 else "")
         raise answer.Ended(max(code, answer.FAILED), "" if is_shown and told else said)
-    report = read_report(folder)
-    watched = report.get("metrics", {}).get(report.get("watched_metric"))
-    return None if watched is None else float(watched)
+    return watched_value(read_report(folder))
 
 
 def _settled_folder(settings: Config) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gpt2lab.atomic_files import write_text
-from gpt2lab.run_report import read_report
+from gpt2lab.run_report import read_report, watched_value
 from launch import answer
 from launch.configuration import checks, config
 from launch.configuration.config import Config
@@ -68,7 +68,7 @@ def conclude(job: Job, code: int, told: str) -> None:
     if job.status == "finished" and report.get("status") == "pruned":
         job.status = "pruned"
     if job.status in ("finished", "pruned"):
-        job.watched = report.get("metrics", {}).get(report.get("watched_metric"))
+        job.watched = watched_value(report)
 
 
 def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> int:

@@ -12,6 +12,7 @@ from gpt2lab.settings import LauncherSettings
 from launch import answer
 from launch.configuration.config import Config
 from launch.running import wanted_machines
+from launch.running.cluster_jobs import ClusterJobs
 from launch.running.cluster_task import ClusterTask
 from launch.running.job_process import JobProcess
 
@@ -87,21 +88,18 @@ def _in_one_line(error: Exception) -> str:
     return "its Ray worker was lost: " + " ".join(str(error).split())[:300]
 
 
-class RayJobs:
-    """Hands runs over.
+class RayJobs(ClusterJobs):
+    """Makes an actor of each run.
 
     Args:
         launcher: which cluster; what a job asks for stands in its own settings.
-        at_once: jobs that may be out at the same time.
-        logs: folder for what jobs print; all machines see it.
 
     Raises:
         InputError: no Ray is installed, or the cluster does not answer.
     """
 
-    several = True
-
     def __init__(self, launcher: LauncherSettings, at_once: int, logs: Path) -> None:
+        super().__init__(at_once, logs)
         if find_spec("ray") is None:
             raise InputError("launcher=ray needs Ray.\nInstall it: .venv/bin/pip install 'ray>=2.50'")
         for name, value in OF_RAY.items():
@@ -123,17 +121,6 @@ class RayJobs:
             ) from None
         finally:
             signal.signal(signal.SIGTERM, previous)
-        self._at_once, self._logs = at_once, logs
-        self._started: list[RayJob] = []
-
-    def has_room(self) -> bool:
-        """Whether another job may be handed over now."""
-        return sum(job.ended() is None for job in self._started) < self._at_once
-
-    def start(self, settings: Config, number: int) -> RayJob:
-        """Hand over a run."""
-        log = self._logs / f"job-{number}.txt"
-        return self.submit(settings, log, log)
 
     def submit(self, settings: Config, output: Path, errors: Path) -> RayJob:
         """Hand over a run whose output goes to these files.
@@ -152,9 +139,7 @@ class RayJobs:
             num_cpus=asked["CPU"], num_gpus=asked["GPU"], memory=memory, max_concurrency=2, **NO_RESTART
         )
         worker: Any = actor.remote({key: value for key, value in os.environ.items() if key.startswith(CARRIED)})
-        job = RayJob(worker, worker.run.remote(ClusterTask.of(settings, output, errors)))
-        self._started = [*(job for job in self._started if job.ended() is None), job]
-        return job
+        return self._noted(RayJob(worker, worker.run.remote(ClusterTask.of(settings, output, errors))))
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

@@ -17,6 +17,7 @@ from gpt2lab.settings import LauncherSettings
 from launch import answer
 from launch.configuration.config import Config
 from launch.running import children, wanted_machines
+from launch.running.cluster_jobs import ClusterJobs
 from launch.running.wanted_machines import Machines
 
 LOOK_SECONDS = 1.0  # between looks for the files of a job
@@ -129,19 +130,15 @@ def _of_all_ranks(outcomes: list[tuple[int, str]]) -> tuple[int, str]:
     return [*killed, *mistaken, outcomes[0]][0]
 
 
-class SlurmJobs:
-    """Submits runs.
+class SlurmJobs(ClusterJobs):
+    """Submits runs; `logs` holds submitit's files too, which are removed in the end.
 
     Args:
         launcher: how to reach SLURM; what a job asks for stands in its own settings.
-        at_once: jobs that may be out at the same time.
-        logs: folder for what jobs print, and for submitit's files, which are removed in the end; all machines see it.
 
     Raises:
         InputError: there is no SLURM here, or no submitit.
     """
-
-    several = True
 
     def __init__(self, launcher: LauncherSettings, at_once: int, logs: Path) -> None:
         if find_spec("submitit") is None:
@@ -151,18 +148,9 @@ class SlurmJobs:
                 "launcher=slurm: there is no sbatch here, so jobs cannot be submitted.\n"
                 "Start this on a login node of the cluster, or try things out with launcher.executor=local."
             )
-        self._at_once, self._logs, self._folder = at_once, logs, logs / "submitted"
+        super().__init__(at_once, logs)
+        self._folder = logs / "submitted"
         self._queue = SlurmQueue() if launcher.executor == "slurm" else None
-        self._started: list[SlurmJob] = []
-
-    def has_room(self) -> bool:
-        """Whether another job may be submitted now."""
-        return sum(job.ended() is None for job in self._started) < self._at_once
-
-    def start(self, settings: Config, number: int) -> SlurmJob:
-        """Submit a run."""
-        log = self._logs / f"job-{number}.txt"
-        return self.submit(settings, log, log)
 
     def submit(self, settings: Config, output: Path, errors: Path) -> SlurmJob:
         """Submit a run whose output goes to these files.
@@ -193,12 +181,11 @@ class SlurmJobs:
             raise InputError(f"SLURM refuses this job: {said}\nChange launcher.* or what the run asks for.") from None
         if self._queue is not None:
             print(f"{settings.run_dir or settings.resume}: SLURM job {job.job.job_id}", file=sys.stderr, flush=True)
-        self._started = [*(job for job in self._started if job.ended() is None), job]
-        return job
+        return self._noted(job)
 
     def close(self) -> None:
         """Remove submitit's files."""
-        if all(job.ended() is not None for job in self._started):
+        if all(job.ended() is not None for job in self._out):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
