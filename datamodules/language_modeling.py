@@ -119,9 +119,10 @@ class LanguageModelingData(SampleDataModule):
                 )
         self._entries = int(facts["vocab_size"])
         self.train_samples = Windows(train_file, self._objective(tokenizer_folder, self.seed))
-        self.val_samples = Windows(val_file, self._objective(tokenizer_folder, VALIDATION_SEED))
+        validates = self._objective(tokenizer_folder, VALIDATION_SEED)
+        self.val_samples = Windows(val_file, validates)
         whole_file = TokenFile(folder / "train.bin", dtype, self.context, keep_short=True)
-        self.all_train_samples = Windows(whole_file, self._objective(tokenizer_folder, VALIDATION_SEED))
+        self.all_train_samples = Windows(whole_file, validates)
         of_all_text = self.objective.name in ("clm", "sampled_softmax")
         return DataFacts(
             name=self.name,
