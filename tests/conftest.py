@@ -2,6 +2,7 @@
 
 import heapq
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,6 +123,20 @@ def train_process(tmp_path: Path, cache: Path) -> Train:
         return Answer(ended.returncode, ended.stdout, ended.stderr)
 
     return run
+
+
+def started(cache: Path, folder: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    """train.py at work in a folder, with these variables besides; Ctrl-C reaches it as in a terminal."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=folder,
+        env={**environment(cache), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A process started in a shell's background ignores Ctrl-C; a user's does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def environment(cache: Path) -> dict[str, str]:

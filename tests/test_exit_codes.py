@@ -9,22 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Train, environment
+from conftest import ROOT, Train, started
 
 from gpt2lab.metrics_file import read_metrics, series
-
-
-def start(cache: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        cwd=folder,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A process started in a shell's background ignores Ctrl-C; a user's does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
 
 
 def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
@@ -42,7 +29,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
     number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str], train_here: Train
 ):
     run = tmp_path / "run"
-    process = start(cache, tmp_path, *tiny, "steps=100000", "log_every=1", "run_dir=run")
+    process = started(cache, tmp_path, *tiny, "steps=100000", "log_every=1", "run_dir=run")
     wait_until_training(process, run)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -65,7 +52,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
 def test_the_second_ctrl_c_stops_at_once(cache: Path, tmp_path: Path, tiny: list[str]):
     # One step lasts for seconds, so both presses fall into it.
     slow = ["batch_tokens=262144", "steps=1000", "log_every=1", "run_dir=run"]
-    process = start(cache, tmp_path, *tiny, *slow)
+    process = started(cache, tmp_path, *tiny, *slow)
     while not read_metrics(tmp_path / "run"):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -97,7 +84,7 @@ def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path
 
 def test_a_signal_before_training_leaves_nothing_behind(cache: Path, tmp_path: Path, tiny: list[str]):
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        process = start(cache, tmp_path, *tiny, "run_dir=run")
+        process = started(cache, tmp_path, *tiny, "run_dir=run")
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.02)  # then lightning and transformers are still being imported
         process.send_signal(number)
@@ -201,7 +188,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(cache: Path, tmp_path: Pat
     """As in `python train.py | head -1`."""
     keys = [key for key in tiny if not key.startswith("callbacks")]
     room = ["callbacks.samples.max_new_tokens=8", "callbacks.checkpoint.verify_export=false"]
-    process = start(cache, tmp_path, *keys, *room, "steps=40", "log_every=2", "run_dir=run")
+    process = started(cache, tmp_path, *keys, *room, "steps=40", "log_every=2", "run_dir=run")
     assert process.stdout is not None
     assert process.stdout.readline().startswith("step ")
     process.stdout.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 import torch
-from conftest import ROOT, Train, environment
+from conftest import ROOT, Train, environment, started
 from safetensors.torch import load_file
 from test_ranks import RUN, losses
 from test_sweep import rows
@@ -87,18 +87,6 @@ def test_what_cannot_be_handed_over_is_told_at_once(
     assert told in answer.stderr
     assert len(answer.stderr.strip().splitlines()) <= 5
     assert not list(tmp_path.iterdir())
-
-
-def started(cache: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        cwd=folder,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Answer, Train, environment
+from conftest import ROOT, Answer, Train, environment, started
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -127,15 +127,7 @@ def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
 def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], tmp_path: Path):
     """Killed, it leaves no process behind; interrupted, its job saves first and the next one does not start."""
     command = [*tiny, "-m", "steps=100000", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command],
-        cwd=tmp_path,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = started(cache, tmp_path, *command)
     job = running_job(tmp_path / "swept", process)
     process.send_signal(number)
     process.communicate(timeout=60)

@@ -4,15 +4,13 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Train, environment
+from conftest import Train, started
 from offline_wandb import runs_in
 
 from gpt2lab.metrics_file import read_metrics
@@ -190,15 +188,7 @@ def test_no_process_outlives_a_sweep_of_several_jobs_on_several_ranks(
     (planted / "sitecustomize.py").write_text(FOUR_CORES)
     mark = uuid.uuid4().hex
     keys = ["seed=1,2,3", "n_jobs=2", "devices=2", "steps=100000", "log_every=1", "workers=1", "logger=wandb"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "-m", *tiny, *keys, "hydra.sweep.dir=swept"],
-        cwd=tmp_path,
-        env={**environment(cache), "MARK": mark},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = started(cache, tmp_path, "-m", *tiny, *keys, "hydra.sweep.dir=swept", MARK=mark)
     jobs = [tmp_path / "swept" / name for name in ("0", "1")]
     while not all(len(read_metrics(job)) > 1 for job in jobs):
         assert process.poll() is None, process.communicate()
