@@ -237,6 +237,7 @@ def _run_rank(spec: Path) -> None:
     except Exception as error:
         mistake = answer.as_mistake(error)
         if mistake is None:
+            ranks.record_failure()
             if cluster.is_timeout(error):
                 heartbeat.waited_in_vain()
             raise

@@ -13,12 +13,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gpt2lab.atomic_files import write_json
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
@@ -83,6 +85,17 @@ def record_outcome(code: int, message: str = "", watched: float | None = None) -
     if os.environ["RANK"] == "0" or code == answer.MISTAKE:
         outcome = {"code": code, "message": message, "watched": watched}
         write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
+
+
+def record_failure() -> None:
+    """Leave word of when this rank failed. Others fail of it in the same second, and PyTorch tells whole seconds."""
+    Path(os.environ["GPT2LAB_HEARTBEATS"], f"failed-{os.environ['RANK']}").write_text(str(time.time()))
+
+
+def _failed_at(failure: ProcessFailure, scratch: Path) -> float:
+    """Seconds since 1970: by the rank's own word, else by PyTorch's, in whole seconds."""
+    word = scratch / f"failed-{failure.local_rank}"
+    return float(word.read_text()) if word.is_file() else float(failure.timestamp)
 
 
 def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, Any] | None]:
@@ -180,8 +193,8 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
                     blame = _end_silent(listener, settings.rank_timeout, context.pids())
     finally:
         context.close()
-    # Times are whole seconds. A rank that was killed did not fail of the others, who may have failed of its death.
-    failures = sorted(result.failures.values(), key=lambda failure: (failure.exitcode >= 0, failure.timestamp))
+    # A rank that was killed did not fail of the others, who may have failed of its death.
+    failures = sorted(result.failures.values(), key=lambda one: (one.exitcode >= 0, _failed_at(one, scratch)))
     first = failures[0] if failures else None
     aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
     listener.listen(longest_gap=0.0)
