@@ -355,9 +355,12 @@ def test_pruning_finds_the_same_winner_in_fewer_steps(train_process: Train, tiny
 def test_all_ranks_of_a_job_have_the_values_that_were_drawn(
     strategy: str, sampler: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
-    """Unseeded: two ranks have the losses of one process that is given the job's values; another job has others."""
+    """Unseeded: two ranks have the losses of one process that is given the job's values; another job has others.
+
+    Above 1e-2 training is unstable, and what two ranks round otherwise grows a hundredfold.
+    """
     quick = [*(key for key in QUICK if key != "schedule=constant"), "micro_batch=2"]
-    space = ["schedule=constant,wsd", "schedule.decay_fraction=interval(0.2,0.8)", "optimizer.lr=interval(1e-4,1e-1)"]
+    space = ["schedule=constant,wsd", "schedule.decay_fraction=interval(0.2,0.8)", "optimizer.lr=interval(1e-4,1e-2)"]
     search = ["hparams_search=optuna", f"hparams_search.sampler={sampler}", "hparams_search.n_trials=2"]
     sweep = ["devices=2", f"strategy={strategy}", "hydra.sweep.dir=swept"]
     answer = train_process(*tiny, *quick, *space, *search, *sweep)
