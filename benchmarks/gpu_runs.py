@@ -52,8 +52,9 @@ def speed(model: str, micro_batch: int, *options: str, steps: int = 40) -> Calla
         report = _train_once(folder / "-".join([model, *options]).replace("=", "-"), arguments)
         if not report["train_loss"] < 12:
             raise RuntimeError(f"training loss {report['train_loss']}")
-        memory = report["peak_memory_bytes"] / 2**30
-        return f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, {memory:.1f} GiB"
+        used, planned = (report[key] / 2**30 for key in ("peak_memory_bytes", "planned_memory_bytes"))
+        speed = f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}"
+        return f"{speed}, {used:.1f} GiB ({planned:.1f} planned)"
 
     return run
 

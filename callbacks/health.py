@@ -53,17 +53,17 @@ class Health(lightning.Callback):
             raise InputError(f"on_spike={on_spike} is not known; give warn or stop.")
         self.on_spike = on_spike
         self.detector = SpikeDetector()
-        self._logged_tokens = -1.0
+        self._seen_step = 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """The loss of a step is logged after the callbacks' turn at its end, so it is read before the next one."""
-        logged = trainer.callback_metrics
-        tokens = float(logged.get(metric_names.TOKENS, -1.0))
-        if tokens == self._logged_tokens:
+        step = trainer.global_step
+        if step == self._seen_step or step % trainer.log_every_n_steps:  # reading it makes a GPU wait
             return
-        self._logged_tokens = tokens
+        self._seen_step = step
+        logged = trainer.callback_metrics
         if metric_names.TRAIN_LOSS not in logged:  # so far all steps were on text that the student wrote
             return
         loss = float(logged[metric_names.TRAIN_LOSS])

@@ -71,8 +71,9 @@ class ProgressBar(lightning.Callback):
         step, total = trainer.global_step, trainer.max_steps
         self._shown_step = step
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=_numbers(trainer))
+            self._bar.update(self._task, completed=step)
             if time.monotonic() - self._drawn > REFRESH or step == total:
+                self._bar.update(self._task, numbers=_numbers(trainer))  # reading them makes a GPU wait
                 self._bar.refresh()
                 self._drawn = time.monotonic()
         elif step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total:

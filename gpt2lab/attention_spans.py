@@ -40,6 +40,12 @@ def spans_of(first: Tensor, end: Tensor, both_ways: Tensor | int = 0) -> Tensor:
     return torch.stack([first, torch.maximum(positions + 1, ahead)], dim=2)
 
 
+def causal_spans(input_ids: Tensor) -> Tensor:
+    """(B, T) → (B, T, 2): each position sees itself and all before it."""
+    ends = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device).expand_as(input_ids)
+    return torch.stack([torch.zeros_like(ends), ends], dim=2)
+
+
 def positions_of(spans: Tensor) -> Tensor:
     """(B, T) positions counted from each document's first."""
     return torch.arange(spans.shape[1], device=spans.device) - spans[..., 0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from gpt2lab.attention_spans import as_mask, positions_of, visible
+from gpt2lab.attention_spans import as_mask, causal_spans, positions_of, visible
 from gpt2lab.errors import InputError
 from gpt2lab.host_memory import give_back_freed_memory
 from gpt2lab.model_folder import folder_of
@@ -35,6 +35,7 @@ class Backbone(nn.Module):
         self.shape = shape
         self.lm = _linear_layout(GPT2LMHeadModel(_config(shape)))
         self.projection: nn.Linear | None = None
+        self._compiled_pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def forward(
         self, input_ids: Tensor, head: Callable[[Tensor, Tensor], HeadResult], spans: Tensor | None = None
@@ -48,12 +49,26 @@ class Backbone(nn.Module):
             head: for example a loss, which thereby never needs the logits of the whole batch.
             spans: (B, T, 2) what each position sees (gpt2lab/attention_spans.py); None: itself and all before it.
         """
-        transformer, mask, positions = self.lm.transformer, None, None
+        is_compiled = self._compiled_pass is not None and torch.is_grad_enabled()
+        hidden = (self._compiled_pass if is_compiled else self._hidden_states)(input_ids, spans)
+        return head(hidden, self.lm.transformer.wte.weight)
+
+    def _hidden_states(self, input_ids: Tensor, spans: Tensor | None) -> Tensor:
+        """(B, T) → (B, T, D): what GPT2Model.forward computes, which would have a GPU's positions looked at each time.
+
+        It looks for packed documents, and so the CPU waits until all queued work is done.
+        """
+        transformer, implementation = self.lm.transformer, self.lm.config._attn_implementation
+        if spans is None and implementation == "eager":  # which knows no causal attention of its own
+            spans = causal_spans(input_ids)
+        mask, positions = None, torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         if spans is not None:
-            mask = as_mask(visible(spans), self.lm.config._attn_implementation, transformer.wte.weight.dtype)
+            mask = as_mask(visible(spans), implementation, transformer.wte.weight.dtype)
             positions = positions_of(spans)
-        out = transformer(input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        return head(out.last_hidden_state, transformer.wte.weight)
+        hidden = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
+        for block in transformer.h:
+            hidden = block(hidden, None, mask)
+        return transformer.ln_f(hidden)
 
     def logits(self, input_ids: Tensor, spans: Tensor | None = None) -> Tensor:
         """(B, T) → (B, T, V). For tests and generation: a training batch's logits would not fit in memory."""
@@ -81,9 +96,17 @@ class Backbone(nn.Module):
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     def compile_blocks(self) -> None:
-        """Compile each block in place; parameter names stay as they are."""
+        """Compile each block in place: one graph serves all of them. Parameter names stay as they are."""
         for block in self.blocks:
             block.compile()
+
+    def compile_pass(self) -> None:
+        """Compile the way from token ids to hidden states as one graph, which runs where there are gradients.
+
+        It spares a CPU that queues work for a fast GPU the way into and out of every block; in return its compilation
+        takes longer with every block.
+        """
+        self._compiled_pass = torch.compile(self._hidden_states)
 
 
 class DroppedLayers(nn.ModuleList):

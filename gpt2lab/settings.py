@@ -1,7 +1,7 @@
 """Plain typed settings that travel from the configuration into the code. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -254,7 +254,7 @@ class TrainingSettings:
         init: "scratch", "teacher_layers" (task distill), or a Hugging Face folder or Hub id.
         steps: optimizer steps of the whole run, for the schedule.
         gradient_clip: largest global L2 norm of the gradient; 0 does not clip.
-        compile_blocks: compile the transformer blocks.
+        compiled: nothing, the transformer blocks one by one, or the whole pass from token ids to hidden states.
         compile_head: compile the work on each chunk of the LM-head loss.
         ema: decay of the averaged weights used for validation and export; 0 is off.
         layer_drop: probability with which a training pass leaves out a block; 0 is off.
@@ -275,7 +275,7 @@ class TrainingSettings:
     val_tokens: int
     val_bytes: int
     gradient_clip: float = 1.0
-    compile_blocks: bool = False
+    compiled: Literal["nothing", "blocks", "pass"] = "nothing"
     compile_head: bool = False
     activation_checkpointing: bool = False
     ema: float = 0.0

@@ -150,7 +150,7 @@ class Distill(LanguageModel):
 
     def mixing_tensor(self) -> Tensor:
         """TAID's share of the teacher (); as a tensor, so that a compiled loss need not be compiled anew."""
-        return torch.tensor(self.mixing.share, device=self.device)
+        return torch.full((), self.mixing.share, device=self.device)
 
     def signal(self, batch: Batch, side: str) -> TeacherSignal:
         """What the teacher says of a batch of this side of the split, train or val."""

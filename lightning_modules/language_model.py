@@ -24,7 +24,7 @@ from gpt2lab import metric_names
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.completion import complete, prompt_ids
-from gpt2lab.device import exact_dtype
+from gpt2lab.device import LaterNumber, exact_dtype, seed_random_state
 from gpt2lab.fp8 import to_fp8
 from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
@@ -59,6 +59,15 @@ class NonFiniteLossError(RuntimeError):
     """The loss or its gradient became NaN or infinite; the message names the step and the sequences of the batch."""
 
 
+@dataclass(frozen=True)
+class Unchecked:
+    """A step whose loss or gradient norm is still to be looked at."""
+
+    watched: LaterNumber
+    step: int
+    indices: list[Tensor]  # of the sequences, micro-batch by micro-batch
+
+
 class LanguageModel(lightning.LightningModule):
     """Base of the three tasks; its own loss is next-token cross-entropy."""
 
@@ -74,9 +83,10 @@ class LanguageModel(lightning.LightningModule):
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
+        self._unchecked: Unchecked | None = None
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self._validation_sums: dict[str, Tensor] = {}
-        self._gradient_norm = 0.0
+        self._gradient_norm = torch.zeros(())
 
     # What a task may state for itself
 
@@ -126,8 +136,10 @@ class LanguageModel(lightning.LightningModule):
             self.backbone.checkpoint_activations()
         if self.settings.layer_drop:
             self.backbone.drop_layers(self.settings.layer_drop)
-        if self.settings.compile_blocks:
+        if self.settings.compiled == "blocks":
             self.backbone.compile_blocks()
+        elif self.settings.compiled == "pass":
+            self.backbone.compile_pass()
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
         if self.settings.ema:
@@ -227,14 +239,27 @@ class LanguageModel(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), self.settings.gradient_clip or math.inf)
-        self._gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        self.check_finite()  # the step before: its numbers are there by now
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip or math.inf)
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # With fp16 an overflowing gradient is normal: the scaler skips the step and lowers its scale.
-        watched = float(self._step_sums[0]) if self.trainer.precision == "16-mixed" else self._gradient_norm
-        if not math.isfinite(watched):
+        watched = self._step_sums[0] if self.trainer.precision == "16-mixed" else self._gradient_norm
+        self._unchecked = Unchecked(LaterNumber(watched), self.trainer.global_step + 1, self._step_indices)
+
+    def check_finite(self) -> None:
+        """Look at the last step's loss and gradient. To be called before anything is made of the weights.
+
+        Training itself looks one step later, so that a GPU need not wait until the CPU has seen the number.
+
+        Raises:
+            NonFiniteLossError: they are not finite, and by now the weights are not either.
+        """
+        last, self._unchecked = self._unchecked, None
+        if last is not None and not math.isfinite(last.watched.read()):
             raise NonFiniteLossError(
-                f"the loss or its gradient is not finite at step {self.trainer.global_step + 1}, "
-                f"batch of sequences {torch.cat(self._step_indices).tolist()}.\n"
+                f"the loss or its gradient is not finite at step {last.step}, "
+                f"batch of sequences {torch.cat(last.indices).tolist()}.\n"
                 "Lower optimizer.lr, lengthen schedule.warmup_steps, or use precision=fp32."
             )
 
@@ -255,8 +280,11 @@ class LanguageModel(lightning.LightningModule):
         if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
             objective, cross_entropy = self.over_ranks(self._step_sums) / self.step_targets
             self._log_step(step, self.training_losses(objective, cross_entropy))
-        self._step_sums = torch.zeros(2)
+        self._step_sums = torch.zeros_like(self._step_sums)
         self._step_indices = []
+
+    def on_train_end(self) -> None:
+        self.check_finite()
 
     def step_objective(self) -> float:
         """Mean objective per target token of the step just made, over all ranks."""
@@ -277,11 +305,12 @@ class LanguageModel(lightning.LightningModule):
         """Dropout draws from (seed, step, rank, micro-batch), so a resumed run draws what an unbroken one draws."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         position = (self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank) * 4096 + micro_batch
-        torch.manual_seed((self.settings.seed * 0x9E3779B97F4A7C15 + position) % 2**63)
+        seed_random_state(self.device, (self.settings.seed * 0x9E3779B97F4A7C15 + position) % 2**63)
 
     # Validation
 
     def on_validation_epoch_start(self) -> None:
+        self.check_finite()
         self._validation_sums = {}
         if self.average is not None:
             self.average.swap()
@@ -319,6 +348,7 @@ class LanguageModel(lightning.LightningModule):
     # Checkpoints, export, generation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         if self.average is not None:
@@ -337,6 +367,7 @@ class LanguageModel(lightning.LightningModule):
 
     def present_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
+        self.check_finite()
         return self._plain_hf() if self.is_sharded else self.backbone.lm
 
     def export_model(self) -> GPT2LMHeadModel:
@@ -362,6 +393,7 @@ class LanguageModel(lightning.LightningModule):
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """In this context the model has its averaged weights, where they are kept."""
+        self.check_finite()
         return self.average.applied() if self.average is not None else nullcontext()
 
     def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
@@ -393,6 +425,7 @@ class LanguageModel(lightning.LightningModule):
 
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
         """As `generate`, from token ids."""
+        self.check_finite()
         model = self.export_model() if self.is_sharded else self.backbone.lm
         completions = complete(
             model,

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import lightning
 from lightning.pytorch.loggers import Logger
@@ -111,7 +111,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         val_tokens=facts.val_tokens,
         val_bytes=facts.val_bytes,
         gradient_clip=config.gradient_clip,
-        compile_blocks=config.compile is True,
+        compiled=_compiled(config),
         compile_head=config.record.compile_head is True,
         activation_checkpointing=config.activation_checkpointing,
         ema=config.ema,
@@ -121,6 +121,16 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         objective=config.objective,
         fp8=config.precision == "fp8",
     )
+
+
+def _compiled(config: Config) -> Literal["nothing", "blocks", "pass"]:
+    """What is compiled of the model, where something is: one by one the blocks that are gathered, recomputed or left
+    out one by one, or that see many lengths, for which compiling the whole pass anew would take too long.
+    """
+    if config.compile is not True:
+        return "nothing"
+    apart = config.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
+    return "blocks" if apart or config.takes_pairs or config.sequences.by_student else "pass"
 
 
 def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
