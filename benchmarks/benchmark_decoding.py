@@ -3,7 +3,7 @@
     python -m benchmarks.benchmark_decoding
     python -m benchmarks.benchmark_decoding --target runs/pretrain/… --draft runs/distill/… --draft …
 
-First table: models of random weights, exported and loaded by both sides, on the CPU in fp32; theirs is the stock
+First table: models of random weights, exported and loaded by both sides, on the CPU; theirs is the stock
 GPT2LMHeadModel. Prompts of a batch have 17 to 32 tokens, padded on the left. Second table, with --target: the prompts
 below, one at a time, with two predictions (gpt2lab/speculative.py): one with a look's measured cost, one from
 acceptance and cost ratio alone, where looks are free. Third table, also with --target: the same prompts greedily,
@@ -38,6 +38,7 @@ VOCABULARY, POSITIONS, END = 4_096, 1_024, 0
 BATCHES = (1, 16)
 HOT = Sampling("temperature 1")
 WAYS = (GREEDY, HOT)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECULATIVE_WAYS = (GREEDY, Sampling("temperature 0.8", temperature=0.8), HOT)
 TUNED_DRAFTS = 2  # for each call, of assisted generation; what our own loop drafts at the most on a CPU, mostly
 PROMPTS = (
@@ -60,18 +61,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="written after each prompt")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of all models, on both sides")
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; no figures to go by")
     options = parser.parse_args()
     settle_library_noise()
     torch.set_num_threads(options.threads)
     shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.models.split(",") if name}
-    print(f"CPU, {options.threads} threads, fp32, {options.tokens} new tokens, {options.rounds} rounds\n")
+    dtype = PRECISIONS[options.precision]
+    print(
+        f"CPU, {options.threads} threads, {options.precision}, {options.tokens} new tokens, {options.rounds} rounds\n"
+    )
     if shapes:
         print("| model | batch | | theirs, tokens/s | ours, tokens/s | ours ÷ theirs | same text |")
         print("|---|--:|---|--:|--:|--:|--:|")
     for name, (layers, heads, width) in shapes.items():
         shape = ModelShape(layers, heads, width, POSITIONS, VOCABULARY)
-        for row in decoding_rows(shape, options.tokens, options.rounds):
+        for row in decoding_rows(shape, options.tokens, options.rounds, dtype):
             print(f"| {name} | {row}", flush=True)
     if options.target:
         print(
@@ -80,7 +85,7 @@ def main() -> None:
         )
         print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for draft in options.draft:
-        for row in speculation_rows(options.target, draft, options.tokens, options.rounds):
+        for row in speculation_rows(options.target, draft, options.tokens, options.rounds, dtype):
             print(f"| {draft} | {row}", flush=True)
     if options.target:
         print(
@@ -90,15 +95,17 @@ def main() -> None:
         )
         print("|---|--:|--:|--:|--:|--:|--:|")
     for draft in options.draft:
-        print(f"| {draft} | {assisted_row(options.target, draft, options.tokens, options.rounds)}", flush=True)
+        row = assisted_row(options.target, draft, options.tokens, options.rounds, dtype)
+        print(f"| {draft} | {row}", flush=True)
 
 
-def decoding_rows(shape: ModelShape, tokens: int, rounds: int) -> list[str]:
+def decoding_rows(shape: ModelShape, tokens: int, rounds: int, dtype: torch.dtype) -> list[str]:
     """A row of the first table for each batch and each way, but for the model's name."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         plain_hf(Backbone(shape)).save_pretrained(folder)
-        theirs, ours = GPT2LMHeadModel.from_pretrained(folder).eval(), load_backbone(folder).lm.eval()
+        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+        ours = load_backbone(folder, dtype=dtype).lm.eval()
     rows = []
     for batch in BATCHES:
         prompts = [torch.randint(1, shape.vocab_size, (32 - row % 16,)).tolist() for row in range(batch)]
@@ -115,12 +122,12 @@ def decoding_rows(shape: ModelShape, tokens: int, rounds: int) -> list[str]:
     return rows
 
 
-def speculation_rows(target: str, draft: str, tokens: int, rounds: int) -> list[str]:
+def speculation_rows(target: str, draft: str, tokens: int, rounds: int, dtype: torch.dtype) -> list[str]:
     """A row of the second table for each way, but for the draft's name."""
     tokenizer = load_tokenizer(str(folder_of(target, "target")))
     if different := difference_in_words(folder_of(draft, "draft"), tokenizer):
         raise SystemExit(f"{draft} has other tokens than {target}: {different}")
-    models = [load_backbone(source).lm.eval() for source in (target, draft)]
+    models = [load_backbone(source, dtype=dtype).lm.eval() for source in (target, draft)]
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     rows = []
     for sampling in SPECULATIVE_WAYS:
@@ -165,14 +172,14 @@ def speculation_row(sampling: Sampling, rounds: Sequence[Sequence[Speculated]]) 
     return f"{sampling.name} | {' | '.join(cells)} |"
 
 
-def assisted_row(target: str, draft: str, tokens: int, rounds: int) -> str:
+def assisted_row(target: str, draft: str, tokens: int, rounds: int, dtype: torch.dtype) -> str:
     """The row of the third table, but for the draft's name: ratios of tokens a second, greedy, one prompt at a time."""
     tokenizer = load_tokenizer(str(folder_of(target, "target")))
     end = tokenizer.eos_token_id
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    backbones = [load_backbone(source).eval() for source in (target, draft)]
-    (ours, our_draft), (theirs, their_draft) = [one.lm for one in backbones], [plain_hf(one) for one in backbones]
-    tuned = plain_hf(backbones[1])
+    backbones = [load_backbone(source, dtype=dtype).eval() for source in (target, draft)]
+    ours, our_draft = (one.lm for one in backbones)
+    theirs, their_draft, tuned = (plain_hf(one).to(dtype) for one in (*backbones, backbones[1]))
     tuned.generation_config.num_assistant_tokens = TUNED_DRAFTS
     tuned.generation_config.num_assistant_tokens_schedule = "constant"
     tuned.generation_config.assistant_confidence_threshold = 0.0

@@ -96,7 +96,8 @@ def beside_trl(trl_python: str) -> Callable[[Path], str]:
         given |= {"steps": 30, "threads": 8}
         command = [trl_python, "-m", "benchmarks.trl_gkd_step", "--precision", "bf16"]
         command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        theirs = json.loads(_output(command, {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}))
+        said = _output(command, {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
+        theirs = json.loads(said.splitlines()[-1])  # after what its libraries print
         speeds = report["tokens_per_second"], theirs["targets"] / theirs["milliseconds"] * 1e3
         memories = report["peak_memory_bytes"] / 2**30, theirs["peak"] / 2**30
         sides = [f"{speed:,.0f} tokens/s, {memory:.1f} GiB" for speed, memory in zip(speeds, memories, strict=True)]

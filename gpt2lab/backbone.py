@@ -49,14 +49,13 @@ class Backbone(nn.Module):
             head: for example a loss, which thereby never needs the logits of the whole batch.
             spans: (B, T, 2) what each position sees (gpt2lab/attention_spans.py); None: itself and all before it.
         """
-        is_compiled = self._compiled_pass is not None and torch.is_grad_enabled()
-        hidden = (self._compiled_pass if is_compiled else self._hidden_states)(input_ids, spans)
-        return head(hidden, self.lm.transformer.wte.weight)
+        hidden_states = (self._compiled_pass if torch.is_grad_enabled() else None) or self._hidden_states
+        return head(hidden_states(input_ids, spans), self.lm.transformer.wte.weight)
 
     def _hidden_states(self, input_ids: Tensor, spans: Tensor | None) -> Tensor:
-        """(B, T) → (B, T, D): what GPT2Model.forward computes, which would have a GPU's positions looked at each time.
+        """(B, T) → (B, T, D), as GPT2Model.forward has it, which makes the CPU wait for a GPU.
 
-        It looks for packed documents, and so the CPU waits until all queued work is done.
+        It looks through the positions for packed documents, so all queued work must be done first.
         """
         transformer, implementation = self.lm.transformer, self.lm.config._attn_implementation
         if spans is None and implementation == "eager":  # which knows no causal attention of its own

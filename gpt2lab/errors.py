@@ -1,8 +1,12 @@
-"""The one exception for a mistake in the configuration or the input; entry scripts answer it with exit code 2."""
+"""Errors that explain themselves: entry scripts tell them without a traceback."""
 
 
 class InputError(ValueError):
     """A mistake of the user's, told in at most five lines: what was given, what is allowed, what to do.
 
-    Entry scripts print the message on stderr without a traceback and exit with code 2.
+    Entry scripts print the message on stderr and exit with code 2.
     """
+
+
+class RunError(RuntimeError):
+    """What ended a run, if nobody need look into the code for it; the message says what to do. The exit code is 1."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from gpt2lab.errors import InputError
+from gpt2lab.errors import InputError, RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -70,11 +70,11 @@ def ending_in_a_code() -> Iterator[None]:
 
 def _answer_to(error: Exception) -> int:
     mistake = as_mistake(error)
-    if mistake is None:
+    if mistake is None and not isinstance(error, RunError):
         traceback.print_exception(error)
-        return FAILED
-    print(f"error: {mistake}", file=sys.stderr)
-    return MISTAKE
+    else:
+        print(f"error: {mistake or error}", file=sys.stderr)
+    return FAILED if mistake is None else MISTAKE
 
 
 def as_mistake(error: Exception) -> InputError | None:

@@ -25,6 +25,7 @@ from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.completion import complete, prompt_ids
 from gpt2lab.device import LaterNumber, exact_dtype, seed_random_state
+from gpt2lab.errors import RunError
 from gpt2lab.fp8 import to_fp8
 from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
@@ -55,7 +56,7 @@ class Teaching:
     further: Callable[[Tensor, Tensor, TeacherSignal], Tensor] | None = None
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """The loss or its gradient became NaN or infinite; the message names the step and the sequences of the batch."""
 
 

@@ -193,7 +193,7 @@ def test_the_benchmark_of_precisions_trains_sweeps_and_judges_each_beside_fp32(
 
 
 def test_the_sides_of_the_decoding_benchmark_write_the_same() -> None:
-    rows = benchmark_decoding.decoding_rows(ModelShape(1, 2, 16, 64, 100), tokens=8, rounds=1)
+    rows = benchmark_decoding.decoding_rows(ModelShape(1, 2, 16, 64, 100), 8, 1, torch.float32)
     assert [row.split(" | ")[-1] for row in rows] == ["1/1 |", "1/1 |", "16/16 |", "16/16 |"]
 
 
@@ -214,7 +214,8 @@ def test_assisted_generation_is_timed_beside_our_own(tmp_path: Path, monkeypatch
             parameter.data *= 6  # so that no two tokens tie
         write_hf_folder(plain_hf(backbone), tokenizer, tmp_path / name, {"title": name})
         sources.append(str(tmp_path / name))
-    cells = [cell.strip() for cell in benchmark_decoding.assisted_row(*sources, tokens=12, rounds=1).split("|")]
+    row = benchmark_decoding.assisted_row(*sources, 12, 1, torch.float32)
+    cells = [cell.strip() for cell in row.split("|")]
     assert cells[5] == "6/6"
     assert [assistants.count(layers) for layers in (None, 1)] == [12, 24], "six prompts each, after a round to warm up"
     assert all(float(cell.split()[0]) > 0 for cell in cells[:5])

@@ -9,6 +9,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,3 +321,23 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
         assert answer.code == 0, answer.stderr
     names = {folder.name for folder in (tmp_path / "runs" / "pretrain").iterdir()}
     assert names == {"nano-2026-01-01_12-00-00", "nano-2026-01-01_12-00-00-2"}
+
+
+def test_a_pass_is_compiled_as_one_graph_where_one_graph_serves_the_run():
+    """Blocks one by one where ranks gather them, a pass leaves some out, lengths vary, or there are many of them."""
+    parts = {
+        "pass": (("model=small",), ("task=distill", "teacher=x"), ("devices=2", "strategy=ddp"), ("packing=true",)),
+        "blocks": (
+            ("model=medium",),
+            ("devices=2", "strategy=fsdp"),
+            ("layer_drop=0.1",),
+            ("activation_checkpointing=true",),
+            ("task=finetune", "data=summarize", "init=x"),
+            ("task=distill", "teacher=x", "sequences=gkd"),
+        ),
+    }
+    for part, cases in parts.items():
+        for keys in cases:
+            config = composed(*keys)
+            assert build.compiled_part(replace(config, compile=False)) == "nothing"
+            assert build.compiled_part(replace(config, compile=True)) == part, keys

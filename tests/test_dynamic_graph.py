@@ -1,5 +1,6 @@
 """The dynamic graph: layers that a pass leaves out, and batches of many lengths through a few compiled graphs."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,6 +11,7 @@ import torch
 from conftest import Train
 from safetensors.torch import load_file
 
+from gpt2lab.attention_spans import document_bounds, spans_of
 from gpt2lab.backbone import Backbone
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.settings import ModelShape
@@ -62,6 +64,31 @@ def test_two_ranks_train_with_layers_left_out(train_process: Train, tiny: list[s
     refused = train_process(*tiny, "layer_drop=0.5", "devices=2", "strategy=fsdp", "run_dir=sharded")
     assert refused.code == 2
     assert "use strategy=ddp" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_pass_compiled_as_one_graph_gives_the_same_with_every_mask() -> None:
+    """One graph without a break for each kind of mask, in training only; gradients are those of the eager pass."""
+    torch.manual_seed(0)
+    plain = Backbone(ModelShape(2, 2, 32, 16, 20))
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_pass()
+    ids = torch.randint(20, (3, 16))
+    starts = torch.zeros(3, 16, dtype=torch.bool)
+    starts[:, [0, 5]] = True
+    for spans in (None, spans_of(*document_bounds(starts), 3)):
+        logits = [backbone.logits(ids, spans) for backbone in (plain, compiled)]
+        torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+        for result in logits:
+            result.square().mean().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        assert torch.equal(plain.logits(ids[:2]), compiled.logits(ids[:2]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.slow

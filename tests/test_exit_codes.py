@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Train, started
+from safetensors.torch import load_file
 
+from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.metrics_file import read_metrics, series
 
 
@@ -98,6 +100,18 @@ def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], t
     assert answer.code == 1
     assert "not finite at step" in answer.stderr
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "failed"
+
+
+def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path: Path, tiny: list[str], train_here: Train):
+    """Training looks at a step while the next one is at work; whoever saves or validates looks first."""
+    keys = ("optimizer=adamw", "optimizer.lr=1e30", "schedule.warmup_steps=0", "gradient_clip=0", "steps=20")
+    for due in ("checkpoint", "validate"):
+        answer = train_here(*tiny, f"run_dir={due}", *keys, f"{due}_every=1")
+        assert answer.code == 1
+        assert "not finite at step 2," in answer.stderr
+    assert step_of(newest_good_checkpoint(tmp_path / "checkpoint")) == 1
+    weights = load_file(tmp_path / "checkpoint" / "hf" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_a_finished_run_ends_in_one_line_that_says_how_good_it_is(tiny: list[str], train_here: Train):

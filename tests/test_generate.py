@@ -23,6 +23,7 @@ from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.tokenizer import train_bpe
 from launch import answer
+from launch.writing.author import Arguments, Author
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -209,6 +210,19 @@ def test_on_a_terminal_a_text_is_shown_as_it_is_written(
     (text,) = json.loads((tmp_path / "written.json").read_text())
     assert shown[-1].rstrip("\n") == ("import" + text["completion"]).rstrip("\n")
     assert pieces == 0 if stop else pieces > 1, "the prompt, and then text before its last token"
+
+
+def test_in_bf16_text_is_that_of_a_bf16_model(write: Write, checkpoint: Path) -> None:
+    prompt = "import json"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint / "hf", dtype=torch.bfloat16)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    written = stock.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    for words in ((), (f"draft={checkpoint}",)):
+        done = write(f"prompt={prompt}", "max_new_tokens=12", "temperature=0", "precision=bf16", *words)
+        assert done.texts[0]["completion"] == tokenizer.decode(written)
+    author = Author(Arguments(str(checkpoint), max_new_tokens=8, precision="bf16"))
+    assert {parameter.dtype for parameter in author.model.parameters()} == {torch.bfloat16}
 
 
 def test_without_a_prompt_every_line_that_comes_is_continued(write: Write) -> None:

@@ -27,6 +27,11 @@ def check(config: Config) -> None:
             raise InputError(f"{key}: with strategy={config.strategy} {whole}.\n{cure}")
 
 
+def may_shard(config: Config) -> bool:
+    """Whether strategy=fsdp would take everything else as it is set."""
+    return not config.layer_drop and config.precision not in ("fp16", "fp8")
+
+
 def _check_precision(config: Config) -> None:
     if config.precision == "fp16":
         raise InputError(

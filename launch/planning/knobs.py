@@ -16,13 +16,17 @@ class Knob:
     price: str
 
 
-def knobs(sizes: RunSizes, now: MemoryPlan) -> list[Knob]:
-    """Those that change the peak of a plan, the one that saves most first."""
-    found = [Knob(key, memory_plan(other, now.process).peak, price) for key, other, price in _choices(sizes)]
+def knobs(sizes: RunSizes, now: MemoryPlan, may_shard: bool = True) -> list[Knob]:
+    """Those that change the peak of a plan, the one that saves most first.
+
+    Args:
+        may_shard: whether strategy=fsdp would take the rest of the configuration.
+    """
+    found = [Knob(key, memory_plan(other, now.process).peak, price) for key, other, price in _choices(sizes, may_shard)]
     return sorted((knob for knob in found if knob.peak != now.peak), key=lambda knob: knob.peak)
 
 
-def _choices(sizes: RunSizes) -> Iterator[tuple[str, RunSizes, str]]:
+def _choices(sizes: RunSizes, may_shard: bool) -> Iterator[tuple[str, RunSizes, str]]:
     if not sizes.checkpointing:
         yield "activation_checkpointing=true", replace(sizes, checkpointing=True), "a third more time"
     if sizes.rows > 1:
@@ -39,7 +43,8 @@ def _choices(sizes: RunSizes) -> Iterator[tuple[str, RunSizes, str]]:
     if sizes.optimizer == "muon":
         yield "optimizer=adamw", replace(sizes, optimizer="adamw"), "another optimizer with its own learning rate"
     ranks = max(sizes.ranks, 2)
-    if not sizes.sharded and max(sizes.step_rows, sizes.rows) * sizes.ranks >= ranks:  # each rank needs a sequence
+    fill_ranks = max(sizes.step_rows, sizes.rows) * sizes.ranks >= ranks  # each needs a sequence
+    if may_shard and not sizes.sharded and fill_ranks:
         shared = replace(sizes, sharded=True, ranks=ranks, step_rows=-(-sizes.step_rows * sizes.ranks // ranks))
         yield f"strategy=fsdp devices={ranks}", replace(shared, rows=min(sizes.rows, shared.step_rows)), "communication"
     if sizes.teacher:

@@ -13,7 +13,7 @@ from gpt2lab.memory_parts import RunSizes, trained_parameters
 from gpt2lab.memory_plan import MemoryPlan, memory_plan
 from gpt2lab.model_folder import parameters_of
 from gpt2lab.token_file import token_dtype
-from launch.configuration import automatic
+from launch.configuration import automatic, sharding_checks
 from launch.configuration.config import Config
 from launch.planning.knobs import knobs
 from launch.planning.run_sizes import expected_vocabulary, room_of_a_device, run_sizes
@@ -68,7 +68,7 @@ def plan_of(config: Config) -> str:
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(_facts(config, sizes, vocab_size))
     console.print(_memory(config, sizes, plan, room))
-    console.print(_knobs(sizes, plan))
+    console.print(_knobs(config, sizes, plan))
     console.print(_time_and_disk(config, sizes, vocab_size, speed))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -132,9 +132,9 @@ def _memory(config: Config, sizes: RunSizes, plan: MemoryPlan, room: int | None)
     return table
 
 
-def _knobs(sizes: RunSizes, plan: MemoryPlan) -> Table:
+def _knobs(config: Config, sizes: RunSizes, plan: MemoryPlan) -> Table:
     table = _table("\nWhat would change the peak", "set", "saves GB", "costs")
-    for knob in knobs(sizes, plan):
+    for knob in knobs(sizes, plan, sharding_checks.may_shard(config)):
         table.add_row(knob.key, f"{(plan.peak - knob.peak) / 1e9:+.2f}", knob.price)
     return table
 

@@ -32,6 +32,7 @@ from launch.configuration.spelling import nearest
 from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
 
+BLOCKS_OF_A_PASS = 12  # compiled as one graph, which takes some three seconds for each; larger models need it less
 # What Lightning calls them; bf16_true is a plugin of ours
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
@@ -111,7 +112,7 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         val_tokens=facts.val_tokens,
         val_bytes=facts.val_bytes,
         gradient_clip=config.gradient_clip,
-        compiled=_compiled(config),
+        compiled=compiled_part(config),
         compile_head=config.record.compile_head is True,
         activation_checkpointing=config.activation_checkpointing,
         ema=config.ema,
@@ -123,14 +124,17 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
     )
 
 
-def _compiled(config: Config) -> Literal["nothing", "blocks", "pass"]:
-    """What is compiled of the model, where something is: one by one the blocks that are gathered, recomputed or left
-    out one by one, or that see many lengths, for which compiling the whole pass anew would take too long.
+def compiled_part(config: Config) -> Literal["nothing", "blocks", "pass"]:
+    """What is compiled of the model, where something is.
+
+    One by one the blocks that are gathered, recomputed or left out one by one; also where compiling the whole pass
+    would take too long: with many lengths, each of which it would be compiled for anew, and with many blocks.
     """
     if config.compile is not True:
         return "nothing"
     apart = config.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
-    return "blocks" if apart or config.takes_pairs or config.sequences.by_student else "pass"
+    lengths_vary = config.takes_pairs or config.sequences.by_student
+    return "blocks" if apart or lengths_vary or (config.model.n_layer or 0) > BLOCKS_OF_A_PASS else "pass"
 
 
 def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:

@@ -46,6 +46,9 @@ class Arguments:
     num_samples: int = argument("how many texts for each prompt", 1, at_least=1, at_most=1000)
     seed: int = argument("the same seed gives the same text", 1337, at_least=0, at_most=2**63 - 1)
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
+    precision: str = argument(
+        "number format of weights and products; bf16 takes half the memory", "fp32", choices=("fp32", "bf16")
+    )
     serve: bool = argument("open a page in the browser instead, on this machine alone", False)
     port: int = argument("of that page; 0: any that is free", PORT, at_least=0, at_most=65535)
     inspect: bool = argument("also show what goes on inside the model while it reads prompt and text, as a page", False)
@@ -94,13 +97,12 @@ class Author:
         self.prompts = [arguments.prompt] if arguments.prompt else _prompts_in(arguments.prompts)
         self._check()
         settle_noise()  # what follows takes seconds to import; mistakes are told before
-        from gpt2lab.backbone import load_backbone
         from gpt2lab.device import named_device
         from gpt2lab.tokenizer import load_tokenizer
 
         settle_library_noise()
         self.device = named_device(arguments.accelerator)
-        self.model = load_backbone(str(folder)).lm.to(self.device).eval()
+        self.model = self._loaded(folder)
         self.tokenizer = load_tokenizer(str(folder))
         self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
         self.sampling = chosen_sampling(arguments)
@@ -150,11 +152,17 @@ class Author:
 
     def load_draft(self) -> "GPT2LMHeadModel":
         """The draft model; a text then fits into the positions of both."""
-        from gpt2lab.backbone import load_backbone
-
         folder = folder_of(self.arguments.draft, "draft")
         self._check_draft(folder)
-        return load_backbone(str(folder)).lm.to(self.device).eval()
+        return self._loaded(folder)
+
+    def _loaded(self, folder: Path) -> "GPT2LMHeadModel":
+        import torch
+
+        from gpt2lab.backbone import load_backbone
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.arguments.precision]
+        return load_backbone(str(folder), dtype=dtype).lm.to(self.device).eval()
 
     def _show(self, prompts: list[str]) -> list[Text]:
         """The texts of some prompts; a single one is shown as it is written, where somebody watches."""

@@ -67,7 +67,7 @@ def inspect_written(author: Author, text: Text) -> None:
     write_inspection(
         page,
         arguments.checkpoint,
-        author.model,
+        author.model.float(),
         reading,
         author.tokenizer,
         objective=objective,
