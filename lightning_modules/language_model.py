@@ -24,8 +24,7 @@ from gpt2lab import metric_names
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.completion import complete, prompt_ids
-from gpt2lab.device import LaterNumber, exact_dtype, seed_random_state
-from gpt2lab.errors import RunError
+from gpt2lab.device import exact_dtype, seed_random_state
 from gpt2lab.fp8 import to_fp8
 from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
@@ -36,6 +35,7 @@ from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
+from lightning_modules.finite_watch import FiniteWatch
 from lightning_modules.sharding import ShardedStrategy
 
 
@@ -56,19 +56,6 @@ class Teaching:
     further: Callable[[Tensor, Tensor, TeacherSignal], Tensor] | None = None
 
 
-class NonFiniteLossError(RunError):
-    """The loss or its gradient became NaN or infinite; the message names the step and the sequences of the batch."""
-
-
-@dataclass(frozen=True)
-class Unchecked:
-    """A step whose loss or gradient norm is still to be looked at."""
-
-    watched: LaterNumber
-    step: int
-    indices: list[Tensor]  # of the sequences, micro-batch by micro-batch
-
-
 class LanguageModel(lightning.LightningModule):
     """Base of the three tasks; its own loss is next-token cross-entropy."""
 
@@ -84,7 +71,7 @@ class LanguageModel(lightning.LightningModule):
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
-        self._unchecked: Unchecked | None = None
+        self.finite = FiniteWatch()
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self._validation_sums: dict[str, Tensor] = {}
         self._gradient_norm = torch.zeros(())
@@ -240,29 +227,13 @@ class LanguageModel(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        self.check_finite()  # the step before: its numbers are there by now
+        self.finite.check()  # the step before: its numbers are there by now
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip or math.inf)
         self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # With fp16 an overflowing gradient is normal: the scaler skips the step and lowers its scale.
         watched = self._step_sums[0] if self.trainer.precision == "16-mixed" else self._gradient_norm
-        self._unchecked = Unchecked(LaterNumber(watched), self.trainer.global_step + 1, self._step_indices)
-
-    def check_finite(self) -> None:
-        """Look at the last step's loss and gradient. To be called before anything is made of the weights.
-
-        Training itself looks one step later, so that a GPU need not wait until the CPU has seen the number.
-
-        Raises:
-            NonFiniteLossError: they are not finite, and by now the weights are not either.
-        """
-        last, self._unchecked = self._unchecked, None
-        if last is not None and not math.isfinite(last.watched.read()):
-            raise NonFiniteLossError(
-                f"the loss or its gradient is not finite at step {last.step}, "
-                f"batch of sequences {torch.cat(last.indices).tolist()}.\n"
-                "Lower optimizer.lr, lengthen schedule.warmup_steps, or use precision=fp32."
-            )
+        self.finite.note(watched, self.trainer.global_step + 1, self._step_indices)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -285,7 +256,7 @@ class LanguageModel(lightning.LightningModule):
         self._step_indices = []
 
     def on_train_end(self) -> None:
-        self.check_finite()
+        self.finite.check()
 
     def step_objective(self) -> float:
         """Mean objective per target token of the step just made, over all ranks."""
@@ -311,7 +282,7 @@ class LanguageModel(lightning.LightningModule):
     # Validation
 
     def on_validation_epoch_start(self) -> None:
-        self.check_finite()
+        self.finite.check()
         self._validation_sums = {}
         if self.average is not None:
             self.average.swap()
@@ -349,7 +320,7 @@ class LanguageModel(lightning.LightningModule):
     # Checkpoints, export, generation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_finite()
+        self.finite.check()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         if self.average is not None:
@@ -368,7 +339,7 @@ class LanguageModel(lightning.LightningModule):
 
     def present_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
-        self.check_finite()
+        self.finite.check()
         return self._plain_hf() if self.is_sharded else self.backbone.lm
 
     def export_model(self) -> GPT2LMHeadModel:
@@ -394,7 +365,7 @@ class LanguageModel(lightning.LightningModule):
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """In this context the model has its averaged weights, where they are kept."""
-        self.check_finite()
+        self.finite.check()
         return self.average.applied() if self.average is not None else nullcontext()
 
     def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
@@ -426,7 +397,7 @@ class LanguageModel(lightning.LightningModule):
 
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
         """As `generate`, from token ids."""
-        self.check_finite()
+        self.finite.check()
         model = self.export_model() if self.is_sharded else self.backbone.lm
         completions = complete(
             model,
