@@ -29,8 +29,8 @@ from gpt2lab.settings import (
     TrainingSettings,
 )
 from lightning_modules.distill import Distill
-from lightning_modules.finite_watch import NonFiniteLossError
 from lightning_modules.finetune import FineTune
+from lightning_modules.finite_watch import NonFiniteLossError
 from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.pretrain import Pretrain
