@@ -66,7 +66,7 @@ class Speculated:
 
     Attributes:
         ids: what was written with it.
-        plain_ids: what was written without it; the same where decoding is greedy.
+        plain_ids: what was written without it; the same where decoding is greedy, but for rounding.
         tokens, plain_tokens: written, an end-of-text among them.
         calls: of the target, the first one, which reads the prompt, among them.
         drafted: tokens that were proposed.

@@ -16,7 +16,7 @@ class NonFiniteLossError(RunError):
 
 class FiniteWatch:
     """Told of every step, it looks at a step when asked: training asks one step later, so that no GPU has to be waited
-    for, and whoever validates, saves, exports or writes text asks first.
+    for, and whoever logs, validates, saves, exports or writes text asks first.
     """
 
     def __init__(self) -> None:

@@ -250,6 +250,7 @@ class LanguageModel(lightning.LightningModule):
             return
         step = self.trainer.global_step
         if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
+            self.finite.check()
             objective, cross_entropy = self.over_ranks(self._step_sums) / self.step_targets
             self._log_step(step, self.training_losses(objective, cross_entropy))
         self._step_sums = torch.zeros_like(self._step_sums)

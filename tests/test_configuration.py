@@ -341,3 +341,6 @@ def test_a_pass_is_compiled_as_one_graph_where_one_graph_serves_the_run():
             config = composed(*keys)
             assert build.compiled_part(replace(config, compile=False)) == "nothing"
             assert build.compiled_part(replace(config, compile=True)) == part, keys
+    uneven = composed("model=small", "context=256", "batch_tokens=1792")  # 7 rows
+    uneven.compile, uneven.record.accumulate, uneven.record.world_size = True, 2, 1
+    assert build.compiled_part(uneven) == "blocks"

@@ -103,12 +103,13 @@ def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], t
 
 
 def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path: Path, tiny: list[str], train_here: Train):
-    """Training looks at a step while the next one is at work; whoever saves or validates looks first."""
+    """Training looks at a step while the next one is at work; whoever saves, validates or logs looks first."""
     keys = ("optimizer=adamw", "optimizer.lr=1e30", "schedule.warmup_steps=0", "gradient_clip=0", "steps=20")
-    for due in ("checkpoint", "validate"):
+    for due in ("checkpoint", "validate", "log"):
         answer = train_here(*tiny, f"run_dir={due}", *keys, f"{due}_every=1")
         assert answer.code == 1
         assert "not finite at step 2," in answer.stderr
+    assert {row["step"] for row in read_metrics(tmp_path / "log")} == {"1"}
     assert step_of(newest_good_checkpoint(tmp_path / "checkpoint")) == 1
     weights = load_file(tmp_path / "checkpoint" / "hf" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())

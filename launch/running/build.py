@@ -128,13 +128,14 @@ def compiled_part(config: Config) -> Literal["nothing", "blocks", "pass"]:
     """What is compiled of the model, where something is.
 
     One by one the blocks that are gathered, recomputed or left out one by one; also where compiling the whole pass
-    would take too long: with many lengths, each of which it would be compiled for anew, and with many blocks.
+    would take too long: for micro-batches of several shapes, and with many blocks.
     """
     if config.compile is not True:
         return "nothing"
     apart = config.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
-    lengths_vary = config.takes_pairs or config.sequences.by_student
-    return "blocks" if apart or lengths_vary or (config.model.n_layer or 0) > BLOCKS_OF_A_PASS else "pass"
+    is_uneven = config.rows_of_a_step % max(config.record.accumulate * config.record.world_size, 1) > 0
+    shapes_vary = config.takes_pairs or config.sequences.by_student or is_uneven
+    return "blocks" if apart or shapes_vary or (config.model.n_layer or 0) > BLOCKS_OF_A_PASS else "pass"
 
 
 def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:

@@ -128,9 +128,16 @@ def _told(failed: Failure | None, folder: Path) -> str:
         last = lines[-1:]
     elif failed.rank == 0:  # it spoke on the terminal
         last = read_report(folder).get("error", "").splitlines()
-    else:  # what stands below a traceback
-        last = list(takewhile(lambda line: not line.startswith(" "), reversed(lines)))[::-1]
+    else:
+        last = _last_words(lines)
     return f"rank {failed.rank} {died}{': ' + ' '.join(last).rstrip('.') if last else ''}"
+
+
+def _last_words(lines: list[str]) -> list[str]:
+    """Of what a rank wrote: what stands below a traceback, or the error that it told without one."""
+    last = list(takewhile(lambda line: not line.startswith(" "), reversed(lines)))[::-1]
+    told = [number for number, line in enumerate(last) if line.startswith("error: ")]
+    return [last[told[-1]].removeprefix("error: "), *last[told[-1] + 1 :]] if told else last
 
 
 class RankLogs(LogsSpecs):
