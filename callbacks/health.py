@@ -42,7 +42,7 @@ class SpikeDetector:
 
 
 class Health(lightning.Callback):
-    """Looks at the training loss every `log_every` steps. NaN and infinity are the module's business: it stops by itself.
+    """Looks at the training loss every `log_every` steps. NaN and infinity are the module's business: it ends.
 
     Args:
         on_spike: warn only tells; stop saves and ends the run. Neither changes what a step computes.
