@@ -1,6 +1,7 @@
 """Predicted against measured peak memory of short runs of train.py on a CPU, each in a process of its own.
 
     python -m benchmarks.benchmark_memory_plan
+    python -m benchmarks.benchmark_memory_plan --drawn 24 --seed 0        configurations that nobody has chosen
 
 Three steps, a validation and a checkpoint each; random tokens and random weights; none of the runs was used to fit the
 plan's constants. Measured is report.json's `peak_memory_bytes`, predicted is what the run wrote into its config.yaml
@@ -45,6 +46,8 @@ class Case:
     teacher: str = ""
     more: tuple[str, ...] = ()
     parts: int = 1  # micro-batches of a step
+    ranks: int = 1
+    strategy: str = "auto"
 
 
 CHECKPOINTED = ("activation_checkpointing=true",)
@@ -74,6 +77,33 @@ CASES = (
     Case("LoRA", "mini", 8_192, 256, 16, "fp32", "adamw", more=("task.lora.rank=8",)),
     Case("LoRA", "distil", 50_257, 256, 8, "bf16", "adamw", more=("task.lora.rank=16",)),
 )
+
+
+SMALLER = {"micro": "nano", "mini": "micro", "distil": "mini"}  # students of these teachers
+TOKENS = (1024, 8192)  # of a micro-batch, at least and at most
+
+
+def drawn_cases(count: int, seed: int) -> list[Case]:
+    """Configurations drawn at random: every task, size, precision and strategy that three steps of a CPU can bear."""
+    random_state = random.Random(seed)
+    return [_drawn(random_state) for _ in range(count)]
+
+
+def _drawn(random_state: random.Random) -> Case:
+    draw = random_state.choice
+    like = draw(("pretrain", "pretrain", "distill", "distill cached", "finetune", "LoRA"))
+    context = 256 if like in ("finetune", "LoRA") else draw((128, 256, 512, 1024))  # the pairs' longest have 256 tokens
+    rows = draw([rows for rows in (1, 2, 4, 8, 16, 32) if TOKENS[0] <= rows * context <= TOKENS[1]])
+    precision, optimizer = draw(("fp32", "bf16", "bf16_true")), draw(("adamw", "muon"))
+    teacher = draw(tuple(SMALLER)) if like.startswith("distill") else ""
+    model, more = SMALLER.get(teacher) or draw(("nano", "micro", "mini", "distil")), draw(((), (), CHECKPOINTED))
+    if like == "LoRA":
+        precision, optimizer, more = draw(("fp32", "bf16")), "adamw", (f"task.lora.rank={draw((4, 8, 16))}",)
+    elif like == "distill cached":
+        more = (f"teacher_cache={draw(('sampled', 'topk'))}", *more)
+    vocabulary, parts = draw((4_096, 8_192, 16_384, 50_257)), draw((1, 1, 2))
+    ranks, strategy = draw(((1, "auto"), (1, "auto"), (2, "ddp"), (2, "fsdp")))
+    return Case(like, model, vocabulary, context, rows, precision, optimizer, teacher, more, parts, ranks, strategy)
 
 
 @dataclass(frozen=True)
@@ -127,19 +157,20 @@ def keys(case: Case, folder: Path) -> list[str]:
     """The command line of a case."""
     words = [f"context={case.context}", f"micro_batch={case.rows}", f"precision={case.precision}"]
     words += [f"optimizer={case.optimizer}", *case.more, "steps=3", "log_every=1", "callbacks=minimal", "logger=none"]
-    words += ["validate_every=3", "checkpoint_every=3", "accelerator=cpu", "devices=1", "threads=2"]
+    words += ["validate_every=3", "checkpoint_every=3", "accelerator=cpu", f"devices={case.ranks}"]
+    words += [f"strategy={case.strategy}", f"threads={2 // case.ranks}"]
     words += [f"cache_dir={folder / 'cache'}"]
     if case.like in ("finetune", "LoRA"):
         if not (folder / "pairs.jsonl").exists():
             write_pairs(folder / "pairs.jsonl")
         start = model_folder(folder, case.model, case.vocabulary)
         words += ["task=finetune", f"init={start}", "data=pairs", f"path={folder / 'pairs.jsonl'}"]
-        return [*words, f"batch_sequences={case.rows * case.parts}", "task.text.examples=0"]
+        return [*words, f"batch_sequences={case.rows * case.parts * case.ranks}", "task.text.examples=0"]
     corpus, tokenizer = folder / f"corpus-{case.vocabulary}", folder / f"tokenizer-{case.vocabulary}"
     if not corpus.exists():
         write_corpus(corpus, case.vocabulary, train_tokens=200_000, val_tokens=8_193)
         write_tokenizer(tokenizer, case.vocabulary)
-    words += [f"model={case.model}", f"batch_tokens={case.context * case.rows * case.parts}"]
+    words += [f"model={case.model}", f"batch_tokens={case.context * case.rows * case.parts * case.ranks}"]
     if case.teacher:
         teacher = model_folder(folder, case.teacher, case.vocabulary)
         words += ["task=distill", "preflight=off", f"teacher={teacher}"]
@@ -159,6 +190,7 @@ def row(case: Case, found: Found) -> str:
     """A line of the table."""
     model = f"{case.model} ← {case.teacher}" if case.teacher else case.model
     settings = [case.precision, case.optimizer, *(word.removeprefix("task.") for word in case.more)]
+    settings += [f"{case.strategy} on {case.ranks}"] if case.ranks > 1 else []
     batch = f"{case.rows} × {case.context}" + (f", {case.parts} a step" if case.parts > 1 else "")
     sizes = f"{found.predicted / 1e9:.2f} | {found.measured / 1e9:.2f} | {found.error:+.0%} | {found.error_above:+.0%}"
     return f"| {case.like} | {model} | {case.vocabulary:,} | {batch} | {', '.join(settings)} | {sizes} |"
@@ -178,6 +210,8 @@ def medians(found: list[Found]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--drawn", type=int, default=0, help="so many that are drawn instead")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     options = parser.parse_args()
     print(
         "| task | model | vocabulary | micro-batch | settings | predicted, GB | measured, GB | error | above process |"
@@ -185,7 +219,8 @@ def main() -> None:
     print("|---|---|--:|---|---|--:|--:|--:|--:|", flush=True)
     every = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in tqdm(CASES[: options.cases], "runs", disable=None):
+        cases = drawn_cases(options.drawn, options.seed) if options.drawn else CASES[: options.cases]
+        for case in tqdm(cases, "runs", disable=None):
             every.append(measure(case, Path(folder)))
             print(row(case, every[-1]), flush=True)
     print(f"\n{medians(every)}")
