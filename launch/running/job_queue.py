@@ -107,13 +107,14 @@ def run_all(
     with children.noting() as signals:
         sent = 0
         while queue.running or not (queue.exhausted or queue.errors or signals):
-            with queue.noting_errors():
-                while not (queue.exhausted or queue.errors or signals) and executor.has_room():
-                    queue.start_next()
             for number in signals[sent:]:
                 queue.signal(number)
                 sent += 1
-            queue.record_ended()
+            queue.record_ended()  # first: what is asked for next is to learn from it
+            with queue.noting_errors():
+                if not (queue.exhausted or queue.errors or signals) and executor.has_room():
+                    queue.start_next()
+                    continue
             if queue.running:
                 time.sleep(POLL_SECONDS)
     if queue.errors:
