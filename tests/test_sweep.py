@@ -117,6 +117,7 @@ def test_a_sweep_does_not_write_over_another_one(swept: Callable[..., Answer], t
     assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished"] * 3
 
 
+@pytest.mark.slow
 def test_a_sweeper_is_told_the_val_loss_of_each_job(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
