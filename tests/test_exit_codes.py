@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Train, started
 from safetensors.torch import load_file
+from test_sweep_on_ranks import marked
 
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.metrics_file import read_metrics, series
@@ -51,18 +53,36 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
 
 
 @pytest.mark.slow
-def test_the_second_ctrl_c_stops_at_once(cache: Path, tmp_path: Path, tiny: list[str]):
+@pytest.mark.parametrize(
+    ("keys", "runs"),
+    [
+        (["run_dir=run"], ["run"]),
+        (["devices=2", "run_dir=run"], ["run"]),
+        (["-m", "seed=1,2,3", "n_jobs=2", "hydra.sweep.dir=swept"], ["swept/0", "swept/1"]),
+    ],
+    ids=["one process", "two ranks", "a sweep"],
+)
+def test_the_second_ctrl_c_stops_at_once(
+    keys: list[str], runs: list[str], cache: Path, tmp_path: Path, tiny: list[str]
+):
     # One step lasts for seconds, so both presses fall into it.
-    slow = ["batch_tokens=262144", "steps=1000", "log_every=1", "run_dir=run"]
-    process = started(cache, tmp_path, *tiny, *slow)
-    while not read_metrics(tmp_path / "run"):
+    mark = uuid.uuid4().hex
+    slow = ["batch_tokens=524288", "steps=1000", "log_every=1"]
+    process = started(cache, tmp_path, *tiny, *slow, *keys, MARK=mark)
+    while not all(read_metrics(tmp_path / run) for run in runs):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Stopped at once" in stderr
+    logs = [(tmp_path / run).parent / "logs" / f"job-{run[-1]}.txt" for run in runs if run != "run"]
+    for said in [log.read_text() for log in logs] or [stderr]:
+        assert "Stopped at once" in said
+    assert not list(tmp_path.rglob("step-*.ckpt"))
+    assert not marked(mark)
+    assert not (tmp_path / "swept" / "2").exists()
 
 
 def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):

@@ -96,6 +96,25 @@ def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.mark.slow
+def test_ctrl_c_stops_all_ranks_after_saving_and_they_can_go_on(
+    cache: Path, tmp_path: Path, tiny: list[str], train_process: Train
+):
+    process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    stopped = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert stopped["status"] == "stopped"
+    answer = train_process("resume=run", f"steps={stopped['steps'] + 3}")
+    assert answer.code == 0, answer.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["status"], report["steps"]) == ("finished", stopped["steps"] + 3)
+    steps = [int(row["step"]) for row in read_metrics(tmp_path / "run")]
+    assert steps == sorted(set(steps)), "no step was trained twice"
+
+
 @pytest.mark.chaos
 def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -308,6 +309,22 @@ def test_a_search_of_real_runs_outlives_a_diverging_one(train_process: Train, ti
         trial.params["optimizer.lr"]: trial.state for trial in study(tmp_path / "swept").trials if trial.user_attrs
     }
     assert states == {"0.01": TrialState.COMPLETE, "1e+30": TrialState.FAIL}
+
+
+def test_a_search_learns_the_val_loss_of_its_jobs_and_ends_with_a_command_that_repeats_the_best(
+    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
+):
+    space = ["optimizer.lr=interval(1e-4,1e-2)", "model.n_layer=range(1,4)"]
+    ended = train_process(*tiny, *QUICK, *space, "hydra.sweep.dir=swept", *RANDOM, "hparams_search.n_trials=2")
+    assert ended.code == 0, ended.stderr
+    losses = [read_report(tmp_path / "swept" / row["job"])["val_loss"] for row in rows(tmp_path / "swept")]
+    assert losses[0] != losses[1]
+    first, second = study(tmp_path / "swept").trials
+    assert [first.value, second.value] == losses
+    assert first.datetime_complete < second.datetime_start, "what is drawn second knows the first"
+    (command,) = (line for line in ended.stdout.splitlines() if line.startswith("  python train.py "))
+    assert train_here(*shlex.split(command)[2:], "run_dir=again").code == 0
+    assert read_report(tmp_path / "again")["val_loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
 def steps_and_winner(folder: Path) -> tuple[int, str]:

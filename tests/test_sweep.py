@@ -10,9 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Answer, Train, environment, started
+from hydra.core.utils import JobReturn
+
+from gpt2lab.run_report import read_report
+from launch.running import sweep
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -110,6 +115,25 @@ def test_a_sweep_does_not_write_over_another_one(swept: Callable[..., Answer], t
     longer = swept("seed=1,2,3", "resume=auto")
     assert longer.code == 0, longer.stderr
     assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished"] * 3
+
+
+@pytest.mark.slow
+def test_a_sweeper_is_told_the_val_loss_of_each_job(
+    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Hydra hands its sweepers what the launcher returns."""
+    returned: list[JobReturn] = []
+
+    def noting(*arguments: Any) -> list[JobReturn]:
+        returned.extend(run_grid(*arguments))
+        return returned
+
+    run_grid = sweep.run_grid
+    monkeypatch.setattr(sweep, "run_grid", noting)
+    assert train_here(*tiny, "-m", "steps=2", "optimizer.lr=0.0001,0.01", "hydra.sweep.dir=swept").code == 0
+    losses = [read_report(tmp_path / "swept" / job)["val_loss"] for job in ("0", "1")]
+    assert losses[0] != losses[1]
+    assert [job.return_value for job in returned] == losses
 
 
 def running_job(folder: Path, process: subprocess.Popen[str]) -> int:

@@ -36,6 +36,7 @@ class Witness(lightning.Callback):
         (own,) = (callback.settings_hash for callback in trainer.callbacks if isinstance(callback, SameSettings))
         cores = sorted(os.sched_getaffinity(0))
         seen = {"hash": own, "lr": pl_module.settings.optimizer.lr, "cores": cores, "threads": torch.get_num_threads()}
+        seen["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         (self.folder / f"witness-{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
@@ -207,7 +208,11 @@ def test_no_process_outlives_a_sweep_of_several_jobs_on_several_ranks(
         assert all(list(job.glob("checkpoints/step-*.ckpt")) for job in jobs)
 
 
-def test_jobs_that_run_at_once_share_out_the_cores(train_process: Train, tiny: list[str], tmp_path: Path):
+def test_jobs_that_run_at_once_share_out_the_cores_and_the_gpus(
+    train_process: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """GPUs by their names, which the jobs find in their environment whether or not there are such."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     cores = os.sched_getaffinity(0)
     if len(cores) < 2:
         pytest.skip("needs two cores")
@@ -216,6 +221,7 @@ def test_jobs_that_run_at_once_share_out_the_cores(train_process: Train, tiny: l
     (first,), (second,) = (seen(tmp_path / "swept" / job) for job in ("0", "1"))
     assert set(first["cores"]) | set(second["cores"]) == cores
     assert not set(first["cores"]) & set(second["cores"])
+    assert [job["gpus"] for job in (first, second)] == ["4", "6,7"]
     assert [job["threads"] for job in (first, second)] == [len(job["cores"]) for job in (first, second)]
     assert (tmp_path / "swept" / "logs" / "job-1.txt").read_text().splitlines()[-1].startswith("finished:")
 

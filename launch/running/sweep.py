@@ -92,9 +92,13 @@ def run_sweep(
 
     try:
         stopped = run_all(source, executor, planned, prepared, changed)
+    except Exception:
+        print(f"Once this is mended, continue with: {_command_to_continue(folder)}", file=sys.stderr, flush=True)
+        raise
     finally:
         executor.close()
-    print(sweep_results.in_words(folder, started))
+        if started:
+            print(sweep_results.in_words(folder, started), flush=True)
     jobs.check_all_ended_well(started, stopped, "sweep", f"Continue with: {_command_to_continue(folder)}")
     return started
 
