@@ -45,6 +45,7 @@ class RunSizes:
         teacher: one that is asked at every step.
         reading_teacher: one that reads all of the data once, before the student is there.
         on_gpu, sharded, ranks: the device, and whether its ranks share weights (FSDP2).
+        sharded_teacher: whether they share the teacher's, too.
     """
 
     shape: ModelShape
@@ -68,6 +69,7 @@ class RunSizes:
     on_gpu: bool = False
     sharded: bool = False
     ranks: int = 1
+    sharded_teacher: bool = False
 
     @property
     def positions(self) -> int:
@@ -127,6 +129,18 @@ def gathered(sizes: RunSizes) -> int:
     shape = sizes.shape
     embeddings = (shape.vocab_size + shape.n_positions) * shape.n_embd
     return (embeddings + 2 * 12 * shape.n_embd**2) * sizes.weight_bytes
+
+
+def teacher_weights(sizes: RunSizes) -> int:
+    """Of a teacher that is split, the embeddings are whole on every rank, and two blocks while they are worked with."""
+    teacher, item = sizes.teacher, sizes.compute_bytes
+    if teacher is None:
+        return 0
+    if not sizes.sharded_teacher:
+        return parameters(teacher) * item
+    embeddings = (teacher.vocab_size + teacher.n_positions) * teacher.n_embd
+    blocks = parameters(teacher) - embeddings
+    return (embeddings + blocks // sizes.ranks + 2 * 12 * teacher.n_embd**2) * item
 
 
 def of_a_layer(sizes: RunSizes) -> int:

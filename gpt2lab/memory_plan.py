@@ -118,7 +118,7 @@ def _parts(sizes: RunSizes) -> dict[str, int]:
         "averaged weights": total * 4 // sizes.shards if sizes.ema else 0,
         "activations": count.activations(sizes),
         "LM head": count.head_kept(sizes) + count.head_work(sizes),
-        "teacher weights": parameters(teacher) * sizes.compute_bytes if teacher else 0,
+        "teacher weights": count.teacher_weights(sizes),
         "teacher activations": count.without_gradient(sizes, teacher, sizes.positions, sizes.compute_bytes)
         if teacher
         else 0,

@@ -34,12 +34,14 @@ class OnlineTeacher:
     def shard(self, mesh: DeviceMesh) -> None:
         """Split its blocks over the ranks of a mesh and move them to their device; the embeddings, which are its head
         as well, stay whole on every rank. From then on all ranks must ask it together.
+
+        The backbone, which `signal` calls, is the root: under it one block is gathered while another works.
         """
         transformer = self.backbone.lm.transformer
         for block in self.backbone.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         whole = {*transformer.wte.parameters(), *transformer.wpe.parameters(), *transformer.ln_f.parameters()}
-        fully_shard(transformer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(self.backbone, mesh=mesh, ignored_params=whole)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the weights; in bf16 on a CPU the head is laid out as the LM-head loss multiplies by it."""

@@ -14,7 +14,8 @@ import lightning
 import torch
 import torch.distributed
 from lightning.pytorch.plugins import DoublePrecision
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from launch.configuration import config
@@ -23,6 +24,7 @@ from launch.running import build, resolve
 from lightning_modules.distill import Distill
 
 Gradients = list[dict[str, Tensor]]
+Held = tuple[tuple[int, ...], int, bool]
 
 
 class Recorder(lightning.Callback):
@@ -32,7 +34,9 @@ class Recorder(lightning.Callback):
         self.gradients: Gradients = []
         self.parts: list[tuple[int, int]] = []  # (sequences, targets) of each micro-batch on this rank
         self.computed_in: torch.dtype | None = None  # the type of a block's weights while it works
-        self.split_tensors_of_teacher = 0
+        self.held: dict[str, Held] = {}
+        self.moments_held = 0  # elements of the optimizer's state on this rank
+        self.roots: dict[str, list[str]] = {}  # student and teacher → modules at which FSDP's work begins
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         attention = pl_module.backbone.blocks[0].attn
@@ -41,9 +45,6 @@ class Recorder(lightning.Callback):
             self.computed_in = next(module.parameters()).dtype
 
         attention.register_forward_pre_hook(look)
-        if isinstance(pl_module, Distill) and not pl_module.cache:
-            teacher = pl_module.teacher.backbone.parameters()
-            self.split_tensors_of_teacher = sum(isinstance(parameter, DTensor) for parameter in teacher)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -59,6 +60,31 @@ class Recorder(lightning.Callback):
                 gradient = parameter.grad
                 of_step[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone().cpu()
         self.gradients.append(of_step)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        models = {"student": pl_module.backbone}
+        if isinstance(pl_module, Distill) and not pl_module.cache:
+            models["teacher"] = pl_module.teacher.backbone
+        self.roots = {whose: roots(model) for whose, model in models.items()}
+        self.held = {
+            f"{whose}.{name}": held(parameter)
+            for whose, model in models.items()
+            for name, parameter in model.named_parameters()
+        }
+        state = trainer.optimizers[0].state.values()
+        self.moments_held = sum(held(tensor)[1] for of in state for tensor in of.values() if tensor.ndim)
+
+
+def held(tensor: Tensor) -> Held:
+    """Whole size of a tensor, the elements of it that this rank keeps in memory, and whether it is one of parts."""
+    here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tuple(tensor.shape), here.untyped_storage().nbytes() // here.itemsize, isinstance(tensor, DTensor)
+
+
+def roots(model: nn.Module) -> list[str]:
+    """Names of the modules that FSDP has found itself called at first; nothing where it is not at work."""
+    split = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    return [name for name, module in split.items() if module._get_fsdp_state()._is_root]
 
 
 def recorded(settings: Config, folder: Path) -> Recorder:
@@ -81,11 +107,12 @@ def recorded(settings: Config, folder: Path) -> Recorder:
 def _program(specs: list[str]) -> None:
     for spec in map(Path, specs):
         recorder = recorded(config.load(spec), spec.parent)
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, recorder.parts)
+        of_rank = {name: vars(recorder)[name] for name in ("parts", "held", "moments_held", "roots")}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, of_rank)
         if torch.distributed.get_rank() == 0:
-            kept = {name: vars(recorder)[name] for name in ("gradients", "computed_in", "split_tensors_of_teacher")}
-            torch.save({**kept, "parts": parts}, spec.with_name("gradients.pt"))
+            kept = {"gradients": recorder.gradients, "computed_in": recorder.computed_in, "ranks": ranks}
+            torch.save(kept, spec.with_name("gradients.pt"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from gpt2lab.attention_spans import document_bounds, spans_of
 from gpt2lab.backbone import Backbone
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.settings import ModelShape
+from launch.configuration.automatic import has_compiler
 
 
 def passed_through(backbone: Backbone) -> list[int]:
@@ -89,6 +90,26 @@ def test_a_pass_compiled_as_one_graph_gives_the_same_with_every_mask() -> None:
         assert torch.equal(plain.logits(ids[:2]), compiled.logits(ids[:2]))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler and Python.h")
+@pytest.mark.parametrize("more", [(), ("activation_checkpointing=true",)], ids=["pass", "blocks"])
+def test_two_ranks_that_compile_have_the_losses_of_two_that_do_not(
+    more: tuple[str, ...], train_process: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    """DDP cuts what is compiled where its buckets end; sums in fp32 come in another order."""
+    keys = [*tiny, *more, "devices=2", "strategy=ddp", "steps=8", "validate_every=4", "log_every=1", "optimizer=adamw"]
+    found = {}
+    for compiles in ("true", "false"):
+        ended = train_process(*keys, f"compile={compiles}", f"run_dir={compiles}")
+        assert ended.code == 0, ended.stderr
+        assert "nothing is compiled" not in ended.stderr
+        rows = read_metrics(tmp_path / compiles)
+        found[compiles] = [float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)]
+    assert len(found["true"]) == 8 + 2
+    assert found["true"] == pytest.approx(found["false"], abs=2e-5)
+    assert found["true"] != found["false"]  # to the last bit only code that was not compiled is alike
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, SHRUNK, environment
-from gradient_run import Gradients, recorded
+from gradient_run import Gradients, Held, recorded
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
@@ -178,7 +178,7 @@ def test_two_ranks_accumulate_the_gradient_of_one_process(
     together: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     recorded = together[strategy, case]
-    first, second = recorded["parts"]
+    first, second = (rank["parts"] for rank in recorded["ranks"])
     assert [rows for rows, _ in first] == [2, 2] * STEPS  # micro-batches of each rank
     assert [rows for rows, _ in second] == [2, 1] * STEPS
     if CASES[case][:1] == PAIRS[:1]:
@@ -194,10 +194,54 @@ def test_what_is_split_or_offloaded_besides_changes_no_gradient(
     case: str, alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     recorded = together["fsdp", case]
-    assert bool(recorded["split_tensors_of_teacher"]) == (case == "distill_sharded_teacher")
-    assert not together["fsdp", "distill"]["split_tensors_of_teacher"]
     for one, two in zip(alone[ONLY_SHARDED[case][0]][1], recorded["gradients"], strict=True):
         assert distance(one, two) <= TOLERANCE
+
+
+def share(recorded: dict[str, Any], whose: str) -> dict[str, list[Held]]:
+    """Parameter → what each rank holds of it."""
+    names = [name for name in recorded["ranks"][0]["held"] if name.startswith(whose)]
+    return {name: [rank["held"][name] for rank in recorded["ranks"]] for name in names}
+
+
+@pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
+def test_each_of_two_ranks_holds_its_half_of_weights_and_moments_alone(
+    case: str, together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """Of every tensor, the larger half of an odd number of rows included; under ddp both hold all of it."""
+    of_student = share(together["fsdp", case], "student")
+    assert of_student
+    for name, ((shape, *_), _) in of_student.items():
+        half = (shape[0] + 1) // 2 * math.prod(shape[1:])
+        assert of_student[name] == [(shape, half, True)] * 2, name
+    if case in CASES:
+        alike = share(together["ddp", case], "student")
+        assert alike == {name: [(shape, math.prod(shape), False)] * 2 for name, ((shape, *_), _) in of_student.items()}
+        halves, wholes = (
+            [rank["moments_held"] for rank in together[strategy, case]["ranks"]] for strategy in ("fsdp", "ddp")
+        )
+        assert wholes[0] > 0
+        assert halves == pytest.approx([whole / 2 for whole in wholes], rel=0.02)
+
+
+def test_a_teacher_that_is_split_stays_whole_in_its_head_alone(
+    together: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    split, whole = (share(together["fsdp", case], "teacher") for case in ("distill_sharded_teacher", "distill"))
+    assert {name.split(".")[3] for name, (held, _) in split.items() if not held[2]} == {"wte", "wpe", "ln_f"}
+    for name, ((shape, *_), _) in whole.items():
+        assert whole[name] == [(shape, math.prod(shape), False)] * 2
+        assert split[name] == (whole[name] if ".h." not in name else [(shape, math.prod(shape) // 2, True)] * 2), name
+
+
+@pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
+def test_what_is_split_has_one_root_so_that_blocks_are_gathered_ahead_of_their_work(
+    case: str, together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """The backbone, which is called; a block that is its own root waits until it is called to gather its weights."""
+    of_teacher = {"teacher": []} if case == "distill" else {"teacher": [""]} if "teacher" in case else {}
+    for rank in together["fsdp", case]["ranks"]:
+        assert rank["roots"] == {"student": [""], **of_teacher}
 
 
 def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_in_fp32(

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import ROOT, Train, environment
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from gpt2lab.metrics_file import read_metrics
@@ -219,6 +223,59 @@ def test_a_rank_of_torchrun_that_lives_but_does_not_come_is_named(
     assert process.returncode == 1, stderr
     (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
     assert told.startswith("The run failed: rank 1 (last between steps 3 and 4)"), stderr
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stopped", [False, True], ids=["lives", "stopped"])
+def test_ranks_that_wait_for_rank_0_to_prepare_say_so_and_end_if_it_stands_still(
+    stopped: bool, train_here: Train, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """Somebody else holds the lock on the tokens that rank 0 needs."""
+    keys = [*tiny, f"cache_dir={tmp_path / 'cache'}", "steps=2"]
+    assert train_here(*keys, "run_dir=first").code == 0
+    (ledger,) = (tmp_path / "cache" / "tokens").glob("*/ledger.json")
+    ledger.unlink()
+    with FileLock(f"{ledger.parent}.lock"):
+        process = under_torchrun(cache, tmp_path, *keys, "strategy=ddp")
+        said = [*heard(process, "waiting for another process that prepares")]
+        if stopped:
+            os.kill(ranks_of_torchrun(tmp_path)[0], signal.SIGSTOP)
+        else:
+            said += heard(process, "still prepares the run")
+            said += heard(process, "still prepares the run")
+    _, stderr = process.communicate(timeout=150)
+    if stopped:
+        assert process.returncode == 1, stderr
+        (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+        assert told.startswith("The run failed: rank 0 (last getting ready) kept the others waiting"), stderr
+    else:
+        assert process.returncode == 0, stderr
+        waited = [re.fullmatch(r"Rank 0, on \S+, .* since [\d:]{8}, (\d+) seconds\.", line) for line in said]
+        times = [int(line[1]) // 8 for line in waited if line]
+        assert times == list(range(1, max(len(times), 2) + 1)), said
+
+
+@pytest.mark.chaos
+def test_a_rank_ends_whose_rank_0_never_answers(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = conftest.started(cache, tmp_path, *tiny, "rank_timeout=5", **variables)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    told = f"The run failed: rank 1 could not reach rank 0 at 127.0.0.1:{port} for rank_timeout=5 seconds."
+    assert stderr.splitlines()[-1] == told, stderr
+
+
+def heard(process: subprocess.Popen[str], words: str) -> list[str]:
+    """Lines of its stderr up to the one with these words."""
+    assert process.stderr is not None
+    lines: list[str] = []
+    while not lines or words not in lines[-1]:
+        lines.append(process.stderr.readline().rstrip())
+        assert process.poll() is None, lines
+    return lines
 
 
 @pytest.mark.chaos

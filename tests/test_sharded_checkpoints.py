@@ -1,25 +1,67 @@
 """Checkpoints that ranks write in parts: whole or not there, taken up by any number of ranks, made one by a command."""
 
+import json
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Train, environment
+from conftest import ROOT, SHRUNK, Answer, Train, environment
 from safetensors.torch import load_file
+from torch import Tensor
 
+import evaluate
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.errors import InputError
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
-from gpt2lab.sharded_checkpoint import is_sharded, read_whole
+from gpt2lab.sharded_checkpoint import is_sharded
+from launch.answer import exit_code
 from launch.consolidate import consolidate
 
 KEYS = ("steps=4", "checkpoint_every=2", "validate_every=4", "log_every=1", "ema=0.5", "schedule.warmup_steps=2")
 KEYS += ("devices=2", "strategy=fsdp", "checkpoint_format=sharded", "run_dir=run")
+STANDING_STILL = ["steps=1", "optimizer=adamw", "optimizer.lr=1e-30", "optimizer.weight_decay=0", "run_dir=started"]
+
+WITNESS = """
+from pathlib import Path
+import lightning
+import torch
+
+class Witness(lightning.Callback):
+    def on_train_end(self, trainer, pl_module):
+        if trainer.world_size == 1:
+            return
+        (optimizer,), moments = trainer.optimizers, []
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            of = optimizer.state[parameter].items()
+            moments.append({what: value.full_tensor() for what, value in of if value.ndim})
+        weights = {name: parameter.full_tensor() for name, parameter in pl_module.named_parameters()}
+        if trainer.is_global_zero:
+            torch.save([weights, moments], Path(trainer.default_root_dir) / "witness.pt")
+"""
+
+
+@dataclass
+class Consolidated:
+    """A run of two ranks, how the command ended that made its newest checkpoint whole, and what it left."""
+
+    run: Path
+    answer: Answer
+    folder: Path
+    file: Path
+
+
+def consolidated(folder: Path, cache: Path, *words: str) -> Answer:
+    """The command as a user types it, in the folder of the project."""
+    command = [sys.executable, "-m", "launch.consolidate", *words]
+    variables = {**environment(cache), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    return Answer(ended.returncode, ended.stdout, ended.stderr)
 
 
 def losses(folder: Path) -> dict[str, float]:
@@ -30,24 +72,107 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "model.safetensors")
 
 
-def test_one_rank_takes_up_what_two_wrote_and_one_command_makes_it_whole(
-    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Consolidated:
+    """A callback that knows nothing of checkpoints writes down the weights and moments that the ranks end with."""
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "witness.py").write_text(WITNESS)
+    keys = [*SHRUNK, f"path={sources}", *KEYS, "+callbacks.witness._target_=witness.Witness"]
+    command, variables = [sys.executable, str(ROOT / "train.py"), *keys], {"PYTHONPATH": str(folder)}
+    ended = subprocess.run(command, cwd=folder, env=environment(cache) | variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    answer = consolidated(folder, cache, "run")
+    whole = folder / "run" / "consolidated"
+    return Consolidated(folder / "run", answer, whole, whole / "step-000004.ckpt")
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_the_command_makes_one_file_with_the_weights_and_moments_that_the_ranks_ended_with(made: Consolidated) -> None:
+    assert made.answer.code == 0, made.answer.stderr
+    assert made.answer.stdout == "run/consolidated/hf\n"
+    assert sorted(path.name for path in made.folder.iterdir()) == ["hf", "step-000004.ckpt"]
+    whole = torch.load(made.file, weights_only=True)
+    ended_with, moments = torch.load(made.run / "witness.pt", weights_only=True)
+    ended_with["backbone.lm.lm_head.weight"] = ended_with["backbone.lm.transformer.wte.weight"]
+    assert_equal(whole["state_dict"], ended_with)
+    (optimizer,) = whole["optimizer_states"]
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    assert len(numbers) == len(optimizer["state"]) == len(moments)
+    for number, expected in zip(numbers, moments, strict=True):
+        assert expected
+        assert_equal({what: value for what, value in optimizer["state"][number].items() if value.ndim}, expected)
+    assert_equal(weights(made.folder), weights(made.run))  # of the averaged weights, which the run has exported itself
+
+
+def test_the_folder_serves_as_init_as_teacher_and_as_checkpoint(
+    made: Consolidated,
+    train_here: Train,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    answer = train_process(*tiny, *KEYS)
+    keys = [key for key in tiny if not key.startswith(("model", "vocab_size"))]
+    answer = train_here(*keys, "model=auto", f"init={made.folder}", *STANDING_STILL)
     assert answer.code == 0, answer.stderr
-    run = tmp_path / "run"
+    assert_equal(weights(tmp_path / "started"), weights(made.run))
+    taught = ["task=distill", f"teacher={made.folder}", "preflight=off", "steps=1", "run_dir=taught"]
+    answer = train_here(*tiny, *taught)
+    assert answer.code == 0, answer.stderr
+    assert read_report(tmp_path / "taught")["teacher"]["source"] == str(made.folder / "hf")
+    scores = []
+    for checkpoint in (made.folder, made.run):
+        text = next(word for word in tiny if word.startswith("path="))
+        words = [f"checkpoint={checkpoint}", "data=text", text, "context=32", "json=scores.json"]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *words])
+        assert exit_code(evaluate.main) == 0, capfd.readouterr().err
+        scores.append(json.loads((tmp_path / "scores.json").read_text())["loss"])
+    assert scores[0] == scores[1]
+
+
+def test_a_run_goes_on_from_the_file_as_from_the_parts(
+    made: Consolidated, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(made.run.parent)
+    for name in ("parts", "whole"):
+        shutil.copytree(made.run, tmp_path / name, symlinks=True)
+    shutil.rmtree(tmp_path / "whole" / "checkpoints")
+    (tmp_path / "whole" / "checkpoints").mkdir()
+    shutil.copy(made.file, tmp_path / "whole" / "checkpoints")
+    newest = newest_good_checkpoint(tmp_path / "whole")
+    assert newest is not None
+    assert newest.is_file()
+    for name in ("parts", "whole"):
+        answer = train_here(f"resume={name}", "devices=1", "strategy=auto", "checkpoint_format=single", "steps=6")
+        assert answer.code == 0, answer.stderr
+    assert read_report(tmp_path / "whole")["steps"] == 6
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert not torch.equal(
+        weights(tmp_path / "whole")["transformer.wte.weight"], weights(made.run)["transformer.wte.weight"]
+    )
+
+
+@pytest.mark.parametrize(("words", "told"), [([], "Give one run directory"), (["nowhere"], "neither a run directory")])
+def test_what_is_no_run_ends_the_command_with_a_line(words: list[str], told: str, tmp_path: Path, cache: Path) -> None:
+    answer = consolidated(tmp_path, cache, *words)
+    assert answer.code == 2
+    assert answer.stderr.startswith("error: ")
+    assert told in answer.stderr
+
+
+def test_one_rank_takes_up_what_two_wrote_and_of_damaged_parts_the_last_whole_ones(
+    made: Consolidated, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(made.run.parent)
+    run = made.run
     newest = newest_good_checkpoint(run)
     assert newest is not None
     assert is_sharded(newest)
     assert len(list(newest.glob("*.distcp"))) == 2
-    whole = consolidate(str(run))
-    exported, consolidated = weights(run), weights(whole)
-    assert exported.keys() == consolidated.keys()
-    assert all(torch.equal(exported[name], consolidated[name]) for name in exported)
-    one_file = torch.load(whole / newest.name, weights_only=True)
-    assert one_file["state_dict"].keys() == read_whole(newest)["state_dict"].keys()
-    unbroken = losses(run)
-
     shutil.copytree(run, tmp_path / "again", symlinks=True)
     (tmp_path / "again" / "checkpoints" / "index.json").unlink()
     assert newest_good_checkpoint(tmp_path / "again") == tmp_path / "again" / "checkpoints" / newest.name
@@ -56,7 +181,7 @@ def test_one_rank_takes_up_what_two_wrote_and_one_command_makes_it_whole(
     answer = train_here("resume=again", "devices=1", "strategy=auto")
     assert answer.code == 0, answer.stderr
     assert "is damaged" in answer.stderr
-    assert losses(tmp_path / "again") == pytest.approx(unbroken, abs=2e-5)
+    assert losses(tmp_path / "again") == pytest.approx(losses(run), abs=2e-5)
     assert read_report(tmp_path / "again")["val_loss"] == pytest.approx(read_report(run)["val_loss"], abs=1e-4)
     with pytest.raises(InputError, match="one file already"):
         consolidate(str(tmp_path / "again"))

@@ -188,8 +188,8 @@ def _checkpoint_format(config: Config) -> str:
 def _shard_teacher(config: Config) -> bool:
     if str(config.shard_teacher).lower() != "auto":
         return str(config.shard_teacher).lower() == "true"
-    devices = int(config.devices)
-    return config.strategy == "fsdp" and not device_memory.fits(config, devices, teacher_parts=1)
+    ranks = int(config.devices) * config.num_nodes
+    return config.strategy == "fsdp" and not device_memory.fits(config, ranks, teacher_parts=1)
 
 
 def _precision(config: Config) -> str:

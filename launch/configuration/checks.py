@@ -242,10 +242,9 @@ def check_batch(config: Config) -> None:
                 f"batch_tokens={config.batch_tokens} is not a multiple of context={config.context}.\n"
                 f"Nearest: {' or '.join(f'batch_tokens={value}' for value in near)}."
             )
-    if isinstance(config.devices, int) and rows < config.devices:
-        raise InputError(
-            f"{key} cannot be shared by devices={config.devices}: each needs a sequence.\nRaise the batch."
-        )
+    if isinstance(config.devices, int) and rows < config.devices * config.num_nodes:
+        ranks = f"devices={config.devices}" + (f" of num_nodes={config.num_nodes}" if config.num_nodes > 1 else "")
+        raise InputError(f"{key} cannot be shared by {ranks}: each needs a sequence.\nRaise the batch.")
 
 
 def check_files(config: Config) -> None:

@@ -112,6 +112,7 @@ def _memory(config: Config, sizes: RunSizes, plan: MemoryPlan, room: int | None)
         "activations": f"of one micro-batch of {sizes.rows} × {sizes.length} tokens"
         + (", recomputed block by block" if sizes.checkpointing else ""),
         "LM head": "its gradients, and the chunk of logits that is worked on",
+        "teacher weights": "a device's part of its blocks, and two whole ones" if sizes.sharded_teacher else "",
     }
     for name, size in plan.parts.items():
         if size:

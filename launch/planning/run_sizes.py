@@ -70,6 +70,7 @@ def run_sizes(config: Config, vocab_size: int) -> RunSizes:
         on_gpu=config.accelerator == "gpu",
         sharded=config.strategy == "fsdp",
         ranks=ranks,
+        sharded_teacher=config.shard_teacher is True,
     )
 
 

@@ -9,9 +9,12 @@ import json
 import os
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from gpt2lab.errors import InputError
 from gpt2lab.heartbeat import GRACE_SECONDS, Heartbeat
@@ -20,10 +23,13 @@ from launch.configuration import config
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import given_keys
 
-PREPARATION = timedelta(days=2)  # the others wait so long for rank 0 to prepare data and teacher
+if TYPE_CHECKING:
+    from launch.running.cluster_watch import Watch
+
 FAREWELL = timedelta(minutes=30)  # rank 0 may save so long after the others are done
 SLURM_PORTS = 20_000  # a job's port is taken from the 10,000 above it
 TOLD = "gpt2lab/told"
+LOOK = timedelta(seconds=1)  # that one wait for it takes
 
 
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
@@ -89,21 +95,34 @@ def take_numbers(settings: Config) -> None:
 
 
 class Meeting:
-    """Where the ranks of a run meet: a key-value store on rank 0's machine."""
+    """Where the ranks of a run meet: a key-value store on rank 0's machine.
 
-    def __init__(self) -> None:
-        from torch.distributed import PrefixStore, TCPStore
+    Args:
+        seconds: that they wait for a rank 0 without a sign of life.
 
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    Raises:
+        answer.Ended: rank 0's machine does not answer.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        from torch.distributed import DistNetworkError, PrefixStore, TCPStore
+
+        from launch.running.cluster_watch import StoreBoard
+
+        self.rank, self.world_size, self._seconds = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), seconds
         has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own listens already
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=self.rank == 0 and not has_store,
-            wait_for_workers=False,
-            timeout=PREPARATION,
-        )
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_master, timeout = self.rank == 0 and not has_store, timedelta(seconds=seconds)
+        try:
+            store = TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+        except DistNetworkError as error:
+            if is_master:
+                raise
+            told = f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={seconds} seconds"
+            raise answer.Ended(answer.FAILED, f"The run failed: {told}.") from error
         self._store = PrefixStore(f"gpt2lab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._beats = PrefixStore("beats", self._store)
+        self._heartbeat = Heartbeat(StoreBoard(self._beats), self.rank)
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -121,13 +140,41 @@ class Meeting:
     def told(self) -> Config:
         """On the others: what rank 0 has told.
 
+        A rank 0 that lives may take its time; then rank 1 says every so often that all wait.
+
         Raises:
             answer.Ended: rank 0 has failed, and says itself of what.
         """
+        watch, begun, due = self._watch(self._seconds), time.monotonic(), self._seconds
+        clock = time.strftime("%H:%M:%S")
+        try:
+            while not self._has_told():
+                waited = time.monotonic() - begun
+                if self.rank == 1 and waited >= due:
+                    due += self._seconds
+                    words = f"Rank 0, on {os.environ['MASTER_ADDR']}, still prepares the run; the others have waited"
+                    print(f"{words} since {clock}, {waited:.0f} seconds.", file=sys.stderr, flush=True)
+        finally:
+            watch.stop()
         told = json.loads(self._store.get(TOLD))
         if told is None:
             raise answer.Ended(answer.FAILED)
         return config.parsed(told, "told by rank 0")
+
+    def _has_told(self) -> bool:
+        """Waits for it a second, so that signals are heeded."""
+        try:
+            self._store.wait([TOLD], LOOK)
+        except RuntimeError as error:
+            if is_timeout(error):
+                return False
+            raise
+        return True
+
+    def _watch(self, seconds: int) -> "Watch":
+        from launch.running.cluster_watch import Watch
+
+        return Watch(self._beats, self._heartbeat, self.rank, self.world_size, seconds)
 
     @contextmanager
     def training(self, settings: Config) -> Iterator[Heartbeat]:
@@ -140,8 +187,6 @@ class Meeting:
         from torch import distributed
         from torch.distributed import PrefixStore
 
-        from launch.running.cluster_watch import Watch
-
         if settings.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if settings.accelerator == "gpu" else "gloo"
@@ -150,9 +195,9 @@ class Meeting:
         distributed.init_process_group(
             backend, store=group_store, rank=self.rank, world_size=self.world_size, timeout=timeout
         )
-        watch = Watch(PrefixStore("beats", self._store), self.rank, self.world_size, settings.rank_timeout)
+        watch = self._watch(settings.rank_timeout)
         try:
-            yield watch.heartbeat
+            yield self._heartbeat
         except answer.Ended:
             watch.stop()
             self._leave()
@@ -166,6 +211,7 @@ class Meeting:
 
     def _leave(self) -> None:
         """Whoever ends first would take torchrun's word for the rest, which may still be saving."""
+        self._heartbeat.done()
         self._store.set(f"left/{self.rank}", "")
         self._store.wait([f"left/{rank}" for rank in range(self.world_size)], FAREWELL)
         if self.rank == 0:  # the store may be this process's own: let the others read it first

@@ -39,32 +39,32 @@ class StoreBoard:
 
 
 class Watch:
-    """Beats for this rank and listens to others, until it is stopped.
+    """Listens to the others for a rank, until it is stopped.
 
     Args:
-        store: where the ranks met.
+        store: where the ranks met and beat.
+        heartbeat: of this rank.
         rank: of this process.
         world_size: number of ranks.
         seconds: that the others may keep this one waiting.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, seconds: int) -> None:
+    def __init__(self, store: Any, heartbeat: Heartbeat, rank: int, world_size: int, seconds: int) -> None:
         self._rank, self._world_size, self._seconds, self._store = rank, world_size, seconds, store
         self._stopped = threading.Event()
         self._deaf = 0.0  # seconds since the store last answered
         self._ears = Listener(StoreBoard(store), list(range(world_size)) if rank == 0 else [0])
-        self.heartbeat = Heartbeat(StoreBoard(store), rank)
+        self._heartbeat = heartbeat
         threading.Thread(target=self._listen_on, daemon=True).start()
         threading.Thread(target=self._keep_time, daemon=True).start()
 
     def stop(self) -> None:
         """The others may take as long as they like from now on."""
         self._stopped.set()
-        self.heartbeat.done()
 
     def end_in_vain(self) -> NoReturn:
         """This rank gave up waiting: name who kept it waiting, once for all that did, and end this process."""
-        self.heartbeat.waited_in_vain()
+        self._heartbeat.waited_in_vain()
         time.sleep(3 * BEAT_SECONDS)  # the others leave word too
         all_ranks = Listener(StoreBoard(self._store), list(range(self._world_size)))
         all_ranks.listen(longest_gap=0.0)
@@ -101,5 +101,5 @@ class Watch:
         """At once: the main thread may wait in a call that nothing can interrupt."""
         if speaks and told:
             print(f"The run failed: {told}.", file=sys.stderr, flush=True)
-            self.heartbeat.waited_in_vain()
+            self._heartbeat.waited_in_vain()
         os._exit(answer.FAILED)

@@ -97,7 +97,7 @@ def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
 def _run_one_of_many(asked: Config) -> dict[str, Any]:
     """This process is one rank: the first prepares everything, the others do as it says."""
     cluster.settle_environment()
-    meeting = cluster.Meeting()
+    meeting = cluster.Meeting(asked.rank_timeout)
     if meeting.rank == 0:
         with meeting.preparing():
             cluster.take_numbers(asked)
