@@ -104,8 +104,13 @@ def test_the_plan_tells_what_the_data_will_take_on_the_disk(train_here: Train, t
 
 @pytest.mark.parametrize(
     "keys",
-    [("optimizer=adamw", "steps=3", "checkpoint_every=1"), ("optimizer=muon", "steps=1", "ema=0.9", "precision=bf16")],
-    ids=["two kept", "one, averaged"],
+    [
+        ("optimizer=adamw", "steps=3", "checkpoint_every=1"),
+        ("optimizer=muon", "steps=1", "ema=0.9", "precision=bf16"),
+        pytest.param(("steps=1", "devices=2", "strategy=fsdp"), marks=pytest.mark.slow),
+        pytest.param(("steps=1", "devices=2", "strategy=fsdp", "checkpoint_format=sharded"), marks=pytest.mark.slow),
+    ],
+    ids=["two kept", "one, averaged", "gathered", "in shards"],
 )
 def test_the_plan_tells_what_checkpoints_and_export_will_take_on_the_disk(
     train_here: Train, tiny: list[str], tmp_path: Path, keys: tuple[str, ...]

@@ -64,10 +64,12 @@ def run_files(config: Config, vocab_size: int) -> RunFiles:
 
     sizes = replace(run_sizes(config, vocab_size), sharded=False)
     parts = memory_plan(sizes).parts
+    embedding = sizes.shape.vocab_size * sizes.shape.n_embd * sizes.weight_bytes
+    tied = embedding if config.strategy == "fsdp" else 0  # gathered, or by parts, it is written as the LM head, too
     saves = math.ceil(config.steps / config.checkpoint_every)
     callback = config.callbacks.get("checkpoint")
     return RunFiles(
-        checkpoint=sum(parts[name] for name in IN_A_CHECKPOINT),
+        checkpoint=sum(parts[name] for name in IN_A_CHECKPOINT) + tied,
         kept=min(callback.get("keep_last", 2), saves) if callback else 0,
         export=4 * (parameters(sizes.shape) + lora_parameters(sizes)),
     )
