@@ -14,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, SHRUNK, Train
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import open_dict
 
 from gpt2lab.model_folder import parameters_of
@@ -250,6 +252,26 @@ def test_automatic_precision_says_in_one_line_what_it_took_and_why(
     assert f"precision={precision}: this CPU" in line
     automatic.settle(composed("precision=fp32", "accelerator=cpu", "devices=1"))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_automatic_precision_follows_the_gpu_and_fp16_brings_a_gradient_scaler(
+    in_hardware: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """PyTorch says of a GPU without bf16, too, that it supports it, by emulation, unless that is ruled out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or in_hardware
+    )
+    settings = composed("precision=auto", "accelerator=auto", "devices=auto")
+    automatic.settle(settings)
+    assert (settings.accelerator, settings.precision) == ("gpu", "bf16" if in_hardware else "fp16")
+    plugin = build.trainer(settings, tmp_path, [], []).precision_plugin
+    assert isinstance(plugin, MixedPrecision)
+    assert plugin.precision == ("bf16-mixed" if in_hardware else "16-mixed")
+    assert (plugin.scaler is None) == in_hardware
+    assert plugin.scaler is None or plugin.scaler.is_enabled()
 
 
 def test_run_names_are_short_and_plain():

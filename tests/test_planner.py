@@ -2,28 +2,41 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Answer, Train
+from conftest import ROOT, Answer, Train, environment
 from test_configuration import composed
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.benchmark_memory_plan import Case, measure
 from gpt2lab.backbone import Backbone, count_parameters
+from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import _workspaces, lm_head_loss
 from gpt2lab.memory_parts import RunSizes, parameters, trained_parameters
 from gpt2lab.memory_plan import largest_that_fits, memory_plan
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings
-from launch.configuration import automatic
+from launch.configuration import automatic, config, sharding_checks
+from launch.planning import plan
 from launch.planning.free_memory import host_free_bytes
 from launch.planning.knobs import knobs
-from launch.planning.speed import affordable_rows
+from launch.planning.run_sizes import run_sizes
+from launch.planning.speed import Speed, affordable_rows, fitting_rows
+from launch.running import space
 
+# Runs a command, and tells the most kilobytes that it or any process started by it has held
+PEAK_OF = """
+import resource, subprocess, sys
+
+subprocess.run(sys.argv[1:], check=True)
+sys.stderr.write(f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
+"""
 SMALL = ModelShape(6, 4, 256, 1024, 4096)
 GIGABYTE = 10**9
 
@@ -31,6 +44,10 @@ GIGABYTE = 10**9
 def succeeded(answer: Answer) -> str:
     assert answer.code == 0, answer.stderr
     return answer.stdout
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -41,12 +58,16 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def test_a_plan_names_every_part_and_leaves_nothing_behind(train_here: Train, tiny: list[str], tmp_path: Path):
-    told = succeeded(train_here(*tiny, "plan=true", "name=mine", "threads=1"))
+    told = succeeded(train_here(*tiny, "steps=1000", "plan=true", "name=mine", "threads=1"))
     for word in ("parameters", "weights", "gradients", "optimizer state", "activations", "LM head", "process", "peak"):
         assert word in told
     for word in ("micro_batch", "activation_checkpointing=true", "strategy=fsdp", "tokens/s", "checkpoints"):
         assert word in told
     assert "measured: 3 micro-batches" in told
+    rate = float(re.findall(r"^tokens/s +([\d,]+) ", told, re.MULTILINE)[0].replace(",", ""))
+    (seconds,) = re.findall(r"^training +([\d.]+) seconds", told, re.MULTILINE)
+    assert float(seconds) == pytest.approx(1000 * 256 / rate, abs=0.06), "steps of 256 tokens; one digit is shown"
+    assert "2 of 0.3 MB and the exported model" in told, "24,576 parameters with one moment, 12,544 with two"
     shape = ModelShape(2, 2, 32, 64, 300)
     assert f"{parameters(shape):,}" in told
     assert left_behind(tmp_path) == []
@@ -81,6 +102,42 @@ def test_the_plan_tells_what_the_data_will_take_on_the_disk(train_here: Train, t
     assert taken == pytest.approx(planned, rel=0.25)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("optimizer=adamw", "steps=3", "checkpoint_every=1"),
+        ("optimizer=muon", "steps=1", "ema=0.9", "precision=bf16"),
+        pytest.param(("steps=1", "devices=2", "strategy=fsdp"), marks=pytest.mark.slow),
+        pytest.param(("steps=1", "devices=2", "strategy=fsdp", "checkpoint_format=sharded"), marks=pytest.mark.slow),
+    ],
+    ids=["two kept", "one, averaged", "gathered", "in shards"],
+)
+def test_the_plan_tells_what_checkpoints_and_export_will_take_on_the_disk(
+    train_here: Train, tiny: list[str], tmp_path: Path, keys: tuple[str, ...]
+):
+    """Within a tenth: beside tensors there are the state of loops, random states, and the tokenizer."""
+    run = tmp_path / "run"
+    succeeded(train_here(*tiny, "model.n_embd=128", "vocab_size=1024", *keys, "run_dir=run", "threads=1"))
+    files = space.run_files(config.load(run / "config.yaml"), 1024)
+    taken = bytes_in(run / "checkpoints") + bytes_in(run / "hf")
+    assert taken == pytest.approx(files.left, rel=0.1)
+    assert bytes_in(run) < files.most
+
+
+@pytest.mark.parametrize(("devices", "shown"), [(1, "25.6 hours"), (4, "6.4 hours")])
+def test_the_time_to_finish_is_all_tokens_at_the_speed_of_all_devices(
+    devices: int, shown: str, monkeypatch: pytest.MonkeyPatch
+):
+    """36,000 steps of 256 tokens are 92,160 seconds at 100 tokens a second."""
+    monkeypatch.setattr(automatic, "cpu_cores", lambda: 4)
+    settings = composed("accelerator=cpu", "steps=36000", "batch_tokens=256", "context=32", f"devices={devices}")
+    automatic.settle(settings)
+    table = plan._time_and_disk(settings, run_sizes(settings, 300), 300, Speed(100.0, "measured"))
+    told = dict(zip(*(column._cells for column in table.columns[:2]), strict=True))
+    assert told["training"] == shown
+    assert told["tokens/s"] == str(100 * devices)
+
+
 def test_a_model_larger_than_the_machine_is_planned_in_seconds(train_here: Train, tmp_path: Path):
     """gpt2-xl with AdamW takes 16 bytes a parameter and activations: more than 24 GB on one device."""
     start = time.perf_counter()
@@ -89,6 +146,22 @@ def test_a_model_larger_than_the_machine_is_planned_in_seconds(train_here: Train
     assert time.perf_counter() - start < 20
     assert "1,557,611,200" in told
     assert "not measured" in told
+
+
+def test_planning_a_large_model_allocates_nothing_of_its_size(cache: Path, tmp_path: Path):
+    """gpt2-xl's weights alone are 6.2 GB; the most that the plan's process or one started by it has held is told."""
+    keys = ["data=text", f"path={tmp_path}", "model=xl", "optimizer=adamw", "context=1024", "batch_tokens=131072"]
+    keys += ["vocab_size=50257", "plan=true", "accelerator=cpu", "threads=1", "devices=1"]
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK_OF, sys.executable, str(ROOT / "train.py"), *keys],
+        cwd=tmp_path,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+    )
+    assert "1,557,611,200" in ended.stdout, ended.stderr
+    assert int(ended.stderr.split()[-1]) * 1024 < 1 * GIGABYTE
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_gpus_is_planned_where_there_are_none(train_here: Train, tmp_path: Path):
@@ -269,6 +342,32 @@ def test_knobs_are_named_once_and_can_be_set():
         assert ("strategy=fsdp devices=2" in keys) == (rows > 1)
 
 
+REFUSED = [("layer_drop=0.1",), ("precision=fp16",), ("precision=fp8",)]
+
+
+@pytest.mark.parametrize(("keys", "is_taken"), [((), True), *((keys, False) for keys in REFUSED)])
+def test_sharding_is_offered_only_where_it_would_be_taken(
+    train_here: Train, tiny: list[str], keys: tuple[str, ...], is_taken: bool
+):
+    there = [*tiny, "plan=true", "accelerator=gpu", "plan_memory=8", *keys]
+    assert ("strategy=fsdp devices=2" in succeeded(train_here(*there))) == is_taken
+    answer = train_here(*there, "strategy=fsdp", "devices=2")
+    assert answer.code == (0 if is_taken else 2), answer.stderr
+
+
+def test_an_apple_gpu_which_is_one_device_is_not_offered_sharding(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    settings = composed("precision=fp32", "accelerator=mps")
+    automatic.settle(settings)
+    sizes = run_sizes(settings, 300)
+    offered = {knob.key for knob in knobs(sizes, memory_plan(sizes), sharding_checks.may_shard(settings))}
+    assert "micro_batch=1" in offered
+    assert not any("fsdp" in key for key in offered)
+    with pytest.raises(InputError, match="strategy=fsdp does not work on mps"):
+        automatic.settle(composed("precision=fp32", "accelerator=mps", "strategy=fsdp"))
+
+
 def test_a_control_group_limits_what_is_free(tmp_path: Path):
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:       80 kB\n")
     (tmp_path / "use").write_text("1024\n")
@@ -285,3 +384,17 @@ def test_measuring_takes_as_much_of_a_micro_batch_as_can_be_afforded():
     assert affordable_rows(sizes, 1e18) == 16
     assert 0 < affordable_rows(sizes, 5e11) < 16
     assert affordable_rows(sizes, 1e9) == 0
+
+
+def test_nothing_is_measured_for_which_one_device_has_no_room():
+    """A rank of eight holds an eighth of gpt2-xl, and LoRA trains little; what is measured holds and trains all."""
+    xl = ModelShape(48, 25, 1600, 1024, 50_257)
+    shared = RunSizes(xl, 1, 1024, 1, "bf16", on_gpu=True, sharded=True, ranks=8)
+    adapted = RunSizes(xl, 1, 1024, 1, "bf16", on_gpu=True, lora_rank=8)
+    for sizes in (shared, adapted):
+        assert memory_plan(sizes).peak < 16 * GIGABYTE
+        assert fitting_rows(sizes, 8, 16 * GIGABYTE, 0) == 0
+        assert fitting_rows(sizes, 8, 80 * GIGABYTE, 0) == 8
+        assert fitting_rows(sizes, 8, None, 0) == 8
+    small = RunSizes(SMALL, 16, 256, 16)
+    assert 0 < fitting_rows(small, 16, memory_plan(small).peak // 2, 0) < 16

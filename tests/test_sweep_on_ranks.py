@@ -15,6 +15,7 @@ from offline_wandb import runs_in
 
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
+from gpt2lab.search_study import STUDY_FILE, load_study
 
 PLANTED = """
 import json
@@ -138,6 +139,27 @@ def test_jobs_of_two_tasks_on_one_and_two_ranks_are_one_run_each(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_each_job_of_an_unseeded_search_is_one_run_whose_ranks_all_have_what_was_drawn_for_it(
+    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
+):
+    search = ["hparams_search=optuna", "hparams_search.sampler=random", "hparams_search.seed=null"]
+    keys = ["hparams_search.n_trials=2", "optimizer.lr=interval(1e-4,1e-2)", "steps=2", "devices=2"]
+    sweep = [f"strategy={strategy}", "logger=wandb", WITNESS, "hydra.sweep.dir=swept"]
+    answer = train_process(*tiny, *search, *keys, *sweep)
+    assert answer.code == 0, answer.stderr
+    swept = tmp_path / "swept"
+    check_one_run_each(swept, ranks=[2, 2])
+    assert [path.name for path in tmp_path.iterdir()] == ["swept"]
+    study = load_study(swept / STUDY_FILE)
+    assert study is not None
+    drawn = [trial.params["optimizer.lr"] for trial in study.trials]
+    assert drawn[0] != drawn[1]
+    for job, lr in enumerate(drawn):
+        assert [witness["lr"] for witness in seen(swept / str(job))] == [lr, lr]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_with_other_settings_ends_the_run_before_it_trains(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path, planted: Path
 ):
@@ -227,13 +249,16 @@ def test_jobs_that_run_at_once_share_out_the_cores_and_the_gpus(
 
 
 @pytest.mark.slow
-def test_a_pruned_job_ends_on_all_its_ranks(train_process: Train, tiny: list[str], tmp_path: Path, planted: Path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_pruned_job_ends_on_all_its_ranks(
+    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path, planted: Path
+):
     """Two jobs of two ranks at a time; the last one hardly learns and is ended by the others' example."""
     (planted / "sitecustomize.py").write_text(FOUR_CORES)
     keys = ["optimizer=adamw", "schedule=constant", "steps=24", "validate_every=6", "optimizer.lr=1e-2,3e-3,1e-7"]
     search = ["hparams_search=optuna", "hparams_search.sampler=random", "hparams_search.seed=10"]
     search += ["hparams_search.n_trials=3", "hparams_search.n_startup_trials=1", "n_jobs=2", "devices=2"]
-    answer = train_process(*tiny, *keys, *search, "strategy=ddp", WITNESS, "hydra.sweep.dir=swept")
+    answer = train_process(*tiny, *keys, *search, f"strategy={strategy}", WITNESS, "hydra.sweep.dir=swept")
     assert answer.code == 0, answer.stderr
     table = rows(tmp_path / "swept")
     assert float(table[2]["optimizer.lr"]) == 1e-7, "the seed is to draw it last"

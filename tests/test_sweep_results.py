@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -247,6 +248,46 @@ def test_the_page_shows_every_setting_and_needs_no_network(tmp_path: Path):
     of_winner = [tag for tag, attributes in page.found if attributes.get("data-s") == "0"]
     assert of_winner == ["tr", "g", "path", "path", "path"], "its row, its mean, two curves, and its line over the keys"
     assert len(text) < 60_000
+
+
+def drawn(page: str, label: str) -> tuple[str, list[tuple[str, dict[str, str | None]]]]:
+    """The one plot of this name, and its elements."""
+    (plot,) = re.findall(f'<svg [^>]*aria-label="{label}">.*?</svg>', page, re.DOTALL)
+    return plot, Page(plot).found
+
+
+def test_the_page_draws_a_bar_for_each_key_and_a_line_for_each_job(tmp_path: Path):
+    """The learning rate does nearly all and the model hardly anything; one seed each, so a setting is a job."""
+    grid = list(product(("1e-4", "1e-3", "1e-2"), ("nano", "micro")))
+    effects = {"1e-4": 0.4, "1e-3": 0.0, "1e-2": 0.2, "nano": 0.02, "micro": 0.0}
+    losses = [3.5 + effects[lr] + effects[model] for lr, model in grid]
+    words = [f"optimizer.lr={lr} model={model}" for lr, model in grid]
+    sweep_results.write(tmp_path, swept(tmp_path, dict(zip(words, losses, strict=True))))
+    page = (tmp_path / "sweep.html").read_text()
+
+    plot, elements = drawn(page, "how much each key explains")
+    assert re.findall(">(optimizer.lr|model)</text>", plot) == ["optimizer.lr", "model"], "what matters most is on top"
+    bars = [attributes for tag, attributes in elements if tag == "rect"]
+    assert [bar["class"] for bar in bars] == ["share", "share chance"]
+    axis = [float(attributes["x1"] or 0) for tag, attributes in elements if attributes.get("class") == "grid"]
+    assert float(bars[0]["width"] or 0) > 0.95 * (max(axis) - min(axis))
+    assert float(bars[1]["width"] or 0) == 0
+
+    plot, elements = drawn(page, "settings as lines over their keys")
+    assert len([tag for tag, attributes in elements if attributes.get("class") == "axis"]) == 3
+    lines = [attributes for tag, attributes in elements if tag == "path"]
+    assert sorted(line["data-s"] or "" for line in lines) == ["0", "1", "2", "3", "4", "5"]
+    points = [(line["d"] or "M")[1:].split() for line in lines]
+    heights = [[float(point.split(",")[1]) for point in line] for line in points]  # from the top
+    titles = re.findall("<title>lr=(.+?) model=(.+?): ", plot)
+    assert sorted(titles) == sorted(grid)
+    at = dict(zip(titles, heights, strict=True))
+    for (lr, model), (_, of_model, _) in at.items():
+        assert at[lr, "nano"][0] == at[lr, "micro"][0], "settings with the same value meet on its axis"
+        assert of_model == at["1e-4", model][1]
+    assert at["1e-4", "nano"][0] > at["1e-3", "nano"][0] > at["1e-2", "nano"][0], "the largest value is on top"
+    by_loss = [setting for _, setting in sorted(zip(losses, grid, strict=True))]
+    assert sorted(at, key=lambda setting: at[setting][2]) == by_loss, "the best is on top"
 
 
 def test_a_key_that_does_nothing_explains_nothing():

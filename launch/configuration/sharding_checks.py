@@ -29,7 +29,7 @@ def check(config: Config) -> None:
 
 def may_shard(config: Config) -> bool:
     """Whether strategy=fsdp would take everything else as it is set."""
-    return not config.layer_drop and config.precision not in ("fp16", "fp8")
+    return not config.layer_drop and config.precision not in ("fp16", "fp8") and config.accelerator != "mps"
 
 
 def _check_precision(config: Config) -> None:

@@ -37,17 +37,13 @@ def note_planned_memory(config: Config, vocab_size: int) -> None:
     """Put what the run is expected to take into its record, for its report; warn where there is less."""
     plan = planned_memory(config, vocab_size)
     config.record.planned_memory = {"process": plan.process, "peak": plan.peak}
-    room = _room(config, plan)
+    room = room_of_a_device(config, automatic.free_memory(config), plan.process)
     if room is not None and plan.peak > room:
         log.warning(
             "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
             plan.peak / 1e9,
             room / 1e9,
         )
-
-
-def _room(config: Config, plan: MemoryPlan) -> int | None:
-    return room_of_a_device(config, automatic.free_memory(config), plan.process)
 
 
 def plan_of(config: Config) -> str:
@@ -59,12 +55,13 @@ def plan_of(config: Config) -> str:
     vocab_size = expected_vocabulary(config)
     config.record.compile_head = automatic.compiling_the_head_pays(config)
     plan, sizes = planned_memory(config, vocab_size), run_sizes(config, vocab_size)
-    room = _room(config, plan)
+    free = automatic.free_memory(config)
+    room = room_of_a_device(config, free, plan.process)
     fits = room is None or plan.peak <= room
     if config.plan_memory is not None:
         speed = Speed(None, "the machine is not this one")
     else:
-        speed = measured_speed(sizes, config) if fits else Speed(None, "the run does not fit")
+        speed = measured_speed(sizes, config, free) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(_facts(config, sizes, vocab_size))
     console.print(_memory(config, sizes, plan, room))
@@ -149,7 +146,9 @@ def _time_and_disk(config: Config, sizes: RunSizes, vocab_size: int, speed: Spee
         seconds = config.steps * config.rows_of_a_step * config.context / rate
         table.add_row("tokens/s", f"{rate:,.0f}", speed.says)
         table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
-    table.add_row("checkpoints", _on_disk(space.bytes_needed(config, vocab_size)), "at most, exports included")
+    files = space.run_files(config, vocab_size)
+    kept = f"{files.kept} of {_on_disk(files.checkpoint)} and the exported model"
+    table.add_row("checkpoints", _on_disk(files.left), f"{kept}; up to {_on_disk(files.most)} on the way")
     table.add_row("data", *_data_on_disk(config, vocab_size))
     if sizes.reading_teacher:
         table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")

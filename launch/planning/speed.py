@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from gpt2lab.backbone import Backbone
-from gpt2lab.device import flops_per_token, named_device, synchronize
+from gpt2lab.device import flops_per_token, named_device, resident_memory_bytes, synchronize
 from gpt2lab.host_memory import keep_freed_memory
 from gpt2lab.lm_head_loss import lm_head_loss
 from gpt2lab.memory_parts import RunSizes, parameters
+from gpt2lab.memory_plan import largest_that_fits, memory_plan
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings
 from gpt2lab.teacher import TEACHER_DTYPES
@@ -41,11 +42,18 @@ class Speed:
     says: str
 
 
-def measured_speed(sizes: RunSizes, config: Config) -> Speed:
-    """Forward, backward and optimizer of a few micro-batches, with the teacher where it is asked at every step."""
+def measured_speed(sizes: RunSizes, config: Config, free: int | None) -> Speed:
+    """Forward, backward and optimizer of a few micro-batches, with the teacher where it is asked at every step.
+
+    Args:
+        free: bytes that are free on the device; None: nobody knows.
+    """
     rows = affordable_rows(sizes, AFFORDABLE.get(config.accelerator, ON_GPU))
     if not rows:
         return Speed(None, "a few steps would take too long on this device")
+    rows = fitting_rows(sizes, rows, free, resident_memory_bytes())
+    if not rows:
+        return Speed(None, "one device beside this plan has no room for the whole model in training")
     with tempfile.TemporaryDirectory(prefix="gpt2lab-plan-") as scratch:
         spec = Path(scratch, "sizes.json")
         asked = {"threads": int(config.threads), "accelerator": config.accelerator, "loss": asdict(config.loss)}
@@ -81,6 +89,24 @@ def affordable_rows(sizes: RunSizes, flop: float) -> int:
     if sizes.teacher:
         of_a_token += 2 * parameters(sizes.teacher)
     return min(int(flop / (of_a_token * sizes.length * (1 + STEPS))), sizes.rows)
+
+
+def fitting_rows(sizes: RunSizes, rows: int, free: int | None, process: int) -> int:
+    """Sequences of the largest micro-batch, up to `rows`, whose rehearsal has room beside this process; 0: none.
+
+    What is measured holds more than a rank of the run may: the model is not shared out, and all of it is trained.
+
+    Args:
+        free: bytes of the device; None: nobody knows.
+        process: bytes that a process holds before there is a model.
+    """
+    if free is None:
+        return rows
+    whole = replace(sizes, sharded=False, ranks=1, lora_rank=0, frozen_layers=0)
+    alone = replace(whole, step_rows=0, ema=False, reading_teacher=None)
+    fitting = largest_that_fits(alone, process, free, rows)
+    peak = memory_plan(replace(alone, rows=fitting, eval_rows=fitting), process).peak
+    return fitting if peak <= free else 0
 
 
 class Rehearsal:

@@ -1,16 +1,41 @@
 """Space: whether a run's checkpoints fit on the disk, asked before training and not after it."""
 
+import math
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt2lab.errors import InputError
-from gpt2lab.model_folder import parameters_of
 from launch.configuration.config import Config
 from launch.running import run_folders
 
-# Weights and two optimizer moments in fp32, for two kept checkpoints and the one being written; two exports
-BYTES_PER_PARAMETER = 3 * 12 + 2 * 4
+IN_A_CHECKPOINT = ("weights", "optimizer state", "averaged weights")
 FIXED_BYTES = 20_000_000  # metrics, samples, W&B, report
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run writes.
+
+    Attributes:
+        checkpoint: bytes of one.
+        kept: how many stay.
+        export: bytes of the Hugging Face folder.
+    """
+
+    checkpoint: int
+    kept: int
+    export: int
+
+    @property
+    def left(self) -> int:
+        """Bytes of checkpoints and export once the run has ended."""
+        return self.kept * self.checkpoint + self.export
+
+    @property
+    def most(self) -> int:
+        """Bytes at most: each is written beside the one whose place it takes. Reports and the like are in it."""
+        return FIXED_BYTES + (self.kept + 1) * self.checkpoint + 2 * self.export
 
 
 def check(config: Config, vocab_size: int) -> None:
@@ -22,7 +47,7 @@ def check(config: Config, vocab_size: int) -> None:
     folder = Path(config.run_dir).expanduser() if config.run_dir else run_folders.wanted_folder(config)
     while not folder.exists():
         folder = folder.parent
-    needed = bytes_needed(config, vocab_size)
+    needed = run_files(config, vocab_size).most
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
@@ -31,6 +56,20 @@ def check(config: Config, vocab_size: int) -> None:
         )
 
 
-def bytes_needed(config: Config, vocab_size: int) -> int:
-    """Upper bound of what a run's checkpoints and exports take."""
-    return FIXED_BYTES + BYTES_PER_PARAMETER * parameters_of({**vars(config.model), "vocab_size": vocab_size})
+def run_files(config: Config, vocab_size: int) -> RunFiles:
+    """Of a configuration whose automatic choices are settled; a checkpoint holds what all ranks share out."""
+    from gpt2lab.memory_parts import lora_parameters, parameters
+    from gpt2lab.memory_plan import memory_plan
+    from launch.planning.run_sizes import run_sizes
+
+    sizes = replace(run_sizes(config, vocab_size), sharded=False)
+    parts = memory_plan(sizes).parts
+    embedding = sizes.shape.vocab_size * sizes.shape.n_embd * sizes.weight_bytes
+    tied = embedding if config.strategy == "fsdp" else 0  # gathered, or by parts, it is written as the LM head, too
+    saves = math.ceil(config.steps / config.checkpoint_every)
+    callback = config.callbacks.get("checkpoint")
+    return RunFiles(
+        checkpoint=sum(parts[name] for name in IN_A_CHECKPOINT) + tied,
+        kept=min(callback.get("keep_last", 2), saves) if callback else 0,
+        export=4 * (parameters(sizes.shape) + lora_parameters(sizes)),
+    )
