@@ -13,9 +13,9 @@ depend on the machine's load: with the same seed it is the same.
 What the speed-up should be is Leviathan's formula with what was counted and timed in this very run: tokens for each of
 the target's calls ÷ (v + c · drafts for each call). c is the time of a draft's step, choosing a token included, over
 that of a step of plain decoding; v is the same of the target's call that looks at a draft and one token more. The paper
-takes v as 1, which holds where reading the weights takes longer than computing with them. In bf16 it nearly does on a CPU
-that multiplies bf16 (1.05), in fp32 less so: 1.16 with two drafts (docs/tasks.md). Both predictions are reported. Reading
-the prompt, accepting and bookkeeping are in neither.
+takes v as 1, which holds where reading the weights takes longer than computing with them. In bf16 it nearly does on a
+CPU that multiplies bf16 (1.05), in fp32 less so: 1.16 with two drafts (docs/tasks.md). Both predictions are reported.
+Reading the prompt, accepting and bookkeeping are in neither.
 
 The loop is our own: assisted generation in `transformers` calls the draft model's whole generate for every draft, which
 takes 1.6 to 1.9 times as long with its defaults, and tuned no less (docs/tasks.md; benchmarks/benchmark_decoding.py).
