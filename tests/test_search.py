@@ -321,6 +321,7 @@ def test_a_search_of_real_runs_outlives_a_diverging_one(train_process: Train, ti
     assert states == {"0.01": TrialState.COMPLETE, "1e+30": TrialState.FAIL}
 
 
+@pytest.mark.slow
 def test_a_search_learns_the_val_loss_of_its_jobs_and_ends_with_a_command_that_repeats_the_best(
     train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ):
