@@ -1,7 +1,6 @@
 """FiniteWatch: ends a run whose loss or gradient is NaN or infinite, before anything is made of its weights."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ class FiniteWatch:
     def __init__(self) -> None:
         self._watched: LaterNumber | None = None
         self._step = 0
-        self._indices: Sequence[Tensor] = ()
+        self._indices: list[Tensor] = []
 
-    def note(self, number: Tensor, step: int, indices: Sequence[Tensor]) -> None:
+    def note(self, number: Tensor, step: int, indices: list[Tensor]) -> None:
         """A step was computed.
 
         Args:
@@ -43,6 +42,6 @@ class FiniteWatch:
         if watched is not None and not math.isfinite(watched.read()):
             raise NonFiniteLossError(
                 f"the loss or its gradient is not finite at step {self._step}, "
-                f"batch of sequences {torch.cat(list(self._indices)).tolist()}.\n"
+                f"batch of sequences {torch.cat(self._indices).tolist()}.\n"
                 "Lower optimizer.lr, lengthen schedule.warmup_steps, or use precision=fp32."
             )
