@@ -1,4 +1,4 @@
-"""LanguageModel: what pretraining, distillation and fine-tuning share — step, optimizer, validation, logging, export.
+"""LanguageModel: what pretraining, distillation and fine-tuning share — step, optimizer, validation, logging.
 
 A task states only how it builds its backbone and what its loss on a batch is. Losses are sums; the step divides them by
 the number of target tokens of the whole global batch, so one rank with 32 sequences, 4 micro-batches of 8 and two ranks
@@ -6,37 +6,26 @@ of 16 give the same gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel
 
 from gpt2lab import metric_names
-from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.completion import complete, prompt_ids
 from gpt2lab.device import exact_dtype, seed_random_state
-from gpt2lab.fp8 import to_fp8
-from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
 from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
-from gpt2lab.tokenizer import load_tokenizer
-from gpt2lab.weight_average import WeightAverage
-from lightning_modules.finite_watch import FiniteWatch
-from lightning_modules.sharding import ShardedStrategy
+from lightning_modules.backbone_module import BackboneModule
 
 
 @dataclass(frozen=True)
@@ -56,34 +45,21 @@ class Teaching:
     further: Callable[[Tensor, Tensor, TeacherSignal], Tensor] | None = None
 
 
-class LanguageModel(lightning.LightningModule):
+class LanguageModel(BackboneModule):
     """Base of the three tasks; its own loss is next-token cross-entropy."""
 
-    backbone: Backbone  # made in configure_model, once the strategy is known
-
     def __init__(self, training: TrainingSettings) -> None:
-        super().__init__()
-        self.settings = training
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
-        self.average: WeightAverage | None = None
+        super().__init__(training)
         self.negatives: NegativeSampler | None = None  # with objective=sampled_softmax
         self.tokens_seen = 0
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
-        self.finite = FiniteWatch()
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self._validation_sums: dict[str, Tensor] = {}
         self._gradient_norm = torch.zeros(())
 
     # What a task may state for itself
-
-    def build_backbone(self) -> Backbone:
-        """The model to train, on the CPU."""
-        if self.settings.init == "scratch":
-            torch.manual_seed(self.settings.seed)
-            return Backbone(self.settings.shape)
-        return load_backbone(self.settings.init, dropout=self.settings.shape.dropout)
 
     def loss(self, batch: Batch) -> LMHeadLoss:
         """Training loss of one micro-batch, as sums over its targets."""
@@ -112,42 +88,7 @@ class LanguageModel(lightning.LightningModule):
         """What the report says beyond the common fields."""
         return {}
 
-    # Model
-
-    def configure_model(self) -> None:
-        if self.is_built:
-            return
-        self.backbone = self.build_backbone()
-        if self.settings.fp8:
-            to_fp8(self.backbone.blocks)
-        if self.settings.activation_checkpointing:
-            self.backbone.checkpoint_activations()
-        if self.settings.layer_drop:
-            self.backbone.drop_layers(self.settings.layer_drop)
-        if self.settings.compiled == "blocks":
-            self.backbone.compile_blocks()
-        elif self.settings.compiled == "pass":
-            self.backbone.compile_pass()
-        if isinstance(self.trainer.strategy, ShardedStrategy):
-            self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
-        if self.settings.ema:
-            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
-
-    @property
-    def is_built(self) -> bool:
-        """Whether there is a backbone yet; a run may fail before."""
-        return "backbone" in self._modules
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank holds only its part of the weights (FSDP2)."""
-        return isinstance(self.trainer.strategy, ShardedStrategy)
-
-    @property
-    def saves_shards(self) -> bool:
-        """Whether each rank writes its own part of a checkpoint."""
-        strategy = self.trainer.strategy
-        return isinstance(strategy, ShardedStrategy) and strategy.saves_shards
+    # The loss of a batch
 
     def head_loss(self, batch: Batch, teaching: Teaching | None = None) -> LMHeadLoss:
         """LM-head loss of one micro-batch: cross-entropy, or mixed with what a teacher says."""
@@ -318,7 +259,7 @@ class LanguageModel(lightning.LightningModule):
         torch.distributed.all_reduce(value)
         return value
 
-    # Checkpoints, export, generation
+    # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite.check()
@@ -337,76 +278,3 @@ class LanguageModel(lightning.LightningModule):
         shift = checkpoint["global_step"] * (self.trainer.accumulate_grad_batches - checkpoint["accumulate"])
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count + shift for name, count in counts.items()})
-
-    def present_model(self) -> GPT2LMHeadModel:
-        """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
-        self.finite.check()
-        return self._plain_hf() if self.is_sharded else self.backbone.lm
-
-    def export_model(self) -> GPT2LMHeadModel:
-        """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
-
-        Under FSDP every rank must call it.
-        """
-        with self.averaged_weights():
-            return self._plain_hf()
-
-    def export_on_first_rank(self) -> GPT2LMHeadModel | None:
-        """As `export_model` on the first rank, None on the others: a large model is whole in one place only.
-
-        Under FSDP every rank must call it.
-        """
-        with self.averaged_weights():
-            state = self._whole_state(first_rank_only=True)
-            is_first = self.trainer.is_global_zero
-            return plain_hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
-
-    def _plain_hf(self) -> GPT2LMHeadModel:
-        return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """In this context the model has its averaged weights, where they are kept."""
-        self.finite.check()
-        return self.average.applied() if self.average is not None else nullcontext()
-
-    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
-        """State dict of the inner GPT-2 with whole tensors, in the training layout.
-
-        Args:
-            first_rank_only: sharded weights are gathered there alone, on the CPU; the other ranks get nothing.
-        """
-        if not self.is_sharded:
-            return self.backbone.lm.state_dict()
-        options = StateDictOptions(full_state_dict=True, cpu_offload=first_rank_only)
-        state = get_model_state_dict(self.backbone, options=options)
-        inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
-        return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
-
-    def export_adapter(self, folder: Path) -> bool:
-        """Write a PEFT adapter into `folder`, for tasks that train one; says whether it did."""
-        return False
-
-    def generate(self, prompts: Sequence[str], method: Sampling, max_new_tokens: int) -> list[str]:
-        """Completions of prompts; under mlm these with their gaps filled. Under FSDP every rank must call it."""
-        ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
-        return self.generate_from_ids(ids, method, max_new_tokens)
-
-    @property
-    def writing_methods(self) -> tuple[Sampling, ...]:
-        """How samples are written while training."""
-        return (FILL,) if self.settings.objective.name == "mlm" else (GREEDY, TOP_K, NUCLEUS)
-
-    def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
-        """As `generate`, from token ids."""
-        self.finite.check()
-        model = self.export_model() if self.is_sharded else self.backbone.lm
-        completions = complete(
-            model,
-            self.tokenizer,
-            self.settings.objective.name,
-            prompts,
-            method,
-            max_new_tokens=max_new_tokens,
-            seed=self.settings.seed,
-        )
-        return [self.tokenizer.decode(completion) for completion in completions]

@@ -1,0 +1,153 @@
+"""BackboneModule: a GPT-2 under Lightning — made once the strategy is known, whole again for export, asked for text."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
+from gpt2lab.completion import complete, prompt_ids
+from gpt2lab.fp8 import to_fp8
+from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
+from gpt2lab.settings import TrainingSettings
+from gpt2lab.tokenizer import load_tokenizer
+from gpt2lab.weight_average import WeightAverage
+from lightning_modules.finite_watch import FiniteWatch
+from lightning_modules.sharding import ShardedStrategy
+
+
+class BackboneModule(lightning.LightningModule):
+    """What holds a model's weights and gives them away; how they are trained is `LanguageModel`'s."""
+
+    backbone: Backbone  # made in configure_model, once the strategy is known
+
+    def __init__(self, training: TrainingSettings) -> None:
+        super().__init__()
+        self.settings = training
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
+        self.average: WeightAverage | None = None
+        self.finite = FiniteWatch()
+
+    def build_backbone(self) -> Backbone:
+        """The model to train, on the CPU."""
+        if self.settings.init == "scratch":
+            torch.manual_seed(self.settings.seed)
+            return Backbone(self.settings.shape)
+        return load_backbone(self.settings.init, dropout=self.settings.shape.dropout)
+
+    def configure_model(self) -> None:
+        if self.is_built:
+            return
+        self.backbone = self.build_backbone()
+        if self.settings.fp8:
+            to_fp8(self.backbone.blocks)
+        if self.settings.activation_checkpointing:
+            self.backbone.checkpoint_activations()
+        if self.settings.layer_drop:
+            self.backbone.drop_layers(self.settings.layer_drop)
+        if self.settings.compiled == "blocks":
+            self.backbone.compile_blocks()
+        elif self.settings.compiled == "pass":
+            self.backbone.compile_pass()
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
+        if self.settings.ema:
+            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is a backbone yet; a run may fail before."""
+        return "backbone" in self._modules
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only its part of the weights (FSDP2)."""
+        return isinstance(self.trainer.strategy, ShardedStrategy)
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each rank writes its own part of a checkpoint."""
+        strategy = self.trainer.strategy
+        return isinstance(strategy, ShardedStrategy) and strategy.saves_shards
+
+    # Export
+
+    def present_model(self) -> GPT2LMHeadModel:
+        """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
+        self.finite.check()
+        return self._plain_hf() if self.is_sharded else self.backbone.lm
+
+    def export_model(self) -> GPT2LMHeadModel:
+        """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
+
+        Under FSDP every rank must call it.
+        """
+        with self.averaged_weights():
+            return self._plain_hf()
+
+    def export_on_first_rank(self) -> GPT2LMHeadModel | None:
+        """As `export_model` on the first rank, None on the others: a large model is whole in one place only.
+
+        Under FSDP every rank must call it.
+        """
+        with self.averaged_weights():
+            state = self._whole_state(first_rank_only=True)
+            is_first = self.trainer.is_global_zero
+            return plain_hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
+
+    def _plain_hf(self) -> GPT2LMHeadModel:
+        return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """In this context the model has its averaged weights, where they are kept."""
+        self.finite.check()
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
+        """State dict of the inner GPT-2 with whole tensors, in the training layout.
+
+        Args:
+            first_rank_only: sharded weights are gathered there alone, on the CPU; the other ranks get nothing.
+        """
+        if not self.is_sharded:
+            return self.backbone.lm.state_dict()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=first_rank_only)
+        state = get_model_state_dict(self.backbone, options=options)
+        inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
+        return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
+
+    def export_adapter(self, folder: Path) -> bool:
+        """Write a PEFT adapter into `folder`, for tasks that train one; says whether it did."""
+        return False
+
+    # Text
+
+    def generate(self, prompts: Sequence[str], method: Sampling, max_new_tokens: int) -> list[str]:
+        """Completions of prompts; under mlm these with their gaps filled. Under FSDP every rank must call it."""
+        ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
+        return self.generate_from_ids(ids, method, max_new_tokens)
+
+    @property
+    def writing_methods(self) -> tuple[Sampling, ...]:
+        """How samples are written while training."""
+        return (FILL,) if self.settings.objective.name == "mlm" else (GREEDY, TOP_K, NUCLEUS)
+
+    def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
+        """As `generate`, from token ids."""
+        self.finite.check()
+        model = self.export_model() if self.is_sharded else self.backbone.lm
+        completions = complete(
+            model,
+            self.tokenizer,
+            self.settings.objective.name,
+            prompts,
+            method,
+            max_new_tokens=max_new_tokens,
+            seed=self.settings.seed,
+        )
+        return [self.tokenizer.decode(completion) for completion in completions]
