@@ -47,13 +47,17 @@ def test_layers_are_left_out_in_training_only() -> None:
 def test_a_run_with_layer_drop_is_taken_up_again_as_if_unbroken(
     train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
+    """And not as a run that leaves none out."""
     keys = (*tiny, "layer_drop=0.5", "steps=12", "checkpoint_every=6", "validate_every=6", "seed=1", "log_every=1")
     assert train_here(*keys, "run_dir=unbroken").code == 0
     assert train_here(*keys, "run_dir=stopped").code == 0
     (tmp_path / "stopped" / "checkpoints" / "step-000012.ckpt").unlink()
     assert train_here("resume=stopped").code == 0
-    weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("unbroken", "stopped")]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert train_here(*keys, "layer_drop=0", "run_dir=whole").code == 0
+    runs = ("unbroken", "stopped", "whole")
+    unbroken, stopped, whole = (load_file(tmp_path / run / "hf" / "model.safetensors") for run in runs)
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in unbroken.items())
+    assert not all(torch.equal(tensor, whole[name]) for name, tensor in unbroken.items())
 
 
 @pytest.mark.slow
