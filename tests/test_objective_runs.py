@@ -12,6 +12,7 @@ from conftest import Train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import evaluate
 import generate
 from datamodules.micro_batches import TrainingStream
 from gpt2lab.attention_spans import document_bounds, spans_of, visible
@@ -24,6 +25,7 @@ from gpt2lab.marks import marks_of
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.model_folder import read_objective
 from gpt2lab.objectives import Objective
+from gpt2lab.run_report import read_report
 from gpt2lab.sampled_softmax import NegativeSampler, log_uniform, unigram
 from gpt2lab.settings import ModelShape, ObjectiveSettings
 from gpt2lab.token_file import TokenFile, token_dtype
@@ -153,6 +155,20 @@ def test_a_run_trains_and_validates_on_what_its_objective_reads(
         assert batch.spans is not None
         leaking = replace(batch, spans=torch.cat([0 * batch.spans[..., :1], batch.spans[..., 1:]], 2))
         assert abs(logged - mean_loss(model, leaking, entries)) > 1e-3
+
+
+def test_side_by_side_each_checkpoint_reads_documents_as_it_was_trained(
+    train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for packing in ("false", "true"):
+        assert train_here(*started, f"packing={packing}", f"run_dir={packing}").code == 0
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "checkpoint=false,true", "precision=fp32", "json=scores.json"])
+    evaluate.main()
+    whole, apart = (scores["loss"] for scores in json.loads((tmp_path / "scores.json").read_text()))
+    assert [whole, apart] == pytest.approx(
+        [read_report(tmp_path / run)["val_loss"] for run in ("false", "true")], abs=1e-4
+    )
+    assert abs(whole - apart) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["clm", "prefix_lm", "sampled_softmax"])
