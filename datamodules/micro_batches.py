@@ -146,6 +146,10 @@ class SampleDataModule(lightning.LightningDataModule):
         """A few texts that suit these data, for the model to continue while it trains."""
         raise NotImplementedError
 
+    def token_counts(self) -> NDArray[np.int64]:
+        """(V,) how often each entry of the vocabulary occurs among what is to be learnt."""
+        raise NotImplementedError
+
     def _stream(self) -> TrainingStream:
         rank, world, first_step = self._place()
         return TrainingStream(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -140,13 +141,14 @@ class PairData(SampleDataModule):
         tell_what_does_not_fit(folder, self.name, self.context)
         self.train_samples = self._opened(folder / "train", tokenizer, with_references=False)
         self.val_samples = self._opened(folder / "val", tokenizer, with_references=True)
+        self._entries = len(tokenizer)
         counts = read_ledger(folder)
         self._all_pairs = {side: counts[side]["pairs"] + counts[side]["too_long"] for side in SIDES}
         return DataFacts(
             name=self.name,
             hash=content_hash(key)[:16],
             tokenizer_folder=tokenizer_folder,
-            vocab_size=len(tokenizer),
+            vocab_size=self._entries,
             train_tokens=counts["train"]["targets"],
             val_tokens=counts["val"]["targets"],
             val_bytes=counts["val"]["bytes"],
@@ -169,6 +171,10 @@ class PairData(SampleDataModule):
         lengths = batch.prompt_lengths.tolist()
         prompts = [tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
         return list(dict.fromkeys(prompts))[:3]
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """(V,) how often each entry is a target of the training pairs."""
+        return self.train_samples.file.token_counts(self._entries)
 
     def sides(self, all_text: bool) -> list[tuple[PairFile, int]]:
         """The validation side, or both; each with the number of its pairs, those that were left out among them."""

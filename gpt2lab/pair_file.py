@@ -23,6 +23,9 @@ INDEX_ENTRY = np.dtype(
 )
 
 
+COUNTED_AT_A_TIME = 2**14  # pairs
+
+
 class PairFileWriter:
     """Appends pairs to a new folder; a context manager. `pairs` and `response_tokens` count what was written."""
 
@@ -83,6 +86,14 @@ class PairFile:
     def target_counts(self, rows: np.ndarray) -> np.ndarray:
         """Number of targets, end-of-text included, in each of the pairs `rows` (any number, int64)."""
         return self._index["response"][rows].astype(np.int64)
+
+    def token_counts(self, entries: int) -> NDArray[np.int64]:
+        """(V,) how often each entry of the vocabulary is a target."""
+        counts = np.zeros(entries, np.int64)
+        for start in range(0, len(self), COUNTED_AT_A_TIME):
+            pairs = map(self.sequence, range(start, min(start + COUNTED_AT_A_TIME, len(self))))
+            counts += np.bincount(np.concatenate([tokens[prompt:] for tokens, prompt in pairs]), minlength=entries)
+        return counts
 
     def sequence(self, row: int) -> tuple[np.ndarray, int]:
         """Token ids of one pair, prompt and response (L,) int64, and the length of its prompt."""

@@ -47,13 +47,17 @@ def test_layers_are_left_out_in_training_only() -> None:
 def test_a_run_with_layer_drop_is_taken_up_again_as_if_unbroken(
     train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
+    """And not as a run that leaves none out."""
     keys = (*tiny, "layer_drop=0.5", "steps=12", "checkpoint_every=6", "validate_every=6", "seed=1", "log_every=1")
     assert train_here(*keys, "run_dir=unbroken").code == 0
     assert train_here(*keys, "run_dir=stopped").code == 0
     (tmp_path / "stopped" / "checkpoints" / "step-000012.ckpt").unlink()
     assert train_here("resume=stopped").code == 0
-    weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("unbroken", "stopped")]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert train_here(*keys, "layer_drop=0", "run_dir=whole").code == 0
+    runs = ("unbroken", "stopped", "whole")
+    unbroken, stopped, whole = (load_file(tmp_path / run / "hf" / "model.safetensors") for run in runs)
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in unbroken.items())
+    assert not all(torch.equal(tensor, whole[name]) for name, tensor in unbroken.items())
 
 
 @pytest.mark.slow
@@ -113,10 +117,17 @@ def test_two_ranks_that_compile_have_the_losses_of_two_that_do_not(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [("micro_batch=1",), ("micro_batch=1", "objective=prefix_lm"), ("micro_batch=4", "packing=true")],
+    ids=["causal", "prefix", "packed"],
+)
 def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
-    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: tuple[str, ...], train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of 8 to 64 positions; the second length makes the graph dynamic, and it serves the rest.
+
+    Packed, the rows are filled to the context and vary in number instead.
 
     PyTorch gives up compiling a function after the eighth time, so that a storm of recompilations would count few.
     """
@@ -135,21 +146,21 @@ def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
         "context=64",
     ]
     keys += [
-        "batch_sequences=2",
-        "micro_batch=1",
+        "batch_sequences=4",
+        *more,
         "steps=40",
         "validate_every=40",
         "task.text.examples=0",
         "compile=true",
     ]
     keys += ["task.text.max_new_tokens=8"]
-    lengths, forward = set[int](), Backbone.forward
+    shapes, forward = set[torch.Size](), Backbone.forward
 
     def counted(
         backbone: Backbone, ids: torch.Tensor, head: Callable[..., object], spans: torch.Tensor | None = None
     ) -> object:
         if backbone.training:
-            lengths.add(ids.shape[1])
+            shapes.add(ids.shape)
         return forward(backbone, ids, head, spans)
 
     monkeypatch.setattr(Backbone, "forward", counted)
@@ -158,5 +169,5 @@ def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
     ended = train_here(*keys, "run_dir=run")
     assert ended.code == 0, ended.stderr
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert len(lengths) > 6
-    assert 0 < graphs <= 8, (lengths, dict(torch._dynamo.utils.counters["stats"]))
+    assert len(shapes) > (3 if "packing=true" in more else 6)
+    assert 0 < graphs <= 8, (shapes, dict(torch._dynamo.utils.counters["stats"]))

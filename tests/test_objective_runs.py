@@ -1,27 +1,36 @@
 """Objectives through train.py: each learns, is exported as plain GPT-2, and writes or fills in as it was taught."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import evaluate
 import generate
+from datamodules.micro_batches import TrainingStream
 from gpt2lab.attention_spans import document_bounds, spans_of, visible
-from gpt2lab.backbone import Backbone, load_backbone
+from gpt2lab.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.completion import complete, filled, prompt_ids
 from gpt2lab.errors import InputError
 from gpt2lab.generation import GREEDY
 from gpt2lab.marks import marks_of
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.model_folder import read_objective
-from gpt2lab.settings import ModelShape
-from gpt2lab.token_file import token_dtype
-from gpt2lab.tokenizer import load_tokenizer
+from gpt2lab.objectives import Objective
+from gpt2lab.run_report import read_report
+from gpt2lab.sampled_softmax import NegativeSampler, log_uniform, unigram
+from gpt2lab.settings import ModelShape, ObjectiveSettings
+from gpt2lab.token_file import TokenFile, token_dtype
+from gpt2lab.tokenizer import load_tokenizer, train_bpe
+from gpt2lab.windows import Windows
 
 LEARNING = ("steps=24", "validate_every=12", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2")
 LEARNING += ("log_every=6", "seed=1")
@@ -57,11 +66,8 @@ def test_each_objective_learns_more_than_how_often_a_token_comes(
 
 
 @pytest.mark.parametrize("name", KEYS)
-@pytest.mark.parametrize("packing", ["false", "true"])
-def test_each_objective_leaves_as_plain_gpt2(
-    name: str, packing: str, train_here: Train, tiny: list[str], tmp_path: Path
-) -> None:
-    ended = train_here(*tiny, *LEARNING, f"objective={name}", *KEYS[name], f"packing={packing}", "run_dir=run")
+def test_each_objective_leaves_as_plain_gpt2(name: str, train_here: Train, tiny: list[str], tmp_path: Path) -> None:
+    ended = train_here(*tiny, *LEARNING, f"objective={name}", *KEYS[name], "run_dir=run")
     assert ended.code == 0, ended.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert bool(report["bits_per_byte"]) == (name in ("clm", "sampled_softmax"))
@@ -78,6 +84,137 @@ def test_each_objective_leaves_as_plain_gpt2(
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def mean_loss(model: Backbone, batch: Batch, drawn: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
+    """From all logits at once; `drawn` are a step's entries, and the logarithm of how often each entry is expected."""
+    rows, labels = model.logits(batch.input_ids, batch.spans).flatten(0, 1), batch.labels.flatten()
+    if drawn is None:
+        return float(F.cross_entropy(rows, labels, ignore_index=IGNORE_INDEX))
+    entries, log_expected = drawn
+    rows = torch.cat([rows.gather(1, labels.clamp_min(0)[:, None]), rows[:, entries] - log_expected[entries]], 1)
+    rows[:, 1:][labels[:, None] == entries] = -torch.inf
+    return float(F.cross_entropy(rows, torch.where(labels == IGNORE_INDEX, labels, 0), ignore_index=IGNORE_INDEX))
+
+
+@pytest.fixture(scope="module")
+def start(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model to start from: random weights, so large that every token that is seen matters."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = train_bpe((file.read_text() for file in sorted(sources.iterdir())), 300)
+    torch.manual_seed(0)
+    backbone = Backbone(ModelShape(2, 2, 32, 64, 300))
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(8)
+    plain_hf(backbone).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def started(start: Path, tiny: list[str], sources: Path, tmp_path: Path) -> list[str]:
+    """Overrides of one step from there, so small that a validation finds the same weights, on short documents."""
+    text = "".join(file.read_text() for file in sorted(sources.iterdir()))
+    documents = [json.dumps({"text": text[place : place + 50]}) for place in range(0, 30_000, 50)]
+    (tmp_path / "short.jsonl").write_text("\n".join(documents))
+    keys = [key for key in tiny if not key.startswith(("model", "vocab_size", "path"))]
+    keys += [f"path={tmp_path / 'short.jsonl'}", f"init={start}", "model=auto", "steps=1", "validate_every=1", "seed=1"]
+    return [*keys, "optimizer=adamw", "optimizer.lr=1e-8", f"cache_dir={tmp_path / 'cache'}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution"), [*((name, "log_uniform") for name in KEYS), ("sampled_softmax", "unigram")]
+)
+def test_a_run_trains_and_validates_on_what_its_objective_reads(
+    name: str, distribution: str, train_here: Train, start: Path, started: list[str], tmp_path: Path
+) -> None:
+    """With documents apart: the losses of a step and of a validation, computed anew from the files."""
+    drawing = (f"objective.distribution={distribution}",) if name == "sampled_softmax" else ()
+    ended = train_here(*started, f"objective={name}", *KEYS[name], *drawing, "packing=true", "run_dir=run")
+    assert ended.code == 0, ended.stderr
+    marks, settings = marks_of(load_tokenizer(str(start))), ObjectiveSettings(name, mask_share=0.3)
+    (folder,) = (file.parent for file in (tmp_path / "cache").glob("tokens/text-*/val.bin"))
+
+    def windows(side: str, seed: int) -> Windows:
+        file = TokenFile(folder / f"{side}.bin", token_dtype(300), 32, keep_short=side == "val")
+        return Windows(file, Objective(settings, marks, end_of_text=marks.end_of_text, seed=seed))
+
+    model, train, val = load_backbone(str(start)).eval(), windows("train", 1), windows("val", 0)
+    validated, first = (
+        val.batch(np.arange(len(val)), 0),
+        TrainingStream(train, 8, 1, 1, rank=0, world=1, first_step=0)[0],
+    )
+    drawn = None
+    if name == "sampled_softmax":
+        counts = torch.from_numpy(np.bincount(train.file.tokens, minlength=300))
+        sampler = NegativeSampler(log_uniform(300) if distribution == "log_uniform" else unigram(counts), 100, seed=1)
+        drawn = sampler.of_step(0), sampler.log_expected.float()
+    for key, batch, entries in (("train/loss", first, drawn), ("val/loss", validated, None)):
+        (logged,) = (float(row[key]) for row in read_metrics(tmp_path / "run") if row.get(key))
+        assert logged == pytest.approx(mean_loss(model, batch, entries), abs=1e-4)
+        assert batch.spans is not None
+        leaking = replace(batch, spans=torch.cat([0 * batch.spans[..., :1], batch.spans[..., 1:]], 2))
+        assert abs(logged - mean_loss(model, leaking, entries)) > 1e-3
+
+
+def test_side_by_side_each_checkpoint_reads_documents_as_it_was_trained(
+    train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for packing in ("false", "true"):
+        assert train_here(*started, f"packing={packing}", f"run_dir={packing}").code == 0
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "checkpoint=false,true", "precision=fp32", "json=scores.json"])
+    evaluate.main()
+    whole, apart = (scores["loss"] for scores in json.loads((tmp_path / "scores.json").read_text()))
+    assert [whole, apart] == pytest.approx(
+        [read_report(tmp_path / run)["val_loss"] for run in ("false", "true")], abs=1e-4
+    )
+    assert abs(whole - apart) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["clm", "prefix_lm", "sampled_softmax"])
+def test_pairs_that_share_rows_have_the_loss_of_pairs_apart(
+    name: str, train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step and of a validation with the same weights; the step's rows are fewer."""
+    lines = [f"{'x' * (1 + number % 5)} = {number}\t{number * number}" for number in range(60)]
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "\n".join(lines) + "\n")
+    keys = [key for key in started if not key.startswith(("data", "path", "batch_tokens"))]
+    keys += ["task=finetune", "data=pairs", f"path={tmp_path / 'pairs.tsv'}", "task.text.max_new_tokens=4"]
+    keys += ["batch_sequences=8", "micro_batch=8"]
+    rows, losses, forward = [], [], Backbone.forward
+
+    def counted(backbone: Backbone, ids: torch.Tensor, *given: object) -> object:
+        if backbone.training:
+            rows.append(len(ids))
+        return forward(backbone, ids, *given)
+
+    monkeypatch.setattr(Backbone, "forward", counted)
+    drawing = ("objective.negatives=100", "objective.distribution=unigram") if name == "sampled_softmax" else ()
+    runs = {"apart": (), "packed": ("packing=true",)}
+    for run, packing in runs.items():
+        ended = train_here(*keys, *drawing, f"objective={name}", *packing, f"run_dir={run}")
+        assert ended.code == 0, ended.stderr
+        found = read_metrics(tmp_path / run)
+        losses.append([float(row[key]) for row in found for key in ("train/loss", "val/loss") if row.get(key)])
+    assert rows[0] == 8 > rows[1]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlm", "prefix_lm"])
+def test_a_teacher_sees_what_its_student_sees(
+    name: str, train_here: Train, start: Path, started: list[str], tmp_path: Path
+) -> None:
+    """A student that is its teacher's copy has nothing to learn, whichever way the two read."""
+    keys = ("task=distill", f"teacher={start}", "preflight=off", "loss.hard_weight=0", "packing=true")
+    ended = train_here(*started, *keys, f"objective={name}", "run_dir=run")
+    assert ended.code == 0, ended.stderr
+    found = read_metrics(tmp_path / "run")
+    for key in ("train/objective", "distill/kl"):
+        (value,) = (float(row[key]) for row in found if row.get(key))
+        assert abs(value) < 1e-4
+
+
 @pytest.mark.parametrize("name", KEYS)
 def test_the_example_of_the_model_card_runs(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -91,16 +228,20 @@ def test_the_example_of_the_model_card_runs(
 
 
 def test_an_objective_can_follow_another(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
+    """At a learning rate of almost nothing the weights are still those of the first."""
     sizeless = [key for key in tiny if not key.startswith(("model", "vocab_size"))]
     assert train_here(*tiny, *LEARNING, "objective=mlm", "run_dir=first").code == 0
     for before, name in (("first", "clm"), ("clm", "fim"), ("fim", "prefix_lm")):
         keys = ("model=auto", f"init={before}", f"objective={name}", "steps=2", f"run_dir={name}")
+        keys += ("optimizer=adamw", "optimizer.lr=1e-6")
         ended = train_here(*sizeless, *keys)
         assert ended.code == 0, ended.stderr
         assert read_objective(tmp_path / name / "hf") == name
     first = load_file(tmp_path / "first" / "hf" / "model.safetensors")
     last = load_file(tmp_path / "prefix_lm" / "hf" / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in last.items()}
+    assert first.keys() == last.keys()
+    assert all(torch.allclose(tensor, last[name], rtol=0, atol=1e-4) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in first.items())
 
 
 SLOW = pytest.mark.slow

@@ -103,7 +103,7 @@ def test_moving_a_token_moves_exactly_the_logits_that_may_look_at_it(
     allowed = may_look(name, separate, file, rows, batch, marks)  # (B, T, T)
     model.lm.set_attn_implementation(implementation)
     before = model.logits(batch.input_ids, spans)
-    for place in (0, 5, 11, length - 1):
+    for place in range(length):
         moved = batch.input_ids.clone()
         moved[:, place] = (moved[:, place] + 7) % model.shape.vocab_size
         change = (model.logits(moved, spans) - before).abs().amax(2)  # (B, T)

@@ -4,15 +4,17 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from datamodules import pair_preparation
 from datamodules.pair_preparation import collected_pairs, tell_what_does_not_fit
 from datamodules.pairs import PairData
+from gpt2lab.attention_spans import causal_spans, positions_of
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
-from gpt2lab.settings import TokenizerChoice
+from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
 from gpt2lab.tokenizer import load_tokenizer, tokenizer_hash
 
 LICENCE = Path(__file__).parents[1] / "LICENSE"
@@ -108,6 +110,39 @@ def test_each_micro_batch_is_padded_to_its_own_longest_rounded_up_to_eight(data)
         assert batch.input_ids.shape == batch.labels.shape == (12, -(-longest // 8) * 8)
         lengths.add(batch.input_ids.shape[1])
     assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("name", ["clm", "prefix_lm"])
+def test_training_pairs_share_rows_and_validation_pairs_do_not(name, pairs_file, tmp_path):
+    """What is to be learnt is the same; a validation pair has a row of its own, from which a model writes."""
+    batches = {}
+    for packing in (True, False):
+        data = make(pairs_file, tmp_path / "cache", {"packing": packing, "objective": ObjectiveSettings(name)})
+        data.prepare()
+        batches[packing] = next(iter(data.train_dataloader()))
+        for batch in data.val_dataloader():
+            assert len(batch.input_ids) == len(batch.indices)
+            assert (batch.spans is None) == (name == "clm")
+    packed, apart = batches[True], batches[False]
+    assert len(packed.input_ids) < len(apart.input_ids) == len(apart.indices)
+    assert sorted(packed.indices.tolist()) == sorted(apart.indices.tolist())
+    targets = [batch.labels[batch.labels != IGNORE_INDEX].sort().values for batch in (packed, apart)]
+    assert torch.equal(*targets)
+    # Under prefix_lm a prompt's first token sees all of the prompt but its last.
+    for batch in batches.values():
+        spans = batch.spans if batch.spans is not None else causal_spans(batch.input_ids)
+        seen = (spans[..., 1] - spans[..., 0])[
+            (positions_of(spans) == 0) & (batch.input_ids != data.train_samples.pad_id)
+        ]
+        lengths = batch.prompt_lengths - 1 if name == "prefix_lm" else torch.ones_like(batch.prompt_lengths)
+        assert sorted(seen.tolist()) == sorted(lengths.tolist())
+
+
+def test_what_negatives_are_drawn_by_are_the_counts_of_training_targets(data):
+    """Each pair once, whatever the prompts hold."""
+    batch = data.train_samples.batch(np.arange(len(data.train_samples)), 0)
+    expected = torch.bincount(batch.labels[batch.labels != IGNORE_INDEX], minlength=300)
+    assert data.token_counts().tolist() == expected.tolist()
 
 
 def test_padding_never_exceeds_the_context(pairs_file, tmp_path):

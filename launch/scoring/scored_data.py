@@ -72,7 +72,7 @@ def data_settings(data: str, given: dict[str, str], folder: Path, context: int) 
 
 
 def as_read_by(settings: "Config", folder: Path, tokenizer: str) -> "Config":
-    """The settings with the tokenizer and the objective of the checkpoint in `folder`.
+    """The settings with the tokenizer, the objective and the packing of the checkpoint in `folder`.
 
     Args:
         tokenizer: another than its own; empty: its own.
@@ -82,6 +82,7 @@ def as_read_by(settings: "Config", folder: Path, tokenizer: str) -> "Config":
     own, settings = _run_config(folder), deepcopy(settings)
     settings.tokenizer = TokenizerChoice("pretrained", source=tokenizer or str(folder))
     settings.objective = own.objective if own is not None else ObjectiveSettings(read_objective(folder))
+    settings.packing = own is not None and own.packing
     objective_checks.check(settings)
     return settings
 
