@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate as generate_command
+from gpt2lab import speculative
+from gpt2lab.acceptance import MOST_DRAFTS
 from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.decoder import Decoder
 from gpt2lab.hf_folder import write_hf_folder
@@ -240,6 +242,25 @@ def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkp
     assert "tokens per call" in drafted.told
 
 
+def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
+    write: Write, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, in which it comes early or late
+    monkeypatch.setattr(speculative, "look_costs", lambda *_: [1.0] * (MOST_DRAFTS + 1))
+    words = ["prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1"]
+    whole = write(*words).texts[0]
+    places = set()
+    for stop in {letter for letter in whole["completion"] if "!" <= letter < "|"}:
+        plain, drafted = (write(*words, f"stop=~never~||{stop}", *more) for more in ((), (f"draft={checkpoint}",)))
+        assert drafted.texts[0]["completion"] == plain.texts[0]["completion"] == whole["completion"].partition(stop)[0]
+        tokens, per_call = drafted.texts[0]["tokens"], drafted.texts[0]["tokens_per_call"]
+        assert tokens == plain.texts[0]["tokens"]
+        places.add(tokens)
+        assert per_call == pytest.approx(tokens / max(round(tokens / per_call), 1), abs=1e-4), "whole calls"
+        assert drafted.shown.rstrip("\n") == ("import" + plain.texts[0]["completion"]).rstrip("\n")
+    assert len(places) > 3
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -248,6 +269,8 @@ def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkp
         (["prompt=a", "draft=/nowhere"], "draft=/nowhere: there is no such folder"),
         (["prompt=a", "draft={checkpoint}", "beams=2"], "Leave out beams"),
         (["draft={checkpoint}"], "draft needs prompt= or prompts="),
+        (["prompt=a", "num_samples=2", "temperature=0"], "num_samples=2 texts would all be the same"),
+        (["prompt=a", "num_samples=2", "beams=2"], "Leave num_samples out"),
         (["prompt=a <|mask|>"], "fills none"),
     ],
 )
