@@ -141,15 +141,19 @@ def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write,
     assert [text["completion"] for text in together] == alone
 
 
-def test_beams_find_a_likelier_text_than_greed(write: Write, checkpoint: Path) -> None:
+def test_beams_and_penalties_write_what_transformers_writes(write: Write, checkpoint: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
     given = tokenizer("import", return_tensors="pt")
-    for beams in (1, 4):
-        ids = lm.generate(**given, max_new_tokens=8, num_beams=beams, do_sample=False)
+    found = set()
+    for beams, penalty in ((1, 1.0), (4, 1.0), (1, 3.0), (4, 3.0)):
+        ids = lm.generate(**given, max_new_tokens=16, num_beams=beams, repetition_penalty=penalty, do_sample=False)
         theirs = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        ours = write("prompt=import", "temperature=0", f"beams={beams}").texts[0]["completion"]
+        words = ["temperature=0", "max_new_tokens=16", f"beams={beams}", f"repetition_penalty={penalty}"]
+        ours = write("prompt=import", *words).texts[0]["completion"]
         assert ours == theirs
+        found.add(ours)
+    assert len(found) == 4, "beams and penalties both change what is written"
 
 
 @pytest.mark.parametrize("word", ["min_p=1", "top_k=1", "top_p=0.01"])
