@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GPT2LMHeadModel
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.device import peak_memory_bytes, synchronize
 from gpt2lab.generation import GREEDY, generate_ids
@@ -81,3 +83,27 @@ def _start_of_peak(device: torch.device) -> int | None:
         except OSError:  # some containers forbid it
             return None
     return peak_memory_bytes(device)
+
+
+class StepTimes(BaseStreamer):
+    """When the tokens of plain decoding came."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """The first one is the prompt, the second comes after it was read."""
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to show."""
+
+    @property
+    def tokens(self) -> int:
+        """Written after the prompt, an end-of-text among them."""
+        return len(self.moments) - 1
+
+    def mean(self) -> float:
+        """Seconds between tokens; where there is only one, what that took."""
+        first = 1 if len(self.moments) > 2 else 0
+        return (self.moments[-1] - self.moments[first]) / (self.tokens - first)

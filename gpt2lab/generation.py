@@ -129,7 +129,7 @@ def generate_ids(
     device = model.transformer.wte.weight.device
     padding = torch.tensor([longest - len(prompt) for prompt in cut], device=device)  # (B,)
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
-    stops = StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))] if stop else [])
+    stops = stopping(stop, tokenizer)
     processors = sampling.processors(padding)
     draws = not sampling.is_greedy
     if row_seeds is not None and draws:
@@ -147,6 +147,11 @@ def generate_ids(
             )
     completions = written[:, longest:].tolist()
     return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
+
+
+def stopping(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> StoppingCriteriaList:
+    """What tells of texts (B, S) whether their last token completes one of the texts that end a completion."""
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))] if stop else [])
 
 
 @contextmanager

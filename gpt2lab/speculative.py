@@ -29,15 +29,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.acceptance import MOST_DRAFTS, cost_ratio, is_kept
 from gpt2lab.backbone import shape_of
 from gpt2lab.decoder import Decoder
+from gpt2lab.decoding_speed import StepTimes
 from gpt2lab.device import synchronize
 from gpt2lab.draft_length import DraftLength
-from gpt2lab.generation import Choice, Sampling, generate_ids, writing
+from gpt2lab.generation import Choice, Sampling, generate_ids, stopping, writing
 
 # Cost of a target's look at 1, 2, … tokens, in its steps. On a CPU a product of matrices costs little more with two or
 # three rows than with one, and with four it costs twice as much, since then the weights are copied first: model small
@@ -51,10 +52,14 @@ LOOKS_ELSEWHERE = tuple(1 + 0.15 * more for more in range(MOST_DRAFTS + 1))
 
 @dataclass(frozen=True)
 class Round:
-    """One draft and the target's look at it; seconds of drawing up the one and of the target's call."""
+    """One draft and the target's look at it: how many tokens were drafted, kept of these, and written in all.
+
+    Seconds are those of drawing up the draft and of the target's call.
+    """
 
     drafted: int
     kept: int
+    written: int
     draft_seconds: float
     look_seconds: float
 
@@ -137,12 +142,15 @@ def speculate(
     end_of_text: int,
     entries: int,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Speculated:
     """Continue one prompt without the draft model and with it.
 
     Args:
         draft: with the target's tokens, on the target's device.
         entries: of the vocabulary that mean a token.
+        stop: texts that end a completion, which holds them; needs the tokenizer.
     """
     room = min(target.config.n_positions, draft.config.n_positions) - max_new_tokens
     if room < 1:
@@ -159,6 +167,8 @@ def speculate(
         entries=entries,
         seed=seed,
         streamer=steps,
+        stop=stop,
+        tokenizer=tokenizer,
     )
     synchronize(device)
     between = time.perf_counter()
@@ -171,16 +181,18 @@ def speculate(
         end_of_text=end_of_text,
         entries=entries,
         seed=seed,
+        stop=stop,
+        tokenizer=tokenizer,
     )
     synchronize(device)
     seconds, plain_seconds = time.perf_counter() - between, between - started
-    tokens, plain_tokens = (len(one) + (len(one) < max_new_tokens) for one in (ids, plain_ids))
     drafted = sum(one.drafted for one in rounds)
     settled = rounds[1:] or rounds
     step = steps.mean()
     cost = sum(one.draft_seconds for one in settled) / max(sum(one.drafted for one in settled), 1) / step
     look = sum(one.look_seconds for one in settled) / len(settled) / step
-    counts = (tokens, plain_tokens, len(rounds), drafted, sum(one.kept for one in rounds))
+    tokens, kept = sum(one.written for one in rounds), sum(one.kept for one in rounds)
+    counts = (tokens, steps.tokens, len(rounds), drafted, kept)
     return Speculated(ids, plain_ids, *counts, seconds, plain_seconds, cost, look)
 
 
@@ -196,12 +208,15 @@ def speculative_ids(
     entries: int,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[int], list[Round]]:
     """New token ids after the prompt, up to and without `end_of_text`, and how they came about.
 
     Args:
         prompt: with room for `max_new_tokens` in the positions of both models.
         streamer: is given the prompt, then what each of the target's calls has settled.
+        stop: texts that end a completion, which holds them; needs the tokenizer.
     """
     device = target.transformer.wte.weight.device
     ids = torch.tensor([list(prompt) or [end_of_text]], device=device)  # (1, L)
@@ -209,12 +224,12 @@ def speculative_ids(
     choice = Choice(sampling.processors(), entries, draws=not sampling.is_greedy)
     step_cost = cost_ratio(shape_of(draft.config), shape_of(target.config), whole)
     length = DraftLength(step_cost, look_costs(device, target.dtype))
-    rounds: list[Round] = []
+    stops, ended, rounds = stopping(stop, tokenizer), False, list[Round]()
     if streamer is not None:
         streamer.put(ids.cpu())
     with writing(target, draft, seed=seed):
         reader, drafter = Decoder(target, whole), Decoder(draft, whole)
-        while ids.shape[1] < whole and end_of_text not in ids[0, given:].tolist():
+        while ids.shape[1] < whole and not ended:
             started = time.perf_counter()
             text, draft_scores = _draft(drafter, ids, choice, length, whole - ids.shape[1] - 1)
             drafted = text.shape[1] - ids.shape[1]
@@ -226,10 +241,9 @@ def speculative_ids(
             kept, following = accept(text[0, ids.shape[1] :], draft_scores, scores, choice.draws)
             length.learn(kept)
             settled = torch.cat([text[:, ids.shape[1] : ids.shape[1] + kept], following], 1)
-            ends = (settled[0] == end_of_text).nonzero()
-            if len(ends):  # nothing after it is text
-                settled = settled[:, : int(ends[0]) + 1]
-            rounds.append(Round(drafted, min(kept, settled.shape[1]), between - started, looked - between))
+            count, ended = _until_end(ids, settled, end_of_text, stops)
+            settled = settled[:, :count]
+            rounds.append(Round(drafted, min(kept, count), count, between - started, looked - between))
             ids = torch.cat([ids, settled], 1)
             if streamer is not None:
                 streamer.put(settled[0].cpu())
@@ -239,6 +253,14 @@ def speculative_ids(
         streamer.end()
     written = ids[0, given:].tolist()
     return written[: written.index(end_of_text)] if end_of_text in written else written, rounds
+
+
+def _until_end(ids: Tensor, settled: Tensor, end_of_text: int, stops: StoppingCriteriaList) -> tuple[int, bool]:
+    """How many of the tokens (1, N) settled after a text (1, S) belong to it, and whether the last of these ends it."""
+    for count, token in enumerate(settled[0].tolist(), 1):
+        if token == end_of_text or (stops and stops(torch.cat([ids, settled[:, :count]], 1), settled).item()):
+            return count, True
+    return settled.shape[1], False
 
 
 def look_costs(device: torch.device, dtype: torch.dtype) -> Sequence[float]:
@@ -291,22 +313,3 @@ def _scores(choice: Choice, text: Tensor, logits: Tensor, looks_back: bool) -> T
     before = text.shape[1] - len(logits) + 1
     rows = [choice.scores(text[:, : before + number], row[None]) for number, row in enumerate(logits)]
     return torch.cat(rows)
-
-
-class StepTimes(BaseStreamer):
-    """When the tokens of plain decoding came."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """The first one is the prompt, the second comes after it was read."""
-        self.moments.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to show."""
-
-    def mean(self) -> float:
-        """Seconds between tokens; where there is only one, what that took."""
-        first = 1 if len(self.moments) > 2 else 0
-        return (self.moments[-1] - self.moments[first]) / (len(self.moments) - 1 - first)

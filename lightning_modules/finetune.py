@@ -48,8 +48,6 @@ class FineTune(LanguageModel):
     def build_backbone(self) -> Backbone:
         backbone = super().build_backbone()
         if self.lora.rank:
-            if self.settings.init == "scratch":
-                log.warning("init=scratch: LoRA adapts random weights, which themselves stay as they are")
             torch.manual_seed(self.settings.seed)
             inject_adapter_in_model(self._lora_config(), backbone.lm)
         if self.frozen_layers:

@@ -105,6 +105,7 @@ BEFORE_ANY_IMPORT = [
     ("task=finetune task.lora.alpha=8", "LoRA reads it"),
     ("task=finetune init=gpt2 model=nano task.frozen_layers=2", "leaves no block to train: the model has 2"),
     ("task=finetune init=scratch model=nano task.frozen_layers=1", "would keep random weights"),
+    ("task=finetune init=scratch model=nano task.lora.rank=8", "Give init=RUN, or leave task.lora.rank out"),
     ("task=finetune task.frozen_layers=1 task.lora.rank=4", "without LoRA reads it"),
     ("task=finetune task.text.metrics=[foo]", "rougeL"),
     ("task=finetune data.reader=foo", "tables"),

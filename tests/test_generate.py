@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate as generate_command
+from gpt2lab import speculative
+from gpt2lab.acceptance import MOST_DRAFTS
 from gpt2lab.backbone import Backbone, plain_hf
 from gpt2lab.decoder import Decoder
 from gpt2lab.hf_folder import write_hf_folder
@@ -139,15 +141,19 @@ def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write,
     assert [text["completion"] for text in together] == alone
 
 
-def test_beams_find_a_likelier_text_than_greed(write: Write, checkpoint: Path) -> None:
+def test_beams_and_penalties_write_what_transformers_writes(write: Write, checkpoint: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
     given = tokenizer("import", return_tensors="pt")
-    for beams in (1, 4):
-        ids = lm.generate(**given, max_new_tokens=8, num_beams=beams, do_sample=False)
+    found = set()
+    for beams, penalty in ((1, 1.0), (4, 1.0), (1, 3.0), (4, 3.0)):
+        ids = lm.generate(**given, max_new_tokens=16, num_beams=beams, repetition_penalty=penalty, do_sample=False)
         theirs = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        ours = write("prompt=import", "temperature=0", f"beams={beams}").texts[0]["completion"]
+        words = ["temperature=0", "max_new_tokens=16", f"beams={beams}", f"repetition_penalty={penalty}"]
+        ours = write("prompt=import", *words).texts[0]["completion"]
         assert ours == theirs
+        found.add(ours)
+    assert len(found) == 4, "beams and penalties both change what is written"
 
 
 @pytest.mark.parametrize("word", ["min_p=1", "top_k=1", "top_p=0.01"])
@@ -240,6 +246,25 @@ def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkp
     assert "tokens per call" in drafted.told
 
 
+def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
+    write: Write, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, in which it comes early or late
+    monkeypatch.setattr(speculative, "look_costs", lambda *_: [1.0] * (MOST_DRAFTS + 1))
+    words = ["prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1"]
+    whole = write(*words).texts[0]
+    places = set()
+    for stop in {letter for letter in whole["completion"] if "!" <= letter < "|"}:
+        plain, drafted = (write(*words, f"stop=~never~||{stop}", *more) for more in ((), (f"draft={checkpoint}",)))
+        assert drafted.texts[0]["completion"] == plain.texts[0]["completion"] == whole["completion"].partition(stop)[0]
+        tokens, per_call = drafted.texts[0]["tokens"], drafted.texts[0]["tokens_per_call"]
+        assert tokens == plain.texts[0]["tokens"]
+        places.add(tokens)
+        assert per_call == pytest.approx(tokens / max(round(tokens / per_call), 1), abs=1e-4), "whole calls"
+        assert drafted.shown.rstrip("\n") == ("import" + plain.texts[0]["completion"]).rstrip("\n")
+    assert len(places) > 3
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -248,6 +273,8 @@ def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkp
         (["prompt=a", "draft=/nowhere"], "draft=/nowhere: there is no such folder"),
         (["prompt=a", "draft={checkpoint}", "beams=2"], "Leave out beams"),
         (["draft={checkpoint}"], "draft needs prompt= or prompts="),
+        (["prompt=a", "num_samples=2", "temperature=0"], "num_samples=2 texts would all be the same"),
+        (["prompt=a", "num_samples=2", "beams=2"], "Leave num_samples out"),
         (["prompt=a <|mask|>"], "fills none"),
     ],
 )

@@ -427,6 +427,14 @@ def parallel() -> datasets.DatasetDict:
     )
 
 
+def test_translate_reads_a_data_set_too_and_splits_it_by_message(tmp_path, parallel):
+    parallel.save_to_disk(tmp_path / "set")
+    columns = {"source": "translation.en", "target": "translation.de"}
+    data = preset("translate", tmp_path / "cache", {"dataset": str(tmp_path / "set"), **columns})
+    assert pairs_of(data) == sorted(GERMAN.items())
+    assert len(data.train_samples) + len(data.val_samples) == len(GERMAN)
+
+
 @pytest.mark.parametrize("stored", ["save_to_disk", "files"])
 def test_a_hub_presets_own_validation_split_is_used_and_kept_out_of_training(tmp_path, parallel, stored):
     folder = tmp_path / "set"

@@ -388,7 +388,9 @@ def alone(folder: Path, tasks: Path) -> float:
 
 
 @pytest.mark.slow
-def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate_here, models, tmp_path: Path) -> None:
+def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(
+    evaluate_here, models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions = [
         {"question": TEXT[at : at + 40], "choices": [TEXT[at + 40 : at + 50], "zzzz zzzz"], "answer": 0}
         for at in range(0, 2000, 100)
@@ -397,9 +399,11 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
     (tmp_path / "rolling.yaml").write_text(ROLLING.format(file=tmp_path / "test.jsonl"))
     words = ["lm_eval=tiny_completion,tiny_rolling", f"lm_eval_path={tmp_path}", f"json={tmp_path / 'scores.json'}"]
-    done = evaluate_here("checkpoint=1", *RUNNING, *words)
+    done = evaluate_here("checkpoint=1,2", *RUNNING, *words)
     assert done.code == 0, done.stderr
-    scores = json.loads((tmp_path / "scores.json").read_text())["zero_shot"]
+    scores, others = [one["zero_shot"] for one in json.loads((tmp_path / "scores.json").read_text())]
+    assert scores.keys() == others.keys()
+    assert scores != others
     found = scores["tiny_completion/acc"]
     backbone, tokenizer = load_backbone(str(models / "1")).eval(), load_tokenizer(str(models / "1"))
 
@@ -424,6 +428,7 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(evaluate
     assert scores["tiny_rolling/bits_per_byte"]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
     assert scores["tiny_rolling/bits_per_byte"]["standard_error"] == pytest.approx(bits.std().item() / 20**0.5, rel=0.1)
     assert scores["tiny_rolling/word_perplexity"]["standard_error"] > 0
+    monkeypatch.setattr("launch.scoring.score_checkpoints._Scorer.scored", None)  # told before any is scored
     unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
     assert unknown.code == 2
     assert "no such task" in unknown.stderr

@@ -249,8 +249,9 @@ def test_adapters_are_merged_where_ranks_wrote_them_in_parts(
 ) -> None:
     lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(240)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
-    keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens"))]
-    keys += ["task=finetune", "init=scratch", "model=nano", "data=pairs", f"path={tmp_path / 'pairs.tsv'}"]
+    assert train_process(*tiny, "steps=1", "compile=false", "run_dir=begun").code == 0
+    keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens", "model.", "vocab_size"))]
+    keys += ["task=finetune", "init=begun", "data=pairs", f"path={tmp_path / 'pairs.tsv'}"]
     keys += ["batch_sequences=6", "task.lora.rank=4", "task.text.examples=0", "task.text.max_new_tokens=8"]
     answer = train_process(*keys, *KEYS, "optimizer=adamw", "optimizer.lr=0.1")
     assert answer.code == 0, answer.stderr

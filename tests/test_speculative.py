@@ -83,13 +83,18 @@ class Told(BaseStreamer):
 def test_an_end_of_text_ends_it_wherever_it_comes_in_a_draft(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     lengths = set()
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1], [0], [4, 4]):
-        whole = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, **SIZES).ids
+        found = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, **SIZES)
+        whole = found.ids
+        assert found.tokens == found.plain_tokens == 24
         for end in set(whole):
             told = Told()
-            ids, _ = speculative_ids(
+            ids, rounds = speculative_ids(
                 target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES, streamer=told
             )
             assert ids == whole[: whole.index(end)]
+            assert sum(one.written for one in rounds) == len(ids) + 1
+            ended = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES)
+            assert ended.tokens == ended.plain_tokens == len(ids) + 1
             assert told.tokens == [*prompt, *ids, end]
             lengths.add(len(ids))
     assert len(lengths) > 3

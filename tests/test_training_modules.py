@@ -1,7 +1,6 @@
 """The three modules under a real Trainer: accumulation, resume, averaging, LoRA, distillation and its preflight."""
 
 import itertools
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -290,14 +289,6 @@ def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder
     assert (adapted(ids).logits - merged(ids).logits).abs().max() <= 1e-5
     with module.averaged_weights():
         assert (module.eval().backbone.logits(ids) - merged(ids).logits).abs().max() <= 1e-5
-
-
-def test_lora_on_random_weights_is_told(tokenizer_folder, tmp_path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(logging.getLogger("lightning_modules"), "propagate", True)  # a run in this process may end it
-    plain_hf(Backbone(settings(tokenizer_folder).shape)).save_pretrained(tmp_path)
-    for init, told in ((str(tmp_path), False), ("scratch", True)):
-        FineTune(settings(tokenizer_folder, init=init), LoraSettings(4), TextMetricSettings([], 0, 4)).build_backbone()
-        assert ("LoRA adapts random weights" in caplog.text) == told
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

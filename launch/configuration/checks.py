@@ -203,17 +203,18 @@ def check_room(config: Config, positions: int) -> None:
 
 
 def check_frozen(config: Config, layers: int) -> None:
-    """What is frozen has learned something, and at least the last block is left to train.
+    """What keeps its weights has learned something, and at least the last block is left to train.
 
     Raises:
         InputError: says how many blocks there are, or that weights would stay random.
     """
     frozen = config.task.get("frozen_layers", 0)
-    if frozen and config.init == "scratch":
-        raise InputError(
-            f"task.frozen_layers={frozen} would keep random weights: init=scratch has learned nothing to keep.\n"
-            "Give init=RUN, or leave task.frozen_layers out."
-        )
+    for key, value in {"task.frozen_layers": frozen, "task.lora.rank": config.lora_rank}.items():
+        if value and config.init == "scratch":
+            raise InputError(
+                f"{key}={value} would keep random weights: init=scratch has learned nothing to keep.\n"
+                f"Give init=RUN, or leave {key} out."
+            )
     if frozen >= layers:
         raise InputError(
             f"task.frozen_layers={frozen} leaves no block to train: the model has {layers}.\n"

@@ -122,9 +122,10 @@ def evaluate(arguments: Arguments) -> Results:
         sides = [scorer.data.sides(arguments.split == "all") for scorer in scorers]
         left_out = scored_data.keep_what_all_can_read(sides, settings[0].context)
     results = Results([], {}, left_out, settings[0].context)
+    tasks = zero_shot.named_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
     loaded = [compared_models.loaded(other) for other in others]
     for model, scorer in zip(checkpoints, scorers, strict=True):
-        results.checkpoints.append(scorer.scored(model, loaded))
+        results.checkpoints.append(scorer.scored(model, loaded, tasks))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
             newest.loss_minus_first = difference_of_losses(newest.score, first.score)
@@ -185,7 +186,9 @@ class _Scorer:
         if unread:
             raise InputError(f"{unread[0]}= is of answers to prompts, and these data are running text.\nLeave it out.")
 
-    def scored(self, model: NamedModel, others: "list[Backbone]") -> Scored:
+    def scored(
+        self, model: NamedModel, others: "list[Backbone]", tasks: "zero_shot.NamedTasks | None" = None
+    ) -> Scored:
         """Everything that was asked for; the others are the teacher and the baseline, as far as there are any."""
         backbone = compared_models.loaded(model)
         found = self._against(others, backbone, model.source)
@@ -193,11 +196,8 @@ class _Scorer:
             found.texts = self._written(backbone)
         if self.arguments.decode:
             found.speeds = self._speeds(backbone)
-        if self.arguments.lm_eval:
-            arguments = self.arguments
-            found.zero_shot = zero_shot.zero_shot(
-                backbone.lm, self.tokenizer, arguments.lm_eval, arguments.lm_eval_path, arguments.lm_eval_limit
-            )
+        if tasks is not None:
+            found.zero_shot = zero_shot.zero_shot(backbone.lm, self.tokenizer, tasks, self.arguments.lm_eval_limit)
         return found
 
     def baselines(self) -> "dict[str, dict[str, TextScore]]":

@@ -1,6 +1,8 @@
 """Zero-shot: tasks of EleutherAI's lm-evaluation-harness, an optional package, on a loaded checkpoint."""
 
 import importlib.util
+import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
@@ -12,6 +14,14 @@ if TYPE_CHECKING:
 DRAWS = 1000  # of the bootstrap
 INSTALL = 'pip install "lm-eval>=0.4.13"'
 BATCH = 16
+
+
+@dataclass(frozen=True)
+class NamedTasks:
+    """Tasks of the harness, found by name."""
+
+    names: list[str]
+    manager: "TaskManager"
 
 
 def check(tasks: str, objective: str) -> None:
@@ -28,24 +38,19 @@ def check(tasks: str, objective: str) -> None:
         raise InputError(f"lm_eval is for causal models, and one was trained with objective={objective}.")
 
 
-def zero_shot(
-    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", tasks: str, folder: str, limit: int
-) -> dict[str, tuple[float, float | None]]:
-    """(value, standard error) by task/metric.
+def named_tasks(tasks: str, folder: str) -> NamedTasks:
+    """The tasks, looked up among thousands once, and before any model is scored.
 
     Args:
-        model: as `transformers` knows it.
         tasks: names, separated by commas; each brings its data from the Hub or from files.
         folder: with task files (.yaml) of your own; may be empty.
-        limit: so many examples of each task; 0: all.
 
     Raises:
-        InputError: an unknown task, or data that cannot be had.
+        InputError: an unknown task.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = TaskManager(include_path=folder or None)
     unknown = [name for name in names if name not in manager.all_tasks]
@@ -54,10 +59,33 @@ def zero_shot(
             f"lm_eval={unknown[0]}: no such task among {len(manager.all_tasks):,}.\n"
             "Name a task of lm-evaluation-harness, or give lm_eval_path=FOLDER with a task file of your own."
         )
+    return NamedTasks(names, manager)
+
+
+def zero_shot(
+    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", tasks: NamedTasks, limit: int
+) -> dict[str, tuple[float, float | None]]:
+    """(value, standard error) by task/metric.
+
+    Args:
+        model: as `transformers` knows it.
+        limit: so many examples of each task; 0: all.
+
+    Raises:
+        InputError: data that cannot be had.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
     try:
         found = lm_eval.simple_evaluate(
-            judge, tasks=names, task_manager=manager, limit=limit or None, bootstrap_iters=DRAWS, verbosity="ERROR"
+            judge,
+            tasks=list(tasks.names),
+            task_manager=tasks.manager,
+            limit=limit or None,
+            bootstrap_iters=DRAWS,
+            verbosity="ERROR",
         )
         assert found is not None
         figures = {
@@ -67,13 +95,13 @@ def zero_shot(
             if "," in key and "_stderr," not in key and isinstance(value, int | float)
         }
         return {
-            f"{task}/{_shown(key)}": (float(value), _error(found, manager, task, key))
+            f"{task}/{_shown(key)}": (float(value), _error(found, tasks.manager, task, key))
             for (task, key), value in figures.items()
         }
     except (OSError, ValueError, ConnectionError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"lm_eval={tasks} could not be run: {why[:150]}\n"
+            f"lm_eval={','.join(tasks.names)} could not be run: {why[:150]}\n"
             "Its data come from the Hub or from the task file's own paths."
         ) from error
 

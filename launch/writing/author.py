@@ -131,16 +131,19 @@ class Author:
         from gpt2lab.speculative import speculate
 
         arguments, draft, texts = self.arguments, self.load_draft(), []
-        for number, prompt in enumerate([self.prompts[0], *self.prompts]):
+        given = [(prompt, self._ids(prompt)) for prompt in self.prompts]
+        for number, (prompt, ids) in enumerate([given[0], *given]):
             found = speculate(
                 self.model,
                 draft,
-                self._ids(prompt),
+                ids,
                 self.sampling,
                 max_new_tokens=arguments.max_new_tokens,
                 end_of_text=self.tokenizer.eos_token_id,
                 entries=len(self.tokenizer),
                 seed=arguments.seed,
+                stop=self.stop,
+                tokenizer=self.tokenizer,
             )
             if not number:
                 continue  # the first time warms up
@@ -243,10 +246,18 @@ class Author:
         self._check_room()
         if arguments.prompt and arguments.prompts:
             raise InputError("prompt and prompts are both given.\nGive one of them.")
-        if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1 or arguments.stop):
-            raise InputError("draft decodes one text at a time.\nLeave out beams, num_samples and stop.")
+        if arguments.num_samples > 1 and (not arguments.temperature or arguments.beams > 1 or self.objective == "mlm"):
+            raise InputError(
+                f"num_samples={arguments.num_samples} texts would all be the same: nothing is drawn with "
+                "temperature=0, with beams, or of objective=mlm.\nLeave num_samples out, or draw: temperature=0.8"
+            )
+        if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1):
+            raise InputError("draft decodes one text at a time.\nLeave out beams and num_samples.")
         if arguments.draft and self.objective not in ("clm", "fim", "sampled_softmax"):
-            raise InputError(f"draft is for causal models, and this one was trained with objective={self.objective}.")
+            raise InputError(
+                f"draft is for causal models, and this one was trained with objective={self.objective}.\n"
+                "Leave draft out."
+            )
         if arguments.draft and not self.prompts and not arguments.serve:
             raise InputError("draft needs prompt= or prompts=.")
         if arguments.port != PORT and not arguments.serve:
