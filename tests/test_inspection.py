@@ -281,9 +281,13 @@ def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
 def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Path) -> None:
-    ids = TOKENIZER(SOURCE)["input_ids"][:60]
+    tokenizer, lm, ids = copy.deepcopy(TOKENIZER), model(padding=1), TOKENIZER(SOURCE)["input_ids"][:60]
+    tokenizer.add_tokens("#" * 64)  # wider than a telephone, and near to a token of the text
+    with torch.no_grad():
+        lm.transformer.wte.weight[ENTRIES] = lm.transformer.wte.weight[ids[5]]
     given, file = reading_of_text(ids[:50], ids[50:], "clm", written=True, room=64), tmp_path / "page.html"
-    write_inspection(file, "run", model(), given, TOKENIZER, objective="clm", teacher=model(1), teacher_name="teacher")
+    teacher = model(1, padding=1)
+    write_inspection(file, "run", lm, given, tokenizer, objective="clm", teacher=teacher, teacher_name="teacher")
     data, browser = data_of(file.read_text()), Browser(tmp_path / "browser")
     try:
         browser.open(f"file://{file}")
