@@ -57,4 +57,4 @@ class Samples(lightning.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TakesSamples):
                 logger.log_samples(samples, step)
-        show(f"step {step} · {samples[0].method} · {json.dumps(samples[0].prompt + samples[0].completion)[:200]}")
+        show(f"step {step} · {samples[0].method} · {json.dumps(samples[0].prompt + samples[0].written)[:200]}")

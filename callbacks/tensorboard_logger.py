@@ -21,5 +21,5 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_samples(self, samples: list[Sample], step: int) -> None:
-        text = "\n\n".join(f"**{s.method}**\n```\n{s.prompt}{s.completion}\n```" for s in samples)
+        text = "\n\n".join(f"**{s.method}**\n```\n{s.prompt}{s.written}\n```" for s in samples)
         self.experiment.add_text("samples", text, step)

@@ -63,6 +63,8 @@ def write_hf_folder(
         (scratch / "README.md").write_text(card_text, encoding="utf-8")
         if export_adapter is not None:
             export_adapter(scratch / "adapter")
+        for weights in scratch.rglob("*.safetensors"):  # written for their owner alone, whatever the umask
+            weights.chmod((scratch / "README.md").stat().st_mode)
         _compare_tensors(model, scratch / "model.safetensors")
 
 

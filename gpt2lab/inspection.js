@@ -179,7 +179,7 @@ function drawMaps() {
   }
 }
 
-const large = one("large"), margin = size <= 48 ? 96 : 8;
+const large = one("large"), margin = 96, legible = 9; // pixels: of the names beside it, and from one name to the next
 let current = new Float32Array(square);
 
 function drawLarge() {
@@ -202,13 +202,15 @@ function drawLarge() {
   const offset = margin + state.place * cell;
   if (state.way === "from") pen.strokeRect(margin, offset, inner, cell);
   else pen.strokeRect(offset, margin, cell, inner);
-  if (size <= 48) names(pen, cell);
+  names(pen, cell);
 }
 
 function names(pen, cell) {
-  pen.font = `${Math.min(12, Math.max(8, cell * 0.8))}px ui-monospace, Menlo, monospace`;
+  const step = Math.ceil(legible / cell); // of many tokens every so many-eth is named, and the chosen one
+  pen.font = `${Math.min(12, Math.max(8, cell * step * 0.8))}px ui-monospace, Menlo, monospace`;
   pen.textBaseline = "middle";
   for (let place = 0; place < size; place++) {
+    if (place !== state.place && (place % step || Math.abs(place - state.place) < step)) continue;
     const text = data.read[data.from + place].slice(0, 12), middle = margin + (place + 0.5) * cell;
     pen.fillStyle = place === state.place ? colours.ink : colours.soft;
     pen.textAlign = "right";
@@ -242,7 +244,7 @@ function lookAt(place) {
   const name = (at) => `<b>${escaped(data.read[data.from + at])}</b>`;
   const list = best.map(([value, other]) => `${percent(value)} ${from ? "to" : "by"} ${name(other)}`).join(", ");
   const earlier = from && data.from && total < 0.985 ? `; ${percent(1 - total)} to tokens before those shown` : "";
-  one("told").innerHTML = `${name(place)} (token ${data.from + place + 1}) ${from ? "looks" : "is looked at"}: ${list || "nowhere"}${earlier}.`;
+  one("told").innerHTML = `${name(place)} (token ${data.from + place + 1}) ${from ? "looks" : "is looked at"}: ${list || `less than 0.5 % ${from ? "to" : "by"} each of those shown`}${earlier}.`;
   drawLarge();
 }
 

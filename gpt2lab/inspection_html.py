@@ -24,7 +24,7 @@ from gpt2lab.token_text import token_texts, with_signs
 NEIGHBOURS = 8
 MOST_NEIGHBOURED = 40  # distinct tokens in the table of neighbours
 MOST_DISPUTED = 10  # tokens in the table of disagreements
-ACROSS = 26  # tokens in a row of the heat map
+ACROSS = 23  # tokens in a row of the heat map
 
 SURPRISE = """Each token is coloured by how little the model expected it. <b>Loss</b> is −ln of the probability that
 it gave the token which really stands there: 0 means it was sure, and training lowers its mean. <b>Bits</b> are the
@@ -76,8 +76,9 @@ def write_inspection(
     distinct = list(dict.fromkeys(reading.text))[:MOST_NEIGHBOURED]
     neighbours = nearest(model.transformer.wte.weight, distinct, entries, NEIGHBOURS)
     shape = model.config
-    facts = f"{shape.n_layer} layers · {shape.n_head} heads · width {shape.n_embd} · {model.num_parameters():,} "
-    facts += f"parameters · objective {objective} · {len(reading.ids):,} tokens"
+    counted = [_counted(shape.n_layer, "layer"), _counted(shape.n_head, "head"), f"width {shape.n_embd}"]
+    counted += [f"{model.num_parameters():,} parameters", f"objective {objective}", _counted(len(reading.ids), "token")]
+    facts = " · ".join(counted)
     if teacher is not None:
         facts += f"\nTeacher: {teacher_name}, {teacher.num_parameters():,} parameters"
     page = Page(inspection, tokenizer, objective)
@@ -215,10 +216,10 @@ class Page:
             return ""
         most = math.log(len(self.tokenizer))
         measures = [
-            ("KL, to 3 nats", "apart", [value / 3 for value in beside.kl]),
-            ("total variation", "apart", beside.tvd),
-            ("student's loss", "hot", [value / most for value in self.seen.expectations.losses]),
-            ("teacher's loss", "hot", [value / most for value in beside.expectations.losses]),
+            ("KL, 0 to 3 nats", "apart", [value / 3 for value in beside.kl]),
+            ("total variation, 0 to 1", "apart", beside.tvd),
+            (f"student's loss, 0 to {most:.1f} nats", "hot", [each / most for each in self.seen.expectations.losses]),
+            (f"teacher's loss, 0 to {most:.1f} nats", "hot", [each / most for each in beside.expectations.losses]),
         ]
         begin = next((row for row, place in enumerate(places) if place >= self.first), len(places))
         tables = []
@@ -286,7 +287,8 @@ class Page:
 <div class="scroll"><div class="maps" style="--heads:{heads}">{"".join(parts)}</div></div>
 <h3 id="which"></h3><div class="choice"><span id="wholes" class="choice">{wholes}</span>
 <span id="ways" class="choice">{ways}</span></div>
-<div class="large"><canvas id="large" role="img" aria-label="the chosen map, enlarged"></canvas><div>
+<div class="large"><div><canvas id="large" role="img" aria-label="the chosen map, enlarged"></canvas>
+<div class="legend look">weight 0<i></i>1; ¼ has half the colour</div></div><div>
 {self._strip("looks", "look", self.attention_from, read=True)}<p id="told"></p></div></div>
 """
 
@@ -320,6 +322,10 @@ def _evenly(rows: range, most: int) -> list[range]:
 
 def _short(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def _buttons(names: list[tuple[str, str]]) -> str:

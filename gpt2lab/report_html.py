@@ -164,7 +164,7 @@ def _samples(samples: list[Sample]) -> str:
         return "<p>No samples were written.</p>"
     newest = [sample for sample in samples if sample.step == samples[-1].step][:SHOWN_SAMPLES]
     blocks = [
-        f"<div>{escape(s.method)}, step {s.step}</div><pre><b>{escape(s.prompt)}</b>{escape(s.completion)}</pre>"
+        f"<div>{escape(s.method)}, step {s.step}</div><pre><b>{escape(s.prompt)}</b>{escape(s.written)}</pre>"
         for s in newest
     ]
     return "".join(blocks)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt2lab.atomic_files import write_text
+from gpt2lab.marks import PLACE
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,11 @@ class Sample:
     prompt: str
     completion: str
     method: str
+
+    @property
+    def written(self) -> str:
+        """What follows the prompt where both are shown: what was put into its gaps does not run on from it."""
+        return f"\n→ {self.completion}" if PLACE in self.prompt else self.completion
 
 
 def append_samples(run_dir: str | Path, samples: list[Sample]) -> None:

@@ -110,7 +110,8 @@ class Browser:
     def point(self, selector: str) -> None:
         """Move the mouse onto an element."""
         place = self.value(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getClientRects()[0];"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'nearest'}); const r = e.getClientRects()[0];"
             "return {x: r.x + r.width / 2, y: r.y + r.height / 2}; })()"
         )
         self._mouse("mouseMoved", place)

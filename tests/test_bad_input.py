@@ -41,6 +41,7 @@ BEFORE_ANY_IMPORT = [
     ("seed=-1", "at least 0"),
     ("steps", "steps is not key=value"),
     ("steps=(3", "Cannot read"),
+    ("callbacks.inspect.texts=[f(]", "callbacks.inspect.texts=['…','…']"),
     ("model=nano,micro", "-m"),
     ("--stpes", "no flag"),
     ("loss.temperature=2", "task=pretrain does not read loss.temperature"),

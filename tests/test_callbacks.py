@@ -184,6 +184,7 @@ def test_the_exported_folder_is_the_model_and_loads_with_transformers_alone(plai
     assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
     assert exported.generation_config.eos_token_id == exported.generation_config.pad_token_id == tokenizer.eos_token_id
     assert "pipeline_tag: text-generation" in (run_dir / "hf" / "README.md").read_text()
+    assert len({file.stat().st_mode for file in (run_dir / "hf").iterdir()}) == 1, "weights are no more secret than it"
 
 
 def test_a_fresh_process_gives_the_same_logits_and_a_changed_folder_is_noticed(plain, tmp_path):

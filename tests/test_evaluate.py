@@ -88,6 +88,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
     assert scores["bits_per_byte"] == pytest.approx(losses.sum().item() / math.log(2) / 3000, rel=1e-5)
     assert f"{scores['tokens']:,}" in done.stdout
+    assert f"Read: data=text path={tmp_path / 'train.txt'} context=" in done.stdout
 
 
 @pytest.mark.parametrize(

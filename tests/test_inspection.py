@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from chromium import PROGRAM, Browser
 from conftest import Train
-from google.protobuf import text_format
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 from torch import Tensor
 from transformers import GPT2LMHeadModel
+from werkzeug.test import Client
 
 import generate as generate_command
 from callbacks.inspection import Inspect
@@ -275,6 +279,48 @@ def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
     assert (weights[:, :, ~np.tri(len(given.ids), dtype=bool)] == 0).all()
 
 
+@pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
+def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Path) -> None:
+    tokenizer, lm, ids = copy.deepcopy(TOKENIZER), model(padding=1), TOKENIZER(SOURCE)["input_ids"][:60]
+    tokenizer.add_tokens("#" * 64)  # wider than a telephone, and near to a token of the text
+    with torch.no_grad():
+        lm.transformer.wte.weight[ENTRIES] = lm.transformer.wte.weight[ids[5]]
+    given, file = reading_of_text(ids[:50], ids[50:], "clm", written=True, room=64), tmp_path / "page.html"
+    teacher = model(1, padding=1)
+    write_inspection(file, "run", lm, given, tokenizer, objective="clm", teacher=teacher, teacher_name="teacher")
+    data, browser = data_of(file.read_text()), Browser(tmp_path / "browser")
+    try:
+        browser.open(f"file://{file}")
+        browser.point("#strip .t[data-i='7']")
+        shown = browser.value("document.querySelector('#card').innerText")
+        for expected in (data["model"], data["teacher"]):
+            assert f"{expected['losses'][6]:.3f} nats" in shown
+        assert f"{data['teacher']['tvd'][6]:.3f}" in shown
+        browser.point("#heat td[data-i='9']")
+        assert "token 10 of 60" in browser.value("document.querySelector('#heat-card').innerText")
+        browser.click(".map[value='3']")
+        assert browser.value("document.querySelector('#which').innerText").startswith("Layer 2, head 2")
+        browser.point("#looks .t[data-i='20']")
+        weights = np.frombuffer(base64.b64decode(data["attention"]), dtype=np.uint8).reshape(4, 60, 60)[3, 20]
+        most, sign = (weights.max() / 255) ** 2, data["signs"][int(weights.argmax())]
+        told = browser.value("document.querySelector('#told').innerText")
+        assert f"looks: {100 * most:.{0 if most >= 0.0995 else 1}f} % to {sign}" in told
+        # The map is drawn: in the row of the chosen token is more than one colour, above the diagonal none.
+        pixels = """(() => { const c = document.querySelector(".map[value='3'] canvas"), size = c.width;
+            const row = c.getContext("2d").getImageData(0, 20, size, 1).data;
+            return [...Array(size).keys()].map((k) => [...row.slice(4 * k, 4 * k + 4)].join()); })()"""
+        row = browser.value(pixels)
+        assert len(set(row[:21])) > 1
+        assert set(row[21:]) == {"0,0,0,0"}
+        for width in (1400, 390):
+            window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 400}
+            browser.call("Emulation.setDeviceMetricsOverride", window)
+            assert browser.value("document.documentElement.scrollWidth") <= width
+        assert not [told for told in browser.told if told["method"] == "Runtime.exceptionThrown"]
+    finally:
+        browser.close()
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_the_shortest_texts_have_a_page(length: int, tmp_path: Path) -> None:
     given = reading_of_text(TOKENIZER(SOURCE)["input_ids"][:length], [], "clm", written=False, room=64)
@@ -282,18 +328,25 @@ def test_the_shortest_texts_have_a_page(length: int, tmp_path: Path) -> None:
     assert data_of((tmp_path / "page.html").read_text())["places"] == [1][: length - 1]
 
 
-def test_the_projector_finds_every_token(tmp_path: Path) -> None:
+def test_tensorboard_serves_every_embedding_with_its_token(tmp_path: Path) -> None:
     weight = model(padding=5).transformer.wte.weight
     write_projector(tmp_path, weight, TOKENIZER)
-    config = ProjectorConfig()
-    text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), config)
-    (embedding,) = config.embeddings
-    tensors = np.loadtxt(tmp_path / embedding.tensor_path, delimiter="\t", dtype=np.float32)
-    assert tensors.shape == tuple(embedding.tensor_shape) == (ENTRIES, 16)
+    data = MultiplexerDataProvider(EventMultiplexer(), str(tmp_path))
+    pages = ProjectorPlugin(TBContext(logdir=str(tmp_path), data_provider=data)).get_plugin_apps()
+
+    def served(page: str, name: str = "") -> Any:
+        return Client(pages[page]).get("/", query_string={"run": ".", "name": name})
+
+    (embedding,) = served("/info").get_json()["embeddings"]
+    assert embedding["tensorShape"] == [ENTRIES, 16]
+    tensors = np.frombuffer(served("/tensor", embedding["tensorName"]).data, dtype=np.float32).reshape(ENTRIES, 16)
     np.testing.assert_allclose(tensors, weight[:ENTRIES].detach().numpy(), rtol=1e-4)
-    lines = (tmp_path / embedding.metadata_path).read_text().split("\n")[:-1]
+    lines = served("/metadata", embedding["tensorName"]).text.split("\n")[:-1]
     assert lines[0] == "token\tid\tkind"
-    assert [line.split("\t")[1] for line in lines[1:]] == [str(number) for number in range(ENTRIES)]
+    tokens = [line.split("\t") for line in lines[1:]]
+    assert [token[:2] for token in tokens] == [
+        [with_signs(text), str(number)] for number, text in enumerate(token_texts(TOKENIZER, range(ENTRIES)))
+    ]
     assert [kind(text) for text in (" def", "x", "\n ", "42", "):", "a.b")] == [
         "word",
         "part of a word",

@@ -458,6 +458,17 @@ def test_a_visitor_sees_three_texts_in_colour_and_ctrl_c_ends_it(
     browser.point("#panel-model .token:nth-child(3)")
     assert "probability" in browser.wait("document.querySelector('#card').innerText")
 
+    browser.type("#prompt", "import os")
+    browser.type("#max_new_tokens", "200")
+    browser.click("#write")
+    browser.wait("document.querySelector('#panel-model pre').innerText.startsWith('import os')")
+    browser.click("#stop")
+    browser.wait("!document.querySelector('#write').disabled")
+    for name in ("model", "draft", "both"):  # how far it came depends on the machine
+        shown = browser.value(f"document.querySelector('#panel-{name}').innerText")
+        assert PROMPT.splitlines()[0] not in shown, "what an earlier prompt was answered is gone"
+        assert any(told in shown for told in ("tokens/s", "stopped", "not written")), shown
+
     outside = f"performance.getEntriesByType('resource').filter((one) => !one.name.startsWith('{address}')).length"
     assert browser.value(outside) == 0
     assert not [told for told in browser.told if told["method"] == "Runtime.exceptionThrown"]

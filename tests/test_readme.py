@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands(start: str) -> list[str]:
+def commands(start: str, texts: Iterable[str] = ()) -> list[str]:
     """Indented lines of the pages that begin with `start`, continuation lines joined, comments cut off."""
     found = []
-    for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
+    for text in texts or [page.read_text() for page in PAGES]:
+        text = text.replace("\\\n", " ")
         found += [line.strip() for line in text.splitlines() if line.startswith(f"    {start}")]
     return sorted({" ".join(line.split("  # ")[0].split()) for line in found})
 
@@ -59,6 +60,20 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
         (run / "report.json").write_text('{"status": "finished", "val_loss": 4.0}')
         config.save(settings, run / "config.yaml")
     checks.check(settings)
+
+
+def test_the_commands_for_gpus_have_a_sequence_for_each_of_eight() -> None:
+    section = (ROOT / "README.md").read_text().partition("## On GPUs")[2].partition("\n## ")[0]
+    given = commands("python train.py", [section])
+    assert len(given) >= 4
+    config.register()
+    for command in given:
+        words = [*shlex.split(command)[2:], "accelerator=gpu", "devices=8"]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            tree = compose("train", overrides=readable_by_hydra(words), return_hydra_config=True)
+        with open_dict(tree):
+            hydra_node = tree.pop("hydra")
+        checks.check_batch(config.typed(tree, hydra_node, command=command))
 
 
 @pytest.mark.parametrize("command", commands("python evaluate.py"))

@@ -209,7 +209,9 @@ def test_a_failed_run_is_reported_with_its_error_and_what_it_had_reached(tmp_pat
 
 def test_the_html_report_needs_no_network_and_shows_curve_and_samples():
     rows = [{"step": str(s), "train/loss": str(9 / s), "val/loss": str(10 / s)} for s in (1, 2, 3)]
-    page = render("run", {"status": "finished", "val_loss": 3.3}, rows, [Sample(3, "if x<", "1: pass", "greedy")])
+    samples = [Sample(3, "if x<", "1: pass", "greedy"), Sample(3, "import <|mask|>, re", "import os, re", "fill")]
+    page = render("run", {"status": "finished", "val_loss": 3.3}, rows, samples)
+    assert "</b>\n→ import os, re</pre>" in page, "a filled gap does not run on from its prompt"
     assert "http" not in page
     assert "<script" not in page
     assert page.count("<polyline") == 2

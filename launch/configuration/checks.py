@@ -243,9 +243,10 @@ def check_batch(config: Config) -> None:
                 f"batch_tokens={config.batch_tokens} is not a multiple of context={config.context}.\n"
                 f"Nearest: {' or '.join(f'batch_tokens={value}' for value in near)}."
             )
-    if isinstance(config.devices, int) and rows < config.devices * config.num_nodes:
+    if isinstance(config.devices, int) and rows < (least := config.devices * config.num_nodes):
         ranks = f"devices={config.devices}" + (f" of num_nodes={config.num_nodes}" if config.num_nodes > 1 else "")
-        raise InputError(f"{key} cannot be shared by {ranks}: each needs a sequence.\nRaise the batch.")
+        cure = f"batch_sequences={least}" if config.takes_pairs else f"batch_tokens={least * config.context}"
+        raise InputError(f"{key} cannot be shared by {ranks}: each needs a sequence.\nGive {cure} or more.")
 
 
 def check_files(config: Config) -> None:

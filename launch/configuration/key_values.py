@@ -106,6 +106,6 @@ def _converted(field: dataclasses.Field, text: str) -> str | int | float:
         raise InputError(f"{field.name}={text} is not {kind}; for example {field.name}={field.default}.") from None
     low, high = field.metadata["range"]
     if not low <= value <= high:
-        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:.15g}"
+        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high}"
         raise InputError(f"{field.name}={text} is out of range: it must be {bounds}.")
     return value

@@ -61,9 +61,10 @@ def _unreadable(error: OverrideParseException) -> InputError:
         return InputError(f"{error.override} is not key=value{nearest(error.override, known)}.")
     key = error.override.split("=")[0]
     reason = str(error.message).splitlines()[0]
+    quoted = f"\"{key}=['…','…']\"" if error.override.startswith(f"{key}=[") else f"\"{key}='…'\""
     return InputError(
         f"Cannot read {error.override}: {reason}\n"
-        f"Quote a value with special characters twice, for the shell and for Hydra: \"{key}='…'\"."
+        f"Quote a value with special characters twice, for the shell and for Hydra: {quoted}."
     )
 
 

@@ -86,12 +86,14 @@ class Results:
 
     Attributes:
         left_out: what of the pairs is not scored; None for running text.
+        data: what was read, as key=value.
     """
 
     checkpoints: list[Scored]
     baselines: "dict[str, dict[str, TextScore]]"
     left_out: scored_data.LeftOut | None = None
     context: int = 0
+    data: str = ""
 
 
 def evaluate(arguments: Arguments) -> Results:
@@ -121,7 +123,7 @@ def evaluate(arguments: Arguments) -> Results:
     if scorers[0].has_pairs:
         sides = [scorer.data.sides(arguments.split == "all") for scorer in scorers]
         left_out = scored_data.keep_what_all_can_read(sides, settings[0].context)
-    results = Results([], {}, left_out, settings[0].context)
+    results = Results([], {}, left_out, settings[0].context, scored_data.in_words(settings[0]))
     tasks = zero_shot.named_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
     loaded = [compared_models.loaded(other) for other in others]
     for model, scorer in zip(checkpoints, scorers, strict=True):

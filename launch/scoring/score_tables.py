@@ -32,6 +32,7 @@ def show(results: "Results", arguments: "Arguments") -> None:
         given = [*(scored.source for scored in results.checkpoints), arguments.teacher, arguments.baseline]
         for row, source in zip(rows, [source for source in given if source], strict=False):
             console.print(f"{row.name:<24} {source}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Read: {results.data}", highlight=False, markup=False, soft_wrap=True)
     names = [row.name for row in rows[: len(results.checkpoints)]]
     if results.left_out is not None and results.left_out.left_out:
         console.print(results.left_out.in_words(names, results.context), highlight=False, markup=False, soft_wrap=True)

@@ -71,6 +71,12 @@ def data_settings(data: str, given: dict[str, str], folder: Path, context: int) 
     return settings
 
 
+def in_words(settings: "Config") -> str:
+    """Which data these are and how long their windows, as key=value."""
+    path = f" path={settings.path}" if settings.path else ""
+    return f"data={settings.record.groups['data']}{path} context={settings.context}"
+
+
 def as_read_by(settings: "Config", folder: Path, tokenizer: str) -> "Config":
     """The settings with the tokenizer, the objective and the packing of the checkpoint in `folder`.
 

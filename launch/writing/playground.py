@@ -216,4 +216,5 @@ def _object(body: bytes) -> dict[str, Any]:
 def _about(model: "GPT2LMHeadModel") -> str:
     """A model's size in a few words."""
     config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
-    return f"{parameters / 1e6:,.1f} M parameters · {config.n_layer} layers of {config.n_embd}"
+    layers = "1 layer" if config.n_layer == 1 else f"{config.n_layer} layers"
+    return f"{parameters / 1e6:,.1f} M parameters · {layers} of width {config.n_embd}"
