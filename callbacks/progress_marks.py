@@ -10,7 +10,7 @@ from gpt2lab.heartbeat import Heartbeat
 
 
 class ProgressMarks(lightning.Callback):
-    """Marks every micro-batch when it arrives and when it is done.
+    """Marks every micro-batch when it arrives and when it is done, and what lies between them.
 
     Args:
         heartbeat: this rank's.
@@ -41,6 +41,11 @@ class ProgressMarks(lightning.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self.heartbeat.mark(f"validating after step {trainer.global_step}, in batch {batch_idx + 1}")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.heartbeat.mark(f"saving after step {trainer.global_step}")
 
     def _awaits(self, trainer: Trainer) -> None:
         self.heartbeat.mark(f"between steps {trainer.global_step} and {trainer.global_step + 1}")

@@ -99,13 +99,13 @@ def told_when_full(what: str, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = _os_error_behind(error)
+        code = os_error_behind(error)
         if code not in NO_SPACE:
             raise
         raise InputError(f"No space left to write {what}: {os.strerror(code)}.\n{kept}") from error
 
 
-def _os_error_behind(error: BaseException | None) -> int:
+def os_error_behind(error: BaseException | None) -> int:
     """The system's error number: torch and safetensors report failed writes as errors of their own; 0 where none is."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:

@@ -60,8 +60,9 @@ class Heartbeat:
         self._deeds, self._doing = self._deeds + 1, doing
 
     def done(self) -> None:
-        """This rank has no more deeds to do; others may take their time over theirs."""
+        """This rank has no more deeds to do, and may end while others take their time over theirs."""
         self._doing = DONE
+        self.beat()
 
     def waited_in_vain(self) -> None:
         """Leave word at once that this rank's end is not its own fault."""
@@ -116,8 +117,8 @@ class Listener:
             heard.beats, heard.deeds, heard.doing = beats, deeds, doing
 
     def silent(self, seconds: float) -> list[int]:
-        """The ranks that gave no sign of life for so long."""
-        return [rank for rank, heard in self._heard.items() if heard.silence >= seconds]
+        """The ranks that gave no sign of life for so long, and are not done."""
+        return [rank for rank, heard in self._heard.items() if heard.silence >= seconds and heard.doing != DONE]
 
     def stuck(self, seconds: float) -> list[int]:
         """The ranks with the fewest deeds, where some have more and none has begun one for so long or is done."""

@@ -7,6 +7,7 @@
 Any number of ranks reads what any number has written. `.metadata` is a pickle: take up only folders that you trust.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,8 +16,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from gpt2lab.atomic_files import os_error_behind
 
 REST = "rest.pt"
 STATE, OPTIMIZER, AVERAGE = "state_dict", "optimizer_states", "weight_average"
@@ -29,8 +34,24 @@ def is_sharded(path: Path) -> bool:
     return (path / ".metadata").is_file()
 
 
+class _Writer(FileSystemWriter):
+    """Fails with the system's error, which stands behind torch's own and is lost on the way to other ranks."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if code := os_error_behind(error):
+                raise OSError(code, os.strerror(code)) from error
+            raise
+
+
 def write_shards(checkpoint: Checkpoint, folder: Path, rank: int) -> None:
-    """Write the parts that this rank holds; every rank must call it."""
+    """Write the parts that this rank holds; every rank must call it.
+
+    Raises:
+        RuntimeError: on every rank, from what went wrong on one.
+    """
     rest = dict(checkpoint)
     (optimizer,) = rest[OPTIMIZER]
     tensors = {STATE: rest.pop(STATE), OPTIMIZER: optimizer["state"]}
@@ -40,7 +61,11 @@ def write_shards(checkpoint: Checkpoint, folder: Path, rank: int) -> None:
     if rank == 0:
         folder.mkdir(exist_ok=True)
         torch.save(rest, folder / REST)
-    distributed_checkpoint.save(tensors, checkpoint_id=folder)
+    try:
+        distributed_checkpoint.save(tensors, storage_writer=_Writer(folder))
+    except CheckpointException as error:  # which is no Exception, and nobody would take it for what it tells of
+        at_fault, (cause, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"rank {at_fault} could not write its part of {folder}: {cause}") from cause
 
 
 def read_shards(folder: Path, state: dict[str, Any], optimizer: dict[str, Any], average: list[Tensor]) -> Checkpoint:

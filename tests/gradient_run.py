@@ -36,6 +36,7 @@ class Recorder(lightning.Callback):
         self.computed_in: torch.dtype | None = None  # the type of a block's weights while it works
         self.held: dict[str, Held] = {}
         self.moments_held = 0  # elements of the optimizer's state on this rank
+        self.offloads: set[bool] = set()  # whether FSDP copies the parts of weights that it gathers from the host
         self.roots: dict[str, list[str]] = {}  # student and teacher → modules at which FSDP's work begins
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -66,6 +67,7 @@ class Recorder(lightning.Callback):
         if isinstance(pl_module, Distill) and not pl_module.cache:
             models["teacher"] = pl_module.teacher.backbone
         self.roots = {whose: roots(model) for whose, model in models.items()}
+        self.offloads = offloads(pl_module.backbone)
         self.held = {
             f"{whose}.{name}": held(parameter)
             for whose, model in models.items()
@@ -85,6 +87,13 @@ def roots(model: nn.Module) -> list[str]:
     """Names of the modules that FSDP has found itself called at first; nothing where it is not at work."""
     split = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     return [name for name, module in split.items() if module._get_fsdp_state()._is_root]
+
+
+def offloads(model: nn.Module) -> set[bool]:
+    """Of all parameters that FSDP has split, whether it leaves them to the host; nothing where it is not at work."""
+    split = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for state in split for group in state._fsdp_param_groups]
+    return {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
 
 
 def recorded(settings: Config, folder: Path) -> Recorder:
@@ -107,7 +116,7 @@ def recorded(settings: Config, folder: Path) -> Recorder:
 def _program(specs: list[str]) -> None:
     for spec in map(Path, specs):
         recorder = recorded(config.load(spec), spec.parent)
-        of_rank = {name: vars(recorder)[name] for name in ("parts", "held", "moments_held", "roots")}
+        of_rank = {name: vars(recorder)[name] for name in ("parts", "held", "moments_held", "offloads", "roots")}
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(ranks, of_rank)
         if torch.distributed.get_rank() == 0:

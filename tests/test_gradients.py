@@ -196,6 +196,7 @@ def test_what_is_split_or_offloaded_besides_changes_no_gradient(
     recorded = together["fsdp", case]
     for one, two in zip(alone[ONLY_SHARDED[case][0]][1], recorded["gradients"], strict=True):
         assert distance(one, two) <= TOLERANCE
+    assert [rank["offloads"] for rank in recorded["ranks"]] == [{case == "offloaded"}] * 2
 
 
 def share(recorded: dict[str, Any], whose: str) -> dict[str, list[Held]]:

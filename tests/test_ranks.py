@@ -169,8 +169,8 @@ def test_a_rank_that_lives_but_does_not_come_is_named(
     assert "rank 1 (last between steps 3 and 4)" in answer.stderr.splitlines()[-1], answer.stderr
 
 
-def ranks_of_torchrun(folder: Path) -> dict[int, int]:
-    """Rank → process id of the runs whose working directory is this folder."""
+def ranks_at_work(folder: Path) -> dict[int, int]:
+    """Rank → process id of the runs whose working directory is this folder, whoever has started them."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -183,11 +183,12 @@ def ranks_of_torchrun(folder: Path) -> dict[int, int]:
     return found
 
 
-def under_torchrun(cache: Path, folder: Path, *keys: str) -> subprocess.Popen[str]:
+def under_torchrun(cache: Path, folder: Path, *keys: str, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "train.py"), *keys, "log_every=1", "run_dir=run", "rank_timeout=8"]
+    variables = environment(cache) | variables
     return subprocess.Popen(
-        command, cwd=folder, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -201,7 +202,7 @@ def test_a_rank_of_torchrun_that_is_stopped_ends_the_run_and_is_named(
     while len(read_metrics(tmp_path / "run")) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    ranks = ranks_of_torchrun(tmp_path)
+    ranks = ranks_at_work(tmp_path)
     os.kill(ranks[rank], signal.SIGSTOP)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 1, stderr
@@ -225,6 +226,135 @@ def test_a_rank_of_torchrun_that_lives_but_does_not_come_is_named(
     assert told.startswith("The run failed: rank 1 (last between steps 3 and 4)"), stderr
 
 
+STILL = """
+import os, signal, time
+import lightning
+
+class Still(lightning.Callback):
+    def __init__(self, where):
+        self.stop("building", where)
+        self.where = where
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.stop("validating", self.where)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.stop("saving", self.where)
+
+    def stop(self, here, where):
+        if here == where and os.environ["RANK"] == "1":
+            time.sleep(3)  # its heart beats every second, and says what it does
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
+STILL_FROM_THE_START = """
+import os, signal
+if os.environ.get("RANK") == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("started_by", "where", "doing"),
+    [
+        ("ours", "starting", "starting"),
+        ("ours", "building", "getting ready"),
+        ("ours", "validating", "validating after step 2, in batch 1"),
+        ("ours", "saving", "saving after step 2"),
+        ("torchrun", "starting", "starting"),
+        ("torchrun", "building", "getting ready"),
+        ("torchrun", "saving", "saving after step 2"),
+    ],
+)
+def test_a_rank_that_stands_still_outside_the_steps_is_named_too(
+    started_by: str, where: str, doing: str, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """In its first import, before the process group exists, amid a validation, and where it writes its shards."""
+    (tmp_path / "still.py").write_text(STILL)
+    if where == "starting":
+        (tmp_path / "sitecustomize.py").write_text(STILL_FROM_THE_START)
+    keys = [*tiny, "+callbacks.still._target_=still.Still", f"+callbacks.still.where={where}", "steps=4"]
+    keys += ["validate_every=2", "checkpoint_every=2", "strategy=fsdp", "checkpoint_format=sharded"]
+    variables = {"PYTHONPATH": str(tmp_path)}
+    if started_by == "ours":
+        keys += ["devices=2", "rank_timeout=8", "run_dir=run"]
+        process = conftest.started(cache, tmp_path, *keys, **variables)
+    else:
+        process = under_torchrun(cache, tmp_path, *keys, **variables)
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 1, stderr
+    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert f"failed: rank 1 (last {doing}) kept the others waiting" in told
+    assert not ranks_at_work(tmp_path)
+
+
+REFUSED = """
+import os, time
+import lightning
+from gpt2lab.errors import InputError
+
+class Refused(lightning.Callback):
+    def __init__(self, error, where, seconds):
+        self.error = {"mistake": InputError, "fault": OSError}[error]
+        self.where = where
+        if where == "building":
+            self.refuse()
+            time.sleep(seconds)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.where == "training" and trainer.global_step == 3:
+            self.refuse()
+
+    def refuse(self):
+        if os.environ["RANK"] == "1":
+            raise self.error("notes.txt cannot be read.")
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("error", "where", "seconds"),
+    [("mistake", "training", 0), ("mistake", "building", 90), ("fault", "building", 90), ("fault", "building", 0)],
+)
+def test_a_mistake_or_fault_of_one_rank_alone_ends_the_run_at_once(
+    error: str, where: str, seconds: int, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """Whether rank 0 waits for it already or has so many seconds of work left, amid which it is told to end."""
+    (tmp_path / "refused.py").write_text(REFUSED)
+    keys = {"_target_": "refused.Refused", "error": error, "where": where, "seconds": seconds}
+    given = [*tiny, *(f"+callbacks.refused.{key}={value}" for key, value in keys.items()), "devices=2", "run_dir=run"]
+    process = conftest.started(cache, tmp_path, *given, "steps=100", PYTHONPATH=str(tmp_path))
+    _, stderr = process.communicate(timeout=100)  # rank_timeout is 1800 seconds
+    if error == "mistake":
+        assert process.returncode == 2, stderr
+        assert stderr.splitlines() == ["error: notes.txt cannot be read."]
+    else:
+        assert process.returncode == 1, stderr
+        told = "The run in run failed: rank 1 ended with code 1: OSError: notes.txt cannot be read."
+        assert stderr.splitlines()[-1] == told, stderr
+    assert not ranks_at_work(tmp_path)
+
+
+@pytest.mark.chaos
+def test_a_machine_of_torchrun_that_lacks_the_text_ends_the_run_at_once(
+    cache: Path, tmp_path: Path, tiny: list[str], sources: Path
+) -> None:
+    """Each rank in a folder of its own, of which only the first holds the text."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    (tmp_path / "0" / "text").symlink_to(sources)
+    keys = [*tiny, "path=text", f"run_dir={tmp_path / 'run'}", "strategy=ddp", "steps=4"]
+    in_own_folder = ["bash", "-c", f'cd $RANK; exec {sys.executable} {ROOT / "train.py"} "$@"', "rank", *keys]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    ended = subprocess.run(
+        [*command, *in_own_folder], cwd=tmp_path, env=environment(cache), capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 1, ended.stderr
+    (told,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    assert "text" in told, ended.stderr
+    assert not any(ranks_at_work(tmp_path / str(rank)) for rank in range(2))
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("stopped", [False, True], ids=["lives", "stopped"])
 def test_ranks_that_wait_for_rank_0_to_prepare_say_so_and_end_if_it_stands_still(
@@ -239,7 +369,7 @@ def test_ranks_that_wait_for_rank_0_to_prepare_say_so_and_end_if_it_stands_still
         process = under_torchrun(cache, tmp_path, *keys, "strategy=ddp")
         said = [*heard(process, "waiting for another process that prepares")]
         if stopped:
-            os.kill(ranks_of_torchrun(tmp_path)[0], signal.SIGSTOP)
+            os.kill(ranks_at_work(tmp_path)[0], signal.SIGSTOP)
         else:
             said += heard(process, "still prepares the run")
             said += heard(process, "still prepares the run")

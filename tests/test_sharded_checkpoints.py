@@ -243,6 +243,32 @@ def test_killed_while_ranks_write_the_last_named_checkpoint_is_whole(
     assert not list(folder.glob(".step-*"))
 
 
+FULL = """
+import resource
+import lightning
+
+class Full(lightning.Callback):
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+"""
+
+
+@pytest.mark.chaos
+def test_a_disk_that_is_full_for_one_rank_alone_is_told(
+    train_process: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full.py").write_text(FULL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answer = train_process(*tiny, *KEYS, "+callbacks.full._target_=full.Full")
+    assert answer.code == 2, answer.stderr
+    assert answer.stderr.splitlines() == [
+        "error: No space left to write the checkpoint of step 2: File too large.",
+        "Free some space.",
+    ]
+    assert newest_good_checkpoint(tmp_path / "run") is None
+
+
 @pytest.mark.slow
 def test_adapters_are_merged_where_ranks_wrote_them_in_parts(
     train_process: Train, tiny: list[str], tmp_path: Path

@@ -223,3 +223,4 @@ def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_th
     best = min(table, key=lambda row: float(row["watched"]))
     of_its_setting = [row for row in table if row["optimizer.lr"] == best["optimizer.lr"]]
     assert f"{repeated:.4f}" in [f"{float(row['watched']):.4f}" for row in of_its_setting]
+    assert command.strip() in [row["command"] for row in of_its_setting]

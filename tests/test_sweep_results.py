@@ -17,7 +17,7 @@ from benchmarks.simulate_sweeps import SEEDS, SETTINGS, share_found, share_with_
 from gpt2lab import metric_names
 from gpt2lab.hyperparameter_importance import importances
 from gpt2lab.metrics_file import MetricsFile
-from gpt2lab.run_report import build_report, write_report
+from gpt2lab.run_report import build_report, read_report, write_report
 from gpt2lab.setting_comparison import Comparison, Runs, compare
 from gpt2lab.sweep_runs import in_one_sentence
 from gpt2lab.varied_keys import VariedKey
@@ -201,6 +201,17 @@ def test_the_csv_has_a_column_for_each_varied_key(tmp_path: Path):
     assert "steps" not in rows[0]
     assert [row["watched"] for row in rows] == ["3.5", "3.6", "3.7", ""]
     assert rows[3]["error"] == "it went wrong"
+
+
+def test_the_csv_has_the_command_that_runs_each_job_again(tmp_path: Path):
+    """As typed in a shell and alone, whether the job has trained or failed before."""
+    done = job(tmp_path, 0, "'name=a b' optimizer.lr=1e-3 n_jobs=2", 3.5)
+    failed = job(tmp_path, 1, "'name=a b' optimizer.lr=1e-2 n_jobs=2 resume=auto", None)
+    sweep_results.write(tmp_path, [done, failed])
+    with (tmp_path / "sweep.csv").open() as stream:
+        trained, planned = (row["command"] for row in csv.DictReader(stream))
+    assert trained == read_report(tmp_path / "0")["command"]
+    assert shlex.split(planned) == ["python", "train.py", "name=a b", "optimizer.lr=1e-2"]
 
 
 class Page(HTMLParser):

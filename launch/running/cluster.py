@@ -192,11 +192,11 @@ class Meeting:
         backend = "nccl" if settings.accelerator == "gpu" else "gloo"
         group_store = PrefixStore("group", self._store)
         timeout = timedelta(seconds=settings.rank_timeout + GRACE_SECONDS)
-        distributed.init_process_group(
-            backend, store=group_store, rank=self.rank, world_size=self.world_size, timeout=timeout
-        )
         watch = self._watch(settings.rank_timeout)
         try:
+            distributed.init_process_group(
+                backend, store=group_store, rank=self.rank, world_size=self.world_size, timeout=timeout
+            )
             yield self._heartbeat
         except answer.Ended:
             watch.stop()

@@ -234,16 +234,21 @@ def _run_rank(spec: Path) -> None:
     except answer.Ended as ended:
         # Exit code 0: to the parent any other says that this rank died, and it would kill the rest while they save.
         ranks.record_outcome(int(ended.code or 0), ended.message)
+        heartbeat.done()
     except Exception as error:
         mistake = answer.as_mistake(error)
         if mistake is None:
+            if ranks.is_mistaken():
+                raise answer.Ended(answer.FAILED) from None  # of another rank's mistake, which will be told
             ranks.record_failure()
             if cluster.is_timeout(error):
                 heartbeat.waited_in_vain()
             raise
         ranks.record_outcome(answer.MISTAKE, f"error: {mistake}")
+        raise answer.Ended(answer.MISTAKE) from None  # the others may wait for this rank
     else:
         ranks.record_outcome(answer.FINISHED, watched=watched)
+        heartbeat.done()
 
 
 def _run_for_a_sweep(spec: Path) -> None:

@@ -55,6 +55,11 @@ def prepared(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread:
     return settings
 
 
+def command_of(overrides: Iterable[str]) -> str:
+    """The command that runs a job again as a run of its own, to be typed into a shell."""
+    return f"python train.py {in_words(without(overrides, ('n_jobs', 'resume')))}"
+
+
 def conclude(job: Job, code: int, told: str) -> None:
     """Note what became of a job whose process ended with this exit code and told this error."""
     report = read_report(job.folder)
@@ -117,8 +122,7 @@ def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
     with open_dict(tree):
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
-    again = without(overrides, ("n_jobs", "resume"))  # as a run of its own
-    settings = config.typed(tree, hydra, command=f"python train.py {in_words(again)}")
+    settings = config.typed(tree, hydra, command=command_of(overrides))
     settings.run_dir = str(job.folder)
     return settings
 

@@ -33,6 +33,8 @@ from launch.running import children, run_folders
 
 POLL_SECONDS = 0.2
 LOGS, OUTCOME = "logs", "outcome.json"
+ENDED_BY_PYTORCH = (-signal.SIGTERM, answer.STOPPED)
+PATIENCE = 25  # seconds: who is seen to fail so long after the first was killed by PyTorch, after 30
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +82,32 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
 def record_outcome(code: int, message: str = "", watched: float | None = None) -> None:
     """Leave word of how the run ended; exit codes alone would be drowned by those of ranks that are killed.
 
-    Rank 0 speaks for all, except that a mistake may show on any rank alone, while the others lose their connection.
+    Rank 0 speaks for all, except that a mistake may show on any rank alone, while the others are ended.
     """
-    if os.environ["RANK"] == "0" or code == answer.MISTAKE:
+    if code == answer.MISTAKE or (os.environ["RANK"] == "0" and not is_mistaken()):
         outcome = {"code": code, "message": message, "watched": watched}
         write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
+
+
+def is_mistaken() -> bool:
+    """Whether a rank has left word already of a mistake."""
+    file = Path(os.environ["GPT2LAB_OUTCOME"])
+    return file.exists() and json.loads(file.read_text())["code"] == answer.MISTAKE
 
 
 def record_failure() -> None:
     """Leave word of when this rank failed. Others fail of it in the same second, and PyTorch tells whole seconds."""
     Path(os.environ["GPT2LAB_HEARTBEATS"], f"failed-{os.environ['RANK']}").write_text(str(time.time()))
+
+
+def _first(failures: list[ProcessFailure], scratch: Path) -> ProcessFailure | None:
+    """The failure that the others follow from, if there is any."""
+    seen = min((failure.timestamp for failure in failures), default=0)
+    # PyTorch asks the ranks that are left to end, and kills who does not within half a minute.
+    own = [one for one in failures if one.exitcode not in ENDED_BY_PYTORCH and one.timestamp < seen + PATIENCE]
+    # A rank that was killed did not fail of the others, who may have failed of its death.
+    ordered = sorted(own or failures, key=lambda one: (one.exitcode >= 0, _failed_at(one, scratch)))
+    return ordered[0] if ordered else None
 
 
 def _failed_at(failure: ProcessFailure, scratch: Path) -> float:
@@ -104,6 +122,8 @@ def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, 
         failed, signals, blame = _start_and_wait(settings, folder, Path(scratch))
         outcome_file = Path(scratch, OUTCOME)
         outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
+        if failed and not signals and outcome and outcome["code"] in (answer.STOPPED, answer.INTERRUPTED):
+            outcome = None  # rank 0 was ended because another had failed, which is no wish to stop
         return blame or _told(failed, folder), signals, outcome
 
 
@@ -200,9 +220,7 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
                     blame = _end_silent(listener, settings.rank_timeout, context.pids())
     finally:
         context.close()
-    # A rank that was killed did not fail of the others, who may have failed of its death.
-    failures = sorted(result.failures.values(), key=lambda one: (one.exitcode >= 0, _failed_at(one, scratch)))
-    first = failures[0] if failures else None
+    first = _first(list(result.failures.values()), scratch)
     aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
     listener.listen(longest_gap=0.0)
     blame = blame or listener.blame(listener.behind(aborted), settings.rank_timeout)

@@ -16,7 +16,7 @@ from launch.running import jobs
 from launch.running.jobs import Job
 
 FIRST_COLUMNS = ("job", "status", "watched_metric", "watched", "val_loss", "seconds", "tokens_per_second")
-LAST_COLUMNS = ("overrides", "error")
+LAST_COLUMNS = ("overrides", "error", "command")
 
 
 def write(folder: Path, planned: Sequence[Job]) -> None:
@@ -56,7 +56,7 @@ def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
         metric=report.get("watched_metric", ""),
         value=job.watched if is_number else None,
         seconds=report.get("seconds"),
-        command=report.get("command") or f"python train.py {ignored_keys.in_words(job.overrides)}",
+        command=_command(job, report),
         data=report.get("data", {}).get("hash", ""),
         curve=curve,
     )
@@ -103,7 +103,13 @@ def _row(job: Job, told: dict[str, str]) -> dict[str, Any]:
     report, _ = _reported(job)
     shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
     own = {"job": job.number, "status": job.status, "overrides": ignored_keys.in_words(job.overrides)}
-    return {**shown, **told, **own, "error": job.error, "watched": "" if job.watched is None else job.watched}
+    became = {"error": job.error, "watched": "" if job.watched is None else job.watched}
+    return {**shown, **told, **own, **became, "command": _command(job, report)}
+
+
+def _command(job: Job, report: dict[str, Any]) -> str:
+    """That runs the job again: as its report has it, without the keys that its task does not read."""
+    return str(report.get("command") or jobs.command_of(job.overrides))
 
 
 def _jobs(planned: Sequence[Job]) -> str:
