@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import evaluate
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf
-from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOKENS, TOP1, TOP5, difference_of_losses, score_of
+from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOKENS, TOP1, TOP5, Score, difference_of_losses, score_of
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.text_metrics import text_metrics
@@ -190,6 +190,20 @@ def test_as_many_tokens_that_spell_other_bytes_are_not_the_same_windows() -> Non
     first = score_of(rows(9, 11))
     assert difference_of_losses(score_of(rows(9, 11)), first) == (0, 0)
     assert difference_of_losses(score_of(rows(10, 10)), first) is None
+
+
+def test_what_two_models_both_find_hard_is_no_error_of_their_difference() -> None:
+    def scored(*nats: float) -> Score:
+        sums = {TOKENS: 4, BYTES: 9, TOP1: 0, TOP5: 0, CALIBRATION: 0.0}
+        shared = {name: torch.tensor(value) for name, value in sums.items()}
+        return score_of([{**shared, NATS: torch.tensor(one)} for one in nats])
+
+    hard_and_easy = scored(20.0, 4.0, 12.0, 8.0)
+    assert hard_and_easy.standard_errors["loss"] > 0.5
+    assert difference_of_losses(scored(22.0, 6.0, 14.0, 10.0), hard_and_easy) == (0.5, 0)
+    found = difference_of_losses(scored(21.0, 7.0, 13.0, 11.0), hard_and_easy)  # by 1 or 3 nats of 4 tokens
+    assert found is not None
+    assert found == pytest.approx((0.5, math.sqrt(4 / 3) / 4 / 2))
 
 
 def test_sliding_windows_give_every_token_more_before_it(evaluate_here, models: Path, tmp_path: Path) -> None:
