@@ -35,6 +35,7 @@ class PairsToPad:
             context=self.context,
             pad_id=self.pad_id,
             both_ways=self.both_ways,
+            packing=self.packing,
         )
         if self.with_references:
             batch.references = self.file.references(rows)

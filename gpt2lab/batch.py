@@ -47,7 +47,13 @@ class PairTokens:
 
 
 def pad_pairs(
-    rows: Sequence[Sequence[PairTokens]], *, target_tokens: int, context: int, pad_id: int, both_ways: bool = False
+    rows: Sequence[Sequence[PairTokens]],
+    *,
+    target_tokens: int,
+    context: int,
+    pad_id: int,
+    both_ways: bool = False,
+    packing: bool = False,
 ) -> Batch:
     """Pairs as one micro-batch, with labels on what follows each prompt.
 
@@ -56,6 +62,7 @@ def pad_pairs(
         context: the most positions; T is that of the longest row, rounded up to a multiple of 8.
         target_tokens: as in Batch.
         both_ways: whether the tokens of a prompt, but for its last, see each other both ways.
+        packing: whether rows may have several pairs, so that all batches have spans and one graph serves them.
     """
     longest = max(sum(len(pair.tokens) - 1 for pair in row) for row in rows)
     length = min(-(-longest // MULTIPLE) * MULTIPLE, context)
@@ -75,7 +82,7 @@ def pad_pairs(
             start = end
         starts[place, start:] = True  # padding sees itself alone
     pairs = [pair for row in rows for pair in row]
-    causal = not both_ways and len(pairs) == len(rows)
+    causal = not both_ways and not packing and len(pairs) == len(rows)
     return Batch(
         input_ids,
         labels,

@@ -216,7 +216,7 @@ class ObjectiveSettings:
     mask_share: float = 0.15
     fim_rate: float = 0.5
     spm_share: float = 0.5
-    negatives: int = 4096
+    negatives: int = 1024
     distribution: str = "log_uniform"
 
 

@@ -117,9 +117,17 @@ def test_two_ranks_that_compile_have_the_losses_of_two_that_do_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["clm", "prefix_lm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("objective=clm", "batch_sequences=2", "micro_batch=1"),
+        ("objective=prefix_lm", "batch_sequences=2", "micro_batch=1"),
+        ("objective=clm", "batch_sequences=4", "micro_batch=4", "packing=true"),
+    ],
+    ids=["clm", "prefix_lm", "packed"],
+)
 def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
-    objective: str, train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: tuple[str, ...], train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of 8 to 64 positions; the second length makes the graph dynamic, and it serves the rest.
 
@@ -139,9 +147,7 @@ def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
         "context=64",
     ]
     keys += [
-        "batch_sequences=2",
-        "micro_batch=1",
-        f"objective={objective}",
+        *kind,
         "steps=40",
         "validate_every=40",
         "task.text.examples=0",
@@ -164,5 +170,5 @@ def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
         ended = train_here(*keys, "run_dir=run")
     assert ended.code == 0, ended.stderr
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert len(shapes) > 6
+    assert len(shapes) > 6, shapes
     assert 0 < graphs <= 8, (shapes, dict(torch._dynamo.utils.counters["stats"]))
