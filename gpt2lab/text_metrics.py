@@ -6,7 +6,7 @@ chrf                    corpus chrF2: character 6-grams, no words (sacreBLEU's d
 exact                   share of predictions that equal their reference, white space at the ends aside
 accuracy, f1            of labels in words: exact, and the mean over the references' labels of each label's F1 (macro)
 compiles                share of predictions that are the body of a Python function
-placeholders            share of the texts whose reference has any (%s, %(name)d, {name}) that have the same
+placeholders            share of the texts whose reference has any (%s, %2$ld, %(name)d, {name}) that have the same
 """
 
 import math
@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
-PLACEHOLDER = re.compile(r"%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]|\{\w*\}")  # of printf and of str.format
+PLACEHOLDER = re.compile(
+    r"%(?:\d+\$|\(\w+\))?[-#0+']*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh?|ll?|[jzLtq])?[a-zA-Z%]"  # of printf, but for "% d"
+    r"|\{\w*(?:![rsa])?(?::[^{}]*)?\}"  # of str.format
+)
 
 
 def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:

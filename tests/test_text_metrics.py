@@ -13,7 +13,7 @@ from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 from datamodules.documents import stdlib_corpus
 from datamodules.function_pairs import function_rows
 from gpt2lab.text_intervals import text_scores
-from gpt2lab.text_metrics import TEXT_METRICS, text_metrics
+from gpt2lab.text_metrics import PLACEHOLDER, TEXT_METRICS, text_metrics
 
 OF_TEXT = tuple(name for name in TEXT_METRICS if name not in ("compiles", "placeholders"))
 ZH_REFERENCES = ["打开文件时出错。", "没有这样的文件或目录", "无法创建临时文件"]
@@ -127,6 +127,20 @@ def test_placeholders_must_all_be_there_once():
     references = ["%s von %d", "kein Platz", "{name}: %(count)d %%", "%5.2f", "%s in %s"]
     predictions = ["%d aus %s", "%s", "{name}: %(count)d", "%5.2f Euro", "in %s"]
     assert text_metrics(["placeholders"], predictions, references)["placeholders"] == pytest.approx(100 * 2 / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("%2$s of %1$ld", ["%2$s", "%1$ld"]),
+        ("%-5.2f %*d %.*s %%", ["%-5.2f", "%*d", "%.*s", "%%"]),
+        ("%zu at %(place)s", ["%zu", "%(place)s"]),
+        ("{} {0} {name!r:>8}", ["{}", "{0}", "{name!r:>8}"]),
+        ("100 % of {a, b}", []),
+    ],
+)
+def test_placeholders_of_printf_and_of_format_are_known(text: str, found: list[str]) -> None:
+    assert PLACEHOLDER.findall(text) == found
 
 
 def test_placeholders_have_no_score_where_no_reference_has_any():
