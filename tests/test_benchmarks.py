@@ -99,6 +99,7 @@ def test_the_distillation_benchmark_states_ratios_of_ours_to_each_side() -> None
     assert theirs == ["300", "GKDTrainer fp32", "100", "6.25", "640", "5.00", "4.00", "0.25", "5.00"]
 
 
+@pytest.mark.slow
 def test_a_distillation_step_is_measured_through_train_py(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_chunk_changes_nothing_and_no_tensor_is_larger_than_its_logits(chunk
     assert largest.size <= max(min(chunk_rows, target_count(labels)) * VOCABULARY, VOCABULARY * WIDTH, ROWS * WIDTH)
 
 
+@pytest.mark.slow
 def test_the_compiled_chunk_gives_the_same() -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     entries = stored(teacher, labels, 20)

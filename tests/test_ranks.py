@@ -39,7 +39,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) 
 RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_have_the_losses_of_one(
     strategy: str, alone: list[float], train_process: Train, tiny: list[str], tmp_path: Path
 ):

@@ -307,6 +307,7 @@ def test_a_damaged_study_is_told_and_does_not_end_a_job(
     assert "this run is not pruned" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_search_of_real_runs_outlives_a_diverging_one(train_process: Train, tiny: list[str], tmp_path: Path):
     """Two at a time, of the two values there are: lr=1e30 diverges and is recorded as failed."""
     command = [*QUICK, "optimizer.lr=1e-2,1e30", "hydra.sweep.dir=swept", "n_jobs=2", *FOUR]

@@ -91,6 +91,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_the_command_makes_one_file_with_the_weights_and_moments_that_the_ranks_ended_with(made: Consolidated) -> None:
     assert made.answer.code == 0, made.answer.stderr
     assert made.answer.stdout == "run/consolidated/hf\n"
@@ -108,6 +109,7 @@ def test_the_command_makes_one_file_with_the_weights_and_moments_that_the_ranks_
     assert_equal(weights(made.folder), weights(made.run))  # of the averaged weights, which the run has exported itself
 
 
+@pytest.mark.slow
 def test_the_folder_serves_as_init_as_teacher_and_as_checkpoint(
     made: Consolidated,
     train_here: Train,
@@ -134,6 +136,7 @@ def test_the_folder_serves_as_init_as_teacher_and_as_checkpoint(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_file_as_from_the_parts(
     made: Consolidated, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +167,7 @@ def test_what_is_no_run_ends_the_command_with_a_line(words: list[str], told: str
     assert told in answer.stderr
 
 
+@pytest.mark.slow
 def test_one_rank_takes_up_what_two_wrote_and_of_damaged_parts_the_last_whole_ones(
     made: Consolidated, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
