@@ -17,8 +17,8 @@ from gpt2lab.search_study import load_study
 log = logging.getLogger(__name__)
 
 
-class Pruning(lightning.Callback):
-    """After the run, `is_pruned` says whether it was ended early. Stands last: what is due at a step is done before.
+class TrialReports(lightning.Callback):
+    """Tells the study. Stands first: a step that is in a checkpoint, from which a killed run goes on, is in the study.
 
     Args:
         study_file: the study's database.
@@ -28,7 +28,6 @@ class Pruning(lightning.Callback):
     def __init__(self, study_file: Path, number: int) -> None:
         self.study_file = study_file
         self.number = number
-        self.is_pruned = False
         self._trial: Any = None
         self._reported: set[int] = set()
 
@@ -49,24 +48,25 @@ class Pruning(lightning.Callback):
             self._give_up(error)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        watched, step = str(pl_module.watched_metric), trainer.global_step
+        is_new = is_validated(trainer) and step not in self._reported and watched in trainer.callback_metrics
+        if self._trial is None or not is_new:
             return
-        is_hopeless = self._report_and_ask(trainer, str(pl_module.watched_metric)) if trainer.is_global_zero else False
-        is_hopeless = trainer.strategy.broadcast(is_hopeless, src=0)
-        if is_hopeless and not trainer.should_stop:  # else the run ends with this step for another reason
-            log.info("Pruned after step %d: other jobs of this search were better by then.", trainer.global_step)
-            self.is_pruned = trainer.should_stop = True
+        import optuna
 
-    def _report_and_ask(self, trainer: Trainer, watched: str) -> bool:
-        """Rank 0's part: whether the study would end this run."""
-        if self._trial is None or watched not in trainer.callback_metrics:
+        try:
+            self._trial.report(float(trainer.callback_metrics[watched]), step)
+            self._reported.add(step)
+        except optuna.exceptions.StorageInternalError as error:
+            self._give_up(error)
+
+    def is_hopeless(self) -> bool:
+        """Whether the study would end this run; on rank 0 alone."""
+        if self._trial is None or not self._reported:
             return False
         import optuna
 
         try:
-            if trainer.global_step not in self._reported:
-                self._trial.report(float(trainer.callback_metrics[watched]), trainer.global_step)
-                self._reported.add(trainer.global_step)
             return bool(self._trial.should_prune())
         except optuna.exceptions.StorageInternalError as error:
             self._give_up(error)
@@ -75,3 +75,24 @@ class Pruning(lightning.Callback):
     def _give_up(self, error: Exception) -> None:
         log.warning("The study %s cannot be used, this run is not pruned: %s", self.study_file, error)
         self._trial = None
+
+
+class Pruning(lightning.Callback):
+    """After the run, `is_pruned` says whether it was ended early. Stands last: what is due at a step is done before."""
+
+    def __init__(self, reports: TrialReports) -> None:
+        self.reports = reports
+        self.is_pruned = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if not is_validated(trainer):
+            return
+        is_hopeless = trainer.strategy.broadcast(self.reports.is_hopeless(), src=0)
+        if is_hopeless and not trainer.should_stop:  # else the run ends with this step for another reason
+            log.info("Pruned after step %d: other jobs of this search were better by then.", trainer.global_step)
+            self.is_pruned = trainer.should_stop = True
+
+
+def is_validated(trainer: Trainer) -> bool:
+    """Whether what ends is a validation within training, and no trial of one."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking

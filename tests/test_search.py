@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from callbacks.pruning import Pruning
+from callbacks.pruning import TrialReports
 from gpt2lab.errors import InputError
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
@@ -303,7 +303,7 @@ def test_a_damaged_study_is_told_and_does_not_end_a_job(
     with pytest.raises(InputError, match="cannot be used as the study"), told_when_unusable(file):
         going.ask()
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    Pruning(file, 0).on_train_start(trainer, lightning.LightningModule())
+    TrialReports(file, 0).on_train_start(trainer, lightning.LightningModule())
     assert "this run is not pruned" in caplog.text
 
 

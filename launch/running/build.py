@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks.metrics_csv import MetricsCsv
-from callbacks.pruning import Pruning
+from callbacks.pruning import Pruning, TrialReports
 from callbacks.same_settings import SameSettings
 from gpt2lab.cache import cache_folder
 from gpt2lab.errors import InputError
@@ -185,8 +185,9 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
     observers.append(SameSettings(hashlib.sha256(dumped(config).encode()).hexdigest()[:16]))
     if config.record.trial is None:
         return observers
+    reports = TrialReports(folder.parent / STUDY_FILE, config.record.trial)
     # Last: the checkpoint of a step that is due is saved as always, and none because the run is ended.
-    return [*observers, Pruning(folder.parent / STUDY_FILE, config.record.trial)]
+    return [reports, *observers, Pruning(reports)]
 
 
 def loggers(config: Config, folder: Path) -> list[Logger]:
