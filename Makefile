@@ -27,8 +27,10 @@ demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, the
 test: $(READY) ## the tests that run in minutes
 	@$(IN_PARALLEL) -m "not slow and not chaos"
 
-test-all: $(READY) ## every test
-	@$(PYTEST)
+# Heavy tests are two at a time wherever they run, for many start several processes of their own; those of one file,
+# which may share a SLURM or network names, one after another.
+test-all: test ## every test, in an hour
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "slow or chaos"
 
 check: $(READY) ## lint, format, types, documentation, architecture
 	@$(VENV)/bin/ruff check .
