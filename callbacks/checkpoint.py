@@ -66,8 +66,7 @@ class Checkpoint(lightning.Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         # What was saved to be on the safe side knows nothing of this validation, which some tasks go by.
-        is_due = self._is_due(trainer) or trainer.should_stop
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and is_due:
+        if self._is_due(trainer) or trainer.should_stop:
             with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
                 self._save(trainer, pl_module)
 

@@ -60,8 +60,6 @@ class Inspect(lightning.Callback):
                 file.unlink()
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
         with outside_training_time(trainer), torch.no_grad():
             # Every rank, where the weights are shared out among them
             if pl_module.is_sharded or trainer.is_global_zero:

@@ -49,7 +49,7 @@ class TrialReports(lightning.Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         watched, step = str(pl_module.watched_metric), trainer.global_step
-        is_new = is_validated(trainer) and step not in self._reported and watched in trainer.callback_metrics
+        is_new = step not in self._reported and watched in trainer.callback_metrics
         if self._trial is None or not is_new:
             return
         import optuna
@@ -85,14 +85,7 @@ class Pruning(lightning.Callback):
         self.is_pruned = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if not is_validated(trainer):
-            return
         is_hopeless = trainer.strategy.broadcast(self.reports.is_hopeless(), src=0)
         if is_hopeless and not trainer.should_stop:  # else the run ends with this step for another reason
             log.info("Pruned after step %d: other jobs of this search were better by then.", trainer.global_step)
             self.is_pruned = trainer.should_stop = True
-
-
-def is_validated(trainer: Trainer) -> bool:
-    """Whether what ends is a validation within training, and no trial of one."""
-    return trainer.state.fn == "fit" and not trainer.sanity_checking

@@ -50,12 +50,10 @@ class Throughput(lightning.Callback):
         self._start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._stop()
+        self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._start()
+        self._start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
