@@ -230,23 +230,22 @@ def speculative_ids(
     with writing(target, draft, seed=seed):
         reader, drafter = Decoder(target, whole), Decoder(draft, whole)
         while ids.shape[1] < whole and not ended:
-            started = time.perf_counter()
-            text, draft_scores = _draft(drafter, ids, choice, length, whole - ids.shape[1] - 1)
-            drafted = text.shape[1] - ids.shape[1]
+            started, before = time.perf_counter(), ids.shape[1]
+            text, draft_scores = _draft(drafter, ids, choice, length, whole - before - 1)
+            drafted = text.shape[1] - before
             between = time.perf_counter()
             logits = reader.read(text[:, reader.length :], last=drafted + 1)[0]  # (drafted + 1, V)
             synchronize(device)
             looked = time.perf_counter()
             scores = _scores(choice, text, logits, sampling.looks_back)
-            kept, following = accept(text[0, ids.shape[1] :], draft_scores, scores, choice.draws)
+            kept, following = accept(text[0, before:], draft_scores, scores, choice.draws)
             length.learn(kept)
-            settled = torch.cat([text[:, ids.shape[1] : ids.shape[1] + kept], following], 1)
-            count, ended = _until_end(ids, settled, end_of_text, stops)
-            settled = settled[:, :count]
+            settled = torch.cat([text[:, : before + kept], following], 1)
+            count, ended = _until_end(settled, before, end_of_text, stops)
+            ids = settled[:, : before + count]
             rounds.append(Round(drafted, min(kept, count), count, between - started, looked - between))
-            ids = torch.cat([ids, settled], 1)
             if streamer is not None:
-                streamer.put(settled[0].cpu())
+                streamer.put(ids[0, before:].cpu())
             for decoder in (reader, drafter):
                 decoder.forget(ids.shape[1] - 1)
     if streamer is not None:
@@ -255,12 +254,12 @@ def speculative_ids(
     return written[: written.index(end_of_text)] if end_of_text in written else written, rounds
 
 
-def _until_end(ids: Tensor, settled: Tensor, end_of_text: int, stops: StoppingCriteriaList) -> tuple[int, bool]:
-    """How many of the tokens (1, N) settled after a text (1, S) belong to it, and whether the last of these ends it."""
-    for count, token in enumerate(settled[0].tolist(), 1):
-        if token == end_of_text or (stops and stops(torch.cat([ids, settled[:, :count]], 1), settled).item()):
+def _until_end(text: Tensor, before: int, end_of_text: int, stops: StoppingCriteriaList) -> tuple[int, bool]:
+    """How many tokens after the first `before` of a text (1, S) belong to it, and whether the last of these ends it."""
+    for count, token in enumerate(text[0, before:].tolist(), 1):
+        if token == end_of_text or (stops and stops(text[:, : before + count], text).item()):
             return count, True
-    return settled.shape[1], False
+    return text.shape[1] - before, False
 
 
 def look_costs(device: torch.device, dtype: torch.dtype) -> Sequence[float]:
