@@ -177,7 +177,7 @@ def check_model(config: Config) -> None:
         return
     check_heads(model.n_embd, model.n_head)
     check_room(config, model.n_positions)
-    check_frozen(config, model.n_layer)
+    check_kept_weights(config, model.n_layer)
     check_context(config.context, model.n_positions, f"model {config.record.groups['model']}'s")
 
 
@@ -202,7 +202,7 @@ def check_room(config: Config, positions: int) -> None:
             )
 
 
-def check_frozen(config: Config, layers: int) -> None:
+def check_kept_weights(config: Config, layers: int) -> None:
     """What keeps its weights has learned something, and at least the last block is left to train.
 
     Raises:

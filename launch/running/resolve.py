@@ -91,7 +91,7 @@ def _take_sizes_from_init(config: Config) -> None:
         config.record.groups["model"] = _model_name(Path(config.init))
         checks.check_context(config.context, sizes["n_positions"], "the init model's")
         checks.check_room(config, sizes["n_positions"])
-        checks.check_frozen(config, sizes["n_layer"])
+        checks.check_kept_weights(config, sizes["n_layer"])
         return
     for item in fields(ModelKeys):
         wanted = vars(config.model)[item.name]
