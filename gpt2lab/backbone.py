@@ -21,10 +21,13 @@ from gpt2lab.errors import InputError
 from gpt2lab.host_memory import give_back_freed_memory
 from gpt2lab.model_folder import folder_of
 from gpt2lab.settings import ModelShape
+from gpt2lab.vector_math import choose_kernels
 
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in the training layout
 
 HeadResult = TypeVar("HeadResult")
+
+choose_kernels()  # whatever computes with a model imports this module first
 
 
 class Backbone(nn.Module):

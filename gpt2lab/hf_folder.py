@@ -22,6 +22,7 @@ TOLERANCE = 1e-5  # largest absolute difference of logits between this process a
 FRESH_PROCESS = """
 import sys
 import torch
+torch.tanh(torch.ones(1))  # one thread alone, see gpt2lab/vector_math.py
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, scratch, threads = sys.argv[1:]
