@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,14 +55,12 @@ def point_symlink(link: Path, target_name: str) -> None:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether something can be made in a folder. Asked by doing it: root and network mounts answer `access` wrongly."""
-    probe = folder / f".gpt2lab-{os.getpid()}"
+    """Whether a file can be created in a folder: one without a name is, since `access` is wrong for root and on NFS."""
     try:
-        probe.mkdir()
-        probe.rmdir()
+        with tempfile.TemporaryFile(dir=folder):
+            return True
     except OSError:
         return False
-    return True
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gpt2lab.errors import InputError, RunError
+from launch.running.rank_environment import ignore_foreign_variables
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -38,7 +39,8 @@ def end(entry: Callable[[], Any]) -> NoReturn:
 
 
 def exit_code(entry: Callable[[], Any]) -> int:
-    """Run `entry` and say how it ended."""
+    """Run `entry` and return its exit code."""
+    ignore_foreign_variables()
     previous = {number: signal.signal(number, _end_at_once) for number in SIGNALS}
     try:
         entry()

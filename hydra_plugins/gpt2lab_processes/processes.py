@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from launch.running.run_folders import missing
 
 
 @dataclass
@@ -27,9 +30,11 @@ class ProcessesLauncher(Launcher):
         """Keep what composes a job's configuration; the task function itself runs in none of our processes."""
         self.config_loader = hydra_context.config_loader
         self.config = config
+        self.made = missing(Path(str(config.hydra.sweep.dir)))  # Hydra creates these before it calls `launch`
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs and report on every one, failed or not."""
         from launch.running.sweep import run_grid
 
-        return run_grid(self.config_loader, self.config, [list(job) for job in job_overrides], initial_job_idx)
+        jobs = [list(job) for job in job_overrides]
+        return run_grid(self.config_loader, self.config, jobs, initial_job_idx, self.made)

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import inspect
-import os
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
 from launch.configuration.signature import typed_settings
 from launch.configuration.spelling import nearest
+from launch.running.rank_environment import is_rank
 from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
 
@@ -209,7 +209,7 @@ def trainer(
     """
     accumulate = config.record.accumulate
     # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
-    plugins: list[Any] = [TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()]
+    plugins: list[Any] = [TorchElasticEnvironment() if is_rank() else LightningEnvironment()]
     if config.precision == "bf16_true":
         plugins.append(Bf16Weights())
     return lightning.Trainer(

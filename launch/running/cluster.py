@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import given_keys
+from launch.running.rank_environment import by_srun, is_cluster_rank
 
 if TYPE_CHECKING:
     from launch.running.cluster_watch import Watch
@@ -32,23 +33,13 @@ TOLD = "gpt2lab/told"
 LOOK = timedelta(seconds=1)  # that one wait for it takes
 
 
-def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or srun has started this process as one of several ranks."""
-    return "TORCHELASTIC_RUN_ID" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-
-
-def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for the run: it is alone, or rank 0."""
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0") if is_rank(environment) else "0") == "0"
-
-
 def settle_environment() -> None:
     """Give PyTorch the variables that torchrun sets where srun has started this process.
 
     Raises:
         InputError: the nodes of the step cannot be told.
     """
-    if "RANK" in os.environ:
+    if not by_srun():
         return
     job, nodes = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
@@ -231,7 +222,7 @@ def check(settings: Config) -> None:
     Raises:
         InputError
     """
-    if settings.num_nodes > 1 and not is_rank() and settings.launcher.name == "processes":
+    if settings.num_nodes > 1 and not is_cluster_rank() and settings.launcher.name == "processes":
         raise InputError(
             f"num_nodes={settings.num_nodes}: start the run on every machine, for example with\n"
             f"  torchrun --nnodes={settings.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "

@@ -42,32 +42,33 @@ def run(settings: Config) -> float | None:
         InputError: it cannot be handed over.
         answer.Ended: with the run's exit code, unless it finished.
     """
-    folder = _settled_folder(settings)
+    folder, made = _settled_folder(settings)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{settings.launcher.name}-", dir=folder.absolute().parent) as scratch:
             files = Path(scratch, "output.txt"), Path(scratch, "errors.txt")
             code, told = _followed(settings, files)
             is_shown = files[1].is_file() and told in files[1].read_text(encoding="utf-8", errors="replace")
     finally:
-        run_folders.remove_empty(folder)
+        run_folders.remove_empty(made)
     if code:
         said = told or (f"The run in {folder} was killed by {signal.Signals(-code).name}." if code < 0 else "")
         raise answer.Ended(max(code, answer.FAILED), "" if is_shown and told else said)
     return watched_value(read_report(folder))
 
 
-def _settled_folder(settings: Config) -> Path:
-    """Where the run will lie, made now: a job that is queued again must find its run there."""
+def _settled_folder(settings: Config) -> tuple[Path, list[Path]]:
+    """(where the run will lie, which folders were created for it): a job that is queued again must find its run."""
     if settings.resume not in (None, "auto"):
-        return Path(str(settings.resume)).expanduser()
+        return Path(str(settings.resume)).expanduser(), []
     if settings.resume == "auto":
         folder = run_folders.wanted_folder(settings)
+        made = run_folders.missing(folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder = run_folders.make(settings)
+        folder, made = run_folders.reserve(settings)
     if settings.name is None:
         settings.run_dir = str(folder)
-    return folder
+    return folder, made
 
 
 def _followed(settings: Config, files: tuple[Path, Path]) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from gpt2lab.settings import DataFacts
 from launch import answer, noise
 from launch.configuration import checks, config
 from launch.configuration.config import Config
-from launch.running import baseline, children, cluster, resolve, resume, run_folders, space
+from launch.running import baseline, children, cluster, rank_environment, resolve, resume, run_folders, space
+from launch.running.run_folders import RunDirectory
 
 ERROR_FILE = "error.txt"
 
@@ -33,42 +35,51 @@ def run_job(asked: Config) -> dict[str, Any]:
         InputError: a mistake in configuration or input; then no run directory is left behind.
         answer.Ended: stopped by a signal, after saving.
     """
-    noise.settle_noise(speaks=cluster.is_first())
-    if cluster.is_rank():
-        return _run_one_of_many(asked)
-    settings, is_new = _settled(asked)
+    noise.settle_noise(speaks=rank_environment.is_first())
+    with closing(RunDirectory()) as directory:
+        if rank_environment.is_cluster_rank():
+            return _run_one_of_many(asked, directory)
+        return _run_alone(asked, directory)
+
+
+def _run_alone(asked: Config, directory: RunDirectory) -> dict[str, Any]:
+    settings = _settled(asked, directory)
     if settings.plan:
         from launch.planning.plan import plan_of
 
         print(plan_of(settings), flush=True)
         return {"watched": None}
-    data, facts = _prepared(settings, is_new)
+    data, facts = _prepared(settings)
     if settings.record.world_size > 1 or settings.max_restarts:
         from launch.running import ranks
 
-        report = ranks.run(settings, is_new)
+        report = ranks.run(settings, directory)
     else:
-        report = train(settings, data, facts, is_new)
+        report = train(settings, data, facts, directory)
     print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
 
 
-def _settled(asked: Config) -> tuple[Config, bool]:
-    """(the configuration with nothing left open, whether the run is a new one)."""
-    taken_up = resume.taken_up(asked)
-    settings = taken_up or asked
-    if taken_up is None:
-        run_folders.check_wanted(settings)
+def _settled(asked: Config, directory: RunDirectory) -> Config:
+    """The configuration with nothing left open. An existing run's directory is locked before it is read."""
+    folder = resume.existing_folder(asked)
+    if folder is not None and not asked.plan:
+        directory.open(folder)
+    stored = resume.taken_up(asked, folder)
+    settings = stored or asked
+    if stored is None:
+        if folder is None:
+            run_folders.check_wanted(settings)
         resolve.resolve(settings)
     from launch.configuration import automatic
 
     noise.settle_library_noise()
     if settings.record.world_size == 0:
         automatic.settle(settings, automatic.free_memory(settings))
-    return settings, taken_up is None
+    return settings
 
 
-def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
+def _prepared(settings: Config) -> tuple[Any, DataFacts]:
     """(data module, facts of its data), with what depends on these noted down in the settings."""
     from launch.configuration import automatic
     from launch.planning.plan import note_planned_memory
@@ -78,7 +89,7 @@ def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
     data = build.data_module(settings)
     facts = data.prepare()
     resume.check_data(settings, facts.hash)
-    if is_new:
+    if settings.resume is None:
         settings.record.baseline_loss = baseline.loss_of_baseline(settings, facts)
     vocab_size = resolve.vocabulary(settings, facts)
     if settings.record.compile_head is None:
@@ -94,24 +105,25 @@ def _prepared(settings: Config, is_new: bool) -> tuple[Any, DataFacts]:
     return data, facts
 
 
-def _run_one_of_many(asked: Config) -> dict[str, Any]:
+def _run_one_of_many(asked: Config, directory: RunDirectory) -> dict[str, Any]:
     """This process is one rank: the first prepares everything, the others do as it says."""
     cluster.settle_environment()
     meeting = cluster.Meeting(asked.rank_timeout)
     if meeting.rank == 0:
         with meeting.preparing():
             cluster.take_numbers(asked)
-            settings, is_new = _settled(asked)
-            data, facts = _prepared(settings, is_new)
-            if is_new:
-                settings.run_dir = str(run_folders.make(settings).absolute())
-            config.save(settings, Path(settings.run_dir or "") / "config.yaml")
+            settings = _settled(asked, directory)
+            data, facts = _prepared(settings)
+            folder = directory.enter(settings)
+            settings.run_dir = str(folder.absolute())
+            config.save(settings, folder / run_folders.CONFIG)
         meeting.tell(settings)
     else:
-        settings, is_new = meeting.told(), False
+        settings = meeting.told()
+        directory = RunDirectory(given=Path(settings.run_dir or ""))
         data, facts = _data_as_told(settings)
     with meeting.training(settings) as heartbeat:
-        report = train(settings, data, facts, is_new, heartbeat)
+        report = train(settings, data, facts, directory, heartbeat)
     if meeting.rank == 0:
         print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
@@ -152,7 +164,9 @@ def closing_line(report: dict[str, Any], folder: str) -> str:
     return f"{report.get('status', 'finished')}: {score}{folder}/report.html"
 
 
-def train(settings: Config, data: Any, facts: Any, is_new: bool, heartbeat: Heartbeat | None = None) -> dict[str, Any]:
+def train(
+    settings: Config, data: Any, facts: Any, directory: RunDirectory, heartbeat: Heartbeat | None = None
+) -> dict[str, Any]:
     """Build everything and train in this process, which is the only one or one rank of several.
 
     Args:
@@ -170,7 +184,7 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool, heartbeat: Hear
     module = build.task_module(settings, facts, resolve.vocabulary(settings, facts))
     trainer = None
     with answer.cleaning_up():
-        folder = _folder(settings, is_new)
+        folder = directory.enter(settings)
         try:
             observers = build.callbacks(settings, folder, facts)
             if heartbeat is not None:
@@ -178,20 +192,10 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool, heartbeat: Hear
             trainer = build.trainer(settings, folder, observers, build.loggers(settings, folder))
             _fit(trainer, module, data, resume.checkpoint(settings))
         except (InputError, answer.Ended):
-            if is_new and (trainer is None or trainer.global_step == 0):
-                run_folders.remove(folder)  # a run without a step is no run
+            if trainer is None or trainer.global_step == 0:
+                directory.discard()  # a run without a step is no run
             raise
     return _outcome(trainer, folder)
-
-
-def _folder(settings: Config, is_new: bool) -> Path:
-    """Make the run directory and write config.yaml into it, unless the run goes on in the one it has."""
-    if "RANK" in os.environ:
-        return Path(settings.run_dir or "")  # the parent has made it
-    folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
-    settings.run_dir = str(folder)
-    config.save(settings, folder / "config.yaml")
-    return folder
 
 
 def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> None:
@@ -223,14 +227,15 @@ def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
 
 def _run_rank(spec: Path) -> None:
     rank = int(os.environ["RANK"])
-    heartbeat = Heartbeat(Folder(Path(os.environ["GPT2LAB_HEARTBEATS"])), rank)
+    heartbeat = Heartbeat(Folder(Path(os.environ[rank_environment.HEARTBEATS])), rank)
     noise.settle_noise(speaks=rank == 0)
     settings = config.load(spec)
     from launch.running import ranks
 
     try:
         data, facts = _data_as_told(settings)
-        watched = train(settings, data, facts, is_new=False, heartbeat=heartbeat)["watched"]
+        directory = RunDirectory(given=Path(settings.run_dir or ""))
+        watched = train(settings, data, facts, directory, heartbeat)["watched"]
     except answer.Ended as ended:
         # Exit code 0: to the parent any other says that this rank died, and it would kill the rest while they save.
         ranks.record_outcome(int(ended.code or 0), ended.message)

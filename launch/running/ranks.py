@@ -9,7 +9,6 @@ hands signals on. A rank that dies takes the others with it, and so does one tha
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,11 +24,14 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from gpt2lab.atomic_files import write_json
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.heartbeat import Folder, Listener
+from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
-from launch.running import children, run_folders
+from launch.running import children
+from launch.running.rank_environment import HEARTBEATS, OUTCOME_FILE
+from launch.running.run_folders import RunDirectory
 
 POLL_SECONDS = 0.2
 LOGS, OUTCOME = "logs", "outcome.json"
@@ -46,7 +48,7 @@ class Failure(NamedTuple):
     code: int
 
 
-def run(settings: Config, is_new: bool) -> dict[str, Any]:
+def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
     """Run all ranks to their end.
 
     Returns:
@@ -55,24 +57,22 @@ def run(settings: Config, is_new: bool) -> dict[str, Any]:
     Raises:
         answer.Ended: with the exit code that was recorded, when the run did not finish.
     """
-    folder = run_folders.make(settings) if is_new else Path(settings.run_dir or "")
-    settings.run_dir = str(folder)
-    config.save(settings, folder / "config.yaml")
+    folder = directory.enter(settings)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for restarts in range(settings.max_restarts + 1):
         failed, signals, outcome = _attempt(settings, folder)
         if outcome is not None or signals or restarts == settings.max_restarts:
             break
         log.warning("%s. Restart %d of %d.", failed, restarts + 1, settings.max_restarts)
-        _take_up_again(settings, folder)
+        _take_up_again(settings, directory)
     if outcome is None:
         told = "the ranks were stopped by a signal" if signals else failed
         if signals:
-            run_folders.remove_if_untrained(folder, is_new)
+            _discard_untrained(directory)
         code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED
         raise answer.Ended(code, f"The run in {folder} failed: {told}.")
     if outcome["code"] == answer.MISTAKE:
-        run_folders.remove_if_untrained(folder, is_new)
+        _discard_untrained(directory)
     if outcome["code"]:
         raise answer.Ended(outcome["code"], outcome["message"])
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -86,18 +86,18 @@ def record_outcome(code: int, message: str = "", watched: float | None = None) -
     """
     if code == answer.MISTAKE or (os.environ["RANK"] == "0" and not is_mistaken()):
         outcome = {"code": code, "message": message, "watched": watched}
-        write_json(Path(os.environ["GPT2LAB_OUTCOME"]), outcome)
+        write_json(Path(os.environ[OUTCOME_FILE]), outcome)
 
 
 def is_mistaken() -> bool:
     """Whether a rank has left word already of a mistake."""
-    file = Path(os.environ["GPT2LAB_OUTCOME"])
+    file = Path(os.environ[OUTCOME_FILE])
     return file.exists() and json.loads(file.read_text())["code"] == answer.MISTAKE
 
 
 def record_failure() -> None:
     """Leave word of when this rank failed. Others fail of it in the same second, and PyTorch tells whole seconds."""
-    Path(os.environ["GPT2LAB_HEARTBEATS"], f"failed-{os.environ['RANK']}").write_text(str(time.time()))
+    Path(os.environ[HEARTBEATS], f"failed-{os.environ['RANK']}").write_text(str(time.time()))
 
 
 def _first(failures: list[ProcessFailure], scratch: Path) -> ProcessFailure | None:
@@ -127,14 +127,21 @@ def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, 
         return blame or _told(failed, folder), signals, outcome
 
 
-def _take_up_again(settings: Config, folder: Path) -> None:
+def _take_up_again(settings: Config, directory: RunDirectory) -> None:
     """Let the next start go on from the newest whole checkpoint; without one it begins at step 0."""
-    if newest_good_checkpoint(folder) is None:
-        shutil.rmtree(folder)
-        folder.mkdir()
+    assert directory.path is not None
+    if newest_good_checkpoint(directory.path) is None:
+        directory.restart(settings)
     else:
-        settings.resume = str(folder)
-    config.save(settings, folder / "config.yaml")
+        settings.resume = str(directory.path)
+        config.save(settings, directory.path / "config.yaml")
+
+
+def _discard_untrained(directory: RunDirectory) -> None:
+    """Leave nothing behind of a new run that ended before its first logged step."""
+    assert directory.path is not None
+    if not read_metrics(directory.path) and not (directory.path / "checkpoints").exists():
+        directory.discard()
 
 
 def _told(failed: Failure | None, folder: Path) -> str:
@@ -196,8 +203,8 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "GROUP_RANK": "0",
-        "GPT2LAB_OUTCOME": str(scratch / OUTCOME),
-        "GPT2LAB_HEARTBEATS": str(scratch),
+        OUTCOME_FILE: str(scratch / OUTCOME),
+        HEARTBEATS: str(scratch),
         "OMP_NUM_THREADS": str(settings.threads),
         "PYTHONPATH": children.environment()["PYTHONPATH"],
     }

@@ -1,11 +1,11 @@
 """Resume: a run goes on with its own config.yaml; only what does not change its result may be given anew."""
 
 import shlex
-import shutil
 from pathlib import Path
 
 from gpt2lab.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, step_of
 from gpt2lab.errors import InputError
+from gpt2lab.run_report import read_report
 from launch.configuration import checks
 from launch.configuration import config as configuration
 from launch.configuration.config import Config
@@ -29,11 +29,11 @@ CHANGEABLE += ("workers", "rank_timeout", "max_restarts", "cache_dir", *MACHINE)
 PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs")
 
 
-def taken_up(asked: Config) -> Config | None:
-    """The configuration of the run that `resume` names, with the changes asked for; None: a new run.
+def existing_folder(asked: Config) -> Path | None:
+    """The directory of the run that `resume` continues; None: the run is a new one.
 
     Raises:
-        InputError: there is no such run or no whole checkpoint in it, or a change that would alter its result.
+        InputError: there is no such run, or it is not clear where the run lies.
     """
     if asked.resume is None:
         return None
@@ -41,19 +41,37 @@ def taken_up(asked: Config) -> Config | None:
         if asked.run_dir is None and asked.name is None:
             raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
         folder = run_folders.wanted_folder(asked)
-        newest = _newest(folder)
-        if newest is None:
-            if checkpoint_files(folder):
-                raise _nothing_whole(folder)
-            _remove_unfinished_start(folder)
+        if not (folder / run_folders.CONFIG).is_file() and checkpoint_files(folder):
+            raise InputError(f"{folder} holds checkpoints, but no config.yaml.\nPut it back, or give another run_dir.")
+        return folder if (folder / run_folders.CONFIG).is_file() else None
+    if asked.run_dir is not None or asked.name is not None:
+        raise InputError("resume=RUN_DIR says where the run lies; leave out run_dir and name.")
+    folder = Path(asked.resume).expanduser()
+    if not (folder / run_folders.CONFIG).is_file():
+        raise InputError(f"resume={asked.resume}: there is no run in {folder} (no config.yaml).\nGive a run directory.")
+    return folder
+
+
+def taken_up(asked: Config, folder: Path | None) -> Config | None:
+    """The stored configuration of the run in `folder`, with the changes asked for; None: `asked` is run anew.
+
+    A start that was killed before its first checkpoint begins again: by `asked` under resume=auto, else by its own
+    configuration. Its `resume` is then None.
+
+    Raises:
+        InputError: there is no whole checkpoint, or a change would alter the run's result.
+    """
+    if folder is None:
+        asked.resume = None
+        return None
+    newest = newest_good_checkpoint(folder)
+    stored = configuration.load(folder / run_folders.CONFIG)  # raises where the file is somebody else's
+    if newest is None:
+        if checkpoint_files(folder) or read_report(folder).get("status") == "finished":
+            raise _nothing_whole(folder)
+        if asked.resume == "auto":
             asked.resume = None
             return None
-    else:
-        if asked.run_dir is not None or asked.name is not None:
-            raise InputError("resume=RUN_DIR says where the run lies; leave out run_dir and name.")
-        folder = Path(asked.resume).expanduser()
-        newest = _newest_of_a_run(folder, asked.resume)
-    stored = configuration.load(folder / "config.yaml")
     _check_changes(asked, stored, folder)
     for look in (checks.check_choices, checks.check_ranges, checks.check_counts_or_auto):
         look(asked)
@@ -65,8 +83,8 @@ def taken_up(asked: Config) -> Config | None:
         stored.record.world_size = 0  # the machine changes, so what was chosen for it is chosen anew
         for key in {"micro_batch", "threads", "checkpoint_format", "shard_teacher"} - changed:
             setattr(stored, key, "auto")
-    stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder)
-    if stored.steps < step_of(newest):
+    stored.run_dir, stored.name, stored.resume = str(folder), None, str(folder) if newest else None
+    if newest and stored.steps < step_of(newest):
         raise InputError(
             f"steps={stored.steps}: the run in {folder} has done {step_of(newest)} already.\nGive more than that."
         )
@@ -90,33 +108,13 @@ def check_data(settings: Config, data_hash: str) -> None:
 
 def checkpoint(settings: Config) -> Path | None:
     """The checkpoint from which a resumed run goes on; None for a new one."""
-    return _newest(Path(settings.resume)) if settings.resume else None
-
-
-def _newest(folder: Path) -> Path | None:
-    return newest_good_checkpoint(folder) if (folder / "config.yaml").is_file() else None
-
-
-def _newest_of_a_run(folder: Path, given: str) -> Path:
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"resume={given}: there is no run in {folder} (no config.yaml).\nGive a run directory.")
-    newest = _newest(folder)
-    if newest is None:
-        raise _nothing_whole(folder)
-    return newest
+    return newest_good_checkpoint(settings.resume) if settings.resume else None
 
 
 def _nothing_whole(folder: Path) -> InputError:
     return InputError(
         f"The run in {folder} has no whole checkpoint to continue from.\nStart it anew in another run_dir."
     )
-
-
-def _remove_unfinished_start(folder: Path) -> None:
-    """A run that died before its first checkpoint left its configuration and metrics; it starts anew in their place."""
-    if (folder / "config.yaml").is_file() and not checkpoint_files(folder):
-        configuration.load(folder / "config.yaml")  # raises where it is somebody else's
-        shutil.rmtree(folder)
 
 
 def _check_changes(asked: Config, stored: Config, folder: Path) -> None:

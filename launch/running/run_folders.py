@@ -1,19 +1,26 @@
 """Run folders: where a run lies, how it is made, and how earlier runs are found by report.json and config.yaml."""
 
+import errno
+import itertools
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2lab.atomic_files import can_write
+from gpt2lab import folder_lock
+from gpt2lab.atomic_files import can_write, flush
 from gpt2lab.errors import InputError
+from gpt2lab.folder_lock import FolderLock, InUseError
 from gpt2lab.model_folder import read_shape
 from launch.configuration import config as configuration
 from launch.configuration.config import Config
 
 RUNS, STUDIES = Path("runs"), Path("studies")
-OWN_ROOTS = ("runs", "sweeps", "studies")
+CONFIG = "config.yaml"
+SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html")
+OWN_FILES = (folder_lock.NAME, CONFIG, *SIDE_FILES, "checkpoints", "hf", "logs", "wandb", "tensorboard", "inspect")
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def check_free(folder: Path) -> None:
     Raises:
         InputError
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not _is_free(folder):
         raise InputError(
             f"{folder} is not empty.\nContinue the run in it with resume={folder}, or give another run_dir or name."
         )
@@ -88,32 +95,32 @@ def check_wanted(config: Config) -> None:
         check_can_be_made(wanted_folder(config), "run_dir")
 
 
-def make(config: Config) -> Path:
-    """Make the run's folder; without a name of its own, one that another run took in the same second gets a number."""
+def reserve(config: Config) -> tuple[Path, list[Path]]:
+    """Create the run's folder, empty, for a process elsewhere; without a name of its own its name is made unique.
+
+    Returns:
+        The folder, and the folders that were created for it, the innermost first.
+    """
     check_wanted(config)
-    folder, number = wanted_folder(config), 1
-    if config.run_dir or config.name:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    base = folder
-    while True:
+    is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
+    for folder in _numbered(base):
+        made = missing(folder)
         try:
-            folder.mkdir(parents=True)
-            return folder
+            folder.mkdir(parents=True, exist_ok=is_named)
         except FileExistsError:
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
+            continue
+        return folder, made
+    raise AssertionError("unreachable: there are infinitely many numbers")
 
 
-def remove(folder: Path) -> None:
-    """Delete a run's folder that nothing came of."""
-    shutil.rmtree(folder, ignore_errors=True)
-    remove_empty(folder)
+def missing(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def remove_empty(folder: Path) -> None:
-    """Delete a folder, and below runs/ and sweeps/ those above it, as far as they are empty."""
-    for path in [folder, *(above for above in folder.parents if above.parts and above.parts[0] in OWN_ROOTS)]:
+def remove_empty(made: list[Path]) -> None:
+    """Delete the folders that this process created, the innermost first, as far as they are empty."""
+    for path in made:
         try:
             path.rmdir()
         except FileNotFoundError:
@@ -122,12 +129,154 @@ def remove_empty(folder: Path) -> None:
             return
 
 
-def remove_if_untrained(folder: Path, is_new: bool) -> None:
-    """Leave nothing behind of a new run that ended before its first logged step."""
-    metrics = folder / "metrics.csv"
-    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
-    if is_new and not has_metrics and not (folder / "checkpoints").exists():
-        remove(folder)
+class RunDirectory:
+    """The directory of one run, and this process's claim on it.
+
+    A new directory appears under its name with config.yaml inside: it is filled beside its place and then renamed, so a
+    process that is killed meanwhile leaves no half-made run. The process that launches the run locks the directory
+    until it ends; its ranks receive the path alone.
+
+    Args:
+        given: the directory, where another process has launched the run and looks after it.
+    """
+
+    def __init__(self, given: Path | None = None) -> None:
+        self.path = given
+        self._is_ready = given is not None
+        self._lock: FolderLock | None = None
+        self._made: list[Path] = []  # folders that this process created, the innermost first
+        self._was_free = False
+
+    def open(self, folder: Path) -> None:
+        """Lock an existing directory.
+
+        Raises:
+            InputError: another process uses it.
+        """
+        self._lock, self.path = _locked(folder), folder
+
+    def enter(self, config: Config) -> Path:
+        """Write config.yaml into the directory, which is created for a new run; sets `config.run_dir`.
+
+        Raises:
+            InputError: the directory of a new run holds something else, or another process uses it.
+        """
+        if self._is_ready:
+            assert self.path is not None
+            return self.path
+        if self.path is None:
+            self._create(config)
+        elif config.resume is None:
+            self.restart(config)
+        else:
+            config.run_dir = str(self.path)
+            configuration.save(config, self.path / CONFIG)
+        self._is_ready = True
+        assert self.path is not None
+        return self.path
+
+    def restart(self, config: Config) -> None:
+        """Begin again in place of a start without a checkpoint, whose metrics and samples are dropped."""
+        assert self.path is not None
+        config.run_dir = str(self.path)
+        configuration.save(config, self.path / CONFIG)
+        for name in SIDE_FILES:
+            (self.path / name).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Delete a run that took no step, if this process started it and only a run's own files are in the directory.
+
+        A directory that was there before, empty, is left empty.
+        """
+        if self.path is None or not self._was_free or not all(_is_own(entry.name) for entry in self.path.iterdir()):
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != folder_lock.NAME:
+                entry.unlink(missing_ok=True)
+        self.close()
+        remove_empty(self._made)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _create(self, config: Config) -> None:
+        check_wanted(config)
+        is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
+        for folder in _numbered(base):
+            try:
+                if self._start(folder, config):
+                    return
+            except InUseError:
+                if is_named:
+                    raise
+            if is_named:
+                check_free(folder)  # raises: another process has created it since
+
+    def _start(self, folder: Path, config: Config) -> bool:
+        """Fill a directory beside `folder` and rename it; False: `folder` is taken."""
+        place = folder.resolve()
+        if not _is_free(place):
+            return False
+        made, aside = missing(place), place.with_name(f".{place.name}.start")
+        if place.is_dir() and (place.is_mount() or not can_write(place.parent)):
+            aside = place  # which nothing can be renamed to
+        aside.mkdir(parents=True, exist_ok=True)
+        lock = _locked(aside)
+        config.run_dir = str(folder)
+        configuration.save(config, aside / CONFIG)
+        if aside != place:
+            try:
+                aside.rename(place)  # also onto an empty directory
+            except OSError as error:
+                (aside / CONFIG).unlink()
+                lock.release()
+                remove_empty([aside])
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    return False
+                raise
+            flush(place.parent)
+        lock.folder = place
+        self.path, self._lock, self._made, self._was_free = folder, lock, made, True
+        return True
+
+
+def _numbered(base: Path) -> Iterator[Path]:
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")
+
+
+def _locked(folder: Path) -> FolderLock:
+    """Lock a run's directory, then remove the scratch files of a process that was killed there."""
+    lock = FolderLock(folder)
+    for entry in folder.iterdir():
+        if _is_scratch(entry.name) and entry.is_file():
+            entry.unlink(missing_ok=True)
+    return lock
+
+
+def _is_scratch(name: str) -> bool:
+    return name.endswith(".tmp") and any(name.startswith(f".{own}.") for own in OWN_FILES)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a run writes a file or folder of this name into its directory, or a scratch file for it."""
+    return name in OWN_FILES or _is_scratch(name)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether the folder does not exist or holds at most what a killed start left before config.yaml."""
+    if not folder.exists():
+        return True
+    scratch = f".{CONFIG}."
+    return folder.is_dir() and all(
+        entry.name == folder_lock.NAME or entry.name.startswith(scratch) for entry in folder.iterdir()
+    )
 
 
 def finished_runs(root: Path = RUNS) -> list[FinishedRun]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -9,6 +10,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gpt2lab.errors import InputError
+from gpt2lab.folder_lock import FolderLock
 from gpt2lab.run_report import read_report
 from gpt2lab.search_study import STUDY_FILE
 from gpt2lab.settings import LauncherSettings
@@ -27,15 +29,16 @@ HOW = ("resume", "n_jobs", "max_restarts", "launcher", *(f"launcher.{key}" for k
 
 
 def run_grid(
-    loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int
+    loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int, made: list[Path]
 ) -> list[JobReturn]:
-    """Run every combination of a grid.
+    """Run every combination of a grid; `made` are the folders that Hydra has created for it.
 
     Raises:
         InputError: the combinations contradict each other as a whole.
         answer.Ended: a signal stopped the sweep, or jobs failed.
     """
-    return [_job_return(job) for job in run_sweep(loader, sweep_config, Listed(combinations), combinations, first)]
+    ran = run_sweep(loader, sweep_config, Listed(combinations), combinations, first, made)
+    return [_job_return(job) for job in ran]
 
 
 def run_sweep(
@@ -44,30 +47,51 @@ def run_sweep(
     source: Source,
     combinations: Sequence[list[str]],
     first: int = 0,
+    made: Sequence[Path] = (),
 ) -> list[Job]:
     """Run every job that the source proposes, with sweep.csv and sweep.html after each, then print the table.
+
+    The sweep's folder is locked meanwhile.
 
     Args:
         source: where the jobs come from.
         combinations: what can be said of the jobs beforehand: all of a grid, or one for each choice of task and
             experiment that a search may make.
         first: number of the first job.
+        made: folders that were created for this sweep, the innermost first; removed where no job can start.
 
     Raises:
-        InputError: the combinations contradict each other as a whole.
+        InputError: the combinations contradict each other as a whole, or another process runs a sweep in the folder.
         answer.Ended: a signal stopped the sweep, or jobs failed.
     """
     folder = Path(str(sweep_config.hydra.sweep.dir))
     tasks = {_task_of(overrides, sweep_config) for overrides in combinations}
-    try:
-        _check_together(combinations, tasks, sweep_config)
-        _check_folder(folder, combinations, first, isinstance(source, Listed))
-        executor = _executor(sweep_config, folder)
-    except InputError:
-        if not (folder / "sweep.csv").exists():
-            (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
-            run_folders.remove_empty(folder)
-        raise
+    made = [*made] or run_folders.missing(folder)
+    with ExitStack() as held:
+        try:
+            _check_together(combinations, tasks, sweep_config)
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
+            _check_folder(folder, combinations, first, isinstance(source, Listed))
+            executor = _executor(sweep_config, folder)
+        except InputError:
+            held.close()
+            if made:
+                (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
+                run_folders.remove_empty(made)
+            raise
+        return _run_jobs(loader, sweep_config, source, executor, first, several_tasks=len(tasks) > 1)
+
+
+def _run_jobs(
+    loader: ConfigLoader,
+    sweep_config: DictConfig,
+    source: Source,
+    executor: Executor,
+    first: int,
+    several_tasks: bool,
+) -> list[Job]:
+    folder = Path(str(sweep_config.hydra.sweep.dir))
     started: list[Job] = []
 
     def planned(proposal: Proposal) -> Job:
@@ -78,7 +102,7 @@ def run_sweep(
         return job
 
     def prepared(job: Job) -> Config | None:
-        return _prepared(job, loader, sweep_config, several_tasks=len(tasks) > 1)
+        return _prepared(job, loader, sweep_config, several_tasks)
 
     def changed(job: Job) -> None:
         try:

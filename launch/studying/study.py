@@ -7,7 +7,6 @@ study.html.
 
 import json
 import math
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 
 from gpt2lab.atomic_files import write_json, write_text
 from gpt2lab.errors import InputError
+from gpt2lab.folder_lock import FolderLock
 from gpt2lab.model_folder import read_shape
 from gpt2lab.run_report import read_report
 from gpt2lab.settings import ModelShape, TokenizerChoice
@@ -58,6 +58,12 @@ def run_study(settings: Config) -> None:
     """
     noise.settle_noise()
     study = _opened(settings)
+    with FolderLock(study.folder, use="a study"):
+        _run_arms(study)
+
+
+def _run_arms(study: "Study") -> None:
+    settings = study.settings
     rates = {arm: _search(study, arm) for arm in study_plan.tuned_arms(settings)}
     common = rates[study_plan.baseline_arm(settings)]
     factor = {arm: rates.get(arm, common).factor for arm in study_plan.arms(settings)}
@@ -104,12 +110,12 @@ class Study:
         if planned in self.runs:
             return self._report(planned)
         told = study_plan.run_overrides(planned, self.settings, self.teacher, self.tokenizer)
+        told = [*told, "resume=auto"]  # what an earlier start of this study left half done is continued
         job = self.runs[planned] = Job(len(self.runs) + 1, told, self.folder / planned.name)
         if read_report(job.folder).get("status") == "finished":
             job.status = "finished"
             print(f"run {job.number}: {planned.name} is there already", flush=True)
             return self._report(planned)
-        shutil.rmtree(job.folder, ignore_errors=True)  # what a run of this study that was killed has left
         print(f"run {job.number} of about {self._expected()}: {planned.name}", flush=True)
         stopped = jobs.run(job, _composed, drops_unread=True)
         jobs.write_csv(self.folder / "study.csv", COLUMNS, map(self._row, self.runs))

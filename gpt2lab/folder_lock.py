@@ -1,0 +1,120 @@
+"""FolderLock: an exclusive claim on a folder, held by one process until that process releases it or dies."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from gpt2lab.errors import InputError
+
+NAME = ".lock"
+HELD = (errno.EACCES, errno.EAGAIN)
+OWNER_WAIT = 1.0  # seconds within which a new owner has written who it is
+
+log = logging.getLogger(__name__)
+
+
+class InUseError(InputError):
+    """Another process holds the lock on a folder."""
+
+
+class FolderLock:
+    """A POSIX record lock on `<folder>/.lock`, which contains host, process id and command of its owner.
+
+    The kernel releases such a lock when the process dies, child processes do not inherit it, and network file systems
+    keep it across machines. Where a file system cannot lock, a warning is logged and the folder is used without one.
+
+    The lock moves with its folder when that is renamed.
+
+    Args:
+        folder: an existing folder.
+        use: what the owner does there, for the error message of others.
+        keys: what names another folder, for that message.
+
+    Raises:
+        InUseError: another process holds the lock; the message names its host and process id.
+    """
+
+    def __init__(self, folder: Path, use: str = "training", keys: str = "run_dir or name") -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+        while self._descriptor is None:
+            descriptor = _opened(folder / NAME, keys)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                held, owner = error.errno in HELD, _owner(descriptor)
+                os.close(descriptor)
+                if held:
+                    raise InUseError(_in_use(folder, owner, keys)) from None
+                log.warning("%s: this file system cannot lock (%s). Start no second run there.", folder, error.strerror)
+                return
+            if _is_at(descriptor, folder / NAME):  # its last owner may have removed it since it was opened
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "use": use, "since": time.strftime("%F %T")}
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
+
+    def release(self) -> None:
+        """Remove the lock file and let others in."""
+        if self._descriptor is None:
+            return
+        if _is_at(self._descriptor, self.folder / NAME):
+            (self.folder / NAME).unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _opened(path: Path, keys: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+            raise InputError(
+                f"Cannot lock the folder {path.parent}: {path.name} cannot be opened for writing ({error.strerror}).\n"
+                f"Make the folder writable, or give another {keys}."
+            ) from None
+        raise
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    """Host and process id in the lock file; empty where they cannot be read."""
+    end = time.monotonic() + OWNER_WAIT
+    while True:
+        try:
+            return dict(json.loads(os.pread(descriptor, 4096, 0)))
+        except (ValueError, TypeError, OSError):
+            if time.monotonic() > end:
+                return {}
+            time.sleep(0.01)
+
+
+def _in_use(folder: Path, owner: dict[str, Any], keys: str) -> str:
+    who = f"process {owner.get('pid', 'of unknown id')} on {owner.get('host', 'an unknown host')}"
+    since = f" since {owner['since']}" if "since" in owner else ""
+    return (
+        f"{folder} is in use: {who} holds it for {owner.get('use', 'training')}{since}.\n"
+        f"Wait until it ends, stop it there, or give another {keys}."
+    )
