@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import started
 from transformers import GPT2LMHeadModel
 
 from gpt2lab.checkpoint_ledger import entries, newest_good_checkpoint
 from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
+from gpt2lab.sample_file import read_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = {"tokens_per_second", "mfu", "memory_gb"}
@@ -210,3 +213,74 @@ def test_a_sharded_run_saves_whole_tensors_and_is_taken_up_again(cache, sources,
     finish("train.py", f"resume={run_dir}", "steps=16")
     report = read_report(run_dir)
     assert (report["status"], report["steps"], report["tokens_seen"]) == ("finished", 16, 16 * 8 * 32)
+
+
+# Random kills
+
+KILLS = 7  # of each of the nine runs
+STRATEGIES = {"one process": ("devices=1",), "ddp": ("devices=2", "strategy=ddp"), "fsdp": ("devices=2",)}
+STRATEGIES["fsdp"] += ("strategy=fsdp",)
+WRITTEN = ("callbacks=default", "callbacks.checkpoint.verify_export=false", "callbacks.samples.max_new_tokens=8")
+OFTEN = ("steps=60", "checkpoint_every=3", "sample_every=6", "validate_every=8", "log_every=2", *WRITTEN)
+
+
+def keys_of(task: str, strategy: str, sources: Path, teacher: Path, folder: Path) -> list[str]:
+    """Overrides of a run of a task; dropout is on, and every batch takes two micro-batches."""
+    replaced = ("devices", "callbacks", "steps", "validate_every", "checkpoint_every", "log_every")
+    if task == "finetune":
+        (folder / "pairs.tsv").write_text(assignments(sources))
+        data = [*PAIRS, "task=finetune", f"init={teacher}", f"path={folder / 'pairs.tsv'}", "task.text.examples=4"]
+    else:
+        data = [*LANGUAGE, *TINY, f"path={sources}", f"task={task}"]
+        data += [f"teacher={teacher}"] if task == "distill" else []
+    return [*(key for key in data if not key.startswith(replaced)), *OFTEN, *STRATEGIES[strategy]]
+
+
+def kill_once(process: subprocess.Popen[str], run: Path, chance: random.Random) -> bool:
+    """Kill a run at a random instant, and sometimes only one of its ranks; False: it ended before that."""
+    rows, seen = chance.randrange(0, 14), len(read_metrics(run))
+    while process.poll() is None and len(read_metrics(run)) < seen + rows and not (rows == 0 and run.exists()):
+        time.sleep(0.002)
+    time.sleep(chance.random() * 0.3)
+    if process.poll() is not None:
+        return False
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = int(chance.choice(children)) if children and chance.random() < 0.3 else process.pid
+    try:
+        subprocess.run(["kill", "-9", str(victim)], check=True, capture_output=True)
+    except subprocess.CalledProcessError:
+        process.send_signal(signal.SIGKILL)  # the chosen child had just ended
+    process.communicate()
+    return process.returncode != 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("task", ["pretrain", "distill", "finetune"])
+def test_killed_at_random_a_run_ends_with_the_same_bytes(
+    task: str,
+    strategy: str,
+    cache: Path,
+    sources: Path,
+    teacher: Path,
+    tmp_path: Path,
+):
+    keys, chance = keys_of(task, strategy, sources, teacher, tmp_path), random.Random(f"{task} {strategy}")
+    whole = started(cache, tmp_path, *keys, "run_dir=whole")
+    assert whole.communicate()[1].count("Traceback") == 0
+    assert whole.returncode == 0
+    killed = 0
+    while killed < KILLS:
+        process = started(cache, tmp_path, *keys, "run_dir=run", "resume=auto")
+        if not kill_once(process, tmp_path / "run", chance):
+            assert process.returncode == 0, process.communicate()
+            break
+        killed += 1
+    last = started(cache, tmp_path, *keys, "run_dir=run", "resume=auto")
+    _, stderr = last.communicate()
+    assert last.returncode == 0, stderr
+    assert killed >= KILLS - 2, "the run lasts long enough to be killed"
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert read_samples(tmp_path / "run") == read_samples(tmp_path / "whole")
+    assert read_samples(tmp_path / "whole")
