@@ -147,10 +147,12 @@ for number, row in enumerate(rows):
     os.mkdir(str(number))
     os.chdir(str(number))
     os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
-    before, sys.argv = set(sys.modules), [train.__file__, *row]
+    sys.argv = [train.__file__, *row]
     code = answer.exit_code(train.command_line)
     sys.stderr.flush()
-    print("row", json.dumps([code, sorted(set(heavy) & (set(sys.modules) - before)), os.listdir()]))
+    imported = [name for name in heavy if name in sys.modules]
+    heavy = [name for name in heavy if name not in imported]
+    print("row", json.dumps([code, imported, os.listdir()]))
     os.chdir("..")
 """
 CHUNKS = 4  # so that several cores share them
