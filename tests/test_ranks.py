@@ -93,7 +93,7 @@ def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Po
 def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 75, stderr
     assert "resume=run" in stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
