@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,12 +252,16 @@ def test_a_signal_saves_stops_and_the_resumed_run_ends_as_the_unbroken_one(plain
     assert read_report(tmp_path)["status"] == "finished"
 
 
-def test_a_second_ctrl_c_stops_at_once(cache, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(cache, tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("callbacks.interrupt.time", SimpleNamespace(monotonic=lambda: now))
+
     def press_twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(SAME_KEY_PRESS + 0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        nonlocal now
+        signal.raise_signal(signal.SIGINT)
+        now += SAME_KEY_PRESS + 0.1
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second press has not stopped the run")
 
     with pytest.raises(StoppedNowError):
         tiny_run.train(tmp_path, cache, extra=[At(6, press_twice)])

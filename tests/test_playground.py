@@ -378,7 +378,7 @@ def test_the_page_is_for_this_machine_alone() -> None:
     with serving._listening(0) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1"
-        socket.create_connection((address, port), timeout=5).close()
+        socket.create_connection((address, port), timeout=HANG).close()
 
 
 @pytest.mark.parametrize(

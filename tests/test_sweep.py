@@ -155,10 +155,8 @@ def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], t
     job = running_job(tmp_path / "swept", process)
     process.send_signal(number)
     process.communicate(timeout=200)
-    end = time.monotonic() + 60
-    while Path(f"/proc/{job}").exists() and time.monotonic() < end:
+    while Path(f"/proc/{job}").exists():
         time.sleep(0.05)
-    assert not Path(f"/proc/{job}").exists()
     assert not (tmp_path / "swept" / "1").exists()
     if number == signal.SIGINT:
         assert process.returncode == 130
