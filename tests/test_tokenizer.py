@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -154,16 +153,13 @@ def test_files_that_are_no_uint16_tokens_of_this_tokenizer_are_refused(folder: P
         bin_facts(tmp_path, choice, tmp_path / "cache")
 
 
+@pytest.mark.timeout(120, method="thread")  # instead of reading for an hour
 def test_of_large_files_only_a_few_parts_are_read(folder: Path, tmp_path: Path) -> None:
-    """Pages that are read into memory, each for the first time, are counted; the file has 2,097,152."""
     with (tmp_path / "train.bin").open("wb") as file:
-        file.truncate(8 * 2**30)  # sparse: takes no space on the disk
+        file.truncate(2**41)  # sparse: takes no space on the disk
     np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    faults = after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
-    assert faults < 20_000
+    facts = bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")[1]
+    assert facts["vocab_size"] == 400
 
 
 def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer() -> None:
