@@ -37,6 +37,9 @@ class Answer:
     stderr: str
 
 
+# A rank on a CPU has a core of its own; train.py refuses more ranks than there are cores.
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+
 Train = Callable[..., Answer]
 Distil = Callable[..., Answer]
 

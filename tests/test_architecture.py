@@ -22,6 +22,11 @@ CONFIGURATION_LIBRARIES = ("hydra", "omegaconf")
 TARGET_SEAMS = ("task", "data", "callbacks", "logger", "trainer")
 BANNED_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "gpt2")
 LONGEST_FUNCTION = 100
+CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
+# Functions of tests/ that read a clock only to give up on something that hangs, after a minute or more
+HANG_GUARDS = ("chromium.py:Browser", "test_launchers.py:wait_for")
+HANG_GUARDS += ("slurm_cluster.py:end", "slurm_cluster.py:wait_until_idle")  # of slow tests alone
+SHORTEST_TIMEOUT = 120  # seconds; a machine that does other things too may take long to start a process
 
 Rule = Callable[[Path], list[str]]
 
@@ -243,6 +248,41 @@ def silent_recipes(root: Path) -> list[str]:
     return found
 
 
+def is_slow(marks: list[ast.expr]) -> bool:
+    """Whether one of these marks leaves a test out of `make test`; a mark of some parameters does not."""
+    words = [ast.unparse(mark) for mark in marks]
+    return any("parametrize" not in word and ("mark.slow" in word or "mark.chaos" in word) for word in words)
+
+
+def clocks_in_quick_tests(root: Path) -> list[str]:
+    """What `make test` runs reads no clock and gives no process a short time to end: it passes on a busy machine."""
+    found = []
+    for path in sorted((root / "tests").rglob("*.py")):
+        parts = ast.parse(path.read_text()).body
+        marks = [node.value for node in parts if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)]
+        for part in [] if is_slow(marks) else parts:
+            is_named = isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if is_named and f"{path.name}:{part.name}" in HANG_GUARDS:
+                continue
+            if is_named and is_slow(part.decorator_list):
+                continue
+            found += [f"tests/{path.name}:{line}: {why}" for line, why in _clocks(part)]
+    return found
+
+
+def _clocks(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "time":
+            if node.attr.removesuffix("_ns") in CLOCKS:
+                yield node.lineno, f"count work instead of reading time.{node.attr}, or mark the test slow"
+        elif isinstance(node, ast.ImportFrom) and node.module == "time":
+            yield node.lineno, "import time, so that its clocks are seen"
+        elif isinstance(node, ast.keyword) and node.arg == "timeout" and isinstance(node.value, ast.Constant):
+            seconds = node.value.value
+            if isinstance(seconds, int | float) and seconds < SHORTEST_TIMEOUT:
+                yield node.value.lineno, f"timeout={seconds} is short; give {SHORTEST_TIMEOUT} or more"
+
+
 # Rule, file in which a violation is planted, its text.
 PLANTED: list[tuple[Rule, str, str]] = [
     (wrong_way_imports, "gpt2lab/a.py", "def f():\n    from launch import build\n"),
@@ -270,6 +310,14 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (stray_targets, "conf/task/a.yaml", "# @package _global_\n_target_: x.Y\n"),
     (stray_targets, "conf/callbacks/a.yaml", "# a\nreport:\n  _target_: x.Y\n  writer:\n    _target_: x.Z\n"),
     (stray_targets, "conf/task/a.yaml", "# a\n_target_: x.Y\n_partial_: true\n"),
+    (clocks_in_quick_tests, "tests/test_a.py", "def test_a():\n    start = time.perf_counter()\n"),
+    (
+        clocks_in_quick_tests,
+        "tests/test_a.py",
+        "@pytest.mark.parametrize('a', [1])\ndef test_a(a):\n    time.time_ns()\n",
+    ),
+    (clocks_in_quick_tests, "tests/test_a.py", "from time import monotonic\n"),
+    (clocks_in_quick_tests, "tests/test_a.py", "def ended(process):\n    process.wait(timeout=5)\n"),
     (silent_recipes, "conf/task/a.yaml", "_target_: x.Y\n"),
     (silent_recipes, "conf/task/a.yaml", "# @package _global_\nsteps: 3\n"),
 ]
@@ -283,6 +331,8 @@ KEPT = {
     "datamodules/pairs.py": '"""Pairs."""\nfrom gpt2lab import loss\n',
     "gpt2lab/backbone.py": '"""Backbone."""\nimport torch\ngetattr(torch, "float32")\n',
     "gpt2lab/loss.py": '"""Loss."""\nfrom gpt2lab.backbone import Backbone\ndef f():\n    import torchmetrics\n',
+    "tests/test_speed.py": '"""Speed."""\n@pytest.mark.slow\ndef test_a():\n    time.time()\n    wait(timeout=5)\n',
+    "tests/test_kills.py": '"""Kills."""\npytestmark = pytest.mark.chaos\ndef test_a():\n    time.time()\n',
     "conf/task/pretrain.yaml": "# Pretraining.\n_target_: lightning_modules.pretrain.Pretrain\n",
     "conf/callbacks/default.yaml": "# What is observed.\nreport:\n  _target_: callbacks.report.Report\n",
     "conf/experiment/quick.yaml": "# @package _global_\n# Quick.\nsteps: 3\n",

@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import Train
+from conftest import ROOT, Train, environment
+from test_startup_imports import HEAVY
 
 # arguments → words that the answer must hold
 BEFORE_ANY_IMPORT = [
@@ -132,10 +135,50 @@ def refused(answer, words: str) -> None:
     assert not list(Path.cwd().glob("runs*")), "a run directory was left behind"
 
 
-@pytest.mark.parametrize(("arguments", "words"), BEFORE_ANY_IMPORT, ids=[case[0] for case in BEFORE_ANY_IMPORT])
-def test_a_mistake_is_told_in_a_few_lines(arguments: str, words: str, train_here: Train):
-    given = re.findall(r"(?:[^ ']|'[^']*')+", arguments)
-    refused(train_here(*given), words)
+# Commands in one process, each in an empty folder; prints for each its exit code and what it was the first to import.
+# They share the process because it takes longer to start than to refuse them.
+ONE_AFTER_ANOTHER = """
+import json, os, sys
+import train
+from launch import answer
+
+rows, heavy = json.load(sys.stdin)
+for number, row in enumerate(rows):
+    os.mkdir(str(number))
+    os.chdir(str(number))
+    os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
+    sys.argv = [train.__file__, *row]
+    code = answer.exit_code(train.command_line)
+    sys.stderr.flush()
+    imported = [name for name in heavy if name in sys.modules]
+    heavy = [name for name in heavy if name not in imported]
+    print("row", json.dumps([code, imported, os.listdir()]))
+    os.chdir("..")
+"""
+CHUNKS = 4  # so that several cores share them
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_an_invalid_key_is_refused_in_a_few_lines_before_heavy_imports(chunk: int, cache: Path, tmp_path: Path):
+    rows = BEFORE_ANY_IMPORT[chunk::CHUNKS]
+    given = [re.findall(r"(?:[^ ']|'[^']*')+", arguments) for arguments, _ in rows]
+    ended = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER],
+        input=json.dumps([given, sorted(HEAVY)]),
+        cwd=tmp_path,
+        env={**environment(cache), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line[4:]) for line in ended.stdout.splitlines() if line.startswith("row ")]
+    failed = {}
+    for number, ((arguments, words), (code, imported, left)) in enumerate(zip(rows, found, strict=True)):
+        told = (tmp_path / str(number) / "stderr").read_text()
+        is_short = 1 <= len(told.strip().splitlines()) <= 5 and "Traceback" not in told
+        if code != 2 or words not in told or not is_short or imported or left != ["stderr"]:
+            failed[arguments] = (code, told, imported, left)
+    assert not failed
 
 
 def test_free_text_is_taken_as_it_is(train_here: Train, tmp_path: Path):

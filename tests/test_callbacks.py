@@ -8,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -103,18 +103,35 @@ def test_sampling_writes_every_method_and_leaves_training_as_it_is(plain, cache,
 # Throughput and memory
 
 
-def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path):
-    class SlowToSave(lightning.Callback):
-        def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-            time.sleep(1)
+def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path, monkeypatch):
+    """On a clock that only the run itself moves: a micro-batch takes a second, anything else far longer."""
+    now = 0.0
 
-    started = time.monotonic()
-    tiny_run.train(tmp_path, cache, steps=10, extra=[SlowToSave()])  # saves at 4, at 8 after validating, and at 10
-    whole = time.monotonic() - started
-    speeds = series(read_metrics(tmp_path), "tokens_per_second")
-    assert [step for step, _ in speeds] == [2, 4, 6, 8, 10]
-    counted = sum(2 * 4 * 32 / speed for _, speed in speeds)  # two steps of 4 × 32 tokens an interval
-    assert 0 < counted < whole - 3
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.passes(1)
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+            self.passes(1_000)
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+            self.passes(1_000_000)
+
+        def passes(self, seconds) -> None:
+            nonlocal now
+            now += seconds
+
+    class TimedSamples(Samples):
+        def _sample(self, trainer, pl_module, step) -> None:
+            super()._sample(trainer, pl_module, step)
+            clock.passes(1_000_000_000)
+
+    clock, samples = Clock(), TimedSamples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=2)
+    monkeypatch.setattr("callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: now))
+    tiny_run.train(tmp_path, cache, steps=10, extra=[clock, samples])  # saves at 4, at 8 after validating, and at 10
+    assert now > 1e9
+    speed = 2 * 4 * 32 / (2 * tiny_run.ACCUMULATE)  # two steps of 4 × 32 tokens an interval
+    assert series(read_metrics(tmp_path), "tokens_per_second") == [(step, speed) for step in (2, 4, 6, 8, 10)]
     report = read_report(plain[0])
     assert report["mfu"] > 0
     assert report["peak_memory_bytes"] > 100e6
@@ -235,12 +252,16 @@ def test_a_signal_saves_stops_and_the_resumed_run_ends_as_the_unbroken_one(plain
     assert read_report(tmp_path)["status"] == "finished"
 
 
-def test_a_second_ctrl_c_stops_at_once(cache, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(cache, tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("callbacks.interrupt.time", SimpleNamespace(monotonic=lambda: now))
+
     def press_twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(SAME_KEY_PRESS + 0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        nonlocal now
+        signal.raise_signal(signal.SIGINT)
+        now += SAME_KEY_PRESS + 0.1
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second press has not stopped the run")
 
     with pytest.raises(StoppedNowError):
         tiny_run.train(tmp_path, cache, extra=[At(6, press_twice)])

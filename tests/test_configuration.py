@@ -5,9 +5,6 @@ import functools
 import itertools
 import random
 import re
-import resource
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,28 +282,6 @@ def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
     assert resolve.wanted_tokenizer(composed("tokenizer=bpe", "vocab_size=500")).vocab_size == 500
     hub = resolve.wanted_tokenizer(composed("tokenizer=hub", "tokenizer.source=./mine"))
     assert (hub.kind, hub.source) == ("pretrained", "./mine")
-
-
-def seconds_of(*command: str) -> float:
-    """Processor time, which a busy machine does not stretch; nothing here waits for anything else."""
-
-    def spent() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    def once() -> float:
-        before = spent()
-        subprocess.run([sys.executable, *command], capture_output=True, cwd=ROOT)
-        return spent() - before
-
-    return min(once() for _ in range(3))  # a neighbour in the caches stretches it
-
-
-@pytest.mark.parametrize("argument", ["modle=small", "--help", "--cfg=job", "context=4096"])
-def test_a_mistake_or_a_question_is_answered_at_once(argument: str):
-    """Within half a second of what importing hydra alone takes: nothing heavy is imported."""
-    arguments = ["--cfg", "job"] if argument == "--cfg=job" else [argument]
-    assert seconds_of("train.py", *arguments) - seconds_of("-c", "import hydra") < 0.5
 
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch, capfd):

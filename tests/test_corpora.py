@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
+from filelock import FileLock
 
 from datamodules.documents import file_documents, find_files, stdlib_corpus
 from datamodules.language_modeling import LanguageModelingData
@@ -205,27 +206,28 @@ def test_a_second_prepare_makes_nothing_anew_and_other_options_do(stories: Path,
     assert text_data(stories, tmp_path / "cache").prepare().hash != first.hash
 
 
+# Builds until it reads a line.
 BUILD = """
-import sys, time
+import sys
 from pathlib import Path
 from gpt2lab.cache import prepared
 def build(folder):
     (folder / "part").write_text("half")
     print("building", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.readline()
     (folder / "part").write_text("whole")
-    return {"made": time.time()}
+    return {}
 print(prepared("kind", "name", {"a": 1}, build, Path(sys.argv[1])), flush=True)
 """
 
 
-def start_build(cache: Path, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILD, str(cache), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def start_build(cache: Path, stdin: int = subprocess.PIPE) -> subprocess.Popen:
+    command, pipe = [sys.executable, "-c", BUILD, str(cache)], subprocess.PIPE
+    return subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 
 
 def test_a_killed_preparation_is_never_used(tmp_path: Path) -> None:
-    killed = start_build(tmp_path, 60)
+    killed = start_build(tmp_path)
     assert killed.stdout.readline() == "building\n"
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -234,10 +236,12 @@ def test_a_killed_preparation_is_never_used(tmp_path: Path) -> None:
 
 
 def test_two_processes_that_want_the_same_build_it_once(tmp_path: Path) -> None:
-    first = start_build(tmp_path, 3)
+    """The second one begins to wait while the first one builds."""
+    first = start_build(tmp_path)
     assert first.stdout.readline() == "building\n"
-    second = start_build(tmp_path, 0)
-    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    second = start_build(tmp_path, subprocess.DEVNULL)
+    assert "waiting for another process" in second.stderr.readline()
+    outputs = [first.communicate("go on\n")[0], second.communicate()[0]]
     assert outputs[0] == outputs[1]
     assert (Path(outputs[0].strip()) / "part").read_text() == "whole"
 
@@ -363,8 +367,12 @@ def test_nanogpt_files_are_used_where_they_lie(stories: Path, tmp_path: Path) ->
         data.prepare()
 
 
-def test_waiting_for_nothing_takes_no_time(stories: Path, tmp_path: Path) -> None:
-    text_data(stories, tmp_path / "cache").prepare()
-    start = time.perf_counter()
-    text_data(stories, tmp_path / "cache").prepare()
-    assert time.perf_counter() - start < 2
+@pytest.mark.timeout(120)  # instead of waiting for ever
+def test_prepared_data_are_used_while_others_hold_their_locks(stories: Path, tmp_path: Path) -> None:
+    first = text_data(stories, tmp_path / "cache").prepare()
+    folders = [folder for folder in (tmp_path / "cache").glob("*/*") if folder.is_dir()]
+    assert {folder.parent.name for folder in folders} == {"tokenizers", "tokens"}
+    with ExitStack() as held:
+        for folder in folders:
+            held.enter_context(FileLock(f"{folder}.lock"))
+        assert text_data(stories, tmp_path / "cache").prepare() == first

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHRUNK, Train
+from conftest import ROOT, SHRUNK, Train, needs_two_cores
 
 import train
 from gpt2lab.metrics_file import read_metrics
@@ -52,6 +52,7 @@ def compared(folder: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows if row.get(name)] for name in COMPARED}
 
 
+@needs_two_cores
 @pytest.mark.parametrize(
     ("strategy", "case"),
     [

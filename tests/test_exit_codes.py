@@ -17,6 +17,8 @@ from test_sweep_on_ranks import marked
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.metrics_file import read_metrics, series
 
+HANG = 200  # seconds after which a process that should end is given up
+
 
 def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
     while process.poll() is None:
@@ -36,7 +38,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
     process = started(cache, tmp_path, *tiny, "steps=100000", "log_every=1", "run_dir=run")
     wait_until_training(process, run)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == code, stderr
     assert stderr.strip().splitlines()[-1].endswith("Continue with: python train.py resume=run")
     report = json.loads((run / "report.json").read_text())
@@ -87,7 +89,7 @@ def test_the_second_ctrl_c_stops_at_once(
 
 def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):
     program = "import atexit, time; from launch import answer\n"
-    program += "down = lambda: (print('down', flush=True), time.sleep(30))\nanswer.end(lambda: atexit.register(down))"
+    program += "down = lambda: (print('down', flush=True), time.sleep(1000))\nanswer.end(lambda: atexit.register(down))"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -99,18 +101,34 @@ def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path
     assert process.stdout is not None
     assert process.stdout.readline() == "down\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert "Traceback" not in stderr
 
 
+# Python imports this at its start: the import of lightning, once begun, lasts until a signal comes.
+LONG_IMPORT = """
+import sys, time
+
+class Waits:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lightning" and "torch" in sys.modules:
+            print("importing", flush=True)
+            time.sleep(1000)
+
+sys.meta_path.insert(0, Waits())
+"""
+
+
 def test_a_signal_before_training_leaves_nothing_behind(cache: Path, tmp_path: Path, tiny: list[str]):
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "sitecustomize.py").write_text(LONG_IMPORT)
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        process = started(cache, tmp_path, *tiny, "run_dir=run")
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.02)  # then lightning and transformers are still being imported
+        process = started(cache, tmp_path, *tiny, "run_dir=run", PYTHONPATH=str(tmp_path / "planted"))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANG)
         assert process.returncode == code
         assert not (tmp_path / "run").exists()
 

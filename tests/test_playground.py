@@ -2,13 +2,14 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from launch.writing.playground_site import WAITING, Site
 
 PROMPT = "def add(a, b):\n    return"
 POSITIONS = 256
+HANG = 200  # seconds after which an answer is given up
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +275,7 @@ def visit(playground: Playground, what: Visit) -> None:
     async def run() -> None:
         site = Site(playground)
         async with TestClient(TestServer(site.app(), handler_cancellation=True)) as client:
-            await asyncio.wait_for(what(client, site), 60)
+            await asyncio.wait_for(what(client, site), HANG)
             site.end()
 
     asyncio.run(run())
@@ -322,8 +324,13 @@ def test_an_error_of_ours_ends_one_text_and_not_the_site(
 
 def test_one_text_is_written_at_a_time_some_wait_and_the_others_are_refused(playground: Playground) -> None:
     async def what(client: TestClient, site: Site) -> None:
-        site._writer.submit(time.sleep, 1)  # so that all of them find the writer at work
-        answers = await asyncio.gather(*(ask(client, request(max_new_tokens=2)) for _ in range(WAITING + 3)))
+        goes_on = threading.Event()
+        site._writer.submit(goes_on.wait, HANG)  # so that all of them find the writer at work
+        asking = [asyncio.create_task(ask(client, request(max_new_tokens=2))) for _ in range(WAITING + 3)]
+        refused = list(itertools.islice(asyncio.as_completed(asking), 2))
+        assert [status for status, _ in await asyncio.gather(*refused)] == [503, 503]
+        goes_on.set()
+        answers = await asyncio.gather(*asking)
         assert sorted(status for status, _ in answers) == [200] * (WAITING + 1) + [503] * 2
         assert sorted(events[0].get("waiting", 0) for status, events in answers if status == 200) == [
             *range(WAITING + 1)
@@ -338,17 +345,28 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Play
     body = {"prompt": "import", "temperature": 0, "max_new_tokens": 200}
 
     async def what(client: TestClient, site: Site) -> None:
-        calls: list[int] = []
-        hook = playground.author.model.transformer.ln_f.register_forward_hook(lambda *_: calls.append(1))
-        await ask(client, json.dumps(body).encode())
-        whole = len(calls)
-        assert whole > 200, "else it ends by itself"
+        calls, left = 0, threading.Event()
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 20:
+                assert left.wait(HANG), "the site does not notice that the visitor has left"
+
+        hook = playground.author.model.transformer.ln_f.register_forward_hook(count)
         async with ClientSession() as leaving:
             answer = await leaving.post(client.make_url("/write"), json=body)
             await answer.content.readline()
+            while calls < 20:
+                await asyncio.sleep(0.01)
+        while site._asking:
+            await asyncio.sleep(0.01)
+        left.set()
         await asyncio.wrap_future(site._writer.submit(int))  # its thread is free again
+        assert calls < 25, "it ends once a token has made its text longer"
+        await ask(client, json.dumps(body).encode())
         hook.remove()
-        assert len(calls) - whole < whole / 2
+        assert calls > 220, "a text that somebody waits for is written to its end"
 
     visit(playground, what)
 
@@ -360,7 +378,7 @@ def test_the_page_is_for_this_machine_alone() -> None:
     with serving._listening(0) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1"
-        socket.create_connection((address, port), timeout=5).close()
+        socket.create_connection((address, port), timeout=HANG).close()
 
 
 @pytest.mark.parametrize(

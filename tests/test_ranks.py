@@ -13,7 +13,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, Train, environment
+from conftest import ROOT, Train, environment, needs_two_cores
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -39,6 +39,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) 
 RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
 
 
+@needs_two_cores
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_have_the_losses_of_one(
     strategy: str, alone: list[float], train_process: Train, tiny: list[str], tmp_path: Path
@@ -90,10 +91,11 @@ def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Po
     raise AssertionError(process.communicate())
 
 
+@needs_two_cores
 def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 75, stderr
     assert "resume=run" in stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))

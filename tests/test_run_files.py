@@ -115,10 +115,10 @@ def test_a_folder_is_replaced_whole_and_stays_when_writing_fails(tmp_path):
 
 
 REPLACING_WITHOUT_END = """
-import sys
+import itertools, sys
 from pathlib import Path
 from gpt2lab.atomic_files import replaced_folder
-for number in range(100000):
+for number in itertools.count():
     with replaced_folder(Path(sys.argv[1])) as scratch:
         for name in ("a", "b"):
             (scratch / name).write_text(str(number))
@@ -131,16 +131,17 @@ def test_a_reader_never_finds_the_folder_missing_or_half_written(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", REPLACING_WITHOUT_END, str(folder)])
     try:
         while not folder.exists():
-            time.sleep(0.01)
-        end, seen = time.monotonic() + 1, 0
-        while time.monotonic() < end:
+            assert process.poll() is None
+        seen, versions = 0, set()
+        while seen < 200 or len(versions) < 50:
+            assert process.poll() is None
             before = folder.stat()
+            versions.add((before.st_ino, before.st_mtime_ns))
             names = sorted(path.name for path in folder.iterdir())
             after = folder.stat()
             if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):  # not replaced while listed
                 assert names == ["a", "b"]
                 seen += 1
-        assert seen
     finally:
         process.kill()
         process.wait()

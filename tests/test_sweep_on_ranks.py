@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Train, started
+from conftest import Train, needs_two_cores, started
 from offline_wandb import runs_in
 
 from gpt2lab.metrics_file import read_metrics
@@ -112,6 +112,7 @@ def check_one_run_each(swept: Path, ranks: list[int]) -> None:
     assert len({run.run_id for run in found}) == len(ranks)
 
 
+@needs_two_cores
 def test_a_job_on_two_ranks_is_one_run(train_process: Train, tiny: list[str], tmp_path: Path):
     sweep = ["-m", "steps=2", "devices=2", "logger=wandb", WITNESS, "hydra.sweep.dir=swept"]
     answer = train_process(*tiny, *sweep)
@@ -230,14 +231,13 @@ def test_no_process_outlives_a_sweep_of_several_jobs_on_several_ranks(
         assert all(list(job.glob("checkpoints/step-*.ckpt")) for job in jobs)
 
 
+@needs_two_cores
 def test_jobs_that_run_at_once_share_out_the_cores_and_the_gpus(
     train_process: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """GPUs by their names, which the jobs find in their environment whether or not there are such."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     cores = os.sched_getaffinity(0)
-    if len(cores) < 2:
-        pytest.skip("needs two cores")
     answer = train_process("-m", *tiny, "seed=1,2", "n_jobs=2", "steps=2", WITNESS, "hydra.sweep.dir=swept")
     assert answer.code == 0, answer.stderr
     (first,), (second,) = (seen(tmp_path / "swept" / job) for job in ("0", "1"))

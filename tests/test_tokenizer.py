@@ -1,9 +1,9 @@
 """Tokenizers: copied whole into the cache, hashed by what they do, and told apart from text that looks like them."""
 
+import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def test_transformers_alone_loads_a_trained_tokenizer_offline(tmp_path: Path) ->
         "assert len(t) == 300 and t.eos_token == t.pad_token == '<|endoftext|>'"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", program, made], check=True, env=environment, timeout=60)
+    subprocess.run([sys.executable, "-c", program, made], check=True, env=environment)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "", "a/b/c"])
@@ -84,26 +84,32 @@ def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
 
 
 OFFLINE = """
-import sys, time
+import json, sys
 from gpt2lab.errors import InputError
 from gpt2lab.tokenizer import load_tokenizer
-start = time.perf_counter()
+found = {"timeouts": [], "sleeps": 0}
+def note(event, arguments):
+    if event == "socket.connect":
+        found["timeouts"].append(arguments[0].gettimeout())
+    found["sleeps"] += event == "time.sleep"
+sys.addaudithook(note)
 try:
     load_tokenizer("somebody/tokenizer")
 except InputError as error:
-    print(time.perf_counter() - start, len(str(error).splitlines()), error)
+    print(json.dumps({**found, "lines": len(str(error).splitlines()), "error": str(error)}))
 """
 
 
-def test_a_hub_that_cannot_be_reached_is_told_within_seconds(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_tried_once_for_five_seconds(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     environment = {name: value for name, value in environment.items() if "proxy" not in name.lower()}
     command = [sys.executable, "-c", OFFLINE]
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
-    seconds, lines = output.split()[:2]
-    assert float(seconds) < 7
-    assert int(lines) <= 5
-    assert "cannot be reached" in output
+    found = json.loads(output)
+    assert found["timeouts"] == [5], "seconds for each attempt to connect"
+    assert found["sleeps"] == 0, "no pauses between attempts"
+    assert found["lines"] <= 5
+    assert "cannot be reached" in found["error"]
 
 
 def test_numbers_stand_for_tokens_whose_tokenizer_is_not_at_hand(tmp_path: Path) -> None:
@@ -147,13 +153,13 @@ def test_files_that_are_no_uint16_tokens_of_this_tokenizer_are_refused(folder: P
         bin_facts(tmp_path, choice, tmp_path / "cache")
 
 
-def test_large_files_are_described_in_no_time(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(120, method="thread")  # instead of reading for an hour
+def test_of_large_files_only_a_few_parts_are_read(folder: Path, tmp_path: Path) -> None:
     with (tmp_path / "train.bin").open("wb") as file:
-        file.truncate(8 * 2**30)  # sparse: takes no room on the disk
+        file.truncate(2**41)  # sparse: takes no space on the disk
     np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
-    start = time.perf_counter()
-    bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")
-    assert time.perf_counter() - start < 3
+    facts = bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")[1]
+    assert facts["vocab_size"] == 400
 
 
 def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer() -> None:
