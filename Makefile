@@ -29,8 +29,8 @@ test: $(READY) ## the tests that run in minutes
 
 # Heavy tests are two at a time wherever they run, for many start several processes of their own; those of one file,
 # which may share a SLURM or network names, one after another.
-test-all: test ## every test, in an hour
-	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "slow or chaos"
+test-all: test ## also the slow tests, in an hour
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "slow and not chaos"
 
 check: $(READY) ## lint, format, types, documentation, architecture
 	@$(VENV)/bin/ruff check .
@@ -53,8 +53,8 @@ bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/pa
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_cpu_step
 	@$(PYTHON_IN_VENV) -m benchmarks.profile_step
 
-chaos: $(READY) ## tests that kill processes and damage files
-	@$(PYTEST) -m chaos
+chaos: $(READY) ## tests that kill processes and damage files, in an hour
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m chaos
 
 docs: $(READY) ## rewrite docs/reference.md and the README's tree of files
 	@$(PYTHON_IN_VENV) -m docs.build_reference
