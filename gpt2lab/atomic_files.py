@@ -116,11 +116,12 @@ def naming_full_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told_when_full(what: str, kept: str | Callable[[], str]) -> Iterator[None]:
+def told_when_full(what: str, kept: str | Callable[[], str], where: str = "") -> Iterator[None]:
     """Turn a failure for lack of disk space into an InputError that names what was written and what is still there.
 
     Args:
         what: is written in the block; empty: the name of the file, see `naming_full_file`.
+        where: the folder that is named where the name of the file is not known.
         kept: the lines that follow; a function is called only when the disk is full.
 
     Raises:
@@ -131,19 +132,19 @@ def told_when_full(what: str, kept: str | Callable[[], str]) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        message = full_disk_message(error, what)
+        message = full_disk_message(error, what, where)
         if not message:
             raise
         raise InputError(f"{message}\n{kept if isinstance(kept, str) else kept()}") from error
 
 
-def full_disk_message(error: BaseException, what: str = "") -> str:
+def full_disk_message(error: BaseException, what: str = "", where: str = "") -> str:
     """One line that names what could not be written; empty unless lack of disk space is behind the error."""
     full = [(code, file) for code, file in system_errors_behind(error) if code in NO_SPACE]
     if not full:
         return ""
     file = next((file for _, file in reversed(full) if file), "")
-    written = what or file or "a file"
+    written = what or file or (f"a file in {where}" if where else "a file")
     return f"No space left to write {written}: {os.strerror(full[-1][0])}."
 
 

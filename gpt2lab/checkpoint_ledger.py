@@ -42,6 +42,11 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def checkpoint_file(run_dir: str | Path, step: int) -> Path:
+    """Path of the checkpoint of `step`."""
+    return checkpoint_folder(run_dir) / f"step-{step:06d}.ckpt"
+
+
 def scratch_file(run_dir: str | Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it is whole."""
     return checkpoint_folder(run_dir) / f".step-{step:06d}.ckpt.tmp"
@@ -90,10 +95,10 @@ def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
         write_json(scratch / CHECKSUMS, _checksums(scratch))
     for path in [*_files(scratch), scratch]:
         flush(path)
-    entry = _entry_of(scratch, f"step-{step:06d}.ckpt", step)
+    path = checkpoint_file(run_dir, step)
+    entry = _entry_of(scratch, path.name, step)
     # Checkpoints beyond this step come from a run that was taken up again before them.
     kept = [*(old for old in entries(run_dir) if old.step < step), entry][-keep_last:]
-    path = folder / entry.file
     if path.is_dir() or scratch.is_dir():
         discard(path)  # a folder takes no other's place
     scratch.replace(path)

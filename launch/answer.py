@@ -5,7 +5,6 @@ by a signal after saving, to be resumed · 130 Ctrl-C.
 """
 
 import atexit
-import errno
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from gpt2lab.atomic_files import full_disk_message
 from gpt2lab.errors import InputError, RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -81,11 +81,8 @@ def as_mistake(error: Exception) -> InputError | None:
     """The InputError that this error amounts to, if it is the user's to mend."""
     if isinstance(error, InputError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return InputError(
-            f"No space left on the disk{where}.\nFree some, or set run_dir= and cache_dir= to another disk."
-        )
+    if full := full_disk_message(error):
+        return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
