@@ -88,7 +88,11 @@ class Checkpoint(lightning.Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Verify the last export; also where a resumed run has nothing left to train."""
         folder = self.run_dir / "hf"
-        if not trainer.is_global_zero or status_of(trainer) != "finished":
+        if status_of(trainer) != "finished":
+            return
+        if self.saved_step != trainer.global_step:  # a time limit of 0 ends a fit before `on_train_start`
+            self._save(trainer, pl_module)
+        if not trainer.is_global_zero:
             return
         if not self._has_whole_export():
             log.warning("%s is missing or damaged and is written again.", folder)

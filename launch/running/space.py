@@ -56,8 +56,8 @@ def check(config: Config, vocab_size: int) -> None:
     if free < needed:
         cure = what_is_kept(config.resume) if config.resume else "Free some, or set run_dir= to another disk."
         raise InputError(
-            f"No space left for this run: it writes up to {needed / 1e9:.1f} GB, "
-            f"{folder.resolve()} has {free / 1e9:.1f} GB.\n{cure}"
+            f"No space left for this run: it writes up to {needed / 1e6:,.0f} MB, "
+            f"{folder.resolve()} has {free / 1e6:,.0f} MB.\n{cure}"
         )
 
 
