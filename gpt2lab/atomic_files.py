@@ -110,7 +110,7 @@ def naming_full_file(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NO_SPACE:
+        if error.errno in NO_SPACE and str(error.filename or ".tmp").endswith(".tmp"):  # .tmp: a scratch file of ours
             error.filename = str(path)
         raise
 

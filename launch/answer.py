@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gpt2lab.atomic_files import full_disk_message
+from gpt2lab.damaged_files import warn_once
 from gpt2lab.errors import InputError, RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -40,6 +41,7 @@ def end(entry: Callable[[], Any]) -> NoReturn:
 def exit_code(entry: Callable[[], Any]) -> int:
     """Run `entry` and say how it ended."""
     previous = {number: signal.signal(number, _end_at_once) for number in SIGNALS}
+    warn_once.cache_clear()
     try:
         entry()
     except Ended as ended:

@@ -134,7 +134,12 @@ LATER: dict[str, tuple[list[str], str, int]] = {
 }
 
 
-@pytest.mark.parametrize("failure", LATER)
+SLOW = ("an export that does not load", "a callback at the end of training")
+
+
+@pytest.mark.parametrize(
+    "failure", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in LATER]
+)
 def test_a_failure_after_the_last_save_is_a_warning(
     tmp_path: Path, tiny: list[str], train_here: Train, monkeypatch: pytest.MonkeyPatch, failure: str
 ):
