@@ -79,7 +79,8 @@ class Report(lightning.Callback):
             write_report(self.run_dir, self.content)
         except OSError as reason:
             if not error:  # else the error that ended the run is printed
-                log.warning("The report of this run could not be written: %s", reason)
+                cure = f"python train.py resume={self.run_dir} writes it"
+                log.warning("The report of this run could not be written: %s. %s.", reason, cure)
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start

@@ -30,6 +30,7 @@ class GridSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """As the base's, which writes multirun.yaml without naming it in an error."""
+        assert self.config is not None
         with naming_full_file(Path(str(self.config.hydra.sweep.dir), "multirun.yaml")):
             return super().sweep(arguments)
 
