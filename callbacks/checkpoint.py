@@ -1,4 +1,4 @@
-"""Checkpoint: saves between optimizer steps what a run needs to go on, and beside it a Hugging Face folder."""
+"""Checkpoint: saves between optimizer steps what a run needs to continue, and beside it a Hugging Face folder."""
 
 import logging
 import tempfile
@@ -11,30 +11,34 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from transformers import GPT2LMHeadModel
 
+from callbacks.ending import is_pruned, status_of
 from callbacks.logger_kinds import TakesModels
 from callbacks.throughput import outside_training_time
 from gpt2lab.atomic_files import told_when_full
 from gpt2lab.batch import Batch
 from gpt2lab.checkpoint_ledger import (
+    checkpoint_file,
     checkpoint_folder,
     discard,
     drop_after,
-    newest_good_checkpoint,
     record,
     scratch_file,
+    what_is_kept,
 )
+from gpt2lab.errors import InputError
 from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.model_folder import folder_of
 from gpt2lab.sharded_checkpoint import is_sharded, read_whole
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoint(lightning.Callback):
-    """Saves every `checkpoint_every` steps, after the last step and when the run is stopped; one of the last callbacks.
+    """Saves every `checkpoint_every` steps and the last state of a fit, whatever ends it; one of the last callbacks.
 
-    A step that is also validated is saved after its validation; a run that is being stopped saves before it too. The
-    Hugging Face folder `<run_dir>/hf` is written before the checkpoint is put into the ledger, so it is never the older
-    of the two.
+    A step that is also validated is saved after its validation; a run that is being stopped saves before it too. A run
+    that a search prunes is not saved for its end. The Hugging Face folder `<run_dir>/hf` is written before the
+    checkpoint is put into the ledger, so it is never the older of the two.
 
     Args:
         keep_last: how many checkpoints stay.
@@ -47,12 +51,17 @@ class Checkpoint(lightning.Callback):
         self.keep_last = keep_last
         self.verify_export = verify_export
         self.saved_step = -1
+        self.has_ended = False
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = StreamingCheckpointIO()
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.saved_step = checkpoint["global_step"]
+
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             drop_after(self.run_dir, trainer.global_step)
 
@@ -70,11 +79,24 @@ class Checkpoint(lightning.Callback):
             with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
                 self._save(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save what ended without being due: by early stopping, a time limit, or a callback after this one."""
+        if self.saved_step != trainer.global_step and not is_pruned(trainer):
+            self._save(trainer, pl_module)
+        self.has_ended = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """The last export is proven; also where a run taken up again had nothing left to train."""
+        """Verify the last export; also where a resumed run has nothing left to train."""
         folder = self.run_dir / "hf"
-        if not trainer.is_global_zero or trainer.global_step < trainer.max_steps or not folder.exists():
+        if status_of(trainer) != "finished":
             return
+        if self.saved_step != trainer.global_step:  # a time limit of 0 ends a fit before `on_train_start`
+            self._save(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        if not self._has_whole_export():
+            log.warning("%s is missing or damaged and is written again.", folder)
+            self._export(trainer, pl_module)
         if self.verify_export:
             model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
             length = min(model.config.n_positions, 64)
@@ -86,6 +108,12 @@ class Checkpoint(lightning.Callback):
             if isinstance(logger, TakesModels):
                 logger.log_model(folder)
 
+    def _has_whole_export(self) -> bool:
+        try:
+            return folder_of(str(self.run_dir / "hf"), "init") == (self.run_dir / "hf").resolve()
+        except InputError:
+            return False
+
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         due = step % self.checkpoint_every == 0 or step == trainer.max_steps or trainer.should_stop
@@ -93,20 +121,19 @@ class Checkpoint(lightning.Callback):
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Every rank takes part, rank 0 writes."""
-        step = trainer.global_step
-        older = newest_good_checkpoint(self.run_dir) if trainer.is_global_zero else None
-        kept = f"{older} is intact: free some space and continue with resume={self.run_dir}" if older else ""
+        step, scratch = trainer.global_step, scratch_file(self.run_dir, trainer.global_step)
+        name = checkpoint_file(self.run_dir, step)
         with (
             outside_training_time(trainer),
-            told_when_full(f"the checkpoint of step {step}", kept or "Free some space."),
+            told_when_full(f"the checkpoint of step {step}, {name}", lambda: what_is_kept(self.run_dir)),
         ):
             checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
-            scratch = scratch_file(self.run_dir, step)
             if trainer.is_global_zero:
                 discard(scratch)
             try:
                 trainer.save_checkpoint(scratch, weights_only=False)
-                self._export(trainer, pl_module)
+                with told_when_full(f"the export {self.run_dir / 'hf'}", lambda: what_is_kept(self.run_dir)):
+                    self._export(trainer, pl_module)
                 if trainer.is_global_zero:
                     record(self.run_dir, step, self.keep_last)
             finally:
@@ -129,7 +156,9 @@ class Checkpoint(lightning.Callback):
             }
             write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
         elif pl_module.is_sharded:
-            with tempfile.TemporaryDirectory() as unused:  # gathering the adapter takes all ranks
+            with tempfile.TemporaryDirectory(
+                prefix=".adapter-", dir=self.run_dir
+            ) as unused:  # gathering the adapter takes all ranks
                 pl_module.export_adapter(Path(unused))
 
 
@@ -144,6 +173,18 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         if is_sharded(Path(path)):
             return read_whole(Path(path))
         return super().load_checkpoint(path, *arguments, weights_only=weights_only)
+
+
+def is_complete(trainer: Trainer) -> bool:
+    """Whether training is over and its last state is saved: what fails from here on leaves the run complete."""
+    if is_pruned(trainer):
+        return True
+    step = trainer.global_step
+    return any(
+        callback.saved_step == step and (callback.has_ended or trainer.should_stop or step >= trainer.max_steps)
+        for callback in trainer.callbacks
+        if isinstance(callback, Checkpoint)
+    )
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -1,15 +1,19 @@
 """Report: report.json and report.html at the end of a run, however it ends."""
 
+import logging
 import time
 from typing import Any
 
 import lightning
 from lightning import Trainer
 
-from callbacks.interrupt import Interrupt
-from callbacks.pruning import Pruning
+from callbacks.checkpoint import is_complete
+from callbacks.ending import status_of, stop_reason
 from gpt2lab import device
+from gpt2lab.errors import ExportError
 from gpt2lab.run_report import build_report, read_report, write_report
+
+log = logging.getLogger(__name__)
 
 
 class Report(lightning.Callback):
@@ -40,13 +44,18 @@ class Report(lightning.Callback):
         self._has_trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        ended = "pruned" if _is_pruned(trainer) else "stopped"
-        self._write(trainer, pl_module, "finished" if trainer.global_step >= trainer.max_steps else ended)
+        if status_of(trainer) == "finished" and trainer.global_step < trainer.max_steps:
+            log.info("Training ended early, after step %d of %d.", trainer.global_step, trainer.max_steps)
+        self._write(trainer, pl_module, status_of(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        """The status describes training: what fails after the last state is saved leaves it as it is."""
+        if isinstance(exception, Exception) and not isinstance(exception, ExportError) and is_complete(trainer):
+            self._write(trainer, pl_module, status_of(trainer))
+            return
         if not self._has_trained and read_report(self.run_dir):
-            return  # a run taken up again failed before it went on: what is known of it stays
-        stopped = _stop_reason(trainer) != "" or isinstance(exception, SystemExit)  # a signal outside training
+            return  # a resumed run failed before it continued: what is known of it stays
+        stopped = stop_reason(trainer) != "" or isinstance(exception, SystemExit)  # a signal outside training
         error = "" if stopped else f"{type(exception).__name__}: {exception}"
         self._write(trainer, pl_module, "stopped" if stopped else "failed", error)
 
@@ -61,20 +70,17 @@ class Report(lightning.Callback):
             "seconds": round(self._seconds(), 2),
             # not pl_module's: at the end of the fit Lightning has moved it to the CPU
             "peak_memory_bytes": device.peak_memory_bytes(trainer.strategy.root_device),
-            "stopped_by": _stop_reason(trainer),
+            "stopped_by": stop_reason(trainer),
             "watched_metric": pl_module.watched_metric,
             **pl_module.facts_for_report(),
         }
         self.content = build_report(self.run_dir, status, facts, error)
-        write_report(self.run_dir, self.content)
+        try:
+            write_report(self.run_dir, self.content)
+        except OSError as reason:
+            if not error:  # else the error that ended the run is printed
+                cure = f"python train.py resume={self.run_dir} writes it"
+                log.warning("The report of this run could not be written: %s. %s.", reason, cure)
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
-
-
-def _stop_reason(trainer: Trainer) -> str:
-    return next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
-
-
-def _is_pruned(trainer: Trainer) -> bool:
-    return any(callback.is_pruned for callback in trainer.callbacks if isinstance(callback, Pruning))

@@ -32,6 +32,7 @@ class Throughput(lightning.Callback):
         self._seconds = 0.0
         self._since = 0.0
         self._peak = 0.0
+        self._device = torch.device("cpu")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ Whatever goes wrong with W&B is told once in a warning, and the training goes on
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import wandb
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from gpt2lab.atomic_files import write_text
+from gpt2lab.damaged_files import set_aside
 from gpt2lab.sample_file import Sample
 
 log = logging.getLogger(__name__)
 
+RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
 INIT_TIMEOUT = 30  # seconds before an unreachable server is given up
 
 
@@ -47,9 +51,13 @@ class WeightsAndBiases(Logger):
     def version(self) -> str:
         """The W&B run id."""
         file = self.run_dir / "wandb" / "run-id"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(secrets.token_hex(4))
+        known = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+        if known and RUN_ID.fullmatch(known):
+            return known
+        if os.path.lexists(file):
+            log.warning("%s is damaged, so W&B shows a new run; it was renamed to %s.", file, set_aside(file).name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, secrets.token_hex(4))
         return file.read_text()
 
     @rank_zero_only
@@ -64,16 +72,20 @@ class WeightsAndBiases(Logger):
     @rank_zero_only
     def log_samples(self, samples: list[Sample], step: int) -> None:
         rows = [[sample.step, sample.method, sample.prompt, sample.completion] for sample in samples]
-        table = wandb.Table(columns=["step", "method", "prompt", "completion"], data=rows)
-        self._guarded(lambda run: run.log({"samples": table, "step": step}))
+        columns = ["step", "method", "prompt", "completion"]
+        self._guarded(lambda run: run.log({"samples": wandb.Table(columns=columns, data=rows), "step": step}))
 
     @rank_zero_only
     def log_model(self, folder: Path) -> None:
         """Attach the folder to the run as an artifact; immutable, so its files are not copied first."""
-        artifact = wandb.Artifact(f"model-{self.version}", type="model")
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
-            artifact.add_file(str(file), name=str(file.relative_to(folder)), policy="immutable")
-        self._guarded(lambda run: run.log_artifact(artifact))
+
+        def attach(run: Any) -> None:
+            artifact = wandb.Artifact(f"model-{self.version}", type="model")
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
+                artifact.add_file(str(file), name=str(file.relative_to(folder)), policy="immutable")
+            run.log_artifact(artifact)
+
+        self._guarded(attach)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

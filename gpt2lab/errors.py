@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """What ended a run, if nobody need look into the code for it; the message says what to do. The exit code is 1."""
+
+
+class ExportError(RuntimeError):
+    """An exported folder does not give the logits of the model that was trained."""

@@ -8,9 +8,12 @@ waiting.
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from gpt2lab.atomic_files import NO_SPACE
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 10  # a rank that fell silent is found before those that wait for it give up
@@ -62,7 +65,8 @@ class Heartbeat:
     def done(self) -> None:
         """This rank has no more deeds to do, and may end while others take their time over theirs."""
         self._doing = DONE
-        self.beat()
+        with suppress(OSError):  # without disk space the exit code tells the same
+            self.beat()
 
     def waited_in_vain(self) -> None:
         """Leave word at once that this rank's end is not its own fault."""
@@ -79,8 +83,11 @@ class Heartbeat:
         while True:
             try:
                 self.beat()
-            except (OSError, RuntimeError):
-                return  # the run is over and the board gone
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    return  # the run is over and the board gone
+            except RuntimeError:
+                return
             time.sleep(BEAT_SECONDS)
 
 

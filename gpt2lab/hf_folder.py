@@ -1,9 +1,11 @@
 """Hugging Face folders: a GPT-2 with its tokenizer, generation settings and model card, as transformers reads them."""
 
+import errno
+import io
 import os
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,20 +16,22 @@ from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from gpt2lab.atomic_files import replaced_folder
+from gpt2lab.errors import ExportError
 from gpt2lab.marks import marks_of
 
 TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a fresh one
 
-# Runs with transformers alone: the working directory is a scratch folder and the project is not on the path.
+# Runs with transformers alone: the project is not on the path. Logits come through a pipe, which needs no disk space.
 FRESH_PROCESS = """
+import io
 import sys
 import torch
 torch.tanh(torch.ones(1))  # one thread alone, see gpt2lab/vector_math.py
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, scratch, threads = sys.argv[1:]
+folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-given = torch.load(scratch, weights_only=True)
+given = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=True)
 AutoTokenizer.from_pretrained(folder)
 with torch.no_grad():
     logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(given["input_ids"]).logits
@@ -77,27 +81,31 @@ def verify_in_fresh_process(folder: Path, input_ids: Tensor, logits: Tensor) -> 
         logits: (B, T, V) fp32, what the folder's model gave in this process.
 
     Raises:
-        RuntimeError: it does not load there, or its logits differ by more than 1e-5.
+        ExportError: it does not load there, or its logits differ by more than 1e-5.
+        OSError: the process could not be started, was killed, or had no disk space.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        given = Path(scratch) / "given.pt"
-        torch.save({"input_ids": input_ids, "logits": logits}, given)
-        # -P keeps the script's folder off the path, -E ignores PYTHONPATH: this project cannot be imported there.
-        command = [sys.executable, "-PE", "-c", FRESH_PROCESS, str(folder.resolve()), str(given)]
-        environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(
-            [*command, str(torch.get_num_threads())],
-            cwd=scratch,
-            env={**_environment(), **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    given = io.BytesIO()
+    torch.save({"input_ids": input_ids, "logits": logits}, given)
+    # -P keeps the script's folder off the path, -E ignores PYTHONPATH: this project cannot be imported there.
+    command = [sys.executable, "-PE", "-c", FRESH_PROCESS, str(folder.resolve()), str(torch.get_num_threads())]
+    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command,
+        cwd=folder.parent,
+        env={**_environment(), **environment},
+        input=given.getvalue(),
+        capture_output=True,
+        check=False,
+    )
+    said = result.stderr.decode(errors="replace")[-2000:]
+    if result.returncode < 0 or os.strerror(errno.ENOSPC) in said:
+        last = said.strip().splitlines()[-1:]
+        raise OSError(f"{folder} could not be verified: {last[0] if last else signal.Signals(-result.returncode).name}")
     if result.returncode:
-        raise RuntimeError(f"{folder} does not load in a process with transformers alone:\n{result.stderr[-2000:]}")
+        raise ExportError(f"{folder} does not load in a process with transformers alone:\n{said}")
     difference = float(result.stdout.split()[-1])
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"{folder} gives logits that differ by {difference:.1e} in a fresh process.")
+        raise ExportError(f"{folder} gives logits that differ by {difference:.1e} in a fresh process.")
     return difference
 
 

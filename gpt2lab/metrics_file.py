@@ -5,11 +5,15 @@ Lightning's own CSV logger deletes older files when a run is taken up again; thi
 
 import csv
 import io
+import re
+from itertools import pairwise
 from pathlib import Path
 
-from gpt2lab.atomic_files import write_text
+from gpt2lab.atomic_files import naming_full_file, write_text
+from gpt2lab.damaged_files import is_no_file, lines_of, set_aside_damaged_lines, warn_once
 
 STEP = "step"
+_STEP_OF_LINE = re.compile(r"(\d+),")
 
 
 class MetricsFile:
@@ -28,6 +32,10 @@ class MetricsFile:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write `metrics` of `step`. Steps never decrease within one process."""
+        with naming_full_file(self.path):
+            self._write(step, metrics)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
         values = {name: _number(float(value)) for name, value in metrics.items()}
         if not self._open:
             self._take_up(step)
@@ -45,6 +53,7 @@ class MetricsFile:
 
     def _take_up(self, step: int) -> None:
         self._open = True
+        repair_metrics(self.path.parent, step - 1)
         rows = [row for row in read_metrics(self.path.parent) if int(row[STEP]) < step]
         self.columns = list(rows[0]) if rows else []
         if self.path.exists():
@@ -59,18 +68,84 @@ class MetricsFile:
             file.write(_line(self._row, self.columns))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        header = _line(dict(zip(self.columns, self.columns, strict=True)), self.columns) if self.columns else b""
-        write_text(self.path, (header + b"".join(_line(row, self.columns) for row in rows)).decode())
+        _write_rows(self.path, self.columns, rows)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, str]]:
-    """The whole rows as texts by column; a row cut short by a crash is left out."""
+    """The valid rows as texts by column. A last row cut short by a crash is left out, others with a warning."""
     path = Path(run_dir) / "metrics.csv"
-    if not path.exists():
+    rows, damaged = _scan(path)
+    is_cut = len(damaged) == 1 and damaged[0][0] == len(rows) and _STEP_OF_LINE.match(damaged[0][1])
+    if is_no_file(path) or (damaged and not is_cut):
+        warn_once(f"{path} is damaged: {len(damaged)} of its lines are left out.")
+    return rows
+
+
+def repair_metrics(run_dir: str | Path, step: int) -> bool:
+    """Rewrite a damaged metrics.csv with its valid rows, see `set_aside_damaged_lines`; returns whether it was damaged.
+
+    Args:
+        step: of the checkpoint from which the run continues.
+    """
+    path = Path(run_dir) / "metrics.csv"
+    rows, damaged = _scan(path)
+    steps = [int(row[STEP]) for row in rows]
+    is_damaged = set_aside_damaged_lines(path, steps, damaged, _STEP_OF_LINE, step)
+    if is_damaged:
+        _write_rows(path, list(rows[0]) if rows else [], rows)
+    return is_damaged
+
+
+def missing_steps(run_dir: str | Path, step: int) -> tuple[int, int] | None:
+    """First and last of the steps up to `step` whose rows are lost although no line is damaged; None where none are.
+
+    Step 1 has a row in every run. A checkpoint may be older than the row of its own step.
+    """
+    steps = [int(row[STEP]) for row in read_metrics(run_dir)]
+    if not steps:
+        return (1, step) if step > 1 else None
+    longest = max((later - earlier for earlier, later in pairwise(steps)), default=step)
+    return (steps[-1] + 1, step) if steps[-1] + longest + 1 < step else None
+
+
+def _scan(path: Path) -> tuple[list[dict[str, str]], list[tuple[int, str]]]:
+    """(valid rows, other lines, each with the number of valid rows before it)."""
+    lines = lines_of(path)
+    columns = _cells(lines[0]) if lines else []
+    if columns[:1] != [STEP] or len(set(columns)) < len(columns) or not all(map(str.isprintable, columns)):
+        return [], [(0, line) for line in lines]
+    rows: list[dict[str, str]] = []
+    damaged: list[tuple[int, str]] = []
+    is_whole = path.read_bytes().endswith(b"\n")
+    for number, line in enumerate(lines[1:], 2):
+        cells = _cells(line)
+        if _is_row(cells, len(columns)) and (is_whole or number < len(lines)):
+            rows.append(dict(zip(columns, cells, strict=True)))
+        else:
+            damaged.append((len(rows), line))
+    return rows, damaged
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
         return []
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    rows = list(csv.reader(whole_lines))
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdigit()]
+
+
+def _is_row(cells: list[str], columns: int) -> bool:
+    """A step, then a number or nothing in every other column."""
+    if len(cells) != columns or not (cells[0].isascii() and cells[0].isdigit()):
+        return False
+    try:
+        return all(not cell or float(cell) is not None for cell in cells[1:])
+    except ValueError:
+        return False
+
+
+def _write_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    header = _line(dict(zip(columns, columns, strict=True)), columns) if columns else b""
+    write_text(path, (header + b"".join(_line(row, columns) for row in rows)).decode())
 
 
 def series(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:

@@ -1,6 +1,7 @@
 """The report of a run: report.json with facts and final metrics, and report.html; written when it fails too."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,11 +11,18 @@ from typing import Any
 
 from gpt2lab import metric_names
 from gpt2lab.atomic_files import write_json, write_text
+from gpt2lab.damaged_files import set_aside, warn_once
 from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.report_html import render
 from gpt2lab.sample_file import read_samples
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "tokenizers", "wandb", "peft")
+# Types of the values that other programs here read
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("status", "error", "watched_metric", "command"), (str,)),
+    **dict.fromkeys(("metrics", "data", "teacher"), (dict,)),
+    **dict.fromkeys(("seconds", "tokens_per_second", "val_loss"), (int, float, type(None))),
+}
 WARM_UP_INTERVALS = 1  # log intervals left out of the median speed: compilation, caches
 
 
@@ -53,15 +61,40 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
 
 
 def read_report(run_dir: str | Path) -> dict[str, Any]:
-    """report.json of a run; empty where there is none."""
+    """report.json of a run; empty where there is none or it is damaged, without the values of a wrong type."""
+    report, damage = _read(Path(run_dir) / "report.json")
+    if damage:
+        warn_once(f"{damage} A run that continues keeps the damaged file as report.json.damaged.")
+    return report
+
+
+def repair_report(run_dir: str | Path) -> None:
+    """Set a damaged report.json aside, with the warning of `read_report`; the run writes a new one when it ends."""
+    read_report(run_dir)
     path = Path(run_dir) / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if _read(path)[1]:
+        set_aside(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """(the usable values, a sentence on what is damaged or nothing)."""
+    if not os.path.lexists(path):
+        return {}, ""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict):
+        return {}, f"{path} is damaged and is not used."
+    wrong = [name for name, kinds in TYPES.items() if name in report and not isinstance(report[name], kinds)]
+    damage = f"{path} is damaged: the type of {', '.join(wrong)} is wrong, so the value is not used." if wrong else ""
+    return {name: value for name, value in report.items() if name not in wrong}, damage
 
 
 def watched_value(report: dict[str, Any]) -> float | None:
     """The last value of the metric that the run is judged by; None where it has none yet."""
     value = report.get("metrics", {}).get(report.get("watched_metric"))
-    return None if value is None else float(value)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def git_state() -> dict[str, Any] | None:

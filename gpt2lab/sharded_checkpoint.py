@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from gpt2lab.atomic_files import os_error_behind
+from gpt2lab.atomic_files import system_errors_behind
 
 REST = "rest.pt"
 STATE, OPTIMIZER, AVERAGE = "state_dict", "optimizer_states", "weight_average"
@@ -41,7 +41,7 @@ class _Writer(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            if code := os_error_behind(error):
+            for code, _ in system_errors_behind(error):
                 raise OSError(code, os.strerror(code)) from error
             raise
 

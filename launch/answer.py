@@ -5,7 +5,6 @@ by a signal after saving, to be resumed · 130 Ctrl-C.
 """
 
 import atexit
-import errno
 import os
 import signal
 import sys
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from gpt2lab.atomic_files import full_disk_message
+from gpt2lab.damaged_files import warn_once
 from gpt2lab.errors import InputError, RunError
 from launch.running.rank_environment import ignore_foreign_variables
 
@@ -42,6 +43,7 @@ def exit_code(entry: Callable[[], Any]) -> int:
     """Run `entry` and return its exit code."""
     ignore_foreign_variables()
     previous = {number: signal.signal(number, _end_at_once) for number in SIGNALS}
+    warn_once.cache_clear()
     try:
         entry()
     except Ended as ended:
@@ -83,11 +85,8 @@ def as_mistake(error: Exception) -> InputError | None:
     """The InputError that this error amounts to, if it is the user's to mend."""
     if isinstance(error, InputError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return InputError(
-            f"No space left on the disk{where}.\nFree some, or set run_dir= and cache_dir= to another disk."
-        )
+    if full := full_disk_message(error):
+        return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

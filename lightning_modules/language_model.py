@@ -264,7 +264,6 @@ class LanguageModel(BackboneModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite.check()
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         if self.average is not None:
             checkpoint["weight_average"] = self.average.state(whole=not self.saves_shards)
             checkpoint["averaged"] = [name for name, _ in self.backbone.named_parameters()]
@@ -273,8 +272,9 @@ class LanguageModel(BackboneModule):
         self.tokens_seen = checkpoint["tokens_seen"]
         if self.average is not None:
             self.average.load(checkpoint["weight_average"])
-        # Lightning counts micro-batches; a run may go on with another number of them in a step.
+        # Lightning counts micro-batches; a run may continue with another number of them in a step, and one that was
+        # stopped within a step makes that step again from its first micro-batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        shift = checkpoint["global_step"] * (self.trainer.accumulate_grad_batches - checkpoint["accumulate"])
+        shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - progress["total"]["ready"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count + shift for name, count in counts.items()})

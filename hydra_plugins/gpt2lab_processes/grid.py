@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
+from gpt2lab.atomic_files import naming_full_file
 from gpt2lab.errors import InputError
 
 
@@ -24,6 +27,12 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, 
 
 class GridSweeper(BasicSweeper):
     """Every combination of the comma-separated values."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """As the base's, which writes multirun.yaml without naming it in an error."""
+        assert self.config is not None
+        with naming_full_file(Path(str(self.config.hydra.sweep.dir), "multirun.yaml")):
+            return super().sweep(arguments)
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:

@@ -5,6 +5,7 @@ python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a co
 python -m launch.running.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from gpt2lab.errors import InputError
+from gpt2lab import side_files
+from gpt2lab.atomic_files import full_disk_message
+from gpt2lab.errors import ExportError, InputError
 from gpt2lab.heartbeat import Folder, Heartbeat
 from gpt2lab.settings import DataFacts
 from launch import answer, noise
@@ -23,6 +26,8 @@ from launch.running import baseline, children, cluster, rank_environment, resolv
 from launch.running.run_folders import RunDirectory
 
 ERROR_FILE = "error.txt"
+
+log = logging.getLogger("launch.running.job")  # not __name__, which is __main__ in a job's own process
 
 
 def run_job(asked: Config) -> dict[str, Any]:
@@ -53,7 +58,8 @@ def _run_alone(asked: Config, directory: RunDirectory) -> dict[str, Any]:
     if settings.record.world_size > 1 or settings.max_restarts:
         from launch.running import ranks
 
-        report = ranks.run(settings, directory)
+        with space.told_with_checkpoint(settings):
+            report = ranks.run(settings, directory)
     else:
         report = train(settings, data, facts, directory)
     print(closing_line(report, settings.run_dir or ""), flush=True)
@@ -86,6 +92,8 @@ def _prepared(settings: Config) -> tuple[Any, DataFacts]:
     from launch.running import build
 
     noise.settle_library_noise()  # that of Lightning, which comes with the import above
+    if settings.resume is not None:
+        side_files.repair(Path(settings.run_dir or ""))
     data = build.data_module(settings)
     facts = data.prepare()
     resume.check_data(settings, facts.hash)
@@ -183,7 +191,7 @@ def train(
         keep_freed_memory()
     module = build.task_module(settings, facts, resolve.vocabulary(settings, facts))
     trainer = None
-    with answer.cleaning_up():
+    with answer.cleaning_up(), space.told_with_checkpoint(settings):
         folder = directory.enter(settings)
         try:
             observers = build.callbacks(settings, folder, facts)
@@ -199,12 +207,21 @@ def train(
 
 
 def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> None:
+    """Train. What fails after the last state is saved is a warning, except that the export holds another model."""
+    from callbacks.checkpoint import is_complete
     from callbacks.interrupt import StoppedNowError
 
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except StoppedNowError:
         raise answer.Ended(answer.INTERRUPTED, "Stopped at once, without saving.") from None
+    except ExportError:
+        raise
+    except Exception as error:
+        if not is_complete(trainer):
+            raise
+        reason = full_disk_message(error) or f"{type(error).__name__}: {error}"
+        log.warning("Training is complete and saved, but a later step failed: %s", reason.partition("\n")[0])
 
 
 def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
@@ -252,7 +269,10 @@ def _run_rank(spec: Path) -> None:
         ranks.record_outcome(answer.MISTAKE, f"error: {mistake}")
         raise answer.Ended(answer.MISTAKE) from None  # the others may wait for this rank
     else:
-        ranks.record_outcome(answer.FINISHED, watched=watched)
+        try:
+            ranks.record_outcome(answer.FINISHED, watched=watched)
+        except OSError as error:  # the run is complete; the parent reads its report instead
+            log.warning("The outcome of this run could not be written: %s", error)
         heartbeat.done()
 
 

@@ -25,7 +25,7 @@ from gpt2lab.atomic_files import write_json
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.heartbeat import Folder, Listener
 from gpt2lab.metrics_file import read_metrics
-from gpt2lab.run_report import read_report
+from gpt2lab.run_report import read_report, watched_value
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
@@ -75,8 +75,9 @@ def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
         _discard_untrained(directory)
     if outcome["code"]:
         raise answer.Ended(outcome["code"], outcome["message"])
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return {**report, "watched": outcome["watched"]}
+    report = read_report(folder)
+    watched = watched_value(report) if outcome["watched"] is None else outcome["watched"]
+    return {"watched_metric": "", **report, "watched": watched}
 
 
 def record_outcome(code: int, message: str = "", watched: float | None = None) -> None:
@@ -124,6 +125,8 @@ def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, 
         outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
         if failed and not signals and outcome and outcome["code"] in (answer.STOPPED, answer.INTERRUPTED):
             outcome = None  # rank 0 was ended because another had failed, which is no wish to stop
+        if outcome is None and not (failed or signals or blame):
+            outcome = {"code": answer.FINISHED, "message": "", "watched": None}  # there was no disk space to write it
         return blame or _told(failed, folder), signals, outcome
 
 

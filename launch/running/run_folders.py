@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2lab import folder_lock
+from gpt2lab import folder_lock, side_files
 from gpt2lab.atomic_files import can_write, flush
 from gpt2lab.errors import InputError
 from gpt2lab.folder_lock import FolderLock, InUseError
@@ -180,6 +180,7 @@ class RunDirectory:
         assert self.path is not None
         config.run_dir = str(self.path)
         configuration.save(config, self.path / CONFIG)
+        side_files.repair(self.path)
         for name in SIDE_FILES:
             (self.path / name).unlink(missing_ok=True)
 

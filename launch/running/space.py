@@ -2,9 +2,13 @@
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gpt2lab.atomic_files import told_when_full
+from gpt2lab.checkpoint_ledger import what_is_kept
 from gpt2lab.errors import InputError
 from launch.configuration.config import Config
 from launch.running import run_folders
@@ -50,10 +54,18 @@ def check(config: Config, vocab_size: int) -> None:
     needed = run_files(config, vocab_size).most
     free = shutil.disk_usage(folder).free
     if free < needed:
+        cure = what_is_kept(config.resume) if config.resume else "Free some, or set run_dir= to another disk."
         raise InputError(
-            f"No space left for this run: it writes up to {needed / 1e9:.1f} GB, "
-            f"{folder.resolve()} has {free / 1e9:.1f} GB.\nFree some, or set run_dir= to another disk."
+            f"No space left for this run: it writes up to {needed / 1e6:,.0f} MB, "
+            f"{folder.resolve()} has {free / 1e6:,.0f} MB.\n{cure}"
         )
+
+
+@contextmanager
+def told_with_checkpoint(config: Config) -> Iterator[None]:
+    """Turn a failure for lack of disk space into an InputError that names the file and the run's intact checkpoint."""
+    with told_when_full("", lambda: what_is_kept(config.run_dir or ""), config.run_dir or ""):
+        yield
 
 
 def run_files(config: Config, vocab_size: int) -> RunFiles:
