@@ -86,6 +86,9 @@ def as_mistake(error: Exception) -> InputError | None:
         return InputError(
             f"No space left on the disk{where}.\nFree some, or set run_dir= and cache_dir= to another disk."
         )
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # a file's name, which no check can foresee
+        text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
+        return InputError(f"This is not valid UTF-8, in which all files here are written: {text!r}\nRename the file.")
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -16,6 +16,7 @@ from gpt2lab.errors import InputError
 from launch import noise
 from launch.answer import end
 from launch.configuration import config as configuration
+from launch.configuration import utf8
 from launch.configuration.config import Config
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def _plain_model(settings: Config, whole: dict[str, Any]) -> "GPT2LMHeadModel":
 
 
 def _program(arguments: list[str]) -> None:
+    utf8.check_process(arguments)
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         raise InputError("Give one run directory or checkpoint: python -m launch.consolidate runs/pretrain/xl")
     noise.settle_noise()
