@@ -100,7 +100,9 @@ def parameters_of(shape: dict[str, Any]) -> int:
 
 
 def _check_weights(folder: Path) -> None:
-    """The file of weights is there, and as long as its own header says."""
+    """The file of weights is there, and as long as its own header says; it is no adapter of another model."""
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model, and PEFT the module, it names
+        raise InputError(f"{folder} holds an adapter (adapter_config.json).\nGive a folder with the merged model.")
     file = folder / "model.safetensors"
     if not file.is_file():
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):

@@ -7,6 +7,7 @@ by a signal after saving, to be resumed · 130 Ctrl-C.
 import atexit
 import errno
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -89,6 +90,10 @@ def as_mistake(error: Exception) -> InputError | None:
     if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # a file's name, which no check can foresee
         text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
         return InputError(f"This is not valid UTF-8, in which all files here are written: {text!r}\nRename the file.")
+    if isinstance(error, pickle.UnpicklingError):
+        from gpt2lab.tensor_file import refusal
+
+        return InputError(refusal("A file that was to be loaded", error))
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

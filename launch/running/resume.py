@@ -10,6 +10,7 @@ from launch.configuration import checks
 from launch.configuration import config as configuration
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import given_keys
+from launch.configuration.targets import check_targets
 from launch.running import run_folders
 from launch.running.resolve import weights_hash
 
@@ -26,14 +27,15 @@ MACHINE = (
 )
 CHANGEABLE: tuple[str, ...] = ("steps", "validate_every", "checkpoint_every", "sample_every", "log_every", "on_spike")
 CHANGEABLE += ("workers", "rank_timeout", "max_restarts", "cache_dir", *MACHINE)
-PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs")
+PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs", "allow_targets")
 
 
 def taken_up(asked: Config) -> Config | None:
     """The configuration of the run that `resume` names, with the changes asked for; None: a new run.
 
     Raises:
-        InputError: there is no such run or no whole checkpoint in it, or a change that would alter its result.
+        InputError: there is no such run or no whole checkpoint in it, a change that would alter its result, or a class
+            that a stored configuration may not build.
     """
     if asked.resume is None:
         return None
@@ -55,6 +57,8 @@ def taken_up(asked: Config) -> Config | None:
         newest = _newest_of_a_run(folder, asked.resume)
     stored = configuration.load(folder / "config.yaml")
     _check_changes(asked, stored, folder)
+    stored.allow_targets = asked.allow_targets
+    check_targets(stored.target_nodes, stored.allow_targets)
     for look in (checks.check_choices, checks.check_ranges, checks.check_counts_or_auto):
         look(asked)
     _check_teacher(stored)
