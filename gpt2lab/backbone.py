@@ -28,6 +28,7 @@ CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed
 
 HeadResult = TypeVar("HeadResult")
 
+NOT_LOADED: tuple[type[Exception], ...] = (OSError, SafetensorError, *UNREADABLE)
 choose_kernels()  # whatever computes with a model imports this module first
 
 
@@ -162,7 +163,7 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
         model, info = GPT2LMHeadModel.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, SafetensorError, *UNREADABLE) as error:
+    except NOT_LOADED as error:
         pickles = sorted(folder.glob("pytorch_model*.bin"))
         if pickles and not list(folder.glob("*.safetensors")):
             raise InputError(refusal(str(pickles[0]), error)) from error
