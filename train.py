@@ -25,7 +25,7 @@ def main(tree: DictConfig) -> float | None:
     """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
     with answer.ending_in_a_code():
         settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
-        settings.record.command = recorded_command.reproducing(settings)
+        recorded_command.put_values_in_place(settings)
         checks.check(settings)
         if settings.is_study:
             from launch.studying.study import run_study

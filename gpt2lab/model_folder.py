@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
+from gpt2lab.utf8 import check_text
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
@@ -39,6 +40,7 @@ def folder_of(source: str, key: str) -> Path:
                 f"{key}={source}: there is no such folder.\nGive a run directory, a model folder or a Hub id."
             )
         folder = _from_hub(source, key)
+    check_text(str(folder.resolve()), f"{key}={source}: {folder.resolve()}")
     for candidate in (folder / "hf", folder):
         if (candidate / "config.json").is_file():
             read_shape(candidate)

@@ -164,10 +164,9 @@ def test_evaluate_builds_no_foreign_class(target: str, command: Train, run: Path
 def test_only_the_command_line_permits_a_class(command: Train, run: Path, mark: Path):
     tamper(run, "callbacks.x", {"_target_": "foreign.Watch"}, allow_targets=["foreign"])
     refused(command("train", f"resume={run}", "steps=3"), mark, "allow_targets=[foreign]")
-    for given in ("allow_targets=[foreig]", "allow_targets=[foreign.Other]", "allow_targets=[]"):
-        refused(command("train", f"resume={run}", "steps=3", given), mark, "allow_targets=[foreign]")
-    for given in ("allow_targets=", "allow_targets=[a b]", "allow_targets=[/x]", "allow_targets=[foreign.]"):
-        refused(command("train", f"resume={run}", "steps=3", given), mark, "allow_targets=")
+    refused(command("train", f"resume={run}", "allow_targets=[foreig,foreign.Other]"), mark, "allow_targets=[foreign]")
+    for given in ("", "[a b]", "[/x]", "[foreign.]", "[[foreign]]", "[foreign,]"):
+        refused(command("train", f"resume={run}", f"allow_targets={given}"), mark, "allow_targets=")
     ended = command("train", f"resume={run}", "steps=3", "allow_targets=[foreign]")
     assert ended.code == 0, ended.stderr
     assert mark.read_text() == "built"
@@ -329,4 +328,5 @@ def test_a_tokenizer_runs_no_code_of_its_own(command: Train, run: Path, mark: Pa
     config = json.loads((folder / "tokenizer_config.json").read_text())
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, **own}))
-    refused(command("train", *tiny, "tokenizer=hub", f"tokenizer.source={folder}", "steps=1"), mark, str(folder))
+    keys = [key for key in tiny if not key.startswith("vocab_size")]
+    refused(command("train", *keys, "tokenizer=hub", f"tokenizer.source={folder}", "steps=1"), mark, str(folder))

@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from gpt2lab.errors import InputError
-from launch.configuration import literal_text, utf8
+from gpt2lab.utf8 import check_process
+from launch.configuration import literal_text
 from launch.configuration.groups import groups, values
 from launch.configuration.spelling import nearest
 from launch.configuration.targets import parse_permissions
@@ -49,7 +50,7 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
     Raises:
         InputError: an unknown flag, or an argument that is not valid UTF-8.
     """
-    utf8.check_process(arguments)
+    check_process(arguments)
     _check_flags(arguments)
     for argument in arguments:
         _check_override(argument)

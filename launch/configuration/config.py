@@ -30,7 +30,8 @@ from gpt2lab.settings import (
     TokenizerChoice,
 )
 from gpt2lab.student_shape import TEACHER_LAYERS
-from launch.configuration import literal_text, utf8
+from gpt2lab.utf8 import check_values
+from launch.configuration import literal_text
 from launch.configuration.targets import foreign_targets
 
 STUDY = "distill_study"  # the experiment that is a study of many runs
@@ -223,12 +224,14 @@ def typed(tree: DictConfig, hydra: Any, command: str) -> Config:
     except OmegaConfBaseException as error:
         raise InputError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
-    utf8.check_values(asdict(config))
+    check_values(asdict(config))
     config.allow_targets += foreign_targets(config.target_nodes)  # whoever composes them now permits them
     choices = hydra.runtime.choices.items()
     groups = {str(group): str(value) for group, value in choices if not str(group).startswith("hydra/")}
     sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else ""
-    config.record = Record(groups=groups, overrides=list(hydra.overrides.task), command=command, sweep=sweep)
+    as_typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    overrides = [str(override) for override in as_typed or []]
+    config.record = Record(groups=groups, overrides=overrides, command=command, sweep=sweep)
     return config
 
 
@@ -270,5 +273,5 @@ def parsed(text: str, where: str) -> Config:
     except (ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
-    utf8.check_values(values)
+    check_values(values)
     return config

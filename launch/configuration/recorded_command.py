@@ -8,10 +8,12 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.literal_text import override
 
 
-def reproducing(config: Config) -> str:
-    """The run's command, with the values in place of interpolations (`${oc.env:X}`, `${now:…}`)."""
-    in_place = {given: _with_value(given, config) for given in config.record.overrides if "${" in given}
-    return shlex.join(in_place.get(word, word) for word in shlex.split(config.record.command))
+def put_values_in_place(config: Config) -> None:
+    """In the recorded overrides and command, replace interpolations (`${oc.env:X}`, `${now:…}`) by their values."""
+    record = config.record
+    literal = {given: _with_value(given, config) for given in record.overrides if "${" in given}
+    record.command = shlex.join(literal.get(word, word) for word in shlex.split(record.command))
+    record.overrides = [literal.get(given, given) for given in record.overrides]
 
 
 def _with_value(given: str, config: Config) -> str:

@@ -123,7 +123,7 @@ def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
     settings = config.typed(tree, hydra, command=command_of(overrides))
-    settings.record.command = recorded_command.reproducing(settings)
+    recorded_command.put_values_in_place(settings)
     settings.run_dir = str(job.folder)
     return settings
 

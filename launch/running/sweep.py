@@ -167,7 +167,9 @@ def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, i
         raise InputError(f"{folder} holds a sweep and no study of a search ({STUDY_FILE}).\nPut it back, {cure}")
     for number, overrides in enumerate(combinations if is_grid else [], first):
         file = folder / str(number) / "config.yaml"
-        others = set(without(config.load(file).record.overrides, HOW)) - set(overrides) if file.is_file() else set()
+        interpolated = given_keys(override for override in overrides if "${" in override)  # compared when composed
+        stored = config.load(file).record.overrides if file.is_file() else []
+        others = set(without(stored, {*HOW, *interpolated})) - set(overrides)
         if others:
             raise InputError(
                 f"{folder} holds another sweep: its job {number} has {in_words(sorted(others))}.\n"

@@ -16,14 +16,14 @@ def check_process(arguments: Iterable[str]) -> None:
         InputError
     """
     for argument in arguments:
-        _check(argument, argument)
+        check_text(argument, argument)
     for name in FOLDERS:
-        _check(os.environ.get(name, ""), f"The environment variable {name}={os.environ.get(name, '')}")
+        check_text(os.environ.get(name, ""), f"The environment variable {name}={os.environ.get(name, '')}")
     try:
         folder = os.getcwd()  # noqa: PTH109 — a Path of a folder that is gone is no error of this kind
     except OSError:
         return
-    _check(folder, f"The working directory {folder}")
+    check_text(folder, f"The working directory {folder}")
 
 
 def check_values(values: Any, key: str = "") -> None:
@@ -33,7 +33,7 @@ def check_values(values: Any, key: str = "") -> None:
         InputError
     """
     if isinstance(values, str):
-        _check(values, f"{key}={values}")
+        check_text(values, f"{key}={values}")
     elif isinstance(values, dict):
         for name, value in values.items():
             check_values(value, f"{key}.{name}" if key else str(name))
@@ -52,7 +52,12 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in letters)
 
 
-def _check(text: str, what: str) -> None:
+def check_text(text: str, what: str) -> None:
+    """Check one text, which a message calls `what`.
+
+    Raises:
+        InputError
+    """
     if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
         raise InputError(
             f"{_printable(what)} is not valid UTF-8, and configurations, reports and models are stored as UTF-8.\n"
