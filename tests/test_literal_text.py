@@ -177,12 +177,14 @@ def test_sweep_jobs_have_the_text_that_was_given(
     shutil.copytree(sources, odd / "text")
     monkeypatch.setenv("ODD", str(odd))
     keys = [*(key for key in tiny if not key.startswith("path=")), "path=${oc.env:ODD}/text", "steps=1"]
-    for more in ([], ["resume=auto", "launcher=slurm", "launcher.executor=local", "accelerator=cpu"]):
+    keys.append("accelerator=cpu")
+    for more in ([], ["resume=auto", "launcher=slurm", "launcher.executor=local"]):
         ended = train_here("-m", *keys, "seed=1,2", "hydra.sweep.dir=swept", *more)
         assert ended.code == 0, ended.stdout + ended.stderr
         shutil.rmtree(tmp_path / "swept" / "1")
     stored = config.load(tmp_path / "swept" / "0" / "config.yaml")
     assert stored.path == f"{odd}/text"
+    monkeypatch.delenv("ODD")
     assert composed(shlex.split(stored.record.command)[2:]).path == stored.path
 
 

@@ -49,6 +49,11 @@ def is_read_as_typed(argument: str) -> bool:
     return text == "null" or isinstance(parsed, QuotedString) or (isinstance(parsed, str) and parsed == text)
 
 
+def is_interpolated(argument: str) -> bool:
+    """Whether the value of `key=value` holds an interpolation, escaped for OmegaConf or for Hydra as it may be."""
+    return "${" in argument or (r"$\{" in argument and "${" in repr(_parsed(argument)))
+
+
 def _parsed(argument: str) -> Any:
     """What Hydra's grammar makes of a value, quoted text as its own type; None also where it cannot read it."""
     try:

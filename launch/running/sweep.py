@@ -17,7 +17,7 @@ from launch.configuration import config
 from launch.configuration.config import STUDY, Config
 from launch.configuration.groups import experiment_keys, values
 from launch.configuration.ignored_keys import given_keys, in_words, without
-from launch.configuration.literal_text import override
+from launch.configuration.literal_text import is_interpolated, override
 from launch.running import elsewhere, jobs, run_folders, slots, sweep_results
 from launch.running.job_process import LocalJobs
 from launch.running.job_queue import Executor, Listed, Proposal, Source, run_all
@@ -167,7 +167,7 @@ def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, i
         raise InputError(f"{folder} holds a sweep and no study of a search ({STUDY_FILE}).\nPut it back, {cure}")
     for number, overrides in enumerate(combinations if is_grid else [], first):
         file = folder / str(number) / "config.yaml"
-        interpolated = given_keys(override for override in overrides if "${" in override)  # compared when composed
+        interpolated = given_keys(filter(is_interpolated, overrides))  # these are compared once they are composed
         stored = config.load(file).record.overrides if file.is_file() else []
         others = set(without(stored, {*HOW, *interpolated})) - set(overrides)
         if others:
