@@ -87,10 +87,12 @@ def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) 
     """Refuse a name outside the permitted packages; it is the target, or where the target's class is defined."""
     if _is_below(name, (*OWN_PACKAGES, *OF_LIGHTNING, *permissions)):
         return
-    package = name.split(".")[0] or "PACKAGE"
+    package = name.split(".")[0]
+    package = package if package.isidentifier() else "PACKAGE"
+    shown = target if target.isprintable() else repr(target)  # somebody else's text must not fill the terminal
     defined = "" if name == target else f", which is {name}"
     raise InputError(
-        f"{where}._target_={target}{defined}: a stored configuration builds only classes of this project and\n"
+        f"{where}._target_={shown[:120]}{defined}: a stored configuration builds only classes of this project and\n"
         "Lightning's callbacks and loggers, since others could run any code on this machine.\n"
         f"Where you trust that code, permit its package on the command line: allow_targets=[{package}]"
     )
