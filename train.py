@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launch import answer
-from launch.configuration import arguments, checks, config
+from launch.configuration import arguments, checks, config, recorded_command
 from launch.configuration.groups import CONF
 from launch.configuration.help_text import help_text
 
@@ -25,6 +25,7 @@ def main(tree: DictConfig) -> float | None:
     """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
     with answer.ending_in_a_code():
         settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
+        recorded_command.put_values_in_place(settings)
         checks.check(settings)
         if settings.is_study:
             from launch.studying.study import run_study

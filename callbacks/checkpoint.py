@@ -29,6 +29,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
 from gpt2lab.model_folder import folder_of
 from gpt2lab.sharded_checkpoint import is_sharded, read_whole
+from gpt2lab.tensor_file import read_checkpoint_file
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Checkpoint(lightning.Callback):
             log.warning("%s is missing or damaged and is written again.", folder)
             self._export(trainer, pl_module)
         if self.verify_export:
-            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
             length = min(model.config.n_positions, 64)
             ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
             with torch.no_grad():
@@ -170,9 +171,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if is_sharded(Path(path)):
-            return read_whole(Path(path))
-        return super().load_checkpoint(path, *arguments, weights_only=weights_only)
+        return read_whole(Path(path)) if is_sharded(Path(path)) else read_checkpoint_file(Path(path))
 
 
 def is_complete(trainer: Trainer) -> bool:

@@ -19,14 +19,16 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lab.attention_spans import as_mask, causal_spans, positions_of, visible
 from gpt2lab.errors import InputError
 from gpt2lab.host_memory import give_back_freed_memory
-from gpt2lab.model_folder import folder_of
+from gpt2lab.model_folder import folder_of, read_shape
 from gpt2lab.settings import ModelShape
+from gpt2lab.tensor_file import UNREADABLE, refusal
 from gpt2lab.vector_math import choose_kernels
 
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in the training layout
 
 HeadResult = TypeVar("HeadResult")
 
+NOT_LOADED: tuple[type[Exception], ...] = (OSError, SafetensorError, *UNREADABLE)
 choose_kernels()  # whatever computes with a model imports this module first
 
 
@@ -156,8 +158,15 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
     """
     folder = folder_of(source, "model")
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # Its own config.json could name kernels or code of the Hub; the sizes are all that is needed of it.
+        config = _config(ModelShape(**read_shape(folder)))
+        model, info = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except NOT_LOADED as error:
+        pickles = sorted(folder.glob("pytorch_model*.bin"))
+        if pickles and not list(folder.glob("*.safetensors")):
+            raise InputError(refusal(str(pickles[0]), error)) from error
         raise InputError(
             f"Cannot load a GPT-2 from {folder}: {str(error).splitlines()[0]}\n"
             "Give a run directory, a Hugging Face folder with config.json and model.safetensors, or a Hub id."

@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
+from gpt2lab.utf8 import check_text
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
@@ -39,6 +40,7 @@ def folder_of(source: str, key: str) -> Path:
                 f"{key}={source}: there is no such folder.\nGive a run directory, a model folder or a Hub id."
             )
         folder = _from_hub(source, key)
+    check_text(str(folder.resolve()), f"{key}={source}: {folder.resolve()}")
     for candidate in (folder / "hf", folder):
         if (candidate / "config.json").is_file():
             read_shape(candidate)
@@ -100,7 +102,9 @@ def parameters_of(shape: dict[str, Any]) -> int:
 
 
 def _check_weights(folder: Path) -> None:
-    """The file of weights is there, and as long as its own header says."""
+    """The file of weights is there, and as long as its own header says; it is no adapter of another model."""
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model, and PEFT the module, it names
+        raise InputError(f"{folder} holds an adapter (adapter_config.json).\nGive a folder with the merged model.")
     file = folder / "model.safetensors"
     if not file.is_file():
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):

@@ -35,7 +35,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     if folder is None and not _in_hub_cache(source):
         require_hub(f"The tokenizer {source}", cure.replace(" or a Hub id", ""))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or source, local_files_only=folder is not None)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder or source, local_files_only=folder is not None, trust_remote_code=False
+        )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"Cannot load the tokenizer {source}: {reason}\n{cure}") from error

@@ -6,6 +6,7 @@ by a signal after saving, to be resumed · 130 Ctrl-C.
 
 import atexit
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -87,6 +88,13 @@ def as_mistake(error: Exception) -> InputError | None:
         return error
     if full := full_disk_message(error):
         return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # a file's name, which no check can foresee
+        text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
+        return InputError(f"This is not valid UTF-8, in which all files here are written: {text!r}\nRename the file.")
+    if isinstance(error, pickle.UnpicklingError):
+        from gpt2lab.tensor_file import refusal
+
+        return InputError(refusal("A file that was to be loaded", error))
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.utf8 import check_process
 from launch import noise
 from launch.answer import end
 from launch.configuration import config as configuration
@@ -97,6 +98,7 @@ def _plain_model(settings: Config, whole: dict[str, Any]) -> "GPT2LMHeadModel":
 
 
 def _program(arguments: list[str]) -> None:
+    check_process(arguments)
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         raise InputError("Give one run directory or checkpoint: python -m launch.consolidate runs/pretrain/xl")
     noise.settle_noise()

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from gpt2lab.sharded_checkpoint import OPTIMIZER, STATE, is_sharded, optimizer_by_name, read_shards, write_shards
+from gpt2lab.tensor_file import read_checkpoint_file
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -100,7 +101,7 @@ class ShardedStrategy(ModelParallelStrategy):
             set_model_state_dict(self.model, state)
             set_optimizer_state_dict(self.model, optimizer, checkpoint[OPTIMIZER][0])
             return checkpoint
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint_file(path, mmap=True)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         in_groups = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -10,12 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
 from hydra.errors import OverrideParseException
 
 from gpt2lab.errors import InputError
+from gpt2lab.utf8 import check_process
+from launch.configuration import literal_text
 from launch.configuration.groups import groups, values
 from launch.configuration.spelling import nearest
+from launch.configuration.targets import parse_permissions
 from launch.running import run_folders
 
 FREE_TEXT = (
@@ -46,8 +48,9 @@ def readable_by_hydra(arguments: list[str]) -> list[str]:
     """The same arguments with free text quoted where Hydra would stumble over it or misread it.
 
     Raises:
-        InputError: an unknown flag.
+        InputError: an unknown flag, or an argument that is not valid UTF-8.
     """
+    check_process(arguments)
     _check_flags(arguments)
     for argument in arguments:
         _check_override(argument)
@@ -118,20 +121,14 @@ def _check_flags(arguments: list[str]) -> None:
 
 def _readable(argument: str, sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
+    if key == "allow_targets":
+        return f"{key}=[{','.join(parse_permissions(value))}]"
     if not equals or not (key in FREE_TEXT or key.endswith(FREE_TEXT_SUFFIXES)):
         return argument
+    if literal_text.is_read_as_typed(argument):
+        return argument
     try:
-        override = OverridesParser.create().parse_overrides([argument])[0]
+        is_sweep = sweeping and OverridesParser.create().parse_overrides([argument])[0].is_sweep_override()
     except OverrideParseException:
-        return _quote(key, value)
-    parsed = override.value()
-    is_plain = (
-        parsed is None or isinstance(override._value, QuotedString) or (isinstance(parsed, str) and parsed == value)
-    )
-    is_sweep = sweeping and override.is_sweep_override()
-    return argument if is_plain or is_sweep else _quote(key, value)
-
-
-def _quote(key: str, value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value or value.endswith("\\") else value
-    return f"{key}='{escaped}'"
+        is_sweep = False
+    return argument if is_sweep else f"{key}={literal_text.quoted(value)}"

@@ -4,15 +4,15 @@ Hydra composes conf/ into this schema, so a wrong type is refused while composin
 a plain `Config`, and the tree goes no further.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from gpt2lab.atomic_files import write_text
 from gpt2lab.errors import InputError
@@ -30,6 +30,9 @@ from gpt2lab.settings import (
     TokenizerChoice,
 )
 from gpt2lab.student_shape import TEACHER_LAYERS
+from gpt2lab.utf8 import check_values
+from launch.configuration import literal_text
+from launch.configuration.targets import foreign_targets
 
 STUDY = "distill_study"  # the experiment that is a study of many runs
 
@@ -150,6 +153,7 @@ class Config:
     shard_teacher: bool | str = False
     plan: bool = False
     plan_memory: float | None = None
+    allow_targets: list[str] = field(default_factory=list)  # never stored: see launch/configuration/targets.py
 
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     hparams_search: SearchSettings = field(default_factory=SearchSettings)
@@ -161,6 +165,12 @@ class Config:
     def task_name(self) -> str:
         """pretrain, distill or finetune."""
         return self.record.groups["task"]
+
+    @property
+    def target_nodes(self) -> dict[str, Any]:
+        """Every object that is built from a `_target_`, by its place in the configuration."""
+        observers = {f"callbacks.{name}": node for name, node in self.callbacks.items() if node is not None}
+        return {"task": self.task, "data": self.data, **observers, **({"logger": self.logger} if self.logger else {})}
 
     @property
     def is_study(self) -> bool:
@@ -207,17 +217,21 @@ def typed(tree: DictConfig, hydra: Any, command: str) -> Config:
         hydra: that node; it knows which value each group has and what was given on the command line.
 
     Raises:
-        InputError: an interpolation leads nowhere or a value is missing.
+        InputError: an interpolation leads nowhere, a value is missing, or text is not valid UTF-8.
     """
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise InputError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
+    check_values(asdict(config))
+    config.allow_targets += foreign_targets(config.target_nodes)  # whoever composes them now permits them
     choices = hydra.runtime.choices.items()
     groups = {str(group): str(value) for group, value in choices if not str(group).startswith("hydra/")}
     sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else ""
-    config.record = Record(groups=groups, overrides=list(hydra.overrides.task), command=command, sweep=sweep)
+    as_typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    overrides = [str(override) for override in as_typed or []]
+    config.record = Record(groups=groups, overrides=overrides, command=command, sweep=sweep)
     return config
 
 
@@ -227,8 +241,10 @@ def save(config: Config, file: Path) -> None:
 
 
 def dumped(config: Config) -> str:
-    """The whole configuration as YAML; `parsed` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration as YAML, permissions excepted; `parsed` reads it back."""
+    values = asdict(config)
+    del values["allow_targets"]
+    return literal_text.to_yaml(values)
 
 
 def load(file: Path) -> Config:
@@ -244,14 +260,18 @@ def load(file: Path) -> Config:
 
 
 def parsed(text: str, where: str) -> Config:
-    """Read what `dumped` made.
+    """Read what `dumped` made. Its values are literal: nothing in them is interpolated, and none is a permission.
 
     Raises:
         InputError: unreadable, or of another shape.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    except (ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds {type(values).__name__}, not keys and values")
+        config = literal_text.typed_values(Config, {**values, "allow_targets": []})
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
+    check_values(values)
     return config

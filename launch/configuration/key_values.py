@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from gpt2lab.atomic_files import can_write
 from gpt2lab.errors import InputError
+from gpt2lab.utf8 import check_process
 from launch.configuration.spelling import nearest
 
 Arguments = TypeVar("Arguments")
@@ -40,8 +41,10 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
     """Turn `key=value` words into an arguments dataclass with str, bool, int and float fields.
 
     Raises:
-        InputError: a word without `=`, an unknown, repeated or missing key, a value of the wrong type or out of range.
+        InputError: a word without `=`, an unknown, repeated or missing key, a value of the wrong type or out of range,
+            or text that is not valid UTF-8.
     """
+    check_process(words)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for word in words:

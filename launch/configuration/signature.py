@@ -8,14 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2lab import settings
 from gpt2lab.errors import InputError
+from launch.configuration import literal_text
 from launch.configuration.spelling import nearest
+from launch.configuration.targets import OWN_PACKAGES
 
-OWN_PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -95,7 +95,7 @@ def typed_settings(kind: type, values: Any, where: str) -> Any:
         if key not in names:
             raise InputError(f"There is no key {where}.{key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+        return literal_text.typed_values(kind, values)
     except OmegaConfBaseException as error:
         key = f"{where}.{error.full_key}" if error.full_key else where
         given = values.get(str(error.full_key), values)

@@ -60,7 +60,7 @@ def measured_speed(sizes: RunSizes, config: Config, free: int | None) -> Speed:
         spec.write_text(
             json.dumps({"sizes": asdict(replace(sizes, rows=rows)), "optimizer": asdict(config.optimizer), **asked})
         )
-        command = [sys.executable, "-m", "launch.planning.speed", str(spec)]
+        command = [sys.executable, "-P", "-m", "launch.planning.speed", str(spec)]
         try:
             ended = subprocess.run(
                 command,

@@ -1,7 +1,6 @@
 """Build: from a Config to the objects of a run — data, module, callbacks, loggers, Trainer."""
 
 import hashlib
-import importlib
 import inspect
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
@@ -28,6 +27,7 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
 from launch.configuration.signature import typed_settings
 from launch.configuration.spelling import nearest
+from launch.configuration.targets import target_class
 from launch.running.rank_environment import is_rank
 from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
@@ -37,20 +37,19 @@ BLOCKS_OF_A_PASS = 12  # compiled as one graph, which takes some three seconds f
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
 
-def construct(node: dict[str, Any], where: str, supplied: dict[str, Any]) -> Any:
+def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permissions: list[str]) -> Any:
     """Call a node's `_target_` with its own keys and with those of `supplied` that it takes and does not state.
 
     A dictionary given for an argument that is a settings dataclass becomes that dataclass, typed.
 
+    Args:
+        permissions: the configuration's `allow_targets`.
+
     Raises:
-        InputError: no such class, unknown or missing keys, values of the wrong type.
+        InputError: no such class or not a permitted one, unknown or missing keys, values of the wrong type.
     """
-    target = str(node["_target_"])
-    module, _, name = target.rpartition(".")
-    try:
-        kind = vars(importlib.import_module(module))[name]
-    except (ModuleNotFoundError, KeyError, ValueError) as error:
-        raise InputError(f"{where}._target_={target}: there is no such class ({error}).") from error
+    kind = target_class(node, where, permissions)
+    target = node["_target_"]
     parameters = inspect.signature(kind).parameters
     own = {key: value for key, value in node.items() if key != "_target_"}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -95,7 +94,7 @@ def data_module(config: Config) -> Any:
     # A preset names its own columns and files; what was given on the command line goes before them.
     for key in set(given_keys(config.record.overrides)) & supplied.keys() & node.keys():
         del node[key]
-    return construct(node, "data", supplied)
+    return construct(node, "data", supplied, config.allow_targets)
 
 
 def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> TrainingSettings:
@@ -158,7 +157,7 @@ def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
         "context": config.context,
         "shard_teacher": config.shard_teacher is True,
     }
-    return construct(node, "task", supplied)
+    return construct(node, "task", supplied, config.allow_targets)
 
 
 def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.Callback]:
@@ -180,8 +179,8 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
         "on_spike": config.on_spike,
         "rank_timeout": config.rank_timeout + GRACE_SECONDS,
     }
-    nodes = {name: node for name, node in config.callbacks.items() if node is not None}
-    observers = [construct(node, f"callbacks.{name}", supplied) for name, node in nodes.items()]
+    nodes = {where: node for where, node in config.target_nodes.items() if where.startswith("callbacks.")}
+    observers = [construct(node, where, supplied, config.allow_targets) for where, node in nodes.items()]
     observers.append(SameSettings(hashlib.sha256(dumped(config).encode()).hexdigest()[:16]))
     if config.record.trial is None:
         return observers
@@ -194,7 +193,8 @@ def loggers(config: Config, folder: Path) -> list[Logger]:
     """metrics.csv always, then the chosen one. They are told the whole configuration."""
     chosen: list[Logger] = [MetricsCsv(str(folder))]
     if config.logger and config.logger["_target_"] != "callbacks.metrics_csv.MetricsCsv":
-        chosen.append(construct(config.logger, "logger", {"run_dir": str(folder), "group": config.record.sweep}))
+        supplied = {"run_dir": str(folder), "group": config.record.sweep}
+        chosen.append(construct(config.logger, "logger", supplied, config.allow_targets))
     for logger in chosen:
         logger.log_hyperparams(asdict(config))
     return chosen

@@ -20,17 +20,20 @@ class ClusterTask:
         folder: the working directory.
         output: file for what it prints.
         errors: file for its stderr, which may be the same.
+        allow_targets: permissions of who submits it, which a configuration as YAML does not hold.
     """
 
     settings: str
     folder: str
     output: str
     errors: str
+    allow_targets: list[str]
 
     @classmethod
     def of(cls, settings: Config, output: Path, errors: Path) -> Self:
         """For a run of this working directory."""
-        return cls(config.dumped(settings), str(Path.cwd()), str(output.absolute()), str(errors.absolute()))
+        files = str(output.absolute()), str(errors.absolute())
+        return cls(config.dumped(settings), str(Path.cwd()), *files, settings.allow_targets)
 
     def start(self, rank: int = 0, goes_on: bool = False) -> JobProcess:
         """Start it on this machine.
@@ -41,6 +44,7 @@ class ClusterTask:
         """
         os.chdir(self.folder)
         settings = config.parsed(self.settings, "handed over")
+        settings.allow_targets = self.allow_targets
         if settings.threads == "auto":  # of the machine this run has only what it asked for
             settings.threads = min(settings.launcher.cpus, len(slots.usable_cores()))
         if goes_on and settings.resume is None:

@@ -2,6 +2,7 @@
 
 python -m launch.running.job SPEC PARENT          a job of a sweep: SPEC is a config.yaml, PARENT whom it dies with;
                                                   --cores 0,1 keeps it and its ranks to these
+                                                  --allow-targets a,b.C hands on the permissions of who starts it
 python -m launch.running.job SPEC PARENT --rank   one rank of a run on several devices
 """
 
@@ -128,6 +129,7 @@ def _run_one_of_many(asked: Config, directory: RunDirectory) -> dict[str, Any]:
         meeting.tell(settings)
     else:
         settings = meeting.told()
+        settings.allow_targets = asked.allow_targets
         directory = RunDirectory(given=Path(settings.run_dir or ""))
         data, facts = _data_as_told(settings)
     with meeting.training(settings) as heartbeat:
@@ -212,7 +214,7 @@ def _fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> None:
     from callbacks.interrupt import StoppedNowError
 
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except StoppedNowError:
         raise answer.Ended(answer.INTERRUPTED, "Stopped at once, without saving.") from None
     except ExportError:
@@ -242,11 +244,12 @@ def _outcome(trainer: Any, folder: Path) -> dict[str, Any]:
     return {"watched_metric": watched, **report, "watched": float(metrics[watched]) if watched in metrics else None}
 
 
-def _run_rank(spec: Path) -> None:
+def _run_rank(spec: Path, allow_targets: list[str]) -> None:
     rank = int(os.environ["RANK"])
     heartbeat = Heartbeat(Folder(Path(os.environ[rank_environment.HEARTBEATS])), rank)
     noise.settle_noise(speaks=rank == 0)
     settings = config.load(spec)
+    settings.allow_targets = allow_targets
     from launch.running import ranks
 
     try:
@@ -276,11 +279,13 @@ def _run_rank(spec: Path) -> None:
         heartbeat.done()
 
 
-def _run_for_a_sweep(spec: Path) -> None:
+def _run_for_a_sweep(spec: Path, allow_targets: list[str]) -> None:
     """The sweep's process reads from beside the spec why its job failed."""
     told = spec.with_name(ERROR_FILE)
     try:
-        run_job(config.load(spec))
+        settings = config.load(spec)
+        settings.allow_targets = allow_targets
+        run_job(settings)
     except answer.Ended as ended:
         if ended.code in (answer.FAILED, answer.MISTAKE):  # of several ranks, which have told of it already
             told.write_text(ended.message.removeprefix("error: "), encoding="utf-8")
@@ -296,10 +301,9 @@ def _program(spec: str, parent: str, *flags: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, answer.SIGNALS)  # Ray blocks some in all that it starts
     if "--cores" in flags:  # before torch counts them
         os.sched_setaffinity(0, [int(core) for core in flags[flags.index("--cores") + 1].split(",")])
-    if "--rank" in flags:
-        _run_rank(Path(spec))
-    else:
-        _run_for_a_sweep(Path(spec))
+    permitted = flags[flags.index("--allow-targets") + 1] if "--allow-targets" in flags else ""
+    run = _run_rank if "--rank" in flags else _run_for_a_sweep
+    run(Path(spec), [target for target in permitted.split(",") if target])
 
 
 if __name__ == "__main__":

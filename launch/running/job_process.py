@@ -33,10 +33,12 @@ class JobProcess:
         self._spec = Path(self._scratch.name, "config.yaml")
         config.save(settings, self._spec)
         cores = [] if slot.cores is None else ["--cores", ",".join(map(str, slot.cores))]
+        allowed = ["--allow-targets", ",".join(settings.allow_targets)]  # the spec, as any stored one, holds none
         with ExitStack() as opened:
             stdout, stderr = (opened.enter_context(_appending(file)) for file in (output, errors or output))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launch.running.job", str(self._spec), str(os.getpid()), *cores],
+                # -P: a folder `callbacks` in the working directory must not take the place of this project's.
+                [sys.executable, "-P", "-m", "launch.running.job", str(self._spec), str(os.getpid()), *cores, *allowed],
                 env={**children.environment(), **slot.environment()},
                 stdout=stdout,
                 stderr=stderr,

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2lab.atomic_files import write_text
 from gpt2lab.run_report import read_report, watched_value
 from launch import answer
-from launch.configuration import checks, config
+from launch.configuration import checks, config, recorded_command
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import in_words, unread_keys, without
 from launch.running import children
@@ -123,6 +123,7 @@ def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
     settings = config.typed(tree, hydra, command=command_of(overrides))
+    recorded_command.put_values_in_place(settings)
     settings.run_dir = str(job.folder)
     return settings
 

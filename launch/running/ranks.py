@@ -211,7 +211,8 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
         "OMP_NUM_THREADS": str(settings.threads),
         "PYTHONPATH": children.environment()["PYTHONPATH"],
     }
-    arguments = ("-m", "launch.running.job", str(folder / "config.yaml"), str(os.getpid()), "--rank")
+    allowed = ("--allow-targets", ",".join(settings.allow_targets))
+    arguments = ("-P", "-m", "launch.running.job", str(folder / "config.yaml"), str(os.getpid()), "--rank", *allowed)
     context = start_processes(
         name="rank",
         entrypoint=sys.executable,

@@ -10,6 +10,7 @@ from launch.configuration import checks
 from launch.configuration import config as configuration
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import given_keys
+from launch.configuration.targets import check_targets
 from launch.running import run_folders
 from launch.running.resolve import weights_hash
 
@@ -26,7 +27,7 @@ MACHINE = (
 )
 CHANGEABLE: tuple[str, ...] = ("steps", "validate_every", "checkpoint_every", "sample_every", "log_every", "on_spike")
 CHANGEABLE += ("workers", "rank_timeout", "max_restarts", "cache_dir", *MACHINE)
-PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs")
+PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs", "allow_targets")
 
 
 def existing_folder(asked: Config) -> Path | None:
@@ -59,7 +60,8 @@ def taken_up(asked: Config, folder: Path | None) -> Config | None:
     configuration. Its `resume` is then None.
 
     Raises:
-        InputError: there is no whole checkpoint, or a change would alter the run's result.
+        InputError: there is no whole checkpoint, a change would alter the run's result, or the stored configuration
+            names a class that it may not build.
     """
     if folder is None:
         asked.resume = None
@@ -73,6 +75,8 @@ def taken_up(asked: Config, folder: Path | None) -> Config | None:
             asked.resume = None
             return None
     _check_changes(asked, stored, folder)
+    stored.allow_targets = asked.allow_targets
+    check_targets(stored.target_nodes, stored.allow_targets)
     for look in (checks.check_choices, checks.check_ranges, checks.check_counts_or_auto):
         look(asked)
     _check_teacher(stored)

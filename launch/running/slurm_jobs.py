@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,7 +150,8 @@ class SlurmJobs(ClusterJobs):
                 "Start this on a login node of the cluster, or try things out with launcher.executor=local."
             )
         super().__init__(at_once, logs)
-        self._folder = logs / "submitted"
+        logs.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="submitted-", dir=logs))  # a new one: submitit reads pickles there
         self._queue = SlurmQueue() if launcher.executor == "slurm" else None
 
     def submit(self, settings: Config, output: Path, errors: Path) -> SlurmJob:
@@ -226,7 +228,8 @@ def _local_parameters(launcher: LauncherSettings, machines: Machines) -> dict[st
 def _environment(is_here: bool) -> Iterator[None]:
     """What is submitted finds this project's modules, and here is deaf to the terminal's Ctrl-C, which this process
     hands on itself."""
-    changed = {"PYTHONPATH": children.environment()["PYTHONPATH"], "SUBMITIT_PREEMPT_SIGNAL": "USR2"}
+    search = {"PYTHONPATH": children.environment()["PYTHONPATH"], "PYTHONSAFEPATH": "1"}
+    changed = {**search, "SUBMITIT_PREEMPT_SIGNAL": "USR2"}
     previous = {key: os.environ.get(key) for key in changed}
     os.environ |= changed
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_here else None

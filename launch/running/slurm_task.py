@@ -3,7 +3,7 @@
 import os
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import submitit
@@ -48,6 +48,4 @@ class SlurmTask(ClusterTask):
 
     def checkpoint(self) -> submitit.core.utils.DelayedSubmission:
         """What submitit is to queue instead."""
-        return submitit.helpers.DelayedSubmission(
-            SlurmTask(self.settings, self.folder, self.output, self.errors, goes_on=True)
-        )
+        return submitit.helpers.DelayedSubmission(replace(self, goes_on=True))

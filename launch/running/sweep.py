@@ -19,13 +19,21 @@ from launch.configuration import config
 from launch.configuration.config import STUDY, Config
 from launch.configuration.groups import experiment_keys, values
 from launch.configuration.ignored_keys import given_keys, in_words, without
+from launch.configuration.literal_text import is_interpolated, override
 from launch.running import elsewhere, jobs, run_folders, slots, sweep_results
 from launch.running.job_process import LocalJobs
 from launch.running.job_queue import Executor, Listed, Proposal, Source, run_all
 from launch.running.jobs import Job
 
 # What may differ where a sweep goes on
-HOW = ("resume", "n_jobs", "max_restarts", "launcher", *(f"launcher.{key}" for key in vars(LauncherSettings())))
+HOW = (
+    "resume",
+    "n_jobs",
+    "max_restarts",
+    "allow_targets",
+    "launcher",
+    *(f"launcher.{key}" for key in vars(LauncherSettings())),
+)
 
 
 def run_grid(
@@ -183,7 +191,9 @@ def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, i
         raise InputError(f"{folder} holds a sweep and no study of a search ({STUDY_FILE}).\nPut it back, {cure}")
     for number, overrides in enumerate(combinations if is_grid else [], first):
         file = folder / str(number) / "config.yaml"
-        others = set(without(config.load(file).record.overrides, HOW)) - set(overrides) if file.is_file() else set()
+        interpolated = given_keys(filter(is_interpolated, overrides))  # these are compared once they are composed
+        stored = config.load(file).record.overrides if file.is_file() else []
+        others = set(without(stored, {*HOW, *interpolated})) - set(overrides)
         if others:
             raise InputError(
                 f"{folder} holds another sweep: its job {number} has {in_words(sorted(others))}.\n"
@@ -231,7 +241,7 @@ def _command_to_continue(folder: Path) -> str:
     """The command that was given, for the same folder."""
     own = ("hydra.sweep.dir=", "resume=")
     given = [argument for argument in sys.argv[1:] if not argument.startswith(own)]
-    return in_words(["python", "train.py", *given, f"hydra.sweep.dir={folder}", "resume=auto"])
+    return in_words(["python", "train.py", *given, override("hydra.sweep.dir", str(folder)), "resume=auto"])
 
 
 def _job_return(job: Job) -> JobReturn:

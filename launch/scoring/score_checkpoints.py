@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
 from launch.configuration.key_values import argument
+from launch.configuration.targets import parse_permissions
 from launch.noise import settle_library_noise, settle_noise
 from launch.scoring import compared_models, scored_data, zero_shot
 from launch.scoring.compared_models import NamedModel
@@ -53,6 +54,7 @@ class Arguments:
     precision: str = argument("number format of the matrix products", "fp32", choices=("fp32", "bf16"))
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
     cache_dir: str = argument("where prepared data lie; default: $GPT2LAB_CACHE, else ~/.cache/gpt2lab", "")
+    allow_targets: str = argument("packages whose classes the first run's stored data may be of: [mypkg,other]", "[]")
     seed: int = argument("of the drafts drawn to measure acceptance", 1337, at_least=0, at_most=2**63 - 1)
     json: str = argument("also write every figure and its standard error to this file", "")
     csv: str = argument("also write them as a table, a model a row", "")
@@ -139,7 +141,8 @@ def evaluate(arguments: Arguments) -> Results:
 def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[NamedModel]) -> "list[Config]":
     """Of each checkpoint; all mistakes that can be seen without loading a model are told here."""
     given = {key: vars(arguments)[key] for key in scored_data.GIVEN}
-    shared = scored_data.data_settings(arguments.data, given, checkpoints[0].folder, arguments.context)
+    permissions = parse_permissions(arguments.allow_targets)
+    shared = scored_data.data_settings(arguments.data, given, checkpoints[0].folder, arguments.context, permissions)
     positions = min(model.positions for model in checkpoints)
     shared.context = min(shared.context or positions, positions) if not arguments.context else arguments.context
     compared_models.check_context([*checkpoints, *others], shared.context)

@@ -41,7 +41,7 @@ class LeftOut:
         )
 
 
-def data_settings(data: str, given: dict[str, str], folder: Path, context: int) -> "Config":
+def data_settings(data: str, given: dict[str, str], folder: Path, context: int, permissions: list[str]) -> "Config":
     """The configuration that says which data to score: a run's own or conf/'s defaults, with what was given on top.
 
     Args:
@@ -49,15 +49,21 @@ def data_settings(data: str, given: dict[str, str], folder: Path, context: int) 
         given: values of `GIVEN`.
         folder: the Hugging Face folder of the checkpoint whose run counts.
         context: tokens of a window; 0: the run's own, else 0 remains.
+        permissions: what a run's own configuration may build besides this project's classes.
 
     Raises:
-        InputError: an unknown value of data, a file that is not there, or a key that the data do not read.
+        InputError: an unknown value of data, a file that is not there, a key that the data do not read, or a class that
+            is not permitted.
     """
     from launch.configuration import checks
     from launch.configuration.ignored_keys import unread_keys
+    from launch.configuration.targets import check_targets
 
     own = _run_config(folder)
     settings = own if own is not None and not data else _composed(data or "stdlib")
+    if settings is own:
+        settings.allow_targets = permissions
+        check_targets({"data": settings.data}, permissions)
     for key, value in given.items():
         if value:
             setattr(settings, key, value)

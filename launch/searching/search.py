@@ -269,6 +269,13 @@ class Search:
                 f"{folder} holds another search: it was asked for {_in_short(then - now)}, now for "
                 f"{_in_short(now - then)}.\nGive the command that it had, or another hydra.sweep.dir."
             )
+        stored = [one for trial in study.get_trials(deepcopy=False) for one in trial.user_attrs.get(CHOSEN, [])]
+        strange = [one for one in stored if not any(dimension.holds(one) for dimension in self._dimensions)]
+        if strange:  # of a folder from somebody else, whose overrides would count as this command line's own
+            raise InputError(
+                f"{self.file} has a trial with {strange[0]}, which this command does not search.\n"
+                "Give the command that it had, or another hydra.sweep.dir."
+            )
 
 
 def watched_metric(settings: Config) -> str:

@@ -52,6 +52,18 @@ class Dimension:
             value = trial.suggest_float(self.key, kind.low, kind.high, step=kind.step, log=kind.log)
         return f"{self.typed}={value}"
 
+    def holds(self, override: str) -> bool:
+        """Whether an override gives this key one of its values."""
+        key, _, text = override.partition("=")
+        if key != self.typed:
+            return False
+        if isinstance(self.distribution, CategoricalDistribution):
+            return text in map(str, self.distribution.choices)
+        try:
+            return math.isfinite(float(text))
+        except ValueError:
+            return False
+
     @property
     def examples(self) -> list[str]:
         """All choices, or one number of the range, as overrides."""

@@ -40,6 +40,7 @@ from launch import answer, noise
 from launch.configuration import config
 from launch.configuration.config import Config
 from launch.configuration.ignored_keys import in_words
+from launch.configuration.literal_text import override
 from launch.running import jobs, resolve, run_folders
 from launch.running.jobs import Job
 from launch.studying import study_plan, study_table
@@ -186,7 +187,7 @@ class Study:
     def _command(self) -> str:
         own = ("name=", "run_dir=", "resume=")
         given = [override for override in self.settings.record.overrides if not override.startswith(own)]
-        return f"python train.py {in_words(given)} run_dir={self.folder} resume=auto"
+        return f"python train.py {in_words([*given, override('run_dir', str(self.folder)), 'resume=auto'])}"
 
 
 def _composed(overrides: list[str]) -> DictConfig:

@@ -10,6 +10,7 @@ from launch.configuration.arguments import readable_by_hydra
 from launch.configuration.config import STUDY, Config
 from launch.configuration.groups import experiment_keys
 from launch.configuration.ignored_keys import given_keys, without
+from launch.configuration.literal_text import override
 
 # Keys that a study gives to its runs itself, with what the user says instead
 INSTEAD = {
@@ -123,7 +124,7 @@ def run_overrides(run: PlannedRun, config: Config, teacher: str, tokenizer: Toke
     if run.arm == Arm(SCRATCH, CE):
         own += ["task=pretrain", f"init={SCRATCH}", *_named(tokenizer)]
     else:
-        own += ["task=distill", f"init={run.arm.init}", f"teacher={teacher}"]
+        own += ["task=distill", f"init={run.arm.init}", override("teacher", teacher)]
         own += _without_teaching(config) if run.arm.learns_by == CE else []
     return [*without(shared_overrides(config), given_keys(own)), *readable_by_hydra(own)]
 
@@ -137,7 +138,7 @@ def _without_teaching(config: Config) -> list[str]:
 def _named(tokenizer: TokenizerChoice) -> list[str]:
     if tokenizer.kind == "bpe":
         return ["tokenizer=bpe", f"tokenizer.vocab_size={tokenizer.vocab_size}"]
-    return ["tokenizer=hub", f"tokenizer.source={tokenizer.source}"]
+    return ["tokenizer=hub", override("tokenizer.source", tokenizer.source)]
 
 
 def steps_in_the_same_time(steps: int, seconds: float, allowed: float) -> int:
