@@ -35,7 +35,7 @@ class ScheduleSettings:
     """`name` is wsd, cosine, linear or constant; the learning rate is a multiple of the optimizer's."""
 
     name: str
-    warmup_steps: int
+    warmup_steps: int | None  # None: 20, or half of a run of up to 20 steps
     final_fraction: float  # learning rate at the last step, as a fraction of the peak
     decay_fraction: float = 0.4  # wsd only: share of the steps spent decaying
 
