@@ -108,8 +108,8 @@ def softmax(logits: Tensor, temperature: float = 1.0) -> Distribution:
     if temperature != 1.0:
         logits = logits / temperature
     largest = logits.amax(1, keepdim=True)
-    scores = finite(logits - largest)
-    weights = scores.clamp_min(SMALLEST_LOG).exp()
+    scores = (logits - largest).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=RULED_OUT)
+    weights = scores.clamp_min(SMALLEST_LOG).exp_()
     return Distribution(scores, weights, weights.sum(1, keepdim=True), largest)
 
 

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from gpt2lab.divergences import Distribution, Divergence, divergence, softmax, universal_logit_distance
+from gpt2lab.divergences import SMALLEST_LOG, Distribution, Divergence, divergence, softmax, universal_logit_distance
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TopKTeacher
 
@@ -120,10 +120,13 @@ def _top_k_term(
     in that of the whole vocabulary all of them may underflow.
     """
     ids, logs = teacher  # (C, K), (C, K + 1)
-    others = softmax(student.scores.scatter(1, ids, ABSENT))  # (C, V)
-    classes = torch.cat([student.scores.gather(1, ids), others.log_normaliser], dim=1)  # (C, K + 1)
+    others = student.scores.scatter(1, ids, ABSENT)  # (C, V)
+    largest = others.amax(1, keepdim=True)  # (C, 1)
+    others = others.sub_(largest).clamp_min_(SMALLEST_LOG).exp_()
+    total = others.sum(1, keepdim=True)  # (C, 1)
+    classes = torch.cat([student.scores.gather(1, ids), largest + total.log()], dim=1)  # (C, K + 1)
     loss, gradient = distance(softmax(logs.to(classes.dtype)), softmax(classes))
-    return loss, (others.weights * (gradient[:, -1:] / others.total)).scatter_(1, ids, gradient[:, :-1])
+    return loss, others.mul_(gradient[:, -1:] / total).scatter_(1, ids, gradient[:, :-1])
 
 
 def _sampled_term(
