@@ -22,7 +22,8 @@ MATMUL_DTYPES = {
 class Throughput(lightning.Callback):
     """Counts target tokens over training time: waiting for data counts, validating, sampling and saving do not.
 
-    MFU counts the trained model's own FLOP, 6 N + 12 · L · D · T per token, over all devices' matrix-product peak.
+    MFU counts the trained model's own FLOP, 6 N + 12 · L · D · T per token with N without position embeddings, over all
+    devices' matrix-product peak.
     Stands first among the callbacks, so that the others' time after a step lies outside the clock.
     """
 
@@ -47,7 +48,8 @@ class Throughput(lightning.Callback):
         self._device = pl_module.device
         dtype = MATMUL_DTYPES.get(str(trainer.precision), torch.float32)
         self._peak = device.peak_flops(self._device, dtype, self.cache_dir) * trainer.world_size
-        self._parameters = sum(parameter.numel() for parameter in pl_module.backbone.parameters())
+        shape, whole = pl_module.backbone.shape, sum(weight.numel() for weight in pl_module.backbone.parameters())
+        self._parameters = whole - shape.n_positions * shape.n_embd  # position embeddings are added, not multiplied
         self._start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

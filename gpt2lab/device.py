@@ -42,7 +42,11 @@ GPU_PEAKS = {
 
 
 def flops_per_token(parameters: int, layers: int, width: int, length: int) -> float:
-    """Forward and backward FLOP of one token: 6 N + 12 · L · D · T (PaLM, appendix B)."""
+    """Forward and backward FLOP of one token: 6 N + 12 · L · D · T (PaLM, appendix B).
+
+    Args:
+        parameters: N without position embeddings, which no product multiplies; the token embeddings are the head's.
+    """
     return 6 * parameters + 12 * layers * width * length
 
 

@@ -30,14 +30,13 @@ from torch import Tensor
 from gpt2lab import metric_names as names
 from gpt2lab.acceptance import drawn_sums
 from gpt2lab.batch import IGNORE_INDEX
+from gpt2lab.divergences import finite
 from gpt2lab.teacher_signal import DenseTeacher, TopKTeacher
 
 LOGITS_OF_A_CHUNK = 2**25  # of one model; they take 64 MiB in bf16
 LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several more such matrices live at a time, in fp32
 LIKELIEST = 5
 CALIBRATION_BINS = 15
-# An entry ruled out by a logit of −inf: 0 · log 0 must be 0, and a KL that would be infinite stays a number.
-SMALLEST_LOG = -1e4
 
 STUDENT_CALIBRATION, TEACHER_CALIBRATION = "calibration_student", "calibration_teacher"  # names of (15,) sums
 OF_STUDENT = (names.VAL_LOSS, names.DISTILL_ENTROPY_STUDENT, STUDENT_CALIBRATION)
@@ -121,7 +120,7 @@ def chunk_sums(log_q: Tensor, log_p: Tensor, labels: Tensor, likeliest: Likelies
         likeliest: (C, 5) entries that student and teacher hold likeliest, best first; found here where not given.
     """
     best_q, best_p = likeliest if likeliest is not None else (_likeliest(log_q), _likeliest(log_p))
-    log_q, log_p = log_q.clamp_min(SMALLEST_LOG), log_p.clamp_min(SMALLEST_LOG)
+    log_q, log_p = finite(log_q), finite(log_p)  # 0 · log 0 is 0
     return {
         **dict(zip(OF_STUDENT, own_sums(log_q, labels, best_q[:, 0]), strict=True)),
         **dict(zip(OF_TEACHER, own_sums(log_p, labels, best_p[:, 0]), strict=True)),
@@ -130,27 +129,27 @@ def chunk_sums(log_q: Tensor, log_p: Tensor, labels: Tensor, likeliest: Likelies
     }
 
 
-def bucket_sums(log_q: Tensor, teacher: TopKTeacher, labels: Tensor, best_q: Tensor) -> Sums:
-    """As `chunk_sums`, from K entries of the teacher and one class for all others; without the teacher's loss.
+def bucket_sums(log_q: Tensor, ids: Tensor, logs: Tensor, labels: Tensor, best_q: Tensor) -> Sums:
+    """Sums of `chunk_sums`, from K entries of the teacher and one class for all others; without the teacher's loss.
 
     Args:
         log_q: (C, V) log-probabilities of the student.
+        ids, logs: (C, K) entries and (C, K + 1) log-probabilities of a TopKTeacher.
         labels: (C,) int64.
         best_q: (C, 5) entries that the student holds likeliest, best first.
     """
-    others = log_q.scatter(1, teacher.ids, -torch.inf).logsumexp(1, keepdim=True)  # (C, 1)
-    log_q_of_classes = torch.cat([log_q.gather(1, teacher.ids), others], dim=1).clamp_min(SMALLEST_LOG)  # (C, K + 1)
-    p = torch.cat([teacher.probabilities, teacher.tail.unsqueeze(1)], dim=1).to(log_q.dtype)
-    log_p = (p / p.sum(1, keepdim=True)).log().clamp_min(SMALLEST_LOG)  # float16 records miss a sum of 1 by rounding
-    is_label = torch.cat([teacher.ids == labels.unsqueeze(1), torch.ones_like(others, dtype=torch.bool)], dim=1)
+    others = log_q.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)  # (C, 1)
+    log_q_of_classes = finite(torch.cat([log_q.gather(1, ids), others], dim=1))  # (C, K + 1)
+    log_p = finite(logs.to(log_q.dtype).log_softmax(1))  # float16 records miss a sum of 1 by rounding
+    is_label = torch.cat([ids == labels.unsqueeze(1), torch.ones_like(others, dtype=torch.bool)], dim=1)
     class_of_label = is_label.to(torch.uint8).argmax(1)  # (C,) the first that holds it
     _, teacher_entropy, teacher_calibration = own_sums(log_p, class_of_label, torch.zeros_like(class_of_label))
     return {
-        **dict(zip(OF_STUDENT, own_sums(log_q.clamp_min(SMALLEST_LOG), labels, best_q[:, 0]), strict=True)),
+        **dict(zip(OF_STUDENT, own_sums(finite(log_q), labels, best_q[:, 0]), strict=True)),
         names.DISTILL_ENTROPY_TEACHER: teacher_entropy,
         TEACHER_CALIBRATION: teacher_calibration,
         **divergence_sums(log_q_of_classes, log_p),
-        **agreement_sums(best_q, teacher.ids[:, :LIKELIEST], log_q.dtype),
+        **agreement_sums(best_q, ids[:, :LIKELIEST], log_q.dtype),
     }
 
 
@@ -238,7 +237,8 @@ def _teacher_rows(
     if isinstance(teacher, DenseTeacher):
         hidden, head = teacher.hidden[kept], teacher.weight[:entries].to(dtype)  # (targets, Dt), (V, Dt)
         return lambda rows: (hidden[rows].to(dtype) @ head.T,)
-    return lambda rows: (teacher.ids[rows], teacher.probabilities[rows], teacher.tail[rows])
+    logs = teacher.class_logs
+    return lambda rows: (teacher.ids[rows], logs[rows])
 
 
 def _dense_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, uniforms: Tensor | None) -> Sums:
@@ -250,7 +250,8 @@ def _dense_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, unifo
 
 
 def _top_k_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, uniforms: Tensor | None) -> Sums:
-    return bucket_sums(_log_softmax(logits), TopKTeacher(*said), labels, _likeliest(logits))
+    ids, logs = said
+    return bucket_sums(_log_softmax(logits), ids, logs, labels, _likeliest(logits))
 
 
 CHUNKS = {DenseTeacher: _dense_chunk, TopKTeacher: _top_k_chunk}

@@ -8,8 +8,8 @@ The gradient of a loss L(q) is g = ∂L/∂q taken through the softmax: q · (g 
 as q does, so reverse KL, JSD, skew reverse KL, TVD and ULD teach a student little about what it rules out itself; begin
 with forward KL or skew KL.
 
-An entry whose probability is less than e^−87 of the likeliest one's (fp32's smallest normal number) counts as having
-that, so no loss is infinite where a teacher rules entries out.
+Logarithms come from the logits, never from the probabilities, so they are exact however small a probability is. A logit
+of −inf counts as 1e4 below the largest one, so a loss that is infinite there stays a number.
 """
 
 import math
@@ -23,6 +23,8 @@ from torch import Tensor
 from gpt2lab.settings import LossSettings
 from gpt2lab.sorted_difference import sorted_difference
 
+RULED_OUT = -1e4  # a logit of −inf, less the largest logit
+# The smallest exponent whose exponential is a normal fp32 number: below it a CPU's exp takes fifty times as long.
 SMALLEST_LOG = -87.0
 SMALLEST = math.exp(SMALLEST_LOG)
 # Divergences that draws from the teacher can estimate without bias: those linear in p
@@ -30,14 +32,15 @@ LINEAR_IN_TEACHER = ("forward_kl",)
 
 
 class Distribution(NamedTuple):
-    """Over the vocabulary, at each of C positions, in fp32 or more: probabilities are weights / total.
+    """Distribution over the vocabulary at each of C positions, in fp32 or more: probabilities are weights / total.
 
-    Kept apart, because a compiled loss that needs no normalised probability before its sums reads the logits once less.
+    Weights and total stay apart: a compiled loss that sums before it normalises reads the logits once less.
     """
 
-    scores: Tensor  # (C, V) logits less a constant
-    weights: Tensor  # (C, V) their exponentials
+    scores: Tensor  # (C, V) logits less the largest one, finite
+    weights: Tensor  # (C, V) their exponentials, at least e^−87
     total: Tensor  # (C, 1) sum of the weights
+    largest: Tensor | float = 0.0  # (C, 1) the largest logit
 
     @property
     def log(self) -> Tensor:
@@ -48,6 +51,15 @@ class Distribution(NamedTuple):
     def value(self) -> Tensor:
         """(C, V) probabilities."""
         return self.weights * (1 / self.total)
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """(C, 1) logsumexp of the logits."""
+        return self.largest + self.total.log()
+
+    def log_at(self, entries: Tensor) -> Tensor:
+        """(C, K) log-probabilities of the entries (C, K)."""
+        return self.scores.gather(1, entries) - self.total.log()
 
     def mean(self, of: Tensor) -> Tensor:
         """Expectation (C, 1) of what has a value at each entry (C, V)."""
@@ -75,9 +87,9 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
             # The endpoints are the limits that GKD defines; the formula itself would give 0 there.
             return {0.0: forward_kl, 1.0: reverse_kl}.get(loss.beta, partial(jensen_shannon, beta=loss.beta))
         case "skew_kl":
-            return partial(skew_kl, alpha=loss.alpha)
+            return partial(skew_kl, alpha=loss.alpha) if loss.alpha else forward_kl
         case "skew_reverse_kl":
-            return partial(skew_reverse_kl, alpha=loss.alpha)
+            return partial(skew_reverse_kl, alpha=loss.alpha) if loss.alpha else reverse_kl
         case "tvd":
             return total_variation
         case "taid":
@@ -90,12 +102,20 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
             raise ValueError(f"loss={loss.name}: no such divergence.")
 
 
-def softmax(logits: Tensor) -> Distribution:
-    """(C, V) → its softmax over the vocabulary. A logit further below the largest than fp32 can tell counts as that."""
+def softmax(logits: Tensor, temperature: float = 1.0) -> Distribution:
+    """Softmax of logits (C, V) / temperature over the vocabulary, computed in fp32 or more."""
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    scores = (logits - logits.amax(1, keepdim=True)).clamp_min(SMALLEST_LOG)
-    weights = scores.exp()
-    return Distribution(scores, weights, weights.sum(1, keepdim=True))
+    if temperature != 1.0:
+        logits = logits / temperature
+    largest = logits.amax(1, keepdim=True)
+    scores = (logits - largest).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=RULED_OUT)
+    weights = scores.clamp_min(SMALLEST_LOG).exp_()
+    return Distribution(scores, weights, weights.sum(1, keepdim=True), largest)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """Scores or log-probabilities with RULED_OUT in place of −inf; all other values unchanged."""
+    return scores.nan_to_num(nan=math.nan, posinf=math.inf, neginf=RULED_OUT)
 
 
 def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,13 @@ from transformers import GPT2LMHeadModel
 from gpt2lab.attention_habits import habits
 from gpt2lab.attention_spans import as_mask, document_bounds, positions_of, spans_of, visible
 from gpt2lab.batch import IGNORE_INDEX, Batch
+from gpt2lab.divergences import finite
 
 LIKELIEST = 5
 ROWS_OF_A_CHUNK = 64  # of which logits exist at a time
 LONGEST_STRIP = 512  # tokens whose figures are shown
 LONGEST_MAP = 192  # tokens whose attention is shown, and fewer where layers and heads are many:
 LARGEST_MAPS = 6_000_000  # weights in all, a byte each in the page
-SMALLEST_LOG = -1e4  # of a probability of 0, as in gpt2lab/distillation_metrics.py
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Expectations:
         values, entries = log_q.topk(min(LIKELIEST, log_q.shape[1]))  # (C, LIKELIEST)
         self.losses += (-of_label[:, 0]).tolist()
         self.ranks += (1 + (log_q > of_label).sum(1)).tolist()
-        self.entropies += (-(log_q.exp() * log_q.clamp_min(SMALLEST_LOG)).sum(1)).tolist()
+        self.entropies += (-(log_q.exp() * finite(log_q)).sum(1)).tolist()
         self.likeliest += [
             list(zip(row, chances, strict=True))
             for row, chances in zip(entries.tolist(), values.exp().tolist(), strict=True)
@@ -147,7 +147,7 @@ class Disagreement:
         """Take in log-probabilities (C, V) of teacher and model at the next C places and the tokens there (C,)."""
         self.expectations.add(log_p, labels)
         p, q = log_p.exp(), log_q.exp()
-        difference = log_p.clamp_min(SMALLEST_LOG) - log_q.clamp_min(SMALLEST_LOG)
+        difference = finite(log_p) - finite(log_q)
         self.kl += (p * difference).sum(1).tolist()
         self.tvd += ((p - q).abs().sum(1) / 2).tolist()
 

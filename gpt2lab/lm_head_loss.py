@@ -227,7 +227,8 @@ def _teacher_rows(
                 teacher.places[rows] >= 0,
             )
         case TopKTeacher():
-            return lambda rows: (teacher.ids[rows], teacher.probabilities[rows], teacher.tail[rows])
+            logs = teacher.class_logs
+            return lambda rows: (teacher.ids[rows], logs[rows])
         case SampledTeacher():
             return lambda rows: (teacher.ids[rows], teacher.entropy[rows])
         case None:

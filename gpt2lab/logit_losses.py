@@ -10,9 +10,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from gpt2lab.divergences import SMALLEST, Distribution, Divergence, divergence, softmax, universal_logit_distance
+from gpt2lab.divergences import SMALLEST_LOG, Distribution, Divergence, divergence, softmax, universal_logit_distance
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TopKTeacher
+
+ABSENT = -1e20  # in place of a logit: below every real one, and finite where no entry is left
 
 # (logits (C, V), labels (C,), kept (C,), what the teacher says, TAID's mixing) → sums; the logits become their gradient
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
@@ -44,10 +46,10 @@ def _hard_chunk(
     """Cross-entropy alone."""
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     student = softmax(logits)
-    cross_entropy, objective = _hard_losses(student, logits, safe_labels, hard)
+    cross_entropy, objective = _hard_losses(student, safe_labels, hard)
     sums = _sums(kept, objective, cross_entropy, torch.zeros_like(cross_entropy))
     if needs_gradient:
-        logits.copy_(_hard_gradient(student, logits, safe_labels, hard, 1.0).mul_(kept.unsqueeze(1)))
+        logits.copy_(_hard_gradient(student, safe_labels, hard, 1.0).mul_(kept.unsqueeze(1)))
     return sums
 
 
@@ -67,71 +69,64 @@ def _mixed_chunk(
     scale = temperature**2 if loss.scale_t2 else 1.0
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     student = softmax(logits)
-    tempered = student if temperature == 1.0 else softmax(logits / temperature)
+    tempered = student if temperature == 1.0 else softmax(logits, temperature)
     distance, gradient = SOFT_TERMS[teacher_kind](tempered, teacher, temperature, divergence(loss, mixing))
     distance = scale * distance
-    cross_entropy, hard_loss = _hard_losses(student, logits, safe_labels, hard)
+    cross_entropy, hard_loss = _hard_losses(student, safe_labels, hard)
     sums = _sums(kept, loss.hard_weight * hard_loss + soft_weight * distance, cross_entropy, distance)
     if needs_gradient:
         gradient = gradient * (soft_weight * scale / temperature)
         if loss.hard_weight:
-            gradient = gradient + _hard_gradient(student, logits, safe_labels, hard, loss.hard_weight)
+            gradient = gradient + _hard_gradient(student, safe_labels, hard, loss.hard_weight)
         logits.copy_(gradient.mul_(kept.unsqueeze(1)))
     return sums
 
 
-def _hard_losses(
-    student: Distribution, logits: Tensor, labels: Tensor, hard: CrossEntropySettings
-) -> tuple[Tensor, Tensor]:
+def _hard_losses(student: Distribution, labels: Tensor, hard: CrossEntropySettings) -> tuple[Tensor, Tensor]:
     """Cross-entropy (C,) as it is reported, and with label smoothing and z-loss as it is trained."""
-    cross_entropy = -student.log.gather(1, labels).squeeze(1)
+    cross_entropy = -student.log_at(labels).squeeze(1)
     trained = cross_entropy
     if hard.label_smoothing:
-        trained = (1 - hard.label_smoothing) * cross_entropy - hard.label_smoothing * student.log.mean(1)
+        mean_log = student.scores.mean(1) - student.total.log().squeeze(1)
+        trained = (1 - hard.label_smoothing) * cross_entropy - hard.label_smoothing * mean_log
     if hard.z_loss:
-        trained = trained + hard.z_loss * _log_normaliser(student, logits).square().squeeze(1)
+        trained = trained + hard.z_loss * student.log_normaliser.square().squeeze(1)
     return cross_entropy, trained
 
 
-def _hard_gradient(
-    student: Distribution, logits: Tensor, labels: Tensor, hard: CrossEntropySettings, weight: float
-) -> Tensor:
+def _hard_gradient(student: Distribution, labels: Tensor, hard: CrossEntropySettings, weight: float) -> Tensor:
     """weight · (q − (1 − ε) 1_y − ε / V + 2 c lse q), (C, V)."""
     gradient = student.value
     if hard.z_loss:
-        gradient = gradient * (1 + 2 * hard.z_loss * _log_normaliser(student, logits))
+        gradient = gradient * (1 + 2 * hard.z_loss * student.log_normaliser)
     if hard.label_smoothing:
         gradient = gradient - hard.label_smoothing / gradient.shape[1]
     return _subtract_at_labels(weight * gradient, labels, weight * (1 - hard.label_smoothing))
-
-
-def _log_normaliser(student: Distribution, logits: Tensor) -> Tensor:
-    """logsumexp of the logits (C, 1): logits − log q, the same at every entry."""
-    return logits[:, :1].to(student.log.dtype) - student.log[:, :1]
 
 
 def _dense_term(
     student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
 ) -> tuple[Tensor, Tensor]:
     (teacher_logits,) = teacher  # (C, V)
-    return distance(softmax(teacher_logits / temperature), student)
+    return distance(softmax(teacher_logits, temperature), student)
 
 
 def _top_k_term(
     student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """The divergence over K entries and one bucket for all others.
+    """Divergence over K entries and one bucket for all others, whose logit is the logsumexp of theirs.
 
-    The bucket's gradient reaches its entries in proportion to their share of it: its logit is their logsumexp.
+    The bucket's gradient reaches its entries in proportion to their share of it. They have a softmax of their own, for
+    in that of the whole vocabulary all of them may underflow.
     """
-    ids, probabilities, tail = teacher  # (C, K), (C, K), (C,)
-    others = student.weights.scatter(1, ids, 0.0)  # (C, V)
-    bucket = others.sum(1, keepdim=True).clamp_min(SMALLEST)  # (C, 1)
-    weights = torch.cat([student.weights.gather(1, ids), bucket], dim=1)  # (C, K + 1)
-    p = torch.cat([probabilities, tail.unsqueeze(1)], dim=1).to(weights.dtype).clamp_min(SMALLEST)
-    said = Distribution(p.log(), p, torch.ones_like(student.total))
-    loss, gradient = distance(said, Distribution(weights.log(), weights, student.total))
-    return loss, (others * (gradient[:, -1:] / bucket)).scatter_(1, ids, gradient[:, :-1])
+    ids, logs = teacher  # (C, K), (C, K + 1)
+    others = student.scores.scatter(1, ids, ABSENT)  # (C, V)
+    largest = others.amax(1, keepdim=True)  # (C, 1)
+    others = others.sub_(largest).clamp_min_(SMALLEST_LOG).exp_()
+    total = others.sum(1, keepdim=True)  # (C, 1)
+    classes = torch.cat([student.scores.gather(1, ids), largest + total.log()], dim=1)  # (C, K + 1)
+    loss, gradient = distance(softmax(logs.to(classes.dtype)), softmax(classes))
+    return loss, others.mul_(gradient[:, -1:] / total).scatter_(1, ids, gradient[:, :-1])
 
 
 def _sampled_term(
@@ -139,7 +134,7 @@ def _sampled_term(
 ) -> tuple[Tensor, Tensor]:
     """Forward KL estimated from draws: cross-entropy to the draws less the teacher's entropy."""
     ids, entropy = teacher  # (C, K), (C,)
-    loss = -student.log.gather(1, ids).mean(1) - entropy
+    loss = -student.log_at(ids).mean(1) - entropy
     share = torch.full_like(ids, -1.0 / ids.shape[1], dtype=student.value.dtype)
     return loss, student.value.scatter_add(1, ids, share)
 
@@ -149,7 +144,7 @@ def _aligned_term(
 ) -> tuple[Tensor, Tensor]:
     """ULD, the one divergence between two vocabularies; 0 where the teacher has no position that fits."""
     teacher_logits, matched = teacher  # (C, W), (C,)
-    return universal_logit_distance(softmax(teacher_logits / temperature), student, matched)
+    return universal_logit_distance(softmax(teacher_logits, temperature), student, matched)
 
 
 SOFT_TERMS = {

@@ -101,6 +101,11 @@ def parameters_of(shape: dict[str, Any]) -> int:
     return (shape["vocab_size"] + shape["n_positions"]) * width + shape["n_layer"] * block + 2 * width
 
 
+def multiplied_parameters(shape: dict[str, Any]) -> int:
+    """Number of parameters that a token is multiplied by, for FLOP: all but the position embeddings."""
+    return parameters_of(shape) - shape["n_positions"] * shape["n_embd"]
+
+
 def _check_weights(folder: Path) -> None:
     """The file of weights is there, and as long as its own header says; it is no adapter of another model."""
     if (folder / "adapter_config.json").is_file():  # transformers would load the model, and PEFT the module, it names

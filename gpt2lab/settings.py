@@ -35,7 +35,7 @@ class ScheduleSettings:
     """`name` is wsd, cosine, linear or constant; the learning rate is a multiple of the optimizer's."""
 
     name: str
-    warmup_steps: int
+    warmup_steps: int | None  # None: 20, or half of a run of up to 20 steps
     final_fraction: float  # learning rate at the last step, as a fraction of the peak
     decay_fraction: float = 0.4  # wsd only: share of the steps spent decaying
 
@@ -65,6 +65,12 @@ class LossSettings:
     hidden_cosine: float = 0.0
     hidden_mse: float = 0.0
 
+    @property
+    def is_reverse_kl(self) -> bool:
+        """Whether the divergence is Σ q log(q / p): infinite where a token has p = 0."""
+        limits = {"jsd": self.beta == 1, "skew_reverse_kl": self.alpha == 0}
+        return limits.get(self.name, self.name == "reverse_kl")
+
 
 @dataclass(unsafe_hash=True)
 class CrossEntropySettings:
@@ -82,7 +88,7 @@ class TeacherCacheSettings:
         name: none, topk or sampled.
         k: entries of a top-k record.
         tail: whether what all other entries have together counts; without it the k are scaled to sum to 1.
-        dtype: of a top-k record's probabilities, float16 or float32.
+        dtype: of a top-k record's log-probabilities, float16 or float32.
         n: draws of a sampled record.
         draw_seed: decides them, whatever the run's seed is.
     """

@@ -33,6 +33,7 @@ from gpt2lab.token_file import token_dtype
 LOGITS_AT_A_TIME = 2**24
 SAMPLES_OF_A_COMMIT = 256
 VALIDATION_ENTRIES = 64
+SMALLEST_STORED = -6e4  # logarithm of a probability: what float16 can hold
 
 
 class Samples(Protocol):
@@ -46,12 +47,15 @@ class Samples(Protocol):
 
 
 def record_type(settings: TeacherCacheSettings, vocab_size: int) -> np.dtype:
-    """One record. Below 65,537 vocabulary entries it takes 2 n + 2 bytes, or in float16 4 k + 4."""
+    """One record. Below 65,537 vocabulary entries it takes 2 n + 2 bytes, or in float16 4 k + 4.
+
+    Probabilities are stored as logarithms: float16 has no number between 0 and 6e-8.
+    """
     number = np.dtype(settings.dtype).newbyteorder("<")
     if settings.name == "sampled":
         return np.dtype([("ids", token_dtype(vocab_size), (settings.n,)), ("entropy", "<f2")])
-    ids, probabilities = ("ids", token_dtype(vocab_size), (settings.k,)), ("probabilities", number, (settings.k,))
-    return np.dtype([ids, probabilities, ("tail", "<f4")])
+    ids, logs = ("ids", token_dtype(vocab_size), (settings.k,)), ("logs", number, (settings.k,))
+    return np.dtype([ids, logs, ("tail_log", "<f4")])
 
 
 class CacheSide:
@@ -126,11 +130,12 @@ class CacheSide:
         ids = torch.from_numpy(found["ids"].astype(np.int64)).to(device)
         if self.settings.name == "sampled":
             return SampledTeacher(ids, torch.from_numpy(found["entropy"].astype(np.float32)).to(device))
-        probabilities = torch.from_numpy(found["probabilities"].astype(np.float32)).to(device)
-        tail = torch.from_numpy(found["tail"].astype(np.float32)).to(device)
-        if self.settings.tail:
-            return TopKTeacher(ids, probabilities, tail)
-        return TopKTeacher(ids, probabilities / probabilities.sum(1, keepdim=True), torch.zeros_like(tail))
+        logs = torch.from_numpy(np.column_stack([found["logs"].astype(np.float32), found["tail_log"]])).to(device)
+        if not self.settings.tail:
+            logs[:, -1] = -torch.inf
+            logs = logs.log_softmax(1)
+        p = logs.exp()  # (targets, K + 1)
+        return TopKTeacher(ids, p[:, :-1], p[:, -1], logs)
 
     def _map(self, part: str, dtype: str | np.dtype) -> np.ndarray:
         file = self._files[part]
@@ -150,14 +155,16 @@ class CacheSide:
             logits = (teacher.hidden[kept[part].to(head.device)] @ head.T).float()  # (C, V)
             log_p = logits.log_softmax(1)
             losses[part] = -log_p.gather(1, labels[kept[part]].unsqueeze(1).to(head.device)).squeeze(1).cpu().numpy()
-            p = log_p.exp_() if temperature == 1.0 else (logits / temperature).softmax(1)
+            if temperature != 1.0:
+                log_p = (logits / temperature).log_softmax(1)
             if self.settings.name == "sampled":
+                p = log_p.exp_()
                 records["ids"][part] = draws(p, self.settings.n, numbers[part], self.settings.draw_seed).cpu()
                 records["entropy"][part] = torch.special.entr(p).sum(1).cpu()
             else:
-                top, ids = p.topk(self.settings.k)  # (C, K)
-                records["ids"][part], records["probabilities"][part] = ids.cpu(), top.cpu()
-                records["tail"][part] = p.scatter_(1, ids, 0.0).sum(1).cpu()
+                top, ids = log_p.topk(self.settings.k)  # (C, K)
+                records["ids"][part], records["logs"][part] = ids.cpu(), top.clamp_min(SMALLEST_STORED).cpu()
+                records["tail_log"][part] = log_p.scatter_(1, ids, -torch.inf).logsumexp(1).cpu()
         return records, losses
 
 

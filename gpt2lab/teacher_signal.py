@@ -3,6 +3,7 @@
 Shapes: N positions, Dt the teacher's hidden width, V vocabulary, K stored entries of one position.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +20,30 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """The K most likely entries, taken at the loss's temperature, and what all others have together."""
+    """The K most likely entries at the loss's temperature, and the probability of all others together.
+
+    Without `logs` a probability of 0 counts as the smallest number of its dtype.
+    """
 
     ids: Tensor  # (N, K) int64, no entry twice in a row
     probabilities: Tensor  # (N, K)
     tail: Tensor  # (N,) probability of all other entries; 0 where the K were scaled to sum to 1
+    logs: Tensor | None = None  # (N, K + 1) log-probabilities of the K and of all others, exact where those underflow
+
+    @property
+    def class_logs(self) -> Tensor:
+        """(N, K + 1) log-probabilities of the K entries and of all others together; −inf where these have none."""
+        if self.logs is not None:
+            return self.logs
+        given = torch.finfo(self.probabilities.dtype)
+        top = self.probabilities.to(torch.promote_types(torch.float32, self.probabilities.dtype)).log()  # (N, K)
+        tail = self.tail.to(top.dtype).clamp_min(0).log().unsqueeze(1)  # (N, 1)
+        return torch.cat([top.clamp_min(math.log(given.tiny) + math.log(given.eps)), tail], dim=1)
+
+    def select(self, rows: slice) -> "TopKTeacher":
+        """The teacher at these positions only."""
+        logs = self.logs[rows] if self.logs is not None else None
+        return TopKTeacher(self.ids[rows], self.probabilities[rows], self.tail[rows], logs)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class Distill(LanguageModel):
         shard_teacher: bool = False,
     ) -> None:
         super().__init__(training)
+        if cached and cached.name == "topk" and not cached.tail and loss.is_reverse_kl:
+            raise InputError(
+                f"loss={loss.name} is infinite where the teacher has probability 0, as with teacher_cache.tail=false.\n"
+                "Use teacher_cache.tail=true, or another loss."
+            )
         self.teacher_source = teacher
         self.loss_settings = loss
         self.preflight = preflight

@@ -4,6 +4,7 @@ Each look gives a sentence on what is wrong, or nothing. Under FSDP every rank m
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.device import exact_dtype
+from gpt2lab.divergences import finite
 from gpt2lab.errors import InputError
 from gpt2lab.lm_head_loss import lm_head_loss
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
@@ -143,9 +145,9 @@ def _teacher_loss(distill: Any, batch: Batch, signal: TeacherSignal) -> tuple[Te
     if len(signal.ids) != len(targets):
         return torch.zeros(()), len(signal.ids)
     hit = signal.ids == targets.unsqueeze(1)  # (targets, K)
-    others = max(len(distill.tokenizer) - signal.ids.shape[1], 1)
-    of_label = torch.where(hit.any(1), (signal.probabilities * hit).sum(1), signal.tail / others)
-    return -of_label.clamp_min(1e-30).log().sum(), len(targets)
+    others, logs = max(len(distill.tokenizer) - signal.ids.shape[1], 1), finite(signal.class_logs)
+    of_label = torch.where(hit.any(1), (logs[:, :-1] * hit).sum(1), logs[:, -1] - math.log(others))
+    return -of_label.sum(), len(targets)
 
 
 def _gradient(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
@@ -161,8 +163,7 @@ def _gradient(distill: Any, batch: Batch, signal: TeacherSignal) -> str:
     elif isinstance(signal, DenseTeacher):
         signal = DenseTeacher(signal.hidden[targets].float(), signal.weight.float())
     elif isinstance(signal, TopKTeacher):
-        few = slice(len(targets))
-        signal = TopKTeacher(signal.ids[few], signal.probabilities[few], signal.tail[few])
+        signal = signal.select(slice(len(targets)))
     masked = labels[targets].clone()
     masked[::2] = IGNORE_INDEX  # half of them count as padding
 

@@ -11,6 +11,7 @@ from conftest import ROOT, Train, environment
 from test_startup_imports import HEAVY
 
 # arguments → words that the answer must hold
+WITHOUT_TAIL = "task=distill teacher_cache=topk teacher_cache.tail=false"
 BEFORE_ANY_IMPORT = [
     ("modle=small", "no key modle (did you mean model?)"),
     ("+modle=small", "no key modle (did you mean model?)"),
@@ -122,6 +123,17 @@ BEFORE_ANY_IMPORT = [
     ("tokenizer.source=gpt2", "tokenizer=auto does not read tokenizer.source"),
     ("optimizer=adamw optimizer.momentum=0.9", "optimizer=muon reads it"),
     ("schedule=cosine schedule.decay_fraction=0.3", "schedule=wsd reads it"),
+    ("steps=10 schedule.warmup_steps=10", "schedule.warmup_steps=9, more steps"),
+    ("steps=10 schedule=constant schedule.warmup_steps=20", "schedule.warmup_steps=20 is not less than steps=10"),
+    ("steps=10 schedule=cosine schedule.warmup_steps=11", "schedule.warmup_steps=11 is not less than steps=10"),
+    ("steps=10 schedule=linear schedule.warmup_steps=10", "no step would follow the warm-up"),
+    ("steps=100 experiment=gpt2_124m_fineweb", "schedule.warmup_steps=700 is not less than steps=100"),
+    ("schedule.warmup_steps=0.1", "schedule.warmup_steps=0.1 is not a whole number"),
+    ("steps=100 schedule.warmup_steps=50 schedule.decay_fraction=0.8", "take 130 steps together"),
+    ("schedule.decay_fraction=0", "leaves no step to fall to schedule.final_fraction=0.05"),
+    (f"{WITHOUT_TAIL} loss=reverse_kl", "teacher_cache.tail=false with loss=reverse_kl"),
+    (f"{WITHOUT_TAIL} loss=jsd loss.beta=1", "reverse KL is infinite"),
+    (f"{WITHOUT_TAIL} loss=skew_reverse_kl loss.alpha=0", "jsd with loss.beta below 1"),
     ("callbacks=minimal sample_every=5", "callbacks=minimal does not read sample_every"),
     ("resume=auto", "name="),
 ]

@@ -137,6 +137,16 @@ def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path,
     assert report["peak_memory_bytes"] > 100e6
 
 
+def test_mfu_counts_no_position_embeddings(plain, cache):
+    module, peak = plain[1], device.peak_flops(torch.device("cpu"), torch.float32, cache)
+    transformer, shape = module.backbone.lm.transformer, module.backbone.shape
+    multiplied = sum(weight.numel() for weight in transformer.parameters()) - transformer.wpe.weight.numel()
+    flop = 6 * multiplied + 12 * shape.n_layer * shape.n_embd * 32  # of windows of 32 tokens
+    speeds, shares = (series(read_metrics(plain[0]), name) for name in ("tokens_per_second", "mfu"))
+    for (step, speed), (_, mfu) in zip(speeds, shares, strict=True):
+        assert mfu == pytest.approx(speed * flop / peak, rel=1e-5), step
+
+
 def test_flops_of_a_token_are_six_per_parameter_and_those_of_attention():
     assert device.flops_per_token(124_439_808, 12, 768, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
 

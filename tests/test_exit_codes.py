@@ -179,6 +179,13 @@ def test_a_continued_run_keeps_to_its_new_intervals(tiny: list[str], train_here:
     assert Path("runs/pretrain/mine/checkpoints/step-000005.ckpt").is_file()
 
 
+def test_a_shortened_run_still_ends_after_its_warm_up(tiny: list[str], train_here: Train):
+    assert train_here(*tiny, "name=mine", "steps=6", "schedule.warmup_steps=4").code == 0
+    answer = train_here("resume=runs/pretrain/mine", "steps=4")
+    assert answer.code == 2
+    assert "schedule.warmup_steps=4 is not less than steps=4" in answer.stderr
+
+
 def test_a_run_whose_data_have_changed_is_not_continued(tiny: list[str], train_here: Train, sources: Path):
     shutil.copytree(sources, "text")
     assert train_here(*tiny, "path=text", "name=mine", "steps=2").code == 0

@@ -1,5 +1,6 @@
 """Optimizers and schedules: Muon against PyTorch's own, the split of parameters, learning-rate curves."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -121,6 +122,33 @@ def test_schedules_warm_up_peak_and_end_where_they_say(name: str) -> None:
     if name == "wsd":
         assert curve[74] == 1.0
         assert curve[77] < 1.0
+
+
+@pytest.mark.parametrize("decay", [1, 2, 5])
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_every_decay_ends_at_its_final_fraction(name: str, decay: int, cut: bool) -> None:
+    steps = 40
+    warmup = (
+        steps - decay if cut or name != "wsd" else 10
+    )  # the decay is what the warm-up leaves, or a share of the run
+    schedule = ScheduleSettings(name, warmup, final_fraction=0.1, decay_fraction=0.9 if cut else decay / steps)
+    curve = [learning_rate_factor(step, steps, schedule) for step in range(steps)]
+    assert curve[-1] == 0.1, "exactly"
+    assert curve[warmup - 1 : steps - decay] == [1.0] * (steps - decay - warmup + 1)
+    assert curve[steps - decay] == (1.0 if decay > 1 else 0.1)
+    assert all(a > b for a, b in pairwise(curve[steps - decay :]))
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 20, 21, 25, 300])
+def test_by_default_a_run_of_any_length_peaks_and_decays(name: str, steps: int) -> None:
+    schedule = ScheduleSettings(name, warmup_steps=None, final_fraction=0.1)
+    curve = [learning_rate_factor(step, steps, schedule) for step in range(steps)]
+    assert curve[-1] == (1.0 if name == "constant" else 0.1)
+    assert steps == 1 or max(curve) == 1.0
+    if steps > 20:
+        assert curve == [learning_rate_factor(step, steps, replace(schedule, warmup_steps=20)) for step in range(steps)]
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_a_schedule() -> None:

@@ -24,6 +24,7 @@ from gpt2lab.settings import (
     ModelShape,
     OptimizerSettings,
     ScheduleSettings,
+    TeacherCacheSettings,
     TextMetricSettings,
     TrainingSettings,
 )
@@ -139,6 +140,14 @@ def fit(
 
 def flat_weights(module: LanguageModel) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.backbone.parameters()])
+
+
+@pytest.mark.parametrize("loss", [LossSettings("reverse_kl"), LossSettings("jsd", beta=1.0)])
+def test_reverse_kl_takes_no_cache_without_its_tail(tokenizer_folder, loss) -> None:
+    cached = TeacherCacheSettings("topk", tail=False)
+    with pytest.raises(InputError, match="tail=true"):
+        Distill(settings(tokenizer_folder), "teacher", loss, cached=cached)
+    Distill(settings(tokenizer_folder), "teacher", LossSettings("jsd"), cached=cached)
 
 
 def test_training_learns_to_count(tokenizer_folder) -> None:

@@ -123,7 +123,7 @@ def test_one_tokenizer_for_both_is_a_warning(
     train_here: Train, tiny: list[str], teacher: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = [key for key in tiny if not key.startswith("vocab_size")]
-    keys += [*STEPS, "steps=1", *ULD, f"teacher={teacher}", "preflight=warn"]
+    keys += [*STEPS, "steps=1", "schedule.warmup_steps=0", *ULD, f"teacher={teacher}", "preflight=warn"]
     done = train_here(*keys, "tokenizer=hub", f"tokenizer.source={teacher}")
     assert done.code == 0, done.stderr
     assert "loss=forward_kl teaches more" in done.stderr + caplog.text
@@ -132,7 +132,16 @@ def test_one_tokenizer_for_both_is_a_warning(
 def test_a_student_cut_out_of_its_teacher_has_its_tokenizer(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path
 ) -> None:
-    keys = [*tiny, *STEPS, "steps=1", *ULD, f"teacher={teacher}", "init=teacher_layers", "preflight=warn"]
+    keys = [
+        *tiny,
+        *STEPS,
+        "steps=1",
+        "schedule.warmup_steps=0",
+        *ULD,
+        f"teacher={teacher}",
+        "init=teacher_layers",
+        "preflight=warn",
+    ]
     keys += ["model.n_head=1"]
     done = train_here(*keys, "run_dir=run")
     assert done.code == 0, done.stderr
@@ -160,7 +169,7 @@ def refused(train_here: Train, teacher: str, *words: str) -> str:
 def test_any_other_loss_shows_the_first_tokens_that_differ(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path, loss: str
 ) -> None:
-    assert train_here(*tiny, *STEPS, "steps=1", "run_dir=student").code == 0
+    assert train_here(*tiny, *STEPS, "steps=1", "schedule.warmup_steps=0", "run_dir=student").code == 0
     keys = [*tiny, *STEPS, "task=distill", f"loss={loss}", f"teacher={teacher}", "tokenizer=bpe"]
     told = refused(train_here, teacher, *keys)
     assert repr(first_difference(teacher, tmp_path / "student")) in told
@@ -178,14 +187,14 @@ def test_a_teacher_of_the_same_size_with_other_tokens_is_refused_too(
     keys = [*tiny, *STEPS, "task=distill", f"teacher={tmp_path / 'other'}", "tokenizer=bpe"]
     told = refused(train_here, teacher, *keys)
     assert "number tokens differently" in told
-    assert train_here(*tiny, *STEPS, "steps=1", "run_dir=student").code == 0
+    assert train_here(*tiny, *STEPS, "steps=1", "schedule.warmup_steps=0", "run_dir=student").code == 0
     assert repr(first_difference(str(tmp_path / "other"), tmp_path / "student")) in told
 
 
 def test_evaluate_shows_the_first_tokens_that_differ(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path, monkeypatch, capfd
 ) -> None:
-    assert train_here(*tiny, *STEPS, "steps=1", "run_dir=student").code == 0
+    assert train_here(*tiny, *STEPS, "steps=1", "schedule.warmup_steps=0", "run_dir=student").code == 0
     for first, second in ((str(tmp_path / "student"), teacher), (teacher, str(tmp_path / "student"))):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", f"checkpoint={first}", f"teacher={second}"])
         capfd.readouterr()

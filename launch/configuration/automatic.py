@@ -16,7 +16,7 @@ from gpt2lab import fp8
 from gpt2lab.device import resident_memory_bytes
 from gpt2lab.errors import InputError
 from gpt2lab.memory_plan import largest_that_fits
-from gpt2lab.model_folder import parameters_of
+from gpt2lab.model_folder import multiplied_parameters
 from launch.configuration import checks, device_memory, sharding_checks
 from launch.configuration.config import Config
 from launch.planning.free_memory import free_bytes
@@ -107,7 +107,7 @@ def compile_pays(config: Config, vocab_size: int) -> bool:
 
 def _saves_time(config: Config, vocab_size: int) -> bool:
     tokens = config.steps * config.rows_of_a_step * config.context
-    work = 6 * parameters_of({**vars(config.model), "vocab_size": vocab_size}) * tokens
+    work = 6 * multiplied_parameters({**vars(config.model), "vocab_size": vocab_size}) * tokens
     return work / (GPU_FLOPS * int(config.devices)) * COMPILE_GAIN > COMPILE_SECONDS
 
 

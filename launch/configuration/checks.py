@@ -46,6 +46,7 @@ def check(config: Config) -> None:
     check_choices(config)
     check_ranges(config)
     check_counts_or_auto(config)
+    check_schedule(config)
     check_sweep_only(config)
     cluster.check(config)
     wanted_machines.check(config)
@@ -146,6 +147,30 @@ def check_counts_or_auto(config: Config) -> None:
         value = value_of(config, key)
         if value != "auto" and not (isinstance(value, int) and 1 <= value <= most):
             raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1 and at most {most}.")
+
+
+def check_schedule(config: Config) -> None:
+    """The learning rate reaches its peak before the last step, and its end at the last step."""
+    schedule, steps, warmup = config.schedule, config.steps, config.schedule.warmup_steps
+    if warmup is not None and warmup >= steps:
+        raise InputError(
+            f"schedule.warmup_steps={warmup} is not less than steps={steps}: no step would follow the warm-up.\n"
+            f"Give at most schedule.warmup_steps={steps - 1}, more steps, or null for the default."
+        )
+    if schedule.name != "wsd":
+        return
+    if schedule.decay_fraction == 0 and schedule.final_fraction < 1:
+        raise InputError(
+            f"schedule.decay_fraction=0 leaves no step to fall to schedule.final_fraction={schedule.final_fraction}.\n"
+            "Give schedule.decay_fraction greater than 0, or schedule=constant."
+        )
+    wanted = (warmup or 0) + round(steps * schedule.decay_fraction)
+    if warmup and wanted > steps and "schedule.decay_fraction" in given_keys(config.record.overrides):
+        raise InputError(
+            f"schedule.warmup_steps={warmup} and schedule.decay_fraction={schedule.decay_fraction:g} take {wanted} "
+            f"steps together, more than steps={steps}.\n"
+            f"Lower one of them (schedule.decay_fraction to {1 - warmup / steps:.2g} or less), or give more steps."
+        )
 
 
 def check_sweep_only(config: Config) -> None:

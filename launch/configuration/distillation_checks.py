@@ -40,6 +40,14 @@ def check_teacher_cache(config: Config) -> None:
             "loss=mse compares every logit, and teacher_cache=topk keeps only some.\n"
             "Use another loss, or teacher_cache=none."
         )
+    if mode == "topk" and not config.teacher_cache.tail and loss.is_reverse_kl:
+        limit = {"jsd": f" loss.beta={loss.beta:g}", "skew_reverse_kl": f" loss.alpha={loss.alpha:g}"}
+        raise InputError(
+            f"teacher_cache.tail=false with loss={loss.name}{limit.get(loss.name, '')}: reverse KL is infinite where "
+            "the teacher has probability 0, as it then has beyond its k entries.\n"
+            "Use teacher_cache.tail=true, or another loss: forward_kl, jsd with loss.beta below 1, skew_kl, "
+            "skew_reverse_kl with loss.alpha above 0, tvd, taid."
+        )
 
 
 def check_sequences(config: Config) -> None:

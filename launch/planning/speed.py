@@ -19,8 +19,9 @@ from gpt2lab.backbone import Backbone
 from gpt2lab.device import flops_per_token, named_device, resident_memory_bytes, synchronize
 from gpt2lab.host_memory import keep_freed_memory
 from gpt2lab.lm_head_loss import lm_head_loss
-from gpt2lab.memory_parts import RunSizes, parameters
+from gpt2lab.memory_parts import RunSizes
 from gpt2lab.memory_plan import largest_that_fits, memory_plan
+from gpt2lab.model_folder import multiplied_parameters
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings
 from gpt2lab.teacher import TEACHER_DTYPES
@@ -85,9 +86,10 @@ def measured_speed(sizes: RunSizes, config: Config, free: int | None) -> Speed:
 
 def affordable_rows(sizes: RunSizes, flop: float) -> int:
     """Sequences of the largest micro-batch whose measuring takes so much work at most; 0: not even one."""
-    of_a_token = flops_per_token(parameters(sizes.shape), sizes.shape.n_layer, sizes.shape.n_embd, sizes.length)
+    shape = sizes.shape
+    of_a_token = flops_per_token(multiplied_parameters(vars(shape)), shape.n_layer, shape.n_embd, sizes.length)
     if sizes.teacher:
-        of_a_token += 2 * parameters(sizes.teacher)
+        of_a_token += 2 * multiplied_parameters(vars(sizes.teacher))
     return min(int(flop / (of_a_token * sizes.length * (1 + STEPS))), sizes.rows)
 
 

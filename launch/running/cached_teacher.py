@@ -30,7 +30,7 @@ from launch.configuration.config import Config
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; another number makes every cache anew
+FORMAT = 3  # of the files; another number makes every cache anew
 
 
 def fill(settings: Config, data: Any, facts: DataFacts) -> None:

@@ -83,6 +83,8 @@ def taken_up(asked: Config, folder: Path | None) -> Config | None:
     changed = {key.split(".")[0] for key in given_keys(asked.record.overrides)} & set(CHANGEABLE)
     for key in changed:
         setattr(stored, key, vars(asked)[key])
+    if "steps" in changed:
+        checks.check_schedule(stored)
     if changed & set(MACHINE):
         stored.record.world_size = 0  # the machine changes, so what was chosen for it is chosen anew
         for key in {"micro_batch", "threads", "checkpoint_format", "shard_teacher"} - changed:
