@@ -24,6 +24,7 @@ from gpt2lab.checkpoint_ledger import (
     scratch_file,
 )
 from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.metrics_file import drop_metrics_after
 from gpt2lab.sharded_checkpoint import is_sharded, read_whole
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,11 @@ class Checkpoint(lightning.Callback):
         trainer.strategy.checkpoint_io = StreamingCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self.saved_step = trainer.global_step
+        # A validation that is made up for changes what a checkpoint keeps, so its step is saved again.
+        self.saved_step = -1 if pl_module.validation_is_due else trainer.global_step
         if trainer.is_global_zero:
             drop_after(self.run_dir, trainer.global_step)
+            drop_metrics_after(self.run_dir, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -70,10 +73,16 @@ class Checkpoint(lightning.Callback):
             with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
                 self._save(trainer, pl_module)
 
+    def save_if_due(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save where the run is stopped in a validation; every rank must call it."""
+        if self._is_due(trainer):
+            self._save(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """The last export is proven; also where a run taken up again had nothing left to train."""
         folder = self.run_dir / "hf"
-        if not trainer.is_global_zero or trainer.global_step < trainer.max_steps or not folder.exists():
+        is_over = trainer.global_step >= trainer.max_steps and not pl_module.validation_is_due
+        if not trainer.is_global_zero or not is_over or not folder.exists():
             return
         if self.verify_export:
             model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()

@@ -41,7 +41,8 @@ class Report(lightning.Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         ended = "pruned" if _is_pruned(trainer) else "stopped"
-        self._write(trainer, pl_module, "finished" if trainer.global_step >= trainer.max_steps else ended)
+        is_over = trainer.global_step >= trainer.max_steps and not pl_module.validation_is_due
+        self._write(trainer, pl_module, "finished" if is_over else ended)
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         if not self._has_trained and read_report(self.run_dir):

@@ -15,8 +15,7 @@ STEP = "step"
 class MetricsFile:
     """Appends rows; values that come later for the newest step join its row.
 
-    In a run that was taken up again the first row written drops the rows of its step and beyond, which the earlier
-    process had left there.
+    In a resumed run the first write drops the rows of later steps, which the earlier process left there.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -30,7 +29,7 @@ class MetricsFile:
         """Write `metrics` of `step`. Steps never decrease within one process."""
         values = {name: _number(float(value)) for name, value in metrics.items()}
         if not self._open:
-            self._take_up(step)
+            self._resume_at(step)
         if self._row.get(STEP) != str(step):
             self._row = {STEP: str(step)}
             self._row_start = self.path.stat().st_size if self.path.exists() else 0
@@ -43,12 +42,15 @@ class MetricsFile:
                 file.write(_line(self._row, self.columns))
                 file.truncate()
 
-    def _take_up(self, step: int) -> None:
+    def _resume_at(self, step: int) -> None:
         self._open = True
-        rows = [row for row in read_metrics(self.path.parent) if int(row[STEP]) < step]
+        rows = [row for row in read_metrics(self.path.parent) if int(row[STEP]) <= step]
         self.columns = list(rows[0]) if rows else []
         if self.path.exists():
             self._rewrite(rows)
+        if rows and int(rows[-1][STEP]) == step:
+            self._row = {name: value for name, value in rows[-1].items() if value}
+            self._row_start = self.path.stat().st_size - len(_line(self._row, self.columns))
 
     def _add_columns(self) -> None:
         rows = [row for row in read_metrics(self.path.parent) if row[STEP] != self._row[STEP]]
@@ -71,6 +73,13 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, str]]:
     whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     rows = list(csv.reader(whole_lines))
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdigit()]
+
+
+def drop_metrics_after(run_dir: str | Path, step: int) -> None:
+    """Remove the rows of steps after `step`, from which a run is resumed; a crash may have cut the last one short."""
+    file = MetricsFile(run_dir)
+    if file.path.exists():
+        file._resume_at(step)
 
 
 def series(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
