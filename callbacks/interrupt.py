@@ -1,8 +1,8 @@
 """Interrupt: ends a run in good order on a signal or at another callback's request.
 
-SIGTERM, SIGUSR1 (a cluster reclaims its machine) and the first Ctrl-C end the run after the step in progress, or between
-two batches of a validation, and a checkpoint is saved; a second Ctrl-C ends it at once. With several ranks all stop at
-the same place. The resumed run repeats a validation that was cut short.
+SIGTERM, SIGUSR1 (a cluster reclaims its machine) and the first Ctrl-C end the run after the step in progress, or
+between two batches of a validation, and a checkpoint is saved; a second Ctrl-C ends it at once. With several ranks all
+stop at the same place. The resumed run repeats a validation that was cut short.
 """
 
 import logging
@@ -64,10 +64,10 @@ class Interrupt(lightning.Callback):
     ) -> None:
         # Where only the final validation is left, Lightning would skip the whole fit, and with it that validation.
         if pl_module.validation_is_due and checkpoint["global_step"] >= trainer.max_steps:
-            trainer.fit_loop.max_steps = checkpoint["global_step"] + 1
+            trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        trainer.fit_loop.max_steps = self._max_steps
+        trainer.fit_loop.epoch_loop.max_steps = self._max_steps
         # By now Lightning has set handlers of its own; its SIGTERM handler communicates in the middle of a step.
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         if trainer.world_size > 1:
@@ -86,8 +86,8 @@ class Interrupt(lightning.Callback):
         """End the run after the step just made; a validation that is due then is left to the resumed run."""
         log.warning("%s: stopping after step %d and saving.", reason, trainer.global_step)
         self.reason = reason
-        validates = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        pl_module.validation_is_due = validates % trainer.val_check_batch == 0
+        is_last, batches = trainer.global_step >= trainer.max_steps, trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        pl_module.validation_is_due = is_last or batches % trainer.val_check_batch == 0
         if is_urgent(reason) or not pl_module.validation_is_due:  # Lightning validates whenever it is asked to stop
             trainer.limit_val_batches = 0
         trainer.should_stop = True
@@ -142,10 +142,11 @@ class StoppableValidation(_EvaluationLoop):
 
     def __init__(self, trainer: Trainer, on_stop: Callable[[], None]) -> None:
         super().__init__(trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=False)
+        self._data_source = trainer.fit_loop.epoch_loop.val_loop._data_source  # of the loop that this one replaces
         self._on_stop = on_stop
 
     def run(self) -> list[Any]:
-        """Validate, or raise nothing and return nothing where the validation is cut short."""
+        """Validate; return nothing where the validation is cut short."""
         try:
             return super().run()
         except Interrupted:

@@ -1,4 +1,4 @@
-"""StopRequest: a request to end the run early, which long work checks between its parts, in agreement with other ranks."""
+"""StopRequest: a request to end the run early, which long work checks between its parts together with other ranks."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class StopRequest:
 
     Attributes:
         reason: one of REASONS; empty: no request.
-        ranks: process group on the CPU in which the ranks agree, so that agreeing does not wait for a GPU's queue; None:
+        ranks: process group in which the ranks agree, on the CPU, so that agreeing does not wait for a GPU's queue; None:
             there is one rank.
     """
 

@@ -198,8 +198,8 @@ class LanguageModel(BackboneModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # Here and not at the end of the batch, where callbacks come before the module: they read, save and report these.
-        # The learning rate is still this step's: the schedule moves after the step.
+        # Here and not at the end of the batch, where callbacks come before the module: they read, save and report
+        # these. The learning rate is still this step's: the schedule moves after the step.
         self.tokens_seen += self.step_targets
         self.after_step()
         if self.average is not None:
@@ -220,7 +220,7 @@ class LanguageModel(BackboneModule):
         return (self.over_ranks(self._step_sums)[0] / self.step_targets).item()
 
     def _log_step(self, step: int) -> None:
-        """Log step number `step` where it is due; the first step's metrics only go to callbacks such as the progress bar."""
+        """Log step number `step` where it is due; the first step's metrics go to callbacks only (progress bar)."""
         is_logged = step % self.settings.log_every == 0 or step == self.settings.steps
         if not is_logged and step != 1:
             return
