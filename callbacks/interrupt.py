@@ -54,6 +54,8 @@ class Interrupt(lightning.Callback):
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._max_steps = trainer.max_steps
+        # Before Lightning sets handlers of its own, of which that of SIGTERM waits for the other ranks.
+        self._previous = {number: signal.getsignal(number) for number in SIGNALS}
         pl_module.stop_request = self._request
         trainer.fit_loop.epoch_loop.val_loop = StoppableValidation(
             trainer, lambda: self._stop_validation(trainer, pl_module)
@@ -68,8 +70,8 @@ class Interrupt(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self._max_steps
-        # By now Lightning has set handlers of its own; its SIGTERM handler communicates in the middle of a step.
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
         if trainer.world_size > 1:
             self._request.ranks = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
 

@@ -19,8 +19,8 @@ class StopRequest:
 
     Attributes:
         reason: one of REASONS; empty: no request.
-        ranks: process group in which the ranks agree, on the CPU, so that agreeing does not wait for a GPU's queue; None:
-            there is one rank.
+        ranks: process group in which the ranks agree; None: there is one rank. It is on the CPU, so that agreeing does
+            not wait for a GPU's queue.
     """
 
     def __init__(self) -> None:
