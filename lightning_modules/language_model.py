@@ -2,7 +2,7 @@
 
 A task states only how it builds its backbone and what its loss on a batch is. Losses are sums; the step divides them by
 the number of target tokens of the whole global batch, so one rank with 32 sequences, 4 micro-batches of 8 and two ranks
-of 16 give the same gradient.
+of 16 give the same gradient, without dropout: each rank and micro-batch draws its own masks.
 """
 
 import math

@@ -65,6 +65,8 @@ def _settled(asked: Config) -> tuple[Config, bool]:
     noise.settle_library_noise()
     if settings.record.world_size == 0:
         automatic.settle(settings, automatic.free_memory(settings))
+    if taken_up is not None:
+        resume.warn_of_other_masks(settings)
     return settings, taken_up is None
 
 
@@ -197,7 +199,7 @@ def train(settings: Config, data: Any, facts: Any, is_new: bool, heartbeat: Hear
             if is_new and (trainer is None or trainer.global_step == 0):
                 run_folders.remove(folder)  # a run without a step is no run
             elif isinstance(error, answer.Ended) and cluster.is_first():
-                error.message += f" {resume.kept_of(folder, trainer.global_step if trainer else None)}"
+                error.message += f" {resume.kept_of(folder, trainer.global_step if trainer else 0)}"
             raise
     return _outcome(trainer, folder)
 

@@ -1,5 +1,11 @@
-"""Resume: a run goes on with its own config.yaml; only what does not change its result may be given anew."""
+"""Resume: a run continues with its own config.yaml; only keys that keep its data and its global batch may be changed.
 
+With the same devices and micro-batches the result is the same, bit for bit. With others every step has the same data
+and the same global batch, and so the same gradient, rounding aside; but dropout, LoRA dropout and layer drop draw other
+masks, because a mask follows from (seed, step, rank, micro-batch).
+"""
+
+import logging
 import shlex
 import shutil
 from pathlib import Path
@@ -13,6 +19,8 @@ from launch.configuration.config import Config
 from launch.configuration.ignored_keys import given_keys
 from launch.running import run_folders
 from launch.running.resolve import weights_hash
+
+log = logging.getLogger(__name__)
 
 # What may be given with resume=: how long, how often, and where the work is done
 MACHINE = (
@@ -93,6 +101,25 @@ def kept_of(folder: Path, reached: int | None = None) -> str:
         f"The newest checkpoint is of step {step}; {lost}. "
         f"Continue with: python train.py resume={shlex.quote(str(folder))}"
     )
+
+
+def warn_of_other_masks(settings: Config) -> None:
+    """Log one line where a run with dropout is resumed with other ranks or micro-batches than it had so far."""
+    lora = settings.task.get("lora") if settings.lora_rank else None
+    rates = {
+        "model.dropout": settings.model.dropout,
+        "task.lora.dropout": float(lora["dropout"]) if lora else 0.0,
+        "layer_drop": settings.layer_drop,
+    }
+    drawn = " ".join(f"{key}={rate}" for key, rate in rates.items() if rate)
+    before = configuration.load(Path(settings.run_dir or "") / "config.yaml")
+    cuts = [
+        (one.record.world_size, one.record.accumulate, one.micro_batch, one.accelerator) for one in (before, settings)
+    ]
+    if drawn and cuts[0] != cuts[1]:
+        words = [f"{ranks} x {parts} micro-batches of {size} on {device}" for ranks, parts, size, device in cuts]
+        same = "Data and global batch are the same, the dropout masks are not."
+        log.warning("%s: a step was cut into %s and now into %s. %s", drawn, *words, same)
 
 
 def check_data(settings: Config, data_hash: str) -> None:
