@@ -37,7 +37,7 @@ class SignalIn(lightning.Callback):
             self.send()
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-        assert not pl_module.average.is_applied
+        assert not pl_module.average._weights, "the averages are no state to train on from"
 
     def send(self) -> None:
         self.sent = True
