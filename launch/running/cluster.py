@@ -227,8 +227,8 @@ def is_timeout(error: Exception) -> bool:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an operation failed because another rank has ended: gloo and the store raise plain RuntimeErrors."""
-    signs = ("gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe")
-    signs += ("remote process exited", "failed to recv")  # NCCL, the store
+    of_sockets = ("gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe")
+    signs = (*of_sockets, "remote process exited", "failed to recv")  # NCCL, the store
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
