@@ -1,6 +1,7 @@
 """A signal ends a validation or a generation of samples between two batches, and the resumed run repeats it."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import lightning
 import pytest
 import tiny_run
 import torch
+from conftest import Train
 from test_callbacks import metrics_without_clock, weights
 
 from callbacks.samples import Samples
 from gpt2lab.checkpoint_ledger import newest_good_checkpoint
+from gpt2lab.decoder import Decoder
+from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
 
 
@@ -99,3 +103,39 @@ def test_sigterm_in_a_validation_stops_it_and_resume_repeats_it(unbroken, cache,
         (whole / "hf" / "README.md").read_text().replace(whole.name, "")
     )
     assert run(tmp_path, cache)[0] == [], "a finished run has no validation left"
+
+
+class SignalAtValidationEnd(lightning.Callback):
+    """Sends SIGTERM once the batches of the validation after step 2 are read, while its texts are written."""
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if trainer.global_step == 2 and batch_idx + 1 == trainer.num_val_batches[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_the_texts_of_a_validation(train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch):
+    """Counts tokens: nothing is generated after the signal; the resumed run scores the texts of an unbroken one."""
+    generated: list[int] = []
+    original = Decoder.read
+
+    def counted(decoder: Decoder, ids: torch.Tensor, **given: bool) -> torch.Tensor:
+        generated.append(ids.shape[1])
+        return original(decoder, ids, **given)
+
+    lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(120)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
+    keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens", "val_fraction"))]
+    keys += ["task=finetune", "init=scratch", "model=nano", "data=pairs", f"path={tmp_path / 'pairs.tsv'}"]
+    keys += ["batch_sequences=8", "steps=4", "validate_every=2", "log_every=1", "optimizer=adamw"]
+    keys += ["task.text.examples=5", "task.text.max_new_tokens=8"]
+    assert train_here(*keys, "run_dir=whole").code == 0
+    monkeypatch.setattr(Decoder, "read", counted)
+    answer = train_here(*keys, "+callbacks.stop._target_=test_stopped_validation.SignalAtValidationEnd", "run_dir=cut")
+    assert answer.code == 75, answer.stderr
+    assert len(generated) <= 1
+    assert not read_metrics(tmp_path / "cut")[-1].get("val/loss")
+    assert "Stopped by SIGTERM after step 2. Continue with: python train.py resume=cut" in answer.stderr
+    config = tmp_path / "cut" / "config.yaml"
+    config.write_text(re.sub(r"  stop:\n    _target_: .*\n", "", config.read_text()))
+    assert train_here("resume=cut").code == 0
+    assert metrics_without_clock(tmp_path / "cut") == metrics_without_clock(tmp_path / "whole")
