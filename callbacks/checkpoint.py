@@ -27,6 +27,7 @@ from gpt2lab.checkpoint_ledger import (
 )
 from gpt2lab.errors import InputError
 from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.metrics_file import drop_metrics_after
 from gpt2lab.model_folder import folder_of
 from gpt2lab.sharded_checkpoint import is_sharded, read_whole
 from gpt2lab.tensor_file import read_checkpoint_file
@@ -63,8 +64,11 @@ class Checkpoint(lightning.Callback):
         self.saved_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if pl_module.validation_is_due:
+            self.saved_step = -1  # the validation made now changes what a checkpoint holds of its step
         if trainer.is_global_zero:
             drop_after(self.run_dir, trainer.global_step)
+            drop_metrics_after(self.run_dir, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import lightning
 from lightning import Trainer
@@ -12,6 +12,7 @@ from callbacks.interrupt import Interrupt
 from gpt2lab import metric_names
 from gpt2lab.batch import Batch
 from gpt2lab.errors import InputError
+from gpt2lab.stop_request import LOSS_SPIKE
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +54,38 @@ class Health(lightning.Callback):
             raise InputError(f"on_spike={on_spike} is not known; give warn or stop.")
         self.on_spike = on_spike
         self.detector = SpikeDetector()
-        self._seen_step = 0
+        self._spike_step = -1
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.detector.recent), "spike_step": self._spike_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.detector.recent.extend(state_dict["losses"])
+        self._spike_step = state_dict["spike_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._spike_step == trainer.global_step:  # found just before the checkpoint was saved
+            self._stop(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """The loss of a step is logged after the callbacks' turn at its end, so it is read before the next one."""
         step = trainer.global_step
-        if step == self._seen_step or step % trainer.log_every_n_steps:  # reading it makes a GPU wait
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or step % trainer.log_every_n_steps:
             return
-        self._seen_step = step
-        logged = trainer.callback_metrics
-        if metric_names.TRAIN_LOSS not in logged:  # so far all steps were on text that the student wrote
+        if metric_names.TRAIN_LOSS not in trainer.callback_metrics:  # a step on text that the student wrote has none
             return
-        loss = float(logged[metric_names.TRAIN_LOSS])
+        loss = float(trainer.callback_metrics[metric_names.TRAIN_LOSS])
         if not self.detector.is_spike(loss):
             return
         usual = median(self.detector.recent)
-        log.warning("Loss spike at step %d: train/loss %.3f, usual is %.3f.", trainer.global_step, loss, usual)
+        log.warning("Loss spike at step %d: train/loss %.3f, usual is %.3f.", step, loss, usual)
+        if not trainer.should_stop:
+            self._spike_step = step
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
         if self.on_spike == "stop":
             for callback in trainer.callbacks:
                 if isinstance(callback, Interrupt):
-                    callback.request("loss spike")
+                    callback.request(LOSS_SPIKE)

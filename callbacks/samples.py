@@ -1,16 +1,19 @@
 """Samples: text the model writes during training, to samples.jsonl, the terminal and the loggers."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import lightning
 from lightning import Trainer
 
+from callbacks.interrupt import Interrupt
 from callbacks.logger_kinds import TakesSamples
 from callbacks.terminal import show
 from callbacks.throughput import outside_training_time
 from gpt2lab.batch import Batch
 from gpt2lab.sample_file import Sample, append_samples, drop_samples_after
+from gpt2lab.stop_request import Interrupted, is_urgent
 
 
 class Samples(lightning.Callback):
@@ -29,10 +32,19 @@ class Samples(lightning.Callback):
         self.sample_every = sample_every
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
+        self._due_step = -1  # whose samples a signal cut short; the resumed run writes them
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"due_step": self._due_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._due_step = state_dict["due_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.is_global_zero:
             drop_samples_after(self.run_dir, trainer.global_step)
+        if self._due_step == trainer.global_step:
+            self._sample(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -42,17 +54,34 @@ class Samples(lightning.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not due:
             return
         with outside_training_time(trainer):
-            if not self.prompts:
-                self.prompts = trainer.datamodule.sample_prompts(pl_module.tokenizer)
-            self._sample(trainer, pl_module, step)
+            self._sample(trainer, pl_module)
 
-    def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
-        samples = []
+    def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the samples of this step, all or, where a signal arrives, none."""
+        step, samples = trainer.global_step, []
+        if not self.prompts:
+            self.prompts = trainer.datamodule.sample_prompts(pl_module.tokenizer)
         for method in pl_module.writing_methods:  # on every rank: a sharded model generates with all of them
-            completions = pl_module.generate(self.prompts, method, self.max_new_tokens)
+            completions: list[str] = []
+            with suppress(Interrupted):
+                completions = pl_module.generate(self.prompts, method, self.max_new_tokens)
+            reason = pl_module.stop_request.agreed()
+            if is_urgent(reason):
+                self._due_step = step
+                self._stop(trainer, pl_module, reason)
+                return
             samples += [Sample(step, p, c, method.name) for p, c in zip(self.prompts, completions, strict=True)]
-        if not trainer.is_global_zero:
-            return
+        self._due_step = -1
+        if trainer.is_global_zero:
+            self._show(trainer, samples)
+
+    def _stop(self, trainer: Trainer, pl_module: lightning.LightningModule, reason: str) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, Interrupt):
+                callback.stop_after_step(trainer, pl_module, reason)
+
+    def _show(self, trainer: Trainer, samples: list[Sample]) -> None:
+        step = samples[0].step
         append_samples(self.run_dir, samples)
         for logger in trainer.loggers:
             if isinstance(logger, TakesSamples):

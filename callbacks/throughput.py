@@ -70,13 +70,12 @@ class Throughput(lightning.Callback):
         speed = self._tokens / self._seconds
         shape = pl_module.backbone.shape
         per_token = device.flops_per_token(self._parameters, shape.n_layer, shape.n_embd, batch.input_ids.shape[1])
-        self.log_dict(
-            {
-                metric_names.TOKENS_PER_SECOND: speed,
-                metric_names.MFU: speed * per_token / self._peak,
-                metric_names.MEMORY_GB: device.peak_memory_bytes(self._device) / 1e9,
-            }
-        )
+        metrics = {
+            metric_names.TOKENS_PER_SECOND: speed,
+            metric_names.MFU: speed * per_token / self._peak,
+            metric_names.MEMORY_GB: device.peak_memory_bytes(self._device) / 1e9,
+        }
+        pl_module.log_measured("speed", trainer.global_step, metrics)
         self._tokens, self._seconds = 0, 0.0
         self._start()
 

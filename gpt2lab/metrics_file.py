@@ -19,8 +19,7 @@ _STEP_OF_LINE = re.compile(r"(\d+),")
 class MetricsFile:
     """Appends rows; values that come later for the newest step join its row.
 
-    In a run that was taken up again the first row written drops the rows of its step and beyond, which the earlier
-    process had left there.
+    In a resumed run the first write drops the rows of later steps, which the earlier process left there.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -38,7 +37,7 @@ class MetricsFile:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         values = {name: _number(float(value)) for name, value in metrics.items()}
         if not self._open:
-            self._take_up(step)
+            self._resume_at(step)
         if self._row.get(STEP) != str(step):
             self._row = {STEP: str(step)}
             self._row_start = self.path.stat().st_size if self.path.exists() else 0
@@ -51,13 +50,16 @@ class MetricsFile:
                 file.write(_line(self._row, self.columns))
                 file.truncate()
 
-    def _take_up(self, step: int) -> None:
+    def _resume_at(self, step: int) -> None:
         self._open = True
-        repair_metrics(self.path.parent, step - 1)
-        rows = [row for row in read_metrics(self.path.parent) if int(row[STEP]) < step]
+        repair_metrics(self.path.parent, step)
+        rows = [row for row in read_metrics(self.path.parent) if int(row[STEP]) <= step]
         self.columns = list(rows[0]) if rows else []
         if self.path.exists():
             self._rewrite(rows)
+        if rows and int(rows[-1][STEP]) == step:
+            self._row = {name: value for name, value in rows[-1].items() if value}
+            self._row_start = self.path.stat().st_size - len(_line(self._row, self.columns))
 
     def _add_columns(self) -> None:
         rows = [row for row in read_metrics(self.path.parent) if row[STEP] != self._row[STEP]]
@@ -146,6 +148,13 @@ def _is_row(cells: list[str], columns: int) -> bool:
 def _write_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
     header = _line(dict(zip(columns, columns, strict=True)), columns) if columns else b""
     write_text(path, (header + b"".join(_line(row, columns) for row in rows)).decode())
+
+
+def drop_metrics_after(run_dir: str | Path, step: int) -> None:
+    """Remove the rows of steps after `step`, from which a run is resumed; a crash may have cut the last one short."""
+    file = MetricsFile(run_dir)
+    if file.path.exists():
+        file._resume_at(step)
 
 
 def series(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:

@@ -39,10 +39,15 @@ class WeightAverage:
         for parameter, average in zip(self.parameters, self.averages, strict=True):
             parameter.copy_(average)
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model has the averages."""
+        return bool(self._weights)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """In the block the parameters hold the averages, whether or not they already did."""
-        was_applied = bool(self._weights)
+        was_applied = self.is_applied
         if not was_applied:
             self.swap()
         try:

@@ -110,7 +110,8 @@ def cleaning_up() -> Iterator[None]:
     """In the block a signal raises `Ended`, so that what was made can be removed again."""
 
     def end(number: int, _frame: FrameType | None) -> None:
-        raise Ended(code_of_signal(number), _message_of(number))
+        if not _ends_by_itself(number):
+            raise Ended(code_of_signal(number), _message_of(number))
 
     previous = {number: signal.signal(number, end) for number in SIGNALS}
     try:
@@ -128,9 +129,19 @@ def _ignore_signals() -> None:
 
 def _end_at_once(number: int, _frame: FrameType | None) -> None:
     """Until a run directory is made nothing needs cleaning up, and an exception amid imports is garbled by some."""
+    if _ends_by_itself(number):
+        return
     os.write(sys.stderr.fileno(), f"{_message_of(number)}\n".encode())
     os._exit(code_of_signal(number))
 
 
+def _ends_by_itself(number: int) -> bool:
+    """Whether an error is being handled, which ends this process with its own message and exit code.
+
+    Where one of several ranks fails, PyTorch sends SIGTERM to the others, which fail for lack of it.
+    """
+    return number != signal.SIGINT and sys.exception() is not None
+
+
 def _message_of(number: int) -> str:
-    return f"Stopped by {signal.Signals(number).name} outside training; no step was lost."
+    return f"Stopped by {signal.Signals(number).name}."

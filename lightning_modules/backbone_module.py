@@ -15,6 +15,7 @@ from gpt2lab.completion import complete, prompt_ids
 from gpt2lab.fp8 import to_fp8
 from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.settings import TrainingSettings
+from gpt2lab.stop_request import StopRequest
 from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.weight_average import WeightAverage
 from lightning_modules.finite_watch import FiniteWatch
@@ -32,6 +33,7 @@ class BackboneModule(lightning.LightningModule):
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
         self.average: WeightAverage | None = None
         self.finite = FiniteWatch()
+        self.stop_request = StopRequest()
 
     def build_backbone(self) -> Backbone:
         """The model to train, on the CPU."""
@@ -138,7 +140,11 @@ class BackboneModule(lightning.LightningModule):
         return (FILL,) if self.settings.objective.name == "mlm" else (GREEDY, TOP_K, NUCLEUS)
 
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
-        """As `generate`, from token ids."""
+        """As `generate`, from token ids.
+
+        Raises:
+            Interrupted: on this rank alone; the caller then calls `stop_request.check`.
+        """
         self.finite.check()
         model = self.export_model() if self.is_sharded else self.backbone.lm
         completions = complete(
@@ -149,5 +155,6 @@ class BackboneModule(lightning.LightningModule):
             method,
             max_new_tokens=max_new_tokens,
             seed=self.settings.seed,
+            streamer=self.stop_request.between_tokens(),
         )
         return [self.tokenizer.decode(completion) for completion in completions]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gpt2lab.batch import Batch
 from gpt2lab.generation import GREEDY
 from gpt2lab.lora import merged
 from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
+from gpt2lab.stop_request import Interrupted
 from gpt2lab.text_metrics import text_metrics
 from lightning_modules.language_model import LanguageModel
 
@@ -75,7 +77,10 @@ class FineTune(LanguageModel):
     def generated_metrics(self) -> dict[str, float]:
         if not self.text.metrics or not self.text.examples:
             return {}
-        completions = self.generate_from_ids(self._prompts, GREEDY, self.text.max_new_tokens)
+        completions: list[str] = []
+        with suppress(Interrupted):
+            completions = self.generate_from_ids(self._prompts, GREEDY, self.text.max_new_tokens)
+        self.stop_request.check()
         pairs = list(zip(completions, self._references, strict=True))
         if self.trainer.world_size > 1:
             parts: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]

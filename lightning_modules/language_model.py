@@ -2,11 +2,11 @@
 
 A task states only how it builds its backbone and what its loss on a batch is. Losses are sums; the step divides them by
 the number of target tokens of the whole global batch, so one rank with 32 sequences, 4 micro-batches of 8 and two ranks
-of 16 give the same gradient.
+of 16 give the same gradient, without dropout: each rank and micro-batch draws its own masks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +56,10 @@ class LanguageModel(BackboneModule):
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
+        self.validation_is_due = False  # after the last step: a stop kept it from being made or finished
         self._validation_sums: dict[str, Tensor] = {}
         self._gradient_norm = torch.zeros(())
+        self._measured: dict[str, list[str]] = {}  # kind of metrics → names of those measured last
 
     # What a task may state for itself
 
@@ -137,6 +139,22 @@ class LanguageModel(BackboneModule):
         objective = self.settings.objective
         if objective.name == "sampled_softmax":
             self.negatives = NegativeSampler(self._distribution(), objective.negatives, self.settings.seed)
+        if self.validation_is_due:
+            self._validate_now()
+
+    def _validate_now(self) -> None:
+        """Make up for the validation that was due when the run was stopped. All callbacks have started by now."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        self.trainer.validating = True
+        loop.run()
+        self.trainer.training = True
+
+    def abandon_validation(self) -> None:
+        """Forget a validation that is cut short; the resumed run repeats it."""
+        self.validation_is_due = True
+        if self.average is not None and self.average.is_applied:
+            self.average.swap()
 
     def _distribution(self) -> Tensor:
         if self.settings.objective.distribution == "log_uniform":
@@ -180,20 +198,17 @@ class LanguageModel(BackboneModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # Here and not at the end of the batch, where callbacks come before the module: they save and report these.
+        # Here and not at the end of the batch, where callbacks come before the module: they read, save and report
+        # these. The learning rate is still this step's: the schedule moves after the step.
         self.tokens_seen += self.step_targets
         self.after_step()
         if self.average is not None:
             self.average.update()
+        self._log_step(self.trainer.global_step + 1)  # Lightning counts the step after this hook
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        step = self.trainer.global_step
-        if step % self.settings.log_every == 0 or step == 1 or step == self.settings.steps:
-            self.finite.check()
-            objective, cross_entropy = self.over_ranks(self._step_sums) / self.step_targets
-            self._log_step(step, self.training_losses(objective, cross_entropy))
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_indices = []
 
@@ -204,16 +219,43 @@ class LanguageModel(BackboneModule):
         """Mean objective per target token of the step just made, over all ranks."""
         return (self.over_ranks(self._step_sums)[0] / self.step_targets).item()
 
-    def _log_step(self, step: int, losses: dict[str, Tensor]) -> None:
-        self.log_dict(
-            {
-                "step": float(step),
-                **losses,
-                metric_names.LEARNING_RATE: self.trainer.optimizers[0].param_groups[-1]["lr"],
-                metric_names.GRAD_NORM: self._gradient_norm,
-                metric_names.TOKENS: float(self.tokens_seen),
-            }
-        )
+    def _log_step(self, step: int) -> None:
+        """Log step number `step` where it is due; the first step's metrics go to callbacks only (progress bar)."""
+        is_logged = step % self.settings.log_every == 0 or step == self.settings.steps
+        if not is_logged and step != 1:
+            return
+        self.finite.check()
+        objective, cross_entropy = self.over_ranks(self._step_sums) / self.step_targets
+        metrics = {
+            **self.training_losses(objective, cross_entropy),
+            metric_names.LEARNING_RATE: self.trainer.optimizers[0].param_groups[-1]["lr"],
+            metric_names.GRAD_NORM: self._gradient_norm,
+            metric_names.TOKENS: float(self.tokens_seen),
+        }
+        self.log_measured("train", step, metrics, to_loggers=is_logged)
+
+    def log_measured(
+        self, kind: str, step: int, metrics: Mapping[str, Tensor | float], to_loggers: bool = True
+    ) -> None:
+        """Write metrics measured at optimizer step `step` to the loggers and to `trainer.callback_metrics`.
+
+        Lightning's own `log_dict` repeats the last value of a metric at later steps that did not measure it.
+
+        Args:
+            kind: train, speed or validation; metrics of this kind that were not measured again are dropped from
+                `trainer.callback_metrics`.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        self.drop_measured(kind)
+        self._measured[kind] = list(values)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for logger in self.trainer.loggers if to_loggers else []:
+            logger.log_metrics(values, step)
+
+    def drop_measured(self, kind: str) -> None:
+        """Remove metrics of this kind from `trainer.callback_metrics`."""
+        for name in self._measured.pop(kind, []):
+            self.trainer.callback_metrics.pop(name, None)
 
     def _seed_dropout(self, batch_idx: int) -> None:
         """Dropout draws from (seed, step, rank, micro-batch), so a resumed run draws what an unbroken one draws."""
@@ -225,6 +267,7 @@ class LanguageModel(BackboneModule):
 
     def on_validation_epoch_start(self) -> None:
         self.finite.check()
+        self.drop_measured("validation")
         self._validation_sums = {}
         if self.average is not None:
             self.average.swap()
@@ -243,7 +286,8 @@ class LanguageModel(BackboneModule):
         if self.settings.val_bytes:  # unknown for tokens whose tokenizer is not at hand
             bits = loss * self.settings.val_tokens / math.log(2)
             figures[metric_names.VAL_BITS_PER_BYTE] = bits / self.settings.val_bytes
-        self.log_dict({"step": float(self.trainer.global_step), **figures, **self.generated_metrics()})
+        self.log_measured("validation", self.trainer.global_step, {**figures, **self.generated_metrics()})
+        self.validation_is_due = False
         if self.average is not None:
             self.average.swap()
 
@@ -264,12 +308,14 @@ class LanguageModel(BackboneModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite.check()
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["validation_is_due"] = self.validation_is_due
         if self.average is not None:
             checkpoint["weight_average"] = self.average.state(whole=not self.saves_shards)
             checkpoint["averaged"] = [name for name, _ in self.backbone.named_parameters()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
+        self.validation_is_due = checkpoint.get("validation_is_due", False)
         if self.average is not None:
             self.average.load(checkpoint["weight_average"])
         # Lightning counts micro-batches; a run may continue with another number of them in a step, and one that was

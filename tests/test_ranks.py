@@ -17,6 +17,7 @@ from conftest import ROOT, Train, environment, needs_two_cores
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from gpt2lab.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.metrics_file import read_metrics
 
 
@@ -450,3 +451,82 @@ def test_a_single_process_that_is_killed_starts_again_too(cache: Path, tmp_path:
     stderr = killed_after_a_checkpoint(process, ranks[0], tmp_path)
     assert "Restart 1 of 1." in stderr
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("started_by", ["ours", "torchrun"])
+def test_a_killed_rank_is_reported_in_few_true_lines(
+    started_by: str, rank: int, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """What is lost and how to resume; the traceback of the rank that is left is in its log file."""
+    keys = [*tiny, "steps=100000", "checkpoint_every=10", "strategy=ddp"]
+    if started_by == "ours":
+        process, _ = started(cache, tmp_path, *keys)
+    else:
+        process = under_torchrun(cache, tmp_path, *keys)
+    while len(read_metrics(tmp_path / "run")) < 15:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = ranks_at_work(tmp_path)
+    os.kill(ranks[rank], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 1, stderr
+    kept, reached = newest_good_checkpoint(tmp_path / "run"), int(read_metrics(tmp_path / "run")[-1]["step"])
+    assert kept is not None
+    step, lines = step_of(kept), stderr.splitlines()
+    (told,) = (line for line in lines if line.startswith("The newest checkpoint is of step "))
+    lost = f"steps {step + 1} to {reached} or later" if reached > step else "steps after it"
+    folder = "run" if started_by == "ours" else str(tmp_path / "run")
+    assert told == (
+        f"The newest checkpoint is of step {step}; {lost} are lost. Continue with: python train.py resume={folder}"
+    )
+    assert "gloo" not in stderr
+    assert "no step" not in stderr
+    assert "gloo" in (tmp_path / "run" / "logs" / f"rank-{1 - rank}.err").read_text()
+    if started_by == "ours":
+        assert lines[-1] == f"The run in run failed: rank {rank} was killed by SIGKILL."
+        assert len(lines) <= 5
+    assert not ranks_at_work(tmp_path)
+
+
+TERMINATED = """
+import os, signal
+import lightning
+
+class Terminated(lightning.Callback):
+    def __init__(self):
+        self.sent, self.after = False, 0
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.after += self.sent
+        assert self.after <= 1, "the validation goes on"
+        is_here = trainer.global_rank == 1 and trainer.global_step == 4 and batch_idx == 0
+        if is_here and not os.path.exists("sent"):
+            self.sent = True
+            open("sent", "w").close()
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_in_a_validation_stops_all(
+    strategy: str, cache: Path, tmp_path: Path, tiny: list[str], train_process: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only rank 1 receives it; both leave the validation at the same batch, and the resumed run repeats it."""
+    (tmp_path / "terminated.py").write_text(TERMINATED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    keys = [*tiny, "+callbacks.stop._target_=terminated.Terminated", "steps=6", "log_every=1"]
+    keys += ["validate_every=4", "micro_batch=2", "model.dropout=0.1", "devices=2", f"strategy={strategy}", "ema=0.9"]
+    answer = train_process(*keys, "run_dir=run")
+    assert answer.code == 75, answer.stderr
+    assert "Stopped by SIGTERM after step 4." in answer.stderr
+    assert not read_metrics(tmp_path / "run")[-1].get("val/loss")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub(r"  stop:\n    _target_: .*\n", "", config.read_text()))
+    answer = train_process("resume=run")
+    assert answer.code == 0, answer.stderr
+    answer = train_process(*keys, "run_dir=unbroken")  # the file `sent` is there
+    assert answer.code == 0, answer.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")

@@ -216,6 +216,13 @@ def is_timeout(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("timeout", "timed out"))
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an operation failed because another rank has ended: gloo and the store raise plain RuntimeErrors."""
+    of_sockets = ("gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe")
+    signs = (*of_sockets, "remote process exited", "failed to recv")  # NCCL, the store
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
 def check(settings: Config) -> None:
     """Several machines need somebody to start processes on them.
 

@@ -83,6 +83,8 @@ def _settled(asked: Config, directory: RunDirectory) -> Config:
     noise.settle_library_noise()
     if settings.record.world_size == 0:
         automatic.settle(settings, automatic.free_memory(settings))
+    if stored is not None and settings.resume:
+        resume.warn_of_other_masks(settings)
     return settings
 
 
@@ -132,11 +134,27 @@ def _run_one_of_many(asked: Config, directory: RunDirectory) -> dict[str, Any]:
         settings.allow_targets = asked.allow_targets
         directory = RunDirectory(given=Path(settings.run_dir or ""))
         data, facts = _data_as_told(settings)
-    with meeting.training(settings) as heartbeat:
-        report = train(settings, data, facts, directory, heartbeat)
+    try:
+        with meeting.training(settings) as heartbeat:
+            report = train(settings, data, facts, directory, heartbeat)
+    except RuntimeError as error:
+        if not cluster.is_lost_connection(error):
+            raise
+        raise _lost_connection(error, meeting.rank, Path(settings.run_dir or "")) from None
     if meeting.rank == 0:
         print(closing_line(report, settings.run_dir or ""), flush=True)
     return report
+
+
+def _lost_connection(error: Exception, rank: int, folder: Path) -> answer.Ended:
+    """The end of a rank that torchrun or srun has started, after another one has ended."""
+    from launch.running import ranks
+
+    ranks.log_lost_connection(error, folder)
+    if rank > 1:  # rank 0 or, where that is the one that ended, rank 1 prints it
+        return answer.Ended(answer.FAILED)
+    told = f"The run failed: rank {rank} lost its connection to a rank that ended; see {folder / ranks.LOGS}."
+    return answer.Ended(answer.FAILED, f"{resume.kept_of(folder)}\n{told}")
 
 
 def _data_as_told(settings: Config) -> tuple[Any, DataFacts]:
@@ -201,9 +219,11 @@ def train(
                 observers.insert(0, ProgressMarks(heartbeat))
             trainer = build.trainer(settings, folder, observers, build.loggers(settings, folder))
             _fit(trainer, module, data, resume.checkpoint(settings))
-        except (InputError, answer.Ended):
+        except (InputError, answer.Ended) as error:
             if trainer is None or trainer.global_step == 0:
                 directory.discard()  # a run without a step is no run
+            elif isinstance(error, answer.Ended) and rank_environment.is_first():
+                error.message += f" {resume.kept_of(folder, trainer.global_step if trainer else 0)}"
             raise
     return _outcome(trainer, folder)
 
@@ -268,6 +288,9 @@ def _run_rank(spec: Path, allow_targets: list[str]) -> None:
             ranks.record_failure()
             if cluster.is_timeout(error):
                 heartbeat.waited_in_vain()
+            if rank == 0 and cluster.is_lost_connection(error):
+                ranks.log_lost_connection(error, Path(settings.run_dir or ""))
+                raise answer.Ended(answer.FAILED) from None
             raise
         ranks.record_outcome(answer.MISTAKE, f"error: {mistake}")
         raise answer.Ended(answer.MISTAKE) from None  # the others may wait for this rank

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from gpt2lab.run_report import read_report, watched_value
 from launch import answer
 from launch.configuration import config
 from launch.configuration.config import Config
-from launch.running import children
+from launch.running import children, resume
 from launch.running.rank_environment import HEARTBEATS, OUTCOME_FILE
 from launch.running.run_folders import RunDirectory
 
@@ -70,6 +71,8 @@ def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
         if signals:
             _discard_untrained(directory)
         code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED
+        if (folder / "config.yaml").is_file():
+            print(resume.kept_of(folder), file=sys.stderr)
         raise answer.Ended(code, f"The run in {folder} failed: {told}.")
     if outcome["code"] == answer.MISTAKE:
         _discard_untrained(directory)
@@ -88,6 +91,13 @@ def record_outcome(code: int, message: str = "", watched: float | None = None) -
     if code == answer.MISTAKE or (os.environ["RANK"] == "0" and not is_mistaken()):
         outcome = {"code": code, "message": message, "watched": watched}
         write_json(Path(os.environ[OUTCOME_FILE]), outcome)
+
+
+def log_lost_connection(error: Exception, folder: Path) -> None:
+    """Write the traceback of a rank that lost another one to its log file; the terminal names the rank that failed."""
+    (folder / LOGS).mkdir(exist_ok=True)
+    with (folder / LOGS / f"rank-{os.environ['RANK']}.err").open("a", encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
 
 
 def is_mistaken() -> bool:

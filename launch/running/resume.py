@@ -1,10 +1,17 @@
-"""Resume: a run goes on with its own config.yaml; only what does not change its result may be given anew."""
+"""Resume: a run continues with its own config.yaml; only keys that keep its data and its global batch may be changed.
 
+With the same devices and micro-batches the result is the same, bit for bit. With others every step has the same data
+and the same global batch, and so the same gradient, rounding aside; but dropout, LoRA dropout and layer drop draw other
+masks, because a mask follows from (seed, step, rank, micro-batch).
+"""
+
+import logging
 import shlex
 from pathlib import Path
 
 from gpt2lab.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, step_of
 from gpt2lab.errors import InputError
+from gpt2lab.metrics_file import read_metrics
 from gpt2lab.run_report import read_report
 from launch.configuration import checks
 from launch.configuration import config as configuration
@@ -13,6 +20,8 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.targets import check_targets
 from launch.running import run_folders
 from launch.running.resolve import weights_hash
+
+log = logging.getLogger(__name__)
 
 # What may be given with resume=: how long, how often, and where the work is done
 MACHINE = (
@@ -95,6 +104,46 @@ def taken_up(asked: Config, folder: Path | None) -> Config | None:
             f"steps={stored.steps}: the run in {folder} has done {step_of(newest)} already.\nGive more than that."
         )
     return stored
+
+
+def kept_of(folder: Path, reached: int | None = None) -> str:
+    """Return a sentence on what a run that ended early has kept, and the command that resumes it.
+
+    Args:
+        reached: the step it ended after; None: unknown, at least the last one in metrics.csv.
+    """
+    newest, rows = newest_good_checkpoint(folder), read_metrics(folder)
+    last = max(reached or 0, int(rows[-1]["step"]) if rows else 0)
+    if newest is None:
+        return f"No checkpoint was saved in {folder}; {f'{last} steps are lost' if last else 'no step was logged'}."
+    step = step_of(newest)
+    if last > step:
+        lost = f"steps {step + 1} to {last}{' or later' if reached is None else ''} are lost"
+    else:
+        lost = "steps after it are lost" if reached is None else "no step is lost"
+    return (
+        f"The newest checkpoint is of step {step}; {lost}. "
+        f"Continue with: python train.py resume={shlex.quote(str(folder))}"
+    )
+
+
+def warn_of_other_masks(settings: Config) -> None:
+    """Log one line where a run with dropout is resumed with other ranks or micro-batches than it had so far."""
+    lora = settings.task.get("lora") if settings.lora_rank else None
+    rates = {
+        "model.dropout": settings.model.dropout,
+        "task.lora.dropout": float(lora["dropout"]) if lora else 0.0,
+        "layer_drop": settings.layer_drop,
+    }
+    drawn = " ".join(f"{key}={rate}" for key, rate in rates.items() if rate)
+    before = configuration.load(Path(settings.run_dir or "") / "config.yaml")
+    cuts = [
+        (one.record.world_size, one.record.accumulate, one.micro_batch, one.accelerator) for one in (before, settings)
+    ]
+    if drawn and cuts[0] != cuts[1]:
+        words = [f"{ranks} x {parts} micro-batches of {size} on {device}" for ranks, parts, size, device in cuts]
+        same = "Data and global batch are the same, the dropout masks are not."
+        log.warning("%s: a step was cut into %s and now into %s. %s", drawn, *words, same)
 
 
 def check_data(settings: Config, data_hash: str) -> None:
