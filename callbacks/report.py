@@ -1,6 +1,7 @@
 """Report: report.json and report.html at the end of a run, however it ends."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -9,6 +10,7 @@ from lightning import Trainer
 from callbacks.interrupt import Interrupt
 from callbacks.pruning import Pruning
 from gpt2lab import device
+from gpt2lab.document_losses import write_document_losses
 from gpt2lab.run_report import build_report, read_report, write_report
 
 
@@ -38,6 +40,12 @@ class Report(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._has_trained = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        losses = pl_module.validation_documents
+        if trainer.is_global_zero and losses is not None and not trainer.sanity_checking:
+            known = self.facts.get("data", {}).get("hash", "")
+            write_document_losses(self.run_dir, replace(losses, data=known))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         ended = "pruned" if _is_pruned(trainer) else "stopped"
