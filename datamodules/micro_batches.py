@@ -27,7 +27,7 @@ class Samples(Protocol):
         ...
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
-        """The samples `rows`, at least one, as one micro-batch; without `draws` with the document group of each target."""
+        """The samples `rows`, at least one, as one micro-batch; with the targets' document groups without `draws`."""
         ...
 
 

@@ -249,10 +249,10 @@ class LanguageModel(BackboneModule):
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.over_ranks(value) for name, value in self._validation_sums.items()}
         targets = sums.pop("targets").item()
-        by_document = sums.pop(DOCUMENT_NATS, None), sums.pop(DOCUMENT_TARGETS, None)
         self.validation_documents = None
-        if by_document[0] is not None and by_document[1] is not None:
-            self.validation_documents = DocumentLosses.of(self.trainer.global_step, *by_document)
+        if DOCUMENT_NATS in sums:
+            nats, counts = sums.pop(DOCUMENT_NATS), sums.pop(DOCUMENT_TARGETS)
+            self.validation_documents = DocumentLosses.of(self.trainer.global_step, nats, counts)
             warn_of_few_groups(len(self.validation_documents.targets))
         figures = self.validation_figures(sums, targets)
         loss = figures[metric_names.VAL_LOSS]

@@ -34,6 +34,9 @@ def show(results: "Results", arguments: "Arguments") -> None:
             console.print(f"{row.name:<24} {source}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Read: {results.data}", highlight=False, markup=False, soft_wrap=True)
     names = [row.name for row in rows[: len(results.checkpoints)]]
+    groups = results.checkpoints[0].score.groups
+    if groups > 1:
+        console.print(f"± standard error, between {groups:,} documents or groups of them.", highlight=False)
     if results.left_out is not None and results.left_out.left_out:
         console.print(results.left_out.in_words(names, results.context), highlight=False, markup=False, soft_wrap=True)
     if len({scored.score.bytes for scored in results.checkpoints}) > 1:
@@ -44,12 +47,27 @@ def show(results: "Results", arguments: "Arguments") -> None:
     shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
     for table in score_tables(shown, arguments.split, console.width):
         console.print(table)
+    for line in difference_lines(results, names):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
         for line in _nothing_to_score(results) + _signatures(results):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if comparison is not None:
         _show_comparison(console.print, comparison)
+
+
+def difference_lines(results: "Results", names: list[str]) -> list[str]:
+    """Every loss against another model's, paired by document, with its interval.
+
+    Args:
+        names: of the checkpoints.
+    """
+    lines = []
+    for name, scored in zip(names, results.checkpoints, strict=True):
+        others = {names[0]: scored.minus_first, "teacher": scored.minus_teacher, "baseline": scored.minus_baseline}
+        lines += [f"{name} − {other}: {found}" for other, found in others.items() if found is not None]
+    return [f"Paired by document: {line}" for line in lines] + [""] * bool(lines)
 
 
 def score_tables(rows: list[Row], split: str, width: int) -> "list[Table]":
