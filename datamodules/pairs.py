@@ -190,6 +190,10 @@ class PairData(SampleDataModule):
         rows = np.arange(min(count, len(self.val_samples)))
         return self.val_samples.file.texts(rows)
 
+    def val_groups(self, count: int) -> list[int]:
+        """The document group of each of the first validation pairs."""
+        return self.val_samples.file.pair_groups(np.arange(min(count, len(self.val_samples)))).tolist()
+
     def val_prompts(self, count: int) -> list[list[int]]:
         """Token ids of the first validation pairs' prompts."""
         rows = range(min(count, len(self.val_samples)))

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt2lab.document_groups import merged
+from gpt2lab.document_groups import merged, warn_once
 from gpt2lab.token_file import token_dtype
 
 # `offset` counts tokens in tokens.bin, `prompt` and `response` are lengths in tokens, `reference` is a byte of
@@ -112,9 +112,23 @@ class PairFile:
 
     def document_groups(self, rows: NDArray[np.int64]) -> Tensor:
         """(n,) int64 document group of each target of the pairs `rows`, in their order."""
-        numbers = np.searchsorted(self.all_groups, self._index["group"][rows])
-        groups = merged(torch.from_numpy(numbers), len(self.all_groups))
+        groups = merged(*self._numbered(rows))
         return groups.repeat_interleave(torch.from_numpy(self.target_counts(rows)))
+
+    def pair_groups(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) the document group of each of the pairs `rows`."""
+        return self._numbered(rows)[0].numpy()
+
+    def _numbered(self, rows: NDArray[np.int64]) -> tuple[Tensor, int]:
+        """Group numbers of the pairs `rows` (n,), and how many groups the file has."""
+        if len(self.all_groups) > 1:
+            numbers = np.searchsorted(self.all_groups, self._index["group"][rows])
+            return torch.from_numpy(numbers), len(self.all_groups)
+        warn_once(
+            f"All {len(self)} pairs of the {self.folder.name} side have one source. Standard errors are computed "
+            "between pairs and may be too small."
+        )
+        return torch.from_numpy(rows), len(self)
 
     def target_counts(self, rows: np.ndarray) -> np.ndarray:
         """Number of targets, end-of-text included, in each of the pairs `rows` (any number, int64)."""

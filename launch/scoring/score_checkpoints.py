@@ -217,7 +217,9 @@ class _Scorer:
         answers = text_baselines(self._metrics, self.data.training_pairs())
         sources, references = self.data.val_texts(self.arguments.texts)
         return {
-            name: text_scores(self._metrics, [answer(source) for source in sources], references)
+            name: text_scores(
+                self._metrics, [answer(source) for source in sources], references, groups=self._text_groups()
+            )
             for name, answer in answers.items()
         }
 
@@ -271,7 +273,12 @@ class _Scorer:
             max_new_tokens=self.arguments.max_new_tokens or min(most, backbone.shape.n_positions // 2),
         )
         _, references = self.data.val_texts(self.arguments.texts)
-        return text_scores(self._metrics, [self.tokenizer.decode(answer) for answer in answers], references)
+        decoded = [self.tokenizer.decode(answer) for answer in answers]
+        return text_scores(self._metrics, decoded, references, groups=self._text_groups())
+
+    def _text_groups(self) -> list[int]:
+        """The document group of each text that is written."""
+        return self.data.val_groups(self.arguments.texts)
 
     def _speeds(self, backbone: "Backbone") -> "list[DecodingSpeed]":
         import numpy as np
