@@ -118,8 +118,12 @@ def interval_factor(tokens: Tensor) -> float:
 
 def mean_error(sums: Tensor, counts: Tensor) -> float | None:
     """The jackknife error of Σ sums / Σ counts from (G,) each; None below two groups with a target."""
-    kept = scored({TOKENS: counts, "sum": sums})
-    return standard_errors(kept, lambda one: {"mean": one["sum"].item() / one[TOKENS].item()}).get("mean")
+    kept = counts > 0
+    sums, counts = sums[kept].double(), counts[kept].double()
+    if len(counts) < 2:
+        return None
+    without = (sums.sum() - sums) / (counts.sum() - counts)  # the mean without each group
+    return _spread(without.tolist())
 
 
 def paired_mean_difference(first: Tensor, second: Tensor, counts: Tensor, unit: str = "nats") -> DocumentDifference:
