@@ -74,7 +74,7 @@ class DocumentDifference:
             return f"{self.value:+.4f} {self.unit}, no interval: one document"
         return (
             f"{self.value:+.4f} ± {self.standard_error:.4f} {self.unit}, 95 % interval {self.low:+.4f} … "
-            f"{self.high:+.4f} over {self.groups} documents"
+            f"{self.high:+.4f} over {self.groups} document groups"
         ).replace("-", "−")
 
 

@@ -54,7 +54,8 @@ def test_intervals_cover_the_mean_of_clustered_text(documents: int, spread: floa
     random, covered = np.random.default_rng(documents), 0
     for _ in range(300):
         lengths = np.maximum(np.exp(random.normal(3 if documents < 100 else 1, spread, documents)), 2).astype(int)
-        tokens = np.concatenate([[0, *np.ones(length, int)] for length in lengths])
+        tokens = np.ones((lengths + 1).sum(), int)
+        tokens[np.cumsum(lengths + 1) - lengths - 1] = 0
         effects = 3 + random.normal(0, 1, documents).repeat(lengths + 1)
         losses = torch.from_numpy((effects + random.normal(0, 1, len(tokens)))[1:])
         starts = np.arange(0, len(tokens) - 1, 64)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TOLD_BY_OTHERS = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # `loss` and `ece` of the two models
 
+INTERVAL = "_interval"  # ends the name of a difference's 95 % interval, which has a line of its own in tables
 COUNTED = ("tokens", "bytes")  # exact, and nothing to draw
 
 # What each figure is called and says; those of a teacher stand in metric_names.DISTILLATION
@@ -71,6 +72,13 @@ class Figure:
         return f"{self.value:,.{digits}f} ± {self.standard_error:,.{digits}f}"
 
 
+class Interval(Figure):
+    """The 95 % interval of a figure, which is written as its ends."""
+
+    def __str__(self) -> str:
+        return "{:.4f} … {:.4f}".format(*self.bounds)
+
+
 @dataclass(frozen=True)
 class Row:
     """A model, or a way to answer without one."""
@@ -109,6 +117,8 @@ def label(name: str) -> tuple[str, str]:
         return f"tokens/s, batch {batch}", "written greedily"
     if name.startswith("decode_memory_gb_"):
         return f"memory, batch {name.rpartition('_')[2]}", "GB of weights and decoding"
+    if name.endswith(INTERVAL):
+        return "95 % interval", "of that difference"
     return LABELS.get(name, (name, "zero-shot"))
 
 

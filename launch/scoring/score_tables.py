@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gpt2lab.metric_names import DISTILL_ACCEPTANCE, DISTILL_GAP_CLOSED, DISTILLATION
-from launch.scoring.score_rows import Row, label, score_rows
+from launch.scoring.score_rows import INTERVAL, Figure, Interval, Row, label, score_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,10 +45,8 @@ def show(results: "Results", arguments: "Arguments") -> None:
     # A single student's figures beside its teacher have tables of their own, with what they say.
     left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
     shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
-    for table in score_tables(shown, arguments.split, console.width):
+    for table in score_tables(list(map(with_intervals, shown)), arguments.split, console.width):
         console.print(table)
-    for line in difference_lines(results, names):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
         for line in _nothing_to_score(results) + _signatures(results):
@@ -57,17 +55,14 @@ def show(results: "Results", arguments: "Arguments") -> None:
         _show_comparison(console.print, comparison)
 
 
-def difference_lines(results: "Results", names: list[str]) -> list[str]:
-    """Every loss against another model's, paired by document, with its interval.
-
-    Args:
-        names: of the checkpoints.
-    """
-    lines = []
-    for name, scored in zip(names, results.checkpoints, strict=True):
-        others = {names[0]: scored.minus_first, "teacher": scored.minus_teacher, "baseline": scored.minus_baseline}
-        lines += [f"{name} − {other}: {found}" for other, found in others.items() if found is not None]
-    return [f"Paired by document: {line}" for line in lines] + [""] * bool(lines)
+def with_intervals(row: Row) -> Row:
+    """The row with the 95 % interval of each difference behind it."""
+    figures = dict[str, Figure]()
+    for name, one in row.figures.items():
+        figures[name] = one
+        if "_minus_" in name and one.low is not None:
+            figures[f"{name}{INTERVAL}"] = Interval(one.value, one.standard_error, one.low, one.high)
+    return Row(row.name, figures)
 
 
 def score_tables(rows: list[Row], split: str, width: int) -> "list[Table]":
