@@ -16,18 +16,26 @@ from conftest import ROOT, SHRUNK, Answer, Train
 from torch.nn import functional
 
 import evaluate
+from gpt2lab import demo, study_html, sweep_html
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf
 from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.document_groups import WindowDocuments, warn_once
+from gpt2lab.document_losses import DocumentLosses, loss_difference, read_document_losses, write_document_losses
 from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.marks import Marks
+from gpt2lab.metrics_file import MetricsFile
 from gpt2lab.objectives import Objective
 from gpt2lab.pair_template import PairTemplate, encode_pairs
+from gpt2lab.run_report import build_report, read_report, write_report
 from gpt2lab.settings import ModelShape, ObjectiveSettings
+from gpt2lab.study_results import CE, KD, SCRATCH, TOKENS, Arm, StudyResults, arm_result, contrasts
 from gpt2lab.token_file import TokenFile
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.windows import Windows
 from launch import answer
+from launch.running import sweep_results
+from launch.running.jobs import Job
+from launch.studying import study_table
 
 TEXT = "\n".join(Path(module.__file__).read_text() for module in (json, csv, textwrap))
 CONTEXT = 32
@@ -230,3 +238,57 @@ def test_the_report_has_the_error_that_evaluate_prints(
     assert report["val_documents"] == len(stored["nats"]) == scores["groups"] == len(DOCUMENTS)
     assert report["val_loss_error"] == pytest.approx(scores["standard_errors"]["loss"], rel=1e-3)
     assert sum(stored["nats"]) / sum(stored["targets"]) == pytest.approx(report["val_loss"], rel=1e-6)
+
+
+def _stored(folder: Path, apart: float, data: str = "abc") -> DocumentLosses:
+    """A run's files: five documents of which some are much harder than others, and a loss `apart` nats higher."""
+    targets = [200, 50, 100, 150, 80]
+    nats = [n + apart * (t + 9 * k) for k, (n, t) in enumerate(zip((900, 100, 330, 700, 240), targets, strict=True))]
+    losses = DocumentLosses(9, [0, 1, 2, 3, 4], nats, targets, data)
+    folder.mkdir(parents=True)
+    write_document_losses(folder, losses)
+    metrics = MetricsFile(folder)
+    metrics.write(9, {"val/loss": sum(losses.nats) / sum(targets)})
+    write_report(folder, build_report(folder, "finished", {"watched_metric": "val/loss", "data": {"hash": data}}))
+    return losses
+
+
+def _demo(folder: Path) -> str:
+    reports = {name: read_report(folder / name) for name in ("distilled", "scratch")}
+    return demo.comparison(folder, reports)
+
+
+def _sweep(folder: Path) -> str:
+    jobs = [
+        Job(n, [f"x={name}"], folder / name, "finished", watched=read_report(folder / name)["val_loss"])
+        for n, name in enumerate(("distilled", "scratch"))
+    ]
+    return sweep_html.render("sweep", sweep_results.results(folder, jobs)) + sweep_results.in_words(folder, jobs)
+
+
+def _study(folder: Path) -> str:
+    arms = []
+    for name, learns_by in (("scratch", CE), ("distilled", KD)):
+        losses, documents = read_report(folder / name)["val_loss"], read_document_losses(folder / name)
+        assert documents is not None
+        arms.append(arm_result(Arm(SCRATCH, learns_by), TOKENS, 9, {1: losses}, 1.0, {1: documents}))
+    results = StudyResults([1], "teacher", None, [], arms, contrasts(arms), [])
+    return study_table.text(results) + study_html.render("study", results)
+
+
+@pytest.mark.parametrize("page", [_demo, _sweep, _study], ids=["demo", "sweep", "study"])
+def test_two_runs_are_paired_by_document_on_the_same_data_only(tmp_path: Path, page: Callable[[Path], str]) -> None:
+    distilled, scratch = _stored(tmp_path / "same/distilled", -0.3), _stored(tmp_path / "same/scratch", 0.0)
+    apart = torch.tensor(distilled.nats) - torch.tensor(scratch.nats)
+    found = loss_difference(distilled, scratch)
+    assert found is not None
+    assert found.standard_error == pytest.approx(
+        jackknife(apart, [0, 1, 2, 3, 4], torch.tensor(scratch.targets)), rel=1e-3
+    )
+    ends = sorted(abs(end) for end in (found.low, found.high))
+    said = page(tmp_path / "same")
+    assert any(f"{end:.4f}" in said for end in ends)
+    assert f"{distilled.standard_error:.3f}"[:5] in said or page is _demo
+    _stored(tmp_path / "other/distilled", -0.3)
+    _stored(tmp_path / "other/scratch", 0.0, data="def")
+    assert not any(f"{end:.4f}" in page(tmp_path / "other") for end in ends)
