@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LOGITS_OF_A_CHUNK = 2**23  # on a GPU
-LOGITS_OF_A_BLOCK = 2**20  # on a CPU, whose cache holds the intermediate results
+LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
+LOGITS_OF_A_BLOCK = 2**20  # worked on together on a CPU, whose cache holds the intermediate results
 
 
 @torch.compiler.disable  # compiles its own chunks; a caller's graph breaks here
@@ -32,12 +32,13 @@ def target_losses(
         head = weight[:vocab_size].to(dtype).T  # (D, V)
         # In bf16 a CPU multiplies by a transposed view half as fast as by a matrix laid out so.
         head = head.contiguous() if dtype.itemsize == 2 and device == "cpu" else head
-        rows = max((LOGITS_OF_A_BLOCK if device == "cpu" else LOGITS_OF_A_CHUNK) // head.shape[1], 1)
-        work = _chunk_function(compiled)
-        parts = [
-            work(hidden[start : start + rows].to(dtype) @ head, labels[start : start + rows])
-            for start in range(0, len(labels), rows)
-        ]
+        rows = max(LOGITS_OF_A_CHUNK // head.shape[1], 1)
+        block = max(LOGITS_OF_A_BLOCK // head.shape[1], 1) if device == "cpu" else rows
+        work, parts = _chunk_function(compiled), []
+        for start in range(0, len(labels), rows):
+            logits = hidden[start : start + rows].to(dtype) @ head  # (C, V)
+            of_chunk = zip(logits.split(block), labels[start : start + rows].split(block), strict=True)
+            parts += [work(*of_block) for of_block in of_chunk]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(torch.float32, dtype))
 
 
