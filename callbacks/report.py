@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -10,6 +11,7 @@ from lightning import Trainer
 from callbacks.checkpoint import is_complete
 from callbacks.ending import status_of, stop_reason
 from gpt2lab import device
+from gpt2lab.document_losses import write_document_losses
 from gpt2lab.errors import ExportError
 from gpt2lab.run_report import build_report, read_report, write_report
 
@@ -42,6 +44,12 @@ class Report(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._has_trained = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        losses = pl_module.validation_documents
+        if trainer.is_global_zero and losses is not None and not trainer.sanity_checking:
+            known = self.facts.get("data", {}).get("hash", "")
+            write_document_losses(self.run_dir, replace(losses, data=known))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if status_of(trainer) == "finished" and trainer.global_step < trainer.max_steps:

@@ -66,9 +66,13 @@ def _cure(language: str) -> str:
     )
 
 
-def catalogue_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
-    """Yield each distinct pair once, keeping 16 bytes of hash for it. Broken files are named, then passed over."""
-    seen: set[bytes] = set()
+def catalogue_rows(files: Iterable[Path], seen: set[bytes] | None = None) -> Iterator[dict[str, str]]:
+    """Yield each distinct pair once, keeping 16 bytes of hash for it. Broken files are named, then passed over.
+
+    Args:
+        seen: hashes of pairs that were yielded before; grows.
+    """
+    seen = set() if seen is None else seen
     for file in files:
         try:
             pairs = list(_mo_pairs(file) if file.suffix == ".mo" else _po_pairs(file))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -23,8 +23,8 @@ from datamodules.hub_documents import hub_corpus
 from datamodules.micro_batches import SampleDataModule
 from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
-from gpt2lab.batch import Batch
 from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
+from gpt2lab.document_groups import WindowDocuments
 from gpt2lab.errors import InputError
 from gpt2lab.marks import PLACE, marks_of
 from gpt2lab.objectives import Objective
@@ -120,9 +120,14 @@ class LanguageModelingData(SampleDataModule):
         self._entries = int(facts["vocab_size"])
         self.train_samples = Windows(train_file, self._objective(tokenizer_folder, self.seed))
         validates = self._objective(tokenizer_folder, VALIDATION_SEED)
-        self.val_samples = Windows(val_file, validates)
+        end_of_text = load_tokenizer(tokenizer_folder).eos_token_id
+        val_documents, train_documents = (
+            WindowDocuments(file.tokens, end_of_text, f"data={self.name}, {side} text")
+            for side, file in (("validation", val_file), ("training", train_file))
+        )
+        self.val_samples = Windows(val_file, validates, val_documents)
         whole_file = TokenFile(folder / "train.bin", dtype, self.context, keep_short=True)
-        self.all_train_samples = Windows(whole_file, validates)
+        self.all_train_samples = Windows(whole_file, validates, train_documents)
         of_all_text = self.objective.name in ("clm", "sampled_softmax")
         return DataFacts(
             name=self.name,
@@ -167,14 +172,12 @@ class LanguageModelingData(SampleDataModule):
         """The whole training text once, its last short window too: tokenizers are compared on the same bytes."""
         return self._in_order(self.all_train_samples)
 
-    def sliding_batches(self, stride: int, all_text: bool) -> ConcatDataset[Batch]:
-        """The validation text, or all of it, in windows that overlap (gpt2lab/windows.py)."""
-        assert isinstance(self.train_samples, Windows)
+    def sliding_batches(self, stride: int, all_text: bool) -> list[SlidingWindows]:
+        """The validation text, and the training text with `all_text`, in windows that overlap (gpt2lab/windows.py)."""
         assert isinstance(self.val_samples, Windows)
-        sides = [self.val_samples, self.train_samples] if all_text else [self.val_samples]
-        return ConcatDataset(
-            [SlidingWindows(side.file.tokens, self.context, stride, self.eval_batch_sequences) for side in sides]
-        )
+        sides = [self.val_samples, self.all_train_samples] if all_text else [self.val_samples]
+        size = self.eval_batch_sequences
+        return [SlidingWindows(side.file.tokens, self.context, stride, size, side.documents) for side in sides]
 
     def _objective(self, tokenizer_folder: str, seed: int) -> Objective:
         has_marks = self.objective.name in ("mlm", "fim")

@@ -27,7 +27,7 @@ class Samples(Protocol):
         ...
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
-        """The samples `rows`, at least one, as one micro-batch."""
+        """The samples `rows`, at least one, as one micro-batch; with the targets' document groups without `draws`."""
         ...
 
 
@@ -91,6 +91,7 @@ class InOrder(Dataset[Batch]):
             indices=none,
             prompt_lengths=None if filler.prompt_lengths is None else none,
             references=None if filler.references is None else [],
+            documents=None if filler.documents is None else none,
         )
 
 

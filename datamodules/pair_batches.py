@@ -37,6 +37,8 @@ class PairsToPad:
             both_ways=self.both_ways,
             packing=self.packing,
         )
+        if draws is None:
+            batch.documents = self.file.document_groups(batch.indices.numpy())
         if self.with_references:
             batch.references = self.file.references(rows)
         return batch

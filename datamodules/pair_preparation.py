@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.pair_sources import PairSource, Row, pair_text
+from datamodules.pair_sources import FILE, PairSource, Row, pair_text
 from gpt2lab.cache import read_ledger
 from gpt2lab.errors import InputError
 from gpt2lab.pair_file import PairFileWriter
@@ -29,7 +29,7 @@ SIDES = {"train": "training", "val": "validation"}  # folder of a side → in wo
 HASHES = 2**64
 ENCODED_TOGETHER = 256  # pairs tokenized in one call
 
-Pairs = Callable[[], Iterator[tuple[str, str]]]
+Pairs = Callable[[], Iterator[tuple[str, str, str]]]  # (source, target, file of both or nothing)
 
 
 def source_hash(source: str) -> int:
@@ -53,9 +53,9 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
             if not source_text.strip() or not target_text.strip():
                 empty += 1
                 continue
-            line = json.dumps({"source": source_text, "target": target_text}, ensure_ascii=False).encode() + b"\n"
-            file.write(line)
-            digest.update(line)
+            pair = {"source": source_text, "target": target_text}
+            digest.update(_line(pair))  # the pairs are the same wherever their files lie
+            file.write(_line({**pair, FILE: str(row[FILE])} if row.get(FILE) else pair))
             pairs += 1
             smallest, largest = min(smallest, source_hash(source_text)), max(largest, source_hash(source_text))
     if pairs == 0:
@@ -66,6 +66,10 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
     if empty:
         log.warning("data=%s: %d rows with an empty source or target are left out", name, empty)
     return {"pairs": pairs, "empty": empty, "sha256": digest.hexdigest(), "hashes": [smallest, largest]}
+
+
+def _line(content: dict[str, str]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _text(row: Row, column: str, key: str) -> str:
@@ -82,11 +86,22 @@ def _text(row: Row, column: str, key: str) -> str:
 
 
 def collected_pairs(folder: Path) -> Iterator[tuple[str, str]]:
-    """The pairs that `collect_pairs` wrote to `folder`, in order."""
+    """(source, target) of the pairs that `collect_pairs` wrote to `folder`, in order."""
+    return ((source, target) for source, target, _ in collected_with_files(folder))
+
+
+def collected_with_files(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(source, target, file) of the same pairs; the file is empty where it is not recorded."""
     with (folder / "pairs.jsonl").open("rb") as file:
         for line in file:
             pair = json.loads(line)
-            yield pair["source"], pair["target"]
+            yield pair["source"], pair["target"], pair.get(FILE, "")
+
+
+def group_number(source: str, file: str) -> int:
+    """The document group of a pair as a signed 64-bit number: its file's where recorded, else its source text's."""
+    number = source_hash(f"file\0{file}" if file else source)
+    return number - HASHES if number >= HASHES // 2 else number
 
 
 def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: str) -> tuple[Pairs, Pairs]:
@@ -106,7 +121,9 @@ def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: st
     threshold = min(max(int(val_fraction * HASHES), smallest + 1), largest)
 
     def side(validation: bool) -> Pairs:
-        return lambda: (pair for pair in collected_pairs(folder) if (source_hash(pair[0]) < threshold) == validation)
+        return lambda: (
+            pair for pair in collected_with_files(folder) if (source_hash(pair[0]) < threshold) == validation
+        )
 
     return side(validation=False), side(validation=True)
 
@@ -114,12 +131,12 @@ def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: st
 def split_as_given(folder: Path, val_folder: Path) -> tuple[Pairs, Pairs]:
     """(training pairs whose source text is no validation pair's, validation pairs)."""
 
-    def training() -> Iterator[tuple[str, str]]:
+    def training() -> Iterator[tuple[str, str, str]]:
         # One number for each validation pair; validation sets are small.
         held_out = {source_hash(source) for source, _ in collected_pairs(val_folder)}
-        return (pair for pair in collected_pairs(folder) if source_hash(pair[0]) not in held_out)
+        return (pair for pair in collected_with_files(folder) if source_hash(pair[0]) not in held_out)
 
-    return training, lambda: collected_pairs(val_folder)
+    return training, lambda: collected_with_files(val_folder)
 
 
 def encode_side(
@@ -144,13 +161,14 @@ def encode_side(
     progress = tqdm(desc=f"{name}: {folder.name} tokens", unit=" pairs", disable=None)
     with progress, PairFileWriter(folder, len(tokenizer)) as writer:
         while together := list(islice(remaining, ENCODED_TOGETHER)):
-            encoded = encode_pairs(together, template, tokenizer, context)
-            for (source, target), tokens in zip(together, encoded, strict=True):
+            encoded = encode_pairs([pair[:2] for pair in together], template, tokenizer, context)
+            for (source, target, file), tokens in zip(together, encoded, strict=True):
                 if tokens is None:
                     counts["too_long"] += 1
                     continue
                 reference = {"source": source, "reference": target} if folder.name == "val" else None
-                writer.add(writer.pairs + counts["too_long"], tokens.prompt, tokens.response, reference)
+                number, group = writer.pairs + counts["too_long"], group_number(source, file)
+                writer.add(number, tokens.prompt, tokens.response, reference, group)
                 counts["shortened"] += tokens.shortened
                 counts["bytes"] += len(template.render_response(target).encode())
             progress.update(len(together))

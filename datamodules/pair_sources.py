@@ -6,7 +6,7 @@ Every source gives rows (dictionaries of columns) and an identity that changes w
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_ENDINGS = frozenset(RECORD_ENDINGS | set(DELIMITERS))
 Row = dict[str, Any]
+FILE = "file"  # column with the source file of a row, where it is recorded; pairs of one file are not independent
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def open_pair_source(reader: str, path: str, language: str, on_bad_line: str, co
         return _functions(path)
     if reader == "catalogues" and not (path and _is_table(path)):
         files = catalogue_files(path, language)
-        return PairSource({"catalogues": files_identity(files), "format": 2}, lambda: catalogue_rows(files))
+        return PairSource({"catalogues": files_identity(files), "format": 2}, lambda: _catalogue_rows(files))
     return open_tables(path, "path", on_bad_line, columns)
 
 
@@ -87,12 +88,27 @@ def _is_table(path: str) -> bool:
 def _functions(path: str) -> PairSource:
     if not path:
         corpus = stdlib_corpus()
-        return PairSource(corpus.identity, lambda: function_rows(document.text for document in corpus.documents()))
+        return PairSource(corpus.identity, lambda: _function_rows((one.key, one.text) for one in corpus.documents()))
     files = find_files(path, "path", frozenset({".py"}))
     return PairSource(
         {"functions": files_identity(files)},
-        lambda: function_rows(_text_of(file) for file in files),
+        lambda: _function_rows((str(file), _text_of(file)) for file in files),
     )
+
+
+def _function_rows(sources: Iterable[tuple[str, str]]) -> Iterator[Row]:
+    """Rows of the functions in (file, text), each with its file."""
+    for file, text in sources:
+        for row in function_rows([text]):
+            yield {**row, FILE: file}
+
+
+def _catalogue_rows(files: list[Path]) -> Iterator[Row]:
+    """Rows of the catalogues, each with its file."""
+    seen: set[bytes] = set()
+    for file in files:
+        for row in catalogue_rows([file], seen):
+            yield {**row, FILE: str(file)}
 
 
 def _text_of(file: Path) -> str:

@@ -137,7 +137,7 @@ class PairData(SampleDataModule):
             }
 
         # The layout of the files says nothing about the pairs, so it is not in the hash of the data.
-        folder = prepared("tokenized_pairs", self.name, {**key, "layout": 2}, build, self.cache_dir)
+        folder = prepared("tokenized_pairs", self.name, {**key, "layout": 3}, build, self.cache_dir)
         tell_what_does_not_fit(folder, self.name, self.context)
         self.train_samples = self._opened(folder / "train", tokenizer, with_references=False)
         self.val_samples = self._opened(folder / "val", tokenizer, with_references=True)
@@ -183,12 +183,16 @@ class PairData(SampleDataModule):
 
     def training_pairs(self) -> Iterator[tuple[str, str]]:
         """(source, target) texts of the training side."""
-        return self._split()[0]()
+        return ((source, target) for source, target, _ in self._split()[0]())
 
     def val_texts(self, count: int) -> tuple[list[str], list[str]]:
         """Sources and targets of the first validation pairs, as they were given."""
         rows = np.arange(min(count, len(self.val_samples)))
         return self.val_samples.file.texts(rows)
+
+    def val_groups(self, count: int) -> list[int]:
+        """The document group of each of the first validation pairs."""
+        return self.val_samples.file.pair_groups(np.arange(min(count, len(self.val_samples)))).tolist()
 
     def val_prompts(self, count: int) -> list[list[int]]:
         """Token ids of the first validation pairs' prompts."""
@@ -222,7 +226,7 @@ class PairData(SampleDataModule):
         return training, open_hub_source(dataset, config, revision, val_split) if from_hub and val_split else None
 
     def _collected(self, source: PairSource) -> Path:
-        key = {"source": source.identity, "columns": self.columns, "format": 1}
+        key = {"source": source.identity, "columns": self.columns, "format": 2}
         return prepared(
             "pairs",
             self.name,
@@ -232,8 +236,8 @@ class PairData(SampleDataModule):
         )
 
     def _texts(self, pairs: Pairs) -> Iterator[str]:
-        for pair in tqdm(pairs(), f"{self.name}: tokenizer", unit=" pairs", disable=None):
-            yield from pair
+        for source, target, _ in tqdm(pairs(), f"{self.name}: tokenizer", unit=" pairs", disable=None):
+            yield from (source, target)
 
     def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairsToPad:
         file, both_ways = PairFile(folder, len(tokenizer)), self.objective.name == "prefix_lm"

@@ -31,6 +31,7 @@ class Batch:
     spans: Tensor | None = None  # (B, T, 2) int64, what each position sees (gpt2lab/attention_spans.py); None: causal
     few_targets: bool = False  # whether many positions have no target, so that leaving those out of the head pays
     by_student: bool = False  # whether the student itself wrote the text, so that its labels teach nothing
+    documents: Tensor | None = None  # (targets,) int64, row by row: the document group of each, for standard errors
 
     def spans_on(self, device: torch.device) -> Tensor | None:
         """Its spans, moved to a device."""

@@ -14,9 +14,9 @@ from gpt2lab.acceptance import Speculation, cost_ratio, speculation, tokens_per_
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
-from gpt2lab.evaluation import NATS, TOKENS, Score, row_sums, score_of
+from gpt2lab.evaluation import NATS, Score, score_of, target_groups, target_values
 from gpt2lab.lm_head_loss import DenseTeacher
-from gpt2lab.standard_errors import Figures, Sums, standard_errors, total
+from gpt2lab.standard_errors import TOKENS, Figures, GroupedSums, Sums, standard_errors, total
 
 BASELINE_NATS = "baseline_nats"
 
@@ -74,34 +74,34 @@ def compare(
         model.to(device).eval()
     entries = min(len(token_bytes), *(model.shape.vocab_size for model in models))
     draws = torch.Generator().manual_seed(seed)
-    own: list[list[Sums]] = [[] for _ in models]  # of each model, by row
-    both: list[Sums] = []
+    own, both = [GroupedSums() for _ in models], GroupedSums()
     for batch in batches:
         uniforms = torch.rand(*batch.labels.shape, 2, generator=draws)  # on the CPU: every device draws the same
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             seen = [_hidden(model, batch, device) for model in models]
+            groups = target_groups(batch)
             for of_model, (hidden, weight) in zip(own, seen, strict=True):
-                of_model += row_sums(hidden, weight[:entries], batch, token_bytes)
-            both += _sums_of_rows(seen[0], seen[1], batch, uniforms.to(device), entries)
-    scores = [score_of(of_model) for of_model in own]
-    # What a figure needs beside the sums of the pair, in the same rows.
-    rows = [{**pair, TOKENS: alone[TOKENS]} for pair, alone in zip(both, own[0], strict=True)]
+                of_model.add(target_values(hidden, weight[:entries], batch, token_bytes), groups)
+            both.add(*_sums_of_groups(seen[0], seen[1], batch, groups, uniforms.to(device), entries))
+    scores = [score_of(of_model.scored()) for of_model in own]
+    # What a figure needs beside the sums of the pair, in the same groups.
+    by_group = {**both.scored(), TOKENS: scores[0].sums[TOKENS]}
     if baseline is not None:
-        rows = [{**row, BASELINE_NATS: alone[NATS]} for row, alone in zip(rows, own[2], strict=True)]
-    sums = total(rows)
+        by_group[BASELINE_NATS] = scores[2].sums[NATS]
+    sums = total(by_group)
     found, ratio = _figures(sums), cost_ratio(student.shape, teacher.shape, context)
     gain = speculation(found[metric_names.DISTILL_ACCEPTANCE], sums, scores[0].tokens, ratio)
 
     def tokens_of(sums: Sums) -> Figures:
         return {"tokens": tokens_per_target_call(_figures(sums)[metric_names.DISTILL_ACCEPTANCE], gain.drafts)}
 
-    error = standard_errors(rows, tokens_of).get("tokens")
+    error = standard_errors(by_group, tokens_of).get("tokens")
     return Comparison(
         student=scores[0],
         teacher=scores[1],
         baseline=scores[2] if baseline is not None else None,
         figures=found,
-        standard_errors=standard_errors(rows, _figures),
+        standard_errors=standard_errors(by_group, _figures),
         speculation=gain if error is None else with_error(gain, error),
         entries=entries,
         is_cut=any(model.shape.vocab_size > entries for model in models),
@@ -113,22 +113,31 @@ def _hidden(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor
     return model(batch.input_ids.to(device), lambda hidden, weight: (hidden, weight), batch.spans_on(device))
 
 
-def _sums_of_rows(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], batch: Batch, uniforms: Tensor, entries: int
-) -> list[Sums]:
-    """`distillation_sums` of each row that has a target, on the CPU."""
-    rows = []
-    for row in (batch.labels != IGNORE_INDEX).any(1).nonzero().squeeze(1).tolist():
-        sums = distillation_sums(
-            student[0][row],
-            student[1],
-            batch.labels[row].to(uniforms.device),
-            DenseTeacher(teacher[0][row], teacher[1]),
-            vocab_size=entries,
-            uniforms=uniforms[row],
-        )
-        rows.append({name: value.cpu().double() for name, value in sums.items()})
-    return rows
+def _sums_of_groups(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    batch: Batch,
+    groups: Tensor,
+    uniforms: Tensor,
+    entries: int,
+) -> tuple[Sums, Tensor]:
+    """`distillation_sums` of the targets of each document group in the batch, (g, …) on the CPU, and its groups (g,).
+
+    Args:
+        groups: (n,) of the targets.
+    """
+    kept = batch.labels != IGNORE_INDEX  # (B, T)
+    labels, kept = batch.labels[kept].to(uniforms.device), kept.to(uniforms.device)
+    ours, theirs, draws = student[0][kept], teacher[0][kept], uniforms[kept]  # (n, D), (n, Dt), (n, 2)
+    found, present = [], groups.unique()
+    for group in present:
+        own = (groups == group).to(uniforms.device)
+        signal = DenseTeacher(theirs[own], teacher[1])
+        sums = distillation_sums(ours[own], student[1], labels[own], signal, vocab_size=entries, uniforms=draws[own])
+        found.append({**sums, TOKENS: own.sum()})
+    if not found:
+        return {}, present
+    return {name: torch.stack([one[name].cpu().double() for one in found]) for name in found[0]}, present
 
 
 def _figures(sums: Sums) -> Figures:

@@ -19,6 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from gpt2lab.document_losses import loss_difference, read_document_losses
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Optimizer steps of each stage: four minutes in all on two CPU cores with bf16 in hardware.
@@ -81,13 +83,14 @@ def read_report(run: Path) -> dict[str, Any]:
 def results_table(reports: dict[str, dict[str, Any]]) -> Table:
     """One row for each stage, from its report.json."""
     table = Table(title="What was trained", box=SIMPLE_HEAD, padding=0)  # fits into 80 columns
-    for column in ("stage", "model", "loss", "perplexity", "bits/byte", "ROUGE-L", "tokens/s", "seconds"):
+    for column in ("stage", "model", "loss", "± docs", "perplexity", "bits/byte", "ROUGE-L", "tokens/s", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "model") else "right")
     for name, report in reports.items():
         table.add_row(
             name,
             str(report["model"]),
             _number(report.get("val_loss"), ".3f"),
+            _number(report.get("val_loss_error"), ".3f"),
             _number(report.get("val_perplexity"), ".1f"),
             _number(report.get("bits_per_byte"), ".3f"),
             _number(report["metrics"].get("val/rougeL"), ".3f"),
@@ -95,6 +98,19 @@ def results_table(reports: dict[str, dict[str, Any]]) -> Table:
             _number(report.get("seconds"), ".0f"),
         )
     return table
+
+
+def comparison(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
+    """How far the distilled student's loss is below the one trained from scratch, paired by document."""
+    runs = ("distilled", "scratch")
+    ours, theirs = (reports[run]["val_loss"] for run in runs)
+    difference = loss_difference(*(read_document_losses(folder / run) for run in runs))
+    found = f"{ours - theirs:+.3f} nats".replace("-", "−") if difference is None else str(difference)
+    return (
+        f"At equal tokens, loss of the distilled student minus the scratch one's: {found}.\n"
+        "The interval is over validation documents; another seed is another error (python train.py "
+        "experiment=distill_study)."
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -125,8 +141,7 @@ def run_demo(folder: Path, console: Console) -> int:
     reports = {stage.name: read_report(ROOT / folder / stage.name) for stage in plan}
     console.print()
     console.print(results_table(reports))
-    gain = reports["scratch"]["val_loss"] - reports["distilled"]["val_loss"]
-    console.print(f"At equal tokens the distilled student's loss is {gain:.3f} nats below the scratch one's.")
+    console.print(comparison(ROOT / folder, reports), highlight=False, soft_wrap=True)
     show_samples(ROOT / folder / "finetuned", console)
     console.rule()
     console.print(f"{time.monotonic() - started:.0f} seconds in all. The reports, for a browser:", highlight=False)

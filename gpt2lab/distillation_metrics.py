@@ -31,6 +31,7 @@ from gpt2lab import metric_names as names
 from gpt2lab.acceptance import drawn_sums
 from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.divergences import finite
+from gpt2lab.document_groups import document_sums
 from gpt2lab.teacher_signal import DenseTeacher, TopKTeacher
 
 LOGITS_OF_A_CHUNK = 2**25  # of one model; they take 64 MiB in bf16
@@ -39,6 +40,7 @@ LIKELIEST = 5
 CALIBRATION_BINS = 15
 
 STUDENT_CALIBRATION, TEACHER_CALIBRATION = "calibration_student", "calibration_teacher"  # names of (15,) sums
+STUDENT_LOSSES = "losses_student"  # name of the student's cross-entropy at each target, (C,) of a chunk
 OF_STUDENT = (names.VAL_LOSS, names.DISTILL_ENTROPY_STUDENT, STUDENT_CALIBRATION)
 OF_TEACHER = (names.DISTILL_TEACHER_LOSS, names.DISTILL_ENTROPY_TEACHER, TEACHER_CALIBRATION)
 
@@ -69,6 +71,7 @@ def distillation_sums(
     ignore_index: int = IGNORE_INDEX,
     chunk_rows: int | None = None,
     compiled: bool = False,
+    documents: Tensor | None = None,
 ) -> Sums:
     """Sums over the positions that have a target, by metric name; the result does not depend on `chunk_rows`.
 
@@ -86,6 +89,7 @@ def distillation_sums(
         chunk_rows: C; by default as many as hold 2^25 logits (2^23 uncompiled), in chunks of one size.
         compiled: run the work on a chunk's logits through torch.compile, which takes seconds once and then halves its
             time.
+        documents: (targets,) document group of each; given, the sums hold DOCUMENT_NATS and DOCUMENT_TARGETS too.
 
     Raises:
         ValueError: hidden states, labels and teacher differ in their number of positions.
@@ -100,15 +104,17 @@ def distillation_sums(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     kind: Any = type(teacher)
-    work, total = _chunk_function(kind, compiled), Sums()
+    work, total, losses = _chunk_function(kind, compiled), Sums(), []
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head, said_of = weight[:entries].to(dtype), _teacher_rows(teacher, kept, entries, dtype)  # (V, D)
         rows_of_a_chunk = chunk_rows or _even_chunks(len(kept), entries, compiled)
         for start in range(0, max(len(kept), 1), rows_of_a_chunk):  # without any row one empty chunk gives the zeros
             rows = slice(start, start + rows_of_a_chunk)
             draws = uniforms[rows] if uniforms is not None else None
-            total = added(total, work(hidden[rows].to(dtype) @ head.T, said_of(rows), labels[rows], draws))
-    return total
+            sums = work(hidden[rows].to(dtype) @ head.T, said_of(rows), labels[rows], draws)
+            losses.append(sums.pop(STUDENT_LOSSES))
+            total = added(total, sums)
+    return total if documents is None else {**total, **document_sums(torch.cat(losses), documents)}
 
 
 def chunk_sums(log_q: Tensor, log_p: Tensor, labels: Tensor, likeliest: Likeliest | None = None) -> Sums:
@@ -246,12 +252,20 @@ def _dense_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, unifo
     log_q, log_p = _log_softmax(logits), _log_softmax(teacher_logits)  # (C, V)
     # From the logits: a compiled chunk then never writes its log-probabilities to memory.
     sums = chunk_sums(log_q, log_p, labels, (_likeliest(logits), _likeliest(teacher_logits)))
+    sums[STUDENT_LOSSES] = _losses(log_q, labels)
     return sums if uniforms is None else {**sums, **drawn_sums(log_q, log_p, uniforms)}
 
 
 def _top_k_chunk(logits: Tensor, said: tuple[Tensor, ...], labels: Tensor, uniforms: Tensor | None) -> Sums:
     ids, logs = said
-    return bucket_sums(_log_softmax(logits), ids, logs, labels, _likeliest(logits))
+    log_q = _log_softmax(logits)
+    sums = bucket_sums(log_q, ids, logs, labels, _likeliest(logits))
+    return {**sums, STUDENT_LOSSES: _losses(log_q, labels)}
+
+
+def _losses(log_q: Tensor, labels: Tensor) -> Tensor:
+    """(C,) cross-entropy at each target, finite as in the sums."""
+    return -finite(log_q.gather(1, labels.unsqueeze(1)).squeeze(1))
 
 
 CHUNKS = {DenseTeacher: _dense_chunk, TopKTeacher: _top_k_chunk}

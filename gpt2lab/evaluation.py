@@ -1,8 +1,8 @@
 """How well a model predicts batches of text: loss, bits per byte, accuracy, calibration, each with its error.
 
-Shapes: B sequences, T positions, n targets of one row, D hidden width, V vocabulary.
+Shapes: B sequences, T positions, n targets of a batch, D hidden width, V vocabulary, G document groups.
 
-Everything is a function of sums over rows (windows or pairs), so that errors can be told (gpt2lab/standard_errors.py).
+Everything is a function of sums over documents, so that errors can be computed (gpt2lab/standard_errors.py).
 """
 
 import math
@@ -17,10 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from gpt2lab.backbone import Backbone
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.distillation_metrics import CALIBRATION_BINS, LIKELIEST
-from gpt2lab.standard_errors import Figures, Sums, standard_errors, total
+from gpt2lab.standard_errors import (
+    TOKENS,
+    DocumentDifference,
+    Figures,
+    GroupedSums,
+    Sums,
+    interval_factor,
+    paired_mean_difference,
+    standard_errors,
+    total,
+)
 
 LOGITS_OF_A_CHUNK = 2**23
-TOKENS, BYTES, NATS, TOP1, TOP5, CALIBRATION = "tokens", "bytes", "nats", "top1", "top5", "calibration"
+BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibration"
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,10 @@ class Score:
         bytes: how many bytes of text these spell.
         top1, top5: share of the targets that the model held likeliest, and among its five likeliest.
         ece: expected calibration error, in 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599).
-        standard_errors: of each of these but `tokens` and `bytes`; empty where the text is a single row.
-        rows: the sums of each row of text.
+        standard_errors: of each of these but `tokens` and `bytes`, between documents; empty for a single document.
+        groups: how many documents, or groups of them, the errors are computed between.
+        interval_factor: half the width of a 95 % interval, in standard errors.
+        sums: by name, (G, …) of each document group.
     """
 
     loss: float
@@ -48,12 +60,15 @@ class Score:
     top5: float
     ece: float
     standard_errors: Figures = field(default_factory=dict)
-    rows: list[Sums] = field(default_factory=list, repr=False, compare=False)
+    groups: int = 0
+    interval_factor: float = math.nan
+    sums: Sums = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def facts(self) -> dict[str, Any]:
         """For JSON."""
-        return {name: value for name, value in vars(self).items() if name != "rows"}
+        left_out = ("sums", "interval_factor")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @property
     def figures(self) -> Figures:
@@ -93,47 +108,64 @@ def score(
         ValueError: the batches hold no target.
     """
     backbone.to(device).eval()
-    rows: list[Sums] = []
+    grouped = GroupedSums()
     for batch in batches:
 
-        def head(hidden: Tensor, weight: Tensor, batch: Batch = batch) -> list[Sums]:
-            return row_sums(hidden, weight[: len(token_bytes)], batch, token_bytes)
+        def head(hidden: Tensor, weight: Tensor, batch: Batch = batch) -> Sums:
+            return target_values(hidden, weight[: len(token_bytes)], batch, token_bytes)
 
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            rows += backbone(batch.input_ids.to(device), head, batch.spans_on(device))
-    return score_of(rows)
+            values = backbone(batch.input_ids.to(device), head, batch.spans_on(device))
+        grouped.add(values, target_groups(batch))
+    return score_of(grouped.scored())
 
 
-def score_of(rows: list[Sums]) -> Score:
-    """The score of rows, as `row_sums` gives them.
+def target_groups(batch: Batch) -> Tensor:
+    """(n,) the document group of each target; the row of the batch's first sample on where documents are not known."""
+    if batch.documents is not None:
+        return batch.documents
+    rows = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
+    return rows + (int(batch.indices[0]) if len(batch.indices) else 0)
+
+
+def score_of(sums: Sums) -> Score:
+    """The score from sums (G, …) over the targets of each document group.
 
     Raises:
         ValueError: no target.
     """
-    if not rows:
+    if not sums or not len(sums[TOKENS]):
         raise ValueError("The batches hold no target token.")
-    sums = total(rows)
-    found = _figures(sums)
-    tokens, size = int(sums[TOKENS]), int(sums[BYTES])
-    return Score(**found, tokens=tokens, bytes=size, standard_errors=standard_errors(rows, _figures), rows=rows)
+    whole = total(sums)
+    return Score(
+        **_figures(whole),
+        tokens=int(whole[TOKENS]),
+        bytes=int(whole[BYTES]),
+        standard_errors=standard_errors(sums, _figures),
+        groups=len(sums[TOKENS]),
+        interval_factor=interval_factor(sums[TOKENS]),
+        sums=sums,
+    )
 
 
-def difference_of_losses(first: Score, second: Score) -> tuple[float, float | None] | None:
-    """(first − second, standard error); None where they did not score the same rows, as with other tokenizers."""
-    # Other tokenizers can cut a text into as many tokens, but not into tokens that spell as many bytes.
-    sizes = [[(row[TOKENS].item(), row[BYTES].item()) for row in score.rows] for score in (first, second)]
-    if sizes[0] != sizes[1]:
+def paired_difference(first: Score, second: Score) -> DocumentDifference | None:
+    """First − second, document by document: of losses, or of bits per byte where their tokens differ.
+
+    None where the two did not score the same bytes of the same documents.
+    """
+    ours, theirs = first.sums, second.sums
+    if not torch.equal(ours[BYTES], theirs[BYTES]):
         return None
-    rows = [
-        {TOKENS: ours[TOKENS], NATS: ours[NATS] - theirs[NATS]}
-        for ours, theirs in zip(first.rows, second.rows, strict=True)
-    ]
-    errors = standard_errors(rows, lambda sums: {"loss": sums[NATS].item() / sums[TOKENS].item()})
-    return first.loss - second.loss, errors.get("loss")
+    if torch.equal(ours[TOKENS], theirs[TOKENS]):
+        return paired_mean_difference(ours[NATS], theirs[NATS], ours[TOKENS])
+    if first.bytes == 0:
+        return None
+    bits = (ours[NATS] / math.log(2), theirs[NATS] / math.log(2))
+    return paired_mean_difference(*bits, ours[BYTES], "bits per byte")
 
 
-def row_sums(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) -> list[Sums]:
-    """Sums over the targets of each row that has any, on the CPU.
+def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) -> Sums:
+    """What is summed, of each target: (n,) or (n, bins), on the CPU.
 
     Args:
         hidden: (B, T, D).
@@ -141,28 +173,21 @@ def row_sums(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) 
         token_bytes: (V,).
     """
     kept = batch.labels != IGNORE_INDEX  # (B, T)
-    labels, counts = batch.labels[kept], kept.sum(1).tolist()
+    labels = batch.labels[kept]  # (n,)
     chunks = _of_chunks(hidden[kept.to(hidden.device)], weight, labels.to(hidden.device))
-    nats, rank, confidence = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))  # (n of all rows,) each
+    nats, rank, confidence = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))  # (n,) each
     bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
-    rows, start = [], 0
-    for count in counts:
-        own = slice(start, start + count)
-        start += count
-        if not count:
-            continue
-        surplus = (rank[own] == 0).double() - confidence[own].double()
-        rows.append(
-            {
-                TOKENS: torch.tensor(count),
-                BYTES: token_bytes[labels[own]].sum(),
-                NATS: nats[own].double().sum(),
-                TOP1: (rank[own] == 0).sum(),
-                TOP5: (rank[own] < LIKELIEST).sum(),
-                CALIBRATION: torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins[own], surplus),
-            }
-        )
-    return rows
+    surplus = (rank == 0).double() - confidence.double()
+    return {
+        TOKENS: torch.ones(len(labels)),
+        BYTES: token_bytes[labels],
+        NATS: nats,
+        TOP1: rank == 0,
+        TOP5: rank < LIKELIEST,
+        CALIBRATION: torch.zeros(len(labels), CALIBRATION_BINS, dtype=torch.float64).scatter_(
+            1, bins[:, None], surplus[:, None]
+        ),
+    }
 
 
 def _of_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

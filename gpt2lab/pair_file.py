@@ -12,14 +12,25 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from gpt2lab.document_groups import merged, warn_once
 from gpt2lab.token_file import token_dtype
 
 # `offset` counts tokens in tokens.bin, `prompt` and `response` are lengths in tokens, `reference` is a byte of
-# references.jsonl, or −1; `number` counts the pairs of that side of the split, those that were left out among them.
+# references.jsonl, or −1; `number` counts the pairs of that side of the split, those that were left out among them;
+# `group` is a hash of the source file, or of the source text, which pairs of one document share.
 INDEX_ENTRY = np.dtype(
-    [("offset", "<i8"), ("prompt", "<i4"), ("response", "<i4"), ("reference", "<i8"), ("number", "<i8")]
+    [
+        ("offset", "<i8"),
+        ("prompt", "<i4"),
+        ("response", "<i4"),
+        ("reference", "<i8"),
+        ("number", "<i8"),
+        ("group", "<i8"),
+    ]
 )
 
 
@@ -47,13 +58,20 @@ class PairFileWriter:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, number: int, prompt: list[int], response: list[int], reference: dict[str, str] | None = None) -> None:
+    def add(
+        self,
+        number: int,
+        prompt: list[int],
+        response: list[int],
+        reference: dict[str, str] | None = None,
+        group: int = 0,
+    ) -> None:
         place = -1
         if reference is not None:
             place = self._references.tell()
             self._references.write(json.dumps(reference, ensure_ascii=False).encode() + b"\n")
         self._tokens.write(np.array(prompt + response, dtype=self._dtype).tobytes())
-        entry = (self._offset, len(prompt), len(response), place, number)
+        entry = (self._offset, len(prompt), len(response), place, number, group)
         self._index.write(np.array(entry, dtype=INDEX_ENTRY).tobytes())
         self._offset += len(prompt) + len(response)
         self.pairs += 1
@@ -71,6 +89,7 @@ class PairFile:
         self.folder = folder
         self._tokens = np.memmap(folder / "tokens.bin", dtype=token_dtype(vocab_size), mode="r")  # (all tokens,)
         self._index: NDArray[np.void] = np.memmap(folder / "index.bin", dtype=INDEX_ENTRY, mode="r")  # (pairs,)
+        self._all_groups: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self._index)
@@ -82,6 +101,34 @@ class PairFile:
     def keep(self, numbers: NDArray[np.int64]) -> None:
         """From now on only pairs with these numbers are there."""
         self._index = self._index[np.isin(self.numbers, numbers)]
+        self._all_groups = None
+
+    @property
+    def all_groups(self) -> NDArray[np.int64]:
+        """The different group hashes, ascending; those of several files together once `share_groups` was called."""
+        if self._all_groups is None:
+            self._all_groups = np.unique(self._index["group"])
+        return self._all_groups
+
+    def document_groups(self, rows: NDArray[np.int64]) -> Tensor:
+        """(n,) int64 document group of each target of the pairs `rows`, in their order."""
+        groups = merged(*self._numbered(rows))
+        return groups.repeat_interleave(torch.from_numpy(self.target_counts(rows)))
+
+    def pair_groups(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) the document group of each of the pairs `rows`."""
+        return self._numbered(rows)[0].numpy()
+
+    def _numbered(self, rows: NDArray[np.int64]) -> tuple[Tensor, int]:
+        """Group numbers of the pairs `rows` (n,), and how many groups the file has."""
+        if len(self.all_groups) > 1:
+            numbers = np.searchsorted(self.all_groups, self._index["group"][rows])
+            return torch.from_numpy(numbers), len(self.all_groups)
+        warn_once(
+            f"All {len(self)} pairs of the {self.folder.name} side have one source. Standard errors are computed "
+            "between pairs and may be too small."
+        )
+        return torch.from_numpy(rows), len(self)
 
     def target_counts(self, rows: np.ndarray) -> np.ndarray:
         """Number of targets, end-of-text included, in each of the pairs `rows` (any number, int64)."""
@@ -113,3 +160,10 @@ class PairFile:
                 file.seek(int(self._index[row]["reference"]))
                 pairs.append(json.loads(file.readline()))
         return [pair["source"] for pair in pairs], [pair["reference"] for pair in pairs]
+
+
+def share_groups(files: list[PairFile]) -> None:
+    """Number the document groups of several files together: pairs of one source file may lie in more than one."""
+    known = np.unique(np.concatenate([file.all_groups for file in files]))
+    for file in files:
+        file._all_groups = known

@@ -12,6 +12,7 @@ from typing import Any
 from gpt2lab import metric_names
 from gpt2lab.atomic_files import write_json, write_text
 from gpt2lab.damaged_files import set_aside, warn_once
+from gpt2lab.document_losses import read_document_losses
 from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.report_html import render
 from gpt2lab.sample_file import read_samples
@@ -27,7 +28,9 @@ WARM_UP_INTERVALS = 1  # log intervals left out of the median speed: compilation
 
 
 def build_report(run_dir: str | Path, status: str, facts: dict[str, Any], error: str = "") -> dict[str, Any]:
-    """Facts given by the caller, and what metrics.csv says last; the values survive a resume because the file does.
+    """Facts given by the caller, and the last values in metrics.csv; these survive a resume because the file does.
+
+    `val_loss_error` is the standard error of val_loss between documents, `val_documents` how many groups of them.
 
     Args:
         status: finished, stopped, pruned or failed.
@@ -37,12 +40,15 @@ def build_report(run_dir: str | Path, status: str, facts: dict[str, Any], error:
     rows = read_metrics(run_dir)
     names = [name for name in rows[0] if name != "step"] if rows else []
     last = {name: series(rows, name)[-1][1] for name in names if series(rows, name)}
+    by_document = read_document_losses(run_dir)
     report: dict[str, Any] = {"status": status, **({"error": error} if error else {}), **facts}
     report |= {
         "tokens_per_second": _typical(rows, metric_names.TOKENS_PER_SECOND),
         "mfu": _typical(rows, metric_names.MFU),
         "train_loss": last.get(metric_names.TRAIN_LOSS),
         "val_loss": last.get(metric_names.VAL_LOSS),
+        "val_loss_error": by_document.standard_error if by_document else None,
+        "val_documents": len(by_document.targets) if by_document else None,
         "val_perplexity": last.get(metric_names.VAL_PERPLEXITY),
         "bits_per_byte": last.get(metric_names.VAL_BITS_PER_BYTE),
         "metrics": last,

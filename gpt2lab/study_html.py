@@ -13,7 +13,8 @@ def render(title: str, results: StudyResults) -> str:
     seeds = ", ".join(map(str, results.seeds))
     failed = "".join(f'<pre class="error">{escape(run)}</pre>' for run in results.failed_runs)
     verdicts = "".join(
-        f"<tr><td>{escape(contrast.budget)}</td><td>{escape(contrast.title)}</td><td>{escape(contrast.verdict)}</td></tr>"
+        f"<tr><td>{escape(contrast.budget)}</td><td>{escape(contrast.title)}</td><td>{escape(contrast.verdict)}</td>"
+        f"<td>{escape(str(contrast.by_document or ''))}</td></tr>"
         for contrast in results.contrasts
     )
     return f"""<!doctype html>
@@ -22,9 +23,10 @@ def render(title: str, results: StudyResults) -> str:
 <h1>Is it the teacher? {escape(title)}</h1>
 <p class="status">Teacher {escape(results.teacher)}{teacher}<br>Seeds {seeds}</p>
 {failed}
-<h2>Verdicts</h2><table>{verdicts}</table>
+<h2>Verdicts</h2><table><tr><td></td><td></td><td>over seeds</td><td>over documents</td></tr>{verdicts}</table>
 <h2>Differences, with their intervals</h2>{_intervals(results.contrasts)}
 <h2>Every run</h2>{_dots(results.arms)}
+<h2>Errors of the mean losses</h2><table>{_errors(results.arms)}</table>
 <h2>Learning rates</h2><table>{_rates(results)}</table>
 </body></html>
 """
@@ -47,6 +49,16 @@ def _dots(arms: list[ArmResult]) -> str:
             x = plot.x(arm.summary.mean)
             plot.parts.append(f'<line class="mean" x1="{x}" x2="{x}" y1="{y - 9}" y2="{y + 9}"/>')
     return plot.svg("validation loss of every run")
+
+
+def _errors(arms: list[ArmResult]) -> str:
+    """Seed error and document error of each arm, apart."""
+    rows = "<tr><td></td><td>mean</td><td>sd over seeds</td><td>standard error between documents</td></tr>"
+    for arm in arms:
+        values = (arm.summary.mean, arm.summary.sd, arm.document_error)
+        cells = "".join(f"<td>{'' if value is None else f'{value:.4f}'}</td>" for value in values)
+        rows += f"<tr><td>{escape(arm.arm.name)}, {arm.steps} steps</td>{cells}</tr>"
+    return rows
 
 
 def _intervals(contrasts: list[Contrast]) -> str:

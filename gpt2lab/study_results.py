@@ -1,9 +1,12 @@
 """Study results: what the runs of a study of distillation say — each arm's losses, and the arms against each other."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from gpt2lab.document_losses import DocumentLosses, loss_difference, mean_losses
 from gpt2lab.paired_statistics import PairedDifference, Summary, paired_difference, summary, verdict
+from gpt2lab.standard_errors import DocumentDifference
 
 CE, KD = "CE", "KD"  # the labels' cross-entropy, knowledge distillation
 SCRATCH, LAYERS = "scratch", "teacher_layers"
@@ -30,6 +33,9 @@ class ArmResult:
         budget: what the arms it is compared with have in common: TOKENS or TIME.
         losses: validation loss in nats per token by seed; None where the run failed.
         seconds: training time of a run, the median; None where none finished.
+        documents: the last validation by document, by seed.
+        document_error: standard error of the mean loss over seeds, between documents: how far the choice of validation
+            text matters. The summary's sd is the error between seeds; the two are never added.
     """
 
     arm: Arm
@@ -38,16 +44,29 @@ class ArmResult:
     losses: dict[int, float | None]
     summary: Summary
     seconds: float | None
+    documents: dict[int, DocumentLosses] = field(default_factory=dict, repr=False)
+
+    @property
+    def document_error(self) -> float | None:
+        seeds = [seed for seed, loss in self.losses.items() if loss is not None]
+        mean = mean_losses([self.documents.get(seed) for seed in seeds])
+        return mean.standard_error if mean else None
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """One arm against another, seed by seed; negative where the first has the lower loss."""
+    """One arm against another, seed by seed; negative where the first has the lower loss.
+
+    Attributes:
+        by_document: the same difference of the seeds' means, paired by document; None where the two did not validate on
+            the same targets.
+    """
 
     budget: str
     title: str
     difference: PairedDifference
     verdict: str
+    by_document: DocumentDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +106,26 @@ class StudyResults:
     contrasts: list[Contrast]
     failed_runs: list[str]
 
+    def facts(self) -> dict[str, Any]:
+        """For JSON; each arm with its document error instead of all documents."""
+        found = asdict(self)
+        for content, arm in zip(found["arms"], self.arms, strict=True):
+            del content["documents"]
+            content["document_error"] = arm.document_error
+        return found
 
-def arm_result(arm: Arm, budget: str, steps: int, losses: dict[int, float | None], seconds: float | None) -> ArmResult:
+
+def arm_result(
+    arm: Arm,
+    budget: str,
+    steps: int,
+    losses: dict[int, float | None],
+    seconds: float | None,
+    documents: dict[int, DocumentLosses] | None = None,
+) -> ArmResult:
     """With mean and standard deviation over the seeds whose runs finished."""
     there = [loss for loss in losses.values() if loss is not None]
-    return ArmResult(arm, budget, steps, losses, summary(there), seconds)
+    return ArmResult(arm, budget, steps, losses, summary(there), seconds, documents or {})
 
 
 def contrasts(arms: list[ArmResult]) -> list[Contrast]:
@@ -106,7 +140,12 @@ def contrasts(arms: list[ArmResult]) -> list[Contrast]:
         theirs = there.get((second, budget))
         if ours is not None and theirs is not None:
             difference = paired_difference(ours.losses, theirs.losses)
-            found.append(Contrast(budget, title, difference, verdict(difference, *names)))
+            words, seeds = verdict(difference, *names), list(difference.differences)
+            ours_by_document, theirs_by_document = (
+                mean_losses([arm.documents.get(seed) for seed in seeds]) for arm in (ours, theirs)
+            )
+            by_document = loss_difference(ours_by_document, theirs_by_document)
+            found.append(Contrast(budget, title, difference, words, by_document))
     return found
 
 

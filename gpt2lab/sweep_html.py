@@ -23,6 +23,8 @@ from gpt2lab.sweep_runs import (
     SweepResults,
     SweepRun,
     behind_in_words,
+    document_difference_in_words,
+    document_error_in_words,
     in_one_sentence,
     value_in_words,
 )
@@ -52,6 +54,10 @@ document.addEventListener('mouseover', event => {
 NOTE = (
     "± of a mean: half its 95 % interval, over seeds. What lies behind the best by more than its ± is worse, the rest "
     "tie: seeds move all settings together, so differences are known better than means."
+)
+DOCUMENTS_NOTE = (
+    "± documents: standard error of the mean loss over seeds, between validation documents. Behind, by document: the "
+    "difference to the best within each document, with its 95 % interval. Neither holds the error between seeds."
 )
 RELOAD = '<meta http-equiv="refresh" content="30">'
 
@@ -91,13 +97,18 @@ def _table(results: SweepResults, numbers: dict[str, int]) -> str:
     names = list(short_names(results.keys).values())
     metrics = list(dict.fromkeys(contest.metric for contest in results.contests))
     has_behind = any(contest.comparison.behind for contest in results.contests)
+    has_documents = any(
+        document_error_in_words(contest, setting) for contest in results.contests for setting in contest.settings
+    )
     head = "".join(
         f"<th{kind}>{escape(name)}</th>"
         for name, kind in [
             ("", ""),
             *((name, "") for name in names),
             (metrics[0] if len(metrics) == 1 else "value", ' class="number"'),
+            *[("± documents", ' class="number"')] * has_documents,
             *[("behind the best", ' class="number"')] * has_behind,
+            *[("behind, by document", ' class="number"')] * has_documents,
             ("seconds", ' class="number"'),
             ("runs", ""),
         ]
@@ -106,12 +117,19 @@ def _table(results: SweepResults, numbers: dict[str, int]) -> str:
     rows = ""
     for setting in results.settings:
         contest = contest_of.get(setting.name)
-        rows += _row(setting, contest, numbers[setting.name], len(metrics) > 1, has_behind)
-    note = f"<p>{NOTE}</p>" if has_behind else ""
+        rows += _row(setting, contest, numbers[setting.name], len(metrics) > 1, has_behind, has_documents)
+    note = (f"<p>{NOTE}</p>" if has_behind else "") + (f"<p>{DOCUMENTS_NOTE}</p>" if has_documents else "")
     return f'<div class="scroll"><table class="settings"><tr>{head}</tr>{rows}</table></div>{note}'
 
 
-def _row(setting: Setting, contest: Contest | None, number: int, names_metric: bool, has_behind: bool) -> str:
+def _row(
+    setting: Setting,
+    contest: Contest | None,
+    number: int,
+    names_metric: bool,
+    has_behind: bool,
+    has_documents: bool,
+) -> str:
     standing = contest.standing(setting) if contest else ""
     metric = f"{contest.metric} " if contest and names_metric else ""
     seconds = "" if setting.seconds is None else f"{setting.seconds:,.0f}"
@@ -119,7 +137,9 @@ def _row(setting: Setting, contest: Contest | None, number: int, names_metric: b
         f'<td class="standing">{standing}</td>',
         *(f"<td>{escape(value) or '–'}</td>" for value in setting.told.values()),
         f'<td class="number">{escape(metric)}{value_in_words(setting)}</td>',
+        *[f'<td class="number">{document_error_in_words(contest, setting)}</td>'] * has_documents,
         *[f'<td class="number">{behind_in_words(contest, setting)}</td>'] * has_behind,
+        *[f'<td class="number">{document_difference_in_words(contest, setting)}</td>'] * has_documents,
         f'<td class="number">{seconds}</td>',
         f"<td>{' '.join(_link(run) for run in setting.runs)}</td>",
     ]

@@ -13,7 +13,9 @@ from functools import cached_property
 from statistics import fmean
 
 from gpt2lab import metric_names
+from gpt2lab.document_losses import DocumentLosses, loss_difference, mean_losses
 from gpt2lab.setting_comparison import Comparison, compare, mean_interval
+from gpt2lab.standard_errors import DocumentDifference
 from gpt2lab.varied_keys import short_names
 
 SEED = "seed"
@@ -35,6 +37,7 @@ class SweepRun:
         value: of that metric; None where the run did not finish, or not with a number.
         data: hash of its data.
         curve: (step, value) of that metric.
+        documents: its last validation by document; None where it has none.
     """
 
     number: int
@@ -48,6 +51,7 @@ class SweepRun:
     command: str
     data: str
     curve: list[tuple[int, float]]
+    documents: DocumentLosses | None = None
 
     @property
     def outcome(self) -> str:
@@ -77,6 +81,17 @@ class Setting:
     def mean(self) -> tuple[float, float] | None:
         """Mean and half the width of its 95 % interval, NaN for one run; None without a run."""
         return mean_interval([value for _, value in self.values])
+
+    @cached_property
+    def documents(self) -> dict[str, DocumentLosses | None]:
+        """The last validation by document of each run with a value, by seed."""
+        return {run.told.get(SEED, ""): run.documents for run in self.runs if run.value is not None}
+
+    @property
+    def document_error(self) -> float | None:
+        """Standard error of the mean loss over seeds between documents; apart from the error between seeds."""
+        mean = mean_losses(list(self.documents.values()))
+        return mean.standard_error if mean else None
 
     @property
     def seconds(self) -> float | None:
@@ -114,6 +129,17 @@ class Contest:
     def best(self) -> Setting:
         """The winner, or the best seen."""
         return self.settings[0]
+
+    def by_document(self, setting: Setting) -> DocumentDifference | None:
+        """The setting's loss minus the best one's, paired by document; the mean over the seeds that both have.
+
+        None where the metric is another, or the two did not validate on the same targets.
+        """
+        if self.metric != metric_names.VAL_LOSS or setting is self.best:
+            return None
+        seeds = setting.documents.keys() & self.best.documents.keys()
+        ours, theirs = (mean_losses([one.documents[seed] for seed in sorted(seeds)]) for one in (setting, self.best))
+        return loss_difference(ours, theirs)
 
     @property
     def best_command(self) -> str:
@@ -232,6 +258,21 @@ def behind_in_words(contest: Contest | None, setting: Setting) -> str:
     """`0.0513 ± 0.0214`: how much worse than the best, and how much it takes to count."""
     found = contest.comparison.behind.get(setting.name) if contest else None
     return f"{found[0]:.4f} ± {found[1]:.4f}" if found else ""
+
+
+def document_error_in_words(contest: Contest | None, setting: Setting) -> str:
+    """The standard error between documents; nothing where the metric is no loss."""
+    error = setting.document_error if contest and contest.metric == metric_names.VAL_LOSS else None
+    return "" if error is None else f"{error:.4f}"
+
+
+def document_difference_in_words(contest: Contest | None, setting: Setting) -> str:
+    """`0.0513 (0.0402 … 0.0624)`: the difference to the best, paired by document, with its 95 % interval."""
+    found = contest.by_document(setting) if contest else None
+    if found is None:
+        return ""
+    interval = "" if found.low is None or found.high is None else f" ({found.low:.4f} … {found.high:.4f})"
+    return f"{found.value:.4f}{interval}".replace("-", "−")
 
 
 def value_in_words(setting: Setting) -> str:

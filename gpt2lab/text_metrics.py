@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
@@ -46,32 +46,34 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
     }
 
 
-def values_of_texts(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, list[float]]:
-    """0 to 100 of each text, for those metrics that are a mean over texts; placeholders has the texts with any."""
+def values_of_texts(
+    names: Iterable[str], predictions: list[str], references: list[str]
+) -> dict[str, list[float | None]]:
+    """0 to 100 of each text, for those metrics that are a mean over texts; None where a text has no placeholder."""
     one_each: dict[str, Callable[[str, str], float | None]] = {
         "exact": _exact,
         "accuracy": _exact,
         "compiles": lambda ours, _: 100.0 * _is_body(ours),
         "placeholders": _placeholders,
     }
-    values: dict[str, list[float]] = {}
+    values: dict[str, list[float | None]] = {}
     pairs = list(zip(predictions, references, strict=True))
     rouge_names = tuple(name for name in names if name.startswith("rouge"))
     if rouge_names:
         values |= _rouge(rouge_names, pairs)
     for name in names:
         if name in one_each:
-            each = [one_each[name](ours, theirs) for ours, theirs in pairs]
-            values[name] = [value for value in each if value is not None]
+            values[name] = [one_each[name](ours, theirs) for ours, theirs in pairs]
     return values
 
 
-def mean_of(values: list[float]) -> float:
+def mean_of(values: Sequence[float | None]) -> float:
     """NaN where there is nothing to score, as where no reference has a placeholder."""
-    return sum(values) / len(values) if values else math.nan
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
-def _rouge(names: tuple[str, ...], pairs: list[tuple[str, str]]) -> dict[str, list[float]]:
+def _rouge(names: tuple[str, ...], pairs: list[tuple[str, str]]) -> dict[str, list[float | None]]:
     from torchmetrics.functional.text import rouge_score
 
     each = [rouge_score(ours, theirs, rouge_keys=names) for ours, theirs in pairs]

@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt2lab import metric_names as names
 from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.distillation_metrics import OF_STUDENT, STUDENT_CALIBRATION, Sums, added, own_sums
+from gpt2lab.document_groups import document_sums
 from gpt2lab.lm_head_loss import lm_head_loss
 from gpt2lab.settings import LossSettings
 from gpt2lab.teacher_signal import AlignedTeacher
@@ -22,7 +23,13 @@ PLAIN = LossSettings("uld", hard_weight=0.0, scale_t2=False)
 
 
 def uld_sums(
-    hidden: Tensor, weight: Tensor, labels: Tensor, teacher: AlignedTeacher, *, compiled: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: AlignedTeacher,
+    *,
+    compiled: bool = False,
+    documents: Tensor | None = None,
 ) -> Sums:
     """Sums over the positions that have a target, by metric name; the distance at temperature 1.
 
@@ -31,6 +38,7 @@ def uld_sums(
         weight: (V, D) student head, without padding.
         labels: (N,) int64, or IGNORE_INDEX.
         compiled: run the work on a chunk's logits for the distance through torch.compile.
+        documents: (targets,) document group of each; given, the sums hold DOCUMENT_NATS and DOCUMENT_TARGETS too.
     """
     kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     hidden, labels, places = hidden[kept], labels[kept], teacher.places[kept]
@@ -38,7 +46,7 @@ def uld_sums(
     result = lm_head_loss(hidden, weight, labels, teacher=aligned, loss=PLAIN, compiled=compiled)
     nats, spelled = nats_of_teacher(teacher)
     return {
-        **_own_sums(hidden, weight, labels),
+        **_own_sums(hidden, weight, labels, documents),
         names.DISTILL_ULD: result.divergence,
         names.DISTILL_MATCHED: (places >= 0).sum(),
         TEACHER_NATS: nats,
@@ -54,18 +62,19 @@ def nats_of_teacher(teacher: AlignedTeacher) -> tuple[Tensor, int]:
     return lm_head_loss(teacher.hidden[targets], teacher.weight, labels).cross_entropy, teacher.text.label_bytes
 
 
-def _own_sums(hidden: Tensor, weight: Tensor, labels: Tensor) -> Sums:
+def _own_sums(hidden: Tensor, weight: Tensor, labels: Tensor, documents: Tensor | None) -> Sums:
     """Loss, entropy and calibration of the student at targets only."""
-    device, total = hidden.device.type, Sums()
+    device, total, losses = hidden.device.type, Sums(), []
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head, step = weight.to(dtype).T, max(LOGITS_OF_A_CHUNK // weight.shape[0], 1)
         for start in range(0, max(len(labels), 1), step):  # without any row one empty chunk gives the zeros
             logits = hidden[start : start + step].to(dtype) @ head  # (C, V)
             scores = torch.log_softmax(logits.to(torch.promote_types(torch.float32, dtype)), dim=1)
-            own = own_sums(scores, labels[start : start + step], scores.argmax(1))
-            total = added(total, dict(zip(OF_STUDENT, own, strict=True)))
-    return total
+            of_chunk = labels[start : start + step]
+            total = added(total, dict(zip(OF_STUDENT, own_sums(scores, of_chunk, scores.argmax(1)), strict=True)))
+            losses.append(-scores.gather(1, of_chunk.unsqueeze(1)).squeeze(1))
+    return total if documents is None else {**total, **document_sums(torch.cat(losses), documents)}
 
 
 def uld_figures(sums: Sums, targets: float) -> dict[str, float]:

@@ -202,6 +202,7 @@ class Distill(LanguageModel):
                 signal,
                 vocab_size=len(self.tokenizer),
                 compiled=self.settings.compile_head,
+                documents=batch.documents,
             )
 
         sums = self.backbone(batch.input_ids, head, batch.spans)
@@ -215,7 +216,8 @@ class Distill(LanguageModel):
 
         def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
             compiled, labels = self.settings.compile_head, batch.labels.flatten()
-            return uld_sums(hidden.flatten(0, 1), weight[:entries], labels, signal, compiled=compiled)
+            rows, documents = hidden.flatten(0, 1), batch.documents
+            return uld_sums(rows, weight[:entries], labels, signal, compiled=compiled, documents=documents)
 
         return self.backbone(batch.input_ids, head)
 

@@ -19,11 +19,14 @@ from transformers import GPT2LMHeadModel
 from gpt2lab import metric_names
 from gpt2lab.batch import IGNORE_INDEX, Batch
 from gpt2lab.device import exact_dtype, seed_random_state
+from gpt2lab.document_groups import DOCUMENT_NATS, DOCUMENT_TARGETS, document_sums, warn_of_few_groups
+from gpt2lab.document_losses import DocumentLosses
 from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
 from gpt2lab.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
+from gpt2lab.target_losses import target_losses
 from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
 from lightning_modules.backbone_module import BackboneModule
 
@@ -58,6 +61,7 @@ class LanguageModel(BackboneModule):
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self.validation_is_due = False  # after the last step: a stop kept it from being made or finished
         self._validation_sums: dict[str, Tensor] = {}
+        self.validation_documents: DocumentLosses | None = None  # of the last validation, on every rank
         self._gradient_norm = torch.zeros(())
         self._measured: dict[str, list[str]] = {}  # kind of metrics → names of those measured last
 
@@ -73,7 +77,15 @@ class LanguageModel(BackboneModule):
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the batch's targets, of any shape; they are added over the whole split and over ranks."""
-        return {metric_names.VAL_LOSS: self.head_loss(batch).cross_entropy}
+        kept = batch.labels != IGNORE_INDEX  # (B, T)
+
+        def head(hidden: Tensor, weight: Tensor) -> Tensor:
+            entries, compiled = len(self.tokenizer), self.settings.compile_head
+            return target_losses(hidden[kept], weight, batch.labels[kept], entries, compiled)
+
+        nats = self.backbone(batch.input_ids, head, batch.spans)  # (targets,)
+        sums = {metric_names.VAL_LOSS: nats.to(exact_dtype(self.device)).sum()}
+        return sums if batch.documents is None else {**sums, **document_sums(nats, batch.documents)}
 
     def after_step(self) -> None:
         """What a task keeps track of, once the weights have changed; `step_objective` is that step's."""
@@ -280,6 +292,11 @@ class LanguageModel(BackboneModule):
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.over_ranks(value) for name, value in self._validation_sums.items()}
         targets = sums.pop("targets").item()
+        self.validation_documents = None
+        if DOCUMENT_NATS in sums:
+            nats, counts = sums.pop(DOCUMENT_NATS), sums.pop(DOCUMENT_TARGETS)
+            self.validation_documents = DocumentLosses.of(self.trainer.global_step, nats, counts)
+            warn_of_few_groups(len(self.validation_documents.targets))
         figures = self.validation_figures(sums, targets)
         loss = figures[metric_names.VAL_LOSS]
         figures[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))

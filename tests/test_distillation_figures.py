@@ -276,4 +276,6 @@ def test_two_ranks_tell_the_figures_of_one(runs: Path, train_process: Train, tin
         for name in metric_names.DISTILLATION:
             # Positions with a near tie may change sides by rounding.
             assert two[name] == pytest.approx(one[name], abs=2e-3), name
+        errors = [report_of(tmp_path / name)["val_loss_error"] for name in ("one", strategy)]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-2)
     assert read_shape(tmp_path / "fsdp" / "hf")["vocab_size"] == 300

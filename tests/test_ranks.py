@@ -72,6 +72,8 @@ def test_two_ranks_score_the_pairs_of_one_though_one_rank_has_none(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     one, two = (read_metrics(tmp_path / name)[-1]["val/rougeL"] for name in ("one", "two"))
     assert one == two
+    errors = [json.loads((tmp_path / name / "report.json").read_text())["val_loss_error"] for name in ("one", "two")]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Popen[str], list[int]]:

@@ -18,9 +18,11 @@ from torch.nn import functional
 
 import evaluate
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf
-from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOKENS, TOP1, TOP5, Score, difference_of_losses, score_of
+from gpt2lab.evaluation import BYTES, CALIBRATION, NATS, TOP1, TOP5, Score, paired_difference, score_of
 from gpt2lab.hf_folder import write_hf_folder
+from gpt2lab.paired_statistics import t_quantile
 from gpt2lab.settings import ModelShape
+from gpt2lab.standard_errors import TOKENS
 from gpt2lab.text_metrics import text_metrics
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.windows import SlidingWindows
@@ -113,7 +115,7 @@ def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_h
         assert f"{one['loss']:.2f}" in done.stdout
     assert scores[0]["tokens"] == scores[1]["tokens"] != scores[2]["tokens"]
     assert scores[1]["loss_minus_first"]["value"] == pytest.approx(scores[1]["loss"] - scores[0]["loss"])
-    assert "loss_minus_first" not in scores[2]  # other tokens
+    assert "loss_minus_first" not in scores[2]  # other tokens, in stretches of other bytes
     page = (tmp_path / "scores.html").read_text()
     assert page.count("<circle") == sum(1 for row in rows for name, cell in row.items() if cell and _is_figure(name))
     panel = page[page.index("<h2>loss</h2>") : page.index("<h2>perplexity</h2>")]
@@ -123,7 +125,9 @@ def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_h
     assert min(widths) > 1
     assert widths[1] / widths[0] == pytest.approx(errors[1] / errors[0], abs=0.2 / min(widths[:2]))  # rounded pixels
     shown = [tuple(map(float, pair)) for pair in re.findall(r"<title>.*?\((\S+) … (\S+)\)</title>", panel)]
-    assert [high - low for low, high in shown] == pytest.approx([3.92 * error for error in errors], abs=2e-4)
+    spans = [high - low for low, high in shown]
+    # Student's t of the 20 stretches of a text that is one document: some weigh less, so 18 degrees of freedom
+    assert spans == pytest.approx([2 * t_quantile(18) * error for error in errors], abs=2e-4)
 
 
 def _is_figure(name: str) -> bool:
@@ -180,30 +184,37 @@ def test_another_tokenizer_is_told_before_any_checkpoint_is_scored(evaluate_here
     assert "Give a teacher trained with the tokenizer of the checkpoint" in done.stderr
 
 
-def test_as_many_tokens_that_spell_other_bytes_are_not_the_same_windows() -> None:
-    def rows(*spelled: int) -> list[dict[str, torch.Tensor]]:
-        sums = {TOKENS: 4, NATS: 8.0, TOP1: 0, TOP5: 0, CALIBRATION: 0.0}
-        return [
-            {**{name: torch.tensor(value) for name, value in sums.items()}, BYTES: torch.tensor(n)} for n in spelled
-        ]
+def scored(nats: tuple[float, ...], tokens: tuple[int, ...] = (), spelled: tuple[int, ...] = ()) -> Score:
+    """A score from one loss sum a document; by default documents of 4 tokens and 9 bytes."""
+    none = torch.zeros(len(nats))
+    counts = torch.tensor(tokens or [4] * len(nats))
+    sums = {TOKENS: counts, TOP1: none, TOP5: none, CALIBRATION: torch.zeros(len(nats), 15)}
+    return score_of({**sums, BYTES: torch.tensor(spelled or [9] * len(nats)), NATS: torch.tensor(nats)})
 
-    first = score_of(rows(9, 11))
-    assert difference_of_losses(score_of(rows(9, 11)), first) == (0, 0)
-    assert difference_of_losses(score_of(rows(10, 10)), first) is None
+
+def test_documents_of_other_bytes_are_not_paired() -> None:
+    first = scored((8.0, 8.0), spelled=(9, 11))
+    same = paired_difference(scored((8.0, 8.0), spelled=(9, 11)), first)
+    assert same is not None
+    assert (same.value, same.standard_error) == (0, 0)
+    assert paired_difference(scored((8.0, 8.0), spelled=(10, 10)), first) is None
+
+
+def test_other_tokens_of_the_same_bytes_are_paired_by_byte() -> None:
+    found = paired_difference(scored((12.0, 8.0), tokens=(5, 3)), scored((10.0, 9.0)))
+    assert found is not None
+    assert (found.unit, found.value) == ("bits per byte", pytest.approx(1 / math.log(2) / 18))
 
 
 def test_what_two_models_both_find_hard_is_no_error_of_their_difference() -> None:
-    def scored(*nats: float) -> Score:
-        sums = {TOKENS: 4, BYTES: 9, TOP1: 0, TOP5: 0, CALIBRATION: 0.0}
-        shared = {name: torch.tensor(value) for name, value in sums.items()}
-        return score_of([{**shared, NATS: torch.tensor(one)} for one in nats])
-
-    hard_and_easy = scored(20.0, 4.0, 12.0, 8.0)
+    hard_and_easy = scored((20.0, 4.0, 12.0, 8.0))
     assert hard_and_easy.standard_errors["loss"] > 0.5
-    assert difference_of_losses(scored(22.0, 6.0, 14.0, 10.0), hard_and_easy) == (0.5, 0)
-    found = difference_of_losses(scored(21.0, 7.0, 13.0, 11.0), hard_and_easy)  # by 1 or 3 nats of 4 tokens
+    same = paired_difference(scored((22.0, 6.0, 14.0, 10.0)), hard_and_easy)
+    assert same is not None
+    assert (same.value, same.standard_error) == (0.5, 0)
+    found = paired_difference(scored((21.0, 7.0, 13.0, 11.0)), hard_and_easy)  # by 1 or 3 nats of 4 tokens
     assert found is not None
-    assert found == pytest.approx((0.5, math.sqrt(4 / 3) / 4 / 2))
+    assert (found.value, found.standard_error) == pytest.approx((0.5, math.sqrt(4 / 3) / 4 / 2))
 
 
 def test_sliding_windows_give_every_token_more_before_it(evaluate_here, models: Path, tmp_path: Path) -> None:

@@ -8,46 +8,66 @@ import torch
 from sacrebleu.metrics import CHRF
 
 from gpt2lab.decoding_speed import median_with_error
-from gpt2lab.standard_errors import Sums, standard_errors
+from gpt2lab.document_groups import WindowDocuments, document_sums
+from gpt2lab.document_losses import DocumentLosses
+from gpt2lab.standard_errors import TOKENS, GroupedSums, Sums, mean_error, standard_errors
 from gpt2lab.text_intervals import text_scores
 from gpt2lab.text_metrics import text_metrics
 
 
 def mean_of(sums: Sums) -> dict[str, float]:
-    return {"mean": (sums["sum"] / sums["count"]).item()}
+    return {"mean": (sums["sum"] / sums[TOKENS]).item()}
 
 
-def rows_of(values: torch.Tensor) -> list[Sums]:
-    return [{"sum": value, "count": torch.tensor(1)} for value in values]
+def sums_of(values: torch.Tensor) -> Sums:
+    return {"sum": values, TOKENS: torch.ones(len(values))}
 
 
 def test_the_error_of_a_mean_of_equal_rows_is_that_of_the_textbook() -> None:
     values = torch.randn(150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = standard_errors(rows_of(values), mean_of)["mean"]
+    found = standard_errors(sums_of(values), mean_of)["mean"]
     assert found == pytest.approx(values.std().item() / math.sqrt(150), rel=1e-9)
+    assert mean_error(values, torch.ones(150)) == pytest.approx(found, rel=1e-9)
 
 
-def test_neighbours_that_belong_together_count_as_one() -> None:
+def test_targets_of_one_group_count_as_one() -> None:
     values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    repeated = values.repeat_interleave(10)  # 2,000 rows that say no more than 200
-    found = standard_errors(rows_of(repeated), mean_of)["mean"]
+    grouped = GroupedSums()
+    for part in torch.arange(2000).split(64):  # 2,000 targets that say no more than 200
+        groups = part // 10
+        grouped.add({"sum": values[groups], TOKENS: torch.ones(len(part))}, groups)
+    found = standard_errors(grouped.scored(), mean_of)["mean"]
     assert found == pytest.approx(values.std().item() / math.sqrt(200), rel=1e-9)
 
 
-def test_one_row_tells_no_error() -> None:
-    assert standard_errors(rows_of(torch.ones(1)), mean_of) == {}
+def test_one_group_has_no_error() -> None:
+    assert standard_errors(sums_of(torch.ones(1)), mean_of) == {}
+    assert mean_error(torch.ones(1), torch.ones(1)) is None
 
 
-def test_two_standard_errors_cover_a_ratio_19_times_in_20() -> None:
-    draws, covered = torch.Generator().manual_seed(0), 0
-    for _ in range(400):
-        counts = torch.randint(1, 9, (100,), generator=draws)
-        noise = torch.randn(100, generator=draws, dtype=torch.float64) * counts
-        rows = [{"sum": 2.0 * count + one, "count": count} for count, one in zip(counts, noise, strict=True)]
-        total = {name: torch.stack([row[name].double() for row in rows]).sum() for name in ("sum", "count")}
-        error = standard_errors(rows, mean_of)["mean"]
-        covered += abs(mean_of(total)["mean"] - 2.0) < 1.96 * error
-    assert 0.92 < covered / 400 < 0.98
+@pytest.mark.parametrize(
+    ("documents", "spread"),
+    [(20, 0.0), (20, 0.7), (20, 1.2), (60, 0.7), (60, 1.2), (1500, 0.7)],  # of lengths, as of their logarithm
+)
+def test_intervals_cover_the_mean_of_clustered_text(documents: int, spread: float) -> None:
+    """300 texts in windows of 64 tokens: document effects as large as the noise of a token, lognormal lengths."""
+    random, covered = np.random.default_rng(documents), 0
+    for _ in range(300):
+        lengths = np.maximum(np.exp(random.normal(3 if documents < 100 else 1, spread, documents)), 2).astype(int)
+        tokens = np.ones((lengths + 1).sum(), int)
+        tokens[np.cumsum(lengths + 1) - lengths - 1] = 0
+        effects = 3 + random.normal(0, 1, documents).repeat(lengths + 1)
+        losses = torch.from_numpy((effects + random.normal(0, 1, len(tokens)))[1:])
+        starts = np.arange(0, len(tokens) - 1, 64)
+        places = starts[:, None] + np.arange(64)
+        kept = torch.from_numpy(places < len(tokens) - 1)
+        inputs = torch.from_numpy(tokens[np.minimum(places, len(tokens) - 1)])
+        groups = WindowDocuments(tokens, 0, "synthetic").of_targets(starts, inputs, kept)
+        found = DocumentLosses.of(0, *document_sums(losses, groups).values())
+        assert found.half_interval is not None
+        mean = sum(found.nats) / sum(found.targets)
+        covered += abs(mean - 3) < found.half_interval
+    assert 0.92 <= covered / 300 <= 0.98
 
 
 PREDICTIONS = [f"return the {word} of a list" for word in ("first", "last", "sum", "length", "name", "copy") * 8]
@@ -86,6 +106,15 @@ def test_chrf_intervals_are_as_wide_as_those_of_texts_drawn_by_hand() -> None:
         again = [PREDICTIONS[place] for place in places], [REFERENCES[place] for place in places]
         drawn.append(CHRF().corpus_score(again[0], [again[1]]).score)
     assert ours.standard_error == pytest.approx(float(np.std(drawn)), rel=0.2)
+
+
+def test_texts_of_one_document_are_drawn_together() -> None:
+    predictions, references = ["a", "b", "c", "x"] * 10, ["a", "b", "c", "d"] * 10
+    alone = text_scores(["exact", "chrf"], predictions, references)
+    repeated = [text for text in predictions for _ in range(4)], [text for text in references for _ in range(4)]
+    together = text_scores(["exact", "chrf"], *repeated, groups=[n // 4 for n in range(160)])
+    for name in alone:
+        assert together[name].standard_error == pytest.approx(alone[name].standard_error, rel=0.15)
 
 
 def test_the_error_of_a_median_is_that_of_all_ways_to_draw_its_values_again() -> None:

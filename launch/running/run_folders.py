@@ -19,7 +19,7 @@ from launch.configuration.config import Config
 
 RUNS, STUDIES = Path("runs"), Path("studies")
 CONFIG = "config.yaml"
-SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html")
+SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html", "val_documents.json")
 OWN_FILES = (folder_lock.NAME, CONFIG, *SIDE_FILES, "checkpoints", "hf", "logs", "wandb", "tensorboard", "inspect")
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.atomic_files import write_text
+from gpt2lab.document_losses import DocumentLosses, read_document_losses
 from gpt2lab.metrics_file import read_metrics, series
 from gpt2lab.run_report import read_report
 from gpt2lab.sweep_html import render
-from gpt2lab.sweep_runs import SweepResults, SweepRun, behind_in_words, gathered, in_one_sentence, value_in_words
+from gpt2lab.sweep_runs import NAMED, SweepResults, SweepRun, behind_in_words, gathered, in_one_sentence, value_in_words
 from launch.configuration import ignored_keys
 from launch.running import jobs
 from launch.running.jobs import Job
@@ -32,6 +33,7 @@ def in_words(folder: Path, planned: Sequence[Job]) -> str:
     """What the terminal shows at the end: settings where they have several seeds, else jobs; who won, and how again."""
     found = results(folder, planned)
     lines = [_settings(found) if found.has_seeds else _jobs(planned)]
+    lines += _by_document(found)
     for contest in found.contests if len(found.settings) > 1 else []:
         apart = f"{contest.metric} {contest.apart}: " if len(found.contests) > 1 else ""
         lines += ["", apart + in_one_sentence(contest), f"  {contest.best_command}"]
@@ -45,7 +47,7 @@ def results(folder: Path, planned: Sequence[Job]) -> SweepResults:
 
 
 def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
-    report, curve = _reported(job)
+    report, curve, documents = _reported(job)
     is_number = job.status == "finished" and job.watched is not None and math.isfinite(job.watched)
     return SweepRun(
         number=job.number,
@@ -59,20 +61,21 @@ def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
         command=_command(job, report),
         data=report.get("data", {}).get("hash", ""),
         curve=curve,
+        documents=documents,
     )
 
 
-def _reported(job: Job) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """A job's report, empty where there is none yet, and the curve of the metric it is judged by."""
+def _reported(job: Job) -> tuple[dict[str, Any], list[tuple[int, float]], DocumentLosses | None]:
+    """A job's report, empty where there is none yet, the curve of its watched metric, its validation by document."""
     file = job.folder / "report.json"
-    return _read(job.folder, file.stat().st_mtime_ns) if file.exists() else ({}, [])
+    return _read(job.folder, file.stat().st_mtime_ns) if file.exists() else ({}, [], None)
 
 
 @cache
-def _read(folder: Path, written: int) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """The two of `_reported`, read once for each time that they were written: all jobs are told of after every one."""
+def _read(folder: Path, written: int) -> tuple[dict[str, Any], list[tuple[int, float]], DocumentLosses | None]:
+    """The three of `_reported`, read once for each time that they were written: every job's end reads all of them."""
     report = read_report(folder)
-    return report, series(read_metrics(folder), report.get("watched_metric", ""))
+    return report, series(read_metrics(folder), report.get("watched_metric", "")), read_document_losses(folder)
 
 
 def _told(planned: Sequence[Job]) -> list[dict[str, str]]:
@@ -100,7 +103,7 @@ def _shared(planned: Sequence[Job]) -> list[str]:
 
 def _row(job: Job, told: dict[str, str]) -> dict[str, Any]:
     """A line of sweep.csv."""
-    report, _ = _reported(job)
+    report = _reported(job)[0]
     shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
     own = {"job": job.number, "status": job.status, "overrides": ignored_keys.in_words(job.overrides)}
     became = {"error": job.error, "watched": "" if job.watched is None else job.watched}
@@ -143,6 +146,16 @@ def _settings(found: SweepResults) -> str:
         _aligned(lines)
         + "\n± of a value: half its 95 % interval; behind the best by more than its ±: worse, else a tie"
     )
+
+
+def _by_document(found: SweepResults) -> list[str]:
+    """The settings next to the best, each with its difference paired by document."""
+    lines = []
+    for contest in found.contests:
+        for setting in contest.settings[1 : NAMED + 1]:
+            difference = contest.by_document(setting)
+            lines += [f"  {setting.name} − {contest.best.name}: {difference}"] if difference else []
+    return ["", "Paired by document, without the error between seeds", *lines] if lines else []
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> str:

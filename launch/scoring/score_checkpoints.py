@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpt2lab.comparison import Comparison
     from gpt2lab.decoding_speed import DecodingSpeed
     from gpt2lab.evaluation import Score
+    from gpt2lab.standard_errors import DocumentDifference
     from gpt2lab.text_intervals import TextScore
     from launch.configuration.config import Config
 
@@ -68,7 +69,9 @@ class Scored:
     Attributes:
         source: as given.
         comparison: with the teacher, where there is one.
-        loss_minus_first: (value, standard error) against the first checkpoint, where both read the same windows.
+        minus_first: against the first checkpoint by document, in nats, or in bits per byte where tokens differ; None
+            where they did not score the same bytes.
+        minus_teacher, minus_baseline: the loss against theirs, by document.
         texts: metrics of what it wrote, for pairs.
         zero_shot: (value, standard error) by task/metric.
     """
@@ -76,7 +79,9 @@ class Scored:
     source: str
     score: "Score"
     comparison: "Comparison | None" = None
-    loss_minus_first: tuple[float, float | None] | None = None
+    minus_first: "DocumentDifference | None" = None
+    minus_teacher: "DocumentDifference | None" = None
+    minus_baseline: "DocumentDifference | None" = None
     texts: "dict[str, TextScore]" = field(default_factory=dict)
     speeds: "list[DecodingSpeed]" = field(default_factory=list)
     zero_shot: dict[str, tuple[float, float | None]] = field(default_factory=dict)
@@ -109,7 +114,8 @@ def evaluate(arguments: Arguments) -> Results:
     settings = _settings(arguments, checkpoints, others)
     settle_noise()  # what follows takes seconds to import; mistakes are told before
     from gpt2lab.device import named_device
-    from gpt2lab.evaluation import difference_of_losses
+    from gpt2lab.document_groups import warn_of_few_groups
+    from gpt2lab.evaluation import paired_difference
     from gpt2lab.host_memory import keep_freed_memory
 
     settle_library_noise()
@@ -132,7 +138,8 @@ def evaluate(arguments: Arguments) -> Results:
         results.checkpoints.append(scorer.scored(model, loaded, tasks))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
-            newest.loss_minus_first = difference_of_losses(newest.score, first.score)
+            newest.minus_first = paired_difference(newest.score, first.score)
+        warn_of_few_groups(newest.score.groups)
         if not results.baselines and results.checkpoints[0].texts:
             results.baselines = scorer.baselines()
     return results
@@ -213,7 +220,9 @@ class _Scorer:
         answers = text_baselines(self._metrics, self.data.training_pairs())
         sources, references = self.data.val_texts(self.arguments.texts)
         return {
-            name: text_scores(self._metrics, [answer(source) for source in sources], references)
+            name: text_scores(
+                self._metrics, [answer(source) for source in sources], references, groups=self._text_groups()
+            )
             for name, answer in answers.items()
         }
 
@@ -227,7 +236,7 @@ class _Scorer:
         import torch
 
         from gpt2lab.comparison import compare
-        from gpt2lab.evaluation import score
+        from gpt2lab.evaluation import paired_difference, score
 
         autocast = torch.bfloat16 if self.arguments.precision == "bf16" else None
         if not others:
@@ -245,7 +254,11 @@ class _Scorer:
             seed=self.arguments.seed,
             autocast=autocast,
         )
-        return Scored(source, comparison.student, comparison)
+        found = Scored(source, comparison.student, comparison)
+        found.minus_teacher = paired_difference(comparison.student, comparison.teacher)
+        if comparison.baseline is not None:
+            found.minus_baseline = paired_difference(comparison.student, comparison.baseline)
+        return found
 
     def _written(self, backbone: "Backbone") -> "dict[str, TextScore]":
         from gpt2lab.completion import complete
@@ -263,7 +276,12 @@ class _Scorer:
             max_new_tokens=self.arguments.max_new_tokens or min(most, backbone.shape.n_positions // 2),
         )
         _, references = self.data.val_texts(self.arguments.texts)
-        return text_scores(self._metrics, [self.tokenizer.decode(answer) for answer in answers], references)
+        decoded = [self.tokenizer.decode(answer) for answer in answers]
+        return text_scores(self._metrics, decoded, references, groups=self._text_groups())
+
+    def _text_groups(self) -> list[int]:
+        """The document group of each text that is written."""
+        return self.data.val_groups(self.arguments.texts)
 
     def _speeds(self, backbone: "Backbone") -> "list[DecodingSpeed]":
         import numpy as np
@@ -292,16 +310,22 @@ class _Scorer:
         """Every batch of the split once, with a progress bar where somebody watches."""
         from tqdm import tqdm
 
+        from gpt2lab.document_groups import MOST_GROUPS
+        from gpt2lab.pair_file import share_groups
+
+        all_text = self.arguments.split == "all"
         loaders: list[Any]
         if self.arguments.stride:
-            loaders = [self.data.sliding_batches(self.arguments.stride, self.arguments.split == "all")]
-        elif self.arguments.split == "val":
-            loaders = [self.data.val_dataloader()]
+            loaders = self.data.sliding_batches(self.arguments.stride, all_text)
         else:
-            loaders = [self.data.val_dataloader(), self.data.train_eval_dataloader()]
+            loaders = [self.data.val_dataloader(), *([self.data.train_eval_dataloader()] if all_text else [])]
+        if self.has_pairs and all_text:
+            share_groups([file for file, _ in self.data.sides(all_text)])
         total = sum(len(loader) for loader in loaders)
         with tqdm(total=total, desc="evaluating", unit="batch", disable=None, leave=False) as bar:
-            for loader in loaders:
+            for number, loader in enumerate(loaders):
                 for batch in loader:
+                    # Other documents than those of the side before; pairs of one file can lie on both sides.
+                    batch.documents += 0 if self.has_pairs else number * MOST_GROUPS
                     yield batch
                     bar.update()

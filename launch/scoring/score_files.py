@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILLATION
 from launch.configuration.key_values import check_output_file
-from launch.scoring.score_rows import COUNTED, Row, label, score_rows
+from launch.scoring.score_rows import COUNTED, Row, differences, label, score_rows
 
 if TYPE_CHECKING:
     from launch.scoring.score_checkpoints import Arguments, Results, Scored
@@ -104,9 +104,8 @@ def _as_object(scored: "Scored", arguments: "Arguments") -> dict[str, Any]:
         errors = {name: error for name, error in comparison.standard_errors.items() if name in content}
         content["standard_errors"] = {**scored.score.standard_errors, **errors}
         content["speculative_decoding"] = asdict(comparison.speculation)
-    if scored.loss_minus_first is not None:
-        value, error = scored.loss_minus_first
-        content["loss_minus_first"] = {"value": value, "standard_error": error}
+    for name, found in differences(scored).items():
+        content[name] = asdict(found)
     if scored.texts:
         content["texts"] = {name: asdict(score) for name, score in scored.texts.items()}
     if scored.speeds:

@@ -8,11 +8,13 @@ from gpt2lab.metric_names import DISTILL_ECE, DISTILL_TEACHER_ECE, DISTILL_TEACH
 
 if TYPE_CHECKING:
     from gpt2lab.evaluation import Score
+    from gpt2lab.standard_errors import DocumentDifference
     from gpt2lab.text_intervals import TextScore
     from launch.scoring.score_checkpoints import Results, Scored
 
 TOLD_BY_OTHERS = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # `loss` and `ece` of the two models
 
+INTERVAL = "_interval"  # ends the name of a difference's 95 % interval, which has a line of its own in tables
 COUNTED = ("tokens", "bytes")  # exact, and nothing to draw
 
 # What each figure is called and says; those of a teacher stand in metric_names.DISTILLATION
@@ -35,7 +37,10 @@ LABELS = {
     "f1": ("F1", "mean over the labels, in percent"),
     "compiles": ("compiles", "percent that are the body of a Python function"),
     "placeholders": ("placeholders", "percent that keep all placeholders, of those with any"),
-    "loss_minus_first": ("loss − the first's", "on the same windows: what both find hard is no error here"),
+    "loss_minus_first": ("loss − the first's", "nats, paired by document: what both find hard is no error here"),
+    "bits_per_byte_minus_first": ("bits per byte − the first's", "paired by document, whose tokens differ"),
+    "loss_minus_teacher": ("loss − the teacher's", "nats, paired by document"),
+    "loss_minus_baseline": ("loss − the baseline's", "nats, paired by document"),
     "speedup": ("implied speed-up", "of the teacher with this model as draft"),
     **{name: words for name, words in DISTILLATION.items() if name not in TOLD_BY_OTHERS},
 }
@@ -67,6 +72,13 @@ class Figure:
         return f"{self.value:,.{digits}f} ± {self.standard_error:,.{digits}f}"
 
 
+class Interval(Figure):
+    """The 95 % interval of a figure, which is written as its ends."""
+
+    def __str__(self) -> str:
+        return "{:.4f} … {:.4f}".format(*self.bounds)
+
+
 @dataclass(frozen=True)
 class Row:
     """A model, or a way to answer without one."""
@@ -91,6 +103,13 @@ def score_rows(results: "Results", teacher: str, baseline: str) -> list[Row]:
     return rows + [Row(name, _of_texts(scores)) for name, scores in results.baselines.items()]
 
 
+def estimated(value: float, error: float | None, factor: float) -> Figure:
+    """A figure whose 95 % interval is `factor` standard errors wide each way (gpt2lab/standard_errors.py)."""
+    return (
+        Figure(value, error) if error is None else Figure(value, error, value - factor * error, value + factor * error)
+    )
+
+
 def label(name: str) -> tuple[str, str]:
     """What a figure is called, and what it says."""
     if name.startswith("decode_tokens_per_second_"):
@@ -98,6 +117,8 @@ def label(name: str) -> tuple[str, str]:
         return f"tokens/s, batch {batch}", "written greedily"
     if name.startswith("decode_memory_gb_"):
         return f"memory, batch {name.rpartition('_')[2]}", "GB of weights and decoding"
+    if name.endswith(INTERVAL):
+        return "95 % interval", "of that difference"
     return LABELS.get(name, (name, "zero-shot"))
 
 
@@ -115,13 +136,16 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
     if scored.comparison is not None:
         compared = scored.comparison
         found |= {
-            name: Figure(compared.figures[name], compared.standard_errors.get(name))
+            name: estimated(compared.figures[name], compared.standard_errors.get(name), scored.score.interval_factor)
             for name in DISTILLATION
             if name in compared.figures and name not in TOLD_BY_OTHERS
         }
-        found["speedup"] = Figure(compared.speculation.speedup, compared.speculation.speedup_standard_error)
-    if scored.loss_minus_first is not None:
-        found["loss_minus_first"] = Figure(*scored.loss_minus_first)
+        found["speedup"] = estimated(
+            compared.speculation.speedup, compared.speculation.speedup_standard_error, scored.score.interval_factor
+        )
+    found |= {
+        name: Figure(one.value, one.standard_error, one.low, one.high) for name, one in differences(scored).items()
+    }
     found |= _of_texts(scored.texts)
     for speed in scored.speeds:
         found[f"decode_tokens_per_second_{speed.batch}"] = Figure(speed.tokens_per_second, speed.standard_error)
@@ -131,8 +155,18 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
     return found | {name: Figure(*pair) for name, pair in scored.zero_shot.items()}
 
 
+def differences(scored: "Scored") -> "dict[str, DocumentDifference]":
+    """The loss, or bits per byte, against the other models', by name."""
+    others = {"first": scored.minus_first, "teacher": scored.minus_teacher, "baseline": scored.minus_baseline}
+    names = {"nats": "loss", "bits per byte": "bits_per_byte"}
+    return {f"{names[one.unit]}_minus_{other}": one for other, one in others.items() if one is not None}
+
+
 def _own(score: "Score") -> dict[str, Figure]:
-    figures = {name: Figure(value, score.standard_errors.get(name)) for name, value in score.figures.items()}
+    figures = {
+        name: estimated(value, score.standard_errors.get(name), score.interval_factor)
+        for name, value in score.figures.items()
+    }
     return {**figures, "tokens": Figure(score.tokens), "bytes": Figure(score.bytes)}
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gpt2lab.metric_names import DISTILL_ACCEPTANCE, DISTILL_GAP_CLOSED, DISTILLATION
-from launch.scoring.score_rows import Row, label, score_rows
+from launch.scoring.score_rows import INTERVAL, Figure, Interval, Row, label, score_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,9 @@ def show(results: "Results", arguments: "Arguments") -> None:
             console.print(f"{row.name:<24} {source}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Read: {results.data}", highlight=False, markup=False, soft_wrap=True)
     names = [row.name for row in rows[: len(results.checkpoints)]]
+    groups = results.checkpoints[0].score.groups
+    if groups > 1:
+        console.print(f"± standard error, between {groups:,} documents or groups of them.", highlight=False)
     if results.left_out is not None and results.left_out.left_out:
         console.print(results.left_out.in_words(names, results.context), highlight=False, markup=False, soft_wrap=True)
     if len({scored.score.bytes for scored in results.checkpoints}) > 1:
@@ -42,7 +45,7 @@ def show(results: "Results", arguments: "Arguments") -> None:
     # A single student's figures beside its teacher have tables of their own, with what they say.
     left_out = {*DISTILLATION, "speedup"} if comparison is not None else set()
     shown = [Row(row.name, {name: one for name, one in row.figures.items() if name not in left_out}) for row in rows]
-    for table in score_tables(shown, arguments.split, console.width):
+    for table in score_tables(list(map(with_intervals, shown)), arguments.split, console.width):
         console.print(table)
     if any(scored.texts for scored in results.checkpoints):
         console.print(f"Texts: greedy answers to {arguments.texts} prompts at the most; ± standard error, bootstrap.\n")
@@ -50,6 +53,16 @@ def show(results: "Results", arguments: "Arguments") -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if comparison is not None:
         _show_comparison(console.print, comparison)
+
+
+def with_intervals(row: Row) -> Row:
+    """The row with the 95 % interval of each difference behind it."""
+    figures = dict[str, Figure]()
+    for name, one in row.figures.items():
+        figures[name] = one
+        if "_minus_" in name and one.low is not None:
+            figures[f"{name}{INTERVAL}"] = Interval(one.value, one.standard_error, one.low, one.high)
+    return Row(row.name, figures)
 
 
 def score_tables(rows: list[Row], split: str, width: int) -> "list[Table]":

@@ -8,7 +8,7 @@ study.html.
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -17,6 +17,7 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from gpt2lab.atomic_files import write_json, write_text
+from gpt2lab.document_losses import read_document_losses
 from gpt2lab.errors import InputError
 from gpt2lab.folder_lock import FolderLock
 from gpt2lab.model_folder import read_shape
@@ -84,7 +85,7 @@ def _run_arms(study: "Study") -> None:
         contrasts([*equal, *longer]),
         [f"{run.name}: {job.error}" for run, job in study.runs.items() if job.status != "finished"],
     )
-    study.note("finished", asdict(results))
+    study.note("finished", results.facts())
     write_text(study.folder / "study.html", render(study.folder.name, results))
     print(study_table.text(results))
     print(f"{study.folder}/study.html")
@@ -275,11 +276,14 @@ def _search(study: Study, arm: Arm) -> LearningRates:
 
 def _arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> ArmResult:
     """All seeds of one arm."""
-    reports = {seed: study.run(PlannedRun(arm, seed, factor, steps)) for seed in study_plan.seeds(study.settings)}
+    planned = {seed: PlannedRun(arm, seed, factor, steps) for seed in study_plan.seeds(study.settings)}
+    reports = {seed: study.run(run) for seed, run in planned.items()}
     taken = [study_plan.training_seconds(report) for report in reports.values() if report]
     seconds = median(taken) + (study.teacher_seconds() if arm.learns_by == KD else 0) if taken else None
     losses = {seed: _finite(report.get("val_loss")) for seed, report in reports.items()}
-    return arm_result(arm, budget, steps, losses, seconds)
+    stored = {seed: read_document_losses(study.runs[run].folder) for seed, run in planned.items()}
+    documents = {seed: one for seed, one in stored.items() if one is not None}
+    return arm_result(arm, budget, steps, losses, seconds, documents)
 
 
 def _steps_in_time(without: ArmResult, taught: ArmResult) -> int:
