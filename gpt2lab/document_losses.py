@@ -8,16 +8,19 @@ targets are compared document by document: what both find hard is no error of th
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from gpt2lab.atomic_files import write_json
-from gpt2lab.damaged_files import warn_once
-from gpt2lab.standard_errors import DocumentDifference, interval_factor, mean_error, paired_mean_difference
+from gpt2lab.damaged_files import set_aside, warn_once
+
+if TYPE_CHECKING:  # reading a report must not wait for torch; what computes with the sums imports it
+    from torch import Tensor
+
+    from gpt2lab.standard_errors import DocumentDifference
 
 FILE = "val_documents.json"
 
@@ -33,7 +36,7 @@ class DocumentLosses:
     data: str = ""
 
     @staticmethod
-    def of(step: int, nats: Tensor, targets: Tensor) -> "DocumentLosses":
+    def of(step: int, nats: "Tensor", targets: "Tensor") -> "DocumentLosses":
         """From sums (G,) over the whole split, groups without a target among them."""
         kept = (targets > 0).nonzero().squeeze(1)
         counts = targets[kept].round().long()
@@ -44,11 +47,19 @@ class DocumentLosses:
         """Of the mean loss per target, between documents; None for one document or a loss that is no number."""
         if not all(map(math.isfinite, self.nats)):
             return None
+        import torch
+
+        from gpt2lab.standard_errors import mean_error
+
         return mean_error(torch.tensor(self.nats, dtype=torch.float64), torch.tensor(self.targets))
 
     @property
     def half_interval(self) -> float | None:
         """Half the 95 % interval of the mean loss."""
+        import torch
+
+        from gpt2lab.standard_errors import interval_factor
+
         error = self.standard_error
         return None if error is None else error * interval_factor(torch.tensor(self.targets))
 
@@ -65,15 +76,22 @@ def write_document_losses(run_dir: str | Path, losses: DocumentLosses) -> None:
 def read_document_losses(run_dir: str | Path) -> DocumentLosses | None:
     """The last validation of a run; None where there is none, or with a warning where the file is damaged."""
     path = Path(run_dir) / FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         losses = DocumentLosses(**json.loads(path.read_text(encoding="utf-8")))
-        torch.tensor([losses.group, losses.nats, losses.targets], dtype=torch.float64)  # three lists, equally long
+        list(zip(map(int, losses.group), map(float, losses.nats), map(int, losses.targets), strict=True))
     except (OSError, ValueError, TypeError):
         warn_once(f"{path} is damaged: the standard error of val/loss is unknown until the next validation.")
         return None
     return losses
+
+
+def repair_document_losses(run_dir: str | Path) -> None:
+    """Set a damaged file aside, which `read_document_losses` warns of."""
+    path = Path(run_dir) / FILE
+    if os.path.lexists(path) and read_document_losses(run_dir) is None:
+        set_aside(path)
 
 
 def mean_losses(runs: Sequence[DocumentLosses | None]) -> DocumentLosses | None:
@@ -86,11 +104,15 @@ def mean_losses(runs: Sequence[DocumentLosses | None]) -> DocumentLosses | None:
     return DocumentLosses(first.step, first.group, nats, first.targets, first.data)
 
 
-def loss_difference(first: DocumentLosses | None, second: DocumentLosses | None) -> DocumentDifference | None:
+def loss_difference(first: DocumentLosses | None, second: DocumentLosses | None) -> "DocumentDifference | None":
     """First − second in nats per target, paired by document; None unless both scored the same targets."""
     if first is None or second is None or not first.same_targets(second):
         return None
     if not all(map(math.isfinite, first.nats + second.nats)):
         return None
+    import torch
+
+    from gpt2lab.standard_errors import paired_mean_difference
+
     ours, theirs = (torch.tensor(one.nats, dtype=torch.float64) for one in (first, second))
     return paired_mean_difference(ours, theirs, torch.tensor(first.targets))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt2lab.checkpoint_ledger import checkpoint_files, step_of
 from gpt2lab.damaged_files import is_no_folder, set_aside
+from gpt2lab.document_losses import repair_document_losses
 from gpt2lab.metrics_file import missing_steps, repair_metrics
 from gpt2lab.run_report import repair_report
 from gpt2lab.sample_file import repair_samples
@@ -27,6 +28,7 @@ def repair(run_dir: Path) -> None:
         )
     repair_samples(run_dir, step)
     repair_report(run_dir)
+    repair_document_losses(run_dir)
     for path in (run_dir / name for name in FOLDERS):
         if is_no_folder(path):
             log.warning("%s is no folder. It was renamed to %s.", path, set_aside(path).name)

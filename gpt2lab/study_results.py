@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2lab.document_losses import DocumentLosses, loss_difference, mean_losses
 from gpt2lab.paired_statistics import PairedDifference, Summary, paired_difference, summary, verdict
-from gpt2lab.standard_errors import DocumentDifference
+
+if TYPE_CHECKING:
+    from gpt2lab.standard_errors import DocumentDifference
 
 CE, KD = "CE", "KD"  # the labels' cross-entropy, knowledge distillation
 SCRATCH, LAYERS = "scratch", "teacher_layers"
@@ -66,7 +68,7 @@ class Contrast:
     title: str
     difference: PairedDifference
     verdict: str
-    by_document: DocumentDifference | None = None
+    by_document: "DocumentDifference | None" = None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from gpt2lab import metric_names
 from gpt2lab.document_losses import DocumentLosses, loss_difference, mean_losses
 from gpt2lab.setting_comparison import Comparison, compare, mean_interval
-from gpt2lab.standard_errors import DocumentDifference
 from gpt2lab.varied_keys import short_names
+
+if TYPE_CHECKING:
+    from gpt2lab.standard_errors import DocumentDifference
 
 SEED = "seed"
 UNFINISHED = ("waiting", "running")
@@ -130,7 +133,7 @@ class Contest:
         """The winner, or the best seen."""
         return self.settings[0]
 
-    def by_document(self, setting: Setting) -> DocumentDifference | None:
+    def by_document(self, setting: Setting) -> "DocumentDifference | None":
         """The setting's loss minus the best one's, paired by document; the mean over the seeds that both have.
 
         None where the metric is another, or the two did not validate on the same targets.

@@ -338,6 +338,6 @@ class LanguageModel(BackboneModule):
         # Lightning counts micro-batches; a run may continue with another number of them in a step, and one that was
         # stopped within a step makes that step again from its first micro-batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - progress["total"]["ready"]
+        shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - progress["total"]["processed"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count + shift for name, count in counts.items()})

@@ -122,8 +122,8 @@ def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path,
             now += seconds
 
     class TimedSamples(Samples):
-        def _sample(self, trainer, pl_module, step) -> None:
-            super()._sample(trainer, pl_module, step)
+        def _sample(self, trainer, pl_module) -> None:
+            super()._sample(trainer, pl_module)
             clock.passes(1_000_000_000)
 
     clock, samples = Clock(), TimedSamples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=2)

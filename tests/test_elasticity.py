@@ -8,7 +8,7 @@ from conftest import Train
 
 from gpt2lab.metrics_file import read_metrics
 
-RUN = ("log_every=1", "validate_every=2", "optimizer=adamw", "schedule=constant", "schedule.warmup_steps=2")
+RUN = ("log_every=1", "validate_every=2", "optimizer=adamw", "schedule=constant", "schedule.warmup_steps=1")
 
 
 def losses(run: Path) -> list[float]:

@@ -20,6 +20,8 @@ from gpt2lab.checkpoint_ledger import (
     scratch_file,
     step_of,
 )
+from gpt2lab.document_losses import FILE as DOCUMENTS
+from gpt2lab.document_losses import DocumentLosses, read_document_losses, write_document_losses
 from gpt2lab.metrics_file import MetricsFile, read_metrics
 from gpt2lab.run_report import build_report, read_report, write_report
 from gpt2lab.sample_file import Sample, append_samples, drop_samples_after, read_samples
@@ -82,6 +84,11 @@ OWN: dict[str, dict[str, Damage]] = {
         "a number": lambda file: file.write_text("7"),
         "values of other types": change('"metrics": {', '"data": null, "seconds": "x", "metrics": [], "rest": {'),
     },
+    DOCUMENTS: {
+        "a list": lambda file: file.write_text("[]"),
+        "values of other types": change('"nats": [', '"nats": ["x", '),
+        "lists of other lengths": change('"nats": [', '"nats": [1.0, '),
+    },
     LEDGER: {
         "a list": lambda file: file.write_text("[]"),
         "null": lambda file: file.write_text("null"),
@@ -113,6 +120,7 @@ def make_run(run: Path) -> None:
             checkpoint_folder(run).mkdir(exist_ok=True)
             torch.save({"global_step": step}, scratch_file(run, step))
             record(run, step, 2)
+    write_document_losses(run, DocumentLosses(4, [0, 1, 2], [3.5, 2.0, 9.0], [10, 5, 30], "hash"))
     write_report(run, build_report(run, "stopped", {"seconds": 1.0, "watched_metric": "train/loss"}))
 
 
@@ -130,7 +138,12 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     newest = newest_good_checkpoint(tmp_path)
     assert newest is not None
     assert step_of(newest) == 4, "checkpoints decide"
-    read_metrics(tmp_path), read_samples(tmp_path), read_report(tmp_path)  # also by a reader that repairs nothing
+    (
+        read_metrics(tmp_path),
+        read_samples(tmp_path),
+        read_report(tmp_path),
+        read_document_losses(tmp_path),
+    )  # also by a reader that repairs nothing
     assert not list(tmp_path.rglob("*.damaged*"))
     caplog.clear()
     damaged_files.warn_once.cache_clear()

@@ -21,7 +21,7 @@ print(*[event.name for event in profile.events() if event.input_shapes == [[1]]]
     ("begin", "functions"),
     [
         ("import gpt2lab.backbone", {f"aten::{function.__name__}" for function in ROUTED_TO_MKL}),
-        (FRESH_PROCESS.partition("folder, scratch")[0].replace("\n", "\n    "), {"aten::tanh"}),
+        (FRESH_PROCESS.partition("folder, threads")[0].replace("\n", "\n    "), {"aten::tanh"}),
     ],
     ids=["with the backbone", "to verify an export"],
 )
