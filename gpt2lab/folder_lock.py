@@ -82,9 +82,9 @@ class FolderLock:
 
 def _opened(path: Path, keys: str) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ELOOP):
             raise InputError(
                 f"Cannot lock the folder {path.parent}: {path.name} cannot be opened for writing ({error.strerror}).\n"
                 f"Make the folder writable, or give another {keys}."
@@ -94,7 +94,7 @@ def _opened(path: Path, keys: str) -> int:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 

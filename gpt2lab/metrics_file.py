@@ -13,7 +13,7 @@ from gpt2lab.atomic_files import naming_full_file, write_text
 from gpt2lab.damaged_files import is_no_file, lines_of, set_aside_damaged_lines, warn_once
 
 STEP = "step"
-_STEP_OF_LINE = re.compile(r"(\d+),")
+_STEP_OF_LINE = re.compile(r"(\d{1,18}),", re.ASCII)  # Python refuses numbers of thousands of digits
 
 
 class MetricsFile:
@@ -137,7 +137,7 @@ def _cells(line: str) -> list[str]:
 
 def _is_row(cells: list[str], columns: int) -> bool:
     """A step, then a number or nothing in every other column."""
-    if len(cells) != columns or not (cells[0].isascii() and cells[0].isdigit()):
+    if len(cells) != columns or not _STEP_OF_LINE.fullmatch(f"{cells[0]},"):
         return False
     try:
         return all(not cell or float(cell) is not None for cell in cells[1:])

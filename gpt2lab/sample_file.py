@@ -10,7 +10,7 @@ from gpt2lab.damaged_files import is_no_file, lines_of, set_aside_damaged_lines,
 from gpt2lab.marks import PLACE
 
 FILE = "samples.jsonl"
-_STEP_OF_LINE = re.compile(r'\{"step": (\d+),')
+_STEP_OF_LINE = re.compile(r'\{"step": (\d{1,18}),', re.ASCII)
 
 
 @dataclass(frozen=True)

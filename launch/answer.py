@@ -5,6 +5,7 @@ by a signal after saving, to be resumed · 130 Ctrl-C.
 """
 
 import atexit
+import errno
 import os
 import pickle
 import signal
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 from gpt2lab.atomic_files import full_disk_message
 from gpt2lab.damaged_files import warn_once
 from gpt2lab.errors import InputError, RunError
-from launch.running.rank_environment import ignore_foreign_variables
+from launch.running.rank_environment import ignore_foreign_variables, is_started_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -91,6 +92,8 @@ def as_mistake(error: Exception) -> InputError | None:
     if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # a file's name, which no check can foresee
         text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
         return InputError(f"This is not valid UTF-8, in which all files here are written: {text!r}\nRename the file.")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return InputError(f"The name of this file or folder is too long: {error.filename}\nGive a shorter one.")
     if isinstance(error, pickle.UnpicklingError):
         from gpt2lab.tensor_file import refusal
 
@@ -131,7 +134,8 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
     """Until a run directory is made nothing needs cleaning up, and an exception amid imports is garbled by some."""
     if _ends_by_itself(number):
         return
-    os.write(sys.stderr.fileno(), f"{_message_of(number)}\n".encode())
+    if not is_started_rank():  # else its parent names the signal, or the rank whose death ends the others
+        os.write(sys.stderr.fileno(), f"{_message_of(number)}\n".encode())
     os._exit(code_of_signal(number))
 
 

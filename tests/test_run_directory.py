@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from gpt2lab.checkpoint_ledger import entries
 from gpt2lab.errors import InputError
 from gpt2lab.folder_lock import FolderLock
 from gpt2lab.metrics_file import read_metrics
+from gpt2lab.run_report import read_report
 from launch.configuration import config
 from launch.running import rank_environment, resume
 from launch.running.run_folders import RunDirectory
@@ -94,6 +96,8 @@ def test_foreign_rank_variables_neither_move_nor_delete(
 
 # What is deleted
 
+UNVERIFIED = "callbacks.checkpoint.verify_export=false"
+
 
 class LeavesAFile(EndsBeforeTheFirstStep):
     """Also writes a file of its own into the run directory."""
@@ -124,6 +128,54 @@ def test_a_run_without_a_step_deletes_only_its_own(
     )
     assert left >= set(after)
     assert left == set(after) or foreign
+
+
+def other(path: str, content: str = "{}") -> Callable[[], None]:
+    """Puts a file there, which a folder is made for."""
+
+    def make() -> None:
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_text(content)
+
+    return make
+
+
+def link_to_a_file() -> None:
+    Path("victim").write_text("precious")
+    other("run/.config.yaml.7.tmp")()
+    Path("run/.lock").symlink_to("../victim")
+
+
+IN_THE_WAY: dict[str, tuple[Callable[[], object], str]] = {
+    "the lock of a killed run, emptied": (other("run/.lock"), ""),
+    "the scratch file of a killed start": (other("run/.config.yaml.7.tmp"), ""),
+    "a link to an empty folder": (lambda: (Path("run").symlink_to("target"), Path("target").mkdir()), ""),
+    "a link to nothing": (lambda: Path("run").symlink_to("deep/target"), ""),
+    "a hidden file": (other("run/.config.yaml.orig"), "run is not empty"),
+    "a folder called .lock": (lambda: Path("run/.lock").mkdir(parents=True), ".lock cannot be opened"),
+    "a link called .lock": (link_to_a_file, ".lock cannot be opened"),
+    "files where the start is filled": (other(".run.start/notes.txt"), "holds other files"),
+    "a loop of links": (lambda: Path("run").symlink_to("run"), "Symlink loop"),
+    "a long name": (lambda: None, "is too long"),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_a_named_run_lies_where_it_was_named(name: str, tiny: list[str], train_here: Train, tmp_path: Path):
+    """It uses what a killed start left there, and never another name; nothing foreign is moved or changed."""
+    put, refusal = IN_THE_WAY[name]
+    put()
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    answer = train_here(*tiny, "steps=2", f"run_dir={'r' * 300 if name == 'a long name' else 'run'}", UNVERIFIED)
+    assert answer.code == (2 if refusal else 0), answer.stderr
+    assert refusal in answer.stderr
+    assert "Traceback" not in answer.stderr
+    if refusal:
+        assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    else:
+        assert len(entries("run")) == 1
+        assert not [path.name for path in tmp_path.glob("*run?*")]
+    assert not Path("victim").exists() or Path("victim").read_text() == "precious"
 
 
 # Two processes, one directory
@@ -246,20 +298,29 @@ def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny:
     assert number > 5, "a mkdir, a lock, and a file written aside, renamed, with its folder"
 
 
+def test_a_start_begins_again_with_the_present_data(tiny: list[str], train_here: Train, tmp_path: Path):
+    """A start without a checkpoint has no order of data to keep."""
+    text = tmp_path / "text.py"
+    text.write_text(Path(lightning.__file__).read_text() * 9)
+    keys = [*(key for key in tiny if not key.startswith("path=")), "path=text.py", "steps=2", UNVERIFIED]
+    assert train_here(*keys, "run_dir=run").code == 0
+    text.write_text(text.read_text() + "# one line more\n" * 9)
+    refused = train_here("resume=run", "steps=3")
+    assert (refused.code, "The data of run" in refused.stderr) == (2, True), refused.stderr
+    shutil.rmtree("run/checkpoints")
+    Path("run/report.json").unlink()
+    answer = train_here("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert config.load(Path("run/config.yaml")).record.data_hash == read_report("run")["data"]["hash"]
+
+
 SMALL = ("steps=12", "checkpoint_every=4", "validate_every=4", "log_every=2", "model.dropout=0.1", "compile=false")
 
 
 @pytest.mark.chaos
 def test_killed_at_each_file_operation_a_start_is_continued(tmp_path: Path, tiny: list[str], cache: Path):
     """Both by resume=auto and by resume=DIR, to the bytes of a run that was never killed."""
-    keys = [
-        *tiny,
-        "steps=4",
-        "threads=1",
-        "compile=false",
-        "callbacks=default",
-        "callbacks.checkpoint.verify_export=false",
-    ]
+    keys = [*tiny, "steps=4", "threads=1", "compile=false", "callbacks=default", UNVERIFIED]
     command = [sys.executable, str(ROOT / "tests" / "killed_start.py"), str(tmp_path), "1", "500", *keys]
     ended = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=1500)
     assert ended.returncode == 0, ended.stderr[-3000:]

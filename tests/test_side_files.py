@@ -29,6 +29,7 @@ from gpt2lab.side_files import repair
 
 LEDGER = "checkpoints/index.json"
 Damage = Callable[[Path], object]
+DIGITS = "3" * 5000  # Python reads no number of so many
 
 
 def change(old: str, new: str) -> Damage:
@@ -71,17 +72,20 @@ OWN: dict[str, dict[str, Damage]] = {
         "an invalid line": change("\n3,", "\n3;"),
         "a value that is no number": change("\n3,3", "\n3,x"),
         "an invalid header": change("step", "stop"),
+        "a step of 5000 digits": change("\n3,", f"\n{DIGITS},"),
     },
     "samples.jsonl": {
         "an invalid line": change('{"step": 3', '{"step": 3,,'),
         "a line of another type": change('{"step": 1', '[1]\nnull\n7\n{"step": 1'),
         "a step that is no number": change('"step": 3', '"step": "x"'),
+        "a step of 5000 digits": change('"step": 3', f'"step": {DIGITS}'),
         "cut within a character": lambda file: file.write_bytes(file.read_bytes().rpartition(b"\xa4")[0]),
     },
     "report.json": {
         "a list": lambda file: file.write_text("[]"),
         "null": lambda file: file.write_text("null"),
         "a number": lambda file: file.write_text("7"),
+        "a number of 5000 digits": change('"metrics": {', f'"seconds": {DIGITS}, "metrics": {{'),
         "values of other types": change('"metrics": {', '"data": null, "seconds": "x", "metrics": [], "rest": {'),
     },
     DOCUMENTS: {
@@ -99,6 +103,7 @@ OWN: dict[str, dict[str, Damage]] = {
         "an absolute file": entry(file="/etc/passwd"),
         "another file's name": entry(file="step-000002.ckpt"),
         "a step that is no number": entry(step="x"),
+        "a step of 5000 digits": change('"step": 4', f'"step": {DIGITS}'),
         "negative bytes": entry(bytes=-1),
         "no checksum": entry(sha256=...),
         "an unknown key": entry(comment="mine"),

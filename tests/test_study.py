@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, SHRUNK, Answer, Train
 from test_configuration import composed
+from test_run_directory import held
 
 import train
 from gpt2lab.batch import Batch
@@ -456,6 +457,30 @@ def test_a_stopped_study_says_how_to_go_on(study: Study, tmp_path: Path, monkeyp
     assert ended.code == answer.STOPPED
     assert "run_dir=studies/mine resume=auto" in ended.stderr
     assert len(rows(tmp_path / "studies" / "mine")) == 1
+
+
+def test_a_study_without_a_readable_study_json_is_refused(study: Study, tmp_path: Path, monkeypatch):
+    """Whether its runs belong to this study is then unknown. A second process changes nothing of a study in use."""
+    monkeypatch.setattr(jobs, "run_process", lambda _settings: (answer.STOPPED, signal.SIGTERM, ""))
+    folder = tmp_path / "studies" / "mine"
+    assert study("name=mine").code == answer.STOPPED
+    with held(folder):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert "is in use" in study("name=mine", "resume=auto").stderr
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for content in (
+        b"",
+        bytes(40),
+        b"[]",
+        b"null",
+        b'{"teacher_hash": 1}',
+        b'{"teacher_hash": 1, "told": [{}]}',
+        b"\xff",
+    ):
+        (folder / "study.json").write_bytes(content)
+        ended = study("name=mine", "resume=auto")
+        assert (ended.code, "study.json is damaged" in ended.stderr) == (2, True), ended.stderr
+        assert (folder / "study.json").read_bytes() == content
 
 
 @pytest.mark.slow

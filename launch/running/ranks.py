@@ -67,7 +67,7 @@ def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
         log.warning("%s. Restart %d of %d.", failed, restarts + 1, settings.max_restarts)
         _take_up_again(settings, directory)
     if outcome is None:
-        told = "the ranks were stopped by a signal" if signals else failed
+        told = f"the ranks were stopped by {signal.Signals(signals[-1]).name}" if signals else failed
         if signals:
             _discard_untrained(directory)
         code = answer.code_of_signal(signals[-1]) if signals else answer.FAILED

@@ -149,11 +149,13 @@ def warn_of_other_masks(settings: Config) -> None:
 def check_data(settings: Config, data_hash: str) -> None:
     """Remember which data a new run has; a continued one must find the same.
 
+    A start without a checkpoint begins again with the present data.
+
     Raises:
         InputError: they have changed.
     """
     record = settings.record
-    if record.data_hash and record.data_hash != data_hash:
+    if record.data_hash and record.data_hash != data_hash and settings.resume:
         raise InputError(
             f"The data of {settings.run_dir} are no longer those it was started with, so its order would break.\n"
             f"Put them back, or start a run from its weights: init={shlex.quote(str(settings.run_dir))}"

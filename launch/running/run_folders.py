@@ -77,6 +77,10 @@ def check_can_be_made(folder: Path, key: str) -> None:
         InputError
     """
     existing = folder
+    try:
+        folder.resolve()
+    except RuntimeError as error:  # a loop of links
+        raise InputError(f"Cannot make the folder {folder}: {error}.\nGive another {key}.") from None
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not can_write(existing):
@@ -208,7 +212,7 @@ class RunDirectory:
     def _create(self, config: Config) -> None:
         check_wanted(config)
         is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
-        for folder in _numbered(base):
+        for folder in itertools.repeat(base) if is_named else _numbered(base):
             try:
                 if self._start(folder, config):
                     return
@@ -216,18 +220,25 @@ class RunDirectory:
                 if is_named:
                     raise
             if is_named:
-                check_free(folder)  # raises: another process has created it since
+                check_free(folder)  # raises where another process has created it since
 
     def _start(self, folder: Path, config: Config) -> bool:
-        """Fill a directory beside `folder` and rename it; False: `folder` is taken."""
+        """Fill a directory beside `folder` and rename it; False: `folder` is taken, or another process was faster."""
         place = folder.resolve()
         if not _is_free(place):
             return False
         made, aside = missing(place), place.with_name(f".{place.name}.start")
-        if place.is_dir() and (place.is_mount() or not can_write(place.parent)):
+        if place.is_dir() and (place.is_mount() or any(place.iterdir()) or not can_write(place.parent)):
             aside = place  # which nothing can be renamed to
+        elif not _is_free(aside, CONFIG):
+            raise InputError(
+                f"{aside} is needed to start the run and holds other files.\nMove it, or give another name."
+            )
         aside.mkdir(parents=True, exist_ok=True)
-        lock = _locked(aside)
+        try:
+            lock = _locked(aside)
+        except FileNotFoundError:  # another process has renamed or removed it
+            return False
         config.run_dir = str(folder)
         configuration.save(config, aside / CONFIG)
         if aside != place:
@@ -270,14 +281,12 @@ def _is_own(name: str) -> bool:
     return name in OWN_FILES or _is_scratch(name)
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether the folder does not exist or holds at most what a killed start left before config.yaml."""
+def _is_free(folder: Path, *allowed: str) -> bool:
+    """Whether the folder does not exist or holds at most what a killed start left before config.yaml, and `allowed`."""
     if not folder.exists():
         return True
-    scratch = f".{CONFIG}."
-    return folder.is_dir() and all(
-        entry.name == folder_lock.NAME or entry.name.startswith(scratch) for entry in folder.iterdir()
-    )
+    names = (folder_lock.NAME, *allowed)
+    return folder.is_dir() and all(entry.name in names or _is_scratch(entry.name) for entry in folder.iterdir())
 
 
 def finished_runs(root: Path = RUNS) -> list[FinishedRun]:

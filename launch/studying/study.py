@@ -61,6 +61,10 @@ def run_study(settings: Config) -> None:
     noise.settle_noise()
     study = _opened(settings)
     with FolderLock(study.folder, use="a study"):
+        known = study.folder / "study.json"
+        if known.is_file():
+            _check_same(study, known)
+        study.note("running", {})
         _run_arms(study)
 
 
@@ -205,12 +209,8 @@ def _opened(settings: Config) -> Study:
     if LAYERS in inits:
         _check_can_be_cut_out(settings)
     _check_tokens(settings)
-    study = Study(settings, folder, settings.teacher, settings.record.teacher_hash, settings.tokenizer)
-    if known.is_file():
-        _check_same(study, known)
     folder.mkdir(parents=True, exist_ok=True)
-    study.note("running", {})
-    return study
+    return Study(settings, folder, settings.teacher, settings.record.teacher_hash, settings.tokenizer)
 
 
 def _check_can_be_cut_out(settings: Config) -> None:
@@ -242,12 +242,20 @@ def _check_tokens(settings: Config) -> None:
 
 def _check_same(study: Study, known: Path) -> None:
     """The runs that are there are runs of this study: told the same, by the same teacher."""
-    stored, asked = json.loads(known.read_text(encoding="utf-8")), study.known_by()
-    if stored["teacher_hash"] != asked["teacher_hash"]:
+    asked = study.known_by()
+    try:
+        stored = json.loads(known.read_bytes())
+        teacher_hash, told = stored["teacher_hash"], set(stored["told"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(
+            f"{known} is damaged, so it is unknown whether the runs beside it belong to this study.\n"
+            "Give another run_dir or name."
+        ) from None
+    if teacher_hash != asked["teacher_hash"]:
         raise InputError(
             f"The study in {study.folder} has another teacher.\nGive that one, or another run_dir or name."
         )
-    different = sorted(set(stored["told"]) ^ set(asked["told"]))
+    different = sorted(told ^ set(asked["told"]))
     if different:
         raise InputError(
             f"The study in {study.folder} was started with other settings: {in_words(different)}.\n"
