@@ -9,6 +9,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
 from gpt2lab.utf8 import check_text
 
+TOO_LARGE: tuple[type[Exception], ...] = (MemoryError, OverflowError, RecursionError)  # numbers and depths in a file
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -74,7 +75,7 @@ def read_shape(folder: Path) -> dict[str, int]:
         kind = config["model_type"]
         defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
         shape = {name: int(config.get(name, default)) for name, default in defaults.items()}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, *TOO_LARGE) as error:
         raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
     if kind != "gpt2":
         raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
@@ -122,7 +123,7 @@ def _check_weights(folder: Path) -> None:
             header = json.loads(stream.read(header_length))
         data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
         whole = file.stat().st_size == 8 + header_length + data
-    except (OSError, ValueError, struct.error, KeyError, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, *TOO_LARGE) as error:
         raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
     if not whole:
         raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
@@ -130,10 +131,13 @@ def _check_weights(folder: Path) -> None:
 
 def _check_size(folder: Path, shape: dict[str, int]) -> None:
     """The weights have a byte for each parameter: memory is allocated by the sizes that config.json states."""
-    held = sum(file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern))
-    if parameters_of(shape) > held:
+    held = sum(
+        file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)
+    )
+    wanted = parameters_of(shape)
+    if wanted > held:
         raise InputError(
-            f"{folder}/config.json describes {parameters_of(shape):.3g} parameters, but the weights have {held:,} bytes.\n"
+            f"{folder}/config.json describes {wanted:.3g} parameters, but the weights have {held:,} bytes.\n"
             "Give a complete folder."
         )
 

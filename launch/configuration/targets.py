@@ -112,8 +112,8 @@ def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) 
     package = package if package.isidentifier() else "PACKAGE"
     defined = "" if name == target else f", which is {name}"
     raise InputError(
-        f"{shown(where)}._target_={shown(target)}{defined}: a stored configuration builds only classes of this project and\n"
-        "Lightning's callbacks and loggers, since others could run any code on this machine.\n"
+        f"{shown(where)}._target_={shown(target)}{defined}: a stored configuration builds only\n"
+        "classes of this project and Lightning's callbacks and loggers, since others could run any code here.\n"
         f"Where you trust that code, permit its package on the command line: allow_targets=[{package}]"
     )
 

@@ -255,7 +255,9 @@ def trainer(
             inference_mode=False,  # averaged weights are swapped in while validating, which inference tensors forbid
         )
     except MisconfigurationException as error:  # a second ModelCheckpoint or progress bar, say
-        raise InputError(f"Lightning's Trainer does not take this configuration: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"Lightning's Trainer does not take this configuration: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def strategy(config: Config) -> Strategy | str:
