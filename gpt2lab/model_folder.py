@@ -9,7 +9,9 @@ from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
 from gpt2lab.utf8 import check_text
 
-TOO_LARGE: tuple[type[Exception], ...] = (MemoryError, OverflowError, RecursionError)  # numbers and depths in a file
+# What reading a file with other content than expected raises; its sizes and depths can be anything
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError)
+UNREADABLE += (MemoryError, OverflowError, RecursionError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -75,7 +77,7 @@ def read_shape(folder: Path) -> dict[str, int]:
         kind = config["model_type"]
         defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
         shape = {name: int(config.get(name, default)) for name, default in defaults.items()}
-    except (OSError, ValueError, KeyError, TypeError, *TOO_LARGE) as error:
+    except UNREADABLE as error:
         raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
     if kind != "gpt2":
         raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
@@ -123,7 +125,7 @@ def _check_weights(folder: Path) -> None:
             header = json.loads(stream.read(header_length))
         data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
         whole = file.stat().st_size == 8 + header_length + data
-    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, *TOO_LARGE) as error:
+    except UNREADABLE as error:
         raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
     if not whole:
         raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")

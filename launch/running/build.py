@@ -80,7 +80,8 @@ def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permis
         raise InputError(f"{where} does not fit {target}: {str(error).splitlines()[0]}") from error
 
 
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a constructor's arguments; empty where they cannot be read."""
     try:
         return get_type_hints(kind.__init__)
     except NameError:  # an annotation that only type checkers can read
