@@ -9,6 +9,9 @@ from gpt2lab.errors import InputError
 from gpt2lab.hub import is_hub_id, require_hub
 from gpt2lab.utf8 import check_text
 
+# What reading a file with other content than expected raises; its sizes and depths can be anything
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError)
+UNREADABLE += (MemoryError, OverflowError, RecursionError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -43,8 +46,9 @@ def folder_of(source: str, key: str) -> Path:
     check_text(str(folder.resolve()), f"{key}={source}: {folder.resolve()}")
     for candidate in (folder / "hf", folder):
         if (candidate / "config.json").is_file():
-            read_shape(candidate)
+            shape = read_shape(candidate)
             _check_weights(candidate)
+            _check_size(candidate, shape)
             return candidate.resolve()
     if (folder / ".metadata").is_file():
         raise InputError(
@@ -73,7 +77,7 @@ def read_shape(folder: Path) -> dict[str, int]:
         kind = config["model_type"]
         defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
         shape = {name: int(config.get(name, default)) for name, default in defaults.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
     if kind != "gpt2":
         raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
@@ -121,10 +125,23 @@ def _check_weights(folder: Path) -> None:
             header = json.loads(stream.read(header_length))
         data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
         whole = file.stat().st_size == 8 + header_length + data
-    except (OSError, ValueError, struct.error, KeyError, MemoryError, OverflowError) as error:
+    except UNREADABLE as error:
         raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
     if not whole:
         raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
+
+
+def _check_size(folder: Path, shape: dict[str, int]) -> None:
+    """The weights have a byte for each parameter: memory is allocated by the sizes that config.json states."""
+    held = sum(
+        file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)
+    )
+    wanted = parameters_of(shape)
+    if wanted > held:
+        raise InputError(
+            f"{folder}/config.json describes {wanted:.3g} parameters, but the weights have {held:,} bytes.\n"
+            "Give a complete folder."
+        )
 
 
 def _from_hub(source: str, key: str) -> Path:

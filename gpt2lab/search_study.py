@@ -87,11 +87,12 @@ def told_when_unusable(file: Path) -> Iterator[None]:
 
 def _storage(file: Path) -> RDBStorage:
     import optuna
+    from sqlalchemy import URL
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.storages.RDBStorage(
-        f"sqlite:///{file.resolve()}", engine_kwargs={"connect_args": {"timeout": PATIENCE}}
-    )
+    # Escaped: SQLAlchemy would read `?` and `%` of a path as more than text, and Optuna braces.
+    url = URL.create("sqlite", database=str(file.resolve())).render_as_string()
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": PATIENCE}})
 
 
 def _pruner(chosen: dict[str, Any]) -> BasePruner:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -121,6 +122,11 @@ def shell(mark: Path) -> dict[str, Any]:
     return {"args": ["touch", str(mark)]}
 
 
+def some_slow(kinds: Iterable[str], *quick: str) -> list[Any]:
+    """All kinds, of which `make test` runs the quick ones."""
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 # target → its keys, where `mark` stands for the file that the code would make
 TARGETS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "subprocess.Popen": shell,
@@ -140,19 +146,67 @@ TARGETS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "callbacks": lambda mark: {},
     "": lambda mark: {},
     "../foreign.Watch": lambda mark: {},
+    "callbacks.logger_kinds.TakesSamples": lambda mark: {},
+    "callbacks.interrupt.StoppedNowError": lambda mark: {},
+    "lightning.pytorch.loggers.CSVLogger": lambda mark: {"save_dir": str(mark)},
 }
+QUICK = ("subprocess.Popen", "callbacks.metrics_csv.os.system", "callbacks.report.Path", "lightning.Trainer", "")
+QUICK += ("lightning.pytorch.callbacks.timer.timedelta", "callbacks.logger_kinds.TakesSamples")
 
 
 @pytest.mark.parametrize(
     ("place", "target"),
     [
-        *(("callbacks.x", target) for target in TARGETS),
+        *(pytest.param("callbacks.x", target, marks=[pytest.mark.slow] * (target not in QUICK)) for target in TARGETS),
         *((place, "foreign.Watch") for place in ("logger", "task", "data")),
+        pytest.param("data", "callbacks.final_validation.FinalValidation", marks=pytest.mark.slow),
+        pytest.param("logger", "lightning.pytorch.callbacks.Timer", marks=pytest.mark.slow),
     ],
 )
 def test_resume_builds_no_foreign_class(place: str, target: str, command: Train, run: Path, mark: Path):
-    tamper(run, place, {"_target_": target, **TARGETS[target](mark)})
+    tamper(run, place, {"_target_": target, **TARGETS.get(target, lambda _: {})(mark)})
     refused(command("train", f"resume={run}", "steps=3"), mark, f"{place}._target_={target}")
+
+
+# name → (place, the node that a stored configuration holds there, words of the message)
+ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another run": (
+        "callbacks.checkpoint",
+        {"_target_": "callbacks.checkpoint.Checkpoint", "run_dir": "RUN"},
+        "callbacks.checkpoint.run_dir=",
+    ),
+    "git's program": (
+        "logger",
+        {"_target_": "lightning.pytorch.loggers.WandbLogger", "offline": True, "settings": {"git_root": "RUN"}},
+        "allow_targets=[lightning.pytorch.loggers.WandbLogger]",
+    ),
+    "wrong value": (
+        "callbacks.x",
+        {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "mode": "?"},
+        "`mode`",
+    ),
+    "second ModelCheckpoint": (
+        "callbacks.x",
+        {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "RUN"},
+        "ModelCheckpoint",
+    ),
+    "name that fills the terminal": ("callbacks.a\n\n\n\n\n" + "b" * 999, {"_target_": "os.system"}, "[os]"),
+}
+
+
+@pytest.mark.parametrize("name", some_slow(ARGUMENTS, "another run", "git's program"))
+def test_a_stored_argument_neither_runs_code_nor_deletes(name: str, command: Train, run: Path, mark: Path):
+    other = shutil.copytree(run, run.with_name("other"), symlinks=True)
+    before = {file: file.stat().st_mtime_ns for file in other.rglob("*")}
+    subprocess.run(["git", "init", "-q", run], check=True)
+    subprocess.run(["git", "-C", run, "config", "core.fsmonitor", f"touch {mark}; false"], check=True)
+    place, node, words = ARGUMENTS[name]
+    runs = {"run_dir": {"run_dir": str(other)}, "settings": {"settings": {"git_root": str(run)}}}
+    for key in set(node) & set(runs):
+        node = {**node, **runs[key]}
+    tamper(run, place, node)
+    refused(command("train", f"resume={run}", "steps=3"), mark, words)
+    assert {file: file.stat().st_mtime_ns for file in other.rglob("*")} == before
 
 
 @pytest.mark.parametrize("target", ["subprocess.Popen", "foreign.Watch", "gpt2lab.run_report.subprocess.Popen"])
@@ -260,12 +314,7 @@ def planted(run: Path, kind: str, mark: Path) -> Path:
     return record(run, 2, keep_last=1)
 
 
-def some_slow(kinds: Iterable[str], *quick: str) -> list[Any]:
-    """All kinds, of which `make test` runs the quick ones."""
-    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
-
-
-@pytest.mark.parametrize("kind", some_slow([*ONE_FILE, *IN_PARTS], "torch.save", "pickle", "cut", "metadata", "bytes"))
+@pytest.mark.parametrize("kind", some_slow([*ONE_FILE, *IN_PARTS], "torch.save", "metadata", "bytes"))
 def test_a_checkpoint_runs_no_code(kind: str, command: Train, run: Path, mark: Path):
     file = planted(run, kind, mark)
     keys = {"resume": ("train", f"resume={run}", "steps=3")}
@@ -291,6 +340,11 @@ def adapter(hf: Path, mark: Path) -> None:
     torch.save(RunsCode(os.system, f"touch {mark}"), hf / "adapter_model.bin")
 
 
+def in_config(hf: Path, **keys: Any) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, **keys}))
+
+
 FOLDERS: dict[str, Callable[[Path, Path], None]] = {
     **{
         f"pytorch_model.bin, {kind}": lambda hf, mark, change=change: weights_as_pickle(
@@ -300,10 +354,16 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
         if kind not in ("other tensors", "list", "module")
     },
     "adapter_config.json": adapter,
+    "more layers than weights": lambda hf, mark: in_config(hf, n_layer=10**9),
+    "endless size": lambda hf, mark: in_config(hf, n_embd=float("inf")),
+    "deep config.json": lambda hf, mark: (hf / "config.json").write_text("[" * 10**5) and None,
+    "a list as header": lambda hf, mark: (hf / "model.safetensors").write_bytes(b"\4\0\0\0\0\0\0\0[1] ") and None,
 }
 
 
-@pytest.mark.parametrize("kind", some_slow(FOLDERS, "pytorch_model.bin, torch.save", "adapter_config.json"))
+@pytest.mark.parametrize(
+    "kind", some_slow(FOLDERS, "pytorch_model.bin, torch.save", "adapter_config.json", "more layers than weights")
+)
 def test_a_model_folder_runs_no_code(kind: str, command: Train, run: Path, mark: Path, tiny: list[str]):
     FOLDERS[kind](run / "hf", mark)
     without_sizes = [key for key in tiny if not key.startswith(("model.", "vocab_size"))]

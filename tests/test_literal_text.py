@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 from conftest import ROOT, Answer, Train
@@ -16,6 +17,7 @@ from omegaconf import open_dict
 
 import evaluate
 import generate
+from gpt2lab import search_study
 from gpt2lab.run_report import read_report
 from launch import answer, consolidate
 from launch.configuration import arguments, config, literal_text, recorded_command
@@ -132,6 +134,15 @@ def test_a_shell_reads_a_recorded_command_as_it_was():
     words = [literal_text.override("source", text) for text in TEXTS]
     shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {shlex.join(words)}"], capture_output=True, check=True)
     assert shown.stdout.decode().split("\0")[:-1] == words
+
+
+@pytest.mark.parametrize("name", ["a?b=c", "a%41b", "{SCHEMA_VERSION}", "o${dd}'s {x}\n$y"])
+def test_a_search_lies_in_a_folder_of_any_name(name: str, tmp_path: Path):
+    file = tmp_path / name / "study.db"
+    file.parent.mkdir()
+    search_study.make_study(file, True, optuna.samplers.RandomSampler(), {"pruner": {"name": "none"}})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert search_study.load_study(file) is not None
 
 
 def scored(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Answer:

@@ -9,12 +9,15 @@ itself for a new run. They are never read from a stored configuration; the launc
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from gpt2lab.errors import InputError
 
 OWN_PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 OF_LIGHTNING = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+# What is built in each place of a configuration: a class of lightning.pytorch
+BASES = {"task": "LightningModule", "data": "LightningDataModule", "callbacks": "Callback", "logger": "loggers.Logger"}
 
 
 def parse_permissions(text: str) -> list[str]:
@@ -38,13 +41,13 @@ def parse_permissions(text: str) -> list[str]:
 
 
 def foreign_targets(nodes: Mapping[str, Any]) -> list[str]:
-    """The targets that a stored configuration could not build without a permission.
+    """The targets that a stored configuration could not build, or not with every argument, without a permission.
 
     Args:
         nodes: `_target_` and keys of each object, by its place in the configuration.
     """
     targets = [str(node.get("_target_", "")) for node in nodes.values() if isinstance(node, dict)]
-    return [target for target in dict.fromkeys(targets) if not _is_below(target, (*OWN_PACKAGES, *OF_LIGHTNING))]
+    return [target for target in dict.fromkeys(targets) if not _is_below(target, OWN_PACKAGES)]
 
 
 def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:
@@ -55,7 +58,7 @@ def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:
     """
     for where, node in nodes.items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise InputError(f"{where} has no _target_, the name of the class to build: {str(node)[:80]}.")
+            raise InputError(f"{shown(where)} has no _target_, the name of the class to build: {shown(str(node))}.")
         _check_name(node["_target_"], where, node["_target_"], permissions)
 
 
@@ -63,7 +66,7 @@ def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]
     """Import the class that a node names.
 
     Raises:
-        InputError: not permitted, or no such class.
+        InputError: not permitted, no such class, or one of another kind than this place of the configuration takes.
     """
     permissions = list(permissions)
     check_targets({where: node}, permissions)
@@ -78,9 +81,27 @@ def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]
     if not inspect.isclass(kind):
         raise InputError(f"{where}._target_={target}: there is no such class (it is a {type(kind).__name__}).")
     _check_name(f"{kind.__module__}.{kind.__qualname__}", where, target, permissions)
-    if kind.__module__.startswith("lightning."):
-        _check_is_of_lightning(kind, where, target)
+    if _is_below(kind.__module__, (*OWN_PACKAGES, "lightning")):
+        _check_base(kind, where, target)
     return kind
+
+
+def check_may_take_any(place: str, target: str, permissions: Iterable[str]) -> None:
+    """Check an argument that a class hands on, as `**kwargs`, to a library that could do anything with it.
+
+    Raises:
+        InputError: no permission for this class.
+    """
+    if not _is_below(target, permissions):
+        raise InputError(
+            f"{shown(place)} goes on to another library, which a stored configuration could make run any code.\n"
+            f"Where you trust the run, permit it on the command line: allow_targets=[{target}]"
+        )
+
+
+def shown(text: str) -> str:
+    """Somebody else's text for a message, in which it must not fill the terminal."""
+    return (text if text.isprintable() else repr(text))[:120]
 
 
 def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) -> None:
@@ -89,21 +110,20 @@ def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) 
         return
     package = name.split(".")[0]
     package = package if package.isidentifier() else "PACKAGE"
-    shown = target if target.isprintable() else repr(target)  # somebody else's text must not fill the terminal
     defined = "" if name == target else f", which is {name}"
     raise InputError(
-        f"{where}._target_={shown[:120]}{defined}: a stored configuration builds only classes of this project and\n"
-        "Lightning's callbacks and loggers, since others could run any code on this machine.\n"
+        f"{shown(where)}._target_={shown(target)}{defined}: a stored configuration builds only\n"
+        "classes of this project and Lightning's callbacks and loggers, since others could run any code here.\n"
         f"Where you trust that code, permit its package on the command line: allow_targets=[{package}]"
     )
 
 
-def _check_is_of_lightning(kind: type, where: str, target: str) -> None:
-    from lightning.pytorch import Callback
-    from lightning.pytorch.loggers import Logger
+def _check_base(kind: type, where: str, target: str) -> None:
+    import lightning.pytorch
 
-    if not issubclass(kind, Callback | Logger):
-        raise InputError(f"{where}._target_={target} is neither a callback nor a logger of Lightning.")
+    base = BASES[where.partition(".")[0]]
+    if not issubclass(kind, attrgetter(base)(lightning.pytorch)):
+        raise InputError(f"{shown(where)}._target_={target} is no lightning.pytorch.{base}, which belongs here.")
 
 
 def _is_below(name: str, packages: Iterable[str]) -> bool:

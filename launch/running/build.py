@@ -11,6 +11,7 @@ import lightning
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning, TrialReports
@@ -27,7 +28,7 @@ from launch.configuration.ignored_keys import given_keys
 from launch.configuration.runtime_arguments import DATA_ONLY_KEYS
 from launch.configuration.signature import typed_settings
 from launch.configuration.spelling import nearest
-from launch.configuration.targets import target_class
+from launch.configuration.targets import OWN_PACKAGES, check_may_take_any, shown, target_class
 from launch.running.rank_environment import is_rank
 from lightning_modules.half_weights import Bf16Weights
 from lightning_modules.sharding import ShardedStrategy
@@ -53,11 +54,16 @@ def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permis
     parameters = inspect.signature(kind).parameters
     own = {key: value for key, value in node.items() if key != "_target_"}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    unknown = [] if takes_any else [key for key in own if key not in parameters]
-    if unknown:
-        raise InputError(f"There is no key {where}.{unknown[0]}{nearest(unknown[0], parameters)}.")
+    unknown = [key for key in own if key not in parameters]
+    if unknown and takes_any:
+        check_may_take_any(f"{where}.{unknown[0]}", target, permissions)
+    elif unknown:
+        raise InputError(f"There is no key {shown(f'{where}.{unknown[0]}')}{nearest(unknown[0], parameters)}.")
     arguments = {key: value for key, value in supplied.items() if key in parameters} | own
-    hints = get_type_hints(kind.__init__)
+    is_ours = kind.__module__.split(".")[0] in OWN_PACKAGES
+    if is_ours and "run_dir" in own:  # else a run from somebody else could name one of the user's
+        raise InputError(f"{where}.run_dir={own['run_dir']}: this is the run's own directory.\nLeave it out.")
+    hints = _hints(kind)
     for key, value in own.items():
         hint = hints.get(key)
         if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
@@ -66,7 +72,20 @@ def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permis
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:
         raise InputError(f"{where} does not fit {target}: {error}.") from error
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        if not kind.__module__.startswith("lightning."):
+            raise
+        raise InputError(f"{where} does not fit {target}: {str(error).splitlines()[0]}") from error
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a constructor's arguments; empty where they cannot be read."""
+    try:
+        return get_type_hints(kind.__init__)
+    except NameError:  # an annotation that only type checkers can read
+        return {}
 
 
 def data_module(config: Config) -> Any:
@@ -212,29 +231,34 @@ def trainer(
     plugins: list[Any] = [TorchElasticEnvironment() if is_rank() else LightningEnvironment()]
     if config.precision == "bf16_true":
         plugins.append(Bf16Weights())
-    return lightning.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        plugins=plugins,
-        strategy=strategy(config),
-        precision=PRECISIONS.get(config.precision),
-        max_steps=config.steps,
-        max_epochs=-1,
-        accumulate_grad_batches=accumulate,
-        val_check_interval=config.validate_every * accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.log_every,
-        callbacks=observers,
-        logger=outlets,
-        default_root_dir=folder,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        inference_mode=False,  # averaged weights are swapped in while validating, which inference tensors forbid
-    )
+    try:
+        return lightning.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            plugins=plugins,
+            strategy=strategy(config),
+            precision=PRECISIONS.get(config.precision),
+            max_steps=config.steps,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=config.validate_every * accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=config.log_every,
+            callbacks=observers,
+            logger=outlets,
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            inference_mode=False,  # averaged weights are swapped in while validating, which inference tensors forbid
+        )
+    except MisconfigurationException as error:  # a second ModelCheckpoint or progress bar, say
+        raise InputError(
+            f"Lightning's Trainer does not take this configuration: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def strategy(config: Config) -> Strategy | str:

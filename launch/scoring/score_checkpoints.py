@@ -55,7 +55,9 @@ class Arguments:
     precision: str = argument("number format of the matrix products", "fp32", choices=("fp32", "bf16"))
     accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
     cache_dir: str = argument("where prepared data lie; default: $GPT2LAB_CACHE, else ~/.cache/gpt2lab", "")
-    allow_targets: str = argument("packages whose classes the first run's stored data may be of: [mypkg,other]", "[]")
+    allow_targets: str = argument(
+        "packages of your own whose data classes the first run may build: [mypkg,other]", "[]"
+    )
     seed: int = argument("of the drafts drawn to measure acceptance", 1337, at_least=0, at_most=2**63 - 1)
     json: str = argument("also write every figure and its standard error to this file", "")
     csv: str = argument("also write them as a table, a model a row", "")
