@@ -305,7 +305,7 @@ class LanguageModel(BackboneModule):
         if DOCUMENT_NATS in sums:
             nats, counts = sums.pop(DOCUMENT_NATS), sums.pop(DOCUMENT_TARGETS)
             self.validation_documents = DocumentLosses.of(self.trainer.global_step, nats, counts)
-            warn_of_few_groups(len(self.validation_documents.targets))
+            warn_of_few_groups(torch.tensor(self.validation_documents.targets))
         figures = self.validation_figures(sums, targets)
         loss = figures[metric_names.VAL_LOSS]
         figures[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))
