@@ -19,6 +19,7 @@ from gpt2lab.device import exact_dtype
 
 MOST_GROUPS = 1000
 FEWEST_GROUPS = 20  # below it a standard error is itself too uncertain
+LARGEST_SHARE = 0.5  # of the targets in one group, likewise
 STRETCHES = 20  # groups of a text whose documents are not known
 SCANNED_AT_A_TIME = 2**24  # tokens
 DOCUMENT_NATS, DOCUMENT_TARGETS = "document_nats", "document_targets"  # names of sums (MOST_GROUPS,)
@@ -102,12 +103,23 @@ def document_sums(nats: Tensor, documents: Tensor) -> dict[str, Tensor]:
     }
 
 
-def warn_of_few_groups(groups: int) -> None:
-    """Warn where fewer than FEWEST_GROUPS documents stand behind a standard error."""
+def warn_of_few_groups(targets: Tensor) -> None:
+    """Warn where fewer than FEWEST_GROUPS documents, or one document above all, determine a standard error.
+
+    Args:
+        targets: (G,) of each document group with a target.
+    """
+    groups = len(targets)
+    largest = (targets.max() / targets.sum()).item() if groups > 1 else 0.0
     if 1 < groups < FEWEST_GROUPS:
         warn_once(
             f"The standard errors rest on {groups} documents, fewer than {FEWEST_GROUPS}: they are rough. "
             "Validate on more documents."
+        )
+    elif largest > LARGEST_SHARE:
+        warn_once(
+            f"One of {groups} document groups holds {largest:.0%} of the targets: the standard errors are rough. "
+            "Validate on more documents of its length."
         )
 
 

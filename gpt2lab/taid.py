@@ -23,7 +23,7 @@ class AdaptiveMixing:
         self.last_loss = math.inf
 
     def update(self, step: int, loss: float) -> None:
-        """Take in the mean loss of optimizer step number `step` (from 1)."""
+        """Update the share after optimizer step number `step`, from 0 as in the authors' code, by its mean loss."""
         start, end = self.settings.mixing_start, self.settings.mixing_end
         if math.isfinite(self.last_loss) and self.last_loss > 0:
             momentum = self.settings.mixing_momentum

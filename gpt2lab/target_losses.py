@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from gpt2lab.divergences import SMALLEST_LOG
+
 LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
 LOGITS_OF_A_BLOCK = 2**20  # worked on together on a CPU, whose cache holds the intermediate results
 
@@ -45,7 +47,9 @@ def target_losses(
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:
     """(C, V), (C,) → (C,)."""
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    return logits.logsumexp(1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    largest = logits.amax(1, keepdim=True)  # subtracted first: a logsumexp would be rounded at its size
+    of_label = logits.gather(1, labels.unsqueeze(1)) - largest  # (C, 1)
+    return (logits - largest).clamp_min_(SMALLEST_LOG).exp_().sum(1).log() - of_label.squeeze(1)
 
 
 @cache

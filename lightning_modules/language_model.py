@@ -151,8 +151,17 @@ class LanguageModel(BackboneModule):
         objective = self.settings.objective
         if objective.name == "sampled_softmax":
             self.negatives = NegativeSampler(self._distribution(), objective.negatives, self.settings.seed)
+        self._set_learning_rates()
         if self.validation_is_due:
             self._validate_now()
+
+    def _set_learning_rates(self) -> None:
+        """Set the next step's learning rates; a checkpoint holds those of a schedule with its own number of steps."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            groups = scheduler.optimizer.param_groups
+            for group, peak, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = peak * factor(scheduler.last_epoch)
 
     def _validate_now(self) -> None:
         """Make up for the validation that was due when the run was stopped. All callbacks have started by now."""
@@ -296,7 +305,7 @@ class LanguageModel(BackboneModule):
         if DOCUMENT_NATS in sums:
             nats, counts = sums.pop(DOCUMENT_NATS), sums.pop(DOCUMENT_TARGETS)
             self.validation_documents = DocumentLosses.of(self.trainer.global_step, nats, counts)
-            warn_of_few_groups(len(self.validation_documents.targets))
+            warn_of_few_groups(torch.tensor(self.validation_documents.targets))
         figures = self.validation_figures(sums, targets)
         loss = figures[metric_names.VAL_LOSS]
         figures[metric_names.VAL_PERPLEXITY] = math.exp(min(loss, 100.0))

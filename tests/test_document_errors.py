@@ -58,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_lines(folder / "val.jsonl", [{"text": text} for text in DOCUMENTS])
     _write_lines(folder / "train.jsonl", [{"text": TEXT}, {"text": TEXT[::-1]}])
     _write_lines(folder / "few.jsonl", [{"text": text} for text in DOCUMENTS[:5]])
+    _write_lines(folder / "huge.jsonl", [{"text": text} for text in ["\n".join(DOCUMENTS * 2), *DOCUMENTS]])
     tokenizer = load_tokenizer(str(folder / "1"))
     end, coded = tokenizer.eos_token_id, tokenizer(DOCUMENTS)["input_ids"]
     layouts = {
@@ -200,9 +201,10 @@ def test_every_objective_knows_the_document_of_its_targets(tmp_path: Path, objec
     [
         (["data=bin", "path=nowhere"], "no end-of-text token"),
         (["data=text", "path=train.jsonl", "val_path=few.jsonl"], "rest on 5 documents"),
+        (["data=text", "path=train.jsonl", "val_path=huge.jsonl"], "document groups holds"),
         (LINES, ""),
     ],
-    ids=["no_end_of_text", "few_documents", "enough"],
+    ids=["no_end_of_text", "few_documents", "huge_document", "enough"],
 )
 def test_few_or_unknown_documents_are_warned_of(evaluate_here, words: list[str], said: str) -> None:
     done, _ = evaluate_here("checkpoint=1", *words)

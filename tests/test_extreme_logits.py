@@ -16,6 +16,7 @@ from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.distillation_metrics import distillation_sums
 from gpt2lab.lm_head_loss import lm_head_loss
 from gpt2lab.settings import CrossEntropySettings, LossSettings, TeacherCacheSettings
+from gpt2lab.target_losses import target_losses
 from gpt2lab.teacher_cache import CacheSide
 from gpt2lab.teacher_signal import DenseTeacher, TopKTeacher
 
@@ -112,6 +113,17 @@ def test_cross_entropy_is_exact_at_any_logits(spread, dtype, hard) -> None:
     tolerance = TOLERANCE[dtype]
     assert_as_the_twin(ours.total, hidden, expected, exact, tolerance)
     assert ours.cross_entropy.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, -500.0, 3e3])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_each_target_s_validation_loss_is_exact_at_any_logits(spread, offset) -> None:
+    """An offset common to all logits means nothing; entries beyond the vocabulary hold the largest logits."""
+    logits = logits_of(0, spread, torch.float32) + offset
+    labels, padded = logits.argmin(1), F.pad(logits, (0, 3), value=1e5)
+    expected = F.cross_entropy(logits.double(), labels, reduction="none")
+    found = target_losses(padded, torch.eye(padded.shape[1]), labels, VOCABULARY)
+    assert found.double().tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import lightning
 import pytest
 import tiny_run
 import torch
@@ -51,6 +52,29 @@ def test_rows_hold_measured_values_and_survive_a_kill(distil: Distil, train_here
         assert train_here(f"resume=killed-{kept}").code == 0
         assert metrics_without_clock(tmp_path / f"killed-{kept}") == metrics_without_clock(tmp_path / "unbroken")
         assert spike_detector(tmp_path / f"killed-{kept}") == spike_detector(tmp_path / "unbroken")
+
+
+class Rates(lightning.Callback):
+    """Notes the learning rates that each step uses, as multiples of their peaks."""
+
+    def __init__(self) -> None:
+        self.of_step: dict[int, set[float]] = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        groups = optimizer.param_groups
+        self.of_step[trainer.global_step + 1] = {round(group["lr"] / group["initial_lr"], 9) for group in groups}
+
+
+def test_steps_after_a_resume_use_the_schedule_of_its_steps(tmp_path: Path) -> None:
+    """The checkpoint of step 4 holds the learning rate that the schedule of 4 steps has after its end."""
+    schedule = ScheduleSettings("wsd", warmup_steps=2, final_fraction=0.1)
+    for steps, made in ((4, range(1, 5)), (8, range(5, 9))):
+        rates = Rates()
+        tiny_run.train(tmp_path / "run", tmp_path / "cache", steps=steps, extra=[rates])
+        assert rates.of_step == {step: {round(learning_rate_factor(step - 1, steps, schedule), 9)} for step in made}
+    logged = [rate / 1e-2 for _, rate in series(read_metrics(tmp_path / "run"), "lr")]
+    used = [learning_rate_factor(step - 1, 4 if step <= 4 else 8, schedule) for step in (2, 4, 6, 8)]
+    assert logged == pytest.approx(used, rel=1e-6)
 
 
 def test_a_row_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,14 @@ def test_one_group_has_no_error() -> None:
 
 @pytest.mark.parametrize(
     ("documents", "spread"),
-    [(20, 0.0), (20, 0.7), (20, 1.2), (60, 0.7), (60, 1.2), (1500, 0.7)],  # of lengths, as of their logarithm
+    [  # of lengths, as of their logarithm
+        (20, 0.0),
+        (20, 0.7),
+        (20, 1.2),
+        (60, 0.7),
+        (60, 1.2),
+        pytest.param(1500, 0.7, marks=pytest.mark.slow),  # more than there are groups
+    ],
 )
 def test_intervals_cover_the_mean_of_clustered_text(documents: int, spread: float) -> None:
     """300 texts in windows of 64 tokens: document effects as large as the noise of a token, lognormal lengths."""

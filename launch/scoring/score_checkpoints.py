@@ -119,6 +119,7 @@ def evaluate(arguments: Arguments) -> Results:
     from gpt2lab.document_groups import warn_of_few_groups
     from gpt2lab.evaluation import paired_difference
     from gpt2lab.host_memory import keep_freed_memory
+    from gpt2lab.standard_errors import TOKENS
 
     settle_library_noise()
     device = named_device(arguments.accelerator)
@@ -141,7 +142,7 @@ def evaluate(arguments: Arguments) -> Results:
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
             newest.minus_first = paired_difference(newest.score, first.score)
-        warn_of_few_groups(newest.score.groups)
+        warn_of_few_groups(newest.score.sums[TOKENS])
         if not results.baselines and results.checkpoints[0].texts:
             results.baselines = scorer.baselines()
     return results
