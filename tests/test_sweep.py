@@ -99,7 +99,7 @@ def test_a_sweep_does_not_write_over_another_one(
     for more, says in (
         (["seed=1"], "holds a sweep already"),
         (["seed=2,3", "resume=auto"], "holds another sweep: its job 0 has seed=1"),
-        (["seed=1", "resume=auto", "hparams_search=optuna"], "no study of a search (study.db)"),
+        (["seed=1,2", "resume=auto", "hparams_search=optuna"], "no study of a search (study.db)"),
     ):
         refused = train_here(*sweep, *more)
         assert refused.code == 2, refused.stderr
