@@ -2,6 +2,7 @@
 
 import heapq
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,11 +111,21 @@ def train_here(
     return run
 
 
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the one teacher of a test session, which each test copies."""
+    return tmp_path_factory.mktemp("teachers")
+
+
 @pytest.fixture
-def distil(train_here: Train, tiny: list[str], tmp_path: Path) -> Distil:
+def distil(train_here: Train, tiny: list[str], tmp_path: Path, teachers: Path) -> Distil:
     """Distils from a teacher in ./teacher that has a cache folder of its own."""
     wide = [key for key in tiny if not key.startswith(("model.n_head", "model.n_embd"))]
-    assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
+    if not (teachers / "teacher").exists():
+        assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
+        shutil.copytree("teacher", teachers / "teacher")
+    else:
+        shutil.copytree(teachers / "teacher", tmp_path / "teacher")
 
     def run(*overrides: str, without: tuple[str, ...] = (), code: int = 0) -> Answer:
         given = ("task=distill", "teacher=teacher", f"cache_dir={tmp_path / 'cache'}", "steps=4", "seed=1")
