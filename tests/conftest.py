@@ -2,6 +2,7 @@
 
 import heapq
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -75,6 +77,18 @@ def tiny(sources: Path) -> list[str]:
     return [*SHRUNK, f"path={sources}"]
 
 
+def mode_of(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Return `hydra.mode`, as Hydra.get_mode does, which composes the whole configuration to read this one key.
+
+    No file in conf/ sets the key (test_configuration checks that), so without an override of Hydra's own it is None.
+    """
+    is_overridden = any("hydra" in override for override in overrides)
+    return _mode_of(hydra, config_name, overrides) if is_overridden else None
+
+
+_mode_of = Hydra.get_mode
+
+
 @pytest.fixture
 def train_here(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -86,6 +100,7 @@ def train_here(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(Hydra, "get_mode", mode_of)  # composes once instead of twice
 
     def run(*overrides: str) -> Answer:
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *overrides])
@@ -96,11 +111,21 @@ def train_here(
     return run
 
 
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the one teacher of a test session, which each test copies."""
+    return tmp_path_factory.mktemp("teachers")
+
+
 @pytest.fixture
-def distil(train_here: Train, tiny: list[str], tmp_path: Path) -> Distil:
+def distil(train_here: Train, tiny: list[str], tmp_path: Path, teachers: Path) -> Distil:
     """Distils from a teacher in ./teacher that has a cache folder of its own."""
     wide = [key for key in tiny if not key.startswith(("model.n_head", "model.n_embd"))]
-    assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
+    if not (teachers / "teacher").exists():
+        assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
+        shutil.copytree("teacher", teachers / "teacher")
+    else:
+        shutil.copytree(teachers / "teacher", tmp_path / "teacher")
 
     def run(*overrides: str, without: tuple[str, ...] = (), code: int = 0) -> Answer:
         given = ("task=distill", "teacher=teacher", f"cache_dir={tmp_path / 'cache'}", "steps=4", "seed=1")

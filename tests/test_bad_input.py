@@ -1,6 +1,7 @@
 """Every mistake is answered with exit code 2 and at most five lines that name it and the cure."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -151,8 +152,11 @@ def refused(answer, words: str) -> None:
 # They share the process because it takes longer to start than to refuse them.
 ONE_AFTER_ANOTHER = """
 import json, os, sys
+import conftest
 import train
 from launch import answer
+
+conftest.Hydra.get_mode = conftest.mode_of
 
 rows, heavy = json.load(sys.stdin)
 for number, row in enumerate(rows):
@@ -178,7 +182,7 @@ def test_an_invalid_key_is_refused_in_a_few_lines_before_heavy_imports(chunk: in
         [sys.executable, "-c", ONE_AFTER_ANOTHER],
         input=json.dumps([given, sorted(HEAVY)]),
         cwd=tmp_path,
-        env={**environment(cache), "PYTHONPATH": str(ROOT)},
+        env={**environment(cache), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
     )

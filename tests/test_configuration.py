@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, SHRUNK, Train
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.plugins import MixedPrecision
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from gpt2lab.model_folder import parameters_of
 from gpt2lab.settings import DataFacts, TokenizerChoice
@@ -200,6 +200,14 @@ def test_every_yaml_opens_with_what_it_is_and_the_command():
         head = [line for line in file.read_text().splitlines()[:8] if line.startswith("#")]
         assert any("python train.py" in line for line in head), file
         assert not head[-1].isspace()
+
+
+def test_no_file_sets_the_mode_of_hydra():
+    """`-m` alone chooses it, and conftest.mode_of relies on that."""
+    for file in CONF.rglob("*.yaml"):
+        tree = OmegaConf.load(file)
+        assert OmegaConf.select(tree, "hydra.mode") is None, file
+        assert "@package hydra" not in file.read_text(), file
 
 
 def test_help_names_every_group_value_and_key(train_here: Train):

@@ -1,6 +1,10 @@
 """Objectives through train.py: each learns, is exported as plain GPT-2, and writes or fills in as it was taught."""
 
+import functools
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Train
+from conftest import ROOT, SHRUNK, Train, environment
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import evaluate
 import generate
+import train
 from datamodules.micro_batches import TrainingStream
 from gpt2lab.attention_spans import document_bounds, spans_of, visible
 from gpt2lab.backbone import Backbone, load_backbone, plain_hf
@@ -31,6 +36,7 @@ from gpt2lab.settings import ModelShape, ObjectiveSettings
 from gpt2lab.token_file import TokenFile, token_dtype
 from gpt2lab.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.windows import Windows
+from launch import answer
 
 LEARNING = ("steps=24", "validate_every=12", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2")
 LEARNING += ("log_every=6", "seed=1")
@@ -65,13 +71,34 @@ def test_each_objective_learns_more_than_how_often_a_token_comes(
     assert losses[-1] < entropy - 0.1
 
 
+Trained = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Return the finished run with an objective, which is trained once; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @functools.cache
+    def run(name: str) -> Path:
+        keys = [*SHRUNK, f"path={sources}", "steps=2", f"objective={name}", *KEYS[name], f"run_dir={name}"]
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in environment(cache).items():
+                patch.setenv(key, value)
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", [str(ROOT / "train.py"), *keys])
+            assert answer.exit_code(train.command_line) == 0
+        return folder / name
+
+    return run
+
+
 @pytest.mark.parametrize("name", KEYS)
-def test_each_objective_leaves_as_plain_gpt2(name: str, train_here: Train, tiny: list[str], tmp_path: Path) -> None:
-    ended = train_here(*tiny, *LEARNING, f"objective={name}", *KEYS[name], "run_dir=run")
-    assert ended.code == 0, ended.stderr
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+def test_each_objective_leaves_as_plain_gpt2(name: str, trained: Trained) -> None:
+    run = trained(name)
+    report = json.loads((run / "report.json").read_text())
     assert bool(report["bits_per_byte"]) == (name in ("clm", "sampled_softmax"))
-    folder = tmp_path / "run" / "hf"
+    folder = run / "hf"
     assert read_objective(folder) == name
     # The export's logits are the backbone's, given the mask that an objective needs as transformers takes it.
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -80,7 +107,7 @@ def test_each_objective_leaves_as_plain_gpt2(name: str, train_here: Train, tiny:
     mask = None if spans is None else visible(spans)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder)(ids, attention_mask=mask, use_cache=False).logits
-        ours = load_backbone(str(tmp_path / "run")).eval().logits(ids, spans)
+        ours = load_backbone(str(run)).eval().logits(ids, spans)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
@@ -216,12 +243,10 @@ def test_a_teacher_sees_what_its_student_sees(
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_the_example_of_the_model_card_runs(
-    name: str, train_here: Train, tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert train_here(*tiny, "steps=2", f"objective={name}", *KEYS[name], "run_dir=run").code == 0
-    card = (tmp_path / "run" / "hf" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "run" / "hf"))
+def test_the_example_of_the_model_card_runs(name: str, trained: Trained, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = trained(name) / "hf"
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/this/folder", str(folder))
     capfd.readouterr()
     exec(compile(code, "card", "exec"), {})
     assert capfd.readouterr().out.strip()
@@ -264,8 +289,9 @@ def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
         f"objective={name}",
     )
     assert train_here(*tiny, *keys, *KEYS[name], "run_dir=unbroken").code == 0
-    assert train_here(*tiny, *keys, *KEYS[name], "run_dir=stopped").code == 0
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "stopped")
     (tmp_path / "stopped" / "checkpoints" / "step-000060.ckpt").unlink()
+    shutil.rmtree(tmp_path / "stopped" / "hf")
     assert train_here("resume=stopped").code == 0
     weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("unbroken", "stopped")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -303,9 +329,8 @@ def test_what_does_not_go_together_is_refused(
 
 
 @pytest.fixture
-def model(train_here: Train, tiny: list[str], tmp_path: Path) -> Backbone:
-    """A run whose tokenizer is real and whose weights are random but large."""
-    assert train_here(*tiny, "steps=1", "run_dir=run").code == 0
+def model() -> Backbone:
+    """Weights that are random but large."""
     torch.manual_seed(1)
     backbone = Backbone(ModelShape(2, 2, 32, 64, 300)).eval()
     with torch.no_grad():
@@ -315,9 +340,9 @@ def model(train_here: Train, tiny: list[str], tmp_path: Path) -> Backbone:
 
 
 @torch.no_grad()
-def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, tmp_path: Path) -> None:
+def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, start: Path) -> None:
     """Prompts of different lengths together, each as the whole mask says; a causal model writes something else."""
-    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    tokenizer = load_tokenizer(str(start))
     prompts = [prompt_ids(text, tokenizer, "prefix_lm") for text in ("def f(a):", "x", "class Stack:\n    pass")]
     together = complete(model.lm, tokenizer, "prefix_lm", prompts, GREEDY, max_new_tokens=8)
     for prompt, written in zip(prompts, together, strict=True):
@@ -331,8 +356,8 @@ def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, tm
 
 
 @torch.no_grad()
-def test_gaps_are_filled_the_surest_first(model: Backbone, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(tmp_path / "run"))
+def test_gaps_are_filled_the_surest_first(model: Backbone, start: Path) -> None:
+    tokenizer = load_tokenizer(str(start))
     marks, prompt = marks_of(tokenizer), prompt_ids("def <|mask|>(a, <|mask|>):", tokenizer, "mlm")
     places = [place for place, token in enumerate(prompt) if token == marks.mask]
     assert len(places) == 2
@@ -346,9 +371,8 @@ def test_gaps_are_filled_the_surest_first(model: Backbone, tmp_path: Path) -> No
     assert text[places[surest]] == int(logits[surest].argmax())
 
 
-def test_gaps_are_asked_of_models_that_fill_them(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
-    assert train_here(*tiny, "steps=1", "run_dir=run").code == 0
-    tokenizer = load_tokenizer(str(tmp_path / "run"))
+def test_gaps_are_asked_of_models_that_fill_them(start: Path) -> None:
+    tokenizer = load_tokenizer(str(start))
     for objective, prompt, told in (
         ("clm", "a <|mask|>", "fills none"),
         ("fim", "a <|mask|> b <|mask|>", "fills one at a time"),
@@ -361,16 +385,14 @@ def test_gaps_are_asked_of_models_that_fill_them(train_here: Train, tiny: list[s
 @pytest.mark.parametrize("name", ["mlm", "fim", "prefix_lm"])
 def test_generate_shows_the_whole_text(
     name: str,
-    train_here: Train,
-    tiny: list[str],
+    trained: Trained,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert train_here(*tiny, "steps=2", f"objective={name}", "run_dir=run").code == 0
     prompt = "def f(a):" if name == "prefix_lm" else "def f(<|mask|>):\n    pass"
     most = [] if name == "mlm" else ["max_new_tokens=4"]  # gaps need no room beside the prompt
-    words = ["checkpoint=run", f"prompt={prompt}", *most, "json=out.json"]
+    words = [f"checkpoint={trained(name)}", f"prompt={prompt}", *most, f"json={tmp_path / 'out.json'}"]
     monkeypatch.setattr("sys.argv", ["generate.py", *words])  # no terminal: nothing is streamed
     capfd.readouterr()
     generate.main()

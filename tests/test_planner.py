@@ -26,7 +26,7 @@ from gpt2lab.memory_plan import largest_that_fits, memory_plan
 from gpt2lab.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings
 from launch.configuration import automatic, config, sharding_checks
-from launch.planning import plan
+from launch.planning import plan, speed
 from launch.planning.free_memory import host_free_bytes
 from launch.planning.knobs import knobs
 from launch.planning.run_sizes import run_sizes
@@ -82,12 +82,15 @@ def test_a_plan_names_every_part_and_leaves_nothing_behind(
 
 
 def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone(
-    train_here: Train, tiny: list[str], tmp_path: Path
+    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert train_here(*tiny, "model.n_embd=64", "steps=1", "run_dir=teacher", "threads=1").code == 0
     before = left_behind(tmp_path)
     distil = ("task=distill", "teacher=teacher", "plan=true", "threads=1")
+    monkeypatch.setattr(speed, "LONGEST", 250.0)  # so that steps are measured on a slow machine too
     told = succeeded(train_here(*tiny, *distil))
+    assert "measured: 3 micro-batches" in told
+    monkeypatch.setitem(speed.AFFORDABLE, "cpu", 0)  # measuring takes a process of seconds, and is proved above
     assert "teacher weights" in told
     assert "teacher_cache=sampled" in told
     assert "teacher cache" in succeeded(train_here(*tiny, *distil, "teacher_cache=sampled"))
@@ -100,7 +103,10 @@ def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone
     assert left_behind(tmp_path) == before
 
 
-def test_the_plan_tells_what_the_data_will_take_on_the_disk(train_here: Train, tmp_path: Path):
+def test_the_plan_tells_what_the_data_will_take_on_the_disk(
+    train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(speed.AFFORDABLE, "cpu", 0)  # no steps are measured
     keys = ["model=nano", "data=text", f"path={Path(json.__file__).parents[1] / 'asyncio'}", "vocab_size=2048"]
     keys += ["logger=none", "steps=1", "context=64", "cache_dir=cache", "run_dir=run", "callbacks=minimal"]
     told = succeeded(train_here(*keys, "plan=true"))
