@@ -1,16 +1,16 @@
 """strategy=auto takes what fits, in one line on stderr; what only sharding can do is refused elsewhere."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Train
-from safetensors.torch import save_file
 from test_configuration import composed
 from transformers import GPT2Config
 
 from gpt2lab.errors import InputError
+from gpt2lab.model_folder import parameters_of
 from launch import noise
 from launch.configuration import automatic, checks, device_memory, sharding_checks
 from launch.configuration.config import Config
@@ -56,10 +56,16 @@ def test_the_estimate_counts_what_is_kept_from_step_to_step() -> None:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """Folders of large GPT-2s, of which a plan reads the sizes alone: there is next to nothing in their weights."""
+    """Folders of large GPT-2s, of which a plan reads the sizes alone: their weights are a hole, a byte each."""
     for size, (layers, heads, width) in SIZES.items():
         GPT2Config(n_layer=layers, n_head=heads, n_embd=width).save_pretrained(tmp_path / size)
-        save_file({"wte.weight": torch.zeros(1)}, tmp_path / size / "model.safetensors")
+        count = parameters_of(vars(GPT2Config(n_layer=layers, n_embd=width)))
+        header = json.dumps(
+            {"wte.weight": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}
+        ).encode()
+        with (tmp_path / size / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + count)
     return tmp_path
 
 
