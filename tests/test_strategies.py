@@ -59,13 +59,11 @@ def teacher(tmp_path: Path) -> Path:
     """Folders of large GPT-2s, of which a plan reads the sizes alone: their weights are a hole, a byte each."""
     for size, (layers, heads, width) in SIZES.items():
         GPT2Config(n_layer=layers, n_head=heads, n_embd=width).save_pretrained(tmp_path / size)
-        count = parameters_of(vars(GPT2Config(n_layer=layers, n_embd=width)))
-        header = json.dumps(
-            {"wte.weight": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}
-        ).encode()
+        half = parameters_of(vars(GPT2Config(n_layer=layers, n_embd=width))) // 2 + 1
+        header = json.dumps({"wte.weight": {"dtype": "BF16", "shape": [half], "data_offsets": [0, 2 * half]}}).encode()
         with (tmp_path / size / "model.safetensors").open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + count)
+            file.truncate(8 + len(header) + 2 * half)
     return tmp_path
 
 
