@@ -108,14 +108,15 @@ def softmax(logits: Tensor, temperature: float = 1.0) -> Distribution:
     if temperature != 1.0:
         logits = logits / temperature
     largest = logits.amax(1, keepdim=True)
-    scores = (logits - largest).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=RULED_OUT)
+    scores = finite(logits - largest)
     weights = scores.clamp_min(SMALLEST_LOG).exp_()
     return Distribution(scores, weights, weights.sum(1, keepdim=True), largest)
 
 
 def finite(scores: Tensor) -> Tensor:
     """Scores or log-probabilities with RULED_OUT in place of −inf; all other values unchanged."""
-    return scores.nan_to_num(nan=math.nan, posinf=math.inf, neginf=RULED_OUT)
+    # One comparison: compiled, nan_to_num makes three, in every loop over the vocabulary.
+    return torch.where(scores == -math.inf, RULED_OUT, scores)
 
 
 def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
