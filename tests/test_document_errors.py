@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHRUNK, Answer, Train
+from test_scores import write_models
 from torch.nn import functional
 
 import evaluate
 from gpt2lab import demo, study_html, sweep_html
-from gpt2lab.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.backbone import load_backbone
 from gpt2lab.batch import IGNORE_INDEX
 from gpt2lab.document_groups import WindowDocuments, warn_once
 from gpt2lab.document_losses import DocumentLosses, loss_difference, read_document_losses, write_document_losses
-from gpt2lab.hf_folder import write_hf_folder
 from gpt2lab.marks import Marks
 from gpt2lab.metrics_file import MetricsFile
 from gpt2lab.objectives import Objective
 from gpt2lab.pair_template import PairTemplate, encode_pairs
 from gpt2lab.run_report import build_report, read_report, write_report
-from gpt2lab.settings import ModelShape, ObjectiveSettings
+from gpt2lab.settings import ObjectiveSettings
 from gpt2lab.study_results import CE, KD, SCRATCH, TOKENS, Arm, StudyResults, arm_result, contrasts
 from gpt2lab.token_file import TokenFile
-from gpt2lab.tokenizer import load_tokenizer, train_bpe
+from gpt2lab.tokenizer import load_tokenizer
 from gpt2lab.windows import Windows
 from launch import answer
 from launch.running import sweep_results
@@ -47,14 +47,7 @@ DOCUMENTS = [text for n in range(40) if (text := "\n".join(TEXT.splitlines()[n *
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tiny models, of which 1 and 2 share a tokenizer, and the documents in every form that data= reads."""
     folder = tmp_path_factory.mktemp("documents")
-    for number, entries in enumerate((300, 300, 350), 1):
-        tokenizer = train_bpe(iter([TEXT]), entries)
-        torch.manual_seed(number)
-        shape = ModelShape(n_layer=1, n_head=2, n_embd=16, n_positions=CONTEXT, vocab_size=len(tokenizer))
-        backbone = Backbone(shape)
-        for parameter in backbone.parameters():
-            parameter.data *= 8  # far from even, so that documents differ
-        write_hf_folder(plain_hf(backbone), tokenizer, folder / str(number), {"title": "tiny"})
+    write_models(folder, TEXT)
     _write_lines(folder / "val.jsonl", [{"text": text} for text in DOCUMENTS])
     _write_lines(folder / "train.jsonl", [{"text": TEXT}, {"text": TEXT[::-1]}])
     _write_lines(folder / "few.jsonl", [{"text": text} for text in DOCUMENTS[:5]])

@@ -32,18 +32,23 @@ TEXT = Path(json.__file__).read_text()
 CONTEXT = 32
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny models: one and two with one tokenizer, three with another; and a text in two parts."""
-    folder = tmp_path_factory.mktemp("models")
+def write_models(folder: Path, text: str) -> None:
+    """Write three tiny models, folders 1 to 3, of which the first two share a tokenizer trained on `text`."""
     for number, entries in enumerate((300, 300, 350), 1):
-        tokenizer = train_bpe(iter([TEXT]), entries)
+        tokenizer = train_bpe(iter([text]), entries)
         torch.manual_seed(number)
         shape = ModelShape(n_layer=1, n_head=2, n_embd=16, n_positions=CONTEXT, vocab_size=len(tokenizer))
         backbone = Backbone(shape)
         for parameter in backbone.parameters():
-            parameter.data *= 8  # far from even, so that there is something to tell
+            parameter.data *= 8  # far from even, so that documents differ
         write_hf_folder(plain_hf(backbone), tokenizer, folder / str(number), {"title": "tiny"})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tiny models: one and two with one tokenizer, three with another; and a text in two parts."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, TEXT)
     (folder / "train.txt").write_text(TEXT)
     (folder / "val.txt").write_text(TEXT[1000:4000])
     pairs = [{"source": f"call {name}", "target": f"{name} was called"} for name in ("open", "close", "read", "write")]
