@@ -22,7 +22,7 @@ $(READY): requirements.txt requirements-dev.txt requirements-lock.txt setup.sh
 	@touch $@
 
 demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, then one table
-	@$(PYTHON_IN_VENV) -m gpt2lab.demo
+	@$(PYTHON_IN_VENV) -m launch.commands.demo
 
 test: $(READY) ## the tests that run in minutes
 	@$(IN_PARALLEL) -m "not slow and not chaos"

@@ -14,10 +14,10 @@ the student is worth as a draft model in speculative decoding. Figures come with
 
 import sys
 
-from launch.answer import end
-from launch.configuration.key_values import describe, parse
-from launch.scoring import score_files, score_tables
-from launch.scoring.score_checkpoints import Arguments, evaluate
+from launch.config.key_value_cli import describe, parse
+from launch.evaluate import score_files, score_tables
+from launch.evaluate.score_checkpoints import Arguments, evaluate
+from launch.exit_codes import end
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colon
 import sys
 from pathlib import Path
 
-from launch.answer import end
-from launch.configuration.key_values import check_output_file, describe, parse
-from launch.writing.author import Arguments, Author
-from launch.writing.inspecting import check_inspection, inspect_written
+from launch.config.key_value_cli import check_output_file, describe, parse
+from launch.exit_codes import end
+from launch.generate.generator import Arguments, Author
+from launch.generate.inspect_page import check_inspection, inspect_written
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     check_output_file(arguments.json)
     check_inspection(arguments)
     if arguments.serve:
-        from launch.writing.serving import serve
+        from launch.generate.serve import serve
 
         serve(arguments)
         return
@@ -37,7 +37,7 @@ def main() -> None:
     if arguments.inspect:
         inspect_written(author, written[0])
     if arguments.json:
-        from gpt2lab.atomic_files import write_json
+        from gpt2lab.storage.atomic_files import write_json
 
         write_json(Path(arguments.json), [text.facts for text in written])
 

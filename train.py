@@ -6,37 +6,39 @@ python train.py                                                    python train.
 import os
 import sys
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and launch.answer tells them in a few lines
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and launch.exit_codes tells them in a few lines
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch import answer
-from launch.configuration import arguments, checks, config, recorded_command
-from launch.configuration.groups import CONF
-from launch.configuration.help_text import help_text
+from launch import exit_codes
+from launch.checks import checks
+from launch.config import cli_overrides, schema
+from launch.config.groups import CONF
+from launch.config.help_text import help_text
+from launch.run import recorded_command
 
-config.register()
+schema.register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(tree: DictConfig) -> float | None:
     """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
-    with answer.ending_in_a_code():
-        settings = config.typed(tree, HydraConfig.get(), command=arguments.command())
+    with exit_codes.ending_in_a_code():
+        settings = schema.typed(tree, HydraConfig.get(), command=cli_overrides.command())
         recorded_command.put_values_in_place(settings)
         checks.check(settings)
         if settings.is_study:
-            from launch.studying.study import run_study
+            from launch.sweep.distill_study import run_study
 
             run_study(settings)
             return None
         if settings.launcher.name != "processes" and not settings.plan:
-            from launch.running import elsewhere
+            from launch.sweep import remote_run
 
-            return elsewhere.run(settings)
-        from launch.running.job import run_job  # torch, lightning and transformers are imported only now
+            return remote_run.run(settings)
+        from launch.run.job import run_job  # torch, lightning and transformers are imported only now
 
         return run_job(settings)["watched"]
 
@@ -46,9 +48,9 @@ def command_line() -> None:
     if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         return
-    sys.argv[1:] = arguments.readable_by_hydra(sys.argv[1:])
+    sys.argv[1:] = cli_overrides.readable_by_hydra(sys.argv[1:])
     main()
 
 
 if __name__ == "__main__":
-    answer.end(command_line)
+    exit_codes.end(command_line)

@@ -18,12 +18,12 @@ from torch import nn
 
 from benchmarks.shape import BATCH, CONTEXT, MINI
 from benchmarks.train_command import ROOT
-from gpt2lab.backbone import Backbone
-from gpt2lab.device import peak_memory_bytes
-from gpt2lab.host_memory import keep_freed_memory
-from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
-from gpt2lab.optimizers import build_optimizer
+from gpt2lab.losses.lm_head_loss import LMHeadLoss, lm_head_loss
+from gpt2lab.model.backbone import Backbone
+from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings
+from gpt2lab.system.device import peak_memory_bytes
+from gpt2lab.system.malloc_tuning import keep_freed_memory
 
 VOCABULARIES = (4_096, 50_257)
 CASES = {"as PyTorch comes": "", "freed memory reused": "reuse", "the same, blocks compiled": "reuse compile"}

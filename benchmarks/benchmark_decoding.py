@@ -5,7 +5,7 @@
 
 First table: models of random weights, exported and loaded by both sides, on the CPU; theirs is the stock
 GPT2LMHeadModel. Prompts of a batch have 17 to 32 tokens, padded on the left. Second table, with --target: the prompts
-below, one at a time, with two predictions (gpt2lab/speculative.py): one with a look's measured cost, one from
+below, one at a time, with two predictions (speculative.py): one with a look's measured cost, one from
 acceptance and cost ratio alone, where looks are free. Third table, also with --target: the same prompts greedily,
 beside assisted generation, which is generate of `transformers` with assistant_model: with its own defaults, and tuned,
 which is two drafts for every call whatever the draft model thinks of them (it takes no static cache). Sides take turns;
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.backbone import Backbone, load_backbone, plain_hf
-from gpt2lab.generation import GREEDY, Sampling, generate_ids
-from gpt2lab.model_folder import folder_of
+from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
+from gpt2lab.generation.speculative import Speculated, speculate, speculative_ids
+from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
 from gpt2lab.settings import ModelShape
-from gpt2lab.speculative import Speculated, speculate, speculative_ids
-from gpt2lab.tokenizer import difference_in_words, load_tokenizer
-from launch.noise import settle_library_noise
+from gpt2lab.storage.model_folder import folder_of
+from launch.logging_setup import settle_library_noise
 
 SHAPES = {"nano": (2, 2, 128), "micro": (4, 4, 256), "small": (12, 12, 768)}  # layers, heads, width
 TINY = {"tiny": (1, 2, 16)}

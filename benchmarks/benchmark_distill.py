@@ -27,9 +27,9 @@ from benchmarks.profile_step import STEP_TIMES
 from benchmarks.shape import BATCH, CONTEXT
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data, train
-from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, plain_hf
 from gpt2lab.settings import ModelShape
-from launch.configuration.automatic import HEAD_COMPILE_STEPS, cpu_cores
+from launch.run.auto_settings import HEAD_COMPILE_STEPS, cpu_cores
 
 STEP_MEMORY = "+callbacks.step_memory._target_=benchmarks.step_memory.StepMemory"
 # Loss → arguments of train.py, and the beta by which GKDTrainer knows it

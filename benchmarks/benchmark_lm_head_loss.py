@@ -24,9 +24,9 @@ from torch import Tensor
 from benchmarks.lm_head_sides import EAGER, OURS, Head, HeadInputs, Side, make_inputs, sides
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from benchmarks.train_command import ROOT
-from gpt2lab.device import named_device, synchronize
-from gpt2lab.host_memory import keep_freed_memory
-from launch.configuration.automatic import cpu_cores, has_compiler
+from gpt2lab.system.device import named_device, synchronize
+from gpt2lab.system.malloc_tuning import keep_freed_memory
+from launch.run.auto_settings import cpu_cores, has_compiler
 
 LOSSES, PRECISIONS, WIDTHS = ("cross_entropy", "forward_kl"), ("fp32", "bf16"), (384, 768)
 ROWS, VOCABULARY, ROUNDS, WARM_UP = 4_096, 50_257, 5, 2

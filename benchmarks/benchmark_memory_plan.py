@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data, train
-from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, plain_hf
 from gpt2lab.settings import ModelShape
 
 SIZES = {"nano": (2, 128, 2), "micro": (4, 256, 4), "mini": (6, 384, 6), "distil": (6, 768, 12), "small": (12, 768, 12)}

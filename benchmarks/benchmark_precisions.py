@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.train_command import ROOT, TrainingFailed, train
-from gpt2lab.paired_statistics import PairedDifference, paired_difference
+from gpt2lab.evaluation.paired_statistics import PairedDifference, paired_difference
 
 EXACT = "fp32"
 OTHERS = {"cpu": ("bf16", "bf16_true"), "gpu": ("bf16", "bf16_true", "fp16")}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.profile_step import STEP_TIMES
 from benchmarks.train_command import of_seconds, train
-from launch.configuration.automatic import cpu_cores
+from launch.run.auto_settings import cpu_cores
 
 SIDES = ((1, "auto"), (2, "ddp"), (2, "fsdp"))  # processes, strategy
 TOKENS = 2_048  # a step and process

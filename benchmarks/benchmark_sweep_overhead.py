@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.train_command import ROOT, of_seconds
-from launch.running.slots import usable_cores
+from launch.config.machine import usable_cores
 
 CORES = 2
 SEPARATE, SWEEP = "separate calls of train.py", f"one sweep, n_jobs={CORES}"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.benchmark_distill import FULL, TINY, Sizes
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data
-from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, plain_hf
 
 STEPS = 200
 ONLINE, CACHED = "teacher asked at every step", "teacher cached: 12 draws a token"

@@ -16,8 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.benchmark_lm_head_loss import memory_here, times_here
 from benchmarks.lm_head_sides import Head
-from gpt2lab.attention_spans import document_bounds, spans_of, visible
-from gpt2lab.backbone import Backbone
+from gpt2lab.model.attention_masks import document_bounds, spans_of, visible
+from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import ModelShape
 
 VOCABULARY, CONTEXT, SEQUENCES = 50_257, 1024, 16

@@ -24,7 +24,7 @@ from benchmarks.benchmark_precisions import EXACT, OTHERS
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
 from benchmarks.train_command import ROOT, bin_data, train
-from gpt2lab.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, plain_hf
 from gpt2lab.settings import ModelShape
 
 ACCELERATOR = "gpu"

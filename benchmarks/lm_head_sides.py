@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2lab.lm_head_loss import lm_head_loss
+from gpt2lab.losses.lm_head_loss import lm_head_loss
+from gpt2lab.losses.teacher_signal import DenseTeacher
 from gpt2lab.settings import LossSettings
-from gpt2lab.teacher_signal import DenseTeacher
 
 OURS, EAGER = "lm_head_loss", "dense, eager"
 FORWARD_KL = LossSettings("forward_kl", temperature=1.0, hard_weight=0.0)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.shape import STEPS
-from gpt2lab.device import named_device, synchronize
+from gpt2lab.system.device import named_device, synchronize
 
 
 def load_model_file(path: Path) -> ModuleType:

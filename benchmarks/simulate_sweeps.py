@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gpt2lab.setting_comparison import Comparison, Runs, compare
+from gpt2lab.analysis.setting_comparison import Comparison, Runs, compare
 
 SETTINGS, SEEDS = (2, 4, 8), (2, 3, 5)
 REPETITIONS = 20_000

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from gpt2lab.device import synchronize
+from gpt2lab.system.device import synchronize
 
 SETTLE_STEPS = 10  # left out: first touches of memory, compilation
 PHASES = ("forward", "backward", "optimizer")

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
-from gpt2lab.host_memory import keep_freed_memory
+from gpt2lab.system.malloc_tuning import keep_freed_memory
 
 IGNORE_INDEX = -100
 

@@ -12,11 +12,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from transformers import GPT2LMHeadModel
 
 from callbacks.ending import is_pruned, status_of
-from callbacks.logger_kinds import TakesModels
+from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import outside_training_time
-from gpt2lab.atomic_files import told_when_full
-from gpt2lab.batch import Batch
-from gpt2lab.checkpoint_ledger import (
+from gpt2lab.data.batch import Batch
+from gpt2lab.errors import InputError
+from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.storage.atomic_files import told_when_full
+from gpt2lab.storage.checkpoint_ledger import (
     checkpoint_file,
     checkpoint_folder,
     discard,
@@ -25,12 +27,10 @@ from gpt2lab.checkpoint_ledger import (
     scratch_file,
     what_is_kept,
 )
-from gpt2lab.errors import InputError
-from gpt2lab.hf_folder import verify_in_fresh_process, write_hf_folder
-from gpt2lab.metrics_file import drop_metrics_after
-from gpt2lab.model_folder import folder_of
-from gpt2lab.sharded_checkpoint import is_sharded, read_whole
-from gpt2lab.tensor_file import read_checkpoint_file
+from gpt2lab.storage.metrics_csv import drop_metrics_after
+from gpt2lab.storage.model_folder import folder_of
+from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
+from gpt2lab.storage.tensor_file import read_checkpoint_file
 
 log = logging.getLogger(__name__)
 

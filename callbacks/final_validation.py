@@ -5,7 +5,7 @@ from typing import Any
 import lightning
 from lightning import Trainer
 
-from gpt2lab.batch import Batch
+from gpt2lab.data.batch import Batch
 
 
 class FinalValidation(lightning.Callback):

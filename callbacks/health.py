@@ -10,9 +10,9 @@ from lightning import Trainer
 
 from callbacks.interrupt import Interrupt
 from gpt2lab import metric_names
-from gpt2lab.batch import Batch
+from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError
-from gpt2lab.stop_request import LOSS_SPIKE
+from gpt2lab.system.stop_request import LOSS_SPIKE
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import torch
 from lightning import Trainer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from callbacks.tensorboard_logger import TensorBoard
+from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.throughput import outside_training_time
-from gpt2lab.atomic_files import told_when_full
-from gpt2lab.completion import filled, prompt_ids
-from gpt2lab.embedding_projector import write_projector
-from gpt2lab.inspection import Reading, reading_of_batch, reading_of_gaps, reading_of_text
-from gpt2lab.inspection_html import write_inspection
-from gpt2lab.marks import marks_of
+from gpt2lab.data.special_tokens import marks_of
+from gpt2lab.generation.completion import filled, prompt_ids
+from gpt2lab.reports.embedding_projector import write_projector
+from gpt2lab.reports.inspection import Reading, reading_of_batch, reading_of_gaps, reading_of_text
+from gpt2lab.reports.inspection_html import write_inspection
+from gpt2lab.storage.atomic_files import told_when_full
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from lightning import Trainer
 from lightning.pytorch.loops import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
-from gpt2lab.batch import Batch
-from gpt2lab.stop_request import Interrupted, StopRequest, is_urgent
+from gpt2lab.data.batch import Batch
+from gpt2lab.system.stop_request import Interrupted, StopRequest, is_urgent
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from rich.progress import TimeRemainingColumn as EtaColumn
 
 from callbacks.terminal import console, show
 from gpt2lab import metric_names
-from gpt2lab.batch import Batch
+from gpt2lab.data.batch import Batch
 
 REFRESH = 0.25  # seconds; drawing happens between steps, not in a thread that would compete with them
 LINES = 10  # of a whole run, where the output is no terminal

@@ -5,8 +5,8 @@ from typing import Any
 import lightning
 from lightning import Trainer
 
-from gpt2lab.batch import Batch
-from gpt2lab.heartbeat import Heartbeat
+from gpt2lab.data.batch import Batch
+from gpt2lab.system.heartbeat import Heartbeat
 
 
 class ProgressMarks(lightning.Callback):

@@ -11,8 +11,8 @@ from typing import Any
 import lightning
 from lightning import Trainer
 
+from gpt2lab.analysis.optuna_storage import load_study
 from gpt2lab.errors import InputError
-from gpt2lab.search_study import load_study
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from lightning import Trainer
 
 from callbacks.checkpoint import is_complete
 from callbacks.ending import status_of, stop_reason
-from gpt2lab import device
-from gpt2lab.document_losses import write_document_losses
 from gpt2lab.errors import ExportError
-from gpt2lab.run_report import build_report, read_report, write_report
+from gpt2lab.evaluation.document_losses import write_document_losses
+from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.system import device
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ import lightning
 from lightning import Trainer
 
 from callbacks.interrupt import Interrupt
-from callbacks.logger_kinds import TakesSamples
+from callbacks.loggers.protocols import TakesSamples
 from callbacks.terminal import show
 from callbacks.throughput import outside_training_time
-from gpt2lab.batch import Batch
-from gpt2lab.sample_file import Sample, append_samples, drop_samples_after
-from gpt2lab.stop_request import Interrupted, is_urgent
+from gpt2lab.data.batch import Batch
+from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
+from gpt2lab.system.stop_request import Interrupted, is_urgent
 
 
 class Samples(lightning.Callback):

@@ -9,8 +9,9 @@ import lightning
 import torch
 from lightning import Trainer
 
-from gpt2lab import device, metric_names
-from gpt2lab.batch import Batch
+from gpt2lab import metric_names
+from gpt2lab.data.batch import Batch
+from gpt2lab.system import device
 
 MATMUL_DTYPES = {
     "bf16-mixed": torch.bfloat16,

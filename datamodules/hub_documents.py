@@ -8,7 +8,7 @@ from typing import Any
 
 from datamodules.documents import Corpus, Document, files_identity, record_document
 from gpt2lab.errors import InputError
-from gpt2lab.hub import is_hub_id, require_hub
+from gpt2lab.storage.hub import is_hub_id, require_hub
 
 NO_HUB = (
     "Give a local data set folder (data.dataset=FOLDER), or data that need no network: data=stdlib, data=text path=…"

@@ -4,7 +4,7 @@ Step (1) corpus: documents and an identity (documents.py, hub_documents.py).
 Step (2) split: by a hash of each document's key, or by the corpus's own validation part.
 Step (3) tokenizer: trained on the training documents, or a given one.
 Step (4) tokens: both sides into flat files, once, in the cache.
-Step (5) batches: windows in the order of gpt2lab.order, a pure function of (seed, step).
+Step (5) batches: windows in the order of gpt2lab.data.data_order, a pure function of (seed, step).
 """
 
 import functools
@@ -23,15 +23,15 @@ from datamodules.hub_documents import hub_corpus
 from datamodules.micro_batches import SampleDataModule
 from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
-from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
-from gpt2lab.document_groups import WindowDocuments
+from gpt2lab.data.document_groups import WindowDocuments
+from gpt2lab.data.objectives import Objective
+from gpt2lab.data.special_tokens import PLACE, marks_of
+from gpt2lab.data.token_file import TokenFile, token_dtype
+from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
+from gpt2lab.data.windows import SlidingWindows, Windows
 from gpt2lab.errors import InputError
-from gpt2lab.marks import PLACE, marks_of
-from gpt2lab.objectives import Objective
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.token_file import TokenFile, token_dtype
-from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
-from gpt2lab.windows import SlidingWindows, Windows
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, prepared, read_ledger
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
@@ -173,7 +173,7 @@ class LanguageModelingData(SampleDataModule):
         return self._in_order(self.all_train_samples)
 
     def sliding_batches(self, stride: int, all_text: bool) -> list[SlidingWindows]:
-        """The validation text, and the training text with `all_text`, in windows that overlap (gpt2lab/windows.py)."""
+        """The validation text, and the training text with `all_text`, in windows that overlap (windows.py)."""
         assert isinstance(self.val_samples, Windows)
         sides = [self.val_samples, self.all_train_samples] if all_text else [self.val_samples]
         size = self.eval_batch_sequences

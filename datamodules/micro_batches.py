@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.order import micro_batch_rows, step_samples
+from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.data_order import micro_batch_rows, step_samples
 
 ENDLESS = 2**62
 

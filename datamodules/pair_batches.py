@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt2lab.batch import Batch, PairTokens, packed, pad_pairs
-from gpt2lab.pair_file import PairFile
+from gpt2lab.data.batch import Batch, PairTokens, packed, pad_pairs
+from gpt2lab.data.pair_file import PairFile
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.pair_sources import FILE, PairSource, Row, pair_text
-from gpt2lab.cache import read_ledger
+from gpt2lab.data.pair_file import PairFileWriter
+from gpt2lab.data.pair_template import PairTemplate, encode_pairs
 from gpt2lab.errors import InputError
-from gpt2lab.pair_file import PairFileWriter
-from gpt2lab.pair_template import PairTemplate, encode_pairs
+from gpt2lab.storage.prepared_cache import read_ledger
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ Step (2) pairs: two columns of the rows, collected once in the cache, and split 
          (pair_preparation.py).
 Step (3) tokenizer: the model's own, or one trained on the training pairs.
 Step (4) tokens: both sides through the template into PairFiles, once, in the cache.
-Step (5) batches: pairs in the order of gpt2lab.order, padded to the longest of each micro-batch (pair_batches.py).
+Step (5) batches: pairs in the order of data_order.py, padded to the longest of each micro-batch (pair_batches.py).
 """
 
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ from datamodules.pair_preparation import (
     tell_what_does_not_fit,
 )
 from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
-from gpt2lab.cache import cache_folder, content_hash, prepared, read_ledger
+from gpt2lab.data.pair_file import PairFile
+from gpt2lab.data.pair_template import PairTemplate
+from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
 from gpt2lab.errors import InputError
-from gpt2lab.pair_file import PairFile
-from gpt2lab.pair_template import PairTemplate
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, prepared, read_ledger
 
 
 class PairData(SampleDataModule):
@@ -46,7 +46,7 @@ class PairData(SampleDataModule):
         reader: functions, catalogues or tables; what `path` holds (tables are recognised by any reader).
         prompt, response: templates; `{source}` stands in the first, `{target}` in the second.
         source, target: columns of the rows; `a.b` is b within a, `a+b` both with an empty line between.
-        metrics: scores of generated text (gpt2lab.text_metrics); the first is the watched one.
+        metrics: scores of generated text (gpt2lab.evaluation.text_metrics); the first is the watched one.
         language: of the catalogues.
         dataset, config, revision, split, val_split: of a data set of the Hub or in a local folder, read where `path` is
             empty.

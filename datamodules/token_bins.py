@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from datamodules.token_preparation import bytes_spelt
-from gpt2lab.cache import content_hash, prepared
+from gpt2lab.data.tokenizer import load_tokenizer, numbered_tokenizer, prepare_tokenizer
 from gpt2lab.errors import InputError
-from gpt2lab.hub import is_hub_id
 from gpt2lab.settings import TokenizerChoice
-from gpt2lab.tokenizer import load_tokenizer, numbered_tokenizer, prepare_tokenizer
+from gpt2lab.storage.hub import is_hub_id
+from gpt2lab.storage.prepared_cache import content_hash, prepared
 
 log = logging.getLogger(__name__)
 

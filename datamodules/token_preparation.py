@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.documents import Corpus, Document
+from gpt2lab.data.token_file import token_dtype
+from gpt2lab.data.tokenizer import TextEncoder
 from gpt2lab.errors import InputError
-from gpt2lab.token_file import token_dtype
-from gpt2lab.tokenizer import TextEncoder
 
 ENCODED_TOGETHER = 2**21  # characters tokenized in one call
 HASHES = 2**64

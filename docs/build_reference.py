@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 TREE = re.compile(r"(?<=<!-- written by make docs -->\n).*?(?=<!-- end -->)", re.DOTALL)
 FOLDERS = ("launch", "lightning_modules", "datamodules", "callbacks", "gpt2lab", "hydra_plugins", "benchmarks", "docs")
 NOT_PYTHON = {
-    "launch/writing/playground.html": "the page of serve=true, with its style and script",
+    "launch/generate/playground.html": "the page of serve=true, with its style and script",
     "conf/": "values only, a folder for each group; docs/reference.md says what each is",
     "tests/": "promises, kept by real runs on tiny sizes",
     "setup.sh, Makefile, .ci/run": "the environment, the commands, what a change must pass",

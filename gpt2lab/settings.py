@@ -45,11 +45,11 @@ class LossSettings:
     """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`).
 
     Attributes:
-        name: one of those in gpt2lab/divergences.py.
+        name: one of those in gpt2lab/losses/divergences.py.
         beta: of jsd.
         alpha: of skew_kl and skew_reverse_kl.
-        mixing_start, mixing_end, mixing_step, mixing_momentum: of taid (gpt2lab/taid.py).
-        hidden_cosine, hidden_mse: weights of the distances between the last hidden states (gpt2lab/hidden_states.py).
+        mixing_start, mixing_end, mixing_step, mixing_momentum: of taid (gpt2lab/losses/taid.py).
+        hidden_cosine, hidden_mse: weights of the distances between the last hidden states (hidden_state_losses.py).
     """
 
     name: str
@@ -186,7 +186,7 @@ class SequenceSettings:
         max_new_tokens: the most that is written after a prompt, end-of-text included.
         gen_temperature: of the writing; the loss has one of its own.
         lmbda: of gkd, share of the steps on text that the student has just written.
-        threshold_step, tolerance, capacity: of distillm (gpt2lab/on_policy.py).
+        threshold_step, tolerance, capacity: of distillm (gpt2lab/distillation/on_policy.py).
         draw_seed: of seqkd, decides what the teacher writes, whatever the run's seed is.
     """
 
@@ -207,7 +207,7 @@ class SequenceSettings:
 
 @dataclass
 class ObjectiveSettings:
-    """What is predicted from what (gpt2lab/objectives.py).
+    """What is predicted from what (gpt2lab/data/objectives.py).
 
     Attributes:
         name: clm, prefix_lm, mlm, fim or sampled_softmax.
@@ -268,7 +268,7 @@ class TrainingSettings:
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
         objective: what the batches ask for; goes into the export, and decides how text is written.
-        fp8: whether the blocks multiply in fp8 (gpt2lab/fp8.py).
+        fp8: whether the blocks multiply in fp8 (gpt2lab/model/fp8.py).
     """
 
     shape: ModelShape

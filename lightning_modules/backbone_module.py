@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from gpt2lab.backbone import Backbone, load_backbone, plain_hf_from_state
-from gpt2lab.completion import complete, prompt_ids
-from gpt2lab.fp8 import to_fp8
-from gpt2lab.generation import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
+from gpt2lab.data.tokenizer import load_tokenizer
+from gpt2lab.generation.completion import complete, prompt_ids
+from gpt2lab.generation.sampling import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
+from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf_from_state
+from gpt2lab.model.ema import WeightAverage
+from gpt2lab.model.fp8 import to_fp8
 from gpt2lab.settings import TrainingSettings
-from gpt2lab.stop_request import StopRequest
-from gpt2lab.tokenizer import load_tokenizer
-from gpt2lab.weight_average import WeightAverage
-from lightning_modules.finite_watch import FiniteWatch
-from lightning_modules.sharding import ShardedStrategy
+from gpt2lab.system.stop_request import StopRequest
+from lightning_modules.nan_guard import FiniteWatch
+from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
 
 class BackboneModule(lightning.LightningModule):

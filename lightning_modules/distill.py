@@ -10,26 +10,26 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from gpt2lab import metric_names
-from gpt2lab.alignment import Alignment
-from gpt2lab.backbone import Backbone
-from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.distillation_metrics import distillation_sums, figures, gap_closed
+from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES, student_from_teacher
+from gpt2lab.distillation.teacher import TEACHER_DTYPES, OnlineTeacher
+from gpt2lab.distillation.teacher_cache import cache_sides
+from gpt2lab.distillation.tokenizer_alignment import Alignment
 from gpt2lab.errors import InputError
-from gpt2lab.hidden_states import cosine_distance, squared_distance
-from gpt2lab.lm_head_loss import LMHeadLoss
-from gpt2lab.model_folder import read_shape
+from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures, gap_closed
+from gpt2lab.evaluation.uld_metrics import uld_figures, uld_sums
+from gpt2lab.losses.hidden_state_losses import cosine_distance, squared_distance
+from gpt2lab.losses.lm_head_loss import LMHeadLoss
+from gpt2lab.losses.taid import AdaptiveMixing
+from gpt2lab.losses.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.model.backbone import Backbone
+from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import LossSettings, SequenceSettings, TeacherCacheSettings, TrainingSettings
-from gpt2lab.student_init import CALIBRATION_SAMPLES, student_from_teacher
-from gpt2lab.student_shape import TEACHER_LAYERS
-from gpt2lab.taid import AdaptiveMixing
-from gpt2lab.teacher import TEACHER_DTYPES, OnlineTeacher
-from gpt2lab.teacher_cache import cache_sides
-from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
-from gpt2lab.tokenizer import difference_in_words, load_tokenizer
-from gpt2lab.uld_metrics import uld_figures, uld_sums
-from lightning_modules import preflight
+from gpt2lab.storage.model_folder import read_shape
+from lightning_modules import distill_preflight
 from lightning_modules.language_model import LanguageModel, Teaching
-from lightning_modules.student_text import StudentText
+from lightning_modules.on_policy_batches import StudentText
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ class Distill(LanguageModel):
                 log.info("preflight: %d entries of the %s's vocabulary mean no token and are cut", cut, whose)
         if self.preflight == "off":
             return
-        for problem in preflight.problems(self):
+        for problem in distill_preflight.problems(self):
             if problem and self.preflight == "refuse":
                 raise InputError(f"{problem}\nGive a better teacher, or go on all the same with preflight=warn.")
             if problem:

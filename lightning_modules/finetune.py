@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2lab.backbone import Backbone
-from gpt2lab.batch import Batch
-from gpt2lab.generation import GREEDY
-from gpt2lab.lora import merged
+from gpt2lab.data.batch import Batch
+from gpt2lab.evaluation.text_metrics import text_metrics
+from gpt2lab.generation.sampling import GREEDY
+from gpt2lab.model.backbone import Backbone
+from gpt2lab.model.lora import merged
 from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
-from gpt2lab.stop_request import Interrupted
-from gpt2lab.text_metrics import text_metrics
+from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
 
 log = logging.getLogger(__name__)

@@ -17,17 +17,17 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 
 from gpt2lab import metric_names
-from gpt2lab.batch import IGNORE_INDEX, Batch
-from gpt2lab.device import exact_dtype, seed_random_state
-from gpt2lab.document_groups import DOCUMENT_NATS, DOCUMENT_TARGETS, document_sums, warn_of_few_groups
-from gpt2lab.document_losses import DocumentLosses
-from gpt2lab.lm_head_loss import LMHeadLoss, lm_head_loss
-from gpt2lab.optimizers import build_optimizer
-from gpt2lab.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
-from gpt2lab.schedules import learning_rate_factor
+from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.document_groups import DOCUMENT_NATS, DOCUMENT_TARGETS, document_sums, warn_of_few_groups
+from gpt2lab.evaluation.document_losses import DocumentLosses
+from gpt2lab.losses.lm_head_loss import LMHeadLoss, lm_head_loss
+from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
+from gpt2lab.losses.target_losses import target_losses
+from gpt2lab.losses.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.optim.optimizers import build_optimizer
+from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
-from gpt2lab.target_losses import target_losses
-from gpt2lab.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.system.device import exact_dtype, seed_random_state
 from lightning_modules.backbone_module import BackboneModule
 
 

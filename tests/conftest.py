@@ -95,7 +95,7 @@ def train_here(
 ) -> Train:
     """train.py in this process, in an empty folder: the same as from the shell, without the seconds of imports."""
     import train
-    from launch import answer
+    from launch import exit_codes
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
@@ -105,7 +105,7 @@ def train_here(
     def run(*overrides: str) -> Answer:
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *overrides])
         capfd.readouterr()
-        code = answer.exit_code(train.command_line)
+        code = exit_codes.exit_code(train.command_line)
         return Answer(code, *capfd.readouterr())
 
     return run

@@ -12,9 +12,10 @@ from omegaconf import open_dict
 
 import evaluate
 import generate
-from launch.configuration import checks, config
-from launch.configuration.arguments import readable_by_hydra
-from launch.configuration.key_values import parse
+from launch.checks import checks
+from launch.config import schema
+from launch.config.cli_overrides import readable_by_hydra
+from launch.config.key_value_cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,18 +48,18 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
     # Of a sweep the first job is checked; of a search one at the lower bounds.
     words = [re.sub(r"interval\((.*),.*\)", r"\1", word) for word in words]
     overrides = [word.split(",")[0] for word in words if word != "-m" and not word.startswith("hparams_search")]
-    config.register()
+    schema.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = compose("train", overrides=readable_by_hydra(overrides), return_hydra_config=True)
     with open_dict(tree):
         hydra_node = tree.pop("hydra")
-    settings = config.typed(tree, hydra_node, command=command)
+    settings = schema.typed(tree, hydra_node, command=command)
     settings.record.sweep = "sweep" if "-m" in shlex.split(command) else ""
     if settings.baseline:
         run = home / settings.baseline
         run.mkdir(parents=True)
         (run / "report.json").write_text('{"status": "finished", "val_loss": 4.0}')
-        config.save(settings, run / "config.yaml")
+        schema.save(settings, run / "config.yaml")
     checks.check(settings)
 
 
@@ -66,14 +67,14 @@ def test_the_commands_for_gpus_have_a_sequence_for_each_of_eight() -> None:
     section = (ROOT / "README.md").read_text().partition("## On GPUs")[2].partition("\n## ")[0]
     given = commands("python train.py", [section])
     assert len(given) >= 4
-    config.register()
+    schema.register()
     for command in given:
         words = [*shlex.split(command)[2:], "accelerator=gpu", "devices=8"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             tree = compose("train", overrides=readable_by_hydra(words), return_hydra_config=True)
         with open_dict(tree):
             hydra_node = tree.pop("hydra")
-        checks.check_batch(config.typed(tree, hydra_node, command=command))
+        checks.check_batch(schema.typed(tree, hydra_node, command=command))
 
 
 @pytest.mark.parametrize("command", commands("python evaluate.py"))

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SHRUNK, Train
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 import train
 from gpt2lab import metric_names
-from gpt2lab.metrics_file import read_metrics, series
-from gpt2lab.run_report import read_report
-from launch import answer
-from launch.configuration import checks, config
-from launch.configuration.arguments import readable_by_hydra
-from launch.configuration.config import Config
+from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.metrics_csv import read_metrics, series
+from launch import exit_codes
+from launch.checks import checks
+from launch.config import schema
+from launch.config.cli_overrides import readable_by_hydra
+from launch.config.schema import Config
+from tests.conftest import ROOT, SHRUNK, Train
 
 RECIPES = ("distilgpt2_owt", "gpt2_124m_fineweb", "minillm_dolly")
 # What must stand in each, from the sources that its header names.
@@ -63,12 +64,12 @@ def commands(recipe: str) -> list[str]:
 
 
 def composed(*words: str) -> Config:
-    config.register()
+    schema.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = compose("train", overrides=readable_by_hydra(words), return_hydra_config=True)
     with open_dict(tree):
         hydra_node = tree.pop("hydra")
-    return config.typed(tree, hydra_node, command="python train.py")
+    return schema.typed(tree, hydra_node, command="python train.py")
 
 
 def promised(recipe: str, settings: Config) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path
         patch.setenv("HF_HUB_OFFLINE", "1")
         for command in (teacher, started):
             patch.setattr(sys, "argv", [str(ROOT / "train.py"), *command])
-            assert answer.exit_code(train.command_line) == 0
+            assert exit_codes.exit_code(train.command_line) == 0
     return folder
 
 
@@ -152,7 +153,7 @@ def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str
     losses = logged(run, metric_names.VAL_LOSS)
     assert len(losses) == 5
     assert losses[-1] < losses[0] - fall, "after forty steps and after eight"
-    return config.load(run / "config.yaml")
+    return schema.load(run / "config.yaml")
 
 
 def test_distilgpt2_keeps_six_evenly_spaced_layers_and_learns(

@@ -9,8 +9,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
-from gpt2lab.atomic_files import naming_full_file
 from gpt2lab.errors import InputError
+from gpt2lab.storage.atomic_files import naming_full_file
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Processes: Hydra's launcher for multiruns, which hands the jobs to launch.running.sweep."""
+"""Processes: Hydra's launcher for multiruns, which hands the jobs to launch.sweep.grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from launch.running.run_folders import missing
+from launch.config.run_dir import missing
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ProcessesLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs and report on every one, failed or not."""
-        from launch.running.sweep import run_grid
+        from launch.sweep.grid import run_grid
 
         jobs = [list(job) for job in job_overrides]
         return run_grid(self.config_loader, self.config, jobs, initial_job_idx, self.made)

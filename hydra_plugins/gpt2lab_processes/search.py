@@ -1,4 +1,4 @@
-"""Search: the sweeper that hands a multirun to launch.searching, which asks Optuna for each job's values."""
+"""Search: the sweeper that hands a multirun to launch.sweep, which asks Optuna for each job's values."""
 
 from dataclasses import dataclass
 
@@ -29,6 +29,6 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run the search to its end."""
         assert self.config is not None
-        from launch.searching.search import run_search
+        from launch.sweep.optuna_search import run_search
 
         run_search(self.config_loader, self.config, arguments)

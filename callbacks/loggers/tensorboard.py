@@ -1,0 +1,64 @@
+"""TensorBoard: metrics, configuration and sample texts under `<run_dir>/tensorboard`.
+
+What goes wrong with its files is logged once as a warning, and the training continues without them.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+from gpt2lab.reports.samples_jsonl import Sample
+
+log = logging.getLogger(__name__)
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's own logger, in the run directory."""
+
+    def __init__(self, run_dir: str) -> None:
+        super().__init__(save_dir=run_dir, name="tensorboard", version="", default_hp_metric=False)
+        self._failed = False
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any], *_unused: Any) -> None:
+        text = f"```json\n{json.dumps(params, indent=2, default=str)}\n```"
+        self._guarded(lambda: self.experiment.add_text("config", text))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._guarded(lambda: super(TensorBoard, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        text = "\n\n".join(f"**{s.method}**\n```\n{s.prompt}{s.written}\n```" for s in samples)
+        self._guarded(lambda: self.experiment.add_text("samples", text, step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        self._guarded(lambda: super(TensorBoard, self).save())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._guarded(lambda: super(TensorBoard, self).finalize(status))
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        if self._failed:
+            return
+        threading.excepthook = _not_of_writers
+        try:
+            action()
+        except OSError as error:
+            self._failed = True
+            log.warning("TensorBoard is off for the rest of this run: %s", error)
+
+
+def _not_of_writers(failure: threading.ExceptHookArgs) -> None:
+    """Print no traceback for the thread that writes event files: its errors are raised again by the next write."""
+    if not isinstance(failure.thread, _AsyncWriterThread):
+        threading.__excepthook__(failure)

@@ -1,0 +1,148 @@
+"""WeightsAndBiases: one W&B run per job; online where this machine is logged in, else offline; it never asks or fails.
+
+Whatever goes wrong with W&B is told once in a warning, and the training goes on without it.
+"""
+
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from gpt2lab.reports.samples_jsonl import Sample
+from gpt2lab.storage.atomic_files import write_text
+from gpt2lab.storage.damaged_files import set_aside
+
+log = logging.getLogger(__name__)
+
+RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
+INIT_TIMEOUT = 30  # seconds before an unreachable server is given up
+
+
+class WeightsAndBiases(Logger):
+    """Writes to `<run_dir>/wandb`. The run id is kept there, so a resumed job continues the same W&B run.
+
+    Args:
+        project: the W&B project; a run carries its run directory's name.
+        group: the sweep whose jobs W&B shows together; a job's run carries its name too.
+        mode: auto, or one of W&B's own (online, offline, disabled); WANDB_MODE goes before it.
+    """
+
+    def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto", group: str = "") -> None:
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.project = project
+        self.group = group
+        self.mode = mode
+        self.run: Any = None
+        self._failed = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.run_dir.name}" if self.group else self.run_dir.name
+
+    @property
+    def version(self) -> str:
+        """The W&B run id."""
+        file = self.run_dir / "wandb" / "run-id"
+        known = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+        if known and RUN_ID.fullmatch(known):
+            return known
+        if os.path.lexists(file):
+            log.warning("%s is damaged, so W&B shows a new run; it was renamed to %s.", file, set_aside(file).name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, secrets.token_hex(4))
+        return file.read_text()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self._guarded(lambda run: run.config.update(params, allow_val_change=True))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        self._guarded(lambda run: run.log({**values, "step": step}))
+
+    @rank_zero_only
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        rows = [[sample.step, sample.method, sample.prompt, sample.completion] for sample in samples]
+        columns = ["step", "method", "prompt", "completion"]
+        self._guarded(lambda run: run.log({"samples": wandb.Table(columns=columns, data=rows), "step": step}))
+
+    @rank_zero_only
+    def log_model(self, folder: Path) -> None:
+        """Attach the folder to the run as an artifact; immutable, so its files are not copied first."""
+
+        def attach(run: Any) -> None:
+            artifact = wandb.Artifact(f"model-{self.version}", type="model")
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
+                artifact.add_file(str(file), name=str(file.relative_to(folder)), policy="immutable")
+            run.log_artifact(artifact)
+
+        self._guarded(attach)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self.run is not None:
+            self._guarded(lambda run: run.finish(exit_code=0 if status in ("success", "finished") else 1))
+            self.run, self._failed = None, True  # nothing after this starts a second run
+
+    def _guarded(self, action: Callable[[Any], Any]) -> None:
+        """Run `action` on the W&B run, started at the first use."""
+        if self._failed:
+            return
+        try:
+            if self.run is None:
+                self.run = self._start()
+            action(self.run)
+        except Exception as error:  # whatever W&B raises must not end a training run
+            self._failed = True
+            log.warning("W&B is off for the rest of this run: %s", _first_line(error))
+
+    def _start(self) -> Any:
+        wandb.setup(wandb.Settings(silent=True))  # its login would print
+        mode = os.environ.get("WANDB_MODE") or (self._available_mode() if self.mode == "auto" else self.mode)
+        try:
+            run = self._init(mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            wandb.teardown()  # its service still holds the run id
+            log.warning("W&B cannot be reached (%s); this run is kept offline.", _first_line(error))
+            mode = "offline"
+            run = self._init(mode)
+        offline = f"{mode} in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
+        log.info("W&B: %s", run.url if mode == "online" else offline)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _init(self, mode: Any) -> Any:
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", self.project),
+            name=self.name,
+            group=self.group or None,
+            id=self.version,
+            dir=self.run_dir,
+            resume="allow",
+            mode=mode,
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT, console="off"),
+        )
+
+    @staticmethod
+    def _available_mode() -> str:
+        try:
+            return "online" if wandb.login(prompt=False, verify=False) else "offline"
+        except (wandb.Error, OSError, ValueError):
+            return "offline"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

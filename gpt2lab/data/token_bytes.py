@@ -1,0 +1,55 @@
+"""Token bytes: what each entry of a byte-level tokenizer spells."""
+
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gpt2lab.data.tokenizer import TextEncoder
+from gpt2lab.errors import InputError
+
+PROBE = "A café, 中文\r\n\t🙂  \n\n  e\u0301 ﬁn<|endoftext|>"  # what normalizers and added spaces would change
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them: character → byte.
+
+    Printable bytes stand for themselves, the others in order for the characters from 256 on.
+    """
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    themselves = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
+    others = (byte for byte in range(256) if chr(byte) not in alphabet)
+    return {**themselves, **{chr(256 + number): byte for number, byte in enumerate(others)}}
+
+
+def spelled_bytes(tokenizer: PreTrainedTokenizerFast, source: str) -> list[bytes | None]:
+    """(V,) what each entry spells; None for special tokens, which spell nothing.
+
+    Args:
+        source: where the tokenizer comes from, for messages.
+
+    Raises:
+        InputError: its tokens do not spell a text byte by byte.
+    """
+    characters, added, special = byte_characters(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
+    spelled: list[bytes | None] = []
+    for number, entry in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        if number in special or entry is None:
+            spelled.append(None)
+        elif entry in added:
+            spelled.append(entry.encode())
+        else:
+            spelled.append(bytes(characters[letter] for letter in entry) if set(entry) <= characters.keys() else b"")
+    of_probe = [spelled[number] for number in TextEncoder(tokenizer)([PROBE])[0]]
+    has_all_bytes = {bytes([byte]) for byte in range(256)} <= set(spelled)
+    if not has_all_bytes or None in of_probe or b"".join(part or b"" for part in of_probe) != PROBE.encode():
+        raise InputError(
+            f"The tokenizer of {source} does not spell a text byte by byte, as GPT-2's does, so its tokens cannot be\n"
+            "laid beside another's. loss=uld takes two byte-level BPE tokenizers without normalizer or added space."
+        )
+    return spelled
+
+
+def special_counterparts(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Our special tokens as theirs: the one of the same name, else end-of-text."""
+    names = dict(zip(ours.convert_ids_to_tokens(ours.all_special_ids), ours.all_special_ids, strict=True))
+    known = dict(zip(theirs.convert_ids_to_tokens(theirs.all_special_ids), theirs.all_special_ids, strict=True))
+    return {number: known.get(name, theirs.eos_token_id) for name, number in names.items()}

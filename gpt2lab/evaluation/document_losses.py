@@ -1,0 +1,118 @@
+"""Document losses: the last validation of a run by document, stored beside its report so that runs can be compared.
+
+    val_documents.json    {"data": hash of the data, "step": …, "group": […], "nats": […], "targets": […]}
+
+The three lists have one entry for each document group (document_groups.py). Two runs that validated on the same
+targets are compared document by document: what both find hard is no error of their difference.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2lab.storage.atomic_files import write_json
+from gpt2lab.storage.damaged_files import set_aside, warn_once
+
+if TYPE_CHECKING:  # reading a report must not wait for torch; what computes with the sums imports it
+    from torch import Tensor
+
+    from gpt2lab.evaluation.jackknife import DocumentDifference
+
+FILE = "val_documents.json"
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """Loss sums in nats and target counts of each document group with a target, by ascending group number."""
+
+    step: int
+    group: list[int]
+    nats: list[float]
+    targets: list[int]
+    data: str = ""
+
+    @staticmethod
+    def of(step: int, nats: "Tensor", targets: "Tensor") -> "DocumentLosses":
+        """From sums (G,) over the whole split, groups without a target among them."""
+        kept = (targets > 0).nonzero().squeeze(1)
+        counts = targets[kept].round().long()
+        return DocumentLosses(step, kept.tolist(), nats[kept].double().tolist(), counts.tolist())
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean loss per target, between documents; None for one document or a loss that is no number."""
+        if not all(map(math.isfinite, self.nats)):
+            return None
+        import torch
+
+        from gpt2lab.evaluation.jackknife import mean_error
+
+        return mean_error(torch.tensor(self.nats, dtype=torch.float64), torch.tensor(self.targets))
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half the 95 % interval of the mean loss."""
+        import torch
+
+        from gpt2lab.evaluation.jackknife import interval_factor
+
+        error = self.standard_error
+        return None if error is None else error * interval_factor(torch.tensor(self.targets))
+
+    def same_targets(self, other: "DocumentLosses") -> bool:
+        """Whether both scored the same targets of the same data."""
+        mine, theirs = (self.data, self.group, self.targets), (other.data, other.group, other.targets)
+        return mine == theirs
+
+
+def write_document_losses(run_dir: str | Path, losses: DocumentLosses) -> None:
+    write_json(Path(run_dir) / FILE, asdict(losses))
+
+
+def read_document_losses(run_dir: str | Path) -> DocumentLosses | None:
+    """The last validation of a run; None where there is none, or with a warning where the file is damaged."""
+    path = Path(run_dir) / FILE
+    if not os.path.lexists(path):
+        return None
+    try:
+        losses = DocumentLosses(**json.loads(path.read_text(encoding="utf-8")))
+        list(zip(map(int, losses.group), map(float, losses.nats), map(int, losses.targets), strict=True))
+    except (OSError, ValueError, TypeError):
+        warn_once(f"{path} is damaged: the standard error of val/loss is unknown until the next validation.")
+        return None
+    return losses
+
+
+def repair_document_losses(run_dir: str | Path) -> None:
+    """Set a damaged file aside, which `read_document_losses` warns of."""
+    path = Path(run_dir) / FILE
+    if os.path.lexists(path) and read_document_losses(run_dir) is None:
+        set_aside(path)
+
+
+def mean_losses(runs: Sequence[DocumentLosses | None]) -> DocumentLosses | None:
+    """The mean over runs, as seeds of one setting, document by document; None unless all scored the same targets."""
+    known = [run for run in runs if run is not None]
+    if not known or len(known) < len(runs) or not all(run.same_targets(known[0]) for run in known):
+        return None
+    first = known[0]
+    nats = [sum(values) / len(known) for values in zip(*(run.nats for run in known), strict=True)]
+    return DocumentLosses(first.step, first.group, nats, first.targets, first.data)
+
+
+def loss_difference(first: DocumentLosses | None, second: DocumentLosses | None) -> "DocumentDifference | None":
+    """First − second in nats per target, paired by document; None unless both scored the same targets."""
+    if first is None or second is None or not first.same_targets(second):
+        return None
+    if not all(map(math.isfinite, first.nats + second.nats)):
+        return None
+    import torch
+
+    from gpt2lab.evaluation.jackknife import paired_mean_difference
+
+    ours, theirs = (torch.tensor(one.nats, dtype=torch.float64) for one in (first, second))
+    return paired_mean_difference(ours, theirs, torch.tensor(first.targets))

@@ -1,0 +1,218 @@
+"""How well a model predicts batches of text: loss, bits per byte, accuracy, calibration, each with its error.
+
+Shapes: B sequences, T positions, n targets of a batch, D hidden width, V vocabulary, G document groups.
+
+Everything is a function of sums over documents, so that errors can be computed (gpt2lab/evaluation/jackknife.py).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.evaluation.distillation_metrics import CALIBRATION_BINS, LIKELIEST
+from gpt2lab.evaluation.jackknife import (
+    TOKENS,
+    DocumentDifference,
+    Figures,
+    GroupedSums,
+    Sums,
+    interval_factor,
+    paired_mean_difference,
+    standard_errors,
+    total,
+)
+from gpt2lab.model.backbone import Backbone
+
+LOGITS_OF_A_CHUNK = 2**23
+BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibration"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: nats per target token.
+        perplexity: exp(loss).
+        bits_per_byte: bits per UTF-8 byte that the target tokens spell; comparable between tokenizers.
+        tokens: how many targets were scored.
+        bytes: how many bytes of text these spell.
+        top1, top5: share of the targets that the model held likeliest, and among its five likeliest.
+        ece: expected calibration error, in 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599).
+        standard_errors: of each of these but `tokens` and `bytes`, between documents; empty for a single document.
+        groups: how many documents, or groups of them, the errors are computed between.
+        interval_factor: half the width of a 95 % interval, in standard errors.
+        sums: by name, (G, …) of each document group.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    top1: float
+    top5: float
+    ece: float
+    standard_errors: Figures = field(default_factory=dict)
+    groups: int = 0
+    interval_factor: float = math.nan
+    sums: Sums = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        left_out = ("sums", "interval_factor")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @property
+    def figures(self) -> Figures:
+        """By name; what was only counted is left out."""
+        names = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "ece")
+        return {name: vars(self)[name] for name in names}
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(V,) int64: how many bytes of text each entry of a byte-level BPE spells; special tokens spell none.
+
+    In a byte-level vocabulary (GPT-2's, and those trained here) each character of an entry stands for one byte.
+    """
+    special = set(tokenizer.all_special_ids)
+    entries = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([0 if number in special else len(entry) for number, entry in enumerate(entries)])
+
+
+@torch.no_grad()
+def score(
+    backbone: Backbone,
+    batches: Iterable[Batch],
+    token_bytes: Tensor,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Score:
+    """Score every target of the batches once.
+
+    Args:
+        backbone: moved to `device` and put in evaluation mode.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; a longer head is cut to these entries: the rest
+            is padding and means no token.
+        autocast: number format of the matrix products; None computes in the weights' own.
+
+    Raises:
+        ValueError: the batches hold no target.
+    """
+    backbone.to(device).eval()
+    grouped = GroupedSums()
+    for batch in batches:
+
+        def head(hidden: Tensor, weight: Tensor, batch: Batch = batch) -> Sums:
+            return target_values(hidden, weight[: len(token_bytes)], batch, token_bytes)
+
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            values = backbone(batch.input_ids.to(device), head, batch.spans_on(device))
+        grouped.add(values, target_groups(batch))
+    return score_of(grouped.scored())
+
+
+def target_groups(batch: Batch) -> Tensor:
+    """(n,) the document group of each target; the row of the batch's first sample on where documents are not known."""
+    if batch.documents is not None:
+        return batch.documents
+    rows = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
+    return rows + (int(batch.indices[0]) if len(batch.indices) else 0)
+
+
+def score_of(sums: Sums) -> Score:
+    """The score from sums (G, …) over the targets of each document group.
+
+    Raises:
+        ValueError: no target.
+    """
+    if not sums or not len(sums[TOKENS]):
+        raise ValueError("The batches hold no target token.")
+    whole = total(sums)
+    return Score(
+        **_figures(whole),
+        tokens=int(whole[TOKENS]),
+        bytes=int(whole[BYTES]),
+        standard_errors=standard_errors(sums, _figures),
+        groups=len(sums[TOKENS]),
+        interval_factor=interval_factor(sums[TOKENS]),
+        sums=sums,
+    )
+
+
+def paired_difference(first: Score, second: Score) -> DocumentDifference | None:
+    """First − second, document by document: of losses, or of bits per byte where their tokens differ.
+
+    None where the two did not score the same bytes of the same documents.
+    """
+    ours, theirs = first.sums, second.sums
+    if not torch.equal(ours[BYTES], theirs[BYTES]):
+        return None
+    if torch.equal(ours[TOKENS], theirs[TOKENS]):
+        return paired_mean_difference(ours[NATS], theirs[NATS], ours[TOKENS])
+    if first.bytes == 0:
+        return None
+    bits = (ours[NATS] / math.log(2), theirs[NATS] / math.log(2))
+    return paired_mean_difference(*bits, ours[BYTES], "bits per byte")
+
+
+def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) -> Sums:
+    """What is summed, of each target: (n,) or (n, bins), on the CPU.
+
+    Args:
+        hidden: (B, T, D).
+        weight: (V, D) head.
+        token_bytes: (V,).
+    """
+    kept = batch.labels != IGNORE_INDEX  # (B, T)
+    labels = batch.labels[kept]  # (n,)
+    chunks = _of_chunks(hidden[kept.to(hidden.device)], weight, labels.to(hidden.device))
+    nats, rank, confidence = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))  # (n,) each
+    bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    surplus = (rank == 0).double() - confidence.double()
+    return {
+        TOKENS: torch.ones(len(labels)),
+        BYTES: token_bytes[labels],
+        NATS: nats,
+        TOP1: rank == 0,
+        TOP5: rank < LIKELIEST,
+        CALIBRATION: torch.zeros(len(labels), CALIBRATION_BINS, dtype=torch.float64).scatter_(
+            1, bins[:, None], surplus[:, None]
+        ),
+    }
+
+
+def _of_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each target (n,): nats, how many entries the model holds likelier, and the probability of its likeliest."""
+    rows_of_a_chunk, head = max(LOGITS_OF_A_CHUNK // len(weight), 1), weight.to(hidden.dtype).T  # (D, V)
+    for start in range(0, max(len(labels), 1), rows_of_a_chunk):  # without any row one empty chunk
+        part = slice(start, start + rows_of_a_chunk)
+        logits = (hidden[part] @ head).float()  # (C, V)
+        of_label = logits.gather(1, labels[part].unsqueeze(1))  # (C, 1)
+        normaliser = logits.logsumexp(1)
+        yield (
+            normaliser - of_label.squeeze(1),
+            (logits > of_label).sum(1),
+            (logits.max(1).values - normaliser).exp(),
+        )
+
+
+def _figures(sums: Sums) -> Figures:
+    tokens, nats = sums[TOKENS].item(), sums[NATS].item()
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 100.0)),
+        "bits_per_byte": nats / math.log(2) / max(sums[BYTES].item(), 1),
+        "top1": sums[TOP1].item() / tokens,
+        "top5": sums[TOP5].item() / tokens,
+        "ece": sums[CALIBRATION].abs().sum().item() / tokens,
+    }

@@ -1,0 +1,58 @@
+"""Target losses: the cross-entropy of each target by itself, without gradients and without the whole batch's logits.
+
+Shapes: n targets, D hidden width, V vocabulary, C rows of one chunk.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gpt2lab.losses.divergences import SMALLEST_LOG
+
+LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
+LOGITS_OF_A_BLOCK = 2**20  # worked on together on a CPU, whose cache holds the intermediate results
+
+
+@torch.compiler.disable  # compiles its own chunks; a caller's graph breaks here
+@torch.no_grad()
+def target_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int | None = None, compiled: bool = False
+) -> Tensor:
+    """Nats of each target (n,), at least in fp32. Under autocast the matrix products run in its dtype.
+
+    Args:
+        hidden: (n, D) hidden states at the targets.
+        weight: (V, D) head; entries from `vocab_size` on are padding and are left out.
+        labels: (n,) int64.
+        compiled: run the work on a chunk's logits through torch.compile.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        head = weight[:vocab_size].to(dtype).T  # (D, V)
+        # In bf16 a CPU multiplies by a transposed view half as fast as by a matrix laid out so.
+        head = head.contiguous() if dtype.itemsize == 2 and device == "cpu" else head
+        rows = max(LOGITS_OF_A_CHUNK // head.shape[1], 1)
+        block = max(LOGITS_OF_A_BLOCK // head.shape[1], 1) if device == "cpu" else rows
+        work, parts = _chunk_function(compiled), []
+        for start in range(0, len(labels), rows):
+            logits = hidden[start : start + rows].to(dtype) @ head  # (C, V)
+            of_chunk = zip(logits.split(block), labels[start : start + rows].split(block), strict=True)
+            parts += [work(*of_block) for of_block in of_chunk]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(torch.float32, dtype))
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """(C, V), (C,) → (C,)."""
+    logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    largest = logits.amax(1, keepdim=True)  # subtracted first: a logsumexp would be rounded at its size
+    of_label = logits.gather(1, labels.unsqueeze(1)) - largest  # (C, 1)
+    return (logits - largest).clamp_min_(SMALLEST_LOG).exp_().sum(1).log() - of_label.squeeze(1)
+
+
+@cache
+def _chunk_function(compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    # dynamic: the number of targets differs from batch to batch, and each new one would be compiled anew
+    return torch.compile(_nats, dynamic=True) if compiled else _nats

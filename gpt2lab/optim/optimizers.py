@@ -1,0 +1,129 @@
+"""Optimizers: AdamW, Adam, and Muon for the hidden matrices with AdamW for everything else, as one Optimizer object."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gpt2lab.optim.stochastic_rounding import RoundingAdam, in_bf16, local, stochastically_rounded
+from gpt2lab.settings import OptimizerSettings
+
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool, seed: int = 0
+) -> torch.optim.Optimizer:
+    """Weight decay applies to matrices and embeddings, never to biases or layer norms.
+
+    Args:
+        named_parameters: names as in `Backbone`; parameters that need no gradient are left out.
+        fused: one kernel per AdamW step; not to be combined with fp16 gradient scaling and clipping.
+        seed: of the stochastic rounding of weights in bf16.
+    """
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    hidden = [p for name, p in trained if settings.name == "muon" and is_hidden_matrix(name, p)]
+    hidden_ids = {id(parameter) for parameter in hidden}
+    rest = [parameter for _, parameter in trained if id(parameter) not in hidden_ids]
+    betas = (settings.beta1, settings.beta2)
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "muon":
+        for group in groups:
+            group["lr"] = settings.adamw_lr or settings.lr
+        if hidden:
+            groups.append({"params": hidden, "weight_decay": settings.weight_decay, "momentum": settings.momentum})
+    kind = MuonWithAdamW if settings.name == "muon" else RoundingAdam
+    # In bf16 the optimizer calls the fused kernel itself; PyTorch would move the count of steps to the device for it.
+    fused = fused and not any(in_bf16(parameter) for _, parameter in trained)
+    is_decoupled = settings.name != "adam"
+    optimizer = kind(groups, settings.lr, betas, settings.eps, fused=fused, decoupled_weight_decay=is_decoupled)
+    optimizer.seed = seed
+    return optimizer
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Weight matrices inside the blocks: what Muon is for. Embeddings, head, norms, biases and LoRA factors are not."""
+    return ".h." in name and parameter.ndim == 2 and "lora_" not in name
+
+
+class MuonWithAdamW(RoundingAdam):
+    """AdamW whose parameter groups with a `momentum` are stepped by Muon instead.
+
+    Muon: Nesterov momentum, orthogonalised by Newton–Schulz in bf16, scaled by 0.2 · sqrt(max(rows, columns)) so that
+    an update has AdamW's typical size (`match_rms_adamw`) and the same learning rate serves both. The merged QKV matrix
+    (3D, D) is orthogonalised as three. Sharded (DTensor) momentum is gathered for the orthogonalisation only.
+
+    Source: Jordan et al. 2024; scale of Moonlight (arXiv 2502.16982), as in `torch.optim.Muon`.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all groups; `closure` as in any PyTorch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()  # while all groups are there: it zeroes their gradients
+        every_group = self.param_groups
+        self.param_groups = [group for group in every_group if "momentum" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = every_group
+        for group in every_group:
+            if "momentum" in group:
+                self._muon_step(group)
+        return loss
+
+    @torch.no_grad()
+    def _muon_step(self, group: dict) -> None:
+        updates: dict[torch.Size, list[Tensor]] = {}  # matrices of one shape are worked on together
+        whole = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW's restoring expects one in every state
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov
+            whole[parameter] = update.full_tensor() if isinstance(update, DTensor) else update
+            for matrix in _square_parts(whole[parameter]):
+                updates.setdefault(matrix.shape, []).append(matrix)
+        for shape, matrices in updates.items():
+            scale = 0.2 * max(shape) ** 0.5
+            for matrix, orthogonal in zip(matrices, orthogonalise(torch.stack(matrices)), strict=True):
+                matrix.copy_(orthogonal).mul_(scale)
+        for place, (parameter, update) in enumerate(whole.items()):
+            if isinstance(parameter, DTensor):
+                update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+            weight = local(parameter).float() if in_bf16(parameter) else local(parameter)
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(local(update), alpha=-group["lr"])
+            if in_bf16(parameter):
+                step = self.state[parameter]["step"].add_(1)
+                local(parameter).copy_(stochastically_rounded(weight, self.generator(parameter, int(step), -1, place)))
+
+
+def _square_parts(update: Tensor) -> tuple[Tensor, ...]:
+    """Views of the matrices to orthogonalise: a merged QKV (3D, D) is three, anything else itself."""
+    rows, columns = update.shape
+    return update.chunk(3) if rows == 3 * columns else (update,)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Push the singular values of each matrix towards 1: (n, rows, columns) → the same shape, bf16."""
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

@@ -1,0 +1,55 @@
+"""Embedding projector: a model's token embeddings as TensorBoard's projector, or projector.tensorflow.org, reads them.
+
+tensors.tsv              one embedding a line
+metadata.tsv             token, id and kind of each, under a line of headings
+projector_config.pbtxt   names the two
+
+tensorboard --logdir FOLDER
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gpt2lab.reports.token_display import token_texts, with_signs
+from gpt2lab.storage.atomic_files import write_text
+
+MOST_ENTRIES = 5000  # what the projector can lay out; of a byte-level BPE the first entries are its commonest
+CONFIG = """embeddings {{
+  tensor_name: "token embeddings"
+  tensor_path: "tensors.tsv"
+  tensor_shape: {rows}
+  tensor_shape: {width}
+  metadata_path: "metadata.tsv"
+}}
+"""
+
+
+def write_projector(folder: Path, weight: Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the three files, the one that names the others last.
+
+    Args:
+        weight: (V, D) embeddings; those of the first 5,000 entries that mean a token are written.
+    """
+    rows = weight[: min(len(tokenizer), MOST_ENTRIES)].detach().float().cpu().tolist()
+    texts = token_texts(tokenizer, range(len(rows)))
+    lines = [f"{with_signs(text)}\t{number}\t{kind(text)}" for number, text in enumerate(texts)]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "tensors.tsv", "".join("\t".join(f"{value:.5g}" for value in row) + "\n" for row in rows))
+    write_text(folder / "metadata.tsv", "\n".join(["token\tid\tkind", *lines]) + "\n")
+    write_text(folder / "projector_config.pbtxt", CONFIG.format(rows=len(rows), width=len(rows[0])))
+
+
+def kind(text: str) -> str:
+    """What sort of token a text is, to colour by."""
+    inner = text.strip()
+    if not inner:
+        return "whitespace"
+    if inner.isdigit():
+        return "number"
+    if not any(letter.isalnum() for letter in inner):
+        return "punctuation"
+    if not inner.replace("_", "").isalnum():
+        return "mixed"
+    return "word" if text[0] == " " else "part of a word"

@@ -1,0 +1,163 @@
+"""Model folder: from what init= or teacher= names to a folder with a GPT-2 in it, known by its config.json alone."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.errors import InputError
+from gpt2lab.storage.hub import is_hub_id, require_hub
+from gpt2lab.storage.utf8 import check_text
+
+# What reading a file with other content than expected raises; its sizes and depths can be anything
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError)
+UNREADABLE += (MemoryError, OverflowError, RecursionError)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "n_inner": (None,),
+}
+HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+HUB_FILES += ["merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
+
+
+def folder_of(source: str, key: str) -> Path:
+    """A run directory's export, the Hugging Face folder itself, or a Hub model's local copy, downloaded where needed.
+
+    Args:
+        source: what the user named.
+        key: init, teacher or checkpoint, for messages.
+
+    Raises:
+        InputError: not there, not reachable, not a GPT-2, or damaged.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        if not is_hub_id(source):
+            raise InputError(
+                f"{key}={source}: there is no such folder.\nGive a run directory, a model folder or a Hub id."
+            )
+        folder = _from_hub(source, key)
+    check_text(str(folder.resolve()), f"{key}={source}: {folder.resolve()}")
+    for candidate in (folder / "hf", folder):
+        if (candidate / "config.json").is_file():
+            shape = read_shape(candidate)
+            _check_weights(candidate)
+            _check_size(candidate, shape)
+            return candidate.resolve()
+    if (folder / ".metadata").is_file():
+        raise InputError(
+            f"{key}={source} is a checkpoint that ranks wrote in parts.\n"
+            f"Give its run directory, or make a model folder of it: python -m launch.commands.consolidate {source}"
+        )
+    raise InputError(
+        f"{key}={source} holds no model: neither hf/config.json (a run directory) nor config.json (a model folder).\n"
+        "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def read_shape(folder: Path) -> dict[str, int]:
+    """Sizes of the GPT-2 in a folder: n_layer, n_head, n_embd, n_positions, vocab_size.
+
+    Raises:
+        InputError: config.json cannot be read, or describes another architecture, or a variant not computed here.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+        defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+        shape = {name: int(config.get(name, default)) for name, default in defaults.items()}
+    except UNREADABLE as error:
+        raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
+    if kind != "gpt2":
+        raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
+    if min(shape.values()) < 1:
+        raise InputError(f"{folder}/config.json has a size below 1: {shape}.\nGive a folder with a GPT-2 in it.")
+    for key, values in COMPUTED.items():
+        given = config.get(key, values[0])
+        if given not in values and not (key == "n_inner" and given == 4 * shape["n_embd"]):
+            raise InputError(
+                f"{folder}/config.json has {key}={given}, a variant of GPT-2 that is not computed here.\n"
+                f"Give a model with {key}={values[0]}, as OpenAI's have it."
+            )
+    return shape
+
+
+def read_objective(folder: Path) -> str:
+    """The objective that the model in a folder was trained with, as its config.json says; clm where it does not."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("objective", "clm"))
+
+
+def parameters_of(shape: dict[str, Any]) -> int:
+    """Number of parameters of a GPT-2, tied head counted once."""
+    width = shape["n_embd"]
+    block = 12 * width * width + 13 * width
+    return (shape["vocab_size"] + shape["n_positions"]) * width + shape["n_layer"] * block + 2 * width
+
+
+def multiplied_parameters(shape: dict[str, Any]) -> int:
+    """Number of parameters that a token is multiplied by, for FLOP: all but the position embeddings."""
+    return parameters_of(shape) - shape["n_positions"] * shape["n_embd"]
+
+
+def _check_weights(folder: Path) -> None:
+    """The file of weights is there, and as long as its own header says; it is no adapter of another model."""
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model, and PEFT the module, it names
+        raise InputError(f"{folder} holds an adapter (adapter_config.json).\nGive a folder with the merged model.")
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise InputError(f"{folder} has a config.json but no weights (model.safetensors).\nGive a complete folder.")
+        return
+    try:
+        with file.open("rb") as stream:
+            (header_length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_length))
+        data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
+        whole = file.stat().st_size == 8 + header_length + data
+    except UNREADABLE as error:
+        raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
+    if not whole:
+        raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
+
+
+def _check_size(folder: Path, shape: dict[str, int]) -> None:
+    """The weights have a byte for each parameter: memory is allocated by the sizes that config.json states."""
+    held = sum(
+        file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)
+    )
+    wanted = parameters_of(shape)
+    if wanted > held:
+        raise InputError(
+            f"{folder}/config.json describes {wanted:.3g} parameters, but the weights have {held:,} bytes.\n"
+            "Give a complete folder."
+        )
+
+
+def _from_hub(source: str, key: str) -> Path:
+    """The local copy, downloaded where there is none yet; the Hub is asked only when it answers."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        require_hub(f"{key}={source} is no folder here", "Give a run directory or a model folder.")
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{key}={source} is neither a folder here nor a model that the Hugging Face Hub gives: "
+            f"{str(error).strip().splitlines()[0][:120]}\n"
+            "Check the spelling, or give a run directory or a model folder."
+        ) from error

@@ -1,0 +1,61 @@
+"""Objective checks: which objective goes with which data, task and loss."""
+
+from gpt2lab.errors import InputError
+from launch.config.schema import Config
+
+OF_RUNNING_TEXT = ("mlm", "fim")
+DRAWN_ANEW = ("mlm", "fim", "prefix_lm")  # for windows of running text: every epoch another batch of the same window
+
+
+def check(config: Config) -> None:
+    """What an objective, or packing, leaves no choice about.
+
+    Raises:
+        InputError
+    """
+    _check_data(config)
+    _check_sampled_softmax(config)
+    if config.task_name == "distill":
+        _check_distillation(config)
+
+
+def _check_data(config: Config) -> None:
+    name = config.objective.name
+    if name in OF_RUNNING_TEXT and config.takes_pairs:
+        raise InputError(
+            f"objective={name} is for running text, and data={config.record.groups['data']} are pairs.\n"
+            "Give objective=clm or objective=prefix_lm, or running text such as data=stdlib."
+        )
+
+
+def _check_sampled_softmax(config: Config) -> None:
+    if config.objective.name != "sampled_softmax":
+        return
+    if config.task_name == "distill":
+        raise InputError(
+            "objective=sampled_softmax looks at a few entries, and a distillation compares whole distributions.\n"
+            "Give objective=clm."
+        )
+    for key in ("label_smoothing", "z_loss"):
+        if vars(config)[key]:
+            raise InputError(
+                f"{key} is of the whole softmax, which objective=sampled_softmax does not form.\nLeave it out."
+            )
+
+
+def _check_distillation(config: Config) -> None:
+    name, cache, sequences = config.objective.name, config.teacher_cache.name, config.sequences.name
+    if cache != "none" and name in DRAWN_ANEW and not config.takes_pairs:
+        raise InputError(
+            f"teacher_cache={cache} stores what the teacher says once, and objective={name} asks something else in "
+            "every epoch.\nGive teacher_cache=none, or objective=clm."
+        )
+    if config.packing and config.takes_pairs and sequences != "data":
+        raise InputError(f"sequences={sequences} writes after each prompt in a row of its own.\nLeave packing out.")
+    if name != "clm" and sequences != "data":
+        raise InputError(f"sequences={sequences} is written as objective=clm writes, not {name}.\nGive objective=clm.")
+    if config.loss.name == "uld" and (name != "clm" or config.packing):
+        what = "packing=true" if config.packing else f"objective={name}"
+        raise InputError(
+            f"loss=uld pairs the tokens of whole causal windows, so it does not take {what}.\nLeave it out."
+        )

@@ -1,0 +1,134 @@
+"""Mistakes: turns Hydra's and OmegaConf's errors into an InputError of a few lines with the nearest valid name."""
+
+import re
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from gpt2lab.errors import InputError
+from launch.config.did_you_mean import nearest
+from launch.config.groups import groups, values
+from launch.config.schema import Config
+
+
+def explained(error: HydraException | OmegaConfBaseException) -> InputError:
+    """The same mistake as a user reads it: what was given, what is allowed, what to do."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException):
+        return _missing_value(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(cause, ValidationError):
+        return _wrong_type(error, cause)
+    if isinstance(cause, OmegaConfBaseException):
+        return _unknown_key(cause)
+    message = str(error)
+    if message.startswith("Ambiguous value"):
+        argument = message.split("'")[1]
+        return InputError(
+            f"{argument} holds several values, which is a sweep.\n"
+            "Add -m to run one job for each, or quote the value where the comma belongs to it: \"key='a,b'\"."
+        )
+    if message.startswith("Sweep parameters"):
+        argument = message.split("'")[1]
+        cure = "Add hparams_search=optuna to search it" if "interval(" in argument else "Add -m to run one job for each"
+        return InputError(f"{argument} holds several values, which is a sweep.\n{cure}, or give one value.")
+    if message.startswith("Could not append"):
+        return InputError(f"{message.splitlines()[1].split(': ')[-1]} is a key already; leave out the +.")
+    if "override" in message.lower() and isinstance(error, ConfigCompositionException):
+        return _unknown_group(message)
+    return InputError("\n".join(line for line in message.splitlines() if line.strip())[:600])
+
+
+def _missing_value(error: MissingConfigException) -> InputError:
+    group, _, value = (error.missing_cfg_file or "").rpartition("/")
+    options = sorted(option for option in error.options or [] if option)
+    if not group or not options:
+        head, *rest = (error.missing_cfg_file or "").split("/")
+        return InputError(f"{head} has no value {'/'.join(rest)}.") if rest else InputError(str(error).splitlines()[0])
+    if group not in groups() and "/" in group:
+        head = group.split("/")[0]
+        options, value, group = values(head), str(error.missing_cfg_file), head
+    return InputError(f"{group}={value}: no such value{nearest(value, options)}.\nAllowed: {', '.join(options)}.")
+
+
+def _unreadable(error: OverrideParseException) -> InputError:
+    if "=" not in error.override:
+        known = [*groups(), *(item.name for item in fields(Config))]
+        return InputError(f"{error.override} is not key=value{nearest(error.override, known)}.")
+    key = error.override.split("=")[0]
+    reason = str(error.message).splitlines()[0]
+    quoted = f"\"{key}=['…','…']\"" if error.override.startswith(f"{key}=[") else f"\"{key}='…'\""
+    return InputError(
+        f"Cannot read {error.override}: {reason}\n"
+        f"Quote a value with special characters twice, for the shell and for Hydra: {quoted}."
+    )
+
+
+def _wrong_type(error: BaseException, cause: ValidationError) -> InputError:
+    message = str(cause).splitlines()[0]
+    key = cause.full_key or str(error).rpartition(" ")[2]
+    value = re.search(r"Value '(.*?)'", message)
+    allowed = {"Integer": "a whole number", "Float": "a number", "Bool": "true or false", "String": "text"}
+    kind = next((words for name, words in allowed.items() if name.lower() in message.lower()), "")
+    if value and kind:
+        return InputError(f"{key}={value[1]} is not {kind}.")
+    if "not Optional" in message or "None" in message:
+        return InputError(f"{key} cannot be null.")
+    return InputError(f"{key}: {message}")
+
+
+def _unknown_key(cause: OmegaConfBaseException) -> InputError:
+    """A key that does not exist: the nearest among its siblings, the groups and every other key."""
+    given = str(cause.full_key or cause.key)
+    parent = cause.parent_node
+    siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+    prefix = given.rpartition(".")[0]
+    known = [f"{prefix}.{key}" if prefix else key for key in siblings]
+    known = [key for key in known if key not in ("hydra", "record")]
+    if not prefix:
+        known += groups()
+    suggestion = _same_ending(given) or _near_sibling(given, known)
+    suggestion = suggestion or ("" if prefix else nearest(given, _nested_keys()))
+    lines = [f"There is no key {given}{suggestion}."]
+    if prefix and known:
+        lines.append(f"Allowed: {', '.join(known)}.")
+    elif not suggestion:
+        lines.append("All keys: python train.py --cfg job. All groups: python train.py --help.")
+    return InputError("\n".join(lines))
+
+
+def _unknown_group(message: str) -> InputError:
+    quoted = re.findall(r"'([^']+)'", message)
+    given = quoted[-1] if quoted else message
+    name = re.split(r"[@/=]", given)[0]
+    return InputError(f"There is no group or key {given}{nearest(name, [*groups(), *_nested_keys()])}.")
+
+
+def _near_sibling(given: str, known: list[str]) -> str:
+    """The nearest by its last part: all siblings share the rest."""
+    by_ending = {key.rpartition(".")[2]: key for key in known}
+    near = nearest(given.rpartition(".")[2], by_ending)
+    ending = near.removeprefix(" (did you mean ").removesuffix("?)")
+    return f" (did you mean {by_ending[ending]}?)" if near else ""
+
+
+def _same_ending(given: str) -> str:
+    ending = given.rpartition(".")[2]
+    match = next((key for key in _nested_keys() if key.rpartition(".")[2] == ending), None)
+    return f" (did you mean {match}?)" if match else ""
+
+
+def _nested_keys(schema: Any = Config, prefix: str = "") -> list[str]:
+    """Dotted names of every typed key: optimizer.lr, steps, …"""
+    names: list[str] = []
+    for item in fields(schema):
+        if item.name == "record":
+            continue
+        names.append(prefix + item.name)
+        if is_dataclass(item.type):
+            names += _nested_keys(item.type, f"{prefix}{item.name}.")
+    return names

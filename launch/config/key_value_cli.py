@@ -1,0 +1,114 @@
+"""Key=value arguments taken verbatim: what stands after the first `=` is the value, whatever it holds.
+
+evaluate.py and generate.py use it because Hydra's override grammar refuses free text such as `prompt=def add(a, b):`.
+A command's arguments are a dataclass; each field is made with `argument`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpt2lab.errors import InputError
+from gpt2lab.storage.atomic_files import can_write
+from gpt2lab.storage.utf8 import check_process
+from launch.config.did_you_mean import nearest
+
+Arguments = TypeVar("Arguments")
+
+
+def argument(
+    says: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: Sequence[str] = (),
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> Any:
+    """A field of an arguments dataclass; one without a default must be given.
+
+    Args:
+        says: one line for --help.
+        choices: the allowed values; empty allows any.
+        at_least, at_most: the allowed range of a number.
+    """
+    metadata = {"says": says, "choices": tuple(choices), "range": (at_least, at_most)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
+    """Turn `key=value` words into an arguments dataclass with str, bool, int and float fields.
+
+    Raises:
+        InputError: a word without `=`, an unknown, repeated or missing key, a value of the wrong type or out of range,
+            or text that is not valid UTF-8.
+    """
+    check_process(words)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"{word!r} is not of the form key=value.\nKeys: {', '.join(fields)}.")
+        if key not in fields:
+            raise InputError(f"There is no key {key}{nearest(key, fields)}.\nKeys: {', '.join(fields)}.")
+        if key in values:
+            raise InputError(f"{key} is given twice: {values[key]!r} and {text!r}. Give it once.")
+        values[key] = _converted(fields[key], text)
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise InputError("\n".join(f"{name}= is missing: {fields[name].metadata['says']}." for name in missing))
+    return kind(**values)
+
+
+def describe(kind: type) -> str:
+    """One line for each argument, for --help."""
+    lines = []
+    for field in dataclasses.fields(kind):
+        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {_in_words(field.default)})"
+        choices = f" {{{', '.join(field.metadata['choices'])}}}" if field.metadata["choices"] else ""
+        lines.append(f"  {field.name + '=':<16} {field.metadata['says']}{choices}{default}")
+    return "\n".join(lines)
+
+
+def check_output_file(path: str, key: str = "json") -> None:
+    """Find out before the work, not after it, that its result cannot be written.
+
+    Args:
+        key: that named it, for messages.
+
+    Raises:
+        InputError: `path` is a folder, or its folder does not exist.
+    """
+    file = Path(path)
+    if path and (file.is_dir() or not can_write(file.absolute().parent)):
+        raise InputError(f"{key}={path} cannot be written: give a file in a folder that exists and can be written to.")
+
+
+def _in_words(value: str | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _converted(field: dataclasses.Field, text: str) -> str | int | float:
+    if field.type is str:
+        choices = field.metadata["choices"]
+        if choices and text not in choices:
+            message = f"{field.name}={text}: no such value{nearest(text, choices)}."
+            raise InputError(f"{message}\nAllowed: {', '.join(choices)}.")
+        return text
+    if field.type is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{field.name}={text} is not true or false; for example {field.name}=true.")
+        return text.lower() == "true"
+    assert field.type in (int, float)
+    try:
+        value = field.type(text)
+    except ValueError:
+        kind = "a whole number" if field.type is int else "a number"
+        raise InputError(f"{field.name}={text} is not {kind}; for example {field.name}={field.default}.") from None
+    low, high = field.metadata["range"]
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high}"
+        raise InputError(f"{field.name}={text} is out of range: it must be {bounds}.")
+    return value

@@ -1,0 +1,60 @@
+"""Study table: what a study of distillation prints."""
+
+from gpt2lab.analysis.study_results import TIME, TOKENS, ArmResult, Contrast, LearningRates, StudyResults
+
+HEADINGS = {TOKENS: "At equal tokens", TIME: "At equal time: CE for as long as KD took"}
+ERRORS = "± of a loss: standard deviation over seeds. ± documents: standard error between validation documents."
+CAUTION = "Each interval holds for its own comparison; of twenty without a difference about one will claim one."
+
+
+def text(results: StudyResults) -> str:
+    """The table of arms, the learning rates that were tried, and every verdict."""
+    lines = ["", *_arms(results), "", ERRORS, ""]
+    for rates in results.learning_rates:
+        lines += _rates(rates, rates.arm if len(results.learning_rates) > 1 else "all runs")
+    for budget, heading in HEADINGS.items():
+        found = [contrast for contrast in results.contrasts if contrast.budget == budget]
+        lines += ["", f"Verdicts. {heading}"] if found else []
+        lines += [line for contrast in found for line in _contrast(contrast)]
+    lines += ["", CAUTION] if results.contrasts else []
+    if results.failed_runs:
+        lines += ["", "Runs that did not finish", *(f"  {run}" for run in results.failed_runs)]
+    return "\n".join([*lines, ""])
+
+
+def _arms(results: StudyResults) -> list[str]:
+    teacher = "" if results.teacher_loss is None else f" (validation loss {results.teacher_loss:.3f})"
+    seeds = ", ".join(map(str, results.seeds))
+    lines = [f"Teacher: {results.teacher}{teacher}", f"Seeds: {seeds}", ""]
+    lines += [f"  {'':<22}{'validation loss':<24}{'± documents':>11}{'steps':>8}{'seconds':>9}"]
+    for budget, heading in HEADINGS.items():
+        of_budget = [result for result in results.arms if result.budget == budget]
+        lines += [heading, *map(_arm, of_budget)] if of_budget else []
+    return lines
+
+
+def _arm(result: ArmResult) -> str:
+    found = result.summary
+    score = "no run finished" if found.mean is None else f"{found.mean:.3f}"
+    score += "" if found.sd is None else f" ± {found.sd:.3f}"
+    missing = len(result.losses) - found.n
+    score += f"  ({missing} failed)" if missing and found.n else ""
+    seconds = "" if result.seconds is None else f"{result.seconds:.1f}"
+    documents = "" if result.document_error is None else f"{result.document_error:.3f}"
+    return f"  {result.arm.name:<22}{score:<24}{documents:>11}{result.steps:>8}{seconds:>9}"
+
+
+def _contrast(contrast: Contrast) -> list[str]:
+    """The verdict over seeds and, apart from it, the same difference over documents."""
+    lines = [f"  {contrast.title}", f"      {contrast.verdict}"]
+    return lines if contrast.by_document is None else [*lines, f"      by document: {contrast.by_document}"]
+
+
+def _rates(rates: LearningRates, of: str) -> list[str]:
+    lines = [f"Learning rate of {of}: {rates.chosen:g}, the best of {rates.arm} with the first seed"]
+    lines += [f"  {rate:<8g}{'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in rates.losses.items()]
+    if rates.at_the_edge:
+        side = "smallest" if rates.at_the_edge == "lower" else "largest"
+        cure = f"{rates.arm} may do better still at a {rates.at_the_edge} one (study.lr_factors)."
+        lines.append(f"Warning: that is the {side} one tried; {cure}")
+    return lines

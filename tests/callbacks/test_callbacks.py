@@ -1,0 +1,380 @@
+"""Callbacks on real, tiny runs: what they write is right, and training comes out the same with and without them."""
+
+import html
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from callbacks.health import Health, SpikeDetector
+from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
+from callbacks.loggers.tensorboard import TensorBoard
+from callbacks.loggers.wandb import WeightsAndBiases
+from callbacks.samples import Samples
+from gpt2lab.errors import InputError
+from gpt2lab.model.backbone import plain_hf
+from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.reports.run_report import read_report
+from gpt2lab.reports.samples_jsonl import read_samples
+from gpt2lab.storage.checkpoint_ledger import entries, newest_good_checkpoint
+from gpt2lab.storage.metrics_csv import read_metrics, series
+from gpt2lab.system import device
+from lightning_modules.pretrain import Pretrain
+from tests.support import tiny_run
+
+
+@pytest.fixture(autouse=True)
+def warnings_reach_caplog(monkeypatch) -> None:
+    """The launcher, which other tests run in this process, keeps our log lines from the root logger."""
+    for name in ("callbacks", "gpt2lab"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A model this small is slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def plain(cache, tmp_path_factory) -> tuple[Path, Pretrain]:
+    """An unbroken run of 12 steps without samples; saved at 4, 8, 12, validated at 8, 12."""
+    run_dir = tmp_path_factory.mktemp("runs") / "plain"
+    _, model = tiny_run.train(run_dir, cache)
+    return run_dir, model
+
+
+def weights(model: Pretrain) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in model.backbone.parameters()]
+
+
+def equal(first: Pretrain, second: Pretrain) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+class At(lightning.Callback):
+    """Does something after one step, before the callbacks that stand behind it."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step = step
+        self.action = action
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.action()
+
+
+# Samples
+
+
+def test_sampling_writes_every_method_and_leaves_training_as_it_is(plain, cache, tmp_path, capsys):
+    samples = Samples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=8)
+    _, model = tiny_run.train(tmp_path, cache, extra=[samples])
+    assert equal(model, plain[1])
+    written = read_samples(tmp_path)
+    assert {sample.step for sample in written} == {4, 8, 12}
+    assert {sample.method for sample in written} == {"greedy", "top_k", "nucleus"}
+    assert len(written) == 3 * 3 * 3
+    assert "step 12" in capsys.readouterr().out
+    beginning = html.escape(written[0].prompt.strip().splitlines()[0])
+    assert beginning
+    assert beginning in (tmp_path / "report.html").read_text()
+
+
+# Throughput and memory
+
+
+def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path, monkeypatch):
+    """On a clock that only the run itself moves: a micro-batch takes a second, anything else far longer."""
+    now = 0.0
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.passes(1)
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+            self.passes(1_000)
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+            self.passes(1_000_000)
+
+        def passes(self, seconds) -> None:
+            nonlocal now
+            now += seconds
+
+    class TimedSamples(Samples):
+        def _sample(self, trainer, pl_module) -> None:
+            super()._sample(trainer, pl_module)
+            clock.passes(1_000_000_000)
+
+    clock, samples = Clock(), TimedSamples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=2)
+    monkeypatch.setattr("callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: now))
+    tiny_run.train(tmp_path, cache, steps=10, extra=[clock, samples])  # saves at 4, at 8 after validating, and at 10
+    assert now > 1e9
+    speed = 2 * 4 * 32 / (2 * tiny_run.ACCUMULATE)  # two steps of 4 × 32 tokens an interval
+    assert series(read_metrics(tmp_path), "tokens_per_second") == [(step, speed) for step in (2, 4, 6, 8, 10)]
+    report = read_report(plain[0])
+    assert report["mfu"] > 0
+    assert report["peak_memory_bytes"] > 100e6
+
+
+def test_mfu_counts_no_position_embeddings(plain, cache):
+    module, peak = plain[1], device.peak_flops(torch.device("cpu"), torch.float32, cache)
+    transformer, shape = module.backbone.lm.transformer, module.backbone.shape
+    multiplied = sum(weight.numel() for weight in transformer.parameters()) - transformer.wpe.weight.numel()
+    flop = 6 * multiplied + 12 * shape.n_layer * shape.n_embd * 32  # of windows of 32 tokens
+    speeds, shares = (series(read_metrics(plain[0]), name) for name in ("tokens_per_second", "mfu"))
+    for (step, speed), (_, mfu) in zip(speeds, shares, strict=True):
+        assert mfu == pytest.approx(speed * flop / peak, rel=1e-5), step
+
+
+def test_flops_of_a_token_are_six_per_parameter_and_those_of_attention():
+    assert device.flops_per_token(124_439_808, 12, 768, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
+
+
+def test_the_peak_of_a_cpu_is_measured_once_and_leaves_the_random_state_alone(tmp_path):
+    state = torch.random.get_rng_state()
+    first = device.peak_flops(torch.device("cpu"), torch.float32, tmp_path)
+    assert first == device.peak_flops(torch.device("cpu"), torch.float32, tmp_path)
+    assert 1e9 < first < 1e14
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+# Health
+
+
+def test_a_spike_is_found_and_a_falling_or_noisy_loss_is_none():
+    generator = torch.Generator().manual_seed(0)
+    falling = [3 + 5 * math.exp(-step / 20) + 0.05 * torch.randn((), generator=generator).item() for step in range(200)]
+    detector = SpikeDetector()
+    assert not any(detector.is_spike(loss) for loss in falling)
+    assert detector.is_spike(falling[-1] + 1.0)
+    assert not detector.is_spike(falling[-1])
+
+
+def test_a_spike_ends_the_run_only_where_that_is_wanted(cache, tmp_path, caplog):
+    for wish in ("warn", "stop"):
+        run_dir = tmp_path / wish
+        interrupt, health = Interrupt(), Health(wish)
+        health.detector = SpikeDetector(window=2, deviations=-1e9, margin=-1e9)  # everything is a spike
+        trainer, _ = tiny_run.train(run_dir, cache, extra=[interrupt, health])
+        assert "Loss spike at step" in caplog.text
+        report = read_report(run_dir)
+        if wish == "warn":
+            assert (report["status"], report["steps"]) == ("finished", 12)
+        else:
+            assert (report["status"], report["stopped_by"]) == ("stopped", "loss spike")
+            assert newest_good_checkpoint(run_dir).name == f"step-{trainer.global_step:06d}.ckpt"
+
+
+def test_an_unknown_wish_is_refused():
+    with pytest.raises(InputError, match="warn or stop"):
+        Health("skip")
+
+
+# Checkpoints and export
+
+
+def test_checkpoints_load_with_weights_only_and_hold_the_step(plain):
+    run_dir, model = plain
+    assert [entry.step for entry in entries(run_dir)] == [8, 12]
+    checkpoint = torch.load(newest_good_checkpoint(run_dir), weights_only=True)
+    assert checkpoint["global_step"] == 12
+    assert checkpoint["tokens_seen"] == model.tokens_seen == 12 * 4 * 32
+
+
+def test_the_exported_folder_is_the_model_and_loads_with_transformers_alone(plain):
+    run_dir, model = plain
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
+    for name, tensor in model.export_model().state_dict().items():
+        assert torch.equal(exported.state_dict()[name], tensor)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
+    assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+    assert exported.generation_config.eos_token_id == exported.generation_config.pad_token_id == tokenizer.eos_token_id
+    assert "pipeline_tag: text-generation" in (run_dir / "hf" / "README.md").read_text()
+    assert len({file.stat().st_mode for file in (run_dir / "hf").iterdir()}) == 1, "weights are no more secret than it"
+
+
+def test_a_fresh_process_gives_the_same_logits_and_a_changed_folder_is_noticed(plain, tmp_path):
+    _, model = plain
+    exported = plain_hf(model.backbone)
+    write_hf_folder(exported, model.tokenizer, tmp_path / "hf", {"title": "test"})
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits = exported(ids).logits
+    assert verify_in_fresh_process(tmp_path / "hf", ids, logits) <= 1e-5
+    with pytest.raises(RuntimeError, match="differ"):
+        verify_in_fresh_process(tmp_path / "hf", ids, logits + 1e-3)
+
+
+def test_a_full_disk_ends_the_run_with_a_clear_message_and_leaves_the_older_checkpoint(cache, tmp_path):
+    """A limit on the size of files stands for the full disk: the same path through the code, for real."""
+    tiny_run.train(tmp_path, cache, steps=4)
+    program = (
+        "import resource, signal, sys, pathlib, tiny_run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "tiny_run.train(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), steps=8)\n"
+    )
+    result = run_python("-c", program, str(tmp_path), str(cache))
+    assert result.returncode != 0
+    assert "InputError: No space left to write the checkpoint of step 8" in result.stderr
+    assert newest_good_checkpoint(tmp_path).name == "step-000004.ckpt"
+    assert not list(tmp_path.rglob("*.tmp"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert read_report(tmp_path)["status"] == "failed"
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_stops_and_the_resumed_run_ends_as_the_unbroken_one(plain, cache, tmp_path, number):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    tiny_run.train(tmp_path, cache, extra=[At(6, lambda: os.kill(os.getpid(), number))])
+    report = read_report(tmp_path)
+    assert report["status"] == "stopped"
+    assert report["stopped_by"] == signal.Signals(number).name
+    assert report["steps"] in (6, 7)  # the signal may arrive just after the step's end
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+    _, model = tiny_run.train(tmp_path, cache)
+    assert equal(model, plain[1])
+    assert metrics_without_clock(tmp_path) == metrics_without_clock(plain[0])
+    assert read_report(tmp_path)["status"] == "finished"
+
+
+def test_a_second_ctrl_c_stops_at_once(cache, tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("callbacks.interrupt.time", SimpleNamespace(monotonic=lambda: now))
+
+    def press_twice() -> None:
+        nonlocal now
+        signal.raise_signal(signal.SIGINT)
+        now += SAME_KEY_PRESS + 0.1
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second press has not stopped the run")
+
+    with pytest.raises(StoppedNowError):
+        tiny_run.train(tmp_path, cache, extra=[At(6, press_twice)])
+    report = read_report(tmp_path)
+    assert (report["status"], report["stopped_by"]) == ("stopped", "SIGINT")
+    assert newest_good_checkpoint(tmp_path).name == "step-000004.ckpt"
+
+
+def test_an_error_before_there_is_a_model_is_reported_as_itself(cache, tmp_path):
+    class BreaksEarly(lightning.Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise RuntimeError("no memory for the model")
+
+    with pytest.raises(RuntimeError, match="no memory for the model"):
+        tiny_run.train(tmp_path, cache, extra=[BreaksEarly()])
+    report = read_report(tmp_path)
+    assert (report["status"], report["parameters"]) == ("failed", None)
+    assert "no memory for the model" in report["error"]
+
+
+def test_an_error_in_training_is_reported(cache, tmp_path):
+    def fail() -> None:
+        raise RuntimeError("the loss is not finite at step 6")
+
+    with pytest.raises(RuntimeError):
+        tiny_run.train(tmp_path, cache, extra=[At(6, fail)])
+    report = read_report(tmp_path)
+    assert (report["status"], report["steps"]) == ("failed", 6)
+    assert "not finite at step 6" in report["error"]
+
+
+# Resume
+
+
+def metrics_without_clock(run_dir: Path) -> list[dict[str, str]]:
+    timed = {"tokens_per_second", "mfu", "memory_gb"}
+    return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_failed_run_goes_on_and_ends_as_the_unbroken_one(plain, cache, tmp_path, step):
+    """From step 4, and from step 8, which was validated and saved after that: the validation is not repeated."""
+
+    def fail() -> None:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        tiny_run.train(tmp_path, cache, extra=[At(step + 1, fail)])
+    _, model = tiny_run.train(tmp_path, cache)
+    assert equal(model, plain[1])
+    assert metrics_without_clock(tmp_path) == metrics_without_clock(plain[0])
+
+
+def test_a_run_that_died_after_its_last_save_still_gets_its_report_and_proof(plain, cache, tmp_path):
+    tiny_run.train(tmp_path, cache)
+    (tmp_path / "report.json").unlink()
+    tiny_run.train(tmp_path, cache, verify_export=True)
+    report = read_report(tmp_path)
+    assert (report["status"], report["steps"]) == ("finished", 12)
+    assert report["val_loss"] == read_report(plain[0])["val_loss"]
+    assert report["tokens_seen"] == 12 * 4 * 32
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root.parent}"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+# Loggers
+
+
+def test_wandb_offline_holds_metrics_samples_and_the_model_and_keeps_its_run_id(cache, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    samples = Samples(str(tmp_path), sample_every=4, prompts=["def f("], max_new_tokens=4)
+    ids = []
+    for steps in (4, 8):
+        logger = WeightsAndBiases(str(tmp_path))
+        logger.log_hyperparams({"seed": 1, "model": {"n_layer": 2}})
+        tiny_run.train(tmp_path, cache, steps=steps, extra=[samples], loggers=[logger])
+        ids.append(logger.version)
+        assert logger.run is None  # closed: the next job in this process starts its own
+    assert "W&B is off" not in caplog.text
+    assert ids[0] == ids[1]
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert all(list(folder.glob("*.wandb")) for folder in folders)
+    tables = [json.loads(path.read_text()) for path in (tmp_path / "wandb").rglob("*.table.json")]
+    assert tables
+    assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
+
+
+def test_wandb_that_cannot_start_warns_and_the_run_goes_on(cache, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    tiny_run.train(tmp_path, cache, steps=4, loggers=[WeightsAndBiases(str(tmp_path))])
+    assert "W&B is off" in caplog.text
+    assert read_report(tmp_path)["status"] == "finished"
+
+
+def test_tensorboard_writes_beside_metrics_csv(cache, tmp_path):
+    logger = TensorBoard(str(tmp_path))
+    logger.log_hyperparams({"seed": 1})
+    tiny_run.train(tmp_path, cache, steps=4, loggers=[logger])
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert read_metrics(tmp_path)

@@ -1,0 +1,171 @@
+"""Documents keep their text: long files in pieces, splits that depend on the text alone, damaged and hidden files."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from datamodules.documents import (
+    PIECE_CHARACTERS,
+    Corpus,
+    Document,
+    file_documents,
+    file_records,
+    files_identity,
+    find_files,
+    packages_corpus,
+)
+from datamodules.language_modeling import LanguageModelingData
+from datamodules.token_preparation import split_corpus
+from gpt2lab.data.tokenizer import load_tokenizer
+from gpt2lab.errors import InputError
+from gpt2lab.settings import TokenizerChoice
+from gpt2lab.storage.prepared_cache import read_ledger
+
+MODULES = ("argparse.py", "ast.py", "bisect.py", "calendar.py", "cgi.py", "cmd.py", "code.py", "codecs.py", "copy.py")
+SOURCES = [path.read_text() for name in MODULES if (path := Path(os.__file__).with_name(name)).is_file()]
+
+
+def text_data(path: Path, cache: Path, **changes: object) -> LanguageModelingData:
+    arguments: dict = {
+        "name": "text",
+        "source": "text",
+        "path": str(path),
+        "tokenizer": TokenizerChoice("bpe", 500),
+        "context": 32,
+        "batch_sequences": 8,
+        "accumulate": 1,
+        "seed": 1,
+        "cache_dir": str(cache),
+    }
+    return LanguageModelingData(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_long_file_in_pieces_has_the_text_and_the_tokens_of_the_whole(tmp_path: Path, line_end: str) -> None:
+    text = (line_end.join(SOURCES) + " \t\n\n").replace("\r\r", "\r")
+    assert len(text) > 3 * PIECE_CHARACTERS
+    with (tmp_path / "long.txt").open("w", newline="") as file:
+        file.write(text)
+    pieces = list(file_documents(tmp_path / "long.txt", "text", "stop"))
+    assert len(pieces) > 3
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.continues for piece in pieces] == [False] + [True] * (len(pieces) - 1)
+    assert len({piece.key for piece in pieces}) == 1
+    facts = text_data(tmp_path / "long.txt", tmp_path / "cache").prepare()
+    tokenizer = load_tokenizer(facts.tokenizer_folder)
+    in_pieces = [token for piece in pieces for token in tokenizer(piece.text)["input_ids"]]
+    assert in_pieces == tokenizer(text)["input_ids"]
+
+
+def test_a_text_without_line_ends_is_read_whole(tmp_path: Path) -> None:
+    text = "word " * 500_000
+    (tmp_path / "long.txt").write_text(text)
+    pieces = list(file_documents(tmp_path / "long.txt", "text", "stop"))
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(pieces) > 1
+
+
+def test_files_become_one_document_each_with_end_of_text_before_it(tmp_path: Path) -> None:
+    for number, source in enumerate(SOURCES):
+        (tmp_path / f"{number}.txt").write_text(source)
+    data = text_data(tmp_path, tmp_path / "cache")
+    facts = data.prepare()
+    ledger = read_ledger(data.val_samples.file.tokens.filename.parent)
+    sides = ledger["sides"]
+    assert sides["train"]["documents"] + sides["val"]["documents"] == len(SOURCES)
+    assert sides["train"]["bytes"] + sides["val"]["bytes"] == sum(len(source.encode()) for source in SOURCES)
+    tokenizer = load_tokenizer(facts.tokenizer_folder)
+    both = [tokenizer.decode(side.file.tokens.tolist()) for side in (data.train_samples, data.val_samples)]
+    assert all(text.startswith("<|endoftext|>") for text in both)
+    assert sorted(document for text in both for document in text.split("<|endoftext|>")[1:]) == sorted(SOURCES)
+
+
+def test_of_a_single_document_the_last_part_is_validation(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(text := "".join(SOURCES[:2]))
+    data = text_data(tmp_path / "one.txt", tmp_path / "cache", val_fraction=0.1)
+    tokenizer = load_tokenizer(data.prepare().tokenizer_folder)
+    train, val = (tokenizer.decode(side.file.tokens[1:].tolist()) for side in (data.train_samples, data.val_samples))
+    assert train + val == text
+    assert train.endswith("\n")
+    assert 0.09 < len(val) / len(text) < 0.11
+
+
+def test_the_same_texts_are_split_the_same_way_in_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [{"text": source} for source in SOURCES]
+    for kind in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
+        (tmp_path / kind).mkdir()
+    for number, source in enumerate(SOURCES):
+        (tmp_path / "txt" / f"{number}.txt").write_text(source)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "jsonl" / "a.jsonl").write_bytes(lines)
+    (tmp_path / "jsonl.gz" / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "jsonl.zst" / "a.jsonl.zst").write_bytes(
+        zstandard.compress(lines[:999]) + zstandard.compress(lines[999:])
+    )
+    pq.write_table(pa.table({"text": SOURCES}), tmp_path / "parquet" / "a.parquet")
+    prepared = {
+        (facts.hash, facts.val_bytes, facts.train_tokens)
+        for kind in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet")
+        for facts in [text_data(tmp_path / kind, tmp_path / "cache", val_fraction=0.3).prepare()]
+    }
+    assert len(prepared) == 1
+
+
+def test_equal_texts_lie_on_the_same_side() -> None:
+    corpus = Corpus("twice", {}, lambda: (Document(text, text) for text in SOURCES * 2))
+    sides: dict[str, set[str]] = {}
+    for side, document in split_corpus(corpus, 0.4)():
+        sides.setdefault(document.text, set()).add(side)
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_a_moved_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        for number, source in enumerate(SOURCES):
+            (tmp_path / name / f"{number}.txt").write_text(source)
+    here, there = (files_identity(find_files(str(tmp_path / name), "path")) for name in ("here", "there"))
+    assert here == there
+    (tmp_path / "there" / "0.txt").write_text("other")
+    assert files_identity(find_files(str(tmp_path / "there"), "path")) != here
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_file_that_ends_early_is_refused(tmp_path: Path, ending: str) -> None:
+    whole = "".join(json.dumps({"text": source}) + "\n" for source in SOURCES).encode()
+    packed = gzip.compress(whole) if ending == ".gz" else zstandard.compress(whole)
+    (tmp_path / f"a.jsonl{ending}").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(InputError, match=rf"Cannot read .*a\.jsonl{ending}"):
+        list(file_records(tmp_path / f"a.jsonl{ending}", "skip"))
+
+
+def test_bytes_that_are_no_utf8_and_byte_order_marks_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
+    assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["caf�\n"]
+    assert [doc.text for doc in file_documents(tmp_path / "marked.txt", "text", "stop")] == ["text\r\n"]
+    (tmp_path / "odd.jsonl").write_text('{"text": "half \\ud83d pair"}\n')
+    (tmp_path / "val.jsonl").write_bytes((tmp_path / "odd.jsonl").read_bytes())
+    facts = text_data(tmp_path / "odd.jsonl", tmp_path / "cache", val_path=str(tmp_path / "val.jsonl"), context=2)
+    assert facts.prepare().val_bytes == len("half ? pair")
+
+
+def test_hidden_folders_dangling_links_and_other_kinds_of_file_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "note.txt").write_text("hidden")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "note.txt").write_text("seen")
+    assert find_files(str(tmp_path), "path") == [tmp_path / "note.txt"]
+
+
+def test_the_installed_packages_are_a_corpus() -> None:
+    corpus = packages_corpus()
+    assert corpus.size > 50 * 2**20
+    assert any(document.key.startswith("datasets/") for document in corpus.documents())

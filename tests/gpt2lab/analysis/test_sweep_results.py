@@ -1,0 +1,381 @@
+"""The end of a sweep: who is said to have won, what the table, the CSV file and the page show."""
+
+import csv
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.simulate_sweeps import SEEDS, SETTINGS, share_found, share_with_winner, share_wrong, simulated
+from gpt2lab import metric_names
+from gpt2lab.analysis.hyperparameter_importance import importances
+from gpt2lab.analysis.setting_comparison import Comparison, Runs, compare
+from gpt2lab.analysis.sweep_axes import VariedKey
+from gpt2lab.analysis.sweep_runs import in_one_sentence
+from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.storage.metrics_csv import MetricsFile
+from launch.sweep import results
+from launch.sweep.jobs import Job
+from tests.support.chromium import PROGRAM, Browser
+
+REPETITIONS = 1500
+# Sampling error of a share of 5 % in so many simulations: three standard errors above it are chance in 1 of 700 cases.
+CHANCE = 3 * math.sqrt(0.05 * 0.95 / REPETITIONS)
+
+
+def job(
+    folder: Path, number: int, overrides: str, value: float | None, metric: str = "val/loss", status: str = ""
+) -> Job:
+    """A job as the sweep leaves it, with the files that its run writes; without a value it failed before."""
+    given = shlex.split(overrides)
+    made = Job(number, given, folder / str(number), status or ("failed" if value is None else "finished"))
+    if made.status == "failed":
+        made.error = "it went wrong"
+    if value is None:
+        return made
+    made.folder.mkdir(parents=True)
+    metrics = MetricsFile(made.folder)
+    for step in (10, 20, 30, 40):
+        metrics.write(step, {"val/loss": 3.0 + 40 / step, metric: value + (4 - step / 10), "tokens_per_second": 1000.0})
+    command = f"python train.py {shlex.join(given)}"
+    facts = {"task": "pretrain", "command": command, "seconds": 10.0 + number, "watched_metric": metric}
+    write_report(made.folder, build_report(made.folder, made.status, facts))
+    made.watched = value if made.status == "finished" else None
+    return made
+
+
+def swept(folder: Path, values: Mapping[str, float | Sequence[float | None]], metric: str = "val/loss") -> list[Job]:
+    """A sweep of settings; several values are of seeds 1, 2, …"""
+    given = [
+        (setting, value) if isinstance(own, float) else (f"{setting} seed={seed}", value)
+        for setting, own in values.items()
+        for seed, value in enumerate([own] if isinstance(own, float) else own, start=1)
+    ]
+    return [job(folder, number, f"steps=40 {words}", value, metric) for number, (words, value) in enumerate(given)]
+
+
+def sentences(folder: Path, jobs: list[Job]) -> list[str]:
+    return [in_one_sentence(contest) for contest in results.results(folder, jobs).contests]
+
+
+def best_mean_wins(runs: Runs) -> Comparison:
+    order = sorted(runs, key=lambda setting: np.mean([value for _, value in runs[setting]]))
+    return Comparison(order, order[:1], {})
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_of_settings_that_are_all_alike_none_wins(settings: int, seeds: int):
+    """In at most 5 % of simulated sweeps, however large the effect of a seed on all settings."""
+    assert share_with_winner(simulated([0.0] * settings, seeds, REPETITIONS)) <= 0.05 + CHANCE
+
+
+def test_the_best_mean_alone_would_always_win():
+    """What the test above is there to catch."""
+    assert share_with_winner(simulated([0.0] * 4, 3, 100, rule=best_mean_wins)) == 1
+
+
+@pytest.mark.parametrize("worse", [1.0, 4.0, 30.0])
+def test_settings_as_good_as_the_best_are_not_called_worse(worse: float):
+    """Also when others are worse and are set aside first; the same error and tolerance as above."""
+    means = [0.0, 0.0, worse, worse]
+    assert share_wrong(simulated(means, 3, REPETITIONS), means) <= 0.05 + CHANCE
+
+
+def test_a_real_difference_is_found():
+    assert share_found(simulated([0.0, 8.0, 8.0, 8.0], 3, 200), "0") > 0.95
+
+
+def test_a_noisy_setting_far_off_does_not_hide_the_winner():
+    good = {name: [("1", base), ("2", base + 0.01), ("3", base - 0.01)] for name, base in (("a", 3.9), ("b", 4.2))}
+    good["b"][0] = ("1", 4.205)
+    found = compare({**good, "far": [("1", 7.0), ("2", 8.5), ("3", 9.0)]}, lower_is_better=True)
+    assert found.winner == "a"
+    assert found.order == ["a", "b", "far"]
+
+
+def test_what_a_seed_does_to_all_settings_is_no_noise():
+    """Runs 0.05 apart within a seed, seeds a whole nat apart; a setting that lacks a seed is judged by the others."""
+    base = {"1": 4.0, "2": 5.0, "3": 3.0}
+    runs = {
+        "a": list(base.items()),
+        "b": [(seed, value + 0.05 + 0.001 * int(seed)) for seed, value in base.items()],
+        "c": [(seed, value + 0.1 + 0.001 * int(seed)) for seed, value in base.items() if seed != "2"],
+    }
+    found = compare(runs, lower_is_better=True)
+    assert found.order == ["a", "b", "c"], "by its own mean c, without the bad seed, would be best"
+    assert found.winner == "a"
+
+
+def test_the_same_run_twice_is_no_second_run(tmp_path: Path):
+    """Two copies of one seed have no noise, by which any difference would count."""
+    jobs = [job(tmp_path, n, f"lr={lr} seed=1", 3.0 + lr) for n, lr in enumerate([0.1, 0.1, 0.2, 0.2])]
+    (said,) = sentences(tmp_path, jobs)
+    assert said.startswith("Best seen: lr=0.1")
+    assert "one seed each" in said
+
+
+def test_settings_without_a_common_seed_are_compared_as_independent_runs():
+    runs = {"a": [("1", 1.0), ("2", 1.01), ("3", 1.02)], "b": [("4", 2.0), ("5", 2.01), ("6", 2.02)]}
+    assert compare(runs, lower_is_better=True).winner == "a"
+    assert compare(runs, lower_is_better=False).winner == "b"
+
+
+def test_one_seed_each_names_no_winner(tmp_path: Path):
+    jobs = swept(tmp_path, {"optimizer.lr=1e-3": 3.9, "optimizer.lr=3e-3": 3.5})
+    (told,) = sentences(tmp_path, jobs)
+    assert told.startswith("Best seen: lr=3e-3 (val/loss 3.5000)")
+    assert "one seed each" in told
+
+
+def test_the_winner_of_a_score_is_the_highest(tmp_path: Path):
+    values = {"optimizer.lr=1e-3": [10.0, 11.0, 10.5], "optimizer.lr=3e-3": [20.0, 21.0, 20.4]}
+    (told,) = sentences(tmp_path, swept(tmp_path, values, metric="val/rougeL"))
+    assert told.startswith("Winner: lr=3e-3 (val/rougeL 20.4667")
+    assert metric_names.lower_is_better("val/loss")
+
+
+def test_a_tie_is_said_as_a_tie(tmp_path: Path):
+    values = {"model=nano": [3.5, 3.6, 3.7], "model=micro": [3.6, 3.59, 3.62], "model=mini": [9.1, 9.2, 9.3]}
+    jobs = swept(tmp_path, values)
+    (told,) = sentences(tmp_path, jobs)
+    assert told.startswith("A tie, no winner: best seen is model=nano")
+    assert "no difference is shown to model=micro; 1 setting is worse" in told
+    shown = results.in_words(tmp_path, jobs)
+    assert [line.split()[0] for line in shown.splitlines()[1:3]] == ["best", "tie"]
+
+
+def test_lost_runs_are_told_and_do_not_stop_the_comparison(tmp_path: Path):
+    """Failed, diverged and pruned ones; a run that finished with NaN counts as lost."""
+    values = {
+        "model=nano": [3.5, 3.6, None, float("nan")],
+        "model=micro": [3.9, 4.01, 4.0, 3.95],
+        "model=mini": [None] * 4,
+    }
+    jobs = [*swept(tmp_path, values), job(tmp_path, 90, "steps=40 model=small seed=1", 5.0, status="pruned")]
+    (told,) = sentences(tmp_path, jobs)
+    assert told.startswith("Winner: model=nano")
+    assert told.endswith("2 of its 4 runs gave no value.")
+    shown = results.in_words(tmp_path, jobs)
+    assert "2 finished, 1 failed, 1 no number" in shown
+    assert "4 failed" in shown
+    assert "pruned" in shown
+    assert "python train.py steps=40 model=nano seed=1" in shown
+
+
+def test_losses_of_different_tokens_are_not_compared(tmp_path: Path):
+    jobs = swept(tmp_path, {"vocab_size=300": 3.9, "vocab_size=500": 4.4, "model=nano": 4.0})
+    told = sentences(tmp_path, jobs)
+    assert len(told) == 3
+    assert all("Only one setting" in sentence for sentence in told)
+    scores = swept(tmp_path / "scores", {"vocab_size=300": 3.9, "vocab_size=500": 4.4}, metric="val/rougeL")
+    assert len(sentences(tmp_path / "scores", scores)) == 1
+
+
+def test_no_run_has_finished(tmp_path: Path):
+    jobs = [job(tmp_path, 0, "model=nano", None), Job(1, ["model=micro"], tmp_path / "1")]
+    results.write(tmp_path, jobs)
+    page = (tmp_path / "sweep.html").read_text()
+    assert "No run has finished yet." in page
+    assert 'http-equiv="refresh"' in page
+    assert "waiting" in results.in_words(tmp_path, jobs)
+
+
+def test_the_csv_has_a_column_for_each_varied_key(tmp_path: Path):
+    jobs = [*swept(tmp_path, {"model=nano optimizer.lr=1e-3": [3.5, 3.6], "model=micro": [3.7, None]})]
+    results.write(tmp_path, jobs)
+    with (tmp_path / "sweep.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["model"], row["optimizer.lr"], row["seed"]) for row in rows] == [
+        ("nano", "1e-3", "1"),
+        ("nano", "1e-3", "2"),
+        ("micro", "", "1"),
+        ("micro", "", "2"),
+    ]
+    assert "steps" not in rows[0]
+    assert [row["watched"] for row in rows] == ["3.5", "3.6", "3.7", ""]
+    assert rows[3]["error"] == "it went wrong"
+
+
+def test_the_csv_has_the_command_that_runs_each_job_again(tmp_path: Path):
+    """As typed in a shell and alone, whether the job has trained or failed before."""
+    done = job(tmp_path, 0, "'name=a b' optimizer.lr=1e-3 n_jobs=2", 3.5)
+    failed = job(tmp_path, 1, "'name=a b' optimizer.lr=1e-2 n_jobs=2 resume=auto", None)
+    results.write(tmp_path, [done, failed])
+    with (tmp_path / "sweep.csv").open() as stream:
+        trained, planned = (row["command"] for row in csv.DictReader(stream))
+    assert trained == read_report(tmp_path / "0")["command"]
+    assert shlex.split(planned) == ["python", "train.py", "name=a b", "optimizer.lr=1e-2"]
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order, and collects what a page shows and asks for."""
+
+    VOID = ("meta", "br", "line", "circle", "path", "rect", "polygon", "polyline")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_shows_every_setting_and_needs_no_network(tmp_path: Path):
+    """Also names that look like HTML; the links lead to the reports that there are, and to nothing else."""
+    words = [
+        f"optimizer.lr={lr} model={model}" for lr, model in product(("1e-4", "1e-3", "1e-2"), ("nano", "mi<b>cro"))
+    ]
+    values: dict[str, list[float | None]] = {
+        setting: [3.5 + 0.2 * number, 3.51 + 0.2 * number, None] for number, setting in enumerate(words)
+    }
+    results.write(tmp_path, swept(tmp_path, values))
+    text = (tmp_path / "sweep.html").read_text()
+    page = Page(text)
+    assert page.links
+    assert all((tmp_path / link).is_file() for link in page.links)
+    assert "mi&lt;b&gt;cro" in text
+    assert "mi<b>cro" not in text
+    assert "Winner: lr=1e-4 model=nano" in text
+    assert 'http-equiv="refresh"' not in text
+    assert "python train.py steps=40 optimizer.lr=1e-4 model=nano seed=1" in text
+    of_winner = [tag for tag, attributes in page.found if attributes.get("data-s") == "0"]
+    assert of_winner == ["tr", "g", "path", "path", "path"], "its row, its mean, two curves, and its line over the keys"
+    assert len(text) < 60_000
+
+
+def drawn(page: str, label: str) -> tuple[str, list[tuple[str, dict[str, str | None]]]]:
+    """The one plot of this name, and its elements."""
+    (plot,) = re.findall(f'<svg [^>]*aria-label="{label}">.*?</svg>', page, re.DOTALL)
+    return plot, Page(plot).found
+
+
+def test_the_page_draws_a_bar_for_each_key_and_a_line_for_each_job(tmp_path: Path):
+    """The learning rate does nearly all and the model hardly anything; one seed each, so a setting is a job."""
+    grid = list(product(("1e-4", "1e-3", "1e-2"), ("nano", "micro")))
+    effects = {"1e-4": 0.4, "1e-3": 0.0, "1e-2": 0.2, "nano": 0.02, "micro": 0.0}
+    losses = [3.5 + effects[lr] + effects[model] for lr, model in grid]
+    words = [f"optimizer.lr={lr} model={model}" for lr, model in grid]
+    results.write(tmp_path, swept(tmp_path, dict(zip(words, losses, strict=True))))
+    page = (tmp_path / "sweep.html").read_text()
+
+    plot, elements = drawn(page, "how much each key explains")
+    assert re.findall(">(optimizer.lr|model)</text>", plot) == ["optimizer.lr", "model"], "what matters most is on top"
+    bars = [attributes for tag, attributes in elements if tag == "rect"]
+    assert [bar["class"] for bar in bars] == ["share", "share chance"]
+    axis = [float(attributes["x1"] or 0) for tag, attributes in elements if attributes.get("class") == "grid"]
+    assert float(bars[0]["width"] or 0) > 0.95 * (max(axis) - min(axis))
+    assert float(bars[1]["width"] or 0) == 0
+
+    plot, elements = drawn(page, "settings as lines over their keys")
+    assert len([tag for tag, attributes in elements if attributes.get("class") == "axis"]) == 3
+    lines = [attributes for tag, attributes in elements if tag == "path"]
+    assert sorted(line["data-s"] or "" for line in lines) == ["0", "1", "2", "3", "4", "5"]
+    points = [(line["d"] or "M")[1:].split() for line in lines]
+    heights = [[float(point.split(",")[1]) for point in line] for line in points]  # from the top
+    titles = re.findall("<title>lr=(.+?) model=(.+?): ", plot)
+    assert sorted(titles) == sorted(grid)
+    at = dict(zip(titles, heights, strict=True))
+    for (lr, model), (_, of_model, _) in at.items():
+        assert at[lr, "nano"][0] == at[lr, "micro"][0], "settings with the same value meet on its axis"
+        assert of_model == at["1e-4", model][1]
+    assert at["1e-4", "nano"][0] > at["1e-3", "nano"][0] > at["1e-2", "nano"][0], "the largest value is on top"
+    by_loss = [setting for _, setting in sorted(zip(losses, grid, strict=True))]
+    assert sorted(at, key=lambda setting: at[setting][2]) == by_loss, "the best is on top"
+
+
+def test_a_key_that_does_nothing_explains_nothing():
+    draws = np.random.default_rng(0)
+    grid = list(product(("1e-4", "1e-3", "1e-2", "1e-1"), ("nano", "micro"), ("0.0", "0.1", "0.2")))
+    keys = {name: [point[column] for point in grid] for column, name in enumerate(("lr", "model", "dropout"))}
+    results = [abs(math.log10(float(lr)) + 2) + 0.01 * draws.normal() for lr, _, _ in grid]
+    first, *rest = importances(keys, results)
+    assert (first.key, first.is_shown) == ("lr", True)
+    assert first.share > 0.99
+    assert all(not one.is_shown and one.share < 0.1 for one in rest)
+
+
+def test_a_key_that_does_nothing_is_seldom_said_to_matter():
+    """In 5 % of random searches; three standard errors of 400 simulations are 3.3 %."""
+    draws, said = np.random.default_rng(0), 0
+    for _ in range(400):
+        rates = 10 ** draws.uniform(-4, -1, 20)
+        keys = {"lr": [f"{rate:.5g}" for rate in rates], "model": [str(model) for model in draws.integers(2, size=20)]}
+        said += any(
+            one.key == "model" and one.is_shown for one in importances(keys, list(np.abs(np.log10(rates) + 2.5)))
+        )
+    assert said / 400 <= 0.05 + 0.033
+
+
+def test_more_seeds_do_not_make_a_key_matter(tmp_path: Path):
+    """Runs of one setting are no evidence on its key: words of one setting each say nothing, at three seeds too."""
+    values: dict[str, list[float | None]] = {
+        f"model={name}": [4.0 + 0.3 * number + 0.01 * seed for seed in range(3)]
+        for number, name in enumerate(("nano", "micro", "mini", "distil"))
+    }
+    results.write(tmp_path, swept(tmp_path, values))
+    assert "Too few settings to say how much each key explains." in (tmp_path / "sweep.html").read_text()
+
+
+def test_numbers_drawn_at_random_are_explained_too():
+    """No two settings share a learning rate: neighbours are put together. The other key does a third of it."""
+    draws = np.random.default_rng(0)
+    rates = 10 ** draws.uniform(-4, -1, 60)
+    models = draws.integers(2, size=60)
+    results = list(np.abs(np.log10(rates) + 2.5) + 0.6 * models)
+    found = {
+        one.key: one for one in importances({"lr": [str(r) for r in rates], "model": [str(m) for m in models]}, results)
+    }
+    assert found["lr"].is_shown
+    assert 0.4 < found["lr"].share < 0.8
+    assert 0.2 < found["model"].share < 0.6
+
+
+def test_too_few_settings_explain_nothing():
+    assert importances({"model": ["nano", "micro", "mini"]}, [1.0, 2.0, 3.0]) == []
+    assert importances({"model": ["a", "b", "c", "d"]}, [2.0] * 4) == []
+    assert importances({"model": ["a", "b", "c", "d"]}, [1.0, 2.0, 3.0, 4.0]) == [], (
+        "each setting has a word of its own"
+    )
+
+
+def test_numbers_over_several_magnitudes_stand_by_their_logarithms():
+    assert VariedKey(["1e-4", "1e-3", "1e-2"]).places == pytest.approx([0, 0.5, 1])
+    assert VariedKey(["0.001", "0.01"]).is_log
+    assert VariedKey(["1", "2", "5"]).places == pytest.approx([0, 0.25, 1])
+    assert VariedKey(["adamw", "muon", "adamw"]).places == [0, 1, 0]
+    untold = VariedKey(["", "0.1", "0.2"]).places
+    assert untold[0] == 0
+    assert 0 < untold[1] < untold[2] == 1
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
+def test_pointing_at_a_setting_shows_it_in_every_plot(tmp_path: Path):
+    results.write(tmp_path, swept(tmp_path, {"model=nano": [3.5, 3.6], "model=micro": [3.9, 4.1]}))
+    browser = Browser(tmp_path / "browser")
+    try:
+        browser.open((tmp_path / "sweep.html").as_uri())
+        browser.point("tr[data-s='1'] td.number")
+        browser.wait("document.body.classList.contains('hot')")
+        assert browser.value("[...document.querySelectorAll('.on')].every(element => element.dataset.s == 1)")
+        assert browser.value("new Set([...document.querySelectorAll('.on')].map(e => e.closest('svg'))).size") == 5
+        assert not [told for told in browser.told if told.get("method") == "Runtime.exceptionThrown"]
+    finally:
+        browser.close()

@@ -1,0 +1,168 @@
+"""Tokenizers: copied whole into the cache, hashed by what they do, and told apart from text that looks like them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from datamodules.token_bins import bin_facts
+from gpt2lab.data.tokenizer import (
+    TextEncoder,
+    load_tokenizer,
+    numbered_tokenizer,
+    prepare_tokenizer,
+    tokenizer_hash,
+    train_bpe,
+)
+from gpt2lab.errors import InputError
+from gpt2lab.settings import TokenizerChoice
+from tests.conftest import ROOT
+
+TEXTS = [Path(os.__file__).with_name(name).read_text() for name in ("textwrap.py", "bisect.py", "heapq.py")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    train_bpe(iter(TEXTS), 400).save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def test_text_that_spells_end_of_text_is_not_the_end_of_a_text(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    (ids,) = TextEncoder(tokenizer)(["before<|endoftext|>after"])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "before<|endoftext|>after"
+
+
+def test_the_hash_tells_tokenizers_apart_and_outlives_saving_and_padding(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(tokenizer) == before == tokenizer_hash(train_bpe(iter(TEXTS), 400))
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path / "again"))) == before
+    assert tokenizer_hash(train_bpe(iter(TEXTS), 401)) != before
+
+
+def test_a_given_tokenizer_is_copied_so_that_it_outlives_its_folder(folder: Path, tmp_path: Path) -> None:
+    choice = TokenizerChoice("pretrained", source=str(folder))
+    copy = prepare_tokenizer(choice, "text", {}, lambda: iter(()), tmp_path / "cache")
+    expected = tokenizer_hash(load_tokenizer(str(folder)))
+    for file in folder.iterdir():
+        file.unlink()
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(copy, local_files_only=True)) == expected
+
+
+def test_transformers_alone_loads_a_trained_tokenizer_offline(tmp_path: Path) -> None:
+    made = prepare_tokenizer(TokenizerChoice("bpe", 300), "text", {"a": 1}, lambda: iter(TEXTS), tmp_path)
+    program = (
+        "import sys; from transformers import AutoTokenizer\n"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]); text = 'def f():\\n\\treturn 1  # ä'\n"
+        "assert t.decode(t(text)['input_ids']) == text\n"
+        "assert len(t) == 300 and t.eos_token == t.pad_token == '<|endoftext|>'"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program, made], check=True, env=environment)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "", "a/b/c"])
+def test_a_path_that_leads_nowhere_is_refused_at_once(source: str) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        load_tokenizer(source)
+
+
+def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{broken")
+    with pytest.raises(InputError, match="Cannot load the tokenizer") as told:
+        load_tokenizer(str(folder))
+    assert len(str(told.value).splitlines()) <= 5
+
+
+OFFLINE = """
+import json, sys
+from gpt2lab.errors import InputError
+from gpt2lab.data.tokenizer import load_tokenizer
+found = {"timeouts": [], "sleeps": 0}
+def note(event, arguments):
+    if event == "socket.connect":
+        found["timeouts"].append(arguments[0].gettimeout())
+    found["sleeps"] += event == "time.sleep"
+sys.addaudithook(note)
+try:
+    load_tokenizer("somebody/tokenizer")
+except InputError as error:
+    print(json.dumps({**found, "lines": len(str(error).splitlines()), "error": str(error)}))
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_tried_once_for_five_seconds(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment = {name: value for name, value in environment.items() if "proxy" not in name.lower()}
+    command = [sys.executable, "-c", OFFLINE]
+    output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
+    found = json.loads(output)
+    assert found["timeouts"] == [5], "seconds for each attempt to connect"
+    assert found["sleeps"] == 0, "no pauses between attempts"
+    assert found["lines"] <= 5
+    assert "cannot be reached" in found["error"]
+
+
+def test_numbers_stand_for_tokens_whose_tokenizer_is_not_at_hand(tmp_path: Path) -> None:
+    numbered_tokenizer(50_257).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (len(tokenizer), tokenizer.eos_token_id) == (50_257, 50_256)
+    assert tokenizer("<17> <4>")["input_ids"] == [17, 4]
+    assert tokenizer.decode([17, 4]).split() == ["<17>", "<4>"]
+
+
+BIN_OFFLINE = """
+import sys
+from pathlib import Path
+from datamodules.token_bins import bin_facts
+from gpt2lab.settings import TokenizerChoice
+print(bin_facts(Path(sys.argv[1]), TokenizerChoice("pretrained", source="gpt2"), Path(sys.argv[2]))[1])
+"""
+
+
+def test_nanogpt_files_need_no_hub(tmp_path: Path) -> None:
+    for name in ("train.bin", "val.bin"):
+        (np.arange(3000) % 50_257).astype("<u2").tofile(tmp_path / name)
+    (tmp_path / "meta.pkl").write_bytes(b"never opened")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    environment = {name: value for name, value in environment.items() if "proxy" not in name.lower()}
+    command = [sys.executable, "-c", BIN_OFFLINE, str(tmp_path), str(tmp_path / "cache")]
+    output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert "'vocab_size': 50257" in output.stdout
+    assert "'val_bytes': 0" in output.stdout
+    assert "cannot be had" in output.stderr
+
+
+def test_files_that_are_no_uint16_tokens_of_this_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
+    choice = TokenizerChoice("pretrained", source=str(folder))
+    np.full(100, 400, dtype="<u2").tofile(tmp_path / "train.bin")
+    np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
+    with pytest.raises(InputError, match=r"train\.bin holds token 400"):
+        bin_facts(tmp_path, choice, tmp_path / "cache")
+    (tmp_path / "train.bin").write_bytes(b"odd")
+    with pytest.raises(InputError, match="odd number of bytes"):
+        bin_facts(tmp_path, choice, tmp_path / "cache")
+
+
+@pytest.mark.timeout(120, method="thread")  # instead of reading for an hour
+def test_of_large_files_only_a_few_parts_are_read(folder: Path, tmp_path: Path) -> None:
+    with (tmp_path / "train.bin").open("wb") as file:
+        file.truncate(2**41)  # sparse: takes no space on the disk
+    np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
+    facts = bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")[1]
+    assert facts["vocab_size"] == 400
+
+
+def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer() -> None:
+    """Learning from a word takes the square of its length: this one alone would take hours."""
+    tokenizer = train_bpe(iter(["a" * 2_000_000 + " some words and some words more", "=" * 2_000_000]), 300)
+    assert tokenizer.decode(tokenizer("aaaa some words")["input_ids"]) == "aaaa some words"

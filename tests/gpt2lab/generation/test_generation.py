@@ -1,0 +1,152 @@
+"""Generation: batches give what single prompts give, and sampling disturbs nobody's random numbers."""
+
+import pytest
+import torch
+
+from gpt2lab.generation.decoder import Decoder
+from gpt2lab.generation.sampling import GREEDY, NUCLEUS, TOP_K, Sampling, generate_ids
+from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.settings import ModelShape
+
+END = 63
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+
+
+def model() -> Backbone:
+    torch.manual_seed(0)
+    backbone = Backbone(ModelShape(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=64))
+    for parameter in backbone.parameters():
+        parameter.data *= 4  # spread the logits out, so that no two tokens tie
+    return backbone
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("banned", [0, 1, 2])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_left_padded_batches_equal_single_prompts(penalty: float, banned: int, beams: int) -> None:
+    """Padding is end_of_text, which counts neither as repeated nor as written. float64, lest two beams tie."""
+    lm, most = model().lm.double(), 48
+    sampling = Sampling("greedy", temperature=0.0, beams=beams, repetition_penalty=penalty, no_repeat_ngram=banned)
+    together = generate_ids(lm, PROMPTS, sampling, max_new_tokens=most, end_of_text=END)
+    alone = [generate_ids(lm, [prompt], sampling, max_new_tokens=most, end_of_text=END)[0] for prompt in PROMPTS]
+    assert together == alone
+    if banned == 1:
+        assert any(len(text) < most for text in alone), "an end_of_text is written"
+
+
+def test_greedy_is_the_argmax_of_the_logits() -> None:
+    backbone = model()
+    ids = list(PROMPTS[0])
+    for _ in range(8):
+        ids.append(backbone.eval().logits(torch.tensor([ids]))[0, -1].argmax().item())
+    generated = generate_ids(backbone.lm, PROMPTS[:1], GREEDY, max_new_tokens=8, end_of_text=-1)[0]
+    assert generated == ids[len(PROMPTS[0]) :]
+
+
+def test_sampling_depends_on_the_seed_alone() -> None:
+    lm = model().lm
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    first = generate_ids(lm, PROMPTS, NUCLEUS, max_new_tokens=8, end_of_text=END, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert generate_ids(lm, PROMPTS, NUCLEUS, max_new_tokens=8, end_of_text=END, seed=1) == first
+    assert generate_ids(lm, PROMPTS, NUCLEUS, max_new_tokens=8, end_of_text=END, seed=2) != first
+
+
+def test_top_k_never_leaves_the_k_best() -> None:
+    backbone = model()
+    best = backbone.eval().logits(torch.tensor([PROMPTS[0]]))[0, -1].topk(3).indices.tolist()
+    sampling = Sampling("top_k", temperature=5.0, top_k=3)
+    drawn = {
+        generate_ids(backbone.lm, PROMPTS[:1], sampling, max_new_tokens=1, end_of_text=-1, seed=seed)[0][0]
+        for seed in range(40)
+    }
+    assert drawn == set(best)
+
+
+def test_a_model_in_training_stays_in_training_and_long_prompts_keep_their_end() -> None:
+    lm = model().lm.train()
+    long = list(range(60)) * 3
+    assert generate_ids(lm, [long], GREEDY, max_new_tokens=8, end_of_text=END) == generate_ids(
+        lm, [long[-56:]], GREEDY, max_new_tokens=8, end_of_text=END
+    )
+    assert lm.training
+    assert len(generate_ids(lm, [[]], TOP_K, max_new_tokens=4, end_of_text=END)) == 1
+
+
+@pytest.mark.parametrize("layout", ["own", "plain"])
+def test_a_decoder_reads_in_pieces_what_the_model_reads_at_once(layout: str) -> None:
+    backbone = model().eval()
+    lm = backbone.lm if layout == "own" else plain_hf(backbone)
+    ids = torch.randint(1, END, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = lm(ids, attention_mask=mask, position_ids=positions).logits
+        decoder = Decoder(lm, 14, padding=torch.tensor([3, 0]))
+        pieces = [decoder.read(ids[:, start:end], last=end - start) for start, end in ((0, 5), (5, 6), (6, 10))]
+        decoder.read(torch.zeros(2, 4, dtype=torch.long))
+        decoder.forget(10)
+        pieces.append(decoder.read(ids[:, 10:], last=2))
+    found = torch.cat(pieces, 1)
+    torch.testing.assert_close(found[0, 3:], expected[0, 3:], rtol=1e-4, atol=1e-4)  # another order of sums
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+SAMPLINGS = [
+    GREEDY,
+    TOP_K,
+    NUCLEUS,
+    Sampling("min_p", temperature=1.5, min_p=0.1),
+    Sampling("typical", typical_p=0.5),
+    Sampling("penalised", top_p=0.9, repetition_penalty=1.3, no_repeat_ngram=2),
+    Sampling("beams", beams=3, no_repeat_ngram=2),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda sampling: sampling.name)
+def test_text_is_what_transformers_writes_with_the_same_seed(sampling: Sampling) -> None:
+    """From the exported model, in a padded batch."""
+    backbone = model()
+    plain = plain_hf(backbone)
+    longest = max(len(prompt) for prompt in PROMPTS)
+    ids = torch.tensor([[END] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    drawn |= {"min_p": sampling.min_p, "typical_p": sampling.typical_p}
+    torch.manual_seed(5)
+    theirs = plain.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=20,
+        pad_token_id=END,
+        eos_token_id=END,
+        do_sample=not sampling.is_greedy,
+        num_beams=sampling.beams,
+        repetition_penalty=sampling.repetition_penalty,
+        no_repeat_ngram_size=sampling.no_repeat_ngram,
+        **({} if sampling.is_greedy else drawn),
+    )[:, longest:].tolist()
+    ours = generate_ids(backbone.lm, PROMPTS, sampling, max_new_tokens=20, end_of_text=END, seed=5)
+    assert ours == [row[: row.index(END)] if END in row else row for row in theirs]
+    assert any(len(row) > 10 for row in ours)
+
+
+def test_beams_see_a_prompt_both_ways_too() -> None:
+    """The likeliest single token is what the greedy choice is."""
+    lm = model().lm
+    for beams in (1, 3):
+        sampling = Sampling("few", temperature=0.0, beams=beams)
+        found = generate_ids(lm, PROMPTS, sampling, max_new_tokens=1, end_of_text=END, both_ways=True)
+        assert found == generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END, both_ways=True)
+    assert found != generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END)
+
+
+def test_of_a_padded_vocabulary_only_tokens_are_written() -> None:
+    lm = model().lm
+    sampling = Sampling("hot", temperature=50.0)
+    for chosen in (sampling, Sampling("beams", beams=2)):
+        rows = generate_ids(lm, PROMPTS, chosen, max_new_tokens=30, end_of_text=19, entries=20)
+        assert max(token for row in rows for token in row) < 20

@@ -1,0 +1,202 @@
+"""Weights in bf16: rounded by chance with an exact mean, stepped as in fp32, alike on replicas and after a stop."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt2lab.losses.lm_head_loss import lm_head_loss
+from gpt2lab.model.backbone import Backbone
+from gpt2lab.model.ema import WeightAverage
+from gpt2lab.optim import stochastic_rounding
+from gpt2lab.optim.optimizers import build_optimizer
+from gpt2lab.optim.stochastic_rounding import stochastically_rounded
+from gpt2lab.settings import ModelShape, OptimizerSettings
+
+STANDARD_ERRORS = 5
+MATRIX = "lm.transformer.h.0.mlp.c_fc.weight"  # Muon's
+EMBEDDING = "lm.transformer.wte.weight"
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """The bf16 numbers between which each lies, the one nearer to zero first, as fp32; both its own where it is one."""
+    inner = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    outer = (inner.view(torch.int32) + 0x10000).view(torch.float32)
+    return inner, torch.where(inner == exact, exact, outer)
+
+
+def test_a_number_is_rounded_to_a_neighbour_and_to_itself_on_average() -> None:
+    values = torch.randn(200, generator=seeded(0)) * torch.logspace(-30, 30, 200)
+    draws = 20_000
+    rounded = stochastically_rounded(values.expand(draws, -1).contiguous(), seeded(1)).float()
+    inner, outer = neighbours(values)
+    assert ((rounded == inner) | (rounded == outer)).all()
+    gap = (outer - inner).abs()
+    share = ((values - inner) / (outer - inner)).double()
+    assert share.min() < 0.05
+    assert share.max() > 0.95
+    error = ((rounded.double().mean(0) - values.double()) / gap.double()).abs()
+    assert (error <= STANDARD_ERRORS * (share * (1 - share) / draws).sqrt()).all()
+    nearest = (values.bfloat16().double() - values.double()).abs() / gap.double()
+    assert nearest.mean() > 0.2, "rounding to the nearest would not pass"
+
+
+def test_what_bf16_can_hold_stays_as_it_is() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    every = every[~every.isnan()]
+    assert len(every) > 65_000
+    assert every.isinf().sum() == 2
+    for seed in range(20):
+        assert torch.equal(stochastically_rounded(every.float(), seeded(seed)), every)
+
+
+def made(name: str, size: tuple[int, int], dtype: torch.dtype, optimizer: OptimizerSettings, seed: int = 0):
+    """One parameter of random numbers and its optimizer."""
+    parameter = nn.Parameter(torch.randn(size, generator=seeded(0)).to(dtype))
+    return parameter, build_optimizer([(name, parameter)], optimizer, fused=True, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_a_step_is_that_of_fp32_and_then_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin is PyTorch's own optimizer in fp32, set to our numbers before each step. In pieces that end anywhere."""
+    monkeypatch.setattr(stochastic_rounding, "NUMBERS_AT_ONCE", 1000)
+    settings = OptimizerSettings(name, lr=0.01, weight_decay=0.1, beta2=0.99)
+    sizes = {EMBEDDING: (64, 48), "lm.transformer.wpe.weight": (7, 3), "lm.transformer.ln_f.bias": (300,)}
+    starts = {key: torch.randn(size, generator=seeded(3)) for key, size in sizes.items()}
+    ours = {key: nn.Parameter(start.bfloat16()) for key, start in starts.items()}
+    optimizer = build_optimizer(ours.items(), settings, fused=True)
+    twins = {key: nn.Parameter(start.bfloat16().float()) for key, start in starts.items()}
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    groups = [{"params": [twin], "weight_decay": 0.1 if twin.ndim == 2 else 0.0} for twin in twins.values()]
+    reference = kind(groups, lr=0.01, betas=(settings.beta1, 0.99), eps=settings.eps, fused=True)
+    between = 0
+    for step in range(6):
+        for key, parameter in ours.items():
+            parameter.grad = torch.randn(sizes[key], generator=seeded(step)).bfloat16()
+            twins[key].grad = parameter.grad.float()
+        optimizer.step()
+        reference.step()
+        for key, parameter in ours.items():
+            stored, exact = optimizer.state[parameter], reference.state[twins[key]]
+            pairs = [(parameter.detach(), twins[key].detach())]
+            pairs += [(stored[moment], exact[moment]) for moment in ("exp_avg", "exp_avg_sq")]
+            for mine, theirs in pairs:
+                inner, outer = neighbours(theirs)
+                assert ((mine.float() == inner) | (mine.float() == outer)).all(), (key, step)
+                between += int((mine != theirs.bfloat16()).sum())
+                theirs.copy_(mine)
+            assert int(stored["step"]) == step + 1
+    assert between > 1000, "not all of them the nearest"
+
+
+@pytest.mark.parametrize(("name", "parameter"), [("adamw", EMBEDDING), ("adam", EMBEDDING), ("muon", MATRIX)])
+def test_updates_below_the_digits_of_bf16_arrive(name: str, parameter: str) -> None:
+    """Each is a fortieth of what would move a weight of 1 if it were rounded to the nearest number."""
+    moved = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = nn.Parameter(torch.ones(96, 96, dtype=dtype))
+        settings = OptimizerSettings(name, lr=5e-5, weight_decay=0.1)
+        optimizer = build_optimizer([(parameter, weight)], settings, fused=True, seed=7)
+        weight.grad = torch.randn(96, 96, generator=seeded(2)).to(dtype)
+        for _ in range(40):
+            optimizer.step()
+        moved[dtype] = weight.detach().double() - 1
+    wanted, ours = moved[torch.float32].flatten(), moved[torch.bfloat16].flatten()
+    assert wanted.abs().max() < 0.01
+    slope = (ours @ wanted) / (wanted @ wanted)  # its error: rounding noise with the deviation of `ours` from `wanted`
+    assert abs(slope - 1) <= STANDARD_ERRORS * (ours - wanted).std() / wanted.norm()
+    assert (ours.mean() - wanted.mean()).abs() <= STANDARD_ERRORS * (ours - wanted).std() / len(ours) ** 0.5
+    assert (ours - wanted).std() / wanted.norm() < 0.1
+
+
+def test_a_second_moment_shrinks_though_each_step_takes_a_thousandth() -> None:
+    weight, optimizer = made(EMBEDDING, (100, 100), torch.bfloat16, OptimizerSettings("adam", 1e-4, 0.0, beta2=0.999))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    square = optimizer.state[weight]["exp_avg_sq"]
+    square.fill_(1.0)
+    for _ in range(200):
+        optimizer.step()
+    shrunk = square.double()
+    assert abs(shrunk.mean() - 0.999**200) <= STANDARD_ERRORS * shrunk.std() / 100
+
+
+@pytest.mark.parametrize(("name", "parameter"), [("adamw", EMBEDDING), ("muon", MATRIX)])
+def test_replicas_round_alike_whatever_else_they_draw_and_seeds_do_not(name: str, parameter: str) -> None:
+    ends = []
+    for global_seed, seed in ((1, 5), (2, 5), (1, 6)):
+        weight, optimizer = made(parameter, (64, 64), torch.bfloat16, OptimizerSettings(name, 1e-3, 0.1), seed)
+        torch.manual_seed(global_seed)
+        for step in range(3):
+            weight.grad = torch.randn(64, 64, generator=seeded(step)).bfloat16()
+            optimizer.step()
+        ends.append(weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_no_two_steps_and_no_two_pieces_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stochastic_rounding, "NUMBERS_AT_ONCE", 500)
+    weight, optimizer = made(EMBEDDING, (40, 100), torch.bfloat16, OptimizerSettings("adamw", 1e-3, 0.0))
+    patterns = set()
+    for _ in range(4):
+        with torch.no_grad():
+            weight.fill_(1.0)
+        optimizer.state.clear()  # the same exact numbers at every step
+        optimizer.state[weight] = {
+            "step": torch.tensor(float(len(patterns))),
+            "exp_avg": torch.full_like(weight, 1.0),
+            "exp_avg_sq": torch.full_like(weight, 1.0),
+        }
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        patterns |= {tuple(piece.tolist()) for piece in weight.detach().flatten().split(500)}
+    assert len(patterns) == 4 * 8
+
+
+def test_an_average_of_bf16_weights_keeps_its_digits_through_validation() -> None:
+    weight = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    average = WeightAverage([weight], 0.999)
+    with torch.no_grad():
+        weight.fill_(2.0)
+    for step in range(1, 51):
+        average.update()
+        before = copy.deepcopy(average.averages)
+        with average.applied():
+            assert torch.equal(weight, average.averages[0].bfloat16())
+        assert torch.equal(weight, torch.full((10,), 2.0, dtype=torch.bfloat16))
+        assert torch.equal(average.averages[0], before[0])
+        assert average.averages[0].double().mean() == pytest.approx(2 - 0.999**step, abs=1e-6)
+
+
+def test_with_bf16_weights_the_loss_and_its_gradients_are_summed_in_fp32() -> None:
+    """The twin sums in float64 over the same bf16 logits; 256 chunks whose sum in bf16 would stand still."""
+    hidden = torch.randn(4096, 64, generator=seeded(0)).bfloat16().requires_grad_()
+    weight = (torch.randn(500, 64, generator=seeded(1)) * 0.3).bfloat16().requires_grad_()
+    labels = torch.randint(500, (4096,), generator=seeded(2))
+    result = lm_head_loss(hidden, weight, labels, chunk_rows=16)
+    result.total.backward()
+    logits = (hidden @ weight.T).detach().double()
+    assert result.total.dtype == result.cross_entropy.dtype == torch.float32
+    total = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    assert result.total.item() == pytest.approx(total, rel=1e-6)
+    errors = logits.softmax(-1) - nn.functional.one_hot(labels, 500)
+    for gradient, wanted in (
+        (weight.grad, errors.T @ hidden.detach().double()),
+        (hidden.grad, errors @ weight.detach().double()),
+    ):
+        assert gradient is not None
+        assert (gradient.double() - wanted).norm() <= 2**-8 * wanted.norm()  # a product's inputs and its result rounded
+
+
+def test_with_bf16_weights_norms_are_computed_in_fp32() -> None:
+    """Of numbers around 3, whose squares would cancel in bf16; what is left is the rounding of the result."""
+    norm = Backbone(ModelShape(1, 1, 768, 8, 16)).bfloat16().blocks[0].ln_1
+    numbers = (torch.randn(512, 768, generator=seeded(0)) + 3).bfloat16()
+    wanted = nn.functional.layer_norm(numbers.double(), (768,))
+    assert ((norm(numbers).double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()

@@ -1,0 +1,233 @@
+"""The files of a run directory: whole or not at all, taken up again without doubles, readable after a crash."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt2lab.errors import InputError
+from gpt2lab.reports.report_html import render, ticks
+from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after, read_samples
+from gpt2lab.storage.atomic_files import replaced_folder, told_when_full, write_text
+from gpt2lab.storage.checkpoint_ledger import checkpoint_folder, entries, newest_good_checkpoint, record, scratch_file
+from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics, series
+
+
+def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
+    checkpoint_folder(run_dir).mkdir(parents=True, exist_ok=True)
+    scratch_file(run_dir, step).write_bytes(bytes([step]) * 1000)
+    return record(run_dir, step, keep_last)
+
+
+# Checkpoints
+
+
+def test_the_newest_checkpoint_is_found_and_only_the_last_two_stay(tmp_path):
+    for step in (10, 20, 30):
+        newest = save(tmp_path, step)
+    assert newest_good_checkpoint(tmp_path) == newest
+    assert (checkpoint_folder(tmp_path) / "last").resolve() == newest.resolve()
+    names = sorted(path.name for path in checkpoint_folder(tmp_path).iterdir())
+    assert names == ["index.json", "last", "step-000020.ckpt", "step-000030.ckpt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, caplog, damage):
+    before, newest = save(tmp_path, 10), save(tmp_path, 20)
+    if damage == "cut":
+        newest.write_bytes(newest.read_bytes()[:500])
+    elif damage == "changed":
+        newest.write_bytes(b"x" + newest.read_bytes()[1:])
+    else:
+        newest.unlink()
+    assert newest_good_checkpoint(tmp_path) == before
+    assert "damaged or missing" in caplog.text
+
+
+def test_a_file_that_the_ledger_does_not_name_is_no_checkpoint(tmp_path):
+    before = save(tmp_path, 10)
+    (checkpoint_folder(tmp_path) / "step-000020.ckpt").write_bytes(b"renamed, but the process died before the ledger")
+    assert newest_good_checkpoint(tmp_path) == before
+    assert newest_good_checkpoint(tmp_path / "elsewhere") is None
+
+
+def test_saving_again_from_an_older_step_forgets_what_lay_beyond(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    save(tmp_path, 15)
+    assert [entry.step for entry in entries(tmp_path)] == [10, 15]
+
+
+SAVING_WITHOUT_END = """
+import sys
+from pathlib import Path
+from gpt2lab.storage.checkpoint_ledger import checkpoint_folder, record, scratch_file
+run = Path(sys.argv[1])
+checkpoint_folder(run).mkdir(parents=True, exist_ok=True)
+for step in range(1, 100000):
+    scratch_file(run, step).write_bytes(str(step).encode() * 20000)
+    record(run, step, 2)
+    if step == 1:
+        print("saved", flush=True)
+"""
+
+
+@pytest.mark.chaos
+def test_killed_at_any_instant_of_saving_a_good_checkpoint_is_left(tmp_path):
+    for attempt in range(25):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVING_WITHOUT_END, str(tmp_path / str(attempt))], stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(0.003 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        newest = newest_good_checkpoint(tmp_path / str(attempt))
+        assert newest is not None
+        step = int(newest.stem.removeprefix("step-"))
+        assert newest.read_bytes() == str(step).encode() * 20000
+        assert step >= entries(tmp_path / str(attempt))[-1].step  # and it is the newest that was recorded
+
+
+# Folders and files
+
+
+def test_a_folder_is_replaced_whole_and_stays_when_writing_fails(tmp_path):
+    folder = tmp_path / "hf"
+    for content in ("first", "second"):
+        with replaced_folder(folder) as scratch:
+            (scratch / "file").write_text(content)
+
+    def fail() -> None:
+        with replaced_folder(folder) as scratch:
+            (scratch / "file").write_text("third")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+REPLACING_WITHOUT_END = """
+import itertools, sys
+from pathlib import Path
+from gpt2lab.storage.atomic_files import replaced_folder
+for number in itertools.count():
+    with replaced_folder(Path(sys.argv[1])) as scratch:
+        for name in ("a", "b"):
+            (scratch / name).write_text(str(number))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders change names in one step on Linux only")
+def test_a_reader_never_finds_the_folder_missing_or_half_written(tmp_path):
+    folder = tmp_path / "hf"
+    process = subprocess.Popen([sys.executable, "-c", REPLACING_WITHOUT_END, str(folder)])
+    try:
+        while not folder.exists():
+            assert process.poll() is None
+        seen, versions = 0, set()
+        while seen < 200 or len(versions) < 50:
+            assert process.poll() is None
+            before = folder.stat()
+            versions.add((before.st_ino, before.st_mtime_ns))
+            names = sorted(path.name for path in folder.iterdir())
+            after = folder.stat()
+            if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):  # not replaced while listed
+                assert names == ["a", "b"]
+                seen += 1
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_full_disk_is_told_in_two_lines(tmp_path):
+    with pytest.raises(InputError) as caught, told_when_full("the checkpoint", "The one of step 10 is intact."):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value).splitlines() == [
+        "No space left to write the checkpoint: No space left on device.",
+        "The one of step 10 is intact.",
+    ]
+
+
+# metrics.csv and samples.jsonl
+
+
+def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path):
+    file = MetricsFile(tmp_path)
+    file.write(10, {"train/loss": 5.0})
+    file.write(20, {"train/loss": 4.0, "tokens": 81_920})
+    file.write(20, {"val/loss": 4.5})
+    file.write(30, {"train/loss": 3.25})
+    assert (tmp_path / "metrics.csv").read_text() == (
+        "step,train/loss,tokens,val/loss\n10,5,,\n20,4,81920,4.5\n30,3.25,,\n"
+    )
+    assert series(read_metrics(tmp_path), "train/loss") == [(10, 5.0), (20, 4.0), (30, 3.25)]
+
+
+def test_a_resumed_run_writes_each_step_once_even_after_a_torn_line(tmp_path):
+    first = MetricsFile(tmp_path)
+    for step in (10, 20, 30, 40):
+        first.write(step, {"train/loss": float(step)})
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("50,3.1")  # died here
+    second = MetricsFile(tmp_path)  # goes on from a checkpoint at step 20
+    for step in (30, 40):
+        second.write(step, {"train/loss": step + 0.5})
+    losses = series(read_metrics(tmp_path), "train/loss")
+    assert losses == [(10, 10.0), (20, 20.0), (30, 30.5), (40, 40.5)]
+
+
+def test_samples_beyond_the_resumed_step_are_dropped(tmp_path):
+    for step in (100, 200):
+        append_samples(tmp_path, [Sample(step, "def f(", "):\n    return 'ä'", "greedy")])
+    drop_samples_after(tmp_path, 100)
+    assert [sample.step for sample in read_samples(tmp_path)] == [100]
+    keys = set(json.loads((tmp_path / "samples.jsonl").read_text()))
+    assert keys == {"step", "prompt", "completion", "method"}
+
+
+# Report
+
+
+def test_a_failed_run_is_reported_with_its_error_and_what_it_had_reached(tmp_path):
+    file = MetricsFile(tmp_path)
+    for step in (10, 20, 30):
+        speed = 900.0 if step == 10 else 1000.0
+        file.write(step, {"train/loss": 50 / step, "tokens_per_second": speed})
+    write_report(tmp_path, build_report(tmp_path, "failed", {"task": "pretrain"}, error="ValueError: <no>"))
+    report = read_report(tmp_path)
+    assert (report["status"], report["error"], report["val_loss"]) == ("failed", "ValueError: <no>", None)
+    assert report["tokens_per_second"] == 1000.0  # the first interval is warm-up
+    assert "ValueError: &lt;no&gt;" in (tmp_path / "report.html").read_text()
+
+
+def test_the_html_report_needs_no_network_and_shows_curve_and_samples():
+    rows = [{"step": str(s), "train/loss": str(9 / s), "val/loss": str(10 / s)} for s in (1, 2, 3)]
+    samples = [Sample(3, "if x<", "1: pass", "greedy"), Sample(3, "import <|mask|>, re", "import os, re", "fill")]
+    page = render("run", {"status": "finished", "val_loss": 3.3}, rows, samples)
+    assert "</b>\n→ import os, re</pre>" in page, "a filled gap does not run on from its prompt"
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<polyline") == 2
+    assert "if x&lt;</b>1: pass" in page
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 300), (3.9, 8.3), (0, 0), (2.5, 2.5), (0, 1), (1e-5, 3e-5), (0, 10**6)])
+def test_ticks_are_round_few_and_enclose_the_values(low, high):
+    marks = ticks(low, high, 6)
+    assert marks[0] <= low
+    assert marks[-1] >= high
+    assert 2 <= len(marks) <= 9
+    assert len({f"{mark:g}" for mark in marks}) == len(marks)
+
+
+def test_writing_a_text_leaves_no_scratch_file(tmp_path):
+    write_text(tmp_path / "report.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

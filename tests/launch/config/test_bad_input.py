@@ -1,0 +1,299 @@
+"""Every mistake is answered with exit code 2 and at most five lines that name it and the cure."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Train, environment
+from tests.launch.config.test_startup_imports import HEAVY
+
+# arguments → words that the answer must hold
+WITHOUT_TAIL = "task=distill teacher_cache=topk teacher_cache.tail=false"
+BEFORE_ANY_IMPORT = [
+    ("modle=small", "no key modle (did you mean model?)"),
+    ("+modle=small", "no key modle (did you mean model?)"),
+    ("stpes=3", "(did you mean steps?)"),
+    ("lr=3", "(did you mean optimizer.lr?)"),
+    ("n_head=3", "(did you mean model.n_head?)"),
+    ("optimizer.lrr=3", "(did you mean optimizer.lr?)"),
+    ("+optimizer.lrr=3", "(did you mean optimizer.lr?)"),
+    ("data.sorce=x", "(did you mean data.source?)"),
+    ("+data.datset=x", "(did you mean data.dataset?)"),
+    ("record.world_size=3", "no key record.world_size"),
+    ("model=smal", "(did you mean small?)"),
+    ("task=distil", "(did you mean distill?)"),
+    ("optimizer=null", "adamw"),
+    ("precision=fp4", "bf16"),
+    ("accelerator=cup", "(did you mean cpu?)"),
+    ("optimizer.name=adamv", "adam"),
+    ("compile=perhaps", "auto, true, false"),
+    ("steps=abc", "steps=abc is not a whole number"),
+    ("steps=1.5", "steps"),
+    ("steps=null", "steps cannot be null"),
+    ("optimizer.lr=fast", "not a number"),
+    ("activation_checkpointing=maybe", "true or false"),
+    ("callbacks.samples.prompts=3", "list[str]"),
+    ("micro_batch=some", "auto"),
+    ("devices=0", "at least 1"),
+    ("steps=0", "at least 1"),
+    ("optimizer.lr=0", "greater than 0"),
+    ("optimizer.lr=nan", "out of range"),
+    ("val_fraction=1", "below 1"),
+    ("seed=-1", "at least 0"),
+    ("steps", "steps is not key=value"),
+    ("steps=(3", "Cannot read"),
+    ("callbacks.inspect.texts=[f(]", "callbacks.inspect.texts=['…','…']"),
+    ("model=nano,micro", "-m"),
+    ("--stpes", "no flag"),
+    ("loss.temperature=2", "task=pretrain does not read loss.temperature"),
+    ("teacher=x", "task=pretrain does not read teacher"),
+    ("batch_sequences=8", "data=stdlib does not read batch_sequences"),
+    ("path=/tmp", "data=stdlib does not read path"),
+    ("task=finetune batch_tokens=512", "data=summarize does not read batch_tokens"),
+    ("task=finetune data=stdlib", "pairs"),
+    ("data=text path=no/such/file.txt", "no such file"),
+    ("data=text path=. val_path=nowhere", "val_path=nowhere"),
+    ("context=2048", "context=2048 is longer than model nano's 1024 positions"),
+    ("batch_tokens=1000", "batch_tokens=768 or batch_tokens=1024"),
+    ("batch_tokens=128", "batch_tokens=256"),
+    ("devices=64", "devices=64"),
+    ("model.n_head=3", "does not divide model.n_embd=128"),
+    ("model=auto", "init=scratch"),
+    ("init=teacher_layers", "task=pretrain has none"),
+    ("sequences=gkd", "task=pretrain does not read sequences"),
+    ("task=distill sequences.lmbda=0.3", "sequences=gkd reads it"),
+    ("task=distill sequences=gkd sequences.capacity=9", "sequences=distillm reads it"),
+    ("task=distill sequences=gkd sequences.lmbda=2", "at most 1"),
+    ("task=distill sequences=gkd sequences.max_new_tokens=256", "no room for a prompt in context=256"),
+    ("task=distill sequences=gkd teacher_cache=sampled", "sequences=seqkd, whose text is written once"),
+    ("task=distill sequences=seqkd loss=uld", "Use sequences=data"),
+    ("task=distill sequences=gkd loss=uld", "Use sequences=data"),
+    ("task=distill sequences=distillm sequences.capacity=8", "at least sequences.capacity=16"),
+    ("task=finetune init=teacher_layers", "task=finetune has none"),
+    ("task=distill init=teacher_layers model=auto", "init=teacher_layers has none"),
+    ("precision=fp16 accelerator=cpu", "precision=bf16"),
+    ("precision=fp8 task=finetune task.lora.rank=4", "precision=bf16, or task.lora.rank=0"),
+    ("name=a=b", "without ="),
+    ("name='a b'", "without spaces"),
+    ("name=x run_dir=y", "one of them"),
+    ("run_dir=/proc/run", "cannot be written"),
+    ("resume=nothing", "there is no run in nothing"),
+    ("resume=nothing name=x", "leave out run_dir and name"),
+    ("model=[nano]", "a group has one value"),
+    ("+model=micro", "leave out the +"),
+    ("~steps", "cannot be taken away"),
+    ("=3", "names no key"),
+    ("hydra/launcher=basic", "launcher=processes"),
+    ("hydra.run.dir=x", "run_dir=FOLDER"),
+    ("-m hydra.sweep.dir=/proc/x", "cannot be written"),
+    ("--cfg", "needs a value"),
+    ("--cfg jobb", "job, hydra, all"),
+    ("--resolve", "belongs to --cfg"),
+    ("callbacks.samples=3", "is no callback"),
+    ("callbacks.samples.prompts=[3]", "list[str]"),
+    ("callbacks.samples.max_new_tokens=1024", "leaves no room"),
+    ("callbacks.checkpoint.keep_last=0", "at least 1"),
+    ("vocab_size=100000000000", "at most 1000000"),
+    ("steps=99999999999", "at most"),
+    ("threads=1000000", "at most"),
+    ("workers=100000", "at most 64"),
+    ("optimizer.lr=inf", "finite"),
+    ("on_spike=stopp", "(did you mean stop?)"),
+    ("task=finetune task.lora=4", "task.lora.rank"),
+    ("task=finetune task.lora.rnk=4", "(did you mean task.lora.rank?)"),
+    ("task=finetune task.lora.rank=-1", "at least 0"),
+    ("task=finetune task.lora.rank=four", "task.lora.rank=four"),
+    ("task=finetune task.lora.rank=4 task.lora.dropout=2", "below 1"),
+    ("task=finetune task.lora.alpha=8", "LoRA reads it"),
+    ("task=finetune init=gpt2 model=nano task.frozen_layers=2", "leaves no block to train: the model has 2"),
+    ("task=finetune init=scratch model=nano task.frozen_layers=1", "would keep random weights"),
+    ("task=finetune init=scratch model=nano task.lora.rank=8", "Give init=RUN, or leave task.lora.rank out"),
+    ("task=finetune task.frozen_layers=1 task.lora.rank=4", "without LoRA reads it"),
+    ("task=finetune task.text.metrics=[foo]", "rougeL"),
+    ("task=finetune data.reader=foo", "tables"),
+    ("task=finetune task.text.max_new_tokens=0", "at least 1"),
+    ("logger.mode=foo", "offline"),
+    ("data=text", "needs path"),
+    ("val_path=.", "data=stdlib does not read val_path"),
+    ("on_bad_line=skip", "data=stdlib does not read on_bad_line"),
+    ("tokenizer=hub vocab_size=500", "tokenizer=hub does not read vocab_size"),
+    ("tokenizer.source=gpt2", "tokenizer=auto does not read tokenizer.source"),
+    ("optimizer=adamw optimizer.momentum=0.9", "optimizer=muon reads it"),
+    ("schedule=cosine schedule.decay_fraction=0.3", "schedule=wsd reads it"),
+    ("steps=10 schedule.warmup_steps=10", "schedule.warmup_steps=9, more steps"),
+    ("steps=10 schedule=constant schedule.warmup_steps=20", "schedule.warmup_steps=20 is not less than steps=10"),
+    ("steps=10 schedule=cosine schedule.warmup_steps=11", "schedule.warmup_steps=11 is not less than steps=10"),
+    ("steps=10 schedule=linear schedule.warmup_steps=10", "no step would follow the warm-up"),
+    ("steps=100 experiment=gpt2_124m_fineweb", "schedule.warmup_steps=700 is not less than steps=100"),
+    ("schedule.warmup_steps=0.1", "schedule.warmup_steps=0.1 is not a whole number"),
+    ("steps=100 schedule.warmup_steps=50 schedule.decay_fraction=0.8", "take 130 steps together"),
+    ("schedule.decay_fraction=0", "leaves no step to fall to schedule.final_fraction=0.05"),
+    (f"{WITHOUT_TAIL} loss=reverse_kl", "teacher_cache.tail=false with loss=reverse_kl"),
+    (f"{WITHOUT_TAIL} loss=jsd loss.beta=1", "reverse KL is infinite"),
+    (f"{WITHOUT_TAIL} loss=skew_reverse_kl loss.alpha=0", "jsd with loss.beta below 1"),
+    ("callbacks=minimal sample_every=5", "callbacks=minimal does not read sample_every"),
+    ("resume=auto", "name="),
+]
+
+
+def refused(answer, words: str) -> None:
+    assert answer.code == 2, answer.stderr
+    assert words in answer.stderr
+    assert 1 <= len(answer.stderr.strip().splitlines()) <= 5, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not list(Path.cwd().glob("runs*")), "a run directory was left behind"
+
+
+# Commands in one process, each in an empty folder; prints for each its exit code and what it was the first to import.
+# They share the process because it takes longer to start than to refuse them.
+ONE_AFTER_ANOTHER = """
+import json, os, sys
+from tests import conftest
+import train
+from launch import exit_codes as answer
+
+conftest.Hydra.get_mode = conftest.mode_of
+
+rows, heavy = json.load(sys.stdin)
+for number, row in enumerate(rows):
+    os.mkdir(str(number))
+    os.chdir(str(number))
+    os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
+    sys.argv = [train.__file__, *row]
+    code = answer.exit_code(train.command_line)
+    sys.stderr.flush()
+    imported = [name for name in heavy if name in sys.modules]
+    heavy = [name for name in heavy if name not in imported]
+    print("row", json.dumps([code, imported, os.listdir()]))
+    os.chdir("..")
+"""
+CHUNKS = 4  # so that several cores share them
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_an_invalid_key_is_refused_in_a_few_lines_before_heavy_imports(chunk: int, cache: Path, tmp_path: Path):
+    rows = BEFORE_ANY_IMPORT[chunk::CHUNKS]
+    given = [re.findall(r"(?:[^ ']|'[^']*')+", arguments) for arguments, _ in rows]
+    ended = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER],
+        input=json.dumps([given, sorted(HEAVY)]),
+        cwd=tmp_path,
+        env={**environment(cache), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line[4:]) for line in ended.stdout.splitlines() if line.startswith("row ")]
+    failed = {}
+    for number, ((arguments, words), (code, imported, left)) in enumerate(zip(rows, found, strict=True)):
+        told = (tmp_path / str(number) / "stderr").read_text()
+        is_short = 1 <= len(told.strip().splitlines()) <= 5 and "Traceback" not in told
+        if code != 2 or words not in told or not is_short or imported or left != ["stderr"]:
+            failed[arguments] = (code, told, imported, left)
+    assert not failed
+
+
+def test_free_text_is_taken_as_it_is(train_here: Train, tmp_path: Path):
+    """Hydra's grammar would refuse these or read them as numbers and lists."""
+    refused(train_here("data=text", "path=notes, old (2)/*.md"), "path=notes, old (2)/*.md: there is no such file")
+    refused(train_here("data=text", "path=it's {odd}: [x]"), "path=it's {odd}: [x]: there is no such file")
+    refused(train_here("task=distill", "teacher=~/a=b, c"), "teacher=~/a=b, c")
+    (tmp_path / "1e3").mkdir()
+    (tmp_path / "1e3" / "file").touch()
+    refused(train_here("run_dir=1e3"), "1e3 is not empty")
+
+
+def test_data_that_cannot_be_trained_on_are_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+    (tmp_path / "empty").mkdir()
+    refused(train_here(*tiny, "path=empty"), "/empty")
+    (tmp_path / "short.txt").write_text("A few words.")
+    refused(train_here(*tiny, "path=short.txt"), "context")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    refused(train_here(*tiny, "path=broken.jsonl"), "2")
+    (tmp_path / "pairs.jsonl").write_text('{"source": "one", "target": "two"}\n')
+    pairs = [item for item in tiny if not item.startswith(("data=", "batch_tokens=", "model.", "path="))]
+    refused(
+        train_here(
+            *pairs, "task=finetune", "init=scratch", "model=nano", "data=pairs", "path=pairs.jsonl", "source=from"
+        ),
+        "from",
+    )
+
+
+def test_a_machine_without_gpu_says_so(train_here: Train, tiny: list[str]):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(train_here(*tiny, "accelerator=gpu", "strategy=fsdp"), "accelerator=gpu")
+    refused(train_here(*tiny, "precision=fp16"), "precision=fp16 needs a GPU")
+    refused(train_here(*tiny, "precision=fp8"), "precision=fp8 needs an NVIDIA GPU of the Hopper generation")
+
+
+def test_a_run_that_would_not_fit_on_the_disk_is_refused(train_here: Train, tiny: list[str]):
+    width = ["model.n_layer=1000", "model.n_embd=65536", "model.n_head=512"]
+    refused(train_here(*tiny, *width), "No space left for this run")
+
+
+def model_folder(folder: Path, **changes: object) -> Path:
+    """A tiny real GPT-2 in a Hugging Face folder, then changed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_model_folder_that_cannot_be_used_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+    distill = [*tiny, "task=distill"]
+    refused(train_here(*distill, "teacher=./missing"), "no such folder")
+    refused(train_here(*distill, "teacher=nobody/nothing"), "teacher=nobody/nothing")
+    (tmp_path / "hollow").mkdir()
+    refused(train_here(*distill, "teacher=hollow"), "holds no model")
+    refused(train_here(*distill, f"teacher={model_folder(tmp_path / 'llama', model_type='llama')}"), "llama")
+    good = model_folder(tmp_path / "good")
+    refused(train_here(*distill, f"teacher={good}"), "holds no tokenizer")
+    refused(train_here(*tiny, f"init={good}", "model.n_layer=3"), "n_layer")
+    weights = good / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(train_here(*distill, f"teacher={good}"), "cut short")
+    weights.write_bytes(b"not safetensors")
+    refused(train_here(*distill, f"teacher={good}"), "Cannot read")
+    weights.unlink()
+    refused(train_here(*distill, f"teacher={good}"), "no weights")
+
+
+def test_a_student_that_cannot_be_cut_out_of_its_teacher_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+    keys = [*tiny, "task=distill", "init=teacher_layers", f"teacher={model_folder(tmp_path / 'teacher')}"]
+    refused(train_here(*keys, "model.n_layer=3"), "model.n_layer=2")
+    refused(train_here(*keys, "model.n_embd=48"), "model.n_embd=32")
+    refused(train_here(*keys, "model.n_positions=128"), "model.n_positions=64")
+    refused(train_here(*keys, "model.n_head=4"), "model.n_embd=32 model.n_head=2")
+
+
+def test_teacher_and_student_with_different_vocabularies_are_refused(
+    train_here: Train, tmp_path: Path, tiny: list[str]
+):
+    teacher = model_folder(tmp_path / "teacher")
+    refused(train_here(*tiny, "task=distill", f"teacher={teacher}", "tokenizer=bpe", "vocab_size=280"), "280")
+
+
+def test_where_no_teacher_is_to_be_had_three_lines_say_what_to_do(train_here: Train):
+    answer = train_here("task=distill", "model=small")
+    refused(answer, "teacher=RUN_DIR")
+    assert len(answer.stderr.strip().splitlines()) == 3
+
+
+def test_a_folder_in_use_is_never_written_into(train_here: Train, tmp_path: Path, tiny: list[str]):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious").write_text("mine")
+    refused(train_here(*tiny, "run_dir=used"), "resume=used")
+    (tmp_path / "used" / "config.yaml").write_text("mine: too\n")
+    answer = train_here(*tiny, "run_dir=used", "resume=auto")
+    assert answer.code == 2
+    assert (tmp_path / "used" / "precious").read_text() == "mine"

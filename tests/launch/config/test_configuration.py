@@ -1,0 +1,351 @@
+"""conf/ composes in every combination, builds real objects, and questions are answered without heavy imports."""
+
+import copy
+import functools
+import itertools
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.plugins import MixedPrecision
+from omegaconf import OmegaConf, open_dict
+
+from gpt2lab.settings import DataFacts, TokenizerChoice
+from gpt2lab.storage.model_folder import parameters_of
+from launch import logging_setup
+from launch.checks import checks
+from launch.config import run_dir, schema
+from launch.config.schema import Config
+from launch.run import auto_settings, build, resolve
+from tests.conftest import ROOT, SHRUNK, Train
+
+CONF = ROOT / "conf"
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+}
+OF_DISTILLATION = ("loss", "teacher_cache", "sequences")
+# experiment → what it chooses of other groups
+RECIPES = {
+    name: dict(
+        re.findall(r"^  - override /(\w+): (\w+)$", (CONF / f"experiment/{name}.yaml").read_text(), re.MULTILINE)
+    )
+    for name in GROUPS["experiment"]
+}
+UNSERVED = {("sampled", loss) for loss in GROUPS["loss"] if loss != "forward_kl"} | {("topk", "mse"), ("topk", "uld")}
+EXACT_PARAMETERS = {
+    "distil": 81_912_576,
+    "small": 124_439_808,
+    "medium": 354_823_168,
+    "large": 774_030_080,
+    "xl": 1_557_611_200,
+}
+schema.register()
+
+
+def composed(*overrides: str) -> Config:
+    """What train.py makes of the command line."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = compose("train", list(overrides), return_hydra_config=True)
+    with open_dict(tree):
+        hydra = tree.pop("hydra")
+    return schema.typed(tree, hydra, command="python train.py")
+
+
+def covering_array(groups: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Rows in which every pair of values of two groups stands together at least once, greedily."""
+    names, chance = sorted(groups), random.Random(0)
+    wanted = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in groups[a] for y in groups[b]}
+    rows = []
+    while wanted:
+        first, second = next(iter(sorted(wanted)))
+        row = dict([first, second])
+        for name in chance.sample([name for name in names if name not in row], len(names) - 2):
+            gains = {
+                value: sum(tuple(sorted([(name, value), item])) in wanted for item in row.items())
+                for value in groups[name]
+            }
+            row[name] = max(gains, key=gains.__getitem__)
+        wanted -= set(itertools.combinations(sorted(row.items()), 2))
+        rows.append(row)
+    return rows
+
+
+PLAIN = covering_array({group: values for group, values in GROUPS.items() if group != "experiment"})
+
+
+def around_a_recipe(name: str) -> list[dict[str, str]]:
+    """Every value of each group that the recipe leaves open; what it chooses makes sense with its own values only."""
+    most = max(len(values) for group, values in GROUPS.items() if group not in RECIPES[name])
+    rows = [{group: values[number % len(values)] for group, values in GROUPS.items()} for number in range(most)]
+    return [row | RECIPES[name] | {"experiment": name} for row in rows]
+
+
+ROWS = PLAIN + [row for name in GROUPS["experiment"] if name != "none" for row in around_a_recipe(name)]
+
+
+def given(row: dict[str, str]) -> list[str]:
+    """The row as it is typed: without what its recipe chooses, and without what its task would refuse as unread."""
+    chosen = RECIPES[row.get("experiment", "none")]
+    words = [
+        f"{group}={value}"
+        for group, value in row.items()
+        if group not in chosen and (group not in OF_DISTILLATION or row["task"] == "distill")
+    ]
+    words += ["init=gpt2"] if row["model"] == "auto" else []
+    return words + (["accelerator=cpu"] if row["launcher"] != "processes" else [])
+
+
+def fits(row: dict[str, str]) -> bool:
+    """Combinations that are mistakes in themselves; test_bad_input, _teacher_cache, _study and _launchers have them."""
+    is_study = row.get("experiment") == "distill_study"
+    if is_study and (row["model"] == "auto" or row["loss"] == "uld" or row["launcher"] != "processes"):
+        return False
+    if row["launcher"] != "processes" and row["precision"] == "fp16":  # needs a GPU
+        return False
+    is_running_text = "PairData" not in (CONF / "data" / f"{row['data']}.yaml").read_text()
+    if row["task"] == "distill" and (row["teacher_cache"], row["loss"]) in UNSERVED:
+        return False
+    if row["task"] == "distill" and row["teacher_cache"] != "none" and row["sequences"] in ("gkd", "distillm"):
+        return False
+    if row["task"] == "distill" and row["loss"] == "uld" and row["sequences"] != "data":
+        return False
+    if row["objective"] in ("mlm", "fim") and not is_running_text:
+        return False
+    if row["task"] == "distill" and row["objective"] != "clm":
+        drawn_anew = is_running_text and row["objective"] != "sampled_softmax" and row["teacher_cache"] != "none"
+        on_other_text = row["sequences"] != "data" or row["loss"] == "uld"
+        if row["objective"] == "sampled_softmax" or drawn_anew or on_other_text:
+            return False
+    return not (row["task"] == "finetune" and is_running_text)
+
+
+def test_every_pair_of_values_stands_in_some_row():
+    pairs = {pair for row in ROWS for pair in itertools.combinations(sorted(row.items()), 2)}
+    for (a, x), (b, y) in itertools.combinations([(g, v) for g in sorted(GROUPS) for v in GROUPS[g]], 2):
+        if a == b:
+            continue
+        recipe = {a: x, b: y}.get("experiment")  # none is what the other rows have
+        left_open = recipe is None or (recipe != "none" and not {a, b} & RECIPES[recipe].keys())
+        assert ((a, x), (b, y)) in pairs or not left_open
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> DataFacts:
+    settings = composed(*SHRUNK, f"path={sources}", f"cache_dir={tmp_path_factory.mktemp('cache')}")
+    return build_data(settings).prepare()
+
+
+def build_data(settings: Config):
+    settings.tokenizer = TokenizerChoice("bpe", vocab_size=300)
+    settings.accelerator = "cpu"
+    auto_settings.settle(settings)
+    return build.data_module(settings)
+
+
+def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, tmp_path: Path):
+    """All pairs of group values: composition, types, the checks before the imports, then the real constructors."""
+    for number, row in enumerate(ROWS):
+        if not fits(row):
+            continue
+        settings = composed(*given(row), *(["path=."] if row["data"] in ("text", "bin") else []))
+        checks.check(settings)
+        if row["precision"] in ("fp16", "fp8"):
+            continue
+        settings.cache_dir, settings.logger, settings.shard_teacher = str(tmp_path), {}, False
+        if row["model"] == "auto":
+            settings.model = schema.ModelKeys(2, 2, 32, 64, 0.0)
+        build_data(settings)
+        settings.compile = False
+        module = build.task_module(settings, facts, facts.vocab_size)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trainer = build.trainer(
+            settings, folder, build.callbacks(settings, folder, facts), build.loggers(settings, folder)
+        )
+        assert trainer.max_steps == module.settings.steps == settings.steps
+        assert module.settings.shape.vocab_size == facts.vocab_size
+
+
+@pytest.mark.parametrize("name", GROUPS["logger"])
+def test_every_logger_is_built_beside_metrics_csv(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    loggers = build.loggers(composed(f"logger={name}"), tmp_path)
+    assert loggers[0].name == "csv"
+    assert len(loggers) == (2 if name in ("wandb", "tensorboard") else 1)
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS["model"] if name != "auto"])
+def test_parameter_counts_are_exact(name: str):
+    from gpt2lab.model.backbone import count_parameters
+    from gpt2lab.settings import ModelShape
+
+    model = composed(f"model={name}").model
+    shape = ModelShape(**{**vars(model), "vocab_size": 50257})
+    counted = count_parameters(shape)
+    assert counted == parameters_of(vars(shape)), "the formula that needs no torch"
+    assert counted == EXACT_PARAMETERS.get(name, counted)
+
+
+def test_every_yaml_opens_with_what_it_is_and_the_command():
+    for file in CONF.rglob("*.yaml"):
+        head = [line for line in file.read_text().splitlines()[:8] if line.startswith("#")]
+        assert any("python train.py" in line for line in head), file
+        assert not head[-1].isspace()
+
+
+def test_no_file_sets_the_mode_of_hydra():
+    """`-m` alone chooses it, and conftest.mode_of relies on that."""
+    for file in CONF.rglob("*.yaml"):
+        tree = OmegaConf.load(file)
+        assert OmegaConf.select(tree, "hydra.mode") is None, file
+        assert "@package hydra" not in file.read_text(), file
+
+
+def test_help_names_every_group_value_and_key(train_here: Train):
+    answer = train_here("--help")
+    assert answer.code == 0
+    for group, values in GROUPS.items():
+        assert all(word in answer.stdout for word in (group, *values))
+    assert "batch_tokens: 4096" in answer.stdout
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path):
+    settings = composed("task=distill", "micro_batch=4", "name=001", "model=micro", "callbacks=minimal")
+    schema.save(settings, tmp_path / "config.yaml")
+    assert schema.load(tmp_path / "config.yaml") == settings
+    assert settings.micro_batch == 4
+
+
+def test_the_batch_is_split_so_that_every_micro_batch_has_a_sequence():
+    settings = composed("accelerator=cpu")
+    for rows, ranks, wanted in itertools.product((1, 2, 5, 16, 33, 128), (1, 2, 3), ("auto", 1, 3, 8)):
+        if rows < ranks:
+            continue
+        settings.batch_tokens, settings.record.world_size, settings.micro_batch = rows * settings.context, ranks, wanted
+        micro, accumulate = auto_settings.split_batch(settings)
+        parts = accumulate * ranks
+        assert parts <= rows <= parts * micro
+
+
+def test_automatic_precision_follows_the_cpu(tmp_path: Path):
+    for flags, has in (("fpu avx512_bf16 sse", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx2", False)):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        assert auto_settings.cpu_has_bf16(tmp_path / "cpuinfo") is has
+    assert auto_settings.cpu_has_bf16(tmp_path / "missing") is False
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_automatic_precision_says_in_one_line_what_it_took_and_why(
+    has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(auto_settings, "cpu_has_bf16", lambda: has_bf16)
+    logging_setup.settle_noise()
+    settings = composed("precision=auto", "accelerator=cpu", "devices=1")
+    auto_settings.settle(settings)
+    assert settings.precision == precision
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"precision={precision}: this CPU" in line
+    auto_settings.settle(composed("precision=fp32", "accelerator=cpu", "devices=1"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_automatic_precision_follows_the_gpu_and_fp16_brings_a_gradient_scaler(
+    in_hardware: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """PyTorch says of a GPU without bf16, too, that it supports it, by emulation, unless that is ruled out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or in_hardware
+    )
+    settings = composed("precision=auto", "accelerator=auto", "devices=auto")
+    auto_settings.settle(settings)
+    assert (settings.accelerator, settings.precision) == ("gpu", "bf16" if in_hardware else "fp16")
+    plugin = build.trainer(settings, tmp_path, [], []).precision_plugin
+    assert isinstance(plugin, MixedPrecision)
+    assert plugin.precision == ("bf16-mixed" if in_hardware else "16-mixed")
+    assert (plugin.scaler is None) == in_hardware
+    assert plugin.scaler is None or plugin.scaler.is_enabled()
+
+
+def test_run_names_are_short_and_plain():
+    folder = run_dir.wanted_folder(composed("model=micro"))
+    assert folder.parent == Path("runs/pretrain")
+    assert folder.name.startswith("micro-2")
+    assert not set(str(folder)) & set("= ")
+    assert run_dir.wanted_folder(composed("name=mine")) == Path("runs/pretrain/mine")
+
+
+def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
+    assert resolve.wanted_tokenizer(composed("tokenizer=bpe", "vocab_size=500")).vocab_size == 500
+    hub = resolve.wanted_tokenizer(composed("tokenizer=hub", "tokenizer.source=./mine"))
+    assert (hub.kind, hub.source) == ("pretrained", "./mine")
+
+
+def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    logging_setup.settle_noise()
+    assert auto_settings.compile_pays(composed("compile=true", "accelerator=cpu"), 4096) is False
+    assert "runs eagerly" in capfd.readouterr().err
+
+
+def test_compiling_is_chosen_where_it_pays_back():
+    """On a GPU three hundred steps of nano are over before a compiler is, thousands of small are not; on a CPU it never
+    pays for the blocks, and for the LM head from some fifty steps on. What is asked for by hand is done."""
+    nano = composed("accelerator=gpu", "devices=1")
+    small = composed("accelerator=gpu", "devices=1", "model=small", "batch_tokens=131072", "steps=5000")
+    assert auto_settings.compile_pays(nano, 4096) is False
+    assert auto_settings.compile_pays(small, 50_257) is auto_settings.has_compiler()
+    long, short = composed("accelerator=cpu", "model=mini", "steps=5000"), composed("accelerator=cpu", "steps=3")
+    assert auto_settings.compile_pays(long, 50_257) is False
+    assert auto_settings.compiling_the_head_pays(long) is auto_settings.has_compiler()
+    assert auto_settings.compiling_the_head_pays(short) is False
+    for given, wanted in (("true", auto_settings.has_compiler()), ("false", False)):
+        by_hand = composed("accelerator=cpu", "steps=3", f"compile={given}")
+        assert auto_settings.compile_pays(by_hand, 4096) is wanted
+        assert auto_settings.compiling_the_head_pays(by_hand) is wanted
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
+    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("launch.config.run_dir.time", SimpleNamespace(strftime=lambda _: "2026-01-01_12-00-00"))
+    for _ in range(2):
+        answer = train_here(*tiny, "steps=1", "threads=1")
+        assert answer.code == 0, answer.stderr
+    names = {folder.name for folder in (tmp_path / "runs" / "pretrain").iterdir()}
+    assert names == {"nano-2026-01-01_12-00-00", "nano-2026-01-01_12-00-00-2"}
+
+
+def test_a_pass_is_compiled_as_one_graph_where_one_graph_serves_the_run():
+    """Blocks one by one where ranks gather them, a pass leaves some out, lengths vary, or there are many of them."""
+    parts = {
+        "pass": (("model=small",), ("task=distill", "teacher=x"), ("devices=2", "strategy=ddp"), ("packing=true",)),
+        "blocks": (
+            ("model=medium",),
+            ("devices=2", "strategy=fsdp"),
+            ("layer_drop=0.1",),
+            ("activation_checkpointing=true",),
+            ("task=finetune", "data=summarize", "init=x"),
+            ("task=distill", "teacher=x", "sequences=gkd"),
+        ),
+    }
+    for part, cases in parts.items():
+        for keys in cases:
+            config = composed(*keys)
+            assert build.compiled_part(replace(config, compile=False)) == "nothing"
+            assert build.compiled_part(replace(config, compile=True)) == part, keys
+    uneven = composed("model=small", "context=256", "batch_tokens=1792")  # 7 rows
+    uneven.compile, uneven.record.accumulate, uneven.record.world_size = True, 2, 1
+    assert build.compiled_part(uneven) == "blocks"

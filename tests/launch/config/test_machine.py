@@ -1,0 +1,72 @@
+"""Slots: jobs that run at once have cores and GPUs of their own, and a job that wants more is told so."""
+
+import pytest
+
+from gpt2lab.errors import InputError
+from launch.config import machine
+from launch.config.machine import Slot, partition
+from launch.run import auto_settings
+from tests.launch.config.test_configuration import composed
+
+
+@pytest.mark.parametrize("cores", [2, 3, 7, 64])
+@pytest.mark.parametrize("n_jobs", [2, 3, 5])
+def test_every_core_belongs_to_one_job_and_all_have_about_as_many(n_jobs: int, cores: int):
+    numbers = list(range(10, 10 + cores))
+    if cores < n_jobs:
+        with pytest.raises(InputError, match=f"there are {cores} cores"):
+            partition(n_jobs, numbers, [])
+        return
+    parts = [slot.cores or () for slot in partition(n_jobs, numbers, [])]
+    assert [core for part in parts for core in part] == numbers
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "n_jobs", "shown"),
+    [
+        ("0,1,2,3", 4, ["0", "1", "2", "3"]),
+        ("0,1,2,3", 2, ["0,1", "2,3"]),
+        ("4,6,7", 2, ["4", "6,7"]),
+        ("GPU-aa,GPU-bb", 2, ["GPU-aa", "GPU-bb"]),
+        ("MIG-1/2/0,MIG-1/3/0", 2, ["MIG-1/2/0", "MIG-1/3/0"]),
+    ],
+)
+def test_every_gpu_is_shown_to_one_job(visible: str, n_jobs: int, shown: list[str], monkeypatch: pytest.MonkeyPatch):
+    """By the names that this process has for them, one or k for each job."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    parts = partition(n_jobs, list(range(8)), machine.usable_gpus())
+    assert [part.environment() for part in parts] == [{"CUDA_VISIBLE_DEVICES": names} for names in shown]
+
+
+def test_a_job_alone_has_the_whole_machine_as_it_is():
+    assert partition(1, [0, 1], ["0", "1"]) == [Slot(None, None)]
+    assert Slot().environment() == {}
+
+
+def test_more_jobs_than_gpus_are_refused():
+    with pytest.raises(InputError, match="n_jobs=3: there are 2 GPUs") as error:
+        partition(3, list(range(8)), ["0", "1"])
+    assert "n_jobs=2 or fewer, or accelerator=cpu" in str(error.value)
+
+
+def test_gpus_hidden_from_this_process_are_nobodys(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.usable_gpus() == []
+
+
+@pytest.mark.parametrize(("accelerator", "what"), [("gpu", "devices"), ("cpu", "cores to run a process on each")])
+def test_more_devices_than_a_jobs_share_are_a_mistake_with_a_cure(
+    accelerator: str, what: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Four GPUs for two jobs are two for each."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 2)
+    keys = [f"accelerator={accelerator}", "n_jobs=2", "precision=fp32"]
+    with pytest.raises(InputError) as error:
+        auto_settings.settle(composed(*keys, "devices=4"))
+    assert str(error.value).splitlines() == [
+        f"devices=4: there are 2 {what} (accelerator={accelerator}).",
+        "Lower devices, or n_jobs: jobs that run at once share them out.",
+    ]

@@ -1,0 +1,85 @@
+"""Two CPU ranks distil as one process, whatever the loss keeps track of and wherever its models come from."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from gpt2lab.storage.metrics_csv import read_metrics
+from launch import exit_codes
+from tests.conftest import ROOT, SHRUNK, Train, needs_two_cores
+
+RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
+# Sums over all ranks; the figures of near ties, such as the agreements, may change by rounding
+COMPARED = (
+    "train/loss",
+    "train/objective",
+    "grad_norm",
+    "val/loss",
+    "distill/kl",
+    "distill/tvd",
+    "distill/teacher_loss",
+)
+TOLERANCE = 2e-5  # fp32, sums in another order
+
+# The student is half as wide as its teacher, so comparing hidden states trains a projection too.
+CASES = {
+    "everything_online": ["loss=taid", "loss.mixing_step=0.1", "loss.hidden_cosine=1", "init=teacher_layers"],
+    "hidden_states": ["loss=jsd", "loss.hidden_cosine=1", "loss.hidden_mse=0.1"],
+    "taid": ["loss=taid", "loss.mixing_step=0.1"],
+    "sampled": ["teacher_cache=sampled"],
+    "teacher_layers": ["init=teacher_layers"],
+    "sharded_teacher": ["init=teacher_layers", "loss.hidden_cosine=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Path:
+    """A run of four layers, twice as wide as the students."""
+    folder = tmp_path_factory.mktemp("teacher")
+    wide = ["model.n_layer=4", "model.n_head=4", "model.n_embd=64", "steps=30", "optimizer=adamw", "optimizer.lr=3e-3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("GPT2LAB_CACHE", str(cache))
+        patch.setattr(sys, "argv", [str(ROOT / "train.py"), *SHRUNK, f"path={sources}", *wide, "run_dir=run"])
+        assert exit_codes.exit_code(train.command_line) == 0
+    return folder / "run"
+
+
+def compared(folder: Path) -> dict[str, list[float]]:
+    rows = read_metrics(folder)
+    return {name: [float(row[name]) for row in rows if row.get(name)] for name in COMPARED}
+
+
+@needs_two_cores
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [
+        pytest.param(strategy, case, marks=[] if (strategy, case) == ("ddp", "everything_online") else pytest.mark.slow)
+        for strategy in ("ddp", "fsdp")
+        for case in CASES
+        if strategy == "fsdp" or case != "sharded_teacher"
+    ],
+)
+def test_two_ranks_distil_as_one(
+    strategy: str,
+    case: str,
+    teacher: Path,
+    train_here: Train,
+    train_process: Train,
+    tiny: list[str],
+    tmp_path: Path,
+) -> None:
+    keys = [*tiny, "task=distill", f"teacher={teacher}", *RUN, *CASES[case]]
+    done = train_here(*keys, "devices=1", "run_dir=one")
+    assert done.code == 0, done.stderr
+    split = ["shard_teacher=true"] if case == "sharded_teacher" else []
+    done = train_process(*keys, "devices=2", f"strategy={strategy}", *split, "run_dir=two")
+    assert done.code == 0, done.stderr
+    one, two = compared(tmp_path / "one"), compared(tmp_path / "two")
+    assert {name: len(values) for name, values in one.items()} == {
+        name: 6 if name.startswith(("train", "grad")) else 2 for name in COMPARED
+    }
+    for name in COMPARED:
+        assert two[name] == pytest.approx(one[name], abs=TOLERANCE), name

@@ -1,0 +1,144 @@
+"""strategy=auto takes what fits, in one line on stderr; what only sharding can do is refused elsewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config
+
+from gpt2lab.errors import InputError
+from gpt2lab.storage.model_folder import parameters_of
+from launch import logging_setup
+from launch.checks import checks, sharding
+from launch.config.schema import Config
+from launch.memory import device_memory
+from launch.run import auto_settings
+from tests.conftest import Train
+from tests.launch.config.test_configuration import composed
+
+XL_STATE = 16 * 1_557_686_400  # bytes: weights, gradients and two moments in fp32
+SIZES = {"xl": (48, 25, 1600), "distil": (6, 12, 768)}  # layers, heads, width
+
+
+def settled(*overrides: str) -> Config:
+    settings = composed(*overrides, "accelerator=cpu", "precision=fp32")
+    auto_settings.settle(settings)
+    return settings
+
+
+def test_a_model_too_large_for_one_of_several_devices_is_sharded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 8)
+    logging_setup.settle_noise()
+    assert settled("model=nano", "devices=1").strategy == "auto"
+    assert settled("model=nano", "devices=2").strategy == "ddp"
+    for gigabytes, strategy in ((40, "ddp"), (32, "fsdp")):
+        monkeypatch.setattr(device_memory, "device_bytes", lambda config, size=gigabytes: size * 1e9)
+        capsys.readouterr()
+        found = settled("model=xl", "devices=4", "context=1024")
+        assert found.strategy == strategy
+        assert found.checkpoint_format == ("sharded" if strategy == "fsdp" else "single")
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == (strategy == "fsdp")
+    assert "24.9 GB, too much for one device's 32.0 GB" in said[0]
+    assert settled("model=nano", "devices=2", "strategy=fsdp").checkpoint_format == "single"
+
+
+def test_the_estimate_counts_what_is_kept_from_step_to_step() -> None:
+    xl = composed("model=xl", "context=1024")
+    assert device_memory.state_bytes(xl) == pytest.approx(XL_STATE, rel=1e-4)
+    averaged = composed("model=xl", "context=1024", "ema=0.9")
+    assert device_memory.state_bytes(averaged) == pytest.approx(XL_STATE * 20 / 16, rel=1e-4)
+    rounded = composed("model=xl", "context=1024", "ema=0.9", "precision=bf16_true")
+    assert device_memory.state_bytes(rounded) == pytest.approx(XL_STATE * 12 / 16, rel=1e-4)
+    assert device_memory.teacher_bytes(xl) == 0
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """Folders of large GPT-2s, of which a plan reads the sizes alone: their weights are a hole, a byte each."""
+    for size, (layers, heads, width) in SIZES.items():
+        GPT2Config(n_layer=layers, n_head=heads, n_embd=width).save_pretrained(tmp_path / size)
+        half = parameters_of(vars(GPT2Config(n_layer=layers, n_embd=width))) // 2 + 1
+        header = json.dumps({"wte.weight": {"dtype": "BF16", "shape": [half], "data_offsets": [0, 2 * half]}}).encode()
+        with (tmp_path / size / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 2 * half)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("size", "gigabytes", "more", "strategy", "splits"),
+    [
+        ("distil", 4, (), "ddp", False),  # 2.0 GB of a student in training and 0.2 of its teacher
+        ("xl", 8, (), "ddp", False),  # 2.0 and 3.1
+        ("xl", 6, (), "fsdp", False),  # a quarter of 2.0 and 3.1
+        ("xl", 4, (), "fsdp", True),
+        ("xl", 4, ("shard_teacher=false",), "fsdp", False),
+        ("xl", 4.5, (), "fsdp", True),
+        ("xl", 4.5, ("num_nodes=2", "batch_tokens=8192"), "fsdp", False),  # an eighth of 2.0 and 3.1
+        ("xl", 4, ("teacher_cache=sampled",), "ddp", False),  # which is not there while the student trains
+        ("distil", 4, ("strategy=fsdp",), "fsdp", False),
+        ("distil", 4, ("strategy=fsdp", "shard_teacher=true"), "fsdp", True),
+    ],
+)
+def test_a_large_teacher_has_the_student_sharded_and_is_split_where_it_does_not_fit_beside_its_part(
+    size: str, gigabytes: float, more: tuple[str, ...], strategy: str, splits: bool, teacher: Path
+) -> None:
+    keys = ("task=distill", f"teacher={teacher / size}", "model=small", "context=1024", "precision=bf16", *more)
+    settings = composed(*keys, "accelerator=gpu", "devices=4", "plan=true", f"plan_memory={gigabytes}")
+    auto_settings.settle(settings)
+    assert (settings.strategy, settings.shard_teacher) == (strategy, splits)
+
+
+def test_the_plan_says_why_the_student_is_sharded_and_counts_a_part_of_the_teacher(
+    teacher: Path, train_here: Train, tiny: list[str]
+) -> None:
+    keys = [key for key in tiny if not key.startswith(("model", "context", "precision", "vocab", "batch"))]
+    keys += ["task=distill", f"teacher={teacher / 'xl'}", "model=small", "context=1024", "preflight=warn"]
+    keys += ["plan=true", "accelerator=gpu", "devices=4", "plan_memory=4", "batch_tokens=65536"]
+    said = "strategy=fsdp: model, optimizer and teacher take 5.1 GB, too much for one device's 4.0 GB"
+    embeddings, block, blocks = (50_257 + 1024) * 1600, 12 * 1600**2, XL_STATE / 16 - (50_257 + 1024) * 1600
+    parts = 2 * (embeddings + blocks / 4 + 2 * block)  # bytes in bf16, with what is gathered of two blocks
+    for splits, weights in (("auto", parts / 1e9), ("false", XL_STATE / 8e9)):
+        answer = train_here(*keys, f"shard_teacher={splits}")
+        assert answer.code == 0, answer.stderr
+        assert answer.stderr.count(said) == 1, answer.stderr
+        assert "strategy=fsdp; micro_batch=" in answer.stdout
+        (planned,) = re.findall(r"^teacher weights +([\d.]+)", answer.stdout, re.MULTILINE)
+        assert float(planned) == pytest.approx(weights, abs=0.01)
+        assert ("a device's part of its blocks" in answer.stdout) == (splits == "auto")
+
+
+def test_ranks_of_several_machines_each_need_a_sequence() -> None:
+    settings = composed("context=1024", "batch_tokens=4096", "devices=4", "num_nodes=2")
+    with pytest.raises(InputError, match=r"(?s)4 sequences .* by devices=4 of num_nodes=2.*batch_tokens=8192 or more"):
+        checks.check_batch(settings)
+
+
+@pytest.mark.parametrize("key", ["fsdp_offload=true", "checkpoint_format=sharded", "shard_teacher=true"])
+def test_what_only_sharding_can_do_needs_it(key: str) -> None:
+    settings = composed("task=distill", "teacher=x", key, "strategy=ddp")
+    with pytest.raises(InputError, match=f"{key}: with strategy=ddp every device holds the whole model"):
+        sharding.check(settings)
+
+
+def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
+    train_here: Train, tiny: list[str]
+) -> None:
+    answer = train_here(*tiny, "strategy=fsdp", "fsdp_offload=true", "accelerator=cpu")
+    assert answer.code == 2
+    assert "host's memory already" in answer.stderr
+    with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
+        sharding.check(composed("strategy=fsdp", "precision=fp16", "accelerator=gpu"))
+    with pytest.raises(InputError, match="precision=fp8 is an experiment"):
+        sharding.check(composed("strategy=fsdp", "precision=fp8", "accelerator=gpu"))
+
+
+def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:
+    for keys in (("strategy=ddp", "fsdp_offload=true"), ("shard_teacher=true",)):
+        answer = train_here(*tiny, *keys)
+        assert answer.code == 2
+        assert "does not read" in answer.stderr

@@ -1,0 +1,496 @@
+"""The playground: tokens with their probabilities, a page for this machine alone, and requests that break nothing."""
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import ClientSession
+from aiohttp.test_utils import TestClient, TestServer
+
+from gpt2lab.data.tokenizer import train_bpe
+from gpt2lab.errors import InputError
+from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
+from gpt2lab.generation.speculative import speculative_ids
+from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.reports.hf_folder import write_hf_folder
+from gpt2lab.reports.token_probabilities import Chance, Rounds, Spelling, chances, pieces
+from gpt2lab.settings import ModelShape
+from launch.generate import serve
+from launch.generate.generator import Arguments, Author
+from launch.generate.playground import Playground
+from launch.generate.playground_server import WAITING, Site
+from tests.conftest import ROOT
+from tests.support.chromium import PROGRAM, Browser
+
+PROMPT = "def add(a, b):\n    return"
+POSITIONS = 256
+HANG = 200  # seconds after which an answer is given up
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories of a model and of one that drafts for it."""
+    tokenizer = train_bpe(iter([Path(json.__file__).read_text()]), 300)
+    shape = ModelShape(n_layer=2, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    backbone, found = Backbone(shape), {}
+    for name, factor, noise in (("model", 6, 0.0), ("draft", 1, 0.02)):  # far from an even distribution; near the model
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.mul_(factor).add_(noise * torch.randn_like(parameter))
+            backbone.lm.transformer.ln_f.bias.fill_(1)
+            backbone.lm.transformer.wte.weight[tokenizer.eos_token_id].fill_(-1)  # no text ends by itself
+        found[name] = tmp_path_factory.mktemp(name)
+        write_hf_folder(plain_hf(backbone), tokenizer, found[name] / "hf", {"title": name})
+    return found
+
+
+@pytest.fixture(scope="module")
+def playground(folders: dict[str, Path]) -> Playground:
+    arguments = Arguments(str(folders["model"]), draft=str(folders["draft"]), serve=True, max_new_tokens=20)
+    return Playground(Author(arguments))
+
+
+def request(**values: Any) -> bytes:
+    return json.dumps({"prompt": PROMPT, **values}).encode()
+
+
+def written(playground: Playground, **values: Any) -> dict[str, dict[str, Any]]:
+    """What each panel ended with."""
+    events: list[dict[str, Any]] = []
+    playground.write(playground.read(request(**values)), events.append)
+    assert events[-1] == {"finished": True}
+    return {event["panel"]: event["done"] for event in events if "done" in event}
+
+
+def text_of(done: dict[str, Any]) -> str:
+    return "".join(piece["text"] for piece in done["pieces"])
+
+
+# Tokens as text
+
+
+@pytest.mark.parametrize("text", ["naïve café", "中文 🙂\n\n\tx", "plain", "🙂", ""])
+def test_the_parts_of_a_text_add_up_to_it_and_show_no_half_characters(text: str, playground: Playground) -> None:
+    ids = playground.tokenizer(text)["input_ids"] if text else []
+    spelling = Spelling(playground.tokenizer)
+    parts = [spelling.add(token) for token in ids]
+    assert "".join(parts) + spelling.rest() == text
+    found = pieces(playground.tokenizer, ids, [Chance(0.5, [(ids[0], 0.5)]) for _ in ids])
+    assert "".join(piece.text for piece in found) == text
+    assert all(piece.text and "\ufffd" not in piece.text for piece in found)
+
+
+def test_a_character_of_several_tokens_is_one_piece_with_the_probability_of_all(playground: Playground) -> None:
+    ids = playground.tokenizer("a🙂b")["input_ids"]
+    assert len(ids) == 6, "four of them for the smiley, which the tokenizer has never seen"
+    found = pieces(playground.tokenizer, ids, [Chance(0.5, [(ids[0], 0.5)]) for _ in ids], [True] * 4 + [False, True])
+    assert [(piece.text, piece.probability, piece.drafted) for piece in found] == [
+        ("a", 0.5, True),
+        ("🙂", 0.5**4, False),
+        ("b", 0.5, True),
+    ]
+    cut_off = pieces(playground.tokenizer, ids[:3], [Chance(0.5, [(ids[0], 0.5)]) for _ in ids[:3]])
+    assert "".join(piece.text for piece in cut_off) == playground.tokenizer.decode(ids[:3])
+
+
+def test_each_token_has_the_probability_that_the_model_gave_it(playground: Playground) -> None:
+    ids = playground.tokenizer(PROMPT)["input_ids"]
+    prompt, rest = ids[:4], ids[4:]
+    found = chances(playground.author.model, prompt, rest, entries=len(playground.tokenizer))
+    for number, token in enumerate(rest):
+        with torch.no_grad():
+            logits = playground.author.model(torch.tensor([ids[: 4 + number]])).logits[0, -1]
+        expected = logits.double().softmax(0)
+        assert found[number].probability == pytest.approx(float(expected[token]), rel=1e-4)  # float32 beside float64
+        assert [entry for entry, _ in found[number].likeliest] == expected.topk(5).indices.tolist()
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_greed_writes_the_likeliest_token_of_a_prompt_read_one_way_or_both(
+    both_ways: bool, playground: Playground
+) -> None:
+    model, tokenizer = playground.author.model, playground.tokenizer
+    prompt, entries = tokenizer(PROMPT)["input_ids"], len(playground.tokenizer)
+    (ids,) = generate_ids(
+        model, [prompt], GREEDY, max_new_tokens=30, end_of_text=tokenizer.eos_token_id, both_ways=both_ways
+    )
+    agree = [
+        [chance.likeliest[0][0] for chance in chances(model, prompt, ids, entries=entries, both_ways=way)] == ids
+        for way in (both_ways, not both_ways)
+    ]
+    assert agree == [True, False]
+
+
+def test_what_counts_as_drafted_is_what_the_draft_model_proposed(playground: Playground) -> None:
+    assert playground.draft is not None
+    model, draft, tokenizer = playground.author.model, playground.draft, playground.tokenizer
+    prompt, share = tokenizer(PROMPT)["input_ids"], list[float]()
+    for assistant in (draft, model):
+        rounds = Rounds(tokenizer, lambda text: None)
+        ids, _ = speculative_ids(
+            model,
+            assistant,
+            prompt,
+            GREEDY,
+            max_new_tokens=40,
+            end_of_text=tokenizer.eos_token_id,
+            entries=len(tokenizer),
+            streamer=rounds,
+        )
+        assert [token for one in rounds.rounds for token in one][: len(ids)] == ids
+        proposals = chances(assistant, prompt, ids, entries=len(tokenizer), likeliest=1)
+        for token, kept, proposal in zip(ids, rounds.drafted, proposals, strict=False):
+            assert not kept or proposal.likeliest[0][0] == token
+        share.append(sum(rounds.drafted) / len(ids))
+    assert 0.1 < share[0] < share[1], "a model agrees with itself the most"
+
+
+def test_text_comes_as_it_is_written_without_prompt_and_end_of_text(playground: Playground) -> None:
+    told: list[str] = []
+    rounds = Rounds(playground.tokenizer, told.append)
+    ids = playground.tokenizer("a🙂b")["input_ids"]
+    for given in (ids, ids[:2], ids[2:5], [ids[5], playground.tokenizer.eos_token_id]):
+        rounds.put(torch.tensor([given]))
+    rounds.end()
+    assert told == ["a", "🙂", "b", ""]
+    assert rounds.drafted == [True, False, True, True, False, True, False]
+
+
+# What is asked
+
+
+def test_the_panels_write_what_the_command_line_writes(playground: Playground) -> None:
+    found = written(playground, temperature=0, max_new_tokens=24)
+    model, tokenizer = playground.author.model, playground.tokenizer
+    prompt = tokenizer(PROMPT)["input_ids"]
+    for name, alone in (("model", model), ("draft", playground.draft)):
+        assert alone is not None
+        (ids,) = generate_ids(alone, [prompt], GREEDY, max_new_tokens=24, end_of_text=tokenizer.eos_token_id)
+        assert text_of(found[name]) == tokenizer.decode(ids)
+    assert text_of(found["both"]) == text_of(found["model"]), "a draft changes no greedy text"
+    assert all(done["tokens_per_second"] > 0 for done in found.values())
+    assert found["both"]["speedup"] > 0
+    assert found["both"]["calls"] + found["both"]["drafted"] == 24 > found["both"]["calls"]
+
+
+def test_seed_and_settings_are_those_of_the_request(playground: Playground) -> None:
+    texts = [text_of(written(playground, seed=seed)["model"]) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert text_of(written(playground, top_k=1, seed=3)["model"]) == text_of(written(playground, top_k=1)["model"])
+    assert written(playground, max_new_tokens=1)["both"]["tokens"] == 1
+    typical = [text_of(written(playground, typical_p=0.01, top_p=1, seed=seed)["model"]) for seed in (1, 2)]
+    assert typical[0] == typical[1], "one token is left"
+
+
+def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playground) -> None:
+    ways = {field.name for field in dataclasses.fields(Sampling)} - {"name", "beams"}
+    assert {knob["name"] for knob in playground.facts()["knobs"]} == ways | {"max_new_tokens", "seed"}
+    once, free = (written(playground, no_repeat_ngram=size, temperature=0, max_new_tokens=40) for size in (1, 0))
+    model, tokenizer, prompt = playground.author.model, playground.tokenizer, playground.tokenizer(PROMPT)["input_ids"]
+    sampling = Sampling("once", temperature=0, no_repeat_ngram=1)
+    (ids,) = generate_ids(model, [prompt], sampling, max_new_tokens=40, end_of_text=tokenizer.eos_token_id)
+    assert text_of(once["model"]) == text_of(once["both"]) == tokenizer.decode(ids) != text_of(free["model"])
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "not JSON"),
+        (b"[1]", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 60_000, "not JSON"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "not JSON"),
+        (request(prompt=""), "There is no prompt"),
+        (request(prompt=" \n"), "There is no prompt"),
+        (request(prompt=["a"]), "There is no prompt"),
+        (request(prompt="\ud800"), "half a character"),
+        (request(prompt="x = 1\n" * 200), "tokens; beside 20 new ones there is room for 236"),
+        (request(prompt="a <|mask|> b"), "fills none"),
+        (request(temperature="hot"), "temperature=hot is not a number"),
+        (request(temperature=-1), "must be from 0 to 100"),
+        (request(temperature=float("nan")), "must be from 0 to 100"),
+        (request(temperature=float("inf")), "must be from 0 to 100"),
+        (request(top_k=1.5), "not a whole number"),
+        (request(top_p=0), "must be from 0.01 to 1"),
+        (request(seed=None), "not a whole number"),
+        (request(seed=True), "not a whole number"),
+        (request(seed="1" * 1000), "1,000 characters"),
+        (request(max_new_tokens=0), "at least 1"),
+        (request(max_new_tokens=POSITIONS), "at most 255"),
+        (request(tempratur=1), "did you mean temperature"),
+        (request(checkpoint="gpt2"), "no setting checkpoint"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_told_in_words(body: bytes, told: str, playground: Playground) -> None:
+    with pytest.raises(InputError) as mistake:
+        playground.read(body)
+    assert told in str(mistake.value)
+    assert len(str(mistake.value)) < 200
+
+
+def with_objective(objective: str, folder: Path, copy: Path) -> Path:
+    """A model folder whose config.json says another objective."""
+    shutil.copytree(folder / "hf", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "objective": objective}))
+    return copy
+
+
+def test_a_model_that_fills_gaps_writes_into_the_gap_of_the_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = with_objective("fim", folders["model"], tmp_path / "fim")
+    filling, events = Playground(Author(Arguments(str(folder), serve=True))), list[dict[str, Any]]()
+    assert filling.facts()["fills"] == "<|mask|>"
+    filling.write(filling.read(request(prompt="def f():<|mask|>    return x")), events.append)
+    assert events[0] == {"panel": "model", "before": "def f():", "after": "    return x"}
+
+
+def test_a_model_that_does_not_write_from_left_to_right_is_not_served(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = with_objective("mlm", folders["model"], tmp_path / "mlm")
+    with pytest.raises(InputError, match="trained with objective=mlm"):
+        serve.serve(Arguments(str(folder), serve=True, port=0))
+
+
+# The site
+
+
+Visit = Callable[[TestClient, Site], Awaitable[None]]
+
+
+def visit(playground: Playground, what: Visit) -> None:
+    """Do something with a site that runs, in this process."""
+
+    async def run() -> None:
+        site = Site(playground)
+        async with TestClient(TestServer(site.app(), handler_cancellation=True)) as client:
+            await asyncio.wait_for(what(client, site), HANG)
+            site.end()
+
+    asyncio.run(run())
+
+
+async def ask(client: TestClient, body: bytes, **headers: str) -> tuple[int, list[dict[str, Any]]]:
+    kind = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    async with client.post("/write", data=body, headers=kind) as answer:
+        return answer.status, [json.loads(line) for line in (await answer.text()).splitlines()]
+
+
+def test_after_every_refusal_the_site_goes_on(playground: Playground) -> None:
+    async def what(client: TestClient, site: Site) -> None:
+        for body, status in ((b"{", 400), (request(seed=-1), 400), (request(prompt="x" * 70_000), 413)):
+            assert (await ask(client, body))[0] == status
+        assert (await ask(client, request(), Content_Type="text/plain"))[0] == 415
+        assert (await ask(client, request(), Origin="https://elsewhere.example"))[0] == 403
+        assert (await ask(client, request(), Host="elsewhere.example"))[0] == 403
+        status, events = await ask(client, request(), Origin=f"http://localhost:{client.port}")
+        assert (status, events[-1]) == (200, {"finished": True})
+        told = "".join(event.get("text", "") for event in events if event.get("panel") == "model")
+        assert told == text_of(next(event["done"] for event in events if "done" in event)), (
+            "text comes as it is written"
+        )
+
+    visit(playground, what)
+
+
+def test_an_error_of_ours_ends_one_text_and_not_the_site(
+    playground: Playground, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    async def what(client: TestClient, site: Site) -> None:
+        hook = playground.author.model.transformer.ln_f.register_forward_pre_hook(fail)
+        _, events = await ask(client, request())
+        hook.remove()
+        assert "terminal" in events[-1]["error"]
+        assert "out of memory" not in str(events)
+        assert (await ask(client, request()))[1][-1] == {"finished": True}
+
+    visit(playground, what)
+    assert "RuntimeError: out of memory" in capfd.readouterr().err
+
+
+def test_one_text_is_written_at_a_time_some_wait_and_the_others_are_refused(playground: Playground) -> None:
+    async def what(client: TestClient, site: Site) -> None:
+        goes_on = threading.Event()
+        site._writer.submit(goes_on.wait, HANG)  # so that all of them find the writer at work
+        asking = [asyncio.create_task(ask(client, request(max_new_tokens=2))) for _ in range(WAITING + 3)]
+        refused = list(itertools.islice(asyncio.as_completed(asking), 2))
+        assert [status for status, _ in await asyncio.gather(*refused)] == [503, 503]
+        goes_on.set()
+        answers = await asyncio.gather(*asking)
+        assert sorted(status for status, _ in answers) == [200] * (WAITING + 1) + [503] * 2
+        assert sorted(events[0].get("waiting", 0) for status, events in answers if status == 200) == [
+            *range(WAITING + 1)
+        ]
+        assert all(events[-1] == {"finished": True} for status, events in answers if status == 200)
+        assert "Try again" in next(events[0]["error"] for status, events in answers if status == 503)
+
+    visit(playground, what)
+
+
+def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Playground) -> None:
+    body = {"prompt": "import", "temperature": 0, "max_new_tokens": 200}
+
+    async def what(client: TestClient, site: Site) -> None:
+        calls, left = 0, threading.Event()
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 20:
+                assert left.wait(HANG), "the site does not notice that the visitor has left"
+
+        hook = playground.author.model.transformer.ln_f.register_forward_hook(count)
+        async with ClientSession() as leaving:
+            answer = await leaving.post(client.make_url("/write"), json=body)
+            await answer.content.readline()
+            while calls < 20:
+                await asyncio.sleep(0.01)
+        while site._asking:
+            await asyncio.sleep(0.01)
+        left.set()
+        await asyncio.wrap_future(site._writer.submit(int))  # its thread is free again
+        assert calls < 25, "it ends once a token has made its text longer"
+        await ask(client, json.dumps(body).encode())
+        hook.remove()
+        assert calls > 220, "a text that somebody waits for is written to its end"
+
+    visit(playground, what)
+
+
+# The command
+
+
+def test_the_page_is_for_this_machine_alone() -> None:
+    with serve._listening(0) as listener:
+        address, port = listener.getsockname()
+        assert address == "127.0.0.1"
+        socket.create_connection((address, port), timeout=HANG).close()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"beams": 2, "stop": "x"}, "Leave out beams=, stop="),
+        ({"prompts": "file"}, "Leave out prompts="),
+        ({"checkpoint": "/nowhere"}, "no such folder"),
+        ({"draft": "/nowhere"}, "no such folder"),
+        ({"max_new_tokens": 256}, "at most 255"),
+        ({"port": 1}, "port=1"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_is_opened(
+    values: dict[str, Any], told: str, folders: dict[str, Path]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1] if values.get("port") else 0
+        told = told.replace("port=1", f"port={port} is in use")
+        arguments = {"checkpoint": str(folders["model"]), "serve": True, "max_new_tokens": 9, **values, "port": port}
+        with pytest.raises(InputError, match=told):
+            serve.serve(Arguments(**arguments))
+
+
+def test_without_its_library_the_page_says_what_to_install(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(InputError, match=r"pip install -c requirements\.txt aiohttp"):
+        serve.serve(Arguments(str(folders["model"]), serve=True, port=0))
+
+
+def test_nobody_pays_for_the_page_without_it() -> None:
+    program = "import sys, generate, launch.generate.serve as _\n"
+    program += "print({'aiohttp', 'launch.generate.playground', 'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.fixture
+def server(folders: dict[str, Path]) -> Iterator[subprocess.Popen[str]]:
+    words = [f"checkpoint={folders['model']}", f"draft={folders['draft']}", "serve=true", "port=0", "max_new_tokens=40"]
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # as in a terminal
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    opened = Browser(tmp_path / "browser")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
+def test_a_visitor_sees_three_texts_in_colour_and_ctrl_c_ends_it(
+    server: subprocess.Popen[str], browser: Browser
+) -> None:
+    assert server.stdout is not None
+    address = server.stdout.readline().split()[1]
+    browser.open(address)
+    browser.wait("document.querySelectorAll('.panel').length === 3")
+    browser.click("#write")
+    assert "There is no prompt" in browser.wait("document.querySelector('#mistake').innerText")
+    browser.type("#temperature", "-3")
+    browser.type("#prompt", PROMPT)
+    browser.click("#write")
+    assert "temperature=-3 is out of range" in browser.wait("document.querySelector('#mistake').innerText")
+
+    browser.type("#temperature", "0")
+    browser.click("#write")
+    browser.wait("document.querySelector('#status').innerText.startsWith('Done')")
+    assert browser.value("document.querySelector('#mistake').hidden")
+    colours = (
+        "new Set([...document.querySelectorAll('#panel-{} .token')].map((t) => getComputedStyle(t).backgroundColor))"
+    )
+    for name in ("model", "draft", "both"):
+        shown = browser.value(f"document.querySelector('#panel-{name}').innerText")
+        assert "tokens/s" in shown
+        assert browser.value(f"{colours.format(name)}.size") > 1
+        assert "rgba(0, 0, 0, 0)" not in browser.value(f"[...{colours.format(name)}]")
+    assert "× the model alone" in shown
+    assert "the same text as alone" in shown
+    browser.point("#panel-model .token:nth-child(3)")
+    assert "probability" in browser.wait("document.querySelector('#card').innerText")
+
+    browser.type("#prompt", "import os")
+    browser.type("#max_new_tokens", "200")
+    browser.click("#write")
+    browser.wait("document.querySelector('#panel-model pre').innerText.startsWith('import os')")
+    browser.click("#stop")
+    browser.wait("!document.querySelector('#write').disabled")
+    for name in ("model", "draft", "both"):  # how far it came depends on the machine
+        shown = browser.value(f"document.querySelector('#panel-{name}').innerText")
+        assert PROMPT.splitlines()[0] not in shown, "what an earlier prompt was answered is gone"
+        assert any(told in shown for told in ("tokens/s", "stopped", "not written")), shown
+
+    outside = f"performance.getEntriesByType('resource').filter((one) => !one.name.startsWith('{address}')).length"
+    assert browser.value(outside) == 0
+    assert not [told for told in browser.told if told["method"] == "Runtime.exceptionThrown"]
+
+    server.send_signal(signal.SIGINT)
+    _, stderr = server.communicate(timeout=30)
+    assert (server.returncode, stderr.strip()) == (130, "The playground has ended.")

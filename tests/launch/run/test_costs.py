@@ -1,0 +1,92 @@
+"""What distillation adds to a run stays small: seconds of looking before it starts, memory while a teacher is asked."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.distill import Distill
+from tests.conftest import ROOT, Answer, Train, environment
+
+MODULES = 80  # of the standard library, half a million tokens
+
+# In a process of its own: write the cache of the run whose config.yaml is given, and tell what that took.
+WRITE = """
+import json, sys
+from pathlib import Path
+from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from launch.run import build
+from launch.run import fill_teacher_cache as cached_teacher
+from launch.config import schema as config
+
+settings = config.load(Path(sys.argv[1]))
+settings.cache_dir, settings.steps = sys.argv[2], int(sys.argv[3])
+data = build.data_module(settings)
+facts = data.prepare()
+before = forget_peak()
+cached_teacher.fill(settings, data, facts)
+written = Path(settings.record.teacher_cache, "train.bin").stat().st_blocks * 512
+print(json.dumps({"grown": peak_resident_bytes() - before, "written": written}))
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of more Python files than the quick tests read."""
+    folder, original = tmp_path_factory.mktemp("text"), Path(json.__file__).parent.parent
+    for file in sorted(original.glob("*.py"))[:MODULES]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def succeeded(answer: Answer) -> None:
+    assert answer.code == 0, answer.stderr
+
+
+@pytest.mark.slow
+def test_preflight_takes_less_than_five_seconds(
+    text: Path, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a micro teacher and a nano student, loaded by then, at the default context and vocabulary."""
+    seconds: list[float] = []
+    honest = Distill.on_train_start
+
+    def timed(self: Distill) -> None:
+        start = time.perf_counter()
+        honest(self)
+        seconds.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(Distill, "on_train_start", timed)
+    keys = ["data=text", f"path={text}", "steps=1", "logger=none", "callbacks=minimal", "devices=1", "accelerator=cpu"]
+    succeeded(train_here(*keys, "model=micro", "run_dir=teacher"))
+    done = train_here(*keys, "task=distill", "model=nano", "teacher=teacher", "preflight=warn", "run_dir=student")
+    succeeded(done)
+    assert "preflight: teacher" in done.stderr
+    assert len(seconds) == 1
+    assert seconds[0] < 5, seconds
+
+
+@pytest.mark.slow
+def test_an_eight_times_larger_cache_is_written_in_the_same_memory(
+    text: Path, train_here: Train, tiny: list[str], cache: Path, tmp_path: Path
+) -> None:
+    """At most a tenth of what the larger one takes on the disk beyond the smaller one may be held in memory."""
+    keys = [*tiny, f"path={text}", "val_fraction=0.05", "optimizer=adamw", "steps=1"]
+    succeeded(train_here(*keys, "model.n_embd=64", "run_dir=teacher"))
+    cached = ["task=distill", "teacher=teacher", "teacher_cache=topk", "teacher_cache.k=300", "preflight=warn"]
+    succeeded(train_here(*keys, *cached, "teacher_cache.dtype=float32", "run_dir=run"))
+    small, large = (write(tmp_path / "run" / "config.yaml", tmp_path / f"of_{steps}", steps) for steps in (64, 512))
+    assert large["written"] > 7.5 * small["written"]
+    assert large["written"] > 200e6
+    assert large["grown"] - small["grown"] < (large["written"] - small["written"]) / 10, (small, large)
+
+
+def write(spec: Path, cache_dir: Path, steps: int) -> dict[str, int]:
+    """Bytes by which the resident memory grew at most, and bytes on the disk."""
+    command = [sys.executable, "-c", WRITE, str(spec), str(cache_dir), str(steps)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,359 @@
+"""A run's directory: who may create, use and delete it, and what a killed start leaves of it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning
+import pytest
+
+from gpt2lab.errors import InputError
+from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage import folder_lock
+from gpt2lab.storage.checkpoint_ledger import entries
+from gpt2lab.storage.folder_lock import FolderLock
+from gpt2lab.storage.metrics_csv import read_metrics
+from launch import rank_environment
+from launch.config import schema
+from launch.config.run_dir import RunDirectory
+from launch.run import resume
+from tests.conftest import ROOT, Train, environment, started
+from tests.launch.run.test_resume import assert_same_end
+from tests.support.killed_start import die_at, in_fork
+
+# Environment variables
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "host", "MASTER_PORT": "1"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+BARE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+WHO = {
+    "nothing": ({}, "alone", True),
+    "Kubeflow": ({**BARE, "MASTER_ADDR": "host", "MASTER_PORT": "1"}, "alone", True),
+    "a forgotten export": ({"RANK": "3"}, "alone", True),
+    "one task of SLURM": ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "alone", True),
+    "SLURM without a number": ({"SLURM_STEP_NUM_TASKS": ""}, "alone", True),
+    "part of torchrun's": ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1"}, "alone", True),
+    "torchrun": (TORCHRUN, "cluster", False),
+    "srun": (SRUN, "cluster", False),
+    "srun and a forgotten export": ({**SRUN, **BARE}, "cluster", False),
+    "torchrun under srun": ({**SRUN, **TORCHRUN, "RANK": "0"}, "cluster", True),
+    "this launcher": ({rank_environment.OUTCOME_FILE: "/x", "RANK": "1"}, "ours", False),
+    "this launcher under srun": ({**SRUN, rank_environment.OUTCOME_FILE: "/x", "RANK": "0"}, "ours", True),
+}
+
+
+@pytest.mark.parametrize("name", WHO)
+def test_only_started_ranks_are_ranks(name: str, capfd: pytest.CaptureFixture[str]):
+    variables, who, is_first = WHO[name]
+    left = dict(variables)
+    rank_environment.ignore_foreign_variables(left)
+    assert rank_environment.is_started_rank(left) == (who == "ours")
+    assert rank_environment.is_cluster_rank(left) == (who == "cluster")
+    assert rank_environment.is_first(left) == is_first
+    ignored = [name for name in rank_environment.FOREIGN if name in variables] if who == "alone" else []
+    assert not set(ignored) & left.keys()
+    assert left.keys() == variables.keys() - set(ignored)
+    notice = capfd.readouterr().err
+    assert notice.count("\n") == bool(ignored)
+    assert all(f"{name}={variables[name]}" in notice for name in ignored)
+
+
+FAILS = f"+callbacks.end._target_={__name__}.EndsBeforeTheFirstStep"
+
+
+class EndsBeforeTheFirstStep(lightning.Callback):
+    """Raises a user error when training begins."""
+
+    def on_train_start(self, *_: object) -> None:
+        raise InputError("the data are gone")
+
+
+@pytest.mark.parametrize("variables", [BARE, {"RANK": "1", "WORLD_SIZE": "2"}], ids=str)
+def test_foreign_rank_variables_neither_move_nor_delete(
+    variables: dict[str, str], tiny: list[str], train_here: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    Path("precious").write_text("work")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused = train_here(*tiny, "steps=2", FAILS)
+    assert (refused.code, refused.stderr.count("Ignoring")) == (2, 1), refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["precious"]
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train_here(*tiny, "steps=2", "run_dir=run").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["precious", "run"]
+    assert len(entries("run")) == 1
+
+
+# What is deleted
+
+UNVERIFIED = "callbacks.checkpoint.verify_export=false"
+
+
+class LeavesAFile(EndsBeforeTheFirstStep):
+    """Also writes a file of its own into the run directory."""
+
+    def on_train_start(self, *_: object) -> None:
+        Path("deep/run/notes.txt").write_text("mine")
+        super().on_train_start()
+
+
+@pytest.mark.parametrize(
+    ("before", "foreign", "after"),
+    [
+        ([], False, []),
+        (["deep", "deep/run"], False, ["deep", "deep/run"]),
+        ([], True, ["deep", "deep/run", "deep/run/notes.txt"]),
+    ],
+    ids=["nothing", "the empty folder itself", "a foreign file inside"],
+)
+def test_a_run_without_a_step_deletes_only_its_own(
+    before: list[str], foreign: bool, after: list[str], tiny: list[str], train_here: Train, tmp_path: Path
+):
+    for folder in before:
+        Path(folder).mkdir()
+    failing = FAILS.replace("EndsBeforeTheFirstStep", "LeavesAFile") if foreign else FAILS
+    assert train_here(*tiny, "steps=2", "run_dir=deep/run", failing).code == 2
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("deep/**/*")} | (
+        {"deep"} if Path("deep").exists() else set()
+    )
+    assert left >= set(after)
+    assert left == set(after) or foreign
+
+
+def other(path: str, content: str = "{}") -> Callable[[], None]:
+    """Puts a file there, which a folder is made for."""
+
+    def make() -> None:
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_text(content)
+
+    return make
+
+
+def link_to_a_file() -> None:
+    Path("victim").write_text("precious")
+    other("run/.config.yaml.7.tmp")()
+    Path("run/.lock").symlink_to("../victim")
+
+
+IN_THE_WAY: dict[str, tuple[Callable[[], object], str]] = {
+    "the lock of a killed run, emptied": (other("run/.lock"), ""),
+    "the scratch file of a killed start": (other("run/.config.yaml.7.tmp"), ""),
+    "a link to an empty folder": (lambda: (Path("run").symlink_to("target"), Path("target").mkdir()), ""),
+    "a link to nothing": (lambda: Path("run").symlink_to("deep/target"), ""),
+    "a hidden file": (other("run/.config.yaml.orig"), "run is not empty"),
+    "a folder called .lock": (lambda: Path("run/.lock").mkdir(parents=True), ".lock cannot be opened"),
+    "a link called .lock": (link_to_a_file, ".lock cannot be opened"),
+    "files where the start is filled": (other(".run.start/notes.txt"), "holds other files"),
+    "a loop of links": (lambda: Path("run").symlink_to("run"), "Symlink loop"),
+    "a long name": (lambda: None, "is too long"),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_a_named_run_lies_where_it_was_named(name: str, tiny: list[str], train_here: Train, tmp_path: Path):
+    """It uses what a killed start left there, and never another name; nothing foreign is moved or changed."""
+    put, refusal = IN_THE_WAY[name]
+    put()
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    answer = train_here(*tiny, "steps=2", f"run_dir={'r' * 300 if name == 'a long name' else 'run'}", UNVERIFIED)
+    assert answer.code == (2 if refusal else 0), answer.stderr
+    assert refusal in answer.stderr
+    assert "Traceback" not in answer.stderr
+    if refusal:
+        assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    else:
+        assert len(entries("run")) == 1
+        assert not [path.name for path in tmp_path.glob("*run?*")]
+    assert not Path("victim").exists() or Path("victim").read_text() == "precious"
+
+
+# Two processes, one directory
+
+HOLD = """
+import os, sys, time
+from gpt2lab.storage.folder_lock import FolderLock
+from pathlib import Path
+lock = FolderLock(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """(a process that holds the lock on a folder, the process id of its child)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(folder)
+    )
+    assert process.stdout
+    child = int(process.stdout.readline())
+    try:
+        yield process, child
+    finally:
+        process.kill()
+        process.wait()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_ends_with_its_owner_not_with_children(tmp_path: Path):
+    with held(tmp_path) as (owner, child):
+        with pytest.raises(InputError) as refused:
+            FolderLock(tmp_path)
+        assert f"process {owner.pid} on {socket.gethostname()}" in str(refused.value)
+        owner.kill()
+        owner.wait()
+        os.kill(child, 0)  # which lives
+        FolderLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """No file system of this machine lacks locks, so the system call is made to fail as NFS without lockd does."""
+
+    def fail(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", fail)
+    monkeypatch.setattr(folder_lock.log, "propagate", True)
+    FolderLock(tmp_path).release()
+    assert "cannot lock (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["a start", "a checkpoint"])
+def test_a_second_process_is_refused_and_changes_nothing(
+    state: str, tiny: list[str], train_here: Train, tmp_path: Path
+):
+    assert train_here(*tiny, "steps=2", "run_dir=run").code == 0
+    if state == "a start":
+        for file in (tmp_path / "run" / "checkpoints").iterdir():
+            file.unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with held(tmp_path / "run") as (owner, _):
+        for resumed in (["resume=run"], [*tiny, "run_dir=run", "resume=auto"]):
+            refused = train_here(*resumed)
+            assert refused.code == 2
+            assert f"process {owner.pid} on {socket.gethostname()}" in refused.stderr
+        assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_second_sweep_or_study_in_a_folder_is_refused(tiny: list[str], train_here: Train, tmp_path: Path):
+    folder = tmp_path / "swept"
+    folder.mkdir()
+    with held(folder) as (owner, _):
+        refused = train_here("-m", *tiny, "seed=1,2", f"hydra.sweep.dir={folder}")
+    assert refused.code == 2
+    assert f"process {owner.pid} on {socket.gethostname()} holds it" in refused.stderr
+    assert folder.is_dir()
+
+
+# A start that was killed
+
+
+def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny: list[str], train_here: Train):
+    """A fork of this process is killed before each of its file operations in turn."""
+    assert train_here(*tiny, "steps=2", "run_dir=done").code == 0
+
+    def asked(number: int, **keys: str) -> schema.Config:
+        settings = schema.load(Path("done/config.yaml"))
+        settings.run_dir, settings.name, settings.resume = f"{number}/run", None, keys.get("resume")
+        return settings
+
+    def create(number: int) -> int:
+        die_at(number, (tmp_path / str(number)).absolute())
+        RunDirectory().enter(asked(number))
+        return 0
+
+    code, number = -signal.SIGKILL, 0
+    while code == -signal.SIGKILL:
+        number += 1
+        Path(str(number)).mkdir()
+        code = in_fork(lambda number=number: create(number), tmp_path / "output.txt")
+        folder = resume.existing_folder(asked(number, resume="auto"))
+        assert (folder is not None) == Path(f"{number}/run").exists(), "a directory is there with its configuration"
+        directory = RunDirectory()
+        if folder is not None:
+            directory.open(folder)
+            assert resume.taken_up(asked(number, resume="auto"), folder) is None
+            schema.load(folder / "config.yaml")
+        directory.enter(asked(number))
+        assert sorted(path.name for path in Path(f"{number}/run").iterdir()) == [".lock", "config.yaml"]
+        directory.close()
+        assert sorted(path.name for path in Path(str(number)).iterdir()) == ["run"]
+    assert code == 0, (tmp_path / "output.txt").read_text()
+    assert number > 5, "a mkdir, a lock, and a file written aside, renamed, with its folder"
+
+
+def test_a_start_begins_again_with_the_present_data(tiny: list[str], train_here: Train, tmp_path: Path):
+    """A start without a checkpoint has no order of data to keep."""
+    text = tmp_path / "text.py"
+    text.write_text(Path(lightning.__file__).read_text() * 9)
+    keys = [*(key for key in tiny if not key.startswith("path=")), "path=text.py", "steps=2", UNVERIFIED]
+    assert train_here(*keys, "run_dir=run").code == 0
+    text.write_text(text.read_text() + "# one line more\n" * 9)
+    refused = train_here("resume=run", "steps=3")
+    assert (refused.code, "The data of run" in refused.stderr) == (2, True), refused.stderr
+    shutil.rmtree("run/checkpoints")
+    Path("run/report.json").unlink()
+    answer = train_here("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert schema.load(Path("run/config.yaml")).record.data_hash == read_report("run")["data"]["hash"]
+
+
+SMALL = ("steps=12", "checkpoint_every=4", "validate_every=4", "log_every=2", "model.dropout=0.1", "compile=false")
+
+
+@pytest.mark.chaos
+def test_killed_at_each_file_operation_a_start_is_continued(tmp_path: Path, tiny: list[str], cache: Path):
+    """Both by resume=auto and by resume=DIR, to the bytes of a run that was never killed."""
+    keys = [*tiny, "steps=4", "threads=1", "compile=false", "callbacks=default", UNVERIFIED]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "killed_start.py"), str(tmp_path), "1", "500", *keys]
+    ended = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=1500)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    rows = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert rows[-1]["killed"] is False, "the whole run is covered"
+    assert len(rows) > 30
+    whole = tmp_path / str(rows[-1]["n"]) / "run"
+    for row in rows:
+        assert row["auto"] == 0, row
+        assert row["resume"] == (0 if row["left"] else None), row
+        for name in ("run", "copy") if row["left"] else ("run",):
+            assert_same_end(tmp_path / str(row["n"]) / name, whole)
+
+
+@pytest.mark.chaos
+def test_of_two_owners_of_a_run_one_trains(tmp_path: Path, tiny: list[str], cache: Path):
+    """The second is started at once, after the first checkpoint, and after the first owner was killed."""
+    keys = [*tiny, *SMALL, "run_dir=run", "resume=auto"]
+    for moment in ("at once", "after a checkpoint"):
+        first = started(cache, tmp_path, *keys, "steps=100000")
+        while not (entries(tmp_path / "run") if moment != "at once" else (tmp_path / "run" / ".lock").exists()):
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.01)
+        second = started(cache, tmp_path, *keys, "steps=100000")
+        _, stderr = second.communicate()
+        assert second.returncode == 2, stderr
+        assert f"process {first.pid} on {socket.gethostname()}" in stderr
+        assert first.poll() is None
+        first.kill()
+        first.communicate()
+    step = entries(tmp_path / "run")[-1].step
+    last = started(cache, tmp_path, "resume=run", f"steps={step + 2}")
+    assert last.communicate()[1].count("Traceback") == 0
+    assert last.returncode == 0
+    assert int(read_metrics(tmp_path / "run")[-1]["step"]) == step + 2

@@ -1,0 +1,163 @@
+"""The end of a run: whatever ends a fit, its last state is saved; what fails later does not make it a failed run."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.loggers import Logger
+from safetensors.torch import load_file
+
+from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
+from tests.callbacks.test_callbacks import equal, metrics_without_clock
+from tests.conftest import Train
+from tests.support import tiny_run
+
+
+class Stop(lightning.Callback):
+    """Sets `trainer.should_stop` in one hook, once `micro_batches` have been trained on."""
+
+    def __init__(self, hook: str, micro_batches: int) -> None:
+        self.hook, self.micro_batches, self.seen = hook, micro_batches, 0
+
+    def on_train_batch_end(self, trainer: Any, *_unused: Any) -> None:
+        self.seen += 1
+        self._maybe("on_train_batch_end", trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._maybe("on_validation_end", trainer)
+
+    def _maybe(self, hook: str, trainer: Any) -> None:
+        if hook == self.hook and self.seen >= self.micro_batches:
+            trainer.should_stop = True
+
+
+class Fail(lightning.Callback):
+    """Raises an error in one hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._fail)
+
+    def _fail(self, *_unused: Any) -> None:
+        raise ValueError("a plot could not be drawn")
+
+
+class RemoveTokenizer(lightning.Callback):
+    """Breaks the export after it is written."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def on_train_end(self, *_unused: Any) -> None:
+        for file in Path(self.run_dir, "hf").glob("tokenizer*"):
+            file.write_text("{}")
+
+
+class FailingLogger(Logger):
+    """Cannot be closed, as W&B without a network or TensorBoard on a full disk."""
+
+    name = version = "failing"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *_unused: Any) -> None: ...
+
+    def finalize(self, status: str) -> None:
+        raise OSError("the server has gone away")
+
+
+KEY = "+callbacks.end"
+LIGHTNING, OURS = f"{KEY}._target_=lightning.pytorch.callbacks", f"{KEY}._target_=test_run_ends"
+EARLY = [f"{LIGHTNING}.EarlyStopping", f"{KEY}.monitor=val/loss", f"{KEY}.stopping_threshold=100"]
+ENDS: dict[str, tuple[list[str], int]] = {
+    "early stopping": (EARLY, 2),
+    "early stopping on two ranks": ([*EARLY, "devices=2"], 2),
+    "a time limit of nothing": ([f"{LIGHTNING}.Timer", f"{KEY}.duration.seconds=0"], 0),
+    "after a step": ([f"{OURS}.Stop", f"{KEY}.hook=on_train_batch_end", f"{KEY}.micro_batches=6"], 3),
+    "within a step": ([f"{OURS}.Stop", f"{KEY}.hook=on_train_batch_end", f"{KEY}.micro_batches=7"], 3),
+    "after a validation": ([f"{OURS}.Stop", f"{KEY}.hook=on_validation_end", f"{KEY}.micro_batches=5"], 4),
+    "the last step": ([], 8),
+}
+VERIFIED = "callbacks.checkpoint.verify_export=true"
+UNVERIFIED = "callbacks.checkpoint.verify_export=false"
+
+
+@pytest.mark.parametrize("end", [pytest.param(end, marks=pytest.mark.slow) if "ranks" in end else end for end in ENDS])
+def test_whatever_ends_a_fit_the_last_state_is_saved(tmp_path: Path, tiny: list[str], train_here: Train, end: str):
+    keys, steps = ENDS[end]
+    own = ("steps=8", "validate_every=2", "checkpoint_every=1000", "micro_batch=4", UNVERIFIED)
+    answer = train_here(*tiny, *own, "run_dir=run", *keys)
+    assert answer.code == 0, answer.stderr
+    run = tmp_path / "run"
+    report = read_report(run)
+    assert (report["status"], report["steps"]) == ("finished", steps)
+    newest = newest_good_checkpoint(run)
+    assert newest is not None
+    assert step_of(newest) == steps
+    saved = torch.load(newest, weights_only=True)["state_dict"]["backbone.lm.transformer.wte.weight"]
+    assert torch.equal(load_file(run / "hf" / "model.safetensors")["transformer.wte.weight"], saved)
+    assert len(answer.stdout.strip().splitlines()[-1].split(" · ")) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("hook", "micro_batches"),
+    [("on_train_batch_end", 12), ("on_train_batch_end", 13), ("on_validation_end", 16)],
+)
+def test_a_run_that_ended_early_resumes_as_the_unbroken_one(tmp_path: Path, cache: Path, hook: str, micro_batches: int):
+    """Also from within a step, which is made again from its first micro-batch."""
+    unbroken, run, step = tmp_path / "unbroken", tmp_path / "run", micro_batches // 2
+    _, expected = tiny_run.train(unbroken, cache)
+    tiny_run.train(run, cache, extra=[Stop(hook, micro_batches)], every=1000)
+    assert read_report(run)["steps"] == step
+    _, resumed = tiny_run.train(run, cache)
+    assert equal(resumed, expected)
+    later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, unbroken)]
+    assert later[0] == later[1]
+
+
+LATER: dict[str, tuple[list[str], str, int]] = {
+    "no temporary files": ([VERIFIED], "finished", 0),
+    "a callback after the fit": ([f"{OURS}.Fail", "+callbacks.end.hook=on_fit_end"], "finished", 0),
+    "a callback at the end of training": ([f"{OURS}.Fail", "+callbacks.end.hook=on_train_end"], "finished", 0),
+    "a callback after the last validation": ([f"{OURS}.Fail", "+callbacks.end.hook=on_validation_end"], "finished", 0),
+    "a logger that cannot be closed": (["logger=csv", "logger._target_=test_run_ends.FailingLogger"], "finished", 0),
+    "an export that does not load": (
+        [f"{OURS}.RemoveTokenizer", VERIFIED],
+        "failed",
+        1,
+    ),
+    "a callback within training": ([f"{OURS}.Fail", "+callbacks.end.hook=on_train_batch_start"], "failed", 1),
+}
+
+
+SLOW = ("an export that does not load", "a callback at the end of training")
+
+
+@pytest.mark.parametrize(
+    "failure", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in LATER]
+)
+def test_a_failure_after_the_last_save_is_a_warning(
+    tmp_path: Path, tiny: list[str], train_here: Train, monkeypatch: pytest.MonkeyPatch, failure: str
+):
+    keys, status, code = LATER[failure]
+    off = () if VERIFIED in keys else (UNVERIFIED,)
+    logger = () if any(key.startswith("logger") for key in keys) else ("logger=none",)
+    own = (*(key for key in tiny if key != "logger=none"), *logger, *off)
+    with monkeypatch.context() as changed:
+        if failure == "no temporary files":
+            changed.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        answer = train_here(*own, "steps=2", "run_dir=run", *keys)
+    assert answer.code == code, answer.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["status"], report["steps"]) == (status, 0 if "within" in failure else 2)
+    if code:
+        return
+    assert "Traceback" not in answer.stderr
+    assert newest_good_checkpoint(tmp_path / "run") is not None
+    if failure != "no temporary files":
+        assert answer.stderr.count("Training is complete and saved, but a later step failed") == 1
+    assert answer.stdout.strip().splitlines()[-1].startswith("finished: val/loss")

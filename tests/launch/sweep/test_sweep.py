@@ -1,0 +1,217 @@
+"""A multirun: one run directory per job, a table at the end, and no job that stops another."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.utils import JobReturn
+
+from gpt2lab.reports.run_report import read_report
+from launch.sweep import grid
+from tests.conftest import ROOT, Train, environment, started
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_failed_job_does_not_stop_the_rest(train_process: Train, tiny: list[str], tmp_path: Path):
+    """Of three jobs one is misspelt and one is impossible; the other two are trained, each in a folder of its own."""
+    sweep = ["-m", "steps=2", "optimizer=adamw,adamv", "init=scratch,no/such/run", "hydra.sweep.dir=swept"]
+    answer = train_process(*tiny, *sweep)
+    assert answer.code == 1
+    assert answer.stderr.strip().endswith("3 of 4 jobs failed.")
+    table = rows(tmp_path / "swept")
+    assert [row["status"] for row in table] == ["finished", "failed", "failed", "failed"]
+    assert "no such folder" in table[1]["error"]
+    assert "adamv" in table[2]["error"]
+    report = json.loads((tmp_path / "swept" / "0" / "report.json").read_text())
+    assert float(table[0]["watched"]) == report["val_loss"]
+    assert table[0]["watched_metric"] == "val/loss"
+    assert not (tmp_path / "swept" / "1").exists()
+    assert not (tmp_path / "runs").exists()
+    lines = answer.stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("job  status"))
+    assert "optimizer=adamw init=scratch" in lines[start + 1]
+    assert "finished" in lines[start + 1]
+    assert "data=text" not in lines[start + 1], "what all jobs share is no news"
+
+
+def test_jobs_start_from_the_parents_environment_alone(train_process: Train, tiny: list[str], tmp_path: Path):
+    """`hydra.mode=MULTIRUN` is a multirun without -m; a key that only one task reads is dropped for the other."""
+    sweep = ["hydra.mode=MULTIRUN", "steps=2", "task=pretrain,distill", "teacher=missing/run", "hydra.sweep.dir=swept"]
+    answer = train_process(*tiny, *sweep)
+    assert answer.code == 1
+    first, second = rows(tmp_path / "swept")
+    assert (first["status"], second["status"]) == ("finished", "failed")
+    assert "missing/run" in second["error"]
+    stored = (tmp_path / "swept" / "0" / "config.yaml").read_text()
+    assert "missing/run" not in stored
+
+
+@pytest.mark.slow
+def test_the_task_of_a_job_may_come_from_its_experiment(train_process: Train, tiny: list[str], tmp_path: Path):
+    """What only the distillation reads is no mistake of the pretraining."""
+    sweep = ["-m", "steps=2", "experiment=none,distilgpt2_owt", "teacher=missing/run", "hydra.sweep.dir=swept"]
+    assert train_process(*tiny, *sweep).code == 1
+    first, second = rows(tmp_path / "swept")
+    assert first["status"] == "finished", first["error"]
+    assert "missing/run" in second["error"]
+
+
+def test_a_sweep_over_tasks_wants_its_teacher_named(train_here: Train, tiny: list[str]):
+    answer = train_here(*tiny, "-m", "task=pretrain,distill")
+    assert answer.code == 2
+    assert "teacher=RUN_DIR" in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) <= 5
+
+
+def test_a_mistake_that_all_jobs_share_is_told_at_once(train_here: Train):
+    answer = train_here("-m", "model=nano,micro", "stpes=3")
+    assert answer.code == 2
+    assert "did you mean steps?" in answer.stderr
+    assert not list(Path.cwd().glob("sweeps*"))
+
+
+def test_run_dir_has_no_place_in_a_sweep(train_here: Train):
+    answer = train_here("-m", "seed=1,2", "run_dir=here")
+    assert answer.code == 2
+    assert "hydra.sweep.dir" in answer.stderr
+
+
+def test_a_sweep_does_not_write_over_another_one(
+    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
+):
+    """Neither the same command again nor another grid or search in its folder touches what it has found."""
+    sweep = [*tiny, "-m", "steps=2", "hydra.sweep.dir=swept"]
+    first = train_process(*sweep, "seed=1", "n_jobs=1")
+    assert first.code == 0, first.stderr
+    before = (tmp_path / "swept" / "sweep.csv").read_bytes()
+    for more, says in (
+        (["seed=1"], "holds a sweep already"),
+        (["seed=2,3", "resume=auto"], "holds another sweep: its job 0 has seed=1"),
+        (["seed=1,2", "resume=auto", "hparams_search=optuna"], "no study of a search (study.db)"),
+    ):
+        refused = train_here(*sweep, *more)
+        assert refused.code == 2, refused.stderr
+        assert says in refused.stderr
+        assert (tmp_path / "swept" / "sweep.csv").read_bytes() == before
+    longer = train_here(*sweep, "seed=1,2", "resume=auto")
+    assert longer.code == 0, longer.stderr
+    assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished"] * 2
+
+
+@pytest.mark.slow
+def test_a_sweeper_is_told_the_val_loss_of_each_job(
+    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Hydra hands its sweepers what the launcher returns."""
+    returned: list[JobReturn] = []
+
+    def noting(*arguments: Any) -> list[JobReturn]:
+        returned.extend(run_grid(*arguments))
+        return returned
+
+    run_grid = grid.run_grid
+    monkeypatch.setattr(grid, "run_grid", noting)
+    assert train_here(*tiny, "-m", "steps=2", "optimizer.lr=0.0001,0.01", "hydra.sweep.dir=swept").code == 0
+    losses = [read_report(tmp_path / "swept" / job)["val_loss"] for job in ("0", "1")]
+    assert losses[0] != losses[1]
+    assert [job.return_value for job in returned] == losses
+
+
+def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
+    """Process id of a job that has begun to train."""
+    while process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        metrics = folder / "0" / "metrics.csv"
+        if children and metrics.is_file() and metrics.stat().st_size:
+            return int(children[0])
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.chaos), signal.SIGINT])
+def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], tmp_path: Path):
+    """Killed, it leaves no process behind; interrupted, its job saves first and the next one does not start."""
+    command = [*tiny, "-m", "steps=100000", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
+    process = started(cache, tmp_path, *command)
+    job = running_job(tmp_path / "swept", process)
+    process.send_signal(number)
+    process.communicate(timeout=200)
+    while Path(f"/proc/{job}").exists():
+        time.sleep(0.05)
+    assert not (tmp_path / "swept" / "1").exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert rows(tmp_path / "swept")[0]["status"] == "stopped"
+        assert list((tmp_path / "swept" / "0" / "checkpoints").glob("step-*.ckpt"))
+
+
+@pytest.mark.chaos
+def test_a_killed_job_is_recorded_and_the_next_one_starts(cache: Path, tiny: list[str], tmp_path: Path):
+    code, stderr = ended_by(signal.SIGKILL, cache, tiny, tmp_path)
+    assert code == 1, stderr
+    table = rows(tmp_path / "swept")
+    assert [row["status"] for row in table] == ["failed", "finished"]
+    assert table[0]["error"] == "killed by SIGKILL"
+
+
+@pytest.mark.chaos
+def test_a_sweep_in_which_a_job_was_stopped_is_not_finished(cache: Path, tiny: list[str], tmp_path: Path):
+    code, stderr = ended_by(signal.SIGTERM, cache, tiny, tmp_path)
+    assert code == 75, stderr
+    assert "1 of 2 jobs were stopped. Continue with: python train.py" in stderr
+    assert [row["status"] for row in rows(tmp_path / "swept")] == ["stopped", "finished"]
+
+
+def ended_by(number: int, cache: Path, tiny: list[str], folder: Path) -> tuple[int, str]:
+    """(exit code, stderr) of a sweep of two jobs, of which the first gets a signal."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *tiny, "-m", "steps=100000,2", "log_every=1", "hydra.sweep.dir=swept"],
+        cwd=folder,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.kill(running_job(folder / "swept", process), number)
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
+def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_the_best(
+    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
+):
+    sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept", "resume=auto"]
+    sweep += [f"n_jobs={min(2, len(os.sched_getaffinity(0)))}"]  # a run of its own knows neither
+    ended = train_process(*tiny, *sweep)
+    assert ended.code == 0, ended.stderr
+    table = rows(tmp_path / "swept")
+    assert [(row["optimizer.lr"], row["seed"]) for row in table] == [
+        ("0.0001", "1"),
+        ("0.0001", "2"),
+        ("0.01", "1"),
+        ("0.01", "2"),
+    ]
+    assert "lr=0.01" in (tmp_path / "swept" / "sweep.html").read_text()
+    lines = ended.stdout.splitlines()
+    assert sum("  2 finished  " in line for line in lines) == 2, "a line for each setting"
+    (command,) = (line for line in lines if line.startswith("  python train.py "))
+    _, program, *words = shlex.split(command)
+    assert program == "train.py"
+    assert train_here(*words, "run_dir=again").code == 0
+    repeated = json.loads((tmp_path / "again" / "report.json").read_text())["val_loss"]
+    best = min(table, key=lambda row: float(row["watched"]))
+    of_its_setting = [row for row in table if row["optimizer.lr"] == best["optimizer.lr"]]
+    assert f"{repeated:.4f}" in [f"{float(row['watched']):.4f}" for row in of_its_setting]
+    assert command.strip() in [row["command"] for row in of_its_setting]

@@ -1,0 +1,267 @@
+"""Two CPU ranks accumulate the gradient of one process, in float64, whatever is trained and however it is shared."""
+
+import copy
+import math
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+
+import train
+from launch import exit_codes
+from launch.checks import checks
+from launch.config import schema
+from launch.config.schema import Config
+from launch.run import auto_settings, build, fill_teacher_cache, resolve
+from tests.conftest import ROOT, SHRUNK, environment
+from tests.support.gradient_run import Gradients, Held, recorded
+
+TOLERANCE = 1e-6  # relative L2 distance of two gradients
+STEPS = 2  # LoRA's first factor has no gradient in the first, and DDP regroups its buckets after it
+ROWS = 7  # of a step: neither two ranks nor their micro-batches of two come out even
+
+schema.register()
+
+DISTILL = ("task=distill", "teacher=TEACHER", "preflight=off", "loss=jsd", "loss.hard_weight=0.3")
+PAIRS = ("task=finetune", "init=TEACHER", "data=pairs", "path=PAIRS", "model=auto", "task.text.max_new_tokens=8")
+CASES: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "distill": DISTILL,
+    "distill_cached": (*DISTILL, "teacher_cache=topk", "teacher_cache.k=16"),
+    "finetune": PAIRS,
+    "lora": (*PAIRS, "task.lora.rank=4"),
+}
+# What only ranks that shard can do: case → that of CASES whose gradient it must have, and what is set
+ONLY_SHARDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "distill_sharded_teacher": ("distill", {"shard_teacher": True}),
+    "offloaded": ("pretrain", {"fsdp_offload": True}),
+    "bf16": ("finetune", {"precision": "bf16"}),
+    "bf16_true": ("finetune", {"precision": "bf16_true"}),
+}
+BF16_TOLERANCE = 0.02  # of bf16's gradient; it keeps 8 bits
+BF16_TRUE_TOLERANCE = 0.04  # whose weights, residual stream and accumulated gradient have no more
+
+
+def composed(overrides: tuple[str, ...], named: dict[str, str]) -> Config:
+    """What train.py makes of the overrides, checked and with everything settled that is left to it."""
+    schema.register()
+    given = [override.replace("TEACHER", named["TEACHER"]).replace("PAIRS", named["PAIRS"]) for override in overrides]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        tree = compose("train", given, return_hydra_config=True)
+    with open_dict(tree):
+        hydra = tree.pop("hydra")
+    settings = schema.typed(tree, hydra, command="")
+    checks.check(settings)
+    resolve.resolve(settings)
+    auto_settings.settle(settings)
+    settings.compile = False
+    return settings
+
+
+def on_two_ranks(settings: Config, strategy: str) -> Config:
+    """The same run, shared out."""
+    shared = copy.deepcopy(settings)
+    shared.devices, shared.strategy, shared.micro_batch, shared.record.world_size = 2, strategy, 2, 2
+    shared.micro_batch, shared.record.accumulate = auto_settings.split_batch(shared)
+    return shared
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Iterator[dict[str, str]]:
+    """A teacher twice as wide as the students, and pairs whose responses have very different lengths."""
+    folder = tmp_path_factory.mktemp("given")
+    lines = [f"{number}\t{'and ' * (number * number % 11)}{number}" for number in range(60)]
+    (folder / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
+    wide = ["model.n_head=4", "model.n_embd=64", "steps=2", "optimizer=adamw", "run_dir=teacher"]
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment(cache).items():
+            patch.setenv(key, value)
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(ROOT / "train.py"), *SHRUNK, f"path={sources}", *wide])
+        assert exit_codes.exit_code(train.command_line) == 0
+        yield {"TEACHER": str(folder / "teacher"), "PAIRS": str(folder / "pairs.tsv"), "SOURCES": str(sources)}
+
+
+def settled(case: str, given: dict[str, str]) -> Config:
+    overrides = CASES[case]
+    of_pairs = "data=pairs" in overrides
+    replaced = ("data=", "batch_tokens", "vocab_size", "model.") if of_pairs else ("batch_tokens",)
+    size = f"batch_sequences={ROWS}" if of_pairs else f"batch_tokens={ROWS * 32}"
+    usual = [key for key in SHRUNK if not key.startswith(replaced)]
+    usual += [size, f"steps={STEPS}", "devices=1", f"micro_batch={ROWS}", "optimizer=adamw", "threads=1"]
+    if not of_pairs:
+        usual.append(f"path={given['SOURCES']}")
+    settings = composed((*usual, *overrides), given)
+    if settings.teacher_cache.name != "none":
+        data = build.data_module(settings)
+        fill_teacher_cache.fill(settings, data, data.prepare())
+    return settings
+
+
+@pytest.fixture(scope="module")
+def alone(given: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Gradients]]:
+    """Case → its settings on one device, and the gradients of each step there, from one undivided batch."""
+    found = {}
+    for case in CASES:
+        settings = settled(case, given)
+        of_one = recorded(settings, tmp_path_factory.mktemp(case))
+        assert [rows for rows, _ in of_one.parts] == [ROWS] * STEPS
+        found[case] = settings, of_one.gradients
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(
+    alone: dict[str, tuple[Config, Gradients]], cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """(strategy, case) → what two ranks recorded; all of them in one process group."""
+    folder = tmp_path_factory.mktemp("together")
+    shared = {
+        (strategy, case): on_two_ranks(settings, strategy)
+        for strategy in ("ddp", "fsdp")
+        for case, (settings, _) in alone.items()
+    }
+    for case, (like, changed) in ONLY_SHARDED.items():
+        shared["fsdp", case] = replace(copy.deepcopy(shared["fsdp", like]), **changed)
+    specs = {which: folder / "-".join(which) / "config.yaml" for which in shared}
+    for which, spec in specs.items():
+        spec.parent.mkdir()
+        schema.save(shared[which], spec)
+    run_ranks([str(ROOT / "tests" / "support" / "gradient_run.py"), *map(str, specs.values())], cache)
+    return {which: torch.load(spec.with_name("gradients.pt")) for which, spec in specs.items()}
+
+
+def run_ranks(program: list[str], cache: Path) -> None:
+    """Run a program as two ranks that find each other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *program],
+            env={**environment(cache), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of two whole gradients."""
+    assert one.keys() == other.keys()
+    assert all(tensor.dtype == torch.float64 for tensor in one.values())
+    squares = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return math.sqrt(squares / sum(float(tensor.square().sum()) for tensor in one.values()))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_accumulate_the_gradient_of_one_process(
+    strategy: str,
+    case: str,
+    alone: dict[str, tuple[Config, Gradients]],
+    together: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    recorded = together[strategy, case]
+    first, second = (rank["parts"] for rank in recorded["ranks"])
+    assert [rows for rows, _ in first] == [2, 2] * STEPS  # micro-batches of each rank
+    assert [rows for rows, _ in second] == [2, 1] * STEPS
+    if CASES[case][:1] == PAIRS[:1]:
+        assert len({targets for _, targets in first + second}) > 3
+    gradients = alone[case][1]
+    assert len(gradients) == len(recorded["gradients"]) == STEPS
+    for one, two in zip(gradients, recorded["gradients"], strict=True):
+        assert distance(one, two) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["distill_sharded_teacher", "offloaded"])
+def test_what_is_split_or_offloaded_besides_changes_no_gradient(
+    case: str, alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    recorded = together["fsdp", case]
+    for one, two in zip(alone[ONLY_SHARDED[case][0]][1], recorded["gradients"], strict=True):
+        assert distance(one, two) <= TOLERANCE
+    assert [rank["offloads"] for rank in recorded["ranks"]] == [{case == "offloaded"}] * 2
+
+
+def share(recorded: dict[str, Any], whose: str) -> dict[str, list[Held]]:
+    """Parameter → what each rank holds of it."""
+    names = [name for name in recorded["ranks"][0]["held"] if name.startswith(whose)]
+    return {name: [rank["held"][name] for rank in recorded["ranks"]] for name in names}
+
+
+@pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
+def test_each_of_two_ranks_holds_its_half_of_weights_and_moments_alone(
+    case: str, together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """Of every tensor, the larger half of an odd number of rows included; under ddp both hold all of it."""
+    of_student = share(together["fsdp", case], "student")
+    assert of_student
+    for name, ((shape, *_), _) in of_student.items():
+        half = (shape[0] + 1) // 2 * math.prod(shape[1:])
+        assert of_student[name] == [(shape, half, True)] * 2, name
+    if case in CASES:
+        alike = share(together["ddp", case], "student")
+        assert alike == {name: [(shape, math.prod(shape), False)] * 2 for name, ((shape, *_), _) in of_student.items()}
+        halves, wholes = (
+            [rank["moments_held"] for rank in together[strategy, case]["ranks"]] for strategy in ("fsdp", "ddp")
+        )
+        assert wholes[0] > 0
+        assert halves == pytest.approx([whole / 2 for whole in wholes], rel=0.02)
+
+
+def test_a_teacher_that_is_split_stays_whole_in_its_head_alone(
+    together: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    split, whole = (share(together["fsdp", case], "teacher") for case in ("distill_sharded_teacher", "distill"))
+    assert {name.split(".")[3] for name, (held, _) in split.items() if not held[2]} == {"wte", "wpe", "ln_f"}
+    for name, ((shape, *_), _) in whole.items():
+        assert whole[name] == [(shape, math.prod(shape), False)] * 2
+        assert split[name] == (whole[name] if ".h." not in name else [(shape, math.prod(shape) // 2, True)] * 2), name
+
+
+@pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
+def test_what_is_split_has_one_root_so_that_blocks_are_gathered_ahead_of_their_work(
+    case: str, together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """The backbone, which is called; a block that is its own root waits until it is called to gather its weights."""
+    of_teacher = {"teacher": []} if case == "distill" else {"teacher": [""]} if "teacher" in case else {}
+    for rank in together["fsdp", case]["ranks"]:
+        assert rank["roots"] == {"student": [""], **of_teacher}
+
+
+def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_in_fp32(
+    alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    recorded = together["fsdp", "bf16"]
+    assert recorded["computed_in"] == torch.bfloat16
+    assert together["fsdp", "finetune"]["computed_in"] == torch.float64
+    for one, two in zip(alone["finetune"][1], recorded["gradients"], strict=True):
+        assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+        assert 1e-6 < distance(one, {name: tensor.double() for name, tensor in two.items()}) <= BF16_TOLERANCE
+
+
+def test_sharded_bf16_weights_and_gradients_stay_bf16(
+    alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    recorded = together["fsdp", "bf16_true"]
+    assert recorded["computed_in"] == torch.bfloat16
+    for one, two in zip(alone["finetune"][1], recorded["gradients"], strict=True):
+        assert {tensor.dtype for tensor in two.values()} == {torch.bfloat16}
+        assert 1e-6 < distance(one, {name: tensor.double() for name, tensor in two.items()}) <= BF16_TRUE_TOLERANCE

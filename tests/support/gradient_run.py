@@ -1,0 +1,128 @@
+"""Gradients of a few optimizer steps in float64, through the objects that train.py builds: what tests compare.
+
+As a program, one rank of several: python gradient_run.py SPEC … takes up the run that each SPEC, a config.yaml,
+describes, one after the other in one process group. Its gradients lie beside it, in gradients.pt.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import lightning
+import torch
+import torch.distributed
+from lightning.pytorch.plugins import DoublePrecision
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from launch.config import schema
+from launch.config.schema import Config
+from launch.run import build, resolve
+from lightning_modules.distill import Distill
+
+Gradients = list[dict[str, Tensor]]
+Held = tuple[tuple[int, ...], int, bool]
+
+
+class Recorder(lightning.Callback):
+    """Keeps each step's whole gradient, before it is clipped, and how it came about."""
+
+    def __init__(self) -> None:
+        self.gradients: Gradients = []
+        self.parts: list[tuple[int, int]] = []  # (sequences, targets) of each micro-batch on this rank
+        self.computed_in: torch.dtype | None = None  # the type of a block's weights while it works
+        self.held: dict[str, Held] = {}
+        self.moments_held = 0  # elements of the optimizer's state on this rank
+        self.offloads: set[bool] = set()  # whether FSDP copies the parts of weights that it gathers from the host
+        self.roots: dict[str, list[str]] = {}  # student and teacher → modules at which FSDP's work begins
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        attention = pl_module.backbone.blocks[0].attn
+
+        def look(module: torch.nn.Module, given: Any) -> None:
+            self.computed_in = next(module.parameters()).dtype
+
+        attention.register_forward_pre_hook(look)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.parts.append((len(batch.input_ids), int((batch.labels >= 0).sum())))
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        of_step = {}
+        for name, parameter in pl_module.backbone.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                of_step[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone().cpu()
+        self.gradients.append(of_step)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        models = {"student": pl_module.backbone}
+        if isinstance(pl_module, Distill) and not pl_module.cache:
+            models["teacher"] = pl_module.teacher.backbone
+        self.roots = {whose: roots(model) for whose, model in models.items()}
+        self.offloads = offloads(pl_module.backbone)
+        self.held = {
+            f"{whose}.{name}": held(parameter)
+            for whose, model in models.items()
+            for name, parameter in model.named_parameters()
+        }
+        state = trainer.optimizers[0].state.values()
+        self.moments_held = sum(held(tensor)[1] for of in state for tensor in of.values() if tensor.ndim)
+
+
+def held(tensor: Tensor) -> Held:
+    """Whole size of a tensor, the elements of it that this rank keeps in memory, and whether it is one of parts."""
+    here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tuple(tensor.shape), here.untyped_storage().nbytes() // here.itemsize, isinstance(tensor, DTensor)
+
+
+def roots(model: nn.Module) -> list[str]:
+    """Names of the modules that FSDP has found itself called at first; nothing where it is not at work."""
+    split = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    return [name for name, module in split.items() if module._get_fsdp_state()._is_root]
+
+
+def offloads(model: nn.Module) -> set[bool]:
+    """Of all parameters that FSDP has split, whether it leaves them to the host; nothing where it is not at work."""
+    split = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for state in split for group in state._fsdp_param_groups]
+    return {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
+
+
+def recorded(settings: Config, folder: Path) -> Recorder:
+    """Train as the settings say, with `precision=fp32` taken for float64; validation, checkpoints and reports left out.
+
+    Args:
+        folder: an empty one.
+    """
+    recorder = Recorder()
+    data = build.data_module(settings)
+    facts = data.prepare()
+    module = build.task_module(settings, facts, resolve.vocabulary(settings, facts))
+    trainer = build.trainer(settings, folder, [recorder], [])
+    if settings.precision == "fp32":
+        trainer.strategy.precision_plugin = DoublePrecision()  # the Trainer refuses it beside FSDP2
+    trainer.fit(module, datamodule=data)
+    return recorder
+
+
+def _program(specs: list[str]) -> None:
+    for spec in map(Path, specs):
+        recorder = recorded(schema.load(spec), spec.parent)
+        of_rank = {name: vars(recorder)[name] for name in ("parts", "held", "moments_held", "offloads", "roots")}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, of_rank)
+        if torch.distributed.get_rank() == 0:
+            kept = {"gradients": recorder.gradients, "computed_in": recorder.computed_in, "ranks": ranks}
+            torch.save(kept, spec.with_name("gradients.pt"))
+
+
+if __name__ == "__main__":
+    _program(sys.argv[1:])
