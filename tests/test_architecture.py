@@ -28,6 +28,14 @@ HANG_GUARDS = ("chromium.py:Browser", "test_launchers.py:wait_for")
 HANG_GUARDS += ("slurm_cluster.py:end", "slurm_cluster.py:wait_until_idle")  # of slow tests alone
 SHORTEST_TIMEOUT = 120  # seconds; a machine that does other things too may take long to start a process
 
+# Folders from the bottom up: a file imports from its own folder and from those listed before
+LAYERS: tuple[str, ...] = ("gpt2lab", "gpt2lab/storage", "gpt2lab/optim", "gpt2lab/system", "gpt2lab/model")
+LAYERS += ("gpt2lab/data", "gpt2lab/losses", "gpt2lab/evaluation", "gpt2lab/generation", "gpt2lab/distillation")
+LAYERS += ("gpt2lab/analysis", "gpt2lab/reports", "lightning_modules/plugins", "lightning_modules", "datamodules")
+LAYERS += ("callbacks/loggers", "callbacks", "launch/config", "launch", "launch/distributed", "launch/checks")
+LAYERS += ("launch/memory", "launch/run", "launch/sweep", "launch/evaluate", "launch/generate", "launch/commands")
+LAYERS += ("hydra_plugins", "hydra_plugins/gpt2lab_processes", ".", "docs", "benchmarks")
+
 Rule = Callable[[Path], list[str]]
 
 
@@ -79,6 +87,33 @@ def wrong_way_imports(root: Path) -> list[str]:
         for name, line in imports(tree, file)
         if top(name) in OWN and not may_import(top(module_name(file)), top(name))
     ]
+
+
+def upward_imports(root: Path) -> list[str]:
+    """Imports from a folder that is no layer below; without one there is no circle between folders either."""
+    trees = dict(parsed(root))
+    folder_of = {module_name(file): Path(file).parent.as_posix() for file in trees}
+    found = []
+    for file, tree in trees.items():
+        folder = Path(file).parent.as_posix()
+        if folder not in LAYERS:
+            found.append(f"{file}: {folder} has no place in LAYERS")
+            continue
+        for name, line in imports_at_run_time(tree, file):
+            module = name if name in folder_of else name.rpartition(".")[0]
+            imported = folder_of.get(module, folder)
+            if imported in LAYERS and LAYERS.index(imported) > LAYERS.index(folder):
+                found.append(f"{file}:{line}: {folder} is a layer below {imported} and may not import {module}")
+    return found
+
+
+def imports_at_run_time(tree: ast.Module, file: str) -> Iterator[tuple[str, int]]:
+    """Every import, those in functions too, but for those below `if TYPE_CHECKING:`."""
+    guarded = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    skipped = {line for node in guarded for line in range(node.lineno, (node.body[-1].end_lineno or 0) + 1)}
+    return ((name, line) for name, line in imports(tree, file) if line not in skipped)
 
 
 def import_cycles(root: Path) -> list[str]:
@@ -289,6 +324,9 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (wrong_way_imports, "datamodules/a.py", "import callbacks.report\n"),
     (wrong_way_imports, "lightning_modules/a.py", "from datamodules import pairs\n"),
     (wrong_way_imports, "callbacks/a.py", "from train import main\n"),
+    (upward_imports, "gpt2lab/losses/a.py", "def f():\n    from gpt2lab.reports import plot\n"),
+    (upward_imports, "gpt2lab/misplaced/a.py", "x = 1\n"),
+    (upward_imports, "gpt2lab/backbone.py", "from gpt2lab.reports.plot import x\n"),
     (import_cycles, "gpt2lab/backbone.py", "def f():\n    from gpt2lab import loss\n"),
     (import_cycles, "gpt2lab/backbone.py", "from .loss import total\n"),
     (frameworks_in_the_core, "gpt2lab/a.py", "def f():\n    import lightning.pytorch\n"),
@@ -331,6 +369,8 @@ KEPT = {
     "datamodules/pairs.py": '"""Pairs."""\nfrom gpt2lab import loss\n',
     "gpt2lab/backbone.py": '"""Backbone."""\nimport torch\ngetattr(torch, "float32")\n',
     "gpt2lab/loss.py": '"""Loss."""\nfrom gpt2lab.backbone import Backbone\ndef f():\n    import torchmetrics\n',
+    "gpt2lab/reports/plot.py": '"""Plot."""\nfrom gpt2lab import loss\n',
+    "gpt2lab/model/a.py": '"""A."""\nif TYPE_CHECKING:\n    from gpt2lab.reports.plot import x\n',
     "tests/test_speed.py": '"""Speed."""\n@pytest.mark.slow\ndef test_a():\n    time.time()\n    wait(timeout=5)\n',
     "tests/test_kills.py": '"""Kills."""\npytestmark = pytest.mark.chaos\ndef test_a():\n    time.time()\n',
     "conf/task/pretrain.yaml": "# Pretraining.\n_target_: lightning_modules.pretrain.Pretrain\n",

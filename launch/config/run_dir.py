@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from gpt2lab.errors import InputError
 from gpt2lab.reports import side_files
 from gpt2lab.storage import folder_lock
 from gpt2lab.storage.atomic_files import can_write, flush
+from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
+from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_shape
 from launch.config import schema as configuration
 from launch.config.schema import Config
@@ -303,3 +306,24 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
         except (OSError, ValueError):
             continue
     return runs
+
+
+def kept_checkpoint_message(folder: Path, reached: int | None = None) -> str:
+    """Return a sentence on what a run that ended early has kept, and the command that resumes it.
+
+    Args:
+        reached: the step it ended after; None: unknown, at least the last one in metrics.csv.
+    """
+    newest, rows = newest_good_checkpoint(folder), read_metrics(folder)
+    last = max(reached or 0, int(rows[-1]["step"]) if rows else 0)
+    if newest is None:
+        return f"No checkpoint was saved in {folder}; {f'{last} steps are lost' if last else 'no step was logged'}."
+    step = step_of(newest)
+    if last > step:
+        lost = f"steps {step + 1} to {last}{' or later' if reached is None else ''} are lost"
+    else:
+        lost = "steps after it are lost" if reached is None else "no step is lost"
+    return (
+        f"The newest checkpoint is of step {step}; {lost}. "
+        f"Continue with: python train.py resume={shlex.quote(str(folder))}"
+    )

@@ -28,12 +28,11 @@ from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.system.heartbeat import Folder, Listener
 from launch import exit_codes
-from launch.config import schema
+from launch.config import run_dir, schema
 from launch.config.run_dir import RunDirectory
 from launch.config.schema import Config
 from launch.distributed import child_processes
 from launch.rank_environment import HEARTBEATS, OUTCOME_FILE
-from launch.run import resume
 
 POLL_SECONDS = 0.2
 LOGS, OUTCOME = "logs", "outcome.json"
@@ -73,7 +72,7 @@ def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
             _discard_untrained(directory)
         code = exit_codes.code_of_signal(signals[-1]) if signals else exit_codes.FAILED
         if (folder / "config.yaml").is_file():
-            print(resume.kept_of(folder), file=sys.stderr)
+            print(run_dir.kept_checkpoint_message(folder), file=sys.stderr)
         raise exit_codes.Ended(code, f"The run in {folder} failed: {told}.")
     if outcome["code"] == exit_codes.MISTAKE:
         _discard_untrained(directory)

@@ -155,7 +155,7 @@ def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.En
     if rank > 1:  # rank 0 or, where that is the one that ended, rank 1 prints it
         return exit_codes.Ended(exit_codes.FAILED)
     told = f"The run failed: rank {rank} lost its connection to a rank that ended; see {folder / local_ranks.LOGS}."
-    return exit_codes.Ended(exit_codes.FAILED, f"{resume.kept_of(folder)}\n{told}")
+    return exit_codes.Ended(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder)}\n{told}")
 
 
 def _data_as_told(settings: Config) -> tuple[Any, DataFacts]:
@@ -224,7 +224,7 @@ def train(
             if trainer is None or trainer.global_step == 0:
                 directory.discard()  # a run without a step is no run
             elif isinstance(error, exit_codes.Ended) and rank_environment.is_first():
-                error.message += f" {resume.kept_of(folder, trainer.global_step if trainer else 0)}"
+                error.message += f" {run_dir.kept_checkpoint_message(folder, trainer.global_step if trainer else 0)}"
             raise
     return _outcome(trainer, folder)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from gpt2lab.errors import InputError
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, step_of
-from gpt2lab.storage.metrics_csv import read_metrics
 from launch.checks import checks
 from launch.config import run_dir
 from launch.config import schema as configuration
@@ -104,27 +103,6 @@ def taken_up(asked: Config, folder: Path | None) -> Config | None:
             f"steps={stored.steps}: the run in {folder} has done {step_of(newest)} already.\nGive more than that."
         )
     return stored
-
-
-def kept_of(folder: Path, reached: int | None = None) -> str:
-    """Return a sentence on what a run that ended early has kept, and the command that resumes it.
-
-    Args:
-        reached: the step it ended after; None: unknown, at least the last one in metrics.csv.
-    """
-    newest, rows = newest_good_checkpoint(folder), read_metrics(folder)
-    last = max(reached or 0, int(rows[-1]["step"]) if rows else 0)
-    if newest is None:
-        return f"No checkpoint was saved in {folder}; {f'{last} steps are lost' if last else 'no step was logged'}."
-    step = step_of(newest)
-    if last > step:
-        lost = f"steps {step + 1} to {last}{' or later' if reached is None else ''} are lost"
-    else:
-        lost = "steps after it are lost" if reached is None else "no step is lost"
-    return (
-        f"The newest checkpoint is of step {step}; {lost}. "
-        f"Continue with: python train.py resume={shlex.quote(str(folder))}"
-    )
 
 
 def warn_of_other_masks(settings: Config) -> None:
