@@ -17,7 +17,6 @@ from launch.checks import checks
 from launch.config import cli_overrides, schema
 from launch.config.groups import CONF
 from launch.config.help_text import help_text
-from launch.run import recorded_command
 
 schema.register()
 
@@ -26,21 +25,20 @@ schema.register()
 def main(tree: DictConfig) -> float | None:
     """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
     with exit_codes.ending_in_a_code():
-        settings = schema.typed(tree, HydraConfig.get(), command=cli_overrides.command())
-        recorded_command.put_values_in_place(settings)
-        checks.check(settings)
-        if settings.is_study:
+        config = schema.from_hydra(tree, HydraConfig.get(), command=cli_overrides.command())
+        checks.check(config)
+        if config.is_study:
             from launch.sweep.distill_study import run_study
 
-            run_study(settings)
+            run_study(config)
             return None
-        if settings.launcher.name != "processes" and not settings.plan:
+        if config.launcher.name != "processes" and not config.plan:
             from launch.sweep import remote_run
 
-            return remote_run.run(settings)
-        from launch.run.job import run_job  # torch, lightning and transformers are imported only now
+            return remote_run.run(config)
+        from launch.run import job  # torch, lightning and transformers are imported only now
 
-        return run_job(settings)["watched"]
+        return job.run(config)["watched"]
 
 
 def command_line() -> None:

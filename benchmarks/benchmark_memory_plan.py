@@ -182,7 +182,7 @@ def measure(case: Case, folder: Path) -> Found:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         run_dir = Path(scratch) / "run"
         report = train(run_dir, keys(case, folder))
-        planned = OmegaConf.load(run_dir / "config.yaml").record.planned_memory
+        planned = OmegaConf.load(run_dir / "config.yaml").prepared.planned_memory
         return Found(int(planned.peak), int(report["peak_memory_bytes"]), int(planned.process))
 
 

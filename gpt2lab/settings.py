@@ -1,10 +1,16 @@
-"""Plain typed settings that travel from the configuration into the code. Imports nothing heavy."""
+"""Settings: frozen, typed values that travel from the configuration into the code. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from gpt2lab.keys import key
+
+TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse", "uld")
+SKEW = "loss=skew_kl,skew_reverse_kl"
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a GPT-2. `vocab_size` is 0 until the tokenizer is known."""
 
@@ -16,54 +22,56 @@ class ModelShape:
     dropout: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSettings:
-    """`name` is adamw, adam or muon; under muon the hidden matrices use it and everything else AdamW at `adamw_lr`."""
+    """Under muon the hidden matrices use Muon and everything else AdamW at `adamw_lr`."""
 
-    name: str
-    lr: float
-    weight_decay: float
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95  # muon only
-    adamw_lr: float = 0.0  # muon only: 0 means the same as lr
+    name: str = key("optimizer", choices=("adamw", "adam", "muon"))
+    lr: float = key("peak learning rate", within="(0, inf)")
+    weight_decay: float = key("decoupled weight decay", within="[0, inf)")
+    beta1: float = key("decay of the first moment of Adam", 0.9, within="[0, 1)")
+    beta2: float = key("decay of the second moment of Adam", 0.95, within="[0, 1)")
+    eps: float = key("added to the denominator of Adam", 1e-8, within="(0, inf)")
+    momentum: float = key("momentum of Muon", 0.95, within="[0, 1)", read_by="optimizer=muon")
+    adamw_lr: float = key(
+        "learning rate of AdamW beside Muon; 0: the same as lr", 0.0, within="[0, inf)", read_by="optimizer=muon"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleSettings:
-    """`name` is wsd, cosine, linear or constant; the learning rate is a multiple of the optimizer's."""
+    """The learning rate over the steps, as a multiple of the optimizer's."""
 
-    name: str
-    warmup_steps: int | None  # None: 20, or half of a run of up to 20 steps
-    final_fraction: float  # learning rate at the last step, as a fraction of the peak
-    decay_fraction: float = 0.4  # wsd only: share of the steps spent decaying
+    name: str = key("schedule", choices=("wsd", "cosine", "linear", "constant"))
+    warmup_steps: int | None = key(
+        "steps of linear warm-up; null: 20, or half of a run of up to 20 steps", within="[0, inf)"
+    )
+    final_fraction: float = key(
+        "learning rate at the last step, as a fraction of the peak",
+        within="[0, 1]",
+        read_by="schedule=wsd,cosine,linear",
+    )
+    decay_fraction: float = key("share of the steps spent decaying", 0.4, within="[0, 1]", read_by="schedule=wsd")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(frozen=True)
 class LossSettings:
-    """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`).
+    """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`)."""
 
-    Attributes:
-        name: one of those in gpt2lab/losses/divergences.py.
-        beta: of jsd.
-        alpha: of skew_kl and skew_reverse_kl.
-        mixing_start, mixing_end, mixing_step, mixing_momentum: of taid (gpt2lab/losses/taid.py).
-        hidden_cosine, hidden_mse: weights of the distances between the last hidden states (hidden_state_losses.py).
-    """
-
-    name: str
-    temperature: float = 1.0
-    scale_t2: bool = True
-    hard_weight: float = 0.1
-    beta: float = 0.5
-    alpha: float = 0.1
-    mixing_start: float = 0.4
-    mixing_end: float = 1.0
-    mixing_step: float = 5e-4
-    mixing_momentum: float = 0.99
-    hidden_cosine: float = 0.0
-    hidden_mse: float = 0.0
+    name: str = key("divergence between student and teacher", choices=DIVERGENCES)
+    temperature: float = key("softmax temperature T of both models", 1.0, within="(0, inf)")
+    scale_t2: bool = key("multiply the divergence by T², so that its gradient keeps its size", True)
+    hard_weight: float = key("weight of the cross-entropy with the labels", 0.1, within="[0, 1]")
+    beta: float = key("share of the teacher in the mixture", 0.5, within="[0, 1]", read_by="loss=jsd")
+    alpha: float = key("share of the other model in the mixture", 0.1, within="[0, 1)", read_by=SKEW)
+    mixing_start: float = key("share of the teacher at the first step", 0.4, within="[0, 1]", read_by="loss=taid")
+    mixing_end: float = key("share of the teacher at the last step", 1.0, within="[0, 1]", read_by="loss=taid")
+    mixing_step: float = key("largest growth of the share in a step", 5e-4, within="[0, 1]", read_by="loss=taid")
+    mixing_momentum: float = key(
+        "momentum of the mean improvement of the loss", 0.99, within="[0, 1)", read_by="loss=taid"
+    )
+    hidden_cosine: float = key("weight of the cosine distance between the last hidden states", 0.0, within="[0, inf)")
+    hidden_mse: float = key("weight of the mean squared error between the last hidden states", 0.0, within="[0, inf)")
 
     @property
     def is_reverse_kl(self) -> bool:
@@ -72,7 +80,7 @@ class LossSettings:
         return limits.get(self.name, self.name == "reverse_kl")
 
 
-@dataclass(unsafe_hash=True)
+@dataclass(frozen=True)
 class CrossEntropySettings:
     """`label_smoothing` of each label is shared out evenly over the vocabulary; `z_loss` · logsumexp² is added."""
 
@@ -80,165 +88,120 @@ class CrossEntropySettings:
     z_loss: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class TeacherCacheSettings:
-    """What is kept of a teacher's distributions.
+    """Teacher distributions stored once for all students."""
 
-    Attributes:
-        name: none, topk or sampled.
-        k: entries of a top-k record.
-        tail: whether what all other entries have together counts; without it the k are scaled to sum to 1.
-        dtype: of a top-k record's log-probabilities, float16 or float32.
-        n: draws of a sampled record.
-        draw_seed: decides them, whatever the run's seed is.
-    """
-
-    name: str = "none"
-    k: int = 32
-    tail: bool = True
-    dtype: str = "float16"
-    n: int = 12
-    draw_seed: int = 0
+    name: str = key("stored form of the teacher's distributions", "none", choices=("none", "topk", "sampled"))
+    k: int = key("tokens of each top-k record", 32, within="[1, 1e6]", read_by="teacher_cache=topk")
+    tail: bool = key(
+        "keep the probability of all other tokens; false scales the k to sum to 1", True, read_by="teacher_cache=topk"
+    )
+    dtype: str = key(
+        "dtype of the stored log-probabilities",
+        "float16",
+        choices=("float16", "float32"),
+        read_by="teacher_cache=topk",
+    )
+    n: int = key("samples of each record", 12, within="[1, 1e4]", read_by="teacher_cache=sampled")
+    draw_seed: int = key("seed of the samples", 0, within="[0, 9223372036854775807]", read_by="teacher_cache=sampled")
 
 
-@dataclass
-class StudySettings:
-    """What a study of distillation compares.
-
-    Attributes:
-        seeds: how many; each is one pair of every comparison.
-        lr_factors: multiples of the learning rate that are tried.
-        tune: baseline (the best for the student from random weights without a teacher is that of all) or every_arm.
-        inits: starts of the student: scratch, teacher_layers.
-    """
-
-    seeds: int = 3
-    lr_factors: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0])
-    tune: str = "baseline"
-    inits: list[str] = field(default_factory=lambda: ["scratch", "teacher_layers"])
-
-
-@dataclass
-class SearchSettings:
-    """How a search of hyper-parameters chooses what its jobs try, and which it ends early.
-
-    Attributes:
-        name: none or optuna.
-        n_trials: jobs, failed and pruned ones included.
-        sampler: tpe or random.
-        seed: of the sampler; None draws other values every time.
-        n_startup_trials: jobs at random values before tpe goes by results; so many finish before median prunes.
-        pruner: none, median (the best value so far is worse than half of the finished jobs' at that step), or
-            successive_halving (asynchronous: each rung lets the best quarter pass).
-        warmup_steps: no job is pruned before this step.
-    """
-
-    name: str = "none"
-    n_trials: int = 20
-    sampler: str = "tpe"
-    seed: int | None = None
-    n_startup_trials: int = 5
-    pruner: str = "median"
-    warmup_steps: int = 0
-
-
-@dataclass
-class LauncherSettings:
-    """Where runs are done, and what a cluster is asked for.
-
-    Attributes:
-        name: processes (this machine), slurm or ray.
-        executor: slurm, or local (submitit's processes on this machine, to try things out).
-        partition: of SLURM; None here and below: the cluster's default.
-        account: who pays.
-        qos: quality of service.
-        time: minutes that a job may take before it is queued again.
-        notice: seconds before the end of that time at which it is told to save.
-        requeues: how often a job whose time was up is queued again; it goes on from its checkpoint.
-        memory: GB on each machine.
-        cpus: cores for each device.
-        sbatch: further parameters of sbatch, by their names without dashes.
-        setup: shell commands before the job.
-        address: of a Ray cluster; local starts one on this machine, auto finds the one that `ray start` started.
-    """
-
-    name: str = "processes"
-    executor: str = "slurm"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: int = 1440
-    notice: int = 120
-    requeues: int = 10
-    memory: float | None = None
-    cpus: int = 1
-    sbatch: dict[str, Any] = field(default_factory=dict)
-    setup: list[str] = field(default_factory=list)
-    address: str = "local"
-
-
-@dataclass
+@dataclass(frozen=True)
 class SequenceSettings:
-    """Whose text a distillation trains on.
+    """The text a distillation trains on: the data's own, the student's (on-policy), or the teacher's."""
 
-    Attributes:
-        name: data; gkd and distillm: also the student's own; seqkd: the teacher's.
-        max_new_tokens: the most that is written after a prompt, end-of-text included.
-        gen_temperature: of the writing; the loss has one of its own.
-        lmbda: of gkd, share of the steps on text that the student has just written.
-        threshold_step, tolerance, capacity: of distillm (gpt2lab/distillation/on_policy.py).
-        draw_seed: of seqkd, decides what the teacher writes, whatever the run's seed is.
-    """
-
-    name: str = "data"
-    max_new_tokens: int = 64
-    gen_temperature: float = 1.0
-    lmbda: float = 0.5
-    threshold_step: float = 0.1
-    tolerance: float = 0.1
-    capacity: int = 1000
-    draw_seed: int = 0
+    name: str = key("training text", "data", choices=("data", "gkd", "distillm", "seqkd"))
+    max_new_tokens: int = key(
+        "tokens generated after a prompt at most, end-of-text included; running text is cut to make room",
+        64,
+        within="[1, 1e6]",
+        read_by="sequences=gkd,distillm,seqkd",
+    )
+    gen_temperature: float = key(
+        "temperature of generation, 0: greedy; the loss has loss.temperature",
+        1.0,
+        within="[0, inf)",
+        read_by="sequences=gkd,distillm,seqkd",
+    )
+    lmbda: float = key(
+        "share of the steps on text the student has just generated", 0.5, within="[0, 1]", read_by="sequences=gkd"
+    )
+    threshold_step: float = key(
+        "growth of the share of the student's text, each time", 0.1, within="[0, 1]", read_by="sequences=distillm"
+    )
+    tolerance: float = key(
+        "rise of val/loss in nats that lets the share grow; -0.1: unless it has fallen by 0.1",
+        0.1,
+        within="(-inf, inf)",
+        read_by="sequences=distillm",
+    )
+    capacity: int = key(
+        "sequences in the replay buffer; the oldest is dropped first",
+        1000,
+        within="[1, 1e7]",
+        read_by="sequences=distillm",
+    )
+    draw_seed: int = key(
+        "seed of the teacher's text, whatever the run's seed",
+        0,
+        within="[0, 9223372036854775807]",
+        read_by="sequences=seqkd",
+    )
 
     @property
     def by_student(self) -> bool:
-        """Whether the student writes while it is trained."""
+        """Whether the student generates text while it is trained."""
         return self.name in ("gkd", "distillm")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectiveSettings:
-    """What is predicted from what (gpt2lab/data/objectives.py).
+    """The prediction that is trained (gpt2lab/data/objectives.py)."""
 
-    Attributes:
-        name: clm, prefix_lm, mlm, fim or sampled_softmax.
-        mask_share: of mlm, share of the tokens that are predicted.
-        fim_rate: of fim, share of the documents whose middle is moved to the end.
-        spm_share: of fim, share of those that have the suffix before the prefix.
-        negatives: of sampled_softmax, entries beside the target.
-        distribution: of sampled_softmax, log_uniform or unigram: what they are drawn from.
-    """
-
-    name: str = "clm"
-    mask_share: float = 0.15
-    fim_rate: float = 0.5
-    spm_share: float = 0.5
-    negatives: int = 1024
-    distribution: str = "log_uniform"
+    name: str = key("training objective", "clm", choices=("clm", "prefix_lm", "mlm", "fim", "sampled_softmax"))
+    mask_share: float = key(
+        "share of the tokens that are predicted; 80 % of them are masked, 10 % replaced, 10 % kept",
+        0.15,
+        within="(0, 1]",
+        read_by="objective=mlm",
+    )
+    fim_rate: float = key(
+        "share of the documents whose middle is moved to the end", 0.5, within="[0, 1]", read_by="objective=fim"
+    )
+    spm_share: float = key(
+        "share of these with the suffix before the prefix", 0.5, within="[0, 1]", read_by="objective=fim"
+    )
+    negatives: int = key(
+        "sampled tokens beside the target",
+        1024,
+        within="[1, 1e6]",
+        read_by="objective=sampled_softmax",
+    )
+    distribution: str = key(
+        "distribution of the negatives; unigram: training counts to the power of 3/4",
+        "log_uniform",
+        choices=("log_uniform", "unigram"),
+        read_by="objective=sampled_softmax",
+    )
 
 
 PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenizerChoice:
-    """`kind` is bpe (trained on the training split, `vocab_size` entries) or pretrained (`source`: folder or id)."""
+    """The tokenizer of a run."""
 
-    kind: str
-    vocab_size: int = 4096
-    source: str = ""
+    kind: str = key(
+        "auto, bpe (trained on the training split) or pretrained (loaded from `source`)",
+        choices=("auto", "bpe", "pretrained"),
+    )
+    vocab_size: int = key("tokens of a bpe", 4096, within="[257, 1e6]", read_by="tokenizer=bpe")
+    source: str = key("folder or Hub id of a pretrained one", "", read_by="tokenizer=hub", free_text=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataFacts:
     """What prepared data are, known before a model is built."""
 
@@ -251,7 +214,7 @@ class DataFacts:
     val_bytes: int  # UTF-8 bytes of the text these targets spell, for bits per byte
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingSettings:
     """What every task's module needs to train a model.
 
@@ -292,19 +255,19 @@ class TrainingSettings:
     fp8: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters instead of full fine-tuning; rank 0 trains all weights."""
+    """Low-rank adapters instead of full fine-tuning."""
 
-    rank: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: int = key("rank of the adapters; 0: all weights are trained", 0, within="[0, 1e4]")
+    alpha: float = key("the adapters are scaled by alpha / rank", 32.0, within="(0, inf)", read_by="lora")
+    dropout: float = key("dropout before the adapters", 0.0, within="[0, 1)", read_by="lora")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextMetricSettings:
-    """Metrics on text generated from the first `examples` validation prompts; the first metric is the watched one."""
+    """Metrics on text generated from validation prompts; the first metric is the watched one."""
 
-    metrics: list[str]
-    examples: int
-    max_new_tokens: int
+    metrics: list[str] = key("metrics; empty: those of the data preset", choices=TEXT_METRICS)
+    examples: int = key("validation pairs scored by generation; 0: none", within="[0, inf)")
+    max_new_tokens: int = key("tokens generated for each at most", within="[1, inf)")

@@ -4,18 +4,17 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
 
 import evaluate
 import generate
 from launch.checks import checks
-from launch.config import schema
-from launch.config.cli_overrides import readable_by_hydra
+from launch.config import run_spec
 from launch.config.key_value_cli import parse
+from tests.support.configurations import composed, prepared, resolved
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,33 +47,23 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
     # Of a sweep the first job is checked; of a search one at the lower bounds.
     words = [re.sub(r"interval\((.*),.*\)", r"\1", word) for word in words]
     overrides = [word.split(",")[0] for word in words if word != "-m" and not word.startswith("hparams_search")]
-    schema.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        tree = compose("train", overrides=readable_by_hydra(overrides), return_hydra_config=True)
-    with open_dict(tree):
-        hydra_node = tree.pop("hydra")
-    settings = schema.typed(tree, hydra_node, command=command)
-    settings.record.sweep = "sweep" if "-m" in shlex.split(command) else ""
-    if settings.baseline:
-        run = home / settings.baseline
+    config = composed(*overrides)
+    sweep = "sweep" if "-m" in shlex.split(command) else ""
+    config = replace(config, invocation=replace(config.invocation, sweep=sweep))
+    if config.baseline:
+        run = home / config.baseline
         run.mkdir(parents=True)
         (run / "report.json").write_text('{"status": "finished", "val_loss": 4.0}')
-        schema.save(settings, run / "config.yaml")
-    checks.check(settings)
+        run_spec.save(prepared(resolved(replace(config, accelerator="cpu"))), run / "config.yaml")
+    checks.check(config)
 
 
 def test_the_commands_for_gpus_have_a_sequence_for_each_of_eight() -> None:
     section = (ROOT / "README.md").read_text().partition("## On GPUs")[2].partition("\n## ")[0]
     given = commands("python train.py", [section])
     assert len(given) >= 4
-    schema.register()
     for command in given:
-        words = [*shlex.split(command)[2:], "accelerator=gpu", "devices=8"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            tree = compose("train", overrides=readable_by_hydra(words), return_hydra_config=True)
-        with open_dict(tree):
-            hydra_node = tree.pop("hydra")
-        checks.check_batch(schema.typed(tree, hydra_node, command=command))
+        checks.check_batch(composed(*shlex.split(command)[2:], "accelerator=gpu", "devices=8"))
 
 
 @pytest.mark.parametrize("command", commands("python evaluate.py"))

@@ -7,12 +7,11 @@ import itertools
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
 
 import train
 from gpt2lab import metric_names
@@ -20,10 +19,11 @@ from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from launch import exit_codes
 from launch.checks import checks
-from launch.config import schema
-from launch.config.cli_overrides import readable_by_hydra
-from launch.config.schema import Config
+from launch.config import run_spec
+from launch.config.run_spec import PreparedSpec
+from launch.config.schema import RunConfig
 from tests.conftest import ROOT, SHRUNK, Train
+from tests.support.configurations import composed
 
 RECIPES = ("distilgpt2_owt", "gpt2_124m_fineweb", "minillm_dolly")
 # What must stand in each, from the sources that its header names.
@@ -63,20 +63,11 @@ def commands(recipe: str) -> list[str]:
     return re.findall(r"^#   python train\.py (.*)$", header(recipe).replace("\\\n#", ""), flags=re.MULTILINE)
 
 
-def composed(*words: str) -> Config:
-    schema.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        tree = compose("train", overrides=readable_by_hydra(words), return_hydra_config=True)
-    with open_dict(tree):
-        hydra_node = tree.pop("hydra")
-    return schema.typed(tree, hydra_node, command="python train.py")
-
-
-def promised(recipe: str, settings: Config) -> dict[str, Any]:
+def promised(recipe: str, config: RunConfig) -> dict[str, Any]:
     """What the settings have at the places where PROMISED has something."""
     found: dict[str, Any] = {}
     for key, wanted in PROMISED[recipe].items():
-        value = vars(settings)[key]
+        value = vars(config)[key]
         found[key] = {name: vars(value)[name] for name in wanted} if isinstance(wanted, dict) else value
     return found
 
@@ -145,7 +136,7 @@ def logged(run: Path, name: str) -> list[float]:
     return [value for _, value in series(read_metrics(run), name)]
 
 
-def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str) -> Config:
+def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str) -> PreparedSpec:
     """Train, see that it finished and val/loss fell by at least `fall` nats; gives back the run's own configuration."""
     done = train_here(f"experiment={recipe}", *words, *STEPS, f"run_dir={run}")
     assert done.code == 0, done.stderr
@@ -153,7 +144,7 @@ def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str
     losses = logged(run, metric_names.VAL_LOSS)
     assert len(losses) == 5
     assert losses[-1] < losses[0] - fall, "after forty steps and after eight"
-    return schema.load(run / "config.yaml")
+    return run_spec.load(run / "config.yaml")
 
 
 def test_distilgpt2_keeps_six_evenly_spaced_layers_and_learns(
@@ -162,19 +153,19 @@ def test_distilgpt2_keeps_six_evenly_spaced_layers_and_learns(
     monkeypatch.chdir(project)
     words = [*TINY, f"path={sources}", "teacher=runs/pretrain/teacher"]
     # It starts near where it can get: with its teacher's layers.
-    settings = run_twin("distilgpt2_owt", train_here, tmp_path / "run", 0.005, *words)
-    assert promised("distilgpt2_owt", settings) == PROMISED["distilgpt2_owt"]
-    assert settings.init == "teacher_layers"
-    assert settings.record.kept["layers"] == [0, 2, 4, 7, 9, 11]
-    assert settings.model.dropout == 0.1
+    spec = run_twin("distilgpt2_owt", train_here, tmp_path / "run", 0.005, *words)
+    assert promised("distilgpt2_owt", spec.config) == PROMISED["distilgpt2_owt"]
+    assert spec.config.init == "teacher_layers"
+    assert spec.resolved.teacher_layers["layers"] == [0, 2, 4, 7, 9, 11]
+    assert spec.config.model.dropout == 0.1
     divergence = logged(tmp_path / "run", metric_names.DISTILL_KL)
     assert divergence[-1] < divergence[0]
 
 
 def test_gpt2_on_fineweb_learns(train_here: Train, tmp_path: Path, tiny: list[str]) -> None:
-    settings = run_twin("gpt2_124m_fineweb", train_here, tmp_path / "run", 0.1, *tiny, "threads=1")
-    assert promised("gpt2_124m_fineweb", settings) == PROMISED["gpt2_124m_fineweb"]
-    assert settings.init == "scratch"
+    spec = run_twin("gpt2_124m_fineweb", train_here, tmp_path / "run", 0.1, *tiny, "threads=1")
+    assert promised("gpt2_124m_fineweb", spec.config) == PROMISED["gpt2_124m_fineweb"]
+    assert spec.config.init == "scratch"
 
 
 def test_minillm_distils_a_started_student_on_pairs(
@@ -193,8 +184,8 @@ def test_minillm_distils_a_started_student_on_pairs(
     ]
     words += ["teacher=runs/pretrain/teacher", "init=runs/pretrain/started"]
     words += ["optimizer.lr=3e-3"]  # the published 5e-6 is for steps by the thousand
-    settings = run_twin("minillm_dolly", train_here, tmp_path / "run", 0.05, *words)
-    settings.optimizer.lr = 5e-6
-    assert promised("minillm_dolly", settings) == PROMISED["minillm_dolly"]
+    spec = run_twin("minillm_dolly", train_here, tmp_path / "run", 0.05, *words)
+    config = replace(spec.config, optimizer=replace(spec.config.optimizer, lr=5e-6))
+    assert promised("minillm_dolly", config) == PROMISED["minillm_dolly"]
     reverse = logged(tmp_path / "run", metric_names.DISTILL_REVERSE_KL)
     assert reverse[-1] < reverse[0], "what it minimises"

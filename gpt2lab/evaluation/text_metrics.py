@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
+from gpt2lab.settings import TEXT_METRICS
+
 PLACEHOLDER = re.compile(
     r"%(?:\d+\$|\(\w+\))?[-#0+']*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh?|ll?|[jzLtq])?[a-zA-Z%]"  # of printf, but for "% d"
     r"|\{\w*(?:![rsa])?(?::[^{}]*)?\}"  # of str.format

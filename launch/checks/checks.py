@@ -7,45 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.keys import Key, bounds, is_within
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from launch.checks import baseline, distillation, objective, resource_request, study_plan
 from launch.config import run_dir
 from launch.config.did_you_mean import nearest
-from launch.config.injected_arguments import ARGUMENTS, DATA_ONLY_KEYS
-from launch.config.key_limits import (
-    CHOICES,
-    CHOICES_WHERE_THERE,
-    COUNTS_OR_AUTO,
-    GENERATED,
-    RANGES,
-    RANGES_WHERE_THERE,
-)
-from launch.config.schema import Config
-from launch.config.target_signature import check_target
-from launch.config.unused_keys import check_ignored_keys, given_keys
+from launch.config.known_keys import check_nodes, given_values
+from launch.config.schema import RunConfig, optional_value, value_of
+from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.distributed import multi_node
 
+# Keys whose value is a number of generated tokens
+GENERATED = ("task.text.max_new_tokens", "callbacks.samples.max_new_tokens")
 # Keys that, where they are given, must name something on this machine
 FILES = ("path", "val_path")
 
 
-def check(config: Config) -> None:
+def check(config: RunConfig) -> None:
     """Everything that composition cannot know and that needs no data, model or device.
 
     Raises:
         InputError: the first mistake found.
     """
-    check_own_record(config)
+    check_own_keys(config)
     study_plan.check(config)
     check_plan(config)
     check_run_dir(config)
     if config.resume not in (None, "auto"):
         return  # the run goes on with its own configuration, and launch.run.resume checks what may be given anew
-    check_ignored_keys(config)
-    check_targets(config)
-    check_choices(config)
-    check_ranges(config)
-    check_counts_or_auto(config)
+    check_unused_keys(config)
+    check_nodes(config.target_nodes)
+    check_values(config)
     check_schedule(config)
     check_sweep_only(config)
     multi_node.check(config)
@@ -62,7 +54,7 @@ def check(config: Config) -> None:
     baseline.check_run(config)
 
 
-def check_plan(config: Config) -> None:
+def check_plan(config: RunConfig) -> None:
     """A plan is of one new run."""
     if config.plan and config.is_study:
         raise InputError(
@@ -77,12 +69,12 @@ def check_plan(config: Config) -> None:
         )
 
 
-def check_own_record(config: Config) -> None:
-    """`record` is the launcher's own, and `+key` must not smuggle in a key nothing reads."""
-    for override, key in zip(config.record.overrides, given_keys(config.record.overrides), strict=True):
+def check_own_keys(config: RunConfig) -> None:
+    """`invocation` is not the user's, and `+key` adds no key that nothing reads."""
+    for override, key in zip(config.invocation.overrides, given_keys(config.invocation.overrides), strict=True):
         head, _, rest = key.partition(".")
-        known = Config.__dataclass_fields__
-        if head == "record" or (head not in known and override.startswith("+")):
+        known = RunConfig.__dataclass_fields__
+        if head == "invocation" or (head not in known and override.startswith("+")):
             raise InputError(f"There is no key {key}{nearest(key, known)}.\nAll keys: python train.py --cfg job.")
         node = value_of(config, head) if rest and override.startswith("+") else {}
         if not isinstance(node, dict):
@@ -91,65 +83,46 @@ def check_own_record(config: Config) -> None:
                 raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
 
 
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = value[part] if isinstance(value, dict) else vars(value)[part]
-    return value
+def check_values(config: RunConfig) -> None:
+    """Compare every value with the choices and the interval its key declares.
 
-
-def optional_value(config: Config, key: str) -> Any:
-    """As `value_of`; None where this task, these data or callbacks have no such key."""
-    try:
-        return value_of(config, key)
-    except (KeyError, TypeError):
-        return None
-
-
-def check_choices(config: Config) -> None:
-    wanted = [(key, value_of(config, key), allowed) for key, allowed in CHOICES.items()]
-    wanted += [(key, optional_value(config, key), allowed) for key, allowed in CHOICES_WHERE_THERE.items()]
-    for key, value, allowed in wanted:
+    Raises:
+        InputError: the value given, and what is allowed.
+    """
+    for name, meaning, value in given_values(config):
         for given in value if isinstance(value, list) else [value]:
-            if given is not None and str(given) not in allowed:
-                near = nearest(str(given), allowed)
-                raise InputError(f"{key}={given}: no such value{near}.\nAllowed: {', '.join(allowed)}.")
-    for key in ("compile", "shard_teacher"):
-        if str(value_of(config, key)).lower() not in ("auto", "true", "false"):
-            raise InputError(f"{key}={value_of(config, key)}: no such value.\nAllowed: auto, true, false.")
+            check_value(name, meaning, given)
 
 
-def check_ranges(config: Config) -> None:
-    for key, (low, high) in (RANGES | RANGES_WHERE_THERE).items():
-        given = optional_value(config, key)
-        if given is None:
-            continue
-        for value in given if isinstance(given, list) else [given]:
-            check_range(key, value, low, high)
+def check_value(name: str, meaning: Key, given: Any) -> None:
+    """Compare one value, of a list each, with what its key allows."""
+    if meaning.choices and str(given) not in meaning.choices:
+        near = nearest(str(given), meaning.choices)
+        raise InputError(f"{name}={given}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
+    if meaning.auto:
+        _check_auto(name, meaning, given)
+    elif meaning.within and not is_within(given, meaning.within):
+        raise InputError(f"{name}={given} is out of range: it must be {_in_words(meaning.within)}.")
 
 
-def check_range(key: str, value: float, low: Any, high: Any) -> None:
-    """Bounds as in RANGES."""
-    smallest, largest = (bound[0] if isinstance(bound, list) else bound for bound in (low, high))
-    assert isinstance(value, int | float)
-    fits = math.isfinite(value) and smallest <= value <= largest
-    fits = fits and not (value == smallest and isinstance(low, list))
-    if not fits or (value == largest and isinstance(high, list)):
-        lower = f"greater than {smallest}" if isinstance(low, list) else f"at least {smallest}"
-        bound = f"{'below' if isinstance(high, list) else 'at most'} {largest}"
-        upper = "finite" if largest == math.inf else bound
-        raise InputError(f"{key}={value} is out of range: it must be {lower} and {upper}.")
+def _check_auto(name: str, meaning: Key, given: Any) -> None:
+    """Of a key that is a number or a switch, or `auto`."""
+    if not meaning.within:
+        if str(given).lower() not in ("auto", "true", "false"):
+            raise InputError(f"{name}={given}: no such value.\nAllowed: auto, true, false.")
+    elif given != "auto" and not (isinstance(given, int) and is_within(given, meaning.within)):
+        low, high = bounds(meaning.within)
+        raise InputError(f"{name}={given} is neither auto nor a whole number of at least {low} and at most {high}.")
 
 
-def check_counts_or_auto(config: Config) -> None:
-    for key, most in COUNTS_OR_AUTO.items():
-        value = value_of(config, key)
-        if value != "auto" and not (isinstance(value, int) and 1 <= value <= most):
-            raise InputError(f"{key}={value} is neither auto nor a whole number of at least 1 and at most {most}.")
+def _in_words(interval: str) -> str:
+    low, high = bounds(interval)
+    least = f"greater than {low}" if interval.startswith("(") else f"at least {low}"
+    most = "finite" if high == math.inf else f"{'below' if interval.endswith(')') else 'at most'} {high}"
+    return f"{least} and {most}"
 
 
-def check_schedule(config: Config) -> None:
+def check_schedule(config: RunConfig) -> None:
     """The learning rate reaches its peak before the last step, and its end at the last step."""
     schedule, steps, warmup = config.schedule, config.steps, config.schedule.warmup_steps
     if warmup is not None and warmup >= steps:
@@ -165,7 +138,7 @@ def check_schedule(config: Config) -> None:
             "Give schedule.decay_fraction greater than 0, or schedule=constant."
         )
     wanted = (warmup or 0) + round(steps * schedule.decay_fraction)
-    if warmup and wanted > steps and "schedule.decay_fraction" in given_keys(config.record.overrides):
+    if warmup and wanted > steps and "schedule.decay_fraction" in given_keys(config.invocation.overrides):
         raise InputError(
             f"schedule.warmup_steps={warmup} and schedule.decay_fraction={schedule.decay_fraction:g} take {wanted} "
             f"steps together, more than steps={steps}.\n"
@@ -173,13 +146,13 @@ def check_schedule(config: Config) -> None:
         )
 
 
-def check_sweep_only(config: Config) -> None:
+def check_sweep_only(config: RunConfig) -> None:
     """One run has nothing to run beside it."""
-    if config.n_jobs > 1 and not config.record.sweep:
+    if config.n_jobs > 1 and not config.invocation.sweep:
         raise InputError(f"n_jobs={config.n_jobs} is read by sweeps, and this is one run.\nAdd -m, or leave it out.")
 
 
-def check_init(config: Config) -> None:
+def check_init(config: RunConfig) -> None:
     """Only distillation has a teacher to take layers from."""
     if config.init == TEACHER_LAYERS and config.task_name != "distill":
         raise InputError(
@@ -188,12 +161,12 @@ def check_init(config: Config) -> None:
         )
 
 
-def check_model(config: Config) -> None:
+def check_model(config: RunConfig) -> None:
     """Heads divide the width; the context fits. With model=auto this waits for init's own sizes."""
     model = config.model
     sizes = (model.n_layer, model.n_head, model.n_embd, model.n_positions)
     if model.n_layer is None or model.n_head is None or model.n_embd is None or model.n_positions is None:
-        if sizes != (None,) * 4 or config.record.groups["model"] != "auto":
+        if sizes != (None,) * 4 or config.groups["model"] != "auto":
             raise InputError("model.n_layer, n_head, n_embd and n_positions must all be given, or model=auto.")
         if not config.init_names_weights:
             raise InputError(
@@ -203,7 +176,7 @@ def check_model(config: Config) -> None:
     check_heads(model.n_embd, model.n_head)
     check_room(config, model.n_positions)
     check_kept_weights(config, model.n_layer)
-    check_context(config.context, model.n_positions, f"model {config.record.groups['model']}'s")
+    check_context(config.context, model.n_positions, f"model {config.groups['model']}'s")
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -216,7 +189,7 @@ def check_heads(width: int, heads: int) -> None:
         )
 
 
-def check_room(config: Config, positions: int) -> None:
+def check_room(config: RunConfig, positions: int) -> None:
     """Generated text and at least one token of its prompt fit in the model."""
     for key in GENERATED:
         tokens = optional_value(config, key)
@@ -227,7 +200,7 @@ def check_room(config: Config, positions: int) -> None:
             )
 
 
-def check_kept_weights(config: Config, layers: int) -> None:
+def check_kept_weights(config: RunConfig, layers: int) -> None:
     """What keeps its weights has learned something, and at least the last block is left to train.
 
     Raises:
@@ -255,8 +228,12 @@ def check_context(context: int, positions: int, whose: str) -> None:
         )
 
 
-def check_batch(config: Config) -> None:
-    """A step holds whole windows, and at least one sequence for each rank."""
+def check_batch(config: RunConfig, devices: int | None = None) -> None:
+    """A step holds whole windows, and at least one sequence for each rank.
+
+    Args:
+        devices: of each machine; None: those that the configuration names, if it does.
+    """
     if config.takes_pairs:
         rows, key = config.batch_sequences, f"batch_sequences={config.batch_sequences}"
     else:
@@ -268,16 +245,17 @@ def check_batch(config: Config) -> None:
                 f"batch_tokens={config.batch_tokens} is not a multiple of context={config.context}.\n"
                 f"Nearest: {' or '.join(f'batch_tokens={value}' for value in near)}."
             )
-    if isinstance(config.devices, int) and rows < (least := config.devices * config.num_nodes):
-        ranks = f"devices={config.devices}" + (f" of num_nodes={config.num_nodes}" if config.num_nodes > 1 else "")
+    devices = int(config.devices) if devices is None and config.devices != "auto" else devices
+    if devices is not None and rows < (least := devices * config.num_nodes):
+        ranks = f"devices={devices}" + (f" of num_nodes={config.num_nodes}" if config.num_nodes > 1 else "")
         cure = f"batch_sequences={least}" if config.takes_pairs else f"batch_tokens={least * config.context}"
         raise InputError(f"{key} cannot be shared by {ranks}: each needs a sequence.\nGive {cure} or more.")
 
 
-def check_files(config: Config) -> None:
+def check_files(config: RunConfig) -> None:
     if not config.takes_pairs and config.data.get("source") in ("text", "bin") and not config.path:
         kind = "a folder with train.bin and val.bin" if config.data["source"] == "bin" else "a file, a folder or a glob"
-        raise InputError(f"data={config.record.groups['data']} needs path=…: {kind}.")
+        raise InputError(f"data={config.groups['data']} needs path=…: {kind}.")
     for key in FILES:
         given = str(value_of(config, key))
         found = os.path.expanduser(given)  # noqa: PTH111 — a glob is no path
@@ -291,7 +269,7 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else ""
 
 
-def check_precision(config: Config) -> None:
+def check_precision(config: RunConfig) -> None:
     if config.precision == "fp16" and config.accelerator == "cpu":
         refuse_fp16_on_cpu()
     if config.precision == "fp8" and config.lora_rank:
@@ -308,7 +286,7 @@ def refuse_fp16_on_cpu() -> None:
     )
 
 
-def check_layer_drop(config: Config) -> None:
+def check_layer_drop(config: RunConfig) -> None:
     """Ranks that share each block's weights must all go through the same blocks."""
     if config.layer_drop and config.strategy == "fsdp":
         raise InputError(
@@ -317,32 +295,15 @@ def check_layer_drop(config: Config) -> None:
         )
 
 
-def check_task_and_data(config: Config) -> None:
+def check_task_and_data(config: RunConfig) -> None:
     if config.task_name == "finetune" and not config.takes_pairs:
         raise InputError(
-            f"task=finetune trains on pairs of prompt and response; data={config.record.groups['data']} has none.\n"
+            f"task=finetune trains on pairs of prompt and response; data={config.groups['data']} has none.\n"
             "Use data=pairs (or summarize, complete, …), or go on pretraining: task=pretrain init=… data=…"
         )
 
 
-def check_targets(config: Config) -> None:
-    """Bind every `_target_`'s keys to its constructor."""
-    check_target(config.task, "task", ARGUMENTS["task"])
-    check_target(config.data, "data", ARGUMENTS["data"], DATA_ONLY_KEYS)
-    for name, node in config.callbacks.items():
-        if node is None:
-            continue
-        if not isinstance(node, dict) or "_target_" not in node:
-            raise InputError(
-                f"callbacks.{name}={node} is no callback.\n"
-                f"Give its keys, callbacks.{name}.KEY=VALUE, or null to leave it out."
-            )
-        check_target(node, f"callbacks.{name}", ARGUMENTS["callbacks"])
-    if config.logger:
-        check_target(config.logger, "logger", ARGUMENTS["logger"])
-
-
-def check_run_dir(config: Config) -> None:
+def check_run_dir(config: RunConfig) -> None:
     """The name is plain and the folder can be made."""
     run_dir.check_name(config)
     if config.resume is None and config.run_dir is not None:

@@ -1,10 +1,10 @@
 """Distillation checks: which losses, caches and texts go together; each is one small function."""
 
 from gpt2lab.errors import InputError
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 
 
-def check(config: Config) -> None:
+def check(config: RunConfig) -> None:
     """All of them.
 
     Raises:
@@ -15,7 +15,7 @@ def check(config: Config) -> None:
     check_hidden_terms(config)
 
 
-def check_teacher_cache(config: Config) -> None:
+def check_teacher_cache(config: RunConfig) -> None:
     """A cache has not everything that a loaded teacher has."""
     mode, loss = config.teacher_cache.name, config.loss
     if mode == "none":
@@ -50,7 +50,7 @@ def check_teacher_cache(config: Config) -> None:
         )
 
 
-def check_sequences(config: Config) -> None:
+def check_sequences(config: RunConfig) -> None:
     """Written text needs prompts before it, and a teacher who reads it."""
     sequences = config.sequences
     if sequences.name == "data":
@@ -80,7 +80,7 @@ def check_sequences(config: Config) -> None:
         )
 
 
-def check_hidden_terms(config: Config) -> None:
+def check_hidden_terms(config: RunConfig) -> None:
     """Hidden states can be compared where both models stand at every token."""
     if config.loss.name == "uld" and (config.loss.hidden_cosine or config.loss.hidden_mse):
         raise InputError(

@@ -1,13 +1,13 @@
 """Objective checks: which objective goes with which data, task and loss."""
 
 from gpt2lab.errors import InputError
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 
 OF_RUNNING_TEXT = ("mlm", "fim")
 DRAWN_ANEW = ("mlm", "fim", "prefix_lm")  # for windows of running text: every epoch another batch of the same window
 
 
-def check(config: Config) -> None:
+def check(config: RunConfig) -> None:
     """What an objective, or packing, leaves no choice about.
 
     Raises:
@@ -19,16 +19,16 @@ def check(config: Config) -> None:
         _check_distillation(config)
 
 
-def _check_data(config: Config) -> None:
+def _check_data(config: RunConfig) -> None:
     name = config.objective.name
     if name in OF_RUNNING_TEXT and config.takes_pairs:
         raise InputError(
-            f"objective={name} is for running text, and data={config.record.groups['data']} are pairs.\n"
+            f"objective={name} is for running text, and data={config.groups['data']} are pairs.\n"
             "Give objective=clm or objective=prefix_lm, or running text such as data=stdlib."
         )
 
 
-def _check_sampled_softmax(config: Config) -> None:
+def _check_sampled_softmax(config: RunConfig) -> None:
     if config.objective.name != "sampled_softmax":
         return
     if config.task_name == "distill":
@@ -43,7 +43,7 @@ def _check_sampled_softmax(config: Config) -> None:
             )
 
 
-def _check_distillation(config: Config) -> None:
+def _check_distillation(config: RunConfig) -> None:
     name, cache, sequences = config.objective.name, config.teacher_cache.name, config.sequences.name
     if cache != "none" and name in DRAWN_ANEW and not config.takes_pairs:
         raise InputError(

@@ -1,11 +1,11 @@
 """Wanted machines: what a run asks a cluster for, since the machine that submits it is not the one that runs it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt2lab.errors import InputError
-from launch.config import schema as configuration
-from launch.config.schema import STUDY, Config
+from launch.config import run_spec
+from launch.config.schema import STUDY, RunConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Machines:
         return self.devices if self.are_gpus else 0
 
 
-def check(config: Config) -> None:
+def check(config: RunConfig) -> None:
     """Device and number are named, for nobody here can look.
 
     Raises:
@@ -57,21 +57,20 @@ def check(config: Config) -> None:
         )
 
 
-def of(config: Config) -> Machines:
-    """What a checked run asks for; one that goes on asks for what it had, unless something else was given.
+def request_from(config: RunConfig) -> Machines:
+    """Return what a checked run requests; a resumed one requests what it had, unless something else was given.
 
     Raises:
         InputError
     """
     if config.resume not in (None, "auto"):
-        folder = Path(str(config.resume)).expanduser()
-        stored = configuration.load(folder / "config.yaml")
-        if config.accelerator == "auto":
-            config.accelerator = stored.accelerator
-        if config.devices == "auto":
-            config.devices = stored.devices
-        if config.num_nodes == 1:
-            config.num_nodes = stored.num_nodes
+        stored = run_spec.load(Path(str(config.resume)).expanduser() / "config.yaml").machine
+        config = replace(
+            config,
+            accelerator=stored.accelerator if config.accelerator == "auto" else config.accelerator,
+            devices=stored.devices if config.devices == "auto" else config.devices,
+            num_nodes=stored.num_nodes if config.num_nodes == 1 else config.num_nodes,
+        )
     check(config)
     devices = 1 if config.devices == "auto" else int(config.devices)
     return Machines(config.num_nodes, devices, config.accelerator == "gpu")

@@ -9,7 +9,7 @@ from gpt2lab.settings import TokenizerChoice
 from launch.config.cli_overrides import readable_by_hydra
 from launch.config.groups import experiment_keys
 from launch.config.literal_text import override
-from launch.config.schema import STUDY, Config
+from launch.config.schema import STUDY, RunConfig
 from launch.config.unused_keys import given_keys, without
 
 # Keys that a study gives to its runs itself, with what the user says instead
@@ -38,7 +38,7 @@ class PlannedRun:
         return f"{arm}-seed{self.seed}-lr{self.lr_factor:g}x-{self.steps}steps"
 
 
-def check(config: Config) -> None:
+def check(config: RunConfig) -> None:
     """What a study leaves no choice about, and what would make its comparison none.
 
     Raises:
@@ -46,7 +46,7 @@ def check(config: Config) -> None:
     """
     if not config.is_study:
         return
-    for key in given_keys(config.record.overrides):
+    for key in given_keys(config.invocation.overrides):
         if key in INSTEAD:
             raise InputError(f"experiment={STUDY} sets {key} itself: {INSTEAD[key]}.\nLeave {key} out.")
     if config.resume not in (None, "auto"):
@@ -74,31 +74,31 @@ def check(config: Config) -> None:
             raise InputError(f"study.{key}={values}: give at least one value and none twice.")
 
 
-def arms(config: Config) -> list[Arm]:
+def arms(config: RunConfig) -> list[Arm]:
     """In the order in which tables show them."""
     return [Arm(init, learns_by) for init in sorted(config.study.inits) for learns_by in (CE, KD)]
 
 
-def baseline_arm(config: Config) -> Arm:
+def baseline_arm(config: RunConfig) -> Arm:
     """The arm that must not lose for want of a better learning rate."""
     return next(arm for arm in arms(config) if arm.learns_by == CE)
 
 
-def tuned_arms(config: Config) -> list[Arm]:
+def tuned_arms(config: RunConfig) -> list[Arm]:
     """The arms whose learning rate is searched for; all others take the baseline's."""
     return arms(config) if config.study.tune == "every_arm" else [baseline_arm(config)]
 
 
-def seeds(config: Config) -> list[int]:
+def seeds(config: RunConfig) -> list[int]:
     """The seeds of the pairs."""
     return [config.seed + number for number in range(config.study.seeds)]
 
 
-def learning_rate(config: Config, factor: float) -> float:
+def learning_rate(config: RunConfig, factor: float) -> float:
     return float(f"{config.optimizer.lr * factor:.6g}")
 
 
-def shared_overrides(config: Config) -> list[str]:
+def shared_overrides(config: RunConfig) -> list[str]:
     """What all runs are told: the recipe's values, and what was given beside it and is not the study's own.
 
     Written out, so that every run's command does the same without the study.
@@ -106,11 +106,11 @@ def shared_overrides(config: Config) -> list[str]:
     chosen, keys = experiment_keys(STUDY)
     told = [f"{key}={value}" for key, value in {**chosen, **keys}.items() if key != "study"]
     own = [*OF_THE_STUDY, *LEARNING_RATES, *(f"study.{name}" for name in vars(config.study)), "study"]
-    given = without(config.record.overrides, own)
+    given = without(config.invocation.overrides, own)
     return [*without(told, [*own, *given_keys(given)]), *given]
 
 
-def run_overrides(run: PlannedRun, config: Config, teacher: str, tokenizer: TokenizerChoice) -> list[str]:
+def run_overrides(run: PlannedRun, config: RunConfig, teacher: str, tokenizer: TokenizerChoice) -> list[str]:
     """What one run is told.
 
     Args:
@@ -129,7 +129,7 @@ def run_overrides(run: PlannedRun, config: Config, teacher: str, tokenizer: Toke
     return [*without(shared_overrides(config), given_keys(own)), *readable_by_hydra(own)]
 
 
-def _without_teaching(config: Config) -> list[str]:
+def _without_teaching(config: RunConfig) -> list[str]:
     """Of a teacher only its layers: the teacher is not asked at any training step."""
     hidden = [f"loss.{name}=0" for name in ("hidden_cosine", "hidden_mse") if vars(config.loss)[name]]
     return ["loss.hard_weight=1", "teacher_cache=none", "sequences=data", *hidden]

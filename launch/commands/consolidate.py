@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.storage.utf8 import check_process
 from launch import logging_setup
-from launch.config import schema as configuration
-from launch.config.schema import Config
+from launch.config import run_spec
+from launch.config.run_spec import PreparedSpec
 from launch.exit_codes import end
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def consolidate(given: str) -> Path:
 
     if not is_sharded(checkpoint):
         raise InputError(f"{checkpoint} is one file already, and {run}/hf its Hugging Face folder.")
-    settings, whole = configuration.load(run / "config.yaml"), read_whole(checkpoint)
+    spec, whole = run_spec.load(run / "config.yaml"), read_whole(checkpoint)
     folder = run / OUTPUT
     folder.mkdir(exist_ok=True)
     with told_when_full("the consolidated checkpoint", f"{checkpoint} is intact."):
@@ -50,7 +50,7 @@ def consolidate(given: str) -> Path:
         flush(aside)
         aside.replace(folder / checkpoint.name)
         card = {"title": run.name, "steps": str(whole["global_step"]), "trained with": "gpt2-lab"}
-        write_hf_folder(_plain_model(settings, whole), load_tokenizer(str(run)), folder / "hf", card)
+        write_hf_folder(_plain_model(spec, whole), load_tokenizer(str(run)), folder / "hf", card)
     return folder
 
 
@@ -72,7 +72,7 @@ def _named(path: Path) -> tuple[Path, Path]:
     )
 
 
-def _plain_model(settings: Config, whole: dict[str, Any]) -> "GPT2LMHeadModel":
+def _plain_model(spec: PreparedSpec, whole: dict[str, Any]) -> "GPT2LMHeadModel":
     """The model as `transformers` knows it."""
     from gpt2lab.model.backbone import plain_hf_from_state
     from gpt2lab.model.lora import merged
@@ -83,18 +83,18 @@ def _plain_model(settings: Config, whole: dict[str, Any]) -> "GPT2LMHeadModel":
         averages = zip(whole["averaged"], whole["weight_average"], strict=True)
         kind = whole["state_dict"]["backbone.lm.transformer.wte.weight"].dtype  # in which the run's own model has them
         state |= {f"backbone.{name}": average.to(kind) for name, average in averages}
-    prefix, model = "backbone.lm.", settings.model
+    prefix, model = "backbone.lm.", spec.resolved.model
     inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     embedding = inner["transformer.wte.weight"]  # (V, D)
     inner["lm_head.weight"] = embedding
-    lora = settings.task.get("lora") or {}
+    lora = spec.config.task.get("lora") or {}
     if lora.get("rank"):
         inner = merged(inner, lora["alpha"] / lora["rank"])
     assert model.n_layer is not None
     assert model.n_head is not None
     assert model.n_positions is not None
     shape = ModelShape(model.n_layer, model.n_head, embedding.shape[1], model.n_positions, embedding.shape[0])
-    return plain_hf_from_state(inner, shape, settings.objective.name)
+    return plain_hf_from_state(inner, shape, spec.config.objective.name)
 
 
 def _program(arguments: list[str]) -> None:

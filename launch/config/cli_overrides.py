@@ -13,25 +13,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from gpt2lab.errors import InputError
+from gpt2lab.keys import keys_of
 from gpt2lab.storage.utf8 import check_process
 from launch.config import literal_text, run_dir
 from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
+from launch.config.schema import RunConfig
 from launch.config.targets import parse_permissions
 
-FREE_TEXT = (
-    "path",
-    "val_path",
-    "init",
-    "teacher",
-    "baseline",
-    "resume",
-    "run_dir",
-    "name",
-    "cache_dir",
-    "source",
-    "target",
-)
+FREE_TEXT = tuple(name for name, meaning in keys_of(RunConfig) if meaning.free_text)
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--version", "--resolve", "--multirun", "-m")

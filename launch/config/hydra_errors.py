@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from gpt2lab.errors import InputError
 from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 
 
 def explained(error: HydraException | OmegaConfBaseException) -> InputError:
@@ -57,7 +57,7 @@ def _missing_value(error: MissingConfigException) -> InputError:
 
 def _unreadable(error: OverrideParseException) -> InputError:
     if "=" not in error.override:
-        known = [*groups(), *(item.name for item in fields(Config))]
+        known = [*groups(), *(item.name for item in fields(RunConfig))]
         return InputError(f"{error.override} is not key=value{nearest(error.override, known)}.")
     key = error.override.split("=")[0]
     reason = str(error.message).splitlines()[0]
@@ -88,7 +88,7 @@ def _unknown_key(cause: OmegaConfBaseException) -> InputError:
     siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
     prefix = given.rpartition(".")[0]
     known = [f"{prefix}.{key}" if prefix else key for key in siblings]
-    known = [key for key in known if key not in ("hydra", "record")]
+    known = [key for key in known if key not in ("hydra", "invocation")]
     if not prefix:
         known += groups()
     suggestion = _same_ending(given) or _near_sibling(given, known)
@@ -122,11 +122,11 @@ def _same_ending(given: str) -> str:
     return f" (did you mean {match}?)" if match else ""
 
 
-def _nested_keys(schema: Any = Config, prefix: str = "") -> list[str]:
+def _nested_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
     """Dotted names of every typed key: optimizer.lr, steps, …"""
     names: list[str] = []
     for item in fields(schema):
-        if item.name == "record":
+        if item.name == "invocation":
             continue
         names.append(prefix + item.name)
         if is_dataclass(item.type):

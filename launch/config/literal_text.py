@@ -9,6 +9,8 @@ from hydra.core.override_parser.types import QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
+from launch.config.structured import composable, frozen
+
 
 def escaped(value: Any) -> Any:
     """The same value with every `${` in its strings escaped, so that OmegaConf resolves nothing in it."""
@@ -27,7 +29,7 @@ def typed_values(kind: type, values: dict[str, Any]) -> Any:
     Raises:
         OmegaConfBaseException: an unknown or missing key, or a value of the wrong type.
     """
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), escaped(values)))
+    return frozen(kind, OmegaConf.merge(OmegaConf.structured(composable(kind)), escaped(values)))
 
 
 def quoted(text: str) -> str:

@@ -18,8 +18,9 @@ from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_shape
-from launch.config import schema as configuration
-from launch.config.schema import Config
+from launch.config import run_spec
+from launch.config.run_spec import PreparedSpec
+from launch.config.schema import RunConfig
 
 RUNS, STUDIES = Path("runs"), Path("studies")
 CONFIG = "config.yaml"
@@ -32,11 +33,11 @@ class FinishedRun:
     """An earlier run that has a report, a configuration and exported weights of a known shape."""
 
     folder: Path
-    config: Config
+    spec: PreparedSpec
     shape: dict[str, int]
 
 
-def check_name(config: Config) -> None:
+def check_name(config: RunConfig) -> None:
     """Refuse what would make paths awkward to type or that names nothing.
 
     Raises:
@@ -51,11 +52,11 @@ def check_name(config: Config) -> None:
         raise InputError(f"name={config.name} is a path; set run_dir={config.name} instead.")
 
 
-def wanted_folder(config: Config) -> Path:
+def wanted_folder(config: RunConfig) -> Path:
     """run_dir, else runs/<task>/<name>, else runs/<task>/<model>-<time>; of a study studies/<name>, studies/<time>."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
-    now, model = time.strftime("%Y-%m-%d_%H-%M-%S"), config.record.groups["model"]
+    now, model = time.strftime("%Y-%m-%d_%H-%M-%S"), config.groups["model"]
     if config.is_study:
         return STUDIES / (config.name or now)
     return RUNS / config.task_name / (config.name or f"{model}-{now}")
@@ -91,7 +92,7 @@ def check_can_be_made(folder: Path, key: str) -> None:
         raise InputError(f"Cannot make the folder {folder}: {existing} cannot be written to.\nGive another {key}.")
 
 
-def check_wanted(config: Config) -> None:
+def check_free_folder(config: RunConfig) -> None:
     """A named folder is free; one named by the time can be made, and gets a number where another run took that name.
 
     Raises:
@@ -103,13 +104,13 @@ def check_wanted(config: Config) -> None:
         check_can_be_made(wanted_folder(config), "run_dir")
 
 
-def reserve(config: Config) -> tuple[Path, list[Path]]:
+def reserve(config: RunConfig) -> tuple[Path, list[Path]]:
     """Create the run's folder, empty, for a process elsewhere; without a name of its own its name is made unique.
 
     Returns:
         The folder, and the folders that were created for it, the innermost first.
     """
-    check_wanted(config)
+    check_free_folder(config)
     is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
     for folder in _numbered(base):
         made = missing(folder)
@@ -163,8 +164,12 @@ class RunDirectory:
         """
         self._lock, self.path = _locked(folder), folder
 
-    def enter(self, config: Config) -> Path:
-        """Write config.yaml into the directory, which is created for a new run; sets `config.run_dir`.
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint of the run; None: it starts at step 0."""
+        return None if self.path is None else newest_good_checkpoint(self.path)
+
+    def enter(self, spec: PreparedSpec, is_resumed: bool = False) -> Path:
+        """Write config.yaml into the directory, which is created for a new run; returns the directory.
 
         Raises:
             InputError: the directory of a new run holds something else, or another process uses it.
@@ -173,21 +178,19 @@ class RunDirectory:
             assert self.path is not None
             return self.path
         if self.path is None:
-            self._create(config)
-        elif config.resume is None:
-            self.restart(config)
+            self._create(spec)
+        elif is_resumed:
+            run_spec.save(spec, self.path / CONFIG)
         else:
-            config.run_dir = str(self.path)
-            configuration.save(config, self.path / CONFIG)
+            self.restart(spec)
         self._is_ready = True
         assert self.path is not None
         return self.path
 
-    def restart(self, config: Config) -> None:
+    def restart(self, spec: PreparedSpec) -> None:
         """Begin again in place of a start without a checkpoint, whose metrics and samples are dropped."""
         assert self.path is not None
-        config.run_dir = str(self.path)
-        configuration.save(config, self.path / CONFIG)
+        run_spec.save(spec, self.path / CONFIG)
         side_files.repair(self.path)
         for name in SIDE_FILES:
             (self.path / name).unlink(missing_ok=True)
@@ -213,12 +216,13 @@ class RunDirectory:
             self._lock.release()
             self._lock = None
 
-    def _create(self, config: Config) -> None:
-        check_wanted(config)
+    def _create(self, spec: PreparedSpec) -> None:
+        config = spec.config
+        check_free_folder(config)
         is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
         for folder in itertools.repeat(base) if is_named else _numbered(base):
             try:
-                if self._start(folder, config):
+                if self._start(folder, spec):
                     return
             except InUseError:
                 if is_named:
@@ -226,7 +230,7 @@ class RunDirectory:
             if is_named:
                 check_free(folder)  # raises where another process has created it since
 
-    def _start(self, folder: Path, config: Config) -> bool:
+    def _start(self, folder: Path, spec: PreparedSpec) -> bool:
         """Fill a directory beside `folder` and rename it; False: `folder` is taken, or another process was faster."""
         place = folder.resolve()
         if not _is_free(place):
@@ -243,8 +247,7 @@ class RunDirectory:
             lock = _locked(aside)
         except FileNotFoundError:  # another process has renamed or removed it
             return False
-        config.run_dir = str(folder)
-        configuration.save(config, aside / CONFIG)
+        run_spec.save(spec, aside / CONFIG)
         if aside != place:
             try:
                 aside.rename(place)  # also onto an empty directory
@@ -301,8 +304,7 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(report, dict) and report.get("status") == "finished":
-                config, shape = configuration.load(folder / "config.yaml"), read_shape(folder / "hf")
-                runs.append(FinishedRun(folder, config, shape))
+                runs.append(FinishedRun(folder, run_spec.load(folder / CONFIG), read_shape(folder / "hf")))
         except (OSError, ValueError):
             continue
     return runs

@@ -24,13 +24,12 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gpt2lab.reports.run_report import read_report, watched_value
 from gpt2lab.storage.atomic_files import write_json
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.system.heartbeat import Folder, Listener
 from launch import exit_codes
-from launch.config import run_dir, schema
+from launch.config import run_dir
 from launch.config.run_dir import RunDirectory
-from launch.config.schema import Config
+from launch.config.run_spec import PreparedSpec
 from launch.distributed import child_processes
 from launch.rank_environment import HEARTBEATS, OUTCOME_FILE
 
@@ -49,7 +48,7 @@ class Failure(NamedTuple):
     code: int
 
 
-def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
+def run(spec: PreparedSpec, directory: RunDirectory) -> dict[str, Any]:
     """Run all ranks to their end.
 
     Returns:
@@ -58,14 +57,15 @@ def run(settings: Config, directory: RunDirectory) -> dict[str, Any]:
     Raises:
         answer.Ended: with the exit code that was recorded, when the run did not finish.
     """
-    folder = directory.enter(settings)
+    folder = directory.enter(spec, is_resumed=directory.newest_checkpoint() is not None)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for restarts in range(settings.max_restarts + 1):
-        failed, signals, outcome = _attempt(settings, folder)
-        if outcome is not None or signals or restarts == settings.max_restarts:
+    for restarts in range(spec.config.max_restarts + 1):
+        failed, signals, outcome = _attempt(spec, folder)
+        if outcome is not None or signals or restarts == spec.config.max_restarts:
             break
-        log.warning("%s. Restart %d of %d.", failed, restarts + 1, settings.max_restarts)
-        _take_up_again(settings, directory)
+        log.warning("%s. Restart %d of %d.", failed, restarts + 1, spec.config.max_restarts)
+        if directory.newest_checkpoint() is None:  # else the ranks resume from it
+            directory.restart(spec)
     if outcome is None:
         told = f"the ranks were stopped by {signal.Signals(signals[-1]).name}" if signals else failed
         if signals:
@@ -127,10 +127,10 @@ def _failed_at(failure: ProcessFailure, scratch: Path) -> float:
     return float(word.read_text()) if word.is_file() else float(failure.timestamp)
 
 
-def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, Any] | None]:
+def _attempt(spec: PreparedSpec, folder: Path) -> tuple[str, list[int], dict[str, Any] | None]:
     """(which rank failed and how, signals that came, recorded outcome or None) of one start of all ranks."""
     with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
-        failed, signals, blame = _start_and_wait(settings, folder, Path(scratch))
+        failed, signals, blame = _start_and_wait(spec, folder, Path(scratch))
         outcome_file = Path(scratch, OUTCOME)
         outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
         if failed and not signals and outcome and outcome["code"] in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
@@ -142,16 +142,6 @@ def _attempt(settings: Config, folder: Path) -> tuple[str, list[int], dict[str, 
                 "watched": None,
             }  # there was no disk space to write it
         return blame or _told(failed, folder), signals, outcome
-
-
-def _take_up_again(settings: Config, directory: RunDirectory) -> None:
-    """Let the next start go on from the newest whole checkpoint; without one it begins at step 0."""
-    assert directory.path is not None
-    if newest_good_checkpoint(directory.path) is None:
-        directory.restart(settings)
-    else:
-        settings.resume = str(directory.path)
-        schema.save(settings, directory.path / "config.yaml")
 
 
 def _discard_untrained(directory: RunDirectory) -> None:
@@ -208,9 +198,9 @@ class RankLogs(LogsSpecs):
         return str(self.folder)
 
 
-def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Failure | None, list[int], str]:
+def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[Failure | None, list[int], str]:
     """(the first rank that failed or None, signals that came, which rank kept the others waiting)."""
-    world = settings.record.world_size
+    world = spec.machine.world_size
     # The store listens before any rank starts and picks its own free port, so no two runs can collide.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -222,10 +212,10 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
         "GROUP_RANK": "0",
         OUTCOME_FILE: str(scratch / OUTCOME),
         HEARTBEATS: str(scratch),
-        "OMP_NUM_THREADS": str(settings.threads),
+        "OMP_NUM_THREADS": str(spec.machine.threads),
         "PYTHONPATH": child_processes.environment()["PYTHONPATH"],
     }
-    allowed = ("--allow-targets", ",".join(settings.allow_targets))
+    allowed = ("--allow-targets", ",".join(spec.config.allow_targets))
     arguments = ("-P", "-m", "launch.run.job", str(folder / "config.yaml"), str(os.getpid()), "--rank", *allowed)
     context = start_processes(
         name="rank",
@@ -243,14 +233,14 @@ def _start_and_wait(settings: Config, folder: Path, scratch: Path) -> tuple[Fail
             while result is None:
                 result = context.wait(POLL_SECONDS)
                 listener.listen(longest_gap=10 * POLL_SECONDS)
-                if result is None and not blame and listener.silent(settings.rank_timeout):
-                    blame = _end_silent(listener, settings.rank_timeout, context.pids())
+                if result is None and not blame and listener.silent(spec.config.rank_timeout):
+                    blame = _end_silent(listener, spec.config.rank_timeout, context.pids())
     finally:
         context.close()
     first = _first(list(result.failures.values()), scratch)
     aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
     listener.listen(longest_gap=0.0)
-    blame = blame or listener.blame(listener.behind(aborted), settings.rank_timeout)
+    blame = blame or listener.blame(listener.behind(aborted), spec.config.rank_timeout)
     return (Failure(first.local_rank, first.exitcode) if first else None), signals, blame
 
 

@@ -13,14 +13,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lab.errors import InputError
 from gpt2lab.system.heartbeat import GRACE_SECONDS, Heartbeat
 from launch import exit_codes
-from launch.config import schema
-from launch.config.schema import Config
+from launch.config import run_spec
+from launch.config.run_spec import PreparedSpec
+from launch.config.schema import RunConfig
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import by_srun, is_cluster_rank
 
@@ -68,21 +71,21 @@ def _first_node(nodes: str) -> str:
     return address[1] if address else name
 
 
-def take_numbers(settings: Config) -> None:
-    """Set `devices` and `num_nodes` to what was started.
+def with_started_numbers(config: RunConfig) -> RunConfig:
+    """Return the configuration with the `devices` and `num_nodes` that were started.
 
     Raises:
-        InputError: other numbers were asked for.
+        InputError: other numbers were given.
     """
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     started = {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
-    for key in set(given_keys(settings.record.overrides)) & set(started):
-        if vars(settings)[key] not in ("auto", started[key]):
+    for key in set(given_keys(config.invocation.overrides)) & set(started):
+        if vars(config)[key] not in ("auto", started[key]):
             raise InputError(
-                f"{key}={vars(settings)[key]}, and {started[key]} were started: {here} processes on each of "
+                f"{key}={vars(config)[key]}, and {started[key]} were started: {here} processes on each of "
                 f"{started['num_nodes']} machines.\nLeave {key} out, or start as many."
             )
-    settings.devices, settings.num_nodes = started["devices"], started["num_nodes"]
+    return replace(config, devices=started["devices"], num_nodes=started["num_nodes"])
 
 
 class Meeting:
@@ -124,12 +127,12 @@ class Meeting:
             self._store.set(TOLD, json.dumps(None))
             raise
 
-    def tell(self, settings: Config) -> None:
-        """On rank 0: what all train by."""
-        self._store.set(TOLD, json.dumps(schema.dumped(settings)))
+    def tell(self, spec: PreparedSpec, folder: Path) -> None:
+        """On rank 0: send the prepared run and its directory to all others."""
+        self._store.set(TOLD, json.dumps({"spec": run_spec.to_yaml(spec), "folder": str(folder.absolute())}))
 
-    def told(self) -> Config:
-        """On the others: what rank 0 has told.
+    def told(self) -> tuple[PreparedSpec, Path]:
+        """On the others: receive the prepared run and its directory from rank 0.
 
         A rank 0 that lives may take its time; then rank 1 says every so often that all wait.
 
@@ -150,7 +153,7 @@ class Meeting:
         told = json.loads(self._store.get(TOLD))
         if told is None:
             raise exit_codes.Ended(exit_codes.FAILED)
-        return schema.parsed(told, "told by rank 0")
+        return run_spec.from_yaml(PreparedSpec, told["spec"], "sent by rank 0"), Path(told["folder"])
 
     def _has_told(self) -> bool:
         """Waits for it a second, so that signals are heeded."""
@@ -168,7 +171,7 @@ class Meeting:
         return Watch(self._beats, self._heartbeat, self.rank, self.world_size, seconds)
 
     @contextmanager
-    def training(self, settings: Config) -> Iterator[Heartbeat]:
+    def training(self, spec: PreparedSpec) -> Iterator[Heartbeat]:
         """The block runs in a process group of all ranks; none leaves before all have ended it in good order.
 
         Gives this rank's heartbeat, which the others hear: one that keeps them waiting for longer than `rank_timeout`
@@ -178,12 +181,12 @@ class Meeting:
         from torch import distributed
         from torch.distributed import PrefixStore
 
-        if settings.accelerator == "gpu":
+        if spec.machine.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if settings.accelerator == "gpu" else "gloo"
+        backend = "nccl" if spec.machine.accelerator == "gpu" else "gloo"
         group_store = PrefixStore("group", self._store)
-        timeout = timedelta(seconds=settings.rank_timeout + GRACE_SECONDS)
-        watch = self._watch(settings.rank_timeout)
+        timeout = timedelta(seconds=spec.config.rank_timeout + GRACE_SECONDS)
+        watch = self._watch(spec.config.rank_timeout)
         try:
             distributed.init_process_group(
                 backend, store=group_store, rank=self.rank, world_size=self.world_size, timeout=timeout
@@ -223,29 +226,29 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
-def check(settings: Config) -> None:
+def check(config: RunConfig) -> None:
     """Several machines need somebody to start processes on them.
 
     Raises:
         InputError
     """
-    if settings.num_nodes > 1 and not is_cluster_rank() and settings.launcher.name == "processes":
+    if config.num_nodes > 1 and not is_cluster_rank() and config.launcher.name == "processes":
         raise InputError(
-            f"num_nodes={settings.num_nodes}: start the run on every machine, for example with\n"
-            f"  torchrun --nnodes={settings.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
+            f"num_nodes={config.num_nodes}: start the run on every machine, for example with\n"
+            f"  torchrun --nnodes={config.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
             "--rdzv-endpoint=FIRST_HOST:29500 train.py …\n"
-            f"or: srun -K --nodes={settings.num_nodes} --ntasks-per-node=1 python train.py …\n"
+            f"or: srun -K --nodes={config.num_nodes} --ntasks-per-node=1 python train.py …\n"
             "or let SLURM do so: launcher=slurm"
         )
 
 
-def check_data(settings: Config, data_hash: str) -> None:
+def check_data(spec: PreparedSpec, data_hash: str) -> None:
     """The data prepared on this machine are those of rank 0.
 
     Raises:
         InputError
     """
-    if settings.record.data_hash != data_hash:
+    if spec.prepared.data_hash != data_hash:
         raise InputError(
             f"The data on {os.uname().nodename} differ from those of the first machine.\n"
             "Give all machines the same files, or one cache_dir that they share."

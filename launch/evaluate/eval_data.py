@@ -1,9 +1,8 @@
 """Scored data: which texts evaluate.py reads, and how each checkpoint's tokenizer and objective cut them."""
 
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
@@ -13,7 +12,8 @@ from launch.config.groups import CONF, values
 
 if TYPE_CHECKING:
     from gpt2lab.data.pair_file import PairFile
-    from launch.config.schema import Config
+    from launch.config.run_spec import RunSpec
+    from launch.config.schema import RunConfig
 
 GIVEN = ("path", "val_path", "source", "target", "cache_dir")
 
@@ -41,8 +41,8 @@ class LeftOut:
         )
 
 
-def data_settings(data: str, given: dict[str, str], folder: Path, context: int, permissions: list[str]) -> "Config":
-    """The configuration that says which data to score: a run's own or conf/'s defaults, with what was given on top.
+def data_config(data: str, given: dict[str, str], folder: Path, context: int, permissions: list[str]) -> "RunConfig":
+    """Return the configuration of the data to score: a run's own or conf/'s defaults, with the given keys on top.
 
     Args:
         data: a value of conf/data; empty: the run's own, else stdlib.
@@ -60,43 +60,59 @@ def data_settings(data: str, given: dict[str, str], folder: Path, context: int, 
     from launch.config.unused_keys import unread_keys
 
     own = _run_config(folder)
-    settings = own if own is not None and not data else _composed(data or "stdlib")
-    if settings is own:
-        settings.allow_targets = permissions
-        check_targets({"data": settings.data}, permissions)
-    for key, value in given.items():
-        if value:
-            setattr(settings, key, value)
-            settings.record.overrides.append(f"{key}={value}")  # goes before what a preset names itself
-    settings.context = context or (own.context if own is not None else 0)
-    settings.record.accumulate = 1
-    for key, message in unread_keys(settings).items():
-        if given.get(key):
+    if own is not None and not data:
+        check_targets({"data": own.data}, permissions)
+        config = replace(own, allow_targets=permissions)
+    else:
+        config = _composed(data or "stdlib")
+    values: dict[str, Any] = {key: value for key, value in given.items() if value}
+    overrides = [f"{key}={value}" for key, value in values.items()]  # they go before what a preset names itself
+    invocation = replace(config.invocation, overrides=[*config.invocation.overrides, *overrides])
+    config = replace(
+        config, **values, context=context or (own.context if own is not None else 0), invocation=invocation
+    )
+    for key, message in unread_keys(config).items():
+        if values.get(key):
             raise InputError(f"{message}.\nLeave it out.")
-    checks.check_files(settings)
-    return settings
+    checks.check_files(config)
+    return config
 
 
-def in_words(settings: "Config") -> str:
-    """Which data these are and how long their windows, as key=value."""
-    path = f" path={settings.path}" if settings.path else ""
-    return f"data={settings.record.groups['data']}{path} context={settings.context}"
+def in_words(config: "RunConfig") -> str:
+    """Return the data and the length of their windows, as key=value."""
+    path = f" path={config.path}" if config.path else ""
+    return f"data={config.groups['data']}{path} context={config.context}"
 
 
-def as_read_by(settings: "Config", folder: Path, tokenizer: str) -> "Config":
-    """The settings with the tokenizer, the objective and the packing of the checkpoint in `folder`.
+def spec_of(config: "RunConfig", folder: Path, tokenizer: str) -> "RunSpec":
+    """Return the data as the checkpoint in `folder` reads them: with its tokenizer, objective and packing.
 
     Args:
         tokenizer: another than its own; empty: its own.
     """
     from launch.checks import objective
+    from launch.config.run_spec import Machine, Resolved, RunSpec
 
-    own, settings = _run_config(folder), deepcopy(settings)
-    settings.tokenizer = TokenizerChoice("pretrained", source=tokenizer or str(folder))
-    settings.objective = own.objective if own is not None else ObjectiveSettings(read_objective(folder))
-    settings.packing = own is not None and own.packing
-    objective.check(settings)
-    return settings
+    own = _run_config(folder)
+    config = replace(
+        config,
+        objective=own.objective if own is not None else ObjectiveSettings(read_objective(folder)),
+        packing=own is not None and own.packing,
+    )
+    objective.check(config)
+    choice = TokenizerChoice("pretrained", source=tokenizer or str(folder))
+    machine = Machine("auto", 1, 1, "auto", "auto", "single", False, 1, micro_batch=1, accumulate=1)
+    resolved = Resolved(model=config.model, model_name="", init=str(folder), tokenizer=choice, machine=machine)
+    return RunSpec(config, resolved)
+
+
+def on_device(spec: "RunSpec", device: str) -> "RunSpec":
+    """Return the same data in batches of a size that suits the type of device."""
+    from launch.memory.run_sizes import fastest_micro_batch
+
+    machine = replace(spec.machine, accelerator="cpu" if device == "cpu" else "gpu")
+    machine = replace(machine, largest_micro_batch=fastest_micro_batch(spec.config, machine))
+    return replace(spec, resolved=replace(spec.resolved, machine=machine))
 
 
 def keep_what_all_can_read(files: "list[list[tuple[PairFile, int]]]", context: int) -> LeftOut:
@@ -128,14 +144,14 @@ def keep_what_all_can_read(files: "list[list[tuple[PairFile, int]]]", context: i
     return LeftOut(pairs, left_out, too_long)
 
 
-def _run_config(folder: Path) -> "Config | None":
-    from launch.config import schema
+def _run_config(folder: Path) -> "RunConfig | None":
+    from launch.config import run_spec
 
     file = folder.parent / "config.yaml"
-    return schema.load(file) if folder.name == "hf" and file.is_file() else None
+    return run_spec.load(file).config if folder.name == "hf" and file.is_file() else None
 
 
-def _composed(data: str) -> "Config":
+def _composed(data: str) -> "RunConfig":
     """The defaults of conf/ with one value of the data group."""
     from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
@@ -150,4 +166,4 @@ def _composed(data: str) -> "Config":
         tree = compose("train", overrides=[f"data={data}"], return_hydra_config=True)
     with open_dict(tree):
         hydra_node = tree.pop("hydra")
-    return schema.typed(tree, hydra_node, command="")
+    return schema.from_hydra(tree, hydra_node, command="")

@@ -1,7 +1,7 @@
 """Scoring: what evaluate.py does — every checkpoint on the same texts, by loss, by what it writes, by how fast."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gpt2lab.evaluation.teacher_student_eval import Comparison
     from gpt2lab.generation.decoding_speed import DecodingSpeed
     from gpt2lab.model.backbone import Backbone
-    from launch.config.schema import Config
+    from launch.config.run_spec import RunSpec
 
 PROMPT_TOKENS = 16  # of a text whose continuation is timed
 BATCHES = (1, 16)  # of which the speed of decoding is told
@@ -113,7 +113,7 @@ def evaluate(arguments: Arguments) -> Results:
     """
     checkpoints = compared_models.named_checkpoints(arguments.checkpoint)
     others = compared_models.named_models({key: vars(arguments)[key] for key in ("teacher", "baseline")})
-    settings = _settings(arguments, checkpoints, others)
+    specs = _specs(arguments, checkpoints, others)
     settle_noise()  # what follows takes seconds to import; mistakes are told before
     from gpt2lab.data.document_groups import warn_of_few_groups
     from gpt2lab.evaluation.evaluation import paired_difference
@@ -125,16 +125,14 @@ def evaluate(arguments: Arguments) -> Results:
     device = named_device(arguments.accelerator)
     if device.type == "cpu":
         keep_freed_memory()
-    for own in settings:
-        own.accelerator = "cpu" if device.type == "cpu" else "gpu"
-    scorers = [_Scorer(arguments, own, device) for own in settings]
+    scorers = [_Scorer(arguments, eval_data.on_device(own, device.type), device) for own in specs]
     for model, scorer in zip(checkpoints, scorers, strict=True):  # of all before any is scored, which can take hours
         compared_models.check_vocabularies([model, *others], scorer.facts)
     left_out = None
     if scorers[0].has_pairs:
         sides = [scorer.data.sides(arguments.split == "all") for scorer in scorers]
-        left_out = eval_data.keep_what_all_can_read(sides, settings[0].context)
-    results = Results([], {}, left_out, settings[0].context, eval_data.in_words(settings[0]))
+        left_out = eval_data.keep_what_all_can_read(sides, specs[0].config.context)
+    results = Results([], {}, left_out, specs[0].config.context, eval_data.in_words(specs[0].config))
     tasks = lm_eval_harness.named_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
     loaded = [compared_models.loaded(other) for other in others]
     for model, scorer in zip(checkpoints, scorers, strict=True):
@@ -148,25 +146,26 @@ def evaluate(arguments: Arguments) -> Results:
     return results
 
 
-def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[NamedModel]) -> "list[Config]":
+def _specs(arguments: Arguments, checkpoints: list[NamedModel], others: list[NamedModel]) -> "list[RunSpec]":
     """Of each checkpoint; all mistakes that can be seen without loading a model are told here."""
     given = {key: vars(arguments)[key] for key in eval_data.GIVEN}
     permissions = parse_permissions(arguments.allow_targets)
-    shared = eval_data.data_settings(arguments.data, given, checkpoints[0].folder, arguments.context, permissions)
+    shared = eval_data.data_config(arguments.data, given, checkpoints[0].folder, arguments.context, permissions)
     positions = min(model.positions for model in checkpoints)
-    shared.context = min(shared.context or positions, positions) if not arguments.context else arguments.context
+    context = min(shared.context or positions, positions) if not arguments.context else arguments.context
+    shared = replace(shared, context=context)
     compared_models.check_context([*checkpoints, *others], shared.context)
     if arguments.stride > shared.context:
         raise InputError(f"stride={arguments.stride} leaves out tokens between windows of {shared.context}.")
     for key in ("max_new_tokens", "decode"):
         if vars(arguments)[key] >= positions:
             raise InputError(f"{key}={vars(arguments)[key]} leaves no room for a prompt in {positions} positions.")
-    settings = [eval_data.as_read_by(shared, model.folder, arguments.tokenizer) for model in checkpoints]
-    for own in settings:
-        lm_eval_harness.check(arguments.lm_eval, own.objective.name)
-        if arguments.stride and (own.objective.name not in ("clm", "sampled_softmax") or own.packing):
+    specs = [eval_data.spec_of(shared, model.folder, arguments.tokenizer) for model in checkpoints]
+    for own in specs:
+        lm_eval_harness.check(arguments.lm_eval, own.config.objective.name)
+        if arguments.stride and (own.config.objective.name not in ("clm", "sampled_softmax") or own.config.packing):
             raise InputError("stride= is for objective=clm without packing: other windows are not to be slid over.")
-        if arguments.decode and own.objective.name == "mlm":
+        if arguments.decode and own.config.objective.name == "mlm":
             raise InputError("decode= times how a text is written on, which a model of objective=mlm does not do.")
     if not arguments.lm_eval and (arguments.lm_eval_path or arguments.lm_eval_limit):
         raise InputError("lm_eval_path= and lm_eval_limit= are of lm_eval=.\nName its tasks, or leave them out.")
@@ -178,23 +177,23 @@ def _settings(arguments: Arguments, checkpoints: list[NamedModel], others: list[
         for name in arguments.metrics.split(","):
             if name not in TEXT_METRICS:
                 raise InputError(f"metrics={name}: no such metric.\nAllowed: {', '.join(TEXT_METRICS)}.")
-    return settings
+    return specs
 
 
 class _Scorer:
     """The texts as one checkpoint's tokenizer and objective cut them."""
 
-    def __init__(self, arguments: Arguments, settings: "Config", device: "torch.device") -> None:
+    def __init__(self, arguments: Arguments, spec: "RunSpec", device: "torch.device") -> None:
         from gpt2lab.data.tokenizer import load_tokenizer
         from gpt2lab.evaluation.evaluation import bytes_of_tokens
         from launch.run.build import data_module
 
-        self.arguments, self.settings, self.device = arguments, settings, device
-        self.data = data_module(settings)
+        self.arguments, self.config, self.device = arguments, spec.config, device
+        self.data = data_module(spec)
         self.facts = self.data.prepare()
         self.tokenizer = load_tokenizer(self.facts.tokenizer_folder)
         self.token_bytes = bytes_of_tokens(self.tokenizer)
-        self.has_pairs = "prompt" in settings.data
+        self.has_pairs = "prompt" in spec.config.data
         if self.has_pairs and arguments.stride:
             raise InputError("stride= slides windows over running text, and these data are pairs.\nLeave it out.")
         unread = [key for key in ("metrics", "max_new_tokens") if vars(arguments)[key] and not self.has_pairs]
@@ -235,7 +234,7 @@ class _Scorer:
     def _metrics(self) -> list[str]:
         """Those that were named, else the run's own, else those of the data."""
         named = self.arguments.metrics.split(",") if self.arguments.metrics else []
-        return named or self.settings.task.get("text", {}).get("metrics") or self.data.metrics
+        return named or self.config.task.get("text", {}).get("metrics") or self.data.metrics
 
     def _against(self, others: "list[Backbone]", backbone: "Backbone", source: str) -> Scored:
         import torch
@@ -255,7 +254,7 @@ class _Scorer:
             self.token_bytes,
             baseline=others[1] if len(others) > 1 else None,
             device=self.device,
-            context=self.settings.context,
+            context=self.config.context,
             seed=self.arguments.seed,
             autocast=autocast,
         )
@@ -271,11 +270,11 @@ class _Scorer:
         from gpt2lab.generation.sampling import GREEDY
 
         prompts = self.data.val_prompts(self.arguments.texts)
-        most = self.settings.task.get("text", {}).get("max_new_tokens", 64)
+        most = self.config.task.get("text", {}).get("max_new_tokens", 64)
         answers = complete(
             backbone.lm,
             self.tokenizer,
-            self.settings.objective.name,
+            self.config.objective.name,
             prompts,
             GREEDY,
             max_new_tokens=self.arguments.max_new_tokens or min(most, backbone.shape.n_positions // 2),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.model_folder import has_tokenizer, read_shape
-from launch.config.schema import Config
+from launch.config.run_spec import Inputs, Machine
+from launch.config.schema import RunConfig
 from launch.memory.memory_terms import RunSizes
 
 GPT2_ENTRIES = 50_257
@@ -13,23 +14,23 @@ SPEED_TOKENS = {"cpu": 8_192}  # of one micro-batch: above it activations outgro
 GPU_TOKENS = 16_384
 
 
-def fastest_micro_batch(config: Config) -> int:
-    """Sequences above which a micro-batch gets no faster."""
-    return max(1, SPEED_TOKENS.get(config.accelerator, GPU_TOKENS) // config.context)
+def fastest_micro_batch(config: RunConfig, machine: Machine) -> int:
+    """Return the sequences above which a micro-batch gets no faster."""
+    return max(1, SPEED_TOKENS.get(machine.accelerator, GPU_TOKENS) // config.context)
 
 
-def expected_vocabulary(config: Config) -> int:
+def expected_vocabulary(config: RunConfig, inputs: Inputs) -> int:
     """Vocabulary of a resolved configuration before its data are prepared; of a tokenizer yet to be trained, its most.
 
     Raises:
         InputError: the tokenizer that is named cannot be had.
     """
-    if config.init_names_weights:
-        return read_shape(Path(config.init))["vocab_size"]
+    if inputs.init_names_weights:
+        return read_shape(Path(inputs.init))["vocab_size"]
     follows_teacher = config.task_name == "distill" and config.loss.name != "uld"
-    if follows_teacher and not has_tokenizer(Path(config.teacher)) and config.record.groups["tokenizer"] == "auto":
-        return read_shape(Path(config.teacher))["vocab_size"]
-    choice = config.tokenizer
+    if follows_teacher and not has_tokenizer(Path(inputs.teacher)) and config.groups["tokenizer"] == "auto":
+        return read_shape(Path(inputs.teacher))["vocab_size"]
+    choice = inputs.tokenizer
     if choice.kind == "bpe":
         return choice.vocab_size
     if not Path(choice.source).expanduser().is_dir() and choice.source.rpartition("/")[2].startswith("gpt2"):
@@ -39,25 +40,26 @@ def expected_vocabulary(config: Config) -> int:
     return len(load_tokenizer(choice.source))
 
 
-def run_sizes(config: Config, vocab_size: int) -> RunSizes:
-    """Of a configuration whose automatic choices are settled but for the micro-batch."""
+def run_sizes(
+    config: RunConfig, inputs: Inputs, machine: Machine, vocab_size: int, compiled_head: bool = False
+) -> RunSizes:
+    """Return the sizes of a run; a micro-batch that is not chosen yet counts as the largest."""
     distils = config.task_name == "distill"
-    teacher = ModelShape(**read_shape(Path(config.teacher))) if distils else None
+    teacher = ModelShape(**read_shape(Path(inputs.teacher))) if distils else None
     is_cached = config.teacher_cache.name != "none"
-    largest = config.record.largest_micro_batch or fastest_micro_batch(config)
-    ranks = max(config.record.world_size, 1)
-    step_rows = math.ceil(config.rows_of_a_step / ranks)
-    rows = largest if config.micro_batch == "auto" else int(config.micro_batch)
+    largest = machine.largest_micro_batch or fastest_micro_batch(config, machine)
+    step_rows = math.ceil(config.rows_of_a_step / machine.world_size)
+    rows = machine.micro_batch or (largest if config.micro_batch == "auto" else int(config.micro_batch))
     return RunSizes(
-        shape=config.model.shape(vocab_size),
+        shape=inputs.model.shape(vocab_size),
         rows=min(rows, step_rows),
         length=config.context,
         eval_rows=largest,
-        precision=config.precision,
+        precision=machine.precision,
         optimizer=config.optimizer.name,
         step_rows=step_rows,
         checkpointing=config.activation_checkpointing,
-        compiled_head=config.record.compile_head is True,
+        compiled_head=compiled_head,
         ema=config.ema > 0,
         pairs=config.takes_pairs,
         masked=config.packing or config.objective.name in ("mlm", "prefix_lm"),
@@ -67,20 +69,20 @@ def run_sizes(config: Config, vocab_size: int) -> RunSizes:
         divergence=config.loss.name if distils else "",
         teacher=None if is_cached else teacher,
         reading_teacher=teacher if is_cached else None,
-        on_gpu=config.accelerator == "gpu",
-        sharded=config.strategy == "fsdp",
-        ranks=ranks,
-        sharded_teacher=config.shard_teacher is True,
+        on_gpu=machine.accelerator == "gpu",
+        sharded=machine.strategy == "fsdp",
+        ranks=machine.world_size,
+        sharded_teacher=machine.shard_teacher,
     )
 
 
-def room_of_a_device(config: Config, free: int | None, process: int) -> int | None:
-    """Bytes that one rank may have in all, its process included; None where nobody says what is free.
+def room_of_a_device(machine: Machine, free: int | None, process: int) -> int | None:
+    """Return the bytes that one rank may have in all, its process included; None where free memory is unknown.
 
     Args:
         free: of one GPU, or of the host, which the ranks of a CPU share.
         process: bytes that this process holds already, and every other rank of a CPU will.
     """
-    if free is None or config.accelerator == "gpu":
+    if free is None or machine.accelerator == "gpu":
         return free
-    return (free + process) // max(config.record.world_size, 1)
+    return (free + process) // machine.world_size

@@ -24,7 +24,7 @@ from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings
 from gpt2lab.storage.model_folder import multiplied_parameters
 from gpt2lab.system.device import flops_per_token, named_device, resident_memory_bytes, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
-from launch.config.schema import Config
+from launch.config.run_spec import RunSpec
 from launch.distributed import child_processes
 from launch.memory.memory_plan import largest_that_fits, memory_plan
 from launch.memory.memory_terms import RunSizes
@@ -43,25 +43,25 @@ class Speed:
     says: str
 
 
-def measured_speed(sizes: RunSizes, config: Config, free: int | None) -> Speed:
-    """Forward, backward and optimizer of a few micro-batches, with the teacher where it is asked at every step.
+def measured_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
+    """Time forward, backward and optimizer of a few micro-batches, with the teacher where each step runs it.
 
     Args:
-        free: bytes that are free on the device; None: nobody knows.
+        free: free bytes of the device; None: unknown.
     """
-    rows = affordable_rows(sizes, AFFORDABLE.get(config.accelerator, ON_GPU))
+    machine = spec.machine
+    rows = affordable_rows(sizes, AFFORDABLE.get(machine.accelerator, ON_GPU))
     if not rows:
         return Speed(None, "a few steps would take too long on this device")
     rows = fitting_rows(sizes, rows, free, resident_memory_bytes())
     if not rows:
         return Speed(None, "one device beside this plan has no room for the whole model in training")
     with tempfile.TemporaryDirectory(prefix="gpt2lab-plan-") as scratch:
-        spec = Path(scratch, "sizes.json")
-        asked = {"threads": int(config.threads), "accelerator": config.accelerator, "loss": asdict(config.loss)}
-        spec.write_text(
-            json.dumps({"sizes": asdict(replace(sizes, rows=rows)), "optimizer": asdict(config.optimizer), **asked})
-        )
-        command = [sys.executable, "-P", "-m", "launch.memory.step_timing", str(spec)]
+        file = Path(scratch, "sizes.json")
+        of_machine = {"threads": machine.threads, "accelerator": machine.accelerator}
+        of_run = {"optimizer": asdict(spec.config.optimizer), "loss": asdict(spec.config.loss)}
+        file.write_text(json.dumps({"sizes": asdict(replace(sizes, rows=rows)), **of_machine, **of_run}))
+        command = [sys.executable, "-P", "-m", "launch.memory.step_timing", str(file)]
         try:
             ended = subprocess.run(
                 command,

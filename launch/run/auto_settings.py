@@ -1,4 +1,4 @@
-"""Automatic: the choices left to the machine — precision, strategy, devices, threads, micro-batch, compile.
+"""Automatic choices: precision, strategy, devices, threads, micro-batch and compile, where they are `auto`.
 
 They are made once and written into the run's config.yaml, so a resumed run computes what the first one did.
 """
@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from gpt2lab.storage.model_folder import multiplied_parameters
 from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import checks, sharding
 from launch.config.machine import usable_cores
-from launch.config.schema import Config
+from launch.config.run_spec import Inputs, Machine, RunSpec
+from launch.config.schema import RunConfig
 from launch.memory import device_memory
 from launch.memory.free_memory import free_bytes
 from launch.memory.memory_plan import largest_that_fits
@@ -33,92 +35,97 @@ USED = 0.9  # share of the free memory that a micro-batch may fill: other progra
 HEAD_COMPILE_STEPS = 50  # compiling the work on the LM head's logits takes seconds and then halves its time
 
 
-def settle(config: Config, free: int | None = None) -> None:
-    """Replace every `auto` by what this machine and this run call for.
+def choose_machine(config: RunConfig, inputs: Inputs, free: int | None = None) -> Machine:
+    """Choose everything that `auto` leaves to this machine and this run.
 
     Args:
-        free: bytes of memory that are free, see `free_memory`; micro-batches then fit into them, which takes a resolved
-            configuration. None: nobody knows.
+        free: free bytes of memory, see `free_memory`, which the micro-batch then fits into; None: unknown.
 
     Raises:
-        InputError: a GPU is asked for where there is none, more devices than there are, fp16 on a CPU, or fp8 on what
-            does not multiply it.
+        InputError: a GPU is given where there is none, more devices than there are, fp16 on a CPU, or fp8 on hardware
+            without it.
     """
-    config.accelerator = _accelerator(config)
-    config.devices = _devices(config)
-    config.precision = _precision(config)
-    config.strategy = _strategy(config)
-    sharding.check(config)
-    config.checkpoint_format = _checkpoint_format(config)
-    config.shard_teacher = _shard_teacher(config)
-    config.record.world_size = config.devices * config.num_nodes
-    checks.check_batch(config)
-    config.threads = config.threads if config.threads != "auto" else max(1, cpu_cores() // config.devices)
-    config.record.largest_micro_batch = 0  # that of another machine
-    config.record.largest_micro_batch = _largest_that_fits(config, free)
-    config.micro_batch, config.record.accumulate = split_batch(config)
+    accelerator = _accelerator(config)
+    devices = _devices(config, accelerator)
+    precision = _precision(config, accelerator)
+    machine = Machine(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        precision=precision,
+        strategy="auto",
+        checkpoint_format="single",
+        shard_teacher=False,
+        threads=max(1, cpu_cores() // devices) if config.threads == "auto" else int(config.threads),
+    )
+    machine = replace(machine, strategy=_strategy(config, inputs, machine))
+    sharding.check(config, accelerator, precision, machine.strategy)
+    machine = replace(
+        machine,
+        checkpoint_format=_checkpoint_format(config, inputs, machine),
+        shard_teacher=_shard_teacher(config, inputs, machine),
+    )
+    checks.check_batch(config, devices)
+    machine = replace(machine, largest_micro_batch=_largest_that_fits(config, inputs, machine, free))
+    micro_batch, accumulate = split_batch(config, machine)
+    return replace(machine, micro_batch=micro_batch, accumulate=accumulate)
 
 
-def free_memory(config: Config) -> int | None:
-    """Bytes that are free on a device of the kind that the run takes, or in the host's memory where that is a CPU."""
+def free_memory(config: RunConfig) -> int | None:
+    """Return the free bytes of a device of the run's kind, or of the host's memory where that is a CPU."""
     planned = config.planned_device_bytes
     return free_bytes(_accelerator(config)) if planned is None else planned
 
 
-def largest_micro_batch(config: Config) -> int:
-    """Sequences that one device works on at a time when nothing else is said."""
-    return config.record.largest_micro_batch or fastest_micro_batch(config)
-
-
-def _largest_that_fits(config: Config, free: int | None) -> int:
-    """Sequences of the largest micro-batch that gets faster by its size and fits into the memory that is free."""
-    fastest, process = fastest_micro_batch(config), resident_memory_bytes()
-    room = room_of_a_device(config, free, process)
+def _largest_that_fits(config: RunConfig, inputs: Inputs, machine: Machine, free: int | None) -> int:
+    """Sequences of the largest micro-batch that gains speed by its size and fits into the free memory."""
+    fastest, process = fastest_micro_batch(config, machine), resident_memory_bytes()
+    room = room_of_a_device(machine, free, process)
     if room is None:
         return fastest
-    return largest_that_fits(run_sizes(config, expected_vocabulary(config)), process, int(USED * room), fastest)
+    sizes = run_sizes(config, inputs, machine, expected_vocabulary(config, inputs))
+    return largest_that_fits(sizes, process, int(USED * room), fastest)
 
 
-def suggested_micro_batch(config: Config) -> int:
-    """What micro_batch=auto takes of a settled configuration's batch."""
-    return min(largest_micro_batch(config), math.ceil(config.rows_of_a_step / max(config.record.world_size, 1)))
+def suggested_micro_batch(spec: RunSpec) -> int:
+    """Return what micro_batch=auto takes of a resolved run's batch."""
+    machine = spec.machine
+    return min(machine.largest_micro_batch, math.ceil(spec.config.rows_of_a_step / machine.world_size))
 
 
-def split_batch(config: Config) -> tuple[int, int]:
-    """(largest micro-batch, number of micro-batches on each rank): every one of them gets at least one sequence."""
-    rows, ranks = config.rows_of_a_step, config.record.world_size
-    wanted = largest_micro_batch(config) if config.micro_batch == "auto" else int(config.micro_batch)
-    accumulate = min(math.ceil(rows / (ranks * wanted)), rows // ranks)
+def split_batch(config: RunConfig, machine: Machine) -> tuple[int, int]:
+    """Return (largest micro-batch, micro-batches on each rank): every one of them gets at least one sequence."""
+    rows, ranks = config.rows_of_a_step, machine.world_size
+    size = machine.largest_micro_batch if config.micro_batch == "auto" else int(config.micro_batch)
+    accumulate = min(math.ceil(rows / (ranks * size)), rows // ranks)
     return math.ceil(rows / (ranks * accumulate)), accumulate
 
 
-def compile_pays(config: Config, vocab_size: int) -> bool:
-    """Whether compiling the blocks saves more within this run than it costs, and can work here at all.
+def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
+    """Return whether compiling the blocks saves more within this run than it costs, and works here at all.
 
     On a CPU it gains nothing: docs/performance.md has the figures.
     """
-    given = str(config.compile).lower()
-    fixed = not config.sequences.by_student  # what the student writes has another length at every step
-    pays = fixed and config.accelerator == "gpu" and _saves_time(config, vocab_size)
+    given = str(spec.config.compile).lower()
+    fixed = not spec.config.sequences.by_student  # text of the student has another length at every step
+    pays = fixed and spec.machine.accelerator == "gpu" and _saves_time(spec, vocab_size)
     wanted = given == "true" or (given == "auto" and pays)
     if wanted and not has_compiler():
         log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
     return wanted and has_compiler()
 
 
-def _saves_time(config: Config, vocab_size: int) -> bool:
+def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
+    config = spec.config
     tokens = config.steps * config.rows_of_a_step * config.context
-    work = 6 * multiplied_parameters({**vars(config.model), "vocab_size": vocab_size}) * tokens
-    return work / (GPU_FLOPS * int(config.devices)) * COMPILE_GAIN > COMPILE_SECONDS
+    work = 6 * multiplied_parameters({**vars(spec.resolved.model), "vocab_size": vocab_size}) * tokens
+    return work / (GPU_FLOPS * spec.machine.devices) * COMPILE_GAIN > COMPILE_SECONDS
 
 
-def compiling_the_head_pays(config: Config) -> bool:
-    """Whether to compile the work on the LM head's logits, on any device.
-
-    Must be asked before `compile_pays` settles `compile`, because it follows what was said by hand.
-    """
-    given = str(config.compile).lower()
-    wanted = given == "true" or (given == "auto" and config.accelerator != "mps" and config.steps >= HEAD_COMPILE_STEPS)
+def compiling_the_head_pays(spec: RunSpec) -> bool:
+    """Return whether to compile the work on the LM head's logits, on any device."""
+    given, enough = str(spec.config.compile).lower(), spec.config.steps >= HEAD_COMPILE_STEPS
+    wanted = given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough)
     return wanted and has_compiler()
 
 
@@ -128,7 +135,7 @@ def has_compiler() -> bool:
     return shutil.which(compiler) is not None and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
 
 
-def _accelerator(config: Config) -> str:
+def _accelerator(config: RunConfig) -> str:
     available = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config.accelerator == "auto":
         return "gpu" if available["gpu"] else "mps" if available["mps"] else "cpu"
@@ -142,59 +149,58 @@ def _accelerator(config: Config) -> str:
     return config.accelerator
 
 
-def _devices(config: Config) -> int:
-    there = max(torch.cuda.device_count(), 1) if config.accelerator == "gpu" else 1
+def _devices(config: RunConfig, accelerator: str) -> int:
+    there = max(torch.cuda.device_count(), 1) if accelerator == "gpu" else 1
     if config.devices == "auto":
         return there
     wanted = int(config.devices)
     if config.plan_memory is not None:
         return wanted
-    most = cpu_cores() if config.accelerator == "cpu" else there
+    most = cpu_cores() if accelerator == "cpu" else there
     if wanted > most:
-        what = "cores to run a process on each" if config.accelerator == "cpu" else "devices"
-        cure = ", or n_jobs: jobs that run at once share them out" if config.n_jobs > 1 else ""
-        raise InputError(
-            f"devices={wanted}: there are {most} {what} (accelerator={config.accelerator}).\nLower devices{cure}."
-        )
+        what = "cores to run a process on each" if accelerator == "cpu" else "devices"
+        fix = ", or n_jobs: jobs that run at once share them out" if config.n_jobs > 1 else ""
+        raise InputError(f"devices={wanted}: there are {most} {what} (accelerator={accelerator}).\nLower devices{fix}.")
     return wanted
 
 
-def _strategy(config: Config) -> str:
-    if config.strategy == "auto" and config.devices * config.num_nodes == 1:
+def _strategy(config: RunConfig, inputs: Inputs, machine: Machine) -> str:
+    if config.strategy == "auto" and machine.world_size == 1:
         return "auto"
     if config.strategy == "auto":
-        if device_memory.fits(config, devices=1, teacher_parts=1):
+        if device_memory.fits(config, inputs, machine, devices=1, teacher_parts=1):
             return "ddp"
-        needed = device_memory.state_bytes(config) + device_memory.teacher_bytes(config)
+        needed = device_memory.state_bytes(config, inputs, machine)
+        needed += device_memory.teacher_bytes(config, inputs, machine)
         log.info(
             "strategy=fsdp: model, optimizer and teacher take %.1f GB, too much for one device's %.1f GB",
             needed / 1e9,
-            device_memory.device_bytes(config) / 1e9,
+            device_memory.device_bytes(config, machine) / 1e9,
         )
         return "fsdp"
-    if config.accelerator == "mps":
+    if machine.accelerator == "mps":
         raise InputError(f"strategy={config.strategy} does not work on mps, which is one device; set strategy=auto.")
     return config.strategy
 
 
-def _checkpoint_format(config: Config) -> str:
+def _checkpoint_format(config: RunConfig, inputs: Inputs, machine: Machine) -> str:
     if config.checkpoint_format != "auto":
         return config.checkpoint_format
-    if config.strategy != "fsdp":
+    if machine.strategy != "fsdp":
         return "single"
-    is_large = device_memory.checkpoint_bytes(config) >= device_memory.LARGE_CHECKPOINT
+    is_large = device_memory.checkpoint_bytes(config, inputs, machine) >= device_memory.LARGE_CHECKPOINT
     return "sharded" if is_large else "single"
 
 
-def _shard_teacher(config: Config) -> bool:
+def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
     if str(config.shard_teacher).lower() != "auto":
         return str(config.shard_teacher).lower() == "true"
-    ranks = int(config.devices) * config.num_nodes
-    return config.strategy == "fsdp" and not device_memory.fits(config, ranks, teacher_parts=1)
+    ranks = machine.world_size
+    return machine.strategy == "fsdp" and not device_memory.fits(config, inputs, machine, ranks, teacher_parts=1)
 
 
-def _precision(config: Config) -> str:
-    if config.precision == "fp16" and config.accelerator == "cpu":
+def _precision(config: RunConfig, accelerator: str) -> str:
+    if config.precision == "fp16" and accelerator == "cpu":
         checks.refuse_fp16_on_cpu()
     if config.precision == "fp8" and config.plan_memory is None:
         fp8.check()
@@ -202,12 +208,12 @@ def _precision(config: Config) -> str:
         return config.precision
     if config.plan_memory is not None:
         return "bf16"  # as GPUs have it since 2020
-    has_bf16 = config.accelerator == "cpu" and cpu_has_bf16()
-    if config.accelerator == "gpu":
+    has_bf16 = accelerator == "cpu" and cpu_has_bf16()
+    if accelerator == "gpu":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    chosen = "bf16" if has_bf16 else "fp16" if config.accelerator == "gpu" else "fp32"
+    chosen = "bf16" if has_bf16 else "fp16" if accelerator == "gpu" else "fp32"
     has = "multiplies bf16 in hardware" if has_bf16 else "does not multiply bf16 in hardware"
-    log.info("precision=%s: this %s %s", chosen, config.accelerator.upper(), has)
+    log.info("precision=%s: this %s %s", chosen, accelerator.upper(), has)
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Build: from a Config to the objects of a run — data, module, callbacks, loggers, Trainer."""
+"""Build: makes the objects of a run (data, module, callbacks, loggers, Trainer) of its specification."""
 
 import hashlib
 import inspect
@@ -23,13 +23,11 @@ from gpt2lab.settings import CrossEntropySettings, DataFacts, TrainingSettings
 from gpt2lab.storage.prepared_cache import cache_folder
 from gpt2lab.system.heartbeat import GRACE_SECONDS
 from launch.config.did_you_mean import nearest
-from launch.config.injected_arguments import DATA_ONLY_KEYS
-from launch.config.schema import Config, dumped
-from launch.config.target_signature import typed_settings
+from launch.config.known_keys import typed_settings
+from launch.config.run_spec import PreparedSpec, RunSpec, to_yaml
 from launch.config.targets import OWN_PACKAGES, check_may_take_any, shown, target_class
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
-from launch.run.auto_settings import largest_micro_batch
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
@@ -88,15 +86,16 @@ def _hints(kind: Any) -> dict[str, Any]:
         return {}
 
 
-def data_module(config: Config) -> Any:
-    """The data module; `prepare()` is still to be called."""
+def data_module(spec: RunSpec) -> Any:
+    """Return the data module; its `prepare()` is not called yet."""
+    config, machine = spec.config, spec.machine
     supplied = {
-        "name": config.record.groups["data"],
-        "tokenizer": config.tokenizer,
+        "name": config.groups["data"],
+        "tokenizer": spec.resolved.tokenizer,
         "context": config.context,
         "batch_sequences": config.rows_of_a_step,
-        "eval_batch_sequences": largest_micro_batch(config),
-        "accumulate": config.record.accumulate,
+        "eval_batch_sequences": machine.largest_micro_batch,
+        "accumulate": machine.accumulate,
         "seed": config.seed,
         "workers": config.workers,
         "cache_dir": str(cache_folder(config.cache_dir)),
@@ -109,20 +108,21 @@ def data_module(config: Config) -> Any:
         "objective": config.objective,
         "packing": config.packing,
     }
-    node = {key: value for key, value in config.data.items() if key not in DATA_ONLY_KEYS}
-    # A preset names its own columns and files; what was given on the command line goes before them.
-    for key in set(given_keys(config.record.overrides)) & supplied.keys() & node.keys():
+    node = {key: value for key, value in config.data.items() if key != "default_tokenizer"}
+    # A preset names its own columns and files; a key given on the command line goes before them.
+    for key in set(given_keys(config.invocation.overrides)) & supplied.keys() & node.keys():
         del node[key]
     return construct(node, "data", supplied, config.allow_targets)
 
 
-def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> TrainingSettings:
-    """What every task's module is given."""
+def training_settings(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) -> TrainingSettings:
+    """Return the settings that every task's module takes."""
+    config, inputs = spec.config, spec.resolved
     return TrainingSettings(
-        shape=config.model.shape(vocab_size),
+        shape=inputs.model.shape(spec.prepared.vocab_size),
         tokenizer_folder=facts.tokenizer_folder,
-        # A continued run has its weights from its checkpoint, and need not cut them out of the teacher again.
-        init="scratch" if config.resume and config.init == TEACHER_LAYERS else config.init,
+        # A resumed run has its weights from its checkpoint, not from the teacher again.
+        init="scratch" if is_resumed and inputs.init == TEACHER_LAYERS else inputs.init,
         optimizer=config.optimizer,
         schedule=config.schedule,
         steps=config.steps,
@@ -130,64 +130,68 @@ def training_settings(config: Config, facts: DataFacts, vocab_size: int) -> Trai
         val_tokens=facts.val_tokens,
         val_bytes=facts.val_bytes,
         gradient_clip=config.gradient_clip,
-        compiled=compiled_part(config),
-        compile_head=config.record.compile_head is True,
+        compiled=compiled_part(spec),
+        compile_head=spec.prepared.compile_head,
         activation_checkpointing=config.activation_checkpointing,
         ema=config.ema,
         layer_drop=config.layer_drop,
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
         objective=config.objective,
-        fp8=config.precision == "fp8",
+        fp8=spec.machine.precision == "fp8",
     )
 
 
-def compiled_part(config: Config) -> Literal["nothing", "blocks", "pass"]:
-    """What is compiled of the model, where something is.
+def compiled_part(spec: PreparedSpec) -> Literal["nothing", "blocks", "pass"]:
+    """Return the part of the model that is compiled.
 
-    One by one the blocks that are gathered, recomputed or left out one by one; also where compiling the whole pass
-    would take too long: for micro-batches of several shapes, and with many blocks.
+    Blocks are compiled one by one where they are gathered, recomputed or skipped one by one; also where compiling the
+    whole pass would take too long: for micro-batches of several shapes, and with many blocks.
     """
-    if config.compile is not True:
+    config, machine = spec.config, spec.machine
+    if not spec.prepared.compile:
         return "nothing"
-    apart = config.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
-    is_uneven = config.rows_of_a_step % max(config.record.accumulate * config.record.world_size, 1) > 0
+    apart = machine.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
+    is_uneven = config.rows_of_a_step % (machine.accumulate * machine.world_size) > 0
     shapes_vary = config.takes_pairs or config.sequences.by_student or is_uneven
-    return "blocks" if apart or shapes_vary or (config.model.n_layer or 0) > BLOCKS_OF_A_PASS else "pass"
+    many = (spec.resolved.model.n_layer or 0) > BLOCKS_OF_A_PASS
+    return "blocks" if apart or shapes_vary or many else "pass"
 
 
-def task_module(config: Config, facts: DataFacts, vocab_size: int) -> Any:
-    """The task's LightningModule. A preset of pairs may name the metrics that suit it (`metrics` in conf/data)."""
+def task_module(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) -> Any:
+    """Return the task's LightningModule; metrics of generated text default to those of the data preset."""
+    config, prepared = spec.config, spec.prepared
     node = dict(config.task)
     metrics = config.data.get("metrics")
     if metrics and isinstance(node.get("text"), dict) and not node["text"].get("metrics"):
         node["text"] = {**node["text"], "metrics": metrics}
     supplied = {
-        "training": training_settings(config, facts, vocab_size),
-        "teacher": config.teacher,
+        "training": training_settings(spec, facts, is_resumed),
+        "teacher": spec.resolved.teacher,
         "loss": config.loss,
-        # A continued run was let in when it started. Where weights are sharded its checkpoint is loaded after the
-        # preflight, whose forward would leave them gathered.
-        "preflight": "off" if config.resume else config.preflight,
-        "cache": config.record.teacher_cache,
+        # A resumed run passed it when it started. Where weights are sharded its checkpoint is loaded after the
+        # preflight, whose forward pass would leave them gathered.
+        "preflight": "off" if is_resumed else config.preflight,
+        "cache": prepared.teacher_cache,
         "cached": config.teacher_cache,
-        "baseline_loss": config.record.baseline_loss,
+        "baseline_loss": prepared.baseline_loss,
         "sequences": config.sequences,
         "context": config.context,
-        "shard_teacher": config.shard_teacher is True,
+        "shard_teacher": spec.machine.shard_teacher,
     }
     return construct(node, "task", supplied, config.allow_targets)
 
 
-def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.Callback]:
-    """What observes the run, in the order of conf/callbacks."""
+def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightning.Callback]:
+    """Return the callbacks, in the order of conf/callbacks."""
+    config = spec.config
     report_facts = {
         "task": config.task_name,
-        "model": config.record.groups["model"],
-        "init": {"source": config.init, **config.record.kept},
+        "model": spec.resolved.model_name,
+        "init": {"source": spec.resolved.init, **spec.resolved.teacher_layers},
         "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
-        "command": config.record.command,
-        "planned_memory_bytes": config.record.planned_memory.get("peak"),
+        "command": config.invocation.command,
+        "planned_memory_bytes": spec.prepared.planned_memory.get("peak"),
     }
     supplied = {
         "run_dir": str(folder),
@@ -200,49 +204,50 @@ def callbacks(config: Config, folder: Path, facts: DataFacts) -> list[lightning.
     }
     nodes = {where: node for where, node in config.target_nodes.items() if where.startswith("callbacks.")}
     observers = [construct(node, where, supplied, config.allow_targets) for where, node in nodes.items()]
-    observers.append(SameSettings(hashlib.sha256(dumped(config).encode()).hexdigest()[:16]))
-    if config.record.trial is None:
+    observers.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
+    if config.invocation.trial is None:
         return observers
-    reports = TrialReports(folder.parent / STUDY_FILE, config.record.trial)
+    reports = TrialReports(folder.parent / STUDY_FILE, config.invocation.trial)
     # Last: the checkpoint of a step that is due is saved as always, and none because the run is ended.
     return [reports, *observers, Pruning(reports)]
 
 
-def loggers(config: Config, folder: Path) -> list[Logger]:
-    """metrics.csv always, then the chosen one. They are told the whole configuration."""
+def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:
+    """Return metrics.csv's logger, then the chosen one, with the whole specification as hyper-parameters."""
+    config = spec.config
     chosen: list[Logger] = [MetricsCsv(str(folder))]
     if config.logger and config.logger["_target_"] != "callbacks.loggers.metrics_csv.MetricsCsv":
-        supplied = {"run_dir": str(folder), "group": config.record.sweep}
+        supplied = {"run_dir": str(folder), "group": config.invocation.sweep}
         chosen.append(construct(config.logger, "logger", supplied, config.allow_targets))
     for logger in chosen:
-        logger.log_hyperparams(asdict(config))
+        logger.log_hyperparams(asdict(spec))
     return chosen
 
 
 def trainer(
-    config: Config, folder: Path, observers: list[lightning.Callback], outlets: list[Logger]
+    spec: PreparedSpec, folder: Path, observers: list[lightning.Callback], outlets: list[Logger]
 ) -> lightning.Trainer:
-    """Lightning's Trainer with everything of its own that would compete with ours turned off.
+    """Return Lightning's Trainer with everything of its own that would compete with ours turned off.
 
     The module clips gradients itself and our callbacks write checkpoints, samples and progress.
     """
-    accumulate = config.record.accumulate
+    config, machine = spec.config, spec.machine
     # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
     plugins: list[Any] = [TorchElasticEnvironment() if is_rank() else LightningEnvironment()]
-    if config.precision == "bf16_true":
+    if machine.precision == "bf16_true":
         plugins.append(Bf16Weights())
     try:
         return lightning.Trainer(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=config.num_nodes,
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            num_nodes=machine.num_nodes,
             plugins=plugins,
-            strategy=strategy(config),
-            precision=PRECISIONS.get(config.precision),
+            strategy=strategy(spec),
+            precision=PRECISIONS.get(machine.precision),
             max_steps=config.steps,
             max_epochs=-1,
-            accumulate_grad_batches=accumulate,
-            val_check_interval=config.validate_every * accumulate,
+            accumulate_grad_batches=machine.accumulate,
+            val_check_interval=config.validate_every * machine.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             log_every_n_steps=config.log_every,
@@ -261,19 +266,20 @@ def trainer(
         ) from error
 
 
-def strategy(config: Config) -> Strategy | str:
-    """Lightning's strategy; FSDP2 also runs on CPU ranks, over gloo."""
-    backend = "gloo" if config.accelerator == "cpu" else "cpu:gloo,cuda:nccl" if config.fsdp_offload else None
+def strategy(spec: PreparedSpec) -> Strategy | str:
+    """Return Lightning's strategy; FSDP2 also runs on CPU ranks, over gloo."""
+    config, machine = spec.config, spec.machine
+    backend = "gloo" if machine.accelerator == "cpu" else "cpu:gloo,cuda:nccl" if config.fsdp_offload else None
     timeout = timedelta(seconds=config.rank_timeout + GRACE_SECONDS)
-    if config.strategy == "ddp":
-        # A block that was left out has no gradient, which DDP must be told to expect.
+    if machine.strategy == "ddp":
+        # A skipped block has no gradient, which DDP must expect.
         return DDPStrategy(
             process_group_backend=backend,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.layer_drop > 0,
             timeout=timeout,
         )
-    if config.strategy == "fsdp":
-        saves_shards = config.checkpoint_format == "sharded"
-        return ShardedStrategy(config.record.world_size, backend, timeout, saves_shards, config.fsdp_offload)
+    if machine.strategy == "fsdp":
+        saves_shards = machine.checkpoint_format == "sharded"
+        return ShardedStrategy(machine.world_size, backend, timeout, saves_shards, config.fsdp_offload)
     return "auto"

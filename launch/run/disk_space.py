@@ -1,4 +1,4 @@
-"""Space: whether a run's checkpoints fit on the disk, asked before training and not after it."""
+"""Disk space: checks before training that a run's checkpoints fit on the disk."""
 
 import math
 import shutil
@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt2lab.errors import InputError
-from gpt2lab.storage.atomic_files import told_when_full
+from gpt2lab.storage.atomic_files import full_disk_message
 from gpt2lab.storage.checkpoint_ledger import what_is_kept
 from launch.config import run_dir
-from launch.config.schema import Config
+from launch.config.run_dir import RunDirectory
+from launch.config.run_spec import RunSpec
 
 IN_A_CHECKPOINT = ("weights", "optimizer state", "averaged weights")
 FIXED_BYTES = 20_000_000  # metrics, samples, W&B, report
@@ -42,42 +43,54 @@ class RunFiles:
         return FIXED_BYTES + (self.kept + 1) * self.checkpoint + 2 * self.export
 
 
-def check(config: Config, vocab_size: int) -> None:
-    """Compare what the run will write with what is free where it will lie.
+def check(spec: RunSpec, vocab_size: int, folder: Path | None) -> None:
+    """Compare what the run will write with what is free on the disk of its directory.
+
+    Args:
+        folder: the directory of a resumed run.
 
     Raises:
         InputError: too little.
     """
-    folder = Path(config.run_dir).expanduser() if config.run_dir else run_dir.wanted_folder(config)
-    while not folder.exists():
-        folder = folder.parent
-    needed = run_files(config, vocab_size).most
-    free = shutil.disk_usage(folder).free
+    place = folder or run_dir.wanted_folder(spec.config)
+    while not place.exists():
+        place = place.parent
+    needed = run_files(spec, vocab_size).most
+    free = shutil.disk_usage(place).free
     if free < needed:
-        cure = what_is_kept(config.resume) if config.resume else "Free some, or set run_dir= to another disk."
+        fix = what_is_kept(str(folder)) if folder else "Free some, or set run_dir= to another disk."
         raise InputError(
             f"No space left for this run: it writes up to {needed / 1e6:,.0f} MB, "
-            f"{folder.resolve()} has {free / 1e6:,.0f} MB.\n{cure}"
+            f"{place.resolve()} has {free / 1e6:,.0f} MB.\n{fix}"
         )
 
 
 @contextmanager
-def told_with_checkpoint(config: Config) -> Iterator[None]:
+def naming_checkpoint(directory: RunDirectory) -> Iterator[None]:
     """Turn a failure for lack of disk space into an InputError that names the file and the run's intact checkpoint."""
-    with told_when_full("", lambda: what_is_kept(config.run_dir or ""), config.run_dir or ""):
+    try:
         yield
+    except InputError:
+        raise
+    except Exception as error:
+        folder = str(directory.path or "")
+        message = full_disk_message(error, where=folder)
+        if not message:
+            raise
+        raise InputError(f"{message}\n{what_is_kept(folder)}") from error
 
 
-def run_files(config: Config, vocab_size: int) -> RunFiles:
-    """Of a configuration whose automatic choices are settled; a checkpoint holds what all ranks share out."""
+def run_files(spec: RunSpec, vocab_size: int) -> RunFiles:
+    """Return what a run writes; a checkpoint holds the parts of all ranks."""
     from launch.memory.memory_plan import memory_plan
     from launch.memory.memory_terms import lora_parameters, parameters
     from launch.memory.run_sizes import run_sizes
 
-    sizes = replace(run_sizes(config, vocab_size), sharded=False)
+    config = spec.config
+    sizes = replace(run_sizes(config, spec.resolved, spec.machine, vocab_size), sharded=False)
     parts = memory_plan(sizes).parts
     embedding = sizes.shape.vocab_size * sizes.shape.n_embd * sizes.weight_bytes
-    tied = embedding if config.strategy == "fsdp" else 0  # gathered, or by parts, it is written as the LM head, too
+    tied = embedding if spec.machine.strategy == "fsdp" else 0  # written as the LM head too
     saves = math.ceil(config.steps / config.checkpoint_every)
     callback = config.callbacks.get("checkpoint")
     return RunFiles(

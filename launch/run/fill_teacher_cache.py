@@ -1,12 +1,12 @@
-"""Cached teacher: lets the teacher say once what this run's students will ask, and notes where it is written.
+"""Teacher cache: stores the teacher's distributions over the samples that this run trains on, before it starts.
 
-Only the samples that the run will see are written, so a run whose teacher has been asked the same before writes none,
-and a longer one or one with another seed adds what is missing.
+Only missing samples are written: none where an earlier run had the same, and some for a longer run or another seed.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,32 +25,32 @@ from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, grown
 from gpt2lab.system.device import named_device
 from gpt2lab.system.malloc_tuning import keep_freed_memory
-from launch.config.schema import Config
-from launch.run.auto_settings import largest_micro_batch
+from launch.config.run_spec import RunSpec
+from launch.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
 FORMAT = 3  # of the files; another number makes every cache anew
 
 
-def fill(settings: Config, data: Any, facts: DataFacts) -> None:
-    """Write what is missing for this run, on one device, and record the folder.
+def fill(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
+    """Write what is missing for this run, on one device; returns the folder.
 
     Jobs that need the same cache at the same time wait for the one that writes.
 
     Raises:
         InputError: the cache cannot be written, or k is more than the vocabulary has.
     """
-    entries = len(load_tokenizer(facts.tokenizer_folder))
-    if settings.teacher_cache.name == "topk" and settings.teacher_cache.k > entries:
-        raise InputError(f"teacher_cache.k={settings.teacher_cache.k}: the vocabulary has only {entries} entries.")
-    cache_dir = cache_folder(settings.cache_dir)
-    with grown("teachers", facts.name, _key(settings, facts), "the teacher's cache", cache_dir) as folder:
-        sides = cache_sides(folder, settings.teacher_cache, entries)
+    config, entries = spec.config, len(load_tokenizer(facts.tokenizer_folder))
+    if config.teacher_cache.name == "topk" and config.teacher_cache.k > entries:
+        raise InputError(f"teacher_cache.k={config.teacher_cache.k}: the vocabulary has only {entries} entries.")
+    cache_dir = cache_folder(config.cache_dir)
+    with grown("teachers", facts.name, _key(spec, facts), "the teacher's cache", cache_dir) as folder:
+        sides = cache_sides(folder, config.teacher_cache, entries)
         # What the teacher writes grows with every longer run; the records of what is written stay where they are.
-        room = settings.sequences.max_new_tokens if settings.sequences.name == "seqkd" else None
+        room = config.sequences.max_new_tokens if config.sequences.name == "seqkd" else None
         wanted = {
-            "train": (data.train_samples, training_rows(settings, len(data.train_samples)), room),
+            "train": (data.train_samples, training_rows(config, len(data.train_samples)), room),
             "val": (data.val_samples, np.arange(len(data.val_samples)), None),
         }
         missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]] = []
@@ -58,47 +58,47 @@ def fill(settings: Config, data: Any, facts: DataFacts) -> None:
             side = sides[name]
             side.create(samples, most)
             missing.append((side, samples, side.missing(rows)))
-        _write(settings, missing)
-    settings.record.teacher_cache = str(folder)
+        _write(spec, missing)
+    return folder
 
 
-def _key(settings: Config, facts: DataFacts) -> dict[str, Any]:
+def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
     """Everything that a record depends on."""
-    cache = settings.teacher_cache
+    config, cache = spec.config, spec.config.teacher_cache
     kept = (
         {"k": cache.k, "dtype": cache.dtype} if cache.name == "topk" else {"n": cache.n, "draw_seed": cache.draw_seed}
     )
     return {
-        "teacher": settings.record.teacher_hash,
+        "teacher": spec.resolved.teacher_hash,
         "tokenizer": tokenizer_hash(load_tokenizer(facts.tokenizer_folder)),
         "data": facts.hash,
-        "context": settings.context,
-        "pairs": settings.takes_pairs,
-        "objective": settings.objective.name,
-        "packing": settings.packing and not settings.takes_pairs,  # of pairs it changes nothing but their places
-        "temperature": settings.loss.temperature,
-        "precision": settings.precision,
+        "context": config.context,
+        "pairs": config.takes_pairs,
+        "objective": config.objective.name,
+        "packing": config.packing and not config.takes_pairs,  # of pairs it changes nothing but their places
+        "temperature": config.loss.temperature,
+        "precision": spec.machine.precision,
         "mode": cache.name,
         **kept,
         "format": FORMAT,
     }
 
 
-def training_rows(settings: Config, samples: int) -> NDArray[np.int64]:
+def training_rows(config: RunConfig, samples: int) -> NDArray[np.int64]:
     """The samples that the run's steps will draw: all of them from one epoch on."""
-    positions = settings.steps * settings.rows_of_a_step
+    positions = config.steps * config.rows_of_a_step
     if positions >= samples:
         return np.arange(samples)
-    return permute(np.arange(positions), samples, settings.seed, epoch=0)
+    return permute(np.arange(positions), samples, config.seed, epoch=0)
 
 
-def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]]) -> None:
+def _write(spec: RunSpec, missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]]) -> None:
     total = sum(len(rows) for _, _, rows in missing)
     if not total:
         return
     log.info("the teacher reads %d sequences, once for all students", total)
     with (
-        working_teacher(settings) as teacher,
+        working_teacher(spec) as teacher,
         tqdm(total=total, desc="teacher cache", unit="sequence", disable=None) as progress,
     ):
         device = teacher.backbone.lm.device
@@ -107,18 +107,19 @@ def _write(settings: Config, missing: list[tuple[CacheSide, Samples, NDArray[np.
             return teacher.signal(batch.input_ids.to(device), batch.spans_on(device))
 
         for side, samples, rows in missing:
-            parts = batches(samples, rows, largest_micro_batch(settings), progress)
-            side.write(parts, signal, temperature_of(side.side, settings.loss.temperature))
+            parts = batches(samples, rows, spec.machine.largest_micro_batch, progress)
+            side.write(parts, signal, temperature_of(side.side, spec.config.loss.temperature))
 
 
 @contextmanager
-def working_teacher(settings: Config) -> Iterator[OnlineTeacher]:
+def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
     """The teacher on one device, at work in the run's precision, before there is a Trainer."""
-    torch.set_num_threads(int(settings.threads))
-    if settings.accelerator == "cpu":
+    machine = spec.machine
+    torch.set_num_threads(machine.threads)
+    if machine.accelerator == "cpu":
         keep_freed_memory()
-    device, dtype = named_device(settings.accelerator), TEACHER_DTYPES[settings.precision]
-    teacher = OnlineTeacher(settings.teacher, dtype)
+    device, dtype = named_device(machine.accelerator), TEACHER_DTYPES[machine.precision]
+    teacher = OnlineTeacher(spec.resolved.teacher, dtype)
     teacher.to(device, dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         yield teacher

@@ -1,4 +1,4 @@
-"""Plan: what a run would need and do, as the terminal shows it (plan=true). Nothing of the run's size is allocated."""
+"""Plan: the memory, time and disk that a run would need, for plan=true. Allocates nothing of the run's size."""
 
 import io
 import logging
@@ -12,7 +12,8 @@ from gpt2lab.errors import InputError
 from gpt2lab.storage.model_folder import parameters_of
 from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import sharding
-from launch.config.schema import Config
+from launch.config.run_spec import RunSpec
+from launch.config.schema import RunConfig
 from launch.memory.memory_options import knobs
 from launch.memory.memory_plan import MemoryPlan, memory_plan
 from launch.memory.memory_terms import RunSizes, trained_parameters
@@ -28,16 +29,15 @@ BYTES_OF_A_TOKEN = 3  # of text, at least: 3.0 to 4.5 of English and of source c
 SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
-def planned_memory(config: Config, vocab_size: int) -> MemoryPlan:
-    """Of a configuration whose automatic choices are settled, run by a process like this one."""
-    return memory_plan(run_sizes(config, vocab_size), resident_memory_bytes())
+def planned_memory(spec: RunSpec, vocab_size: int, compiled_head: bool) -> MemoryPlan:
+    """Return the memory of a run whose process is like this one."""
+    sizes = run_sizes(spec.config, spec.resolved, spec.machine, vocab_size, compiled_head)
+    return memory_plan(sizes, resident_memory_bytes())
 
 
-def note_planned_memory(config: Config, vocab_size: int) -> None:
-    """Put what the run is expected to take into its record, for its report; warn where there is less."""
-    plan = planned_memory(config, vocab_size)
-    config.record.planned_memory = {"process": plan.process, "peak": plan.peak}
-    room = room_of_a_device(config, auto_settings.free_memory(config), plan.process)
+def warn_of_little_memory(spec: RunSpec, plan: MemoryPlan) -> None:
+    """Log a warning where the run is expected to take more memory than is free."""
+    room = room_of_a_device(spec.machine, auto_settings.free_memory(spec.config), plan.process)
     if room is not None and plan.peak > room:
         log.warning(
             "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
@@ -46,27 +46,28 @@ def note_planned_memory(config: Config, vocab_size: int) -> None:
         )
 
 
-def plan_of(config: Config) -> str:
-    """The whole plan of a resolved configuration whose automatic choices are settled.
+def plan_report(spec: RunSpec) -> str:
+    """Return the whole plan of a resolved run, as text for the terminal.
 
     Raises:
-        InputError: the tokenizer that is named cannot be had.
+        InputError: the named tokenizer cannot be loaded.
     """
-    vocab_size = expected_vocabulary(config)
-    config.record.compile_head = auto_settings.compiling_the_head_pays(config)
-    plan, sizes = planned_memory(config, vocab_size), run_sizes(config, vocab_size)
+    config, machine = spec.config, spec.machine
+    vocab_size, compiled_head = expected_vocabulary(config, spec.resolved), auto_settings.compiling_the_head_pays(spec)
+    sizes = run_sizes(config, spec.resolved, machine, vocab_size, compiled_head)
+    plan = memory_plan(sizes, resident_memory_bytes())
     free = auto_settings.free_memory(config)
-    room = room_of_a_device(config, free, plan.process)
+    room = room_of_a_device(machine, free, plan.process)
     fits = room is None or plan.peak <= room
     if config.plan_memory is not None:
         speed = Speed(None, "the machine is not this one")
     else:
-        speed = measured_speed(sizes, config, free) if fits else Speed(None, "the run does not fit")
+        speed = measured_speed(sizes, spec, free) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    console.print(_facts(config, sizes, vocab_size))
-    console.print(_memory(config, sizes, plan, room))
-    console.print(_knobs(config, sizes, plan))
-    console.print(_time_and_disk(config, sizes, vocab_size, speed))
+    console.print(_facts(spec, sizes, vocab_size))
+    console.print(_memory(spec, sizes, plan, room))
+    console.print(_knobs(spec, sizes, plan))
+    console.print(_time_and_disk(spec, sizes, vocab_size, speed))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -78,31 +79,30 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _facts(config: Config, sizes: RunSizes, vocab_size: int) -> Table:
-    groups, ranks = config.record.groups, max(config.record.world_size, 1)
+def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
+    config, inputs, machine = spec.config, spec.resolved, spec.machine
     table = _table("\nRun", "", "", "")
     rows = config.rows_of_a_step
-    up_to = "up to " if config.tokenizer.kind == "bpe" and not config.init_names_weights else ""
-    total = parameters_of({**vars(config.model), "vocab_size": vocab_size})
-    table.add_row("task", config.task_name, f"model {groups['model']}, data {groups['data']}, init {config.init}")
+    up_to = "up to " if inputs.tokenizer.kind == "bpe" and not inputs.init_names_weights else ""
+    total = parameters_of({**vars(inputs.model), "vocab_size": vocab_size})
+    table.add_row(
+        "task", config.task_name, f"model {inputs.model_name}, data {config.groups['data']}, init {inputs.init}"
+    )
     table.add_row("parameters", f"{total:,}", f"vocabulary of {up_to}{vocab_size:,}")
-    table.add_row("trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {config.precision}")
+    table.add_row("trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {machine.precision}")
     if sizes.teacher or sizes.reading_teacher:
         asked = "asked at every step" if sizes.teacher else f"read once (teacher_cache={config.teacher_cache.name})"
         shape = sizes.teacher or sizes.reading_teacher
-        table.add_row("teacher", f"{parameters_of(vars(shape)):,}", f"parameters, {asked}: {config.teacher}")
+        table.add_row("teacher", f"{parameters_of(vars(shape)):,}", f"parameters, {asked}: {inputs.teacher}")
     table.add_row("steps", f"{config.steps:,}", f"of {rows} sequences of {config.context} tokens")
-    devices = f"{ranks} × {config.accelerator}"
-    split = f"micro_batch={config.micro_batch}, {config.record.accumulate} of them in a step on each device"
-    table.add_row("devices", devices, f"{_strategy(config)}; {split}")
+    devices = f"{machine.world_size} × {machine.accelerator}"
+    split = f"micro_batch={machine.micro_batch}, {machine.accumulate} of them in a step on each device"
+    strategy = "single device" if machine.strategy == "auto" else f"strategy={machine.strategy}"
+    table.add_row("devices", devices, f"{strategy}; {split}")
     return table
 
 
-def _strategy(config: Config) -> str:
-    return "single device" if config.strategy == "auto" else f"strategy={config.strategy}"
-
-
-def _memory(config: Config, sizes: RunSizes, plan: MemoryPlan, room: int | None) -> Table:
+def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) -> Table:
     table = _table("\nMemory of each device", "", "GB", "")
     notes = {
         "weights": "with what is gathered of the other devices" if sizes.sharded else "",
@@ -125,42 +125,44 @@ def _memory(config: Config, sizes: RunSizes, plan: MemoryPlan, room: int | None)
     else:
         says = "it fits" if plan.peak <= room else "IT DOES NOT FIT: see what would save memory"
         table.add_row("free", _gigabytes(room), says)
-    best = auto_settings.suggested_micro_batch(config)
+    best = auto_settings.suggested_micro_batch(spec)
     table.add_row("micro_batch", str(best), "suggested: the largest that fits and still gains speed")
     return table
 
 
-def _knobs(config: Config, sizes: RunSizes, plan: MemoryPlan) -> Table:
+def _knobs(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan) -> Table:
     table = _table("\nWhat would change the peak", "set", "saves GB", "costs")
-    for knob in knobs(sizes, plan, sharding.may_shard(config)):
+    may_shard = sharding.may_shard(spec.config, spec.machine.accelerator, spec.machine.precision)
+    for knob in knobs(sizes, plan, may_shard):
         table.add_row(knob.key, f"{(plan.peak - knob.peak) / 1e9:+.2f}", knob.price)
     return table
 
 
-def _time_and_disk(config: Config, sizes: RunSizes, vocab_size: int, speed: Speed) -> Table:
-    table = _table("\nTime and disk", "", "", "")
+def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed) -> Table:
+    config, table = spec.config, _table("\nTime and disk", "", "", "")
     if speed.tokens_per_second is None:
         table.add_row("tokens/s", "?", f"not measured: {speed.says}")
     else:
-        rate = speed.tokens_per_second * max(config.record.world_size, 1)
+        rate = speed.tokens_per_second * spec.machine.world_size
         seconds = config.steps * config.rows_of_a_step * config.context / rate
         table.add_row("tokens/s", f"{rate:,.0f}", speed.says)
         table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
-    files = disk_space.run_files(config, vocab_size)
+    files = disk_space.run_files(spec, vocab_size)
     kept = f"{files.kept} of {_on_disk(files.checkpoint)} and the exported model"
     table.add_row("checkpoints", _on_disk(files.left), f"{kept}; up to {_on_disk(files.most)} on the way")
-    table.add_row("data", *_data_on_disk(config, vocab_size))
+    table.add_row("data", *_data_on_disk(spec, vocab_size))
     if sizes.reading_teacher:
         table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")
     return table
 
 
-def _data_on_disk(config: Config, vocab_size: int) -> tuple[str, str]:
+def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
+    config = spec.config
     folder = Path(config.path).expanduser() if config.path else None
     if config.data.get("source") == "bin" and folder is not None:
         return _on_disk(sum(file.stat().st_size for file in folder.glob("*.bin"))), "used where they lie"
     try:
-        text = 0 if config.takes_pairs else data_module(config).text_bytes()
+        text = 0 if config.takes_pairs else data_module(spec).text_bytes()
     except InputError as error:  # a plan may be made where the data are not
         return "?", str(error).splitlines()[0]
     if not text:
@@ -169,7 +171,7 @@ def _data_on_disk(config: Config, vocab_size: int) -> tuple[str, str]:
     return _on_disk(size), f"about, for {_on_disk(text)} of text; made once in cache_dir"
 
 
-def _cache_bytes(config: Config, vocab_size: int) -> int:
+def _cache_bytes(config: RunConfig, vocab_size: int) -> int:
     from gpt2lab.distillation.teacher_cache import record_type
 
     positions = config.steps * config.rows_of_a_step * config.context

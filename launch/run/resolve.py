@@ -1,12 +1,11 @@
-"""Resolve: what a configuration leaves open (init, teacher, model sizes, tokenizer) becomes paths and numbers.
+"""Resolve: replaces what a configuration leaves open (init, teacher, model sizes, tokenizer) by paths and numbers.
 
-Done once, in the parent process, before data or models are touched. Runs are known by report.json and config.yaml and
-models by config.json, so none of it needs torch.
+It happens once, in the parent process, before data or models are loaded. Runs are found by report.json and config.yaml
+and models by config.json, so none of it needs torch.
 """
 
 import hashlib
 import math
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,47 +17,43 @@ from gpt2lab.settings import DataFacts, ModelShape, TokenizerChoice
 from gpt2lab.storage.hub import hub_is_reachable
 from gpt2lab.storage.model_folder import folder_of, has_tokenizer, parameters_of, read_shape
 from launch.checks import checks
-from launch.config import run_dir
-from launch.config.schema import Config, ModelKeys
+from launch.config import run_dir, run_spec
+from launch.config.run_spec import Inputs, RunSpec
+from launch.config.schema import ModelKeys, RunConfig
 from launch.config.unused_keys import given_keys
 
 FALLBACK_TEACHER = "gpt2-medium"
-PADDING = 0.05  # largest share of entries that mean no token: padding to a multiple of 64 or 1,024
+PADDING = 0.05  # largest share of tokens without text: padding of a vocabulary to a multiple of 64 or 1,024
 CORPORA_WITH_OWN_BPE = ("stdlib", "packages", "text")
 
 
-def resolve(config: Config) -> None:
-    """Replace `latest`, `auto`, run directories and Hub ids in place; say in one line which teacher was taken.
+def resolve_inputs(config: RunConfig) -> Inputs:
+    """Find the model folders and sizes that `latest`, `auto`, run directories and Hub ids stand for.
+
+    Prints one line with the teacher.
 
     Raises:
         InputError: nothing fits, a folder holds no GPT-2, or sizes contradict each other.
     """
-    for key in ("path", "val_path"):  # absolute, so that the run can be continued from any folder
-        if given := vars(config)[key]:
-            setattr(config, key, os.path.abspath(os.path.expanduser(given)))  # noqa: PTH100, PTH111 — may be a glob
-    dataset = os.path.expanduser(str(config.data.get("dataset") or ""))  # noqa: PTH111 — may be a Hub id
-    if dataset and Path(dataset).is_dir():
-        config.data["dataset"] = str(Path(dataset).absolute())
-    if config.init_names_weights:
-        config.init = _init_folder(config)
-    _take_sizes_from_init(config)
-    if config.task_name == "distill":
-        config.teacher = _teacher_folder(config)
-        _check_reads(config)
-        config.record.teacher_hash = weights_hash(Path(config.teacher))
-        print(f"teacher: {config.teacher}", file=sys.stderr)
-        if config.loss.name == "uld" and not has_tokenizer(Path(config.teacher)):
-            raise InputError(
-                f"loss=uld asks the teacher in its own tokens, but {config.teacher} holds no tokenizer.\n"
-                "Put its tokenizer.json there."
-            )
-    if config.init == TEACHER_LAYERS:
-        config.record.kept = _kept_of_teacher(config)
-    config.tokenizer = _tokenizer(config)
+    init = _init_folder(config) if config.init_names_weights else config.init
+    model, model_name = _sizes(config, init)
+    teacher = _teacher_folder(config, model) if config.task_name == "distill" else ""
+    if teacher:
+        _check_teacher(config, teacher)
+    layers = _layers_of_teacher(teacher, model) if init == TEACHER_LAYERS else {}
+    return Inputs(
+        model=model,
+        model_name=model_name,
+        init=init,
+        tokenizer=_tokenizer(config, init, teacher),
+        teacher=teacher,
+        teacher_hash=weights_hash(Path(teacher)) if teacher else "",
+        teacher_layers=layers,
+    )
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 of the weights in a model folder; of several files, that of their hashes in the order of their names."""
+    """Return the sha256 of the weights in a model folder; of several files, that of their hashes by file name."""
     digests = []
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         with file.open("rb") as stream:
@@ -66,11 +61,11 @@ def weights_hash(folder: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _init_folder(config: Config) -> str:
+def _init_folder(config: RunConfig) -> str:
     if config.init != "latest":
         return str(folder_of(config.init, "init"))
     for run in run_dir.finished_runs():
-        if run.config.task_name in ("pretrain", "distill"):
+        if run.spec.config.task_name in ("pretrain", "distill"):
             print(f"init: {run.folder}", file=sys.stderr)
             return str((run.folder / "hf").resolve())
     raise InputError(
@@ -80,73 +75,79 @@ def _init_folder(config: Config) -> str:
     )
 
 
-def _take_sizes_from_init(config: Config) -> None:
-    """model=auto takes init's sizes; a named model must agree with them."""
+def _sizes(config: RunConfig, init: str) -> tuple[ModelKeys, str]:
+    """(sizes of the model, its name): model=auto takes init's sizes; a named model must agree with them."""
+    name = config.groups["model"]
     if not config.init_names_weights:
-        return
-    shape, group = read_shape(Path(config.init)), config.record.groups["model"]
-    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+        return config.model, name
+    shape = read_shape(Path(init))
+    sizes = {size: shape[size] for size in ("n_layer", "n_head", "n_embd", "n_positions")}
     if config.model.n_layer is None:
-        config.model = ModelKeys(**sizes, dropout=config.model.dropout)
-        config.record.groups["model"] = _model_name(Path(config.init))
         checks.check_context(config.context, sizes["n_positions"], "the init model's")
         checks.check_room(config, sizes["n_positions"])
         checks.check_kept_weights(config, sizes["n_layer"])
-        return
+        return ModelKeys(**sizes, dropout=config.model.dropout), _model_name(Path(init))
     for item in fields(ModelKeys):
-        wanted = vars(config.model)[item.name]
-        if item.name in sizes and wanted != sizes[item.name]:
+        given = vars(config.model)[item.name]
+        if item.name in sizes and given != sizes[item.name]:
             raise InputError(
-                f"model={group} has {item.name}={wanted}, but init={config.init} has {sizes[item.name]}.\n"
+                f"model={name} has {item.name}={given}, but init={init} has {sizes[item.name]}.\n"
                 "Leave the sizes to init with model=auto, or start from scratch with init=scratch."
             )
+    return config.model, name
 
 
 def _model_name(folder: Path) -> str:
-    """What the model in a folder is called: as in its run's configuration, else the folder's own name."""
+    """Name of the model in a folder: that in its run's configuration, else the folder's own."""
     try:
-        return run_dir.configuration.load(folder.parent / "config.yaml").record.groups["model"]
-    except (InputError, KeyError):
+        return run_spec.load(folder.parent / "config.yaml").resolved.model_name
+    except InputError:
         return "".join(letter if letter.isalnum() else "-" for letter in folder.name)
 
 
-def _teacher_folder(config: Config) -> str:
+def _teacher_folder(config: RunConfig, model: ModelKeys) -> str:
     if config.teacher != "latest":
         return str(folder_of(config.teacher, "teacher"))
     for run in run_dir.finished_runs():
-        if run.config.task_name == "pretrain" and _can_teach(run, config):
+        if run.spec.config.task_name == "pretrain" and _can_teach(run, config, model):
             return str((run.folder / "hf").resolve())
     if hub_is_reachable():
         print(f"teacher: no finished pretrain run fits, so {FALLBACK_TEACHER} of the Hugging Face Hub", file=sys.stderr)
     try:
         return str(folder_of(FALLBACK_TEACHER, "teacher"))
     except InputError as error:
-        model, data = config.record.groups["model"], config.record.groups["data"]
+        name, data = config.groups["model"], config.groups["data"]
         raise InputError(
-            f"There is no teacher for model {model}: no finished pretrain run under runs/ has the same data and a\n"
+            f"There is no teacher for model {name}: no finished pretrain run under runs/ has the same data and a\n"
             f"larger model, and {FALLBACK_TEACHER} cannot be had from the Hugging Face Hub.\n"
             f"Train one: python train.py task=pretrain model=… data={data}; or name one: teacher=RUN_DIR."
         ) from error
 
 
-def _check_reads(config: Config) -> None:
-    """The teacher reads what the student reads; with loss=uld what goes beyond its positions is cut."""
-    positions = read_shape(Path(config.teacher))["n_positions"]
-    if config.loss.name != "uld" and config.context > positions:
+def _check_teacher(config: RunConfig, teacher: str) -> None:
+    """The teacher reads the student's windows; with loss=uld it has a tokenizer, and longer windows are cut."""
+    positions, is_uld = read_shape(Path(teacher))["n_positions"], config.loss.name == "uld"
+    if not is_uld and config.context > positions:
         raise InputError(
-            f"context={config.context} is longer than the {positions} positions of the teacher {config.teacher}.\n"
+            f"context={config.context} is longer than the {positions} positions of the teacher {teacher}.\n"
             f"Lower context to {positions}, or name a teacher with more positions."
+        )
+    print(f"teacher: {teacher}", file=sys.stderr)
+    if is_uld and not has_tokenizer(Path(teacher)):
+        raise InputError(
+            f"loss=uld runs the teacher on its own tokens, but {teacher} holds no tokenizer.\n"
+            "Put its tokenizer.json there."
         )
 
 
-def _kept_of_teacher(config: Config) -> dict[str, Any]:
-    """What the student takes over of its teacher; said in one line.
+def _layers_of_teacher(teacher_folder: str, model: ModelKeys) -> dict[str, Any]:
+    """Layers and channels that the student takes over of its teacher; prints them in one line.
 
     Raises:
-        InputError: the student cannot be cut out of this teacher.
+        InputError: the student does not fit into this teacher.
     """
-    teacher = ModelShape(**read_shape(Path(config.teacher)))
-    student = ModelShape(**vars(config.model))
+    teacher = ModelShape(**read_shape(Path(teacher_folder)))
+    student = ModelShape(**vars(model))
     check_fits(teacher, student)
     kept = what_is_kept(teacher, student)
     layers = ", ".join(map(str, kept["layers"]))
@@ -155,34 +156,34 @@ def _kept_of_teacher(config: Config) -> dict[str, Any]:
     return kept
 
 
-def _can_teach(run: run_dir.FinishedRun, config: Config) -> bool:
+def _can_teach(run: run_dir.FinishedRun, config: RunConfig, model: ModelKeys) -> bool:
     """Same data, a larger model, and the tokenizer that was named, if one was; with loss=uld any tokenizer."""
-    theirs = run.config
+    theirs = run.spec.config
     same_data = (theirs.data, theirs.path, theirs.val_path) == (config.data, config.path, config.val_path)
     named = config.tokenizer.kind != "auto" and config.loss.name != "uld"
-    same_tokenizer = not named or wanted_tokenizer(theirs) == wanted_tokenizer(config)
-    own_shape: dict[str, Any] = {**vars(config.model), "vocab_size": run.shape["vocab_size"]}
+    same_tokenizer = not named or run.spec.resolved.tokenizer == named_tokenizer(config)
+    own_shape: dict[str, Any] = {**vars(model), "vocab_size": run.shape["vocab_size"]}
     return same_data and same_tokenizer and parameters_of(run.shape) > parameters_of(own_shape)
 
 
-def wanted_tokenizer(config: Config) -> TokenizerChoice:
-    """The named tokenizer with the size that `vocab_size` asks for."""
+def named_tokenizer(config: RunConfig) -> TokenizerChoice:
+    """Return the named tokenizer with the size of `vocab_size`."""
     choice = config.tokenizer
-    own_size = "tokenizer.vocab_size" in given_keys(config.record.overrides)
+    own_size = "tokenizer.vocab_size" in given_keys(config.invocation.overrides)
     size = choice.vocab_size if own_size else config.vocab_size
     return TokenizerChoice("bpe", vocab_size=size) if choice.kind == "bpe" else choice
 
 
-def _tokenizer(config: Config) -> TokenizerChoice:
+def _tokenizer(config: RunConfig, init: str, teacher: str) -> TokenizerChoice:
     """The named one; else the teacher's, else init's, else the data's own.
 
-    With loss=uld the teacher's tokenizer is its own affair, unless the student is cut out of it.
+    With loss=uld the teacher's tokenizer is not the student's, unless the student is initialized from the teacher.
     """
     if config.tokenizer.kind != "auto":
-        return wanted_tokenizer(config)
-    follows = config.task_name == "distill" and (config.loss.name != "uld" or config.init == TEACHER_LAYERS)
-    teacher = config.teacher if follows else ""
-    for source, key in ((teacher, "teacher"), (config.init if config.init_names_weights else "", "init")):
+        return named_tokenizer(config)
+    follows = config.loss.name != "uld" or init == TEACHER_LAYERS
+    sources = {"teacher": teacher if follows else "", "init": init if config.init_names_weights else ""}
+    for key, source in sources.items():
         if not source:
             continue
         if has_tokenizer(Path(source)):
@@ -191,70 +192,67 @@ def _tokenizer(config: Config) -> TokenizerChoice:
             raise InputError(
                 f"The {key} {source} holds no tokenizer, so its token ids may mean other text.\n"
                 "Name its tokenizer: tokenizer=hub tokenizer.source=FOLDER"
-                + (", or go on all the same with preflight=warn." if key == "teacher" else ".")
+                + (", or start all the same with preflight=warn." if key == "teacher" else ".")
             )
     own = config.data.get("default_tokenizer")
     if own is None:
         own = "bpe" if config.data.get("source") in CORPORA_WITH_OWN_BPE or config.takes_pairs else "gpt2"
-    return (
-        TokenizerChoice("bpe", vocab_size=config.vocab_size)
-        if own == "bpe"
-        else TokenizerChoice("pretrained", source=own)
-    )
+    if own == "bpe":
+        return TokenizerChoice("bpe", vocab_size=config.vocab_size)
+    return TokenizerChoice("pretrained", source=own)
 
 
-def vocabulary(config: Config, facts: DataFacts) -> int:
-    """Vocabulary size of the model, once the tokenizer's number of entries is known.
+def vocabulary(spec: RunSpec, facts: DataFacts) -> int:
+    """Return the vocabulary size of the model, once the number of tokens of the tokenizer is known.
 
-    init decides it, else the tokenizer; where the teacher's folder does not say which tokens its entries are, the
-    teacher. Entries that mean no token pad a vocabulary to a round number: the loss cuts them. With loss=uld a teacher
-    has its own.
+    init decides it, else the tokenizer; where the teacher's folder holds no tokenizer, the teacher. Padding rounds a
+    vocabulary up, and the loss leaves it out. With loss=uld a teacher has its own vocabulary.
 
     Raises:
         InputError: they do not fit; shows the first tokens that differ.
     """
-    wanted = facts.vocab_size
-    if config.objective.name == "sampled_softmax" and config.objective.negatives >= wanted:
+    config, inputs, size = spec.config, spec.resolved, facts.vocab_size
+    if config.objective.name == "sampled_softmax" and config.objective.negatives >= size:
         raise InputError(
-            f"objective.negatives={config.objective.negatives}: the vocabulary has only {wanted} entries.\n"
-            f"Give fewer, for example objective.negatives={max(wanted // 4, 1)}, or objective=clm."
+            f"objective.negatives={config.objective.negatives}: the vocabulary has only {size} entries.\n"
+            f"Give fewer, for example objective.negatives={max(size // 4, 1)}, or objective=clm."
         )
-    if config.init_names_weights:
-        wanted = _fitting("init", config.init, facts, math.inf)
+    if inputs.init_names_weights:
+        size = _fitting("init", inputs.init, facts, math.inf)
     if config.task_name == "distill" and config.loss.name == "uld":
-        _check_cut_out(config, facts)
+        _check_teacher_layers(inputs, facts)
     elif config.task_name == "distill":
-        known = has_tokenizer(Path(config.teacher)) or config.record.groups["tokenizer"] != "auto"
+        known = has_tokenizer(Path(inputs.teacher)) or config.groups["tokenizer"] != "auto"
         lenient = not known and config.preflight != "refuse"
-        size = _fitting("teacher", config.teacher, facts, math.inf if lenient else PADDING)
-        wanted = wanted if known or config.init_names_weights else size
-    return wanted
+        teachers = _fitting("teacher", inputs.teacher, facts, math.inf if lenient else PADDING)
+        size = size if known or inputs.init_names_weights else teachers
+    return size
 
 
 def _fitting(key: str, folder: str, facts: DataFacts, padding: float) -> int:
     """Vocabulary size of the model that this key names."""
-    size, entries = read_shape(Path(folder))["vocab_size"], facts.vocab_size
-    if entries <= size <= entries * (1 + padding):
+    size, tokens = read_shape(Path(folder))["vocab_size"], facts.vocab_size
+    if tokens <= size <= tokens * (1 + padding):
         return size
     from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
 
     different = difference_in_words(Path(folder), load_tokenizer(facts.tokenizer_folder))
     other_way = ", or distil between tokenizers: loss=uld" if key == "teacher" else ""
     raise InputError(
-        f"{key}={folder} has a vocabulary of {size} entries, the tokenizer of this run {entries}; "
+        f"{key}={folder} has a vocabulary of {size} entries, the tokenizer of this run {tokens}; "
         f"they must be the same.{different}\n"
         "Leave tokenizer=auto, which takes the teacher's or init's, or name weights trained with this tokenizer"
         f"{other_way}."
     )
 
 
-def _check_cut_out(config: Config, facts: DataFacts) -> None:
-    """A student that is cut out of its teacher has its embeddings, which mean the teacher's tokens."""
-    if config.init != TEACHER_LAYERS:
+def _check_teacher_layers(inputs: Inputs, facts: DataFacts) -> None:
+    """A student that is initialized from its teacher has its embeddings, so its tokens are the teacher's."""
+    if inputs.init != TEACHER_LAYERS:
         return
     from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
 
-    different = difference_in_words(Path(config.teacher), load_tokenizer(facts.tokenizer_folder))
+    different = difference_in_words(Path(inputs.teacher), load_tokenizer(facts.tokenizer_folder))
     if different:
         raise InputError(
             "init=teacher_layers gives the student its teacher's embeddings, and they have not the same tokenizer."

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TypeVar
 
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 from launch.sweep.job_queue import RunningJob
 
 Started = TypeVar("Started", bound=RunningJob)
@@ -29,13 +29,13 @@ class ClusterJobs(ABC):
         self._out = [job for job in self._out if job.ended() is None]
         return len(self._out) < self._at_once
 
-    def start(self, settings: Config, number: int) -> RunningJob:
+    def start(self, config: RunConfig, number: int) -> RunningJob:
         """Hand over a run of a sweep."""
         log = self._logs / f"job-{number}.txt"
-        return self.submit(settings, log, log)
+        return self.submit(config, log, log)
 
     @abstractmethod
-    def submit(self, settings: Config, output: Path, errors: Path) -> RunningJob:
+    def submit(self, config: RunConfig, output: Path, errors: Path) -> RunningJob:
         """Hand over a run whose output goes to these files.
 
         Raises:

@@ -40,9 +40,10 @@ from gpt2lab.storage.model_folder import read_shape
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
 from launch.checks.study_plan import PlannedRun
-from launch.config import run_dir, schema
+from launch.config import run_dir, run_spec
 from launch.config.literal_text import override
-from launch.config.schema import Config
+from launch.config.run_spec import Inputs, Resolved, RunSpec
+from launch.config.schema import RunConfig, with_absolute_paths
 from launch.config.unused_keys import in_words
 from launch.run import resolve
 from launch.sweep import jobs, study_table
@@ -52,7 +53,7 @@ COLUMNS: tuple[str, ...] = ("run", "arm", "seed", "lr", "steps", "status", "val_
 COLUMNS += ("tokens_per_second", "folder", "error")
 
 
-def run_study(settings: Config) -> None:
+def run_study(config: RunConfig) -> None:
     """Run what is not there yet, then print and write what was found.
 
     Raises:
@@ -60,7 +61,7 @@ def run_study(settings: Config) -> None:
         answer.Ended: a signal stopped the study, or runs failed.
     """
     logging_setup.settle_noise()
-    study = _opened(settings)
+    study = _opened(config)
     with FolderLock(study.folder, use="a study"):
         known = study.folder / "study.json"
         if known.is_file():
@@ -70,11 +71,11 @@ def run_study(settings: Config) -> None:
 
 
 def _run_arms(study: "Study") -> None:
-    settings = study.settings
-    rates = {arm: _search(study, arm) for arm in study_plan.tuned_arms(settings)}
-    common = rates[study_plan.baseline_arm(settings)]
-    factor = {arm: rates.get(arm, common).factor for arm in study_plan.arms(settings)}
-    equal = [_arm(study, arm, TOKENS, settings.steps, factor[arm]) for arm in study_plan.arms(settings)]
+    config = study.config
+    rates = {arm: _search(study, arm) for arm in study_plan.tuned_arms(config)}
+    common = rates[study_plan.baseline_arm(config)]
+    factor = {arm: rates.get(arm, common).factor for arm in study_plan.arms(config)}
+    equal = [_arm(study, arm, TOKENS, config.steps, factor[arm]) for arm in study_plan.arms(config)]
     longer = [
         _arm(study, without.arm, TIME, _steps_in_time(without, taught), factor[without.arm])
         for without, taught in zip(equal[::2], equal[1::2], strict=True)
@@ -82,7 +83,7 @@ def _run_arms(study: "Study") -> None:
     ]
     study.check_one_corpus()
     results = StudyResults(
-        study_plan.seeds(settings),
+        study_plan.seeds(config),
         study.teacher,
         study.teacher_loss(),
         list(rates.values()),
@@ -101,7 +102,7 @@ def _run_arms(study: "Study") -> None:
 class Study:
     """The runs so far, each in a folder of its own inside the study's."""
 
-    settings: Config
+    config: RunConfig
     folder: Path
     teacher: str
     teacher_hash: str
@@ -116,7 +117,7 @@ class Study:
         """
         if planned in self.runs:
             return self._report(planned)
-        told = study_plan.run_overrides(planned, self.settings, self.teacher, self.tokenizer)
+        told = study_plan.run_overrides(planned, self.config, self.teacher, self.tokenizer)
         told = [*told, "resume=auto"]  # what an earlier start of this study left half done is continued
         job = self.runs[planned] = Job(len(self.runs) + 1, told, self.folder / planned.name)
         if read_report(job.folder).get("status") == "finished":
@@ -138,8 +139,8 @@ class Study:
 
     def known_by(self) -> dict[str, Any]:
         """What must be the same for runs of an earlier start to count."""
-        rates = vars(self.settings.optimizer)
-        told = study_plan.shared_overrides(self.settings)
+        rates = vars(self.config.optimizer)
+        told = study_plan.shared_overrides(self.config)
         return {"told": [*told, f"lr {rates['lr']:g} {rates['adamw_lr']:g}"], "teacher_hash": self.teacher_hash}
 
     def check_one_corpus(self) -> None:
@@ -148,7 +149,7 @@ class Study:
         Raises:
             InputError
         """
-        for arm in study_plan.arms(self.settings):
+        for arm in study_plan.arms(self.config):
             reports = [self._report(run) for run in self.runs if run.arm == arm]
             if len({report["data"]["hash"] for report in reports if report}) > 1:
                 raise InputError(
@@ -158,7 +159,7 @@ class Study:
     def teacher_seconds(self) -> float:
         """What the teacher took to write or read once for all students, shared out over the runs that use it."""
         files = [self.folder / run.name / "config.yaml" for run in self.runs if run.arm.learns_by == KD]
-        taken = [schema.load(file).record.teacher_seconds for file in files if file.is_file()]
+        taken = [run_spec.load(file).prepared.teacher_seconds for file in files if file.is_file()]
         return fmean(taken) if taken else 0.0
 
     def teacher_loss(self) -> float | None:
@@ -170,8 +171,8 @@ class Study:
         return read_report(self.runs[planned].folder) if self.runs[planned].status == "finished" else {}
 
     def _expected(self) -> int:
-        study, ways = self.settings.study, 2 * len(self.settings.study.inits)
-        tried = (len(study.lr_factors) - 1) * len(study_plan.tuned_arms(self.settings))
+        study, ways = self.config.study, 2 * len(self.config.study.inits)
+        tried = (len(study.lr_factors) - 1) * len(study_plan.tuned_arms(self.config))
         return tried + study.seeds * (ways + ways // 2)
 
     def _row(self, planned: PlannedRun) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class Study:
             "run": job.number,
             "arm": planned.arm.name,
             "seed": planned.seed,
-            "lr": study_plan.learning_rate(self.settings, planned.lr_factor),
+            "lr": study_plan.learning_rate(self.config, planned.lr_factor),
             "steps": planned.steps,
             "status": job.status,
             "training_seconds": round(study_plan.training_seconds(report), 2) if report else "",
@@ -192,7 +193,7 @@ class Study:
 
     def _command(self) -> str:
         own = ("name=", "run_dir=", "resume=")
-        given = [override for override in self.settings.record.overrides if not override.startswith(own)]
+        given = [override for override in self.config.invocation.overrides if not override.startswith(own)]
         return f"python train.py {in_words([*given, override('run_dir', str(self.folder)), 'resume=auto'])}"
 
 
@@ -200,42 +201,42 @@ def _composed(overrides: list[str]) -> DictConfig:
     return compose("train", overrides, return_hydra_config=True)
 
 
-def _opened(settings: Config) -> Study:
-    """Find the teacher and what follows from it; make the folder, or take up the one that an earlier start left."""
-    inits, folder = settings.study.inits, run_dir.wanted_folder(settings)
+def _opened(config: RunConfig) -> Study:
+    """Resolve the teacher and what follows from it; create the folder, or open that of an earlier start."""
+    folder = run_dir.wanted_folder(config)
     known = folder / "study.json"
-    if settings.resume is None or not known.is_file():
+    if config.resume is None or not known.is_file():
         run_dir.check_free(folder)
-    resolve.resolve(settings)
-    if LAYERS in inits:
-        _check_can_be_cut_out(settings)
-    _check_tokens(settings)
+    inputs = resolve.resolve_inputs(with_absolute_paths(config))
+    if LAYERS in config.study.inits:
+        _check_teacher_layers(inputs)
+    _check_tokens(config, inputs)
     folder.mkdir(parents=True, exist_ok=True)
-    return Study(settings, folder, settings.teacher, settings.record.teacher_hash, settings.tokenizer)
+    return Study(config, folder, inputs.teacher, inputs.teacher_hash, inputs.tokenizer)
 
 
-def _check_can_be_cut_out(settings: Config) -> None:
-    """Before anything is run, as the runs would find it."""
+def _check_teacher_layers(inputs: Inputs) -> None:
+    """Check before the first run that the student can be initialized from the teacher, as its runs would."""
     try:
-        check_fits(ModelShape(**read_shape(Path(settings.teacher))), ModelShape(**vars(settings.model)))
+        check_fits(ModelShape(**read_shape(Path(inputs.teacher))), ModelShape(**vars(inputs.model)))
     except InputError as error:
         raise InputError(f"{error}\nOr leave those runs out: study.inits=[scratch]") from error
 
 
-def _check_tokens(settings: Config) -> None:
-    """A named tokenizer must be the teacher's: runs without a teacher would train with any, before another fails."""
-    if settings.record.groups["tokenizer"] == "auto" or settings.loss.name == "uld":
+def _check_tokens(config: RunConfig, inputs: Inputs) -> None:
+    """A named tokenizer is the teacher's: runs without a teacher would train with any, before another fails."""
+    if config.groups["tokenizer"] == "auto" or config.loss.name == "uld":
         return
     from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
     from launch.run import auto_settings, build
 
-    auto_settings.settle(settings)
-    facts = build.data_module(settings).prepare()
-    resolve.vocabulary(settings, facts)
-    different = difference_in_words(Path(settings.teacher), load_tokenizer(facts.tokenizer_folder))
+    spec = RunSpec(config, Resolved(**vars(inputs), machine=auto_settings.choose_machine(config, inputs)))
+    facts = build.data_module(spec).prepare()
+    resolve.vocabulary(spec, facts)
+    different = difference_in_words(Path(inputs.teacher), load_tokenizer(facts.tokenizer_folder))
     if different:
         raise InputError(
-            f"tokenizer={settings.record.groups['tokenizer']} is not that of the teacher {settings.teacher}."
+            f"tokenizer={config.groups['tokenizer']} is not that of the teacher {inputs.teacher}."
             f"{different}\nLeave tokenizer=auto, or study loss=uld study.inits=[scratch]."
         )
 
@@ -269,22 +270,22 @@ def _search(study: Study, arm: Arm) -> LearningRates:
     Raises:
         answer.Ended: none of the runs finished.
     """
-    settings = study.settings
+    config = study.config
     tried = {
-        factor: _finite(study.run(PlannedRun(arm, settings.seed, factor, settings.steps)).get("val_loss"))
-        for factor in sorted(settings.study.lr_factors)
+        factor: _finite(study.run(PlannedRun(arm, config.seed, factor, config.steps)).get("val_loss"))
+        for factor in sorted(config.study.lr_factors)
     }
     losses = {factor: loss for factor, loss in tried.items() if loss is not None}
     if not losses:
         raise exit_codes.Ended(exit_codes.FAILED, f"The study ended: no learning rate trained {arm.name}.")
     best = min(losses, key=losses.__getitem__)
-    rates = {study_plan.learning_rate(settings, factor): loss for factor, loss in tried.items()}
-    return LearningRates(arm.name, rates, study_plan.learning_rate(settings, best), best)
+    rates = {study_plan.learning_rate(config, factor): loss for factor, loss in tried.items()}
+    return LearningRates(arm.name, rates, study_plan.learning_rate(config, best), best)
 
 
 def _arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> ArmResult:
     """All seeds of one arm."""
-    planned = {seed: PlannedRun(arm, seed, factor, steps) for seed in study_plan.seeds(study.settings)}
+    planned = {seed: PlannedRun(arm, seed, factor, steps) for seed in study_plan.seeds(study.config)}
     reports = {seed: study.run(run) for seed, run in planned.items()}
     taken = [study_plan.training_seconds(report) for report in reports.values() if report]
     seconds = median(taken) + (study.teacher_seconds() if arm.learns_by == KD else 0) if taken else None

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -12,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
 from gpt2lab.reports.run_report import read_report
-from gpt2lab.settings import LauncherSettings
 from gpt2lab.storage.folder_lock import FolderLock
 from launch import exit_codes
-from launch.config import machine, run_dir, schema
+from launch.config import machine, run_dir, run_spec
 from launch.config.groups import experiment_keys, values
 from launch.config.literal_text import is_interpolated, override
-from launch.config.schema import STUDY, Config
+from launch.config.multirun_settings import LauncherSettings
+from launch.config.schema import STUDY, RunConfig
 from launch.config.unused_keys import given_keys, in_words, without
 from launch.sweep import jobs, remote_run, results
 from launch.sweep.job_process import LocalJobs
@@ -109,7 +110,7 @@ def _run_jobs(
         print(f"job {number}: {in_words(job.overrides)}", flush=True)
         return job
 
-    def prepared(job: Job) -> Config | None:
+    def prepared(job: Job) -> RunConfig | None:
         return _prepared(job, loader, sweep_config, several_tasks)
 
     def changed(job: Job) -> None:
@@ -192,7 +193,7 @@ def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, i
     for number, overrides in enumerate(combinations if is_grid else [], first):
         file = folder / str(number) / "config.yaml"
         interpolated = given_keys(filter(is_interpolated, overrides))  # these are compared once they are composed
-        stored = schema.load(file).record.overrides if file.is_file() else []
+        stored = run_spec.load(file).config.invocation.overrides if file.is_file() else []
         others = set(without(stored, {*HOW, *interpolated})) - set(overrides)
         if others:
             raise InputError(
@@ -201,7 +202,7 @@ def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, i
             )
 
 
-def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> Config | None:
+def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> RunConfig | None:
     """A job's checked configuration; None: nothing is left to run. What another task reads is no mistake of its own."""
 
     if job.error:
@@ -214,20 +215,20 @@ def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_
             tree.hydra.job.num = job.number
         return tree
 
-    settings = jobs.prepared(job, compose, drops_unread=several_tasks)
-    if settings is None:
+    config = jobs.prepared(job, compose, drops_unread=several_tasks)
+    if config is None:
         return None
-    settings.record.trial = job.trial
-    if settings.resume is None or not (job.folder / "config.yaml").is_file():
-        return settings
-    stored = schema.load(job.folder / "config.yaml").record.overrides
-    if without(stored, HOW) != without(settings.record.overrides, HOW):
+    config = replace(config, invocation=replace(config.invocation, trial=job.trial))
+    if config.resume is None or not (job.folder / "config.yaml").is_file():
+        return config
+    stored = run_spec.load(job.folder / "config.yaml").config.invocation.overrides
+    if without(stored, HOW) != without(config.invocation.overrides, HOW):
         job.status, job.error = "failed", f"{job.folder} holds another job; continue a sweep with the command it had"
         return None
     if read_report(job.folder).get("status") in ("finished", "pruned"):
         jobs.conclude(job, exit_codes.FINISHED, "")
         return None
-    return settings
+    return config
 
 
 def _in_short(job: Job) -> str:

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import IO
 
-from launch.config import schema
+from gpt2lab.storage.atomic_files import write_text
+from launch.config import run_spec
 from launch.config.machine import Slot
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 from launch.distributed import child_processes
 from launch.run.job import ERROR_FILE
 
@@ -19,26 +20,26 @@ class JobProcess:
     """A started run.
 
     Args:
-        settings: a checked configuration.
+        config: a checked configuration.
         slot: the cores and GPUs it may use.
         output: a file for what it prints; None: this process's own terminal.
         errors: a file for its stderr; None: with the rest.
     """
 
     def __init__(
-        self, settings: Config, slot: Slot | None = None, output: Path | None = None, errors: Path | None = None
+        self, config: RunConfig, slot: Slot | None = None, output: Path | None = None, errors: Path | None = None
     ) -> None:
         self.slot = slot = slot or Slot()
         self._scratch = tempfile.TemporaryDirectory(prefix="gpt2lab-job-")
-        self._spec = Path(self._scratch.name, "config.yaml")
-        schema.save(settings, self._spec)
+        self._file = Path(self._scratch.name, "config.yaml")
+        write_text(self._file, run_spec.to_yaml(config))
         cores = [] if slot.cores is None else ["--cores", ",".join(map(str, slot.cores))]
-        allowed = ["--allow-targets", ",".join(settings.allow_targets)]  # the spec, as any stored one, holds none
+        allowed = ["--allow-targets", ",".join(config.allow_targets)]  # a stored configuration holds none
         with ExitStack() as opened:
             stdout, stderr = (opened.enter_context(_appending(file)) for file in (output, errors or output))
             self._process = subprocess.Popen(
                 # -P: a folder `callbacks` in the working directory must not take the place of this project's.
-                [sys.executable, "-P", "-m", "launch.run.job", str(self._spec), str(os.getpid()), *cores, *allowed],
+                [sys.executable, "-P", "-m", "launch.run.job", str(self._file), str(os.getpid()), *cores, *allowed],
                 env={**child_processes.environment(), **slot.environment()},
                 stdout=stdout,
                 stderr=stderr,
@@ -65,7 +66,7 @@ class JobProcess:
         return None if code is None else self._outcome(code)
 
     def _outcome(self, code: int) -> tuple[int, str]:
-        error = self._spec.with_name(ERROR_FILE)
+        error = self._file.with_name(ERROR_FILE)
         told = error.read_text(encoding="utf-8") if error.is_file() else ""
         self._scratch.cleanup()
         return code, told
@@ -96,12 +97,12 @@ class LocalJobs:
         """Whether another job can start now."""
         return len(self._running()) < len(self._slots)
 
-    def start(self, settings: Config, number: int) -> JobProcess:
+    def start(self, config: RunConfig, number: int) -> JobProcess:
         """Start a job in a free slot."""
         taken = [process.slot for process in self._running()]
         slot = next(slot for slot in self._slots if slot not in taken)
         output = self._logs / f"job-{number}.txt" if self.several else None
-        self._started = [*self._running(), JobProcess(settings, slot, output)]
+        self._started = [*self._running(), JobProcess(config, slot, output)]
         return self._started[-1]
 
     def close(self) -> None:

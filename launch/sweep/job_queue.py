@@ -15,7 +15,7 @@ from typing import Protocol
 
 from gpt2lab.errors import InputError
 from launch import exit_codes
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 from launch.distributed import child_processes
 from launch.sweep.jobs import Job, conclude
 
@@ -66,7 +66,7 @@ class Executor(Protocol):
     def has_room(self) -> bool:
         """Whether another job can start now."""
 
-    def start(self, settings: Config, number: int) -> RunningJob:
+    def start(self, config: RunConfig, number: int) -> RunningJob:
         """Start a job."""
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ def run_all(
     source: Source,
     executor: Executor,
     planned: Callable[[Proposal], Job],
-    prepared: Callable[[Job], Config | None],
+    prepared: Callable[[Job], RunConfig | None],
     changed: Callable[[Job], None],
 ) -> int:
     """Run to the end; returns the last signal that came, or 0.
@@ -129,7 +129,7 @@ class _Queue:
     source: Source
     executor: Executor
     planned: Callable[[Proposal], Job]
-    prepared: Callable[[Job], Config | None]
+    prepared: Callable[[Job], RunConfig | None]
     changed: Callable[[Job], None]
     running: list[tuple[Job, RunningJob]] = field(default_factory=list)
     exhausted: bool = False
@@ -157,11 +157,11 @@ class _Queue:
             return
         job = self.planned(proposal)
         try:
-            settings = self.prepared(job)
-            if settings is not None:
+            config = self.prepared(job)
+            if config is not None:
                 job.status = "running"
                 self.changed(job)
-                self.running.append((job, self.executor.start(settings, job.number)))
+                self.running.append((job, self.executor.start(config, job.number)))
                 return
         except InputError as error:  # a cluster that refuses it
             conclude(job, exit_codes.MISTAKE, str(error))

@@ -4,7 +4,7 @@ import csv
 import io
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from gpt2lab.storage.atomic_files import write_text
 from launch import exit_codes
 from launch.checks import checks
 from launch.config import schema
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 from launch.config.unused_keys import in_words, unread_keys, without
 from launch.distributed import child_processes
-from launch.run import recorded_command
 from launch.sweep.job_process import JobProcess
 
 
@@ -35,7 +34,7 @@ class Job:
     trial: int | None = None  # its number in the study of a search, which may end it early
 
 
-def prepared(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> Config | None:
+def prepared(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> RunConfig | None:
     """Compose and check a job; None: it cannot be run, which is recorded.
 
     Args:
@@ -43,18 +42,18 @@ def prepared(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread:
         drops_unread: leave out the keys that only another task of these jobs reads, instead of refusing them.
     """
     try:
-        settings = _settings(job, compose(job.overrides), job.overrides)
+        config = _composed(job, compose(job.overrides), job.overrides)
         if drops_unread:
-            read = without(job.overrides, unread_keys(settings))
-            settings = _settings(job, compose(read), read)
-        checks.check(settings)
+            read = without(job.overrides, unread_keys(config))
+            config = _composed(job, compose(read), read)
+        checks.check(config)
     except Exception as error:
         mistake = exit_codes.as_mistake(error)
         if mistake is None:
             raise
         job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
         return None
-    return settings
+    return config
 
 
 def command_of(overrides: Iterable[str]) -> str:
@@ -82,10 +81,10 @@ def conclude(job: Job, code: int, told: str) -> None:
 
 def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> int:
     """Run one job in a process of its own; returns the signal that stopped it, or 0."""
-    settings = prepared(job, compose, drops_unread)
-    if settings is None:
+    config = prepared(job, compose, drops_unread)
+    if config is None:
         return 0
-    code, stopped, told = run_process(settings)
+    code, stopped, told = run_process(config)
     conclude(job, code, told)
     return stopped
 
@@ -122,19 +121,17 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
     write_text(file, lines.getvalue())
 
 
-def _settings(job: Job, tree: DictConfig, overrides: list[str]) -> Config:
+def _composed(job: Job, tree: DictConfig, overrides: list[str]) -> RunConfig:
     with open_dict(tree):
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
-    settings = schema.typed(tree, hydra, command=command_of(overrides))
-    recorded_command.put_values_in_place(settings)
-    settings.run_dir = str(job.folder)
-    return settings
+    config = schema.from_hydra(tree, hydra, command=command_of(overrides))
+    return replace(config, run_dir=str(job.folder))
 
 
-def run_process(settings: Config) -> tuple[int, int, str]:
+def run_process(config: RunConfig) -> tuple[int, int, str]:
     """(exit code, signal that came meanwhile or 0, error it told) of a run in a process and session of its own."""
-    process = JobProcess(settings)
+    process = JobProcess(config)
     with child_processes.forwarding(process.signal) as signals:
         code, told = process.wait()
     return code, signals[-1] if signals else 0, told

@@ -25,7 +25,7 @@ from gpt2lab.errors import InputError
 from launch import exit_codes
 from launch.checks import checks
 from launch.config import schema
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 from launch.config.unused_keys import deciding_groups, given_keys, unread_keys, without
 from launch.sweep import search_space
 from launch.sweep.grid import HOW, run_sweep
@@ -70,8 +70,7 @@ class Search:
                 "Give a range, 'optimizer.lr=interval(1e-4,1e-2)', or choices, model=nano,micro."
             )
         whole = _typed(sweep_config.copy())
-        checks.check_choices(whole)
-        checks.check_ranges(whole)
+        checks.check_values(whole)
         self.settings = whole.hparams_search
         self._validate_every = whole.validate_every
         for dimension in self._dimensions:
@@ -230,7 +229,7 @@ class Search:
         rest = [d.examples[0] for d in self._dimensions if d not in decide]
         return [[*self._fixed, *chosen, *rest] for chosen in _combinations(decide)]
 
-    def _composed(self, chosen: list[str]) -> Config:
+    def _composed(self, chosen: list[str]) -> RunConfig:
         return _typed(self._loader.load_sweep_config(self._sweep_config, [*self._fixed, *chosen]))
 
     # The study
@@ -279,12 +278,12 @@ class Search:
             )
 
 
-def watched_metric(settings: Config) -> str:
+def watched_metric(config: RunConfig) -> str:
     """The metric that a run will be judged by, as its module will say."""
-    text = settings.task.get("text")
+    text = config.task.get("text")
     if not isinstance(text, dict) or not text.get("examples"):
         return metric_names.VAL_LOSS
-    metrics = text.get("metrics") or settings.data.get("metrics")
+    metrics = text.get("metrics") or config.data.get("metrics")
     return f"val/{metrics[0]}" if metrics else metric_names.VAL_LOSS
 
 
@@ -293,10 +292,10 @@ def _combinations(dimensions: list[Dimension]) -> Iterator[list[str]]:
         yield list(chosen)
 
 
-def _typed(tree: DictConfig) -> Config:
+def _typed(tree: DictConfig) -> RunConfig:
     with open_dict(tree):
         hydra = tree.pop("hydra")
-    return schema.typed(tree, hydra, command="")
+    return schema.from_hydra(tree, hydra, command="")
 
 
 def _in_short(arguments: set[str]) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.settings import LauncherSettings
 from launch import exit_codes
 from launch.checks import resource_request
-from launch.config.schema import Config
+from launch.config.multirun_settings import LauncherSettings
+from launch.config.schema import RunConfig
 from launch.sweep.cluster_executor import ClusterJobs
 from launch.sweep.cluster_task import ClusterTask
 from launch.sweep.job_process import JobProcess
@@ -122,7 +122,7 @@ class RayJobs(ClusterJobs):
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def submit(self, settings: Config, output: Path, errors: Path) -> RayJob:
+    def submit(self, config: RunConfig, output: Path, errors: Path) -> RayJob:
         """Hand over a run whose output goes to these files.
 
         Raises:
@@ -130,7 +130,7 @@ class RayJobs(ClusterJobs):
         """
         import ray
 
-        machines, launcher = resource_request.of(settings), settings.launcher
+        machines, launcher = resource_request.request_from(config), config.launcher
         asked = {"CPU": launcher.cpus * machines.devices, "GPU": machines.gpus}
         memory = None if launcher.memory is None else int(launcher.memory * 2**30)
         if launcher.address == "local":
@@ -139,7 +139,7 @@ class RayJobs(ClusterJobs):
             num_cpus=asked["CPU"], num_gpus=asked["GPU"], memory=memory, max_concurrency=2, **NO_RESTART
         )
         worker: Any = actor.remote({key: value for key, value in os.environ.items() if key.startswith(CARRIED)})
-        return self._noted(RayJob(worker, worker.run.remote(ClusterTask.of(settings, output, errors))))
+        return self._noted(RayJob(worker, worker.run.remote(ClusterTask.from_config(config, output, errors))))
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

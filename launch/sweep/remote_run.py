@@ -4,14 +4,15 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from gpt2lab.reports.run_report import read_report, watched_value
-from gpt2lab.settings import LauncherSettings
 from launch import exit_codes
 from launch.config import run_dir
-from launch.config.schema import Config
+from launch.config.multirun_settings import LauncherSettings
+from launch.config.schema import RunConfig
 from launch.distributed import child_processes
 from launch.sweep.cluster_executor import ClusterJobs
 from launch.sweep.job_queue import POLL_SECONDS
@@ -36,18 +37,18 @@ def executor_of(launcher: LauncherSettings, at_once: int, logs: Path) -> Cluster
     return RayJobs(launcher, at_once, logs)
 
 
-def run(settings: Config) -> float | None:
+def run(config: RunConfig) -> float | None:
     """Hand over one run and show what it prints, until it has ended; returns the watched metric.
 
     Raises:
         InputError: it cannot be handed over.
         answer.Ended: with the run's exit code, unless it finished.
     """
-    folder, made = _settled_folder(settings)
+    config, folder, made = _with_folder(config)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{settings.launcher.name}-", dir=folder.absolute().parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{config.launcher.name}-", dir=folder.absolute().parent) as scratch:
             files = Path(scratch, "output.txt"), Path(scratch, "errors.txt")
-            code, told = _followed(settings, files)
+            code, told = _followed(config, files)
             is_shown = files[1].is_file() and told in files[1].read_text(encoding="utf-8", errors="replace")
     finally:
         run_dir.remove_empty(made)
@@ -57,24 +58,22 @@ def run(settings: Config) -> float | None:
     return watched_value(read_report(folder))
 
 
-def _settled_folder(settings: Config) -> tuple[Path, list[Path]]:
-    """(where the run will lie, which folders were created for it): a job that is queued again must find its run."""
-    if settings.resume not in (None, "auto"):
-        return Path(str(settings.resume)).expanduser(), []
-    if settings.resume == "auto":
-        folder = run_dir.wanted_folder(settings)
+def _with_folder(config: RunConfig) -> tuple[RunConfig, Path, list[Path]]:
+    """(configuration that names the run directory, the directory, folders created for it): a requeued job finds it."""
+    if config.resume not in (None, "auto"):
+        return config, Path(str(config.resume)).expanduser(), []
+    if config.resume == "auto":
+        folder = run_dir.wanted_folder(config)
         made = run_dir.missing(folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder, made = run_dir.reserve(settings)
-    if settings.name is None:
-        settings.run_dir = str(folder)
-    return folder, made
+        folder, made = run_dir.reserve(config)
+    return (replace(config, run_dir=str(folder)) if config.name is None else config), folder, made
 
 
-def _followed(settings: Config, files: tuple[Path, Path]) -> tuple[int, str]:
+def _followed(config: RunConfig, files: tuple[Path, Path]) -> tuple[int, str]:
     """(exit code, error it told) of the run, after showing all that it printed."""
-    executor = executor_of(settings.launcher, at_once=1, logs=files[0].parent)
+    executor = executor_of(config.launcher, at_once=1, logs=files[0].parent)
     shown = [0, 0]
 
     def show() -> None:
@@ -82,7 +81,7 @@ def _followed(settings: Config, files: tuple[Path, Path]) -> tuple[int, str]:
             shown[place] += _show(file, shown[place], stream)
 
     with child_processes.noting() as signals:
-        job, sent, ended = executor.submit(settings, *files), 0, None
+        job, sent, ended = executor.submit(config, *files), 0, None
         while ended is None:
             time.sleep(POLL_SECONDS)
             for number in signals[sent:]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.settings import LauncherSettings
 from launch import exit_codes
 from launch.checks import resource_request
 from launch.checks.resource_request import Machines
-from launch.config.schema import Config
+from launch.config.multirun_settings import LauncherSettings
+from launch.config.schema import RunConfig
 from launch.distributed import child_processes
 from launch.sweep.cluster_executor import ClusterJobs
 
@@ -155,7 +155,7 @@ class SlurmJobs(ClusterJobs):
         self._folder = Path(tempfile.mkdtemp(prefix="submitted-", dir=logs))  # a new one: submitit reads pickles there
         self._queue = SlurmQueue() if launcher.executor == "slurm" else None
 
-    def submit(self, settings: Config, output: Path, errors: Path) -> SlurmJob:
+    def submit(self, config: RunConfig, output: Path, errors: Path) -> SlurmJob:
         """Submit a run whose output goes to these files.
 
         Raises:
@@ -167,23 +167,23 @@ class SlurmJobs(ClusterJobs):
 
         from launch.sweep.slurm_task import SlurmTask
 
-        machines = resource_request.of(settings)
-        launcher = settings.launcher
+        machines = resource_request.request_from(config)
+        launcher = config.launcher
         kind: type[PicklingExecutor]
         if self._queue is None:
             kind, parameters = submitit.LocalExecutor, _local_parameters(launcher, machines)
         else:
-            kind, parameters = submitit.SlurmExecutor, _parameters(launcher, machines, settings.run_dir or "")
+            kind, parameters = submitit.SlurmExecutor, _parameters(launcher, machines, config.run_dir or "")
         executor = kind(self._folder, max_num_timeout=launcher.requeues)
         executor.update_parameters(**parameters)
         try:
             with _environment(is_here=self._queue is None):
-                job = SlurmJob(executor.submit(SlurmTask.of(settings, output, errors)), self._queue)
+                job = SlurmJob(executor.submit(SlurmTask.from_config(config, output, errors)), self._queue)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             said = str(error).strip().splitlines()[-1]
             raise InputError(f"SLURM refuses this job: {said}\nChange launcher.* or what the run asks for.") from None
         if self._queue is not None:
-            print(f"{settings.run_dir or settings.resume}: SLURM job {job.job.job_id}", file=sys.stderr, flush=True)
+            print(f"{config.run_dir or config.resume}: SLURM job {job.job.job_id}", file=sys.stderr, flush=True)
         return self._noted(job)
 
     def close(self) -> None:

@@ -20,18 +20,18 @@ class SlurmTask(ClusterTask):
     """Called once for each rank where SLURM starts all of them, else once.
 
     Attributes:
-        goes_on: the job was queued again by submitit.
+        is_requeued: whether submitit has requeued the job.
     """
 
-    goes_on: bool = False
+    is_requeued: bool = False
 
     def __call__(self) -> tuple[int, str]:
         """(exit code, error it told) of the run; does not return where the job's time was up and it is queued again."""
         environment = submitit.JobEnvironment()
         environment.paths.result_pickle.unlink(missing_ok=True)  # of this job before it was queued again
         queue_again = signal.signal(TIME_IS_UP, signal.SIG_IGN)  # the run inherits it: SLURM may signal that too
-        goes_on = self.goes_on or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        process = self.start(environment.global_rank, goes_on)
+        is_requeued = self.is_requeued or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        process = self.start(environment.global_rank, is_requeued)
         time_is_up: list[int] = []
 
         def save(number: int, _frame: FrameType | None) -> None:
@@ -48,4 +48,4 @@ class SlurmTask(ClusterTask):
 
     def checkpoint(self) -> submitit.core.utils.DelayedSubmission:
         """What submitit is to queue instead."""
-        return submitit.helpers.DelayedSubmission(replace(self, goes_on=True))
+        return submitit.helpers.DelayedSubmission(replace(self, is_requeued=True))

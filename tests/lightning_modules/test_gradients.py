@@ -1,6 +1,5 @@
 """Two CPU ranks accumulate the gradient of one process, in float64, whatever is trained and however it is shared."""
 
-import copy
 import math
 import socket
 import subprocess
@@ -12,23 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
 
 import train
 from launch import exit_codes
 from launch.checks import checks
-from launch.config import schema
-from launch.config.schema import Config
+from launch.config import run_spec
+from launch.config.run_spec import Machine, PreparedSpec, Resolved, RunSpec
 from launch.run import auto_settings, build, fill_teacher_cache, resolve
 from tests.conftest import ROOT, SHRUNK, environment
+from tests.support.configurations import composed, prepared
 from tests.support.gradient_run import Gradients, Held, recorded
 
 TOLERANCE = 1e-6  # relative L2 distance of two gradients
 STEPS = 2  # LoRA's first factor has no gradient in the first, and DDP regroups its buckets after it
 ROWS = 7  # of a step: neither two ranks nor their micro-batches of two come out even
 
-schema.register()
 
 DISTILL = ("task=distill", "teacher=TEACHER", "preflight=off", "loss=jsd", "loss.hard_weight=0.3")
 PAIRS = ("task=finetune", "init=TEACHER", "data=pairs", "path=PAIRS", "model=auto", "task.text.max_new_tokens=8")
@@ -50,28 +47,32 @@ BF16_TOLERANCE = 0.02  # of bf16's gradient; it keeps 8 bits
 BF16_TRUE_TOLERANCE = 0.04  # whose weights, residual stream and accumulated gradient have no more
 
 
-def composed(overrides: tuple[str, ...], named: dict[str, str]) -> Config:
-    """What train.py makes of the overrides, checked and with everything settled that is left to it."""
-    schema.register()
+def spec_of(overrides: tuple[str, ...], named: dict[str, str]) -> PreparedSpec:
+    """The checked run of a command line, compiled nowhere."""
     given = [override.replace("TEACHER", named["TEACHER"]).replace("PAIRS", named["PAIRS"]) for override in overrides]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        tree = compose("train", given, return_hydra_config=True)
-    with open_dict(tree):
-        hydra = tree.pop("hydra")
-    settings = schema.typed(tree, hydra, command="")
-    checks.check(settings)
-    resolve.resolve(settings)
-    auto_settings.settle(settings)
-    settings.compile = False
-    return settings
+    config = composed(*given)
+    checks.check(config)
+    inputs = resolve.resolve_inputs(config)
+    spec = RunSpec(config, Resolved(**vars(inputs), machine=auto_settings.choose_machine(config, inputs)))
+    data = build.data_module(spec)
+    facts = data.prepare()
+    ready = prepared(spec, resolve.vocabulary(spec, facts))
+    if config.teacher_cache.name == "none":
+        return ready
+    folder = fill_teacher_cache.fill(spec, data, facts)
+    return replace(ready, prepared=replace(ready.prepared, teacher_cache=str(folder)))
 
 
-def on_two_ranks(settings: Config, strategy: str) -> Config:
+def on_two_ranks(spec: PreparedSpec, strategy: str) -> PreparedSpec:
     """The same run, shared out."""
-    shared = copy.deepcopy(settings)
-    shared.devices, shared.strategy, shared.micro_batch, shared.record.world_size = 2, strategy, 2, 2
-    shared.micro_batch, shared.record.accumulate = auto_settings.split_batch(shared)
-    return shared
+    config = replace(spec.config, micro_batch=2)
+    machine = replace(spec.machine, devices=2, strategy=strategy)
+    micro_batch, accumulate = auto_settings.split_batch(config, machine)
+    return with_machine(replace(spec, config=config), replace(machine, micro_batch=micro_batch, accumulate=accumulate))
+
+
+def with_machine(spec: PreparedSpec, machine: Machine) -> PreparedSpec:
+    return replace(spec, resolved=replace(spec.resolved, machine=machine))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) 
         yield {"TEACHER": str(folder / "teacher"), "PAIRS": str(folder / "pairs.tsv"), "SOURCES": str(sources)}
 
 
-def settled(case: str, given: dict[str, str]) -> Config:
+def spec_of_case(case: str, given: dict[str, str]) -> PreparedSpec:
     overrides = CASES[case]
     of_pairs = "data=pairs" in overrides
     replaced = ("data=", "batch_tokens", "vocab_size", "model.") if of_pairs else ("batch_tokens",)
@@ -99,44 +100,43 @@ def settled(case: str, given: dict[str, str]) -> Config:
     usual += [size, f"steps={STEPS}", "devices=1", f"micro_batch={ROWS}", "optimizer=adamw", "threads=1"]
     if not of_pairs:
         usual.append(f"path={given['SOURCES']}")
-    settings = composed((*usual, *overrides), given)
-    if settings.teacher_cache.name != "none":
-        data = build.data_module(settings)
-        fill_teacher_cache.fill(settings, data, data.prepare())
-    return settings
+    return spec_of((*usual, *overrides), given)
 
 
 @pytest.fixture(scope="module")
-def alone(given: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Gradients]]:
-    """Case → its settings on one device, and the gradients of each step there, from one undivided batch."""
+def alone(given: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreparedSpec, Gradients]]:
+    """Case → its run on one device, and the gradients of each step there, from one undivided batch."""
     found = {}
     for case in CASES:
-        settings = settled(case, given)
-        of_one = recorded(settings, tmp_path_factory.mktemp(case))
+        spec = spec_of_case(case, given)
+        of_one = recorded(spec, tmp_path_factory.mktemp(case))
         assert [rows for rows, _ in of_one.parts] == [ROWS] * STEPS
-        found[case] = settings, of_one.gradients
+        found[case] = spec, of_one.gradients
     return found
 
 
 @pytest.fixture(scope="module")
 def together(
-    alone: dict[str, tuple[Config, Gradients]], cache: Path, tmp_path_factory: pytest.TempPathFactory
+    alone: dict[str, tuple[PreparedSpec, Gradients]], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """(strategy, case) → what two ranks recorded; all of them in one process group."""
     folder = tmp_path_factory.mktemp("together")
     shared = {
-        (strategy, case): on_two_ranks(settings, strategy)
+        (strategy, case): on_two_ranks(spec, strategy)
         for strategy in ("ddp", "fsdp")
-        for case, (settings, _) in alone.items()
+        for case, (spec, _) in alone.items()
     }
     for case, (like, changed) in ONLY_SHARDED.items():
-        shared["fsdp", case] = replace(copy.deepcopy(shared["fsdp", like]), **changed)
-    specs = {which: folder / "-".join(which) / "config.yaml" for which in shared}
-    for which, spec in specs.items():
-        spec.parent.mkdir()
-        schema.save(shared[which], spec)
-    run_ranks([str(ROOT / "tests" / "support" / "gradient_run.py"), *map(str, specs.values())], cache)
-    return {which: torch.load(spec.with_name("gradients.pt")) for which, spec in specs.items()}
+        spec = shared["fsdp", like]
+        of_machine = {name: value for name, value in changed.items() if name in vars(spec.machine)}
+        config = replace(spec.config, **changed)
+        shared["fsdp", case] = with_machine(replace(spec, config=config), replace(spec.machine, **of_machine))
+    files = {which: folder / "-".join(which) / "config.yaml" for which in shared}
+    for which, file in files.items():
+        file.parent.mkdir()
+        run_spec.save(shared[which], file)
+    run_ranks([str(ROOT / "tests" / "support" / "gradient_run.py"), *map(str, files.values())], cache)
+    return {which: torch.load(file.with_name("gradients.pt")) for which, file in files.items()}
 
 
 def run_ranks(program: list[str], cache: Path) -> None:
@@ -175,7 +175,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def test_two_ranks_accumulate_the_gradient_of_one_process(
     strategy: str,
     case: str,
-    alone: dict[str, tuple[Config, Gradients]],
+    alone: dict[str, tuple[PreparedSpec, Gradients]],
     together: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     recorded = together[strategy, case]
@@ -192,7 +192,7 @@ def test_two_ranks_accumulate_the_gradient_of_one_process(
 
 @pytest.mark.parametrize("case", ["distill_sharded_teacher", "offloaded"])
 def test_what_is_split_or_offloaded_besides_changes_no_gradient(
-    case: str, alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+    case: str, alone: dict[str, tuple[PreparedSpec, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     recorded = together["fsdp", case]
     for one, two in zip(alone[ONLY_SHARDED[case][0]][1], recorded["gradients"], strict=True):
@@ -247,7 +247,7 @@ def test_what_is_split_has_one_root_so_that_blocks_are_gathered_ahead_of_their_w
 
 
 def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_in_fp32(
-    alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+    alone: dict[str, tuple[PreparedSpec, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     recorded = together["fsdp", "bf16"]
     assert recorded["computed_in"] == torch.bfloat16
@@ -258,7 +258,7 @@ def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_i
 
 
 def test_sharded_bf16_weights_and_gradients_stay_bf16(
-    alone: dict[str, tuple[Config, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
+    alone: dict[str, tuple[PreparedSpec, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     recorded = together["fsdp", "bf16_true"]
     assert recorded["computed_in"] == torch.bfloat16

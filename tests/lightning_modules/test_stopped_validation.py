@@ -132,7 +132,11 @@ def test_sigterm_ends_the_texts_of_a_validation(train_here: Train, tiny: list[st
     keys += ["task.text.examples=5", "task.text.max_new_tokens=8"]
     assert train_here(*keys, "run_dir=whole").code == 0
     monkeypatch.setattr(Decoder, "read", counted)
-    answer = train_here(*keys, "+callbacks.stop._target_=test_stopped_validation.SignalAtValidationEnd", "run_dir=cut")
+    answer = train_here(
+        *keys,
+        f"+callbacks.stop._target_={__name__}.SignalAtValidationEnd",
+        "run_dir=cut",
+    )
     assert answer.code == 75, answer.stderr
     assert len(generated) <= 1
     assert not read_metrics(tmp_path / "cut")[-1].get("val/loss")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from launch.config import schema
-from launch.config.schema import Config
-from launch.run import build, resolve
+from launch.config import run_spec
+from launch.config.run_spec import PreparedSpec
+from launch.run import build
 from lightning_modules.distill import Distill
 
 Gradients = list[dict[str, Tensor]]
@@ -96,32 +96,31 @@ def offloads(model: nn.Module) -> set[bool]:
     return {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
 
 
-def recorded(settings: Config, folder: Path) -> Recorder:
-    """Train as the settings say, with `precision=fp32` taken for float64; validation, checkpoints and reports left out.
+def recorded(spec: PreparedSpec, folder: Path) -> Recorder:
+    """Train in float64 for `precision=fp32`; validation, checkpoints and reports are left out.
 
     Args:
         folder: an empty one.
     """
     recorder = Recorder()
-    data = build.data_module(settings)
-    facts = data.prepare()
-    module = build.task_module(settings, facts, resolve.vocabulary(settings, facts))
-    trainer = build.trainer(settings, folder, [recorder], [])
-    if settings.precision == "fp32":
+    data = build.data_module(spec)
+    module = build.task_module(spec, data.prepare(), is_resumed=False)
+    trainer = build.trainer(spec, folder, [recorder], [])
+    if spec.machine.precision == "fp32":
         trainer.strategy.precision_plugin = DoublePrecision()  # the Trainer refuses it beside FSDP2
     trainer.fit(module, datamodule=data)
     return recorder
 
 
-def _program(specs: list[str]) -> None:
-    for spec in map(Path, specs):
-        recorder = recorded(schema.load(spec), spec.parent)
+def _program(files: list[str]) -> None:
+    for file in map(Path, files):
+        recorder = recorded(run_spec.load(file), file.parent)
         of_rank = {name: vars(recorder)[name] for name in ("parts", "held", "moments_held", "offloads", "roots")}
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(ranks, of_rank)
         if torch.distributed.get_rank() == 0:
             kept = {"gradients": recorder.gradients, "computed_in": recorder.computed_in, "ranks": ranks}
-            torch.save(kept, spec.with_name("gradients.pt"))
+            torch.save(kept, file.with_name("gradients.pt"))
 
 
 if __name__ == "__main__":

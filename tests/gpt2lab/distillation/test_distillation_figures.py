@@ -21,7 +21,7 @@ from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.model_folder import read_shape
 from launch import exit_codes
-from launch.config import schema
+from launch.config import run_spec
 from tests.conftest import ROOT, SHRUNK, Answer, Train
 
 STEPS = ["steps=12", "validate_every=6", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2"]
@@ -149,7 +149,7 @@ def padded(run: str, entries: int, folder: Path) -> Path:
 def test_padding_of_a_vocabulary_changes_no_figure(evaluate_here: Evaluate, tmp_path: Path) -> None:
     student = padded("runs/distill/student", 13, tmp_path / "student")
     teacher = padded("runs/pretrain/teacher", 20, tmp_path / "teacher")
-    data = ["data=text", f"path={schema.load(Path('runs/distill/student/config.yaml')).path}", "context=32"]
+    data = ["data=text", f"path={run_spec.load(Path('runs/distill/student/config.yaml')).config.path}", "context=32"]
     scores = []
     for number, models in enumerate((MODELS[:2], [f"checkpoint={student}", f"teacher={teacher}"])):
         words = [*models, *data, "val_path=own_validation.py", f"json={tmp_path / str(number)}"]

@@ -18,7 +18,7 @@ from gpt2lab.model.student_shape import check_fits, kept_layers
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics
-from launch.config import schema
+from launch.config import run_spec
 from tests.conftest import Train
 
 WIDE = ModelShape(n_layer=3, n_head=4, n_embd=32, n_positions=24, vocab_size=50)
@@ -252,7 +252,7 @@ def test_train_py_starts_from_whole_layers(train_here: Train, with_teacher: list
     assert "init: the teacher's layers 0, 2 (of 0 to 2)" in answer.stderr
     kept = {"kind": "copied", "layers": [0, 2], "of_layers": 3, "channels": 64, "of_channels": 64}
     assert read_report(tmp_path / "student")["init"] == {"source": "teacher_layers", **kept}
-    assert schema.load(tmp_path / "student" / "config.yaml").record.kept == kept
+    assert run_spec.load(tmp_path / "student" / "config.yaml").resolved.teacher_layers == kept
     ours, theirs = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("student", "teacher"))
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name.replace(".h.1.", ".h.2.")]), name

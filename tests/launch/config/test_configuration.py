@@ -1,7 +1,5 @@
 """conf/ composes in every combination, builds real objects, and questions are answered without heavy imports."""
 
-import copy
-import functools
 import itertools
 import random
 import re
@@ -11,18 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.plugins import MixedPrecision
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
-from gpt2lab.settings import DataFacts, TokenizerChoice
+from gpt2lab.settings import DataFacts
 from gpt2lab.storage.model_folder import parameters_of
 from launch import logging_setup
 from launch.checks import checks
-from launch.config import run_dir, schema
-from launch.config.schema import Config
+from launch.config import run_dir, run_spec
+from launch.config.run_spec import PreparedSpec, RunSpec
+from launch.config.schema import ModelKeys, RunConfig
 from launch.run import auto_settings, build, resolve
 from tests.conftest import ROOT, SHRUNK, Train
+from tests.support.configurations import BPE, composed, prepared, resolved
 
 CONF = ROOT / "conf"
 GROUPS = {
@@ -44,21 +43,6 @@ EXACT_PARAMETERS = {
     "large": 774_030_080,
     "xl": 1_557_611_200,
 }
-schema.register()
-
-
-def composed(*overrides: str) -> Config:
-    """What train.py makes of the command line."""
-    return copy.deepcopy(_composed(overrides))
-
-
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = compose("train", list(overrides), return_hydra_config=True)
-    with open_dict(tree):
-        hydra = tree.pop("hydra")
-    return schema.typed(tree, hydra, command="python train.py")
 
 
 def covering_array(groups: dict[str, list[str]]) -> list[dict[str, str]]:
@@ -141,15 +125,13 @@ def test_every_pair_of_values_stands_in_some_row():
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory, sources: Path) -> DataFacts:
-    settings = composed(*SHRUNK, f"path={sources}", f"cache_dir={tmp_path_factory.mktemp('cache')}")
-    return build_data(settings).prepare()
+    config = composed(*SHRUNK, f"path={sources}", f"cache_dir={tmp_path_factory.mktemp('cache')}")
+    return build.data_module(on_cpu(config)).prepare()
 
 
-def build_data(settings: Config):
-    settings.tokenizer = TokenizerChoice("bpe", vocab_size=300)
-    settings.accelerator = "cpu"
-    auto_settings.settle(settings)
-    return build.data_module(settings)
+def on_cpu(config: RunConfig) -> PreparedSpec:
+    model = ModelKeys(2, 2, 32, 64, 0.0) if config.model.n_layer is None else config.model
+    return prepared(resolved(replace(config, accelerator="cpu"), model=model, tokenizer=BPE))
 
 
 def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, tmp_path: Path):
@@ -157,29 +139,24 @@ def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, t
     for number, row in enumerate(ROWS):
         if not fits(row):
             continue
-        settings = composed(*given(row), *(["path=."] if row["data"] in ("text", "bin") else []))
-        checks.check(settings)
+        config = composed(*given(row), *(["path=."] if row["data"] in ("text", "bin") else []))
+        checks.check(config)
         if row["precision"] in ("fp16", "fp8"):
             continue
-        settings.cache_dir, settings.logger, settings.shard_teacher = str(tmp_path), {}, False
-        if row["model"] == "auto":
-            settings.model = schema.ModelKeys(2, 2, 32, 64, 0.0)
-        build_data(settings)
-        settings.compile = False
-        module = build.task_module(settings, facts, facts.vocab_size)
+        spec = on_cpu(replace(config, cache_dir=str(tmp_path), logger={}, shard_teacher=False))
+        build.data_module(spec)
+        module = build.task_module(spec, facts, is_resumed=False)
         folder = tmp_path / str(number)
         folder.mkdir()
-        trainer = build.trainer(
-            settings, folder, build.callbacks(settings, folder, facts), build.loggers(settings, folder)
-        )
-        assert trainer.max_steps == module.settings.steps == settings.steps
+        trainer = build.trainer(spec, folder, build.callbacks(spec, folder, facts), build.loggers(spec, folder))
+        assert trainer.max_steps == module.settings.steps == config.steps
         assert module.settings.shape.vocab_size == facts.vocab_size
 
 
 @pytest.mark.parametrize("name", GROUPS["logger"])
 def test_every_logger_is_built_beside_metrics_csv(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    loggers = build.loggers(composed(f"logger={name}"), tmp_path)
+    loggers = build.loggers(on_cpu(composed(f"logger={name}")), tmp_path)
     assert loggers[0].name == "csv"
     assert len(loggers) == (2 if name in ("wandb", "tensorboard") else 1)
 
@@ -220,19 +197,20 @@ def test_help_names_every_group_value_and_key(train_here: Train):
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path):
-    settings = composed("task=distill", "micro_batch=4", "name=001", "model=micro", "callbacks=minimal")
-    schema.save(settings, tmp_path / "config.yaml")
-    assert schema.load(tmp_path / "config.yaml") == settings
-    assert settings.micro_batch == 4
+    spec = on_cpu(composed("task=distill", "micro_batch=4", "name=001", "model=micro", "callbacks=minimal"))
+    run_spec.save(spec, tmp_path / "config.yaml")
+    assert run_spec.load(tmp_path / "config.yaml") == spec
+    assert spec.config.micro_batch == spec.machine.micro_batch == 4
+    assert run_spec.from_yaml(RunConfig, run_spec.to_yaml(spec.config), "here") == spec.config
 
 
 def test_the_batch_is_split_so_that_every_micro_batch_has_a_sequence():
-    settings = composed("accelerator=cpu")
+    spec = resolved(composed("accelerator=cpu"))
     for rows, ranks, wanted in itertools.product((1, 2, 5, 16, 33, 128), (1, 2, 3), ("auto", 1, 3, 8)):
         if rows < ranks:
             continue
-        settings.batch_tokens, settings.record.world_size, settings.micro_batch = rows * settings.context, ranks, wanted
-        micro, accumulate = auto_settings.split_batch(settings)
+        config = replace(spec.config, batch_tokens=rows * spec.config.context, micro_batch=wanted)
+        micro, accumulate = auto_settings.split_batch(config, replace(spec.machine, devices=ranks))
         parts = accumulate * ranks
         assert parts <= rows <= parts * micro
 
@@ -250,12 +228,10 @@ def test_automatic_precision_says_in_one_line_what_it_took_and_why(
 ):
     monkeypatch.setattr(auto_settings, "cpu_has_bf16", lambda: has_bf16)
     logging_setup.settle_noise()
-    settings = composed("precision=auto", "accelerator=cpu", "devices=1")
-    auto_settings.settle(settings)
-    assert settings.precision == precision
+    assert resolved(composed("precision=auto", "accelerator=cpu", "devices=1")).machine.precision == precision
     (line,) = capsys.readouterr().err.splitlines()
     assert f"precision={precision}: this CPU" in line
-    auto_settings.settle(composed("precision=fp32", "accelerator=cpu", "devices=1"))
+    resolved(composed("precision=fp32", "accelerator=cpu", "devices=1"))
     assert capsys.readouterr().err == ""
 
 
@@ -269,10 +245,9 @@ def test_automatic_precision_follows_the_gpu_and_fp16_brings_a_gradient_scaler(
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or in_hardware
     )
-    settings = composed("precision=auto", "accelerator=auto", "devices=auto")
-    auto_settings.settle(settings)
-    assert (settings.accelerator, settings.precision) == ("gpu", "bf16" if in_hardware else "fp16")
-    plugin = build.trainer(settings, tmp_path, [], []).precision_plugin
+    spec = prepared(resolved(composed("precision=auto", "accelerator=auto", "devices=auto")))
+    assert (spec.machine.accelerator, spec.machine.precision) == ("gpu", "bf16" if in_hardware else "fp16")
+    plugin = build.trainer(spec, tmp_path, [], []).precision_plugin
     assert isinstance(plugin, MixedPrecision)
     assert plugin.precision == ("bf16-mixed" if in_hardware else "16-mixed")
     assert (plugin.scaler is None) == in_hardware
@@ -288,31 +263,38 @@ def test_run_names_are_short_and_plain():
 
 
 def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
-    assert resolve.wanted_tokenizer(composed("tokenizer=bpe", "vocab_size=500")).vocab_size == 500
-    hub = resolve.wanted_tokenizer(composed("tokenizer=hub", "tokenizer.source=./mine"))
+    assert resolve.named_tokenizer(composed("tokenizer=bpe", "vocab_size=500")).vocab_size == 500
+    hub = resolve.named_tokenizer(composed("tokenizer=hub", "tokenizer.source=./mine"))
     assert (hub.kind, hub.source) == ("pretrained", "./mine")
 
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.setenv("CXX", "no-such-compiler")
     logging_setup.settle_noise()
-    assert auto_settings.compile_pays(composed("compile=true", "accelerator=cpu"), 4096) is False
+    assert auto_settings.compile_pays(resolved(composed("compile=true", "accelerator=cpu")), 4096) is False
     assert "runs eagerly" in capfd.readouterr().err
+
+
+def on_gpu(config: RunConfig) -> RunSpec:
+    """As resolved on a machine with one GPU."""
+    spec = resolved(replace(config, accelerator="cpu"))
+    return replace(spec, resolved=replace(spec.resolved, machine=replace(spec.machine, accelerator="gpu")))
 
 
 def test_compiling_is_chosen_where_it_pays_back():
     """On a GPU three hundred steps of nano are over before a compiler is, thousands of small are not; on a CPU it never
     pays for the blocks, and for the LM head from some fifty steps on. What is asked for by hand is done."""
-    nano = composed("accelerator=gpu", "devices=1")
-    small = composed("accelerator=gpu", "devices=1", "model=small", "batch_tokens=131072", "steps=5000")
+    nano = on_gpu(composed())
+    small = on_gpu(composed("model=small", "batch_tokens=131072", "steps=5000"))
     assert auto_settings.compile_pays(nano, 4096) is False
     assert auto_settings.compile_pays(small, 50_257) is auto_settings.has_compiler()
-    long, short = composed("accelerator=cpu", "model=mini", "steps=5000"), composed("accelerator=cpu", "steps=3")
+    long = resolved(composed("accelerator=cpu", "model=mini", "steps=5000"))
+    short = resolved(composed("accelerator=cpu", "steps=3"))
     assert auto_settings.compile_pays(long, 50_257) is False
     assert auto_settings.compiling_the_head_pays(long) is auto_settings.has_compiler()
     assert auto_settings.compiling_the_head_pays(short) is False
     for given, wanted in (("true", auto_settings.has_compiler()), ("false", False)):
-        by_hand = composed("accelerator=cpu", "steps=3", f"compile={given}")
+        by_hand = resolved(composed("accelerator=cpu", "steps=3", f"compile={given}"))
         assert auto_settings.compile_pays(by_hand, 4096) is wanted
         assert auto_settings.compiling_the_head_pays(by_hand) is wanted
 
@@ -337,15 +319,19 @@ def test_a_pass_is_compiled_as_one_graph_where_one_graph_serves_the_run():
             ("devices=2", "strategy=fsdp"),
             ("layer_drop=0.1",),
             ("activation_checkpointing=true",),
-            ("task=finetune", "data=summarize", "init=x"),
+            ("task=finetune", "model=nano", "data=summarize", "init=x"),
             ("task=distill", "teacher=x", "sequences=gkd"),
         ),
     }
     for part, cases in parts.items():
         for keys in cases:
-            config = composed(*keys)
-            assert build.compiled_part(replace(config, compile=False)) == "nothing"
-            assert build.compiled_part(replace(config, compile=True)) == part, keys
-    uneven = composed("model=small", "context=256", "batch_tokens=1792")  # 7 rows
-    uneven.compile, uneven.record.accumulate, uneven.record.world_size = True, 2, 1
-    assert build.compiled_part(uneven) == "blocks"
+            spec = resolved(
+                composed(*keys, "accelerator=cpu"),
+                model=composed(keys[0] if "model" in keys[0] else "model=nano").model,
+            )
+            assert build.compiled_part(prepared(spec, compiled=False)) == "nothing"
+            assert build.compiled_part(prepared(spec, compiled=True)) == part, keys
+    uneven = resolved(
+        composed("model=small", "context=256", "batch_tokens=1792", "micro_batch=4")
+    )  # 7 rows, in two parts
+    assert build.compiled_part(prepared(uneven, compiled=True)) == "blocks"

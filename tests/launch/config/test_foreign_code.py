@@ -102,12 +102,12 @@ def command(train_here: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
 def tamper(run: Path, place: str, node: dict[str, Any], **others: Any) -> None:
     """Put a node into a stored configuration."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    parent = config
+    parent = config["config"]
     *parents, last = place.split(".")
     for key in parents:
         parent = parent[key]
     parent[last] = node
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, **others}))
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "config": {**config["config"], **others}}))
 
 
 def refused(ended: Answer, mark: Path, *words: str) -> None:
@@ -231,7 +231,7 @@ def test_only_the_command_line_permits_a_class(command: Train, run: Path, mark: 
     ended = command("train", f"resume={run}", "steps=3", "allow_targets=[foreign]")
     assert ended.code == 0, ended.stderr
     assert mark.read_text() == "built"
-    assert "allow_targets" not in yaml.safe_load((run / "config.yaml").read_text())
+    assert "allow_targets" not in yaml.safe_load((run / "config.yaml").read_text())["config"]
     mark.unlink()
     tamper(run, "data", {"_target_": "foreign.Watch"})
     refused(command("evaluate", f"checkpoint={run}"), mark, "allow_targets=[foreign]")

@@ -6,13 +6,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
 
 import evaluate
 import generate
@@ -20,10 +19,11 @@ from gpt2lab.analysis import optuna_storage
 from gpt2lab.reports.run_report import read_report
 from launch import exit_codes
 from launch.commands import consolidate
-from launch.config import cli_overrides, literal_text, schema
-from launch.config.schema import Config
-from launch.run import recorded_command
-from tests.conftest import ROOT, Answer, Train
+from launch.config import literal_text, run_spec
+from launch.config.run_spec import PreparedSpec
+from launch.config.schema import Invocation, RunConfig
+from tests.conftest import Answer, Train
+from tests.support.configurations import composed
 
 TEXTS = (
     *("", " ", " a ", "\t", "a\nb\n", "\r\n", "a\x85b\u2028c\u2029", "\ufeff", "\x07", "é😀", "\u00a0"),
@@ -68,44 +68,35 @@ TEXTS = (
 )
 KEYS = ("path", "val_path", "source", "target", "init", "teacher", "baseline", "resume", "run_dir", "name", "cache_dir")
 FLOATS = (1e-05, 1e-300, 0.1 + 0.2, 3e-4, 1e22, 123456789.123456789, math.inf, -0.0)
-schema.register()
 
 
-def composed(words: list[str]) -> Config:
-    """What train.py makes of the words of a command line."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        tree = compose("train", cli_overrides.readable_by_hydra(words), return_hydra_config=True)
-    with open_dict(tree):
-        hydra = tree.pop("hydra")
-    settings = schema.typed(tree, hydra, command=shlex.join(["python", "train.py", *words]))
-    recorded_command.put_values_in_place(settings)
-    return settings
-
-
-def without_words(settings: Config) -> Config:
-    settings.record.command, settings.record.overrides = "", []
-    return settings
-
-
-@pytest.fixture(scope="module")
-def settings() -> Config:
-    return composed(["data=pairs"])
+def without_words(config: RunConfig) -> RunConfig:
+    return replace(config, invocation=replace(config.invocation, command="", overrides=[]))
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stored_configuration_reads_back_equal(text: str, settings: Config):
-    settings.path = settings.run_dir = settings.init = settings.record.command = settings.launcher.partition = text
-    settings.record.overrides = [f"path={text}", text]
-    settings.record.groups["x"] = text
-    settings.callbacks["samples"]["prompts"] = [text, {"nested": text}]
-    settings.data["text"], settings.launcher.setup, settings.launcher.sbatch = text, [text], {"a": text}
-    assert schema.parsed(schema.dumped(settings), "here") == settings
+def test_a_stored_configuration_reads_back_equal(text: str):
+    config = composed("data=pairs")
+    samples = {**config.callbacks["samples"], "prompts": [text, {"nested": text}]}
+    config = replace(
+        config,
+        path=text,
+        run_dir=text,
+        init=text,
+        callbacks={**config.callbacks, "samples": samples},
+        data={**config.data, "text": text},
+        launcher=replace(config.launcher, partition=text, setup=[text], sbatch={"a": text}),
+        invocation=Invocation({"x": text}, [f"path={text}", text], text),
+    )
+    assert run_spec.from_yaml(RunConfig, run_spec.to_yaml(config), "here") == config
 
 
 @pytest.mark.parametrize("number", FLOATS)
-def test_a_stored_number_reads_back_to_the_last_bit(number: float, settings: Config):
-    settings.optimizer.lr, settings.task["x"] = number, [number, str(number)]
-    read = schema.parsed(schema.dumped(settings), "here")
+def test_a_stored_number_reads_back_to_the_last_bit(number: float):
+    config = composed("data=pairs")
+    optimizer, task = replace(config.optimizer, lr=number), {**config.task, "x": [number, str(number)]}
+    stored = run_spec.to_yaml(replace(config, optimizer=optimizer, task=task))
+    read = run_spec.from_yaml(RunConfig, stored, "here")
     assert (repr(read.optimizer.lr), repr(read.task["x"])) == (repr(number), repr([number, str(number)]))
 
 
@@ -117,10 +108,10 @@ def in_turns(texts: list[str]) -> list[dict[str, str]]:
 def test_a_recorded_command_composes_the_same_again():
     for values in in_turns([text for text in TEXTS if text != "null"]):
         prompts = literal_text.override("callbacks.samples.prompts", [*values.values(), "null"])
-        first = composed([*(literal_text.override(key, text) for key, text in values.items()), prompts])
+        first = composed(*(literal_text.override(key, text) for key, text in values.items()), prompts)
         assert {key: vars(first)[key] for key in values} == values
         assert first.callbacks["samples"]["prompts"] == [*values.values(), "null"]
-        again = composed(shlex.split(first.record.command)[2:])
+        again = composed(*shlex.split(first.invocation.command)[2:])
         assert without_words(again) == without_words(first)
 
 
@@ -128,7 +119,7 @@ def test_free_text_is_the_value_whatever_it_holds():
     """Except for interpolations, null and quotes around all of it."""
     plain = [text for text in TEXTS if "${" not in text and text not in ("null", "''")]
     for values in in_turns(plain):
-        settings = composed([f"{key}={text}" for key, text in values.items()])
+        settings = composed(*(f"{key}={text}" for key, text in values.items()))
         assert {key: vars(settings)[key] for key in values} == values
 
 
@@ -169,10 +160,10 @@ def test_a_run_with_interpolations_goes_on_in_another_shell(
     assert ended.code == 0, ended.stderr
     monkeypatch.delenv("ODD")
     (run,) = tmp_path.glob("run-2*")
-    stored = schema.load(run / "config.yaml")
+    stored = run_spec.load(run / "config.yaml").config
     assert stored.path == f"{odd}/text"
-    assert stored.record.command == read_report(run)["command"]
-    again = composed(shlex.split(stored.record.command)[2:])
+    assert stored.invocation.command == read_report(run)["command"]
+    again = composed(*shlex.split(stored.invocation.command)[2:])
     assert (again.path, again.run_dir) == (stored.path, run.name)
     ended = train_here(f"resume={run}", "steps=2")
     assert ended.code == 0, ended.stderr
@@ -195,10 +186,10 @@ def test_sweep_jobs_have_the_text_that_was_given(
         ended = train_here("-m", *keys, "seed=1,2", "hydra.sweep.dir=swept", *more)
         assert ended.code == 0, ended.stdout + ended.stderr
         shutil.rmtree(tmp_path / "swept" / "1")
-    stored = schema.load(tmp_path / "swept" / "0" / "config.yaml")
+    stored = run_spec.load(tmp_path / "swept" / "0" / "config.yaml").config
     assert stored.path == f"{odd}/text"
     monkeypatch.delenv("ODD")
-    assert composed(shlex.split(stored.record.command)[2:]).path == stored.path
+    assert composed(*shlex.split(stored.invocation.command)[2:]).path == stored.path
 
 
 PATHS = {
@@ -274,5 +265,5 @@ def test_folders_that_are_not_utf8_are_refused(
 def test_a_stored_configuration_of_another_kind_is_refused():
     for text in ("", "[1]", "!!python/object/apply:os.system [x]", "a: [", "{a: 1}", 'task: "\\ud800"', "\x00"):
         with pytest.raises(exit_codes.InputError):
-            schema.parsed(text, "here")
+            run_spec.from_yaml(PreparedSpec, text, "here")
     assert yaml.safe_load(literal_text.to_yaml({"a": "b"})) == {"a": "b"}

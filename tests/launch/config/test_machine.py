@@ -6,7 +6,7 @@ from gpt2lab.errors import InputError
 from launch.config import machine
 from launch.config.machine import Slot, partition
 from launch.run import auto_settings
-from tests.launch.config.test_configuration import composed
+from tests.support.configurations import composed, resolved
 
 
 @pytest.mark.parametrize("cores", [2, 3, 7, 64])
@@ -65,7 +65,7 @@ def test_more_devices_than_a_jobs_share_are_a_mistake_with_a_cure(
     monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 2)
     keys = [f"accelerator={accelerator}", "n_jobs=2", "precision=fp32"]
     with pytest.raises(InputError) as error:
-        auto_settings.settle(composed(*keys, "devices=4"))
+        resolved(composed(*keys, "devices=4"))
     assert str(error.value).splitlines() == [
         f"devices=4: there are 2 {what} (accelerator={accelerator}).",
         "Lower devices, or n_jobs: jobs that run at once share them out.",

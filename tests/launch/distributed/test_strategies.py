@@ -11,20 +11,18 @@ from gpt2lab.errors import InputError
 from gpt2lab.storage.model_folder import parameters_of
 from launch import logging_setup
 from launch.checks import checks, sharding
-from launch.config.schema import Config
+from launch.config.run_spec import Machine
 from launch.memory import device_memory
 from launch.run import auto_settings
 from tests.conftest import Train
-from tests.launch.config.test_configuration import composed
+from tests.support.configurations import composed, resolved
 
 XL_STATE = 16 * 1_557_686_400  # bytes: weights, gradients and two moments in fp32
 SIZES = {"xl": (48, 25, 1600), "distil": (6, 12, 768)}  # layers, heads, width
 
 
-def settled(*overrides: str) -> Config:
-    settings = composed(*overrides, "accelerator=cpu", "precision=fp32")
-    auto_settings.settle(settings)
-    return settings
+def machine_of(*overrides: str) -> Machine:
+    return resolved(composed(*overrides, "accelerator=cpu", "precision=fp32")).machine
 
 
 def test_a_model_too_large_for_one_of_several_devices_is_sharded(
@@ -32,28 +30,26 @@ def test_a_model_too_large_for_one_of_several_devices_is_sharded(
 ) -> None:
     monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 8)
     logging_setup.settle_noise()
-    assert settled("model=nano", "devices=1").strategy == "auto"
-    assert settled("model=nano", "devices=2").strategy == "ddp"
+    assert machine_of("model=nano", "devices=1").strategy == "auto"
+    assert machine_of("model=nano", "devices=2").strategy == "ddp"
     for gigabytes, strategy in ((40, "ddp"), (32, "fsdp")):
-        monkeypatch.setattr(device_memory, "device_bytes", lambda config, size=gigabytes: size * 1e9)
+        monkeypatch.setattr(device_memory, "device_bytes", lambda config, machine, size=gigabytes: size * 1e9)
         capsys.readouterr()
-        found = settled("model=xl", "devices=4", "context=1024")
+        found = machine_of("model=xl", "devices=4", "context=1024")
         assert found.strategy == strategy
         assert found.checkpoint_format == ("sharded" if strategy == "fsdp" else "single")
         said = capsys.readouterr().err.splitlines()
         assert len(said) == (strategy == "fsdp")
     assert "24.9 GB, too much for one device's 32.0 GB" in said[0]
-    assert settled("model=nano", "devices=2", "strategy=fsdp").checkpoint_format == "single"
+    assert machine_of("model=nano", "devices=2", "strategy=fsdp").checkpoint_format == "single"
 
 
 def test_the_estimate_counts_what_is_kept_from_step_to_step() -> None:
-    xl = composed("model=xl", "context=1024")
-    assert device_memory.state_bytes(xl) == pytest.approx(XL_STATE, rel=1e-4)
-    averaged = composed("model=xl", "context=1024", "ema=0.9")
-    assert device_memory.state_bytes(averaged) == pytest.approx(XL_STATE * 20 / 16, rel=1e-4)
-    rounded = composed("model=xl", "context=1024", "ema=0.9", "precision=bf16_true")
-    assert device_memory.state_bytes(rounded) == pytest.approx(XL_STATE * 12 / 16, rel=1e-4)
-    assert device_memory.teacher_bytes(xl) == 0
+    for keys, share in ((), 1), (("ema=0.9",), 20 / 16), (("ema=0.9", "precision=bf16_true"), 12 / 16):
+        spec = resolved(composed("model=xl", "context=1024", "accelerator=cpu", "devices=1", *keys))
+        expected = pytest.approx(XL_STATE * share, rel=1e-4)
+        assert device_memory.state_bytes(spec.config, spec.resolved, spec.machine) == expected
+    assert device_memory.teacher_bytes(spec.config, spec.resolved, spec.machine) == 0
 
 
 @pytest.fixture
@@ -88,9 +84,9 @@ def test_a_large_teacher_has_the_student_sharded_and_is_split_where_it_does_not_
     size: str, gigabytes: float, more: tuple[str, ...], strategy: str, splits: bool, teacher: Path
 ) -> None:
     keys = ("task=distill", f"teacher={teacher / size}", "model=small", "context=1024", "precision=bf16", *more)
-    settings = composed(*keys, "accelerator=gpu", "devices=4", "plan=true", f"plan_memory={gigabytes}")
-    auto_settings.settle(settings)
-    assert (settings.strategy, settings.shard_teacher) == (strategy, splits)
+    config = composed(*keys, "accelerator=gpu", "devices=4", "plan=true", f"plan_memory={gigabytes}")
+    machine = resolved(config).machine
+    assert (machine.strategy, machine.shard_teacher) == (strategy, splits)
 
 
 def test_the_plan_says_why_the_student_is_sharded_and_counts_a_part_of_the_teacher(
@@ -120,9 +116,9 @@ def test_ranks_of_several_machines_each_need_a_sequence() -> None:
 
 @pytest.mark.parametrize("key", ["fsdp_offload=true", "checkpoint_format=sharded", "shard_teacher=true"])
 def test_what_only_sharding_can_do_needs_it(key: str) -> None:
-    settings = composed("task=distill", "teacher=x", key, "strategy=ddp")
+    config = composed("task=distill", "teacher=x", key, "strategy=ddp")
     with pytest.raises(InputError, match=f"{key}: with strategy=ddp every device holds the whole model"):
-        sharding.check(settings)
+        sharding.check(config, "cpu", "fp32", "ddp")
 
 
 def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
@@ -132,9 +128,9 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
     assert answer.code == 2
     assert "host's memory already" in answer.stderr
     with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
-        sharding.check(composed("strategy=fsdp", "precision=fp16", "accelerator=gpu"))
+        sharding.check(composed("strategy=fsdp"), "gpu", "fp16", "fsdp")
     with pytest.raises(InputError, match="precision=fp8 is an experiment"):
-        sharding.check(composed("strategy=fsdp", "precision=fp8", "accelerator=gpu"))
+        sharding.check(composed("strategy=fsdp"), "gpu", "fp8", "fsdp")
 
 
 def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:

@@ -20,9 +20,9 @@ from gpt2lab.errors import InputError
 from gpt2lab.losses.lm_head_loss import _workspaces, lm_head_loss
 from gpt2lab.model.backbone import Backbone, count_parameters
 from gpt2lab.optim.optimizers import build_optimizer
-from gpt2lab.settings import ModelShape, OptimizerSettings
+from gpt2lab.settings import ModelShape, OptimizerSettings, TokenizerChoice
 from launch.checks import sharding
-from launch.config import schema
+from launch.config import run_spec
 from launch.memory import step_timing
 from launch.memory.free_memory import host_free_bytes
 from launch.memory.memory_options import knobs
@@ -32,7 +32,7 @@ from launch.memory.run_sizes import run_sizes
 from launch.memory.step_timing import Speed, affordable_rows, fitting_rows
 from launch.run import auto_settings, disk_space, plan_report
 from tests.conftest import ROOT, Answer, Train, environment
-from tests.launch.config.test_configuration import composed
+from tests.support.configurations import composed, resolved
 
 # Runs a command, and tells the most kilobytes that it or any process started by it has held
 PEAK_OF = """
@@ -133,7 +133,7 @@ def test_the_plan_tells_what_checkpoints_and_export_will_take_on_the_disk(
     """Within a tenth: beside tensors there are the state of loops, random states, and the tokenizer."""
     run = tmp_path / "run"
     succeeded(train_here(*tiny, "model.n_embd=128", "vocab_size=1024", *keys, "run_dir=run", "threads=1"))
-    files = disk_space.run_files(schema.load(run / "config.yaml"), 1024)
+    files = disk_space.run_files(run_spec.load(run / "config.yaml"), 1024)
     taken = bytes_in(run / "checkpoints") + bytes_in(run / "hf")
     assert taken == pytest.approx(files.left, rel=0.1)
     assert bytes_in(run) < files.most
@@ -145,9 +145,10 @@ def test_the_time_to_finish_is_all_tokens_at_the_speed_of_all_devices(
 ):
     """36,000 steps of 256 tokens are 92,160 seconds at 100 tokens a second."""
     monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 4)
-    settings = composed("accelerator=cpu", "steps=36000", "batch_tokens=256", "context=32", f"devices={devices}")
-    auto_settings.settle(settings)
-    table = plan_report._time_and_disk(settings, run_sizes(settings, 300), 300, Speed(100.0, "measured"))
+    keys = ("accelerator=cpu", "steps=36000", "batch_tokens=256", "context=32", f"devices={devices}")
+    spec = resolved(composed(*keys))
+    sizes = run_sizes(spec.config, spec.resolved, spec.machine, 300)
+    table = plan_report._time_and_disk(spec, sizes, 300, Speed(100.0, "measured"))
     told = dict(zip(*(column._cells for column in table.columns[:2]), strict=True))
     assert told["training"] == shown
     assert told["tokens/s"] == str(100 * devices)
@@ -356,12 +357,11 @@ def test_a_micro_batch_shrinks_with_the_memory_that_is_free_and_its_step_with_it
     keys = ("model=small", "accelerator=cpu", "devices=1", "batch_tokens=16384", "tokenizer=bpe", "vocab_size=50257")
     chosen = []
     for free in (64 * GIGABYTE, 8 * GIGABYTE, 5 * GIGABYTE, GIGABYTE):
-        settings = composed(*keys, "context=256")
-        settings.tokenizer.vocab_size = 50_257
-        auto_settings.settle(settings, free=free)
-        chosen.append(settings.micro_batch)
-        assert settings.record.accumulate * settings.micro_batch >= 64
-        assert auto_settings.largest_micro_batch(settings) >= settings.micro_batch
+        tokenizer = TokenizerChoice("bpe", vocab_size=50_257)
+        machine = resolved(composed(*keys, "context=256"), free, tokenizer=tokenizer).machine
+        chosen.append(machine.micro_batch)
+        assert machine.accumulate * machine.micro_batch >= 64
+        assert machine.largest_micro_batch >= machine.micro_batch
     assert chosen[0] == 32, "what gains speed is the most"
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[-1] == 1
@@ -412,14 +412,14 @@ def test_sharding_is_offered_only_where_it_would_be_taken(
 def test_an_apple_gpu_which_is_one_device_is_not_offered_sharding(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    settings = composed("precision=fp32", "accelerator=mps")
-    auto_settings.settle(settings)
-    sizes = run_sizes(settings, 300)
-    offered = {knob.key for knob in knobs(sizes, memory_plan(sizes), sharding.may_shard(settings))}
+    spec = resolved(composed("precision=fp32", "accelerator=mps"))
+    sizes = run_sizes(spec.config, spec.resolved, spec.machine, 300)
+    may_shard = sharding.may_shard(spec.config, spec.machine.accelerator, spec.machine.precision)
+    offered = {knob.key for knob in knobs(sizes, memory_plan(sizes), may_shard)}
     assert "micro_batch=1" in offered
     assert not any("fsdp" in key for key in offered)
     with pytest.raises(InputError, match="strategy=fsdp does not work on mps"):
-        auto_settings.settle(composed("precision=fp32", "accelerator=mps", "strategy=fsdp"))
+        resolved(composed("precision=fp32", "accelerator=mps", "strategy=fsdp"))
 
 
 def test_a_control_group_limits_what_is_free(tmp_path: Path):

@@ -19,16 +19,16 @@ import json, sys
 from pathlib import Path
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from launch.run import build
-from launch.run import fill_teacher_cache as cached_teacher
-from launch.config import schema as config
+from launch.run import fill_teacher_cache
+from launch.config import run_spec
+from dataclasses import replace
 
-settings = config.load(Path(sys.argv[1]))
-settings.cache_dir, settings.steps = sys.argv[2], int(sys.argv[3])
-data = build.data_module(settings)
+spec = run_spec.load(Path(sys.argv[1]))
+spec = replace(spec, config=replace(spec.config, cache_dir=sys.argv[2], steps=int(sys.argv[3])))
+data = build.data_module(spec)
 facts = data.prepare()
 before = forget_peak()
-cached_teacher.fill(settings, data, facts)
-written = Path(settings.record.teacher_cache, "train.bin").stat().st_blocks * 512
+written = Path(fill_teacher_cache.fill(spec, data, facts), "train.bin").stat().st_blocks * 512
 print(json.dumps({"grown": peak_resident_bytes() - before, "written": written}))
 """
 

@@ -88,8 +88,10 @@ def test_the_second_ctrl_c_stops_at_once(
 
 
 def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):
-    program = "import atexit, time; from launch import answer\n"
-    program += "down = lambda: (print('down', flush=True), time.sleep(1000))\nanswer.end(lambda: atexit.register(down))"
+    program = "import atexit, time; from launch import exit_codes\n"
+    program += (
+        "down = lambda: (print('down', flush=True), time.sleep(1000))\nexit_codes.end(lambda: atexit.register(down))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,

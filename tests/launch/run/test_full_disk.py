@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_space(
     sampling = ["callbacks.samples.max_new_tokens=24"] if file == "samples.jsonl" else []
     own = [*own, *keys, *sampling, f"steps={steps}", "callbacks.checkpoint.verify_export=false"]
     assert train_here(*own, "run_dir=unbroken").code == 0
-    answer = train_here(*own, f"run_dir={disk}/run", f"{KEY}._target_=test_full_disk.Fill", f"{KEY}.step={step}")
+    answer = train_here(*own, f"run_dir={disk}/run", f"{KEY}._target_={__name__}.Fill", f"{KEY}.step={step}")
     assert answer.code == 2, answer.stderr
     told = answer.stderr.strip().splitlines()[-5:]
     assert "Traceback" not in answer.stderr
@@ -84,7 +84,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_space(
     assert f"{disk}/run/checkpoints/{intact} is intact." in told
     assert told[-1] == f"Free some space and continue: python train.py resume={disk}/run"
     (disk / "filler").write_bytes(b"")  # so that the callback of the stored configuration does not fill it again
-    answer = train_here(f"resume={disk}/run")
+    answer = train_here(f"resume={disk}/run", f"allow_targets=[{__name__}]")
     assert answer.code == 0, answer.stderr
     weights = [folder / "hf" / "model.safetensors" for folder in (disk / "run", tmp_path / "unbroken")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -98,13 +98,13 @@ def test_a_disk_that_is_full_after_the_last_step_leaves_a_complete_run(tiny: lis
             "steps=4",
             f"run_dir={disk}/{logger}",
         ]
-        answer = train_here(*own, f"{KEY}._target_=test_full_disk.Fill", f"{KEY}.step=4")
+        answer = train_here(*own, f"{KEY}._target_={__name__}.Fill", f"{KEY}.step=4")
         assert answer.code == 0, answer.stderr
         assert "The report of this run could not be written" in answer.stderr
         assert "Traceback" not in answer.stderr
         (disk / "filler").unlink()
     (disk / "filler").write_bytes(b"")
-    answer = train_here(f"resume={disk}/none")
+    answer = train_here(f"resume={disk}/none", f"allow_targets=[{__name__}]")
     assert answer.code == 0, answer.stderr
     assert read_report(disk / "none")["status"] == "finished"
 

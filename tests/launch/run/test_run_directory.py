@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -22,8 +23,9 @@ from gpt2lab.storage.checkpoint_ledger import entries
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.metrics_csv import read_metrics
 from launch import rank_environment
-from launch.config import schema
+from launch.config import run_spec
 from launch.config.run_dir import RunDirectory
+from launch.config.run_spec import PreparedSpec
 from launch.run import resume
 from tests.conftest import ROOT, Train, environment, started
 from tests.launch.run.test_resume import assert_same_end
@@ -269,14 +271,14 @@ def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny:
     """A fork of this process is killed before each of its file operations in turn."""
     assert train_here(*tiny, "steps=2", "run_dir=done").code == 0
 
-    def asked(number: int, **keys: str) -> schema.Config:
-        settings = schema.load(Path("done/config.yaml"))
-        settings.run_dir, settings.name, settings.resume = f"{number}/run", None, keys.get("resume")
-        return settings
+    done = run_spec.load(Path("done/config.yaml"))
+
+    def run(number: int, **keys: str) -> PreparedSpec:
+        return replace(done, config=replace(done.config, run_dir=f"{number}/run", name=None, resume=keys.get("resume")))
 
     def create(number: int) -> int:
         die_at(number, (tmp_path / str(number)).absolute())
-        RunDirectory().enter(asked(number))
+        RunDirectory().enter(run(number))
         return 0
 
     code, number = -signal.SIGKILL, 0
@@ -284,14 +286,14 @@ def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny:
         number += 1
         Path(str(number)).mkdir()
         code = in_fork(lambda number=number: create(number), tmp_path / "output.txt")
-        folder = resume.existing_folder(asked(number, resume="auto"))
+        folder = resume.existing_folder(run(number, resume="auto").config)
         assert (folder is not None) == Path(f"{number}/run").exists(), "a directory is there with its configuration"
         directory = RunDirectory()
         if folder is not None:
             directory.open(folder)
-            assert resume.taken_up(asked(number, resume="auto"), folder) is None
-            schema.load(folder / "config.yaml")
-        directory.enter(asked(number))
+            assert resume.existing_run(run(number, resume="auto").config, folder) is None
+            run_spec.load(folder / "config.yaml")
+        directory.enter(run(number))
         assert sorted(path.name for path in Path(f"{number}/run").iterdir()) == [".lock", "config.yaml"]
         directory.close()
         assert sorted(path.name for path in Path(str(number)).iterdir()) == ["run"]
@@ -312,7 +314,7 @@ def test_a_start_begins_again_with_the_present_data(tiny: list[str], train_here:
     Path("run/report.json").unlink()
     answer = train_here("resume=run")
     assert answer.code == 0, answer.stderr
-    assert schema.load(Path("run/config.yaml")).record.data_hash == read_report("run")["data"]["hash"]
+    assert run_spec.load(Path("run/config.yaml")).prepared.data_hash == read_report("run")["data"]["hash"]
 
 
 SMALL = ("steps=12", "checkpoint_every=4", "validate_every=4", "log_every=2", "model.dropout=0.1", "compile=false")

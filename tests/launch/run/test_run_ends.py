@@ -71,7 +71,7 @@ class FailingLogger(Logger):
 
 
 KEY = "+callbacks.end"
-LIGHTNING, OURS = f"{KEY}._target_=lightning.pytorch.callbacks", f"{KEY}._target_=test_run_ends"
+LIGHTNING, OURS = f"{KEY}._target_=lightning.pytorch.callbacks", f"{KEY}._target_={__name__}"
 EARLY = [f"{LIGHTNING}.EarlyStopping", f"{KEY}.monitor=val/loss", f"{KEY}.stopping_threshold=100"]
 ENDS: dict[str, tuple[list[str], int]] = {
     "early stopping": (EARLY, 2),
@@ -124,7 +124,11 @@ LATER: dict[str, tuple[list[str], str, int]] = {
     "a callback after the fit": ([f"{OURS}.Fail", "+callbacks.end.hook=on_fit_end"], "finished", 0),
     "a callback at the end of training": ([f"{OURS}.Fail", "+callbacks.end.hook=on_train_end"], "finished", 0),
     "a callback after the last validation": ([f"{OURS}.Fail", "+callbacks.end.hook=on_validation_end"], "finished", 0),
-    "a logger that cannot be closed": (["logger=csv", "logger._target_=test_run_ends.FailingLogger"], "finished", 0),
+    "a logger that cannot be closed": (
+        ["logger=csv", f"logger._target_={__name__}.FailingLogger"],
+        "finished",
+        0,
+    ),
     "an export that does not load": (
         [f"{OURS}.RemoveTokenizer", VERIFIED],
         "failed",

@@ -42,14 +42,14 @@ from launch.checks.study_plan import (
     steps_in_the_same_time,
     training_seconds,
 )
-from launch.config.schema import Config
+from launch.config.schema import RunConfig
 from launch.config.unused_keys import unread_keys, without
 from launch.run import job
 from launch.sweep import jobs, study_table
 from lightning_modules.distill import Distill
 from tests.conftest import ROOT, SHRUNK, Answer, Train
-from tests.launch.config.test_configuration import composed
 from tests.launch.run.test_run_directory import held
+from tests.support.configurations import composed
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (10, 2.2622)])
@@ -118,7 +118,7 @@ def test_standard_deviations_divide_by_one_less_than_the_count():
 BPE = TokenizerChoice("bpe", vocab_size=300)
 
 
-def planned(settings: Config, arm: Arm, factor: float = 1.0, tokenizer: TokenizerChoice = BPE) -> Config:
+def planned(settings: RunConfig, arm: Arm, factor: float = 1.0, tokenizer: TokenizerChoice = BPE) -> RunConfig:
     """What a run of the plan is, composed as its process gets it."""
     told = run_overrides(PlannedRun(arm, 7, factor, 50), settings, "/teacher", tokenizer)
     first = composed(*told)
@@ -127,7 +127,7 @@ def planned(settings: Config, arm: Arm, factor: float = 1.0, tokenizer: Tokenize
     return run
 
 
-def study_of(*overrides: str) -> Config:
+def study_of(*overrides: str) -> RunConfig:
     settings = composed("experiment=distill_study", *overrides)
     checks.check(settings)
     return settings
@@ -145,7 +145,7 @@ def test_arms_differ_in_start_and_teacher_alone():
     assert [run.init for run in runs.values()] == [SCRATCH, SCRATCH, LAYERS, LAYERS]
     for run in runs.values():
         assert (run.seed, run.steps, run.batch_tokens, run.optimizer.lr) == (7, 50, 2048, 2e-3)
-        assert run.record.groups["experiment"] == "none"
+        assert run.groups["experiment"] == "none"
         assert (run.model, run.schedule, run.data, run.callbacks) == (
             scratch_ce.model,
             scratch_ce.schedule,
@@ -303,9 +303,9 @@ def study(project: Path, train_here: Train, tiny: list[str], monkeypatch: pytest
     A step that asks the teacher counts as two seconds and any other as one: steps this short cannot be timed.
     """
 
-    def here(settings: Config) -> tuple[int, int, str]:
+    def here(settings: RunConfig) -> tuple[int, int, str]:
         try:
-            job.run_job(settings)
+            job.run(settings)
         except Exception as error:
             return (2 if exit_codes.as_mistake(error) else 1), 0, str(error)
         return 0, 0, ""
@@ -379,7 +379,7 @@ def _name(arm: dict[str, str]) -> str:
 def test_a_failing_run_is_recorded_and_the_study_goes_on(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     inner = jobs.run_process
 
-    def planted(settings: Config) -> tuple[int, int, str]:
+    def planted(settings: RunConfig) -> tuple[int, int, str]:
         if settings.seed == 4 and settings.task_name == "distill" and settings.init == SCRATCH:
             return 1, 0, "RuntimeError: planted"
         return inner(settings)

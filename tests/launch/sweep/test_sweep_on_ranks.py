@@ -52,16 +52,16 @@ OTHER_SEED = """
 import os
 
 if os.environ.get("RANK") == "1":
-    from launch.config import schema as config
+    from dataclasses import replace
+    from launch.config import run_spec
 
-    as_written = config.load
+    as_written = run_spec.load
 
     def with_another_seed(file):
-        settings = as_written(file)
-        settings.seed += 1
-        return settings
+        spec = as_written(file)
+        return replace(spec, config=replace(spec.config, seed=spec.config.seed + 1))
 
-    config.load = with_another_seed
+    run_spec.load = with_another_seed
 """
 
 FOUR_CORES = """

@@ -1,0 +1,87 @@
+"""Key: what a configuration key means, declared once, in the metadata of its dataclass field."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+METADATA = "key"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Meaning of one configuration key.
+
+    Attributes:
+        text: what it is, with its unit.
+        choices: allowed values; of a list, of each item.
+        within: allowed numbers, an interval as in mathematics: "[0, 1)" holds 0 and not 1. Of a list, of each item.
+        auto: whether `auto` is allowed too, and is resolved to a value when a run starts.
+        read_by: the group value that reads it, "optimizer=muon" or "teacher_cache=topk,sampled", or a name in
+            launch/config/unused_keys.py; empty: every run.
+        on_resume: whether a resumed run may be given another value.
+        of_machine: whether it decides where a run computes; a resumed run then chooses anew for its machine.
+        free_text: whether its value is text as typed, whatever Hydra's grammar makes of it.
+    """
+
+    text: str
+    choices: tuple[str, ...] = ()
+    within: str = ""
+    auto: bool = False
+    read_by: str = ""
+    on_resume: bool = False
+    of_machine: bool = False
+    free_text: bool = False
+
+
+def key(
+    text: str,
+    default: Any = MISSING,
+    *,
+    factory: Callable[[], Any] | Any = MISSING,
+    choices: tuple[str, ...] = (),
+    within: str = "",
+    auto: bool = False,
+    read_by: str = "",
+    on_resume: bool = False,
+    of_machine: bool = False,
+    free_text: bool = False,
+) -> Any:
+    """Declare a dataclass field that is a configuration key; the arguments are those of `Key`."""
+    meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text)
+    return dataclasses.field(default=default, default_factory=factory, metadata={METADATA: meaning})
+
+
+def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Yield (dotted name, meaning) of every key of a settings dataclass, those of nested dataclasses included."""
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        name = f"{prefix}{item.name}"
+        if METADATA in item.metadata:
+            yield name, item.metadata[METADATA]
+        if is_dataclass(hints[item.name]):
+            yield from keys_of(hints[item.name], f"{name}.")
+
+
+def is_within(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as "(0, 1]"; inf and nan lie in none."""
+    low, high = bounds(interval)
+    if not math.isfinite(value) or not low <= value <= high:
+        return False
+    return not (value == low and interval.startswith("(")) and not (value == high and interval.endswith(")"))
+
+
+def bounds(interval: str) -> tuple[float, float]:
+    """Ends of an interval."""
+    low, high = interval.strip("[]()").split(",")
+    return _number(low), _number(high)
+
+
+def _number(text: str) -> float:
+    """Whole numbers are exact: a float has not every one above 2^53."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        return int(value) if value.is_integer() else value

@@ -1,0 +1,213 @@
+"""Known keys: every key with its meaning, those of this project's own `_target_` nodes included.
+
+A node's keys are declared here, beside `RunConfig`, so that a misspelt one is refused before its class, and with it
+Lightning and PyTorch, is imported.
+"""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from inspect import formatannotation
+from typing import Any, cast, get_type_hints
+
+from gpt2lab.errors import InputError
+from gpt2lab.keys import Key, key, keys_of
+from gpt2lab.settings import TEXT_METRICS, LoraSettings, TextMetricSettings
+from launch.config.did_you_mean import nearest
+from launch.config.schema import RunConfig, optional_value
+
+
+@dataclass(frozen=True)
+class NoKeys:
+    """A node without keys."""
+
+
+@dataclass(frozen=True)
+class FineTuneKeys:
+    """Keys of task=finetune."""
+
+    lora: LoraSettings = key("low-rank adapters")
+    frozen_layers: int = key(
+        "blocks, from the first, that keep their weights, and the embeddings too; all but the last at most",
+        within="[0, 1e4]",
+        read_by="no lora",
+    )
+    text: TextMetricSettings = key("scores of generated text")
+
+
+@dataclass(frozen=True)
+class HubKeys:
+    """A data set of the Hub, or a local folder that the `datasets` library reads."""
+
+    name: str = key("name in reports and cache folders")
+    dataset: str = key("Hub id or local folder", "", free_text=True)
+    config: str = key("configuration of the data set", "")
+    revision: str = key("branch or commit; empty: the newest when it is first prepared", "")
+    split: str = key("split for training", "train")
+    val_split: str = key("split for validation; empty: a part of `split`, by hash", "")
+    default_tokenizer: str | None = key("tokenizer under tokenizer=auto: bpe, or a Hub id", None)
+
+
+@dataclass(frozen=True)
+class RunningTextKeys(HubKeys):
+    """Keys of data sets of running text."""
+
+    source: str = key("origin of the text", "text", choices=("stdlib", "packages", "text", "hub", "bin"))
+    text_column: str = key("column of .jsonl and .parquet records", "text")
+    streaming: bool = key("read the data set while it is downloaded", False)
+
+
+@dataclass(frozen=True)
+class PairKeys(HubKeys):
+    """Keys of data sets of pairs."""
+
+    prompt: str = key("template of the prompt, with {source}", "{source}")
+    response: str = key("template of the response, with {target}", "{target}")
+    metrics: list[str] = key("metrics of generated text", factory=list, choices=TEXT_METRICS)
+    reader: str = key("form of the pairs", "tables", choices=("tables", "functions", "catalogues"))
+    language: str = key("language of the catalogues", "")
+
+
+@dataclass(frozen=True)
+class SamplesKeys:
+    """Keys of callbacks.samples."""
+
+    prompts: list[str] = key("prompts; empty: beginnings of functions for Python source, else of validation texts")
+    max_new_tokens: int = key("tokens generated after each at most", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class InspectKeys:
+    """Keys of callbacks.inspect."""
+
+    texts: list[str] = key("a page for each text; empty: the beginning of the validation text")
+    tokens: int = key("tokens of a text that are shown", 64, within="[2, inf)")
+    projector: bool = key("write the token embeddings for TensorBoard's projector", True)
+
+
+@dataclass(frozen=True)
+class CheckpointKeys:
+    """Keys of callbacks.checkpoint."""
+
+    keep_last: int = key("checkpoints that are kept", 2, within="[1, inf)")
+    verify_export: bool = key("load hf/ in a fresh process at the end and compare logits: about 5 seconds", True)
+
+
+@dataclass(frozen=True)
+class WandbKeys:
+    """Keys of logger=wandb."""
+
+    project: str = key("project", "gpt2-lab")
+    mode: str = key(
+        "auto: online where this machine is logged in, else offline; WANDB_MODE goes before it",
+        "auto",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+
+
+NODES: dict[str, type] = {
+    "lightning_modules.pretrain.Pretrain": NoKeys,
+    "lightning_modules.distill.Distill": NoKeys,
+    "lightning_modules.finetune.FineTune": FineTuneKeys,
+    "datamodules.language_modeling.LanguageModelingData": RunningTextKeys,
+    "datamodules.pairs.PairData": PairKeys,
+    "callbacks.throughput.Throughput": NoKeys,
+    "callbacks.interrupt.Interrupt": NoKeys,
+    "callbacks.health.Health": NoKeys,
+    "callbacks.progress.ProgressBar": NoKeys,
+    "callbacks.samples.Samples": SamplesKeys,
+    "callbacks.final_validation.FinalValidation": NoKeys,
+    "callbacks.checkpoint.Checkpoint": CheckpointKeys,
+    "callbacks.report.Report": NoKeys,
+    "callbacks.inspection.Inspect": InspectKeys,
+    "callbacks.loggers.metrics_csv.MetricsCsv": NoKeys,
+    "callbacks.loggers.tensorboard.TensorBoard": NoKeys,
+    "callbacks.loggers.wandb.WeightsAndBiases": WandbKeys,
+}
+# Where the keys of a node stand in the configuration
+PLACES: dict[str, tuple[type, ...]] = {
+    "task": (FineTuneKeys,),
+    "data": (RunningTextKeys, PairKeys),
+    "callbacks.samples": (SamplesKeys,),
+    "callbacks.inspect": (InspectKeys,),
+    "callbacks.checkpoint": (CheckpointKeys,),
+    "logger": (WandbKeys,),
+}
+
+
+# Type of a key → classes of its value, and of a list's items
+KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
+    int: ((int,), object),
+    float: ((int, float), object),
+    str: ((str,), object),
+    bool: ((bool,), object),
+    str | None: ((str, type(None)), object),
+    list[str]: ((list,), str),
+}
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """Return dotted name → meaning of every key."""
+    of_nodes = ((place, kind) for place, kinds in PLACES.items() for kind in kinds)
+    found = dict(keys_of(RunConfig))
+    for place, kind in of_nodes:
+        found |= dict(keys_of(kind, f"{place}."))
+    return found
+
+
+def check_nodes(nodes: dict[str, Any]) -> None:
+    """Check names and types of the keys of this project's own classes; others check theirs when they are built.
+
+    Args:
+        nodes: `_target_` and keys of each object, by its place in the configuration.
+
+    Raises:
+        InputError: an unknown or missing key, or a value of the wrong type.
+    """
+    for place, node in nodes.items():
+        if not isinstance(node, dict) or "_target_" not in node:
+            what = "is no callback" if place.startswith("callbacks.") else "has no _target_, the class to build"
+            raise InputError(f"{place}={node} {what}.\nGive its keys, {place}.KEY=VALUE, or null to leave it out.")
+        kind = NODES.get(str(node["_target_"]))
+        if kind is not None:
+            typed_settings(kind, {name: value for name, value in node.items() if name != "_target_"}, place)
+
+
+def typed_settings(kind: type, values: Any, place: str) -> Any:
+    """Return a settings dataclass made of a dictionary of the configuration.
+
+    Raises:
+        InputError: no dictionary, an unknown or missing key, or a value of the wrong type.
+    """
+    items = {item.name: item for item in fields(kind)}
+    if not isinstance(values, dict):
+        raise InputError(f"{place}={values}: give its keys, {', '.join(f'{place}.{name}' for name in items)}.")
+    for name in values:
+        if name not in items:
+            near = nearest(f"{place}.{name}", (f"{place}.{one}" for one in items))
+            raise InputError(f"There is no key {place}.{name}{near}.\nAllowed: {', '.join(items) or 'no keys'}.")
+    required = [name for name, item in items.items() if item.default is MISSING and item.default_factory is MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InputError(f"{place} lacks {', '.join(missing)}.")
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(hints[name], value, f"{place}.{name}") for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    if is_dataclass(hint):
+        return typed_settings(cast(type, hint), value, place)
+    allowed, item = KINDS.get(hint, ((object,), object))
+    fits = isinstance(value, allowed) and not (isinstance(value, bool) and hint in (int, float))
+    if not fits or (isinstance(value, list) and not all(isinstance(one, item) for one in value)):
+        raise InputError(f"{place}={value} is not of type {formatannotation(hint)}.")
+    return value
+
+
+def given_values(config: RunConfig) -> Iterator[tuple[str, Key, Any]]:
+    """Yield (name, meaning, value) of each key that this configuration has; null is no value."""
+    for name, meaning in known_keys().items():
+        value = optional_value(config, name)
+        if value is not None:
+            yield name, meaning, value

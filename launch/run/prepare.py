@@ -1,0 +1,95 @@
+"""Prepare: makes the data of a resolved run, and what follows from them; once, in the process that starts the run."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gpt2lab.reports import side_files
+from gpt2lab.settings import DataFacts
+from launch import logging_setup
+from launch.checks import baseline, checks
+from launch.config.run_spec import Prepared, PreparedSpec, RunSpec
+from launch.distributed import multi_node
+from launch.run import auto_settings, disk_space, resolve, resume
+from launch.run.resume import Existing
+
+
+def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFacts, PreparedSpec]:
+    """Prepare the data, and let the teacher generate text or fill its cache where the run trains on that.
+
+    Args:
+        existing: the run in an existing directory, which keeps its choices.
+
+    Returns:
+        Data module, facts of its data, and the specification with all that follows from them.
+
+    Raises:
+        InputError: data, teacher, tokenizer and disk do not fit the run.
+    """
+    from launch.run import build
+    from launch.run.plan_report import planned_memory, warn_of_little_memory
+
+    logging_setup.settle_library_noise()  # of Lightning, which the imports above bring
+    stored = existing.stored.prepared if existing else None
+    is_resumed = existing is not None and existing.checkpoint is not None
+    if existing is not None and is_resumed:
+        side_files.repair(existing.folder)
+    data = build.data_module(spec)
+    facts = data.prepare()
+    resume.check_data(existing, facts.hash)
+    vocab_size = resolve.vocabulary(spec, facts)
+    checks.check_heads(spec.resolved.model.n_embd or 0, spec.resolved.model.n_head or 1)
+    compile_head = stored.compile_head if stored else auto_settings.compiling_the_head_pays(spec)
+    plan = planned_memory(spec, vocab_size, compile_head)
+    prepared = Prepared(
+        data_hash=facts.hash,
+        vocab_size=vocab_size,
+        compile=stored.compile if stored else auto_settings.compile_pays(spec, vocab_size),
+        compile_head=compile_head,
+        baseline_loss=stored.baseline_loss
+        if stored and is_resumed
+        else baseline.loss_of_baseline(spec.config, spec.resolved.model, facts),
+        planned_memory={"process": plan.process, "peak": plan.peak},
+    )
+    disk_space.check(spec, vocab_size, existing.folder if existing else None)
+    warn_of_little_memory(spec, plan)
+    if spec.config.task_name == "distill":
+        facts, prepared = _prepare_teacher(spec, prepared, data, facts)
+    return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
+
+
+def _prepare_teacher(spec: RunSpec, prepared: Prepared, data: Any, facts: DataFacts) -> tuple[DataFacts, Prepared]:
+    """Let the teacher generate or store what it does once for all students; returns the facts of that text."""
+    started = time.monotonic()
+    if spec.config.sequences.name == "seqkd":
+        from launch.run import generate_teacher_text
+
+        folder = generate_teacher_text.write(spec, data, facts)
+        facts = generate_teacher_text.replace_training_text(spec.config, folder, data, facts)
+        prepared = replace(prepared, teacher_text=str(folder))
+    if spec.config.teacher_cache.name != "none":
+        from launch.run import fill_teacher_cache
+
+        prepared = replace(prepared, teacher_cache=str(fill_teacher_cache.fill(spec, data, facts)))
+    return facts, replace(prepared, teacher_seconds=round(time.monotonic() - started, 2))
+
+
+def prepared_data(spec: PreparedSpec) -> tuple[Any, DataFacts]:
+    """Return data module and facts of its data on a rank, whose run another process has prepared.
+
+    Raises:
+        InputError: this machine's data are others.
+    """
+    from launch.run import build
+
+    logging_setup.settle_library_noise()
+    data = build.data_module(spec)
+    facts = data.prepare()
+    multi_node.check_data(spec, facts.hash)
+    if spec.prepared.teacher_text:
+        from launch.run import generate_teacher_text
+
+        folder = Path(spec.prepared.teacher_text)
+        facts = generate_teacher_text.replace_training_text(spec.config, folder, data, facts)
+    return data, facts

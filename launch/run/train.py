@@ -1,0 +1,109 @@
+"""Train: from a prepared run to its report, with a LightningModule, a LightningDataModule and a Trainer."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from callbacks.checkpoint import is_complete
+from callbacks.interrupt import Interrupt, StoppedNowError
+from callbacks.progress_marks import ProgressMarks
+from callbacks.report import Report
+from gpt2lab.errors import ExportError, InputError
+from gpt2lab.settings import DataFacts
+from gpt2lab.storage.atomic_files import full_disk_message
+from gpt2lab.system.heartbeat import Heartbeat
+from gpt2lab.system.malloc_tuning import keep_freed_memory
+from launch import exit_codes, rank_environment
+from launch.config.run_dir import RunDirectory, kept_checkpoint_message
+from launch.config.run_spec import Machine, PreparedSpec
+from launch.run import build, disk_space
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    spec: PreparedSpec, data: Any, facts: DataFacts, directory: RunDirectory, heartbeat: Heartbeat | None = None
+) -> dict[str, Any]:
+    """Build everything and train in this process, which is the only one or one rank of several.
+
+    Args:
+        heartbeat: of one rank of several.
+
+    Returns:
+        The report, and `watched`, the last value of the metric that the run is judged by.
+
+    Raises:
+        InputError: configuration and data do not fit.
+        exit_codes.Ended: a signal stopped the run.
+    """
+    set_up_process(spec.machine)
+    checkpoint = directory.newest_checkpoint()
+    module = build.task_module(spec, facts, is_resumed=checkpoint is not None)
+    with exit_codes.cleaning_up(), disk_space.naming_checkpoint(directory):
+        folder = directory.enter(spec, is_resumed=checkpoint is not None)
+        with _discarding_untrained(directory, module):
+            callbacks = build.callbacks(spec, folder, facts)
+            if heartbeat is not None:
+                callbacks.insert(0, ProgressMarks(heartbeat))
+            trainer = build.trainer(spec, folder, callbacks, build.loggers(spec, folder))
+            _fit(trainer, module, data, checkpoint)
+    return _outcome(trainer, folder)
+
+
+def set_up_process(machine: Machine) -> None:
+    """Set threads and memory allocation of this process."""
+    torch.set_num_threads(machine.threads)
+    if machine.accelerator == "cpu":
+        keep_freed_memory()
+
+
+@contextmanager
+def _discarding_untrained(directory: RunDirectory, module: lightning.LightningModule) -> Iterator[None]:
+    """Delete the directory of a run that ends before its first step; of another the message names its checkpoint."""
+    try:
+        yield
+    except (InputError, exit_codes.Ended) as error:
+        if module.global_step == 0:
+            directory.discard()
+        elif isinstance(error, exit_codes.Ended) and rank_environment.is_first() and directory.path is not None:
+            error.message += f" {kept_checkpoint_message(directory.path, module.global_step)}"
+        raise
+
+
+def _fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: Any, checkpoint: Path | None) -> None:
+    """Train. A failure after the last state is saved is a warning, unless the export holds another model."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except StoppedNowError:
+        raise exit_codes.Ended(exit_codes.INTERRUPTED, "Stopped at once, without saving.") from None
+    except ExportError:
+        raise
+    except Exception as error:
+        if not is_complete(trainer):
+            raise
+        reason = full_disk_message(error) or f"{type(error).__name__}: {error}"
+        log.warning("Training is complete and saved, but a later step failed: %s", reason.partition("\n")[0])
+
+
+def _outcome(trainer: lightning.Trainer, folder: Path) -> dict[str, Any]:
+    """Return the report.
+
+    Raises:
+        exit_codes.Ended: a signal stopped the run.
+    """
+    report = next((callback.content for callback in trainer.callbacks if isinstance(callback, Report)), {})
+    reason = next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
+    if reason:
+        codes = {"SIGINT": exit_codes.INTERRUPTED, "SIGTERM": exit_codes.STOPPED, "SIGUSR1": exit_codes.STOPPED}
+        message = (
+            f"Stopped by {reason} after step {trainer.global_step}. Continue with: python train.py resume={folder}"
+        )
+        raise exit_codes.Ended(codes.get(reason, exit_codes.FAILED), message if trainer.is_global_zero else "")
+    metric = trainer.lightning_module.watched_metric
+    metrics = {**report.get("metrics", {}), **trainer.callback_metrics}  # a run with no step left has only the former
+    return {"watched_metric": metric, **report, "watched": float(metrics[metric]) if metric in metrics else None}
