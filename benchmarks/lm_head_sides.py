@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
-from gpt2lab.losses.teacher_signal import DenseTeacher
 from gpt2lab.settings import LossSettings
 
 OURS, EAGER = "lm_head_loss", "dense, eager"

@@ -22,6 +22,7 @@ from gpt2lab.generation.completion import filled, prompt_ids
 from gpt2lab.reports.embedding_projector import write_projector
 from gpt2lab.reports.inspection import Reading, reading_of_batch, reading_of_gaps, reading_of_text
 from gpt2lab.reports.inspection_html import write_inspection
+from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.atomic_files import told_when_full
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Inspect(lightning.Callback):
         readings = []
         for text in self.texts:
             ids = prompt_ids(text, tokenizer, objective)[:room]
-            if objective == "mlm":
+            if OBJECTIVES[objective].fills_masks:
                 marks = marks_of(tokenizer)
                 readings.append(reading_of_gaps(ids, filled(model, ids, marks), marks.mask))
             else:

@@ -128,7 +128,7 @@ class LanguageModelingData(SampleDataModule):
         self.val_samples = Windows(val_file, validates, val_documents)
         whole_file = TokenFile(folder / "train.bin", dtype, self.context, keep_short=True)
         self.all_train_samples = Windows(whole_file, validates, train_documents)
-        of_all_text = self.objective.name in ("clm", "sampled_softmax")
+        of_all_text = self.objective.kind.scores_all_text
         return DataFacts(
             name=self.name,
             hash=facts["hash"],
@@ -149,13 +149,13 @@ class LanguageModelingData(SampleDataModule):
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Functions to complete for Python source, else the beginnings of validation windows; for mlm with gaps."""
-        if self.source in ("stdlib", "packages") and self.objective.name != "mlm":
+        if self.source in ("stdlib", "packages") and not self.objective.kind.fills_masks:
             return list(SOURCE_PROMPTS)
         assert isinstance(self.val_samples, Windows)
         windows = np.unique(np.arange(3) * len(self.val_samples) // 3)
         input_ids, _ = self.val_samples.file.read(windows)
         prompts = input_ids[:, :PROMPT_TOKENS].tolist()  # (≤ 3, ≤ PROMPT_TOKENS)
-        if self.objective.name == "mlm":
+        if self.objective.kind.fills_masks:
             return [PLACE.join(tokenizer.decode(part) for part in _every_gap(row[1:])) for row in prompts]
         return [tokenizer.decode(row, skip_special_tokens=True) for row in prompts]
 
@@ -180,7 +180,7 @@ class LanguageModelingData(SampleDataModule):
         return [SlidingWindows(side.file.tokens, self.context, stride, size, side.documents) for side in sides]
 
     def _objective(self, tokenizer_folder: str, seed: int) -> Objective:
-        has_marks = self.objective.name in ("mlm", "fim")
+        has_marks = self.objective.kind.rewrites_text
         if not has_marks and not self.packing:
             return Objective(self.objective, seed=seed)
         tokenizer = load_tokenizer(tokenizer_folder)

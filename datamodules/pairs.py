@@ -240,6 +240,6 @@ class PairData(SampleDataModule):
             yield from (source, target)
 
     def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairsToPad:
-        file, both_ways = PairFile(folder, len(tokenizer)), self.objective.name == "prefix_lm"
+        file, both_ways = PairFile(folder, len(tokenizer)), self.objective.kind.bidirectional_prompt
         packing = self.packing and not with_references  # for metrics on generated text each prompt stands alone
         return PairsToPad(file, self.context, tokenizer.eos_token_id, with_references, both_ways, packing)

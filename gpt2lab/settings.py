@@ -74,6 +74,11 @@ class LossSettings:
     hidden_mse: float = key("weight of the mean squared error between the last hidden states", 0.0, within="[0, inf)")
 
     @property
+    def compares_hidden_states(self) -> bool:
+        """Whether the loss has terms on the last hidden states beside the divergence."""
+        return bool(self.hidden_cosine or self.hidden_mse)
+
+    @property
     def is_reverse_kl(self) -> bool:
         """Whether the divergence is Σ q log(q / p): infinite where a token has p = 0."""
         limits = {"jsd": self.beta == 1, "skew_reverse_kl": self.alpha == 0}
@@ -156,10 +161,51 @@ class SequenceSettings:
 
 
 @dataclass(frozen=True)
+class ObjectiveKind:
+    """What an objective implies for data, loss and generation.
+
+    Attributes:
+        fills_masks: predicts hidden tokens from all others; such a model fills masks and does not continue text.
+        bidirectional_prompt: the tokens of a prompt see each other, and are no targets.
+        infills: fills one gap of any length with text.
+        samples_softmax: is trained on a few tokens of the vocabulary.
+    """
+
+    fills_masks: bool = False
+    bidirectional_prompt: bool = False
+    infills: bool = False
+    samples_softmax: bool = False
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every token sees the earlier ones only, so that text is continued from left to right."""
+        return not (self.fills_masks or self.bidirectional_prompt)
+
+    @property
+    def rewrites_text(self) -> bool:
+        """Whether tokens are hidden or moved, with special tokens: the targets are not a text's next tokens."""
+        return self.fills_masks or self.infills
+
+    @property
+    def scores_all_text(self) -> bool:
+        """Whether each token is predicted from those before it; if not, every epoch samples other batches."""
+        return self.is_causal and not self.infills
+
+
+OBJECTIVES = {
+    "clm": ObjectiveKind(),
+    "prefix_lm": ObjectiveKind(bidirectional_prompt=True),
+    "mlm": ObjectiveKind(fills_masks=True),
+    "fim": ObjectiveKind(infills=True),
+    "sampled_softmax": ObjectiveKind(samples_softmax=True),
+}
+
+
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """The prediction that is trained (gpt2lab/data/objectives.py)."""
 
-    name: str = key("training objective", "clm", choices=("clm", "prefix_lm", "mlm", "fim", "sampled_softmax"))
+    name: str = key("training objective", "clm", choices=tuple(OBJECTIVES))
     mask_share: float = key(
         "share of the tokens that are predicted; 80 % of them are masked, 10 % replaced, 10 % kept",
         0.15,
@@ -184,6 +230,11 @@ class ObjectiveSettings:
         choices=("log_uniform", "unigram"),
         read_by="objective=sampled_softmax",
     )
+
+    @property
+    def kind(self) -> ObjectiveKind:
+        """What it implies."""
+        return OBJECTIVES[self.name]
 
 
 PLAIN_CROSS_ENTROPY = CrossEntropySettings()

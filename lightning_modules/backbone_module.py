@@ -137,7 +137,7 @@ class BackboneModule(lightning.LightningModule):
     @property
     def writing_methods(self) -> tuple[Sampling, ...]:
         """How samples are written while training."""
-        return (FILL,) if self.settings.objective.name == "mlm" else (GREEDY, TOP_K, NUCLEUS)
+        return (FILL,) if self.settings.objective.kind.fills_masks else (GREEDY, TOP_K, NUCLEUS)
 
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
         """As `generate`, from token ids.

@@ -1,4 +1,4 @@
-"""Distill: a student learns from a larger teacher's whole next-token distribution, mixed with the labels."""
+"""Distill: train a student on a larger teacher's next-token distributions, mixed with the labels."""
 
 import logging
 from dataclasses import replace
@@ -10,25 +10,24 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from gpt2lab import metric_names
-from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.batch import Batch
 from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
 from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES, student_from_teacher
 from gpt2lab.distillation.teacher import TEACHER_DTYPES, OnlineTeacher
-from gpt2lab.distillation.teacher_cache import cache_sides
+from gpt2lab.distillation.teacher_cache import cache_sides, check_stored
 from gpt2lab.distillation.tokenizer_alignment import Alignment
 from gpt2lab.errors import InputError
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures, gap_closed
 from gpt2lab.evaluation.uld_metrics import uld_figures, uld_sums
-from gpt2lab.losses.hidden_state_losses import cosine_distance, squared_distance
 from gpt2lab.losses.lm_head_loss import LMHeadLoss
 from gpt2lab.losses.taid import AdaptiveMixing
-from gpt2lab.losses.teacher_signal import AlignedTeacher, DenseTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import LossSettings, SequenceSettings, TeacherCacheSettings, TrainingSettings
 from gpt2lab.storage.model_folder import read_shape
-from lightning_modules import distill_preflight
-from lightning_modules.language_model import LanguageModel, Teaching
+from lightning_modules.distill_preflight import Preflight
+from lightning_modules.language_model import DistillationTerm, LanguageModel
 from lightning_modules.on_policy_batches import StudentText
 
 log = logging.getLogger(__name__)
@@ -45,15 +44,15 @@ class Distill(LanguageModel):
         teacher: run directory, Hugging Face folder or Hub id.
         loss: temperature, whether T² is kept, weight of the labels.
         preflight: refuse, warn or off: what to do when this teacher cannot teach this student.
-        cache: folder with what the teacher says of these data; empty: it is loaded and asked.
-        cached: what is kept there.
+        cache: folder with the teacher's stored distributions; empty: the teacher runs online.
+        cached: what is stored there.
         baseline_loss: val/loss of the same student trained without a teacher, for distill/gap_closed; None: unknown.
-        sequences: whose text is trained on; None: the data's.
-        context: the most tokens of a sequence that the student writes.
+        sequences: on-policy or off-policy text; None: the data's.
+        context: the most tokens of a sequence that the student generates.
         shard_teacher: with strategy=fsdp, split the teacher over the ranks too.
     """
 
-    teacher: OnlineTeacher  # loaded with the student's model, unless what it says is cached
+    teacher: OnlineTeacher  # loaded with the student's model, unless its distributions are cached
     alignment: Alignment | None = None  # with loss=uld: of the student's tokenizer with the teacher's
 
     def __init__(
@@ -70,11 +69,8 @@ class Distill(LanguageModel):
         shard_teacher: bool = False,
     ) -> None:
         super().__init__(training)
-        if cached and cached.name == "topk" and not cached.tail and loss.is_reverse_kl:
-            raise InputError(
-                f"loss={loss.name} is infinite where the teacher has probability 0, as with teacher_cache.tail=false.\n"
-                "Use teacher_cache.tail=true, or another loss."
-            )
+        if cached:
+            check_stored(cached, loss)
         self.teacher_source = teacher
         self.loss_settings = loss
         self.preflight = preflight
@@ -84,7 +80,7 @@ class Distill(LanguageModel):
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
         self.shard_teacher = shard_teacher
-        self.step_is_students = False  # whether the step at work trains on text that the student wrote
+        self.step_is_students = False  # whether the current step trains on text that the student generated
         self.student_text: StudentText | None = None
         if sequences is not None and sequences.by_student:
             end_of_text = self.tokenizer.eos_token_id
@@ -99,7 +95,7 @@ class Distill(LanguageModel):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if not self.tokens_seen:  # a run taken up again was let in when it started
+        if not self.tokens_seen:  # a resumed run was checked when it started
             self._check_teacher()
 
     def build_backbone(self) -> Backbone:
@@ -111,8 +107,8 @@ class Distill(LanguageModel):
             self.teacher = OnlineTeacher(self.teacher_source, torch.float32 if cut_out else self._teacher_dtype)
         backbone = self._cut_out() if cut_out else super().build_backbone()
         if cut_out and self.cache:
-            del self.teacher  # asked no more
-        if self.compares_hidden_states and shape["n_embd"] != backbone.shape.n_embd:
+            del self.teacher  # not needed any more
+        if self.loss_settings.compares_hidden_states and shape["n_embd"] != backbone.shape.n_embd:
             backbone.add_projection(shape["n_embd"], self.settings.seed)
         return backbone
 
@@ -121,16 +117,11 @@ class Distill(LanguageModel):
         return TEACHER_DTYPES[PRECISIONS[str(self.trainer.precision)]]
 
     def _cut_out(self) -> Backbone:
-        """The student with its first weights out of the teacher, the same on every rank."""
+        """Return the student initialized from the teacher's weights, the same on every rank."""
         device = torch.device("cpu") if self.shard_teacher else self.trainer.strategy.root_device
         self.teacher.to(device, torch.float32)
         calibration = self.trainer.datamodule.calibration_batches(CALIBRATION_SAMPLES)
         return student_from_teacher(self.teacher.backbone, self.settings.shape, calibration)
-
-    @property
-    def compares_hidden_states(self) -> bool:
-        """Whether the loss has terms on the last hidden states beside the divergence."""
-        return bool(self.loss_settings.hidden_cosine or self.loss_settings.hidden_mse)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.student_text is not None:
@@ -139,45 +130,21 @@ class Distill(LanguageModel):
         return super().training_step(batch, batch_idx)
 
     def loss(self, batch: Batch) -> LMHeadLoss:
-        if self.loss_settings.hard_weight == 1 and not self.compares_hidden_states and not batch.by_student:
-            return self.head_loss(batch)  # the labels alone: the teacher's time is saved
-        # What the student wrote is no label for it.
-        settings = replace(self.loss_settings, hard_weight=0.0) if batch.by_student else self.loss_settings
-        return self.head_loss(
-            batch,
-            Teaching(
-                self.signal(batch, "train"),
-                settings,
-                mixing=self.mixing_tensor(),
-                further=self._hidden_distance if self.compares_hidden_states else None,
-            ),
+        settings = self.loss_settings
+        if batch.by_student:  # the student's own text is no label
+            settings = replace(settings, hard_weight=0.0)
+        if settings.hard_weight == 1 and not settings.compares_hidden_states:
+            return self.lm_head_loss(batch)  # labels only: spares the teacher's forward pass
+        teacher = self.teacher_signal(batch, "train")
+        return self.lm_head_loss(
+            batch, DistillationTerm(teacher, settings, self.mixing.share, self.backbone.projection)
         )
 
-    def mixing_tensor(self) -> Tensor:
-        """TAID's share of the teacher (); as a tensor, so that a compiled loss need not be compiled anew."""
-        return torch.full((), self.mixing.share, device=self.device)
-
-    def signal(self, batch: Batch, side: str) -> TeacherSignal:
-        """What the teacher says of a batch of this side of the split, train or val."""
+    def teacher_signal(self, batch: Batch, side: str) -> TeacherSignal:
+        """Return the teacher's distributions for a batch of this side of the split, train or val."""
         if self.alignment is not None:
-            return self.aligned_signal(self.alignment, batch)
+            return self.teacher.aligned_signal(self.alignment(batch).to(self.device), self.alignment.entries)
         return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids, batch.spans)
-
-    def aligned_signal(self, alignment: Alignment, batch: Batch) -> AlignedTeacher:
-        """What a teacher with a tokenizer of its own says of a batch."""
-        return self.teacher.aligned_signal(alignment(batch).to(self.device), alignment.entries)
-
-    def _hidden_distance(self, hidden: Tensor, labels: Tensor, signal: TeacherSignal) -> Tensor:
-        """Weighted distances of the last hidden states, summed over the targets."""
-        assert isinstance(signal, DenseTeacher)
-        mapped = self.backbone.projection(hidden) if self.backbone.projection is not None else hidden
-        settings, kept = self.loss_settings, labels != IGNORE_INDEX
-        total = hidden.new_zeros(())
-        if settings.hidden_cosine:
-            total = total + settings.hidden_cosine * cosine_distance(mapped, signal.hidden, kept)
-        if settings.hidden_mse:
-            total = total + settings.hidden_mse * squared_distance(mapped, signal.hidden, kept)
-        return total
 
     def after_step(self) -> None:
         if self.loss_settings.name == "taid":
@@ -189,37 +156,25 @@ class Distill(LanguageModel):
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
-        if self.alignment is not None:
-            return self._sums_between_tokenizers(self.alignment, batch)
-        signal, labels = self.signal(batch, "val"), batch.labels.flatten()
-        assert isinstance(signal, DenseTeacher | TopKTeacher)  # a cache draws for training only
+        teacher, labels = self.teacher_signal(batch, "val"), batch.labels.flatten()
+        sums_of = distillation_sums if self.alignment is None else uld_sums
 
         def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            return distillation_sums(
+            return sums_of(
                 hidden.flatten(0, 1),
                 weight,
                 labels,
-                signal,
+                teacher,
                 vocab_size=len(self.tokenizer),
                 compiled=self.settings.compile_head,
                 documents=batch.documents,
             )
 
         sums = self.backbone(batch.input_ids, head, batch.spans)
-        if self.cache:  # some labels are not among the stored entries, so the loss is stored too
+        if self.cache:  # some labels are not among the stored tokens, so the loss is stored too
             nats = self.cache["val"].nats(batch.indices.cpu().numpy())
             sums[metric_names.DISTILL_TEACHER_LOSS] = torch.tensor(nats)
         return sums
-
-    def _sums_between_tokenizers(self, alignment: Alignment, batch: Batch) -> dict[str, Tensor]:
-        signal, entries = self.aligned_signal(alignment, batch), len(self.tokenizer)
-
-        def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            compiled, labels = self.settings.compile_head, batch.labels.flatten()
-            rows, documents = hidden.flatten(0, 1), batch.documents
-            return uld_sums(rows, weight[:entries], labels, signal, compiled=compiled, documents=documents)
-
-        return self.backbone(batch.input_ids, head)
 
     def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
         found = figures(sums, targets) if self.alignment is None else uld_figures(sums, targets)
@@ -278,8 +233,21 @@ class Distill(LanguageModel):
                 log.info("preflight: %d entries of the %s's vocabulary mean no token and are cut", cut, whose)
         if self.preflight == "off":
             return
-        for problem in distill_preflight.problems(self):
+        preflight = self.preflight_checks()
+        for problem in preflight.problems():
+            self.teacher_loss = preflight.teacher_loss
             if problem and self.preflight == "refuse":
                 raise InputError(f"{problem}\nGive a better teacher, or go on all the same with preflight=warn.")
             if problem:
                 log.warning("preflight: %s", problem)
+
+    def preflight_checks(self) -> Preflight:
+        """Return the checks of this teacher, student and loss."""
+        return Preflight(
+            student=self,
+            teacher_source=self.teacher_source,
+            signal=lambda batch: self.teacher_signal(batch, "val"),
+            loss=self.loss_settings,
+            mixing=self.mixing.share,
+            shares_tokenizer=self.alignment is None,
+        )

@@ -20,10 +20,11 @@ from gpt2lab import metric_names
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.document_groups import DOCUMENT_NATS, DOCUMENT_TARGETS, document_sums, warn_of_few_groups
 from gpt2lab.evaluation.document_losses import DocumentLosses
+from gpt2lab.losses.hidden_state_losses import hidden_state_distance
 from gpt2lab.losses.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
 from gpt2lab.losses.target_losses import target_losses
-from gpt2lab.losses.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
@@ -32,20 +33,29 @@ from lightning_modules.backbone_module import BackboneModule
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """What a teacher adds to a batch's loss.
+class DistillationTerm:
+    """A teacher's part of a batch's loss.
 
     Attributes:
-        signal: its distributions at all of the batch's positions; a stored one's at the targets only.
-        loss: the divergence, and how it is mixed with the cross-entropy.
-        mixing: () TAID's share of the teacher.
-        further: (hidden states (N, D), labels (N,), signal) → terms () added to the sum over the targets.
+        teacher: its distributions at all of the batch's positions, or at the targets only.
+        loss: the divergence, its weight beside the cross-entropy, and weights of the distances of hidden states.
+        mixing: TAID's share of the teacher.
+        projection: from the student's hidden width to the teacher's, for these distances; None: the widths are equal.
     """
 
-    signal: TeacherSignal
+    teacher: TeacherSignal
     loss: LossSettings
-    mixing: Tensor | None = None
-    further: Callable[[Tensor, Tensor, TeacherSignal], Tensor] | None = None
+    mixing: float = 1.0
+    projection: nn.Module | None = None
+
+    def mixing_on(self, device: torch.device) -> Tensor:
+        """TAID's share () as a tensor, so that a compiled loss is not compiled again at each step."""
+        return torch.full((), self.mixing, device=device)
+
+    def hidden_distance(self, hidden: Tensor, teacher: TeacherSignal, kept: Tensor) -> Tensor:
+        """Weighted distances () of last hidden states, student's (N, D) and teacher's, over the kept positions."""
+        mapped = hidden if self.projection is None else self.projection(hidden)
+        return hidden_state_distance(mapped, teacher.hidden_states, kept, self.loss)
 
 
 class LanguageModel(BackboneModule):
@@ -69,7 +79,7 @@ class LanguageModel(BackboneModule):
 
     def loss(self, batch: Batch) -> LMHeadLoss:
         """Training loss of one micro-batch, as sums over its targets."""
-        return self.head_loss(batch) if self.negatives is None else self._sampled_loss(batch, self.negatives)
+        return self.lm_head_loss(batch) if self.negatives is None else self._sampled_loss(batch, self.negatives)
 
     def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
         """What is logged of a step, from its two means per target token."""
@@ -104,34 +114,31 @@ class LanguageModel(BackboneModule):
 
     # The loss of a batch
 
-    def head_loss(self, batch: Batch, teaching: Teaching | None = None) -> LMHeadLoss:
-        """LM-head loss of one micro-batch: cross-entropy, or mixed with what a teacher says."""
+    def lm_head_loss(self, batch: Batch, term: DistillationTerm | None = None) -> LMHeadLoss:
+        """LM-head loss of one micro-batch: cross-entropy, or mixed with a divergence from a teacher."""
+        few_targets = batch.few_targets or (term is not None and term.teacher.rows < batch.labels.numel())
 
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
             rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
-            signal = teaching.signal if teaching else None
-            only_targets = isinstance(signal, TopKTeacher | SampledTeacher) and len(signal.ids) < len(labels)
-            if batch.few_targets or only_targets:
+            teacher = term.teacher if term else None
+            if few_targets:
                 targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
                 rows, labels = rows[targets], labels[targets]
-                if isinstance(signal, DenseTeacher):
-                    signal = replace(signal, hidden=signal.hidden[targets])
-                elif isinstance(signal, AlignedTeacher):
-                    signal = replace(signal, places=signal.places[targets])
+                teacher = teacher.at_targets(targets) if teacher else None
             result = lm_head_loss(
                 rows,
                 weight,
                 labels,
-                teacher=signal,
-                loss=teaching.loss if teaching else None,
+                teacher=teacher,
+                loss=term.loss if term else None,
                 hard=self.settings.cross_entropy,
-                mixing=teaching.mixing if teaching else None,
+                mixing=term.mixing_on(rows.device) if term else None,
                 vocab_size=len(self.tokenizer),
                 compiled=self.settings.compile_head,
             )
-            if teaching is None or teaching.further is None or signal is None:
+            if term is None or teacher is None or not term.loss.compares_hidden_states:
                 return result
-            return replace(result, total=result.total + teaching.further(rows, labels, signal))
+            return replace(result, total=result.total + term.hidden_distance(rows, teacher, labels != IGNORE_INDEX))
 
         return self.backbone(batch.input_ids, head, batch.spans)
 
@@ -149,7 +156,7 @@ class LanguageModel(BackboneModule):
 
     def on_train_start(self) -> None:
         objective = self.settings.objective
-        if objective.name == "sampled_softmax":
+        if objective.kind.samples_softmax:
             self.negatives = NegativeSampler(self._distribution(), objective.negatives, self.settings.seed)
         self._set_learning_rates()
         if self.validation_is_due:

@@ -17,6 +17,7 @@ from gpt2lab import metric_names
 from gpt2lab.analysis.setting_comparison import Comparison, compare, mean_interval
 from gpt2lab.analysis.sweep_axes import short_names
 from gpt2lab.evaluation.document_losses import DocumentLosses, loss_difference, mean_losses
+from gpt2lab.settings import OBJECTIVES
 
 if TYPE_CHECKING:
     from gpt2lab.evaluation.jackknife import DocumentDifference
@@ -25,7 +26,7 @@ SEED = "seed"
 UNFINISHED = ("waiting", "running")
 DATA_KEYS = ("data", "path", "val_path", "val_fraction", "source", "target")  # change what is measured
 TOKEN_KEYS = ("tokenizer", "vocab_size")  # change what a token is, and with it a loss of each token
-OWN_TARGETS = ("mlm", "fim")  # objectives whose loss is of other targets than the next token
+OWN_TARGETS = [name for name, kind in OBJECTIVES.items() if kind.rewrites_text]
 NAMED = 4  # settings in a sentence
 
 

@@ -60,9 +60,9 @@ class Objective:
             length: T of a whole window.
             draws: (B,) draw numbers.
         """
-        if self.settings.name == "mlm":
+        if self.settings.kind.fills_masks:
             return self._chosen(np.minimum(counts + 1, length))
-        if self.settings.name == "prefix_lm":
+        if self.settings.kind.bidirectional_prompt:
             return counts - self._prefixes(counts, draws) + 1
         return counts
 
@@ -72,22 +72,22 @@ class Objective:
         Args:
             draws: (B,) draw numbers.
         """
-        name = self.settings.name
+        kind = self.settings.kind
         counts = (batch.labels != IGNORE_INDEX).sum(1).numpy()  # (B,)
-        if name == "fim":
+        if kind.infills:
             batch = self._rearranged(batch, counts, draws)
         # Before any is hidden; −1 is no token
         starts = batch.input_ids == (-1 if self.end_of_text is None else self.end_of_text)
         both_ways: Tensor | int = 0
-        if name == "mlm":
+        if kind.fills_masks:
             lengths = np.minimum(counts + 1, batch.labels.shape[1])
             batch, both_ways = self._masked(batch, lengths, draws), torch.from_numpy(lengths)[:, None]
-        elif name == "prefix_lm":
+        elif kind.bidirectional_prompt:
             prefixes = torch.from_numpy(self._prefixes(counts, draws))[:, None]  # (B, 1)
             early = torch.arange(batch.labels.shape[1]) < prefixes - 1
             labels = batch.labels.masked_fill(early, IGNORE_INDEX)
             batch, both_ways = replace(batch, labels=labels, few_targets=True), prefixes - 1
-        if self.end_of_text is None and name not in ("mlm", "prefix_lm"):
+        if self.end_of_text is None and kind.is_causal:
             return batch
         return replace(batch, spans=spans_of(*document_bounds(starts), both_ways))
 

@@ -39,9 +39,9 @@ class Windows:
         batch = self.objective(plain, rows if draws is None else draws)
         if self.documents is None or draws is not None:
             return batch
-        is_mlm, kept = self.objective.settings.name == "mlm", batch.labels != IGNORE_INDEX
-        inputs = plain.input_ids if is_mlm else batch.input_ids
-        groups = self.documents.of_targets(rows * self.file.context, inputs, kept, at_input=is_mlm)
+        is_masked, kept = self.objective.settings.kind.fills_masks, batch.labels != IGNORE_INDEX
+        inputs = plain.input_ids if is_masked else batch.input_ids
+        groups = self.documents.of_targets(rows * self.file.context, inputs, kept, at_input=is_masked)
         return replace(batch, documents=groups)
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from gpt2lab.losses.teacher_signal import AlignedTeacher, AlignedText, DenseTeacher
+from gpt2lab.losses.aligned_teacher import AlignedTeacher, AlignedText
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.model.backbone import Backbone, load_backbone
 
 # What the teacher's weights are kept in under each of the run's precisions: it spares casting them at every step

@@ -25,8 +25,13 @@ from torch import Tensor
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.data_order import uniforms
 from gpt2lab.data.token_file import token_dtype
-from gpt2lab.losses.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
-from gpt2lab.settings import TeacherCacheSettings
+from gpt2lab.errors import InputError
+from gpt2lab.losses.dense_teacher import DenseTeacher
+from gpt2lab.losses.logit_chunks import logit_chunks
+from gpt2lab.losses.sampled_teacher import SampledTeacher
+from gpt2lab.losses.teacher_signal import TeacherSignal
+from gpt2lab.losses.top_k_teacher import TopKTeacher
+from gpt2lab.settings import LossSettings, TeacherCacheSettings
 from gpt2lab.storage.atomic_files import flush
 from gpt2lab.system.device import exact_dtype
 
@@ -121,8 +126,8 @@ class CacheSide:
                     _commit(records, nats, pending)
             _commit(records, nats, pending)
 
-    def signal(self, batch: Batch) -> TopKTeacher | SampledTeacher:
-        """What the teacher says at the batch's targets (their number, …), in the order of its flattened labels."""
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """Return the teacher's distributions at the batch's targets, in the order of its flattened labels."""
         records = self._map("bin", self._record)
         samples = batch.indices.cpu().numpy()
         found = records[record_numbers(self._map("index", "<i8"), samples, _targets_of_rows(batch)[: len(samples)])]
@@ -148,15 +153,16 @@ class CacheSide:
         labels = batch.labels.flatten()
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (targets,)
         records, losses = np.empty(len(numbers), self._record), np.empty(len(numbers), np.float32)
-        head = teacher.weight[: self.vocab_size]  # (V, Dt)
-        step = max(LOGITS_AT_A_TIME // self.vocab_size, 1)
-        for start in range(0, len(numbers), step):
-            part = slice(start, start + step)
-            logits = (teacher.hidden[kept[part].to(head.device)] @ head.T).float()  # (C, V)
-            log_p = logits.log_softmax(1)
-            losses[part] = -log_p.gather(1, labels[kept[part]].unsqueeze(1).to(head.device)).squeeze(1).cpu().numpy()
+        head, device = teacher.weight[: self.vocab_size], teacher.weight.device  # (V, Dt)
+        hidden, labels = (
+            teacher.at_targets(kept.to(device)).hidden,
+            labels[kept].to(device),
+        )  # (targets, Dt), (targets,)
+        for part, logits in logit_chunks(hidden, head, most=LOGITS_AT_A_TIME):
+            log_p = logits.float().log_softmax(1)  # (C, V)
+            losses[part] = -log_p.gather(1, labels[part].unsqueeze(1)).squeeze(1).cpu().numpy()
             if temperature != 1.0:
-                log_p = (logits / temperature).log_softmax(1)
+                log_p = (logits.float() / temperature).log_softmax(1)
             if self.settings.name == "sampled":
                 p = log_p.exp_()
                 records["ids"][part] = draws(p, self.settings.n, numbers[part], self.settings.draw_seed).cpu()
@@ -196,6 +202,23 @@ def cache_sides(folder: Path, settings: TeacherCacheSettings, vocab_size: int) -
         "train": CacheSide(folder, "train", settings, vocab_size),
         "val": CacheSide(folder, "val", of_val, vocab_size),
     }
+
+
+def check_stored(settings: TeacherCacheSettings, loss: LossSettings) -> None:
+    """Check that training records of this kind can serve the loss.
+
+    Raises:
+        ValueError: the message names the losses that they serve.
+    """
+    if settings.name == "sampled":
+        SampledTeacher.check(loss)
+    elif settings.name == "topk":
+        TopKTeacher.check(loss)
+        if not settings.tail and loss.is_reverse_kl:
+            raise InputError(
+                f"loss={loss.name} is infinite where the teacher has probability 0, as with teacher_cache.tail=false.\n"
+                "Use teacher_cache.tail=true, or another loss."
+            )
 
 
 def temperature_of(side: str, loss_temperature: float) -> float:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.token_bytes import special_counterparts, spelled_bytes
 from gpt2lab.data.tokenizer import TextEncoder
-from gpt2lab.losses.teacher_signal import AlignedText
+from gpt2lab.losses.aligned_teacher import AlignedText
 
 NO_CHARACTER = re.compile("([\udc80-\udcff]+)")  # bytes that decode to no character, as `surrogateescape` marks them
 NOWHERE = -1

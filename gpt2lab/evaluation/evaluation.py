@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
-from gpt2lab.evaluation.distillation_metrics import CALIBRATION_BINS, LIKELIEST
+from gpt2lab.evaluation.distillation_metrics import CALIBRATION_BINS
 from gpt2lab.evaluation.jackknife import (
     TOKENS,
     DocumentDifference,
@@ -27,9 +27,10 @@ from gpt2lab.evaluation.jackknife import (
     standard_errors,
     total,
 )
+from gpt2lab.losses.logit_chunks import logit_chunks
+from gpt2lab.losses.teacher_signal import TOP
 from gpt2lab.model.backbone import Backbone
 
-LOGITS_OF_A_CHUNK = 2**23
 BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibration"
 
 
@@ -183,7 +184,7 @@ def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Ten
         BYTES: token_bytes[labels],
         NATS: nats,
         TOP1: rank == 0,
-        TOP5: rank < LIKELIEST,
+        TOP5: rank < TOP,
         CALIBRATION: torch.zeros(len(labels), CALIBRATION_BINS, dtype=torch.float64).scatter_(
             1, bins[:, None], surplus[:, None]
         ),
@@ -191,17 +192,15 @@ def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Ten
 
 
 def _of_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each target (n,): nats, how many entries the model holds likelier, and the probability of its likeliest."""
-    rows_of_a_chunk, head = max(LOGITS_OF_A_CHUNK // len(weight), 1), weight.to(hidden.dtype).T  # (D, V)
-    for start in range(0, max(len(labels), 1), rows_of_a_chunk):  # without any row one empty chunk
-        part = slice(start, start + rows_of_a_chunk)
-        logits = (hidden[part] @ head).float()  # (C, V)
-        of_label = logits.gather(1, labels[part].unsqueeze(1))  # (C, 1)
-        normaliser = logits.logsumexp(1)
+    """Of each target (n,): nats, how many tokens rank higher, and the probability of the top-1 token."""
+    for rows, logits in logit_chunks(hidden, weight):
+        scores = logits.float()  # (C, V)
+        of_label = scores.gather(1, labels[rows].unsqueeze(1))  # (C, 1)
+        normaliser = scores.logsumexp(1)
         yield (
             normaliser - of_label.squeeze(1),
-            (logits > of_label).sum(1),
-            (logits.max(1).values - normaliser).exp(),
+            (scores > of_label).sum(1),
+            (scores.max(1).values - normaliser).exp(),
         )
 
 

@@ -15,7 +15,7 @@ from gpt2lab.evaluation.acceptance import Speculation, cost_ratio, speculation, 
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures, gap_closed
 from gpt2lab.evaluation.evaluation import NATS, Score, score_of, target_groups, target_values
 from gpt2lab.evaluation.jackknife import TOKENS, Figures, GroupedSums, Sums, standard_errors, total
-from gpt2lab.losses.lm_head_loss import DenseTeacher
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.model.backbone import Backbone
 
 BASELINE_NATS = "baseline_nats"

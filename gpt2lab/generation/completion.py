@@ -11,6 +11,7 @@ from gpt2lab.data.special_tokens import PLACE, Marks, marks_of
 from gpt2lab.errors import InputError
 from gpt2lab.generation.sampling import Sampling, generate_ids
 from gpt2lab.model.attention_masks import as_mask
+from gpt2lab.settings import OBJECTIVES
 
 GENERATED_TOGETHER = 16  # prompts
 SEEDS = 2**63
@@ -25,17 +26,18 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, objective: str) 
     """
     parts = [_encode(part, tokenizer) for part in prompt.split(PLACE)]
     gaps = len(parts) - 1
-    if objective == "mlm" and gaps:
+    kind = OBJECTIVES[objective]
+    if kind.fills_masks and gaps:
         marks = marks_of(tokenizer)
         return [*parts[0], *(token for part in parts[1:] for token in (marks.mask, *part))]
-    if objective == "fim" and gaps == 1:
+    if kind.infills and gaps == 1:
         return gap_prompt(parts[0], parts[1], marks_of(tokenizer))
-    if objective == "mlm":
+    if kind.fills_masks:
         raise InputError(f"A model of objective=mlm fills gaps, and the prompt has none.\nPut {PLACE} for each token.")
     if gaps:
         raise InputError(
             f"The prompt has {gaps} gaps ({PLACE}), and a model of objective={objective} fills "
-            f"{'one at a time' if objective == 'fim' else 'none'}."
+            f"{'one at a time' if kind.infills else 'none'}."
         )
     return parts[0]
 
@@ -60,7 +62,7 @@ def complete(
         stop: texts that end a completion.
         streamer: is given the tokens of a single prompt as they come.
     """
-    if objective == "mlm":
+    if OBJECTIVES[objective].fills_masks:
         return [filled(model, prompt, marks_of(tokenizer)) for prompt in prompts]
     completions: list[list[int]] = []
     for start in range(0, len(prompts), GENERATED_TOGETHER):
@@ -72,7 +74,7 @@ def complete(
             end_of_text=tokenizer.eos_token_id,
             entries=len(tokenizer),
             seed=(seed + start * SEED_STRIDE) % SEEDS,
-            both_ways=objective == "prefix_lm",
+            both_ways=OBJECTIVES[objective].bidirectional_prompt,
             streamer=streamer,
             stop=stop,
             tokenizer=tokenizer,

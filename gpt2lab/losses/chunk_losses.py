@@ -1,6 +1,6 @@
-"""Logit losses: from logits to their loss sums, and in place of the logits the gradient with respect to them.
+"""Chunk losses: from logits to their loss sums; the gradient with respect to the logits replaces them in place.
 
-Shapes: C positions, V vocabulary, K stored entries of a top-k or sampled teacher.
+Shapes: C positions, V vocabulary.
 Sums are (3,): objective, cross-entropy, divergence, over the positions that are kept.
 """
 
@@ -10,34 +10,27 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from gpt2lab.losses.divergences import (
-    SMALLEST_LOG,
-    Distribution,
-    Divergence,
-    divergence,
-    softmax,
-    universal_logit_distance,
-)
-from gpt2lab.losses.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TopKTeacher
+from gpt2lab.losses.divergences import Distribution, Divergence, divergence, softmax
+from gpt2lab.losses.teacher_signal import TeacherChunk
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 
-ABSENT = -1e20  # in place of a logit: below every real one, and finite where no entry is left
-
-# (logits (C, V), labels (C,), kept (C,), what the teacher says, TAID's mixing) → sums; the logits become their gradient
-ChunkFunction = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], Tensor]
+# (logits (C, V), labels (C,), kept (C,), teacher's chunk, TAID's mixing) → sums; the logits become their gradient
+ChunkFunction = Callable[[Tensor, Tensor, Tensor, TeacherChunk, Tensor | None], Tensor]
+# `TeacherSignal.term`: (teacher's chunk, student, temperature, divergence) → divergence (C,), its gradient (C, V)
+SoftTerm = Callable[[TeacherChunk, Distribution, float, Divergence], tuple[Tensor, Tensor]]
 
 
 @cache
 def chunk_function(
-    teacher: type, loss: LossSettings | None, hard: CrossEntropySettings, needs_gradient: bool, compiled: bool
+    term: SoftTerm | None, loss: LossSettings | None, hard: CrossEntropySettings, needs_gradient: bool, compiled: bool
 ) -> ChunkFunction:
-    """The work on logits for a form of teacher, or NoneType and no loss settings for plain cross-entropy.
+    """Return the function for one chunk's logits; without a teacher's term and loss settings, plain cross-entropy.
 
-    Logits stay as they are where no gradient is needed.
+    It leaves the logits unchanged where no gradient is needed.
     """
     work = partial(_hard_chunk, hard, needs_gradient)
-    if loss is not None:
-        work = partial(_mixed_chunk, teacher, loss, hard, needs_gradient)
+    if term is not None and loss is not None:
+        work = partial(_mixed_chunk, term, loss, hard, needs_gradient)
     return torch.compile(work) if compiled else work
 
 
@@ -47,7 +40,7 @@ def _hard_chunk(
     logits: Tensor,
     labels: Tensor,
     kept: Tensor,
-    teacher: tuple[Tensor, ...],
+    teacher: TeacherChunk,
     mixing: Tensor | None,
 ) -> Tensor:
     """Cross-entropy alone."""
@@ -61,14 +54,14 @@ def _hard_chunk(
 
 
 def _mixed_chunk(
-    teacher_kind: type,
+    term: SoftTerm,
     loss: LossSettings,
     hard: CrossEntropySettings,
     needs_gradient: bool,
     logits: Tensor,
     labels: Tensor,
     kept: Tensor,
-    teacher: tuple[Tensor, ...],
+    teacher: TeacherChunk,
     mixing: Tensor | None,
 ) -> Tensor:
     """hard_weight · cross-entropy + (1 − hard_weight) · divergence."""
@@ -77,7 +70,7 @@ def _mixed_chunk(
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     student = softmax(logits)
     tempered = student if temperature == 1.0 else softmax(logits, temperature)
-    distance, gradient = SOFT_TERMS[teacher_kind](tempered, teacher, temperature, divergence(loss, mixing))
+    distance, gradient = term(teacher, tempered, temperature, divergence(loss, mixing))
     distance = scale * distance
     cross_entropy, hard_loss = _hard_losses(student, safe_labels, hard)
     sums = _sums(kept, loss.hard_weight * hard_loss + soft_weight * distance, cross_entropy, distance)
@@ -109,57 +102,6 @@ def _hard_gradient(student: Distribution, labels: Tensor, hard: CrossEntropySett
     if hard.label_smoothing:
         gradient = gradient - hard.label_smoothing / gradient.shape[1]
     return _subtract_at_labels(weight * gradient, labels, weight * (1 - hard.label_smoothing))
-
-
-def _dense_term(
-    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
-) -> tuple[Tensor, Tensor]:
-    (teacher_logits,) = teacher  # (C, V)
-    return distance(softmax(teacher_logits, temperature), student)
-
-
-def _top_k_term(
-    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
-) -> tuple[Tensor, Tensor]:
-    """Divergence over K entries and one bucket for all others, whose logit is the logsumexp of theirs.
-
-    The bucket's gradient reaches its entries in proportion to their share of it. They have a softmax of their own, for
-    in that of the whole vocabulary all of them may underflow.
-    """
-    ids, logs = teacher  # (C, K), (C, K + 1)
-    others = student.scores.scatter(1, ids, ABSENT)  # (C, V)
-    largest = others.amax(1, keepdim=True)  # (C, 1)
-    others = others.sub_(largest).clamp_min_(SMALLEST_LOG).exp_()
-    total = others.sum(1, keepdim=True)  # (C, 1)
-    classes = torch.cat([student.scores.gather(1, ids), largest + total.log()], dim=1)  # (C, K + 1)
-    loss, gradient = distance(softmax(logs.to(classes.dtype)), softmax(classes))
-    return loss, others.mul_(gradient[:, -1:] / total).scatter_(1, ids, gradient[:, :-1])
-
-
-def _sampled_term(
-    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
-) -> tuple[Tensor, Tensor]:
-    """Forward KL estimated from draws: cross-entropy to the draws less the teacher's entropy."""
-    ids, entropy = teacher  # (C, K), (C,)
-    loss = -student.log_at(ids).mean(1) - entropy
-    share = torch.full_like(ids, -1.0 / ids.shape[1], dtype=student.value.dtype)
-    return loss, student.value.scatter_add(1, ids, share)
-
-
-def _aligned_term(
-    student: Distribution, teacher: tuple[Tensor, ...], temperature: float, distance: Divergence
-) -> tuple[Tensor, Tensor]:
-    """ULD, the one divergence between two vocabularies; 0 where the teacher has no position that fits."""
-    teacher_logits, matched = teacher  # (C, W), (C,)
-    return universal_logit_distance(softmax(teacher_logits, temperature), student, matched)
-
-
-SOFT_TERMS = {
-    DenseTeacher: _dense_term,
-    TopKTeacher: _top_k_term,
-    SampledTeacher: _sampled_term,
-    AlignedTeacher: _aligned_term,
-}
 
 
 def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:

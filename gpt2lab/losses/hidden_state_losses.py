@@ -1,4 +1,4 @@
-"""Distances between the last hidden states of student and teacher, as further terms of a distillation loss.
+"""Distances between the last hidden states of student and teacher, as extra terms of a distillation loss.
 
 Shapes: N positions, D the student's hidden width, Dt the teacher's.
 """
@@ -6,6 +6,18 @@ Shapes: N positions, D the student's hidden width, Dt the teacher's.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gpt2lab.settings import LossSettings
+
+
+def hidden_state_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor, loss: LossSettings) -> Tensor:
+    """Σ over the kept positions of both distances by their weights in `loss`: (N, Dt) twice, (N,) bool → ()."""
+    total = hidden.new_zeros(())
+    if loss.hidden_cosine:
+        total = total + loss.hidden_cosine * cosine_distance(hidden, teacher_hidden, kept)
+    if loss.hidden_mse:
+        total = total + loss.hidden_mse * squared_distance(hidden, teacher_hidden, kept)
+    return total
 
 
 def cosine_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor) -> Tensor:

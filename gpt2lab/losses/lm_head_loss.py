@@ -16,7 +16,7 @@ Gradient per position, with q the student's probabilities at temperature 1, y th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.losses.chunk_losses import ChunkFunction, chunk_function
-from gpt2lab.losses.divergences import LINEAR_IN_TEACHER
-from gpt2lab.losses.teacher_signal import AlignedTeacher, DenseTeacher, SampledTeacher, TeacherSignal, TopKTeacher
+from gpt2lab.losses.logit_chunks import Head, compute_dtype, even_chunk_rows, transposed
+from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products share
@@ -71,9 +71,8 @@ def lm_head_loss(
             teacher's entries where those are fewer, and so is the teacher's: padding is in no softmax.
         labels: (N,) int64 below the smaller vocabulary; `ignore_index` marks positions that count neither as loss nor
             as token.
-        teacher: needs `loss`; without it the loss is plain cross-entropy. Draws (SampledTeacher) serve forward KL only,
-            a top-k teacher every divergence but mse and uld, and one with another vocabulary (AlignedTeacher), which is
-            not cut, uld only.
+        teacher: needs `loss`; without it the loss is plain cross-entropy. `teacher.check` defines which losses a kind
+            of teacher serves.
         hard: label smoothing and z-loss of the cross-entropy.
         mixing: () TAID's share of the teacher.
         chunk_rows: C; by default as many as BYTES_OF_A_CHUNK hold logits, in chunks of one size.
@@ -90,10 +89,10 @@ def lm_head_loss(
     if (teacher is None) != (loss is None):
         raise ValueError("teacher and loss settings belong together: give both or neither.")
     if teacher is not None and loss is not None:
-        check_served(teacher, loss)
+        teacher.check(loss)
     entries = min(weight.shape[0], vocab_size or weight.shape[0])
-    if isinstance(teacher, DenseTeacher):
-        entries = min(entries, teacher.weight.shape[0])
+    if teacher is not None:
+        entries = teacher.shared_vocabulary(entries)
     kept = labels != ignore_index  # (N,)
     total, cross_entropy, distance = _ChunkedLoss.apply(
         hidden,
@@ -106,35 +105,15 @@ def lm_head_loss(
         compiled,
         mixing,
         entries,
-        chunk_rows or rows_of_a_chunk(hidden.shape[0], entries * _compute_dtype(hidden).itemsize),
+        chunk_rows or rows_of_a_chunk(hidden.shape[0], entries * compute_dtype(hidden).itemsize),
         torch.is_grad_enabled(),
     )
     return LMHeadLoss(total, kept.sum(), cross_entropy, distance)
 
 
-def check_served(teacher: TeacherSignal, loss: LossSettings) -> None:
-    """Refuse a divergence that this form of teacher cannot give.
-
-    Raises:
-        ValueError: says which teacher can.
-    """
-    if isinstance(teacher, SampledTeacher) and loss.name not in LINEAR_IN_TEACHER:
-        raise ValueError(
-            f"loss={loss.name} is not linear in the teacher's probabilities, so draws from them would bias it; "
-            "draws serve loss=forward_kl."
-        )
-    if isinstance(teacher, TopKTeacher) and loss.name in ("mse", "uld"):
-        raise ValueError(f"loss={loss.name} compares every logit, and a top-k teacher has only some.")
-    if isinstance(teacher, AlignedTeacher) and loss.name != "uld":
-        raise ValueError(
-            f"loss={loss.name} compares entry by entry, and this teacher's are other tokens; use loss=uld."
-        )
-
-
 def rows_of_a_chunk(rows: int, row_bytes: int) -> int:
-    """C: as many of the rows, `row_bytes` of logits each, as BYTES_OF_A_CHUNK hold, in chunks of one size."""
-    chunks = -(-rows * row_bytes // BYTES_OF_A_CHUNK)
-    return -(-rows // max(chunks, 1)) or 1
+    """Return C: as many rows, with `row_bytes` of logits each, as BYTES_OF_A_CHUNK hold, in chunks of equal size."""
+    return even_chunk_rows(rows, row_bytes, BYTES_OF_A_CHUNK)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -154,17 +133,17 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_rows: int,
         gradients_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        compute_dtype = _compute_dtype(hidden)
-        transposed, add = _compiled_passes() if compiled else (_transposed, _add)
-        head = transposed(weight[:entries], compute_dtype)  # (D, V')
-        targets_of = _teacher_rows(teacher, entries, compute_dtype, transposed)
+        dtype = compute_dtype(hidden)
+        lay_out, add = _compiled_passes() if compiled else (_padded, _add)
+        head = lay_out(weight[:entries], dtype)  # (D, V')
+        read_teacher = teacher.reader(entries, partial(_workspace_head, lay_out, dtype)) if teacher else None
         # needs_input_grad holds under no_grad too, where validation would pay for gradients that nobody asks for.
         hidden_needs_gradient, weight_needs_gradient = (
             gradients_enabled and needs for needs in ctx.needs_input_grad[:2]
         )
         needs_gradient = hidden_needs_gradient or weight_needs_gradient
-        kind: Any = type(teacher)
-        work: ChunkFunction = chunk_function(kind, loss, hard, needs_gradient, compiled)
+        term = teacher.term if teacher else None
+        work: ChunkFunction = chunk_function(term, loss, hard, needs_gradient, compiled)
         accumulate_dtype = torch.promote_types(torch.float32, weight.dtype)
         sums = torch.zeros(3, dtype=accumulate_dtype, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if hidden_needs_gradient else None
@@ -172,20 +151,20 @@ class _ChunkedLoss(torch.autograd.Function):
 
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            chunk = hidden[rows].to(compute_dtype)  # (C, D)
-            gradient = _logits(chunk, head, "student")  # (C, V'), which the work on them replaces by their gradient
+            chunk = hidden[rows].to(dtype)  # (C, D)
+            gradient = _logits(chunk, head, "student")  # (C, V'), replaced in place by their gradient
             logits = gradient[:, :entries]
             for part in _slices(len(gradient), ROWS_OF_A_TEACHER if gradient.device.type == "cpu" else len(gradient)):
-                said = targets_of(slice(start + part.start, start + part.stop))
+                read = read_teacher(slice(start + part.start, start + part.stop)) if read_teacher else ()
                 for block in _blocks(logits[part]):
                     places = slice(start + part.start + block.start, start + part.start + block.stop)
-                    of_block = tuple(tensor[block] for tensor in said)
+                    of_block = tuple(tensor[block] for tensor in read)
                     sums += work(logits[part][block], labels[places], kept[places], of_block, mixing)
             if not needs_gradient:
                 continue
             if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ head.T
-            if weight_gradient is not None and weight_gradient.dtype == compute_dtype:
+            if weight_gradient is not None and weight_gradient.dtype == dtype:
                 weight_gradient[:entries].addmm_(logits.T, chunk)
             elif weight_gradient is not None:
                 add(weight_gradient[:entries], _outer_product(gradient, chunk)[:entries])
@@ -207,32 +186,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden_gradient, weight_gradient, *(None,) * 10
 
 
-def _teacher_rows(
-    teacher: TeacherSignal | None,
-    entries: int,
-    dtype: torch.dtype,
-    transposed: Callable[[Tensor, torch.dtype], Tensor],
-) -> Callable[[slice], tuple[Tensor, ...]]:
-    """What a chunk is told of its teacher: a function of the chunk's rows."""
-    match teacher:
-        case DenseTeacher():
-            head = transposed(teacher.weight[:entries], dtype)  # (Dt, V')
-            return lambda rows: (_logits(teacher.hidden[rows].to(dtype), head, "teacher")[:, :entries],)
-        case AlignedTeacher():
-            own_head, own_entries = transposed(teacher.weight, dtype), teacher.weight.shape[0]  # (Dt, W'), W
-            return lambda rows: (
-                _logits(teacher.hidden[teacher.places[rows].clamp_min(0)].to(dtype), own_head, "teacher")[
-                    :, :own_entries
-                ],
-                teacher.places[rows] >= 0,
-            )
-        case TopKTeacher():
-            logs = teacher.class_logs
-            return lambda rows: (teacher.ids[rows], logs[rows])
-        case SampledTeacher():
-            return lambda rows: (teacher.ids[rows], teacher.entropy[rows])
-        case None:
-            return lambda rows: ()
+def _workspace_head(lay_out: Callable[[Tensor, torch.dtype], Tensor], dtype: torch.dtype, weight: Tensor) -> Head:
+    """Return the product with a teacher's head (V, Dt); on a CPU the next product overwrites the logits."""
+    head, entries = lay_out(weight, dtype), len(weight)  # (Dt, V')
+    return lambda hidden: _logits(hidden.to(dtype), head, "teacher")[:, :entries]
 
 
 _workspaces: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -262,12 +219,11 @@ def _slices(rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, D) → (D, V'). In bf16 a CPU multiplies by a transposed view half as fast as by a matrix laid out so."""
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, D) → (D, V')."""
     if padding := _padding(weight):  # F.pad copies where there is nothing to pad, too
         return F.pad(weight.to(dtype), (0, 0, 0, padding)).T
-    transposed = weight.to(dtype).T
-    return transposed.contiguous() if dtype.itemsize == 2 and weight.device.type == "cpu" else transposed
+    return transposed(weight, dtype)
 
 
 def _padding(weight: Tensor) -> int:
@@ -289,9 +245,4 @@ def _add(total: Tensor, summand: Tensor) -> None:
 @cache
 def _compiled_passes() -> tuple[Callable[[Tensor, torch.dtype], Tensor], Callable[[Tensor, Tensor], None]]:
     """In one pass over memory where the eager versions take two or three; importing the compiler takes a second."""
-    return torch.compile(_transposed), torch.compile(_add)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.compile(_padded), torch.compile(_add)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.losses.divergences import SMALLEST_LOG
+from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks
 
 LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
 LOGITS_OF_A_BLOCK = 2**20  # worked on together on a CPU, whose cache holds the intermediate results
@@ -20,7 +21,7 @@ LOGITS_OF_A_BLOCK = 2**20  # worked on together on a CPU, whose cache holds the 
 def target_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int | None = None, compiled: bool = False
 ) -> Tensor:
-    """Nats of each target (n,), at least in fp32. Under autocast the matrix products run in its dtype.
+    """Return the nats of each target (n,), at least in fp32. Under autocast the matrix products run in its dtype.
 
     Args:
         hidden: (n, D) hidden states at the targets.
@@ -28,19 +29,13 @@ def target_losses(
         labels: (n,) int64.
         compiled: run the work on a chunk's logits through torch.compile.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype, head = compute_dtype(hidden), weight[:vocab_size]
+    chunks = logit_chunks(hidden, head, most=LOGITS_OF_A_CHUNK, dtype=dtype)
+    device, work, parts = hidden.device.type, _chunk_function(compiled), []
     with torch.autocast(device, enabled=False):
-        head = weight[:vocab_size].to(dtype).T  # (D, V)
-        # In bf16 a CPU multiplies by a transposed view half as fast as by a matrix laid out so.
-        head = head.contiguous() if dtype.itemsize == 2 and device == "cpu" else head
-        rows = max(LOGITS_OF_A_CHUNK // head.shape[1], 1)
-        block = max(LOGITS_OF_A_BLOCK // head.shape[1], 1) if device == "cpu" else rows
-        work, parts = _chunk_function(compiled), []
-        for start in range(0, len(labels), rows):
-            logits = hidden[start : start + rows].to(dtype) @ head  # (C, V)
-            of_chunk = zip(logits.split(block), labels[start : start + rows].split(block), strict=True)
-            parts += [work(*of_block) for of_block in of_chunk]
+        for rows, logits in chunks if len(labels) else ():
+            block = max(LOGITS_OF_A_BLOCK // len(head), 1) if device == "cpu" else len(logits)
+            parts += [work(*part) for part in zip(logits.split(block), labels[rows].split(block), strict=True)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(torch.float32, dtype))
 
 

@@ -1,89 +1,133 @@
-"""Teacher signal: the forms in which a teacher's next-token distributions reach the LM-head loss.
+"""Teacher signal: the form in which a teacher's next-token distributions reach the loss and the metrics.
 
-Shapes: N positions, Dt the teacher's hidden width, V vocabulary, K stored entries of one position.
+Each kind of teacher is one subclass of `TeacherSignal` in one file: `DenseTeacher`, `TopKTeacher`, `SampledTeacher`,
+`AlignedTeacher`. No other code depends on the kind.
+
+Shapes: N positions, C positions of one chunk, D and Dt hidden widths of student and teacher, V vocabulary, K stored
+tokens of one position.
 """
 
-import math
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from gpt2lab.losses.divergences import Distribution, Divergence
+from gpt2lab.losses.logit_chunks import Head
+from gpt2lab.settings import LossSettings
 
-@dataclass(frozen=True)
-class DenseTeacher:
-    """A teacher given by what its own head would multiply; the width Dt may differ from the student's."""
+TOP = 5  # tokens that the agreement metrics compare
 
-    hidden: Tensor  # (N, Dt)
-    weight: Tensor  # (V, Dt)
+TeacherChunk = tuple[Tensor, ...]  # a teacher's distributions at C rows; only the class that made it reads it
 
 
-@dataclass(frozen=True)
-class TopKTeacher:
-    """The K most likely entries at the loss's temperature, and the probability of all others together.
+class Classes(NamedTuple):
+    """A teacher's distribution over E classes: the V tokens, or K tokens and one class for all others."""
 
-    Without `logs` a probability of 0 counts as the smallest number of its dtype.
-    """
+    log_p: Tensor  # (C, E) teacher's log-probabilities
+    labels: Tensor  # (C,) class of each label
+    top1: Tensor  # (C,) class of the teacher's top-1 token
+    top5: Tensor  # (C, 5) the teacher's top-5 tokens, best first
+    log_q: Tensor | None = None  # (C, E) student's log-probabilities of these classes; None: the classes are the tokens
 
-    ids: Tensor  # (N, K) int64, no entry twice in a row
-    probabilities: Tensor  # (N, K)
-    tail: Tensor  # (N,) probability of all other entries; 0 where the K were scaled to sum to 1
-    logs: Tensor | None = None  # (N, K + 1) log-probabilities of the K and of all others, exact where those underflow
+
+class TeacherLoss(NamedTuple):
+    """A teacher's cross-entropy on a text: `nats` over `scored` of the text's `wanted` units (targets, or bytes)."""
+
+    nats: Tensor  # ()
+    scored: int
+    wanted: int
 
     @property
-    def class_logs(self) -> Tensor:
-        """(N, K + 1) log-probabilities of the K entries and of all others together; −inf where these have none."""
-        if self.logs is not None:
-            return self.logs
-        given = torch.finfo(self.probabilities.dtype)
-        top = self.probabilities.to(torch.promote_types(torch.float32, self.probabilities.dtype)).log()  # (N, K)
-        tail = self.tail.to(top.dtype).clamp_min(0).log().unsqueeze(1)  # (N, 1)
-        return torch.cat([top.clamp_min(math.log(given.tiny) + math.log(given.eps)), tail], dim=1)
-
-    def select(self, rows: slice) -> "TopKTeacher":
-        """The teacher at these positions only."""
-        logs = self.logs[rows] if self.logs is not None else None
-        return TopKTeacher(self.ids[rows], self.probabilities[rows], self.tail[rows], logs)
+    def extrapolated(self) -> Tensor:
+        """() nats over all of the text."""
+        return self.nats.float() * (self.wanted / max(self.scored, 1))
 
 
-@dataclass(frozen=True)
-class SampledTeacher:
-    """K independent draws from the teacher's distribution at the loss's temperature; an entry may be drawn often.
+class TeacherSignal(ABC):
+    """A teacher's next-token distributions at N positions: all of a batch, or its targets only."""
 
-    Source: random-sampling distillation, arXiv 2503.16870. Its estimate of the forward KL has no bias.
-    """
+    only_targets: ClassVar[bool] = False  # whether the rows are a batch's targets, in the order of its labels
 
-    ids: Tensor  # (N, K) int64
-    entropy: Tensor  # (N,) nats, of the whole distribution: turns the cross-entropy to the draws into a KL
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """N."""
+
+    @abstractmethod
+    def select(self, positions: Tensor) -> Self:
+        """Return the signal at these rows only."""
+
+    @abstractmethod
+    def reader(self, vocab_size: int, head_of: Callable[[Tensor], Head]) -> Callable[[slice], TeacherChunk]:
+        """Return a function from rows to their chunk.
+
+        Args:
+            vocab_size: tokens of the softmax, from `shared_vocabulary`.
+            head_of: from a head weight (V, Dt) to the product with it.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def term(
+        chunk: TeacherChunk, student: Distribution, temperature: float, distance: Divergence
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergence (C,) and its gradient (C, V) with respect to the student's tempered logits."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, loss: LossSettings) -> None:
+        """Raise ValueError where this kind of teacher cannot serve the loss; the message names what can."""
+
+    @staticmethod
+    def classes(chunk: TeacherChunk, log_q: Tensor, labels: Tensor) -> Classes:
+        """Return the distributions that the distillation metrics compare with a student's log-probabilities (C, V)."""
+        raise ValueError("This kind of teacher has no distribution over the student's tokens to compare with.")
+
+    def loss(self, labels: Tensor, vocab_size: int) -> TeacherLoss:
+        """Return the teacher's cross-entropy on the labels (N,), none of which is ignored."""
+        raise ValueError("This kind of teacher has no log-probability of the labels.")
+
+    def shared_vocabulary(self, vocab_size: int) -> int:
+        """Return how many of the student's `vocab_size` tokens the softmax covers."""
+        return vocab_size
+
+    def at_targets(self, targets: Tensor) -> Self:
+        """Return the signal at a batch's targets, given by their positions (targets,) in ascending order."""
+        return self if self.only_targets or len(targets) == self.rows else self.select(targets)
+
+    def equals(self, other: Self) -> bool:
+        """Return whether both hold the same tensors."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return all(torch.equal(one, same) for one, same in pairs if isinstance(one, Tensor))
+
+    def in_fp32(self) -> Self:
+        """Return the same signal, computing logits in fp32."""
+        return self
+
+    @property
+    def matched(self) -> Tensor:
+        """(N,) bool: whether the teacher has a distribution at this position."""
+        return torch.ones(self.rows, dtype=torch.bool)
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """(N, Dt) last hidden states, for the losses that compare them."""
+        raise ValueError("This kind of teacher has no hidden states; leave out loss.hidden_cosine and loss.hidden_mse.")
 
 
-@dataclass(frozen=True)
-class AlignedText:
-    """The text of a batch in the tokens of a teacher that has another tokenizer (tokenizer_alignment.py).
-
-    Shapes: B sequences, U of the teacher's tokens, M = B·U; N = B·T positions of the student.
-    """
-
-    input_ids: Tensor  # (B, U) int64, padded on the right
-    labels: Tensor  # (M,) int64: the token that follows; IGNORE_INDEX where it is not all within the targets
-    places: Tensor  # (N,) int64 in 0 … M − 1: which position predicts at the same byte of the text; −1: none
-    label_bytes: int  # that `labels` spell, a special token counting as one
-    target_bytes: int  # that the student's targets spell, likewise
-
-    def to(self, device: torch.device) -> "AlignedText":
-        """The same on a device."""
-        tensors = {name: vars(self)[name].to(device) for name in ("input_ids", "labels", "places")}
-        return replace(self, **tensors)
+def token_classes(log_p: Tensor, labels: Tensor, top5: Tensor) -> Classes:
+    """Return classes that are the tokens themselves: teacher's log-probabilities (C, V), labels (C,), top-5 (C, 5)."""
+    return Classes(log_p, labels, top5[:, 0], top5)
 
 
-@dataclass(frozen=True)
-class AlignedTeacher:
-    """A teacher with a vocabulary of its own; it speaks where both tokenizers begin a token at the same byte."""
-
-    hidden: Tensor  # (M, Dt) at its own positions
-    weight: Tensor  # (W, Dt) W: its own vocabulary
-    places: Tensor  # (N,) int64, as of the text
-    text: AlignedText
+def top_tokens(scores: Tensor) -> Tensor:
+    """(C, V) → (C, 5) tokens, best first."""
+    return scores.topk(min(TOP, scores.shape[1]), dim=1).indices
 
 
-TeacherSignal = DenseTeacher | TopKTeacher | SampledTeacher | AlignedTeacher
+def log_softmax(logits: Tensor) -> Tensor:
+    """(C, V) → (C, V), at least in fp32."""
+    return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=1)

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2lab.data.special_tokens import marks_of
 from gpt2lab.errors import ExportError
+from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.atomic_files import replaced_folder
 
 TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a fresh one
@@ -137,7 +138,7 @@ def _model_card(card: dict[str, str], objective: str, tokenizer: PreTrainedToken
     facts = "\n".join(f"- {name}: {value}" for name, value in card.items() if name != "title")
     return f"""---
 library_name: transformers
-pipeline_tag: {"fill-mask" if objective == "mlm" else "text-generation"}
+pipeline_tag: {"fill-mask" if OBJECTIVES[objective].fills_masks else "text-generation"}
 tags: [gpt2]
 ---
 
@@ -157,7 +158,8 @@ tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.f
 
 def _example(objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Python that runs such a model with transformers alone."""
-    if objective == "mlm":
+    kind = OBJECTIVES[objective]
+    if kind.fills_masks:
         mask = marks_of(tokenizer).mask
         return f"""\
 import torch
@@ -167,7 +169,7 @@ ids = torch.tensor([[*parts[0], {mask}, *parts[1]]])  # {mask} stands for what i
 everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
 logits = model(ids, attention_mask=everything, use_cache=False).logits[0, len(parts[0])]
 print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
-    if objective == "prefix_lm":
+    if kind.bidirectional_prompt:
         return """\
 import torch
 
@@ -176,7 +178,7 @@ place = torch.arange(ids.shape[1])
 sees = (place <= place[:, None]) | (place < ids.shape[1] - 1)  # the prompt, but for its last token, both ways
 logits = model(ids, attention_mask=sees[None, None], use_cache=False).logits[0, -1]
 print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
-    if objective == "fim":
+    if kind.infills:
         marks = marks_of(tokenizer)
         return f"""\
 import torch

@@ -23,8 +23,10 @@ from transformers import GPT2LMHeadModel
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.losses.divergences import finite
+from gpt2lab.losses.logit_chunks import logit_chunks
 from gpt2lab.model.attention_masks import as_mask, document_bounds, positions_of, spans_of, visible
 from gpt2lab.reports.head_summary import habits
+from gpt2lab.settings import OBJECTIVES
 
 LIKELIEST = 5
 ROWS_OF_A_CHUNK = 64  # of which logits exist at a time
@@ -71,7 +73,7 @@ def reading_of_text(
     """
     ids = [*prompt, *following][-room:]
     given = max(len(ids) - len(following), 0)
-    both_ways = max(given - 1, 0) if objective == "prefix_lm" else 0
+    both_ways = max(given - 1, 0) if OBJECTIVES[objective].bidirectional_prompt else 0
     labels = [*ids[1:], IGNORE_INDEX]
     labels[:both_ways] = [IGNORE_INDEX] * both_ways
     marks = [written and place >= given for place in range(len(ids))]
@@ -97,7 +99,8 @@ def reading_of_batch(batch: Batch, objective: str, tokens: int) -> Reading:
     Args:
         tokens: how many; more where the first half of so many would not reach the tokens that are predicted.
     """
-    targets, fills = (batch.labels[0] != IGNORE_INDEX).nonzero().flatten().tolist(), objective == "mlm"
+    targets = (batch.labels[0] != IGNORE_INDEX).nonzero().flatten().tolist()
+    fills = OBJECTIVES[objective].fills_masks
     length = min(len(batch.labels[0]), tokens)
     if targets and not fills:
         length = min(targets[-1] + 1, max(targets[0] + tokens // 2, tokens))
@@ -258,9 +261,9 @@ def _kept_attention(model: GPT2LMHeadModel, spans: Tensor, shown: int) -> Iterat
 
 def _log_probabilities(model: GPT2LMHeadModel, hidden: Tensor, entries: int) -> Iterator[Tensor]:
     """Hidden states (N, D) → log-probabilities (C, V) in fp32 on the CPU, chunk by chunk."""
-    weight = model.transformer.wte.weight[:entries].float()
-    for rows in hidden.float().split(ROWS_OF_A_CHUNK):
-        yield (rows @ weight.T).log_softmax(1).cpu()
+    weight = model.transformer.wte.weight[:entries]
+    for _, logits in logit_chunks(hidden, weight, rows=ROWS_OF_A_CHUNK, dtype=torch.float32):
+        yield logits.log_softmax(1).cpu()
 
 
 def nearest(weight: Tensor, ids: Sequence[int], entries: int, count: int) -> list[list[tuple[int, float]]]:

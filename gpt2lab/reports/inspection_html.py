@@ -19,6 +19,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from gpt2lab.reports.inspection import LONGEST_MAP, LONGEST_STRIP, Inspection, Reading, inspect_reading, nearest
 from gpt2lab.reports.report_html import STYLE
 from gpt2lab.reports.token_display import token_texts, with_signs
+from gpt2lab.settings import OBJECTIVES, ObjectiveKind
 from gpt2lab.storage.atomic_files import write_text
 
 NEIGHBOURS = 8
@@ -45,10 +46,8 @@ see what it attends to."""
 NEAR = """Rows of the embedding matrix, which also is the output head: entries whose vectors point the same way (by
 the cosine of their angle) are read alike and predicted in the same places. In a model that has learned little they
 are neighbours by chance."""
-UNPREDICTED = {
-    "mlm": "It is given, not predicted: this model predicts hidden tokens only.",
-    "prefix_lm": "It belongs to the source, which is read both ways and not predicted.",
-}
+UNMASKED = "It is given, not predicted: this model predicts hidden tokens only."
+SOURCE = "It belongs to the source, which is read both ways and not predicted."
 FIRST = "Nothing stands before it, so the model had no say about it."
 
 
@@ -132,7 +131,7 @@ class Page:
             "first": self.first,
             "places": seen.places,
             "entries": len(self.tokenizer),
-            "unpredicted": UNPREDICTED.get(self.objective, FIRST),
+            "unpredicted": _why_unpredicted(OBJECTIVES[self.objective]),
             "model": self._expected(seen.expectations),
             "teacher": beside
             and {**self._expected(beside.expectations), "kl": _short(beside.kl), "tvd": _short(beside.tvd)},
@@ -330,6 +329,13 @@ def _counted(number: int, name: str) -> str:
 
 def _buttons(names: list[tuple[str, str]]) -> str:
     return "".join(f'<button type="button" value="{value}">{escape(label)}</button>' for value, label in names)
+
+
+def _why_unpredicted(kind: ObjectiveKind) -> str:
+    """Return the note on a token that the model did not predict."""
+    if kind.fills_masks:
+        return UNMASKED
+    return SOURCE if kind.bidirectional_prompt else FIRST
 
 
 def _notes(notes: list[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.hub import is_hub_id, require_hub
 from gpt2lab.storage.utf8 import check_text
 
@@ -94,8 +95,9 @@ def read_shape(folder: Path) -> dict[str, int]:
 
 
 def read_objective(folder: Path) -> str:
-    """The objective that the model in a folder was trained with, as its config.json says; clm where it does not."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("objective", "clm"))
+    """Return the objective in a model folder's config.json; clm where it names none of ours."""
+    name = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("objective", "clm"))
+    return name if name in OBJECTIVES else "clm"
 
 
 def parameters_of(shape: dict[str, Any]) -> int:

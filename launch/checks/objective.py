@@ -3,9 +3,6 @@
 from gpt2lab.errors import InputError
 from launch.config.schema import RunConfig
 
-OF_RUNNING_TEXT = ("mlm", "fim")
-DRAWN_ANEW = ("mlm", "fim", "prefix_lm")  # for windows of running text: every epoch another batch of the same window
-
 
 def check(config: RunConfig) -> None:
     """What an objective, or packing, leaves no choice about.
@@ -21,7 +18,7 @@ def check(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig) -> None:
     name = config.objective.name
-    if name in OF_RUNNING_TEXT and config.takes_pairs:
+    if config.objective.kind.rewrites_text and config.takes_pairs:
         raise InputError(
             f"objective={name} is for running text, and data={config.groups['data']} are pairs.\n"
             "Give objective=clm or objective=prefix_lm, or running text such as data=stdlib."
@@ -29,7 +26,7 @@ def _check_data(config: RunConfig) -> None:
 
 
 def _check_sampled_softmax(config: RunConfig) -> None:
-    if config.objective.name != "sampled_softmax":
+    if not config.objective.kind.samples_softmax:
         return
     if config.task_name == "distill":
         raise InputError(
@@ -45,7 +42,7 @@ def _check_sampled_softmax(config: RunConfig) -> None:
 
 def _check_distillation(config: RunConfig) -> None:
     name, cache, sequences = config.objective.name, config.teacher_cache.name, config.sequences.name
-    if cache != "none" and name in DRAWN_ANEW and not config.takes_pairs:
+    if cache != "none" and not config.objective.kind.scores_all_text and not config.takes_pairs:
         raise InputError(
             f"teacher_cache={cache} stores what the teacher says once, and objective={name} asks something else in "
             "every epoch.\nGive teacher_cache=none, or objective=clm."

@@ -23,9 +23,13 @@ from launch.config.targets import parse_permissions
 
 FREE_TEXT = tuple(name for name, meaning in keys_of(RunConfig) if meaning.free_text)
 FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
-FLAGS_WITH_VALUE = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-FLAGS = (*FLAGS_WITH_VALUE, "--help", "-h", "--version", "--resolve", "--multirun", "-m")
+FLAGS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir")
+FLAGS_WITH_VALUE += ("-cd", "--package", "-p")
+INFO = ("--info", "-i")  # whose value may be left out
+FLAGS: tuple[str, ...] = (*FLAGS_WITH_VALUE, *INFO, "--help", "-h", "--hydra-help", "--version", "--resolve")
+FLAGS += ("--multirun", "-m", "--shell-completion", "-sc")
 SHOWN = ("job", "hydra", "all")  # values of --cfg
+SHOWN_OF_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def command() -> str:
@@ -86,7 +90,7 @@ def _flags_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
             overrides.append(argument)
             continue
         flags.append(argument)
-        if argument in FLAGS_WITH_VALUE and left:
+        if left and (argument in FLAGS_WITH_VALUE or (argument in INFO and left[0] in SHOWN_OF_INFO)):
             flags.append(left.pop(0))
     return flags, overrides
 
@@ -104,6 +108,9 @@ def _check_flags(arguments: list[str]) -> None:
             raise InputError(f"{flag} needs a value, for example --cfg {SHOWN[0]}.")
         if flag in ("--cfg", "-c") and value not in SHOWN:
             raise InputError(f"{flag} {value}: give one of {', '.join(SHOWN)}.")
+        is_value = value and not value.startswith("-") and "=" not in value
+        if flag in INFO and is_value and value not in SHOWN_OF_INFO:
+            raise InputError(f"{flag} {value}: give one of {', '.join(SHOWN_OF_INFO)}.")
     if "--resolve" in arguments and not {"--cfg", "-c"} & set(arguments):
         raise InputError("--resolve belongs to --cfg: python train.py --cfg job --resolve")
 

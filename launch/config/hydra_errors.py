@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from gpt2lab.errors import InputError
 from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
+from launch.config.known_keys import owned_trainer_argument
 from launch.config.schema import RunConfig
 
 
@@ -91,6 +92,8 @@ def _unknown_key(cause: OmegaConfBaseException) -> InputError:
     known = [key for key in known if key not in ("hydra", "invocation")]
     if not prefix:
         known += groups()
+    if refusal := owned_trainer_argument(given):
+        return InputError(refusal)
     suggestion = _same_ending(given) or _near_sibling(given, known)
     suggestion = suggestion or ("" if prefix else nearest(given, _nested_keys()))
     lines = [f"There is no key {given}{suggestion}."]

@@ -105,7 +105,48 @@ class WandbKeys:
     )
 
 
+@dataclass(frozen=True)
+class TrainerKeys:
+    """Arguments of lightning.Trainer for the user to set."""
+
+    max_time: str | None = key("DD:HH:MM:SS after which the run stops and saves", None)
+    fast_dev_run: bool | int = key("true or N: so many training and validation batches, to try a run out", False)
+    limit_train_batches: int | float | None = key("micro-batches of an epoch, a number or a share; null: all", None)
+    limit_val_batches: int | float | None = key("batches of a validation, a number or a share; null: all", None)
+    overfit_batches: int | float = key("train and validate on so many batches, again and again; 0: off", 0.0)
+    deterministic: bool | str | None = key("true: only deterministic algorithms; warn: where there are some", None)
+    benchmark: bool | None = key("let cuDNN look for the fastest algorithm", None)
+    profiler: str | None = key("profile the run", None, choices=("simple", "advanced", "pytorch"))
+    detect_anomaly: bool = key("find the operation behind a NaN in the backward pass", False)
+
+
+# Arguments of lightning.Trainer that this project sets, with the key to use instead
+TRAINER_ARGUMENTS = {
+    "accelerator": "accelerator",
+    "strategy": "strategy",
+    "devices": "devices",
+    "num_nodes": "num_nodes",
+    "precision": "precision",
+    "logger": "logger",
+    "callbacks": "callbacks.NAME._target_",
+    "max_epochs": "steps",
+    "min_epochs": "steps",
+    "max_steps": "steps",
+    "min_steps": "steps",
+    "val_check_interval": "validate_every",
+    "check_val_every_n_epoch": "validate_every",
+    "log_every_n_steps": "log_every",
+    "enable_checkpointing": "checkpoint_every",
+    "enable_progress_bar": "callbacks.progress",
+    "accumulate_grad_batches": "micro_batch",
+    "gradient_clip_val": "gradient_clip",
+    "gradient_clip_algorithm": "gradient_clip",
+    "default_root_dir": "run_dir",
+}
+
+
 NODES: dict[str, type] = {
+    "lightning.Trainer": TrainerKeys,
     "lightning_modules.pretrain.Pretrain": NoKeys,
     "lightning_modules.distill.Distill": NoKeys,
     "lightning_modules.finetune.FineTune": FineTuneKeys,
@@ -132,6 +173,7 @@ PLACES: dict[str, tuple[type, ...]] = {
     "callbacks.inspect": (InspectKeys,),
     "callbacks.checkpoint": (CheckpointKeys,),
     "logger": (WandbKeys,),
+    "trainer": (TrainerKeys,),
 }
 
 
@@ -169,9 +211,18 @@ def check_nodes(nodes: dict[str, Any]) -> None:
         if not isinstance(node, dict) or "_target_" not in node:
             what = "is no callback" if place.startswith("callbacks.") else "has no _target_, the class to build"
             raise InputError(f"{place}={node} {what}.\nGive its keys, {place}.KEY=VALUE, or null to leave it out.")
+        for name in node if place == "trainer" else ():
+            if refusal := owned_trainer_argument(f"trainer.{name}"):
+                raise InputError(refusal)
         kind = NODES.get(str(node["_target_"]))
         if kind is not None:
             typed_settings(kind, {name: value for name, value in node.items() if name != "_target_"}, place)
+
+
+def owned_trainer_argument(name: str) -> str:
+    """Return why a key `trainer.…` is refused, where it is an argument that this project sets itself; else nothing."""
+    instead = TRAINER_ARGUMENTS.get(name.removeprefix("trainer.")) if name.startswith("trainer.") else None
+    return f"{name} is set by this project.\nUse the key {instead} instead." if instead else ""
 
 
 def typed_settings(kind: type, values: Any, place: str) -> Any:

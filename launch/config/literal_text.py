@@ -85,6 +85,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def to_yaml(values: dict[str, Any]) -> str:
+def to_yaml(values: dict[str, Any] | list[str]) -> str:
     """YAML that `yaml.safe_load` reads back equal: plain values, text of any kind, floats to the last bit."""
     return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=2**30)

@@ -24,8 +24,20 @@ from launch.config.schema import RunConfig
 
 RUNS, STUDIES = Path("runs"), Path("studies")
 CONFIG = "config.yaml"
+HYDRA = ".hydra"
 SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html", "val_documents.json")
-OWN_FILES = (folder_lock.NAME, CONFIG, *SIDE_FILES, "checkpoints", "hf", "logs", "wandb", "tensorboard", "inspect")
+OWN_FILES = (
+    folder_lock.NAME,
+    CONFIG,
+    HYDRA,
+    *SIDE_FILES,
+    "checkpoints",
+    "hf",
+    "logs",
+    "wandb",
+    "tensorboard",
+    "inspect",
+)
 
 
 @dataclass(frozen=True)
@@ -177,20 +189,23 @@ class RunDirectory:
         if self._is_ready:
             assert self.path is not None
             return self.path
-        if self.path is None:
-            self._create(spec)
-        elif is_resumed:
+        if is_resumed:
+            assert self.path is not None
             run_spec.save(spec, self.path / CONFIG)
-        else:
+        elif self.path is not None:
             self.restart(spec)
+        else:
+            self._create(spec)
+            assert self.path is not None
+            run_spec.save_for_hydra(spec.config, self.path / HYDRA)
         self._is_ready = True
-        assert self.path is not None
         return self.path
 
     def restart(self, spec: PreparedSpec) -> None:
         """Begin again in place of a start without a checkpoint, whose metrics and samples are dropped."""
         assert self.path is not None
         run_spec.save(spec, self.path / CONFIG)
+        run_spec.save_for_hydra(spec.config, self.path / HYDRA)
         side_files.repair(self.path)
         for name in SIDE_FILES:
             (self.path / name).unlink(missing_ok=True)

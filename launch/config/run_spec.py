@@ -138,9 +138,25 @@ def save(spec: PreparedSpec, file: Path) -> None:
 
 def to_yaml(value: RunConfig | RunSpec) -> str:
     """Return a configuration or specification as YAML, permissions excepted; `from_yaml` reads it back."""
+    return literal_text.to_yaml(as_dict(value))
+
+
+def as_dict(value: RunConfig | RunSpec) -> dict[str, Any]:
+    """Return a configuration or specification as plain values, without permissions."""
     values = asdict(value)
     del values.get("config", values)["allow_targets"]
-    return literal_text.to_yaml(values)
+    if isinstance(value, RunSpec):
+        values["config"]["invocation"]["hydra"] = ""  # which the run directory has in a separate file
+    return values
+
+
+def save_for_hydra(config: RunConfig, folder: Path) -> None:
+    """Write the files that Hydra's tools read: config.yaml, overrides.yaml and hydra.yaml."""
+    folder.mkdir(exist_ok=True)
+    composed = {name: value for name, value in asdict(config).items() if name not in ("invocation", "allow_targets")}
+    write_text(folder / "config.yaml", literal_text.to_yaml(literal_text.escaped(composed)))
+    write_text(folder / "overrides.yaml", literal_text.to_yaml(config.invocation.overrides))
+    write_text(folder / "hydra.yaml", config.invocation.hydra)
 
 
 def load(file: Path) -> PreparedSpec:

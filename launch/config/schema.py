@@ -71,6 +71,7 @@ class Invocation:
     command: str = ""
     sweep: str = ""  # name of the sweep that this run is a job of
     trial: int | None = None  # its number in the study beside it, which may prune it
+    hydra: str = ""  # Hydra's own configuration as YAML, for .hydra/hydra.yaml
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class RunConfig:
     schedule: ScheduleSettings = key("learning-rate schedule")
     callbacks: dict[str, Any] = key("callbacks")
     logger: dict[str, Any] = key("logger beside metrics.csv")
+    trainer: dict[str, Any] = key("arguments of lightning.Trainer that this project does not set itself")
     precision: str = key("dtype of weights and matrix products")
     strategy: str = key("data parallel strategy", of_machine=True)
 
@@ -201,7 +203,8 @@ class RunConfig:
     def target_nodes(self) -> dict[str, Any]:
         """Every object that is built from a `_target_`, by its place in the configuration."""
         observers = {f"callbacks.{name}": node for name, node in self.callbacks.items() if node is not None}
-        return {"task": self.task, "data": self.data, **observers, **({"logger": self.logger} if self.logger else {})}
+        logger = {"logger": self.logger} if self.logger else {}
+        return {"task": self.task, "data": self.data, **observers, **logger, "trainer": self.trainer}
 
     @property
     def is_study(self) -> bool:
@@ -269,6 +272,7 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
             overrides=[literal.get(given, given) for given in overrides],
             command=shlex.join(literal.get(word, word) for word in shlex.split(command)),
             sweep=sweep,
+            hydra=OmegaConf.to_yaml(hydra),
         ),
     )
 

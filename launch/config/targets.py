@@ -16,8 +16,15 @@ from gpt2lab.errors import InputError
 
 OWN_PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 OF_LIGHTNING = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
-# What is built in each place of a configuration: a class of lightning.pytorch
-BASES = {"task": "LightningModule", "data": "LightningDataModule", "callbacks": "Callback", "logger": "loggers.Logger"}
+TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer", "lightning.pytorch.trainer.trainer.Trainer")
+# Place of a configuration → base of the class that is built there, in lightning.pytorch
+BASES = {
+    "task": "LightningModule",
+    "data": "LightningDataModule",
+    "callbacks": "Callback",
+    "logger": "loggers.Logger",
+    "trainer": "Trainer",
+}
 
 
 def parse_permissions(text: str) -> list[str]:
@@ -106,7 +113,7 @@ def shown(text: str) -> str:
 
 def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) -> None:
     """Refuse a name outside the permitted packages; it is the target, or where the target's class is defined."""
-    if _is_below(name, (*OWN_PACKAGES, *OF_LIGHTNING, *permissions)):
+    if _is_below(name, (*OWN_PACKAGES, *OF_LIGHTNING, *permissions)) or (where == "trainer" and name in TRAINERS):
         return
     package = name.split(".")[0]
     package = package if package.isidentifier() else "PACKAGE"

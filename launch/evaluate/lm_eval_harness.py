@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import OBJECTIVES
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -34,7 +35,7 @@ def check(tasks: str, objective: str) -> None:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(f"lm_eval={tasks} needs the package lm-eval, which is not installed.\n{INSTALL}")
-    if objective not in ("clm", "fim", "sampled_softmax"):
+    if not OBJECTIVES[objective].is_causal:
         raise InputError(f"lm_eval is for causal models, and one was trained with objective={objective}.")
 
 

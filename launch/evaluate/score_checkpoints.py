@@ -163,9 +163,9 @@ def _specs(arguments: Arguments, checkpoints: list[NamedModel], others: list[Nam
     specs = [eval_data.spec_of(shared, model.folder, arguments.tokenizer) for model in checkpoints]
     for own in specs:
         lm_eval_harness.check(arguments.lm_eval, own.config.objective.name)
-        if arguments.stride and (own.config.objective.name not in ("clm", "sampled_softmax") or own.config.packing):
+        if arguments.stride and (not own.config.objective.kind.scores_all_text or own.config.packing):
             raise InputError("stride= is for objective=clm without packing: other windows are not to be slid over.")
-        if arguments.decode and own.config.objective.name == "mlm":
+        if arguments.decode and own.config.objective.kind.fills_masks:
             raise InputError("decode= times how a text is written on, which a model of objective=mlm does not do.")
     if not arguments.lm_eval and (arguments.lm_eval_path or arguments.lm_eval_limit):
         raise InputError("lm_eval_path= and lm_eval_limit= are of lm_eval=.\nName its tasks, or leave them out.")

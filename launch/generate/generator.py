@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.data.special_tokens import PLACE
 from gpt2lab.errors import InputError
+from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.model_folder import folder_of, read_objective, read_shape
 from launch.config.key_value_cli import argument
 from launch.logging_setup import settle_library_noise, settle_noise
@@ -94,6 +95,7 @@ class Author:
         self.arguments = arguments
         folder = folder_of(arguments.checkpoint, "checkpoint")
         self.positions, self.objective = read_shape(folder)["n_positions"], read_objective(folder)
+        self.kind = OBJECTIVES[self.objective]
         self.prompts = [arguments.prompt] if arguments.prompt else _prompts_in(arguments.prompts)
         self._check()
         settle_noise()  # what follows takes seconds to import; mistakes are told before
@@ -207,13 +209,13 @@ class Author:
         completion = self.tokenizer.decode(ids)
         for stop in self.stop:
             completion = completion.partition(stop)[0]
-        tokens = prompt.count(PLACE) if self.objective == "mlm" else len(ids)
+        tokens = prompt.count(PLACE) if self.kind.fills_masks else len(ids)
         return Text(prompt, completion, tokens, seconds, measured or {}, ids)
 
     @property
     def _streams(self) -> bool:
         """Whether tokens can be shown as they come: no beams, no gaps, nothing to cut off."""
-        return self.sampling.beams == 1 and self.objective not in ("mlm", "fim") and not self.stop
+        return self.sampling.beams == 1 and not self.kind.rewrites_text and not self.stop
 
     def _ids(self, prompt: str) -> list[int]:
         from gpt2lab.generation.completion import prompt_ids
@@ -225,14 +227,14 @@ class Author:
 
     def _whole(self, text: Text) -> str:
         """The prompt continued, or with its gap filled."""
-        if self.objective == "mlm":
+        if self.kind.fills_masks:
             return text.completion
         return text.prompt.replace(PLACE, text.completion) if PLACE in text.prompt else text.prompt + text.completion
 
     @property
     def _new_positions(self) -> int:
         """Of what is written; gaps have theirs within the prompt."""
-        return 0 if self.objective == "mlm" else self.arguments.max_new_tokens
+        return 0 if self.kind.fills_masks else self.arguments.max_new_tokens
 
     def _check_room(self) -> None:
         if self._new_positions >= self.positions:
@@ -246,14 +248,14 @@ class Author:
         self._check_room()
         if arguments.prompt and arguments.prompts:
             raise InputError("prompt and prompts are both given.\nGive one of them.")
-        if arguments.num_samples > 1 and (not arguments.temperature or arguments.beams > 1 or self.objective == "mlm"):
+        if arguments.num_samples > 1 and (not arguments.temperature or arguments.beams > 1 or self.kind.fills_masks):
             raise InputError(
                 f"num_samples={arguments.num_samples} texts would all be the same: nothing is drawn with "
                 "temperature=0, with beams, or of objective=mlm.\nLeave num_samples out, or draw: temperature=0.8"
             )
         if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1):
             raise InputError("draft decodes one text at a time.\nLeave out beams and num_samples.")
-        if arguments.draft and self.objective not in ("clm", "fim", "sampled_softmax"):
+        if arguments.draft and not self.kind.is_causal:
             raise InputError(
                 f"draft is for causal models, and this one was trained with objective={self.objective}.\n"
                 "Leave draft out."

@@ -58,7 +58,7 @@ def inspect_written(author: Author, text: Text) -> None:
         room = min(room, _teacher_positions(author))
         teacher = load_backbone(arguments.teacher).lm.to(author.device).eval()
     prompt = prompt_ids(text.prompt, author.tokenizer, objective)
-    if objective == "mlm":
+    if author.kind.fills_masks:
         reading = reading_of_gaps(prompt, text.ids[-room:], marks_of(author.tokenizer).mask)
     else:
         read = prompt[-(author.positions - arguments.max_new_tokens) :]  # what writing left of it

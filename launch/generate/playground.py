@@ -65,7 +65,7 @@ class Playground:
         return {
             "panels": panels,
             "prompt": arguments.prompt,
-            "fills": PLACE if self.author.objective == "fim" else "",
+            "fills": PLACE if self.author.kind.infills else "",
             "positions": self.author.positions,
             "knobs": [self._knob(field) for field in dataclasses.fields(Arguments) if field.name in KNOBS],
         }
@@ -123,7 +123,7 @@ class Playground:
         before, _, after = asked.prompt.partition(PLACE)
         tell({"panel": name, "before": before, "after": after})
         rounds = Rounds(self.tokenizer, lambda text: tell({"panel": name, "text": text}))
-        both_ways = self.author.objective == "prefix_lm"
+        both_ways = self.author.kind.bidirectional_prompt
         started = time.perf_counter()
         ids = self._ids(model, asked, rounds, both_ways) if alone is None else self._speculative_ids(asked, rounds)
         seconds = time.perf_counter() - started

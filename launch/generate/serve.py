@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.model_folder import folder_of, read_objective
 from launch.exit_codes import SIGNALS, Ended, code_of_signal
 from launch.generate.generator import Arguments, Author
@@ -83,7 +84,7 @@ def _check(arguments: Arguments) -> None:
             f"The page takes its prompts itself, and writes one text of each.\nLeave out {_list(unknown)}."
         )
     objective = read_objective(folder_of(arguments.checkpoint, "checkpoint"))
-    if objective == "mlm":
+    if OBJECTIVES[objective].fills_masks:
         raise InputError(
             "serve=true shows models that write from left to right, and this one was trained with objective=mlm.\n"
             "Leave serve=true out, and give prompt= with <|mask|>."

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gpt2lab.distillation.teacher import TEACHER_DTYPES
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
-from gpt2lab.losses.teacher_signal import DenseTeacher
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 import lightning
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -24,13 +25,14 @@ from gpt2lab.storage.prepared_cache import cache_folder
 from gpt2lab.system.heartbeat import GRACE_SECONDS
 from launch.config.did_you_mean import nearest
 from launch.config.known_keys import typed_settings
-from launch.config.run_spec import PreparedSpec, RunSpec, to_yaml
+from launch.config.run_spec import PreparedSpec, RunSpec, as_dict, to_yaml
 from launch.config.targets import OWN_PACKAGES, check_may_take_any, shown, target_class
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
+PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 BLOCKS_OF_A_PASS = 12  # compiled as one graph, which takes some three seconds for each; larger models need it less
 # What Lightning calls them; bf16_true is a plugin of ours
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
@@ -220,7 +222,7 @@ def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:
         supplied = {"run_dir": str(folder), "group": config.invocation.sweep}
         chosen.append(construct(config.logger, "logger", supplied, config.allow_targets))
     for logger in chosen:
-        logger.log_hyperparams(asdict(spec))
+        logger.log_hyperparams(as_dict(spec))
     return chosen
 
 
@@ -236,8 +238,14 @@ def trainer(
     plugins: list[Any] = [TorchElasticEnvironment() if is_rank() else LightningEnvironment()]
     if machine.precision == "bf16_true":
         plugins.append(Bf16Weights())
+    given = {name: value for name, value in config.trainer.items() if value is not None}
+    kind = target_class(given, "trainer", config.allow_targets)
+    del given["_target_"]
+    if given.get("profiler") in PROFILERS:
+        given["profiler"] = PROFILERS[given["profiler"]](dirpath=folder, filename="profile")  # fit-profile.txt
     try:
-        return lightning.Trainer(
+        return kind(
+            **given,
             accelerator=machine.accelerator,
             devices=machine.devices,
             num_nodes=machine.num_nodes,
@@ -260,7 +268,7 @@ def trainer(
             enable_progress_bar=False,
             inference_mode=False,  # averaged weights are swapped in while validating, which inference tensors forbid
         )
-    except MisconfigurationException as error:  # a second ModelCheckpoint or progress bar, say
+    except (MisconfigurationException, TypeError, ValueError) as error:  # a second progress bar, say
         raise InputError(
             f"Lightning's Trainer does not take this configuration: {str(error).splitlines()[0]}"
         ) from error

@@ -20,7 +20,7 @@ from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
 from gpt2lab.distillation.teacher import TEACHER_DTYPES, OnlineTeacher
 from gpt2lab.distillation.teacher_cache import CacheSide, Samples, cache_sides, temperature_of
 from gpt2lab.errors import InputError
-from gpt2lab.losses.teacher_signal import DenseTeacher
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, grown
 from gpt2lab.system.device import named_device

@@ -212,7 +212,7 @@ def vocabulary(spec: RunSpec, facts: DataFacts) -> int:
         InputError: they do not fit; shows the first tokens that differ.
     """
     config, inputs, size = spec.config, spec.resolved, facts.vocab_size
-    if config.objective.name == "sampled_softmax" and config.objective.negatives >= size:
+    if config.objective.kind.samples_softmax and config.objective.negatives >= size:
         raise InputError(
             f"objective.negatives={config.objective.negatives}: the vocabulary has only {size} entries.\n"
             f"Give fewer, for example objective.negatives={max(size // 4, 1)}, or objective=clm."

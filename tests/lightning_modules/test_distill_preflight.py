@@ -34,7 +34,6 @@ from gpt2lab.losses.divergences import Distribution
 from gpt2lab.losses.lm_head_loss import LMHeadLoss
 from gpt2lab.model.backbone import load_backbone
 from gpt2lab.settings import LossSettings, ModelShape
-from lightning_modules import distill_preflight
 from lightning_modules.distill import Distill
 from lightning_modules.language_model import LanguageModel
 from tests.conftest import Distil, Train, in_words
@@ -165,13 +164,13 @@ def zero_logits(monkeypatch) -> None:
 
 
 def mean_of_micro_batches(monkeypatch) -> None:
-    honest = LanguageModel.head_loss
+    honest = LanguageModel.lm_head_loss
 
     def mean(self: LanguageModel, batch: Batch, *given) -> LMHeadLoss:
         result = honest(self, batch, *given)
         return replace(result, total=result.total / result.tokens * batch.target_tokens)
 
-    monkeypatch.setattr(LanguageModel, "head_loss", mean)
+    monkeypatch.setattr(LanguageModel, "lm_head_loss", mean)
 
 
 def teacher_trained(monkeypatch) -> None:
@@ -246,7 +245,7 @@ def test_a_rank_without_validation_samples_raises_no_alarm(tokenizer_folder, tea
     batch = next(iter(module.trainer.datamodule.val_dataloader()))
     labels = torch.full_like(batch.labels[:1], IGNORE_INDEX)
     filler = Batch(batch.input_ids[:1], labels, 0, torch.empty(0, dtype=torch.int64))
-    assert not distill_preflight._gradient(module, filler, module.signal(filler, "val"))
+    assert not module.preflight_checks().gradient(filler, module.teacher_signal(filler, "val"))
 
 
 # What is told before any look

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gpt2lab import metric_names as names
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures
-from gpt2lab.losses.teacher_signal import DenseTeacher, TopKTeacher
+from gpt2lab.losses.dense_teacher import DenseTeacher
+from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from tests.conftest import Distil, Train

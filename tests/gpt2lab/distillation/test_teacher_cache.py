@@ -14,8 +14,10 @@ from torch import Tensor
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.data_order import uniforms
 from gpt2lab.distillation.teacher_cache import CacheSide, cache_sides, draws, record_type
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
-from gpt2lab.losses.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
+from gpt2lab.losses.sampled_teacher import SampledTeacher
+from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import LossSettings, TeacherCacheSettings
 from tests.conftest import Answer, Distil, Train

@@ -18,9 +18,9 @@ from gpt2lab.data.tokenizer import TextEncoder, train_bpe
 from gpt2lab.distillation.tokenizer_alignment import Alignment
 from gpt2lab.errors import InputError
 from gpt2lab.losses import sorted_l1 as sorted_difference_module
+from gpt2lab.losses.aligned_teacher import AlignedTeacher, AlignedText
 from gpt2lab.losses.divergences import Distribution, universal_logit_distance
 from gpt2lab.losses.lm_head_loss import lm_head_loss
-from gpt2lab.losses.teacher_signal import AlignedTeacher, AlignedText
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 from tests.conftest import in_words
 from tests.gpt2lab.losses.test_lm_head_loss import assert_gradients_close

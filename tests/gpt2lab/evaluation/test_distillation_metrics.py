@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2lab import metric_names as names
 from gpt2lab.evaluation.distillation_metrics import added, chunk_sums, distillation_sums, figures, gap_closed
-from gpt2lab.losses.lm_head_loss import DenseTeacher
+from gpt2lab.losses.dense_teacher import DenseTeacher
+from gpt2lab.losses.teacher_signal import token_classes, top_tokens
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY = 53, 24, 40, 211
 
@@ -54,6 +55,11 @@ def twin(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, fl
     }
 
 
+def whole_sums(log_q: Tensor, log_p: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Sums of a teacher whose whole distribution is known."""
+    return chunk_sums(log_q, labels, top_tokens(log_q), token_classes(log_p, labels, top_tokens(log_p)))
+
+
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     """Bin by bin: |share that was right − mean confidence|, weighted by the share of positions in the bin."""
     confidence, best = probabilities.max(1)
@@ -88,7 +94,7 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
     torch.manual_seed(1)
     logits = torch.randn(5000, 12, dtype=torch.float64) * torch.rand(5000, 1, dtype=torch.float64) * 6
     labels = (logits / 2).softmax(1).multinomial(1).squeeze(1)  # an over-confident model
-    found = figures(chunk_sums(logits.log_softmax(1), logits.log_softmax(1), labels), len(labels))
+    found = figures(whole_sums(logits.log_softmax(1), logits.log_softmax(1), labels), len(labels))
     expected = CalibrationError(task="multiclass", num_classes=12, n_bins=15, norm="l1")(logits.softmax(1), labels)
     assert expected > 0.1
     assert found[names.DISTILL_ECE] == pytest.approx(expected.item(), abs=1e-6)  # it computes in fp32
@@ -97,7 +103,7 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
 def test_a_confidence_of_one_falls_into_the_last_bin() -> None:
     logits = torch.full((4, 6), -1e9)
     logits[:, 2] = 0.0
-    found = figures(chunk_sums(logits.log_softmax(1), logits.log_softmax(1), torch.tensor([2, 2, 2, 0])), 4)
+    found = figures(whole_sums(logits.log_softmax(1), logits.log_softmax(1), torch.tensor([2, 2, 2, 0])), 4)
     assert found[names.DISTILL_ECE] == 0.25
 
 
@@ -149,7 +155,7 @@ def test_padding_of_either_vocabulary_has_no_probability(padded) -> None:
 def test_what_a_teacher_rules_out_leaves_numbers_and_no_nan() -> None:
     log_q = torch.tensor([[0.5, 0.3, 0.1, 0.1, 1e-9, 1e-9]]).log()
     log_p = torch.tensor([[0.6, 0.4, 0.0, 0.0, 0.0, 0.0]]).log()  # −inf
-    sums = chunk_sums(log_q, log_p, torch.tensor([0]))
+    sums = whole_sums(log_q, log_p, torch.tensor([0]))
     assert all(value.isfinite().all() for value in sums.values())
     expected = 0.6 * math.log(0.6 / 0.5) + 0.4 * math.log(0.4 / 0.3)
     assert sums[names.DISTILL_KL].item() == pytest.approx(expected, abs=1e-6)

@@ -13,9 +13,10 @@ from gpt2lab import metric_names as names
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.distillation.teacher_cache import CacheSide
 from gpt2lab.evaluation.distillation_metrics import distillation_sums
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.losses.target_losses import target_losses
-from gpt2lab.losses.teacher_signal import DenseTeacher, TopKTeacher
+from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.settings import CrossEntropySettings, LossSettings, TeacherCacheSettings
 from tests.conftest import in_words
 from tests.gpt2lab.distillation.test_teacher_cache import VOCABULARY, TalkativePairs, batches

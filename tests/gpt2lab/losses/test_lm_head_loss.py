@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
-from gpt2lab.losses.teacher_signal import DenseTeacher, SampledTeacher, TopKTeacher
+from gpt2lab.losses.sampled_teacher import SampledTeacher
+from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 from tests.conftest import in_words
 

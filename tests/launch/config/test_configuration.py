@@ -196,10 +196,25 @@ def test_help_names_every_group_value_and_key(train_here: Train):
     assert "batch_tokens: 4096" in answer.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--hydra-help", "Hydra"),
+        ("--info plugins", "hydra_plugins.gpt2lab_processes"),
+        ("--info", "Defaults List"),
+        ("--cfg job -p optimizer", "momentum: 0.95"),
+        ("-sc install=bash", "hydra_bash_completion"),
+    ],
+)
+def test_flags_of_hydra_work(flags: str, words: str, train_here: Train):
+    answer = train_here(*flags.split())
+    assert words in answer.stdout, answer.stderr
+
+
 def test_a_configuration_survives_its_file(tmp_path: Path):
     spec = on_cpu(composed("task=distill", "micro_batch=4", "name=001", "model=micro", "callbacks=minimal"))
     run_spec.save(spec, tmp_path / "config.yaml")
-    assert run_spec.load(tmp_path / "config.yaml") == spec
+    assert run_spec.as_dict(run_spec.load(tmp_path / "config.yaml")) == run_spec.as_dict(spec)
     assert spec.config.micro_batch == spec.machine.micro_batch == 4
     assert run_spec.from_yaml(RunConfig, run_spec.to_yaml(spec.config), "here") == spec.config
 

@@ -98,7 +98,7 @@ def check_one_run_each(swept: Path, ranks: list[int]) -> None:
     found, hashes = [], set()
     for job, devices in enumerate(ranks):
         folder = swept / str(job)
-        assert len(list(folder.rglob("config.yaml"))) == len(list(folder.rglob("report.json"))) == 1
+        assert len(list(folder.glob("config.yaml"))) == len(list(folder.rglob("report.json"))) == 1
         assert sorted(path.name for path in folder.rglob("*.ckpt")) == ["step-000002.ckpt"]
         assert len(list(folder.rglob("model.safetensors"))) == 1
         witnesses = seen(folder)

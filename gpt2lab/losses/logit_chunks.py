@@ -1,0 +1,69 @@
+"""Logit chunks: the logits of hidden states under a head, a few rows at a time, for code that needs no gradient.
+
+Shapes: N positions, D hidden width, V vocabulary, C rows of one chunk. No (N, V) tensor exists.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+LOGITS_OF_A_CHUNK = 2**23  # 32 MiB in fp32; several more tensors of this size exist while a chunk is evaluated
+
+Head = Callable[[Tensor], Tensor]  # hidden states (C, D) → logits (C, V)
+
+
+def logit_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    most: int = LOGITS_OF_A_CHUNK,
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, logits (C, V)) of consecutive rows, without gradients; one empty chunk where there are no rows.
+
+    Two chunks exist at a time unless the caller deletes the logits before the next iteration.
+
+    Args:
+        hidden: (N, D) hidden states after the final layer norm.
+        weight: (V, D) head, without padding.
+        most: logits of one chunk; a single row may have more.
+        rows: C, instead of `most`.
+        dtype: of the matrix product; by default `compute_dtype(hidden)` at the time of this call.
+    """
+    head = plain_head(weight, dtype or compute_dtype(hidden))
+    step = rows or max(most // len(weight), 1)
+    parts = (slice(start, start + step) for start in range(0, max(len(hidden), 1), step))
+    return ((part, head(hidden[part])) for part in parts)
+
+
+def plain_head(weight: Tensor, dtype: torch.dtype) -> Head:
+    """Return the matrix product with a head (V, D) in this dtype, whatever autocast is active; without gradients."""
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        matrix = transposed(weight, dtype)  # (D, V)
+
+    @torch.no_grad()
+    def logits(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.to(dtype) @ matrix
+
+    return logits
+
+
+def transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, D) → (D, V). In bf16 a CPU multiplies by a contiguous matrix twice as fast as by a transposed view."""
+    matrix = weight.to(dtype).T
+    return matrix.contiguous() if dtype.itemsize == 2 and weight.device.type == "cpu" else matrix
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with `hidden`: autocast's where it is active, else that of `hidden`."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def even_chunk_rows(rows: int, row_size: int, most: int) -> int:
+    """Return C so that chunks of equal size hold at most `most`, with `row_size` per row."""
+    chunks = -(-rows * row_size // most)
+    return -(-rows // max(chunks, 1)) or 1
