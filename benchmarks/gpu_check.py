@@ -3,12 +3,11 @@
     python -m benchmarks.gpu_check [--nanogpt /path/to/nanoGPT] [--trl-python PYTHON] [--only WORD,WORD]
 
 Attention kernels, packing and the LM-head loss; speed, MFU and memory of small and medium; precisions; FSDP on one GPU;
-resume after a kill; nanoGPT, TRL, Liger and torchao's fp8 beside, where they are there. The table is appended to
+resume after a kill; nanoGPT, TRL and Liger beside, where they are installed. The table is appended to
 benchmarks/RESULTS.md with date and device. Without a GPU it says so and ends well.
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -51,8 +50,6 @@ def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
     yield Check("medium, bf16, compiled", speed("medium", 16, "precision=bf16", "compile=true"))
     recomputed = ("precision=bf16", "compile=false", "activation_checkpointing=true")
     yield Check("medium, bf16, activations recomputed", speed("medium", 16, *recomputed, steps=20))
-    if importlib.util.find_spec("torchao") is not None:
-        yield Check("small, fp8, compiled", speed("small", 16, "precision=fp8", "compile=true"))
     yield Check("small, fp16, eager", speed("small", 16, "precision=fp16", "compile=false"))
 
 

@@ -10,7 +10,7 @@ Step (5) batches: windows in the order of gpt2lab.data.data_order, a pure functi
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,8 @@ class LanguageModelingData(SampleDataModule):
         objective: what is predicted from what; None: the next token.
         packing: whether documents in one window do not see each other.
     """
+
+    kind: Literal["text", "pairs"] = "text"
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import lightning
 import numpy as np
@@ -104,6 +104,7 @@ class SampleDataModule(lightning.LightningDataModule):
         eval_batch_sequences: samples of one validation batch.
     """
 
+    kind: Literal["text", "pairs"]  # as in conf/data/*.yaml
     train_samples: Samples
     val_samples: Samples
 

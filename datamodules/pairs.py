@@ -10,7 +10,7 @@ Step (5) batches: pairs in the order of data_order.py, padded to the longest of 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,8 @@ class PairData(SampleDataModule):
 
     train_samples: PairsToPad
     val_samples: PairsToPad
+
+    kind: Literal["text", "pairs"] = "pairs"
 
     def __init__(
         self,

@@ -7,6 +7,8 @@ from gpt2lab.keys import key
 
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse", "uld")
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
+DTYPES = tuple(ITEM_SIZES)
 SKEW = "loss=skew_kl,skew_reverse_kl"
 
 
@@ -20,6 +22,42 @@ class ModelShape:
     n_positions: int = 1024
     vocab_size: int = 0
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """Dtypes of a run, by their names in torch."""
+
+    name: str = key("name of the combination; auto is resolved for the device")
+    lightning: str | None = key("Lightning's name", None, choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true"))
+    weights: str | None = key("dtype of weights, gradients and optimizer state", None, choices=DTYPES)
+    compute: str | None = key("dtype of matrix products", None, choices=DTYPES)
+    teacher: str | None = key("dtype of a teacher's weights", None, choices=DTYPES)
+
+    @property
+    def has_loss_scaling(self) -> bool:
+        """Whether gradients are scaled, as fp16 needs."""
+        return self.lightning == "16-mixed"
+
+    @property
+    def is_bf16_true(self) -> bool:
+        """Whether the weights themselves are bf16, updated with stochastic rounding."""
+        return self.lightning == "bf16-true"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight."""
+        return ITEM_SIZES[self.weights or "float32"]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in a matrix product."""
+        return ITEM_SIZES[self.compute or "float32"]
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Bytes of a teacher's weight."""
+        return ITEM_SIZES[self.teacher or "float32"]
 
 
 @dataclass(frozen=True)
@@ -282,7 +320,7 @@ class TrainingSettings:
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
         objective: what the batches ask for; goes into the export, and decides how text is written.
-        fp8: whether the blocks multiply in fp8 (gpt2lab/model/fp8.py).
+        teacher_dtype: dtype of a teacher's weights, by its name in torch.
     """
 
     shape: ModelShape
@@ -303,7 +341,7 @@ class TrainingSettings:
     log_every: int = 10
     cross_entropy: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
-    fp8: bool = False
+    teacher_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

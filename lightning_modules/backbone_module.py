@@ -15,7 +15,6 @@ from gpt2lab.generation.completion import complete, prompt_ids
 from gpt2lab.generation.sampling import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf_from_state
 from gpt2lab.model.ema import WeightAverage
-from gpt2lab.model.fp8 import to_fp8
 from gpt2lab.settings import TrainingSettings
 from gpt2lab.system.stop_request import StopRequest
 from lightning_modules.nan_guard import FiniteWatch
@@ -46,8 +45,6 @@ class BackboneModule(lightning.LightningModule):
         if self.is_built:
             return
         self.backbone = self.build_backbone()
-        if self.settings.fp8:
-            to_fp8(self.backbone.blocks)
         if self.settings.activation_checkpointing:
             self.backbone.checkpoint_activations()
         if self.settings.layer_drop:

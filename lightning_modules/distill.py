@@ -13,7 +13,7 @@ from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
 from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
 from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES, student_from_teacher
-from gpt2lab.distillation.teacher import TEACHER_DTYPES, OnlineTeacher
+from gpt2lab.distillation.teacher import OnlineTeacher
 from gpt2lab.distillation.teacher_cache import cache_sides, check_stored
 from gpt2lab.distillation.tokenizer_alignment import Alignment
 from gpt2lab.errors import InputError
@@ -26,14 +26,12 @@ from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import LossSettings, SequenceSettings, TeacherCacheSettings, TrainingSettings
 from gpt2lab.storage.model_folder import read_shape
+from gpt2lab.system.device import named_dtype
 from lightning_modules.distill_preflight import Preflight
 from lightning_modules.language_model import DistillationTerm, LanguageModel
 from lightning_modules.on_policy_batches import StudentText
 
 log = logging.getLogger(__name__)
-
-# Lightning's names
-PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "bf16-true": "bf16_true", "16-mixed": "fp16", "64-true": "fp64"}
 
 
 class Distill(LanguageModel):
@@ -114,7 +112,7 @@ class Distill(LanguageModel):
 
     @property
     def _teacher_dtype(self) -> torch.dtype:
-        return TEACHER_DTYPES[PRECISIONS[str(self.trainer.precision)]]
+        return named_dtype(self.settings.teacher_dtype)
 
     def _cut_out(self) -> Backbone:
         """Return the student initialized from the teacher's weights, the same on every rank."""

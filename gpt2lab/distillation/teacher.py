@@ -9,16 +9,6 @@ from gpt2lab.losses.aligned_teacher import AlignedTeacher, AlignedText
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.model.backbone import Backbone, load_backbone
 
-# What the teacher's weights are kept in under each of the run's precisions: it spares casting them at every step
-TEACHER_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bf16_true": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,  # the student's blocks alone
-    "fp64": torch.float64,  # no precision of train.py: in it gradients are compared to many digits
-}
-
 
 class OnlineTeacher:
     """A loaded teacher. Not an nn.Module, so no optimizer, checkpoint or wrapper of the student ever takes it up.

@@ -90,6 +90,13 @@ def resident_memory_bytes() -> int:
     return int(found[1]) * 1024 if found else peak_memory_bytes(torch.device("cpu"))
 
 
+def named_dtype(name: str | None) -> torch.dtype:
+    """Return the dtype of this name in torch; None: float32."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}.get(
+        name or "", torch.float32
+    )
+
+
 def named_device(accelerator: str) -> torch.device:
     """The device that auto, cpu, gpu or mps means on this machine.
 

@@ -270,13 +270,8 @@ def _nearest_file(path: Path) -> str:
 
 
 def check_precision(config: RunConfig) -> None:
-    if config.precision == "fp16" and config.accelerator == "cpu":
+    if config.precision.has_loss_scaling and config.accelerator == "cpu":
         refuse_fp16_on_cpu()
-    if config.precision == "fp8" and config.lora_rank:
-        raise InputError(
-            "precision=fp8 takes matrices whose sides are multiples of 16, and LoRA's are as narrow as its rank.\n"
-            "Set precision=bf16, or task.lora.rank=0."
-        )
 
 
 def refuse_fp16_on_cpu() -> None:

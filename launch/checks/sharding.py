@@ -1,10 +1,11 @@
 """Sharding checks: keys that only strategy=fsdp supports, and those that it does not."""
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import PrecisionSettings
 from launch.config.schema import RunConfig
 
 
-def check(config: RunConfig, accelerator: str, precision: str, strategy: str) -> None:
+def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, strategy: str) -> None:
     """Check that the keys about sharding suit the device, the precision and the strategy, as they are resolved.
 
     Raises:
@@ -27,21 +28,16 @@ def check(config: RunConfig, accelerator: str, precision: str, strategy: str) ->
             raise InputError(f"{key}: with strategy={strategy} {whole}.\n{fix}")
 
 
-def may_shard(config: RunConfig, accelerator: str, precision: str) -> bool:
+def may_shard(config: RunConfig, accelerator: str, precision: PrecisionSettings) -> bool:
     """Whether strategy=fsdp would take everything else as it is set."""
-    return not config.layer_drop and precision not in ("fp16", "fp8") and accelerator != "mps"
+    return not config.layer_drop and not precision.has_loss_scaling and accelerator != "mps"
 
 
-def _check_precision(precision: str) -> None:
-    if precision == "fp16":
+def _check_precision(precision: PrecisionSettings) -> None:
+    if precision.has_loss_scaling:
         raise InputError(
             "precision=fp16 needs a gradient scaler, and there is none for strategy=fsdp.\n"
             "Set precision=bf16 or fp32, or strategy=ddp."
-        )
-    if precision == "fp8":
-        raise InputError(
-            "precision=fp8 is an experiment for weights that are whole on each device, and strategy=fsdp splits them.\n"
-            "Set precision=bf16, or strategy=ddp."
         )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from gpt2lab.settings import PrecisionSettings
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -16,6 +18,11 @@ def groups() -> list[str]:
 def values(group: str) -> list[str]:
     """What a group can be set to."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def precision_named(name: str) -> PrecisionSettings:
+    """Return the dtypes of conf/precision/<name>.yaml."""
+    return PrecisionSettings(**yaml.safe_load((CONF / "precision" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def experiment_keys(name: str) -> tuple[dict[str, str], dict[str, Any]]:

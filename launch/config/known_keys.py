@@ -39,6 +39,7 @@ class FineTuneKeys:
 class HubKeys:
     """A data set of the Hub, or a local folder that the `datasets` library reads."""
 
+    kind: str = key("text (a batch counts tokens) or pairs (it counts sequences)", choices=("text", "pairs"))
     name: str = key("name in reports and cache folders")
     dataset: str = key("Hub id or local folder", "", free_text=True)
     config: str = key("configuration of the data set", "")

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS
-from gpt2lab.settings import TokenizerChoice
+from gpt2lab.settings import PrecisionSettings, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.utf8 import check_values
 from launch.config import literal_text
@@ -35,7 +35,7 @@ class Machine:
     accelerator: str
     devices: int
     num_nodes: int
-    precision: str
+    precision: PrecisionSettings
     strategy: str
     checkpoint_format: str
     shard_teacher: bool

@@ -24,6 +24,7 @@ from gpt2lab.settings import (
     ModelShape,
     ObjectiveSettings,
     OptimizerSettings,
+    PrecisionSettings,
     ScheduleSettings,
     SequenceSettings,
     TeacherCacheSettings,
@@ -91,7 +92,7 @@ class RunConfig:
     callbacks: dict[str, Any] = key("callbacks")
     logger: dict[str, Any] = key("logger beside metrics.csv")
     trainer: dict[str, Any] = key("arguments of lightning.Trainer that this project does not set itself")
-    precision: str = key("dtype of weights and matrix products")
+    precision: PrecisionSettings = key("dtypes of weights and matrix products")
     strategy: str = key("data parallel strategy", of_machine=True)
 
     seed: int = key("seed of weights, data order and dropout", within="[0, 4294967295]")
@@ -235,7 +236,7 @@ class RunConfig:
     @property
     def takes_pairs(self) -> bool:
         """Whether the data are pairs of texts; then a batch counts sequences, not tokens."""
-        return str(self.data["_target_"]).endswith(".PairData")
+        return self.data.get("kind") == "pairs"
 
 
 def register() -> None:

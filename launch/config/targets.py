@@ -54,7 +54,7 @@ def foreign_targets(nodes: Mapping[str, Any]) -> list[str]:
         nodes: `_target_` and keys of each object, by its place in the configuration.
     """
     targets = [str(node.get("_target_", "")) for node in nodes.values() if isinstance(node, dict)]
-    return [target for target in dict.fromkeys(targets) if not _is_below(target, OWN_PACKAGES)]
+    return [one for one in dict.fromkeys(targets) if one not in TRAINERS and not _is_below(one, OWN_PACKAGES)]
 
 
 def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:

@@ -101,7 +101,7 @@ def spec_of(config: "RunConfig", folder: Path, tokenizer: str) -> "RunSpec":
     )
     objective.check(config)
     choice = TokenizerChoice("pretrained", source=tokenizer or str(folder))
-    machine = Machine("auto", 1, 1, "auto", "auto", "single", False, 1, micro_batch=1, accumulate=1)
+    machine = Machine("auto", 1, 1, config.precision, "auto", "single", False, 1, micro_batch=1, accumulate=1)
     resolved = Resolved(model=config.model, model_name="", init=str(folder), tokenizer=choice, machine=machine)
     return RunSpec(config, resolved)
 

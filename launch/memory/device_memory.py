@@ -26,21 +26,20 @@ def fits(config: RunConfig, inputs: Inputs, machine: Machine, devices: int, teac
 
 def state_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of weights, gradients, two optimizer moments, and the weight average, which is always fp32."""
-    size = _bytes_of_a_weight(machine)
+    size = machine.precision.weight_bytes
     return _parameters(config, inputs) * (size + (0 if config.lora_rank else 3 * size) + (4 if config.ema else 0))
 
 
 def checkpoint_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of the weights and two optimizer moments."""
-    return 3 * _bytes_of_a_weight(machine) * _parameters(config, inputs)
+    return 3 * machine.precision.weight_bytes * _parameters(config, inputs)
 
 
 def teacher_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of the teacher's weights; 0 where the student trains without a loaded one."""
     if config.task_name != "distill" or config.teacher_cache.name != "none":
         return 0
-    size = 4 if machine.precision == "fp32" else 2
-    return size * parameters_of(read_shape(folder_of(inputs.teacher, "teacher")))
+    return machine.precision.teacher_bytes * parameters_of(read_shape(folder_of(inputs.teacher, "teacher")))
 
 
 def device_bytes(config: RunConfig, machine: Machine) -> int:
@@ -50,10 +49,6 @@ def device_bytes(config: RunConfig, machine: Machine) -> int:
     if machine.accelerator == "gpu":
         return min(torch.cuda.get_device_properties(number).total_memory for number in range(machine.devices))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // machine.devices
-
-
-def _bytes_of_a_weight(machine: Machine) -> int:
-    return 2 if machine.precision == "bf16_true" else 4
 
 
 def _parameters(config: RunConfig, inputs: Inputs) -> int:

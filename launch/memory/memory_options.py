@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from launch.config.groups import precision_named
 from launch.memory.memory_plan import MemoryPlan, memory_plan
 from launch.memory.memory_terms import RunSizes
 
@@ -34,10 +35,18 @@ def _choices(sizes: RunSizes, may_shard: bool) -> Iterator[tuple[str, RunSizes, 
         if half.rows > 1:
             yield f"micro_batch={half.rows}", half, "nothing, unless the device is left idle"
         yield "micro_batch=1", replace(sizes, rows=1), "speed"
-    if sizes.precision == "fp32":
-        yield "precision=bf16", replace(sizes, precision="bf16"), "digits; faster where the device has bf16"
-    if sizes.precision in ("fp32", "bf16", "fp16"):
-        yield "precision=bf16_true", replace(sizes, precision="bf16_true"), "digits; updates are rounded by chance"
+    if sizes.precision.name == "fp32":
+        yield (
+            "precision=bf16",
+            replace(sizes, precision=precision_named("bf16")),
+            "digits; faster where the device has bf16",
+        )
+    if not sizes.precision.is_bf16_true:
+        yield (
+            "precision=bf16_true",
+            replace(sizes, precision=precision_named("bf16_true")),
+            "digits; updates are rounded by chance",
+        )
     if sizes.optimizer != "muon" and not sizes.lora_rank:
         yield "optimizer=muon", replace(sizes, optimizer="muon"), "another optimizer with its own learning rate"
     if sizes.optimizer == "muon":

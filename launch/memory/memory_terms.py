@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from gpt2lab.losses.lm_head_loss import LOGITS_OF_A_BLOCK, ROWS_OF_A_TEACHER, rows_of_a_chunk
 from gpt2lab.optim.stochastic_rounding import NUMBERS_AT_ONCE, WORK_OF_A_NUMBER
-from gpt2lab.settings import ModelShape
+from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameters_of
 
-# Bytes of a weight and of what matrix products are computed in
-ITEM_SIZES = {"fp32": (4, 4), "bf16": (4, 2), "fp16": (4, 2), "fp8": (4, 2), "bf16_true": (2, 2)}
+FP32 = PrecisionSettings("fp32", "32-true", "float32", "float32", "float32")
 # Blocks of logits in fp32 that are alive at once while a loss and its gradient are formed, eagerly
 BLOCKS_OF_CROSS_ENTROPY = 4.25
 BLOCKS_OF_DIVERGENCE = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25, "jsd": 10.25}
@@ -34,7 +33,7 @@ class RunSizes:
     Attributes:
         rows, length: of one micro-batch (B, T).
         eval_rows: sequences of one validation batch.
-        precision: fp32, bf16, bf16_true, fp16 or fp8.
+        precision: dtypes of weights and matrix products.
         optimizer: adamw, adam or muon.
         step_rows: sequences of a whole optimizer step on this device; 0: no more than those of one micro-batch.
         pairs: whether most positions have no target, and those are left out of the LM head.
@@ -52,7 +51,7 @@ class RunSizes:
     rows: int
     length: int
     eval_rows: int
-    precision: str = "fp32"
+    precision: PrecisionSettings = FP32
     optimizer: str = "adamw"
     step_rows: int = 0
     checkpointing: bool = False
@@ -84,12 +83,12 @@ class RunSizes:
     @property
     def weight_bytes(self) -> int:
         """Of one weight."""
-        return ITEM_SIZES[self.precision][0]
+        return self.precision.weight_bytes
 
     @property
     def compute_bytes(self) -> int:
         """Of one number in a matrix product."""
-        return ITEM_SIZES[self.precision][1]
+        return self.precision.compute_bytes
 
     @property
     def shards(self) -> int:
@@ -237,7 +236,7 @@ def muon_work(sizes: RunSizes) -> int:
 
 def optimizer_work(sizes: RunSizes) -> int:
     """Alive at once in the optimizer's step; in bf16 weights pass through fp32, some at a time, before Muon's come."""
-    if sizes.precision != "bf16_true":
+    if not sizes.precision.is_bf16_true:
         return muon_work(sizes)
     numbers = (trained_parameters(sizes) - muon_parameters(sizes)) // sizes.shards
     return max(min(numbers, NUMBERS_AT_ONCE) * WORK_OF_A_NUMBER, muon_work(sizes))

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from gpt2lab.distillation.teacher import TEACHER_DTYPES
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
-from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings
+from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings, PrecisionSettings
 from gpt2lab.storage.model_folder import multiplied_parameters
-from gpt2lab.system.device import flops_per_token, named_device, resident_memory_bytes, synchronize
+from gpt2lab.system.device import flops_per_token, named_device, named_dtype, resident_memory_bytes, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config.run_spec import RunSpec
 from launch.distributed import child_processes
@@ -119,10 +118,10 @@ class Rehearsal:
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        sizes, self.device, precision = spec["sizes"], named_device(spec["accelerator"]), spec["sizes"]["precision"]
-        self.low = torch.float16 if precision == "fp16" else torch.bfloat16
-        self.casts = precision in ("bf16", "fp16", "fp8")
-        weights = self.low if precision == "bf16_true" else torch.float32
+        sizes, self.device = spec["sizes"], named_device(spec["accelerator"])
+        precision = PrecisionSettings(**sizes["precision"])
+        self.low, weights = named_dtype(precision.compute), named_dtype(precision.weights)
+        self.casts = self.low != weights
         self.student = Backbone(ModelShape(**sizes["shape"])).to(self.device, weights)
         if sizes["checkpointing"]:
             self.student.checkpoint_activations()
@@ -130,7 +129,7 @@ class Rehearsal:
         self.optimizer = build_optimizer(self.student.named_parameters(), settings, fused=True)
         self.teacher: Backbone | None = None
         if sizes["teacher"]:
-            teacher = Backbone(ModelShape(**sizes["teacher"])).to(self.device, TEACHER_DTYPES[precision])
+            teacher = Backbone(ModelShape(**sizes["teacher"])).to(self.device, named_dtype(precision.teacher))
             self.teacher = teacher.eval().requires_grad_(False)
         self.loss = LossSettings(**spec["loss"]) if self.teacher else None
         ids = torch.randint(sizes["shape"]["vocab_size"], (sizes["rows"], sizes["length"] + 1), device=self.device)

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from gpt2lab.errors import InputError
-from gpt2lab.model import fp8
+from gpt2lab.settings import PrecisionSettings
 from gpt2lab.storage.model_folder import multiplied_parameters
 from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import checks, sharding
+from launch.config.groups import precision_named
 from launch.config.machine import usable_cores
 from launch.config.run_spec import Inputs, Machine, RunSpec
 from launch.config.schema import RunConfig
@@ -42,8 +43,7 @@ def choose_machine(config: RunConfig, inputs: Inputs, free: int | None = None) -
         free: free bytes of memory, see `free_memory`, which the micro-batch then fits into; None: unknown.
 
     Raises:
-        InputError: a GPU is given where there is none, more devices than there are, fp16 on a CPU, or fp8 on hardware
-            without it.
+        InputError: a GPU is given where there is none, more devices than there are, or fp16 on a CPU.
     """
     accelerator = _accelerator(config)
     devices = _devices(config, accelerator)
@@ -199,22 +199,20 @@ def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
     return machine.strategy == "fsdp" and not device_memory.fits(config, inputs, machine, ranks, teacher_parts=1)
 
 
-def _precision(config: RunConfig, accelerator: str) -> str:
-    if config.precision == "fp16" and accelerator == "cpu":
+def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
+    if config.precision.has_loss_scaling and accelerator == "cpu":
         checks.refuse_fp16_on_cpu()
-    if config.precision == "fp8" and config.plan_memory is None:
-        fp8.check()
-    if config.precision != "auto":
+    if config.precision.name != "auto":
         return config.precision
     if config.plan_memory is not None:
-        return "bf16"  # as GPUs have it since 2020
+        return precision_named("bf16")  # as GPUs have it since 2020
     has_bf16 = accelerator == "cpu" and cpu_has_bf16()
     if accelerator == "gpu":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     chosen = "bf16" if has_bf16 else "fp16" if accelerator == "gpu" else "fp32"
     has = "multiplies bf16 in hardware" if has_bf16 else "does not multiply bf16 in hardware"
     log.info("precision=%s: this %s %s", chosen, accelerator.upper(), has)
-    return chosen
+    return precision_named(chosen)
 
 
 def cpu_cores() -> int:

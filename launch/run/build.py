@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning, TrialReports
 from callbacks.same_settings import SameSettings
+from datamodules.micro_batches import SampleDataModule
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS
@@ -32,10 +33,9 @@ from launch.rank_environment import is_rank
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
+READ_BEFORE_IT_IS_BUILT = ("kind", "default_tokenizer")  # keys of conf/data/*.yaml
 PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 BLOCKS_OF_A_PASS = 12  # compiled as one graph, which takes some three seconds for each; larger models need it less
-# What Lightning calls them; bf16_true is a plugin of ours
-PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
 
 def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permissions: list[str]) -> Any:
@@ -110,11 +110,15 @@ def data_module(spec: RunSpec) -> Any:
         "objective": config.objective,
         "packing": config.packing,
     }
-    node = {key: value for key, value in config.data.items() if key != "default_tokenizer"}
+    node = {key: value for key, value in config.data.items() if key not in READ_BEFORE_IT_IS_BUILT}
     # A preset names its own columns and files; a key given on the command line goes before them.
     for key in set(given_keys(config.invocation.overrides)) & supplied.keys() & node.keys():
         del node[key]
-    return construct(node, "data", supplied, config.allow_targets)
+    module = construct(node, "data", supplied, config.allow_targets)
+    kind = config.data.get("kind")
+    if isinstance(module, SampleDataModule) and module.kind != kind:
+        raise InputError(f"data.kind={kind}: {node['_target_']} has kind {module.kind}.\nGive data.kind={module.kind}.")
+    return module
 
 
 def training_settings(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) -> TrainingSettings:
@@ -140,7 +144,7 @@ def training_settings(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) ->
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
         objective=config.objective,
-        fp8=spec.machine.precision == "fp8",
+        teacher_dtype=spec.machine.precision.teacher or "float32",
     )
 
 
@@ -236,8 +240,10 @@ def trainer(
     config, machine = spec.config, spec.machine
     # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
     plugins: list[Any] = [TorchElasticEnvironment() if is_rank() else LightningEnvironment()]
-    if machine.precision == "bf16_true":
+    precision: Any = machine.precision.lightning
+    if machine.precision.is_bf16_true:  # a plugin of ours instead of Lightning's
         plugins.append(Bf16Weights())
+        precision = None
     given = {name: value for name, value in config.trainer.items() if value is not None}
     kind = target_class(given, "trainer", config.allow_targets)
     del given["_target_"]
@@ -251,7 +257,7 @@ def trainer(
             num_nodes=machine.num_nodes,
             plugins=plugins,
             strategy=strategy(spec),
-            precision=PRECISIONS.get(machine.precision),
+            precision=precision,
             max_steps=config.steps,
             max_epochs=-1,
             accumulate_grad_batches=machine.accumulate,

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from gpt2lab.data.batch import Batch
 from gpt2lab.data.data_order import permute
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
-from gpt2lab.distillation.teacher import TEACHER_DTYPES, OnlineTeacher
+from gpt2lab.distillation.teacher import OnlineTeacher
 from gpt2lab.distillation.teacher_cache import CacheSide, Samples, cache_sides, temperature_of
 from gpt2lab.errors import InputError
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, grown
-from gpt2lab.system.device import named_device
+from gpt2lab.system.device import named_device, named_dtype
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
@@ -77,7 +77,7 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
         "objective": config.objective.name,
         "packing": config.packing and not config.takes_pairs,  # of pairs it changes nothing but their places
         "temperature": config.loss.temperature,
-        "precision": spec.machine.precision,
+        "precision": spec.machine.precision.name,
         "mode": cache.name,
         **kept,
         "format": FORMAT,
@@ -118,7 +118,7 @@ def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
     torch.set_num_threads(machine.threads)
     if machine.accelerator == "cpu":
         keep_freed_memory()
-    device, dtype = named_device(machine.accelerator), TEACHER_DTYPES[machine.precision]
+    device, dtype = named_device(machine.accelerator), named_dtype(machine.precision.teacher)
     teacher = OnlineTeacher(spec.resolved.teacher, dtype)
     teacher.to(device, dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -82,6 +82,6 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
         "max_new_tokens": sequences.max_new_tokens,
         "gen_temperature": sequences.gen_temperature,
         "draw_seed": sequences.draw_seed,
-        "precision": spec.machine.precision,
+        "precision": spec.machine.precision.name,
         "format": FORMAT,
     }

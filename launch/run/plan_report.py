@@ -89,7 +89,9 @@ def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
         "task", config.task_name, f"model {inputs.model_name}, data {config.groups['data']}, init {inputs.init}"
     )
     table.add_row("parameters", f"{total:,}", f"vocabulary of {up_to}{vocab_size:,}")
-    table.add_row("trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {machine.precision}")
+    table.add_row(
+        "trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {machine.precision.name}"
+    )
     if sizes.teacher or sizes.reading_teacher:
         asked = "asked at every step" if sizes.teacher else f"read once (teacher_cache={config.teacher_cache.name})"
         shape = sizes.teacher or sizes.reading_teacher

@@ -31,6 +31,7 @@ from gpt2lab.storage.checkpoint_ledger import entries, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
+from tests.conftest import ROOT
 from tests.support import tiny_run
 
 
@@ -230,7 +231,8 @@ def test_a_full_disk_ends_the_run_with_a_clear_message_and_leaves_the_older_chec
     """A limit on the size of files stands for the full disk: the same path through the code, for real."""
     tiny_run.train(tmp_path, cache, steps=4)
     program = (
-        "import resource, signal, sys, pathlib, tiny_run\n"
+        "import resource, signal, sys, pathlib\n"
+        "from tests.support import tiny_run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "tiny_run.train(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), steps=8)\n"
@@ -336,8 +338,7 @@ def test_a_run_that_died_after_its_last_save_still_gets_its_report_and_proof(pla
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root.parent}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 

@@ -16,6 +16,7 @@ import train
 from launch import exit_codes
 from launch.checks import checks
 from launch.config import run_spec
+from launch.config.groups import precision_named
 from launch.config.run_spec import Machine, PreparedSpec, Resolved, RunSpec
 from launch.run import auto_settings, build, fill_teacher_cache, resolve
 from tests.conftest import ROOT, SHRUNK, environment
@@ -40,8 +41,8 @@ CASES: dict[str, tuple[str, ...]] = {
 ONLY_SHARDED: dict[str, tuple[str, dict[str, Any]]] = {
     "distill_sharded_teacher": ("distill", {"shard_teacher": True}),
     "offloaded": ("pretrain", {"fsdp_offload": True}),
-    "bf16": ("finetune", {"precision": "bf16"}),
-    "bf16_true": ("finetune", {"precision": "bf16_true"}),
+    "bf16": ("finetune", {"precision": precision_named("bf16")}),
+    "bf16_true": ("finetune", {"precision": precision_named("bf16_true")}),
 }
 BF16_TOLERANCE = 0.02  # of bf16's gradient; it keeps 8 bits
 BF16_TRUE_TOLERANCE = 0.04  # whose weights, residual stream and accumulated gradient have no more

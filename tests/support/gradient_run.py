@@ -5,6 +5,7 @@ describes, one after the other in one process group. Its gradients lie beside it
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,14 @@ def recorded(spec: PreparedSpec, folder: Path) -> Recorder:
         folder: an empty one.
     """
     recorder = Recorder()
+    is_exact = spec.machine.precision.name == "fp32"
+    if is_exact:
+        machine = replace(spec.machine, precision=replace(spec.machine.precision, teacher="float64"))
+        spec = replace(spec, resolved=replace(spec.resolved, machine=machine))
     data = build.data_module(spec)
     module = build.task_module(spec, data.prepare(), is_resumed=False)
     trainer = build.trainer(spec, folder, [recorder], [])
-    if spec.machine.precision == "fp32":
+    if is_exact:
         trainer.strategy.precision_plugin = DoublePrecision()  # the Trainer refuses it beside FSDP2
     trainer.fit(module, datamodule=data)
     return recorder

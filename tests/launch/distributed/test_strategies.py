@@ -11,6 +11,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.storage.model_folder import parameters_of
 from launch import logging_setup
 from launch.checks import checks, sharding
+from launch.config.groups import precision_named
 from launch.config.run_spec import Machine
 from launch.memory import device_memory
 from launch.run import auto_settings
@@ -118,7 +119,7 @@ def test_ranks_of_several_machines_each_need_a_sequence() -> None:
 def test_what_only_sharding_can_do_needs_it(key: str) -> None:
     config = composed("task=distill", "teacher=x", key, "strategy=ddp")
     with pytest.raises(InputError, match=f"{key}: with strategy=ddp every device holds the whole model"):
-        sharding.check(config, "cpu", "fp32", "ddp")
+        sharding.check(config, "cpu", precision_named("fp32"), "ddp")
 
 
 def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
@@ -128,9 +129,7 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
     assert answer.code == 2
     assert "host's memory already" in answer.stderr
     with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
-        sharding.check(composed("strategy=fsdp"), "gpu", "fp16", "fsdp")
-    with pytest.raises(InputError, match="precision=fp8 is an experiment"):
-        sharding.check(composed("strategy=fsdp"), "gpu", "fp8", "fsdp")
+        sharding.check(composed("strategy=fsdp"), "gpu", precision_named("fp16"), "fsdp")
 
 
 def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:

@@ -23,6 +23,7 @@ from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings, TokenizerChoice
 from launch.checks import sharding
 from launch.config import run_spec
+from launch.config.groups import precision_named
 from launch.memory import step_timing
 from launch.memory.free_memory import host_free_bytes
 from launch.memory.memory_options import knobs
@@ -312,7 +313,7 @@ def test_tensors_alive_at_once_are_those_counted(name: str):
     _workspaces.clear()
     torch.manual_seed(0)
     model = Backbone(sizes.shape).train()
-    if sizes.precision == "bf16_true":
+    if sizes.precision.is_bf16_true:
         model.bfloat16()
     if sizes.checkpointing:
         model.checkpoint_activations()
@@ -322,7 +323,7 @@ def test_tensors_alive_at_once_are_those_counted(name: str):
     labels = ids.flatten()
 
     def forward():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=sizes.precision == "bf16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=sizes.precision.name == "bf16"):
             return model(ids, lambda hidden, weight: lm_head_loss(hidden.flatten(0, 1), weight, labels).total)
 
     forward().backward()
@@ -381,7 +382,12 @@ def test_the_largest_micro_batch_that_fits_is_the_largest():
 def test_every_knob_that_should_save_memory_does():
     sizes = RunSizes(replace(SMALL, n_layer=12), 32, 512, 32, optimizer="adamw", step_rows=32)
     peak = memory_plan(replace(sizes, on_gpu=True)).peak
-    for change in ({"checkpointing": True}, {"rows": 8}, {"precision": "bf16"}, {"sharded": True, "ranks": 4}):
+    for change in (
+        {"checkpointing": True},
+        {"rows": 8},
+        {"precision": precision_named("bf16")},
+        {"sharded": True, "ranks": 4},
+    ):
         assert memory_plan(replace(sizes, on_gpu=True, **change)).peak < peak, change
     taught = replace(sizes, on_gpu=True, divergence="forward_kl", teacher=SMALL)
     assert memory_plan(replace(taught, teacher=None)).peak < memory_plan(taught).peak
@@ -396,7 +402,7 @@ def test_knobs_are_named_once_and_can_be_set():
         assert ("strategy=fsdp devices=2" in keys) == (rows > 1)
 
 
-REFUSED = [("layer_drop=0.1",), ("precision=fp16",), ("precision=fp8",)]
+REFUSED = [("layer_drop=0.1",), ("precision=fp16",)]
 
 
 @pytest.mark.parametrize(("keys", "is_taken"), [((), True), *((keys, False) for keys in REFUSED)])
