@@ -84,7 +84,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_space(
     assert f"{disk}/run/checkpoints/{intact} is intact." in told
     assert told[-1] == f"Free some space and continue: python train.py resume={disk}/run"
     (disk / "filler").write_bytes(b"")  # so that the callback of the stored configuration does not fill it again
-    answer = train_here(f"resume={disk}/run")
+    answer = train_here(f"resume={disk}/run", "allow_targets=[test_full_disk]")
     assert answer.code == 0, answer.stderr
     weights = [folder / "hf" / "model.safetensors" for folder in (disk / "run", tmp_path / "unbroken")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_after_the_last_step_leaves_a_complete_run(tiny: lis
         assert "Traceback" not in answer.stderr
         (disk / "filler").unlink()
     (disk / "filler").write_bytes(b"")
-    answer = train_here(f"resume={disk}/none")
+    answer = train_here(f"resume={disk}/none", "allow_targets=[test_full_disk]")
     assert answer.code == 0, answer.stderr
     assert read_report(disk / "none")["status"] == "finished"
 
