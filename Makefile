@@ -56,7 +56,7 @@ bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/pa
 chaos: $(READY) ## tests that kill processes and damage files, in an hour
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m chaos
 
-docs: $(READY) ## rewrite docs/reference.md and the README's tree of files
+docs: $(READY) ## rewrite docs/reference.md from conf/
 	@$(PYTHON_IN_VENV) -m docs.build_reference
 
 gpu-check: $(READY) ## what a CPU cannot show; 10 minutes on one GPU, appends to benchmarks/RESULTS.md (NANOGPT=, TRL_PYTHON=)

@@ -1,4 +1,4 @@
-"""Scores checkpoints: how well they predict a text, how near a student is to its teacher, what they write, how fast.
+"""Evaluates checkpoints: loss, distance of a student from its teacher, text metrics, decoding speed, zero-shot tasks.
 
     python evaluate.py checkpoint=runs/pretrain/nano-…
     python evaluate.py checkpoint=gpt2 data=text path=~/notes context=1024 stride=512 json=scores.json
@@ -6,10 +6,10 @@
     python evaluate.py checkpoint='runs/finetune/*' texts=256 csv=scores.csv plot=scores.html
     python evaluate.py checkpoint=RUN,ANOTHER decode=128 lm_eval=lambada_openai
 
-Arguments are key=value and taken verbatim. The first run brings its own data and context, each its tokenizer; for pairs
-the loss is over the responses, and the task's metrics on what is written are told beside those of answers without a
-model. With teacher= the two distributions are compared at every target: divergences, agreement, calibration, and what
-the student is worth as a draft model in speculative decoding. Figures come with their standard errors.
+Arguments are key=value, without further parsing. Data and context default to those of the first run, tokenizers to
+those of each run. For pairs the loss is over the responses, and completions are scored by the task's text metrics, also
+for trivial answers without a model. With teacher= the two distributions are compared at every target: divergences,
+agreement, calibration, and the speed-up with the student as draft model. Figures have standard errors.
 """
 
 import sys
@@ -17,14 +17,14 @@ import sys
 from launch.config.key_value_cli import describe, parse
 from launch.evaluate import score_files, score_tables
 from launch.evaluate.score_checkpoints import Arguments, evaluate
-from launch.exit_codes import end
+from launch.exit_codes import run_and_exit
 
 
 def main() -> None:
     arguments = parse(sys.argv[1:], Arguments)
     score_files.check(arguments)
     results = evaluate(arguments)
-    score_tables.show(results, arguments)
+    score_tables.print_tables(results, arguments)
     score_files.write(results, arguments)
 
 
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
         sys.exit(0)
-    end(main)
+    run_and_exit(main)

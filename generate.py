@@ -1,23 +1,23 @@
-"""Writes text with any checkpoint.
+"""Generates text with any checkpoint.
 
     python generate.py checkpoint=runs/pretrain/nano-… prompt="def add(a, b):" max_new_tokens=64 temperature=0.8
     python generate.py checkpoint=RUN prompts=prompts.txt beams=4 json=written.json
-    python generate.py checkpoint=RUN                                  asks for prompts and writes as it goes
+    python generate.py checkpoint=RUN                                  reads prompts from the terminal, streams text
     python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " temperature=0
-    python generate.py checkpoint=TEACHER draft=STUDENT serve=true     opens a page where both write side by side
-    python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true      a page: attention, surprise
+    python generate.py checkpoint=TEACHER draft=STUDENT serve=true     playground page with both side by side
+    python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true      page with attention and surprise
     python generate.py checkpoint=RUN_OF_OBJECTIVE_FIM prompt="def add(a, b):<|mask|>    return total"
 
-Arguments are key=value and taken verbatim: a prompt may hold `=`, commas, colons and newlines.
+Arguments are key=value, without further parsing: a prompt may contain `=`, commas, colons and newlines.
 """
 
 import sys
 from pathlib import Path
 
 from launch.config.key_value_cli import check_output_file, describe, parse
-from launch.exit_codes import end
-from launch.generate.generator import Arguments, Author
-from launch.generate.inspect_page import check_inspection, inspect_written
+from launch.exit_codes import run_and_exit
+from launch.generate.generator import Arguments, TextGenerator
+from launch.generate.inspect_page import check_inspection, inspect_text
 
 
 def main() -> None:
@@ -29,21 +29,21 @@ def main() -> None:
 
         serve(arguments)
         return
-    author = Author(arguments)
+    generator = TextGenerator(arguments)
     if arguments.draft:
-        written = author.speculate()
+        texts = generator.speculate()
     else:
-        written = author.write() if author.prompts else author.converse()
+        texts = generator.generate() if generator.prompts else generator.interact()
     if arguments.inspect:
-        inspect_written(author, written[0])
+        inspect_text(generator, texts[0])
     if arguments.json:
         from gpt2lab.storage.atomic_files import write_json
 
-        write_json(Path(arguments.json), [text.facts for text in written])
+        write_json(Path(arguments.json), [text.facts for text in texts])
 
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
         sys.exit(0)
-    end(main)
+    run_and_exit(main)

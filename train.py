@@ -1,4 +1,4 @@
-"""Train a GPT-2: pretrain, distil or fine-tune it, as conf/ and the command line say. README shows the commands.
+"""Train a GPT-2: pretrain, distill or fine-tune, with the configuration of conf/ and the command line.
 
 python train.py                                                    python train.py task=distill model=small
 """
@@ -6,7 +6,7 @@ python train.py                                                    python train.
 import os
 import sys
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and launch.exit_codes tells them in a few lines
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, which launch.exit_codes prints in a few lines
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,9 +23,9 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(tree: DictConfig) -> float | None:
-    """One run, or a study of many: check what was composed, then train. Returns the watched metric of one run."""
-    with exit_codes.ending_in_a_code():
-        config = schema.from_hydra(tree, HydraConfig.get(), command=cli_overrides.command())
+    """Check the configuration, then train one run or a study; return the watched metric of a single run."""
+    with exit_codes.exit_on_error():
+        config = schema.from_hydra(tree, HydraConfig.get(), command=cli_overrides.shell_command())
         checks.check(config)
         if config.is_study:
             from launch.sweep.distill_study import run_study
@@ -36,19 +36,19 @@ def main(tree: DictConfig) -> float | None:
             from launch.sweep import remote_run
 
             return remote_run.run(config)
-        from launch.run import job  # torch, lightning and transformers are imported only now
+        from launch.run import job  # imports torch, lightning and transformers
 
         return job.run(config)["watched"]
 
 
 def command_line() -> None:
-    """Hand Hydra the command line, made readable for it."""
+    """Run `main` through Hydra, with free text on the command line quoted."""
     if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         return
-    sys.argv[1:] = cli_overrides.readable_by_hydra(sys.argv[1:])
+    sys.argv[1:] = cli_overrides.quote_free_text(sys.argv[1:])
     main()
 
 
 if __name__ == "__main__":
-    exit_codes.end(command_line)
+    exit_codes.run_and_exit(command_line)

@@ -1,9 +1,9 @@
-"""What two choices are worth in a training step on a CPU: reusing freed memory, and compiling the blocks.
+"""CPU training step: effect of reusing freed memory and of compiling the blocks.
 
     python -m benchmarks.benchmark_cpu_step
 
-Model mini, 8 sequences of 256 tokens, bf16 autocast, AdamW; the LM head's work is compiled throughout. Every case runs
-in fresh processes, taking turns; a figure is the median over them of the median step, memory the largest resident set.
+Model mini, 8 sequences of 256 tokens, bf16 autocast, AdamW; the LM head is always compiled. Cases alternate in new
+processes; times are medians over processes of the median step, memory is the largest resident set.
 """
 
 import json
@@ -31,7 +31,7 @@ WARM_UP, STEPS, ROUNDS = 5, 20, 3
 
 
 def step_milliseconds(vocab_size: int, compiled_blocks: bool) -> float:
-    """Median of STEPS optimizer steps."""
+    """Return the median of STEPS optimizer steps."""
     torch.manual_seed(0)
     sizes = {"n_layer": MINI["n_layer"], "n_head": MINI["n_head"], "n_embd": MINI["n_embd"]}
     backbone = Backbone(ModelShape(**sizes, n_positions=MINI["block_size"], vocab_size=vocab_size)).train()

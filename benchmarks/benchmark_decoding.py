@@ -1,16 +1,16 @@
-"""Decoding: tokens a second beside `transformers`' generate; what speculative decoding is worth beside a prediction.
+"""Decoding speed compared with `transformers`' generate; speculative decoding compared with its prediction.
 
     python -m benchmarks.benchmark_decoding
     python -m benchmarks.benchmark_decoding --target runs/pretrain/… --draft runs/distill/… --draft …
 
-First table: models of random weights, exported and loaded by both sides, on the CPU; theirs is the stock
+First table: models with random weights, exported and loaded by both sides, on the CPU; theirs is the stock
 GPT2LMHeadModel. Prompts of a batch have 17 to 32 tokens, padded on the left. Second table, with --target: the prompts
-below, one at a time, with two predictions (speculative.py): one with a look's measured cost, one from
-acceptance and cost ratio alone, where looks are free. Third table, also with --target: the same prompts greedily,
-beside assisted generation, which is generate of `transformers` with assistant_model: with its own defaults, and tuned,
-which is two drafts for every call whatever the draft model thinks of them (it takes no static cache). Sides take turns;
-the first round warms up; a figure is the median over rounds, in brackets the smallest and the largest. With the same
-seed both sides draw the same text; how many rows are the same is in the table.
+below, one at a time, with two predictions (speculative.py): with the measured verification cost, and ignoring it.
+Third table, also with --target: the same prompts with greedy decoding, compared with assisted generation (generate of
+`transformers` with assistant_model), with its defaults and tuned: two drafted tokens for every call at any confidence
+(it supports no static cache). Sides alternate; the first round is warm-up; values are medians over rounds with the
+smallest and the largest in brackets. With the same seed both sides sample the same text; the table contains the number
+of equal rows.
 """
 
 import argparse
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
 from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
 from gpt2lab.generation.speculative import Speculated, speculate, speculative_ids
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.settings import ModelShape
-from gpt2lab.storage.model_folder import folder_of
-from launch.logging_setup import settle_library_noise
+from gpt2lab.storage.model_folder import resolve_model_folder
+from launch.logging_setup import silence_libraries
 
 SHAPES = {"nano": (2, 2, 128), "micro": (4, 4, 256), "small": (12, 12, 768)}  # layers, heads, width
 TINY = {"tiny": (1, 2, 16)}
@@ -40,7 +40,7 @@ HOT = Sampling("temperature 1")
 WAYS = (GREEDY, HOT)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECULATIVE_WAYS = (GREEDY, Sampling("temperature 0.8", temperature=0.8), HOT)
-TUNED_DRAFTS = 2  # for each call, of assisted generation; what our own loop drafts at the most on a CPU, mostly
+TUNED_DRAFTS = 2  # drafted tokens per call of assisted generation; usually the maximum of our loop on a CPU
 PROMPTS = (
     "import json\n\n\nclass Reader:\n    def read(self, path):\n",
     "def add(a, b):\n    ",
@@ -57,14 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", help="a run directory or a Hugging Face folder")
     parser.add_argument("--draft", action="append", default=[], help="the same, with the target's tokens; several")
-    parser.add_argument("--models", default=",".join(SHAPES), help="of the first table; empty: leave it out")
+    parser.add_argument("--models", default=",".join(SHAPES), help="models of the first table; empty: no first table")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="written after each prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of all models, on both sides")
-    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; no figures to go by")
+    parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
-    settle_library_noise()
+    silence_libraries()
     torch.set_num_threads(options.threads)
     shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.models.split(",") if name}
     dtype = PRECISIONS[options.precision]
@@ -80,8 +80,9 @@ def main() -> None:
             print(f"| {name} | {row}", flush=True)
     if options.target:
         print(
-            "\n| draft | | acceptance | tokens per call | drafts per call | target's step ÷ draft's | look ÷ step "
-            "| measured, × | predicted, × | measured ÷ predicted | predicted with free looks, × | same text |"
+            "\n| draft | | acceptance | tokens per call | drafts per call | target's step ÷ draft's "
+            "| verification ÷ step | measured, × | predicted, × | measured ÷ predicted "
+            "| predicted ignoring verification, × | same text |"
         )
         print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for draft in options.draft:
@@ -100,10 +101,10 @@ def main() -> None:
 
 
 def decoding_rows(shape: ModelShape, tokens: int, rounds: int, dtype: torch.dtype) -> list[str]:
-    """A row of the first table for each batch and each way, but for the model's name."""
+    """Measure rows of the first table, one per batch size and sampling method, without the model's name."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        plain_hf(Backbone(shape)).save_pretrained(folder)
+        to_hf(Backbone(shape)).save_pretrained(folder)
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
         ours = load_backbone(folder, dtype=dtype).lm.eval()
     rows = []
@@ -123,9 +124,9 @@ def decoding_rows(shape: ModelShape, tokens: int, rounds: int, dtype: torch.dtyp
 
 
 def speculation_rows(target: str, draft: str, tokens: int, rounds: int, dtype: torch.dtype) -> list[str]:
-    """A row of the second table for each way, but for the draft's name."""
-    tokenizer = load_tokenizer(str(folder_of(target, "target")))
-    if different := difference_in_words(folder_of(draft, "draft"), tokenizer):
+    """Measure rows of the second table, one per sampling method, without the draft's name."""
+    tokenizer = load_tokenizer(str(resolve_model_folder(target, "target")))
+    if different := describe_difference(resolve_model_folder(draft, "draft"), tokenizer):
         raise SystemExit(f"{draft} has other tokens than {target}: {different}")
     models = [load_backbone(source, dtype=dtype).lm.eval() for source in (target, draft)]
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
@@ -141,20 +142,20 @@ def speculation_rows(target: str, draft: str, tokens: int, rounds: int, dtype: t
                     sampling,
                     max_new_tokens=tokens,
                     end_of_text=tokenizer.eos_token_id,
-                    entries=len(tokenizer),
+                    vocab_size=len(tokenizer),
                     seed=number,
                 )
                 for prompt in prompts
             ]
-            print(f"{draft}, {sampling.name}: {pooled(several).speedup:.2f}", file=sys.stderr)
+            print(f"{draft}, {sampling.name}: {pool(several).speedup:.2f}", file=sys.stderr)
             found.append(several)
         rows.append(speculation_row(sampling, found[1:]))
     return rows
 
 
 def speculation_row(sampling: Sampling, rounds: Sequence[Sequence[Speculated]]) -> str:
-    """What was found in each round, as a row but for the draft's name."""
-    each = [pooled(one) for one in rounds]
+    """Format the results of all rounds as a row without the draft's name."""
+    each = [pool(one) for one in rounds]
     texts = [one for several in rounds for one in several]
     same = sum(one.ids == one.plain_ids for one in texts)
     cells = [
@@ -167,23 +168,23 @@ def speculation_row(sampling: Sampling, rounds: Sequence[Sequence[Speculated]]) 
         spread([one.predicted_speedup for one in each]),
         spread([one.speedup / one.predicted_speedup for one in each]),
         spread([one.predicted_with_free_looks for one in each]),
-        f"{same}/{len(texts)}" if sampling.is_greedy else "drawn",
+        f"{same}/{len(texts)}" if sampling.is_greedy else "sampled",
     ]
     return f"{sampling.name} | {' | '.join(cells)} |"
 
 
 def assisted_row(target: str, draft: str, tokens: int, rounds: int, dtype: torch.dtype) -> str:
-    """The row of the third table, but for the draft's name: ratios of tokens a second, greedy, one prompt at a time."""
-    tokenizer = load_tokenizer(str(folder_of(target, "target")))
+    """Measure a row of the third table without the draft's name: ratios of tokens per second, greedy, batch size 1."""
+    tokenizer = load_tokenizer(str(resolve_model_folder(target, "target")))
     end = tokenizer.eos_token_id
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     backbones = [load_backbone(source, dtype=dtype).eval() for source in (target, draft)]
     ours, our_draft = (one.lm for one in backbones)
-    theirs, their_draft, tuned = (plain_hf(one).to(dtype) for one in (*backbones, backbones[1]))
+    theirs, their_draft, tuned = (to_hf(one).to(dtype) for one in (*backbones, backbones[1]))
     tuned.generation_config.num_assistant_tokens = TUNED_DRAFTS
     tuned.generation_config.num_assistant_tokens_schedule = "constant"
     tuned.generation_config.assistant_confidence_threshold = 0.0
-    given = {"max_new_tokens": tokens, "end_of_text": end, "entries": len(tokenizer)}
+    given = {"max_new_tokens": tokens, "end_of_text": end, "vocab_size": len(tokenizer)}
 
     def generated(assistant: GPT2LMHeadModel | None) -> Rows:
         settings = {"max_new_tokens": tokens, "pad_token_id": end, "eos_token_id": end, "do_sample": False}
@@ -216,8 +217,8 @@ def assisted_row(target: str, draft: str, tokens: int, rounds: int, dtype: torch
     return f"{' | '.join(map(spread, ratios))} | {same}/{len(prompts)} |"
 
 
-def pooled(found: Sequence[Speculated]) -> Speculated:
-    """Several prompts as one: counts and seconds added up, costs the means."""
+def pool(found: Sequence[Speculated]) -> Speculated:
+    """Combine several prompts: sums of counts and seconds, means of cost ratios."""
     return Speculated(
         ids=[],
         plain_ids=[],
@@ -234,12 +235,12 @@ def pooled(found: Sequence[Speculated]) -> Speculated:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Median, smallest and largest."""
+    """Format the median with the smallest and the largest value."""
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 def _alternate(sides: dict[str, Callable[[], Rows]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Rows]]:
-    """Tokens a second in each round, and the texts of the last."""
+    """Return (tokens per second in each round, texts of the last round) by side."""
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     texts: dict[str, Rows] = {}
     for number in range(rounds + 1):

@@ -1,10 +1,10 @@
-"""A distillation step through train.py: beside TRL's GKDTrainer, with the teacher cached, and without a teacher.
+"""Distillation step of train.py, compared with TRL's GKDTrainer, a cached teacher, and cross-entropy only.
 
     python -m benchmarks.benchmark_distill --trl-python /path/to/environment/bin/python        (make bench TRL_PYTHON=…)
 
-Student 4 layers, width 256; teacher 8 layers, width 512; random weights and tokens; T = 256, 2,048 targets a step,
-AdamW, on the CPU. Every measurement is a fresh process, the sides take turns, and a figure is the median over rounds.
-docs/performance.md tells how to make TRL's environment; without one it is left out. Prints a Markdown table.
+Student 4 layers, width 256; teacher 8 layers, width 512; random weights and tokens; T = 256, 2,048 targets per step,
+AdamW, on the CPU. Every measurement is a new process, sides alternate, and values are medians over rounds. See
+docs/measurements/performance.md for TRL's environment; without it TRL is skipped. Prints a Markdown table.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.profile_step import STEP_TIMES
 from benchmarks.shape import BATCH, CONTEXT
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data, train
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 from launch.run.auto_settings import HEAD_COMPILE_STEPS, cpu_cores
 
@@ -53,7 +53,7 @@ HEADING = """| vocabulary | step | ms | ÷ cross-entropy alone | tokens/s | dist
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained and for how long."""
+    """Sizes of models, batches and measurements."""
 
     vocabularies: tuple[int, ...]
     student: ModelShape
@@ -68,7 +68,7 @@ class Sizes:
 
     @property
     def targets(self) -> int:
-        """Target tokens of a step."""
+        """Target tokens per step."""
         return self.batch * self.context
 
 
@@ -78,8 +78,8 @@ FULL = Sizes(
     teacher=ModelShape(n_layer=8, n_head=8, n_embd=512),
     context=CONTEXT,
     batch=BATCH,
-    steps=HEAD_COMPILE_STEPS,  # from this many on the LM head's work is compiled
-    trl_steps=8,  # at 50,257 entries one takes ten seconds
+    steps=HEAD_COMPILE_STEPS,  # minimum for which the LM head is compiled
+    trl_steps=8,  # a step takes ten seconds with a vocabulary of 50,257
     rounds=3,
     threads=cpu_cores(),
 )
@@ -88,11 +88,11 @@ TINY = Sizes((300,), ModelShape(1, 1, 16), ModelShape(1, 2, 32), 32, 2, steps=12
 
 @dataclass(frozen=True)
 class Measured:
-    """One step; memory in bytes."""
+    """Time of a step and memory in bytes."""
 
     milliseconds: float
-    before_model: float  # resident when everything was imported
-    peak: float  # resident, at most
+    before_model: float  # resident set after imports
+    peak: float  # peak resident set
 
     @property
     def above(self) -> float:
@@ -103,7 +103,7 @@ Results = dict[tuple[int, str], Measured]
 
 
 class Bench:
-    """The files that all sides of one vocabulary share, and the sides as functions."""
+    """Files shared by all sides for one vocabulary, and a function per side."""
 
     def __init__(self, folder: Path, sizes: Sizes, vocab_size: int, loss: str, trl_python: Path | None) -> None:
         self.folder, self.sizes, self.trl_python = folder, sizes, trl_python
@@ -113,7 +113,7 @@ class Bench:
         write_corpus(self.corpus, vocab_size, train_tokens=200_000)
         write_tokenizer(self.tokenizer, vocab_size)
         torch.manual_seed(1)
-        plain_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(self.teacher)
+        to_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(self.teacher)
 
     def sides(self) -> dict[str, Callable[[], Measured]]:
         distill = ["task=distill", f"teacher={self.teacher}", "preflight=off", "loss.hard_weight=0"]
@@ -130,7 +130,7 @@ class Bench:
         return found
 
     def ours(self, task: list[str]) -> Measured:
-        """A whole run of train.py in bf16, as users start it."""
+        """Measure a complete run of train.py in bf16."""
         sizes, student = self.sizes, self.sizes.student
         arguments = [*task, *bin_data(self.corpus, self.tokenizer), "model=micro", f"model.n_layer={student.n_layer}"]
         arguments += [f"model.n_head={student.n_head}", f"model.n_embd={student.n_embd}", "optimizer=adamw"]
@@ -145,7 +145,7 @@ class Bench:
         return Measured(json.loads((run_dir / "step_times.json").read_text())["step"], **memory)
 
     def trl(self, precision: str, keep_freed_memory: bool) -> Measured:
-        """GKDTrainer in its own environment; the same teacher, corpus and number of target tokens."""
+        """Measure GKDTrainer in its environment, with the same teacher, corpus and number of target tokens."""
         sizes, student = self.sizes, self.sizes.student
         given = {"corpus": self.corpus, "tokenizer": self.tokenizer, "teacher": self.teacher, "precision": precision}
         given |= {"layers": student.n_layer, "heads": student.n_head, "width": student.n_embd, "beta": self.beta}
@@ -159,12 +159,12 @@ class Bench:
             raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command)}\n{ended.stderr[-2000:]}")
         found = json.loads(ended.stdout)
         if found["targets"] != sizes.targets:
-            raise RuntimeError(f"GKDTrainer learns {found['targets']} target tokens a step, train.py {sizes.targets}.")
+            raise RuntimeError(f"GKDTrainer has {found['targets']} target tokens per step, train.py {sizes.targets}.")
         return Measured(found["milliseconds"], found["before_model"], found["peak"])
 
 
 def measure(sizes: Sizes, loss: str, trl_python: Path | None) -> Results:
-    """(vocabulary, side) → medians over the rounds."""
+    """Return medians over the rounds by (vocabulary, side)."""
     several: dict[tuple[int, str], list[Measured]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         benches = {v: Bench(Path(scratch) / str(v), sizes, v, loss, trl_python) for v in sizes.vocabularies}
@@ -182,7 +182,7 @@ def measure(sizes: Sizes, loss: str, trl_python: Path | None) -> Results:
 
 
 def markdown(results: Results, targets: int) -> str:
-    """Ratios are of train.py's distillation to each side: how many times the tokens per second, how much memory."""
+    """Format a table with the ratios of train.py's distillation to each side, in tokens per second and memory."""
     rows = [HEADING]
     for (vocab_size, name), one in results.items():
         ours, alone = results[vocab_size, DISTILLATION], results[vocab_size, CROSS_ENTROPY]
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--trl-precisions", choices=TRL_PRECISIONS, nargs="+", default=TRL_PRECISIONS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=FULL.vocabularies)
-    parser.add_argument("--tiny", action="store_true", help="sizes of seconds: that it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
     trl_python = options.trl_python or (Path(os.environ["TRL_PYTHON"]) if os.environ.get("TRL_PYTHON") else None)
     if trl_python is not None and not trl_python.is_file():
@@ -209,11 +209,11 @@ def main() -> None:
     full = replace(full, trl_precisions=tuple(options.trl_precisions))
     sizes = TINY if options.tiny else full
     transformers_logging.disable_progress_bar()
-    # Absolute, but not resolved: through its link a Python knows the environment that it belongs to.
+    # Absolute but not resolved: Python finds its environment through the symlink.
     results = measure(sizes, options.loss, trl_python.absolute() if trl_python else None)
     print(markdown(results, sizes.targets))
     if trl_python is None:
-        print("\nWithout --trl-python there is no comparison with TRL's GKDTrainer; docs/performance.md tells how.")
+        print("\nWithout --trl-python there is no comparison with TRL; see docs/measurements/performance.md.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The LM head alone, forward and backward: gpt2lab's loss beside dense PyTorch, eager and compiled, and other kernels.
+"""LM-head loss, forward and backward: gpt2lab compared with dense PyTorch, eager and compiled, and other kernels.
 
     python -m benchmarks.benchmark_lm_head_loss
 
-N = 4,096 positions, V = 50,257 entries, D = 384 and 768; cross-entropy, and forward KL to a teacher of the same width;
-fp32, and bf16 autocast with probabilities in fp32. A time is the median of rounds in which the sides take turns in one
-process. Memory is the peak above the inputs in a fresh process for each side: the allocator's on a GPU; on a CPU what
-is resident, as PyTorch comes and with freed memory reused, as train.py does. Prints a Markdown table.
+N = 4,096 positions, V = 50,257, D = 384 and 768; cross-entropy, and forward KL to a teacher of the same width; fp32,
+and bf16 autocast with probabilities in fp32. Times are medians over rounds in which the sides alternate in one process.
+Memory is the peak above the inputs in a new process per side: the allocator's on a GPU; the resident set on a CPU, by
+default and with freed memory reused, as in train.py. Prints a Markdown table.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.lm_head_sides import EAGER, OURS, Head, HeadInputs, Side, make_inputs, sides
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from benchmarks.train_command import ROOT
-from gpt2lab.system.device import named_device, synchronize
+from gpt2lab.system.device import resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.run.auto_settings import cpu_cores, has_compiler
 
@@ -39,11 +39,11 @@ HEADING = f"""| loss | precision | D | side | ms | {OURS} ÷ it | memory, MB | {
 class Measured:
     milliseconds: float
     memory: int  # peak bytes above the inputs
-    memory_kept: int  # the same where freed memory is kept for reuse; on a GPU nothing differs
+    memory_kept: int  # the same with freed memory kept for reuse; on a GPU equal
 
 
 def step(side: Side, head: Head, inputs: HeadInputs) -> tuple[Tensor, Tensor]:
-    """Mean loss forward and backward; the gradients of hidden states and head weight."""
+    """Compute the mean loss forward and backward; return the gradients of hidden states and head weight."""
     inputs.hidden.grad = inputs.weight.grad = None
     with torch.autocast(inputs.hidden.device.type, dtype=torch.bfloat16, enabled=head.precision == "bf16"):
         total = side(inputs)
@@ -55,12 +55,12 @@ def step(side: Side, head: Head, inputs: HeadInputs) -> tuple[Tensor, Tensor]:
 
 
 def times_here(head: Head, rounds: int, compiles: bool) -> dict[str, float]:
-    """Side → median milliseconds.
+    """Return median milliseconds by side.
 
     Raises:
-        RuntimeError: a side computes something else than dense PyTorch.
+        RuntimeError: a side's gradient differs from that of dense PyTorch.
     """
-    device = named_device("auto")
+    device = resolve_device("auto")
     inputs, every = make_inputs(head, device), sides(head, device, compiles)
     right = step(every[EAGER], head, inputs)
     for name, side in every.items():
@@ -79,15 +79,15 @@ def times_here(head: Head, rounds: int, compiles: bool) -> dict[str, float]:
 
 
 def memory_here(head: Head, name: str, compiles: bool) -> int:
-    """Peak bytes above the inputs of one side.
+    """Return the peak bytes above the inputs of one side.
 
-    It works on a few rows first, so that the libraries that a side loads when it first runs do not count.
+    A warm-up with a few rows excludes libraries that a side loads at its first call.
     """
-    device = named_device("auto")
+    device = resolve_device("auto")
     side = sides(head, device, compiles)[name]
     few = replace(head, rows=8, vocab_size=64)
     step(side, few, make_inputs(few, device))
-    torch.compiler.reset()  # what comes now is compiled for its own sizes, not for any
+    torch.compiler.reset()  # compile for static sizes again
     inputs = make_inputs(head, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -98,7 +98,7 @@ def memory_here(head: Head, name: str, compiles: bool) -> int:
 
 
 def apart(*job: object) -> str:
-    """What `here` prints for this job in a fresh process."""
+    """Run `here` for this job in a new process and return its output."""
     command = [sys.executable, "-m", "benchmarks.benchmark_lm_head_loss", "--here", json.dumps(job)]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -114,9 +114,13 @@ def here(what: str, head: dict, rounds: int, compiles: bool, keep: bool, name: s
 
 
 def measure(head: Head, rounds: int, compiles: bool, reuse: bool = False) -> dict[str, Measured]:
-    """Side → its time and memory. `reuse`: freed memory is reused while times are taken."""
+    """Return time and memory by side.
+
+    Args:
+        reuse: whether freed memory is reused during timing.
+    """
     sizes, found = asdict(head), {}
-    on_cpu = named_device("auto").type == "cpu"
+    on_cpu = resolve_device("auto").type == "cpu"
     for name, milliseconds in json.loads(apart("times", sizes, rounds, compiles, reuse and on_cpu, "")).items():
         memory = int(apart("memory", sizes, rounds, compiles, False, name))
         kept = int(apart("memory", sizes, rounds, compiles, True, name)) if on_cpu else memory
@@ -126,7 +130,7 @@ def measure(head: Head, rounds: int, compiles: bool, reuse: bool = False) -> dic
 
 
 def markdown_rows(head: Head, found: dict[str, Measured]) -> str:
-    """Ratios are lm_head_loss's to the side's: below 1 it is faster, or smaller."""
+    """Format table rows; ratios are lm_head_loss to the side, below 1 if lm_head_loss is faster or smaller."""
     ours, rows = found[OURS], []
     for name, one in found.items():
         speed = f"{one.milliseconds:,.0f} | {ours.milliseconds / one.milliseconds:.2f}"
@@ -143,8 +147,8 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--freed-memory-reused", action="store_true", help="while times are taken, by all sides")
-    parser.add_argument("--tiny", action="store_true", help="sizes of seconds, nothing compiled: that it runs")
+    parser.add_argument("--freed-memory-reused", action="store_true", help="during timing, by all sides")
+    parser.add_argument("--tiny", action="store_true", help="takes seconds, without compilation; for tests")
     parser.add_argument("--here", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:

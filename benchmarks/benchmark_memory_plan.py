@@ -1,11 +1,11 @@
-"""Predicted against measured peak memory of short runs of train.py on a CPU, each in a process of its own.
+"""Predicted and measured peak memory of short runs of train.py on a CPU, each in a separate process.
 
     python -m benchmarks.benchmark_memory_plan
-    python -m benchmarks.benchmark_memory_plan --drawn 24 --seed 0        configurations that nobody has chosen
+    python -m benchmarks.benchmark_memory_plan --drawn 24 --seed 0        random configurations
 
-Three steps, a validation and a checkpoint each; random tokens and random weights; none of the runs was used to fit the
-plan's constants. Measured is report.json's `peak_memory_bytes`, predicted is what the run wrote into its config.yaml
-before it had a model. Both contain the process without a model, so the error of what lies above it stands beside it.
+Each run has three steps, a validation and a checkpoint, with random tokens and weights; none was used to fit the plan's
+constants. The measured value is report.json's `peak_memory_bytes`; the predicted one is from the run's config.yaml,
+written before the model is built. Both include the process without a model; the error without it is a separate column.
 Prints a Markdown table and the medians. About 10 minutes on two cores; the largest run takes 4 GB.
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data, train
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
 SIZES = {"nano": (2, 128, 2), "micro": (4, 256, 4), "mini": (6, 384, 6), "distil": (6, 768, 12), "small": (12, 768, 12)}
@@ -34,18 +34,18 @@ MODEL_FILES = "import sys; from benchmarks.benchmark_memory_plan import write_mo
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `like` is the task with its teacher or its way to train."""
+    """Configuration of one run."""
 
     like: str  # pretrain, distill, distill cached, finetune, LoRA
     model: str
     vocabulary: int
     context: int
-    rows: int  # of a micro-batch
+    rows: int  # per micro-batch
     precision: str
     optimizer: str
     teacher: str = ""
     more: tuple[str, ...] = ()
-    parts: int = 1  # micro-batches of a step
+    parts: int = 1  # micro-batches per step
     ranks: int = 1
     strategy: str = "auto"
 
@@ -79,20 +79,20 @@ CASES = (
 )
 
 
-SMALLER = {"micro": "nano", "mini": "micro", "distil": "mini"}  # students of these teachers
-TOKENS = (1024, 8192)  # of a micro-batch, at least and at most
+SMALLER = {"micro": "nano", "mini": "micro", "distil": "mini"}  # teacher → student
+TOKENS = (1024, 8192)  # per micro-batch, minimum and maximum
 
 
-def drawn_cases(count: int, seed: int) -> list[Case]:
-    """Configurations drawn at random: every task, size, precision and strategy that three steps of a CPU can bear."""
+def sample_cases(count: int, seed: int) -> list[Case]:
+    """Sample configurations over all tasks, precisions and strategies, with sizes suitable for a CPU."""
     random_state = random.Random(seed)
-    return [_drawn(random_state) for _ in range(count)]
+    return [_sample_case(random_state) for _ in range(count)]
 
 
-def _drawn(random_state: random.Random) -> Case:
+def _sample_case(random_state: random.Random) -> Case:
     draw = random_state.choice
     like = draw(("pretrain", "pretrain", "distill", "distill cached", "finetune", "LoRA"))
-    context = 256 if like in ("finetune", "LoRA") else draw((128, 256, 512, 1024))  # the pairs' longest have 256 tokens
+    context = 256 if like in ("finetune", "LoRA") else draw((128, 256, 512, 1024))  # the longest pairs have 256 tokens
     rows = draw([rows for rows in (1, 2, 4, 8, 16, 32) if TOKENS[0] <= rows * context <= TOKENS[1]])
     precision, optimizer = draw(("fp32", "bf16", "bf16_true")), draw(("adamw", "muon"))
     teacher = draw(tuple(SMALLER)) if like.startswith("distill") else ""
@@ -108,7 +108,7 @@ def _drawn(random_state: random.Random) -> Case:
 
 @dataclass(frozen=True)
 class Found:
-    """Bytes of one run."""
+    """Predicted and measured bytes of one run."""
 
     predicted: int
     measured: int
@@ -116,24 +116,24 @@ class Found:
 
     @property
     def error(self) -> float:
-        """Of the whole peak, as a share of what was measured."""
+        """Relative error of the peak."""
         return self.predicted / self.measured - 1
 
     @property
     def error_above(self) -> float:
-        """Of what lies above the process without a model."""
+        """Relative error without the memory of a process without a model."""
         return (self.predicted - self.process) / (self.measured - self.process) - 1
 
 
 def write_model(folder: str, size: str, vocabulary: str) -> None:
-    """A model of random weights as a Hugging Face folder."""
+    """Write a Hugging Face folder of a model with random weights."""
     layers, width, heads = SIZES[size]
     torch.manual_seed(1)
-    plain_hf(Backbone(ModelShape(layers, heads, width, 1024, int(vocabulary)))).save_pretrained(folder)
+    to_hf(Backbone(ModelShape(layers, heads, width, 1024, int(vocabulary)))).save_pretrained(folder)
 
 
 def model_folder(folder: Path, size: str, vocabulary: int) -> Path:
-    """The folder of that model with a tokenizer, made once, in a process of its own."""
+    """Return the folder of that model with a tokenizer, made once in a separate process."""
     made = folder / f"model-{size}-{vocabulary}"
     if not made.exists():
         command = [sys.executable, "-c", MODEL_FILES, str(made), size, str(vocabulary)]
@@ -143,18 +143,18 @@ def model_folder(folder: Path, size: str, vocabulary: int) -> Path:
 
 
 def write_pairs(file: Path, pairs: int = 400) -> None:
-    """Pairs of random words: 60 to 240 letters of a source, some twelve of a target."""
-    drawn = random.Random(0)
+    """Write pairs of random words: sources of 60 to 240 letters, targets of 12."""
+    random_state = random.Random(0)
 
     def letters(count: int) -> str:
-        return "".join(drawn.choice("abcdefghij ") for _ in range(count))
+        return "".join(random_state.choice("abcdefghij ") for _ in range(count))
 
-    lines = [{"source": letters(drawn.randint(60, 240)), "target": letters(12)} for _ in range(pairs)]
+    lines = [{"source": letters(random_state.randint(60, 240)), "target": letters(12)} for _ in range(pairs)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def keys(case: Case, folder: Path) -> list[str]:
-    """The command line of a case."""
+    """Return the arguments of a case."""
     words = [f"context={case.context}", f"micro_batch={case.rows}", f"precision={case.precision}"]
     words += [f"optimizer={case.optimizer}", *case.more, "steps=3", "log_every=1", "callbacks=minimal", "logger=none"]
     words += ["validate_every=3", "checkpoint_every=3", "accelerator=cpu", f"devices={case.ranks}"]
@@ -178,7 +178,7 @@ def keys(case: Case, folder: Path) -> list[str]:
 
 
 def measure(case: Case, folder: Path) -> Found:
-    """Run it."""
+    """Run a case."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         run_dir = Path(scratch) / "run"
         report = train(run_dir, keys(case, folder))
@@ -187,7 +187,7 @@ def measure(case: Case, folder: Path) -> Found:
 
 
 def row(case: Case, found: Found) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     model = f"{case.model} ← {case.teacher}" if case.teacher else case.model
     settings = [case.precision, case.optimizer, *(word.removeprefix("task.") for word in case.more)]
     settings += [f"{case.strategy} on {case.ranks}"] if case.ranks > 1 else []
@@ -197,7 +197,7 @@ def row(case: Case, found: Found) -> str:
 
 
 def medians(found: list[Found]) -> str:
-    """Of the errors' sizes."""
+    """Summarize the medians of the absolute errors."""
     whole = statistics.median(abs(one.error) for one in found)
     above = statistics.median(abs(one.error_above) for one in found)
     worst = max(abs(one.error) for one in found)
@@ -209,9 +209,9 @@ def medians(found: list[Found]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
-    parser.add_argument("--drawn", type=int, default=0, help="so many that are drawn instead")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="number of cases, the first ones")
+    parser.add_argument("--drawn", type=int, default=0, help="number of random cases to use instead")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random cases")
     options = parser.parse_args()
     print(
         "| task | model | vocabulary | micro-batch | settings | predicted, GB | measured, GB | error | above process |"
@@ -219,7 +219,7 @@ def main() -> None:
     print("|---|---|--:|---|---|--:|--:|--:|--:|", flush=True)
     every = []
     with tempfile.TemporaryDirectory() as folder:
-        cases = drawn_cases(options.drawn, options.seed) if options.drawn else CASES[: options.cases]
+        cases = sample_cases(options.drawn, options.seed) if options.drawn else CASES[: options.cases]
         for case in tqdm(cases, "runs", disable=None):
             every.append(measure(case, Path(folder)))
             print(row(case, every[-1]), flush=True)

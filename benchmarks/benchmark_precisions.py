@@ -1,12 +1,12 @@
-"""Validation loss under each precision beside fp32 with the same seed: nano, 300 steps on the standard library.
+"""Validation loss of each precision compared with fp32 and the same seed: nano, 300 steps on the standard library.
 
-    python -m benchmarks.benchmark_precisions                                 on a CPU, which has no fp16
-    python -m benchmarks.benchmark_precisions optimizer=adamw                 with whatever else train.py takes
+    python -m benchmarks.benchmark_precisions                                 on a CPU, without fp16
+    python -m benchmarks.benchmark_precisions optimizer=adamw                 with other keys of train.py
     python -m benchmarks.benchmark_precisions --accelerator gpu --at-once 5
 
-Each precision is a sweep of train.py over the seeds; on a GPU some of them can share it, since losses are no times. A
-seed has the same first weights and batches everywhere, so differences are taken within it. Prints a Markdown table;
-a precision is within when none of its seeds is further than 0.02 nats from fp32.
+Each precision is a sweep of train.py over the seeds; several can share a GPU, because only losses are measured. A seed
+has the same initial weights and batches in all sweeps, so differences are paired by seed. Prints a Markdown table; a
+precision is within if no seed differs by more than 0.02 nats from fp32.
 """
 
 import argparse
@@ -30,22 +30,22 @@ SAME_LOSS = 0.02  # nats
 Losses = Mapping[str, dict[int, float]]  # precision → seed → val/loss
 
 
-def measured(
+def measure_losses(
     folder: Path, accelerator: str, keys: Sequence[str] = (), precisions: Sequence[str] = (), at_once: int = 1
 ) -> Losses:
-    """Train into `folder`: fp32 and the given precisions, by default all that the device has.
+    """Train into `folder` with fp32 and the given precisions, by default all of the device.
 
     Args:
-        keys: of train.py, after the usual ones.
-        at_once: sweeps that share the device.
+        keys: further keys of train.py.
+        at_once: number of sweeps that share the device.
 
     Raises:
-        TrainingFailed: one of them ended with another exit code than 0.
+        TrainingFailed: a sweep ended with another exit code than 0.
     """
     usual = ["task=pretrain", "data=stdlib", "model=nano", f"steps={STEPS}", "logger=csv", "callbacks=minimal"]
     usual += [f"accelerator={accelerator}", "devices=1", "threads=1", *keys]
     if at_once > 1:
-        train(folder / "prepares", [*usual, "steps=1"])  # the data, which the others would wait for
+        train(folder / "prepares", [*usual, "steps=1"])  # prepare the data once
 
     def sweep(precision: str) -> dict[int, float]:
         target = folder / precision
@@ -62,43 +62,43 @@ def measured(
         return dict(zip(names, pool.map(sweep, names), strict=True))
 
 
-def beside_exact(losses: Losses) -> dict[str, PairedDifference]:
-    """Precision → its losses minus those of fp32."""
+def compare_with_exact(losses: Losses) -> dict[str, PairedDifference]:
+    """Return the losses minus those of fp32, by precision."""
     return {name: paired_difference(found, losses[EXACT]) for name, found in losses.items() if name != EXACT}
 
 
 def is_within(found: PairedDifference) -> bool:
-    """Whether every seed has almost the loss of fp32."""
+    """Whether every seed's loss is close to that of fp32."""
     return not found.missing and all(abs(difference) < SAME_LOSS for difference in found.differences.values())
 
 
 def markdown(losses: Losses) -> str:
-    """A row for each precision."""
+    """Format a table with a row per precision."""
     head = [f"| precision | val/loss of seeds {', '.join(map(str, SEEDS))} | mean | − fp32, 95 % interval | within |"]
     rows = [*head, "|---|---|--:|--:|---|"]
-    compared = beside_exact(losses)
+    compared = compare_with_exact(losses)
     for name, found in losses.items():
         row = (
             f"| {name} | {', '.join(f'{loss:.4f}' for loss in found.values())} | {sum(found.values()) / len(found):.4f}"
         )
-        told = ["", ""]
+        cells = ["", ""]
         if name in compared:
             difference = compared[name]
             interval = f"{difference.low:+.4f} … {difference.high:+.4f}" if difference.low is not None else "one seed"
-            told = [f"{difference.mean:+.4f} ({interval})", "yes" if is_within(difference) else "no"]
-        rows.append(" | ".join([row, *told]) + " |")
+            cells = [f"{difference.mean:+.4f} ({interval})", "yes" if is_within(difference) else "no"]
+        rows.append(" | ".join([row, *cells]) + " |")
     return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--accelerator", choices=OTHERS, default="cpu")
-    parser.add_argument("--precisions", nargs="+", default=(), help="beside fp32; default: all that the device has")
+    parser.add_argument("--precisions", nargs="+", default=(), help="compared with fp32; default: all of the device")
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("keys", nargs="*", metavar="key=value")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = measured(Path(scratch), options.accelerator, options.keys, options.precisions, options.at_once)
+        found = measure_losses(Path(scratch), options.accelerator, options.keys, options.precisions, options.at_once)
     print(markdown(found))
 
 

@@ -1,8 +1,8 @@
-"""Sampled softmax beside the whole one: training speed of model mini at 50,257 entries, through train.py.
+"""Sampled softmax compared with the full softmax: training speed of model mini with a vocabulary of 50,257.
 
     python -m benchmarks.benchmark_sampled_softmax
 
-T = 256, 2,048 tokens a step, bf16, AdamW. The sides take turns; a figure is the median over rounds. Prints a table.
+T = 256, 2,048 tokens per step, bf16, AdamW. Sides alternate; values are medians over rounds. Prints a table.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from benchmarks.benchmark_training_step import ours
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 
 VOCABULARY = 50_257
-WHOLE = "clm, all 50,257 entries"
+WHOLE = "clm, all 50,257 tokens"
 SIDES = {WHOLE: ["objective=clm"]} | {
     f"sampled_softmax, {count:,} negatives": ["objective=sampled_softmax", f"objective.negatives={count}"]
     for count in (1_024, 4_096, 16_384)
@@ -25,7 +25,7 @@ SIDES = {WHOLE: ["objective=clm"]} | {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)  # from so many on the whole head's work is compiled
+    parser.add_argument("--steps", type=int, default=50)  # minimum for which the full head is compiled
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     speeds = defaultdict(list)
@@ -39,7 +39,7 @@ def main() -> None:
                 speeds[name].append(ours(corpus, tokenizer, run_dir, options.steps, keys))
                 print(f"{name}: {speeds[name][-1]:,.0f} tokens/s", file=sys.stderr)
     medians = {name: statistics.median(several) for name, several in speeds.items()}
-    print("| objective | tokens/s | ÷ the whole softmax |\n|---|--:|--:|")
+    print("| objective | tokens/s | ÷ full softmax |\n|---|--:|--:|")
     for name, speed in medians.items():
         print(f"| {name} | {speed:,.0f} | {speed / medians[WHOLE]:.2f} |")
 

@@ -1,10 +1,10 @@
-"""Weak scaling: one CPU process beside two, under ddp and fsdp, each with as many tokens a step; and the data's share.
+"""Weak scaling from one CPU process to two, with ddp and fsdp and equal tokens per process; and waiting for data.
 
     python -m benchmarks.benchmark_scaling
 
-Model micro on the standard library, 2,048 tokens a step and one thread for every process. Each measurement is a run of
-train.py, the sides take turns, and a figure is the median over rounds. Waiting for data is what a step's time goes to
-between batches, on the first rank. Prints a Markdown table.
+Model micro on the standard library, 2,048 tokens per step and one thread per process. Each measurement is a run of
+train.py, sides alternate, and values are medians over rounds. Waiting for data is the time between batches, on rank 0.
+Prints a Markdown table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.profile_step import STEP_TIMES
-from benchmarks.train_command import of_seconds, train
+from benchmarks.train_command import tiny_run, train
 from launch.run.auto_settings import cpu_cores
 
 SIDES = ((1, "auto"), (2, "ddp"), (2, "fsdp"))  # processes, strategy
@@ -26,14 +26,14 @@ TOKENS = 2_048  # a step and process
 
 @dataclass(frozen=True)
 class Measured:
-    """One run."""
+    """Result of one run."""
 
     speed: float  # tokens per second of all processes together
     waiting: float  # share of a step
 
 
-def measured(folder: Path, processes: int, strategy: str, steps: int, keys: list[str]) -> Measured:
-    """Speed of one run into `folder`."""
+def measure_run(folder: Path, processes: int, strategy: str, steps: int, keys: list[str]) -> Measured:
+    """Measure one run into `folder`."""
     words = [f"devices={processes}", f"strategy={strategy}", f"batch_tokens={processes * TOKENS}", "threads=1"]
     words += ["accelerator=cpu", "logger=none", "callbacks=minimal", "log_every=5", STEP_TIMES]
     words += [f"{key}={steps}" for key in ("steps", "validate_every", "checkpoint_every")]
@@ -43,12 +43,12 @@ def measured(folder: Path, processes: int, strategy: str, steps: int, keys: list
 
 
 def measure(rounds: int, steps: int, keys: list[str]) -> dict[tuple[int, str], Measured]:
-    """Side → medians over the rounds."""
+    """Return medians over the rounds by side."""
     found: dict[tuple[int, str], list[Measured]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         for number in tqdm(range(rounds * len(SIDES)), "runs", disable=None):
             side = SIDES[number % len(SIDES)]
-            found[side].append(measured(Path(scratch, str(number)), *side, steps, keys))
+            found[side].append(measure_run(Path(scratch, str(number)), *side, steps, keys))
     return {
         side: Measured(statistics.median(run.speed for run in runs), statistics.median(run.waiting for run in runs))
         for side, runs in found.items()
@@ -56,7 +56,7 @@ def measure(rounds: int, steps: int, keys: list[str]) -> dict[tuple[int, str], M
 
 
 def markdown(found: dict[tuple[int, str], Measured]) -> str:
-    """A row for each side; perfect scaling is as many times one process's speed as there are processes."""
+    """Format a table with a row per side; perfect scaling is the number of processes times the speed of one."""
     alone = found[SIDES[0]].speed
     rows = ["| processes | strategy | tokens/s | ÷ one process | of perfect scaling | step waits for data |"]
     rows += ["|--:|---|--:|--:|--:|--:|"]
@@ -73,12 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tiny", action="store_true", help="sizes of seconds: that it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
     if cpu_cores() < max(processes for processes, _ in SIDES):
         raise SystemExit("Needs as many cores as processes.")
     if options.tiny:
-        print(markdown(measure(1, 15, of_seconds())))
+        print(markdown(measure(1, 15, tiny_run())))
     else:
         print(markdown(measure(options.rounds, options.steps, ["model=micro"])))
 

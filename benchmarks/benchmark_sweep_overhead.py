@@ -1,10 +1,10 @@
-"""A sweep of short jobs, as many at once as there are cores, beside separate calls of train.py, one after the other.
+"""Sweep of short jobs in parallel, compared with sequential calls of train.py.
 
     python -m benchmarks.benchmark_sweep_overhead
 
-Eight seeds of nano on the standard library, 20 steps each, on two cores, which this program and what it starts keep to.
-A figure is the wall time from the command to its end, with the start of every process, validation, checkpoint and
-export; the median over rounds, in which the sides take turns. Prints a Markdown table.
+Eight seeds of nano on the standard library, 20 steps each, on two cores to which all processes are bound. Values are
+wall times of the commands including process start, validation, checkpoint and export; medians over rounds with
+alternating sides. Prints a Markdown table.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.train_command import ROOT, of_seconds
+from benchmarks.train_command import ROOT, tiny_run
 from launch.config.machine import usable_cores
 
 CORES = 2
 SEPARATE, SWEEP = "separate calls of train.py", f"one sweep, n_jobs={CORES}"
 
 
-def seconds_of(commands: list[list[str]]) -> float:
-    """Wall time of train.py with each of these arguments, one after the other.
+def run_all(commands: list[list[str]]) -> float:
+    """Run train.py with each of these arguments sequentially and return the seconds.
 
     Raises:
         RuntimeError: one of them failed.
@@ -42,25 +42,25 @@ def seconds_of(commands: list[list[str]]) -> float:
 
 
 def sides(folder: Path, jobs: int, keys: list[str]) -> dict[str, list[list[str]]]:
-    """Side → arguments of its calls."""
+    """Return the arguments of the calls by side."""
     seeds = [str(seed + 1) for seed in range(jobs)]
     sweep = ["-m", *keys, f"seed={','.join(seeds)}", f"n_jobs={CORES}", f"hydra.sweep.dir={folder / 'sweep'}"]
     return {SEPARATE: [[*keys, f"seed={seed}", f"run_dir={folder / seed}"] for seed in seeds], SWEEP: [sweep]}
 
 
 def measure(rounds: int, jobs: int, keys: list[str]) -> dict[str, float]:
-    """Side → median seconds over the rounds. Tokenizer and data, which are made once for all runs, are made before."""
+    """Return median seconds over the rounds by side. Tokenizer and data are prepared before."""
     found: dict[str, list[float]] = {SEPARATE: [], SWEEP: []}
     with tempfile.TemporaryDirectory() as scratch:
-        seconds_of([[*keys, f"run_dir={Path(scratch, 'before')}"]])
+        run_all([[*keys, f"run_dir={Path(scratch, 'before')}"]])
         for number in tqdm(range(rounds), "rounds", disable=None):
             for side, commands in sides(Path(scratch, str(number)), jobs, keys).items():
-                found[side].append(seconds_of(commands))
+                found[side].append(run_all(commands))
     return {side: statistics.median(seconds) for side, seconds in found.items()}
 
 
 def markdown(seconds: dict[str, float], jobs: int, steps: int) -> str:
-    """A row for each side."""
+    """Format a table with a row per side."""
     head = [f"| {jobs} jobs of {steps} steps, {CORES} cores | s | ÷ separate calls |", "|---|--:|--:|"]
     rows = [f"| {side} | {own:.1f} | {own / seconds[SEPARATE]:.2f} |" for side, own in seconds.items()]
     return "\n".join([*head, *rows])
@@ -71,12 +71,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true", help="runs of seconds: that it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
     if len(usable_cores()) < CORES:
         raise SystemExit(f"Needs {CORES} cores.")
     os.sched_setaffinity(0, usable_cores()[:CORES])
-    keys = [*(of_seconds() if options.tiny else ["model=nano"]), "logger=none", "accelerator=cpu"]
+    keys = [*(tiny_run() if options.tiny else ["model=nano"]), "logger=none", "accelerator=cpu"]
     keys.append(f"steps={options.steps}")
     print(markdown(measure(options.rounds, options.jobs, keys), options.jobs, options.steps))
 

@@ -1,11 +1,11 @@
-"""Ten students of one teacher on the same batches: the teacher asked at every step of each, or once for all.
+"""Ten students of one teacher on the same batches: online teacher compared with a cached one.
 
     python -m benchmarks.benchmark_ten_students
 
-Student 4 layers, width 256; teacher 8 layers, width 512; random weights and tokens, 4,096 entries; 2,048 targets a
-step; ten learning rates, a sweep of train.py on the CPU. A figure is the wall time of the whole command: the start of
-each process, validation and export included, and for the cached side the writing of the cache, which each round does
-anew. The sides take turns. Prints a Markdown table.
+Student 4 layers, width 256; teacher 8 layers, width 512; random weights and tokens, vocabulary of 4,096; 2,048 targets
+per step; ten learning rates as a sweep of train.py on the CPU. Values are wall times of the command, including process
+start, validation and export, and with a cached teacher the filling of a new cache. Sides alternate. Prints a Markdown
+table.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from tqdm import tqdm
 from benchmarks.benchmark_distill import FULL, TINY, Sizes
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 
 STEPS = 200
-ONLINE, CACHED = "teacher asked at every step", "teacher cached: 12 draws a token"
+ONLINE, CACHED = "online teacher", "cached teacher: 12 samples per token"
 KEYS = {ONLINE: ["teacher_cache=none"], CACHED: ["teacher_cache=sampled"]}
 
 
 def sweep(folder: Path, sizes: Sizes, vocab_size: int, students: int, keys: list[str], cache: Path) -> float:
-    """Seconds of one sweep into `folder`.
+    """Run one sweep into `folder` and return the seconds.
 
     Raises:
         RuntimeError: a job failed.
@@ -53,15 +53,15 @@ def sweep(folder: Path, sizes: Sizes, vocab_size: int, students: int, keys: list
 
 
 def measure(sizes: Sizes, vocab_size: int, students: int) -> dict[str, float]:
-    """Side → median seconds over the rounds."""
+    """Return median seconds over the rounds by side."""
     seconds: dict[str, list[float]] = {side: [] for side in KEYS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        # Enough for every step to have text of its own
+        # Enough for one epoch
         write_corpus(folder / "corpus", vocab_size, train_tokens=sizes.targets * sizes.steps + sizes.context + 1)
         write_tokenizer(folder / "tokenizer", vocab_size)
         torch.manual_seed(1)
-        plain_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(folder / "teacher")
+        to_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(folder / "teacher")
         for number in tqdm(range(sizes.rounds * len(KEYS)), "sweeps", disable=None):
             side = list(KEYS)[number % len(KEYS)]
             seconds[side].append(sweep(folder, sizes, vocab_size, students, KEYS[side], folder / f"cache-{number}"))
@@ -69,8 +69,8 @@ def measure(sizes: Sizes, vocab_size: int, students: int) -> dict[str, float]:
 
 
 def markdown(seconds: dict[str, float], students: int) -> str:
-    """A row for each side."""
-    head = [f"| {students} students | s | ÷ asked at every step |", "|---|--:|--:|"]
+    """Format a table with a row per side."""
+    head = [f"| {students} students | s | ÷ online teacher |", "|---|--:|--:|"]
     return "\n".join(
         [*head, *(f"| {side} | {own:.0f} | {own / seconds[ONLINE]:.2f} |" for side, own in seconds.items())]
     )
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--tiny", action="store_true", help="sizes of seconds: that it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
     sizes = TINY if options.tiny else replace(FULL, rounds=options.rounds, steps=options.steps)
     students = 2 if options.tiny else 10

@@ -1,9 +1,9 @@
-"""Training speed of model mini through train.py, eager and compiled, beside nanoGPT's model in the same run.
+"""Training speed of model mini with train.py, eager and compiled, compared with nanoGPT's model.
 
     python -m benchmarks.benchmark_training_step --nanogpt /path/to/nanoGPT       (make bench NANOGPT=…)
 
-T = 256, 2,048 tokens a step, bf16, AdamW, vocabularies of 4,096 and 50,257. Rounds alternate between the programs, and
-each figure is the median over rounds; ratios are to nanoGPT's best of eager and compiled. Prints a Markdown table.
+T = 256, 2,048 tokens per step, bf16, AdamW, vocabularies of 4,096 and 50,257. Programs alternate; values are medians
+over rounds; ratios are to nanoGPT's best of eager and compiled. Prints a Markdown table.
 """
 
 import argparse
@@ -23,7 +23,7 @@ VOCABULARIES = (4_096, 50_257)
 
 
 def ours(corpus: Path, tokenizer: Path, run_dir: Path, steps: int, keys: list[str]) -> float:
-    """Tokens per second as report.json has it: whole steps through train.py, data and logging included."""
+    """Return the tokens per second from report.json: complete steps of train.py including data and logging."""
     arguments = ["task=pretrain", "model=mini", *bin_data(corpus, tokenizer), "optimizer=adamw", "precision=bf16"]
     arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", f"steps={steps}"]
     arguments += [f"validate_every={steps}", f"checkpoint_every={steps}", f"sample_every={steps}", "log_every=5"]
@@ -38,13 +38,13 @@ def nanogpt(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, ste
     return json.loads(ended.stdout)["tokens_per_second"]
 
 
-def model_file_of(given: Path) -> Path:
-    """nanoGPT's model.py, from it or from a checkout."""
+def find_model_file(given: Path) -> Path:
+    """Return nanoGPT's model.py, given the file or a checkout."""
     return (given / "model.py" if given.is_dir() else given).resolve()
 
 
 def measure(folder: Path, model_file: Path | None, steps: int, rounds: int) -> dict[tuple[int, str, bool], float]:
-    """(vocabulary, program, compiled) → median tokens per second."""
+    """Return median tokens per second by (vocabulary, program, compiled)."""
     speeds: dict[tuple[int, str, bool], list[float]] = defaultdict(list)
     for vocab_size in VOCABULARIES:
         corpus, tokenizer = folder / f"corpus-{vocab_size}", folder / f"tokenizer-{vocab_size}"
@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     model_file = options.nanogpt
     if model_file is not None:
-        model_file = model_file_of(model_file)
+        model_file = find_model_file(model_file)
         if not model_file.is_file():
             parser.error(f"--nanogpt {options.nanogpt}: no model.py there")
     with tempfile.TemporaryDirectory() as folder:

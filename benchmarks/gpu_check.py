@@ -1,10 +1,10 @@
-"""What this project claims of a GPU, checked in some ten minutes on one: `make gpu-check`.
+"""GPU check: verify the project's claims about GPUs in about ten minutes: `make gpu-check`.
 
     python -m benchmarks.gpu_check [--nanogpt /path/to/nanoGPT] [--trl-python PYTHON] [--only WORD,WORD]
 
 Attention kernels, packing and the LM-head loss; speed, MFU and memory of small and medium; precisions; FSDP on one GPU;
-resume after a kill; nanoGPT, TRL and Liger beside, where they are installed. The table is appended to
-benchmarks/RESULTS.md with date and device. Without a GPU it says so and ends well.
+resume after a kill; comparisons with nanoGPT, TRL and Liger, if available. The table is appended to
+benchmarks/RESULTS.md with date and device. Without a GPU nothing is checked and the exit code is 0.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_kernels, gpu_runs
-from benchmarks.benchmark_training_step import model_file_of
+from benchmarks.benchmark_training_step import find_model_file
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from benchmarks.train_command import ROOT
 
@@ -29,18 +29,18 @@ RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 @dataclass(frozen=True)
 class Check:
     name: str
-    run: Callable[[Path], str]  # folder for runs → what came out; raises when the claim does not hold
+    run: Callable[[Path], str]  # folder for runs → result; raises if the claim is violated
 
 
 def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
     yield Check("flash attention", lambda _: gpu_kernels.flash_attention())
     yield Check("packed documents", lambda _: gpu_kernels.packing(prefix=False))
     yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True))
-    yield Check("LM-head loss, 16,384 positions, 50,257 entries", lambda _: gpu_kernels.lm_head_loss_beside_liger())
+    yield Check("LM-head loss, 16,384 positions, V = 50,257", lambda _: gpu_kernels.compare_lm_head_losses())
     if nanogpt is not None:
-        yield Check("small beside nanoGPT", gpu_runs.beside_nanogpt(model_file_of(nanogpt)))
+        yield Check("small vs. nanoGPT", gpu_runs.compare_with_nanogpt(find_model_file(nanogpt)))
     if trl_python is not None:
-        yield Check("distillation, medium to small, beside TRL", gpu_runs.beside_trl(trl_python))
+        yield Check("distillation, medium to small, vs. TRL", gpu_runs.compare_with_trl(trl_python))
     speed = gpu_runs.speed
     yield Check("small, bf16, compiled", speed("small", 16, "precision=bf16", "compile=true"))
     yield Check("small, bf16, eager", speed("small", 16, "precision=bf16", "compile=false"))
@@ -54,7 +54,7 @@ def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
 
 
 def outcome(check: Check, folder: Path) -> tuple[str, str]:
-    """("passed" | "FAILED", what came out)."""
+    """Return ("passed" | "FAILED", result)."""
     try:
         return "passed", check.run(folder)
     except (RuntimeError, OSError, KeyError, ValueError, subprocess.TimeoutExpired) as error:
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="checks that have one of these words in their names")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu-check: not run on a GPU: PyTorch finds none here.")
+        print("gpu-check: skipped, because PyTorch finds no GPU.")
         return 0
     device = torch.cuda.get_device_name()
     heading = f"\n## {time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}\n\n"

@@ -1,6 +1,6 @@
-"""Checks of gpu_check.py that need no training run: attention kernels and the LM-head loss, in this process.
+"""Checks of gpu_check.py without a training run: attention kernels and the LM-head loss, in this process.
 
-Each raises RuntimeError where the claim does not hold, and returns what came out as text.
+Each returns its result as text and raises RuntimeError if the claim is violated.
 """
 
 import statistics
@@ -16,19 +16,19 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.benchmark_lm_head_loss import memory_here, times_here
 from benchmarks.lm_head_sides import Head
-from gpt2lab.model.attention_masks import document_bounds, spans_of, visible
+from gpt2lab.model.attention_masks import document_bounds, make_spans, spans_to_mask
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import ModelShape
 
 VOCABULARY, CONTEXT, SEQUENCES = 50_257, 1024, 16
 SMALL = ModelShape(n_layer=12, n_head=12, n_embd=768, vocab_size=VOCABULARY)
-CLOSE = 0.1  # of hidden states around 1, in 16 bits
+CLOSE = 0.1  # for hidden states around 1, in 16 bits
 SAME_GRADIENT = 0.05  # norm of the difference ÷ norm, in bf16
 ROUNDS = 8
 
 
 def flash_attention() -> str:
-    """Forward and backward with every other attention kernel forbidden, in bf16 and fp16."""
+    """Check flash attention, forward and backward with all other kernels disabled, in bf16 and fp16."""
     backbone = Backbone(ModelShape(n_layer=2, n_head=12, n_embd=768, vocab_size=VOCABULARY)).cuda()
     ids = torch.randint(VOCABULARY, (2, CONTEXT), device="cuda")  # (B, T)
     differences = []
@@ -45,10 +45,10 @@ def flash_attention() -> str:
 
 
 def packing(prefix: bool) -> str:
-    """Several documents a row, causal or with prefixes, as training computes it: SDPA with a mask, in bf16.
+    """Check several documents per row, causal or with prefixes, with masked SDPA in bf16 as in training.
 
-    No leak: another first document changes no bit of what the others give. Gradients are those of attention computed
-    step by step. Beside it the kernels alone, flex attention too, which passes over what is not seen.
+    Another first document must not change the hidden states of the others, bit for bit, and gradients must be those of
+    eager attention. Also measures the kernels alone, including flex attention, which skips masked blocks.
     """
     backbone, spans = Backbone(SMALL).cuda(), _documents(prefix).cuda()
     ids = torch.randint(VOCABULARY, (SEQUENCES, CONTEXT), device="cuda")
@@ -80,18 +80,18 @@ def _check_no_leak(backbone: Backbone, ids: Tensor, spans: Tensor) -> None:
             for seen in (None, spans)
         )
     if torch.equal(*open_):
-        raise RuntimeError("without spans the first document should reach the others")
+        raise RuntimeError("without spans the first document should affect the others")
     if not torch.equal(*apart):
-        raise RuntimeError("one document changes what another gives")
+        raise RuntimeError("a document changes the hidden states of another")
 
 
 def _kernels(spans: Tensor) -> dict[str, float]:
-    """Milliseconds of one layer's attention, forward and backward."""
+    """Measure the milliseconds of one layer's attention, forward and backward, by kernel."""
     query, key, value = (
         torch.randn(SEQUENCES, 12, CONTEXT, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
     )
-    seen, (first, end) = visible(spans), spans.unbind(2)
+    seen, (first, end) = spans_to_mask(spans), spans.unbind(2)
 
     def sees(sequence: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column >= first[sequence, row]) & (column < end[sequence, row])
@@ -104,27 +104,27 @@ def _kernels(spans: Tensor) -> dict[str, float]:
         "flex": lambda: flex(query, key, value, block_mask=blocks),
     }
 
-    def both_ways(way: Callable[[], Tensor]) -> None:
+    def forward_backward(way: Callable[[], Tensor]) -> None:
         way().sum().backward()
 
-    return {name: _median(partial(both_ways, way)) for name, way in ways.items()}
+    return {name: _median(partial(forward_backward, way)) for name, way in ways.items()}
 
 
-def lm_head_loss_beside_liger() -> str:
-    """Cross-entropy and forward KL in bf16, D = 768: time and memory of every side, the fastest first."""
-    told = []
+def compare_lm_head_losses() -> str:
+    """Measure time and memory of cross-entropy and forward KL in bf16, D = 768, for every side, fastest first."""
+    results = []
     for loss in ("cross_entropy", "forward_kl"):
         head = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY)
         times = times_here(head, rounds=ROUNDS, compiles=True)
         memory = {name: memory_here(head, name, compiles=True) for name in times}
         names = sorted(times, key=times.__getitem__)
         rows = ", ".join(f"{name} {times[name]:.1f} ms {memory[name] / 1e6:,.0f} MB" for name in names)
-        told.append(f"{loss.replace('_', ' ')}: {rows}")
-    return "; ".join(told)
+        results.append(f"{loss.replace('_', ' ')}: {rows}")
+    return "; ".join(results)
 
 
 def _documents(prefix: bool) -> Tensor:
-    """(B, T, 2) spans of documents of 64 to 511 tokens."""
+    """Make spans (B, T, 2) of documents of 64 to 511 tokens."""
     random = torch.Generator().manual_seed(0)
     starts = torch.zeros(SEQUENCES, CONTEXT, dtype=torch.bool)
     starts[:, 0] = True
@@ -133,11 +133,11 @@ def _documents(prefix: bool) -> Tensor:
         while (place := place + int(torch.randint(64, 512, (), generator=random))) < CONTEXT:
             row[place] = True
     first, end = document_bounds(starts)
-    return spans_of(first, end, first + (end - first) // 2 if prefix else 0)
+    return make_spans(first, end, first + (end - first) // 2 if prefix else 0)
 
 
 def _gradient(backbone: Backbone, ids: Tensor, spans: Tensor | None) -> Tensor:
-    """Of the first block's fused projection: it gathers every later one's mistakes."""
+    """Return the gradient of the first block's QKV projection, which accumulates the errors of later blocks."""
     backbone.zero_grad()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         hidden = backbone(ids, lambda hidden, weight: hidden, spans)
@@ -148,7 +148,7 @@ def _gradient(backbone: Backbone, ids: Tensor, spans: Tensor | None) -> Tensor:
 
 
 def _median(work: Callable[[], object]) -> float:
-    """Milliseconds; the first rounds warm up."""
+    """Return the median milliseconds after warm-up rounds."""
     seconds = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()

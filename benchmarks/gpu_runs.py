@@ -1,6 +1,6 @@
-"""Checks of gpu_check.py that are runs of train.py, beside nanoGPT and TRL where these are given.
+"""Checks of gpu_check.py that run train.py, with comparisons to nanoGPT and TRL if available.
 
-Each raises RuntimeError where the claim does not hold, and returns what came out as text.
+Each returns its result as text and raises RuntimeError if the claim is violated.
 """
 
 import json
@@ -24,15 +24,15 @@ from benchmarks.benchmark_precisions import EXACT, OTHERS
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
 from benchmarks.train_command import ROOT, bin_data, train
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
 ACCELERATOR = "gpu"
 VOCABULARY = 50_257
 CONTEXT = 1024
 BATCH_TOKENS = 32 * CONTEXT
-SAME_LOSS = 0.02  # nats: FSDP against one device
-SAME_RESUMED = 1e-3  # nats: GPU kernels need not give the same bytes twice
+SAME_LOSS = 0.02  # nats: FSDP compared with one device
+SAME_RESUMED = 1e-3  # nats: GPU kernels are not deterministic
 LIMIT = 400  # seconds of one run
 
 
@@ -45,7 +45,7 @@ def base(folder: Path, model: str, steps: int) -> list[str]:
 
 
 def speed(model: str, micro_batch: int, *options: str, steps: int = 40) -> Callable[[Path], str]:
-    """A check that trains some steps and tells speed, MFU and memory."""
+    """Make a check that trains some steps and reports speed, MFU and memory."""
 
     def run(folder: Path) -> str:
         arguments = [*base(folder, model, steps), f"micro_batch={micro_batch}", *options]
@@ -59,8 +59,8 @@ def speed(model: str, micro_batch: int, *options: str, steps: int = 40) -> Calla
     return run
 
 
-def beside_nanogpt(model_file: Path) -> Callable[[Path], str]:
-    """A check of small beside nanoGPT's model file, both compiled: 16 sequences of 1,024 tokens, bf16, AdamW."""
+def compare_with_nanogpt(model_file: Path) -> Callable[[Path], str]:
+    """Make a check of small and nanoGPT's model file, both compiled: 16 sequences of 1,024 tokens, bf16, AdamW."""
 
     def run(folder: Path) -> str:
         _, sequences, context = STEPS["small"]
@@ -74,13 +74,13 @@ def beside_nanogpt(model_file: Path) -> Callable[[Path], str]:
     return run
 
 
-def beside_trl(trl_python: str) -> Callable[[Path], str]:
-    """A check of distilling medium into small (JSD, 8 sequences of 1,024 tokens, bf16) beside TRL's GKDTrainer."""
+def compare_with_trl(trl_python: str) -> Callable[[Path], str]:
+    """Make a check of distilling medium to small (JSD, 8 × 1,024 tokens, bf16), also with TRL's GKDTrainer."""
 
     def run(folder: Path) -> str:
         teacher = folder / "medium"
         torch.manual_seed(1)
-        plain_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY))).save_pretrained(teacher)
+        to_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY))).save_pretrained(teacher)
         keys = [
             "task=distill",
             f"teacher={teacher}",
@@ -96,8 +96,8 @@ def beside_trl(trl_python: str) -> Callable[[Path], str]:
         given |= {"steps": 30, "threads": 8}
         command = [trl_python, "-m", "benchmarks.trl_gkd_step", "--precision", "bf16"]
         command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        said = _output(command, {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
-        theirs = json.loads(said.splitlines()[-1])  # after what its libraries print
+        output = _output(command, {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
+        theirs = json.loads(output.splitlines()[-1])  # after the output of its libraries
         speeds = report["tokens_per_second"], theirs["targets"] / theirs["milliseconds"] * 1e3
         memories = report["peak_memory_bytes"] / 2**30, theirs["peak"] / 2**30
         sides = [f"{speed:,.0f} tokens/s, {memory:.1f} GiB" for speed, memory in zip(speeds, memories, strict=True)]
@@ -108,7 +108,7 @@ def beside_trl(trl_python: str) -> Callable[[Path], str]:
 
 
 def fsdp_on_one_gpu(folder: Path) -> str:
-    """The same 30 steps sharded (over one GPU) and not: the same loss."""
+    """Check that 30 steps have the same loss with FSDP (on one GPU) and without."""
 
     def run(strategy: str) -> float:
         arguments = [*base(folder, "small", 30), "micro_batch=8", "compile=false", f"strategy={strategy}"]
@@ -122,7 +122,7 @@ def fsdp_on_one_gpu(folder: Path) -> str:
 
 
 def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
-    """Kill −9 once the first checkpoint is saved, resume, compare with an unbroken run."""
+    """Check a run that is killed (SIGKILL) after its first checkpoint and resumed against an uninterrupted one."""
     arguments = [*base(folder, model, 150), "micro_batch=32", "compile=false", "checkpoint_every=50"]
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(train, folder / "unbroken", arguments, LIMIT)
@@ -132,21 +132,21 @@ def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
         unbroken = whole.result()["val_loss"]
     loss = json.loads((run_dir / "report.json").read_text())["val_loss"]
     if not abs(loss - unbroken) < SAME_RESUMED:
-        raise RuntimeError(f"val/loss {loss:.5f} resumed, {unbroken:.5f} unbroken")
-    return f"val/loss differs from the unbroken run's by {abs(loss - unbroken):.1e}"
+        raise RuntimeError(f"val/loss {loss:.5f} resumed, {unbroken:.5f} uninterrupted")
+    return f"val/loss differs from the uninterrupted run's by {abs(loss - unbroken):.1e}"
 
 
 def precisions(folder: Path) -> str:
-    """Nano, 300 steps on the standard library, three seeds: each precision beside fp32 with the same seed."""
-    losses = benchmark_precisions.measured(folder, ACCELERATOR, at_once=len(OTHERS[ACCELERATOR]) + 1)
-    told, wrong = [f"fp32 {statistics.mean(losses[EXACT].values()):.3f}"], []
-    for name, found in benchmark_precisions.beside_exact(losses).items():
-        told.append(f"{name} {found.mean:+.4f} ({', '.join(f'{d:+.4f}' for d in found.differences.values())})")
+    """Check each precision against fp32 with the same seeds: nano, 300 steps on the standard library."""
+    losses = benchmark_precisions.measure_losses(folder, ACCELERATOR, at_once=len(OTHERS[ACCELERATOR]) + 1)
+    results, wrong = [f"fp32 {statistics.mean(losses[EXACT].values()):.3f}"], []
+    for name, found in benchmark_precisions.compare_with_exact(losses).items():
+        results.append(f"{name} {found.mean:+.4f} ({', '.join(f'{d:+.4f}' for d in found.differences.values())})")
         if not benchmark_precisions.is_within(found):
             wrong.append(name)
     if wrong:
-        raise RuntimeError("val/loss: " + "; ".join(told))
-    return "val/loss: " + "; ".join(told)
+        raise RuntimeError("val/loss: " + "; ".join(results))
+    return "val/loss: " + "; ".join(results)
 
 
 def _train_once(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _kill_at_first_checkpoint(command: list[str], run_dir: Path) -> None:
 
 
 def _output(command: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
         RuntimeError: it failed.

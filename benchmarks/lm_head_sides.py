@@ -1,7 +1,7 @@
-"""The sides of benchmark_lm_head_loss.py: ways to the LM-head loss and its gradients, each as its users write it.
+"""Sides of benchmark_lm_head_loss.py: implementations of the LM-head loss, used as their authors recommend.
 
-Shapes: N positions, D hidden width, V vocabulary. A side takes HeadInputs, under autocast where the precision is bf16,
-and returns the sum of the losses, a scalar that carries the gradient.
+Shapes: N positions, D hidden width, V vocabulary. A side takes HeadInputs, under autocast for bf16, and returns the sum
+of the losses, a scalar with gradient.
 """
 
 import importlib.util
@@ -22,21 +22,21 @@ FORWARD_KL = LossSettings("forward_kl", temperature=1.0, hard_weight=0.0)
 
 @dataclass(frozen=True)
 class Head:
-    """What is computed, and in which sizes. `loss` is cross_entropy or forward_kl, `precision` fp32 or bf16."""
+    """Loss and sizes of a measurement."""
 
-    loss: str
-    precision: str
-    width: int  # D, of the teacher too
+    loss: str  # cross_entropy or forward_kl
+    precision: str  # fp32 or bf16
+    width: int  # D, also of the teacher
     rows: int  # N
     vocab_size: int  # V
 
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """The teacher's tensors are in the precision of its forward pass, as a distillation run keeps them."""
+    """Inputs of a side; the teacher's tensors have the dtype of its forward pass, as in a distillation run."""
 
-    hidden: Tensor  # (N, D) fp32, wants a gradient
-    weight: Tensor  # (V, D) fp32, wants a gradient
+    hidden: Tensor  # (N, D) fp32, requires_grad
+    weight: Tensor  # (V, D) fp32, requires_grad
     labels: Tensor  # (N,)
     teacher: DenseTeacher | None
 
@@ -60,7 +60,7 @@ def make_inputs(head: Head, device: torch.device) -> HeadInputs:
 
 
 def sides(head: Head, device: torch.device, compiles: bool) -> dict[str, Side]:
-    """Every side that this loss and this machine have; without a C++ compiler none is compiled."""
+    """Return the sides available for this loss on this machine; without a C++ compiler none is compiled."""
     found: dict[str, Side] = {OURS: lambda inputs: ours(inputs, compiles), EAGER: dense}
     if compiles:
         found["dense, compiled"] = compiled_dense()
@@ -80,7 +80,7 @@ def ours(inputs: HeadInputs, compiled: bool) -> Tensor:
 
 
 def dense(inputs: HeadInputs) -> Tensor:
-    """All logits at once; probabilities in fp32."""
+    """Compute the loss from all logits at once, with probabilities in fp32."""
     if inputs.teacher is None:
         return dense_cross_entropy(inputs.hidden, inputs.weight, inputs.labels)
     return dense_forward_kl(inputs.hidden, inputs.weight, inputs.teacher.hidden, inputs.teacher.weight)
@@ -109,7 +109,7 @@ def compiled_dense() -> Side:
 
 
 def torch_chunked(inputs: HeadInputs) -> Tensor:
-    """PyTorch's own chunked loss with the chunks that it chooses itself; autocast passes it by."""
+    """Compute PyTorch's chunked loss with its default chunks; autocast does not apply to it."""
     hidden, weight = autocast(inputs.hidden), autocast(inputs.weight)
     chunks = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, weight, inputs.labels, reduction="sum", options=chunks)
@@ -127,6 +127,6 @@ def liger(inputs: HeadInputs) -> Tensor:
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """In the dtype of autocast, where it is on."""
+    """Cast to the dtype of autocast if it is enabled."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

@@ -1,9 +1,9 @@
-"""Times the training step of nanoGPT's own model file, for comparison; its code is read from a checkout, not kept here.
+"""Training step of nanoGPT's model file, for comparison; its code is loaded from a checkout.
 
     python -m benchmarks.nanogpt_step --model /path/to/nanoGPT/model.py --corpus DIR --vocab 4096 [--compile]
 
 Prints one JSON object: {"tokens_per_second": …}. The step is nanoGPT's train.py: bf16 autocast, fused AdamW, clipping
-at 1.0, batches drawn from train.bin.
+at 1.0, random batches from train.bin.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.shape import STEPS
-from gpt2lab.system.device import named_device, synchronize
+from gpt2lab.system.device import resolve_device, synchronize
 
 
 def load_model_file(path: Path) -> ModuleType:
@@ -34,10 +34,10 @@ def load_model_file(path: Path) -> ModuleType:
 
 
 def step_seconds(options: argparse.Namespace) -> list[float]:
-    """Seconds of each optimizer step of one batch."""
+    """Measure the seconds of each optimizer step of one batch."""
     shape, batch_size, context = STEPS[options.size]
     nanogpt = load_model_file(options.model)
-    device = named_device("auto")
+    device = resolve_device("auto")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as its train.py allows
     model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=options.vocab, dropout=0.0, bias=True, **shape)).to(device)
@@ -72,9 +72,9 @@ def main() -> None:
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # the model file prints what it does
         seconds = step_seconds(options)
-    settled = seconds[len(seconds) // 4 :]
+    timed = seconds[len(seconds) // 4 :]  # without warm-up
     _, batch_size, context = STEPS[options.size]
-    print(json.dumps({"tokens_per_second": batch_size * context / statistics.median(settled)}))
+    print(json.dumps({"tokens_per_second": batch_size * context / statistics.median(timed)}))
 
 
 if __name__ == "__main__":

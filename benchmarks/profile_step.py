@@ -1,9 +1,9 @@
-"""Where the time of a training step goes, for each stage, in real runs of train.py.
+"""Profile of a training step in pretraining, distillation and fine-tuning, from runs of train.py.
 
     python -m benchmarks.profile_step [--steps 60]
 
-Pretrains micro, distils it into nano, fine-tunes that; in each run the callback StepTimes measures forward, backward
-and optimizer. Prints a Markdown table; the last column is the share of a step spent outside these three.
+Pretrains micro, distils it to nano and fine-tunes that; in each run the callback StepTimes measures forward, backward
+and optimizer. Prints a Markdown table with the share of a step outside these three.
 """
 
 import argparse
@@ -17,7 +17,7 @@ STEP_TIMES = "+callbacks.step_times._target_=benchmarks.step_times.StepTimes"
 
 
 def stage_commands(folder: Path) -> dict[str, list[str]]:
-    """Run name → arguments."""
+    """Return the arguments of train.py by run name."""
     return {
         "pretrain": ["task=pretrain", "model=micro", "data=stdlib"],
         "distill": ["task=distill", "model=nano", "data=stdlib", f"teacher={folder / 'pretrain'}", "preflight=warn"],

@@ -1,4 +1,4 @@
-"""Resident memory of this process as Linux counts it: now, and its peak since a mark. Needs nothing but Python."""
+"""Resident set of this process on Linux: now, and its peak since a reset. Needs only Python."""
 
 import re
 from pathlib import Path
@@ -8,17 +8,17 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 def resident_bytes() -> int:
-    """What the process holds now."""
+    """Return the current resident set in bytes."""
     return _status("VmRSS")
 
 
 def peak_resident_bytes() -> int:
-    """The most it has held since it started, or since the last `forget_peak`."""
+    """Return the peak resident set in bytes since the start or the last `forget_peak`."""
     return _status("VmHWM")
 
 
 def forget_peak() -> int:
-    """Let the peak count anew from what is held now, which is returned.
+    """Reset the peak to the current resident set and return that.
 
     Source: proc_pid_clear_refs(5).
     """

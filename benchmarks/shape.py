@@ -1,4 +1,4 @@
-"""The training steps that the speed benchmarks share: mini, 8 sequences of 256 tokens; on a GPU small, 16 of 1,024."""
+"""Sizes of the speed benchmarks: mini with 8 sequences of 256 tokens; on a GPU small with 16 of 1,024."""
 
 BATCH = 8
 CONTEXT = 256

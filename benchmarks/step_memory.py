@@ -1,4 +1,4 @@
-"""StepMemory: a callback that measures how much memory training steps take; benchmark_distill.py adds it to a run."""
+"""StepMemory: callback that measures the memory of training steps; benchmark_distill.py adds it to a run."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 
 
 class StepMemory(Callback):
-    """Writes <run_dir>/step_memory.json: resident bytes before there is a model, and their peak over the steps.
+    """Write <run_dir>/step_memory.json: resident bytes before the model is built, and their peak over the steps.
 
-    Callbacks are made when everything is imported and data are prepared, but no model is built. The last step is left
-    out, because validation, samples and the checkpoint fall into it.
+    Callbacks are built after imports and data preparation, before the model. The last step is excluded, because it
+    includes validation, samples and the checkpoint.
     """
 
     def __init__(self, run_dir: str) -> None:

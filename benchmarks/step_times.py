@@ -1,4 +1,4 @@
-"""StepTimes: a callback that measures where a training step's time goes; profile_step.py adds it to a run."""
+"""StepTimes: callback that measures the phases of a training step; profile_step.py adds it to a run."""
 
 import json
 import statistics
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from gpt2lab.system.device import synchronize
 
-SETTLE_STEPS = 10  # left out: first touches of memory, compilation
+WARM_UP_STEPS = 10  # excluded: first use of memory, compilation
 PHASES = ("forward", "backward", "optimizer")
 DATA = "data"
 
 
 class FetchClock(PassThroughProfiler):
-    """Lightning tells it when it begins and ends to wait for the next training batch.
+    """Profiler that measures how long Lightning waits for the next training batch.
 
     Args:
-        waited: is called with the seconds.
+        waited: called with the seconds.
     """
 
     def __init__(self, waited: Callable[[float], None]) -> None:
@@ -42,12 +42,11 @@ class FetchClock(PassThroughProfiler):
 
 
 class StepTimes(Callback):
-    """Writes <run_dir>/step_times.json: median milliseconds of a whole step and of its phases, on the first rank.
+    """Write <run_dir>/step_times.json: median milliseconds of a step and of its phases, on rank 0.
 
-    A step reaches from the end of one optimizer step to the end of the next; forward, backward and optimizer (clipping
-    included) are what the mathematics needs, the rest is data, logging, callbacks and the framework. `data` is the wait
-    for the next batch, which is the loading itself where no worker processes do it. Steps in which a validation, a
-    checkpoint or samples fall are outliers that the median passes over.
+    A step is the time between the ends of two optimizer steps. Besides forward, backward and optimizer (with clipping)
+    it contains data, logging, callbacks and the framework. `data` is the wait for the next batch, without worker
+    processes its loading. Steps with a validation, a checkpoint or samples are outliers, to which the median is robust.
     """
 
     def __init__(self, run_dir: str) -> None:
@@ -77,7 +76,7 @@ class StepTimes(Callback):
         self._mark("optimizer")
 
     def _optimizer_stepped(self, *_unused: Any) -> None:
-        """PyTorch calls this when the optimizer's own step is over, before any callback's work on the step."""
+        """Record the end of the optimizer step; PyTorch calls this hook before any callback's work on the step."""
         self._add("optimizer")
         now = self._now()
         if self.step_ended:
@@ -86,13 +85,13 @@ class StepTimes(Callback):
         self.step_ended = now
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        settled = self.steps[SETTLE_STEPS:]
-        if not settled or not trainer.is_global_zero:
+        timed = self.steps[WARM_UP_STEPS:]
+        if not timed or not trainer.is_global_zero:
             return
         names = (*PHASES, DATA, "step")
-        medians = {name: statistics.median(step[name] for step in settled) * 1e3 for name in names}
-        outside = statistics.median(1 - sum(step[name] for name in PHASES) / step["step"] for step in settled)
-        self.file.write_text(json.dumps({**medians, "outside_share": outside, "steps": len(settled)}) + "\n")
+        medians = {name: statistics.median(step[name] for step in timed) * 1e3 for name in names}
+        outside = statistics.median(1 - sum(step[name] for name in PHASES) / step["step"] for step in timed)
+        self.file.write_text(json.dumps({**medians, "outside_share": outside, "steps": len(timed)}) + "\n")
 
     def _waited_for_data(self, seconds: float) -> None:
         self.current[DATA] += seconds

@@ -1,7 +1,7 @@
-"""A corpus and a tokenizer of any vocabulary size, made on the spot: speed does not depend on what the tokens mean.
+"""Synthetic corpus and tokenizer of any vocabulary size, for benchmarks without network access.
 
-The corpus is nanoGPT's format, train.bin and val.bin of uint16; the tokenizer is a byte-level BPE folder whose entries
-beyond the bytes are fillers, so that no benchmark needs the network.
+The corpus has nanoGPT's format, train.bin and val.bin of uint16; the tokenizer is a byte-level BPE folder whose tokens
+other than bytes are fillers.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def write_corpus(folder: Path, vocab_size: int, train_tokens: int = 1_000_000, val_tokens: int = 8_192) -> None:
-    """Write folder/train.bin and folder/val.bin with token frequencies that fall off like words' (1 / rank)."""
+    """Write folder/train.bin and folder/val.bin with token frequencies proportional to 1 / rank (Zipf)."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for name, count in (("train", train_tokens), ("val", val_tokens)):
@@ -23,11 +23,11 @@ def write_corpus(folder: Path, vocab_size: int, train_tokens: int = 1_000_000, v
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer folder with exactly `vocab_size` entries, the last of them <|endoftext|>."""
+    """Write a tokenizer folder with exactly `vocab_size` tokens, the last of which is <|endoftext|>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fillers = [f"{number}" * 2 for number in range(10_000, 10_000 + vocab_size - len(alphabet) - 1)]
-    entries = {entry: number for number, entry in enumerate([*alphabet, *fillers, END_OF_TEXT])}
-    bpe = Tokenizer(models.BPE(vocab=entries, merges=[]))
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *fillers, END_OF_TEXT])}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Runs train.py as a user would and reads the run's report."""
+"""Run train.py in a process and read the run's report."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class TrainingFailed(RuntimeError):
-    """train.py ended with another exit code than 0; the message holds the end of what it said."""
+    """train.py ended with another exit code than 0; the message contains the end of its output."""
 
 
 def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
@@ -32,11 +32,11 @@ def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None)
 
 
 def bin_data(corpus: Path, tokenizer: Path) -> list[str]:
-    """Arguments that train on a folder of train.bin and val.bin with a local tokenizer."""
+    """Return arguments to train on a folder with train.bin and val.bin and a local tokenizer."""
     return ["data=bin", f"path={corpus}", "tokenizer=hub", f"tokenizer.source={tokenizer}"]
 
 
-def of_seconds() -> list[str]:
-    """Arguments of a run so small that it is over at once: for trying a benchmark, not for its figures."""
+def tiny_run() -> list[str]:
+    """Return arguments of a run that takes seconds, to test a benchmark."""
     data = ["data=text", f"path={ROOT / 'gpt2lab'}", "vocab_size=300", "context=64", "micro_batch=8"]
     return [*data, "model=nano", "model.n_embd=32", "model.n_head=2", "callbacks=minimal"]

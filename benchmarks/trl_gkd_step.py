@@ -1,10 +1,10 @@
-"""Times the step of TRL's GKDTrainer, for comparison; run by the Python of an environment that has TRL.
+"""Training step of TRL's GKDTrainer, for comparison; run it in an environment with TRL.
 
     /path/to/trl-environment/bin/python -m benchmarks.trl_gkd_step --corpus DIR --tokenizer DIR --teacher DIR …
 
 Prints one JSON object: {"milliseconds", "before_model", "peak", "targets", "trl"}; on a GPU the peak is its
-allocator's. The student is a plain GPT-2 with random weights. A sequence has one prompt token, the fewest that the
-trainer takes, and `context` target tokens.
+allocator's. The student is a GPT-2 with random weights. A sequence has one prompt token, the trainer's minimum, and
+`context` target tokens.
 """
 
 import argparse
@@ -32,7 +32,7 @@ IGNORE_INDEX = -100
 
 
 def dataset(corpus: Path, context: int, sequences: int) -> Dataset:
-    """Rows of context + 1 tokens that are not tokenized again: one of the prompt, the rest to be learnt."""
+    """Build a tokenized data set with rows of context + 1 tokens: one prompt token, the rest targets."""
     tokens = np.fromfile(corpus / "train.bin", dtype=np.uint16, count=sequences * (context + 1))
     rows = tokens.reshape(sequences, context + 1).astype(np.int64).tolist()
     masks = [[0] + [1] * context] * sequences
@@ -40,7 +40,7 @@ def dataset(corpus: Path, context: int, sequences: int) -> Dataset:
 
 
 def settings(options: argparse.Namespace, folder: str) -> GKDConfig:
-    """Only the distillation step: no generation, evaluation, saving, logging, or recomputed activations."""
+    """Build a configuration without generation, evaluation, saving, logging and activation checkpointing."""
     return GKDConfig(
         output_dir=folder,
         lmbda=0.0,
@@ -69,7 +69,7 @@ def settings(options: argparse.Namespace, folder: str) -> GKDConfig:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Median step after the first quarter, and resident bytes before there is a model and at their peak."""
+    """Measure the median step after the first quarter, and resident bytes before the model is built and at the peak."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     rows = dataset(options.corpus, options.context, options.batch * options.steps)
     before_model = forget_peak()
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     student = GPT2LMHeadModel(config)
     teacher_dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     teacher = GPT2LMHeadModel.from_pretrained(options.teacher, dtype=teacher_dtype)
-    ended: list[float] = []  # as in step_times.py, a step reaches from one optimizer step's end to the next one's
+    ended: list[float] = []  # as in step_times.py, a step is the time between the ends of two optimizer steps
 
     def stepped(*_unused: Any) -> None:
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Checkpoint: saves between optimizer steps what a run needs to continue, and beside it a Hugging Face folder."""
+"""Checkpoint: save checkpoints between optimizer steps, with an export as a Hugging Face folder."""
 
 import logging
 import tempfile
@@ -11,24 +11,24 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from transformers import GPT2LMHeadModel
 
-from callbacks.ending import is_pruned, status_of
+from callbacks.ending import is_pruned, run_status
 from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
-from gpt2lab.storage.atomic_files import told_when_full
+from gpt2lab.storage.atomic_files import input_error_when_full
 from gpt2lab.storage.checkpoint_ledger import (
     checkpoint_file,
     checkpoint_folder,
-    discard,
-    drop_after,
-    record,
+    commit_checkpoint,
+    delete_checkpoint,
+    drop_checkpoints_after,
+    recovery_hint,
     scratch_file,
-    what_is_kept,
 )
 from gpt2lab.storage.metrics_csv import drop_metrics_after
-from gpt2lab.storage.model_folder import folder_of
+from gpt2lab.storage.model_folder import resolve_model_folder
 from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
 from gpt2lab.storage.tensor_file import read_checkpoint_file
 
@@ -36,15 +36,15 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint(lightning.Callback):
-    """Saves every `checkpoint_every` steps and the last state of a fit, whatever ends it; one of the last callbacks.
+    """Save every `checkpoint_every` steps and at the end of a fit, however it ends; one of the last callbacks.
 
-    A step that is also validated is saved after its validation; a run that is being stopped saves before it too. A run
-    that a search prunes is not saved for its end. The Hugging Face folder `<run_dir>/hf` is written before the
-    checkpoint is put into the ledger, so it is never the older of the two.
+    A step with a validation is saved after it; a run that is being stopped also saves before it. A pruned run is not
+    saved at its end. The Hugging Face folder `<run_dir>/hf` is written before the checkpoint is added to the ledger, so
+    it is never older than the checkpoint.
 
     Args:
-        keep_last: how many checkpoints stay.
-        verify_export: after the last save, load the folder in a fresh process and compare logits.
+        keep_last: number of checkpoints to keep.
+        verify_export: whether to load the final export in a new process and compare logits.
     """
 
     def __init__(self, run_dir: str, checkpoint_every: int, keep_last: int = 2, verify_export: bool = True) -> None:
@@ -65,41 +65,41 @@ class Checkpoint(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if pl_module.validation_is_due:
-            self.saved_step = -1  # the validation made now changes what a checkpoint holds of its step
+            self.saved_step = -1  # the pending validation changes the content of this step's checkpoint
         if trainer.is_global_zero:
-            drop_after(self.run_dir, trainer.global_step)
+            drop_checkpoints_after(self.run_dir, trainer.global_step)
             drop_metrics_after(self.run_dir, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        is_stopped = trainer.should_stop and trainer.global_step < trainer.max_steps  # whoever wants that may not wait
+        is_stopped = trainer.should_stop and trainer.global_step < trainer.max_steps  # a cluster may kill it soon
         if between_steps and self._is_due(trainer) and (is_stopped or not _validation_follows(trainer)):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        # What was saved to be on the safe side knows nothing of this validation, which some tasks go by.
+        # A checkpoint saved before the validation lacks its results, which some tasks depend on.
         if self._is_due(trainer) or trainer.should_stop:
             with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
                 self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save what ended without being due: by early stopping, a time limit, or a callback after this one."""
+        """Save after an unscheduled end: early stopping, a time limit, or a later callback."""
         if self.saved_step != trainer.global_step and not is_pruned(trainer):
             self._save(trainer, pl_module)
         self.has_ended = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Verify the last export; also where a resumed run has nothing left to train."""
+        """Verify the final export, also if a resumed run has no steps left."""
         folder = self.run_dir / "hf"
-        if status_of(trainer) != "finished":
+        if run_status(trainer) != "finished":
             return
         if self.saved_step != trainer.global_step:  # a time limit of 0 ends a fit before `on_train_start`
             self._save(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        if not self._has_whole_export():
+        if not self._has_valid_export():
             log.warning("%s is missing or damaged and is written again.", folder)
             self._export(trainer, pl_module)
         if self.verify_export:
@@ -108,14 +108,14 @@ class Checkpoint(lightning.Callback):
             ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
             with torch.no_grad():
                 difference = verify_in_fresh_process(folder, ids, model(ids).logits)
-            log.info("%s loads with transformers alone; largest difference of logits %.1e", folder, difference)
+            log.info("%s loads with transformers only; largest difference of logits %.1e", folder, difference)
         for logger in trainer.loggers:
             if isinstance(logger, TakesModels):
                 logger.log_model(folder)
 
-    def _has_whole_export(self) -> bool:
+    def _has_valid_export(self) -> bool:
         try:
-            return folder_of(str(self.run_dir / "hf"), "init") == (self.run_dir / "hf").resolve()
+            return resolve_model_folder(str(self.run_dir / "hf"), "init") == (self.run_dir / "hf").resolve()
         except InputError:
             return False
 
@@ -125,25 +125,25 @@ class Checkpoint(lightning.Callback):
         return due and step != self.saved_step
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Every rank takes part, rank 0 writes."""
+        """Save a checkpoint and the export; collective, rank 0 writes."""
         step, scratch = trainer.global_step, scratch_file(self.run_dir, trainer.global_step)
         name = checkpoint_file(self.run_dir, step)
         with (
             outside_training_time(trainer),
-            told_when_full(f"the checkpoint of step {step}, {name}", lambda: what_is_kept(self.run_dir)),
+            input_error_when_full(f"the checkpoint of step {step}, {name}", lambda: recovery_hint(self.run_dir)),
         ):
             checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
-                discard(scratch)
+                delete_checkpoint(scratch)
             try:
                 trainer.save_checkpoint(scratch, weights_only=False)
-                with told_when_full(f"the export {self.run_dir / 'hf'}", lambda: what_is_kept(self.run_dir)):
+                with input_error_when_full(f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)):
                     self._export(trainer, pl_module)
                 if trainer.is_global_zero:
-                    record(self.run_dir, step, self.keep_last)
+                    commit_checkpoint(self.run_dir, step, self.keep_last)
             finally:
                 if trainer.is_global_zero:
-                    discard(scratch)
+                    delete_checkpoint(scratch)
             trainer.strategy.barrier("checkpoint recorded")
         self.saved_step = step
 
@@ -161,14 +161,13 @@ class Checkpoint(lightning.Callback):
             }
             write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
         elif pl_module.is_sharded:
-            with tempfile.TemporaryDirectory(
-                prefix=".adapter-", dir=self.run_dir
-            ) as unused:  # gathering the adapter takes all ranks
+            # Gathering the adapter is collective
+            with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.run_dir) as unused:
                 pl_module.export_adapter(Path(unused))
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the file; Lightning's own first builds the whole file in memory. Reads shards as one file."""
+    """Checkpoint IO that writes directly to the file, not first to memory as Lightning's does, and reads shards."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         with Path(path).open("wb") as file:
@@ -179,7 +178,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
 
 def is_complete(trainer: Trainer) -> bool:
-    """Whether training is over and its last state is saved: what fails from here on leaves the run complete."""
+    """Whether training has ended and its last state is saved, so that a later failure leaves the run complete."""
     if is_pruned(trainer):
         return True
     step = trainer.global_step

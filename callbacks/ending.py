@@ -1,4 +1,4 @@
-"""Ending: the status that the end of a fit gives its run."""
+"""Ending: status of a run at the end of its fit."""
 
 from typing import Literal
 
@@ -8,11 +8,11 @@ from callbacks.interrupt import Interrupt
 from callbacks.pruning import Pruning
 
 
-def status_of(trainer: Trainer) -> Literal["finished", "stopped", "pruned"]:
-    """The status of a run whose fit ended without an error.
+def run_status(trainer: Trainer) -> Literal["finished", "stopped", "pruned"]:
+    """Return the status of a run whose fit ended without an error.
 
-    A fit that ends before its last step by itself (early stopping, a time limit, a callback that sets
-    `trainer.should_stop`) is finished; one that a signal or a loss spike ended is stopped, to be resumed.
+    A fit that ends early by itself (early stopping, a time limit, a callback that sets `trainer.should_stop`) is
+    finished; one that is ended by a signal or a loss spike is stopped and can be resumed.
     """
     if is_pruned(trainer):
         return "pruned"
@@ -20,10 +20,10 @@ def status_of(trainer: Trainer) -> Literal["finished", "stopped", "pruned"]:
 
 
 def stop_reason(trainer: Trainer) -> str:
-    """The signal or the loss spike that stopped the run; empty where nothing did."""
+    """Return the reason (signal or loss spike) that stopped the run; otherwise ""."""
     return next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
 
 
 def is_pruned(trainer: Trainer) -> bool:
-    """Whether a search ended the run early, of which nothing is saved for that reason."""
+    """Whether a search pruned the run; its last state is then not saved."""
     return any(callback.is_pruned for callback in trainer.callbacks if isinstance(callback, Pruning))

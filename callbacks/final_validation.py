@@ -1,4 +1,4 @@
-"""FinalValidation: validates after the last step also where `validate_every` does not divide the number of steps."""
+"""FinalValidation: validate after the last step, even if `validate_every` does not divide the number of steps."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from gpt2lab.data.batch import Batch
 
 
 class FinalValidation(lightning.Callback):
-    """Stands before the checkpoint, which saves after the validation of its step."""
+    """Request a validation at the last step; placed before Checkpoint, which saves after it."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # Lightning validates, and logs the step, when it is asked to stop
+            trainer.should_stop = True  # Lightning then validates and logs the step

@@ -1,4 +1,4 @@
-"""Health: tells when the training loss jumps, and ends the run where that is wanted."""
+"""Health: detect spikes of the training loss; warn or stop the run."""
 
 import logging
 from collections import deque
@@ -20,10 +20,10 @@ NORMAL = 1.4826  # median absolute deviation → standard deviation of a normal 
 
 
 class SpikeDetector:
-    """A loss is a spike when it lies `deviations` robust standard deviations and `margin` nats above the usual one.
+    """Detector of losses `deviations` robust standard deviations and at least `margin` nats above the median.
 
-    Usual is the median of the last `window` losses; the deviation is the median absolute one. A few spikes move
-    neither, a falling loss is never one, and a loss that stays high becomes usual after half a window.
+    The median and the median absolute deviation are those of the last `window` losses, so a few spikes do not change
+    them, a falling loss is never a spike, and a loss that stays high is normal after half a window.
     """
 
     def __init__(self, window: int = 20, deviations: float = 6.0, margin: float = 0.3) -> None:
@@ -43,15 +43,15 @@ class SpikeDetector:
 
 
 class Health(lightning.Callback):
-    """Looks at the training loss every `log_every` steps. NaN and infinity are the module's business: it ends.
+    """Check the training loss every `log_every` steps. NaN and infinity are handled by the module.
 
     Args:
-        on_spike: warn only tells; stop saves and ends the run. Neither changes what a step computes.
+        on_spike: warn logs a warning; stop saves and ends the run. Neither changes a step.
     """
 
     def __init__(self, on_spike: Literal["warn", "stop"] = "warn") -> None:
         if on_spike not in ("warn", "stop"):
-            raise InputError(f"on_spike={on_spike} is not known; give warn or stop.")
+            raise InputError(f"on_spike={on_spike} is unknown; give warn or stop.")
         self.on_spike = on_spike
         self.detector = SpikeDetector()
         self._spike_step = -1
@@ -64,7 +64,7 @@ class Health(lightning.Callback):
         self._spike_step = state_dict["spike_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._spike_step == trainer.global_step:  # found just before the checkpoint was saved
+        if self._spike_step == trainer.global_step:  # detected just before the checkpoint was saved
             self._stop(trainer)
 
     def on_train_batch_end(
@@ -73,13 +73,13 @@ class Health(lightning.Callback):
         step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches or step % trainer.log_every_n_steps:
             return
-        if metric_names.TRAIN_LOSS not in trainer.callback_metrics:  # a step on text that the student wrote has none
+        if metric_names.TRAIN_LOSS not in trainer.callback_metrics:  # on-policy steps have none
             return
         loss = float(trainer.callback_metrics[metric_names.TRAIN_LOSS])
         if not self.detector.is_spike(loss):
             return
-        usual = median(self.detector.recent)
-        log.warning("Loss spike at step %d: train/loss %.3f, usual is %.3f.", step, loss, usual)
+        recent = median(self.detector.recent)
+        log.warning("Loss spike at step %d: train/loss %.3f, recent median %.3f.", step, loss, recent)
         if not trainer.should_stop:
             self._spike_step = step
             self._stop(trainer)

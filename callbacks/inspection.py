@@ -1,6 +1,6 @@
-"""Inspect: at every validation a page that shows what goes on inside the model while it reads one and the same text.
+"""Inspect: write a page about the model's attention and losses on a fixed text at every validation.
 
-inspect/step-000200.html                     attention, loss at every token, the live teacher beside it
+inspect/step-000200.html                     attention, loss of every token, comparison with an online teacher
 inspect/projector, or tensorboard            token embeddings for TensorBoard's projector
 """
 
@@ -17,13 +17,13 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.throughput import outside_training_time
-from gpt2lab.data.special_tokens import marks_of
-from gpt2lab.generation.completion import filled, prompt_ids
+from gpt2lab.data.special_tokens import find_special_tokens
+from gpt2lab.generation.completion import fill_masks, prompt_ids
 from gpt2lab.reports.embedding_projector import write_projector
 from gpt2lab.reports.inspection import Reading, reading_of_batch, reading_of_gaps, reading_of_text
 from gpt2lab.reports.inspection_html import write_inspection
 from gpt2lab.settings import OBJECTIVES
-from gpt2lab.storage.atomic_files import told_when_full
+from gpt2lab.storage.atomic_files import input_error_when_full
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ PAGE = re.compile(r"step-(\d+)(-\d+)?\.html")
 
 
 class Inspect(lightning.Callback):
-    """Looks at an export of the model on the CPU, so the trained one and its random state are left as they are.
+    """Inspect an export of the model on the CPU, so that the trained model and its random state are unchanged.
 
     Args:
-        texts: a page for each; empty: the beginning of the validation text. Under prefix_lm the first half of a text
-            is read both ways; under mlm a text needs gaps, <|mask|>, which the model fills.
-        tokens: so many of a text's first tokens are read; of a validation pair with a longer prompt as many as it takes
-            to reach the answer, and attention is shown of the last so many.
-        projector: whether the embeddings are written too; they are overwritten each time.
+        texts: one page each; empty: the beginning of the validation text. For prefix_lm, attention in the first half of
+            a text is bidirectional; for mlm a text needs gaps, <|mask|>, which the model fills.
+        tokens: number of tokens read from the beginning of a text. More are read of a validation pair with a longer
+            prompt, so that its response is reached; attention is shown for the last `tokens`.
+        projector: whether to write the embeddings, too; they are overwritten each time.
     """
 
     def __init__(self, run_dir: str, texts: list[str], tokens: int = 64, projector: bool = True) -> None:
@@ -50,7 +50,7 @@ class Inspect(lightning.Callback):
         self.projector = projector
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Texts that cannot be read are told now, and pages of steps that will be made again are removed."""
+        """Check the texts, and remove pages of steps that will be repeated."""
         for text in self.texts:
             prompt_ids(text, pl_module.tokenizer, pl_module.settings.objective.name)
         if not trainer.is_global_zero or not self.folder.is_dir():
@@ -62,11 +62,11 @@ class Inspect(lightning.Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         with outside_training_time(trainer), torch.no_grad():
-            # Every rank, where the weights are shared out among them
+            # Exporting a sharded model is collective
             if pl_module.is_sharded or trainer.is_global_zero:
                 model = pl_module.export_model()
                 if trainer.is_global_zero:
-                    with told_when_full(f"the inspection of step {trainer.global_step}", "Free some space."):
+                    with input_error_when_full(f"the inspection of step {trainer.global_step}", "Free some space."):
                         self._write(trainer, pl_module, model)
             trainer.strategy.barrier("inspection written")
 
@@ -74,8 +74,8 @@ class Inspect(lightning.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         step, objective = trainer.global_step, pl_module.settings.objective.name
         teacher, source = pl_module.live_teacher()
-        room = min([self.tokens, *(each.config.n_positions for each in (model, teacher) if each is not None)])
-        for number, reading in enumerate(self._readings(trainer, model, pl_module.tokenizer, objective, room), 1):
+        max_tokens = min([self.tokens, *(each.config.n_positions for each in (model, teacher) if each is not None)])
+        for number, reading in enumerate(self._readings(trainer, model, pl_module.tokenizer, objective, max_tokens), 1):
             name = f"step-{step:06d}{f'-{number}' if number > 1 else ''}.html"
             write_inspection(
                 self.folder / name,
@@ -89,26 +89,30 @@ class Inspect(lightning.Callback):
                 most=self.tokens,
             )
         if self.projector:
-            # Where TensorBoard is told to look anyway
-            shown = any(isinstance(logger, TensorBoard) for logger in trainer.loggers)
-            folder = self.run_dir / "tensorboard" if shown else self.folder / "projector"
+            has_tensorboard = any(isinstance(logger, TensorBoard) for logger in trainer.loggers)
+            folder = self.run_dir / "tensorboard" if has_tensorboard else self.folder / "projector"
             write_projector(folder, model.transformer.wte.weight, pl_module.tokenizer)
-        log.info("what goes on inside at step %d: %s", step, self.folder)
+        log.info("inspection of step %d: %s", step, self.folder)
 
     def _readings(
-        self, trainer: Trainer, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, objective: str, room: int
+        self,
+        trainer: Trainer,
+        model: GPT2LMHeadModel,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: str,
+        limit: int,
     ) -> Sequence[Reading]:
-        """The texts as the model reads them, the given ones at most `room` tokens."""
+        """Return the readings of the texts, truncated to `limit` tokens, or of the validation data."""
         if not self.texts:
             batch = trainer.datamodule.val_samples.batch(np.zeros(1, dtype=np.int64), 0)
-            return [reading_of_batch(batch, objective, room)]
+            return [reading_of_batch(batch, objective, limit)]
         readings = []
         for text in self.texts:
-            ids = prompt_ids(text, tokenizer, objective)[:room]
+            ids = prompt_ids(text, tokenizer, objective)[:limit]
             if OBJECTIVES[objective].fills_masks:
-                marks = marks_of(tokenizer)
-                readings.append(reading_of_gaps(ids, filled(model, ids, marks), marks.mask))
+                special = find_special_tokens(tokenizer)
+                readings.append(reading_of_gaps(ids, fill_masks(model, ids, special), special.mask))
             else:
                 half = len(ids) // 2
-                readings.append(reading_of_text(ids[:half], ids[half:], objective, written=False, room=room))
+                readings.append(reading_of_text(ids[:half], ids[half:], objective, written=False, max_tokens=limit))
         return readings

@@ -1,8 +1,8 @@
-"""Interrupt: ends a run in good order on a signal or at another callback's request.
+"""Interrupt: stop a run on a signal or at another callback's request, and save.
 
-SIGTERM, SIGUSR1 (a cluster reclaims its machine) and the first Ctrl-C end the run after the step in progress, or
-between two batches of a validation, and a checkpoint is saved; a second Ctrl-C ends it at once. With several ranks all
-stop at the same place. The resumed run repeats a validation that was cut short.
+SIGTERM, SIGUSR1 (sent by clusters before the time limit) and the first Ctrl-C stop the run after the current step, or
+between two validation batches, and a checkpoint is saved; a second Ctrl-C ends it at once. All ranks stop at the same
+step. The resumed run repeats an interrupted validation.
 """
 
 import logging
@@ -29,14 +29,14 @@ SAME_KEY_PRESS = 0.5  # seconds: a terminal and a launcher may both deliver one 
 
 
 class StoppedNowError(BaseException):
-    """Second Ctrl-C. Not a KeyboardInterrupt, which Lightning turns into exit code 1."""
+    """Second Ctrl-C. Not a KeyboardInterrupt, for which Lightning exits with code 1."""
 
 
 class Interrupt(lightning.Callback):
-    """After the run, `reason` names what stopped it (one of REASONS), or is empty where nothing did.
+    """Signal handlers and the stop request; after the run `reason` is one of REASONS, "" if it was not stopped.
 
     Args:
-        rank_timeout: seconds after which a rank that waits for the others to agree gives up.
+        rank_timeout: seconds after which the collective agreement of the ranks times out.
     """
 
     def __init__(self, rank_timeout: int = 1800) -> None:
@@ -48,12 +48,12 @@ class Interrupt(lightning.Callback):
         self._max_steps = -1
 
     def request(self, reason: str) -> None:
-        """Ask for the run to end after the next step; a signal that has arrived takes precedence."""
+        """Request the run to stop after the next step; a received signal takes precedence."""
         self._request.reason = self._request.reason or reason
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._max_steps = trainer.max_steps
-        # Before Lightning sets handlers of its own, of which that of SIGTERM waits for the other ranks.
+        # Before Lightning installs its handlers; that of SIGTERM waits for other ranks.
         self._previous = {number: signal.getsignal(number) for number in SIGNALS}
         pl_module.stop_request = self._request
         trainer.fit_loop.epoch_loop.val_loop = StoppableValidation(
@@ -63,7 +63,7 @@ class Interrupt(lightning.Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Where only the final validation is left, Lightning would skip the whole fit, and with it that validation.
+        # If only the final validation is left, Lightning would skip the fit including that validation.
         if pl_module.validation_is_due and checkpoint["global_step"] >= trainer.max_steps:
             trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
 
@@ -79,17 +79,17 @@ class Interrupt(lightning.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        reason = self._request.agreed()
+        reason = self._request.agree()
         if reason and trainer.global_step < trainer.max_steps:
             self.stop_after_step(trainer, pl_module, reason)
 
     def stop_after_step(self, trainer: Trainer, pl_module: lightning.LightningModule, reason: str) -> None:
-        """End the run after the step just made; a validation that is due then is left to the resumed run."""
+        """Stop the run after the current step; the resumed run makes a validation that is due."""
         log.warning("%s: stopping after step %d and saving.", reason, trainer.global_step)
         self.reason = reason
         is_last, batches = trainer.global_step >= trainer.max_steps, trainer.fit_loop.epoch_loop.total_batch_idx + 1
         pl_module.validation_is_due = is_last or batches % trainer.val_check_batch == 0
-        if is_urgent(reason) or not pl_module.validation_is_due:  # Lightning validates whenever it is asked to stop
+        if is_urgent(reason) or not pl_module.validation_is_due:  # Lightning validates whenever should_stop is set
             trainer.limit_val_batches = 0
         trainer.should_stop = True
 
@@ -101,13 +101,13 @@ class Interrupt(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._request.check()  # all ranks have equally many batches
+        self._request.check()  # all ranks have the same number of batches
 
     def _stop_validation(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self.reason = self._request.agreed()
+        self.reason = self._request.agree()
         log.warning("%s: stopping in the validation after step %d and saving.", self.reason, trainer.global_step)
         trainer.should_stop = True
-        pl_module.abandon_validation()  # `Checkpoint` saves at the end of training what is not saved yet
+        pl_module.abandon_validation()  # `Checkpoint` then saves at the end of training
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._restore_handlers()
@@ -132,19 +132,19 @@ class Interrupt(lightning.Callback):
 
 
 class StoppableValidation(_EvaluationLoop):
-    """Lightning's validation loop within a fit; `Interrupted`, raised in one of its hooks, ends it without a result.
+    """Validation loop within a fit that ends without a result if a hook raises `Interrupted`.
 
     Args:
-        on_stop: called then, with the module in training mode again.
+        on_stop: called after such an end, with the module in training mode again.
     """
 
     def __init__(self, trainer: Trainer, on_stop: Callable[[], None]) -> None:
         super().__init__(trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=False)
-        self._data_source = trainer.fit_loop.epoch_loop.val_loop._data_source  # of the loop that this one replaces
+        self._data_source = trainer.fit_loop.epoch_loop.val_loop._data_source  # from the loop that this one replaces
         self._on_stop = on_stop
 
     def run(self) -> list[Any]:
-        """Validate; return nothing where the validation is cut short."""
+        """Validate; return an empty list if the validation is interrupted."""
         try:
             return super().run()
         except Interrupted:

@@ -1,4 +1,4 @@
-"""Progress: a bar with loss, tokens per second and ETA on a terminal, and about ten plain lines anywhere else."""
+"""Progress: a bar with loss, tokens per second and ETA on a terminal, otherwise about ten plain lines."""
 
 import time
 from typing import Any
@@ -12,12 +12,12 @@ from callbacks.terminal import console, show
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
 
-REFRESH = 0.25  # seconds; drawing happens between steps, not in a thread that would compete with them
-LINES = 10  # of a whole run, where the output is no terminal
+REFRESH = 0.25  # seconds; drawn between steps, not in a thread that would compete with them
+LINES = 10  # per run, if the output is not a terminal
 
 
 class ProgressBar(lightning.Callback):
-    """Speaks on rank 0 only."""
+    """Progress bar or lines, printed by rank 0 only."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -41,7 +41,7 @@ class ProgressBar(lightning.Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """A step's numbers are there once it has been logged and validated, which is before the next one starts."""
+        """Show the previous step, which is logged and validated only now."""
         if trainer.is_global_zero and trainer.global_step > self._shown_step:
             self._show(trainer)
 
@@ -73,7 +73,7 @@ class ProgressBar(lightning.Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             if time.monotonic() - self._drawn > REFRESH or step == total:
-                self._bar.update(self._task, numbers=_numbers(trainer))  # reading them makes a GPU wait
+                self._bar.update(self._task, numbers=_numbers(trainer))  # reading them synchronizes the GPU
                 self._bar.refresh()
                 self._drawn = time.monotonic()
         elif step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total:
@@ -88,7 +88,7 @@ class ProgressBar(lightning.Callback):
 
 
 def _numbers(trainer: Trainer) -> str:
-    """The newest logged values."""
+    """Format the newest logged values."""
     logged = trainer.callback_metrics
     shown = (
         (metric_names.TRAIN_LOSS, "loss {:.3f}"),

@@ -1,4 +1,4 @@
-"""Progress marks: notes what this rank is about to do, so that the one that keeps the others waiting can be named."""
+"""Progress marks: report this rank's current activity to its heartbeat, so that late ranks can be identified."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from gpt2lab.system.heartbeat import Heartbeat
 
 
 class ProgressMarks(lightning.Callback):
-    """Marks every micro-batch when it arrives and when it is done, and what lies between them.
+    """Mark the start and the end of every micro-batch, validation batch and save.
 
     Args:
-        heartbeat: this rank's.
+        heartbeat: heartbeat of this rank.
     """
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self._awaits(trainer)
+        self._mark_between_steps(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
@@ -30,7 +30,7 @@ class ProgressMarks(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._awaits(trainer)
+        self._mark_between_steps(trainer)
 
     def on_validation_batch_start(
         self,
@@ -47,5 +47,5 @@ class ProgressMarks(lightning.Callback):
     ) -> None:
         self.heartbeat.mark(f"saving after step {trainer.global_step}")
 
-    def _awaits(self, trainer: Trainer) -> None:
+    def _mark_between_steps(self, trainer: Trainer) -> None:
         self.heartbeat.mark(f"between steps {trainer.global_step} and {trainer.global_step + 1}")

@@ -1,7 +1,7 @@
-"""Pruning: tells a search's study how a job is doing after each validation, and ends the job where that is hopeless.
+"""Pruning: report the watched metric to a search's Optuna study after each validation, and stop pruned trials.
 
-Rank 0 reports the watched metric and asks; all ranks do as it is told. A study that cannot be read or written is told
-of once and the job goes on: it is worth more than its pruning.
+Rank 0 accesses the study and broadcasts the decision. If the study cannot be read or written, a warning is logged once
+and the job continues without pruning.
 """
 
 import logging
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class TrialReports(lightning.Callback):
-    """Tells the study. Stands first: a step that is in a checkpoint, from which a killed run goes on, is in the study.
+    """Report to the study. Placed first, so that every validated step in a checkpoint is in the study, too.
 
     Args:
         study_file: the study's database.
-        number: the trial that this run is.
+        number: number of this run's trial.
     """
 
     def __init__(self, study_file: Path, number: int) -> None:
@@ -43,9 +43,9 @@ class TrialReports(lightning.Callback):
                 return
             known = study.get_trials(deepcopy=False)[self.number]
             self._trial = optuna.trial.Trial(study, known._trial_id)
-            self._reported = set(known.intermediate_values)  # by this run, before it was taken up again
+            self._reported = set(known.intermediate_values)  # by this run, before it was resumed
         except (InputError, optuna.exceptions.StorageInternalError) as error:
-            self._give_up(error)
+            self._disable(error)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         watched, step = str(pl_module.watched_metric), trainer.global_step
@@ -58,10 +58,10 @@ class TrialReports(lightning.Callback):
             self._trial.report(float(trainer.callback_metrics[watched]), step)
             self._reported.add(step)
         except optuna.exceptions.StorageInternalError as error:
-            self._give_up(error)
+            self._disable(error)
 
-    def is_hopeless(self) -> bool:
-        """Whether the study would end this run; on rank 0 alone."""
+    def should_prune(self) -> bool:
+        """Whether the study prunes this trial; only on rank 0."""
         if self._trial is None or not self._reported:
             return False
         import optuna
@@ -69,23 +69,23 @@ class TrialReports(lightning.Callback):
         try:
             return bool(self._trial.should_prune())
         except optuna.exceptions.StorageInternalError as error:
-            self._give_up(error)
+            self._disable(error)
             return False
 
-    def _give_up(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         log.warning("The study %s cannot be used, this run is not pruned: %s", self.study_file, error)
         self._trial = None
 
 
 class Pruning(lightning.Callback):
-    """After the run, `is_pruned` says whether it was ended early. Stands last: what is due at a step is done before."""
+    """Stop a pruned run and set `is_pruned`. Placed last, after all other callbacks of the step."""
 
     def __init__(self, reports: TrialReports) -> None:
         self.reports = reports
         self.is_pruned = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        is_hopeless = trainer.strategy.broadcast(self.reports.is_hopeless(), src=0)
-        if is_hopeless and not trainer.should_stop:  # else the run ends with this step for another reason
-            log.info("Pruned after step %d: other jobs of this search were better by then.", trainer.global_step)
+        should_prune = trainer.strategy.broadcast(self.reports.should_prune(), src=0)
+        if should_prune and not trainer.should_stop:  # otherwise the run stops at this step for another reason
+            log.info("Pruned after step %d: other trials were better at this step.", trainer.global_step)
             self.is_pruned = trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""Report: report.json and report.html at the end of a run, however it ends."""
+"""Report: write report.json and report.html at the end of a run, however it ends."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ import lightning
 from lightning import Trainer
 
 from callbacks.checkpoint import is_complete
-from callbacks.ending import status_of, stop_reason
+from callbacks.ending import run_status, stop_reason
 from gpt2lab.errors import ExportError
 from gpt2lab.evaluation.document_losses import write_document_losses
 from gpt2lab.reports.run_report import build_report, read_report, write_report
@@ -19,10 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class Report(lightning.Callback):
-    """Stands after the checkpoint, whose proof of the export belongs to the run. `content` is what was written.
+    """Write the report; placed after Checkpoint, whose verification of the export is part of the run.
 
     Args:
-        facts: what the launcher knows: task, model, data, command.
+        facts: the launcher's facts: task, model, data, command.
+
+    Attributes:
+        content: the written report.
     """
 
     def __init__(self, run_dir: str, facts: dict[str, Any]) -> None:
@@ -52,17 +55,17 @@ class Report(lightning.Callback):
             write_document_losses(self.run_dir, replace(losses, data=known))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if status_of(trainer) == "finished" and trainer.global_step < trainer.max_steps:
+        if run_status(trainer) == "finished" and trainer.global_step < trainer.max_steps:
             log.info("Training ended early, after step %d of %d.", trainer.global_step, trainer.max_steps)
-        self._write(trainer, pl_module, status_of(trainer))
+        self._write(trainer, pl_module, run_status(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        """The status describes training: what fails after the last state is saved leaves it as it is."""
+        """Write the status of training; a failure after the last state was saved does not change it."""
         if isinstance(exception, Exception) and not isinstance(exception, ExportError) and is_complete(trainer):
-            self._write(trainer, pl_module, status_of(trainer))
+            self._write(trainer, pl_module, run_status(trainer))
             return
         if not self._has_trained and read_report(self.run_dir):
-            return  # a resumed run failed before it continued: what is known of it stays
+            return  # a resumed run failed before training: keep the earlier report
         stopped = stop_reason(trainer) != "" or isinstance(exception, SystemExit)  # a signal outside training
         error = "" if stopped else f"{type(exception).__name__}: {exception}"
         self._write(trainer, pl_module, "stopped" if stopped else "failed", error)
@@ -86,9 +89,9 @@ class Report(lightning.Callback):
         try:
             write_report(self.run_dir, self.content)
         except OSError as reason:
-            if not error:  # else the error that ended the run is printed
-                cure = f"python train.py resume={self.run_dir} writes it"
-                log.warning("The report of this run could not be written: %s. %s.", reason, cure)
+            if not error:  # otherwise the error that ended the run is printed
+                fix = f"python train.py resume={self.run_dir} writes it"
+                log.warning("The report of this run could not be written: %s. %s.", reason, fix)
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start

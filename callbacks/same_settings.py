@@ -1,14 +1,14 @@
-"""Same settings: ranks that were given different settings end the run before its first step."""
+"""Same settings: fail before the first step if ranks have different settings."""
 
 import lightning
 from lightning import Trainer
 
 
 class SameSettings(lightning.Callback):
-    """Compares a hash of the settings with rank 0's; on one rank there is nothing to compare.
+    """Compare a hash of the settings with that of rank 0.
 
     Args:
-        settings_hash: of everything that this rank was given.
+        settings_hash: hash of this rank's settings.
     """
 
     def __init__(self, settings_hash: str) -> None:
@@ -18,6 +18,6 @@ class SameSettings(lightning.Callback):
         first = trainer.strategy.broadcast(self.settings_hash, src=0)
         if first != self.settings_hash:
             raise RuntimeError(
-                f"rank {trainer.global_rank} was given other settings than rank 0: "
+                f"rank {trainer.global_rank} has other settings than rank 0: "
                 f"their hash is {self.settings_hash}, rank 0's {first}"
             )

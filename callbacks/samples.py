@@ -1,4 +1,4 @@
-"""Samples: text the model writes during training, to samples.jsonl, the terminal and the loggers."""
+"""Samples: generate text during training, for samples.jsonl, the terminal and the loggers."""
 
 import json
 from contextlib import suppress
@@ -17,14 +17,12 @@ from gpt2lab.system.stop_request import Interrupted, is_urgent
 
 
 class Samples(lightning.Callback):
-    """Every `sample_every` steps and after the last, each prompt is completed greedily, by top-k and by nucleus.
-
-    Under mlm its gaps are filled instead.
+    """Complete each prompt every `sample_every` steps and at the end: greedy, top-k and nucleus; mlm fills gaps.
 
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
     Args:
-        prompts: empty: those of the data.
+        prompts: prompts; empty: those of the data module.
     """
 
     def __init__(self, run_dir: str, sample_every: int, prompts: list[str], max_new_tokens: int) -> None:
@@ -32,7 +30,7 @@ class Samples(lightning.Callback):
         self.sample_every = sample_every
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
-        self._due_step = -1  # whose samples a signal cut short; the resumed run writes them
+        self._due_step = -1  # step with interrupted samples, which the resumed run generates
 
     def state_dict(self) -> dict[str, Any]:
         return {"due_step": self._due_step}
@@ -57,15 +55,15 @@ class Samples(lightning.Callback):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the samples of this step, all or, where a signal arrives, none."""
+        """Write the samples of this step; none if a signal arrives."""
         step, samples = trainer.global_step, []
         if not self.prompts:
             self.prompts = trainer.datamodule.sample_prompts(pl_module.tokenizer)
-        for method in pl_module.writing_methods:  # on every rank: a sharded model generates with all of them
+        for method in pl_module.writing_methods:  # on every rank: generation with a sharded model is collective
             completions: list[str] = []
             with suppress(Interrupted):
                 completions = pl_module.generate(self.prompts, method, self.max_new_tokens)
-            reason = pl_module.stop_request.agreed()
+            reason = pl_module.stop_request.agree()
             if is_urgent(reason):
                 self._due_step = step
                 self._stop(trainer, pl_module, reason)

@@ -1,4 +1,4 @@
-"""The one terminal that callbacks write to, so that lines stand above the progress bar and not across it."""
+"""Terminal shared by all callbacks, so that lines are printed above the progress bar."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """A console that falls silent where its reader goes away, as in `python train.py | head`; training goes on."""
+    """Console that stops printing after a broken pipe, as in `python train.py | head`; training continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -18,5 +18,5 @@ console = Terminal()
 
 
 def show(line: str) -> None:
-    """One line for the person at the terminal, or for the log it is sent to; no markup, no wrapping."""
+    """Print one line without markup and wrapping."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

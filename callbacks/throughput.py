@@ -21,11 +21,10 @@ MATMUL_DTYPES = {
 
 
 class Throughput(lightning.Callback):
-    """Counts target tokens over training time: waiting for data counts, validating, sampling and saving do not.
+    """Measure target tokens per second of training, including waiting for data, without validation, samples and saves.
 
-    MFU counts the trained model's own FLOP, 6 N + 12 · L · D · T per token with N without position embeddings, over all
-    devices' matrix-product peak.
-    Stands first among the callbacks, so that the others' time after a step lies outside the clock.
+    MFU is the trained model's FLOP, 6 N + 12 · L · D · T per token with N without position embeddings, over the peak of
+    all devices. Placed first, so that the time of other callbacks after a step is excluded.
     """
 
     def __init__(self, cache_dir: str) -> None:
@@ -38,7 +37,7 @@ class Throughput(lightning.Callback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block is not training time."""
+        """Exclude the block from training time."""
         self._stop()
         try:
             yield
@@ -90,7 +89,7 @@ class Throughput(lightning.Callback):
 
 @contextmanager
 def outside_training_time(trainer: Trainer) -> Iterator[None]:
-    """Keep the block's time out of the tokens per second, where the run measures them."""
+    """Exclude the block from the tokens per second, if the run measures them."""
     for callback in trainer.callbacks:
         if isinstance(callback, Throughput):
             with callback.paused():

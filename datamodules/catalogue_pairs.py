@@ -1,7 +1,7 @@
 """Rows of parallel text in gettext catalogues, `.mo` and `.po`: columns `source` (message) and `target` (translation).
 
-Left out: headers, messages that are translated by themselves, fuzzy and obsolete entries, all plural forms but the
-first, and repetitions of a pair.
+Skipped: headers, messages equal to their translation, fuzzy and obsolete entries, all plural forms but the first, and
+repeated pairs.
 """
 
 import ast
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 SYSTEM_FOLDER = "/usr/share/locale"
 SUFFIXES = (".mo", ".po")
-CONTEXT_END = "\x04"  # gettext puts a message's context before it, ended by this
+CONTEXT_END = "\x04"  # gettext prefixes a message with its context and this separator
 PO_CHARSET = re.compile(rb'^"Content-Type:[^"\n]*charset=([\w.:-]+)', re.MULTILINE | re.IGNORECASE)  # of the header
 PO_LINE = re.compile(r'(?P<keyword>msgctxt|msgid_plural|msgid|msgstr(?:\[\d+\])?)?\s*(?P<text>".*")\s*$')
 
 
 def catalogue_files(path: str, language: str) -> list[Path]:
-    """The catalogues of `language` in the folder `path`, in a fixed order, or `path` itself where it is one.
+    """Return the catalogues of `language` in the folder `path`, sorted, or `path` itself if it is a catalogue.
 
-    A catalogue belongs to a language by a folder of that name above it (`de/LC_MESSAGES/x.mo`) or by its own (`de.po`).
+    The language is the name of a folder above the catalogue (`de/LC_MESSAGES/x.mo`) or of the file (`de.po`).
 
     Raises:
         InputError: no such path, no catalogue, or none of that language.
@@ -39,7 +39,7 @@ def catalogue_files(path: str, language: str) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise InputError(
-            f"path={path} is neither a folder of gettext catalogues nor a .mo or .po file.\n{_cure(language)}"
+            f"path={path} is neither a folder of gettext catalogues nor a .mo or .po file.\n{_advice(language)}"
         )
     catalogues = sorted(file for suffix in SUFFIXES for file in root.rglob(f"*{suffix}"))
     chosen = [file for file in catalogues if language in _languages(file, root)]
@@ -49,8 +49,8 @@ def catalogue_files(path: str, language: str) -> list[Path]:
             for name in _languages(file, root):
                 counts[name] = counts.get(name, 0) + 1
         known = sorted(counts, key=lambda name: -counts[name])
-        found = f"Languages there: {', '.join(known[:12])}." if known else "It holds no .mo or .po file at all."
-        raise InputError(f"No catalogue of language {language!r} under {path}.\n{found}\n{_cure(language)}")
+        found = f"Languages found: {', '.join(known[:12])}." if known else "It contains no .mo or .po file."
+        raise InputError(f"No catalogue of language {language!r} under {path}.\n{found}\n{_advice(language)}")
     return chosen
 
 
@@ -59,25 +59,25 @@ def _languages(file: Path, root: Path) -> set[str]:
     return {folders[-1] if folders else file.stem}
 
 
-def _cure(language: str) -> str:
+def _advice(language: str) -> str:
     return (
         f"Choose another data.language, or give path= a folder with {language}/LC_MESSAGES/*.mo or {language}.po,\n"
-        "or a table (.tsv .jsonl …). Container images often leave translations out; any translated project holds some."
+        "or a table (.tsv .jsonl …). Container images often lack translations; any translated project has some."
     )
 
 
 def catalogue_rows(files: Iterable[Path], seen: set[bytes] | None = None) -> Iterator[dict[str, str]]:
-    """Yield each distinct pair once, keeping 16 bytes of hash for it. Broken files are named, then passed over.
+    """Yield each distinct pair once, storing a 16-byte hash of it. Unreadable files are logged and skipped.
 
     Args:
-        seen: hashes of pairs that were yielded before; grows.
+        seen: hashes of pairs yielded before; updated.
     """
     seen = set() if seen is None else seen
     for file in files:
         try:
             pairs = list(_mo_pairs(file) if file.suffix == ".mo" else _po_pairs(file))
         except (OSError, LookupError, ValueError, SyntaxError, struct.error) as error:
-            log.warning("%s is not a readable catalogue and is left out: %s", file, error)
+            log.warning("%s is not a readable catalogue and is skipped: %s", file, error)
             continue
         for source, target in pairs:
             source = source.rpartition(CONTEXT_END)[2]
@@ -99,7 +99,7 @@ def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _with_ascii_header(content: bytes) -> bytes:
-    """The same catalogue, "?" for every other byte of its header: the stdlib takes headers, not messages, for UTF-8."""
+    """Replace the non-ASCII bytes of the header by "?": the stdlib decodes headers, unlike messages, as UTF-8."""
     order = "<" if content[:4] == b"\xde\x12\x04\x95" else ">"
     if len(content) < 28:
         return content
@@ -112,7 +112,7 @@ def _with_ascii_header(content: bytes) -> bytes:
 
 
 def _po_pairs(file: Path) -> Iterator[tuple[str, str]]:
-    """Entries are blocks of lines `keyword "text"`, continued by lines `"text"`."""
+    """Parse entries: blocks of lines `keyword "text"`, continued by lines `"text"`."""
     fuzzy, field = False, ""
     entry: dict[str, str] = {}
     content = file.read_bytes()
@@ -132,7 +132,7 @@ def _po_pairs(file: Path) -> Iterator[tuple[str, str]]:
         if keyword:
             field = "msgstr" if keyword == "msgstr[0]" else keyword
             entry[field] = ""
-        # PO strings are escaped as in C, which Python reads the same way.
+        # PO strings have C escapes, which Python literals share.
         entry[field] = entry.get(field, "") + ast.literal_eval(match["text"])
 
 

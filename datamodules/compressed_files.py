@@ -1,4 +1,4 @@
-"""Files as binary streams, decompressed on the way where their names end in .gz or .zst."""
+"""Compressed files: binary streams that decompress .gz and .zst."""
 
 import gzip
 import io
@@ -15,11 +15,11 @@ BLOCK = 128 * 1024
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
-    """A binary stream of the file's content, decompressed.
+def open_decompressed(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file as a binary stream of its decompressed content.
 
     Raises:
-        InputError: not readable, or the compressed data are damaged or end early.
+        InputError: the file is unreadable, or the compressed data are damaged or truncated.
     """
     import zstandard
 
@@ -29,16 +29,16 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
             if ending == ".gz":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=raw))
             elif ending == ".zst":
-                yield io.BufferedReader(_Blocks(_decompressed(raw)))
+                yield io.BufferedReader(_Blocks(_decompress(raw)))
             else:
                 yield raw
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"Cannot read {file}: {reason}.\nMend or leave out the file.") from error
+        raise InputError(f"Cannot read {file}: {reason}.\nFix or remove the file.") from error
 
 
-def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
-    """The content of all Zstandard frames; zstandard's own reader takes a file that was cut short for a whole one."""
+def _decompress(raw: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content of all Zstandard frames; zstandard's own reader does not detect a truncated file."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor()
@@ -54,7 +54,7 @@ def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-    """A stream that reads from blocks."""
+    """Raw stream over an iterator of blocks."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks

@@ -1,6 +1,6 @@
-"""Documents: the text of files, of installed Python source, and of Hub data sets, one after another.
+"""Documents: iterate over the text of files, of installed Python source, and of Hub data sets.
 
-A corpus gives its documents as often as asked and an identity that changes whenever they would.
+A corpus can be iterated repeatedly and has an identity that changes when its documents change.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from datamodules.compressed_files import COMPRESSED_ENDINGS, opened
+from datamodules.compressed_files import COMPRESSED_ENDINGS, open_decompressed
 from gpt2lab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst"}
 RECORD_ENDINGS = {".jsonl", ".parquet"}
 KNOWN_ENDINGS = frozenset(TEXT_ENDINGS | RECORD_ENDINGS)
-PIECE_CHARACTERS = 64 * 1024  # a longer text file comes in pieces of about this size
-KEY_CHARACTERS = 32 * 1024  # of a text decide on its side of the split
-LONGEST_PIECE = 2**20  # even if no line ends in it
-HASHED_BYTES = 64 * 2**20  # up to this size a corpus is known by its content, beyond by names, sizes and times
+PIECE_CHARACTERS = 64 * 1024  # longer text files are split into pieces of about this size
+KEY_CHARACTERS = 32 * 1024  # beginning of a text that is hashed for the split
+LONGEST_PIECE = 2**20  # maximum size of a piece without a line end
+HASHED_BYTES = 64 * 2**20  # a larger corpus is identified by names, sizes and times instead of its content
 NOT_STDLIB = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
 
 
 @dataclass(frozen=True)
 class Document:
-    """`key` decides on which side of the training/validation split the text lies.
+    """Text with a key, whose hash determines the side of the training/validation split.
 
-    A long document comes in pieces with one key: `continues` says that this one goes on where the last one ended.
+    A long document is split into pieces with the same key; `continues` marks all but the first.
     """
 
     key: str
@@ -45,9 +45,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from; `validation` is None where the corpus has no validation part of its own.
+    """Source of documents.
 
-    `size` is about the number of bytes all of it has, for progress bars; 0 where nobody knows.
+    Attributes:
+        identity: JSON value that changes when the documents change; part of the cache key.
+        validation: separate validation documents; None if they are split off by hash.
+        size: approximate size in bytes, for progress bars; 0 if unknown.
     """
 
     name: str
@@ -58,13 +61,13 @@ class Corpus:
 
 
 def stdlib_corpus() -> Corpus:
-    """The Python standard library of the running interpreter, without its tests."""
+    """Return the corpus of the interpreter's standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return _source_corpus("stdlib", root, _files_below(root, NOT_STDLIB))
 
 
 def packages_corpus() -> Corpus:
-    """The Python source of the packages installed in this environment."""
+    """Return the corpus of the Python packages installed in this environment."""
     root = Path(sysconfig.get_paths()["purelib"])
     return _source_corpus("packages", root, _files_below(root))
 
@@ -86,13 +89,13 @@ def _source_corpus(name: str, root: Path, found: list[Path]) -> Corpus:
 
 
 def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) -> Corpus:
-    """Files, folders or globs of .txt .md .rst .py .jsonl .parquet, each also as .gz or .zst.
+    """Return the corpus of a file, folder or glob of .txt .md .rst .py .jsonl .parquet, each also as .gz or .zst.
 
-    A text file is one document, a record one. Which side of the split it lies on depends on its text (the first piece
-    of a long one), so equal files lie on the same side wherever they are. Files of `val_path` are never trained on.
+    A text file or a record is one document. Its side of the split depends on its text (the first piece of a long one),
+    not on its path. Files of `val_path` are never trained on.
 
     Raises:
-        InputError: nothing there, no readable file among them, a broken line, or a missing column.
+        InputError: no such path, no readable file, an invalid line, or a missing column.
     """
     if not path:
         raise InputError("data=text needs path=FILE, FOLDER or GLOB, for example: data=text path='notes/*.md'")
@@ -108,7 +111,7 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
         files = [file for file in files if file.resolve() not in held_out]
         if not files:
             raise InputError(
-                f"path={path} holds no other file than val_path={val_path}; give training text of its own."
+                f"path={path} contains no other file than val_path={val_path}; give separate training text."
             )
         identity["val_files"] = files_identity(val_files)
         validation = reader(val_files)
@@ -118,15 +121,15 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
 
 
 def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> list[Path]:
-    """The readable files of these endings that a file name, folder or glob stands for, sorted.
+    """Return the files with these endings of a file name, folder or glob, sorted.
 
     Raises:
         InputError: no such path, or no file of a known ending.
     """
     given = Path(path).expanduser()
     if given.is_file():
-        if kind_of(given, endings) is None:
-            raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_in_words(endings)}.")
+        if file_ending(given, endings) is None:
+            raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_list_endings(endings)}.")
         return [given]
     if given.is_dir():
         found = _files_below(given)
@@ -134,14 +137,14 @@ def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> 
         found = [Path(name) for name in glob(str(given), recursive=True) if Path(name).is_file()]  # noqa: PTH207 — any root
     else:
         raise InputError(f"{key}={path}: no such file or folder.\nGive an existing file, folder or glob.")
-    files = sorted(file for file in found if kind_of(file, endings))
+    files = sorted(file for file in found if file_ending(file, endings))
     if not files:
-        raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_in_words(endings)}.")
+        raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_list_endings(endings)}.")
     return files
 
 
 def _files_below(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    """Files in a folder and all below it, sorted; hidden folders such as .git are left out, and those named."""
+    """Return all files below a folder, sorted, except in hidden folders such as .git and in `skipped` ones."""
     found: list[Path] = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in skipped and not name.startswith(".")]
@@ -150,12 +153,12 @@ def _files_below(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path
 
 
 def total_size(files: list[Path]) -> int:
-    """Bytes on the disk."""
+    """Return the total file size in bytes."""
     return sum(file.stat().st_size for file in files)
 
 
-def kind_of(file: Path, known: frozenset[str] = KNOWN_ENDINGS) -> str | None:
-    """The ending that tells how to read a file, compression aside; None for kinds that are not read."""
+def file_ending(file: Path, known: frozenset[str] = KNOWN_ENDINGS) -> str | None:
+    """Return a file's ending without that of compression; None for an unknown one."""
     endings = [ending.lower() for ending in file.suffixes]
     if endings and endings[-1] in COMPRESSED_ENDINGS:
         endings.pop()
@@ -163,14 +166,15 @@ def kind_of(file: Path, known: frozenset[str] = KNOWN_ENDINGS) -> str | None:
     return ending if ending in known else None
 
 
-def _in_words(endings: frozenset[str]) -> str:
+def _list_endings(endings: frozenset[str]) -> str:
     return f"{' '.join(sorted(endings))}, each also with {' '.join(sorted(COMPRESSED_ENDINGS))}"
 
 
 def files_identity(files: list[Path], root: Path | None = None) -> str:
-    """SHA-256 over the files' content and, where a `root` is given, their names below it.
+    """Return the SHA-256 of the files' content and, with `root`, of their relative names.
 
-    Hashing much text would delay every start: beyond 64 MiB together it is their paths, sizes and modification times.
+    Above 64 MiB in total it is computed from paths, sizes and modification times, because hashing would delay the
+    start.
     """
     by_content = total_size(files) <= HASHED_BYTES
     digest = hashlib.sha256()
@@ -182,49 +186,49 @@ def files_identity(files: list[Path], root: Path | None = None) -> str:
             try:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
             except OSError as error:
-                raise InputError(f"Cannot read {file}: {error.strerror}.\nMend or leave out the file.") from error
+                raise InputError(f"Cannot read {file}: {error.strerror}.\nFix or remove the file.") from error
         digest.update(known.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def file_documents(file: Path, text_column: str, on_bad_line: str) -> Iterator[Document]:
-    """The documents of one file: a text file is one (a long one in pieces), a record file one a row.
+    """Yield the documents of a file: one per text file (a long one in pieces) or per record.
 
     Raises:
-        InputError: not readable, a broken line, or no such column.
+        InputError: the file is unreadable, a line is invalid, or the column is missing.
     """
-    if kind_of(file) not in RECORD_ENDINGS:
+    if file_ending(file) not in RECORD_ENDINGS:
         yield from _text_pieces(file)
         return
     for number, row in file_records(file, on_bad_line):
         if text_column not in row:
             raise InputError(
-                f"{file}:{number}: no column {text_column!r}.\nColumns there: {', '.join(map(str, row))}.\n"
+                f"{file}:{number}: no column {text_column!r}.\nColumns found: {', '.join(map(str, row))}.\n"
                 "Name the text column: data.text_column=NAME"
             )
         yield from record_document(row[text_column])
 
 
 def record_document(value: Any) -> Iterator[Document]:
-    """The document that a record's text column holds; none where there is no text."""
-    text = str(value or "").encode("utf-8", "replace").decode()  # JSON can spell lone surrogates, which no text holds
+    """Yield the document of a record's text column; nothing for an empty one."""
+    text = str(value or "").encode("utf-8", "replace").decode()  # JSON may contain lone surrogates
     if text.strip():
         yield Document(text[:KEY_CHARACTERS], text)
 
 
 def _text_pieces(file: Path) -> Iterator[Document]:
-    """Bytes that are no UTF-8 are read as the replacement character, and a byte order mark is dropped."""
-    with opened(file) as stream:
+    """Yield a text file in pieces; invalid UTF-8 becomes the replacement character, a byte order mark is dropped."""
+    with open_decompressed(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         key, rest = "", ""
         while block := text.read(PIECE_CHARACTERS):
             rest += block
             if len(rest) < PIECE_CHARACTERS:
                 continue
-            place = _last_cut(rest) or (len(rest) if len(rest) >= LONGEST_PIECE else 0)
-            if not place:
+            cut = _last_cut(rest) or (len(rest) if len(rest) >= LONGEST_PIECE else 0)
+            if not cut:
                 continue
-            piece, rest = rest[:place], rest[place:]
+            piece, rest = rest[:cut], rest[cut:]
             if key or piece.strip():
                 yield Document(key or piece[:KEY_CHARACTERS], piece, continues=bool(key))
                 key = key or piece[:KEY_CHARACTERS]
@@ -233,43 +237,41 @@ def _text_pieces(file: Path) -> Iterator[Document]:
 
 
 def _last_cut(text: str) -> int:
-    """Where a text can be cut without changing GPT-2's tokens: before its last line end, 0 if it has none.
+    """Return the last position where a text can be split without changing GPT-2's tokens, before a line end; else 0.
 
-    The pre-tokenizer never joins a visible character with white space that follows, so no token spans such a place.
+    The pre-tokenizer never joins a visible character with following whitespace, so no token spans this position.
     """
     line_end = text.rfind("\n", 0, -1)
     return len(text[:line_end].rstrip()) if line_end > 0 else 0
 
 
 def file_records(file: Path, on_bad_line: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or row number from 1, record) of a .jsonl or .parquet file.
+    """Yield (line or row number from 1, record) of a .jsonl or .parquet file.
 
     Raises:
-        InputError: a line is no JSON object and `on_bad_line` is stop; a parquet file cannot be read.
+        InputError: a line is not a JSON object and `on_bad_line` is stop, or a parquet file is unreadable.
     """
-    if kind_of(file) == ".parquet":
+    if file_ending(file) == ".parquet":
         yield from _parquet_records(file)
         return
     skipped = 0
-    with opened(file) as stream:
+    with open_decompressed(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                problem = "" if isinstance(record, dict) else "a JSON value that is no object"
+                problem = "" if isinstance(record, dict) else "not a JSON object"
             except ValueError as error:
-                problem = f"no JSON ({error})"
+                problem = f"invalid JSON ({error})"
             if not problem:
                 yield number, record
             elif on_bad_line == "stop":
-                raise InputError(
-                    f"{file}:{number}: {problem}.\nMend the line, or leave such lines out: on_bad_line=skip"
-                )
+                raise InputError(f"{file}:{number}: {problem}.\nFix the line, or skip such lines: on_bad_line=skip")
             else:
                 skipped += 1
     if skipped:
-        log.warning("%s: %d broken lines left out", file, skipped)
+        log.warning("%s: skipped %d invalid lines", file, skipped)
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -283,4 +285,4 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 number += 1
                 yield number, row
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: no readable parquet file ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}).") from error

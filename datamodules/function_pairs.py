@@ -1,8 +1,8 @@
-"""Rows of the Python functions in source files: signature, docstring, summary and code, each a column.
+"""Rows of the Python functions in source files.
 
 Columns: `name`; `code` (signature and body without the docstring); `body` (without signature and docstring); `summary`
-(first line of the docstring); `docstring`; `stub` (signature and docstring as written, so that stub + "\\n" + body is
-the function again).
+(first line of the docstring); `docstring`; `stub` (signature and docstring as written; stub + "\\n" + body is the
+whole function).
 """
 
 import ast
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 
 
 def function_rows(sources: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yield a row for every documented function with a body in these Python sources, in their order.
+    """Yield a row for every function with a docstring and a body, in order.
 
-    Sources that this interpreter cannot parse are passed over: an installation holds some on purpose.
+    Sources that this interpreter cannot parse are skipped: an installation contains some on purpose.
     """
     for source in sources:
         try:
@@ -22,7 +22,7 @@ def function_rows(sources: Iterable[str]) -> Iterator[dict[str, str]]:
                 tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError):
             continue
-        # Lines as ast counts them; splitlines would also break at form feeds.
+        # ast counts these lines; splitlines would also split at form feeds.
         lines = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         for node in sorted(functions, key=lambda function: function.lineno):
@@ -36,7 +36,7 @@ def _row(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> dict
     if not docstring or len(node.body) < 2:
         return None
     text = node.body[0]
-    # One-liners such as `def f(): "text"; return 1` cannot be taken apart by lines.
+    # One-liners such as `def f(): "text"; return 1` cannot be split by lines.
     if text.lineno == node.lineno or node.body[1].lineno == text.end_lineno or text.end_lineno is None:
         return None
     signature = lines[node.lineno - 1 : text.lineno - 1]
@@ -44,14 +44,14 @@ def _row(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> dict
     indent = " " * node.col_offset
     return {
         "name": node.name,
-        "code": _outdented(signature + body, indent),
-        "body": _outdented(body, indent),
+        "code": _dedent(signature + body, indent),
+        "body": _dedent(body, indent),
         "summary": docstring.strip().splitlines()[0].strip(),
         "docstring": docstring,
-        "stub": _outdented(lines[node.lineno - 1 : text.end_lineno], indent),
+        "stub": _dedent(lines[node.lineno - 1 : text.end_lineno], indent),
     }
 
 
-def _outdented(lines: list[str], indent: str) -> str:
-    """`lines` moved left by the indentation of their `def`; lines inside long strings that stand further left stay."""
+def _dedent(lines: list[str], indent: str) -> str:
+    """Remove the indentation of the `def`; less indented lines inside multi-line strings are unchanged."""
     return "\n".join(line.removeprefix(indent) for line in lines).strip("\n")

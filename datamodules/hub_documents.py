@@ -1,4 +1,4 @@
-"""Documents of a data set on the Hub or in a local folder that `datasets` reads, downloaded or streamed."""
+"""Documents of a data set on the Hub or in a local folder, loaded with `datasets`, downloaded or streamed."""
 
 import functools
 import sys
@@ -11,27 +11,27 @@ from gpt2lab.errors import InputError
 from gpt2lab.storage.hub import is_hub_id, require_hub
 
 NO_HUB = (
-    "Give a local data set folder (data.dataset=FOLDER), or data that need no network: data=stdlib, data=text path=…"
+    "Give a local data set folder (data.dataset=FOLDER), or use data without network: data=stdlib, data=text path=…"
 )
 
 
 def hub_corpus(
     name: str, dataset: str, config: str, revision: str, split: str, val_split: str, text_column: str, streaming: bool
 ) -> Corpus:
-    """One text column of a data set; `val_split` empty takes the validation text out of `split` by hash.
+    """Return the corpus of a text column; with an empty `val_split` validation documents are split off by hash.
 
-    A data set of the Hub is known by its name and revision, so prepared tokens are found again without the Hub. Without
-    a revision that is the state in which it was first prepared.
+    A Hub data set is identified by name and revision, so prepared tokens are found without a connection. Without a
+    revision they are those of the first preparation.
 
     Raises:
-        InputError: no data set named. What is not to be had is told when documents are first asked for.
+        InputError: no data set is given. Load errors are raised by the first access to documents.
     """
     if not dataset:
         raise InputError("data=hub needs data.dataset=HUB_ID or a local data set folder.")
     identity = {"dataset": dataset, "config": config, "split": split, "val_split": val_split, "column": text_column}
     if Path(dataset).is_dir():
         files = sorted(file for file in Path(dataset).rglob("*") if file.is_file())
-        identity["files"] = files_identity(files, Path(dataset))  # `datasets` tells the splits from the names
+        identity["files"] = files_identity(files, Path(dataset))  # `datasets` derives the splits from the names
     else:
         identity["revision"] = revision
 
@@ -43,7 +43,7 @@ def hub_corpus(
         for row in rows(side):
             if text_column not in row:
                 raise InputError(
-                    f"{dataset}: no column {text_column!r}.\nColumns there: {', '.join(row)}.\n"
+                    f"{dataset}: no column {text_column!r}.\nColumns found: {', '.join(row)}.\n"
                     "Name the text column: data.text_column=NAME"
                 )
             yield from record_document(row[text_column])
@@ -53,10 +53,10 @@ def hub_corpus(
 
 
 def load_hub_split(dataset: str, config: str, split: str, streaming: bool, revision: str = "") -> Any:
-    """A `datasets` split: a folder made by `save_to_disk`, a folder of data files, or a Hub id (at a branch or commit).
+    """Load a split of a `save_to_disk` folder, a folder of data files, or a Hub id (at a branch or commit).
 
     Raises:
-        InputError: not to be had; says what to do.
+        InputError: the data set or split cannot be loaded.
     """
     import datasets
 

@@ -1,7 +1,7 @@
 """Language-modelling data: corpus → tokens on disk → windows → batches.
 
 Step (1) corpus: documents and an identity (documents.py, hub_documents.py).
-Step (2) split: by a hash of each document's key, or by the corpus's own validation part.
+Step (2) split: by a hash of each document's key, or the corpus's separate validation documents.
 Step (3) tokenizer: trained on the training documents, or a given one.
 Step (4) tokens: both sides into flat files, once, in the cache.
 Step (5) batches: windows in the order of gpt2lab.data.data_order, a pure function of (seed, step).
@@ -25,13 +25,13 @@ from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
 from gpt2lab.data.document_groups import WindowDocuments
 from gpt2lab.data.objectives import Objective
-from gpt2lab.data.special_tokens import PLACE, marks_of
+from gpt2lab.data.special_tokens import MASK_PLACEHOLDER, find_special_tokens
 from gpt2lab.data.token_file import TokenFile, token_dtype
 from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
 from gpt2lab.data.windows import SlidingWindows, Windows
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.storage.prepared_cache import cache_folder, content_hash, prepared, read_ledger
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, get_or_build, read_ledger
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
@@ -39,7 +39,7 @@ SOURCE_PROMPTS = (
     'import os\n\ndef read_lines(path):\n    """',
 )
 PROMPT_TOKENS, GAP_EVERY = 16, 5
-VALIDATION_SEED = 0  # what is drawn for validation is the same in every run
+VALIDATION_SEED = 0  # random choices of validation are the same in every run
 COUNTED_AT_A_TIME = 2**24
 
 
@@ -53,8 +53,8 @@ class LanguageModelingData(SampleDataModule):
         text_column: for source hub, and for record files.
         path, val_path, val_fraction, on_bad_line: for files; bin takes a folder with train.bin and val.bin.
         batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a window.
-        objective: what is predicted from what; None: the next token.
-        packing: whether documents in one window do not see each other.
+        objective: training objective; None: clm.
+        packing: whether documents in one window do not attend to each other.
     """
 
     kind: Literal["text", "pairs"] = "text"
@@ -99,10 +99,10 @@ class LanguageModelingData(SampleDataModule):
         self.file_arguments = (path, val_path, text_column, on_bad_line)
 
     def prepare(self) -> DataFacts:
-        """Make tokenizer and token files unless they are there, and open them. Idempotent.
+        """Make tokenizer and token files unless they are in the cache, and open them. Idempotent.
 
         Raises:
-            InputError: no text, a broken line, too little text for one window, no space left, and so on.
+            InputError: no text, an invalid line, too little text for one window, no space left, and so on.
         """
         if self.source == "bin":
             folder = Path(self.file_arguments[0]).expanduser()
@@ -119,30 +119,30 @@ class LanguageModelingData(SampleDataModule):
                     f"one window of context={self.context} needs {self.context + 1 if side == 'training' else 2}.\n"
                     "Give more text, or lower context."
                 )
-        self._entries = int(facts["vocab_size"])
+        self._vocab_size = int(facts["vocab_size"])
         self.train_samples = Windows(train_file, self._objective(tokenizer_folder, self.seed))
-        validates = self._objective(tokenizer_folder, VALIDATION_SEED)
+        val_objective = self._objective(tokenizer_folder, VALIDATION_SEED)
         end_of_text = load_tokenizer(tokenizer_folder).eos_token_id
         val_documents, train_documents = (
             WindowDocuments(file.tokens, end_of_text, f"data={self.name}, {side} text")
             for side, file in (("validation", val_file), ("training", train_file))
         )
-        self.val_samples = Windows(val_file, validates, val_documents)
+        self.val_samples = Windows(val_file, val_objective, val_documents)
         whole_file = TokenFile(folder / "train.bin", dtype, self.context, keep_short=True)
-        self.all_train_samples = Windows(whole_file, validates, train_documents)
-        of_all_text = self.objective.kind.scores_all_text
+        self.all_train_samples = Windows(whole_file, val_objective, train_documents)
+        scores_all_text = self.objective.kind.scores_all_text
         return DataFacts(
             name=self.name,
             hash=facts["hash"],
             tokenizer_folder=tokenizer_folder,
-            vocab_size=self._entries,
+            vocab_size=self._vocab_size,
             train_tokens=len(train_file.tokens),
             val_tokens=int(self.val_samples.target_counts(np.arange(len(val_file))).sum()),
-            val_bytes=facts["val_bytes"] if of_all_text else 0,
+            val_bytes=facts["val_bytes"] if scores_all_text else 0,
         )
 
     def text_bytes(self) -> int:
-        """About how many bytes of text there are, on both sides of the split; 0 where nobody knows before reading it.
+        """Approximate size of both sides of the split in bytes; 0 if unknown before reading.
 
         Raises:
             InputError: there is no text.
@@ -150,7 +150,7 @@ class LanguageModelingData(SampleDataModule):
         return 0 if self.source in ("bin", "hub") else self._corpus().size
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """Functions to complete for Python source, else the beginnings of validation windows; for mlm with gaps."""
+        """Return code prompts for Python source, else the beginnings of validation windows; with gaps for mlm."""
         if self.source in ("stdlib", "packages") and not self.objective.kind.fills_masks:
             return list(SOURCE_PROMPTS)
         assert isinstance(self.val_samples, Windows)
@@ -158,37 +158,39 @@ class LanguageModelingData(SampleDataModule):
         input_ids, _ = self.val_samples.file.read(windows)
         prompts = input_ids[:, :PROMPT_TOKENS].tolist()  # (≤ 3, ≤ PROMPT_TOKENS)
         if self.objective.kind.fills_masks:
-            return [PLACE.join(tokenizer.decode(part) for part in _every_gap(row[1:])) for row in prompts]
+            return [
+                MASK_PLACEHOLDER.join(tokenizer.decode(part) for part in _split_at_gaps(row[1:])) for row in prompts
+            ]
         return [tokenizer.decode(row, skip_special_tokens=True) for row in prompts]
 
     def token_counts(self) -> NDArray[np.int64]:
-        """(V,) how often each entry occurs in the training text."""
+        """Count how often each token occurs in the training text: (V,)."""
         assert isinstance(self.train_samples, Windows)
-        tokens, entries = self.train_samples.file.tokens, self._entries
-        counts = np.zeros(entries, np.int64)
+        tokens = self.train_samples.file.tokens
+        counts = np.zeros(self._vocab_size, np.int64)
         for start in range(0, len(tokens), COUNTED_AT_A_TIME):
-            counts += np.bincount(tokens[start : start + COUNTED_AT_A_TIME], minlength=entries)
+            counts += np.bincount(tokens[start : start + COUNTED_AT_A_TIME], minlength=self._vocab_size)
         return counts
 
     def train_eval_dataloader(self) -> DataLoader:
-        """The whole training text once, its last short window too: tokenizers are compared on the same bytes."""
-        return self._in_order(self.all_train_samples)
+        """Load the whole training text once with its last short window, so that tokenizers score the same bytes."""
+        return self._sequential_loader(self.all_train_samples)
 
     def sliding_batches(self, stride: int, all_text: bool) -> list[SlidingWindows]:
-        """The validation text, and the training text with `all_text`, in windows that overlap (windows.py)."""
+        """Return overlapping windows (windows.py) of the validation text, and with `all_text` of the training text."""
         assert isinstance(self.val_samples, Windows)
         sides = [self.val_samples, self.all_train_samples] if all_text else [self.val_samples]
         size = self.eval_batch_sequences
         return [SlidingWindows(side.file.tokens, self.context, stride, size, side.documents) for side in sides]
 
     def _objective(self, tokenizer_folder: str, seed: int) -> Objective:
-        has_marks = self.objective.kind.rewrites_text
-        if not has_marks and not self.packing:
+        needs_special = self.objective.kind.rewrites_text
+        if not needs_special and not self.packing:
             return Objective(self.objective, seed=seed)
         tokenizer = load_tokenizer(tokenizer_folder)
-        marks = marks_of(tokenizer) if has_marks else None
+        special = find_special_tokens(tokenizer) if needs_special else None
         end_of_text = tokenizer.eos_token_id if self.packing else None
-        return Objective(self.objective, marks, end_of_text=end_of_text, seed=seed)
+        return Objective(self.objective, special, end_of_text=end_of_text, seed=seed)
 
     def _corpus(self) -> Corpus:
         if self.source == "stdlib":
@@ -202,18 +204,17 @@ class LanguageModelingData(SampleDataModule):
         raise InputError(f"data.source={self.source}: not one of stdlib, packages, text, hub, bin.")
 
     def _token_folder(self) -> tuple[Path, str, dict[str, Any]]:
-        """(folder with train.bin and val.bin, tokenizer folder, facts)."""
+        """Return (folder with train.bin and val.bin, tokenizer folder, facts)."""
         corpus = self._corpus()
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction={self.val_fraction}: not between 0 and 1; the default is 0.05.")
         identity = {**corpus.identity, "val_fraction": self.val_fraction}
-        placed = functools.cache(
-            lambda: split_corpus(corpus, self.val_fraction)
-        )  # asks for text only when it is needed
+        # Lazy: with a full cache no text is read
+        split = functools.cache(lambda: split_corpus(corpus, self.val_fraction))
 
         def training_texts() -> Iterator[str]:
             with self._progress("tokenizer", corpus.size) as progress:
-                for side, document in placed()():
+                for side, document in split()():
                     progress.update(len(document.text))
                     if side == TRAIN:
                         yield document.text
@@ -222,7 +223,7 @@ class LanguageModelingData(SampleDataModule):
         tokenizer = load_tokenizer(tokenizer_folder)
 
         def build(folder: Path) -> dict[str, Any]:
-            sides = write_token_files(folder, placed()(), tokenizer, self._progress("tokens", corpus.size))
+            sides = write_token_files(folder, split()(), tokenizer, self._progress("tokens", corpus.size))
             return {
                 "vocab_size": len(tokenizer),
                 "dtype": token_dtype(len(tokenizer)).str,
@@ -233,14 +234,14 @@ class LanguageModelingData(SampleDataModule):
             }
 
         key = {"data": identity, "tokenizer": tokenizer_hash(tokenizer), "format": 2}
-        folder = prepared("tokens", self.name, key, build, self.cache_dir)
+        folder = get_or_build("tokens", self.name, key, build, self.cache_dir)
         return folder, tokenizer_folder, read_ledger(folder)
 
     def _progress(self, what: str, size: int) -> tqdm:
-        """Quiet when stderr is no terminal."""
+        """Return a progress bar, disabled if stderr is not a terminal."""
         return tqdm(desc=f"{self.name}: {what}", total=size or None, unit="B", unit_scale=True, disable=None)
 
 
-def _every_gap(tokens: list[int]) -> list[list[int]]:
-    """The tokens without every fifth one, in the parts that this leaves."""
+def _split_at_gaps(tokens: list[int]) -> list[list[int]]:
+    """Remove every fifth token and return the parts between."""
     return [tokens[start : start + GAP_EVERY - 1] for start in range(0, len(tokens), GAP_EVERY)]

@@ -1,4 +1,4 @@
-"""Micro-batches of windows or pairs: the endless training stream of one rank, and a side of the split in file order."""
+"""Micro-batches of windows or pairs: a rank's endless training stream, and sequential batches for evaluation."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,21 +18,21 @@ ENDLESS = 2**62
 
 
 class Samples(Protocol):
-    """One side of the split: numbered samples that become batches."""
+    """One side of the split: numbered samples that are collated to batches."""
 
     def __len__(self) -> int: ...
 
-    def target_counts(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Number of targets in each of the samples `rows`; what is drawn follows from `draws`, else from `rows`."""
+    def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Number of targets in each of the samples `rows`; random keys are `keys`, by default `rows`."""
         ...
 
-    def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
-        """The samples `rows`, at least one, as one micro-batch; with the targets' document groups without `draws`."""
+    def batch(self, rows: NDArray[np.int64], target_tokens: int, keys: NDArray[np.int64] | None = None) -> Batch:
+        """Collate the samples `rows`, at least one; without `keys` the batch contains document groups."""
         ...
 
 
 class TrainingStream(Dataset[Batch]):
-    """This rank's micro-batches from `first_step` on; item number = (step − first_step) · accumulate + part."""
+    """Micro-batches of this rank from `first_step` on; item number = (step − first_step) · accumulate + part."""
 
     def __init__(
         self, samples: Samples, batch: int, accumulate: int, seed: int, rank: int, world: int, first_step: int
@@ -51,19 +51,19 @@ class TrainingStream(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         step, part = divmod(number, self.accumulate)
         of_step = step_samples(self.first_step + step, self.batch, len(self.samples), self.seed)
-        places = np.arange(self.batch, dtype=np.int64) + (self.first_step + step) * self.batch  # in the endless stream
-        rows, draws = (
+        positions = np.arange(self.batch, dtype=np.int64) + (self.first_step + step) * self.batch  # in the stream
+        rows, keys = (
             micro_batch_rows(numbers, part * self.world + self.rank, self.accumulate * self.world)
-            for numbers in (of_step, places)
+            for numbers in (of_step, positions)
         )
-        return self.samples.batch(rows, int(self.samples.target_counts(of_step, places).sum()), draws)
+        return self.samples.batch(rows, int(self.samples.target_counts(of_step, positions).sum()), keys)
 
 
-class InOrder(Dataset[Batch]):
-    """Every sample once, in batches; rank r takes batches r, r + world, …
+class SequentialBatches(Dataset[Batch]):
+    """Batches of all samples in order; rank r takes batches r, r + world, …
 
-    All ranks get equally many, because sharded models run forward together: where the batches do not come out even, the
-    last ranks end with one without samples (one row of ignored labels, target_tokens 0, nothing else).
+    All ranks have the same number of batches, because the forward of a sharded model is collective. If necessary the
+    last ranks end with an empty batch: one row of ignored labels and target_tokens 0.
     """
 
     def __init__(self, samples: Samples, batch: int, rank: int, world: int) -> None:
@@ -96,7 +96,7 @@ class InOrder(Dataset[Batch]):
 
 
 class SampleDataModule(lightning.LightningDataModule):
-    """Loaders over the two sides that `prepare` opens.
+    """Base data module with loaders over the two sides that `prepare` opens.
 
     Args:
         batch_sequences: samples of the global batch of one optimizer step.
@@ -119,51 +119,53 @@ class SampleDataModule(lightning.LightningDataModule):
         self.eval_batch_sequences = eval_batch_sequences
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank from the trainer's optimizer step on, without end."""
+        """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
         return DataLoader(self._stream(), batch_size=None, shuffle=False, num_workers=self.workers)
 
     def training_batch(self, part: int) -> Batch:
-        """Micro-batch number `part` of this rank at the trainer's optimizer step."""
+        """Return micro-batch number `part` of this rank at the trainer's optimizer step."""
         return self._stream()[part]
 
     def val_dataloader(self) -> DataLoader:
-        """The whole validation split once; ranks take turns."""
-        return self._in_order(self.val_samples)
+        """Load the validation split once, distributed over the ranks."""
+        return self._sequential_loader(self.val_samples)
 
     def train_eval_dataloader(self) -> DataLoader:
-        """The whole training split once, in file order, for evaluation."""
-        return self._in_order(self.train_samples)
+        """Load the training split once in file order, for evaluation."""
+        return self._sequential_loader(self.train_samples)
 
     def calibration_batches(self, samples: int) -> Iterator[Batch]:
-        """Up to `samples` training samples, evenly spaced over the split: the same on every rank, whatever the seed."""
+        """Yield up to `samples` training samples, evenly spaced: the same on every rank and for every seed."""
         rows = self.calibration_rows(samples)
         for part in np.array_split(rows, -(-len(rows) // self.eval_batch_sequences)):
             yield self.train_samples.batch(part, int(self.train_samples.target_counts(part).sum()))
 
     def calibration_rows(self, samples: int) -> NDArray[np.int64]:
-        """The numbers of those samples."""
+        """Return the row numbers of the calibration samples."""
         return np.unique(np.arange(samples, dtype=np.int64) * len(self.train_samples) // samples)
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """A few texts that suit these data, for the model to continue while it trains."""
+        """Return a few prompts for samples during training."""
         raise NotImplementedError
 
     def token_counts(self) -> NDArray[np.int64]:
-        """(V,) how often each entry of the vocabulary occurs among what is to be learnt."""
+        """Count how often each token is a training target: (V,)."""
         raise NotImplementedError
 
     def _stream(self) -> TrainingStream:
-        rank, world, first_step = self._place()
+        rank, world, first_step = self._rank_and_step()
         return TrainingStream(
             self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
         )
 
-    def _in_order(self, samples: Samples) -> DataLoader:
-        rank, world, _ = self._place()
-        return DataLoader(InOrder(samples, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False)
+    def _sequential_loader(self, samples: Samples) -> DataLoader:
+        rank, world, _ = self._rank_and_step()
+        return DataLoader(
+            SequentialBatches(samples, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False
+        )
 
-    def _place(self) -> tuple[int, int, int]:
-        """(rank, number of ranks, optimizer step to start from)."""
+    def _rank_and_step(self) -> tuple[int, int, int]:
+        """Return (rank, number of ranks, optimizer step to start from)."""
         if self.trainer is None:
             return 0, 1, 0
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.global_step

@@ -1,7 +1,7 @@
-"""From rows to tokenized pairs on disk, in memory that does not grow with the number of pairs.
+"""Preparation of pairs: rows → tokenized pairs on disk, with memory independent of the number of pairs.
 
-Step (1) collect: rows → pairs.jsonl, one {"source", "target"} a line; tokenizers are trained on it.
-Step (2) split: by a hash of the source text, or by validation pairs of their own; no source text is on both sides.
+Step (1) collect: rows → pairs.jsonl, one {"source", "target"} per line; tokenizers are trained on it.
+Step (2) split: by a hash of the source text, or separate validation pairs; no source text is on both sides.
 Step (3) encode: each side → a PairFile.
 """
 
@@ -25,23 +25,23 @@ from gpt2lab.storage.prepared_cache import read_ledger
 
 log = logging.getLogger(__name__)
 
-SIDES = {"train": "training", "val": "validation"}  # folder of a side → in words
+SIDES = {"train": "training", "val": "validation"}  # folder of a side → its name in messages
 HASHES = 2**64
-ENCODED_TOGETHER = 256  # pairs tokenized in one call
+CHUNK = 256  # pairs tokenized in one call
 
-Pairs = Callable[[], Iterator[tuple[str, str, str]]]  # (source, target, file of both or nothing)
+Pairs = Callable[[], Iterator[tuple[str, str, str]]]  # (source, target, their file or "")
 
 
 def source_hash(source: str) -> int:
-    """A number in [0, 2^64) that decides on which side of the split a source text lies."""
+    """Hash a source text to [0, 2^64), for the split."""
     return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "big")
 
 
 def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], name: str) -> dict[str, Any]:
-    """Write folder/pairs.jsonl; rows with an empty source or target are left out and counted.
+    """Write folder/pairs.jsonl; rows with an empty source or target are skipped and counted.
 
     Returns:
-        pairs, empty, sha256 of the file, hashes: the smallest and largest source_hash.
+        pairs, empty: numbers of rows; sha256 of the pairs; hashes: the smallest and largest source_hash.
 
     Raises:
         InputError: a column does not exist, or there is no pair.
@@ -54,17 +54,17 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
                 empty += 1
                 continue
             pair = {"source": source_text, "target": target_text}
-            digest.update(_line(pair))  # the pairs are the same wherever their files lie
+            digest.update(_line(pair))  # independent of the files' paths
             file.write(_line({**pair, FILE: str(row[FILE])} if row.get(FILE) else pair))
             pairs += 1
             smallest, largest = min(smallest, source_hash(source_text)), max(largest, source_hash(source_text))
     if pairs == 0:
         raise InputError(
-            f"data={name} holds no pair: {empty} rows, none with text in both columns {columns[0]} and {columns[1]}.\n"
-            "Give rows with text on both sides, or name other columns: source=NAME target=NAME"
+            f"data={name} contains no pair: {empty} rows, none with text in both columns {columns[0]} and "
+            f"{columns[1]}.\nGive rows with text on both sides, or name other columns: source=NAME target=NAME"
         )
     if empty:
-        log.warning("data=%s: %d rows with an empty source or target are left out", name, empty)
+        log.warning("data=%s: skipped %d rows with an empty source or target", name, empty)
     return {"pairs": pairs, "empty": empty, "sha256": digest.hexdigest(), "hashes": [smallest, largest]}
 
 
@@ -80,18 +80,18 @@ def _text(row: Row, column: str, key: str) -> str:
         names += [f"{name}.{inner}" for name, value in row.items() if isinstance(value, dict) for inner in value]
         raise InputError(
             f"{key}={column}: the data have no such column.\n"
-            f"Columns there: {', '.join(names)}.\nName two of them: source=NAME target=NAME"
+            f"Columns found: {', '.join(names)}.\nName two of them: source=NAME target=NAME"
         ) from None
-    return text.encode("utf-8", "replace").decode()  # JSON can spell half characters that no text holds
+    return text.encode("utf-8", "replace").decode()  # JSON may contain lone surrogates
 
 
-def collected_pairs(folder: Path) -> Iterator[tuple[str, str]]:
-    """(source, target) of the pairs that `collect_pairs` wrote to `folder`, in order."""
-    return ((source, target) for source, target, _ in collected_with_files(folder))
+def read_pairs(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (source, target) of the pairs that `collect_pairs` wrote to `folder`, in order."""
+    return ((source, target) for source, target, _ in read_pairs_with_files(folder))
 
 
-def collected_with_files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(source, target, file) of the same pairs; the file is empty where it is not recorded."""
+def read_pairs_with_files(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (source, target, file) of the same pairs; the file is "" if it is not recorded."""
     with (folder / "pairs.jsonl").open("rb") as file:
         for line in file:
             pair = json.loads(line)
@@ -99,15 +99,15 @@ def collected_with_files(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def group_number(source: str, file: str) -> int:
-    """The document group of a pair as a signed 64-bit number: its file's where recorded, else its source text's."""
+    """Return the document group of a pair, a signed 64-bit hash of its file if recorded, else of its source text."""
     number = source_hash(f"file\0{file}" if file else source)
     return number - HASHES if number >= HASHES // 2 else number
 
 
 def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: str) -> tuple[Pairs, Pairs]:
-    """(training pairs, validation pairs): about `val_fraction` of the source texts, at least one on each side.
+    """Return (training pairs, validation pairs) with about `val_fraction` of the source texts, at least one each.
 
-    The hash knows nothing of the run's seed, so runs with different seeds validate on the same pairs.
+    The hash does not depend on the run's seed, so runs with different seeds validate on the same pairs.
 
     Raises:
         InputError: fewer than two different source texts.
@@ -115,28 +115,28 @@ def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: st
     smallest, largest = hashes
     if smallest == largest:
         raise InputError(
-            f"data={name} holds one source text; training and validation need one each.\n"
-            "Give more pairs, or validation pairs of their own: val_path=FILE"
+            f"data={name} contains one source text; training and validation need one each.\n"
+            "Give more pairs, or separate validation pairs: val_path=FILE"
         )
     threshold = min(max(int(val_fraction * HASHES), smallest + 1), largest)
 
     def side(validation: bool) -> Pairs:
         return lambda: (
-            pair for pair in collected_with_files(folder) if (source_hash(pair[0]) < threshold) == validation
+            pair for pair in read_pairs_with_files(folder) if (source_hash(pair[0]) < threshold) == validation
         )
 
     return side(validation=False), side(validation=True)
 
 
-def split_as_given(folder: Path, val_folder: Path) -> tuple[Pairs, Pairs]:
-    """(training pairs whose source text is no validation pair's, validation pairs)."""
+def split_by_files(folder: Path, val_folder: Path) -> tuple[Pairs, Pairs]:
+    """Return (training pairs without the source texts of validation pairs, validation pairs)."""
 
     def training() -> Iterator[tuple[str, str, str]]:
-        # One number for each validation pair; validation sets are small.
-        held_out = {source_hash(source) for source, _ in collected_pairs(val_folder)}
-        return (pair for pair in collected_with_files(folder) if source_hash(pair[0]) not in held_out)
+        # In memory, because validation sets are small
+        held_out = {source_hash(source) for source, _ in read_pairs(val_folder)}
+        return (pair for pair in read_pairs_with_files(folder) if source_hash(pair[0]) not in held_out)
 
-    return training, lambda: collected_with_files(val_folder)
+    return training, lambda: read_pairs_with_files(val_folder)
 
 
 def encode_side(
@@ -150,8 +150,8 @@ def encode_side(
     """Write one side of the split as a PairFile to `folder`, named train or val; val keeps its references.
 
     Returns:
-        pairs; targets: tokens of the responses; bytes: the UTF-8 bytes that the responses spell; shortened: pairs whose
-        source lost its end; too_long: pairs left out.
+        pairs; targets: tokens of the responses; bytes: UTF-8 bytes of the responses; shortened: pairs with a truncated
+        source; too_long: skipped pairs.
 
     Raises:
         InputError: no pair fits in the context.
@@ -160,9 +160,9 @@ def encode_side(
     remaining = pairs()
     progress = tqdm(desc=f"{name}: {folder.name} tokens", unit=" pairs", disable=None)
     with progress, PairFileWriter(folder, len(tokenizer)) as writer:
-        while together := list(islice(remaining, ENCODED_TOGETHER)):
-            encoded = encode_pairs([pair[:2] for pair in together], template, tokenizer, context)
-            for (source, target, file), tokens in zip(together, encoded, strict=True):
+        while chunk := list(islice(remaining, CHUNK)):
+            encoded = encode_pairs([pair[:2] for pair in chunk], template, tokenizer, context)
+            for (source, target, file), tokens in zip(chunk, encoded, strict=True):
                 if tokens is None:
                     counts["too_long"] += 1
                     continue
@@ -171,14 +171,14 @@ def encode_side(
                 writer.add(number, tokens.prompt, tokens.response, reference, group)
                 counts["shortened"] += tokens.shortened
                 counts["bytes"] += len(template.render_response(target).encode())
-            progress.update(len(together))
+            progress.update(len(chunk))
     counts |= {"pairs": writer.pairs, "targets": writer.response_tokens}
     _check_side(counts, name, SIDES[folder.name], context)
     return counts
 
 
 def _check_side(counts: dict[str, int], name: str, side: str, context: int) -> None:
-    """Refuse a side that is left without a pair."""
+    """Raise an InputError for a side without pairs."""
     if counts["pairs"] == 0 and counts["too_long"]:
         raise InputError(
             f"data={name}: none of the {counts['too_long']} {side} pairs fits in context={context}; "
@@ -186,20 +186,19 @@ def _check_side(counts: dict[str, int], name: str, side: str, context: int) -> N
         )
     if counts["pairs"] == 0:
         raise InputError(
-            f"data={name}: no {side} pair is left, every source text is also a validation pair's.\n"
+            f"data={name}: no {side} pair is left, because every source text is also in a validation pair.\n"
             "Give other validation pairs: val_path=FILE"
         )
 
 
 @cache
-def tell_what_does_not_fit(folder: Path, name: str, context: int) -> None:
-    """Say how many pairs were left out or cut when `folder` was prepared; once in a process, whoever prepared it."""
+def warn_of_truncation(folder: Path, name: str, context: int) -> None:
+    """Log once per process how many pairs of a prepared `folder` were skipped or truncated."""
     for folder_name, side in SIDES.items():
         counts = read_ledger(folder)[folder_name]
         if counts["too_long"] or counts["shortened"]:
             log.warning(
-                "data=%s, context=%d: of %d %s pairs %d are left out (target too long) and %d lose the end of their "
-                "source",
+                "data=%s, context=%d: of %d %s pairs %d are skipped (target too long) and %d have a truncated source",
                 name,
                 context,
                 counts["pairs"] + counts["too_long"],

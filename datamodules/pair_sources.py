@@ -1,6 +1,6 @@
-"""Where pairs come from: functions in Python source, gettext catalogues, tables in files, datasets of the Hub.
+"""Sources of pairs: functions in Python source, gettext catalogues, tables in files, data sets on the Hub.
 
-Every source gives rows (dictionaries of columns) and an identity that changes whenever its rows would.
+Every source has rows (dictionaries of columns) and an identity that changes when its rows change.
 """
 
 import csv
@@ -15,11 +15,11 @@ from datamodules.catalogue_pairs import catalogue_files, catalogue_rows
 from datamodules.documents import (
     COMPRESSED_ENDINGS,
     RECORD_ENDINGS,
+    file_ending,
     file_records,
     files_identity,
     find_files,
-    kind_of,
-    opened,
+    open_decompressed,
     stdlib_corpus,
 )
 from datamodules.function_pairs import function_rows
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_ENDINGS = frozenset(RECORD_ENDINGS | set(DELIMITERS))
 Row = dict[str, Any]
-FILE = "file"  # column with the source file of a row, where it is recorded; pairs of one file are not independent
+FILE = "file"  # optional column with the source file of a row; pairs of one file are not independent
 
 
 @dataclass(frozen=True)
 class PairSource:
-    identity: dict[str, Any]  # JSON-able; together with the chosen columns it is the key of the prepared pairs
+    identity: dict[str, Any]  # JSON value; with the chosen columns the cache key of the prepared pairs
     rows: Callable[[], Iterator[Row]]
 
 
 def pair_text(row: Row, column: str) -> str:
-    """The text of a column, `a.b` for b within a, `a+b` for the non-empty ones of a and b with an empty line between.
+    """Return the text of a column: `a.b` is b within a, `a+b` joins the non-empty ones with an empty line.
 
     Raises:
         KeyError: there is no such column.
@@ -58,13 +58,13 @@ def pair_text(row: Row, column: str) -> str:
 
 
 def open_pair_source(reader: str, path: str, language: str, on_bad_line: str, columns: tuple[str, str]) -> PairSource:
-    """What `path` holds, read the way `reader` says: functions, catalogues or tables.
+    """Open `path` with a reader: functions, catalogues or tables.
 
-    A table given to any reader is read as a table. Without `path`, functions are those of the standard library and
-    catalogues those of the system.
+    A table is recognised by any reader. Without `path`, functions are those of the standard library and catalogues
+    those of the system.
 
     Raises:
-        InputError: nothing there, or nothing of that kind.
+        InputError: no such path, or no file for this reader.
     """
     if reader == "functions" and not (path and _is_table(path)):
         return _functions(path)
@@ -75,14 +75,14 @@ def open_pair_source(reader: str, path: str, language: str, on_bad_line: str, co
 
 
 def open_hub_source(dataset: str, config: str, revision: str, split: str) -> PairSource:
-    """A split of a data set of the Hub, or of a local folder that `datasets` reads."""
+    """Open a split of a data set on the Hub or in a local folder."""
     rows = load_hub_split(dataset, config, split, streaming=False, revision=revision)
     identity = {"dataset": dataset, "config": config, "split": split, "fingerprint": rows._fingerprint}
     return PairSource(identity, lambda: iter(rows))
 
 
 def _is_table(path: str) -> bool:
-    return Path(path).suffix in COMPRESSED_ENDINGS or kind_of(Path(path), TABLE_ENDINGS) is not None
+    return Path(path).suffix in COMPRESSED_ENDINGS or file_ending(Path(path), TABLE_ENDINGS) is not None
 
 
 def _functions(path: str) -> PairSource:
@@ -92,34 +92,37 @@ def _functions(path: str) -> PairSource:
     files = find_files(path, "path", frozenset({".py"}))
     return PairSource(
         {"functions": files_identity(files)},
-        lambda: _function_rows((str(file), _text_of(file)) for file in files),
+        lambda: _function_rows((str(file), _read_text(file)) for file in files),
     )
 
 
 def _function_rows(sources: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """Rows of the functions in (file, text), each with its file."""
+    """Yield rows of the functions in (file, text), each with its file."""
     for file, text in sources:
         for row in function_rows([text]):
             yield {**row, FILE: file}
 
 
 def _catalogue_rows(files: list[Path]) -> Iterator[Row]:
-    """Rows of the catalogues, each with its file."""
+    """Yield rows of the catalogues, each with its file."""
     seen: set[bytes] = set()
     for file in files:
         for row in catalogue_rows([file], seen):
             yield {**row, FILE: str(file)}
 
 
-def _text_of(file: Path) -> str:
-    with opened(file) as stream:
+def _read_text(file: Path) -> str:
+    with open_decompressed(file) as stream:
         return stream.read().decode("utf-8", errors="replace")
 
 
 def open_tables(path: str, key: str, on_bad_line: str, columns: tuple[str, str]) -> PairSource:
-    """Rows of .jsonl, .parquet, .csv and .tsv files, each also as .gz or .zst; `key` is what the user gave the path as.
+    """Open .jsonl, .parquet, .csv and .tsv files, each also as .gz or .zst.
 
-    Columns that are both numbers stand for places, counted from 1, in a .csv or .tsv without a header.
+    If both columns are numbers, a .csv or .tsv has no header and they are positions counted from 1.
+
+    Args:
+        key: configuration key of the path, for messages.
 
     Raises:
         InputError: no path, or no such file.
@@ -134,7 +137,7 @@ def open_tables(path: str, key: str, on_bad_line: str, columns: tuple[str, str])
 
     def rows() -> Iterator[Row]:
         for file in files:
-            if kind_of(file, TABLE_ENDINGS) in DELIMITERS:
+            if file_ending(file, TABLE_ENDINGS) in DELIMITERS:
                 yield from _delimited_rows(file, on_bad_line, header)
             else:
                 yield from (row for _, row in file_records(file, on_bad_line))
@@ -143,16 +146,16 @@ def open_tables(path: str, key: str, on_bad_line: str, columns: tuple[str, str])
 
 
 def _delimited_rows(file: Path, on_bad_line: str, header: bool) -> Iterator[Row]:
-    """Rows of a .csv (quoted as spreadsheets do) or .tsv (never quoted); columns 1, 2, … where there is no header.
+    """Yield rows of a .csv (quoted as in spreadsheets) or .tsv (never quoted); columns 1, 2, … without a header.
 
     Raises:
-        InputError: a line has not as many fields as the first, and `on_bad_line` is stop.
+        InputError: a line has another number of fields than the first, and `on_bad_line` is stop.
     """
-    delimiter = DELIMITERS[kind_of(file, TABLE_ENDINGS) or ""]
+    delimiter = DELIMITERS[file_ending(file, TABLE_ENDINGS) or ""]
     csv.field_size_limit(2**31 - 1)  # articles are longer than the default of 128 Ki characters
     names: list[str] = []
     skipped = 0
-    with opened(file) as stream:
+    with open_decompressed(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         reader = csv.reader(
             text, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
@@ -169,9 +172,9 @@ def _delimited_rows(file: Path, on_bad_line: str, header: bool) -> Iterator[Row]
             elif on_bad_line == "stop":
                 raise InputError(
                     f"{file}:{reader.line_num}: {len(fields)} fields, but the first line has {len(names)}.\n"
-                    "Mend the line, or leave such lines out: on_bad_line=skip"
+                    "Fix the line, or skip such lines: on_bad_line=skip"
                 )
             else:
                 skipped += 1
     if skipped:
-        log.warning("%s: %d broken lines left out", file, skipped)
+        log.warning("%s: skipped %d invalid lines", file, skipped)

@@ -1,7 +1,7 @@
 """Pairs of texts (prompt → response) as data for fine-tuning.
 
 Step (1) source: rows of functions, catalogues, tables or a Hub data set (pair_sources.py).
-Step (2) pairs: two columns of the rows, collected once in the cache, and split by a hash of the source text or as given
+Step (2) pairs: two columns of the rows, collected once in the cache, split by a hash of the source text or by files
          (pair_preparation.py).
 Step (3) tokenizer: the model's own, or one trained on the training pairs.
 Step (4) tokens: both sides through the template into PairFiles, once, in the cache.
@@ -19,15 +19,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.micro_batches import SampleDataModule
-from datamodules.pair_batches import PairsToPad
+from datamodules.pair_batches import PairSamples
 from datamodules.pair_preparation import (
     SIDES,
     Pairs,
     collect_pairs,
     encode_side,
-    split_as_given,
+    split_by_files,
     split_by_hash,
-    tell_what_does_not_fit,
+    warn_of_truncation,
 )
 from datamodules.pair_sources import PairSource, open_hub_source, open_pair_source, open_tables
 from gpt2lab.data.pair_file import PairFile
@@ -35,33 +35,32 @@ from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_hash
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.storage.prepared_cache import cache_folder, content_hash, prepared, read_ledger
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, get_or_build, read_ledger
 
 
 class PairData(SampleDataModule):
-    """Prompts and responses; the loss is on the responses.
+    """Prompts and responses; only the responses are targets.
 
     Args:
         name: shown in reports and cache folders.
-        reader: functions, catalogues or tables; what `path` holds (tables are recognised by any reader).
-        prompt, response: templates; `{source}` stands in the first, `{target}` in the second.
+        reader: functions, catalogues or tables: the content of `path` (tables are recognised by any reader).
+        prompt, response: templates with `{source}` and `{target}`.
         source, target: columns of the rows; `a.b` is b within a, `a+b` both with an empty line between.
         metrics: scores of generated text (gpt2lab.evaluation.text_metrics); the first is the watched one.
-        language: of the catalogues.
-        dataset, config, revision, split, val_split: of a data set of the Hub or in a local folder, read where `path` is
-            empty.
+        language: language of the catalogues.
+        dataset, config, revision, split, val_split: data set on the Hub or in a local folder, used if `path` is empty.
         path, val_path, on_bad_line: for files.
-        val_fraction: share of the source texts held out, where neither `val_path` nor `val_split` is given.
-        batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a pair.
-        objective: under prefix_lm prompts see themselves both ways; None: all is causal.
-        packing: whether several training pairs share a row, without seeing each other.
+        val_fraction: share of the source texts held out without `val_path` and `val_split`.
+        batch_sequences, accumulate, eval_batch_sequences: see SampleDataModule; a sample is a pair.
+        objective: prefix_lm makes attention within prompts bidirectional; None: causal.
+        packing: whether several training pairs share a row, without attending to each other.
 
     Raises:
         InputError: a template lacks its field or has another.
     """
 
-    train_samples: PairsToPad
-    val_samples: PairsToPad
+    train_samples: PairSamples
+    val_samples: PairSamples
 
     kind: Literal["text", "pairs"] = "pairs"
 
@@ -113,10 +112,10 @@ class PairData(SampleDataModule):
         self.val_fraction = val_fraction
 
     def prepare(self) -> DataFacts:
-        """Collect, split and tokenize the pairs unless that is done, and open them. Idempotent.
+        """Collect, split and tokenize the pairs unless they are in the cache, and open them. Idempotent.
 
         Raises:
-            InputError: no pairs, no such column, a broken line, no catalogue, nothing that fits in the context.
+            InputError: no pairs, no such column, an invalid line, no catalogue, or no pair fits in the context.
         """
         training, validation, identity = self._split()
         tokenizer_folder = prepare_tokenizer(
@@ -138,27 +137,27 @@ class PairData(SampleDataModule):
                 for side in sides
             }
 
-        # The layout of the files says nothing about the pairs, so it is not in the hash of the data.
-        folder = prepared("tokenized_pairs", self.name, {**key, "layout": 3}, build, self.cache_dir)
-        tell_what_does_not_fit(folder, self.name, self.context)
-        self.train_samples = self._opened(folder / "train", tokenizer, with_references=False)
-        self.val_samples = self._opened(folder / "val", tokenizer, with_references=True)
-        self._entries = len(tokenizer)
+        # The file layout does not change the pairs, so it is not part of the data hash.
+        folder = get_or_build("tokenized_pairs", self.name, {**key, "layout": 3}, build, self.cache_dir)
+        warn_of_truncation(folder, self.name, self.context)
+        self.train_samples = self._open(folder / "train", tokenizer, with_references=False)
+        self.val_samples = self._open(folder / "val", tokenizer, with_references=True)
+        self._vocab_size = len(tokenizer)
         counts = read_ledger(folder)
         self._all_pairs = {side: counts[side]["pairs"] + counts[side]["too_long"] for side in SIDES}
         return DataFacts(
             name=self.name,
             hash=content_hash(key)[:16],
             tokenizer_folder=tokenizer_folder,
-            vocab_size=self._entries,
+            vocab_size=self._vocab_size,
             train_tokens=counts["train"]["targets"],
             val_tokens=counts["val"]["targets"],
             val_bytes=counts["val"]["bytes"],
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank from the trainer's optimizer step on, without end."""
-        _, world, _ = self._place()
+        """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
+        _, world, _ = self._rank_and_step()
         if self.batch_sequences < self.accumulate * world:
             raise InputError(
                 f"batch_sequences={self.batch_sequences} is less than one pair for each of {world} processes times "
@@ -167,7 +166,7 @@ class PairData(SampleDataModule):
         return super().train_dataloader()
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """The first three different validation prompts."""
+        """Return the first three different validation prompts."""
         batch = self.val_samples.batch(np.arange(min(len(self.val_samples), 16)), 0)
         assert batch.prompt_lengths is not None
         lengths = batch.prompt_lengths.tolist()
@@ -175,47 +174,47 @@ class PairData(SampleDataModule):
         return list(dict.fromkeys(prompts))[:3]
 
     def token_counts(self) -> NDArray[np.int64]:
-        """(V,) how often each entry is a target of the training pairs."""
-        return self.train_samples.file.token_counts(self._entries)
+        """Count how often each token is a target of the training pairs: (V,)."""
+        return self.train_samples.file.token_counts(self._vocab_size)
 
     def sides(self, all_text: bool) -> list[tuple[PairFile, int]]:
-        """The validation side, or both; each with the number of its pairs, those that were left out among them."""
+        """Return the validation side, or both, each with its number of pairs including skipped ones."""
         sides = {"val": self.val_samples.file, "train": self.train_samples.file}
         return [(sides[name], self._all_pairs[name]) for name in (sides if all_text else ["val"])]
 
     def training_pairs(self) -> Iterator[tuple[str, str]]:
-        """(source, target) texts of the training side."""
+        """Yield (source, target) texts of the training side."""
         return ((source, target) for source, target, _ in self._split()[0]())
 
     def val_texts(self, count: int) -> tuple[list[str], list[str]]:
-        """Sources and targets of the first validation pairs, as they were given."""
+        """Return original (sources, targets) of the first validation pairs."""
         rows = np.arange(min(count, len(self.val_samples)))
         return self.val_samples.file.texts(rows)
 
     def val_groups(self, count: int) -> list[int]:
-        """The document group of each of the first validation pairs."""
+        """Return the document group of each of the first validation pairs."""
         return self.val_samples.file.pair_groups(np.arange(min(count, len(self.val_samples)))).tolist()
 
     def val_prompts(self, count: int) -> list[list[int]]:
-        """Token ids of the first validation pairs' prompts."""
+        """Return the token ids of the first validation pairs' prompts."""
         rows = range(min(count, len(self.val_samples)))
         sequences = (self.val_samples.file.sequence(row) for row in rows)
         return [tokens[:length].tolist() for tokens, length in sequences]
 
     def _split(self) -> tuple[Pairs, Pairs, dict[str, Any]]:
-        """(training pairs, validation pairs, what both depend on)."""
+        """Return (training pairs, validation pairs, identity of both)."""
         training, validation = self._sources()
-        folder = self._collected(training)
+        folder = self._collect(training)
         ledger = read_ledger(folder)
         if validation is None:
             identity = {"pairs": ledger["sha256"], "val_fraction": self.val_fraction}
             return *split_by_hash(folder, ledger["hashes"], self.val_fraction, self.name), identity
-        val_folder = self._collected(validation)
+        val_folder = self._collect(validation)
         identity = {"pairs": ledger["sha256"], "val_pairs": read_ledger(val_folder)["sha256"]}
-        return *split_as_given(folder, val_folder), identity
+        return *split_by_files(folder, val_folder), identity
 
     def _sources(self) -> tuple[PairSource, PairSource | None]:
-        """Where training pairs come from, and validation pairs where they have a place of their own."""
+        """Return the sources of training pairs and of separate validation pairs, if any."""
         path, val_path, on_bad_line = self.files
         dataset, config, revision, split, val_split = self.hub
         from_hub = bool(dataset) and not path
@@ -227,9 +226,9 @@ class PairData(SampleDataModule):
             return training, open_tables(val_path, "val_path", on_bad_line, self.columns)
         return training, open_hub_source(dataset, config, revision, val_split) if from_hub and val_split else None
 
-    def _collected(self, source: PairSource) -> Path:
+    def _collect(self, source: PairSource) -> Path:
         key = {"source": source.identity, "columns": self.columns, "format": 2}
-        return prepared(
+        return get_or_build(
             "pairs",
             self.name,
             key,
@@ -241,7 +240,7 @@ class PairData(SampleDataModule):
         for source, target, _ in tqdm(pairs(), f"{self.name}: tokenizer", unit=" pairs", disable=None):
             yield from (source, target)
 
-    def _opened(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairsToPad:
-        file, both_ways = PairFile(folder, len(tokenizer)), self.objective.kind.bidirectional_prompt
-        packing = self.packing and not with_references  # for metrics on generated text each prompt stands alone
-        return PairsToPad(file, self.context, tokenizer.eos_token_id, with_references, both_ways, packing)
+    def _open(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairSamples:
+        file, bidirectional = PairFile(folder, len(tokenizer)), self.objective.kind.bidirectional_prompt
+        packing = self.packing and not with_references  # metrics on generated text need one prompt per row
+        return PairSamples(file, self.context, tokenizer.eos_token_id, with_references, bidirectional, packing)

@@ -1,4 +1,4 @@
-"""From documents to token files: which side of the split a document lies on, and writing the tokens."""
+"""Preparation of token files: split documents into training and validation, tokenize and write them."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,18 +16,18 @@ from gpt2lab.data.token_file import token_dtype
 from gpt2lab.data.tokenizer import TextEncoder
 from gpt2lab.errors import InputError
 
-ENCODED_TOGETHER = 2**21  # characters tokenized in one call
+CHUNK_CHARACTERS = 2**21  # tokenized in one call
 HASHES = 2**64
 TRAIN, VAL = "train", "val"
 
-PlacedDocuments = Callable[[], Iterator[tuple[str, Document]]]  # (side, document) as often as asked
+SplitDocuments = Callable[[], Iterator[tuple[str, Document]]]  # (side, document), can be called repeatedly
 
 
-def split_corpus(corpus: Corpus, val_fraction: float) -> PlacedDocuments:
-    """Each document with its side, "train" or "val": the corpus's own, or by a hash of the document's key.
+def split_corpus(corpus: Corpus, val_fraction: float) -> SplitDocuments:
+    """Assign each document to "train" or "val", as the corpus does or by a hash of the document's key.
 
-    The hash knows nothing of the run's seed, so runs with different seeds validate on the same text. Both sides get at
-    least one document; of a single document the last `val_fraction` is the validation side.
+    The hash does not depend on the run's seed, so runs with different seeds validate on the same text. Both sides have
+    at least one document; a single document is cut, and its last `val_fraction` is the validation side.
 
     Raises:
         InputError: no document with any text.
@@ -39,56 +39,56 @@ def split_corpus(corpus: Corpus, val_fraction: float) -> PlacedDocuments:
     threshold, characters = _threshold(corpus, val_fraction)
     if threshold is None:
         return lambda: _cut(corpus.documents(), max(int(characters * (1 - val_fraction)), 1))
-    return lambda: ((VAL if _place(doc.key) < threshold else TRAIN, doc) for doc in corpus.documents())
+    return lambda: ((VAL if _hash_key(doc.key) < threshold else TRAIN, doc) for doc in corpus.documents())
 
 
 def _threshold(corpus: Corpus, val_fraction: float) -> tuple[int | None, int]:
-    """(the hash below which documents are validation, characters seen); None where there is only one document.
+    """Return (threshold hash of validation documents or None for a single document, characters read).
 
-    It is `val_fraction` of all hashes, moved only where that would leave a side empty. Reading ends as soon as both
-    sides have been met.
+    The threshold is `val_fraction` of the hash range, adjusted only if a side would be empty. Reading stops as soon as
+    both sides have a document.
     """
-    wanted = int(val_fraction * HASHES)
+    threshold = int(val_fraction * HASHES)
     smallest, largest, characters = HASHES, -1, 0
     for document in corpus.documents():
-        place = _place(document.key)
-        smallest, largest = min(smallest, place), max(largest, place)
+        key_hash = _hash_key(document.key)
+        smallest, largest = min(smallest, key_hash), max(largest, key_hash)
         characters += len(document.text)
-        if smallest < wanted <= largest:
-            return wanted, characters
+        if smallest < threshold <= largest:
+            return threshold, characters
     if largest < 0:
-        raise InputError(f"data={corpus.name} is empty: no document with any text.\nGive files that hold text.")
+        raise InputError(f"data={corpus.name} is empty: no document with any text.\nGive files with text.")
     if smallest == largest:
         return None, characters
-    return min(max(wanted, smallest + 1), largest), characters
+    return min(max(threshold, smallest + 1), largest), characters
 
 
-def _cut(documents: Iterable[Document], place: int) -> Iterator[tuple[str, Document]]:
-    """What stands before character `place` is training text; the cut lies at a line end near it."""
+def _cut(documents: Iterable[Document], position: int) -> Iterator[tuple[str, Document]]:
+    """Yield the text before character `position` as training text and the rest as validation, cut at a line end."""
     for document in documents:
-        if place >= len(document.text):
+        if position >= len(document.text):
             yield TRAIN, document
-        elif place <= 0:
+        elif position <= 0:
             yield VAL, document
         else:
-            near = document.text.rfind("\n", 0, place) + 1 or place
-            yield TRAIN, Document(document.key, document.text[:near], document.continues)
-            yield VAL, Document(document.key, document.text[near:])
-        place -= len(document.text)
+            line_end = document.text.rfind("\n", 0, position) + 1 or position
+            yield TRAIN, Document(document.key, document.text[:line_end], document.continues)
+            yield VAL, Document(document.key, document.text[line_end:])
+        position -= len(document.text)
 
 
-def _place(key: str) -> int:
-    """A number in [0, 2^64) that depends on the key alone."""
+def _hash_key(key: str) -> int:
+    """Hash a document's key to [0, 2^64)."""
     return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
 def write_token_files(
     folder: Path, documents: Iterable[tuple[str, Document]], tokenizer: PreTrainedTokenizerFast, progress: tqdm
 ) -> dict[str, dict[str, Any]]:
-    """Write folder/train.bin and folder/val.bin in one pass; memory does not grow with the corpus.
+    """Write folder/train.bin and folder/val.bin in one pass, with memory independent of the corpus size.
 
     Returns:
-        By side: documents, tokens, bytes (UTF-8 bytes of the text; end-of-text spells none) and sha256 of the file.
+        Side → documents, tokens, bytes (UTF-8 bytes of the text, without end-of-text) and sha256 of the file.
     """
     with (
         progress,
@@ -102,7 +102,7 @@ def write_token_files(
 
 
 class _TokenWriter:
-    """Appends documents to a token file: end-of-text, then the text, so that every byte of text is predicted."""
+    """Writer of a token file: end-of-text before each document, so that every byte of text is a target."""
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, progress: tqdm) -> None:
         self._file = path.open("wb")
@@ -110,7 +110,7 @@ class _TokenWriter:
         self._end_of_text = tokenizer.eos_token_id
         self._dtype = token_dtype(len(tokenizer))
         self._progress = progress
-        self._waiting: list[Document] = []
+        self._buffer: list[Document] = []
         self._characters = 0
         self._digest = hashlib.sha256()
         self.documents = self.tokens = self.bytes = 0
@@ -126,9 +126,9 @@ class _TokenWriter:
                 self._flush()
 
     def add(self, document: Document) -> None:
-        self._waiting.append(document)
+        self._buffer.append(document)
         self._characters += len(document.text)
-        if self._characters >= ENCODED_TOGETHER:
+        if self._characters >= CHUNK_CHARACTERS:
             self._flush()
 
     def facts(self) -> dict[str, Any]:
@@ -136,9 +136,9 @@ class _TokenWriter:
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "sha256": sha256}
 
     def _flush(self) -> None:
-        texts = [document.text for document in self._waiting]
+        texts = [document.text for document in self._buffer]
         ids: list[int] = []
-        for document, tokens in zip(self._waiting, self._encode(texts), strict=True):
+        for document, tokens in zip(self._buffer, self._encode(texts), strict=True):
             if not document.continues or not (self.tokens or ids):
                 ids.append(self._end_of_text)
                 self.documents += 1
@@ -150,11 +150,11 @@ class _TokenWriter:
         written = sum(len(text.encode()) for text in texts)
         self.bytes += written
         self._progress.update(written)
-        self._waiting, self._characters = [], 0
+        self._buffer, self._characters = [], 0
 
 
-def bytes_spelt(tokens: NDArray[np.unsignedinteger], tokenizer: PreTrainedTokenizerFast) -> int:
-    """UTF-8 bytes that the tokens of a byte-level tokenizer spell: one for each character of their written form."""
+def count_bytes(tokens: NDArray[np.unsignedinteger], tokenizer: PreTrainedTokenizerFast) -> int:
+    """Count the UTF-8 bytes of the tokens of a byte-level tokenizer: one per character of the token string."""
     special = set(tokenizer.all_special_ids)
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
     for token, number in tokenizer.get_vocab().items():

@@ -1,8 +1,8 @@
 """The names under which metrics are logged, written to metrics.csv, shown on W&B and reported."""
 
-TRAIN_LOSS = "train/loss"  # cross-entropy, nats per target token, in distillation too
-TRAIN_OBJECTIVE = "train/objective"  # what distillation minimises
-VAL_LOSS = "val/loss"  # as train/loss
+TRAIN_LOSS = "train/loss"  # cross-entropy, nats per target token, also in distillation
+TRAIN_OBJECTIVE = "train/objective"  # the loss that distillation minimizes
+VAL_LOSS = "val/loss"  # cross-entropy, nats per target token
 VAL_PERPLEXITY = "val/perplexity"
 VAL_BITS_PER_BYTE = "val/bits_per_byte"
 LEARNING_RATE = "lr"
@@ -26,36 +26,33 @@ DISTILL_GAP_CLOSED = "distill/gap_closed"
 DISTILL_ULD = "distill/uld"
 DISTILL_MATCHED = "distill/matched"
 
-# What each figure of a distillation is called and says, in the order in which reports and tables show them
+# Distillation metric → (name, meaning), in the order of reports and tables
 DISTILLATION = {
     DISTILL_TEACHER_LOSS: ("teacher loss", "the teacher's cross-entropy, nats per token"),
     DISTILL_GAP_CLOSED: ("gap closed", "0: no better than trained without a teacher; 1: as good as the teacher"),
-    DISTILL_KL: ("KL(teacher ‖ student)", "nats; large where the student misses what the teacher expects"),
-    DISTILL_REVERSE_KL: ("KL(student ‖ teacher)", "nats; large where the student expects what the teacher rules out"),
-    DISTILL_TVD: ("total variation", "share of the probability that lies on other tokens than the teacher's"),
-    DISTILL_ACCEPTANCE: ("acceptance", "share of its drafts that speculative decoding keeps: 1 − total variation"),
-    DISTILL_TOP1_AGREEMENT: ("top-1 agreement", "how often both hold the same token likeliest"),
-    DISTILL_TOP5_AGREEMENT: (
-        "top-5 agreement",
-        "share of the teacher's five likeliest that are among the student's five",
-    ),
-    DISTILL_ENTROPY_STUDENT: ("entropy, student", "nats; below the teacher's: too sure, above: too vague"),
+    DISTILL_KL: ("KL(teacher ‖ student)", "nats; large where the student gives the teacher's tokens low probability"),
+    DISTILL_REVERSE_KL: ("KL(student ‖ teacher)", "nats; large where the teacher gives the student's low probability"),
+    DISTILL_TVD: ("total variation", "share of the probability mass on other tokens than the teacher's"),
+    DISTILL_ACCEPTANCE: ("acceptance", "share of drafts accepted in speculative decoding: 1 − total variation"),
+    DISTILL_TOP1_AGREEMENT: ("top-1 agreement", "how often both have the same top-1 token"),
+    DISTILL_TOP5_AGREEMENT: ("top-5 agreement", "share of the teacher's top-5 tokens in the student's top-5"),
+    DISTILL_ENTROPY_STUDENT: ("entropy, student", "nats; below the teacher's: over-confident, above: under-confident"),
     DISTILL_ENTROPY_TEACHER: ("entropy, teacher", "nats"),
-    DISTILL_ECE: ("calibration error, student", "gap between its confidence and how often it is right, in 15 bins"),
-    DISTILL_TEACHER_ECE: ("calibration error, teacher", "the same of the teacher"),
+    DISTILL_ECE: ("calibration error, student", "gap between confidence and accuracy, in 15 bins"),
+    DISTILL_TEACHER_ECE: ("calibration error, teacher", "the same for the teacher"),
 }
-# The figures that a teacher with another tokenizer has instead of those that compare entries
+# Metrics of a teacher with another tokenizer, instead of those that compare tokens
 BETWEEN_TOKENIZERS = {
     DISTILL_ULD: (
         "universal logit distance",
-        "between both sorted distributions, 0 to 2; 0 where nothing is matched",
+        "between both sorted distributions, 0 to 2; 0 without matched targets",
     ),
-    DISTILL_MATCHED: ("matched targets", "share of the targets at whose first byte the teacher begins a token too"),
+    DISTILL_MATCHED: ("matched targets", "share of the targets whose first byte also begins a teacher token"),
 }
-# Every other score of a validation is of generated text, and the higher the better
+# All other validation metrics are scores of generated text, for which higher is better
 LOWER_IS_BETTER = (TRAIN_LOSS, TRAIN_OBJECTIVE, VAL_LOSS, VAL_PERPLEXITY, VAL_BITS_PER_BYTE)
 
 
 def lower_is_better(watched: str) -> bool:
-    """Whether a run is the better for a lower value of the metric that it is judged by."""
+    """Whether lower values of the watched metric are better."""
     return watched in LOWER_IS_BETTER

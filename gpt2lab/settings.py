@@ -193,14 +193,14 @@ class SequenceSettings:
     )
 
     @property
-    def by_student(self) -> bool:
+    def on_policy(self) -> bool:
         """Whether the student generates text while it is trained."""
         return self.name in ("gkd", "distillm")
 
 
 @dataclass(frozen=True)
 class ObjectiveKind:
-    """What an objective implies for data, loss and generation.
+    """Properties of an objective for data, loss and generation.
 
     Attributes:
         fills_masks: predicts hidden tokens from all others; such a model fills masks and does not continue text.
@@ -271,7 +271,7 @@ class ObjectiveSettings:
 
     @property
     def kind(self) -> ObjectiveKind:
-        """What it implies."""
+        """Its properties."""
         return OBJECTIVES[self.name]
 
 
@@ -292,7 +292,7 @@ class TokenizerChoice:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What prepared data are, known before a model is built."""
+    """Facts of prepared data, known before a model is built."""
 
     name: str
     hash: str  # content hash of the prepared data
@@ -305,10 +305,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What every task's module needs to train a model.
+    """Settings that every task's module needs to train a model.
 
     Attributes:
-        shape: sizes for random weights and for those cut out of a teacher; with other weights only its dropout counts.
+        shape: sizes for random weights and for a student initialized from a teacher; else only its dropout counts.
         init: "scratch", "teacher_layers" (task distill), or a Hugging Face folder or Hub id.
         steps: optimizer steps of the whole run, for the schedule.
         gradient_clip: largest global L2 norm of the gradient; 0 does not clip.

@@ -1,7 +1,7 @@
-"""Answer: turns how an entry point ended into an exit code, and a user's mistake into a few lines on stderr.
+"""Exit codes: runs an entry point, prints a user error in a few lines on stderr, and returns the exit code.
 
-0 finished · 1 an error, or a sweep in which a job failed · 2 a mistake in the configuration or the input · 75 stopped
-by a signal after saving, to be resumed · 130 Ctrl-C.
+0 finished · 1 an error, or a sweep with a failed job · 2 invalid configuration or input · 75 stopped by a signal after
+saving, can be resumed · 130 Ctrl-C.
 """
 
 import atexit
@@ -19,104 +19,110 @@ from typing import Any, NoReturn
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.storage.atomic_files import full_disk_message
 from gpt2lab.storage.damaged_files import warn_once
-from launch.rank_environment import ignore_foreign_variables, is_started_rank
+from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+FINISHED, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
-class Ended(SystemExit):
-    """The run ended early in an orderly way; `code` is the exit code, `message` goes to stderr."""
+class Exit(SystemExit):
+    """Request to end the program early, without a traceback.
+
+    Args:
+        code: the exit code.
+        message: text for stderr; nothing is printed when it is empty.
+    """
 
     def __init__(self, code: int, message: str = "") -> None:
         super().__init__(code)
         self.message = message
 
 
-def end(entry: Callable[[], Any]) -> NoReturn:
-    """Run `entry` and end this process as it ended; a Ctrl-C while the interpreter shuts down has an exit code too."""
+def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
+    """Run `entry` and exit with its exit code, also when Ctrl-C arrives while the interpreter shuts down."""
     atexit.register(_ignore_signals)
     for number in SIGNALS:
-        signal.signal(number, _end_at_once)
+        signal.signal(number, _exit_at_once)
     sys.exit(exit_code(entry))
 
 
 def exit_code(entry: Callable[[], Any]) -> int:
     """Run `entry` and return its exit code."""
     ignore_foreign_variables()
-    previous = {number: signal.signal(number, _end_at_once) for number in SIGNALS}
+    previous = {number: signal.signal(number, _exit_at_once) for number in SIGNALS}
     warn_once.cache_clear()
     try:
         entry()
-    except Ended as ended:
-        if ended.message:
-            print(ended.message, file=sys.stderr)
-        return int(ended.code or FINISHED)
+    except Exit as request:
+        if request.message:
+            print(request.message, file=sys.stderr)
+        return int(request.code or FINISHED)
     except Exception as error:
-        return _answer_to(error)
+        return _print_error(error)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return FINISHED
 
 
-def code_of_signal(number: int) -> int:
-    """Exit code of a run that this signal stopped in good order."""
+def signal_exit_code(number: int) -> int:
+    """Exit code of a run that saved and stopped after this signal."""
     return INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 @contextmanager
-def ending_in_a_code() -> Iterator[None]:
-    """Errors of the block end the program with their code; Hydra would first print a line of its own."""
+def exit_on_error() -> Iterator[None]:
+    """Print an error of the block and raise `Exit` with its code, before Hydra catches the error and prints its own."""
     try:
         yield
     except Exception as error:
-        raise Ended(_answer_to(error)) from None
+        raise Exit(_print_error(error)) from None
 
 
-def _answer_to(error: Exception) -> int:
-    mistake = as_mistake(error)
-    if mistake is None and not isinstance(error, RunError):
+def _print_error(error: Exception) -> int:
+    """Print the error, with a traceback only if it is neither a user error nor a RunError; return the exit code."""
+    input_error = as_input_error(error)
+    if input_error is None and not isinstance(error, RunError):
         traceback.print_exception(error)
     else:
-        print(f"error: {mistake or error}", file=sys.stderr)
-    return FAILED if mistake is None else MISTAKE
+        print(f"error: {input_error or error}", file=sys.stderr)
+    return FAILED if input_error is None else USER_ERROR
 
 
-def as_mistake(error: Exception) -> InputError | None:
-    """The InputError that this error amounts to, if it is the user's to mend."""
+def as_input_error(error: Exception) -> InputError | None:
+    """Convert an error that the user can fix, such as a full disk or a Hydra error; None for all other errors."""
     if isinstance(error, InputError):
         return error
     if full := full_disk_message(error):
         return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
-    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # a file's name, which no check can foresee
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # from a file name in the data
         text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
-        return InputError(f"This is not valid UTF-8, in which all files here are written: {text!r}\nRename the file.")
+        return InputError(f"This file name is not valid UTF-8: {text!r}\nRename the file.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return InputError(f"The name of this file or folder is too long: {error.filename}\nGive a shorter one.")
+        return InputError(f"The name of this file or folder is too long: {error.filename}\nShorten it.")
     if isinstance(error, pickle.UnpicklingError):
-        from gpt2lab.storage.tensor_file import refusal
+        from gpt2lab.storage.tensor_file import unreadable_message
 
-        return InputError(refusal("A file that was to be loaded", error))
+        return InputError(unreadable_message("A file to be loaded", error))
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, HydraException | OmegaConfBaseException):
-        from launch.config.hydra_errors import explained
+        from launch.config.hydra_errors import to_input_error
 
-        return explained(error)
+        return to_input_error(error)
     return None
 
 
 @contextmanager
-def cleaning_up() -> Iterator[None]:
-    """In the block a signal raises `Ended`, so that what was made can be removed again."""
+def exit_on_signal() -> Iterator[None]:
+    """Raise `Exit` on a signal in the block, so that the caller can remove files it has created."""
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        if not _ends_by_itself(number):
-            raise Ended(code_of_signal(number), _message_of(number))
+    def raise_exit(number: int, _frame: FrameType | None) -> None:
+        if not _is_failing(number):
+            raise Exit(signal_exit_code(number), _stop_message(number))
 
-    previous = {number: signal.signal(number, end) for number in SIGNALS}
+    previous = {number: signal.signal(number, raise_exit) for number in SIGNALS}
     try:
         yield
     finally:
@@ -125,27 +131,27 @@ def cleaning_up() -> Iterator[None]:
 
 
 def _ignore_signals() -> None:
-    """The last of what runs at exit, for it is registered first; next Python gives signals back to the system."""
+    """Ignore signals at the very end of shutdown: atexit runs last what was registered first."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_at_once(number: int, _frame: FrameType | None) -> None:
-    """Until a run directory is made nothing needs cleaning up, and an exception amid imports is garbled by some."""
-    if _ends_by_itself(number):
+def _exit_at_once(number: int, _frame: FrameType | None) -> None:
+    """Exit without an exception, which some packages swallow at import; no run directory exists yet to clean up."""
+    if _is_failing(number):
         return
-    if not is_started_rank():  # else its parent names the signal, or the rank whose death ends the others
-        os.write(sys.stderr.fileno(), f"{_message_of(number)}\n".encode())
-    os._exit(code_of_signal(number))
+    if not is_spawned_rank():  # a rank's parent process prints the cause
+        os.write(sys.stderr.fileno(), f"{_stop_message(number)}\n".encode())
+    os._exit(signal_exit_code(number))
 
 
-def _ends_by_itself(number: int) -> bool:
-    """Whether an error is being handled, which ends this process with its own message and exit code.
+def _is_failing(number: int) -> bool:
+    """Whether this process is already handling an error, whose message and exit code take precedence over a signal.
 
-    Where one of several ranks fails, PyTorch sends SIGTERM to the others, which fail for lack of it.
+    PyTorch sends SIGTERM to the remaining ranks after one has failed; they may be failing with a lost connection.
     """
     return number != signal.SIGINT and sys.exception() is not None
 
 
-def _message_of(number: int) -> str:
+def _stop_message(number: int) -> str:
     return f"Stopped by {signal.Signals(number).name}."

@@ -1,12 +1,12 @@
-"""Noise: our own log lines reach the terminal, the libraries' that tell a user nothing do not."""
+"""Logging setup: prints this project's log lines on stderr and silences routine messages of libraries."""
 
 import logging
 import os
 import sys
 import warnings
 
-OWN = ("gpt2lab", "lightning_modules", "datamodules", "callbacks", "launch")
-QUIET_WARNINGS = (
+OWN_LOGGERS = ("gpt2lab", "lightning_modules", "datamodules", "callbacks", "launch")
+IGNORED_WARNINGS = (
     ".*does not have many workers.*",
     ".*`IterableDataset` has `__len__` defined.*",
     ".*GPU available but not used.*",
@@ -18,7 +18,7 @@ QUIET_WARNINGS = (
     ".*weights_only.*",
     ".*Found \\d+ module\\(s\\) in eval mode.*",
     ".*The loaded checkpoint was.*",
-    ".*ended before the epoch ended.*",  # our loaders start at the step they are taken up from
+    ".*ended before the epoch ended.*",  # after a resume our loaders start in mid-epoch
     ".*torch.get_autocast_gpu_dtype.*",
     ".*sync_dist=True.*",
     ".*assuming the intent is to load in a single process.*",
@@ -28,28 +28,28 @@ QUIET_WARNINGS = (
 
 
 class _CurrentStderr(logging.Handler):
-    """Writes to whatever sys.stderr is now: a progress bar replaces it while it is drawn."""
+    """Handler for the current `sys.stderr`, which a progress bar replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
 
 
-def settle_noise(speaks: bool = True) -> None:
-    """Set up logging for this process.
+def configure_logging(is_main: bool = True) -> None:
+    """Set the log levels, warning filters and environment variables that control output.
 
     Args:
-        speaks: false on all ranks but the first, which then tell only of errors.
+        is_main: whether this process is rank 0; the other ranks log errors only.
     """
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in OWN:
+    for name in OWN_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
-        logger.setLevel(logging.INFO if speaks else logging.ERROR)
+        logger.setLevel(logging.INFO if is_main else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "transformers", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in QUIET_WARNINGS:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
@@ -58,8 +58,8 @@ def settle_noise(speaks: bool = True) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def settle_library_noise() -> None:
-    """The part that must come after the libraries, which set up their own output while they are imported."""
+def silence_libraries() -> None:
+    """Disable the progress bars and info logs that transformers and Lightning enable at import; call it after that."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

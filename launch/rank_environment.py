@@ -1,60 +1,60 @@
-"""Rank environment: who started this process, as the environment variables show it, and which of them to ignore.
+"""Rank environment: detects whether this process is a rank started by this project's launcher, torchrun or srun.
 
-RANK, WORLD_SIZE and LOCAL_RANK alone prove nothing: Kubeflow and Vertex set them for every container, and an export may
-be forgotten. A process is a rank only if this project's launcher, torchrun or srun started it as one.
+RANK, WORLD_SIZE and LOCAL_RANK alone are not sufficient: Kubeflow and Vertex set them in every container, and a shell
+may still export them.
 """
 
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
 
-OUTCOME_FILE, HEARTBEATS = "GPT2LAB_OUTCOME", "GPT2LAB_HEARTBEATS"  # set by this project's launcher for each rank
-OF_TORCHRUN: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-OF_TORCHRUN += ("MASTER_ADDR", "MASTER_PORT")
-# Read by PyTorch, Lightning and transformers, some of them while they are imported
-FOREIGN: tuple[str, ...] = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
-FOREIGN += ("JSM_NAMESPACE_RANK", "TORCHELASTIC_RUN_ID")
+OUTCOME_FILE, HEARTBEATS = "GPT2LAB_OUTCOME", "GPT2LAB_HEARTBEATS"  # this project's launcher sets them for each rank
+TORCHRUN_VARIABLES: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+TORCHRUN_VARIABLES += ("MASTER_ADDR", "MASTER_PORT")
+# PyTorch, Lightning and transformers read these, some of them at import
+RANK_VARIABLES: tuple[str, ...] = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+RANK_VARIABLES += ("JSM_NAMESPACE_RANK", "TORCHELASTIC_RUN_ID")
 
 
-def is_started_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this project's launcher started this process as a rank of a run on this machine."""
+def is_spawned_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this project's launcher started this process as a rank of a single-machine run."""
     return OUTCOME_FILE in environment
 
 
-def by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+def is_torchrun_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun started this process as a rank."""
-    return all(environment.get(name) for name in OF_TORCHRUN)
+    return all(environment.get(name) for name in TORCHRUN_VARIABLES)
 
 
-def by_srun(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether srun started this process as one of several tasks, without a torchrun in between."""
+def is_srun_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether srun started this process as one of several tasks, without torchrun."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    return tasks.isdecimal() and int(tasks) > 1 and not by_torchrun(environment)
+    return tasks.isdecimal() and int(tasks) > 1 and not is_torchrun_rank(environment)
 
 
 def is_cluster_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or srun started this process as one of several ranks."""
-    return not is_started_rank(environment) and (by_torchrun(environment) or by_srun(environment))
+    """Whether torchrun or srun started this process as a rank."""
+    return not is_spawned_rank(environment) and (is_torchrun_rank(environment) or is_srun_rank(environment))
 
 
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one rank of a run, whoever started it."""
-    return is_started_rank(environment) or is_cluster_rank(environment)
+    """Whether this process is a rank of a run, started by any of the three launchers."""
+    return is_spawned_rank(environment) or is_cluster_rank(environment)
 
 
-def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process prints for the run: it is alone, or rank 0."""
+def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process prints for the run: rank 0, or the only process."""
     if not is_rank(environment):
         return True
-    return environment["SLURM_PROCID" if is_cluster_rank(environment) and by_srun(environment) else "RANK"] == "0"
+    return environment["SLURM_PROCID" if is_cluster_rank(environment) and is_srun_rank(environment) else "RANK"] == "0"
 
 
 def ignore_foreign_variables(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Remove variables that would make libraries take this process for a rank; print one line that names them."""
+    """Remove the variables that make libraries treat this process as a rank; print one line that lists them."""
     if is_rank(environment):
         return
-    ignored = [f"{name}={environment.pop(name)}" for name in FOREIGN if name in environment]
-    if environment.get("SLURM_PROCID", "0") != "0":  # a lone process of a step with this number is no second rank
+    ignored = [f"{name}={environment.pop(name)}" for name in RANK_VARIABLES if name in environment]
+    if environment.get("SLURM_PROCID", "0") != "0":  # SLURM sets it in a single-task step too
         ignored.append(f"SLURM_PROCID={environment.pop('SLURM_PROCID')}")
     if ignored:
         print(

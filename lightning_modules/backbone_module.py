@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.generation.completion import complete, prompt_ids
 from gpt2lab.generation.sampling import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf_from_state
+from gpt2lab.model.backbone import Backbone, hf_from_state, load_backbone
 from gpt2lab.model.ema import WeightAverage
 from gpt2lab.settings import TrainingSettings
 from gpt2lab.system.stop_request import StopRequest
@@ -22,7 +22,7 @@ from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
 
 class BackboneModule(lightning.LightningModule):
-    """What holds a model's weights and gives them away; how they are trained is `LanguageModel`'s."""
+    """Weights of a model and their export; `LanguageModel` trains them."""
 
     backbone: Backbone  # made in configure_model, once the strategy is known
 
@@ -90,20 +90,20 @@ class BackboneModule(lightning.LightningModule):
             return self._plain_hf()
 
     def export_on_first_rank(self) -> GPT2LMHeadModel | None:
-        """As `export_model` on the first rank, None on the others: a large model is whole in one place only.
+        """Return `export_model` on the first rank, None on the others: a large model is whole on one rank only.
 
         Under FSDP every rank must call it.
         """
         with self.averaged_weights():
             state = self._whole_state(first_rank_only=True)
             is_first = self.trainer.is_global_zero
-            return plain_hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
+            return hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
 
     def _plain_hf(self) -> GPT2LMHeadModel:
-        return plain_hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
+        return hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """In this context the model has its averaged weights, where they are kept."""
+        """Swap in the averaged weights for the context, if the run keeps an average."""
         self.finite.check()
         return self.average.applied() if self.average is not None else nullcontext()
 
@@ -133,11 +133,11 @@ class BackboneModule(lightning.LightningModule):
 
     @property
     def writing_methods(self) -> tuple[Sampling, ...]:
-        """How samples are written while training."""
+        """Sampling methods of the samples generated during training."""
         return (FILL,) if self.settings.objective.kind.fills_masks else (GREEDY, TOP_K, NUCLEUS)
 
     def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
-        """As `generate`, from token ids.
+        """Generate text from token ids.
 
         Raises:
             Interrupted: on this rank alone; the caller then calls `stop_request.check`.
@@ -152,6 +152,6 @@ class BackboneModule(lightning.LightningModule):
             method,
             max_new_tokens=max_new_tokens,
             seed=self.settings.seed,
-            streamer=self.stop_request.between_tokens(),
+            streamer=self.stop_request.streamer(),
         )
         return [self.tokenizer.decode(completion) for completion in completions]

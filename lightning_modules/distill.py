@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
-from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
 from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES, student_from_teacher
 from gpt2lab.distillation.teacher import OnlineTeacher
 from gpt2lab.distillation.teacher_cache import cache_sides, check_stored
@@ -80,7 +80,7 @@ class Distill(LanguageModel):
         self.shard_teacher = shard_teacher
         self.step_is_students = False  # whether the current step trains on text that the student generated
         self.student_text: StudentText | None = None
-        if sequences is not None and sequences.by_student:
+        if sequences is not None and sequences.on_policy:
             end_of_text = self.tokenizer.eos_token_id
             self.student_text = StudentText(sequences, context, training.steps, training.seed, end_of_text, entries)
 
@@ -124,12 +124,12 @@ class Distill(LanguageModel):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.student_text is not None:
             batch = self.student_text.in_place_of(batch, batch_idx % self.trainer.accumulate_grad_batches, self)
-        self.step_is_students = batch.by_student
+        self.step_is_students = batch.on_policy
         return super().training_step(batch, batch_idx)
 
     def loss(self, batch: Batch) -> LMHeadLoss:
         settings = self.loss_settings
-        if batch.by_student:  # the student's own text is no label
+        if batch.on_policy:  # the student's own text is no label
             settings = replace(settings, hard_weight=0.0)
         if settings.hard_weight == 1 and not settings.compares_hidden_states:
             return self.lm_head_loss(batch)  # labels only: spares the teacher's forward pass
@@ -222,7 +222,7 @@ class Distill(LanguageModel):
             raise InputError(
                 f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, the tokenizer of "
                 f"{'this run' if self.alignment is None else 'its own'} {entries['teacher']}."
-                f"{'' if self.alignment else difference_in_words(Path(self.teacher_source), self.tokenizer)}\n"
+                f"{'' if self.alignment else describe_difference(Path(self.teacher_source), self.tokenizer)}\n"
                 "Both must use one tokenizer: leave tokenizer=auto, or train the teacher with the student's tokenizer."
             )
         for whose, size in sizes.items():

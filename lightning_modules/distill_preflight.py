@@ -16,7 +16,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.losses.teacher_signal import TeacherLoss, TeacherSignal
 from gpt2lab.settings import LossSettings
-from gpt2lab.system.device import exact_dtype
+from gpt2lab.system.device import widest_float
 from lightning_modules.language_model import DistillationTerm, LanguageModel
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Preflight:
         """Some tokens of two tokenizers begin at the same byte; both losses are counted per byte."""
         matched = teacher.matched.sum().unsqueeze(0)
         spelled = torch.tensor([found.scored, found.wanted], device=matched.device)
-        sums = torch.cat([matched, spelled]).to(exact_dtype(matched.device))
+        sums = torch.cat([matched, spelled]).to(widest_float(matched.device))
         common, of_teacher, of_targets = self.student.over_ranks(sums).tolist()
         if not common or not of_teacher:
             return "No token of the teacher begins where a target of the student does: it has nothing to learn from."

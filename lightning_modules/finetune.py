@@ -15,7 +15,7 @@ from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.text_metrics import text_metrics
 from gpt2lab.generation.sampling import GREEDY
 from gpt2lab.model.backbone import Backbone
-from gpt2lab.model.lora import merged
+from gpt2lab.model.lora import merge_adapters
 from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
@@ -105,11 +105,11 @@ class FineTune(LanguageModel):
         )
 
     def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
-        """As the base's, with each adapter's product added to the weight it adapts."""
+        """Return the state of the base class, with each adapter's product added to the weight it adapts."""
         state = super()._whole_state(first_rank_only)
         if not self.lora.rank:
             return state
-        return merged(state, self.lora.alpha / self.lora.rank)
+        return merge_adapters(state, self.lora.alpha / self.lora.rank)
 
     def export_adapter(self, folder: Path) -> bool:
         """Write `adapter_model.safetensors` and `adapter_config.json` for a plain GPT-2, whose Conv1D is transposed."""

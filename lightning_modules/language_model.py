@@ -28,7 +28,7 @@ from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
-from gpt2lab.system.device import exact_dtype, seed_random_state
+from gpt2lab.system.device import seed_random_state, widest_float
 from lightning_modules.backbone_module import BackboneModule
 
 
@@ -82,7 +82,7 @@ class LanguageModel(BackboneModule):
         return self.lm_head_loss(batch) if self.negatives is None else self._sampled_loss(batch, self.negatives)
 
     def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
-        """What is logged of a step, from its two means per target token."""
+        """Return the logged losses of a step, from its two means per target token."""
         return {metric_names.TRAIN_LOSS: cross_entropy}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
@@ -94,22 +94,22 @@ class LanguageModel(BackboneModule):
             return target_losses(hidden[kept], weight, batch.labels[kept], entries, compiled)
 
         nats = self.backbone(batch.input_ids, head, batch.spans)  # (targets,)
-        sums = {metric_names.VAL_LOSS: nats.to(exact_dtype(self.device)).sum()}
+        sums = {metric_names.VAL_LOSS: nats.to(widest_float(self.device)).sum()}
         return sums if batch.documents is None else {**sums, **document_sums(nats, batch.documents)}
 
     def after_step(self) -> None:
-        """What a task keeps track of, once the weights have changed; `step_objective` is that step's."""
+        """Update the state of a task after the weights have changed; `step_objective` is that step's."""
 
     def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
         """Figures by metric name, val/loss among them, from the sums over the whole split's targets."""
         return {name: value.item() / targets for name, value in sums.items()}
 
     def live_teacher(self) -> tuple[GPT2LMHeadModel | None, str]:
-        """A loaded teacher with this model's tokenizer, and where it comes from; for whoever shows the two together."""
+        """Return a loaded teacher with this model's tokenizer, and its source, for pages that show both models."""
         return None, ""
 
     def facts_for_report(self) -> dict[str, Any]:
-        """What the report says beyond the common fields."""
+        """Return the fields of the report beyond the common ones."""
         return {}
 
     # The loss of a batch
@@ -179,7 +179,7 @@ class LanguageModel(BackboneModule):
         self.trainer.training = True
 
     def abandon_validation(self) -> None:
-        """Forget a validation that is cut short; the resumed run repeats it."""
+        """Discard an interrupted validation; the resumed run repeats it."""
         self.validation_is_due = True
         if self.average is not None and self.average.is_applied:
             self.average.swap()
@@ -301,7 +301,7 @@ class LanguageModel(BackboneModule):
             self.average.swap()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        dtype = exact_dtype(self.device)
+        dtype = widest_float(self.device)
         for name, value in {**self.validation_sums(batch), "targets": torch.tensor(float(batch.target_tokens))}.items():
             self._validation_sums[name] = self._validation_sums.get(name, 0) + value.detach().to(self.device, dtype)
 

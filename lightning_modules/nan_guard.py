@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.errors import RunError
-from gpt2lab.system.device import LaterNumber
+from gpt2lab.system.device import AsyncScalar
 
 
 class NonFiniteLossError(RunError):
@@ -15,11 +15,11 @@ class NonFiniteLossError(RunError):
 
 class FiniteWatch:
     """Told of every step, it looks at a step when asked: training asks one step later, so that no GPU has to be waited
-    for, and whoever logs, validates, saves, exports or writes text asks first.
+    for, and logging, validation, saving, export and generation check it first.
     """
 
     def __init__(self) -> None:
-        self._watched: LaterNumber | None = None
+        self._watched: AsyncScalar | None = None
         self._step = 0
         self._indices: list[Tensor] = []
 
@@ -30,7 +30,7 @@ class FiniteWatch:
             number: () that is finite where all is well: the loss, or the norm of its gradient.
             indices: of the sequences of its micro-batches.
         """
-        self._watched, self._step, self._indices = LaterNumber(number), step, indices
+        self._watched, self._step, self._indices = AsyncScalar(number), step, indices
 
     def check(self) -> None:
         """Look at the step that was noted last.

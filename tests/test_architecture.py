@@ -5,6 +5,9 @@ violation proves that it bites.
 """
 
 import ast
+import io
+import re
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,24 @@ LAYERS += ("gpt2lab/analysis", "gpt2lab/reports", "lightning_modules/plugins", "
 LAYERS += ("callbacks/loggers", "callbacks", "launch/config", "launch", "launch/distributed", "launch/checks")
 LAYERS += ("launch/memory", "launch/run", "launch/sweep", "launch/evaluate", "launch/generate", "launch/commands")
 LAYERS += ("hydra_plugins", "hydra_plugins/gpt2lab_processes", ".", "docs", "benchmarks")
+
+# Folders whose docstrings, comments and texts are plain English
+PLAIN: tuple[str, ...] = ("gpt2lab/storage", "gpt2lab/optim", "gpt2lab/system", "gpt2lab/model", "gpt2lab/data")
+PLAIN += ("gpt2lab/generation", "gpt2lab/analysis", "gpt2lab/reports", "datamodules", "callbacks", "callbacks/loggers")
+PLAIN += ("hydra_plugins", "hydra_plugins/gpt2lab_processes", "benchmarks", ".", "gpt2lab", "lightning_modules")
+PLAIN += ("lightning_modules/plugins", "launch", "launch/config", "launch/distributed", "launch/checks")
+PLAIN += ("launch/memory", "launch/run", "launch/sweep", "launch/evaluate", "launch/generate", "launch/commands")
+# A docstring begins with a verb or a noun phrase, not with one of these words or a bracket
+NO_SUBJECT = re.compile(
+    r"(?:Of|As|What|Those|Who|Whom|Whose|Whoever|Where|Wherever|When|How|Which|That|By|To|For|In|Into|At|With|From|On)\b|\("
+)
+# Personification, and everyday words for the field's terms
+NOT_PLAIN = re.compile(
+    r"\b(?:taken up again|(?:am|is|are|was|were|be|been|being) told|lets? know|leaves? word|in vain|by its own word|"
+    r"likeliest|likelier|number formats?|both ways|whoever|nobody|somebody|anybody|settled|settles|hopeless|knobs?|"
+    r"rehearsals?|deeds?|farewells?|cut out of|mend|cure|goes on|went on|cannot be had|to be had|cut short)\b",
+    re.IGNORECASE,
+)
 
 Rule = Callable[[Path], list[str]]
 
@@ -237,6 +258,35 @@ def missing_docstrings(root: Path) -> list[str]:
     ]
 
 
+def plain_files(root: Path) -> Iterator[tuple[str, str]]:
+    """(name, content) of the files in folders of PLAIN."""
+    for path in own_files(root):
+        name = path.relative_to(root).as_posix()
+        if Path(name).parent.as_posix() in PLAIN:
+            yield name, path.read_text()
+
+
+def docstrings_without_a_subject(root: Path) -> list[str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [
+        f"{file}:{node.body[0].lineno}: begin with a verb or a noun phrase: {docstring.splitlines()[0]}"
+        for file, text in plain_files(root)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, documented) and (docstring := ast.get_docstring(node)) and NO_SUBJECT.match(docstring)
+    ]
+
+
+def words_that_are_not_plain(root: Path) -> list[str]:
+    """Words of NOT_PLAIN in docstrings, other strings and comments; a line break counts as a space."""
+    found = []
+    for file, text in plain_files(root):
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in (tokenize.COMMENT, tokenize.STRING):
+                words = [match[0] for match in NOT_PLAIN.finditer(" ".join(token.string.split()))]
+                found += [f"{file}:{token.start[0]}: {word!r}: use the field's term" for word in words]
+    return found
+
+
 def conf_files(root: Path) -> list[Path]:
     return sorted((root / "conf").rglob("*.yaml"))
 
@@ -343,6 +393,12 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (bare_excepts, "gpt2lab/a.py", "try:\n    pass\nexcept:\n    pass\n"),
     (giant_functions, "gpt2lab/a.py", "def f():\n" + "    x = 1\n" * 100),
     (missing_docstrings, "gpt2lab/a.py", "x = 1\n"),
+    (docstrings_without_a_subject, "gpt2lab/model/b.py", '"""What a model is."""\n'),
+    (docstrings_without_a_subject, "datamodules/a.py", 'def f():\n    """(B, T) → (B, V)."""\n'),
+    (docstrings_without_a_subject, "callbacks/loggers/a.py", 'class A:\n    """Of a run."""\n'),
+    (words_that_are_not_plain, "gpt2lab/model/b.py", '"""A run that is\ntold what to do."""\n'),
+    (words_that_are_not_plain, "datamodules/a.py", 'x = f"The likeliest of {1}"\n'),
+    (words_that_are_not_plain, "benchmarks/a.py", "x = 1  # nobody reads it\n"),
     (stray_targets, "conf/model/a.yaml", "# a\n_target_: x.Y\n"),
     (stray_targets, "conf/task/a.yaml", "# a\n_target_: x.Y\nloss:\n  _target_: x.Z\n"),
     (stray_targets, "conf/task/a.yaml", "# @package _global_\n_target_: x.Y\n"),

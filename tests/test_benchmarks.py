@@ -27,7 +27,7 @@ from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.generation.sampling import GREEDY
 from gpt2lab.generation.speculative import Speculated
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from tests.conftest import ROOT, environment
@@ -179,15 +179,15 @@ def test_the_benchmark_of_precisions_trains_sweeps_and_judges_each_beside_fp32(
     monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
     monkeypatch.setattr(benchmark_precisions, "SEEDS", (1, 2))
     keys = [key for key in tiny if not key.startswith("precision")]
-    found = benchmark_precisions.measured(tmp_path, "cpu", [*keys, "steps=4"], ["bf16_true"], at_once=2)
+    found = benchmark_precisions.measure_losses(tmp_path, "cpu", [*keys, "steps=4"], ["bf16_true"], at_once=2)
     table = benchmark_precisions.markdown(found).splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == ["| fp32", "| bf16_true"]
-    difference = benchmark_precisions.beside_exact(found)["bf16_true"]
+    difference = benchmark_precisions.compare_with_exact(found)["bf16_true"]
     assert set(difference.differences) == {1, 2}
     assert all(difference.differences.values()), "not the same run twice"
     assert benchmark_precisions.is_within(difference)
     assert table[-1].endswith("| yes |")
-    far = benchmark_precisions.beside_exact(
+    far = benchmark_precisions.compare_with_exact(
         {**found, "bf16_true": {s: loss + 0.03 for s, loss in found["fp32"].items()}}
     )
     assert not benchmark_precisions.is_within(far["bf16_true"])
@@ -213,7 +213,7 @@ def test_assisted_generation_is_timed_beside_our_own(tmp_path: Path, monkeypatch
         backbone = Backbone(ModelShape(layers, 2, 16, 128, len(tokenizer)))
         for parameter in backbone.parameters():
             parameter.data *= 6  # so that no two tokens tie
-        write_hf_folder(plain_hf(backbone), tokenizer, tmp_path / name, {"title": name})
+        write_hf_folder(to_hf(backbone), tokenizer, tmp_path / name, {"title": name})
         sources.append(str(tmp_path / name))
     row = benchmark_decoding.assisted_row(*sources, 12, 1, torch.float32)
     cells = [cell.strip() for cell in row.split("|")]
@@ -229,7 +229,7 @@ def test_the_decoding_benchmark_pools_prompts_and_states_measured_over_predicted
         Speculated([1], [1], 12, 10, 4, 8, 6, seconds=1.0, plain_seconds=1.5, **costs),
         Speculated([1], [2], 8, 10, 6, 12, 2, seconds=1.0, plain_seconds=1.5, **costs),
     ]
-    both = benchmark_decoding.pooled(two)
+    both = benchmark_decoding.pool(two)
     assert both.tokens_per_call == 2
     assert both.speedup == pytest.approx(1.5)
     assert both.predicted_speedup == pytest.approx(2 / 1.4)

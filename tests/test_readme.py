@@ -1,9 +1,8 @@
-"""README and docs: every command they show is one that train.py, evaluate.py, generate.py or make understands."""
+"""README and docs: every command on them is accepted by train.py, evaluate.py, generate.py or make; links resolve."""
 
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,38 +16,129 @@ from launch.config.key_value_cli import parse
 from tests.support.configurations import composed, prepared, resolved
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Different commands on all pages, at least. A page whose commands are no longer found lowers the count.
+LEAST = {"train.py": 85, "evaluate.py": 15, "generate.py": 12, "make": 12, "-m": 20, "pytest": 4}
+
+FENCE = re.compile(r"\s*(`{3,}|~{3,})")
+PYTHON = re.compile(r"(?:\S*/)?python[\d.]*")
+VARIABLE = re.compile(r"[A-Z_][A-Z_0-9]*=.*")
+# A program at the beginning of a line or after another command, behind a prompt or environment variables.
+COMMAND = re.compile(
+    r"(?:^|&&|;|\|)\s*(?:\$ )?(?:[A-Z_][A-Z_0-9]*=\S* )*(?:\S*/)?(?:python[\d.]*|make|pytest|torchrun|srun) "
+)
 
 
-def commands(start: str, texts: Iterable[str] = ()) -> list[str]:
-    """Indented lines of the pages that begin with `start`, continuation lines joined, comments cut off."""
-    found = []
-    for text in texts or [page.read_text() for page in PAGES]:
-        text = text.replace("\\\n", " ")
-        found += [line.strip() for line in text.splitlines() if line.startswith(f"    {start}")]
-    return sorted({" ".join(line.split("  # ")[0].split()) for line in found})
+def code_of(markdown: str) -> list[str]:
+    """Return the lines of fenced and indented blocks, continuation lines joined, and the inline code."""
+    blocks, prose, fence = [], [], ""
+    for line in markdown.replace("\\\n", " ").splitlines():
+        mark = FENCE.match(line)
+        if fence:
+            fence = "" if mark and line.strip() == fence else fence
+            blocks.append(line)
+        elif mark:
+            fence = mark[1]
+        elif line.startswith(("    ", "\t")):
+            blocks.append(line)
+        else:
+            prose.append(line)
+    inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", "\n".join(prose))
+    return [" ".join(code.split()) for code in [*blocks, *inline]]
+
+
+def split_commands(line: str) -> list[list[str]]:
+    """Return the commands of a line as words, without comments, a prompt `$` and environment variables."""
+    if not COMMAND.search(f"{line} "):
+        return []
+    lexer = shlex.shlex(re.sub(r"(?:^|\s)#.*", "", line), posix=True, punctuation_chars=";&|")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if word and set(word) <= set(";&|"):
+            found.append([])
+        elif found[-1] or not (word == "$" or VARIABLE.fullmatch(word)):
+            found[-1].append(word)
+    return [words for words in found if words]
+
+
+def program_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """Return (program, its arguments): an entry script, also under torchrun and srun, a module, make or pytest."""
+    if words[0] in ("make", "pytest"):
+        return words[0], words[1:]
+    if words[1:2] == ["-m"] and PYTHON.fullmatch(words[0]):
+        return "-m", words[2:]
+    for place, word in enumerate(words):
+        if word in ("train.py", "evaluate.py", "generate.py"):
+            return word, words[place + 1 :]
+    return None
+
+
+def commands(program: str, texts: list[str] | None = None) -> list[str]:
+    """Return the arguments of each different command of this program, as one line each."""
+    lines = [line for text in texts or [page.read_text() for page in PAGES] for line in code_of(text)]
+    found = [program_of(words) for line in lines for words in split_commands(line)]
+    return sorted({shlex.join(each[1]) for each in found if each and each[0] == program})
+
+
+def test_commands_are_found_in_every_markdown_form() -> None:
+    markdown = """
+Inline `python train.py seed=1` and, over a line break, `python train.py
+seed=2`, but not `train.py seed=0`.
+
+```
+python train.py seed=3   # a comment
+$ python train.py seed=4 \\
+    steps=2
+```
+
+~~~bash
+# python train.py seed=0
+WANDB_MODE=offline python train.py seed=5 && .venv/bin/python train.py seed=6; make demo
+~~~
+
+- a list
+  ```console
+  $ torchrun --nnodes=2 train.py seed=7
+  ```
+
+    python train.py seed=8
+\tpython train.py 'data=#1'
+"""
+    seeds = [f"seed={number}" for number in (1, 2, 3, 5, 6, 7, 8)]
+    assert commands("train.py", [markdown]) == sorted([*seeds, "seed=4 steps=2", "'data=#1'"])
+    assert commands("make", [markdown]) == ["demo"]
+
+
+@pytest.mark.parametrize("program", LEAST)
+def test_the_pages_show_commands_of_each_program(program: str) -> None:
+    assert len(commands(program)) >= LEAST[program]
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that the pages speak of."""
+    """The files that the pages name."""
     (tmp_path / "notes").mkdir()
+    (tmp_path / "nanoGPT/data/openwebtext").mkdir(parents=True)
+    (tmp_path / "notes/a.md").write_text("a")
+    (tmp_path / "heldout.txt").write_text("a")
+    (tmp_path / "reviews.csv").write_text("text,label\na,b\n")
     (tmp_path / "pairs.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("command", commands("python train.py"))
+@pytest.mark.parametrize("command", commands("train.py"))
 def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path) -> None:
-    words = shlex.split(command)[2:]
-    if "resume=" in command or "--cfg" in command:
-        pytest.skip("continues or prints; the rest of the command stands elsewhere on the page")
+    words = shlex.split(command)
+    if "resume=" in command or "--" in command:
+        pytest.skip("resumes or prints; the rest of the command is elsewhere on the page")
     # Of a sweep the first job is checked; of a search one at the lower bounds.
     words = [re.sub(r"interval\((.*),.*\)", r"\1", word) for word in words]
     overrides = [word.split(",")[0] for word in words if word != "-m" and not word.startswith("hparams_search")]
     config = composed(*overrides)
-    sweep = "sweep" if "-m" in shlex.split(command) else ""
+    sweep = "sweep" if "-m" in words else ""
     config = replace(config, invocation=replace(config.invocation, sweep=sweep))
     if config.baseline:
         run = home / config.baseline
@@ -59,38 +149,55 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
 
 
 def test_the_commands_for_gpus_have_a_sequence_for_each_of_eight() -> None:
-    section = (ROOT / "README.md").read_text().partition("## On GPUs")[2].partition("\n## ")[0]
-    given = commands("python train.py", [section])
+    section = (ROOT / "README.md").read_text().partition("## GPUs and clusters")[2].partition("\n## ")[0]
+    given = commands("train.py", [section])
     assert len(given) >= 4
     for command in given:
-        checks.check_batch(composed(*shlex.split(command)[2:], "accelerator=gpu", "devices=8"))
+        checks.check_batch(composed(*shlex.split(command), "accelerator=gpu", "devices=8"))
 
 
-@pytest.mark.parametrize("command", commands("python evaluate.py"))
+@pytest.mark.parametrize("command", [each for each in commands("evaluate.py") if "--help" not in each])
 def test_an_evaluate_command_of_the_pages_parses(command: str) -> None:
-    parse(shlex.split(command)[2:], evaluate.Arguments)
+    parse(shlex.split(command), evaluate.Arguments)
 
 
-@pytest.mark.parametrize("command", commands("python generate.py"))
+@pytest.mark.parametrize("command", [each for each in commands("generate.py") if "--help" not in each])
 def test_a_generate_command_of_the_pages_parses(command: str) -> None:
-    parse(shlex.split(command)[2:], generate.Arguments)
+    parse(shlex.split(command), generate.Arguments)
 
 
-@pytest.mark.parametrize("target", sorted({command.split()[1] for command in commands("make ")}))
+@pytest.mark.parametrize("target", sorted({command.split()[0] for command in commands("make")}))
 def test_a_make_target_of_the_pages_exists(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_every_group_value_stands_in_the_readme() -> None:
-    rows = re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    told: dict[str, str] = {}
+def test_modules_and_test_files_of_the_pages_exist() -> None:
+    modules = [command.split()[0].replace(".", "/") + ".py" for command in commands("-m")]
+    own = [file for file in modules if (ROOT / file.partition("/")[0]).is_dir()]
+    tests = [word for command in commands("pytest") for word in command.split() if word.startswith("tests/")]
+    assert own
+    assert tests
+    assert not [file for file in [*own, *tests] if not (ROOT / file).is_file()]
+
+
+def test_every_group_value_is_listed_on_the_configuration_page() -> None:
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", (ROOT / "docs/configuration.md").read_text(), flags=re.MULTILINE)
+    listed: dict[str, str] = {}
     for group, values in rows:
-        told[group] = told.get(group, "") + " " + values
+        listed[group] = listed.get(group, "") + " " + values
     for path in (ROOT / "conf").glob("*/*.yaml"):
-        assert re.search(rf"\b{path.stem}\b", told[path.parent.name]), f"{path.parent.name}={path.stem}"
+        assert re.search(rf"\b{path.stem}\b", listed[path.parent.name]), f"{path.parent.name}={path.stem}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links_lead_somewhere() -> None:
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} → {target}"
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name} → {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name} → {target}#{anchor}"

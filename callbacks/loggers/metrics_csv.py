@@ -1,4 +1,4 @@
-"""MetricsCsv: the logger that writes metrics.csv in the run directory; every run has it."""
+"""MetricsCsv: logger that writes metrics.csv in the run directory; every run has it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from gpt2lab.storage.metrics_csv import MetricsFile
 
 
 class MetricsCsv(Logger):
-    """Rows by optimizer step, see gpt2lab/storage/metrics_csv.py."""
+    """Logger with a row per optimizer step, see gpt2lab/storage/metrics_csv.py."""
 
     def __init__(self, run_dir: str) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:
-        """config.yaml in the run directory holds them."""
+        """Do nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Logger kinds: what loggers may take besides metrics; asked for instead of loggers, whose libraries load slowly."""
+"""Logger protocols: optional methods of loggers, checked instead of their classes, whose libraries load slowly."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -8,15 +8,15 @@ from gpt2lab.reports.samples_jsonl import Sample
 
 @runtime_checkable
 class TakesSamples(Protocol):
-    """W&B and TensorBoard."""
+    """Logger of samples: W&B and TensorBoard."""
 
     def log_samples(self, samples: list[Sample], step: int) -> None:
-        """Show texts that the model has written at this step."""
+        """Log texts generated at this step."""
 
 
 @runtime_checkable
 class TakesModels(Protocol):
-    """W&B."""
+    """Logger of exported models: W&B."""
 
     def log_model(self, folder: Path) -> None:
-        """Keep the exported model that lies in the folder."""
+        """Log the exported model in the folder."""

@@ -1,6 +1,6 @@
 """TensorBoard: metrics, configuration and sample texts under `<run_dir>/tensorboard`.
 
-What goes wrong with its files is logged once as a warning, and the training continues without them.
+After an error with its files a warning is logged once, and training continues without them.
 """
 
 import json
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's own logger, in the run directory."""
+    """Lightning's TensorBoardLogger in the run directory, without failures of training."""
 
     def __init__(self, run_dir: str) -> None:
         super().__init__(save_dir=run_dir, name="tensorboard", version="", default_hp_metric=False)
@@ -59,6 +59,6 @@ class TensorBoard(TensorBoardLogger):
 
 
 def _not_of_writers(failure: threading.ExceptHookArgs) -> None:
-    """Print no traceback for the thread that writes event files: its errors are raised again by the next write."""
+    """Suppress tracebacks of the thread that writes event files; its errors are raised again by the next write."""
     if not isinstance(failure.thread, _AsyncWriterThread):
         threading.__excepthook__(failure)

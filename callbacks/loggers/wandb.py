@@ -1,6 +1,6 @@
-"""WeightsAndBiases: one W&B run per job; online where this machine is logged in, else offline; it never asks or fails.
+"""WeightsAndBiases: one W&B run per job, online if this machine is logged in, else offline, without prompts.
 
-Whatever goes wrong with W&B is told once in a warning, and the training goes on without it.
+After any W&B error a warning is logged once, and training continues without it.
 """
 
 import logging
@@ -22,16 +22,16 @@ from gpt2lab.storage.damaged_files import set_aside
 log = logging.getLogger(__name__)
 
 RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
-INIT_TIMEOUT = 30  # seconds before an unreachable server is given up
+INIT_TIMEOUT = 30  # seconds to wait for the server
 
 
 class WeightsAndBiases(Logger):
-    """Writes to `<run_dir>/wandb`. The run id is kept there, so a resumed job continues the same W&B run.
+    """Logger that writes to `<run_dir>/wandb`. The run id is stored there, so a resumed job continues the W&B run.
 
     Args:
-        project: the W&B project; a run carries its run directory's name.
-        group: the sweep whose jobs W&B shows together; a job's run carries its name too.
-        mode: auto, or one of W&B's own (online, offline, disabled); WANDB_MODE goes before it.
+        project: W&B project; a run has the name of its run directory.
+        group: name of the sweep, also a prefix of the run's name.
+        mode: auto, or W&B's online, offline or disabled; WANDB_MODE takes precedence.
     """
 
     def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto", group: str = "") -> None:
@@ -55,7 +55,7 @@ class WeightsAndBiases(Logger):
         if known and RUN_ID.fullmatch(known):
             return known
         if os.path.lexists(file):
-            log.warning("%s is damaged, so W&B shows a new run; it was renamed to %s.", file, set_aside(file).name)
+            log.warning("%s is damaged, so a new W&B run is started; it was renamed to %s.", file, set_aside(file).name)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, secrets.token_hex(4))
         return file.read_text()
@@ -77,7 +77,7 @@ class WeightsAndBiases(Logger):
 
     @rank_zero_only
     def log_model(self, folder: Path) -> None:
-        """Attach the folder to the run as an artifact; immutable, so its files are not copied first."""
+        """Log the folder as an artifact; immutable, so that its files are not copied first."""
 
         def attach(run: Any) -> None:
             artifact = wandb.Artifact(f"model-{self.version}", type="model")
@@ -91,30 +91,30 @@ class WeightsAndBiases(Logger):
     def finalize(self, status: str) -> None:
         if self.run is not None:
             self._guarded(lambda run: run.finish(exit_code=0 if status in ("success", "finished") else 1))
-            self.run, self._failed = None, True  # nothing after this starts a second run
+            self.run, self._failed = None, True  # later calls must not start a second run
 
     def _guarded(self, action: Callable[[Any], Any]) -> None:
-        """Run `action` on the W&B run, started at the first use."""
+        """Call `action` with the W&B run, which is started at the first use."""
         if self._failed:
             return
         try:
             if self.run is None:
                 self.run = self._start()
             action(self.run)
-        except Exception as error:  # whatever W&B raises must not end a training run
+        except Exception as error:  # no W&B error may end training
             self._failed = True
             log.warning("W&B is off for the rest of this run: %s", _first_line(error))
 
     def _start(self) -> Any:
-        wandb.setup(wandb.Settings(silent=True))  # its login would print
+        wandb.setup(wandb.Settings(silent=True))  # login prints otherwise
         mode = os.environ.get("WANDB_MODE") or (self._available_mode() if self.mode == "auto" else self.mode)
         try:
             run = self._init(mode)
         except Exception as error:
             if mode != "online":
                 raise
-            wandb.teardown()  # its service still holds the run id
-            log.warning("W&B cannot be reached (%s); this run is kept offline.", _first_line(error))
+            wandb.teardown()  # its service still has the run id
+            log.warning("W&B is unreachable (%s); this run is logged offline.", _first_line(error))
             mode = "offline"
             run = self._init(mode)
         offline = f"{mode} in {self.run_dir / 'wandb'}; `wandb sync` uploads it"

@@ -1,9 +1,8 @@
-"""Hyperparameter importance: how much of the differences between settings each varied key explains by itself.
+"""Hyperparameter importance: share of the variance between settings that each varied key explains.
 
-One-way analysis of variance for each key: the share of the variance that lies between its values, less what chance
-would give as many values (the adjusted R²). It asks nothing of the sweep's shape, and where a key does nothing it says
-so. In a grid the rest to 1 is chance, and what keys do only together. What counts is settings, not runs: the same
-setting at another seed says nothing new about a key.
+One-way analysis of variance for each key: adjusted R² of its values. Any shape of sweep is allowed. In a grid the rest
+to 1 is noise and interactions between keys. The observations are settings, not runs: another seed of the same setting
+adds no information about a key.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,40 +13,40 @@ import numpy as np
 from gpt2lab.analysis.sweep_axes import VariedKey
 
 FEWEST_SETTINGS = 4
-CHANCE = 0.05  # how often a key that does nothing is said to matter
+SIGNIFICANCE = 0.05  # probability that a key without effect is reported as significant
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What one key explains.
+    """Importance of one key.
 
     Attributes:
-        share: of the variance, 0 to 1.
-        is_shown: whether a key that does nothing would rarely seem to explain as much.
+        share: share of the variance, 0 to 1.
+        is_significant: whether a key without effect rarely has such a share.
     """
 
     key: str
     share: float
-    is_shown: bool
+    is_significant: bool
 
 
 def importances(keys: Mapping[str, Sequence[str]], results: Sequence[float]) -> list[Importance]:
-    """The keys' shares, the largest first; empty where there are too few settings, or no differences, to say.
+    """Return the importance of each key, the largest first; empty with too few settings or no differences.
 
     Args:
-        keys: the values of each varied key, by setting.
-        results: the watched metric of each setting, the mean over its seeds, finite.
+        keys: values of each varied key, one per setting.
+        results: watched metric of each setting, mean over its seeds, finite.
     """
     values = np.array(results)  # (settings,)
     if len(values) < FEWEST_SETTINGS or np.ptp(values) == 0:
         return []
-    found = [_importance(key, np.array(VariedKey(told).levels()), values) for key, told in keys.items()]
+    found = [_importance(key, np.array(VariedKey(own).levels()), values) for key, own in keys.items()]
     return sorted((one for one in found if one is not None), key=lambda one: -one.share)
 
 
 def _importance(key: str, levels: np.ndarray, values: np.ndarray) -> Importance | None:
-    """None where the key has one value, or another one in each setting."""
-    from scipy.stats import f as distribution  # a second to import, which training need not wait for
+    """Analyze one key; None if it has a single value, or a different one in each setting."""
+    from scipy.stats import f as distribution  # takes a second to import
 
     groups = [values[levels == level] for level in np.unique(levels)]
     between, within = len(groups) - 1, len(values) - len(groups)
@@ -56,5 +55,5 @@ def _importance(key: str, levels: np.ndarray, values: np.ndarray) -> Importance 
     inside = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / within
     total = float(values.var(ddof=1))
     explained = (total * (len(values) - 1) - inside * within) / between
-    by_chance = float(distribution.sf(explained / inside, between, within)) if inside else 0.0
-    return Importance(key, max(0.0, 1 - inside / total), by_chance < CHANCE)
+    p_value = float(distribution.sf(explained / inside, between, within)) if inside else 0.0
+    return Importance(key, max(0.0, 1 - inside / total), p_value < SIGNIFICANCE)

@@ -1,4 +1,4 @@
-"""Search study: what a search of hyper-parameters has tried and learnt, as an Optuna study in a file of its sweep."""
+"""Optuna storage: the study of a hyperparameter search, in a SQLite file of its sweep."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 STUDY_FILE = "study.db"
 NAME = "search"
-PATIENCE = 60  # seconds that a job waits while another one writes
+LOCK_TIMEOUT = 60  # seconds that a job waits while another one writes
 
 
 def make_study(file: Path, lower_is_better: bool, sampler: BaseSampler, notes: dict[str, Any]) -> Study:
-    """A new study.
+    """Create a study.
 
     Args:
-        lower_is_better: of the metric that its trials are judged by.
-        notes: what whoever continues the search must know; the last one is `pruner`, which `load_study` goes by.
+        lower_is_better: whether the watched metric is minimized.
+        notes: user attributes needed to resume the search. The last one is `pruner`: `load_study` treats a study
+            without it as incomplete.
     """
     import optuna
 
@@ -43,18 +44,18 @@ def make_study(file: Path, lower_is_better: bool, sampler: BaseSampler, notes: d
 
 
 def load_study(file: Path, sampler: BaseSampler | None = None) -> Study | None:
-    """The study in a file with its own pruner; None where there is none, or its making was interrupted.
+    """Load the study of a file with its pruner; None if there is none, or its creation was interrupted.
 
     Raises:
-        InputError: the file is damaged, or something else than a study.
+        InputError: the file is damaged or not a study.
     """
     import optuna
 
     if not file.is_file():
         return None
-    with told_when_unusable(file):
+    with input_error_when_unusable(file):
         try:
-            # The default sampler would read all trials whenever one is looked at.
+            # The default sampler reads all trials for each access to one.
             study = optuna.load_study(
                 study_name=NAME, storage=_storage(file), sampler=sampler or optuna.samplers.RandomSampler()
             )
@@ -67,11 +68,11 @@ def load_study(file: Path, sampler: BaseSampler | None = None) -> Study | None:
 
 
 @contextmanager
-def told_when_unusable(file: Path) -> Iterator[None]:
-    """Turn what Optuna and its database raise where a study cannot be read or written into an InputError.
+def input_error_when_unusable(file: Path) -> Iterator[None]:
+    """Convert errors of Optuna and its database into an InputError.
 
     Raises:
-        InputError
+        InputError: the study cannot be read or written.
     """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -80,8 +81,8 @@ def told_when_unusable(file: Path) -> Iterator[None]:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise InputError(
-            f"{file} cannot be used as the study of a search: {str(error.__cause__ or error).splitlines()[0]}\n"
-            "Put back a whole copy on a disk with space and continue with resume=auto, or give another hydra.sweep.dir."
+            f"{file} cannot be used as an Optuna study: {str(error.__cause__ or error).splitlines()[0]}\n"
+            "Restore an intact copy on a disk with free space and use resume=auto, or give another hydra.sweep.dir."
         ) from error
 
 
@@ -90,17 +91,17 @@ def _storage(file: Path) -> RDBStorage:
     from sqlalchemy import URL
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Escaped: SQLAlchemy would read `?` and `%` of a path as more than text, and Optuna braces.
+    # Escaped, because SQLAlchemy interprets `?` and `%` in a path, and Optuna braces.
     url = URL.create("sqlite", database=str(file.resolve())).render_as_string()
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": PATIENCE}})
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
 
 
-def _pruner(chosen: dict[str, Any]) -> BasePruner:
-    """`name`, `n_startup_trials`, `warmup_steps` as in SearchSettings; `validate_every`, the first possible rung."""
+def _pruner(settings: dict[str, Any]) -> BasePruner:
+    """Build the pruner from `name`, `n_startup_trials`, `warmup_steps` (SearchSettings) and `validate_every`."""
     from optuna import pruners
 
-    if chosen["name"] == "median":
-        return pruners.MedianPruner(chosen["n_startup_trials"], chosen["warmup_steps"])
-    if chosen["name"] == "successive_halving":
-        return pruners.SuccessiveHalvingPruner(min_resource=max(chosen["warmup_steps"], chosen["validate_every"]))
+    if settings["name"] == "median":
+        return pruners.MedianPruner(settings["n_startup_trials"], settings["warmup_steps"])
+    if settings["name"] == "successive_halving":
+        return pruners.SuccessiveHalvingPruner(min_resource=max(settings["warmup_steps"], settings["validate_every"]))
     return pruners.NopPruner()

@@ -1,10 +1,9 @@
-"""Setting comparison: which of several settings is best, and which are as good, from runs of each at several seeds.
+"""Setting comparison: find the best of several settings, and those not significantly worse, from runs at several seeds.
 
-A run's value is the sum of what its setting, its seed and chance do to it (a randomized block design with the seeds as
-blocks); both sums are fitted by least squares, so a setting may lack seeds that others have. The best setting is chosen
-after looking, out of K: a difference counts where it exceeds Tukey's honestly significant difference for K means (for
-unequal numbers of runs as Kramer has it). Then the settings that were found worse are left out and the rest is compared
-again, by its own noise: a setting far off is mostly a noisy one, and would hide what distinguishes the others.
+Model: value = effect of the setting + effect of the seed + noise (a randomized block design with seeds as blocks),
+fitted by least squares, so settings may lack seeds. A difference to the best of K settings is significant if it exceeds
+Tukey's honestly significant difference for K means (Tukey–Kramer for unequal numbers of runs). Worse settings are then
+removed and the rest is compared again with its own noise, because a setting far off is usually noisier than the others.
 """
 
 import math
@@ -16,7 +15,7 @@ import numpy as np
 
 from gpt2lab.evaluation.paired_statistics import summary, t_quantile
 
-FALSE_WINNERS = 0.04  # how often at most, where nothing differs; below the promised 5 % for noise that is not normal
+FALSE_WINNERS = 0.04  # nominal rate if nothing differs; below the promised 5 % to allow for non-normal noise
 NO_DIFFERENCE = 1e-9  # relative: rounding, not training
 
 Runs = Mapping[str, Sequence[tuple[str, float]]]  # by setting: (seed, value) of each run, values finite
@@ -24,50 +23,49 @@ Runs = Mapping[str, Sequence[tuple[str, float]]]  # by setting: (seed, value) of
 
 @dataclass(frozen=True)
 class Comparison:
-    """What runs say about settings.
+    """Result of a comparison.
 
     Attributes:
-        order: the settings that have a run, best first; first those that are alike.
-        alike: those of them that are not shown to be worse than the best, itself among them.
-        behind: how much worse each other setting is than the best, and how much it takes to count. Empty where the
-            noise is unknown because seeds are too few; then all are alike.
+        order: settings with a run, best first; ties come first.
+        ties: settings not significantly worse than the best, including the best.
+        gaps: (difference to the best, smallest significant difference) of each other setting. Empty if there are too
+            few seeds to estimate the noise; then all are ties.
     """
 
     order: list[str]
-    alike: list[str]
-    behind: dict[str, tuple[float, float]]
+    ties: list[str]
+    gaps: dict[str, tuple[float, float]]
 
     @property
     def winner(self) -> str | None:
-        """The setting that beats all others, if there is one."""
-        return self.alike[0] if len(self.order) > 1 and len(self.alike) == 1 else None
+        """The setting significantly better than all others; None without one."""
+        return self.ties[0] if len(self.order) > 1 and len(self.ties) == 1 else None
 
 
 def compare(runs: Runs, lower_is_better: bool) -> Comparison:
-    """Find the best setting and those that are as good, as far as the runs can tell.
+    """Find the best setting and those not significantly worse.
 
-    Where all are equally good, a winner is named in at most 5 % of sweeps, and where some are, one of them is called
-    worse in about as many, as simulated by `python -m benchmarks.simulate_sweeps`. This holds for settings that are
-    about equally noisy.
+    If all are equally good, at most 5 % of sweeps have a winner; if some are, one of them is called worse in about as
+    many (simulated by `python -m benchmarks.simulate_sweeps`). This assumes about equal noise of all settings.
     """
     sign = 1.0 if lower_is_better else -1.0
     costs = {setting: [(seed, sign * value) for seed, value in own] for setting, own in runs.items() if own}
-    behind: dict[str, tuple[float, float]] = {}
-    alike, worse = list(costs), list[str]()
-    while alike:
-        fit = _Fit({setting: costs[setting] for setting in alike})
-        alike = sorted(alike, key=lambda setting: fit.effects[setting])
-        behind |= {setting: fit.behind(setting, alike[0]) for setting in alike[1:]} if fit.freedom else {}
-        found = [setting for setting in alike[1:] if setting in behind and behind[setting][0] > behind[setting][1]]
+    gaps: dict[str, tuple[float, float]] = {}
+    ties, worse = list(costs), list[str]()
+    while ties:
+        fit = _Fit({setting: costs[setting] for setting in ties})
+        ties = sorted(ties, key=lambda setting: fit.effects[setting])
+        gaps |= {setting: fit.gap(setting, ties[0]) for setting in ties[1:]} if fit.freedom else {}
+        found = [setting for setting in ties[1:] if setting in gaps and gaps[setting][0] > gaps[setting][1]]
         if not found:
             break
-        alike, worse = [setting for setting in alike if setting not in found], found + worse
-    order = alike + worse
-    return Comparison(order, alike, {setting: behind[setting] for setting in order[1:] if setting in behind})
+        ties, worse = [setting for setting in ties if setting not in found], found + worse
+    order = ties + worse
+    return Comparison(order, ties, {setting: gaps[setting] for setting in order[1:] if setting in gaps})
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Mean of a setting's runs and half its 95 % interval (Student's t; NaN for one run); None for no run."""
+    """Return (mean, half width of its 95 % interval: Student's t, NaN for one run); None without a run."""
     found = summary(values)
     if found.mean is None:
         return None
@@ -77,7 +75,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 class _Fit:
-    """Effects of settings and seeds by least squares. `effects` are comparable with one another, lower is better."""
+    """Least-squares fit of setting and seed effects; only differences of `effects` are meaningful, lower is better."""
 
     def __init__(self, costs: Runs) -> None:
         self._index = {setting: number for number, setting in enumerate(costs)}
@@ -88,7 +86,7 @@ class _Fit:
         for row, (setting, seed, _) in enumerate(rows):
             design[row, setting] = design[row, count + seeds[seed]] = 1.0
         self._covariance, rank = _inverse(design)
-        if rank < count + len(seeds) - 1:  # no chain of common seeds joins the settings: what a seed does is chance too
+        if rank < count + len(seeds) - 1:  # not connected by common seeds: treat the effect of a seed as noise
             design = design[:, :count]
             self._covariance, rank = _inverse(design)
         costs_of_runs = np.array([cost for _, _, cost in rows])
@@ -99,8 +97,8 @@ class _Fit:
         self._variance = float(residuals @ residuals) / self.freedom if self.freedom else math.inf
         self._rounding = NO_DIFFERENCE * float(np.abs(costs_of_runs).max())
 
-    def behind(self, setting: str, best: str) -> tuple[float, float]:
-        """How much worse `setting` is than `best`, the best of all that were fitted, and how much it takes to count."""
+    def gap(self, setting: str, best: str) -> tuple[float, float]:
+        """Return (difference of `setting` to `best`, smallest significant difference)."""
         i, j = self._index[setting], self._index[best]
         spread = self._covariance[i, i] + self._covariance[j, j] - 2 * self._covariance[i, j]
         margin = studentized_range(len(self._index), self.freedom) * math.sqrt(self._variance * spread / 2)
@@ -108,7 +106,7 @@ class _Fit:
 
 
 def _inverse(design: np.ndarray) -> tuple[np.ndarray, int]:
-    """Covariance of least-squares coefficients in variances of the noise, and the design's rank."""
+    """Return (covariance of the coefficients in units of the noise variance, rank of the design)."""
     gram = design.T @ design
     inverse = np.linalg.pinv(gram, hermitian=True)
     return inverse, round(float(np.trace(inverse @ gram)))
@@ -116,7 +114,7 @@ def _inverse(design: np.ndarray) -> tuple[np.ndarray, int]:
 
 @lru_cache
 def studentized_range(count: int, freedom: int) -> float:
-    """What the range of `count` equal means exceeds with probability FALSE_WINNERS, in standard errors of a mean."""
-    from scipy.stats import studentized_range as distribution  # a second to import, which training need not wait for
+    """Quantile of the range of `count` equal means, exceeded with probability FALSE_WINNERS, in standard errors."""
+    from scipy.stats import studentized_range as distribution  # takes a second to import
 
     return float(distribution.ppf(1 - FALSE_WINNERS, count, freedom))

@@ -1,4 +1,4 @@
-"""Study results: what the runs of a study of distillation say — each arm's losses, and the arms against each other."""
+"""Results of a distillation study: losses of each arm, and differences between arms."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -10,14 +10,14 @@ from gpt2lab.evaluation.paired_statistics import PairedDifference, Summary, pair
 if TYPE_CHECKING:
     from gpt2lab.evaluation.jackknife import DocumentDifference
 
-CE, KD = "CE", "KD"  # the labels' cross-entropy, knowledge distillation
+CE, KD = "CE", "KD"  # cross-entropy, knowledge distillation
 SCRATCH, LAYERS = "scratch", "teacher_layers"
 TOKENS, TIME = "equal tokens", "equal time"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student: where it starts from, and what it learns by."""
+    """One way to train the student: initialization and loss."""
 
     init: str  # SCRATCH or LAYERS
     learns_by: str  # CE or KD
@@ -32,12 +32,12 @@ class ArmResult:
     """Runs of one arm.
 
     Attributes:
-        budget: what the arms it is compared with have in common: TOKENS or TIME.
-        losses: validation loss in nats per token by seed; None where the run failed.
-        seconds: training time of a run, the median; None where none finished.
-        documents: the last validation by document, by seed.
-        document_error: standard error of the mean loss over seeds, between documents: how far the choice of validation
-            text matters. The summary's sd is the error between seeds; the two are never added.
+        budget: what compared arms have in common: TOKENS or TIME.
+        losses: seed → validation loss, nats per token; None for a failed run.
+        seconds: median training time of a run; None if none finished.
+        documents: seed → last validation by document.
+        document_error: standard error of the mean loss over seeds, between documents: the uncertainty from the choice
+            of validation text. The summary's sd is that between seeds; the two are never added.
     """
 
     arm: Arm
@@ -57,11 +57,11 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One arm against another, seed by seed; negative where the first has the lower loss.
+    """Difference between two arms, paired by seed; negative if the first has the lower loss.
 
     Attributes:
-        by_document: the same difference of the seeds' means, paired by document; None where the two did not validate on
-            the same targets.
+        by_document: difference of the means over seeds, paired by document; None if the arms were not validated on the
+            same targets.
     """
 
     budget: str
@@ -73,13 +73,13 @@ class Contrast:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The search that an arm's learning rate, or that of all arms, comes from.
+    """Learning-rate search for one arm or for all arms.
 
     Attributes:
-        arm: whose runs decided.
-        losses: by learning rate; None where the run failed.
-        chosen: the one with the lowest loss.
-        factor: that one, as a multiple of the rate that was given.
+        arm: arm whose runs were used.
+        losses: learning rate → loss; None for a failed run.
+        chosen: learning rate with the lowest loss.
+        factor: `chosen` divided by the configured rate.
     """
 
     arm: str
@@ -89,7 +89,7 @@ class LearningRates:
 
     @property
     def at_the_edge(self) -> str:
-        """What to try further when no tried rate encloses the best; empty where the best has neighbours."""
+        """Direction in which to extend the search if the best rate is the first or last; otherwise empty."""
         rates = sorted(self.losses)
         if len(rates) == 1 or rates[0] < self.chosen < rates[-1]:
             return ""
@@ -98,7 +98,7 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """Everything a study found."""
+    """All results of a study."""
 
     seeds: list[int]
     teacher: str
@@ -109,7 +109,7 @@ class StudyResults:
     failed_runs: list[str]
 
     def facts(self) -> dict[str, Any]:
-        """For JSON; each arm with its document error instead of all documents."""
+        """Return the results for JSON, with each arm's document error instead of its documents."""
         found = asdict(self)
         for content, arm in zip(found["arms"], self.arms, strict=True):
             del content["documents"]
@@ -125,21 +125,21 @@ def arm_result(
     seconds: float | None,
     documents: dict[int, DocumentLosses] | None = None,
 ) -> ArmResult:
-    """With mean and standard deviation over the seeds whose runs finished."""
-    there = [loss for loss in losses.values() if loss is not None]
-    return ArmResult(arm, budget, steps, losses, summary(there), seconds, documents or {})
+    """Build an ArmResult with mean and standard deviation over the finished runs."""
+    finished = [loss for loss in losses.values() if loss is not None]
+    return ArmResult(arm, budget, steps, losses, summary(finished), seconds, documents or {})
 
 
 def contrasts(arms: list[ArmResult]) -> list[Contrast]:
-    """With a teacher against without, and the teacher's layers against random weights, as far as both sides were run.
+    """Compare KD with CE, and the teacher's layers with random weights, as far as both arms were run.
 
-    More time changes nothing of KD's runs, so they stand on both sides of the table.
+    Only CE runs differ between the budgets; KD runs are used for both.
     """
-    there = {(result.arm, TOKENS if result.arm.learns_by == KD else result.budget): result for result in arms}
+    by_arm = {(result.arm, TOKENS if result.arm.learns_by == KD else result.budget): result for result in arms}
     found = []
     for budget, title, first, second, names in _questions():
-        ours = there.get((first, TOKENS if first.learns_by == KD else budget))
-        theirs = there.get((second, budget))
+        ours = by_arm.get((first, TOKENS if first.learns_by == KD else budget))
+        theirs = by_arm.get((second, budget))
         if ours is not None and theirs is not None:
             difference = paired_difference(ours.losses, theirs.losses)
             words, seeds = verdict(difference, *names), list(difference.differences)
@@ -152,7 +152,7 @@ def contrasts(arms: list[ArmResult]) -> list[Contrast]:
 
 
 def _questions() -> Iterator[tuple[str, str, Arm, Arm, tuple[str, str]]]:
-    """(budget, title, first, second, what tells the two apart)."""
+    """Yield (budget, title, first, second, short names of the two)."""
     for budget in (TOKENS, TIME):
         for init, words in ((SCRATCH, "from scratch"), (LAYERS, "from the teacher's layers")):
             yield budget, f"KD − CE {words}", Arm(init, KD), Arm(init, CE), (KD, CE)

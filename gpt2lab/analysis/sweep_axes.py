@@ -1,4 +1,4 @@
-"""Varied keys: the values that one key takes in a sweep, as places on an axis and as levels that can be compared."""
+"""Varied keys: values of one key in a sweep, as positions on an axis and as levels of a factor."""
 
 import math
 from collections.abc import Sequence
@@ -6,46 +6,45 @@ from functools import cached_property
 
 import numpy as np
 
-LOG_SPAN = 10.0 * (1 - 1e-9)  # numbers that span a factor of 10, rounding aside, are seen by their logarithms
-MOST_LEVELS = 5  # of numbers; more are gathered into neighbourhoods
-FOOT = 0.12  # of an axis of numbers, where the runs stand that have none
+LOG_SPAN = 10.0 * (1 - 1e-9)  # from a factor of 10 on (up to rounding) the axis is logarithmic
+MOST_LEVELS = 5  # more distinct numbers are binned
+FOOT = 0.12  # share of a numeric axis reserved for runs without a value
 
 
 class VariedKey:
-    """One key's values, one for each run or setting; "" where the run was told none.
+    """Values of one key, one per run or setting; "" for a run without an override.
 
     Attributes:
-        is_number: all values that were told are finite numbers.
-        is_log: they are best told apart by their logarithms.
+        is_number: whether all values are finite numbers.
+        is_log: whether the axis is logarithmic.
     """
 
     def __init__(self, values: Sequence[str]) -> None:
         self.values = list(values)
-        told = [value for value in self.values if value]
-        numbers = [_number(value) for value in told]
-        self.is_number = bool(told) and all(math.isfinite(number) for number in numbers)
+        numbers = [_number(value) for value in self.values if value]
+        self.is_number = bool(numbers) and all(math.isfinite(number) for number in numbers)
         self.is_log = self.is_number and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_SPAN
 
     @cached_property
-    def places(self) -> list[float]:
-        """Where each value stands on an axis from 0 to 1."""
+    def positions(self) -> list[float]:
+        """Position of each value on an axis from 0 to 1."""
         if not self.is_number:
             order = {value: number for number, value in enumerate(dict.fromkeys(self.values))}
             return [order[value] / max(len(order) - 1, 1) for value in self.values]
-        told = [self._size(value) for value in self.values if value]
-        low, span = min(told), max(told) - min(told) or 1.0
-        foot = FOOT if len(told) < len(self.values) else 0.0
+        sizes = [self._size(value) for value in self.values if value]
+        low, span = min(sizes), max(sizes) - min(sizes) or 1.0
+        foot = FOOT if len(sizes) < len(self.values) else 0.0
         return [foot + (1 - foot) * (self._size(value) - low) / span if value else 0.0 for value in self.values]
 
     def levels(self) -> list[int]:
-        """Which group each value is in: of equal words, of equal numbers, or of neighbouring numbers if many."""
+        """Return the level of each value: one per distinct value, or quantile bins of many numbers."""
         distinct = sorted(set(self.values))
         most = max(2, min(MOST_LEVELS, len(self.values) // 2))
         if not self.is_number or len(distinct) <= most:
             return [distinct.index(value) for value in self.values]
         sizes = [self._size(value) for value in self.values if value]
         edges = np.quantile(sizes, np.linspace(0, 1, most + 1)[1:-1])
-        return [1 + int(np.searchsorted(edges, self._size(told), side="right")) if told else 0 for told in self.values]
+        return [1 + int(np.searchsorted(edges, self._size(one), side="right")) if one else 0 for one in self.values]
 
     def _size(self, value: str) -> float:
         return math.log(_number(value)) if self.is_log else _number(value)
@@ -59,6 +58,6 @@ def _number(value: str) -> float:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each key by its last part, where that is enough to know it: `optimizer.lr` → `lr`."""
+    """Map each key to its last part if that is unique: `optimizer.lr` → `lr`."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}

@@ -1,8 +1,8 @@
-"""Data order as a pure function: which samples a step sees depends on (seed, step) alone.
+"""Data order as a pure function of (seed, step).
 
-The training set of `size` samples is an endless stream of epochs, each permuted anew. A permutation is a Feistel
-network over the smallest power of four that holds the set, walked until it falls inside: no table, no state, any
-position at once.
+The training set of `size` samples is an endless stream of epochs, each with another permutation. A permutation is a
+Feistel network over the smallest power of four ≥ `size`, repeated until the result is below `size` (cycle walking). It
+needs no table and no state, and computes any position directly.
 """
 
 import numpy as np
@@ -23,12 +23,12 @@ def step_samples(step: int, batch: int, size: int, seed: int) -> NDArray[np.int6
 
 
 def micro_batch_rows(samples: NDArray[np.int64], part: int, parts: int) -> NDArray[np.int64]:
-    """The rows of micro-batch number `part` of `parts`; sizes differ by at most one."""
+    """Return the rows of micro-batch number `part` of `parts`; sizes differ by at most one."""
     return np.array_split(samples, parts)[part]
 
 
 def permute(indices: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where each of `indices` (any shape, 0 ≤ index < size) goes in the permutation of this seed and epoch."""
+    """Map `indices` (any shape, 0 ≤ index < size) through the permutation of this seed and epoch."""
     half_bits = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
     seed_part, epoch_part = mix(np.array([seed % 2**64, ~epoch % 2**64], dtype=np.uint64))
     keys = mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + seed_part + epoch_part)
@@ -49,7 +49,7 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A hash: SplitMix64's finaliser (Steele et al. 2014), in which every input bit reaches every output bit."""
+    """Hash with SplitMix64's finaliser (Steele et al. 2014): every input bit affects every output bit."""
     with np.errstate(over="ignore"):
         values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -58,6 +58,6 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniforms(indices: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) that depend on (seed, index) alone, for `indices` of any shape."""
+    """Return uniform numbers in [0, 1) as a pure function of (seed, index), for `indices` of any shape."""
     key = mix(np.array([seed % 2**64], dtype=np.uint64))
     return (mix(indices.astype(np.uint64) ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,8 +1,8 @@
 """Tokenized pairs on disk: one flat file of token ids, one index entry per pair, references as JSON lines.
 
-    tokens.bin         prompt and response of pair 0, of pair 1, …; little-endian uint16, uint32 from 65,537 entries on
+    tokens.bin         prompt and response of pair 0, of pair 1, …; little-endian uint16, or uint32 if V > 65,536
     index.bin          one INDEX_ENTRY per pair
-    references.jsonl   {"source": …, "reference": …} per pair, where they were given (the validation side)
+    references.jsonl   {"source": …, "reference": …} per pair, validation side only
 
 Reading is memory-mapped: memory does not grow with the number of pairs.
 """
@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt2lab.data.document_groups import merged, warn_once
+from gpt2lab.data.document_groups import merge_groups
 from gpt2lab.data.token_file import token_dtype
+from gpt2lab.storage.damaged_files import warn_once
 
-# `offset` counts tokens in tokens.bin, `prompt` and `response` are lengths in tokens, `reference` is a byte of
-# references.jsonl, or −1; `number` counts the pairs of that side of the split, those that were left out among them;
-# `group` is a hash of the source file, or of the source text, which pairs of one document share.
+# `offset` counts tokens in tokens.bin, `prompt` and `response` are lengths in tokens, `reference` is a byte offset in
+# references.jsonl or −1, `number` counts all pairs of that side of the split including skipped ones, and `group` is a
+# hash of the source file or source text: equal for pairs of one document.
 INDEX_ENTRY = np.dtype(
     [
         ("offset", "<i8"),
@@ -38,7 +39,7 @@ COUNTED_AT_A_TIME = 2**14  # pairs
 
 
 class PairFileWriter:
-    """Appends pairs to a new folder; a context manager. `pairs` and `response_tokens` count what was written."""
+    """Context manager that writes pairs to a new folder and counts `pairs` and `response_tokens`."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         folder.mkdir(parents=True)
@@ -66,12 +67,12 @@ class PairFileWriter:
         reference: dict[str, str] | None = None,
         group: int = 0,
     ) -> None:
-        place = -1
+        offset = -1
         if reference is not None:
-            place = self._references.tell()
+            offset = self._references.tell()
             self._references.write(json.dumps(reference, ensure_ascii=False).encode() + b"\n")
         self._tokens.write(np.array(prompt + response, dtype=self._dtype).tobytes())
-        entry = (self._offset, len(prompt), len(response), place, number, group)
+        entry = (self._offset, len(prompt), len(response), offset, number, group)
         self._index.write(np.array(entry, dtype=INDEX_ENTRY).tobytes())
         self._offset += len(prompt) + len(response)
         self.pairs += 1
@@ -79,10 +80,10 @@ class PairFileWriter:
 
 
 class PairFile:
-    """Random access to the pairs of a folder that PairFileWriter wrote and that holds at least one pair.
+    """Random access to the pairs of a folder written by PairFileWriter, with at least one pair.
 
     Attributes:
-        numbers: (pairs,) int64, rising: of each pair among all of its side, whatever the tokenizer.
+        numbers: (pairs,) int64, ascending: number of each pair on its side of the split, independent of the tokenizer.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
@@ -99,28 +100,28 @@ class PairFile:
         return self._index["number"]
 
     def keep(self, numbers: NDArray[np.int64]) -> None:
-        """From now on only pairs with these numbers are there."""
+        """Drop all pairs except those with these numbers."""
         self._index = self._index[np.isin(self.numbers, numbers)]
         self._all_groups = None
 
     @property
     def all_groups(self) -> NDArray[np.int64]:
-        """The different group hashes, ascending; those of several files together once `share_groups` was called."""
+        """Unique group hashes, ascending; of several files after `share_groups`."""
         if self._all_groups is None:
             self._all_groups = np.unique(self._index["group"])
         return self._all_groups
 
     def document_groups(self, rows: NDArray[np.int64]) -> Tensor:
-        """(n,) int64 document group of each target of the pairs `rows`, in their order."""
-        groups = merged(*self._numbered(rows))
+        """Return the document group of each target of the pairs `rows`, (n,) int64."""
+        groups = merge_groups(*self._group_numbers(rows))
         return groups.repeat_interleave(torch.from_numpy(self.target_counts(rows)))
 
     def pair_groups(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) the document group of each of the pairs `rows`."""
-        return self._numbered(rows)[0].numpy()
+        """Return the document group (n,) of each of the pairs `rows`."""
+        return self._group_numbers(rows)[0].numpy()
 
-    def _numbered(self, rows: NDArray[np.int64]) -> tuple[Tensor, int]:
-        """Group numbers of the pairs `rows` (n,), and how many groups the file has."""
+    def _group_numbers(self, rows: NDArray[np.int64]) -> tuple[Tensor, int]:
+        """Return (group numbers (n,) of the pairs `rows`, number of groups of the file)."""
         if len(self.all_groups) > 1:
             numbers = np.searchsorted(self.all_groups, self._index["group"][rows])
             return torch.from_numpy(numbers), len(self.all_groups)
@@ -131,29 +132,29 @@ class PairFile:
         return torch.from_numpy(rows), len(self)
 
     def target_counts(self, rows: np.ndarray) -> np.ndarray:
-        """Number of targets, end-of-text included, in each of the pairs `rows` (any number, int64)."""
+        """Number of targets, including end-of-text, in each of the pairs `rows` (n,) int64."""
         return self._index["response"][rows].astype(np.int64)
 
-    def token_counts(self, entries: int) -> NDArray[np.int64]:
-        """(V,) how often each entry of the vocabulary is a target."""
-        counts = np.zeros(entries, np.int64)
+    def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """Count how often each token is a target: (V,)."""
+        counts = np.zeros(vocab_size, np.int64)
         for start in range(0, len(self), COUNTED_AT_A_TIME):
             pairs = map(self.sequence, range(start, min(start + COUNTED_AT_A_TIME, len(self))))
-            counts += np.bincount(np.concatenate([tokens[prompt:] for tokens, prompt in pairs]), minlength=entries)
+            counts += np.bincount(np.concatenate([tokens[prompt:] for tokens, prompt in pairs]), minlength=vocab_size)
         return counts
 
     def sequence(self, row: int) -> tuple[np.ndarray, int]:
-        """Token ids of one pair, prompt and response (L,) int64, and the length of its prompt."""
+        """Return (token ids of prompt and response (L,) int64, prompt length) of one pair."""
         entry = self._index[row]
         start, prompt_length = int(entry["offset"]), int(entry["prompt"])
         return self._tokens[start : start + prompt_length + int(entry["response"])].astype(np.int64), prompt_length
 
     def references(self, rows: np.ndarray) -> list[str] | None:
-        """Target texts of the pairs `rows`, as they were given; None where the folder keeps none."""
+        """Return the original target texts of the pairs `rows`; None if the folder has none."""
         return None if (self._index["reference"][rows] < 0).any() else self.texts(rows)[1]
 
     def texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
-        """Sources and targets of the pairs `rows`, as they were given, of a folder that keeps them."""
+        """Return the original (source texts, target texts) of the pairs `rows`; the folder must have them."""
         pairs = []
         with (self.folder / "references.jsonl").open("rb") as file:
             for row in rows:
@@ -163,7 +164,7 @@ class PairFile:
 
 
 def share_groups(files: list[PairFile]) -> None:
-    """Number the document groups of several files together: pairs of one source file may lie in more than one."""
+    """Number the document groups of several files together; one source file may have pairs in several."""
     known = np.unique(np.concatenate([file.all_groups for file in files]))
     for file in files:
         file._all_groups = known

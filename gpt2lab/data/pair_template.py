@@ -1,7 +1,7 @@
-"""How a pair of texts becomes token ids: a template around each side, the source cut where the context is too short.
+"""Pair template: tokenize (source, target) texts with a template for each side, truncating long sources.
 
-prompt = tokens of the prompt template with the source in it; response = tokens of the response template with the target
-in it, then end-of-text. Prompt and response are tokenized apart, because at generation time the prompt stands alone.
+prompt = tokens of the prompt template with the source; response = tokens of the response template with the target, then
+end-of-text. Prompt and response are tokenized separately, because generation starts from the prompt alone.
 """
 
 import re
@@ -16,7 +16,9 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class PairTemplate:
-    """`prompt` holds `{source}` once, `response` `{target}` once; all other text is literal, braces in the data too.
+    """Templates of both sides: `prompt` contains `{source}` once, `response` contains `{target}` once.
+
+    All other text is literal, also braces in the data.
 
     Raises:
         InputError: a placeholder is missing, repeated or unknown.
@@ -44,12 +46,12 @@ def _check_side(side: str, text: str, field: str) -> None:
     if unknown:
         raise InputError(
             f"The {side} template {text!r} has the unknown field {{{unknown[0]}}}.\n"
-            f"Allowed there: {{{field}}}, exactly once.\n"
-            f"To take another column, name it: {field}={unknown[0]}"
+            f"Allowed: {{{field}}}, exactly once.\n"
+            f"To use another column, set {field}={unknown[0]}"
         )
     if len(found) != 1:
         raise InputError(
-            f"The {side} template {text!r} has {{{field}}} {len(found)} times; it must stand there exactly once.\n"
+            f"The {side} template {text!r} has {{{field}}} {len(found)} times; it must occur exactly once.\n"
             f"Write for example data.{side}='" + ("{source}\\n\\nTL;DR:'" if side == "prompt" else " {target}'")
         )
 
@@ -58,50 +60,50 @@ def _check_side(side: str, text: str, field: str) -> None:
 class EncodedPair:
     prompt: list[int]
     response: list[int]  # ends with end-of-text
-    shortened: bool  # the source lost its end
+    shortened: bool  # whether the source was truncated
 
 
 def encode_pairs(
     pairs: list[tuple[str, str]], template: PairTemplate, tokenizer: PreTrainedTokenizerFast, context: int
 ) -> list[EncodedPair | None]:
-    """(source, target) texts → token ids, or None where not even the pair without its source fits.
+    """Tokenize (source, target) texts; None for a pair that does not fit even without its source.
 
-    A pair fits when prompt and response together have at most `context` + 1 tokens (the last one is only ever a
-    target). One that does not fit loses the end of its source; the target and the template's own text are never cut.
+    A pair fits if prompt and response have at most `context` + 1 tokens (the last token is only a target). If it does
+    not, the end of the source is truncated, never the target or the template.
     """
     prompts = _encode(tokenizer, [template.render_prompt(source) for source, _ in pairs])
     responses = _encode(tokenizer, [template.render_response(target) for _, target in pairs])
     encoded: list[EncodedPair | None] = []
     for (source, _), prompt, response in zip(pairs, prompts, responses, strict=True):
         response.append(tokenizer.eos_token_id)
-        room = context + 1 - len(response)
-        shortened = len(prompt) > room
+        limit = context + 1 - len(response)
+        shortened = len(prompt) > limit
         if shortened:
-            prompt = _shortened_prompt(source, template, tokenizer, len(prompt), room)
+            prompt = _truncate_prompt(source, template, tokenizer, len(prompt), limit)
         encoded.append(EncodedPair(prompt, response, shortened) if prompt else None)
     return encoded
 
 
-def _shortened_prompt(
-    source: str, template: PairTemplate, tokenizer: PreTrainedTokenizerFast, full_length: int, room: int
+def _truncate_prompt(
+    source: str, template: PairTemplate, tokenizer: PreTrainedTokenizerFast, full_length: int, limit: int
 ) -> list[int]:
-    """The prompt around the longest beginning of the source that leaves at most `room` tokens; [] if none does."""
-    if room < 1:
+    """Return the prompt of at most `limit` tokens with the longest beginning of the source; [] if none fits."""
+    if limit < 1:
         return []
-    # Text is cut, not ids, so that the prompt stays what the tokenizer makes of its text.
+    # The text is truncated, not the ids, so that the prompt is the tokenization of its text.
     ends = [end for _, end in tokenizer(source, return_offsets_mapping=True, **_PLAIN)["offset_mapping"]]
     kept, length = len(ends), full_length
     while kept > 0:
-        kept = max(kept - (length - room), 0)
+        kept = max(kept - (length - limit), 0)
         shortened = source[: ends[kept - 1]] if kept else ""
         prompt = _encode(tokenizer, [template.render_prompt(shortened)])[0]
         length = len(prompt)
-        if length <= room:
+        if length <= limit:
             return prompt
     return []
 
 
-# A text that happens to spell <|endoftext|> is text, not the end of one.
+# "<|endoftext|>" in the data is ordinary text, not a special token.
 _PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 

@@ -1,4 +1,4 @@
-"""Token bytes: what each entry of a byte-level tokenizer spells."""
+"""Token bytes: the bytes that each token of a byte-level tokenizer stands for."""
 
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -6,13 +6,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from gpt2lab.data.tokenizer import TextEncoder
 from gpt2lab.errors import InputError
 
-PROBE = "A café, 中文\r\n\t🙂  \n\n  e\u0301 ﬁn<|endoftext|>"  # what normalizers and added spaces would change
+PROBE = "A café, 中文\r\n\t🙂  \n\n  e\u0301 ﬁn<|endoftext|>"  # text that normalizers and added spaces change
 
 
 def byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them: character → byte.
+    """Return GPT-2's character → byte map of a byte-level vocabulary.
 
-    Printable bytes stand for themselves, the others in order for the characters from 256 on.
+    Printable bytes map to themselves, the others in order to the characters from 256 on.
     """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     themselves = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
@@ -20,14 +20,14 @@ def byte_characters() -> dict[str, int]:
     return {**themselves, **{chr(256 + number): byte for number, byte in enumerate(others)}}
 
 
-def spelled_bytes(tokenizer: PreTrainedTokenizerFast, source: str) -> list[bytes | None]:
-    """(V,) what each entry spells; None for special tokens, which spell nothing.
+def spell_tokens(tokenizer: PreTrainedTokenizerFast, source: str) -> list[bytes | None]:
+    """Return the bytes of each token (V,); None for special tokens.
 
     Args:
-        source: where the tokenizer comes from, for messages.
+        source: source of the tokenizer, for messages.
 
     Raises:
-        InputError: its tokens do not spell a text byte by byte.
+        InputError: the tokens of a text do not concatenate to its bytes.
     """
     characters, added, special = byte_characters(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
     spelled: list[bytes | None] = []
@@ -42,14 +42,14 @@ def spelled_bytes(tokenizer: PreTrainedTokenizerFast, source: str) -> list[bytes
     has_all_bytes = {bytes([byte]) for byte in range(256)} <= set(spelled)
     if not has_all_bytes or None in of_probe or b"".join(part or b"" for part in of_probe) != PROBE.encode():
         raise InputError(
-            f"The tokenizer of {source} does not spell a text byte by byte, as GPT-2's does, so its tokens cannot be\n"
-            "laid beside another's. loss=uld takes two byte-level BPE tokenizers without normalizer or added space."
+            f"The tokens of {source}'s tokenizer do not concatenate to the bytes of a text, as GPT-2's do, so they "
+            "cannot be\naligned. loss=uld needs two byte-level BPE tokenizers without normalizer or added space."
         )
     return spelled
 
 
-def special_counterparts(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> dict[int, int]:
-    """Our special tokens as theirs: the one of the same name, else end-of-text."""
+def map_special_tokens(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Map our special token ids to theirs: the one of the same name, else end-of-text."""
     names = dict(zip(ours.convert_ids_to_tokens(ours.all_special_ids), ours.all_special_ids, strict=True))
     known = dict(zip(theirs.convert_ids_to_tokens(theirs.all_special_ids), theirs.all_special_ids, strict=True))
     return {number: known.get(name, theirs.eos_token_id) for name, number in names.items()}

@@ -1,9 +1,9 @@
 """Token file: one split's tokens in one flat file, read through a memory map as fixed windows.
 
-    train.bin, val.bin    little-endian uint16, or uint32 from 65,537 entries on; end-of-text before each document
+    train.bin, val.bin    little-endian uint16, or uint32 if V > 65,536; end-of-text before each document
 
-Window i of context T takes tokens [i·T, i·T + T] and predicts each from those before it: windows tile the file with
-stride T and never overlap, so a window's content does not depend on order, batch size or epoch.
+Window i of context T consists of tokens [i·T, i·T + T]. Windows have stride T and their targets do not overlap, so a
+window's content does not depend on order, batch size or epoch.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from gpt2lab.data.batch import IGNORE_INDEX, Batch
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id."""
+    """Return the smallest dtype for all token ids."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -26,9 +26,9 @@ class TokenFile:
 
     Args:
         path: the file.
-        dtype: type of one token.
-        context: T, tokens a window predicts.
-        keep_short: whether the last, shorter window counts too (for validation: every token but the first is a target).
+        dtype: dtype of a token.
+        context: T, targets of a window.
+        keep_short: whether to keep the last, shorter window (validation: every token but the first is a target).
     """
 
     def __init__(self, path: Path, dtype: np.dtype, context: int, *, keep_short: bool = False) -> None:
@@ -39,7 +39,7 @@ class TokenFile:
         self.targets = targets if keep_short else self.windows * context
 
     def read(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Input ids and labels (B, T) int64 of the windows numbered (B,); past the end labels are ignored."""
+        """Return (input_ids, labels), (B, T) int64 each, of the windows (B,); labels after the end are ignored."""
         positions = windows[:, None] * self.context + np.arange(self.context + 1)  # (B, T + 1)
         last = len(self.tokens) - 1
         tokens = torch.from_numpy(self.tokens[np.minimum(positions, last)].astype(np.int64))  # (B, T + 1)
@@ -51,10 +51,10 @@ class TokenFile:
         return self.windows
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch:
-        """The windows numbered `rows` (B,) as a micro-batch of a step with `target_tokens` targets in all."""
+        """Return the windows `rows` (B,) as a micro-batch of a step with `target_tokens` targets in total."""
         input_ids, labels = self.read(rows)
         return Batch(input_ids, labels, target_tokens, torch.from_numpy(rows))
 
     def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of targets in each of the windows numbered `rows` (B,)."""
+        """Number of targets in each of the windows `rows` (B,)."""
         return np.clip(len(self.tokens) - 1 - rows * self.context, 0, self.context)

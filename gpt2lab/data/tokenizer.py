@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE, load any Hugging Face one, tell whether two are the same."""
+"""Tokenizers: train a byte-level BPE, load a Hugging Face tokenizer, compare two."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,47 +13,45 @@ from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
 from gpt2lab.storage.hub import is_hub_id, require_hub
 from gpt2lab.storage.model_folder import TOKENIZER_FILES, has_tokenizer
-from gpt2lab.storage.prepared_cache import content_hash, prepared
+from gpt2lab.storage.prepared_cache import content_hash, get_or_build
 
 END_OF_TEXT = "<|endoftext|>"
-BYTE_ENTRIES = 256
-BPE_TEXT = 256 * 2**20
-ENDLESS_WORD = re.compile(r"\w{512,}|[^\w\s]{512,}")  # encoded data: the time to learn from a word grows as its square
+BYTE_TOKENS = 256
+BPE_TEXT = 256 * 2**20  # characters
+LONG_WORD = re.compile(r"\w{512,}|[^\w\s]{512,}")  # encoded data; training time is quadratic in the length of a word
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """Load from a run directory, a folder with tokenizer files, or the Hub.
 
     Raises:
-        InputError: nothing to be found there, or it names no end-of-text token.
+        InputError: no tokenizer found, or it has no eos_token.
     """
-    folder = _tokenizer_folder(source)
-    cure = (
+    folder = _find_tokenizer_folder(source)
+    fix = (
         "Give a folder with tokenizer files or a Hub id: tokenizer=hub tokenizer.source=…,\n"
         "or train one on your data: tokenizer=bpe"
     )
     if folder is None and not _in_hub_cache(source):
-        require_hub(f"The tokenizer {source}", cure.replace(" or a Hub id", ""))
+        require_hub(f"The tokenizer {source}", fix.replace(" or a Hub id", ""))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder or source, local_files_only=folder is not None, trust_remote_code=False
         )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"Cannot load the tokenizer {source}: {reason}\n{cure}") from error
+        raise InputError(f"Cannot load the tokenizer {source}: {reason}\n{fix}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"The tokenizer {source} has no tokenizer.json (a `tokenizers` one); {cure}")
+        raise InputError(f"The tokenizer {source} is not a fast tokenizer (no tokenizer.json); {fix}")
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"The tokenizer {source} names no end-of-text token; add eos_token to its tokenizer_config.json."
-        )
+        raise InputError(f"The tokenizer {source} has no eos_token; add it to its tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _tokenizer_folder(source: str) -> Path | None:
-    """The folder that `source` means, None for a Hub id.
+def _find_tokenizer_folder(source: str) -> Path | None:
+    """Return the tokenizer folder of `source`; None for a Hub id.
 
     Raises:
         InputError: a path that leads nowhere, or a folder without tokenizer files.
@@ -69,30 +67,28 @@ def _tokenizer_folder(source: str) -> Path | None:
     folder = inner if inner.is_dir() else folder
     if not has_tokenizer(folder):
         raise InputError(
-            f"{source} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}.\n"
+            f"{source} contains no tokenizer: none of {', '.join(TOKENIZER_FILES)}.\n"
             "Give a folder with tokenizer files: tokenizer=hub tokenizer.source=FOLDER"
         )
     return folder
 
 
 def _in_hub_cache(source: str) -> bool:
-    """Whether an earlier download of this Hub id lies in the Hugging Face cache."""
+    """Whether this Hub id is in the Hugging Face cache."""
     return any(isinstance(try_to_load_from_cache(source, name), str) for name in TOKENIZER_FILES)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` entries as in GPT-2: the 256 bytes, merges, and <|endoftext|> as number 0.
+    """Train a byte-level BPE of `vocab_size` tokens as in GPT-2: 256 bytes, merges, and <|endoftext|> as id 0.
 
-    Learnt from the first 256 Mi characters, words of more than 511 left out: the trainer holds every distinct word in
-    memory. Little text gives fewer entries than asked for.
+    Uses the first 256 Mi characters without words of more than 511, because the trainer keeps every distinct word in
+    memory. Little text gives a smaller vocabulary.
 
     Raises:
-        InputError: `vocab_size` does not even hold the bytes.
+        InputError: `vocab_size` is too small for the bytes.
     """
-    if vocab_size <= BYTE_ENTRIES:
-        raise InputError(
-            f"vocab_size={vocab_size} is too small: the 256 bytes and {END_OF_TEXT} come before any merge."
-        )
+    if vocab_size <= BYTE_TOKENS:
+        raise InputError(f"vocab_size={vocab_size} is too small; the 256 bytes and {END_OF_TEXT} need at least 257.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,7 +99,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((ENDLESS_WORD.sub(" ", text) for text in _first(texts, BPE_TEXT)), trainer)
+    tokenizer.train_from_iterator((LONG_WORD.sub(" ", text) for text in _first(texts, BPE_TEXT)), trainer)
     return _with_end_of_text(tokenizer)
 
 
@@ -115,10 +111,10 @@ def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
             return
 
 
-def numbered_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Writes every token as its number, <17>: for token files whose own tokenizer is not at hand.
+def make_numbered_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that decodes each token to its id, <17>, for token files without their tokenizer.
 
-    The last entry is <|endoftext|>, where GPT-2 has it. Text that is no such number becomes <|endoftext|>.
+    The last id is <|endoftext|>, as in GPT-2. Other text is encoded as <|endoftext|>.
     """
     names = [f"<{number}>" for number in range(vocab_size - 1)] + [END_OF_TEXT]
     vocabulary = {name: number for number, name in enumerate(names)}
@@ -144,31 +140,31 @@ def prepare_tokenizer(
     training_texts: Callable[[], Iterator[str]],
     cache_dir: Path,
 ) -> str:
-    """A folder in the cache that `load_tokenizer` and, offline, `AutoTokenizer.from_pretrained` take.
+    """Return a folder in the cache that `load_tokenizer` and, offline, `AutoTokenizer.from_pretrained` can load.
 
-    A BPE is trained once for each data identity and size. A given tokenizer is copied there: one of the Hub is asked
-    for once, and a run can go on when the folder it came from is gone.
+    A BPE is trained once per data identity and size. A given tokenizer is copied to the cache: it is downloaded from
+    the Hub once, and a run can be resumed after its source folder was deleted.
 
     Raises:
-        InputError: the given tokenizer cannot be had, or there is no text to train on.
+        InputError: the given tokenizer cannot be loaded, or there is no text to train on.
     """
     if choice.kind == "pretrained":
-        return str(_copied_tokenizer(choice.source, cache_dir))
+        return str(_copy_tokenizer(choice.source, cache_dir))
 
     def build(folder: Path) -> dict[str, Any]:
         return _save(train_bpe(training_texts(), choice.vocab_size), folder)
 
     key = {"data": identity, "vocab_size": choice.vocab_size, "algorithm": "byte-level BPE 2"}
-    return str(prepared("tokenizers", name, key, build, cache_dir))
+    return str(get_or_build("tokenizers", name, key, build, cache_dir))
 
 
-def _copied_tokenizer(source: str, cache_dir: Path) -> Path:
-    if _tokenizer_folder(source) is None:
+def _copy_tokenizer(source: str, cache_dir: Path) -> Path:
+    if _find_tokenizer_folder(source) is None:
         name, key = source.replace("/", "--"), {"hub": source}
-        return prepared("tokenizers", name, key, lambda folder: _save(load_tokenizer(source), folder), cache_dir)
+        return get_or_build("tokenizers", name, key, lambda folder: _save(load_tokenizer(source), folder), cache_dir)
     tokenizer = load_tokenizer(source)
     key = {"tokenizer": tokenizer_hash(tokenizer)}
-    return prepared("tokenizers", "given", key, lambda folder: _save(tokenizer, folder), cache_dir)
+    return get_or_build("tokenizers", "given", key, lambda folder: _save(tokenizer, folder), cache_dir)
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
@@ -177,7 +173,7 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of everything that decides which ids a text gets; how it last padded or cut a batch does not count."""
+    """Return the SHA-256 of all that determines the ids of a text; padding and truncation settings do not count."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
@@ -185,7 +181,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def differing_tokens(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast, shown: int = 3) -> str:
-    """The first few tokens whose ids differ, as text for a message; empty when the two agree."""
+    """Return the first few tokens whose ids differ, as text for a message; empty if the vocabularies are equal."""
     ours, theirs = first.get_vocab(), second.get_vocab()
     if ours == theirs:
         return ""
@@ -193,17 +189,17 @@ def differing_tokens(first: PreTrainedTokenizerFast, second: PreTrainedTokenizer
     return ", ".join(f"{token!r}: {ours.get(token)} and {theirs.get(token)}" for token in different[:shown])
 
 
-def difference_in_words(folder: Path, tokenizer: PreTrainedTokenizerFast, shown: int = 3) -> str:
-    """How the tokenizer in a model folder numbers tokens differently, as a sentence with a line end before it.
+def describe_difference(folder: Path, tokenizer: PreTrainedTokenizerFast, shown: int = 3) -> str:
+    """Return a line of a message, with a line break before it, on ids that differ from a model folder's tokenizer.
 
-    Empty where the folder holds no tokenizer, or both agree.
+    It is empty if the folder has no tokenizer or the vocabularies are equal.
     """
     different = differing_tokens(load_tokenizer(str(folder)), tokenizer, shown) if has_tokenizer(folder) else ""
-    return f"\nThe two number tokens differently, for example {different}." if different else ""
+    return f"\nThe two tokenizers have different ids, for example {different}." if different else ""
 
 
 class TextEncoder:
-    """Token ids of texts, many at once on all cores. Text that spells a special token gets no special treatment."""
+    """Batched tokenizer on all cores. Text like <|endoftext|> is encoded as ordinary text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

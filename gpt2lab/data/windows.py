@@ -1,4 +1,4 @@
-"""Windows: one side of a corpus as the samples that an objective reads."""
+"""Windows: one side of a tokenized corpus as samples of an objective."""
 
 from dataclasses import dataclass, replace
 
@@ -15,10 +15,10 @@ from gpt2lab.data.token_file import TokenFile
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a token file, read by an objective; a sample's draw number is its own unless another is given.
+    """Windows of a token file, converted by an objective; without `keys` a window's random key is its number.
 
     Attributes:
-        documents: of the file; batches in file order, without draw numbers, then name each target's document group.
+        documents: document groups of the file; batches without `keys` (validation) then contain those of their targets.
     """
 
     file: TokenFile
@@ -28,34 +28,34 @@ class Windows:
     def __len__(self) -> int:
         return len(self.file)
 
-    def target_counts(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Number of targets in each of the windows numbered `rows` (B,)."""
+    def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Number of targets in each of the windows `rows` (B,)."""
         counts = self.file.target_counts(rows)
-        return self.objective.target_counts(counts, self.file.context, rows if draws is None else draws)
+        return self.objective.target_counts(counts, self.file.context, rows if keys is None else keys)
 
-    def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
-        """The windows numbered `rows` (B,) as a micro-batch of a step with `target_tokens` targets in all."""
+    def batch(self, rows: NDArray[np.int64], target_tokens: int, keys: NDArray[np.int64] | None = None) -> Batch:
+        """Return the windows `rows` (B,) as a micro-batch of a step with `target_tokens` targets in total."""
         plain = self.file.batch(rows, target_tokens)
-        batch = self.objective(plain, rows if draws is None else draws)
-        if self.documents is None or draws is not None:
+        batch = self.objective(plain, rows if keys is None else keys)
+        if self.documents is None or keys is not None:
             return batch
         is_masked, kept = self.objective.settings.kind.fills_masks, batch.labels != IGNORE_INDEX
         inputs = plain.input_ids if is_masked else batch.input_ids
-        groups = self.documents.of_targets(rows * self.file.context, inputs, kept, at_input=is_masked)
+        groups = self.documents.target_groups(rows * self.file.context, inputs, kept, at_input=is_masked)
         return replace(batch, documents=groups)
 
 
 class SlidingWindows(Dataset[Batch]):
-    """Windows that overlap, in batches: every token but the first is a target once, with a long context before it.
+    """Batches of overlapping windows: every token but the first is a target once, with a long context.
 
-    The first window scores all its targets, each further one its last `stride`, or what is left of the text.
+    The first window scores all its targets, each later one its last `stride`, or the rest of the text.
 
     Args:
-        tokens: (N,) of a text.
-        context: T, tokens of a window; the least a target sees, but for the first ones, is T − stride + 1.
+        tokens: (N,) tokens of a text.
+        context: T, tokens of a window; except in the first window, a target has at least T − stride + 1 tokens before.
         stride: 1 to T.
-        batch: windows of a batch.
-        documents: of the text, so that batches name each target's document group.
+        batch: windows per batch.
+        documents: document groups of the text; batches then contain those of their targets.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class SlidingWindows(Dataset[Batch]):
             raise IndexError(number)
         rows = np.arange(number * self.batch, min((number + 1) * self.batch, self.windows))
         last = len(self.tokens) - 1 - self.context
-        starts = np.minimum(rows * self.stride, last)  # (B,) the last window ends where the text does
+        starts = np.minimum(rows * self.stride, last)  # (B,) the last window ends with the text
         read = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)  # (B, T + 1)
         labels = torch.from_numpy(read[:, 1:].copy())
-        scored = np.minimum((rows - 1) * self.stride, last) + self.context - starts  # (B,) labels that were scored
+        scored = np.minimum((rows - 1) * self.stride, last) + self.context - starts  # (B,) scored by earlier windows
         scored[rows == 0] = 0
         labels[torch.from_numpy(np.arange(self.context) < scored[:, None])] = IGNORE_INDEX
         input_ids, kept = torch.from_numpy(read[:, :-1].copy()), labels != IGNORE_INDEX
-        groups = self.documents.of_targets(starts, input_ids, kept) if self.documents is not None else None
+        groups = self.documents.target_groups(starts, input_ids, kept) if self.documents is not None else None
         return Batch(input_ids, labels, int(kept.sum()), torch.from_numpy(rows), documents=groups)

@@ -52,7 +52,7 @@ class Writer:
             Sampling("written", temperature=self.temperature),
             max_new_tokens=self.max_new_tokens,
             end_of_text=self.end_of_text,
-            entries=self.entries,
+            vocab_size=self.entries,
             row_seeds=self._row_seeds(batch.indices, step),
         )
         return [

@@ -33,7 +33,7 @@ from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.settings import LossSettings, TeacherCacheSettings
 from gpt2lab.storage.atomic_files import flush
-from gpt2lab.system.device import exact_dtype
+from gpt2lab.system.device import widest_float
 
 LOGITS_AT_A_TIME = 2**24
 SAMPLES_OF_A_COMMIT = 256
@@ -242,7 +242,7 @@ def draws(probabilities: Tensor, n: int, numbers: NDArray[np.int64], seed: int) 
     shift is random, a pure function of (seed, number of the record). An entry is expected n · p times, as with
     independent draws, and the number of times it comes varies less: it is n · p rounded down or up.
     """
-    device, dtype = probabilities.device, exact_dtype(probabilities.device)
+    device, dtype = probabilities.device, widest_float(probabilities.device)
     shift = torch.from_numpy(uniforms(numbers, seed)).to(device, dtype)  # (C,)
     points = (torch.arange(n, device=device) + shift.unsqueeze(1)) / n  # (C, n)
     cumulated = probabilities.cumsum(1, dtype=dtype)

@@ -73,11 +73,11 @@ class TeacherText:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def target_counts(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Tokens that were written for each of the samples `rows`."""
         return np.memmap(self._lengths_file, "<i4", mode="r")[rows].astype(np.int64)
 
-    def batch(self, rows: NDArray[np.int64], target_tokens: int, draws: NDArray[np.int64] | None = None) -> Batch:
+    def batch(self, rows: NDArray[np.int64], target_tokens: int, keys: NDArray[np.int64] | None = None) -> Batch:
         """The samples `rows`, written before, as one micro-batch."""
         shape = (len(self), self.writer.max_new_tokens)
         ids = np.memmap(self._ids_file, self._token, mode="r", shape=shape)[rows]  # (B, max_new_tokens)

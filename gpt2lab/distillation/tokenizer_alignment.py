@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
-from gpt2lab.data.token_bytes import special_counterparts, spelled_bytes
+from gpt2lab.data.token_bytes import map_special_tokens, spell_tokens
 from gpt2lab.data.tokenizer import TextEncoder
 from gpt2lab.losses.aligned_teacher import AlignedText
 
@@ -44,10 +44,10 @@ class Alignment:
     def __init__(
         self, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, teacher_source: str, positions: int
     ) -> None:
-        self._spelled = spelled_bytes(student, "the student")
-        theirs = spelled_bytes(teacher, teacher_source)
+        self._spelled = spell_tokens(student, "the student")
+        theirs = spell_tokens(teacher, teacher_source)
         self._sizes, self._their_sizes = _sizes(self._spelled), _sizes(theirs)
-        self._specials = special_counterparts(teacher, student)
+        self._specials = map_special_tokens(teacher, student)
         number_of = {entry: number for number, entry in enumerate(theirs)}
         self._of_byte = [number_of[bytes([byte])] for byte in range(256)]
         self._encode = TextEncoder(teacher)

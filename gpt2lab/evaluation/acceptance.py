@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.settings import ModelShape
-from gpt2lab.storage.model_folder import multiplied_parameters
+from gpt2lab.storage.model_folder import matmul_parameter_count
 from gpt2lab.system.device import flops_per_token
 
 ACCEPTED, DRAW_VARIANCE = "accepted", "draw_variance"  # names of the sums
@@ -119,7 +119,7 @@ def cost_ratio(draft: ModelShape, target: ModelShape, length: int) -> float:
     model loses to launching its kernels is not counted.
     """
     costs = [
-        flops_per_token(multiplied_parameters(vars(shape)), shape.n_layer, shape.n_embd, length)
+        flops_per_token(matmul_parameter_count(vars(shape)), shape.n_layer, shape.n_embd, length)
         for shape in (draft, target)
     ]
     return costs[0] / costs[1]

@@ -1,4 +1,4 @@
-"""How fast a model writes, and in how much memory."""
+"""Decoding speed: tokens per second and memory of greedy decoding."""
 
 import statistics
 import time
@@ -14,19 +14,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.sampling import GREEDY, generate_ids
 from gpt2lab.system.device import peak_memory_bytes, synchronize
-from gpt2lab.system.malloc_tuning import give_back_freed_memory
+from gpt2lab.system.malloc_tuning import release_freed_memory
 
-ROUNDS, DRAWS = 5, 1000
+ROUNDS, RESAMPLES = 5, 1000
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class DecodingSpeed:
-    """Of greedy decoding; medians over the rounds, with the bootstrap's standard errors of these medians.
+    """Medians over the rounds of greedy decoding, with bootstrap standard errors of the medians.
 
     Attributes:
-        tokens_per_second: of all texts that are written together.
-        memory_bytes: of the weights, and what decoding takes beside them at the most; None where that is not known.
+        batch: number of texts generated together.
+        tokens_per_second: of the whole batch.
+        memory_bytes: weights plus peak of decoding; None if it cannot be measured.
     """
 
     batch: int
@@ -36,28 +37,30 @@ class DecodingSpeed:
     memory_standard_error: float | None
 
 
-def decoding_speed(
-    model: GPT2LMHeadModel, prompts: Sequence[Sequence[int]], *, tokens: int, end_of_text: int, entries: int
+def measure_decoding_speed(
+    model: GPT2LMHeadModel, prompts: Sequence[Sequence[int]], *, tokens: int, end_of_text: int, vocab_size: int
 ) -> DecodingSpeed:
-    """Continue prompts together, some times over.
+    """Measure the continuation of a batch of prompts; one warm-up round, then 5 rounds.
 
     Args:
-        tokens: written after each prompt, fewer where a text ends before.
-        entries: of the vocabulary that mean a token.
+        tokens: maximum number of new tokens per prompt.
+        vocab_size: number of tokens without padding of the vocabulary.
     """
     device, weights = model.device, sum(parameter.nbytes for parameter in model.parameters())
     rates, peaks = [], []
     for _ in range(ROUNDS + 1):
-        before = _start_of_peak(device)
+        before = _reset_peak(device)
         synchronize(device)
         started = time.perf_counter()
-        texts = generate_ids(model, prompts, GREEDY, max_new_tokens=tokens, end_of_text=end_of_text, entries=entries)
+        texts = generate_ids(
+            model, prompts, GREEDY, max_new_tokens=tokens, end_of_text=end_of_text, vocab_size=vocab_size
+        )
         synchronize(device)
-        written = sum(min(len(text) + 1, tokens) for text in texts)
-        rates.append(written / (time.perf_counter() - started))
+        generated = sum(min(len(text) + 1, tokens) for text in texts)
+        rates.append(generated / (time.perf_counter() - started))
         if before is not None:
             peaks.append(weights + max(peak_memory_bytes(device) - before, 0))
-    speed, error = median_with_error(rates[1:])  # the first one warms up
+    speed, error = median_with_error(rates[1:])  # without the warm-up round
     if not peaks:
         return DecodingSpeed(len(prompts), speed, error, None, None)
     memory, memory_error = median_with_error(peaks[1:])
@@ -65,45 +68,45 @@ def decoding_speed(
 
 
 def median_with_error(values: Sequence[float]) -> tuple[float, float]:
-    """(median, its standard error by the bootstrap over the values)."""
-    drawn = np.random.default_rng(0).choice(np.array(values, dtype=np.float64), (DRAWS, len(values)))
-    return statistics.median(values), float(np.median(drawn, axis=1).std())
+    """Return (median, its bootstrap standard error)."""
+    resampled = np.random.default_rng(0).choice(np.array(values, dtype=np.float64), (RESAMPLES, len(values)))
+    return statistics.median(values), float(np.median(resampled, axis=1).std())
 
 
-def _start_of_peak(device: torch.device) -> int | None:
-    """Let the peak count anew; returns the bytes in use, or None where that cannot be done."""
+def _reset_peak(device: torch.device) -> int | None:
+    """Reset the peak memory counter; return the bytes in use, or None if it cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif not CLEAR_REFS.exists():
         return None
     else:
-        give_back_freed_memory()
+        release_freed_memory()
         try:
-            CLEAR_REFS.write_text("5")  # VmHWM becomes what is resident now (man 5 proc)
+            CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident set (man 5 proc)
         except OSError:  # some containers forbid it
             return None
     return peak_memory_bytes(device)
 
 
 class StepTimes(BaseStreamer):
-    """When the tokens of plain decoding came."""
+    """Streamer that records the times of the tokens of plain decoding."""
 
     def __init__(self) -> None:
-        self.moments: list[float] = []
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """The first one is the prompt, the second comes after it was read."""
-        self.moments.append(time.perf_counter())
+        """Record the time of the prompt, then of each token."""
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to show."""
+        """Do nothing."""
 
     @property
     def tokens(self) -> int:
-        """Written after the prompt, an end-of-text among them."""
-        return len(self.moments) - 1
+        """Number of new tokens, including an end-of-text."""
+        return len(self.times) - 1
 
     def mean(self) -> float:
-        """Seconds between tokens; where there is only one, what that took."""
-        first = 1 if len(self.moments) > 2 else 0
-        return (self.moments[-1] - self.moments[first]) / (self.tokens - first)
+        """Mean seconds between tokens; with a single token the seconds since the prompt."""
+        first = 1 if len(self.times) > 2 else 0
+        return (self.times[-1] - self.times[first]) / (self.tokens - first)

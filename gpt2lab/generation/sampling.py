@@ -1,4 +1,4 @@
-"""Text from a model: greedy, top-k and nucleus sampling on prompts of different lengths."""
+"""Text generation: greedy decoding, sampling and beam search for prompts of different lengths."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,19 +25,19 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.model.attention_masks import as_mask
+from gpt2lab.model.attention_masks import format_mask
 
-COLDEST = 1e-3  # below this temperature nothing but the likeliest token is left, and logits overflow
+MIN_TEMPERATURE = 1e-3  # decoding is greedy below it; logits would overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedily below temperature 0.001, by beam search where there are several beams.
+    """Sampling parameters; greedy below temperature 0.001, beam search with several beams.
 
     Attributes:
-        top_k, top_p, min_p, typical_p: which tokens are left in; 0, 1, 0 and 1 leave all.
-        repetition_penalty: above 1 tokens that are there already become less likely.
-        no_repeat_ngram: so many tokens in a row are never written twice; 0: no limit.
+        top_k, top_p, min_p, typical_p: filters on the tokens; 0, 1, 0 and 1 disable them.
+        repetition_penalty: above 1 makes tokens that occur in the text less likely.
+        no_repeat_ngram: size of n-grams that never occur twice; 0: no limit.
     """
 
     name: str
@@ -52,19 +52,19 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing is drawn."""
-        return self.temperature < COLDEST or self.beams > 1
+        """Whether decoding is deterministic."""
+        return self.temperature < MIN_TEMPERATURE or self.beams > 1
 
     @property
-    def looks_back(self) -> bool:
-        """Whether a token's chances depend on which tokens are there, beyond what the model makes of them."""
+    def uses_history(self) -> bool:
+        """Whether the logits processors depend on the tokens before."""
         return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
 
     def processors(self, padding: Tensor | None = None) -> LogitsProcessorList:
-        """What turns logits into those that are drawn from, in the order of `transformers`' generate.
+        """Return the logits processors, in the order of `transformers`' generate.
 
         Args:
-            padding: (B,) how many tokens at each row's left are no text; None: none.
+            padding: (B,) number of padding tokens at the left of each row; None: no padding.
         """
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1:
@@ -89,7 +89,7 @@ class Sampling:
 GREEDY = Sampling("greedy", temperature=0.0)
 TOP_K = Sampling("top_k", temperature=0.8, top_k=50)
 NUCLEUS = Sampling("nucleus", temperature=0.9, top_p=0.95)
-FILL = Sampling("fill", temperature=0.0)  # of gaps, objective mlm
+FILL = Sampling("fill", temperature=0.0)  # filling gaps, objective mlm
 
 
 @torch.inference_mode()
@@ -102,61 +102,66 @@ def generate_ids(
     end_of_text: int,
     seed: int = 0,
     row_seeds: Sequence[int] | None = None,
-    entries: int | None = None,
-    both_ways: bool = False,
+    vocab_size: int | None = None,
+    bidirectional: bool = False,
     streamer: BaseStreamer | None = None,
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
-    """New token ids for each prompt, up to and without `end_of_text`. The global random state is left as it was.
+    """Generate token ids after each prompt, up to and without `end_of_text`.
 
-    With `row_seeds`, one for each prompt, a prompt's completion does not depend on those beside it; then `seed`, top_k
-    and top_p are not read. Of a vocabulary padded with entries that mean no token only the first `entries` are written.
-
-    Prompts are padded on the left and masked, so a batch gives what each prompt alone would give. A prompt keeps its
-    last tokens where prompt and completion together exceed the model's positions. An empty one starts at end_of_text.
-    With `both_ways` the tokens of a prompt, but for its last, see each other both ways (objective prefix_lm).
+    Prompts are padded on the left and masked, so a batch gives the same as each prompt alone. A prompt is truncated on
+    the left if prompt and completion exceed the model's positions. An empty one starts with end_of_text. The global
+    random state is restored.
 
     Args:
-        streamer: is given the tokens of one prompt as they come.
-        stop: texts that end a completion, which holds them; needs the tokenizer.
+        row_seeds: a seed for each prompt, so that its completion does not depend on the batch; then `seed`, top_k and
+            top_p are ignored.
+        vocab_size: number of tokens without padding of the vocabulary; None: all.
+        bidirectional: whether attention within a prompt, except its last token, is bidirectional (prefix_lm).
+        streamer: receives the tokens of a single prompt as they are generated.
+        stop: strings that end a completion and remain in it; requires the tokenizer.
     """
-    room = model.config.n_positions - max_new_tokens
-    if room < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in {model.config.n_positions} positions.")
-    cut = [list(prompt)[-room:] or [end_of_text] for prompt in prompts]
-    longest = max(len(prompt) for prompt in cut)
+    longest_prompt = model.config.n_positions - max_new_tokens
+    if longest_prompt < 1:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no position for a prompt; the model has "
+            f"{model.config.n_positions}. Lower max_new_tokens."
+        )
+    truncated = [list(prompt)[-longest_prompt:] or [end_of_text] for prompt in prompts]
+    longest = max(len(prompt) for prompt in truncated)
     device = model.transformer.wte.weight.device
-    padding = torch.tensor([longest - len(prompt) for prompt in cut], device=device)  # (B,)
-    ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in cut], device=device)  # (B, longest)
-    stops = stopping(stop, tokenizer)
+    padding = torch.tensor([longest - len(prompt) for prompt in truncated], device=device)  # (B,)
+    ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in truncated], device=device)  # (B, longest)
+    stops = stopping_criteria(stop, tokenizer)
     processors = sampling.processors(padding)
-    draws = not sampling.is_greedy
-    if row_seeds is not None and draws:
-        processors, draws = LogitsProcessorList([RowwiseSampling(sampling.temperature, row_seeds, device)]), False
-    entries = entries or model.config.vocab_size
-    with writing(model, seed=seed):
+    do_sample = not sampling.is_greedy
+    if row_seeds is not None and do_sample:
+        processors, do_sample = LogitsProcessorList([RowwiseSampling(sampling.temperature, row_seeds, device)]), False
+    vocab_size = vocab_size or model.config.vocab_size
+    with generation_mode(model, seed=seed):
         if sampling.beams > 1:
-            written = _search(model, ids, padding, sampling, stops, max_new_tokens, end_of_text, entries, both_ways)
+            ids = _beam_search(
+                model, ids, padding, sampling, stops, max_new_tokens, end_of_text, vocab_size, bidirectional
+            )
         else:
             decoder = Decoder(model, longest + max_new_tokens, padding)
-            if both_ways and longest > 1:
-                decoder.read(ids[:, :-1], both_ways=True)
-            written = _write(
-                decoder, ids, Choice(processors, entries, draws), stops, max_new_tokens, end_of_text, streamer
-            )
-    completions = written[:, longest:].tolist()
-    return [ids[: ids.index(end_of_text)] if end_of_text in ids else ids for ids in completions]
+            if bidirectional and longest > 1:
+                decoder.read(ids[:, :-1], bidirectional=True)
+            choice = TokenChoice(processors, vocab_size, do_sample)
+            ids = _generate(decoder, ids, choice, stops, max_new_tokens, end_of_text, streamer)
+    completions = ids[:, longest:].tolist()
+    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in completions]
 
 
-def stopping(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> StoppingCriteriaList:
-    """What tells of texts (B, S) whether their last token completes one of the texts that end a completion."""
+def stopping_criteria(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> StoppingCriteriaList:
+    """Return the criteria that end a text whose last token completes one of the stop strings."""
     return StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))] if stop else [])
 
 
 @contextmanager
-def writing(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
-    """In this context the models are in eval mode and random numbers follow from the seed; then all is as it was."""
+def generation_mode(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
+    """Put the models in eval mode and seed the random state; restore both at the end of the context."""
     device = models[0].transformer.wte.weight.device
     were_training = [model.training for model in models]
     for model in models:
@@ -171,35 +176,34 @@ def writing(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a token is chosen from logits, of which the first `entries` count."""
+class TokenChoice:
+    """Choice of a token from the first `vocab_size` logits."""
 
     processors: LogitsProcessorList
-    entries: int
-    draws: bool
+    vocab_size: int
+    do_sample: bool
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """Logits (B, V) after the tokens (B, S) → those (B, entries) that count."""
-        return self.processors(ids, logits[:, : self.entries].float())
+        """Process the logits (B, V) after the tokens (B, S): (B, vocab_size)."""
+        return self.processors(ids, logits[:, : self.vocab_size].float())
 
     def tokens(self, scores: Tensor) -> Tensor:
-        """(B, entries) → (B, 1)."""
-        return scores.softmax(1).multinomial(1) if self.draws else scores.argmax(1, keepdim=True)
+        """Choose tokens (B, 1) from scores (B, vocab_size)."""
+        return scores.softmax(1).multinomial(1) if self.do_sample else scores.argmax(1, keepdim=True)
 
 
-def _write(
+def _generate(
     decoder: Decoder,
     ids: Tensor,
-    choice: Choice,
+    choice: TokenChoice,
     stops: StoppingCriteriaList,
     max_new_tokens: int,
     end_of_text: int,
     streamer: BaseStreamer | None,
 ) -> Tensor:
-    """Prompts (B, L) and what follows them, (B, L + new); after a row's end there is end_of_text.
+    """Extend prompts (B, L) to (B, L + new); a finished row is filled with end_of_text.
 
-    It is `transformers`' generate reduced to what is asked of it here, because that spends 0.2 to 0.3 ms on every
-    token, as long as model nano computes.
+    `transformers`' generate has an overhead of 0.2 to 0.3 ms per token, as long as a step of model nano.
     """
     open_rows = torch.ones_like(ids[:, :1], dtype=torch.bool)  # (B, 1)
     longest = ids.shape[1] + max_new_tokens
@@ -221,7 +225,7 @@ def _write(
     return ids
 
 
-def _search(
+def _beam_search(
     model: GPT2LMHeadModel,
     ids: Tensor,
     padding: Tensor,
@@ -229,16 +233,16 @@ def _search(
     stops: StoppingCriteriaList,
     max_new_tokens: int,
     end_of_text: int,
-    entries: int,
-    both_ways: bool,
+    vocab_size: int,
+    bidirectional: bool,
 ) -> Tensor:
-    """As `_write`, by the beam search of `transformers`."""
+    """Extend prompts as `_generate` does, with the beam search of `transformers`."""
     mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()  # (B, L)
     cache = None
-    if both_ways and ids.shape[1] > 1:
-        cache = _read_both_ways(model, ids[:, :-1], mask[:, :-1])
+    if bidirectional and ids.shape[1] > 1:
+        cache = _prefill_bidirectional(model, ids[:, :-1], mask[:, :-1])
         cache.batch_repeat_interleave(sampling.beams)
-    with torch.compiler.set_stance("force_eager"):  # every token is another length, for which blocks would be compiled
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks would be recompiled for every length
         return model.generate(
             ids,
             attention_mask=mask,
@@ -249,28 +253,27 @@ def _search(
             do_sample=False,
             num_beams=sampling.beams,
             past_key_values=cache,
-            suppress_tokens=list(range(entries, model.config.vocab_size)) or None,
+            suppress_tokens=list(range(vocab_size, model.config.vocab_size)) or None,
             logits_processor=sampling.processors(padding.repeat_interleave(sampling.beams)),
             stopping_criteria=stops,
         )
 
 
-def _read_both_ways(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) -> Cache:
-    """Keys and values of prompts (B, L), padded on the left as the mask (B, L) says."""
-    length = ids.shape[1]
-    itself = torch.eye(length, dtype=torch.bool, device=ids.device)  # padding too must see something
-    seen = mask.bool()[:, None, None, :] | itself  # (B, 1, L, L)
+def _prefill_bidirectional(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) -> Cache:
+    """Return the key-value cache of left-padded prompts (B, L) with their mask (B, L)."""
+    diagonal = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # padding attends to itself
+    mask_4d = mask.bool()[:, None, None, :] | diagonal  # (B, 1, L, L)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    mask_4d = as_mask(seen, model.config._attn_implementation, model.dtype)
+    mask_4d = format_mask(mask_4d, model.config._attn_implementation, model.dtype)
     out = model.transformer(ids, attention_mask=mask_4d, position_ids=positions, use_cache=True)
     return out.past_key_values
 
 
 class NoRepeatedNGram(NoRepeatNGramLogitsProcessor):
-    """Bans tokens that would repeat some in a row; that of `transformers` takes padding for text that is there.
+    """Logits processor that bans repeated n-grams; unlike that of `transformers` it ignores padding.
 
     Args:
-        padding: (B,) how many tokens at each row's left are no text; None: none.
+        padding: (B,) number of padding tokens at the left of each row; None: no padding.
     """
 
     def __init__(self, size: int, padding: Tensor | None) -> None:
@@ -278,15 +281,15 @@ class NoRepeatedNGram(NoRepeatNGramLogitsProcessor):
         self.padding = padding
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) after the tokens (B, S) → those with −inf where a token is banned."""
+        """Set banned tokens of the logits (B, V) after the tokens (B, S) to −inf."""
         if self.padding is not None:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            input_ids = input_ids.masked_fill(places < self.padding[:, None], scores.shape[1])  # no token
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            input_ids = input_ids.masked_fill(positions < self.padding[:, None], scores.shape[1])  # an unused id
         return super().__call__(input_ids, scores)
 
 
 class RowwiseSampling(LogitsProcessor):
-    """Makes the likeliest token a draw from softmax(logits / temperature), each row with its own generator.
+    """Logits processor whose argmax is a sample from softmax(logits / temperature), each row with its own generator.
 
     Source: the Gumbel-max trick; −log of an exponential variate is a Gumbel variate.
     """
@@ -296,7 +299,7 @@ class RowwiseSampling(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in row_seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) → what argmax is taken of."""
+        """Add Gumbel noise to the scaled logits (B, V)."""
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)

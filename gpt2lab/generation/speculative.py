@@ -1,24 +1,21 @@
-"""Speculative decoding, measured: a draft model proposes tokens, the target looks at several in one call.
+"""Speculative decoding with measurements: a draft model proposes tokens, the target verifies several in one call.
 
-What comes out is distributed as the target alone would write, for whatever the draft proposes: a draft x is kept with
-probability min(1, p(x) / q(x)), and the first that is not is replaced by a draw from the positive part of p − q. Greedy
-decoding keeps what the target itself would choose. Both are so up to rounding: looking at several tokens in one call
-adds numbers in another order than looking at one, which can decide between tokens that are as good as equally likely.
+The output has the target's distribution, whatever the draft model proposes: a drafted token x is accepted with
+probability min(1, p(x) / q(x)), and the first rejected one is replaced by a sample from the positive part of p − q.
+Greedy decoding accepts the target's argmax. Both hold up to rounding: a call on several tokens sums in another order
+than a call on one, which can decide between nearly equal probabilities.
 
-How long a draft is: it goes on while more tokens are expected to bring more for their cost than the draft has brought
-so far, the target's own token and its cost included (`DraftLength`). Expected is what came of earlier drafts of which
-the draft model was as sure. Costs in this decision are estimates from the models' sizes, not times, lest the text
-depend on the machine's load: with the same seed it is the same.
+The draft length is adaptive (`DraftLength`). Its costs are estimated from the models' sizes, not timed, so that the
+text for a seed does not depend on the machine's load.
 
-What the speed-up should be is Leviathan's formula with what was counted and timed in this very run: tokens for each of
-the target's calls ÷ (v + c · drafts for each call). c is the time of a draft's step, choosing a token included, over
-that of a step of plain decoding; v is the same of the target's call that looks at a draft and one token more. The paper
-takes v as 1, which holds where reading the weights takes longer than computing with them. In bf16 it nearly does on a
-CPU that multiplies bf16 (1.05), in fp32 less so: 1.16 with two drafts (docs/tasks.md). Both predictions are reported.
-Reading the prompt, accepting and bookkeeping are in neither.
+The predicted speed-up is Leviathan's formula with counts and times of this run: tokens per target call ÷ (v + c ·
+drafted tokens per call). c is the time of a draft step over that of a plain decoding step, both including the choice of
+the token; v is the same for the target's verification call. The paper assumes v = 1, which holds if memory bandwidth
+limits the call. v is 1.05 in bf16 on a CPU with bf16 products, and 1.16 in fp32 with two drafted tokens
+(docs/measurements/decoding.md). Both predictions are reported; neither includes prefill, acceptance and bookkeeping.
 
-The loop is our own: assisted generation in `transformers` calls the draft model's whole generate for every draft, which
-takes 1.6 to 1.9 times as long with its defaults, and tuned no less (docs/tasks.md; benchmarks/benchmark_decoding.py).
+Assisted generation in `transformers` takes 1.6 to 1.9 times as long with its defaults, and tuned no less, because it
+calls the draft model's whole generate for every draft (docs/measurements/decoding.md).
 
 Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192).
 """
@@ -36,49 +33,47 @@ from gpt2lab.evaluation.acceptance import MOST_DRAFTS, cost_ratio, is_kept
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.generation.decoding_speed import StepTimes
 from gpt2lab.generation.draft_length import DraftLength
-from gpt2lab.generation.sampling import Choice, Sampling, generate_ids, stopping, writing
-from gpt2lab.model.backbone import shape_of
+from gpt2lab.generation.sampling import Sampling, TokenChoice, generate_ids, generation_mode, stopping_criteria
+from gpt2lab.model.backbone import shape_from_config
 from gpt2lab.system.device import synchronize
 
-# Cost of a target's look at 1, 2, … tokens, in its steps. On a CPU a product of matrices costs little more with two or
-# three rows than with one, and with four it costs twice as much, since then the weights are copied first: model small
-# on one thread 1.12, 1.21, 1.96, 2.03, 2.14, 2.44, … (mini, distil alike; micro, which caches hold, 1.06, 1.14, 1.42).
-LOOKS_ON_CPU = (1.0, 1.1, 1.2, *(1.5 + 0.13 * rows for rows in range(4, MOST_DRAFTS + 2)))
-# In bf16, on a CPU that multiplies it, a product with eight rows takes hardly longer than with one: 1.06, 1.05, 1.09,
-# 1.06, 1.01, …, 1.14 (small, two threads).
-LOOKS_ON_CPU_BF16 = (1.0, *(1.05 + 0.01 * rows for rows in range(MOST_DRAFTS)))
-LOOKS_ELSEWHERE = tuple(1 + 0.15 * more for more in range(MOST_DRAFTS + 1))
+# Cost of verifying 1, 2, … tokens in one call, in target steps. On a CPU a matrix product with two or three rows costs
+# little more than with one; from four rows on the weights are copied first, which doubles the cost. Measured on one
+# thread: small 1.12, 1.21, 1.96, 2.03, 2.14, 2.44, … (mini and distil similar; micro, which fits caches, 1.06, 1.14,
+# 1.42).
+VERIFY_COSTS_CPU = (1.0, 1.1, 1.2, *(1.5 + 0.13 * rows for rows in range(4, MOST_DRAFTS + 2)))
+# In bf16, on a CPU with bf16 products, eight rows cost hardly more than one: 1.06, 1.05, 1.09, 1.06, 1.01, …, 1.14
+# (small, two threads).
+VERIFY_COSTS_CPU_BF16 = (1.0, *(1.05 + 0.01 * rows for rows in range(MOST_DRAFTS)))
+VERIFY_COSTS_GPU = tuple(1 + 0.15 * more for more in range(MOST_DRAFTS + 1))
 
 
 @dataclass(frozen=True)
 class Round:
-    """One draft and the target's look at it: how many tokens were drafted, kept of these, and written in all.
-
-    Seconds are those of drawing up the draft and of the target's call.
-    """
+    """One draft and its verification: numbers of drafted, accepted and generated tokens, and the seconds of both."""
 
     drafted: int
     kept: int
-    written: int
+    generated: int
     draft_seconds: float
-    look_seconds: float
+    verify_seconds: float
 
 
 @dataclass(frozen=True)
 class Speculated:
-    """One prompt continued twice, with a draft model and without.
+    """One prompt continued with a draft model and without.
 
     Attributes:
-        ids: what was written with it.
-        plain_ids: what was written without it; the same where decoding is greedy, but for rounding.
-        tokens, plain_tokens: written, an end-of-text among them.
-        calls: of the target, the first one, which reads the prompt, among them.
-        drafted: tokens that were proposed.
-        kept: of these.
-        seconds, plain_seconds: of the two.
-        cost_ratio: time of a draft's step over that of a step of plain decoding, choosing a token included; means
-            without the first ones, which read the prompt.
-        look_ratio: time of a target's call that looks at a draft over that of a step of plain decoding.
+        ids: tokens with the draft model.
+        plain_ids: tokens without it; with greedy decoding the same up to rounding.
+        tokens, plain_tokens: number of new tokens, including an end-of-text.
+        calls: number of target calls, including prefill.
+        drafted: number of proposed tokens.
+        kept: number of accepted ones.
+        seconds, plain_seconds: total times.
+        cost_ratio: time of a draft step over that of a plain decoding step, both with the choice of the token; means
+            without the first ones, which include prefill.
+        look_ratio: time of a verification call over that of a plain decoding step.
     """
 
     ids: list[int]
@@ -95,31 +90,31 @@ class Speculated:
 
     @property
     def tokens_per_call(self) -> float:
-        """New tokens for each of the target's calls."""
+        """New tokens per target call."""
         return self.tokens / self.calls
 
     @property
     def acceptance(self) -> float:
-        """Share of the proposed tokens that were kept."""
+        """Share of the drafted tokens that were accepted."""
         return self.kept / max(self.drafted, 1)
 
     @property
     def speedup(self) -> float:
-        """Measured, per token."""
+        """Measured speed-up per token."""
         return (self.plain_seconds / self.plain_tokens) / (self.seconds / self.tokens)
 
     @property
     def predicted_speedup(self) -> float:
-        """What tokens per call imply, with what a draft and a look at it cost."""
+        """Speed-up predicted from tokens per call, draft cost and verification cost."""
         return self.tokens_per_call / (self.look_ratio + self.cost_ratio * self.drafted / self.calls)
 
     @property
     def predicted_with_free_looks(self) -> float:
-        """The same where a look at several tokens costs what one on one token does, as the paper has it."""
+        """Predicted speed-up ignoring verification cost (v = 1), as in the paper."""
         return self.tokens_per_call / (1 + self.cost_ratio * self.drafted / self.calls)
 
     def figures(self) -> dict[str, float]:
-        """By name, for JSON."""
+        """Return the measurements by name, for JSON."""
         return {
             "acceptance": self.acceptance,
             "tokens_per_call": self.tokens_per_call,
@@ -140,7 +135,7 @@ def speculate(
     *,
     max_new_tokens: int,
     end_of_text: int,
-    entries: int,
+    vocab_size: int,
     seed: int = 0,
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -148,14 +143,17 @@ def speculate(
     """Continue one prompt without the draft model and with it.
 
     Args:
-        draft: with the target's tokens, on the target's device.
-        entries: of the vocabulary that mean a token.
-        stop: texts that end a completion, which holds them; needs the tokenizer.
+        draft: model with the target's tokenizer, on the target's device.
+        vocab_size: number of tokens without padding of the vocabulary.
+        stop: strings that end a completion and remain in it; requires the tokenizer.
     """
-    room = min(target.config.n_positions, draft.config.n_positions) - max_new_tokens
-    if room < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the positions of both models.")
-    prompt = list(prompt)[-room:]  # the same for both
+    positions = min(target.config.n_positions, draft.config.n_positions)
+    if max_new_tokens >= positions:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no position for a prompt; the smaller model has {positions}. "
+            "Lower max_new_tokens."
+        )
+    prompt = list(prompt)[max_new_tokens - positions :]  # the same for both
     steps, device = StepTimes(), target.transformer.wte.weight.device
     started = time.perf_counter()
     (plain_ids,) = generate_ids(
@@ -164,7 +162,7 @@ def speculate(
         sampling,
         max_new_tokens=max_new_tokens,
         end_of_text=end_of_text,
-        entries=entries,
+        vocab_size=vocab_size,
         seed=seed,
         streamer=steps,
         stop=stop,
@@ -179,7 +177,7 @@ def speculate(
         sampling,
         max_new_tokens=max_new_tokens,
         end_of_text=end_of_text,
-        entries=entries,
+        vocab_size=vocab_size,
         seed=seed,
         stop=stop,
         tokenizer=tokenizer,
@@ -187,13 +185,13 @@ def speculate(
     synchronize(device)
     seconds, plain_seconds = time.perf_counter() - between, between - started
     drafted = sum(one.drafted for one in rounds)
-    settled = rounds[1:] or rounds
+    timed = rounds[1:] or rounds  # the first round includes prefill
     step = steps.mean()
-    cost = sum(one.draft_seconds for one in settled) / max(sum(one.drafted for one in settled), 1) / step
-    look = sum(one.look_seconds for one in settled) / len(settled) / step
-    tokens, kept = sum(one.written for one in rounds), sum(one.kept for one in rounds)
+    cost = sum(one.draft_seconds for one in timed) / max(sum(one.drafted for one in timed), 1) / step
+    verify = sum(one.verify_seconds for one in timed) / len(timed) / step
+    tokens, kept = sum(one.generated for one in rounds), sum(one.kept for one in rounds)
     counts = (tokens, steps.tokens, len(rounds), drafted, kept)
-    return Speculated(ids, plain_ids, *counts, seconds, plain_seconds, cost, look)
+    return Speculated(ids, plain_ids, *counts, seconds, plain_seconds, cost, verify)
 
 
 @torch.inference_mode()
@@ -205,109 +203,110 @@ def speculative_ids(
     *,
     max_new_tokens: int,
     end_of_text: int,
-    entries: int,
+    vocab_size: int,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[int], list[Round]]:
-    """New token ids after the prompt, up to and without `end_of_text`, and how they came about.
+    """Return (new token ids up to and without `end_of_text`, rounds).
 
     Args:
-        prompt: with room for `max_new_tokens` in the positions of both models.
-        streamer: is given the prompt, then what each of the target's calls has settled.
-        stop: texts that end a completion, which holds them; needs the tokenizer.
+        prompt: at most n_positions − `max_new_tokens` tokens for both models.
+        streamer: receives the prompt, then the tokens of each round.
+        stop: strings that end a completion and remain in it; requires the tokenizer.
     """
     device = target.transformer.wte.weight.device
     ids = torch.tensor([list(prompt) or [end_of_text]], device=device)  # (1, L)
-    given, whole = ids.shape[1], ids.shape[1] + max_new_tokens
-    choice = Choice(sampling.processors(), entries, draws=not sampling.is_greedy)
-    step_cost = cost_ratio(shape_of(draft.config), shape_of(target.config), whole)
-    length = DraftLength(step_cost, look_costs(device, target.dtype))
-    stops, ended, rounds = stopping(stop, tokenizer), False, list[Round]()
+    prompt_length, max_length = ids.shape[1], ids.shape[1] + max_new_tokens
+    choice = TokenChoice(sampling.processors(), vocab_size, do_sample=not sampling.is_greedy)
+    step_cost = cost_ratio(shape_from_config(draft.config), shape_from_config(target.config), max_length)
+    length = DraftLength(step_cost, verification_costs(device, target.dtype))
+    stops, ended, rounds = stopping_criteria(stop, tokenizer), False, list[Round]()
     if streamer is not None:
         streamer.put(ids.cpu())
-    with writing(target, draft, seed=seed):
-        reader, drafter = Decoder(target, whole), Decoder(draft, whole)
-        while ids.shape[1] < whole and not ended:
+    with generation_mode(target, draft, seed=seed):
+        verifier, drafter = Decoder(target, max_length), Decoder(draft, max_length)
+        while ids.shape[1] < max_length and not ended:
             started, before = time.perf_counter(), ids.shape[1]
-            text, draft_scores = _draft(drafter, ids, choice, length, whole - before - 1)
+            text, draft_scores = _draft(drafter, ids, choice, length, max_length - before - 1)
             drafted = text.shape[1] - before
             between = time.perf_counter()
-            logits = reader.read(text[:, reader.length :], last=drafted + 1)[0]  # (drafted + 1, V)
+            logits = verifier.read(text[:, verifier.length :], last=drafted + 1)[0]  # (drafted + 1, V)
             synchronize(device)
-            looked = time.perf_counter()
-            scores = _scores(choice, text, logits, sampling.looks_back)
-            kept, following = accept(text[0, before:], draft_scores, scores, choice.draws)
-            length.learn(kept)
-            settled = torch.cat([text[:, : before + kept], following], 1)
-            count, ended = _until_end(settled, before, end_of_text, stops)
-            ids = settled[:, : before + count]
-            rounds.append(Round(drafted, min(kept, count), count, between - started, looked - between))
+            verified = time.perf_counter()
+            scores = _scores(choice, text, logits, sampling.uses_history)
+            kept, following = accept(text[0, before:], draft_scores, scores, choice.do_sample)
+            length.update(kept)
+            text = torch.cat([text[:, : before + kept], following], 1)
+            count, ended = _until_end(text, before, end_of_text, stops)
+            ids = text[:, : before + count]
+            rounds.append(Round(drafted, min(kept, count), count, between - started, verified - between))
             if streamer is not None:
                 streamer.put(ids[0, before:].cpu())
-            for decoder in (reader, drafter):
-                decoder.forget(ids.shape[1] - 1)
+            for decoder in (verifier, drafter):
+                decoder.truncate(ids.shape[1] - 1)
     if streamer is not None:
         streamer.end()
-    written = ids[0, given:].tolist()
-    return written[: written.index(end_of_text)] if end_of_text in written else written, rounds
+    generated = ids[0, prompt_length:].tolist()
+    return generated[: generated.index(end_of_text)] if end_of_text in generated else generated, rounds
 
 
 def _until_end(text: Tensor, before: int, end_of_text: int, stops: StoppingCriteriaList) -> tuple[int, bool]:
-    """How many tokens after the first `before` of a text (1, S) belong to it, and whether the last of these ends it."""
+    """Return (number of tokens of a text (1, S) after the first `before` up to its end, whether it has ended)."""
     for count, token in enumerate(text[0, before:].tolist(), 1):
         if token == end_of_text or (stops and stops(text[:, : before + count], text).item()):
             return count, True
     return text.shape[1] - before, False
 
 
-def look_costs(device: torch.device, dtype: torch.dtype) -> Sequence[float]:
-    """Of a look at 1, 2, … tokens, in steps of the target."""
+def verification_costs(device: torch.device, dtype: torch.dtype) -> Sequence[float]:
+    """Relative cost of verifying 1, 2, … tokens in one call (1.0 = one target step)."""
     if device.type != "cpu":
-        return LOOKS_ELSEWHERE
-    return LOOKS_ON_CPU_BF16 if dtype == torch.bfloat16 else LOOKS_ON_CPU
+        return VERIFY_COSTS_GPU
+    return VERIFY_COSTS_CPU_BF16 if dtype == torch.bfloat16 else VERIFY_COSTS_CPU
 
 
-def accept(drafts: Tensor, draft_scores: Tensor, scores: Tensor, draws: bool) -> tuple[int, Tensor]:
-    """How many drafts (K,) are kept, and the token (1, 1) that follows them.
+def accept(drafts: Tensor, draft_scores: Tensor, scores: Tensor, do_sample: bool) -> tuple[int, Tensor]:
+    """Return (number of accepted drafts, token (1, 1) that follows them).
 
     Args:
-        draft_scores: (K, V) logits that the drafts were chosen from.
-        scores: (K + 1, V) the target's at the same places and the next.
-        draws: whether tokens are drawn, or are the likeliest.
+        drafts: (K,) drafted tokens.
+        draft_scores: (K, V) processed logits of the draft model.
+        scores: (K + 1, V) processed logits of the target at the same positions and the next.
+        do_sample: whether tokens are sampled, or the argmax.
     """
-    if not draws:
-        likeliest = scores.argmax(1)
-        kept = int((likeliest[:-1] == drafts).cumprod(0).sum())
-        return kept, likeliest[None, kept : kept + 1]
+    if not do_sample:
+        top = scores.argmax(1)
+        kept = int((top[:-1] == drafts).cumprod(0).sum())
+        return kept, top[None, kept : kept + 1]
     log_p, log_q = scores.log_softmax(1), draft_scores.log_softmax(1)
-    places = drafts[:, None]
-    passes = is_kept(log_p[:-1].gather(1, places), log_q.gather(1, places), torch.rand_like(log_q[:, :1]))  # (K, 1)
+    index = drafts[:, None]
+    passes = is_kept(log_p[:-1].gather(1, index), log_q.gather(1, index), torch.rand_like(log_q[:, :1]))  # (K, 1)
     kept = int(passes.cumprod(0).sum())
-    rest = log_p[kept].exp()  # (V,)
+    p = log_p[kept].exp()  # (V,)
     if kept < len(drafts):
-        missing = (rest - log_q[kept].exp()).clamp_min(0)
-        rest = missing if missing.any() else rest  # nothing is missing where both are equal but for rounding
-    return kept, rest.multinomial(1)[None]
+        residual = (p - log_q[kept].exp()).clamp_min(0)
+        p = residual if residual.any() else p  # zero if both distributions are equal up to rounding
+    return kept, p.multinomial(1)[None]
 
 
-def _draft(drafter: Decoder, ids: Tensor, choice: Choice, length: DraftLength, most: int) -> tuple[Tensor, Tensor]:
-    """The text (1, S) with up to `most` tokens after it, and the scores (K, V) that these were chosen from."""
-    rows = [torch.empty(0, choice.entries, device=ids.device)]
+def _draft(drafter: Decoder, ids: Tensor, choice: TokenChoice, length: DraftLength, most: int) -> tuple[Tensor, Tensor]:
+    """Return (text (1, S) with up to `most` drafted tokens, their scores (K, V))."""
+    rows = [torch.empty(0, choice.vocab_size, device=ids.device)]
     for number in range(1, min(most, MOST_DRAFTS) + 1):
         scores = choice.scores(ids, drafter.read(ids[:, drafter.length :])[:, -1])  # (1, V)
         ids = torch.cat([ids, choice.tokens(scores)], 1)
         rows.append(scores)
         largest = (scores.amax(1) - scores.logsumexp(1)).exp().item()
-        if not length.goes_on(largest) or number == most:
+        if not length.should_continue(largest) or number == most:
             break
     return ids, torch.cat(rows)
 
 
-def _scores(choice: Choice, text: Tensor, logits: Tensor, looks_back: bool) -> Tensor:
-    """The target's scores (K + 1, V) from its logits after each of the last K tokens and the one before them."""
-    if not looks_back:
+def _scores(choice: TokenChoice, text: Tensor, logits: Tensor, uses_history: bool) -> Tensor:
+    """Process the target's logits (K + 1, V) at the last K tokens of the text and the one before them."""
+    if not uses_history:
         return choice.scores(text.expand(len(logits), -1), logits)
     before = text.shape[1] - len(logits) + 1
     rows = [choice.scores(text[:, : before + number], row[None]) for number, row in enumerate(logits)]

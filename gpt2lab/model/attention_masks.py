@@ -1,13 +1,13 @@
-"""Attention spans: which positions each position sees. Every mask of this project is one interval for each position.
+"""Attention spans: the interval of positions that each position attends to, and the masks made from it.
 
-Shapes: B sequences, T positions. Of sequence b position i sees positions spans[b, i, 0] to spans[b, i, 1] − 1.
+Shapes: B sequences, T positions. In sequence b, position i attends to positions spans[b, i, 0] to spans[b, i, 1] − 1.
 
     causal                    [0, i + 1)
     bidirectional             [0, T)
-    prefix of P positions     [0, max(i + 1, P))                        the source sees itself both ways
-    several documents         the same within the document [s, e) that holds i: [s, max(i + 1, min(P, e)))
+    prefix of P positions     [0, max(i + 1, P))                        bidirectional within the prefix
+    several documents         the same within the document [s, e) of i: [s, max(i + 1, min(P, e)))
 
-Positions of a document are counted from its first one. Where there are no spans, attention is causal.
+Position ids are counted from the first position of each document. Without spans attention is causal.
 """
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 def document_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """First position of each position's document and the one after its last: (B, T) int64 each.
+    """Return the first position of each position's document and the one after its last: (B, T) int64 each.
 
     Args:
-        starts: (B, T) bool, where a document begins; position 0 always does.
+        starts: (B, T) bool, whether a document begins here; always true at position 0.
     """
     length = starts.shape[1]
     positions = torch.arange(length).expand_as(starts)
@@ -29,42 +29,42 @@ def document_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
     return first, end
 
 
-def spans_of(first: Tensor, end: Tensor, both_ways: Tensor | int = 0) -> Tensor:
-    """(B, T, 2) spans from document bounds (B, T).
+def make_spans(first: Tensor, end: Tensor, prefix_end: Tensor | int = 0) -> Tensor:
+    """Make spans (B, T, 2) from document bounds (B, T).
 
     Args:
-        both_ways: position up to which a document sees itself both ways, (B, T), (B, 1) or one for all: 0 is causal.
+        prefix_end: end of the bidirectional prefix, (B, T), (B, 1) or one for all; 0: causal.
     """
     positions = torch.arange(first.shape[1])
-    ahead = torch.minimum(torch.as_tensor(both_ways).expand_as(end), end)
+    ahead = torch.minimum(torch.as_tensor(prefix_end).expand_as(end), end)
     return torch.stack([first, torch.maximum(positions + 1, ahead)], dim=2)
 
 
 def causal_spans(input_ids: Tensor) -> Tensor:
-    """(B, T) → (B, T, 2): each position sees itself and all before it."""
+    """Make causal spans (B, T, 2) for input_ids (B, T)."""
     ends = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device).expand_as(input_ids)
     return torch.stack([torch.zeros_like(ends), ends], dim=2)
 
 
-def positions_of(spans: Tensor) -> Tensor:
-    """(B, T) positions counted from each document's first."""
+def spans_to_position_ids(spans: Tensor) -> Tensor:
+    """Return position_ids (B, T), counted from the first position of each document."""
     return torch.arange(spans.shape[1], device=spans.device) - spans[..., 0]
 
 
-def visible(spans: Tensor) -> Tensor:
-    """(B, 1, T, T) bool: whether position i (third) sees position j (last)."""
+def spans_to_mask(spans: Tensor) -> Tensor:
+    """Return the mask (B, 1, T, T) bool: whether position i (third axis) attends to position j (last axis)."""
     keys = torch.arange(spans.shape[1], device=spans.device)
     return ((keys >= spans[..., :1]) & (keys < spans[..., 1:])).unsqueeze(1)
 
 
-def as_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """What is seen, (B, 1, T, T) bool, as the mask of sdpa or eager attention. Eager attention adds it to its scores.
+def format_mask(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Convert a bool mask (B, 1, T, T) to that of sdpa (bool) or eager attention (added to the scores).
 
     Raises:
-        ValueError: an implementation that takes no such mask, as flash attention.
+        ValueError: the implementation does not support such masks, for example flash attention.
     """
     if implementation == "sdpa":
-        return seen
+        return mask
     if implementation == "eager":
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-    raise ValueError(f"Attention implementation {implementation} takes no mask.")
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    raise ValueError(f"Attention implementation {implementation} does not support masks; use sdpa or eager.")

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, to be swapped in for validation and export."""
+"""Exponential moving average (EMA) of weights, swapped in for validation and export."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,26 +10,25 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """Keeps average ← decay · average + (1 − decay) · weight for each parameter, in the parameters' order.
+    """Average of each parameter: average ← decay · average + (1 − decay) · weight, in the parameters' order.
 
-    Averages of weights in bf16 are fp32, in which alone they move by a thousandth of what is left; the model takes them
-    rounded.
+    Averages of bf16 weights are fp32, because bf16 would lose updates of a thousandth; `swap` rounds them to bf16.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.parameters = list(parameters)
-        self.averages = [_single(parameter).clone() for parameter in self.parameters]
+        self.averages = [_detach(parameter).clone() for parameter in self.parameters]
         self._update = get_ema_multi_avg_fn(decay)
-        self._weights: list[Tensor] = []  # while the model has the averages
+        self._weights: list[Tensor] = []  # the model's weights while the averages are swapped in
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now; call once after each optimizer step."""
-        self._update(self.averages, [_single(parameter) for parameter in self.parameters], None)
+        """Update the averages with the current weights; call it once after each optimizer step."""
+        self._update(self.averages, [_detach(parameter) for parameter in self.parameters], None)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Give the model the averages; a second call gives it its weights back."""
+        """Copy the averages into the model; a second call restores its weights."""
         if self._weights:
             for parameter, weight in zip(self.parameters, self._weights, strict=True):
                 parameter.copy_(weight)
@@ -41,12 +40,12 @@ class WeightAverage:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the model has the averages."""
+        """Whether the model contains the averages."""
         return bool(self._weights)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """In the block the parameters hold the averages, whether or not they already did."""
+        """Swap the averages in for the block, unless they already are."""
         was_applied = self.is_applied
         if not was_applied:
             self.swap()
@@ -57,10 +56,10 @@ class WeightAverage:
                 self.swap()
 
     def state(self, whole: bool = True) -> list[Tensor]:
-        """What a checkpoint keeps. Where weights are sharded every rank must call it.
+        """Return the averages for a checkpoint; collective if weights are sharded.
 
         Args:
-            whole: gather sharded tensors.
+            whole: whether to gather sharded tensors.
         """
         if not whole:
             return list(self.averages)
@@ -68,7 +67,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, averages: list[Tensor]) -> None:
-        """Take up the averages of a checkpoint."""
+        """Load the averages of a checkpoint."""
         for mine, saved in zip(self.averages, averages, strict=True):
             saved = saved.to(mine.device)
             if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
@@ -76,6 +75,6 @@ class WeightAverage:
             mine.copy_(saved)
 
 
-def _single(parameter: Tensor) -> Tensor:
-    """Itself, or what is in bf16 as fp32."""
+def _detach(parameter: Tensor) -> Tensor:
+    """Return the detached parameter, bf16 as fp32."""
     return parameter.detach().float() if parameter.dtype == torch.bfloat16 else parameter.detach()

@@ -1,15 +1,15 @@
-"""LoRA: the weights of a model without adapters that computes the same."""
+"""LoRA: merge adapters into the weights they adapt."""
 
 from torch import Tensor
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names
 
 
-def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Add each adapter's product to the weight that it adapts; without adapters the same state.
+def merge_adapters(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Add each adapter's product to its base weight; a state without adapters is returned unchanged.
 
     Args:
-        state: state dict of a model with PEFT's adapters, in the training layout.
+        state: state dict of `Backbone.lm` with PEFT adapters.
         scale: alpha / rank.
 
     Source: Hu et al. 2021, arXiv 2106.09685.

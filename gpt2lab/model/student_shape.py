@@ -1,6 +1,6 @@
-"""Student shape: which sizes a student may have that is cut out of a teacher, and which of its layers it takes over.
+"""Student shape: allowed sizes of a student initialized from a teacher, and the teacher layers that it keeps.
 
-Needs no torch, so that a size that does not fit is told before anything heavy is imported.
+Imports no torch, so that a size that does not fit is reported before slow imports.
 """
 
 from typing import Any
@@ -8,14 +8,14 @@ from typing import Any
 from gpt2lab.errors import InputError
 from gpt2lab.settings import ModelShape
 
-TEACHER_LAYERS = "teacher_layers"  # the value of init that asks for such a student
+TEACHER_LAYERS = "teacher_layers"  # value of init
 SIZES = ("n_layer", "n_embd", "n_positions", "vocab_size")
 
 
 def kept_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """Evenly spaced numbers of the teacher's layers, first and last among them: 12 → 6 gives 0, 2, 4, 7, 9, 11.
+    """Evenly spaced teacher layers including first and last: 12 → 6 gives 0, 2, 4, 7, 9, 11, as in DistilGPT-2.
 
-    These are DistilGPT-2's. A single layer is the first, the only one that has ever read embeddings.
+    A student of one layer keeps the first, the only one trained on embeddings as input.
     """
     if student_layers == 1:
         return [0]
@@ -23,18 +23,18 @@ def kept_layers(teacher_layers: int, student_layers: int) -> list[int]:
 
 
 def check_fits(teacher: ModelShape, student: ModelShape) -> None:
-    """Whether the student can be cut out of the teacher: no size above its own, heads of the same width.
+    """Check that the student can be initialized from the teacher: no larger size, heads of the same width.
 
     Raises:
-        InputError: it cannot.
+        InputError: a size is larger or the heads differ.
     """
     for name in SIZES:
-        wanted, there = vars(student)[name], vars(teacher)[name]
-        if wanted > there:
-            cure = "" if name == "vocab_size" else f"Set model.{name}={there} or less, or name a larger teacher; "
+        size, limit = vars(student)[name], vars(teacher)[name]
+        if size > limit:
+            fix = "" if name == "vocab_size" else f"Set model.{name}={limit} or less, or use a larger teacher; "
             raise InputError(
-                f"init=teacher_layers cuts the student out of the teacher, which has only {name}={there} "
-                f"of the student's {wanted}.\n{cure}init=scratch takes any size."
+                f"init=teacher_layers needs {name} no larger than the teacher's {limit}; the student has {size}.\n"
+                f"{fix}init=scratch allows any size."
             )
     head = teacher.n_embd // teacher.n_head
     if student.n_embd != student.n_head * head:
@@ -42,12 +42,12 @@ def check_fits(teacher: ModelShape, student: ModelShape) -> None:
         raise InputError(
             f"init=teacher_layers keeps whole heads; the teacher's have {head} channels, those of the student "
             f"{student.n_embd / student.n_head:g} (model.n_embd={student.n_embd}, model.n_head={student.n_head}).\n"
-            f"Nearest that fits: model.n_embd={heads * head} model.n_head={heads}; init=scratch takes any size."
+            f"Nearest that fits: model.n_embd={heads * head} model.n_head={heads}; init=scratch allows any size."
         )
 
 
-def what_is_kept(teacher: ModelShape, student: ModelShape) -> dict[str, Any]:
-    """What the report says of such a student."""
+def describe_pruning(teacher: ModelShape, student: ModelShape) -> dict[str, Any]:
+    """Return the report's entry on the layers and channels kept."""
     narrower = student.n_embd < teacher.n_embd
     return {
         "kind": "narrowed by activation importance" if narrower else "copied",

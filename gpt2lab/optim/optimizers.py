@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from gpt2lab.optim.stochastic_rounding import RoundingAdam, in_bf16, local, stochastically_rounded
+from gpt2lab.optim.stochastic_rounding import RoundingAdam, is_bf16, round_stochastically, to_local
 from gpt2lab.settings import OptimizerSettings
 
 NEWTON_SCHULZ_STEPS = 5
@@ -16,12 +16,12 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et a
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Weight decay applies to matrices and embeddings, never to biases or layer norms.
+    """Build the optimizer; weight decay applies to matrices and embeddings, never to biases or layer norms.
 
     Args:
-        named_parameters: names as in `Backbone`; parameters that need no gradient are left out.
-        fused: one kernel per AdamW step; not to be combined with fp16 gradient scaling and clipping.
-        seed: of the stochastic rounding of weights in bf16.
+        named_parameters: names as in `Backbone`; parameters without `requires_grad` are skipped.
+        fused: one kernel per AdamW step; incompatible with fp16 gradient scaling combined with clipping.
+        seed: for the stochastic rounding of bf16 weights.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     hidden = [p for name, p in trained if settings.name == "muon" and is_hidden_matrix(name, p)]
@@ -39,8 +39,8 @@ def build_optimizer(
         if hidden:
             groups.append({"params": hidden, "weight_decay": settings.weight_decay, "momentum": settings.momentum})
     kind = MuonWithAdamW if settings.name == "muon" else RoundingAdam
-    # In bf16 the optimizer calls the fused kernel itself; PyTorch would move the count of steps to the device for it.
-    fused = fused and not any(in_bf16(parameter) for _, parameter in trained)
+    # With bf16 weights RoundingAdam calls the fused kernel itself; fused=True would move `step` to the device.
+    fused = fused and not any(is_bf16(parameter) for _, parameter in trained)
     is_decoupled = settings.name != "adam"
     optimizer = kind(groups, settings.lr, betas, settings.eps, fused=fused, decoupled_weight_decay=is_decoupled)
     optimizer.seed = seed
@@ -48,26 +48,26 @@ def build_optimizer(
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Weight matrices inside the blocks: what Muon is for. Embeddings, head, norms, biases and LoRA factors are not."""
+    """Whether Muon trains it: a weight matrix inside a block; not embeddings, head, norms, biases or LoRA factors."""
     return ".h." in name and parameter.ndim == 2 and "lora_" not in name
 
 
 class MuonWithAdamW(RoundingAdam):
-    """AdamW whose parameter groups with a `momentum` are stepped by Muon instead.
+    """AdamW, except that parameter groups with a `momentum` are updated by Muon.
 
     Muon: Nesterov momentum, orthogonalised by Newton–Schulz in bf16, scaled by 0.2 · sqrt(max(rows, columns)) so that
-    an update has AdamW's typical size (`match_rms_adamw`) and the same learning rate serves both. The merged QKV matrix
-    (3D, D) is orthogonalised as three. Sharded (DTensor) momentum is gathered for the orthogonalisation only.
+    an update has AdamW's typical RMS (`match_rms_adamw`) and both use the same learning rate. The merged QKV matrix
+    (3D, D) is orthogonalised as three matrices. Sharded (DTensor) momentum is gathered only for the orthogonalisation.
 
     Source: Jordan et al. 2024; scale of Moonlight (arXiv 2502.16982), as in `torch.optim.Muon`.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all groups; `closure` as in any PyTorch optimizer."""
+        """Update all groups once; `closure` as in any PyTorch optimizer."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()  # while all groups are there: it zeroes their gradients
+                loss = closure()  # before param_groups is changed: it zeroes the gradients of all groups
         every_group = self.param_groups
         self.param_groups = [group for group in every_group if "momentum" not in group]
         try:
@@ -81,36 +81,37 @@ class MuonWithAdamW(RoundingAdam):
 
     @torch.no_grad()
     def _muon_step(self, group: dict) -> None:
-        updates: dict[torch.Size, list[Tensor]] = {}  # matrices of one shape are worked on together
-        whole = {}
+        updates: dict[torch.Size, list[Tensor]] = {}  # matrices of equal shape are orthogonalised as one batch
+        full_updates = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros(())  # AdamW's restoring expects one in every state
+                state["step"] = torch.zeros(())  # AdamW's load_state_dict expects it in every state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
             update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov
-            whole[parameter] = update.full_tensor() if isinstance(update, DTensor) else update
-            for matrix in _square_parts(whole[parameter]):
+            full_updates[parameter] = update.full_tensor() if isinstance(update, DTensor) else update
+            for matrix in _split_qkv(full_updates[parameter]):
                 updates.setdefault(matrix.shape, []).append(matrix)
         for shape, matrices in updates.items():
             scale = 0.2 * max(shape) ** 0.5
             for matrix, orthogonal in zip(matrices, orthogonalise(torch.stack(matrices)), strict=True):
                 matrix.copy_(orthogonal).mul_(scale)
-        for place, (parameter, update) in enumerate(whole.items()):
+        for index, (parameter, update) in enumerate(full_updates.items()):
             if isinstance(parameter, DTensor):
                 update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
-            weight = local(parameter).float() if in_bf16(parameter) else local(parameter)
-            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(local(update), alpha=-group["lr"])
-            if in_bf16(parameter):
+            weight = to_local(parameter).float() if is_bf16(parameter) else to_local(parameter)
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(to_local(update), alpha=-group["lr"])
+            if is_bf16(parameter):
                 step = self.state[parameter]["step"].add_(1)
-                local(parameter).copy_(stochastically_rounded(weight, self.generator(parameter, int(step), -1, place)))
+                generator = self.make_generator(parameter, int(step), -1, index)
+                to_local(parameter).copy_(round_stochastically(weight, generator))
 
 
-def _square_parts(update: Tensor) -> tuple[Tensor, ...]:
-    """Views of the matrices to orthogonalise: a merged QKV (3D, D) is three, anything else itself."""
+def _split_qkv(update: Tensor) -> tuple[Tensor, ...]:
+    """Return views of the matrices to orthogonalise: three of a merged QKV (3D, D), otherwise the matrix itself."""
     rows, columns = update.shape
     return update.chunk(3) if rows == 3 * columns else (update,)
 

@@ -1,11 +1,11 @@
-"""Stochastic rounding: Adam and AdamW whose weights and moments lie in bf16, without losing what is below its digits.
+"""Stochastic rounding: Adam and AdamW with weights and moments in bf16, without losing small updates.
 
-bf16 keeps 8 bits, so rounded to the nearest number a weight does not move by less than a 256th to a 512th of itself,
-and a second moment with beta2 = 0.999 never shrinks. Here every number is updated in fp32 and then rounded up or down,
-by chance and so that the mean is exact: what is too small for one step arrives over many.
+bf16 has 8 significant bits: with round-to-nearest, updates below 1/512 to 1/256 of a weight are lost, and a second
+moment with beta2 = 0.999 never shrinks. Here every number is updated in fp32 and rounded up or down at random, so that
+the expected value is exact.
 
-Source: Zamirai et al. 2020 (arXiv 2010.06192), which finds that it is the rounding of updates that costs; Ozkara et al.
-2025 (arXiv 2502.20566), whose replicas of a weight share their random numbers, too.
+Source: Zamirai et al. 2020 (arXiv 2010.06192), on the cost of rounding updates; Ozkara et al. 2025 (arXiv 2502.20566),
+where replicas of a weight share their random numbers, too.
 """
 
 import hashlib
@@ -16,36 +16,37 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-NUMBERS_AT_ONCE = 2**22  # weights that are in fp32 at a time, with gradient and moments
-WORK_OF_A_NUMBER = 20  # bytes: weight and moments, two of random bits, four with their sum, two of the result
+CHUNK_NUMEL = 2**22  # numbers updated in fp32 at a time
+WORK_BYTES = 20  # per number of a chunk: fp32 weight and two moments, 2 random bits, 4 for the sum, 2 for the result
 
-Piece = tuple[Tensor, Tensor, Tensor, Tensor]  # as long as each other: of weight, both moments and gradient
+Piece = tuple[Tensor, Tensor, Tensor, Tensor]  # flat, equally long parts of weight, both moments and gradient
 
 
-def stochastically_rounded(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 of any shape → bf16, each number up or down so that the mean is exact; what bf16 can hold stays as it is.
+def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Round fp32 of any shape to bf16, up or down at random with the exact mean; bf16 values stay unchanged.
 
-    To the bits that bf16 has no room for a random number of as many bits is added; what carries, rounds up.
+    A random 16-bit number is added to the 16 bits that bf16 drops; a carry rounds up.
     """
-    drawn = torch.empty(-(-exact.numel() // 4), dtype=torch.int64, device=exact.device)
-    drawn.random_(-(2**63), None, generator=generator)  # every bit counts: four random numbers in each
-    bits = drawn.view(torch.int16)[: exact.numel()].int().bitwise_and_(0xFFFF).view(exact.shape)
+    random = torch.empty(-(-exact.numel() // 4), dtype=torch.int64, device=exact.device)
+    random.random_(-(2**63), None, generator=generator)  # all 64 bits: four 16-bit numbers in each
+    bits = random.view(torch.int16)[: exact.numel()].int().bitwise_and_(0xFFFF).view(exact.shape)
     return bits.add_(exact.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
 class RoundingAdam(torch.optim.Adam):
-    """PyTorch's Adam, or AdamW, to the letter; weights in bf16 are updated in fp32 and rounded stochastically.
+    """PyTorch's Adam or AdamW; bf16 weights are updated in fp32 and rounded stochastically.
 
-    The random numbers are those of (seed, step, place among the weights), so a resumed run draws what an unbroken one
-    draws. Ranks that hold the same weights draw the same, and ranks that hold different parts (FSDP2) different ones.
+    The random numbers are a function of (seed, step, position of the weight), so a resumed run repeats those of an
+    uninterrupted one. Ranks with the same weights (DDP) use the same numbers, ranks with different shards (FSDP2)
+    different ones.
     """
 
-    seed = 0  # of the random numbers
+    seed = 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all groups; `closure` as in any PyTorch optimizer."""
-        if not any(in_bf16(parameter) for group in self.param_groups for parameter in group["params"]):
+        """Update all groups once; `closure` as in any PyTorch optimizer."""
+        if not any(is_bf16(parameter) for group in self.param_groups for parameter in group["params"]):
             return super().step(closure)
         loss = None
         if closure is not None:
@@ -53,19 +54,19 @@ class RoundingAdam(torch.optim.Adam):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             for step, parameters in self._by_step(group["params"]).items():
-                for place, bunch in enumerate(_bunches(self.state, parameters)):
-                    self._update(bunch, group, step, self.generator(parameters[0], step, number, place))
+                for index, chunk in enumerate(_chunks(self.state, parameters)):
+                    self._update(chunk, group, step, self.make_generator(parameters[0], step, number, index))
         return loss
 
-    def generator(self, parameter: Tensor, *where: int) -> torch.Generator:
-        """Random numbers for this parameter's device and, where it is sharded, for this rank's part."""
-        part = parameter.device_mesh.get_local_rank() if isinstance(parameter, DTensor) else 0
-        digest = hashlib.blake2b(repr((self.seed, part, *where)).encode(), digest_size=8).digest()
-        # PyTorch's generator of a CPU takes 32 bits of it
-        return torch.Generator(local(parameter).device).manual_seed(int.from_bytes(digest) >> 1)
+    def make_generator(self, parameter: Tensor, *position: int) -> torch.Generator:
+        """Return a generator on the parameter's device, seeded by seed, shard and position."""
+        shard = parameter.device_mesh.get_local_rank() if isinstance(parameter, DTensor) else 0
+        digest = hashlib.blake2b(repr((self.seed, shard, *position)).encode(), digest_size=8).digest()
+        # PyTorch's CPU generator uses 32 bits of the seed
+        return torch.Generator(to_local(parameter).device).manual_seed(int.from_bytes(digest) >> 1)
 
     def _by_step(self, parameters: list[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
-        """Number of the step that each is about to take → those; a block that was left out is behind the others."""
+        """Group parameters by the step they are about to take; after layer drop a block has taken fewer."""
         found: dict[int, list[nn.Parameter]] = {}
         for parameter in parameters:
             if parameter.grad is None:
@@ -78,8 +79,8 @@ class RoundingAdam(torch.optim.Adam):
             found.setdefault(int(state["step"]), []).append(parameter)
         return found
 
-    def _update(self, bunch: list[Piece], group: dict, step: int, generator: torch.Generator) -> None:
-        weight, average, square, gradient = (torch.cat(pieces).float() for pieces in zip(*bunch, strict=True))
+    def _update(self, chunk: list[Piece], group: dict, step: int, generator: torch.Generator) -> None:
+        weight, average, square, gradient = (torch.cat(pieces).float() for pieces in zip(*chunk, strict=True))
         adam(
             [weight],
             [gradient],
@@ -98,36 +99,36 @@ class RoundingAdam(torch.optim.Adam):
             maximize=False,
         )
         del gradient
-        sizes = [len(pieces[0]) for pieces in bunch]
+        sizes = [len(pieces[0]) for pieces in chunk]
         for which, exact in enumerate((weight, average, square)):
-            stored = [pieces[which] for pieces in bunch]
-            torch._foreach_copy_(stored, list(stochastically_rounded(exact, generator).split(sizes)))
+            stored = [pieces[which] for pieces in chunk]
+            torch._foreach_copy_(stored, list(round_stochastically(exact, generator).split(sizes)))
 
 
-def in_bf16(parameter: Tensor) -> bool:
+def is_bf16(parameter: Tensor) -> bool:
     return parameter.dtype == torch.bfloat16
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor; another tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _bunches(state: dict[Tensor, dict[str, Tensor]], parameters: list[nn.Parameter]) -> Iterator[list[Piece]]:
-    """All numbers of the parameters, about NUMBERS_AT_ONCE at a time: small tensors together, large ones in pieces."""
-    bunch: list[Piece] = []
+def _chunks(state: dict[Tensor, dict[str, Tensor]], parameters: list[nn.Parameter]) -> Iterator[list[Piece]]:
+    """Yield at most CHUNK_NUMEL numbers at a time: small tensors together, large ones split."""
+    chunk: list[Piece] = []
     size = 0
     for parameter in parameters:
-        assert parameter.grad is not None  # as _by_step sees to
+        assert parameter.grad is not None  # _by_step skips those without
         moments = state[parameter]
-        stored = (local(tensor).view(-1) for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]))
+        stored = (to_local(tensor).view(-1) for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]))
         for piece in zip(
-            *(numbers.split(NUMBERS_AT_ONCE) for numbers in (*stored, local(parameter.grad).reshape(-1))), strict=True
+            *(numbers.split(CHUNK_NUMEL) for numbers in (*stored, to_local(parameter.grad).reshape(-1))), strict=True
         ):
-            if bunch and size + len(piece[0]) > NUMBERS_AT_ONCE:
-                yield bunch
-                bunch, size = [], 0
-            bunch.append(piece)
+            if chunk and size + len(piece[0]) > CHUNK_NUMEL:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(piece)
             size += len(piece[0])
-    if bunch:
-        yield bunch
+    if chunk:
+        yield chunk

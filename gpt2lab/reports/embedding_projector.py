@@ -1,8 +1,8 @@
-"""Embedding projector: a model's token embeddings as TensorBoard's projector, or projector.tensorflow.org, reads them.
+"""Embedding projector: export token embeddings for TensorBoard's projector or projector.tensorflow.org.
 
-tensors.tsv              one embedding a line
-metadata.tsv             token, id and kind of each, under a line of headings
-projector_config.pbtxt   names the two
+tensors.tsv              one embedding per line
+metadata.tsv             header, then token, id and kind of each
+projector_config.pbtxt   paths of the two
 
 tensorboard --logdir FOLDER
 """
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from gpt2lab.reports.token_display import token_texts, with_signs
 from gpt2lab.storage.atomic_files import write_text
 
-MOST_ENTRIES = 5000  # what the projector can lay out; of a byte-level BPE the first entries are its commonest
+MAX_TOKENS = 5000  # limit of the projector's layout; the first tokens of a byte-level BPE are the most frequent
 CONFIG = """embeddings {{
   tensor_name: "token embeddings"
   tensor_path: "tensors.tsv"
@@ -27,12 +27,12 @@ CONFIG = """embeddings {{
 
 
 def write_projector(folder: Path, weight: Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the three files, the one that names the others last.
+    """Write the three files, the configuration last.
 
     Args:
-        weight: (V, D) embeddings; those of the first 5,000 entries that mean a token are written.
+        weight: (V, D) embeddings, of which the first 5,000 are written.
     """
-    rows = weight[: min(len(tokenizer), MOST_ENTRIES)].detach().float().cpu().tolist()
+    rows = weight[: min(len(tokenizer), MAX_TOKENS)].detach().float().cpu().tolist()
     texts = token_texts(tokenizer, range(len(rows)))
     lines = [f"{with_signs(text)}\t{number}\t{kind(text)}" for number, text in enumerate(texts)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_projector(folder: Path, weight: Tensor, tokenizer: PreTrainedTokenizer
 
 
 def kind(text: str) -> str:
-    """What sort of token a text is, to colour by."""
+    """Classify a token's text, for colours."""
     inner = text.strip()
     if not inner:
         return "whitespace"

@@ -1,4 +1,4 @@
-"""Hugging Face folders: a GPT-2 with its tokenizer, generation settings and model card, as transformers reads them."""
+"""Hugging Face folder: export a GPT-2 with tokenizer, generation settings and model card, and verify it."""
 
 import errno
 import io
@@ -15,19 +15,19 @@ from torch import Tensor
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gpt2lab.data.special_tokens import marks_of
+from gpt2lab.data.special_tokens import find_special_tokens
 from gpt2lab.errors import ExportError
 from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.atomic_files import replaced_folder
 
-TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a fresh one
+TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a new one
 
-# Runs with transformers alone: the project is not on the path. Logits come through a pipe, which needs no disk space.
+# Runs with transformers only: the project is not on the path. Logits come through a pipe, which needs no disk space.
 FRESH_PROCESS = """
 import io
 import sys
 import torch
-torch.tanh(torch.ones(1))  # one thread alone, see gpt2lab/system/mkl_warmup.py
+torch.tanh(torch.ones(1))  # on one thread, see gpt2lab/system/mkl_warmup.py
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, threads = sys.argv[1:]
@@ -47,12 +47,12 @@ def write_hf_folder(
     card: dict[str, str],
     export_adapter: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Write `folder` anew; a reader finds the old one or the new one, never a half.
+    """Write `folder`, replacing an existing one atomically.
 
     Args:
-        model: plain GPT-2, on the CPU.
+        model: GPT-2 in the layout of transformers, on the CPU.
         card: facts for the model card, in order; "title" becomes its heading.
-        export_adapter: writes a PEFT adapter into the folder it is given, and says whether it did.
+        export_adapter: writes a PEFT adapter into the given folder and returns whether there is one.
 
     Raises:
         RuntimeError: a tensor read back differs from the one written.
@@ -69,25 +69,25 @@ def write_hf_folder(
         (scratch / "README.md").write_text(card_text, encoding="utf-8")
         if export_adapter is not None:
             export_adapter(scratch / "adapter")
-        for weights in scratch.rglob("*.safetensors"):  # written for their owner alone, whatever the umask
+        for weights in scratch.rglob("*.safetensors"):  # safetensors ignores the umask: readable by the owner only
             weights.chmod((scratch / "README.md").stat().st_mode)
         _compare_tensors(model, scratch / "model.safetensors")
 
 
 def verify_in_fresh_process(folder: Path, input_ids: Tensor, logits: Tensor) -> float:
-    """Load `folder` with transformers alone, offline, in a new process; the largest difference of its logits.
+    """Load `folder` with transformers only, offline, in a new process; return the largest difference of its logits.
 
     Args:
         input_ids: (B, T) int64.
-        logits: (B, T, V) fp32, what the folder's model gave in this process.
+        logits: (B, T, V) fp32 of the folder's model in this process.
 
     Raises:
-        ExportError: it does not load there, or its logits differ by more than 1e-5.
+        ExportError: it does not load, or its logits differ by more than 1e-5.
         OSError: the process could not be started, was killed, or had no disk space.
     """
     given = io.BytesIO()
     torch.save({"input_ids": input_ids, "logits": logits}, given)
-    # -P keeps the script's folder off the path, -E ignores PYTHONPATH: this project cannot be imported there.
+    # -P removes the script's folder from the path, -E ignores PYTHONPATH: this project cannot be imported there.
     command = [sys.executable, "-PE", "-c", FRESH_PROCESS, str(folder.resolve()), str(torch.get_num_threads())]
     environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
@@ -98,20 +98,22 @@ def verify_in_fresh_process(folder: Path, input_ids: Tensor, logits: Tensor) -> 
         capture_output=True,
         check=False,
     )
-    said = result.stderr.decode(errors="replace")[-2000:]
-    if result.returncode < 0 or os.strerror(errno.ENOSPC) in said:
-        last = said.strip().splitlines()[-1:]
+    stderr = result.stderr.decode(errors="replace")[-2000:]
+    if result.returncode < 0 or os.strerror(errno.ENOSPC) in stderr:
+        last = stderr.strip().splitlines()[-1:]
         raise OSError(f"{folder} could not be verified: {last[0] if last else signal.Signals(-result.returncode).name}")
     if result.returncode:
-        raise ExportError(f"{folder} does not load in a process with transformers alone:\n{said}")
+        raise ExportError(f"{folder} does not load in a process with transformers only:\n{stderr}")
     difference = float(result.stdout.split()[-1])
     if not difference <= TOLERANCE:
-        raise ExportError(f"{folder} gives logits that differ by {difference:.1e} in a fresh process.")
+        raise ExportError(
+            f"The logits of {folder} differ by {difference:.1e} in a new process; at most 1e-5 is allowed."
+        )
     return difference
 
 
 def _save_quietly(model: GPT2LMHeadModel, folder: Path) -> None:
-    """`save_pretrained` without its own progress bar, which would cut through the run's."""
+    """Call `save_pretrained` without its progress bar, which would interrupt the run's."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -120,7 +122,7 @@ def _save_quietly(model: GPT2LMHeadModel, folder: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """What a fresh interpreter needs of the environment, without what ranks of a training run share."""
+    """Return the environment without the variables of a rank."""
     return {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
 
 
@@ -128,10 +130,10 @@ def _compare_tensors(model: GPT2LMHeadModel, file: Path) -> None:
     written = load_file(file)
     expected = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied to wte
     if written.keys() != expected.keys():
-        raise RuntimeError(f"{file} holds other tensors than the model: {sorted(written.keys() ^ expected.keys())[:3]}")
+        raise RuntimeError(f"{file} differs from the model in {sorted(written.keys() ^ expected.keys())[:3]}.")
     for name, tensor in expected.items():
         if not torch.equal(written[name], tensor):
-            raise RuntimeError(f"{file}: tensor {name} is not what was written.")
+            raise RuntimeError(f"{file}: tensor {name} differs from the one written.")
 
 
 def _model_card(card: dict[str, str], objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -157,15 +159,15 @@ tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.f
 
 
 def _example(objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Python that runs such a model with transformers alone."""
+    """Return Python code that runs such a model with transformers only."""
     kind = OBJECTIVES[objective]
     if kind.fills_masks:
-        mask = marks_of(tokenizer).mask
+        mask = find_special_tokens(tokenizer).mask
         return f"""\
 import torch
 
 parts = [tokenizer(part)["input_ids"] for part in ("import ", "\\n")]
-ids = torch.tensor([[*parts[0], {mask}, *parts[1]]])  # {mask} stands for what is hidden
+ids = torch.tensor([[*parts[0], {mask}, *parts[1]]])  # {mask} is the mask token
 everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
 logits = model(ids, attention_mask=everything, use_cache=False).logits[0, len(parts[0])]
 print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
@@ -175,16 +177,16 @@ import torch
 
 ids = tokenizer("def add(a, b):", return_tensors="pt")["input_ids"]
 place = torch.arange(ids.shape[1])
-sees = (place <= place[:, None]) | (place < ids.shape[1] - 1)  # the prompt, but for its last token, both ways
-logits = model(ids, attention_mask=sees[None, None], use_cache=False).logits[0, -1]
+mask = (place <= place[:, None]) | (place < ids.shape[1] - 1)  # bidirectional in the prompt, except its last token
+logits = model(ids, attention_mask=mask[None, None], use_cache=False).logits[0, -1]
 print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
     if kind.infills:
-        marks = marks_of(tokenizer)
+        special = find_special_tokens(tokenizer)
         return f"""\
 import torch
 
 before, after = (tokenizer(part)["input_ids"] for part in ("def add(a, b):\\n", "    return total\\n"))
-ids = torch.tensor([[{marks.end_of_text}, {marks.prefix}, *before, {marks.suffix}, *after, {marks.middle}]])
+ids = torch.tensor([[{special.end_of_text}, {special.prefix}, *before, {special.suffix}, *after, {special.middle}]])
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0, ids.shape[1] :]))"""
     return """\
 prompt = tokenizer("def add(a, b):", return_tensors="pt")

@@ -1,4 +1,4 @@
-// What moves in an inspection page: colours by a chosen figure, a token's figures, attention maps and their enlargement.
+// Script of an inspection page: colours by a chosen metric, a token's metrics, attention maps and their enlargement.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
@@ -6,12 +6,12 @@ const one = (id) => document.getElementById(id);
 const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + " %";
 const chance = (share) => (share >= 0.001 ? percent(share) : `1 in ${Math.round(1 / share).toLocaleString("en")}`);
 const escaped = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
-const number = new Map(data.places.map((place, row) => [place, row])); // place in the text → row of the figures
+const number = new Map(data.places.map((place, row) => [place, row])); // position in the text → row of the metrics
 
-// A token's figures
+// Metrics of a token
 
-function bars(likeliest, tint, there) {
-  return likeliest.map(([text, share]) => `<div class="bar ${tint} ${text === there ? "there" : ""}">` +
+function bars(top_tokens, tint, there) {
+  return top_tokens.map(([text, share]) => `<div class="bar ${tint} ${text === there ? "there" : ""}">` +
     `<code title="${escaped(text)}">${escaped(text)}</code><i style="width:${(100 * share).toFixed(1)}%"></i>` +
     `<span>${percent(share)}</span></div>`).join("");
 }
@@ -27,7 +27,7 @@ function rows(expected, row) {
 
 function describe(card, place) {
   const row = number.get(place), text = data.signs[place];
-  const origin = data.written[place] ? "written by the model" : "given";
+  const origin = data.written[place] ? "generated" : "given";
   let told = `<div class="token">${escaped(text)}</div><small>token ${place + 1} of ${data.signs.length} · ${origin}</small>`;
   if (row === undefined) {
     card.innerHTML = told + `<p><small>${data.unpredicted}</small></p>`;
@@ -42,8 +42,8 @@ function describe(card, place) {
     told += `<table><tr><th>KL(teacher‖student)</th><td>${teacher.kl[row].toFixed(3)} nats</td></tr>` +
       `<tr><th>total variation</th><td>${teacher.tvd[row].toFixed(3)}</td></tr></table>`;
   }
-  told += `<h4>${teacher ? "The student" : "The model"} expected</h4>${bars(data.model.likeliest[row], "hot", text)}`;
-  if (teacher) told += `<h4>The teacher expected</h4>${bars(teacher.likeliest[row], "apart", text)}`;
+  told += `<h4>${teacher ? "Student" : "Model"} top-5</h4>${bars(data.model.top_tokens[row], "hot", text)}`;
+  if (teacher) told += `<h4>Teacher top-5</h4>${bars(teacher.top_tokens[row], "apart", text)}`;
   card.innerHTML = told;
 }
 
@@ -89,15 +89,15 @@ if (heat) {
   show(data.places[kl.indexOf(Math.max(...kl))]);
 }
 
-// Colours by a chosen figure: each gives 0 to 1, and says what the two ends mean
+// Colours by a chosen metric: function to 0 … 1, tint, meaning of both ends
 
 const entries = Math.log(data.entries);
 const measures = {
-  loss: [(row) => data.model.losses[row] / entries, "hot", "0 nats: was sure of it", `${entries.toFixed(1)} nats: no better than guessing`],
-  entropy: [(row) => data.model.entropies[row] / entries, "hot", "0: knew what comes", `${entries.toFixed(1)} nats: anything may come`],
-  rank: [(row) => Math.log(data.model.ranks[row]) / entries, "hot", "1: its first choice", `${data.entries.toLocaleString("en")}: its last`],
-  kl: [(row) => data.teacher.kl[row] / 3, "apart", "0: of one mind", "3 nats or more"],
-  tvd: [(row) => data.teacher.tvd[row], "apart", "0: of one mind", "1: nothing in common"],
+  loss: [(row) => data.model.losses[row] / entries, "hot", "0 nats: certain", `${entries.toFixed(1)} nats: uniform guess`],
+  entropy: [(row) => data.model.entropies[row] / entries, "hot", "0: certain", `${entries.toFixed(1)} nats: uniform`],
+  rank: [(row) => Math.log(data.model.ranks[row]) / entries, "hot", "1: top-1", `${data.entries.toLocaleString("en")}: least probable`],
+  kl: [(row) => data.teacher.kl[row] / 3, "apart", "0: identical", "3 nats or more"],
+  tvd: [(row) => data.teacher.tvd[row], "apart", "0: identical", "1: disjoint"],
   worse: [(row) => (data.model.losses[row] - data.teacher.losses[row]) / 3, "apart", "student no worse than its teacher", "3 nats worse"],
 };
 
@@ -114,7 +114,7 @@ function colour(name) {
 for (const button of all("#measures button")) button.addEventListener("click", () => colour(button.value));
 colour("loss");
 
-// Attention: one byte a weight, 255 times its square root
+// Attention: one byte per weight, 255 times its square root
 
 const size = data.sees.length, { layers, heads } = data, square = size * size;
 const bytes = Uint8Array.from(atob(data.attention), (letter) => letter.charCodeAt(0));
@@ -244,7 +244,7 @@ function lookAt(place) {
   const name = (at) => `<b>${escaped(data.read[data.from + at])}</b>`;
   const list = best.map(([value, other]) => `${percent(value)} ${from ? "to" : "by"} ${name(other)}`).join(", ");
   const earlier = from && data.from && total < 0.985 ? `; ${percent(1 - total)} to tokens before those shown` : "";
-  one("told").innerHTML = `${name(place)} (token ${data.from + place + 1}) ${from ? "looks" : "is looked at"}: ${list || `less than 0.5 % ${from ? "to" : "by"} each of those shown`}${earlier}.`;
+  one("told").innerHTML = `${name(place)} (token ${data.from + place + 1}) ${from ? "attends" : "is attended to"}: ${list || `less than 0.5 % ${from ? "to" : "by"} each of those shown`}${earlier}.`;
   drawLarge();
 }
 

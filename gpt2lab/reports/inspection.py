@@ -1,13 +1,13 @@
-"""Inspection: what goes on in a GPT-2 while it reads one text — attention, and at every token what it expected.
+"""Inspection: attention weights and next-token predictions of a GPT-2 on one text.
 
-Shapes: T positions read, S of them shown (the last ones), N predicted tokens, L layers, H heads, D hidden width,
+Shapes: T positions, S of them shown (the last ones), N predicted tokens, L layers, H heads, D hidden width,
 V vocabulary.
 
-With q the model's probabilities of what may stand at a place, and y what does:
+With the model's distribution q at a position, and the token y there:
     loss       −log q_y, in nats
-    rank       1 + the number of entries that are likelier than y
+    rank       1 + number of tokens with a higher probability than y
     entropy    −Σ q log q, in nats
-and with p those of a teacher that reads the same:
+and with a teacher's distribution p:
     KL         Σ p (log p − log q), in nats
     TVD        ½ Σ |p − q|, from 0 (the same) to 1 (nothing in common)
 """
@@ -24,27 +24,27 @@ from transformers import GPT2LMHeadModel
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.losses.divergences import finite
 from gpt2lab.losses.logit_chunks import logit_chunks
-from gpt2lab.model.attention_masks import as_mask, document_bounds, positions_of, spans_of, visible
+from gpt2lab.model.attention_masks import document_bounds, format_mask, make_spans, spans_to_mask, spans_to_position_ids
 from gpt2lab.reports.head_summary import habits
 from gpt2lab.settings import OBJECTIVES
 
-LIKELIEST = 5
-ROWS_OF_A_CHUNK = 64  # of which logits exist at a time
-LONGEST_STRIP = 512  # tokens whose figures are shown
-LONGEST_MAP = 192  # tokens whose attention is shown, and fewer where layers and heads are many:
-LARGEST_MAPS = 6_000_000  # weights in all, a byte each in the page
+TOP = 5
+CHUNK_ROWS = 64  # positions whose logits exist at a time
+LONGEST_STRIP = 512  # tokens with shown metrics
+LONGEST_MAP = 192  # tokens with shown attention; fewer with many layers and heads:
+LARGEST_MAPS = 6_000_000  # total attention weights, one byte each in the page
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as a model reads it.
+    """A text as input of a model.
 
     Attributes:
-        ids: (T,) tokens; hidden ones of mlm are its mask.
-        labels: (T,) what each position predicts, or IGNORE_INDEX.
-        spans: (1, T, 2) what each position sees (gpt2lab/model/attention_masks.py).
-        fills: whether a position predicts the token that is hidden there (mlm) and not the one after it.
-        written: (T,) whether the model itself wrote the token.
+        ids: (T,) input tokens, for mlm with mask tokens.
+        labels: (T,) target of each position, or IGNORE_INDEX.
+        spans: (1, T, 2) attention spans (gpt2lab/model/attention_masks.py).
+        fills: whether the target is the masked token at the position (mlm) instead of the next one.
+        written: (T,) whether the model generated the token.
     """
 
     ids: list[int]
@@ -55,37 +55,38 @@ class Reading:
 
     @property
     def text(self) -> list[int]:
-        """(T,) the tokens, hidden ones filled in."""
+        """Tokens (T,), with masked ones filled in."""
         if not self.fills:
             return self.ids
         return [token if label == IGNORE_INDEX else label for token, label in zip(self.ids, self.labels, strict=True)]
 
 
 def reading_of_text(
-    prompt: Sequence[int], following: Sequence[int], objective: str, *, written: bool, room: int
+    prompt: Sequence[int], following: Sequence[int], objective: str, *, written: bool, max_tokens: int
 ) -> Reading:
-    """A prompt and what follows it, as a model of this objective reads them; of both the last `room` tokens.
+    """Build the reading of a prompt and its continuation, truncated to the last `max_tokens` tokens.
 
-    Under prefix_lm the tokens of the prompt, but for its last, see each other both ways and predict nothing.
+    For prefix_lm, attention within the prompt except its last token is bidirectional and has no targets.
 
     Args:
-        written: whether the model wrote what follows.
+        written: whether the model generated the continuation.
+        max_tokens: maximum number of tokens.
     """
-    ids = [*prompt, *following][-room:]
-    given = max(len(ids) - len(following), 0)
-    both_ways = max(given - 1, 0) if OBJECTIVES[objective].bidirectional_prompt else 0
+    ids = [*prompt, *following][-max_tokens:]
+    prompt_length = max(len(ids) - len(following), 0)
+    prefix_end = max(prompt_length - 1, 0) if OBJECTIVES[objective].bidirectional_prompt else 0
     labels = [*ids[1:], IGNORE_INDEX]
-    labels[:both_ways] = [IGNORE_INDEX] * both_ways
-    marks = [written and place >= given for place in range(len(ids))]
-    return Reading(ids, labels, _one_document(len(ids), both_ways), False, marks)
+    labels[:prefix_end] = [IGNORE_INDEX] * prefix_end
+    is_written = [written and position >= prompt_length for position in range(len(ids))]
+    return Reading(ids, labels, _one_document(len(ids), prefix_end), False, is_written)
 
 
 def reading_of_gaps(prompt: Sequence[int], filled: Sequence[int], mask: int) -> Reading:
-    """A prompt of objective mlm, with its gaps, and what the model put in them: every token sees all others.
+    """Build the reading of an mlm prompt with its filled gaps; attention is bidirectional.
 
     Args:
-        filled: the prompt's last tokens without gaps, as `gpt2lab.generation.completion.filled` gives them.
-        mask: token id of a gap.
+        filled: the prompt's last tokens with filled gaps, from `gpt2lab.generation.completion.fill_masks`.
+        mask: id of the mask token.
     """
     ids = list(prompt)[-len(filled) :]
     gaps = [token == mask for token in ids]
@@ -94,10 +95,10 @@ def reading_of_gaps(prompt: Sequence[int], filled: Sequence[int], mask: int) -> 
 
 
 def reading_of_batch(batch: Batch, objective: str, tokens: int) -> Reading:
-    """The beginning of a batch's first sequence, as it is trained on, without its padding.
+    """Build the reading of the beginning of a batch's first sequence, without padding.
 
     Args:
-        tokens: how many; more where the first half of so many would not reach the tokens that are predicted.
+        tokens: length; more if the targets begin in its second half or later.
     """
     targets = (batch.labels[0] != IGNORE_INDEX).nonzero().flatten().tolist()
     fills = OBJECTIVES[objective].fills_masks
@@ -106,48 +107,48 @@ def reading_of_batch(batch: Batch, objective: str, tokens: int) -> Reading:
         length = min(targets[-1] + 1, max(targets[0] + tokens // 2, tokens))
     labels = batch.labels[0, :length].tolist()
     if not fills:
-        labels[-1] = IGNORE_INDEX  # its token is not among those read
+        labels[-1] = IGNORE_INDEX  # the next token is not part of the reading
     spans = _one_document(length) if batch.spans is None else batch.spans[:1, :length].clamp(max=length).cpu()
     return Reading(batch.input_ids[0, :length].tolist(), labels, spans, fills, [False] * length)
 
 
-def _one_document(length: int, both_ways: int = 0) -> Tensor:
+def _one_document(length: int, prefix_end: int = 0) -> Tensor:
     starts = torch.zeros(1, length, dtype=torch.bool)
-    return spans_of(*document_bounds(starts), both_ways)
+    return make_spans(*document_bounds(starts), prefix_end)
 
 
 @dataclass
 class Expectations:
-    """What a model expected at each predicted token: (N,) each."""
+    """A model's predictions at each predicted token, (N,) each."""
 
     losses: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
-    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)  # LIKELIEST entries and their probabilities
+    top_tokens: list[list[tuple[int, float]]] = field(default_factory=list)  # top-5 tokens and their probabilities
 
     def add(self, log_q: Tensor, labels: Tensor) -> None:
-        """Take in log-probabilities (C, V) of the next C places and the tokens there (C,)."""
+        """Append the metrics of log-probabilities (C, V) and the tokens there (C,)."""
         of_label = log_q.gather(1, labels[:, None])  # (C, 1)
-        values, entries = log_q.topk(min(LIKELIEST, log_q.shape[1]))  # (C, LIKELIEST)
+        values, tokens = log_q.topk(min(TOP, log_q.shape[1]))  # (C, 5)
         self.losses += (-of_label[:, 0]).tolist()
         self.ranks += (1 + (log_q > of_label).sum(1)).tolist()
         self.entropies += (-(log_q.exp() * finite(log_q)).sum(1)).tolist()
-        self.likeliest += [
-            list(zip(row, chances, strict=True))
-            for row, chances in zip(entries.tolist(), values.exp().tolist(), strict=True)
+        self.top_tokens += [
+            list(zip(row, probabilities, strict=True))
+            for row, probabilities in zip(tokens.tolist(), values.exp().tolist(), strict=True)
         ]
 
 
 @dataclass
 class Disagreement:
-    """A teacher beside the model: (N,) each."""
+    """A teacher's predictions and their differences to the model's, (N,) each."""
 
     expectations: Expectations = field(default_factory=Expectations)
     kl: list[float] = field(default_factory=list)
     tvd: list[float] = field(default_factory=list)
 
     def add(self, log_p: Tensor, log_q: Tensor, labels: Tensor) -> None:
-        """Take in log-probabilities (C, V) of teacher and model at the next C places and the tokens there (C,)."""
+        """Append the metrics of log-probabilities (C, V) of teacher and model and the tokens there (C,)."""
         self.expectations.add(log_p, labels)
         p, q = log_p.exp(), log_q.exp()
         difference = finite(log_p) - finite(log_q)
@@ -157,25 +158,25 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was seen.
+    """Results of an inspection.
 
     Attributes:
-        attention: (L, H, S, S) fp32: how much each of the last S tokens (third) takes from each (fourth). A row sums to
-            1, or to less where tokens before those shown are seen too. What a token does not see has exactly 0.
-        habits: (L · H,) where each head mostly looks, over all T tokens.
-        places: (N,) places in the text of the predicted tokens, in order.
+        attention: (L, H, S, S) fp32 attention weights of the last S tokens: query (third axis), key (fourth). A row
+            sums to 1, or less if earlier tokens are attended to, too. Masked weights are exactly 0.
+        habits: (L · H,) summary of each head, over all T tokens.
+        positions: (N,) positions of the predicted tokens in the text, ascending.
     """
 
     reading: Reading
     attention: Tensor
     habits: list[str]
-    places: list[int]
+    positions: list[int]
     expectations: Expectations
     disagreement: Disagreement | None
 
 
 def tokens_shown(layers: int, heads: int, length: int) -> int:
-    """Of how many tokens, the last ones, attention is shown."""
+    """Number of tokens, the last ones, with shown attention."""
     return max(min(LONGEST_MAP, length, int((LARGEST_MAPS / (layers * heads)) ** 0.5)), 1)
 
 
@@ -183,50 +184,50 @@ def tokens_shown(layers: int, heads: int, length: int) -> int:
 def inspect_reading(
     model: GPT2LMHeadModel,
     reading: Reading,
-    entries: int,
+    vocab_size: int,
     teacher: GPT2LMHeadModel | None = None,
     most: int = LONGEST_MAP,
 ) -> Inspection:
-    """Let a model, and a teacher with the same tokenizer, read a text. Both stay as they are; nothing is drawn.
+    """Run a model, and a teacher with the same tokenizer, on a text. Both are unchanged; no random numbers are used.
 
     Args:
-        entries: of the vocabulary that mean a token; padding is in no softmax.
-        most: of how many tokens, the last ones, attention is kept.
+        vocab_size: number of tokens without padding of the vocabulary.
+        most: maximum number of tokens, the last ones, with stored attention.
     """
     shape = model.config
     shown = tokens_shown(shape.n_layer, shape.n_head, min(most, len(reading.ids)))
-    with _kept_attention(model, reading.spans, shown) as (maps, told):
-        hidden = read(model, reading)
-    sources = [place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX]
-    labels = torch.tensor([reading.labels[place] for place in sources], dtype=torch.int64)  # (N,)
-    of_model = _log_probabilities(model, hidden[sources], entries)
+    with _record_attention(model, reading.spans, shown) as (maps, summaries):
+        hidden = hidden_states(model, reading)
+    sources = [position for position, label in enumerate(reading.labels) if label != IGNORE_INDEX]
+    labels = torch.tensor([reading.labels[position] for position in sources], dtype=torch.int64)  # (N,)
+    of_model = _log_probabilities(model, hidden[sources], vocab_size)
     expectations, disagreement = Expectations(), None
     if teacher is None:
-        for log_q, some in zip(of_model, labels.split(ROWS_OF_A_CHUNK), strict=True):
+        for log_q, some in zip(of_model, labels.split(CHUNK_ROWS), strict=True):
             expectations.add(log_q, some)
     else:
-        disagreement, said = Disagreement(), read(teacher, reading)
-        of_teacher = _log_probabilities(teacher, said[sources], entries)
-        for log_p, log_q, some in zip(of_teacher, of_model, labels.split(ROWS_OF_A_CHUNK), strict=True):
+        disagreement = Disagreement()
+        of_teacher = _log_probabilities(teacher, hidden_states(teacher, reading)[sources], vocab_size)
+        for log_p, log_q, some in zip(of_teacher, of_model, labels.split(CHUNK_ROWS), strict=True):
             expectations.add(log_q, some)
             disagreement.add(log_p, log_q, some)
-    places = sources if reading.fills else [place + 1 for place in sources]
-    return Inspection(reading, torch.stack(maps), told, places, expectations, disagreement)
+    positions = sources if reading.fills else [position + 1 for position in sources]
+    return Inspection(reading, torch.stack(maps), summaries, positions, expectations, disagreement)
 
 
-def read(model: GPT2LMHeadModel, reading: Reading) -> Tensor:
-    """Last hidden states (T, D); attention is computed step by step, and dropout is off."""
+def hidden_states(model: GPT2LMHeadModel, reading: Reading) -> Tensor:
+    """Return the last hidden states (T, D), with eager attention and without dropout."""
     weight = model.transformer.wte.weight
     ids, spans = torch.tensor([reading.ids], device=weight.device), reading.spans.to(weight.device)
-    mask = as_mask(visible(spans), "eager", weight.dtype)
+    mask = format_mask(spans_to_mask(spans), "eager", weight.dtype)
     with _eager(model):
-        out = model.transformer(ids, attention_mask=mask, position_ids=positions_of(spans), use_cache=False)
+        out = model.transformer(ids, attention_mask=mask, position_ids=spans_to_position_ids(spans), use_cache=False)
     return out.last_hidden_state[0]
 
 
 @contextmanager
 def _eager(model: GPT2LMHeadModel) -> Iterator[None]:
-    """In this context attention is computed step by step, so that its weights exist, and dropout is off."""
+    """Use eager attention, which returns its weights, and eval mode in this context."""
     implementation, was_training = model.config._attn_implementation, model.training
     model.config._attn_implementation = "eager"
     model.eval()
@@ -238,43 +239,44 @@ def _eager(model: GPT2LMHeadModel) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_attention(model: GPT2LMHeadModel, spans: Tensor, shown: int) -> Iterator[tuple[list[Tensor], list[str]]]:
-    """Each layer's weights (H, S, S) and its heads' habits, as they come.
+def _record_attention(model: GPT2LMHeadModel, spans: Tensor, shown: int) -> Iterator[tuple[list[Tensor], list[str]]]:
+    """Record each layer's weights (H, S, S) and head summaries during a forward pass.
 
-    Of a long text all layers' whole weights would not fit in memory.
+    A hook per layer reduces them at once, because the full weights of all layers do not fit in memory for a long text.
     """
     maps: list[Tensor] = []
-    told: list[str] = []
+    summaries: list[str] = []
 
     def keep(module: nn.Module, given: Any, output: tuple[Tensor, Tensor]) -> None:
         weights = output[1][0].float()  # (H, T, T)
         maps.append(weights[:, -shown:, -shown:].cpu())
-        told.extend(habits(weights, spans[0].to(weights.device)))
+        summaries.extend(habits(weights, spans[0].to(weights.device)))
 
     hooks = [block.attn.register_forward_hook(keep) for block in model.transformer.h]
     try:
-        yield maps, told
+        yield maps, summaries
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _log_probabilities(model: GPT2LMHeadModel, hidden: Tensor, entries: int) -> Iterator[Tensor]:
-    """Hidden states (N, D) → log-probabilities (C, V) in fp32 on the CPU, chunk by chunk."""
-    weight = model.transformer.wte.weight[:entries]
-    for _, logits in logit_chunks(hidden, weight, rows=ROWS_OF_A_CHUNK, dtype=torch.float32):
+def _log_probabilities(model: GPT2LMHeadModel, hidden: Tensor, vocab_size: int) -> Iterator[Tensor]:
+    """Yield the log-probabilities (C, V) of chunks of hidden states (N, D), in fp32 on the CPU."""
+    weight = model.transformer.wte.weight[:vocab_size]
+    for _, logits in logit_chunks(hidden, weight, rows=CHUNK_ROWS, dtype=torch.float32):
         yield logits.log_softmax(1).cpu()
 
 
-def nearest(weight: Tensor, ids: Sequence[int], entries: int, count: int) -> list[list[tuple[int, float]]]:
-    """For each token the entries whose embeddings point most nearly the same way, and the cosines.
+def nearest(weight: Tensor, ids: Sequence[int], vocab_size: int, count: int) -> list[list[tuple[int, float]]]:
+    """Return the nearest other tokens of each token by cosine similarity of the embeddings, with the cosines.
 
     Args:
         weight: (V, D) embeddings.
+        count: number of neighbours.
     """
-    directions = torch.nn.functional.normalize(weight[:entries].detach().float(), dim=1)  # (V, D)
+    directions = torch.nn.functional.normalize(weight[:vocab_size].detach().float(), dim=1)  # (V, D)
     own = torch.tensor(list(ids), device=weight.device)
     cosines = directions[own] @ directions.T  # (len(ids), V)
     cosines.scatter_(1, own[:, None], -torch.inf)
-    values, found = cosines.topk(min(count, entries - 1))
+    values, found = cosines.topk(min(count, vocab_size - 1))
     return [list(zip(row, near, strict=True)) for row, near in zip(found.tolist(), values.tolist(), strict=True)]

@@ -1,7 +1,6 @@
-"""inspect.html: one text inside a model on one page — surprise, a teacher beside it, attention, nearest embeddings.
+"""inspect.html: loss, teacher comparison, attention and nearest embeddings for one text, on one page.
 
-The page is whole in itself: its style (inspection.css) and what moves on it (inspection.js) stand in it, and it loads
-nothing.
+The page contains its style (inspection.css) and script (inspection.js) and loads nothing.
 """
 
 import base64
@@ -19,36 +18,33 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from gpt2lab.reports.inspection import LONGEST_MAP, LONGEST_STRIP, Inspection, Reading, inspect_reading, nearest
 from gpt2lab.reports.report_html import STYLE
 from gpt2lab.reports.token_display import token_texts, with_signs
-from gpt2lab.settings import OBJECTIVES, ObjectiveKind
 from gpt2lab.storage.atomic_files import write_text
 
 NEIGHBOURS = 8
-MOST_NEIGHBOURED = 40  # distinct tokens in the table of neighbours
-MOST_DISPUTED = 10  # tokens in the table of disagreements
+MAX_TOKENS = 40  # distinct tokens in the table of neighbours
+MAX_DIFFERENCES = 10  # tokens in the table of differences
 ACROSS = 23  # tokens in a row of the heat map
 
-SURPRISE = """Each token is coloured by how little the model expected it. <b>Loss</b> is −ln of the probability that
-it gave the token which really stands there: 0 means it was sure, and training lowers its mean. <b>Bits</b> are the
-same in yes-or-no questions. <b>Rank</b> counts the entries of the vocabulary it held likelier. <b>Entropy</b> says
-how undecided it was before it saw the token, right or wrong; e to its power is the number of equally likely choices
-that would be as undecided."""
-HEAT = """Both models read the same text, and at every token each has a distribution over all that may stand there.
-<b>KL(teacher‖student)</b> is what forward-KL distillation lowers: nats lost by coding the teacher's expectations with
-the student's. <b>Total variation</b> is the share of probability that would have to be moved to turn one into the
-other, and 1 minus it how often speculative decoding would keep the student's draft. A strongly coloured column is a
-place where the student has something left to learn from this teacher."""
-ATTENTION = """One map for each head: row i shows how the i-th token shares out its attention over the tokens it may
-see, and each row sums to 1. The text runs down and to the right. Colour is the square root of the weight, so that
-faint ones show; hatched places are masked: attention there is exactly 0. Under each map stands where it mostly looks.
-Common habits: the <b>previous</b> token; the <b>first</b>, which is where a head looks that finds nothing to do here;
-<b>itself</b>; or spread over about (≈) so many tokens. <b>Click a map</b> to enlarge it; <b>hover or tap a token</b> to
-see what it attends to."""
-NEAR = """Rows of the embedding matrix, which also is the output head: entries whose vectors point the same way (by
-the cosine of their angle) are read alike and predicted in the same places. In a model that has learned little they
-are neighbours by chance."""
-UNMASKED = "It is given, not predicted: this model predicts hidden tokens only."
-SOURCE = "It belongs to the source, which is read both ways and not predicted."
-FIRST = "Nothing stands before it, so the model had no say about it."
+SURPRISE = """Colour shows the loss or another metric of each token. <b>Loss</b> is −ln of the probability of the actual
+token: 0 means certainty, and training lowers the mean. <b>Bits</b> are loss ÷ ln 2. <b>Rank</b> is 1 plus the number of
+tokens with a higher probability. <b>Entropy</b> measures the uncertainty of the prediction, right or wrong; e to its
+power is the number of equally likely tokens with the same uncertainty."""
+HEAT = """Both models read the same text and have a next-token distribution at every token.
+<b>KL(teacher‖student)</b> is the loss of forward-KL distillation: nats lost by coding the teacher's distribution with
+the student's. <b>Total variation</b> is the probability mass that differs; 1 minus it is the acceptance rate of the
+student's drafts in speculative decoding. A strongly coloured column is a position where student and teacher differ."""
+ATTENTION = """One map for each head: row i contains the attention weights of token i over the tokens it may attend to,
+and sums to 1. The text runs down and to the right. Colour is the square root of the weight, so that small ones are
+visible; hatched weights are masked, exactly 0. The caption is the main target: the <b>previous</b> token; the
+<b>first</b>, a common attention sink; <b>itself</b>; or a spread over about (≈) so many tokens. <b>Click a map</b> to
+enlarge it; <b>hover or tap a token</b> to see what it attends to."""
+NEAR = """Rows of the embedding matrix, which is also the LM head. Tokens with a high cosine similarity are treated
+alike as input and predicted in similar contexts. In a barely trained model neighbours are random."""
+UNPREDICTED = {
+    "mlm": "It is given, not predicted: this model predicts masked tokens only.",
+    "prefix_lm": "It belongs to the bidirectional prefix, which is not predicted.",
+}
+FIRST = "It is the first token, so it is not predicted."
 
 
 def write_inspection(
@@ -63,20 +59,20 @@ def write_inspection(
     teacher_name: str = "",
     most: int = LONGEST_MAP,
 ) -> None:
-    """Let the model read the text and write the page.
+    """Run the model on the text and write the page.
 
     Args:
-        title: what the model is.
-        teacher: with the same tokenizer, to be shown beside it.
-        most: of how many tokens, the last ones, attention is shown.
+        title: name of the model.
+        teacher: model with the same tokenizer to compare with.
+        most: maximum number of tokens, the last ones, with shown attention.
     """
-    entries = len(tokenizer)
-    inspection = inspect_reading(model, reading, entries, teacher, most)
-    distinct = list(dict.fromkeys(reading.text))[:MOST_NEIGHBOURED]
-    neighbours = nearest(model.transformer.wte.weight, distinct, entries, NEIGHBOURS)
+    vocab_size = len(tokenizer)
+    inspection = inspect_reading(model, reading, vocab_size, teacher, most)
+    distinct = list(dict.fromkeys(reading.text))[:MAX_TOKENS]
+    neighbours = nearest(model.transformer.wte.weight, distinct, vocab_size, NEIGHBOURS)
     shape = model.config
-    counted = [_counted(shape.n_layer, "layer"), _counted(shape.n_head, "head"), f"width {shape.n_embd}"]
-    counted += [f"{model.num_parameters():,} parameters", f"objective {objective}", _counted(len(reading.ids), "token")]
+    counted = [_count(shape.n_layer, "layer"), _count(shape.n_head, "head"), f"width {shape.n_embd}"]
+    counted += [f"{model.num_parameters():,} parameters", f"objective {objective}", _count(len(reading.ids), "token")]
     facts = " · ".join(counted)
     if teacher is not None:
         facts += f"\nTeacher: {teacher_name}, {teacher.num_parameters():,} parameters"
@@ -85,7 +81,7 @@ def write_inspection(
 
 
 class Page:
-    """The parts of a page about one inspection."""
+    """Parts of the page of one inspection."""
 
     def __init__(self, inspection: Inspection, tokenizer: PreTrainedTokenizerBase, objective: str) -> None:
         self.seen = inspection
@@ -93,14 +89,14 @@ class Page:
         self.objective = objective
         self.texts = token_texts(tokenizer, inspection.reading.text)
         self.signs = [with_signs(text) for text in self.texts]
-        self.first = max(len(self.texts) - LONGEST_STRIP, 0)  # token whose figures are shown first
+        self.first = max(len(self.texts) - LONGEST_STRIP, 0)  # first token with shown metrics
         self.attention_from = len(self.texts) - inspection.attention.shape[2]
 
     def render(self, title: str, facts: str, neighbours: dict[int, list[tuple[int, float]]]) -> str:
-        """The whole page.
+        """Render the page.
 
         Args:
-            neighbours: token id → nearest entries and their cosines.
+            neighbours: token id → nearest tokens and their cosines.
         """
         content = json.dumps(self._data(), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
         style, script = (
@@ -111,7 +107,7 @@ class Page:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Inside {escape(title)}</title><style>{STYLE}{style}</style></head><body>
 <h1>Inside {escape(title)}</h1><p class="status">{status}</p>
-<noscript><p class="note">Figures of single tokens and attention maps need JavaScript, which is off here.</p></noscript>
+<noscript><p class="note">Metrics of single tokens and attention maps need JavaScript.</p></noscript>
 <div class="tiles">{self._tiles()}</div>
 {self._surprise()}{self._disagreement()}{self._attention()}{self._neighbours(neighbours)}
 <script type="application/json" id="data">{content}</script>
@@ -120,7 +116,7 @@ class Page:
 """
 
     def _data(self) -> dict[str, Any]:
-        """What the page's script reads."""
+        """Return the input of the page's script."""
         seen, reading, start = self.seen, self.seen.reading, self.attention_from
         spans = (reading.spans[0, start:] - start).clamp_min(0)
         beside = seen.disagreement
@@ -129,12 +125,12 @@ class Page:
             "read": [with_signs(text) for text in token_texts(self.tokenizer, reading.ids)],
             "written": [int(mark) for mark in reading.written],
             "first": self.first,
-            "places": seen.places,
+            "places": seen.positions,
             "entries": len(self.tokenizer),
-            "unpredicted": _why_unpredicted(OBJECTIVES[self.objective]),
-            "model": self._expected(seen.expectations),
+            "unpredicted": UNPREDICTED.get(self.objective, FIRST),
+            "model": self._predictions(seen.expectations),
             "teacher": beside
-            and {**self._expected(beside.expectations), "kl": _short(beside.kl), "tvd": _short(beside.tvd)},
+            and {**self._predictions(beside.expectations), "kl": _short(beside.kl), "tvd": _short(beside.tvd)},
             "from": start,
             "layers": seen.attention.shape[0],
             "heads": seen.attention.shape[1],
@@ -143,17 +139,17 @@ class Page:
             "attention": base64.b64encode(_as_bytes(seen.attention)).decode(),
         }
 
-    def _expected(self, expectations: Any) -> dict[str, Any]:
+    def _predictions(self, expectations: Any) -> dict[str, Any]:
         found = asdict(expectations)
         return {
             "losses": _short(found["losses"]),
             "ranks": found["ranks"],
             "entropies": _short(found["entropies"]),
-            "likeliest": [[[self._sign(entry), round(p, 4)] for entry, p in row] for row in found["likeliest"]],
+            "top_tokens": [[[self._sign(entry), round(p, 4)] for entry, p in row] for row in found["top_tokens"]],
         }
 
-    def _sign(self, entry: int) -> str:
-        return with_signs(token_texts(self.tokenizer, [entry])[0])
+    def _sign(self, token: int) -> str:
+        return with_signs(token_texts(self.tokenizer, [token])[0])
 
     # Surprise
 
@@ -166,16 +162,16 @@ class Page:
             ("mean loss, nats per token", f"{loss:.3f}"),
             ("bits per token", f"{loss / math.log(2):.3f}"),
             ("perplexity", f"{math.exp(min(loss, 100.0)):,.1f}"),
-            ("were its first choice", f"{mean(rank == 1 for rank in expected.ranks):.0%}"),
+            ("top-1 accuracy", f"{mean(rank == 1 for rank in expected.ranks):.0%}"),
             ("mean entropy, nats", f"{mean(expected.entropies):.3f}"),
         ]
         if beside is not None:
-            pairs = zip(expected.likeliest, beside.expectations.likeliest, strict=True)
+            pairs = zip(expected.top_tokens, beside.expectations.top_tokens, strict=True)
             shown += [
                 ("teacher's mean loss", f"{mean(beside.expectations.losses):.3f}"),
                 ("mean KL(teacher‖student)", f"{mean(beside.kl):.3f}"),
                 ("mean total variation", f"{mean(beside.tvd):.3f}"),
-                ("same first choice", f"{mean(ours[0][0] == theirs[0][0] for ours, theirs in pairs):.0%}"),
+                ("top-1 agreement", f"{mean(ours[0][0] == theirs[0][0] for ours, theirs in pairs):.0%}"),
             ]
         return "".join(f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for label, value in shown)
 
@@ -185,33 +181,33 @@ class Page:
             names += [("kl", "KL from the teacher"), ("tvd", "total variation"), ("worse", "worse than the teacher")]
         notes = []
         if self.first:
-            notes.append(f"Figures are shown of the last {LONGEST_STRIP} of {len(self.texts):,} tokens.")
-        if not self.seen.places:
-            notes.append("Nothing is predicted here: under this objective the whole text is given.")
-        marks = " Underlined tokens were written by the model itself." if any(self.seen.reading.written) else ""
-        return f"""<h2>How surprising each token was</h2><p class="says">{SURPRISE}{marks}</p>{_notes(notes)}
+            notes.append(f"Metrics are shown for the last {LONGEST_STRIP} of {len(self.texts):,} tokens.")
+        if not self.seen.positions:
+            notes.append("No token is predicted: with this objective the whole text is given.")
+        legend = " Underlined tokens were generated by the model." if any(self.seen.reading.written) else ""
+        return f"""<h2>Loss of each token</h2><p class="says">{SURPRISE}{legend}</p>{_notes(notes)}
 <div class="beside"><div><div class="choice" id="measures"><span>Colour by</span>{_buttons(names)}</div>
 {self._strip("strip", "hot", self.first)}<div class="legend hot" id="legend"></div></div>
 <div class="card" id="card"></div></div>
 """
 
     def _strip(self, name: str, tint: str, start: int, read: bool = False) -> str:
-        """Tokens from `start` on, as text; as they were read, where hidden ones are to be seen as such."""
+        """Render the tokens from `start` on as text; with `read` masked tokens are shown as masks."""
         begin = f'<div class="strip {tint}" id="{name}" tabindex="0" role="group" aria-label="tokens; arrow keys move">'
         texts = token_texts(self.tokenizer, self.seen.reading.ids) if read else self.texts
-        predicted = set(self.seen.places)
+        predicted = set(self.seen.positions)
         parts = []
-        for place in range(start, len(texts)):
-            kinds = ["t"] + ["none"] * (place not in predicted) + ["written"] * self.seen.reading.written[place]
-            text = escape(texts[place]).replace("\n", '<span class="sign">↵</span>\n')
-            parts.append(f'<span class="{" ".join(kinds)}" data-i="{place}">{text}</span>')
+        for position in range(start, len(texts)):
+            kinds = ["t"] + ["none"] * (position not in predicted) + ["written"] * self.seen.reading.written[position]
+            text = escape(texts[position]).replace("\n", '<span class="sign">↵</span>\n')
+            parts.append(f'<span class="{" ".join(kinds)}" data-i="{position}">{text}</span>')
         return f"{begin}{''.join(parts)}</div>"
 
-    # A teacher beside it
+    # Teacher
 
     def _disagreement(self) -> str:
-        beside, places = self.seen.disagreement, self.seen.places
-        if beside is None or not places:
+        beside, positions = self.seen.disagreement, self.seen.positions
+        if beside is None or not positions:
             return ""
         most = math.log(len(self.tokenizer))
         measures = [
@@ -220,38 +216,38 @@ class Page:
             (f"student's loss, 0 to {most:.1f} nats", "hot", [each / most for each in self.seen.expectations.losses]),
             (f"teacher's loss, 0 to {most:.1f} nats", "hot", [each / most for each in beside.expectations.losses]),
         ]
-        begin = next((row for row, place in enumerate(places) if place >= self.first), len(places))
+        begin = next((row for row, position in enumerate(positions) if position >= self.first), len(positions))
         tables = []
-        for some in _evenly(range(begin, len(places)), ACROSS):
-            names = "".join(f'<th class="name" title="{escape(s)}">{escape(s[:11])}</th>' for s in self._signs_of(some))
+        for some in _evenly(range(begin, len(positions)), ACROSS):
+            names = "".join(f'<th class="name" title="{escape(s)}">{escape(s[:11])}</th>' for s in self._signs_at(some))
             lines = "".join(
                 f'<tr class="{tint}"><th>{label}</th>'
-                + "".join(f'<td data-i="{places[row]}" style="--v:{min(values[row], 1):.3f}"></td>' for row in some)
+                + "".join(f'<td data-i="{positions[row]}" style="--v:{min(values[row], 1):.3f}"></td>' for row in some)
                 + "</tr>"
                 for label, tint, values in measures
             )
             tables.append(f'<table class="heat"><tr><th></th>{names}</tr>{lines}</table>')
         return f"""<h2>Where the student differs from its teacher</h2><p class="says">{HEAT}</p>
 <div class="beside"><div class="scroll" id="heat">{"".join(tables)}</div><div class="card" id="heat-card"></div></div>
-<h3>Most disputed</h3><div class="scroll"><table class="list"><tr><th>token, and what stands before it</th>
+<h3>Largest differences</h3><div class="scroll"><table class="list"><tr><th>token and context</th>
 <th class="figure">KL</th><th class="figure">total variation</th><th class="figure">student's loss</th>
-<th class="figure">teacher's loss</th><th>student's first choice</th><th>teacher's</th></tr>
-{self._disputed(begin)}</table></div>
+<th class="figure">teacher's loss</th><th>student's top-1</th><th>teacher's</th></tr>
+{self._difference_rows(begin)}</table></div>
 """
 
-    def _signs_of(self, rows: range) -> list[str]:
-        return [self.signs[self.seen.places[row]] for row in rows]
+    def _signs_at(self, rows: range) -> list[str]:
+        return [self.signs[self.seen.positions[row]] for row in rows]
 
-    def _disputed(self, begin: int) -> str:
+    def _difference_rows(self, begin: int) -> str:
         beside, expected = self.seen.disagreement, self.seen.expectations
         assert beside is not None
-        order = sorted(range(begin, len(beside.kl)), key=lambda row: -beside.kl[row])[:MOST_DISPUTED]
+        order = sorted(range(begin, len(beside.kl)), key=lambda row: -beside.kl[row])[:MAX_DIFFERENCES]
         lines = []
         for row in order:
-            place = self.seen.places[row]
-            before, token = escape("".join(self.signs[max(place - 5, 0) : place])), escape(self.signs[place])
+            position = self.seen.positions[row]
+            before, token = escape("".join(self.signs[max(position - 5, 0) : position])), escape(self.signs[position])
             figures = (beside.kl[row], beside.tvd[row], expected.losses[row], beside.expectations.losses[row])
-            choices = (expected.likeliest[row][0], beside.expectations.likeliest[row][0])
+            choices = (expected.top_tokens[row][0], beside.expectations.top_tokens[row][0])
             lines.append(
                 f'<tr><td><code><span class="before">{before}</span><b>{token}</b></code></td>'
                 + "".join(f'<td class="figure">{figure:.3f}</td>' for figure in figures)
@@ -267,8 +263,8 @@ class Page:
         notes = []
         if self.attention_from:
             notes.append(
-                f"Attention is shown of the last {size} of {len(self.texts):,} tokens, to keep the page small; the "
-                "model read all of them, and what a token gives to those not shown is told with it."
+                f"Attention is shown for the last {size} of {len(self.texts):,} tokens, to keep the page small. The "
+                "model read all of them; the weight on tokens not shown is given with each token."
             )
         captions = self.seen.habits
         parts = ["<span></span>"] + [f'<span class="head">head {head + 1}</span>' for head in range(heads)]
@@ -281,7 +277,7 @@ class Page:
                     f"<span>{captions[number]}</span></button>"
                 )
         wholes = _buttons([("head", "this head"), ("layer", "mean of its layer"), ("all", "mean of all")])
-        ways = _buttons([("from", "what a token looks at"), ("to", "what looks at it")])
+        ways = _buttons([("from", "what a token attends to"), ("to", "what attends to it")])
         return f"""<h2>Attention</h2><p class="says">{ATTENTION}</p>{_notes(notes)}
 <div class="scroll"><div class="maps" style="--heads:{heads}">{"".join(parts)}</div></div>
 <h3 id="which"></h3><div class="choice"><span id="wholes" class="choice">{wholes}</span>
@@ -299,7 +295,7 @@ class Page:
         distinct = len(set(self.seen.reading.text))
         notes = [f"The first {len(neighbours)} of {distinct} distinct tokens."] if distinct > len(neighbours) else []
         return f"""<h2>Nearest in the embedding</h2><p class="says">{NEAR}</p>{_notes(notes)}
-<table class="list near"><tr><th>token</th><th>nearest entries, and their cosines</th></tr>{lines}</table>
+<table class="list near"><tr><th>token</th><th>nearest tokens and cosines</th></tr>{lines}</table>
 """
 
     def _neighbour(self, near: tuple[int, float]) -> str:
@@ -309,12 +305,12 @@ class Page:
 
 
 def _as_bytes(attention: torch.Tensor) -> bytes:
-    """A byte for each weight: 255 times its square root, so that small ones keep their first digits."""
+    """Quantize each weight to a byte: 255 times its square root, for relative precision of small ones."""
     return (attention.clamp(0, 1).sqrt() * 255).round().to(torch.uint8).numpy().tobytes()
 
 
 def _evenly(rows: range, most: int) -> list[range]:
-    """Rows in parts of nearly one length, none longer than `most`."""
+    """Split rows into parts of nearly equal length, at most `most`."""
     length = -(-len(rows) // max(-(-len(rows) // most), 1))
     return [rows[start : start + length] for start in range(0, len(rows), max(length, 1))]
 
@@ -323,19 +319,12 @@ def _short(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def _counted(number: int, name: str) -> str:
+def _count(number: int, name: str) -> str:
     return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def _buttons(names: list[tuple[str, str]]) -> str:
     return "".join(f'<button type="button" value="{value}">{escape(label)}</button>' for value, label in names)
-
-
-def _why_unpredicted(kind: ObjectiveKind) -> str:
-    """Return the note on a token that the model did not predict."""
-    if kind.fills_masks:
-        return UNMASKED
-    return SOURCE if kind.bidirectional_prompt else FIRST
 
 
 def _notes(notes: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""report.html of one run: numbers, loss curve and samples in a single file without scripts, fonts or network."""
+"""report.html of a run: metrics, loss curve and samples in a single file without scripts, fonts or network."""
 
 import math
 from collections.abc import Sequence
@@ -46,13 +46,13 @@ pre b { color: var(--val); font-weight: 600; }
 def render(
     title: str, report: dict[str, Any], rows: list[dict[str, str]], samples: list[Sample], inside: Sequence[str] = ()
 ) -> str:
-    """The whole page.
+    """Render the page.
 
     Args:
         report: content of report.json.
         rows: content of metrics.csv.
         samples: all samples; those of the newest step are shown.
-        inside: paths of inspection pages, to be linked.
+        inside: paths of inspection pages to link to.
     """
     error = f'<pre class="error">{escape(str(report["error"]))}</pre>' if report.get("error") else ""
     status = " · ".join(str(report[key]) for key in ("status", "task", "model") if report.get(key))
@@ -69,7 +69,7 @@ def render(
 
 
 def loss_curve(train: Points, val: Points) -> str:
-    """Inline SVG with axes, ticks and legend; (step, nats per token)."""
+    """Render an inline SVG with axes, ticks and legend; points are (step, nats per token)."""
     points = [(step, value) for step, value in [*train, *val] if math.isfinite(value)]
     if not points:
         return "<p>No loss was logged.</p>"
@@ -99,7 +99,7 @@ def loss_curve(train: Points, val: Points) -> str:
 
 
 def step_axes(x_ticks: list[tuple[float, float]], y_ticks: list[tuple[float, float]]) -> list[str]:
-    """Grid and numbers of a curve over optimizer steps, from (place, number) of the ticks."""
+    """Render grid and tick labels of a curve over optimizer steps, from (pixel, value) of the ticks."""
     parts = []
     for at, tick in y_ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
@@ -111,7 +111,7 @@ def step_axes(x_ticks: list[tuple[float, float]], y_ticks: list[tuple[float, flo
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers, about `count` of them, that enclose [low, high]."""
+    """Return about `count` round numbers that enclose [low, high]."""
     span = high - low or abs(high) or 1.0
     rough = span / count
     magnitude = 10 ** math.floor(math.log10(rough))
@@ -144,17 +144,17 @@ def _tiles(report: dict[str, Any]) -> list[str]:
 
 
 def _task_metrics(report: dict[str, Any]) -> list[str]:
-    """Metrics on generated text, which only fine-tuning has."""
+    """Return the names of metrics on generated text (fine-tuning only)."""
     common = {metric_names.VAL_LOSS, metric_names.VAL_PERPLEXITY, metric_names.VAL_BITS_PER_BYTE}
     names = report.get("metrics", {})
     return [name for name in names if name.startswith("val/") and name not in common]
 
 
 def _distillation(metrics: dict[str, Any]) -> str:
-    """The student beside its teacher, each figure with what it says; nothing for a run without a teacher."""
+    """Render the distillation metrics with their meaning; empty for a run without a teacher."""
     rows = [
-        f"<tr><td>{escape(label)}</td><td>{metrics[name]:.4f}</td><td>{escape(says)}</td></tr>"
-        for name, (label, says) in {**metric_names.DISTILLATION, **metric_names.BETWEEN_TOKENIZERS}.items()
+        f"<tr><td>{escape(label)}</td><td>{metrics[name]:.4f}</td><td>{escape(meaning)}</td></tr>"
+        for name, (label, meaning) in {**metric_names.DISTILLATION, **metric_names.BETWEEN_TOKENIZERS}.items()
         if name in metrics
     ]
     return f'<h2>The student against its teacher</h2><table class="figures">{"".join(rows)}</table>\n' if rows else ""
@@ -172,13 +172,13 @@ def _samples(samples: list[Sample]) -> str:
 
 
 def _inside(pages: Sequence[str]) -> str:
-    """Links to the pages that show the model from inside."""
+    """Render links to the inspection pages."""
     links = " · ".join(f'<a href="{escape(page)}">{escape(Path(page).stem)}</a>' for page in pages)
     return f"<h2>Inside the model</h2><p>{links}</p>\n" if pages else ""
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
-    """Everything in report.json, nested values as `outer.inner`."""
+    """Render all of report.json, nested values as `outer.inner`."""
     rows = []
     for key, value in report.items():
         nested = value.items() if isinstance(value, dict) else [("", value)]

@@ -1,4 +1,4 @@
-"""The report of a run: report.json with facts and final metrics, and report.html; written when it fails too."""
+"""Report of a run: report.json with facts and final metrics, and report.html; also written for a failed run."""
 
 import json
 import os
@@ -18,24 +18,24 @@ from gpt2lab.storage.damaged_files import set_aside, warn_once
 from gpt2lab.storage.metrics_csv import read_metrics, series
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "tokenizers", "wandb", "peft")
-# Types of the values that other programs here read
+# Types of the values read by other modules
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("status", "error", "watched_metric", "command"), (str,)),
     **dict.fromkeys(("metrics", "data", "teacher"), (dict,)),
     **dict.fromkeys(("seconds", "tokens_per_second", "val_loss"), (int, float, type(None))),
 }
-WARM_UP_INTERVALS = 1  # log intervals left out of the median speed: compilation, caches
+WARM_UP_INTERVALS = 1  # log intervals excluded from the median speed: compilation, caches
 
 
 def build_report(run_dir: str | Path, status: str, facts: dict[str, Any], error: str = "") -> dict[str, Any]:
-    """Facts given by the caller, and the last values in metrics.csv; these survive a resume because the file does.
+    """Build the report from the caller's facts and the last values in metrics.csv, which a resumed run continues.
 
-    `val_loss_error` is the standard error of val_loss between documents, `val_documents` how many groups of them.
+    `val_loss_error` is the standard error of val_loss between documents, `val_documents` the number of their groups.
 
     Args:
         status: finished, stopped, pruned or failed.
-        facts: task, model, parameters, tokens_seen, seconds, data, command, … in the order they shall stand.
-        error: what a failed run failed of.
+        facts: task, model, parameters, tokens_seen, seconds, data, command, … in the order of the report.
+        error: error message of a failed run.
     """
     rows = read_metrics(run_dir)
     names = [name for name in rows[0] if name != "step"] if rows else []
@@ -67,15 +67,15 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
 
 
 def read_report(run_dir: str | Path) -> dict[str, Any]:
-    """report.json of a run; empty where there is none or it is damaged, without the values of a wrong type."""
+    """Read report.json of a run, without values of a wrong type; empty if it is missing or damaged."""
     report, damage = _read(Path(run_dir) / "report.json")
     if damage:
-        warn_once(f"{damage} A run that continues keeps the damaged file as report.json.damaged.")
+        warn_once(f"{damage} A resumed run keeps the damaged file as report.json.damaged.")
     return report
 
 
 def repair_report(run_dir: str | Path) -> None:
-    """Set a damaged report.json aside, with the warning of `read_report`; the run writes a new one when it ends."""
+    """Rename a damaged report.json, with the warning of `read_report`; the run writes a new one when it ends."""
     read_report(run_dir)
     path = Path(run_dir) / "report.json"
     if _read(path)[1]:
@@ -83,7 +83,7 @@ def repair_report(run_dir: str | Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """(the usable values, a sentence on what is damaged or nothing)."""
+    """Return (valid values, one sentence on the damage or "")."""
     if not os.path.lexists(path):
         return {}, ""
     try:
@@ -98,13 +98,13 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def watched_value(report: dict[str, Any]) -> float | None:
-    """The last value of the metric that the run is judged by; None where it has none yet."""
+    """Return the last value of the watched metric; None without one."""
     value = report.get("metrics", {}).get(report.get("watched_metric"))
     return float(value) if isinstance(value, int | float) else None
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of this project's source and whether it was changed since; nothing outside a git checkout."""
+    """Return the commit of this project and whether tracked files changed; None outside a git checkout."""
     root = str(Path(__file__).resolve().parents[2])
     try:
         commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

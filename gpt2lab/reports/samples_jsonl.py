@@ -1,13 +1,13 @@
-"""samples.jsonl: the text a model wrote during training, one JSON object a line: step, prompt, completion, method."""
+"""samples.jsonl: text generated during training, one JSON object per line: step, prompt, completion, method."""
 
 import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from gpt2lab.data.special_tokens import PLACE
-from gpt2lab.storage.atomic_files import naming_full_file, write_text
-from gpt2lab.storage.damaged_files import is_no_file, lines_of, set_aside_damaged_lines, warn_once
+from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
+from gpt2lab.storage.atomic_files import add_filename_when_full, write_text
+from gpt2lab.storage.damaged_files import is_not_file, read_lines, set_aside_damaged_lines, warn_once
 
 FILE = "samples.jsonl"
 _STEP_OF_LINE = re.compile(r'\{"step": (\d{1,18}),', re.ASCII)
@@ -22,23 +22,23 @@ class Sample:
 
     @property
     def written(self) -> str:
-        """What follows the prompt where both are shown: what was put into its gaps does not run on from it."""
-        return f"\n→ {self.completion}" if PLACE in self.prompt else self.completion
+        """Text to show after the prompt; fillings of gaps are set off, as they do not continue it."""
+        return f"\n→ {self.completion}" if MASK_PLACEHOLDER in self.prompt else self.completion
 
 
 def append_samples(run_dir: str | Path, samples: list[Sample]) -> None:
     path = Path(run_dir) / FILE
-    with naming_full_file(path), path.open("a", encoding="utf-8") as file:
+    with add_filename_when_full(path), path.open("a", encoding="utf-8") as file:
         file.writelines(_line(sample) for sample in samples)
 
 
 def read_samples(run_dir: str | Path) -> list[Sample]:
-    """All valid lines. A last line cut short by a crash is left out, others with a warning."""
+    """Read all valid lines. Damaged lines are skipped: a truncated last line silently, others with a warning."""
     path = Path(run_dir) / FILE
     samples, damaged = _scan(path)
     is_cut = len(damaged) == 1 and damaged[0][0] == len(samples) and _STEP_OF_LINE.match(damaged[0][1])
-    if is_no_file(path) or (damaged and not is_cut):
-        warn_once(f"{path} is damaged: {len(damaged)} of its lines are left out.")
+    if is_not_file(path) or (damaged and not is_cut):
+        warn_once(f"{path} is damaged: {len(damaged)} lines are skipped.")
     return samples
 
 
@@ -46,7 +46,7 @@ def repair_samples(run_dir: str | Path, step: int) -> None:
     """Rewrite a damaged samples.jsonl with its valid lines, see `set_aside_damaged_lines`.
 
     Args:
-        step: of the checkpoint from which the run continues.
+        step: step of the checkpoint from which the run is resumed.
     """
     path = Path(run_dir) / FILE
     samples, damaged = _scan(path)
@@ -55,7 +55,7 @@ def repair_samples(run_dir: str | Path, step: int) -> None:
 
 
 def drop_samples_after(run_dir: str | Path, step: int) -> None:
-    """Remove what a run wrote beyond the step from which it continues."""
+    """Remove the samples after `step`, from which a run is resumed."""
     repair_samples(run_dir, step)
     path = Path(run_dir) / FILE
     if path.exists():
@@ -63,11 +63,11 @@ def drop_samples_after(run_dir: str | Path, step: int) -> None:
 
 
 def _scan(path: Path) -> tuple[list[Sample], list[tuple[int, str]]]:
-    """(samples, lines that hold none, each with the number of samples before it)."""
+    """Return (samples, [(number of samples before it, text) of each other line])."""
     samples: list[Sample] = []
     damaged: list[tuple[int, str]] = []
-    for line in lines_of(path):
-        sample = _parsed(line)
+    for line in read_lines(path):
+        sample = _parse(line)
         if sample is None:
             damaged.append((len(samples), line))
         else:
@@ -75,7 +75,7 @@ def _scan(path: Path) -> tuple[list[Sample], list[tuple[int, str]]]:
     return samples, damaged
 
 
-def _parsed(line: str) -> Sample | None:
+def _parse(line: str) -> Sample | None:
     try:
         content = json.loads(line)
         sample = Sample(*(content[field.name] for field in fields(Sample)))

@@ -1,4 +1,4 @@
-"""A page of scores: one panel for each figure, in it a dot and an interval for each model."""
+"""Page of scores: one panel per metric with a dot and an interval for each model."""
 
 from dataclasses import dataclass
 from html import escape
@@ -11,7 +11,7 @@ SHOWN_LETTERS = 30  # of a model's name
 
 @dataclass(frozen=True)
 class Bar:
-    """A model's value of one figure, between the ends of its interval."""
+    """A model's value of one metric with the ends of its interval."""
 
     name: str
     value: float
@@ -20,31 +20,32 @@ class Bar:
 
 
 def render(title: str, panels: dict[tuple[str, str], list[Bar]]) -> str:
-    """The whole page.
+    """Render the page.
 
     Args:
-        panels: (what a figure is called, what it says) → the models that have it.
+        panels: (name of a metric, meaning) → its values by model.
     """
-    parts = [f"<h2>{escape(name)}</h2>{_panel(says, bars)}" for (name, says), bars in panels.items() if bars]
+    parts = [f"<h2>{escape(name)}</h2>{_panel(meaning, bars)}" for (name, meaning), bars in panels.items() if bars]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}{OWN_STYLE}</style></head><body>
-<h1>Scores</h1><p class="status">{escape(title)}<br>Dots: the figure; bars: its 95 % interval</p>
+<h1>Scores</h1><p class="status">{escape(title)}<br>Dots: the score; bars: its 95 % interval</p>
 {"".join(parts)}
 </body></html>
 """
 
 
-def _panel(says: str, bars: list[Bar]) -> str:
-    plot = RowPlot([end for bar in bars for end in (bar.low, bar.high)], [_shortened(bar.name) for bar in bars], says)
+def _panel(meaning: str, bars: list[Bar]) -> str:
+    ends = [end for bar in bars for end in (bar.low, bar.high)]
+    plot = RowPlot(ends, [_shorten(bar.name) for bar in bars], meaning)
     for row, bar in enumerate(bars):
         y = plot.y(row)
-        ends = f'x1="{plot.x(bar.low)}" x2="{plot.x(bar.high)}"'
+        x = f'x1="{plot.x(bar.low)}" x2="{plot.x(bar.high)}"'
         title = f"<title>{escape(bar.name)}: {bar.value:.4f} ({bar.low:.4f} … {bar.high:.4f})</title>"
-        plot.parts.append(f'<line class="interval" {ends} y1="{y}" y2="{y}"/>')
+        plot.parts.append(f'<line class="interval" {x} y1="{y}" y2="{y}"/>')
         plot.parts.append(f'<circle class="val" cx="{plot.x(bar.value)}" cy="{y}" r="5">{title}</circle>')
-    return plot.svg(says)
+    return plot.svg(meaning)
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     return name if len(name) <= SHOWN_LETTERS else "…" + name[1 - SHOWN_LETTERS :]

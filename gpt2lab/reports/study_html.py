@@ -1,4 +1,4 @@
-"""study.html: a study of distillation on one page — every run as a dot, every comparison with its interval."""
+"""study.html: a distillation study on one page, with a dot for every run and an interval for every comparison."""
 
 from html import escape
 
@@ -8,7 +8,7 @@ from gpt2lab.reports.svg_rows import OWN_STYLE, ROW, RowPlot
 
 
 def render(title: str, results: StudyResults) -> str:
-    """The whole page."""
+    """Render the page."""
     teacher = "" if results.teacher_loss is None else f", validation loss {results.teacher_loss:.4f}"
     seeds = ", ".join(map(str, results.seeds))
     failed = "".join(f'<pre class="error">{escape(run)}</pre>' for run in results.failed_runs)
@@ -33,7 +33,7 @@ def render(title: str, results: StudyResults) -> str:
 
 
 def _dots(arms: list[ArmResult]) -> str:
-    """One row for each arm: its runs as dots, their mean as a bar."""
+    """Plot one row per arm: its runs as dots, their mean as a bar."""
     rows = [(f"{arm.arm.name}, {arm.steps} steps" + (" (time)" if arm.budget == TIME else ""), arm) for arm in arms]
     values = [loss for arm in arms for loss in arm.losses.values() if loss is not None]
     if not values:
@@ -52,7 +52,7 @@ def _dots(arms: list[ArmResult]) -> str:
 
 
 def _errors(arms: list[ArmResult]) -> str:
-    """Seed error and document error of each arm, apart."""
+    """Render the error between seeds and between documents of each arm."""
     rows = "<tr><td></td><td>mean</td><td>sd over seeds</td><td>standard error between documents</td></tr>"
     for arm in arms:
         values = (arm.summary.mean, arm.summary.sd, arm.document_error)
@@ -62,7 +62,7 @@ def _errors(arms: list[ArmResult]) -> str:
 
 
 def _intervals(contrasts: list[Contrast]) -> str:
-    """One row for each comparison: the mean difference and its interval, against 0."""
+    """Plot one row per comparison: the mean difference with its interval."""
     shown = [contrast for contrast in contrasts if contrast.difference.mean is not None]
     values = [
         value

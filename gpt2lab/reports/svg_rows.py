@@ -1,4 +1,4 @@
-"""Row plot: rows with a label each over one axis of numbers, as inline SVG; dots and intervals are put on it."""
+"""Row plot: labelled rows over one numeric axis, as inline SVG, to which dots and intervals are added."""
 
 from html import escape
 
@@ -14,12 +14,12 @@ circle.run { fill: var(--train); fill-opacity: .75; } .mean { stroke: var(--val)
 
 
 class RowPlot:
-    """What is in `parts` is drawn over the axis.
+    """Plot whose `parts` are drawn over the axis.
 
     Args:
-        values: that must have room.
-        labels: of the rows, from the top.
-        axis: what the numbers are.
+        values: values that the axis must include.
+        labels: labels of the rows, from the top.
+        axis: label of the axis.
     """
 
     def __init__(self, values: list[float], labels: list[str], axis: str) -> None:
@@ -37,16 +37,16 @@ class RowPlot:
             self.parts.append(f'<text x="0" y="{self.y(row) + 4}">{escape(label)}</text>')
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Horizontal position of a value in pixels."""
         low, high = self.ticks[0], self.ticks[-1]
         left = LABELS + LEFT
         return round(left + (value - low) / (high - low) * (WIDTH - RIGHT - left), 1)
 
     def y(self, row: int) -> float:
-        """Pixels from the top, of the middle of a row."""
+        """Vertical position of the middle of a row in pixels."""
         return ROW * row + ROW / 2
 
-    def svg(self, says: str) -> str:
-        """The whole plot."""
+    def svg(self, label: str) -> str:
+        """Render the plot with an accessible label."""
         size = f'viewBox="0 0 {WIDTH} {ROW * self.rows + AXIS}"'
-        return f'<svg {size} role="img" aria-label="{escape(says)}">{"".join(self.parts)}</svg>'
+        return f'<svg {size} role="img" aria-label="{escape(label)}">{"".join(self.parts)}</svg>'

@@ -1,6 +1,6 @@
-"""Token view: written tokens as pieces of text, each with its probability under the model and what it could have been.
+"""Token probabilities: generated tokens as pieces of text with their probabilities and the top alternatives.
 
-Shapes: N written tokens, D hidden width, V vocabulary.
+Shapes: N generated tokens, D hidden width, V vocabulary.
 """
 
 import math
@@ -12,57 +12,57 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from gpt2lab.model.attention_masks import as_mask, spans_of, visible
+from gpt2lab.model.attention_masks import format_mask, make_spans, spans_to_mask
 
-UNFINISHED = "\ufffd"  # what a tokenizer shows for bytes that make no character yet
-SCORED_TOGETHER = 64  # tokens: at 50,257 entries 13 MB of probabilities
+UNFINISHED = "\ufffd"  # decoded for the bytes of an incomplete character
+CHUNK_ROWS = 64  # tokens scored at a time; 13 MB of probabilities for a vocabulary of 50,257
 
 
 @dataclass(frozen=True)
 class Chance:
-    """What the model thought where it wrote a token.
+    """Next-token probabilities at a generated token.
 
     Attributes:
-        probability: of the written token, before temperature, filters and penalties.
-        likeliest: the likeliest tokens there with their probabilities.
+        probability: probability of the token, before temperature, filters and penalties.
+        top_tokens: top tokens with their probabilities.
     """
 
     probability: float
-    likeliest: list[tuple[int, float]]
+    top_tokens: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as text; tokens that only together spell a character are one piece.
+    """A token as text; tokens that form one character together are one piece.
 
     Attributes:
-        probability: of all its tokens.
-        likeliest: what the first of them could have been, as text, with probabilities.
-        drafted: whether a draft model proposed it, all of it, and the target kept it.
+        probability: product over its tokens.
+        top_tokens: top alternatives of its first token as text, with probabilities.
+        drafted: whether all its tokens were proposed by a draft model and accepted.
     """
 
     text: str
     probability: float
-    likeliest: list[tuple[str, float]]
+    top_tokens: list[tuple[str, float]]
     drafted: bool = False
 
 
-class Spelling:
-    """Tokens to text, one by one, such that the parts add up to the text of all."""
+class IncrementalDecoder:
+    """Decoder of tokens one by one whose parts concatenate to the decoded text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._before: list[int] = []  # some tokenizers spell a token by what stands before it
+        self._before: list[int] = []  # some tokenizers decode a token depending on those before it
         self._open: list[int] = []
 
     def add(self, token: int) -> str:
-        """What the token, with those before it that had no text yet, spells; empty where a character is unfinished."""
+        """Return the text of the token and pending ones before it; empty for an incomplete character."""
         self._open.append(token)
         text = self._text()
         return "" if text.endswith(UNFINISHED) else self._close(text)
 
     def rest(self) -> str:
-        """What is left at the end: a character that was never finished."""
+        """Return the text of pending tokens at the end: an incomplete character."""
         return self._close(self._text()) if self._open else ""
 
     def _text(self) -> str:
@@ -74,32 +74,32 @@ class Spelling:
 
 
 class Rounds(BaseStreamer):
-    """Takes the tokens of a single text as `generate` writes them: a round is what one call of the model settled.
+    """Streamer that records the tokens of a single text by round, one model call each, and emits their text.
 
     Args:
-        tell: is given text as it comes.
+        emit: called with each piece of text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
         self.rounds: list[list[int]] = []
-        self._spelling, self._tell, self._end_of_text = Spelling(tokenizer), tell, tokenizer.eos_token_id
+        self._decoder, self._emit, self._end_of_text = IncrementalDecoder(tokenizer), emit, tokenizer.eos_token_id
         self._prompt_is_past = False
 
     def put(self, value: Tensor) -> None:
-        """Token ids of any shape; the first are the prompt's."""
+        """Record token ids of any shape; the first call has the prompt."""
         if not self._prompt_is_past:
             self._prompt_is_past = True
             return
         self.rounds.append(value.flatten().tolist())
-        self._tell("".join(self._spelling.add(token) for token in self.rounds[-1] if token != self._end_of_text))
+        self._emit("".join(self._decoder.add(token) for token in self.rounds[-1] if token != self._end_of_text))
 
     def end(self) -> None:
-        """The text ends here, if need be amid a character."""
-        self._tell(self._spelling.rest())
+        """Emit the rest of the text, possibly an incomplete character."""
+        self._emit(self._decoder.rest())
 
     @property
     def drafted(self) -> list[bool]:
-        """For each token whether it was drafted and kept: a round ends in the one token that the target adds."""
+        """Whether each token was drafted and accepted; the last token of a round is the target's."""
         return [number < len(one) - 1 for one in self.rounds for number in range(len(one))]
 
 
@@ -109,31 +109,32 @@ def chances(
     prompt: Sequence[int],
     written: Sequence[int],
     *,
-    entries: int,
-    both_ways: bool = False,
-    likeliest: int = 5,
+    vocab_size: int,
+    bidirectional: bool = False,
+    top_tokens: int = 5,
 ) -> list[Chance]:
-    """What the model thinks of each written token, in one call.
+    """Compute the probabilities of each generated token, in one call.
 
     Args:
-        prompt: at least one token; with what was written at most the model's positions.
-        entries: of the vocabulary that mean a token.
-        both_ways: the tokens of the prompt, but for its last, see each other both ways, as in `generate_ids`.
+        prompt: at least one token; with `written` at most n_positions.
+        vocab_size: number of tokens without padding of the vocabulary.
+        bidirectional: whether attention within the prompt, except its last token, is bidirectional (prefix_lm).
+        top_tokens: number of alternatives.
     """
     if not written:
         return []
     ids = torch.tensor([[*prompt, *written]], device=model.transformer.wte.weight.device)  # (1, T)
     length, mask = ids.shape[1] - 1, None
-    if both_ways:
-        spans = spans_of(torch.zeros(1, length).long(), torch.full((1, length), length), len(prompt) - 1)
-        mask = as_mask(visible(spans).to(ids.device), model.config._attn_implementation, model.dtype)
+    if bidirectional:
+        spans = make_spans(torch.zeros(1, length).long(), torch.full((1, length), length), len(prompt) - 1)
+        mask = format_mask(spans_to_mask(spans).to(ids.device), model.config._attn_implementation, model.dtype)
     out = model.transformer(ids[:, :-1], attention_mask=mask, use_cache=False)
     hidden, targets = out.last_hidden_state[0, len(prompt) - 1 :], ids[0, len(prompt) :]  # (N, D), (N,)
     found: list[Chance] = []
-    for states, tokens in zip(hidden.split(SCORED_TOGETHER), targets.split(SCORED_TOGETHER), strict=True):
-        probabilities = model.lm_head(states)[:, :entries].float().softmax(1)  # (n, V)
+    for states, tokens in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+        probabilities = model.lm_head(states)[:, :vocab_size].float().softmax(1)  # (n, V)
         own = probabilities.gather(1, tokens[:, None]).squeeze(1).tolist()
-        top = probabilities.topk(min(likeliest, entries))
+        top = probabilities.topk(min(top_tokens, vocab_size))
         rows = zip(own, top.indices.tolist(), top.values.tolist(), strict=True)
         found += [Chance(mine, list(zip(best, values, strict=True))) for mine, best, values in rows]
     return found
@@ -145,22 +146,22 @@ def pieces(
     chances: Sequence[Chance],
     drafted: Sequence[bool] = (),
 ) -> list[Piece]:
-    """Written tokens as text; the pieces' texts add up to the text of all.
+    """Split generated tokens into pieces of text that concatenate to the whole.
 
     Args:
-        chances: one for each token.
-        drafted: one for each token, or none.
+        chances: one per token.
+        drafted: one per token, or empty.
     """
-    spelling, found, start = Spelling(tokenizer), list[Piece](), 0
+    decoder, found, start = IncrementalDecoder(tokenizer), list[Piece](), 0
     for number, token in enumerate(written, 1):
-        text = spelling.add(token) or (spelling.rest() if number == len(written) else "")
+        text = decoder.add(token) or (decoder.rest() if number == len(written) else "")
         if not text:
             continue
         found.append(
             Piece(
                 text,
                 math.prod(chance.probability for chance in chances[start:number]),
-                [(tokenizer.decode([entry]), value) for entry, value in chances[start].likeliest],
+                [(tokenizer.decode([other]), value) for other, value in chances[start].top_tokens],
                 bool(drafted) and all(drafted[start:number]),
             )
         )

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to the disk, then renamed into place."""
+"""Atomic writes of files and folders: written to a scratch path, flushed to the disk, then renamed into place."""
 
 import ctypes
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.storage.damaged_files import is_no_folder, set_aside
+from gpt2lab.storage.damaged_files import is_not_folder, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -25,21 +25,21 @@ RENAME_EXCHANGE = 2  # linux/fs.h: swap the two names in one step
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a file that holds `text`. A reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
-    with naming_full_file(path):
+    """Replace `path` by a file that contains `text`. A reader sees the old file or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    with add_filename_when_full(path):
         try:
-            aside.write_text(text, encoding="utf-8")
-            flush(aside)
-            _make_way(path)
-            aside.replace(path)
+            scratch.write_text(text, encoding="utf-8")
+            flush(scratch)
+            _move_folder_aside(path)
+            scratch.replace(path)
         finally:
-            aside.unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
         flush(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As `write_text`, for JSON."""
+    """Write JSON with `write_text`."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -53,22 +53,22 @@ def flush(path: Path) -> None:
 
 
 def point_symlink(link: Path, target_name: str) -> None:
-    """Make `link` point at a neighbour, replacing an older link in one step."""
-    aside = link.with_name(f".{link.name}.tmp")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target_name)
-    _make_way(link)
-    aside.replace(link)
+    """Make `link` point at a file of the same folder, replacing an older link atomically."""
+    scratch = link.with_name(f".{link.name}.tmp")
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(target_name)
+    _move_folder_aside(link)
+    scratch.replace(link)
 
 
-def _make_way(path: Path) -> None:
-    """Set a folder aside that has the name of a file, whose place no file could take."""
+def _move_folder_aside(path: Path) -> None:
+    """Rename a folder that has the name of a file to be written; a file cannot replace a folder."""
     if path.is_dir() and not path.is_symlink():
         log.warning("%s is a folder. It was renamed to %s.", path, set_aside(path).name)
 
 
 def can_write(folder: Path) -> bool:
-    """Whether a file can be created in a folder: one without a name is, since `access` is wrong for root and on NFS."""
+    """Whether a file can be created in a folder. Tries it, because `os.access` is wrong for root and on NFS."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -78,10 +78,9 @@ def can_write(folder: Path) -> bool:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Fill a scratch folder that becomes `folder` when the block ends; on an exception the old `folder` stays.
+    """Yield a scratch folder that replaces `folder` when the block ends; after an exception the old `folder` stays.
 
-    On Linux the two folders change names in one step, so `folder` always exists once it has existed; elsewhere there
-    is an instant without it.
+    On Linux the two folders are exchanged atomically; on other systems `folder` is missing for an instant.
     """
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -90,8 +89,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
             flush(path)
-        if is_no_folder(folder):
-            log.warning("%s is no folder. It was renamed to %s.", folder, set_aside(folder).name)
+        if is_not_folder(folder):
+            log.warning("%s is not a folder. It was renamed to %s.", folder, set_aside(folder).name)
         if not folder.exists():
             scratch.rename(folder)
         elif not _exchange(scratch, folder):
@@ -104,24 +103,24 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming_full_file(path: Path) -> Iterator[None]:
-    """Give an error for lack of disk space the name of the file, which a failed write lacks."""
+def add_filename_when_full(path: Path) -> Iterator[None]:
+    """Add the file name to an OSError for a full disk; a failed write does not set it."""
     try:
         yield
     except OSError as error:
-        if error.errno in NO_SPACE and str(error.filename or ".tmp").endswith(".tmp"):  # .tmp: a scratch file of ours
+        if error.errno in NO_SPACE and str(error.filename or ".tmp").endswith(".tmp"):  # .tmp: one of our scratch files
             error.filename = str(path)
         raise
 
 
 @contextmanager
-def told_when_full(what: str, kept: str | Callable[[], str], where: str = "") -> Iterator[None]:
-    """Turn a failure for lack of disk space into an InputError that names what was written and what is still there.
+def input_error_when_full(what: str, kept: str | Callable[[], str], where: str = "") -> Iterator[None]:
+    """Convert an error caused by a full disk into an InputError: what could not be written, what is still intact.
 
     Args:
-        what: is written in the block; empty: the name of the file, see `naming_full_file`.
-        where: the folder that is named where the name of the file is not known.
-        kept: the lines that follow; a function is called only when the disk is full.
+        what: description of what the block writes; empty: the file name, see `add_filename_when_full`.
+        kept: the following lines of the message; a function is called only when the disk is full.
+        where: folder to name if the file name is unknown.
 
     Raises:
         InputError: the disk or the quota is full.
@@ -138,7 +137,7 @@ def told_when_full(what: str, kept: str | Callable[[], str], where: str = "") ->
 
 
 def full_disk_message(error: BaseException, what: str = "", where: str = "") -> str:
-    """One line that names what could not be written; empty unless lack of disk space is behind the error."""
+    """Return one line that names what could not be written; empty if a full disk did not cause the error."""
     full = [(code, file) for code, file in system_errors_behind(error) if code in NO_SPACE]
     if not full:
         return ""
@@ -148,22 +147,22 @@ def full_disk_message(error: BaseException, what: str = "", where: str = "") -> 
 
 
 def system_errors_behind(error: BaseException | None) -> Iterator[tuple[int, str]]:
-    """(error number, file name or nothing) of the system's errors that led to this one, the last one first.
+    """Yield (errno, file name or "") of each OSError in the chain of causes, newest first.
 
-    torch and safetensors report failed writes as errors of their own.
+    torch and safetensors wrap failed writes in their own exceptions.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno:
             yield error.errno, str(error.filename or "")
-        elif told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, which is written in Rust
-            yield int(told.group(1)), ""
+        elif found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, which is written in Rust
+            yield int(found.group(1)), ""
         error = error.__cause__ or error.__context__
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; says whether this system and file system can."""
+    """Exchange two paths atomically; return whether the system and file system support it."""
     if not sys.platform.startswith("linux"):
         return False
     rename = ctypes.CDLL(None, use_errno=True).renameat2

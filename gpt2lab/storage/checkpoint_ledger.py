@@ -1,10 +1,10 @@
-"""The checkpoints of a run, each a file or a folder of shards, and the ledger that vouches for them.
+"""Checkpoints of a run (files or folders of shards) and the ledger with their sizes and checksums.
 
     <run>/checkpoints/step-000200.ckpt, index.json (the ledger), last (a symlink to the newest checkpoint)
 
-A checkpoint counts only once the ledger names it with its size and SHA-256; the ledger is written after the file.
-So whatever instant a process dies at, the newest named checkpoint is whole. Where the ledger itself is lost, a
-checkpoint still counts by the checksums inside it; a folder has them in a file.
+A checkpoint is valid once the ledger lists it with its size and SHA-256. The ledger is written after the file, so the
+newest listed checkpoint is complete, whenever a process is killed. If the ledger is lost, a checkpoint is verified by
+the checksums inside it; a folder of shards has them in checksums.json.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from gpt2lab.storage.damaged_files import set_aside, warn_once
 
 LEDGER = "index.json"
 NAME = re.compile(r"step-(\d{6,})\.ckpt", re.ASCII)
-CHECKSUMS = "checksums.json"  # of a folder of shards: file → SHA-256
+CHECKSUMS = "checksums.json"  # in a folder of shards: file → SHA-256
 
 
 @dataclass
 class Entry:
-    """One checkpoint: its name, the optimizer steps completed in it, and what its bytes must be."""
+    """One checkpoint: file name, completed optimizer steps, size in bytes, SHA-256."""
 
     file: str
     step: int
@@ -43,26 +43,26 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
 
 
 def checkpoint_file(run_dir: str | Path, step: int) -> Path:
-    """Path of the checkpoint of `step`."""
+    """Return the path of the checkpoint of `step`."""
     return checkpoint_folder(run_dir) / f"step-{step:06d}.ckpt"
 
 
 def scratch_file(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is whole."""
+    """Return the path to which the checkpoint of `step` is written before it is complete."""
     return checkpoint_folder(run_dir) / f".step-{step:06d}.ckpt.tmp"
 
 
-def entries(run_dir: str | Path) -> list[Entry]:
-    """The valid entries of the ledger, oldest first; empty without a readable ledger."""
+def read_entries(run_dir: str | Path) -> list[Entry]:
+    """Return the valid entries of the ledger, oldest first; empty without a readable ledger."""
     return _read_ledger(run_dir)[0]
 
 
 def _read_ledger(run_dir: str | Path) -> tuple[list[Entry], bool]:
-    """(the ledger's valid entries, oldest first; whether it is undamaged or missing)."""
+    """Return (valid entries, oldest first; whether the ledger is undamaged or missing)."""
     path = checkpoint_folder(run_dir) / LEDGER
     try:
         content = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
-        parsed = [_entry(item) for item in content]
+        parsed = [_parse_entry(item) for item in content]
     except FileNotFoundError:
         return [], not os.path.lexists(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -71,10 +71,10 @@ def _read_ledger(run_dir: str | Path) -> tuple[list[Entry], bool]:
     return valid, isinstance(content, list) and len(valid) == len(parsed)
 
 
-def _entry(item: Any) -> Entry | None:
-    """One entry of the ledger; None where a value has the wrong type or the name is not that of a checkpoint.
+def _parse_entry(item: Any) -> Entry | None:
+    """Parse one entry of the ledger; None if a value has the wrong type or the file is not named like a checkpoint.
 
-    A name is no path, so a ledger cannot lead out of the run directory.
+    A name with a path separator does not match, so a ledger cannot point outside the run directory.
     """
     try:
         entry = Entry(*(item[field.name] for field in fields(Entry)))
@@ -87,8 +87,8 @@ def _entry(item: Any) -> Entry | None:
     return entry if name and int(name[1]) == entry.step else None
 
 
-def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
-    """Turn the scratch file of `step` into a checkpoint; keep the newest `keep_last` and delete every other file."""
+def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int) -> Path:
+    """Rename the scratch file of `step` to a checkpoint and list it; keep the newest `keep_last`, delete the rest."""
     folder = checkpoint_folder(run_dir)
     scratch = scratch_file(run_dir, step)
     if scratch.is_dir():
@@ -96,11 +96,11 @@ def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
     for path in [*_files(scratch), scratch]:
         flush(path)
     path = checkpoint_file(run_dir, step)
-    entry = _entry_of(scratch, path.name, step)
-    # Checkpoints beyond this step come from a run that was taken up again before them.
-    kept = [*(old for old in entries(run_dir) if old.step < step), entry][-keep_last:]
+    entry = _make_entry(scratch, path.name, step)
+    # The run was resumed from a checkpoint before later ones, which are obsolete.
+    kept = [*(old for old in read_entries(run_dir) if old.step < step), entry][-keep_last:]
     if path.is_dir() or scratch.is_dir():
-        discard(path)  # a folder takes no other's place
+        delete_checkpoint(path)  # rename cannot replace a folder that is not empty
     scratch.replace(path)
     flush(folder)
     write_json(folder / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
@@ -108,12 +108,12 @@ def record(run_dir: str | Path, step: int, keep_last: int) -> Path:
     named = {entry.file for entry in kept}
     for stray in [*folder.glob("step-*.ckpt"), *folder.glob(".step-*.tmp")]:
         if stray.name not in named:
-            discard(stray)
+            delete_checkpoint(stray)
     return path
 
 
-def discard(path: Path) -> None:
-    """Delete a checkpoint or what there is of one."""
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, complete or partial; a missing one is no error."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -134,8 +134,8 @@ def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
             return folder / entry.file
         warn_once(f"Checkpoint {folder / entry.file} is damaged or missing; falling back to the one before.")
     for path in reversed(checkpoint_files(run_dir)):
-        if path.name not in {entry.file for entry in named} and _is_whole(path):
-            warn_once(f"The ledger does not name {path}, but it is whole by its own checksums.")
+        if path.name not in {entry.file for entry in named} and _has_valid_checksums(path):
+            warn_once(f"The ledger does not list {path}, but the checksums inside it are valid.")
             return path
     return None
 
@@ -144,41 +144,41 @@ def _newest_despite_ledger(folder: Path, named: list[Entry]) -> Path | None:
     by_name = {entry.file: entry for entry in named}
     for path in reversed(checkpoint_files(folder.parent)):
         entry = by_name.get(path.name)
-        if _is_as_written(folder, entry) if entry else _is_whole(path):
-            by = "as the ledger names it" if entry else "whole by its own checksums"
-            kept = f"A run that continues keeps the damaged file as {LEDGER}.damaged."
-            warn_once(f"{folder / LEDGER} is damaged; {path.name} is used, which is {by}. {kept}")
+        if _is_as_written(folder, entry) if entry else _has_valid_checksums(path):
+            by = "its ledger entry" if entry else "the checksums inside it"
+            kept = f"A resumed run keeps the damaged file as {LEDGER}.damaged."
+            warn_once(f"{folder / LEDGER} is damaged; {path.name} is used, verified by {by}. {kept}")
             return path
-    warn_once(f"{folder / LEDGER} is damaged, and there is no whole checkpoint beside it.")
+    warn_once(f"{folder / LEDGER} is damaged, and its folder contains no intact checkpoint.")
     return None
 
 
 def checkpoint_files(run_dir: str | Path) -> list[Path]:
-    """Everything that was put in place as a checkpoint, oldest first, whether the ledger names it or not."""
+    """Return all files and folders named like a checkpoint, oldest first, listed in the ledger or not."""
     files = [path for path in checkpoint_folder(run_dir).glob("step-*.ckpt") if NAME.fullmatch(path.name)]
-    return sorted(files, key=step_of)
+    return sorted(files, key=checkpoint_step)
 
 
-def what_is_kept(run_dir: str | Path) -> str:
-    """What a user can do after a run could not write: the lines of a message that name the intact checkpoint."""
+def recovery_hint(run_dir: str | Path) -> str:
+    """Return the lines of a full-disk error that name the intact checkpoint and the command to resume."""
     newest = newest_good_checkpoint(run_dir)
     if newest is None:
         return "The run has no checkpoint yet. Free some space and start it again."
     return f"{newest} is intact.\nFree some space and continue: python train.py resume={shlex.quote(str(run_dir))}"
 
 
-def drop_after(run_dir: str | Path, step: int) -> None:
-    """Remove from the ledger what lies beyond `step`, from which a run continues: damaged, or soon written anew.
+def drop_checkpoints_after(run_dir: str | Path, step: int) -> None:
+    """Remove the entries after `step`, from which a run is resumed: they are damaged or will be rewritten.
 
-    A damaged or missing ledger is written anew with the checkpoints that are whole.
+    A damaged or missing ledger is rebuilt from the intact checkpoints.
     """
     named, is_sound = _read_ledger(run_dir)
     path = checkpoint_folder(run_dir) / LEDGER
     kept = [entry for entry in named if entry.step <= step]
     if not is_sound or not path.exists():
         names = {entry.file for entry in kept}
-        files = [file for file in checkpoint_files(run_dir) if step_of(file) <= step and file.name not in names]
-        kept += [_entry_of(file, file.name, step_of(file)) for file in files if _is_whole(file)]
+        files = [file for file in checkpoint_files(run_dir) if checkpoint_step(file) <= step and file.name not in names]
+        kept += [_make_entry(file, file.name, checkpoint_step(file)) for file in files if _has_valid_checksums(file)]
         kept.sort(key=lambda entry: entry.step)
     if not is_sound:
         set_aside(path)
@@ -186,8 +186,8 @@ def drop_after(run_dir: str | Path, step: int) -> None:
         write_json(path, {"checkpoints": [asdict(entry) for entry in kept]})
 
 
-def _entry_of(path: Path, name: str, step: int) -> Entry:
-    """The entry of a checkpoint that lies at `path` and is called `name`."""
+def _make_entry(path: Path, name: str, step: int) -> Entry:
+    """Build the entry `name` for the checkpoint at `path`."""
     return Entry(name, step, _bytes(path), _sha256(path))
 
 
@@ -199,8 +199,8 @@ def _is_as_written(folder: Path, entry: Entry) -> bool:
         return False
 
 
-def _is_whole(path: Path) -> bool:
-    """PyTorch writes zip archives with a checksum for each member."""
+def _has_valid_checksums(path: Path) -> bool:
+    """Verify a checkpoint without the ledger; torch.save writes zip archives with a checksum for each member."""
     try:
         if path.is_dir():
             return json.loads((path / CHECKSUMS).read_text()) == _checksums(path)
@@ -210,13 +210,13 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps completed in a checkpoint, from its name."""
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the optimizer steps completed in a checkpoint, from its name."""
     return int(checkpoint.stem.rpartition("-")[2])
 
 
 def _files(path: Path) -> list[Path]:
-    """A checkpoint's files, in the order of their names; `checksums.json` is about the others and not one of them."""
+    """Return a checkpoint's files, sorted by name, without `checksums.json`."""
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     return [file for file in inside if file.name != CHECKSUMS]
 
@@ -230,7 +230,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file; of a folder that of its checksums."""
+    """Return the SHA-256 (hex) of a file, or of a folder's checksums."""
     if path.is_dir():
         return hashlib.sha256(json.dumps(_checksums(path)).encode()).hexdigest()
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""Damaged files: a damaged file is kept under another name, and each damage is logged once per process.
+"""Damaged files: renamed to `<name>.damaged`, with one warning per process.
 
-Only the files beside a run's checkpoints are repaired this way; none of them is needed to continue the run.
+Used for a run's side files (metrics, samples, W&B state), none of which is needed to resume it.
 """
 
 import logging
@@ -25,24 +25,24 @@ def set_aside(path: Path) -> Path:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time this process has it."""
+    """Log a warning, once per process and message."""
     log.warning(message)
 
 
-def is_no_file(path: Path) -> bool:
-    """Whether something other than a file has this name: a folder, or a link that leads nowhere."""
+def is_not_file(path: Path) -> bool:
+    """Whether the path exists and is not a file: a folder or a broken link."""
     return os.path.lexists(path) and not path.is_file()
 
 
-def is_no_folder(path: Path) -> bool:
-    """Whether something other than a folder has this name: a file, or a link that leads nowhere."""
+def is_not_folder(path: Path) -> bool:
+    """Whether the path exists and is not a folder: a file or a broken link."""
     return os.path.lexists(path) and not path.is_dir()
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a text file, the last one also where it has no line end; none where there is no such file.
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, including a last one without a line end; empty for a missing file.
 
-    Bytes that are not UTF-8 become lone surrogates, which cannot be encoded again.
+    Bytes that are not UTF-8 become lone surrogates.
     """
     text = path.read_bytes().decode("utf-8", errors="surrogateescape") if path.is_file() else ""
     lines = text.split("\n")
@@ -52,29 +52,29 @@ def lines_of(path: Path) -> list[str]:
 def set_aside_damaged_lines(
     path: Path, steps: Sequence[int], damaged: Sequence[tuple[int, str]], pattern: re.Pattern[str], step: int
 ) -> bool:
-    """Set a file of rows aside if rows up to `step` cannot be read; one warning names what is lost.
+    """Rename a file of rows if rows up to `step` cannot be read; one warning names the lost rows.
 
     Args:
-        steps: of the valid rows, in the order of the file.
-        damaged: the lines that are not valid rows, each with the number of valid rows before it.
-        pattern: its first group is the step of a line, also of one that was cut short.
-        step: of the checkpoint from which the run continues; rows after it are written again.
+        steps: steps of the valid rows, in the order of the file.
+        damaged: (number of valid rows before it, text) of each line that is not a valid row.
+        pattern: regex whose first group is the step of a line, also of a truncated one.
+        step: step of the checkpoint from which the run is resumed; later rows are written again.
 
     Returns:
-        Whether the file was set aside, so that the caller must write the valid rows anew.
+        Whether the file was renamed; the caller then rewrites the valid rows.
     """
     own = [(before, pattern.match(line)) for before, line in damaged]
     lost = [before for before, found in own if found is None or int(found[1]) <= step]
-    if is_no_file(path):
-        log.warning("%s is no file. It was renamed to %s, and its rows are lost.", path, set_aside(path).name)
+    if is_not_file(path):
+        log.warning("%s is not a file. It was renamed to %s, and its rows are lost.", path, set_aside(path).name)
         return True
     if not lost:
         return False
     first = steps[lost[0] - 1] + 1 if lost[0] else 1
     last = steps[lost[-1]] - 1 if lost[-1] < len(steps) else max(step, first)
     log.warning(
-        "%s is damaged: %d of its lines cannot be read, so rows between steps %d and %d are lost; checkpoints do not "
-        "hold them. %d rows are kept. The damaged file was renamed to %s.",
+        "%s is damaged: %d lines are unreadable, so rows between steps %d and %d are lost; checkpoints do not contain "
+        "them. %d rows are kept. The damaged file was renamed to %s.",
         *(path, len(lost), min(first, last), max(first, last), len(steps), set_aside(path).name),
     )
     return True

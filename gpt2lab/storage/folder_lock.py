@@ -1,4 +1,4 @@
-"""FolderLock: an exclusive claim on a folder, held by one process until that process releases it or dies."""
+"""FolderLock: exclusive lock on a folder, held by one process until it releases the lock or dies."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ from gpt2lab.errors import InputError
 
 NAME = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN)
-OWNER_WAIT = 1.0  # seconds within which a new owner has written who it is
+OWNER_WAIT = 1.0  # seconds within which a new owner has written its host and process id
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +25,16 @@ class InUseError(InputError):
 
 
 class FolderLock:
-    """A POSIX record lock on `<folder>/.lock`, which contains host, process id and command of its owner.
+    """POSIX record lock on `<folder>/.lock`, a file with host, process id and use of the owner.
 
-    The kernel releases such a lock when the process dies, child processes do not inherit it, and network file systems
-    keep it across machines. Where a file system cannot lock, a warning is logged and the folder is used without one.
-
-    The lock moves with its folder when that is renamed.
+    The kernel releases the lock when the process dies, child processes do not inherit it, and it works on network file
+    systems. If the file system does not support locks, a warning is logged and the folder is used without one. The
+    lock stays valid when the folder is renamed.
 
     Args:
-        folder: an existing folder.
-        use: what the owner does there, for the error message of others.
-        keys: what names another folder, for that message.
+        folder: existing folder.
+        use: what the owner does there, for the error message of other processes.
+        keys: configuration keys that name the folder, for that message.
 
     Raises:
         InUseError: another process holds the lock; the message names its host and process id.
@@ -45,27 +44,27 @@ class FolderLock:
         self.folder = folder
         self._descriptor: int | None = None
         while self._descriptor is None:
-            descriptor = _opened(folder / NAME, keys)
+            descriptor = _open_lock_file(folder / NAME, keys)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 held, owner = error.errno in HELD, _owner(descriptor)
                 os.close(descriptor)
                 if held:
-                    raise InUseError(_in_use(folder, owner, keys)) from None
+                    raise InUseError(_in_use_message(folder, owner, keys)) from None
                 log.warning("%s: this file system cannot lock (%s). Start no second run there.", folder, error.strerror)
                 return
-            if _is_at(descriptor, folder / NAME):  # its last owner may have removed it since it was opened
+            if _is_at(descriptor, folder / NAME):  # the previous owner may have removed the file after the open
                 self._descriptor = descriptor
             else:
                 os.close(descriptor)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "use": use, "since": time.strftime("%F %T")}
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk: the lock is held nevertheless
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
 
     def release(self) -> None:
-        """Remove the lock file and let others in."""
+        """Remove the lock file and release the lock."""
         if self._descriptor is None:
             return
         if _is_at(self._descriptor, self.folder / NAME):
@@ -80,7 +79,7 @@ class FolderLock:
         self.release()
 
 
-def _opened(path: Path, keys: str) -> int:
+def _open_lock_file(path: Path, keys: str) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
@@ -100,7 +99,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _owner(descriptor: int) -> dict[str, Any]:
-    """Host and process id in the lock file; empty where they cannot be read."""
+    """Read host and process id from the lock file; empty if they cannot be read."""
     end = time.monotonic() + OWNER_WAIT
     while True:
         try:
@@ -111,10 +110,10 @@ def _owner(descriptor: int) -> dict[str, Any]:
             time.sleep(0.01)
 
 
-def _in_use(folder: Path, owner: dict[str, Any], keys: str) -> str:
-    who = f"process {owner.get('pid', 'of unknown id')} on {owner.get('host', 'an unknown host')}"
+def _in_use_message(folder: Path, owner: dict[str, Any], keys: str) -> str:
+    process = f"process {owner.get('pid', 'of unknown id')} on {owner.get('host', 'an unknown host')}"
     since = f" since {owner['since']}" if "since" in owner else ""
     return (
-        f"{folder} is in use: {who} holds it for {owner.get('use', 'training')}{since}.\n"
+        f"{folder} is in use: {process} holds it for {owner.get('use', 'training')}{since}.\n"
         f"Wait until it ends, stop it there, or give another {keys}."
     )

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it can be reached, found out in seconds instead of minutes of retries."""
+"""Hugging Face Hub: check within seconds whether it is reachable, instead of after minutes of retries."""
 
 import functools
 import os
@@ -9,11 +9,11 @@ from urllib.request import getproxies
 
 from gpt2lab.errors import InputError
 
-SECONDS = 5.0
+TIMEOUT = 5.0  # seconds
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this is NAME or OWNER/NAME and no folder here; a path that leads nowhere, such as runs/x, is none."""
+    """Whether the text is NAME or OWNER/NAME and not a local folder; a missing path such as runs/x is not a Hub id."""
     owner, _, name = source.partition("/")
     looks_like_path = source.startswith((".", "/", "~")) or "/" in name or (bool(name) and Path(owner).is_dir())
     return bool(source) and not looks_like_path and not Path(source).exists()
@@ -21,9 +21,9 @@ def is_hub_id(source: str) -> bool:
 
 @functools.cache
 def hub_is_reachable() -> bool:
-    """Whether a connection to the Hub (or HF_ENDPOINT) opens within seconds; False when HF_HUB_OFFLINE is set.
+    """Whether a connection to the Hub (or HF_ENDPOINT) opens within 5 seconds; False if HF_HUB_OFFLINE is set.
 
-    Behind a proxy no connection is tried: the proxy's answer comes with the first request.
+    Behind a proxy no connection is tried: the first request shows whether it works.
     """
     from huggingface_hub import constants
 
@@ -34,16 +34,20 @@ def hub_is_reachable() -> bool:
         return True
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        socket.create_connection((address.hostname, port), timeout=SECONDS).close()
+        socket.create_connection((address.hostname, port), timeout=TIMEOUT).close()
     except OSError:
         return False
     return True
 
 
-def require_hub(wanted: str, instead: str) -> None:
-    """Raise an InputError that names what was wanted from the Hub and what to use instead, unless it can be reached.
+def require_hub(requested: str, instead: str) -> None:
+    """Check that the Hub is reachable.
 
-    With HF_HUB_OFFLINE set nothing is raised: then the library answers from its own cache or refuses at once.
+    With HF_HUB_OFFLINE set nothing is raised: huggingface_hub then reads its cache or fails at once.
+
+    Args:
+        requested: what is requested from the Hub, first line of the message.
+        instead: what to use instead, second line.
 
     Raises:
         InputError: no connection.
@@ -54,7 +58,7 @@ def require_hub(wanted: str, instead: str) -> None:
         return
     proxy = "" if "https_proxy" in {name.lower() for name in os.environ} else " (behind a proxy, set HTTPS_PROXY)"
     raise InputError(
-        f"{wanted}: {constants.ENDPOINT} cannot be reached from here{proxy}.\n"
+        f"{requested}: {constants.ENDPOINT} cannot be reached from here{proxy}.\n"
         f"{instead}\n"
-        "If an earlier download lies in the Hugging Face cache, HF_HUB_OFFLINE=1 uses it."
+        "If it is already in the Hugging Face cache, set HF_HUB_OFFLINE=1 to use that copy."
     )

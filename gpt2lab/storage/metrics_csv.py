@@ -1,6 +1,6 @@
-"""metrics.csv: one row per logged optimizer step, one column per metric, `step` first; empty where nothing was logged.
+"""metrics.csv: one row per logged optimizer step, one column per metric, `step` first; a cell without a value is empty.
 
-Lightning's own CSV logger deletes older files when a run is taken up again; this one goes on where the file ends.
+Lightning's CSVLogger deletes older files when a run is resumed; this one appends.
 """
 
 import csv
@@ -9,17 +9,17 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from gpt2lab.storage.atomic_files import naming_full_file, write_text
-from gpt2lab.storage.damaged_files import is_no_file, lines_of, set_aside_damaged_lines, warn_once
+from gpt2lab.storage.atomic_files import add_filename_when_full, write_text
+from gpt2lab.storage.damaged_files import is_not_file, read_lines, set_aside_damaged_lines, warn_once
 
 STEP = "step"
 _STEP_OF_LINE = re.compile(r"(\d{1,18}),", re.ASCII)  # Python refuses numbers of thousands of digits
 
 
 class MetricsFile:
-    """Appends rows; values that come later for the newest step join its row.
+    """Writer that appends rows; further values of the newest step are added to its row.
 
-    In a resumed run the first write drops the rows of later steps, which the earlier process left there.
+    In a resumed run the first write drops the rows of later steps, which the earlier process wrote.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -30,8 +30,8 @@ class MetricsFile:
         self._open = False
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write `metrics` of `step`. Steps never decrease within one process."""
-        with naming_full_file(self.path):
+        """Write `metrics` of `step`. Steps must not decrease within one process."""
+        with add_filename_when_full(self.path):
             self._write(step, metrics)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
@@ -74,20 +74,20 @@ class MetricsFile:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, str]]:
-    """The valid rows as texts by column. A last row cut short by a crash is left out, others with a warning."""
+    """Return the valid rows (column → text). Damaged rows are skipped: a truncated last row silently, others logged."""
     path = Path(run_dir) / "metrics.csv"
     rows, damaged = _scan(path)
     is_cut = len(damaged) == 1 and damaged[0][0] == len(rows) and _STEP_OF_LINE.match(damaged[0][1])
-    if is_no_file(path) or (damaged and not is_cut):
-        warn_once(f"{path} is damaged: {len(damaged)} of its lines are left out.")
+    if is_not_file(path) or (damaged and not is_cut):
+        warn_once(f"{path} is damaged: {len(damaged)} lines are skipped.")
     return rows
 
 
 def repair_metrics(run_dir: str | Path, step: int) -> bool:
-    """Rewrite a damaged metrics.csv with its valid rows, see `set_aside_damaged_lines`; returns whether it was damaged.
+    """Rewrite a damaged metrics.csv with its valid rows, see `set_aside_damaged_lines`; return whether it was damaged.
 
     Args:
-        step: of the checkpoint from which the run continues.
+        step: step of the checkpoint from which the run is resumed.
     """
     path = Path(run_dir) / "metrics.csv"
     rows, damaged = _scan(path)
@@ -99,9 +99,9 @@ def repair_metrics(run_dir: str | Path, step: int) -> bool:
 
 
 def missing_steps(run_dir: str | Path, step: int) -> tuple[int, int] | None:
-    """First and last of the steps up to `step` whose rows are lost although no line is damaged; None where none are.
+    """Return (first, last) step up to `step` whose rows are missing although no line is damaged; None if complete.
 
-    Step 1 has a row in every run. A checkpoint may be older than the row of its own step.
+    Every run has a row for step 1. A checkpoint may be written before the row of its step.
     """
     steps = [int(row[STEP]) for row in read_metrics(run_dir)]
     if not steps:
@@ -111,8 +111,8 @@ def missing_steps(run_dir: str | Path, step: int) -> tuple[int, int] | None:
 
 
 def _scan(path: Path) -> tuple[list[dict[str, str]], list[tuple[int, str]]]:
-    """(valid rows, other lines, each with the number of valid rows before it)."""
-    lines = lines_of(path)
+    """Return (valid rows, [(number of valid rows before it, text) of each other line])."""
+    lines = read_lines(path)
     columns = _cells(lines[0]) if lines else []
     if columns[:1] != [STEP] or len(set(columns)) < len(columns) or not all(map(str.isprintable, columns)):
         return [], [(0, line) for line in lines]
@@ -136,7 +136,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_row(cells: list[str], columns: int) -> bool:
-    """A step, then a number or nothing in every other column."""
+    """Whether the cells are a step, then a number or nothing in every other column."""
     if len(cells) != columns or not _STEP_OF_LINE.fullmatch(f"{cells[0]},"):
         return False
     try:
@@ -151,19 +151,19 @@ def _write_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> N
 
 
 def drop_metrics_after(run_dir: str | Path, step: int) -> None:
-    """Remove the rows of steps after `step`, from which a run is resumed; a crash may have cut the last one short."""
+    """Remove the rows after `step`, from which a run is resumed, and a last row that a crash truncated."""
     file = MetricsFile(run_dir)
     if file.path.exists():
         file._resume_at(step)
 
 
 def series(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric, where it was logged."""
+    """Return [(step, value)] of one metric for the steps at which it was logged."""
     return [(int(row[STEP]), float(row[name])) for row in rows if row.get(name)]
 
 
 def _number(value: float) -> str:
-    """Seven digits, which is what fp32 holds; whole numbers in full."""
+    """Format with seven digits, the precision of fp32; integers in full."""
     return str(int(value)) if value.is_integer() else f"{value:.7g}"
 
 

@@ -1,4 +1,4 @@
-"""Model folder: from what init= or teacher= names to a folder with a GPT-2 in it, known by its config.json alone."""
+"""Model folder: resolve init=, teacher= or checkpoint= to a folder with a GPT-2, and read its config.json."""
 
 import json
 import struct
@@ -10,12 +10,12 @@ from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.hub import is_hub_id, require_hub
 from gpt2lab.storage.utf8 import check_text
 
-# What reading a file with other content than expected raises; its sizes and depths can be anything
+# Raised when a file has unexpected content, with any size and nesting depth
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError)
 UNREADABLE += (MemoryError, OverflowError, RecursionError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-# Variants of GPT-2 that its backbone here does not compute; key of config.json → values that it does
-COMPUTED: dict[str, tuple[Any, ...]] = {
+# Key of config.json → supported values; gpt2lab/model/backbone.py does not implement GPT-2's other variants
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -27,15 +27,17 @@ HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "mod
 HUB_FILES += ["merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
 
 
-def folder_of(source: str, key: str) -> Path:
-    """A run directory's export, the Hugging Face folder itself, or a Hub model's local copy, downloaded where needed.
+def resolve_model_folder(source: str, key: str) -> Path:
+    """Return the export of a run directory, a Hugging Face folder itself, or the local copy of a Hub model.
+
+    A Hub model is downloaded if it is not in the cache.
 
     Args:
-        source: what the user named.
+        source: run directory, folder or Hub id.
         key: init, teacher or checkpoint, for messages.
 
     Raises:
-        InputError: not there, not reachable, not a GPT-2, or damaged.
+        InputError: missing, not reachable, not a GPT-2, or damaged.
     """
     folder = Path(source).expanduser()
     if not folder.exists():
@@ -53,25 +55,25 @@ def folder_of(source: str, key: str) -> Path:
             return candidate.resolve()
     if (folder / ".metadata").is_file():
         raise InputError(
-            f"{key}={source} is a checkpoint that ranks wrote in parts.\n"
-            f"Give its run directory, or make a model folder of it: python -m launch.commands.consolidate {source}"
+            f"{key}={source} is a sharded checkpoint.\n"
+            f"Give its run directory, or convert it to a model folder: python -m launch.commands.consolidate {source}"
         )
     raise InputError(
-        f"{key}={source} holds no model: neither hf/config.json (a run directory) nor config.json (a model folder).\n"
+        f"{key}={source} contains no model: neither hf/config.json (run directory) nor config.json (model folder).\n"
         "Give a run that has saved at least once, a Hugging Face folder, or a Hub id."
     )
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files."""
+    """Whether a folder contains tokenizer files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_shape(folder: Path) -> dict[str, int]:
-    """Sizes of the GPT-2 in a folder: n_layer, n_head, n_embd, n_positions, vocab_size.
+    """Read the sizes of the GPT-2 in a folder: n_layer, n_head, n_embd, n_positions, vocab_size.
 
     Raises:
-        InputError: config.json cannot be read, or describes another architecture, or a variant not computed here.
+        InputError: config.json cannot be read, or describes another architecture or an unsupported variant.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -81,15 +83,15 @@ def read_shape(folder: Path) -> dict[str, int]:
     except UNREADABLE as error:
         raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
     if kind != "gpt2":
-        raise InputError(f"{folder} holds a {kind} model; give a GPT-2.")
+        raise InputError(f"{folder} contains a {kind} model; give a GPT-2.")
     if min(shape.values()) < 1:
         raise InputError(f"{folder}/config.json has a size below 1: {shape}.\nGive a folder with a GPT-2 in it.")
-    for key, values in COMPUTED.items():
+    for key, values in SUPPORTED.items():
         given = config.get(key, values[0])
         if given not in values and not (key == "n_inner" and given == 4 * shape["n_embd"]):
             raise InputError(
-                f"{folder}/config.json has {key}={given}, a variant of GPT-2 that is not computed here.\n"
-                f"Give a model with {key}={values[0]}, as OpenAI's have it."
+                f"{folder}/config.json has {key}={given}, a variant of GPT-2 that is not supported.\n"
+                f"Give a model with {key}={values[0]}, the value of OpenAI's GPT-2."
             )
     return shape
 
@@ -100,22 +102,22 @@ def read_objective(folder: Path) -> str:
     return name if name in OBJECTIVES else "clm"
 
 
-def parameters_of(shape: dict[str, Any]) -> int:
+def parameter_count(shape: dict[str, Any]) -> int:
     """Number of parameters of a GPT-2, tied head counted once."""
     width = shape["n_embd"]
     block = 12 * width * width + 13 * width
     return (shape["vocab_size"] + shape["n_positions"]) * width + shape["n_layer"] * block + 2 * width
 
 
-def multiplied_parameters(shape: dict[str, Any]) -> int:
-    """Number of parameters that a token is multiplied by, for FLOP: all but the position embeddings."""
-    return parameters_of(shape) - shape["n_positions"] * shape["n_embd"]
+def matmul_parameter_count(shape: dict[str, Any]) -> int:
+    """Number of parameters in matrix products, for FLOP: all except the position embeddings."""
+    return parameter_count(shape) - shape["n_positions"] * shape["n_embd"]
 
 
 def _check_weights(folder: Path) -> None:
-    """The file of weights is there, and as long as its own header says; it is no adapter of another model."""
-    if (folder / "adapter_config.json").is_file():  # transformers would load the model, and PEFT the module, it names
-        raise InputError(f"{folder} holds an adapter (adapter_config.json).\nGive a folder with the merged model.")
+    """Check that the weights exist, have the length stated in their header, and are not an adapter of another model."""
+    if (folder / "adapter_config.json").is_file():  # transformers would load the base model and PEFT module it names
+        raise InputError(f"{folder} contains an adapter (adapter_config.json).\nGive a folder with the merged model.")
     file = folder / "model.safetensors"
     if not file.is_file():
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
@@ -126,40 +128,40 @@ def _check_weights(folder: Path) -> None:
             (header_length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(header_length))
         data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
-        whole = file.stat().st_size == 8 + header_length + data
+        is_complete = file.stat().st_size == 8 + header_length + data
     except UNREADABLE as error:
         raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
-    if not whole:
-        raise InputError(f"{file} is cut short: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
+    if not is_complete:
+        raise InputError(f"{file} is truncated: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
 
 
 def _check_size(folder: Path, shape: dict[str, int]) -> None:
-    """The weights have a byte for each parameter: memory is allocated by the sizes that config.json states."""
-    held = sum(
+    """Check that the weights have at least a byte per parameter, because config.json decides how much is allocated."""
+    stored = sum(
         file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)
     )
-    wanted = parameters_of(shape)
-    if wanted > held:
+    parameters = parameter_count(shape)
+    if parameters > stored:
         raise InputError(
-            f"{folder}/config.json describes {wanted:.3g} parameters, but the weights have {held:,} bytes.\n"
+            f"{folder}/config.json describes {parameters:.3g} parameters, but the weights have {stored:,} bytes.\n"
             "Give a complete folder."
         )
 
 
 def _from_hub(source: str, key: str) -> Path:
-    """The local copy, downloaded where there is none yet; the Hub is asked only when it answers."""
+    """Return the local copy of a Hub model; download it if it is not in the cache and the Hub is reachable."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES, local_files_only=True))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        require_hub(f"{key}={source} is no folder here", "Give a run directory or a model folder.")
+        require_hub(f"{key}={source} is not a local folder", "Give a run directory or a model folder.")
     try:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{key}={source} is neither a folder here nor a model that the Hugging Face Hub gives: "
+            f"{key}={source} is neither a local folder nor a model on the Hugging Face Hub: "
             f"{str(error).strip().splitlines()[0][:120]}\n"
             "Check the spelling, or give a run directory or a model folder."
         ) from error

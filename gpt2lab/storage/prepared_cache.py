@@ -1,4 +1,4 @@
-"""Content-addressed cache of prepared data: made once under a lock, never used half made."""
+"""Content-addressed cache of prepared data: built once under a lock, never used incomplete."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gpt2lab.errors import InputError
-from gpt2lab.storage.atomic_files import replaced_folder, told_when_full, write_json
+from gpt2lab.storage.atomic_files import input_error_when_full, replaced_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -20,24 +20,23 @@ LEDGER = "ledger.json"
 
 
 def cache_folder(configured: str | None = None) -> Path:
-    """The folder given, else $GPT2LAB_CACHE, else ~/.cache/gpt2lab."""
+    """Return the configured folder, else $GPT2LAB_CACHE, else ~/.cache/gpt2lab."""
     return Path(configured or os.environ.get("GPT2LAB_CACHE") or "~/.cache/gpt2lab").expanduser()
 
 
 def content_hash(content: Any) -> str:
-    """SHA-256 (hex) of anything JSON can hold; the order of keys does not matter."""
+    """Return the SHA-256 (hex) of a JSON value; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def prepared(
+def get_or_build(
     kind: str, name: str, key: dict[str, Any], build: Callable[[Path], dict[str, Any]], cache_dir: Path
 ) -> Path:
-    """The folder `<cache_dir>/<kind>/<name>-<hash of key>`, made by `build` if it is not there yet.
+    """Return the folder `<cache_dir>/<kind>/<name>-<hash of key>`; call `build` if it is missing or damaged.
 
-    `build(scratch)` fills a scratch folder and returns facts for the ledger. The ledger, which also holds the size of
-    every file, is written last and the scratch folder then renamed: a build that was killed leaves nothing that could
-    be taken for finished, and a folder whose files were cut short later is made anew. Processes that want the same
-    folder wait for the one that makes it.
+    `build(scratch)` fills a scratch folder and returns facts for the ledger. The ledger also contains the size of every
+    file; it is written last, then the scratch folder is renamed. So a killed build is never used, and a folder with
+    truncated files is rebuilt. Processes that request the same folder wait for the one that builds it.
 
     Raises:
         InputError: the cache cannot be written, no space is left, or whatever `build` raises.
@@ -45,8 +44,8 @@ def prepared(
     folder = cache_dir / kind / f"{name}-{content_hash(key)[:12]}"
     if is_prepared(folder):
         return folder
-    full = "What was begun is removed. Free some space, or put the cache elsewhere: cache_dir=FOLDER"
-    with told_when_full(f"prepared data to {folder}", full), locked(folder):
+    full = "The incomplete folder is removed. Free some space, or use another cache folder: cache_dir=FOLDER"
+    with input_error_when_full(f"prepared data to {folder}", full), _lock(folder):
         if not is_prepared(folder):
             with replaced_folder(folder) as scratch:
                 facts = build(scratch)
@@ -56,27 +55,28 @@ def prepared(
 
 
 @contextmanager
-def grown(kind: str, name: str, key: dict[str, Any], what: str, cache_dir: Path) -> Iterator[Path]:
-    """The folder `<cache_dir>/<kind>/<name>-<hash of key>`, which whoever needs more of it adds to, one at a time.
+def open_growing_folder(kind: str, name: str, key: dict[str, Any], what: str, cache_dir: Path) -> Iterator[Path]:
+    """Yield the folder `<cache_dir>/<kind>/<name>-<hash of key>` to append to, locked for one process at a time.
 
-    Unlike `prepared` it is never whole: its files say themselves what is there. key.json holds what it was made from.
+    Unlike the folders of `get_or_build` it is never complete: its files record what they contain. key.json contains
+    `key`.
 
     Args:
-        what: is written there, for messages.
+        what: description of the data, for messages.
 
     Raises:
         InputError: the cache cannot be written, or no space is left.
     """
     folder = cache_dir / kind / f"{name}-{content_hash(key)[:12]}"
-    full = "What was written is kept. Free some space and start again, or put the cache elsewhere: cache_dir=FOLDER"
-    with told_when_full(f"{what} {folder}", full), locked(folder):
+    full = "Written data is kept. Free some space and start again, or use another cache folder: cache_dir=FOLDER"
+    with input_error_when_full(f"{what} {folder}", full), _lock(folder):
         folder.mkdir(exist_ok=True)
         write_json(folder / "key.json", key)
         yield folder
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a build finished here and its files still have their sizes."""
+    """Whether the folder has a ledger and its files have the recorded sizes."""
     try:
         sizes = read_ledger(folder)["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -85,13 +85,13 @@ def is_prepared(folder: Path) -> bool:
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
-    """What `build` returned; under "key" what the folder was made from, under "sizes" the size of each file."""
+    """Return the facts from `build`, with the folder's key under "key" and file sizes in bytes under "sizes"."""
     return json.loads((folder / LEDGER).read_text(encoding="utf-8"))
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from working on this folder of the cache; waits for the one that does.
+def _lock(folder: Path) -> Iterator[None]:
+    """Lock a folder of the cache for this process; wait for another process that has it.
 
     Raises:
         InputError: the cache cannot be written.

@@ -1,11 +1,11 @@
-"""Sharded checkpoint: a folder to which each rank writes its own parts of the tensors, in PyTorch's distributed format.
+"""Sharded checkpoint: a folder in PyTorch's distributed format, to which each rank writes its shards of the tensors.
 
-    <folder>/__0_0.distcp …   parts of tensors, a file for each rank
-    <folder>/.metadata        which part of which tensor lies where
-    <folder>/rest.pt          everything else, as in a checkpoint that is one file
+    <folder>/__0_0.distcp …   shards of tensors, one file per rank
+    <folder>/.metadata        tensor → position of its shards in the files
+    <folder>/rest.pt          everything else, as in a single-file checkpoint
 
-Any number of ranks reads what any number has written. `.metadata` is a pickle, of which only PyTorch's own classes of
-metadata are built, and a shard gives tensors alone: no file of the folder can run code.
+It can be read by another number of ranks than wrote it. `.metadata` is a pickle; only PyTorch's metadata classes are
+unpickled from it, and shards are read as tensors only, so no file of the folder can run code.
 """
 
 import io
@@ -28,11 +28,11 @@ from torch.futures import Future
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import system_errors_behind
-from gpt2lab.storage.tensor_file import read_tensor_file, refusal, unreadable_is_refused
+from gpt2lab.storage.tensor_file import input_error_when_unreadable, read_tensor_file, unreadable_message
 
 METADATA, REST = ".metadata", "rest.pt"
-# What `.metadata` is made of, besides the dtypes of torch: module → names
-IN_METADATA = {
+# Classes allowed in `.metadata`, besides torch's dtypes: module → names
+METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
         "BytesStorageMetadata",
@@ -51,16 +51,16 @@ IN_METADATA = {
 }
 STATE, OPTIMIZER, AVERAGE = "state_dict", "optimizer_states", "weight_average"
 
-Checkpoint = dict[str, Any]  # what Lightning saves, with one optimizer and, where it is kept, the weight average
+Checkpoint = dict[str, Any]  # Lightning's checkpoint with one optimizer and optionally the weight average
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether this is a sharded checkpoint, and whole: the metadata are written last."""
+    """Whether the folder is a complete sharded checkpoint: `.metadata` is written last."""
     return (path / METADATA).is_file()
 
 
 class _Writer(FileSystemWriter):
-    """Fails with the system's error, which stands behind torch's own and is lost on the way to other ranks."""
+    """Writer that raises the underlying OSError; torch's wrapper loses it on the way to other ranks."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -72,95 +72,95 @@ class _Writer(FileSystemWriter):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds nothing but metadata."""
+    """Unpickler restricted to metadata classes."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        if not is_dtype and name not in IN_METADATA.get(module, ()):
+        if not is_dtype and name not in METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{METADATA}: {module}.{name} is not permitted")
         return super().find_class(module, name)
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's, except that `.metadata` cannot run code."""
+    """PyTorch's reader, except that `.metadata` cannot run code."""
 
     def read_metadata(self) -> Metadata:
         file = Path(self.path) / METADATA
-        with unreadable_is_refused(file), file.open("rb") as stream:
+        with input_error_when_unreadable(file), file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
-            raise InputError(f"{file} holds no metadata of a checkpoint.\nCopy it again, or give another.")
+            raise InputError(f"{file} contains no checkpoint metadata.\nCopy it again, or give another.")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 class _TensorsOnly(DefaultLoadPlanner):
-    """PyTorch's would unpickle what the metadata call bytes instead of a tensor."""
+    """Load planner that refuses pickled bytes, which PyTorch's planner would unpickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise pickle.UnpicklingError(f"Unsupported: {read_item.dest_index.fqn} is stored as a pickle")
 
 
 def _read(tensors: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
-    """Read into tensors; every rank must call it, unless `no_dist`.
+    """Read into `tensors` in place; collective unless `no_dist`.
 
     Raises:
-        InputError: a file of the folder is damaged or holds something else.
+        InputError: a file of the folder is damaged or has other content.
     """
     try:
-        with unreadable_is_refused(folder):
+        with input_error_when_unreadable(folder):
             distributed_checkpoint.load(
                 tensors, storage_reader=_Reader(folder), planner=_TensorsOnly(), no_dist=no_dist
             )
-    except CheckpointException as error:  # which is no Exception
+    except CheckpointException as error:  # a BaseException
         _, (cause, _) = next(iter(error.failures.items()))
         if isinstance(cause, InputError):
             raise cause from error
-        raise InputError(refusal(str(folder), cause)) from error
+        raise InputError(unreadable_message(str(folder), cause)) from error
 
 
 def write_shards(checkpoint: Checkpoint, folder: Path, rank: int) -> None:
-    """Write the parts that this rank holds; every rank must call it.
+    """Write the shards of this rank; collective.
 
     Raises:
-        RuntimeError: on every rank, from what went wrong on one.
+        RuntimeError: on every rank, with the error of the rank that failed as cause.
     """
     rest = dict(checkpoint)
     (optimizer,) = rest[OPTIMIZER]
     tensors = {STATE: rest.pop(STATE), OPTIMIZER: optimizer["state"]}
     rest[OPTIMIZER] = [{"param_groups": optimizer["param_groups"]}]
     if AVERAGE in rest:
-        tensors[AVERAGE] = _numbered(rest.pop(AVERAGE))
+        tensors[AVERAGE] = _number_tensors(rest.pop(AVERAGE))
     if rank == 0:
         folder.mkdir(exist_ok=True)
         torch.save(rest, folder / REST)
     try:
         distributed_checkpoint.save(tensors, storage_writer=_Writer(folder))
-    except CheckpointException as error:  # which is no Exception, and nobody would take it for what it tells of
+    except CheckpointException as error:  # a BaseException, which callers would not catch
         at_fault, (cause, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"rank {at_fault} could not write its part of {folder}: {cause}") from cause
 
 
 def read_shards(folder: Path, state: dict[str, Any], optimizer: dict[str, Any], average: list[Tensor]) -> Checkpoint:
-    """Read into the parts of tensors that this rank is to hold; every rank must call it.
+    """Read the shards of this rank in place; collective.
 
     Args:
         state: name → sharded tensor, overwritten.
-        optimizer: its state by parameter name, overwritten, with its parameter groups.
-        average: the averaged weights, overwritten; empty where none are kept.
+        optimizer: optimizer state dict by parameter name; its state is overwritten.
+        average: averaged weights, overwritten; empty without a weight average.
 
     Returns:
-        The rest of the checkpoint; its optimizer has its state, too.
+        The rest of the checkpoint, including the optimizer state.
 
     Raises:
-        InputError: a file of the folder is damaged or holds something else.
+        InputError: a file of the folder is damaged or has other content.
     """
-    _Reader(folder).read_metadata()  # on every rank before any waits for the others
-    rest = _rest(folder)
+    _Reader(folder).read_metadata()  # fails on every rank before one waits for the others
+    rest = _read_rest(folder)
     tensors = {STATE: state, OPTIMIZER: optimizer["state"]}
     if average:
-        tensors[AVERAGE] = _numbered(average)
+        tensors[AVERAGE] = _number_tensors(average)
         rest[AVERAGE] = average
     _read(tensors, folder)
     rest[OPTIMIZER][0]["state"] = optimizer["state"]
@@ -168,60 +168,60 @@ def read_shards(folder: Path, state: dict[str, Any], optimizer: dict[str, Any], 
 
 
 def read_whole(folder: Path) -> Checkpoint:
-    """The checkpoint with whole tensors on the CPU, as if it had been written to one file; in any process alone.
+    """Read the checkpoint with unsharded tensors on the CPU, as from a single file; needs no process group.
 
     Raises:
-        InputError: a file of the folder is damaged or holds something else.
+        InputError: a file of the folder is damaged or has other content.
     """
     stored = _Reader(folder).read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {
-        name: torch.empty(of.size, dtype=of.properties.dtype)
-        for name, of in stored.items()
-        if isinstance(of, TensorStorageMetadata)
+        name: torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        for name, metadata in stored.items()
+        if isinstance(metadata, TensorStorageMetadata)
     }
     _read(tensors, folder, no_dist=True)
-    checkpoint = _rest(folder)
-    checkpoint[STATE] = _below(tensors, STATE)
+    checkpoint = _read_rest(folder)
+    checkpoint[STATE] = _select(tensors, STATE)
     state: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in _below(tensors, OPTIMIZER).items():
-        name, _, what = path.rpartition(".")
-        state.setdefault(name, {})[what] = tensor
+    for path, tensor in _select(tensors, OPTIMIZER).items():
+        parameter, _, name = path.rpartition(".")
+        state.setdefault(parameter, {})[name] = tensor
     groups = checkpoint[OPTIMIZER][0]["param_groups"]
     numbers = {name: number for number, name in enumerate(chain(*(group["params"] for group in groups)))}
-    checkpoint[OPTIMIZER] = [_renamed(state, groups, numbers)]
-    average = _below(tensors, AVERAGE)
+    checkpoint[OPTIMIZER] = [_rename_parameters(state, groups, numbers)]
+    average = _select(tensors, AVERAGE)
     if average:
         checkpoint[AVERAGE] = [average[str(number)] for number in range(len(average))]
     return checkpoint
 
 
-def _rest(folder: Path) -> Checkpoint:
+def _read_rest(folder: Path) -> Checkpoint:
     rest = read_tensor_file(folder / REST)
     if not isinstance(rest, dict) or not rest.get(OPTIMIZER):
-        raise InputError(f"{folder / REST} is no part of a checkpoint: it has no {OPTIMIZER}.\nCopy it again.")
+        raise InputError(f"{folder / REST} is not part of a checkpoint: it has no {OPTIMIZER}.\nCopy it again.")
     return rest
 
 
 def optimizer_by_name(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """An optimizer's state dict with parameter names instead of numbers.
+    """Return an optimizer's state dict with parameter names instead of numbers.
 
     Args:
-        names: of its parameters, group by group; the numbers' own order may be another.
+        names: parameter names, group by group; the numbers may be in another order.
     """
     numbers = chain(*(group["params"] for group in state["param_groups"]))
-    return _renamed(state["state"], state["param_groups"], dict(zip(numbers, names, strict=True)))
+    return _rename_parameters(state["state"], state["param_groups"], dict(zip(numbers, names, strict=True)))
 
 
-def _renamed(state: dict[Any, Any], groups: list[dict[str, Any]], to: dict[Any, Any]) -> dict[str, Any]:
+def _rename_parameters(state: dict[Any, Any], groups: list[dict[str, Any]], new: dict[Any, Any]) -> dict[str, Any]:
     return {
-        "state": {to[key]: of for key, of in state.items()},
-        "param_groups": [{**group, "params": [to[key] for key in group["params"]]} for group in groups],
+        "state": {new[key]: value for key, value in state.items()},
+        "param_groups": [{**group, "params": [new[key] for key in group["params"]]} for group in groups],
     }
 
 
-def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
+def _number_tensors(tensors: list[Tensor]) -> dict[str, Tensor]:
     return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
-def _below(tensors: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+def _select(tensors: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{key}."): tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}

@@ -1,7 +1,6 @@
-"""Tensor file: reads tensors and plain values that torch.save wrote, and never runs code that a file may hold.
+"""Tensor file: read tensors and plain values written by torch.save, without running code from the file.
 
-torch.load and pickle build any object that a file names. Here only PyTorch's own list of harmless types is built
-(`weights_only=True`); a file with anything else, or a damaged one, is an InputError.
+Files are loaded with `weights_only=True`. A damaged file, or one with other objects, raises an InputError.
 """
 
 import pickle
@@ -19,40 +18,40 @@ UNREADABLE: tuple[type[Exception], ...] = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError),
     *(TypeError, AttributeError, ImportError, OverflowError, RecursionError),
 )
-NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")  # of a training's checkpoint
+CHECKPOINT_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")  # Lightning's
 
 
 def read_tensor_file(path: Path, mmap: bool = False) -> Any:
-    """Read a file of torch.save onto the CPU.
+    """Load a file written by torch.save onto the CPU.
 
     Raises:
-        InputError: it is damaged, or holds other objects than tensors and plain values.
+        InputError: the file is damaged or contains other objects than tensors and plain values.
     """
-    with unreadable_is_refused(path):
+    with input_error_when_unreadable(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_checkpoint_file(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a training's checkpoint onto the CPU.
+    """Load a training checkpoint onto the CPU.
 
     Raises:
-        InputError: as of `read_tensor_file`, or it is no checkpoint of a training.
+        InputError: see `read_tensor_file`; also if the file is not a training checkpoint.
     """
     checkpoint = read_tensor_file(path, mmap)
-    missing = [key for key in NEEDED if not isinstance(checkpoint, dict) or key not in checkpoint]
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        raise InputError(f"{path} is no checkpoint of a training: it has no {', '.join(missing)}.\nGive another run.")
+        raise InputError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}.\nGive another run.")
     return checkpoint
 
 
 @contextmanager
-def unreadable_is_refused(path: Path) -> Iterator[None]:
-    """Turn what PyTorch raises for a file that is damaged or that holds other objects into an InputError.
+def input_error_when_unreadable(path: Path) -> Iterator[None]:
+    """Convert PyTorch's errors for a damaged or unsafe file into an InputError.
 
-    PyTorch's own message recommends to read the file without this protection.
+    PyTorch's own message recommends `weights_only=False`, which would run code from the file.
 
     Raises:
-        InputError
+        InputError: the file is damaged or contains other objects than tensors and plain values.
     """
     try:
         yield
@@ -61,17 +60,17 @@ def unreadable_is_refused(path: Path) -> Iterator[None]:
     except UNREADABLE as error:
         if "allocate memory" in str(error):
             raise
-        raise InputError(refusal(str(path), error)) from error
+        raise InputError(unreadable_message(str(path), error)) from error
 
 
-def refusal(file: str, error: BaseException) -> str:
-    """Why a file is not read, in two lines."""
+def unreadable_message(file: str, error: BaseException) -> str:
+    """Return the message, two lines, for a file that cannot be read."""
     text = str(error)
     named = re.search(r"\bGLOBAL ([\w.]+)|: ([\w.]+) is not permitted", text)
     if named or (isinstance(error, pickle.UnpicklingError) and "Unsupported" in text):
         what = f" ({named[1] or named[2]})" if named else ""
         return (
-            f"{file} holds other objects than tensors and plain values{what}, which could run code; it was not read.\n"
-            "Give a file from a source that you trust to hold weights alone, best as .safetensors."
+            f"{file} contains objects other than tensors and plain values{what}, which could run code; it was not "
+            "read.\nGive a file that contains only weights, preferably as .safetensors."
         )
-    return f"{file} is damaged or no file of PyTorch; it was not read.\nCopy it again, or give another."
+    return f"{file} is damaged or not a PyTorch file; it was not read.\nCopy it again, or give another."

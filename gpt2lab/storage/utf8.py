@@ -1,4 +1,7 @@
-"""UTF-8: refuses text that is not, before a run makes anything: files of text and the libraries take nothing else."""
+"""UTF-8 checks of arguments, paths and configuration values, before a run writes anything.
+
+Text files and the libraries accept nothing else.
+"""
 
 import os
 from collections.abc import Iterable
@@ -10,27 +13,27 @@ FOLDERS = ("GPT2LAB_CACHE", "HF_HOME", "HOME", "TMPDIR")  # environment variable
 
 
 def check_process(arguments: Iterable[str]) -> None:
-    """Check command-line arguments, the working directory, and the folders that environment variables name.
+    """Check command-line arguments, the working directory, and the folders in environment variables.
 
     Raises:
-        InputError
+        InputError: one is not valid UTF-8.
     """
     for argument in arguments:
         check_text(argument, argument)
     for name in FOLDERS:
         check_text(os.environ.get(name, ""), f"The environment variable {name}={os.environ.get(name, '')}")
     try:
-        folder = os.getcwd()  # noqa: PTH109 — a Path of a folder that is gone is no error of this kind
+        folder = os.getcwd()  # noqa: PTH109 — Path.cwd() of a deleted folder raises another error
     except OSError:
         return
     check_text(folder, f"The working directory {folder}")
 
 
 def check_values(values: Any, key: str = "") -> None:
-    """Check every text in nested dictionaries and lists, with the dotted name of its place.
+    """Check every text in nested dictionaries and lists; the message contains its dotted key.
 
     Raises:
-        InputError
+        InputError: one is not valid UTF-8.
     """
     if isinstance(values, str):
         check_text(values, f"{key}={values}")
@@ -43,23 +46,26 @@ def check_values(values: Any, key: str = "") -> None:
 
 
 def _printable(text: str) -> str:
-    r"""Text for a terminal, on one line: a byte that is not UTF-8 becomes `\xff`, a line break `\n`."""
+    r"""Escape text for one line of a terminal: a byte that is not UTF-8 becomes `\xff`, a line break `\n`."""
     try:
         data = os.fsencode(text)
-    except UnicodeEncodeError:  # half of a surrogate pair, which no argument of a process can hold
+    except UnicodeEncodeError:  # half of a surrogate pair, which os.fsencode cannot encode
         data = text.encode("utf-8", "backslashreplace")
     letters = data.decode("utf-8", "backslashreplace")[:200]
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in letters)
 
 
 def check_text(text: str, what: str) -> None:
-    """Check one text, which a message calls `what`.
+    """Check one text.
+
+    Args:
+        what: the text's name in the message.
 
     Raises:
-        InputError
+        InputError: it is not valid UTF-8.
     """
     if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
         raise InputError(
-            f"{_printable(what)} is not valid UTF-8, and configurations, reports and models are stored as UTF-8.\n"
+            f"{_printable(what)} is not valid UTF-8; configurations, reports and models are stored as UTF-8.\n"
             "Rename the file or folder, or give another."
         )

@@ -1,8 +1,4 @@
-"""What the hardware can do: peak matrix-product speed per number format, and the memory a process has used.
-
-Also how to ask a GPU for something without making it wait: a step's work is queued faster than it is done, and stays so
-only as long as nobody waits for a result.
-"""
+"""Devices: peak FLOP/s per dtype, memory in use, and reading a GPU scalar without an immediate synchronisation."""
 
 import json
 import platform
@@ -17,7 +13,7 @@ from torch import Tensor
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import write_json
 
-# Dense matrix products with bf16 or fp16 inputs, FLOP/s, from the makers' data sheets (without sparsity).
+# Dense matrix products with bf16 or fp16 inputs, FLOP/s, from data sheets (without sparsity).
 GPU_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -45,13 +41,13 @@ def flops_per_token(parameters: int, layers: int, width: int, length: int) -> fl
     """Forward and backward FLOP of one token: 6 N + 12 · L · D · T (PaLM, appendix B).
 
     Args:
-        parameters: N without position embeddings, which no product multiplies; the token embeddings are the head's.
+        parameters: N without position embeddings; token embeddings count, because they are the LM head.
     """
     return 6 * parameters + 12 * layers * width * length
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, cache_dir: str | Path) -> float:
-    """Peak matrix-product FLOP/s of one device: a known GPU's 16-bit data sheet value, else measured once and kept."""
+    """Peak matrix-product FLOP/s of a device: 16-bit data sheet value of a known GPU, else measured once and cached."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         for known in sorted(GPU_PEAKS, key=len, reverse=True):
@@ -71,7 +67,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache_dir: str | Path) 
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: the allocator's on a GPU, the process's resident set elsewhere."""
+    """Peak memory so far: the CUDA allocator's on a GPU, otherwise the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -84,7 +80,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_memory_bytes() -> int:
-    """What this process holds now; where the system does not say, the most it has held."""
+    """Resident set of this process now; its peak where the system does not report the current value."""
     status = Path("/proc/self/status")
     found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else peak_memory_bytes(torch.device("cpu"))
@@ -97,28 +93,28 @@ def named_dtype(name: str | None) -> torch.dtype:
     )
 
 
-def named_device(accelerator: str) -> torch.device:
-    """The device that auto, cpu, gpu or mps means on this machine.
+def resolve_device(accelerator: str) -> torch.device:
+    """Return this machine's device for auto, cpu, gpu or mps.
 
     Raises:
-        InputError: this machine has none of the kind.
+        InputError: this machine has no such device.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("accelerator=gpu, but PyTorch finds no GPU here; leave it out or give accelerator=cpu.")
+        raise InputError("accelerator=gpu, but PyTorch finds no GPU here; omit it or give accelerator=cpu.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise InputError("accelerator=mps, but PyTorch finds no Apple GPU here; leave it out or give accelerator=cpu.")
+        raise InputError("accelerator=mps, but PyTorch finds no Apple GPU here; omit it or give accelerator=cpu.")
     if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("mps" if accelerator == "mps" else "cpu")
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """The widest float of a device, for long sums: an Apple GPU has no float64."""
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the widest float dtype of a device, for long sums: an Apple GPU has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on a GPU, so that a clock read now counts it."""
+    """Wait for the work queued on a GPU, so that a timing includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -126,8 +122,8 @@ def synchronize(device: torch.device) -> None:
 def seed_random_state(device: torch.device, seed: int) -> None:
     """Seed PyTorch's global random states of the CPU and of `device`.
 
-    `torch.manual_seed` gives the same numbers, but notes a stack trace for every kind of device that is not in use: one
-    to two milliseconds at each call.
+    `torch.manual_seed` has the same effect, but records a stack trace for every unused device type, which takes one to
+    two milliseconds per call.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -136,29 +132,29 @@ def seed_random_state(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-class LaterNumber:
-    """A number () that a GPU is still at: its way to the CPU is queued, and nothing waits for it before it is read."""
+class AsyncScalar:
+    """A scalar whose copy from GPU to CPU is queued; only `read` waits for it."""
 
     def __init__(self, number: Tensor) -> None:
-        number, self._arrival = number.detach(), None
+        number, self._copied = number.detach(), None
         is_queued = number.device.type == "cuda"
         self._number = number.to("cpu", non_blocking=is_queued)  # into pinned memory then
         if is_queued:
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def read(self) -> float:
-        """Waits for what was queued before it, not for what came after."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
+        """Wait for the work queued before the copy, not for later work, and return the number."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._number.item()
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of several products of two square matrices."""
+    """Measure FLOP/s: the best of eight products of two square matrices."""
     size = 8192 if device.type == "cuda" else 2048
-    own_numbers = torch.Generator().manual_seed(0)  # the global random state stays as it is
-    left, right = (torch.randn(size, size, generator=own_numbers).to(device, dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state unchanged
+    left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         synchronize(device)

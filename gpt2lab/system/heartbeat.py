@@ -1,8 +1,7 @@
-"""Heartbeat: a sign of life from every rank of a run, so that who waits for them knows for whom.
+"""Heartbeat: progress reports of every rank, from which a listener finds ranks that hang or are late.
 
-Every rank writes on a board, once a second while its process runs, which beat this is, how many deeds it has begun, and
-what it does. Ranks that train together do the same deeds in the same order, so the one with the fewest keeps the others
-waiting.
+Once a second a thread of every rank writes (number of the beat, progress counter, current activity) to a board. All
+ranks go through the same activities in the same order, so the rank with the lowest counter makes the others wait.
 """
 
 import json
@@ -16,146 +15,146 @@ from typing import Protocol
 from gpt2lab.storage.atomic_files import NO_SPACE
 
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 10  # a rank that fell silent is found before those that wait for it give up
-WAITED = "waited for the others in vain"
+GRACE_SECONDS = 10  # a silent rank is found before the ranks that wait for it time out
+TIMED_OUT = "timed out waiting for other ranks"
 DONE = "done"
 
 
 class Board(Protocol):
-    """Where every rank writes and somebody reads; writing raises an OSError or RuntimeError once it is gone."""
+    """Storage that every rank writes and a listener reads; `write` raises OSError or RuntimeError once it is closed."""
 
-    def write(self, rank: int, words: str) -> None:
-        """Replace what this rank has written."""
+    def write(self, rank: int, text: str) -> None:
+        """Replace the text of this rank."""
 
     def read(self, ranks: list[int]) -> list[str]:
-        """What these ranks have written last; nothing of one that has not begun."""
+        """Return the latest texts of these ranks; empty for a rank that has not started."""
 
 
-class Folder:
-    """A board for the ranks of one machine: a file for each."""
+class FolderBoard:
+    """Board for the ranks of one machine: one file per rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, rank: int, words: str) -> None:
-        """Aside first, so that nobody reads half of it."""
-        aside = self.folder / f".rank-{rank}"
-        aside.write_text(words, encoding="utf-8")
-        aside.replace(self.folder / f"rank-{rank}")
+    def write(self, rank: int, text: str) -> None:
+        """Replace the file atomically, so that a reader never sees a partial text."""
+        scratch = self.folder / f".rank-{rank}"
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(self.folder / f"rank-{rank}")
 
     def read(self, ranks: list[int]) -> list[str]:
-        """From the files."""
+        """Return the contents of the files."""
         files = [self.folder / f"rank-{rank}" for rank in ranks]
         return [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
 
 
 class Heartbeat:
-    """A rank's own: beats from a thread, so that only a process that is stopped or gone falls silent."""
+    """Progress reports of one rank, written from a thread: they end only when the process is stopped or dies."""
 
     def __init__(self, board: Board, rank: int) -> None:
         self._board, self._rank = board, rank
-        self._beats, self._deeds, self._doing = 0, 0, "getting ready"
+        self._beats, self._progress, self._activity = 0, 0, "getting ready"
         self._writing = threading.Lock()
-        threading.Thread(target=self._beat_on, daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
 
-    def mark(self, doing: str) -> None:
-        """The next deed begins; costs nothing, for the thread writes it down."""
-        self._deeds, self._doing = self._deeds + 1, doing
+    def mark(self, activity: str) -> None:
+        """Begin the next activity; the thread writes it."""
+        self._progress, self._activity = self._progress + 1, activity
 
     def done(self) -> None:
-        """This rank has no more deeds to do, and may end while others take their time over theirs."""
-        self._doing = DONE
-        with suppress(OSError):  # without disk space the exit code tells the same
+        """Report that this rank has finished and may end before the others."""
+        self._activity = DONE
+        with suppress(OSError):  # a full disk: the exit code carries the same information
             self.beat()
 
-    def waited_in_vain(self) -> None:
-        """Leave word at once that this rank's end is not its own fault."""
-        self._doing = f"{self._doing}, {WAITED}"
+    def report_timeout(self) -> None:
+        """Report at once that this rank ends because it waited too long for another."""
+        self._activity = f"{self._activity}, {TIMED_OUT}"
         self.beat()
 
     def beat(self) -> None:
         """Write now."""
         with self._writing:
             self._beats += 1
-            self._board.write(self._rank, json.dumps([self._beats, self._deeds, self._doing]))
+            self._board.write(self._rank, json.dumps([self._beats, self._progress, self._activity]))
 
-    def _beat_on(self) -> None:
+    def _run(self) -> None:
         while True:
             try:
                 self.beat()
             except OSError as error:
                 if error.errno not in NO_SPACE:
-                    return  # the run is over and the board gone
+                    return  # the run has ended and removed the board
             except RuntimeError:
                 return
             time.sleep(BEAT_SECONDS)
 
 
 @dataclass
-class _Heard:
+class _RankState:
     beats: int = 0
-    deeds: int = -1
-    doing: str = "starting"
-    silence: float = 0.0  # seconds, only those in which somebody listened
+    progress: int = -1
+    activity: str = "starting"
+    silence: float = 0.0  # seconds without a beat, counted only while the listener polls
 
 
 class Listener:
-    """Somebody listens to the ranks.
+    """Reader of the board that finds silent, stalled and late ranks.
 
     Args:
-        ranks: all, or those that are listened to.
+        ranks: ranks to read.
     """
 
     def __init__(self, board: Board, ranks: list[int]) -> None:
         self._board = board
-        self._heard = {rank: _Heard() for rank in ranks}
-        self._stillness = 0.0  # seconds in which no rank began a deed
+        self._ranks = {rank: _RankState() for rank in ranks}
+        self._stillness = 0.0  # seconds without progress of any rank
         self._last = time.monotonic()
 
-    def listen(self, longest_gap: float) -> None:
-        """Read the board; a pause of the listener's own above `longest_gap` seconds counts as that."""
+    def poll(self, longest_gap: float) -> None:
+        """Read the board; time since the last poll counts for at most `longest_gap` seconds."""
         now = time.monotonic()
         passed, self._last = min(now - self._last, longest_gap), now
         self._stillness += passed
-        for heard, words in zip(self._heard.values(), self._board.read(list(self._heard)), strict=True):
-            beats, deeds, doing = json.loads(words) if words else (0, -1, "starting")
-            heard.silence = 0.0 if beats != heard.beats else heard.silence + passed
-            self._stillness = 0.0 if deeds != heard.deeds else self._stillness
-            heard.beats, heard.deeds, heard.doing = beats, deeds, doing
+        for state, text in zip(self._ranks.values(), self._board.read(list(self._ranks)), strict=True):
+            beats, progress, activity = json.loads(text) if text else (0, -1, "starting")
+            state.silence = 0.0 if beats != state.beats else state.silence + passed
+            self._stillness = 0.0 if progress != state.progress else self._stillness
+            state.beats, state.progress, state.activity = beats, progress, activity
 
-    def silent(self, seconds: float) -> list[int]:
-        """The ranks that gave no sign of life for so long, and are not done."""
-        return [rank for rank, heard in self._heard.items() if heard.silence >= seconds and heard.doing != DONE]
+    def silent_ranks(self, seconds: float) -> list[int]:
+        """Return the ranks without a beat for `seconds` that are not done."""
+        return [rank for rank, state in self._ranks.items() if state.silence >= seconds and state.activity != DONE]
 
-    def stuck(self, seconds: float) -> list[int]:
-        """The ranks with the fewest deeds, where some have more and none has begun one for so long or is done."""
-        is_over = any(heard.doing == DONE for heard in self._heard.values())
-        return self._with_fewest_deeds() if self._stillness >= seconds and not is_over else []
+    def stalled_ranks(self, seconds: float) -> list[int]:
+        """Return the ranks with the lowest counter, if no rank has made progress for `seconds` and none is done."""
+        is_over = any(state.activity == DONE for state in self._ranks.values())
+        return self._slowest_ranks() if self._stillness >= seconds and not is_over else []
 
-    def behind(self, gave_up: bool = False) -> list[int]:
-        """The ranks for which others waited in vain: those with the fewest deeds, else those that did not wait.
+    def late_ranks(self, timed_out: bool = False) -> list[int]:
+        """Return the ranks for which others timed out: those with the lowest counter, else those that did not time out.
 
         Args:
-            gave_up: whether somebody is known to have waited who could leave no word of it.
+            timed_out: whether a rank is known to have timed out without reporting it.
         """
-        waited = self.gave_up()
-        if waited or gave_up:
-            late = self._with_fewest_deeds()
+        waited = self.timed_out_ranks()
+        if waited or timed_out:
+            late = self._slowest_ranks()
             if late:
                 return late
-        return [rank for rank in self._heard if rank not in waited] if waited else []
+        return [rank for rank in self._ranks if rank not in waited] if waited else []
 
-    def gave_up(self) -> list[int]:
-        """The ranks that left word that they had waited in vain."""
-        return [rank for rank, heard in self._heard.items() if WAITED in heard.doing]
+    def timed_out_ranks(self) -> list[int]:
+        """Return the ranks that reported a timeout."""
+        return [rank for rank, state in self._ranks.items() if TIMED_OUT in state.activity]
 
-    def blame(self, late: list[int], seconds: float) -> str:
-        """Who kept the others waiting, in words; nothing where nobody did."""
-        said = " and ".join(f"rank {rank} (last {self._heard[rank].doing})" for rank in late)
-        return f"{said} kept the others waiting for more than rank_timeout={seconds} seconds" if said else ""
+    def late_message(self, late: list[int], seconds: float) -> str:
+        """Return the error message that names the late ranks; empty without any."""
+        ranks = " and ".join(f"rank {rank} (last {self._ranks[rank].activity})" for rank in late)
+        return f"{ranks} kept the others waiting for more than rank_timeout={seconds} seconds" if ranks else ""
 
-    def _with_fewest_deeds(self) -> list[int]:
-        """None where all have as many."""
-        fewest = min(heard.deeds for heard in self._heard.values())
-        late = [rank for rank, heard in self._heard.items() if heard.deeds == fewest]
-        return late if len(late) < len(self._heard) else []
+    def _slowest_ranks(self) -> list[int]:
+        """Return the ranks with the lowest counter; none if all are equal."""
+        lowest = min(state.progress for state in self._ranks.values())
+        late = [rank for rank, state in self._ranks.items() if state.progress == lowest]
+        return late if len(late) < len(self._ranks) else []

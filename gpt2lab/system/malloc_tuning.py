@@ -1,4 +1,4 @@
-"""Host memory: keeps what a training step frees for the next step, instead of giving it back to the kernel."""
+"""malloc tuning: keep host memory that a training step frees for the next step."""
 
 import ctypes
 
@@ -7,11 +7,10 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Have this process reuse freed memory; says whether the C library can (glibc).
+    """Make malloc reuse freed memory; return whether the C library supports it (glibc).
 
-    By default glibc maps every large tensor anew and the kernel zeroes its pages again, which at a vocabulary of 50,257
-    takes a quarter of a training step on a CPU (docs/performance.md). The price is that the process keeps its peak of
-    memory until it ends.
+    By default glibc maps every large tensor again and the kernel zeroes its pages, which takes a quarter of a CPU
+    training step at a vocabulary of 50,257 (docs/performance.md). The cost: the process keeps its peak memory.
 
     Source: mallopt(3).
     """
@@ -22,8 +21,8 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, LARGEST))
 
 
-def give_back_freed_memory() -> None:
-    """Give the kernel what was freed, once: for what no later allocation would find, as another thread allocated it.
+def release_freed_memory() -> None:
+    """Return freed memory to the kernel now; for memory of other threads' arenas, which this thread does not reuse.
 
     Source: malloc_trim(3).
     """

@@ -1,4 +1,4 @@
-"""StopRequest: a request to end the run early, which long work checks between its parts together with other ranks."""
+"""StopRequest: a request to end the run early, checked by all ranks between the parts of long work."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """One rank's request and, through `agreed`, that of all ranks.
+    """Request of one rank and, through `agree`, of all ranks.
 
     Attributes:
         reason: one of REASONS; empty: no request.
-        ranks: process group in which the ranks agree; None: there is one rank. It is on the CPU, so that agreeing does
-            not wait for a GPU's queue.
+        ranks: process group of the ranks; None: a single rank. It is a CPU group, so that `agree` does not wait for
+            a GPU's queue.
     """
 
     def __init__(self) -> None:
         self.reason = ""
         self.ranks: torch.distributed.ProcessGroup | None = None
 
-    def agreed(self) -> str:
-        """Return the reason that all ranks act on; every rank must call it."""
+    def agree(self) -> str:
+        """Return the same reason on all ranks; collective."""
         if self.ranks is None:
             return self.reason
         index = torch.tensor(REASONS.index(self.reason))
@@ -36,17 +36,17 @@ class StopRequest:
         return REASONS[int(index)]
 
     def check(self) -> None:
-        """End work that can be repeated; every rank must call it.
+        """End work that can be repeated, if a rank received a signal; collective.
 
         Raises:
-            Interrupted: on every rank, where one of them received a signal.
+            Interrupted: on every rank.
         """
-        if is_urgent(self.agreed()):
+        if is_urgent(self.agree()):
             raise Interrupted
 
-    def between_tokens(self) -> BaseStreamer:
-        """Streamer that ends a generation on this rank alone; its caller then calls `check`."""
-        return _BetweenTokens(self)
+    def streamer(self) -> BaseStreamer:
+        """Return a streamer that interrupts generation on this rank only; its caller then calls `check`."""
+        return _InterruptingStreamer(self)
 
 
 def is_urgent(reason: str) -> bool:
@@ -54,7 +54,7 @@ def is_urgent(reason: str) -> bool:
     return reason not in ("", LOSS_SPIKE)
 
 
-class _BetweenTokens(BaseStreamer):
+class _InterruptingStreamer(BaseStreamer):
     def __init__(self, request: StopRequest) -> None:
         self._request = request
 
@@ -63,4 +63,4 @@ class _BetweenTokens(BaseStreamer):
             raise Interrupted
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is buffered."""

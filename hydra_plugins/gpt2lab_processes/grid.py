@@ -1,4 +1,4 @@
-"""Grid: Hydra's basic sweeper, except that a combination that cannot be composed is left to the launcher to record."""
+"""Grid: Hydra's basic sweeper, except that the launcher records combinations that cannot be composed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
 from gpt2lab.errors import InputError
-from gpt2lab.storage.atomic_files import naming_full_file
+from gpt2lab.storage.atomic_files import add_filename_when_full
 
 
 @dataclass
 class GridConf:
-    """Selected by conf/hparams_search/none.yaml."""
+    """Configuration node, selected by conf/hparams_search/none.yaml."""
 
     _target_: str = "hydra_plugins.gpt2lab_processes.grid.GridSweeper"
     max_batch_size: int | None = None
@@ -26,20 +26,20 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, 
 
 
 class GridSweeper(BasicSweeper):
-    """Every combination of the comma-separated values."""
+    """Sweep over every combination of the comma-separated values."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        """As the base's, which writes multirun.yaml without naming it in an error."""
+        """Run the base's sweep; add the file name to a full-disk error of its multirun.yaml."""
         assert self.config is not None
-        with naming_full_file(Path(str(self.config.hydra.sweep.dir), "multirun.yaml")):
+        with add_filename_when_full(Path(str(self.config.hydra.sweep.dir), "multirun.yaml")):
             return super().sweep(arguments)
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """As the base's.
+        """Split into jobs as the base does.
 
         Raises:
-            InputError: an interval, which has no combinations.
+            InputError: an override is an interval, which has no combinations.
         """
         for override in overrides:
             if override.is_interval_sweep():
@@ -51,4 +51,4 @@ class GridSweeper(BasicSweeper):
         return chunks
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Accept all: one misspelt value must not stop the other jobs."""
+        """Accept all, so that one misspelt value does not stop the other jobs."""

@@ -1,4 +1,4 @@
-"""Processes: Hydra's launcher for multiruns, which hands the jobs to launch.sweep.grid."""
+"""Processes: Hydra launcher for multiruns that passes the jobs to launch.sweep.grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from launch.config.run_dir import missing
+from launch.config.run_dir import missing_folders
 
 
 @dataclass
 class ProcessesConf:
-    """Selected by conf/launcher/processes.yaml."""
+    """Configuration node, selected by conf/launcher/processes.yaml."""
 
     _target_: str = "hydra_plugins.gpt2lab_processes.processes.ProcessesLauncher"
 
@@ -24,17 +24,17 @@ ConfigStore.instance().store(group="hydra/launcher", name="processes", node=Proc
 
 
 class ProcessesLauncher(Launcher):
-    """Runs each job in fresh processes."""
+    """Launcher that runs each job in new processes."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what composes a job's configuration; the task function itself runs in none of our processes."""
+        """Store the loader that composes a job's configuration; the task function is not used."""
         self.config_loader = hydra_context.config_loader
         self.config = config
-        self.made = missing(Path(str(config.hydra.sweep.dir)))  # Hydra creates these before it calls `launch`
+        self.created = missing_folders(Path(str(config.hydra.sweep.dir)))  # Hydra creates them before `launch`
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all jobs and report on every one, failed or not."""
+        """Run all jobs and return a result for each, failed or not."""
         from launch.sweep.grid import run_grid
 
         jobs = [list(job) for job in job_overrides]
-        return run_grid(self.config_loader, self.config, jobs, initial_job_idx, self.made)
+        return run_grid(self.config_loader, self.config, jobs, initial_job_idx, self.created)

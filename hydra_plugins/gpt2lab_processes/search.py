@@ -1,4 +1,4 @@
-"""Search: the sweeper that hands a multirun to launch.sweep, which asks Optuna for each job's values."""
+"""Search: sweeper that passes a multirun to launch.sweep.optuna_search, where Optuna suggests each job's values."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 @dataclass
 class OptunaConf:
-    """Selected by conf/hparams_search/optuna.yaml."""
+    """Configuration node, selected by conf/hparams_search/optuna.yaml."""
 
     _target_: str = "hydra_plugins.gpt2lab_processes.search.OptunaSweeper"
 
@@ -19,10 +19,10 @@ ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaCo
 
 
 class OptunaSweeper(Sweeper):
-    """Asks for the next job as soon as one ends, where Hydra's batches would wait for the slowest."""
+    """Sweeper that starts the next job as soon as one ends; Hydra's batches wait for the slowest."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what composes a job's configuration."""
+        """Store the loader that composes a job's configuration."""
         self.config_loader = hydra_context.config_loader
         self.config = config
 

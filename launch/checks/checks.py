@@ -1,4 +1,4 @@
-"""Checks: what can be said of a configuration before anything heavy is imported; each is one small function."""
+"""Configuration checks that need no data, model or device, and run before heavy imports; one function each."""
 
 import glob
 import math
@@ -18,23 +18,23 @@ from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.distributed import multi_node
 
 # Keys whose value is a number of generated tokens
-GENERATED = ("task.text.max_new_tokens", "callbacks.samples.max_new_tokens")
-# Keys that, where they are given, must name something on this machine
-FILES = ("path", "val_path")
+GENERATION_KEYS = ("task.text.max_new_tokens", "callbacks.samples.max_new_tokens")
+# Keys whose value, if given, must be an existing path
+PATH_KEYS = ("path", "val_path")
 
 
 def check(config: RunConfig) -> None:
-    """Everything that composition cannot know and that needs no data, model or device.
+    """Run all checks of a composed configuration.
 
     Raises:
-        InputError: the first mistake found.
+        InputError: the first invalid key or combination.
     """
     check_own_keys(config)
     study_plan.check(config)
     check_plan(config)
     check_run_dir(config)
     if config.resume not in (None, "auto"):
-        return  # the run goes on with its own configuration, and launch.run.resume checks what may be given anew
+        return  # the run uses its stored configuration; launch.run.resume checks the keys that may change
     check_unused_keys(config)
     check_nodes(config.target_nodes)
     check_values(config)
@@ -55,22 +55,22 @@ def check(config: RunConfig) -> None:
 
 
 def check_plan(config: RunConfig) -> None:
-    """A plan is of one new run."""
+    """Check that plan=true is given for a single new run."""
     if config.plan and config.is_study:
         raise InputError(
-            "plan=true plans one run, and experiment=distill_study is many.\nPlan one: task=distill plan=true"
+            "plan=true plans one run, but experiment=distill_study starts many.\nPlan one: task=distill plan=true"
         )
     if config.plan and config.resume is not None:
-        raise InputError("plan=true plans a new run; one that is continued needs what it needed.\nLeave out resume.")
+        raise InputError("plan=true plans a new run; a resumed run needs the same memory as before.\nLeave out resume.")
     if config.plan_memory is not None and not (config.plan and config.accelerator == "gpu"):
         raise InputError(
-            f"plan_memory={config.plan_memory:g} is that of each GPU of a machine that a plan is for.\n"
-            "Give plan=true accelerator=gpu devices=N beside it, or leave it out."
+            f"plan_memory={config.plan_memory:g} is the memory of each GPU in a plan for another machine.\n"
+            "Add plan=true accelerator=gpu devices=N, or leave it out."
         )
 
 
 def check_own_keys(config: RunConfig) -> None:
-    """`invocation` is not the user's, and `+key` adds no key that nothing reads."""
+    """Reject `invocation`, which is internal, and `+key` for keys that do not exist."""
     for override, key in zip(config.invocation.overrides, given_keys(config.invocation.overrides), strict=True):
         head, _, rest = key.partition(".")
         known = RunConfig.__dataclass_fields__
@@ -87,7 +87,7 @@ def check_values(config: RunConfig) -> None:
     """Compare every value with the choices and the interval its key declares.
 
     Raises:
-        InputError: the value given, and what is allowed.
+        InputError: a value is not allowed; the message lists the choices or the interval.
     """
     for name, meaning, value in given_values(config):
         for given in value if isinstance(value, list) else [value]:
@@ -95,18 +95,18 @@ def check_values(config: RunConfig) -> None:
 
 
 def check_value(name: str, meaning: Key, given: Any) -> None:
-    """Compare one value, of a list each, with what its key allows."""
+    """Compare one value, or one element of a list, with what its key allows."""
     if meaning.choices and str(given) not in meaning.choices:
         near = nearest(str(given), meaning.choices)
         raise InputError(f"{name}={given}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
     if meaning.auto:
         _check_auto(name, meaning, given)
     elif meaning.within and not is_within(given, meaning.within):
-        raise InputError(f"{name}={given} is out of range: it must be {_in_words(meaning.within)}.")
+        raise InputError(f"{name}={given} is out of range: it must be {_format_interval(meaning.within)}.")
 
 
 def _check_auto(name: str, meaning: Key, given: Any) -> None:
-    """Of a key that is a number or a switch, or `auto`."""
+    """Check a key that is a number or a boolean, or `auto`."""
     if not meaning.within:
         if str(given).lower() not in ("auto", "true", "false"):
             raise InputError(f"{name}={given}: no such value.\nAllowed: auto, true, false.")
@@ -115,7 +115,7 @@ def _check_auto(name: str, meaning: Key, given: Any) -> None:
         raise InputError(f"{name}={given} is neither auto nor a whole number of at least {low} and at most {high}.")
 
 
-def _in_words(interval: str) -> str:
+def _format_interval(interval: str) -> str:
     low, high = bounds(interval)
     least = f"greater than {low}" if interval.startswith("(") else f"at least {low}"
     most = "finite" if high == math.inf else f"{'below' if interval.endswith(')') else 'at most'} {high}"
@@ -123,46 +123,46 @@ def _in_words(interval: str) -> str:
 
 
 def check_schedule(config: RunConfig) -> None:
-    """The learning rate reaches its peak before the last step, and its end at the last step."""
+    """Check that warm-up and decay fit into the steps."""
     schedule, steps, warmup = config.schedule, config.steps, config.schedule.warmup_steps
     if warmup is not None and warmup >= steps:
         raise InputError(
-            f"schedule.warmup_steps={warmup} is not less than steps={steps}: no step would follow the warm-up.\n"
+            f"schedule.warmup_steps={warmup} is not less than steps={steps}: no step follows the warm-up.\n"
             f"Give at most schedule.warmup_steps={steps - 1}, more steps, or null for the default."
         )
     if schedule.name != "wsd":
         return
     if schedule.decay_fraction == 0 and schedule.final_fraction < 1:
         raise InputError(
-            f"schedule.decay_fraction=0 leaves no step to fall to schedule.final_fraction={schedule.final_fraction}.\n"
+            f"schedule.decay_fraction=0 leaves no step to decay to schedule.final_fraction={schedule.final_fraction}.\n"
             "Give schedule.decay_fraction greater than 0, or schedule=constant."
         )
-    wanted = (warmup or 0) + round(steps * schedule.decay_fraction)
-    if warmup and wanted > steps and "schedule.decay_fraction" in given_keys(config.invocation.overrides):
+    total = (warmup or 0) + round(steps * schedule.decay_fraction)
+    if warmup and total > steps and "schedule.decay_fraction" in given_keys(config.invocation.overrides):
         raise InputError(
-            f"schedule.warmup_steps={warmup} and schedule.decay_fraction={schedule.decay_fraction:g} take {wanted} "
+            f"schedule.warmup_steps={warmup} and schedule.decay_fraction={schedule.decay_fraction:g} take {total} "
             f"steps together, more than steps={steps}.\n"
             f"Lower one of them (schedule.decay_fraction to {1 - warmup / steps:.2g} or less), or give more steps."
         )
 
 
 def check_sweep_only(config: RunConfig) -> None:
-    """One run has nothing to run beside it."""
+    """Check that n_jobs is given in a sweep only."""
     if config.n_jobs > 1 and not config.invocation.sweep:
-        raise InputError(f"n_jobs={config.n_jobs} is read by sweeps, and this is one run.\nAdd -m, or leave it out.")
+        raise InputError(f"n_jobs={config.n_jobs} applies to sweeps, but this is a single run.\nAdd -m, or omit it.")
 
 
 def check_init(config: RunConfig) -> None:
-    """Only distillation has a teacher to take layers from."""
+    """Check that init=teacher_layers is given with a teacher."""
     if config.init == TEACHER_LAYERS and config.task_name != "distill":
         raise InputError(
-            f"init=teacher_layers takes the first weights from a teacher, and task={config.task_name} has none.\n"
+            f"init=teacher_layers copies weights from a teacher, but task={config.task_name} has none.\n"
             "Use task=distill teacher=…, or name weights (init=RUN_DIR, init=FOLDER), or init=scratch."
         )
 
 
 def check_model(config: RunConfig) -> None:
-    """Heads divide the width; the context fits. With model=auto this waits for init's own sizes."""
+    """Check the model sizes and the context; with model=auto, `resolve` checks them once `init` is read."""
     model = config.model
     sizes = (model.n_layer, model.n_head, model.n_embd, model.n_positions)
     if model.n_layer is None or model.n_head is None or model.n_embd is None or model.n_positions is None:
@@ -170,12 +170,12 @@ def check_model(config: RunConfig) -> None:
             raise InputError("model.n_layer, n_head, n_embd and n_positions must all be given, or model=auto.")
         if not config.init_names_weights:
             raise InputError(
-                f"model=auto takes its sizes from init, but init={config.init} has none.\nName a model: model=nano."
+                f"model=auto takes its sizes from init, but init={config.init} has none.\nChoose a model: model=nano."
             )
         return
     check_heads(model.n_embd, model.n_head)
-    check_room(config, model.n_positions)
-    check_kept_weights(config, model.n_layer)
+    check_prompt_space(config, model.n_positions)
+    check_frozen_weights(config, model.n_layer)
     check_context(config.context, model.n_positions, f"model {config.groups['model']}'s")
 
 
@@ -189,29 +189,28 @@ def check_heads(width: int, heads: int) -> None:
         )
 
 
-def check_room(config: RunConfig, positions: int) -> None:
-    """Generated text and at least one token of its prompt fit in the model."""
-    for key in GENERATED:
+def check_prompt_space(config: RunConfig, positions: int) -> None:
+    """Check that the generated text and at least one prompt token fit into the model's positions."""
+    for key in GENERATION_KEYS:
         tokens = optional_value(config, key)
         if tokens is not None and tokens >= positions:
             raise InputError(
-                f"{key}={tokens} leaves no room for a prompt in the model's {positions} positions.\n"
-                f"Give {key}={positions // 2}, or another below {positions}."
+                f"{key}={tokens} leaves no tokens for a prompt in the model's {positions} positions.\n"
+                f"Give {key}={positions // 2}, or another number below {positions}."
             )
 
 
-def check_kept_weights(config: RunConfig, layers: int) -> None:
-    """What keeps its weights has learned something, and at least the last block is left to train.
+def check_frozen_weights(config: RunConfig, layers: int) -> None:
+    """Check that frozen weights are pretrained, and that at least the last block is trained.
 
     Raises:
-        InputError: says how many blocks there are, or that weights would stay random.
+        InputError: random weights would be frozen, or all blocks.
     """
     frozen = config.task.get("frozen_layers", 0)
     for key, value in {"task.frozen_layers": frozen, "task.lora.rank": config.lora_rank}.items():
         if value and config.init == "scratch":
             raise InputError(
-                f"{key}={value} would keep random weights: init=scratch has learned nothing to keep.\n"
-                f"Give init=RUN, or leave {key} out."
+                f"{key}={value} freezes random weights with init=scratch.\nGive init=RUN, or leave {key} out."
             )
     if frozen >= layers:
         raise InputError(
@@ -220,19 +219,19 @@ def check_kept_weights(config: RunConfig, layers: int) -> None:
         )
 
 
-def check_context(context: int, positions: int, whose: str) -> None:
+def check_context(context: int, positions: int, owner: str) -> None:
     if context > positions:
         raise InputError(
-            f"context={context} is longer than {whose} {positions} positions.\n"
+            f"context={context} is longer than {owner} {positions} positions.\n"
             f"Lower context, or set model.n_positions={context} when training from scratch."
         )
 
 
 def check_batch(config: RunConfig, devices: int | None = None) -> None:
-    """A step holds whole windows, and at least one sequence for each rank.
+    """Check that a step consists of whole sequences, at least one per rank.
 
     Args:
-        devices: of each machine; None: those that the configuration names, if it does.
+        devices: devices per machine; None: the configured number, unless it is auto.
     """
     if config.takes_pairs:
         rows, key = config.batch_sequences, f"batch_sequences={config.batch_sequences}"
@@ -248,15 +247,15 @@ def check_batch(config: RunConfig, devices: int | None = None) -> None:
     devices = int(config.devices) if devices is None and config.devices != "auto" else devices
     if devices is not None and rows < (least := devices * config.num_nodes):
         ranks = f"devices={devices}" + (f" of num_nodes={config.num_nodes}" if config.num_nodes > 1 else "")
-        cure = f"batch_sequences={least}" if config.takes_pairs else f"batch_tokens={least * config.context}"
-        raise InputError(f"{key} cannot be shared by {ranks}: each needs a sequence.\nGive {cure} or more.")
+        enough = f"batch_sequences={least}" if config.takes_pairs else f"batch_tokens={least * config.context}"
+        raise InputError(f"{key} cannot be shared by {ranks}: each needs a sequence.\nGive {enough} or more.")
 
 
 def check_files(config: RunConfig) -> None:
     if not config.takes_pairs and config.data.get("source") in ("text", "bin") and not config.path:
         kind = "a folder with train.bin and val.bin" if config.data["source"] == "bin" else "a file, a folder or a glob"
         raise InputError(f"data={config.groups['data']} needs path=…: {kind}.")
-    for key in FILES:
+    for key in PATH_KEYS:
         given = str(value_of(config, key))
         found = os.path.expanduser(given)  # noqa: PTH111 — a glob is no path
         if given and not glob.glob(found, recursive=True):  # noqa: PTH207
@@ -264,7 +263,7 @@ def check_files(config: RunConfig) -> None:
 
 
 def _nearest_file(path: Path) -> str:
-    """The nearest name in the folder where the path would lie."""
+    """Suggestion with the most similar name in the same folder."""
     folder = path.parent
     return nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else ""
 
@@ -276,16 +275,16 @@ def check_precision(config: RunConfig) -> None:
 
 def refuse_fp16_on_cpu() -> None:
     raise InputError(
-        "precision=fp16 needs a GPU: a CPU computes no fp16 matrix products, and Lightning would silently take bf16.\n"
+        "precision=fp16 needs a GPU: CPUs have no fp16 matrix products, and Lightning would silently use bf16.\n"
         "Set precision=bf16 or precision=fp32."
     )
 
 
 def check_layer_drop(config: RunConfig) -> None:
-    """Ranks that share each block's weights must all go through the same blocks."""
+    """Check that layer_drop is not combined with FSDP, whose ranks must all-gather the same blocks."""
     if config.layer_drop and config.strategy == "fsdp":
         raise InputError(
-            "layer_drop draws on each rank which blocks it leaves out, and with strategy=fsdp all must run the same.\n"
+            "layer_drop skips other blocks on each rank, but strategy=fsdp needs the same blocks on all ranks.\n"
             "Leave layer_drop out, or use strategy=ddp."
         )
 
@@ -294,12 +293,12 @@ def check_task_and_data(config: RunConfig) -> None:
     if config.task_name == "finetune" and not config.takes_pairs:
         raise InputError(
             f"task=finetune trains on pairs of prompt and response; data={config.groups['data']} has none.\n"
-            "Use data=pairs (or summarize, complete, …), or go on pretraining: task=pretrain init=… data=…"
+            "Use data=pairs (or summarize, complete, …), or continue pretraining: task=pretrain init=… data=…"
         )
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """The name is plain and the folder can be made."""
+    """Check that `name` is a plain name, and that the run directory is free."""
     run_dir.check_name(config)
     if config.resume is None and config.run_dir is not None:
         run_dir.check_free(Path(config.run_dir).expanduser())

@@ -1,14 +1,14 @@
-"""Objective checks: which objective goes with which data, task and loss."""
+"""Objective checks: supported combinations of objective, data, task and loss."""
 
 from gpt2lab.errors import InputError
 from launch.config.schema import RunConfig
 
 
 def check(config: RunConfig) -> None:
-    """What an objective, or packing, leaves no choice about.
+    """Run all objective checks.
 
     Raises:
-        InputError
+        InputError: the first unsupported combination.
     """
     _check_data(config)
     _check_sampled_softmax(config)
@@ -20,7 +20,7 @@ def _check_data(config: RunConfig) -> None:
     name = config.objective.name
     if config.objective.kind.rewrites_text and config.takes_pairs:
         raise InputError(
-            f"objective={name} is for running text, and data={config.groups['data']} are pairs.\n"
+            f"objective={name} is for running text, but data={config.groups['data']} are pairs.\n"
             "Give objective=clm or objective=prefix_lm, or running text such as data=stdlib."
         )
 
@@ -30,13 +30,13 @@ def _check_sampled_softmax(config: RunConfig) -> None:
         return
     if config.task_name == "distill":
         raise InputError(
-            "objective=sampled_softmax looks at a few entries, and a distillation compares whole distributions.\n"
+            "objective=sampled_softmax computes a few logits only, but distillation compares whole distributions.\n"
             "Give objective=clm."
         )
     for key in ("label_smoothing", "z_loss"):
         if vars(config)[key]:
             raise InputError(
-                f"{key} is of the whole softmax, which objective=sampled_softmax does not form.\nLeave it out."
+                f"{key} needs the full softmax, which objective=sampled_softmax does not compute.\nLeave it out."
             )
 
 
@@ -44,15 +44,15 @@ def _check_distillation(config: RunConfig) -> None:
     name, cache, sequences = config.objective.name, config.teacher_cache.name, config.sequences.name
     if cache != "none" and not config.objective.kind.scores_all_text and not config.takes_pairs:
         raise InputError(
-            f"teacher_cache={cache} stores what the teacher says once, and objective={name} asks something else in "
+            f"teacher_cache={cache} stores teacher probabilities once, but objective={name} has other inputs in "
             "every epoch.\nGive teacher_cache=none, or objective=clm."
         )
     if config.packing and config.takes_pairs and sequences != "data":
-        raise InputError(f"sequences={sequences} writes after each prompt in a row of its own.\nLeave packing out.")
+        raise InputError(f"sequences={sequences} needs one prompt per row, without packing.\nLeave packing out.")
     if name != "clm" and sequences != "data":
-        raise InputError(f"sequences={sequences} is written as objective=clm writes, not {name}.\nGive objective=clm.")
+        raise InputError(f"sequences={sequences} generates with objective=clm only, not {name}.\nGive objective=clm.")
     if config.loss.name == "uld" and (name != "clm" or config.packing):
         what = "packing=true" if config.packing else f"objective={name}"
         raise InputError(
-            f"loss=uld pairs the tokens of whole causal windows, so it does not take {what}.\nLeave it out."
+            f"loss=uld aligns tokens of whole causal sequences and does not support {what}.\nLeave it out."
         )

@@ -1,4 +1,4 @@
-"""Wanted machines: what a run asks a cluster for, since the machine that submits it is not the one that runs it."""
+"""Resource request: machines and devices that a run requests from a cluster through `launcher=`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,13 @@ from launch.config.schema import STUDY, RunConfig
 
 @dataclass(frozen=True)
 class Machines:
-    """Number of machines, and on each of them: devices, and whether these are GPUs."""
+    """Resource request.
+
+    Attributes:
+        nodes: number of machines.
+        devices: devices on each machine.
+        are_gpus: whether the devices are GPUs.
+    """
 
     nodes: int
     devices: int
@@ -23,10 +29,10 @@ class Machines:
 
 
 def check(config: RunConfig) -> None:
-    """Device and number are named, for nobody here can look.
+    """Check that accelerator and devices are explicit: the submitting machine cannot detect those of the cluster.
 
     Raises:
-        InputError
+        InputError: they are `auto`, or the launcher does not support the request.
     """
     name = config.launcher.name
     if name == "processes":
@@ -34,34 +40,34 @@ def check(config: RunConfig) -> None:
     if config.is_study:
         raise InputError(
             f"experiment={STUDY} starts its runs one after the other on this machine.\n"
-            "Leave launcher out, and start the study on a machine that fits."
+            "Leave launcher out, and start the study on a suitable machine."
         )
     if config.accelerator not in ("cpu", "gpu"):
         raise InputError(
-            f"launcher={name}: say which machine to ask for, since it is not this one.\n"
+            f"launcher={name} cannot detect the devices of another machine.\n"
             "Give accelerator=gpu devices=N, or accelerator=cpu."
         )
     if config.accelerator == "gpu" and config.devices == "auto":
-        raise InputError(f"launcher={name}: say how many GPUs to ask for, devices=N.")
+        raise InputError(f"launcher={name} needs the number of GPUs to request: devices=N.")
     if name == "ray" and config.num_nodes > 1:
         raise InputError(
             f"num_nodes={config.num_nodes}: launcher=ray gives each run one machine.\n"
             "Use launcher=slurm, or torchrun on every machine."
         )
     if config.launcher.executor == "local" and config.num_nodes > 1:
-        raise InputError(f"num_nodes={config.num_nodes}: launcher.executor=local has one machine, this one.")
+        raise InputError(f"num_nodes={config.num_nodes}: launcher.executor=local supports one machine.")
     if config.num_nodes > 1 and config.max_restarts:
         raise InputError(
-            "max_restarts is read where this program starts all ranks, which SLURM does with num_nodes above 1.\n"
-            "Leave it out: a job whose machine fails is queued again by SLURM itself."
+            "max_restarts needs ranks started by this program, but SLURM starts them with num_nodes above 1.\n"
+            "Leave it out: SLURM requeues a job whose machine fails."
         )
 
 
 def request_from(config: RunConfig) -> Machines:
-    """Return what a checked run requests; a resumed one requests what it had, unless something else was given.
+    """Return the request of a run; a resumed run requests the same as before, unless other values are given.
 
     Raises:
-        InputError
+        InputError: as `check`.
     """
     if config.resume not in (None, "auto"):
         stored = run_spec.load(Path(str(config.resume)).expanduser() / "config.yaml").machine

@@ -1,4 +1,4 @@
-"""Sharding checks: keys that only strategy=fsdp supports, and those that it does not."""
+"""Sharding checks: keys that need strategy=fsdp, and keys that it does not support."""
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import PrecisionSettings
@@ -6,16 +6,15 @@ from launch.config.schema import RunConfig
 
 
 def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, strategy: str) -> None:
-    """Check that the keys about sharding suit the device, the precision and the strategy, as they are resolved.
+    """Check sharding keys against the resolved device, precision and strategy.
 
     Raises:
-        InputError
+        InputError: the first unsupported combination.
     """
     if strategy == "fsdp":
         _check_precision(precision)
         _check_offload(config, accelerator)
         return
-    whole = "every device holds the whole model"
     given = {
         "checkpoint_format=sharded": config.checkpoint_format == "sharded",
         "fsdp_offload=true": config.fsdp_offload,
@@ -25,18 +24,18 @@ def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, str
         if is_given:
             name = key.split("=")[0]
             fix = f"Leave {name} out, or use strategy=fsdp."
-            raise InputError(f"{key}: with strategy={strategy} {whole}.\n{fix}")
+            raise InputError(f"{key}: with strategy={strategy} every device holds the whole model.\n{fix}")
 
 
 def may_shard(config: RunConfig, accelerator: str, precision: PrecisionSettings) -> bool:
-    """Whether strategy=fsdp would take everything else as it is set."""
+    """Whether strategy=fsdp supports the rest of the configuration."""
     return not config.layer_drop and not precision.has_loss_scaling and accelerator != "mps"
 
 
 def _check_precision(precision: PrecisionSettings) -> None:
     if precision.has_loss_scaling:
         raise InputError(
-            "precision=fp16 needs a gradient scaler, and there is none for strategy=fsdp.\n"
+            "precision=fp16 needs a gradient scaler, which strategy=fsdp does not support.\n"
             "Set precision=bf16 or fp32, or strategy=ddp."
         )
 
@@ -44,6 +43,5 @@ def _check_precision(precision: PrecisionSettings) -> None:
 def _check_offload(config: RunConfig, accelerator: str) -> None:
     if config.fsdp_offload and accelerator != "gpu":
         raise InputError(
-            f"fsdp_offload=true: with accelerator={accelerator} everything lies in the host's memory already.\n"
-            "Leave it out."
+            f"fsdp_offload=true: with accelerator={accelerator} everything is in host memory already.\nLeave it out."
         )

@@ -1,11 +1,11 @@
-"""Consolidate: a checkpoint that ranks wrote in parts becomes one file, and a Hugging Face folder.
+"""Consolidate: converts a sharded checkpoint into a single file and a Hugging Face folder.
 
     python -m launch.commands.consolidate runs/pretrain/xl    the newest checkpoint of a run
     python -m launch.commands.consolidate runs/pretrain/xl/checkpoints/step-000200.ckpt
 
-Both are put into the run's folder `consolidated`: step-000200.ckpt, as checkpoint_format=single writes it, and hf/,
-with averaged weights where they are kept and LoRA merged, for evaluate.py, generate.py, init= and teacher=. It runs in
-one process on the CPU and takes the memory of the whole checkpoint.
+Both are written to the run's folder `consolidated`: step-000200.ckpt, in the format of checkpoint_format=single, and
+hf/ for evaluate.py, generate.py, init= and teacher=, with averaged weights if the run has them, and LoRA merged. The
+conversion runs in one process on the CPU and needs memory for the whole checkpoint.
 """
 
 import sys
@@ -17,7 +17,7 @@ from gpt2lab.storage.utf8 import check_process
 from launch import logging_setup
 from launch.config import run_spec
 from launch.config.run_spec import PreparedSpec
-from launch.exit_codes import end
+from launch.exit_codes import run_and_exit
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -26,44 +26,47 @@ OUTPUT = "consolidated"
 
 
 def consolidate(given: str) -> Path:
-    """Write the file and the folder; returns the folder that holds both.
+    """Write the file and the Hugging Face folder; return the folder that contains both.
+
+    Args:
+        given: run directory or sharded checkpoint.
 
     Raises:
-        InputError: no run, no whole checkpoint, or one that is a single file already.
+        InputError: there is no run or no complete checkpoint, or the checkpoint is a single file already.
     """
-    run, checkpoint = _named(Path(given).expanduser())
+    run, checkpoint = _resolve(Path(given).expanduser())
     import torch
 
     from gpt2lab.data.tokenizer import load_tokenizer
     from gpt2lab.reports.hf_folder import write_hf_folder
-    from gpt2lab.storage.atomic_files import flush, told_when_full
+    from gpt2lab.storage.atomic_files import flush, input_error_when_full
     from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
 
     if not is_sharded(checkpoint):
-        raise InputError(f"{checkpoint} is one file already, and {run}/hf its Hugging Face folder.")
-    spec, whole = run_spec.load(run / "config.yaml"), read_whole(checkpoint)
+        raise InputError(f"{checkpoint} is a single file already; its Hugging Face folder is {run}/hf.")
+    spec, content = run_spec.load(run / "config.yaml"), read_whole(checkpoint)
     folder = run / OUTPUT
     folder.mkdir(exist_ok=True)
-    with told_when_full("the consolidated checkpoint", f"{checkpoint} is intact."):
-        aside = folder / f".{checkpoint.name}.tmp"
-        torch.save(whole, aside)
-        flush(aside)
-        aside.replace(folder / checkpoint.name)
-        card = {"title": run.name, "steps": str(whole["global_step"]), "trained with": "gpt2-lab"}
-        write_hf_folder(_plain_model(spec, whole), load_tokenizer(str(run)), folder / "hf", card)
+    with input_error_when_full("the consolidated checkpoint", f"{checkpoint} is intact."):
+        temporary = folder / f".{checkpoint.name}.tmp"
+        torch.save(content, temporary)
+        flush(temporary)
+        temporary.replace(folder / checkpoint.name)
+        card = {"title": run.name, "steps": str(content["global_step"]), "trained with": "gpt2-lab"}
+        write_hf_folder(_hf_model(spec, content), load_tokenizer(str(run)), folder / "hf", card)
     return folder
 
 
-def _named(path: Path) -> tuple[Path, Path]:
-    """(run directory, checkpoint) of what was given."""
+def _resolve(path: Path) -> tuple[Path, Path]:
+    """Return (run directory, checkpoint)."""
     from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 
     if (path / "config.yaml").is_file():
         newest = newest_good_checkpoint(path)
         if newest is None:
-            raise InputError(f"The run in {path} has no whole checkpoint.")
+            raise InputError(f"The run in {path} has no complete checkpoint.")
         return path, newest
-    path = path.resolve()  # `last` is a link
+    path = path.resolve()  # `last` is a symbolic link
     if len(path.parents) > 1 and path.exists() and (path.parents[1] / "config.yaml").is_file():
         return path.parents[1], path
     raise InputError(
@@ -72,39 +75,39 @@ def _named(path: Path) -> tuple[Path, Path]:
     )
 
 
-def _plain_model(spec: PreparedSpec, whole: dict[str, Any]) -> "GPT2LMHeadModel":
-    """The model as `transformers` knows it."""
-    from gpt2lab.model.backbone import plain_hf_from_state
-    from gpt2lab.model.lora import merged
+def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
+    """Build the Hugging Face model from a consolidated checkpoint."""
+    from gpt2lab.model.backbone import hf_from_state
+    from gpt2lab.model.lora import merge_adapters
     from gpt2lab.settings import ModelShape
 
-    state = dict(whole["state_dict"])
-    if "weight_average" in whole:
-        averages = zip(whole["averaged"], whole["weight_average"], strict=True)
-        kind = whole["state_dict"]["backbone.lm.transformer.wte.weight"].dtype  # in which the run's own model has them
-        state |= {f"backbone.{name}": average.to(kind) for name, average in averages}
+    state = dict(content["state_dict"])
+    if "weight_average" in content:
+        averages = zip(content["averaged"], content["weight_average"], strict=True)
+        dtype = content["state_dict"]["backbone.lm.transformer.wte.weight"].dtype  # averages may be in fp32
+        state |= {f"backbone.{name}": average.to(dtype) for name, average in averages}
     prefix, model = "backbone.lm.", spec.resolved.model
     inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     embedding = inner["transformer.wte.weight"]  # (V, D)
     inner["lm_head.weight"] = embedding
     lora = spec.config.task.get("lora") or {}
     if lora.get("rank"):
-        inner = merged(inner, lora["alpha"] / lora["rank"])
+        inner = merge_adapters(inner, lora["alpha"] / lora["rank"])
     assert model.n_layer is not None
     assert model.n_head is not None
     assert model.n_positions is not None
     shape = ModelShape(model.n_layer, model.n_head, embedding.shape[1], model.n_positions, embedding.shape[0])
-    return plain_hf_from_state(inner, shape, spec.config.objective.name)
+    return hf_from_state(inner, shape, spec.config.objective.name)
 
 
 def _program(arguments: list[str]) -> None:
     check_process(arguments)
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         raise InputError("Give one run directory or checkpoint: python -m launch.commands.consolidate runs/pretrain/xl")
-    logging_setup.settle_noise()
+    logging_setup.configure_logging()
     folder = consolidate(arguments[0])
     print(f"{folder}/hf")
 
 
 if __name__ == "__main__":
-    end(lambda: _program(sys.argv[1:]))
+    run_and_exit(lambda: _program(sys.argv[1:]))

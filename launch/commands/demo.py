@@ -1,8 +1,8 @@
-"""The demo: pretrain a teacher, distil it, compare with training from scratch, fine-tune — all through train.py.
+"""Demo: pretrains a teacher, distills it, compares with training from scratch and fine-tunes, all through train.py.
 
     make demo        or        python -m launch.commands.demo
 
-Each stage is a command that you could have typed; it is printed before it runs. Everything lies in runs/demo-<time>.
+Each stage is a train.py command, which is printed before it runs. All runs are in runs/demo-<time>.
 """
 
 import json
@@ -23,7 +23,7 @@ from gpt2lab.evaluation.document_losses import loss_difference, read_document_lo
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Optimizer steps of each stage: four minutes in all on two CPU cores with bf16 in hardware.
+# Optimizer steps of each stage; the demo takes four minutes on two CPU cores with bf16 instructions
 TEACHER_STEPS = 320
 STUDENT_STEPS = 200
 FINETUNE_STEPS = 120
@@ -33,7 +33,13 @@ PROMPT_COUNT = 3
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo; `name` is also its run directory's."""
+    """One command of the demo.
+
+    Attributes:
+        name: name of its run directory.
+        title: heading on the terminal.
+        arguments: arguments of train.py.
+    """
 
     name: str
     title: str
@@ -41,7 +47,7 @@ class Stage:
 
 
 def stages(folder: Path) -> list[Stage]:
-    """The four commands. The two students differ in the teacher alone: same seed, start, batches and schedule."""
+    """Return the four commands; the two students differ only in the teacher (same seed, weights, batches, schedule)."""
     student = ("model=nano", "data=stdlib", *_lengths(STUDENT_STEPS))
     teacher = folder / "teacher"
     return [
@@ -69,7 +75,7 @@ def _lengths(steps: int) -> tuple[str, ...]:
 
 
 def run_stage(stage: Stage, folder: Path, console: Console) -> int:
-    """Run one command, its output passing through; its exit code."""
+    """Run one command with its output on the terminal; return its exit code."""
     command = ["train.py", *stage.arguments, f"run_dir={folder / stage.name}"]
     console.rule(f"[bold]{stage.title}")
     console.print("python " + shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -81,8 +87,8 @@ def read_report(run: Path) -> dict[str, Any]:
 
 
 def results_table(reports: dict[str, dict[str, Any]]) -> Table:
-    """One row for each stage, from its report.json."""
-    table = Table(title="What was trained", box=SIMPLE_HEAD, padding=0)  # fits into 80 columns
+    """Return a table with one row per stage, from its report.json."""
+    table = Table(title="Trained models", box=SIMPLE_HEAD, padding=0)  # fits into 80 columns
     for column in ("stage", "model", "loss", "± docs", "perplexity", "bits/byte", "ROUGE-L", "tokens/s", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "model") else "right")
     for name, report in reports.items():
@@ -101,15 +107,15 @@ def results_table(reports: dict[str, dict[str, Any]]) -> Table:
 
 
 def comparison(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
-    """How far the distilled student's loss is below the one trained from scratch, paired by document."""
+    """Format the difference in loss between the distilled student and the one from scratch, paired by document."""
     runs = ("distilled", "scratch")
     ours, theirs = (reports[run]["val_loss"] for run in runs)
     difference = loss_difference(*(read_document_losses(folder / run) for run in runs))
     found = f"{ours - theirs:+.3f} nats".replace("-", "−") if difference is None else str(difference)
     return (
-        f"At equal tokens, loss of the distilled student minus the scratch one's: {found}.\n"
-        "The interval is over validation documents; another seed is another error (python train.py "
-        "experiment=distill_study)."
+        f"At equal tokens, loss of the distilled student minus that of the student from scratch: {found}.\n"
+        "The interval covers validation documents, not seeds; for seeds run python train.py "
+        "experiment=distill_study."
     )
 
 
@@ -118,7 +124,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def show_samples(run: Path, console: Console) -> None:
-    """The last texts of a run, the likeliest one for each prompt."""
+    """Print the last greedy sample of the first prompts of a run."""
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     last = {sample["prompt"]: sample for sample in lines if sample["method"] == "greedy"}
     for sample in list(last.values())[:PROMPT_COUNT]:
@@ -128,8 +134,12 @@ def show_samples(run: Path, console: Console) -> None:
 
 
 def run_demo(folder: Path, console: Console) -> int:
-    """Run all stages into `folder` and show what came out; the exit code of the first stage that fails, else 0."""
-    started = time.monotonic()
+    """Run all stages and print the results; return the exit code of the first stage that fails, else 0.
+
+    Args:
+        folder: parent of the run directories, relative to the project.
+    """
+    begin = time.monotonic()
     plan = stages(folder)
     for number, stage in enumerate(plan, 1):
         code = run_stage(stage, folder, console)
@@ -144,7 +154,7 @@ def run_demo(folder: Path, console: Console) -> int:
     console.print(comparison(ROOT / folder, reports), highlight=False, soft_wrap=True)
     show_samples(ROOT / folder / "finetuned", console)
     console.rule()
-    console.print(f"{time.monotonic() - started:.0f} seconds in all. The reports, for a browser:", highlight=False)
+    console.print(f"{time.monotonic() - begin:.0f} seconds in total. Reports:", highlight=False)
     for stage in plan:
         console.print(f"  {folder / stage.name / 'report.html'}", highlight=False, soft_wrap=True)
     return 0

@@ -1,7 +1,7 @@
-"""Arguments: makes what people type readable by Hydra's grammar.
+"""Command-line overrides: checks flags and overrides before Hydra parses them, and quotes free text for its grammar.
 
-Paths, names and ids are free text to a user (`path=notes, old/*.md`, `name=1e3`), yet Hydra parses every value. Values
-of such keys that its grammar would refuse or read as something else are quoted here.
+Paths, names and ids are free text (`path=notes, old/*.md`, `name=1e3`), but Hydra parses every value. Values of such
+keys are quoted if its grammar rejects them or reads them as another type.
 """
 
 import shlex
@@ -28,30 +28,30 @@ FLAGS_WITH_VALUE += ("-cd", "--package", "-p")
 INFO = ("--info", "-i")  # whose value may be left out
 FLAGS: tuple[str, ...] = (*FLAGS_WITH_VALUE, *INFO, "--help", "-h", "--hydra-help", "--version", "--resolve")
 FLAGS += ("--multirun", "-m", "--shell-completion", "-sc")
-SHOWN = ("job", "hydra", "all")  # values of --cfg
-SHOWN_OF_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+CFG_VALUES = ("job", "hydra", "all")  # values of --cfg
+INFO_VALUES = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
-def command() -> str:
-    """The command line as it could be typed again."""
+def shell_command() -> str:
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(["python", *sys.argv])
 
 
-def readable_by_hydra(arguments: list[str]) -> list[str]:
-    """The same arguments with free text quoted where Hydra would stumble over it or misread it.
+def quote_free_text(arguments: list[str]) -> list[str]:
+    """Return the arguments, flags first, with free text quoted where Hydra would reject or misread it.
 
     Raises:
-        InputError: an unknown flag, or an argument that is not valid UTF-8.
+        InputError: an unknown flag, an override that is not supported, or an argument that is not valid UTF-8.
     """
     check_process(arguments)
     _check_flags(arguments)
     for argument in arguments:
         _check_override(argument)
     sweeping = is_multirun(arguments)
-    flags, overrides = _flags_apart(arguments)
+    flags, overrides = _split_flags(arguments)
     if sweeping and not {"-m", "--multirun", "--cfg", "-c"} & set(flags):
-        flags.append("-m")  # a search is a multirun by itself
-    return [*flags, *(_readable(override, sweeping) for override in overrides)]
+        flags.append("-m")  # hparams_search=optuna implies a multirun
+    return [*flags, *(_quote(override, sweeping) for override in overrides)]
 
 
 def is_multirun(arguments: list[str]) -> bool:
@@ -60,19 +60,19 @@ def is_multirun(arguments: list[str]) -> bool:
 
 
 def _check_override(argument: str) -> None:
-    """Refuse what Hydra would answer with a traceback or in words of its own."""
+    """Reject overrides for which Hydra raises an unclear error."""
     key, equals, value = argument.partition("=")
     name = key.lstrip("+~")
     if equals and not name:
-        raise InputError(f"{argument} names no key. Keys are given as key=value.")
+        raise InputError(f"{argument} has no key. Keys are given as key=value.")
     if key.startswith("~") and not name.startswith("callbacks."):
-        raise InputError(f"{argument}: a key cannot be taken away, only given another value: {name}=VALUE.")
+        raise InputError(f"{argument}: a key cannot be removed, only set to another value: {name}=VALUE.")
     if name.startswith("hydra/"):
-        raise InputError(f"{argument}: Hydra's own plugins are chosen by launcher=processes.\nLeave it out.")
+        raise InputError(f"{argument}: Hydra's plugins are selected by launcher=processes.\nLeave it out.")
     if name == "hydra.run.dir":
         raise InputError(f"{argument}: a run's folder is set by run_dir=FOLDER or name=NAME.")
     if name == "hydra.sweep.dir":
-        run_dir.check_can_be_made(Path(value).expanduser(), "hydra.sweep.dir")
+        run_dir.check_creatable(Path(value).expanduser(), "hydra.sweep.dir")
     if not equals or name not in groups():
         return
     if value in ("", "null", "~") or value.startswith("["):
@@ -81,8 +81,8 @@ def _check_override(argument: str) -> None:
         raise InputError(f"{name} is a group already; leave out the +: {name}={value}.")
 
 
-def _flags_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Flags with their values, and the overrides: argparse does not understand `a=1 -m b=2,3`."""
+def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split into (flags with their values, overrides), because argparse does not support `a=1 -m b=2,3`."""
     flags, overrides, left = [], [], list(arguments)
     while left:
         argument = left.pop(0)
@@ -90,13 +90,13 @@ def _flags_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
             overrides.append(argument)
             continue
         flags.append(argument)
-        if left and (argument in FLAGS_WITH_VALUE or (argument in INFO and left[0] in SHOWN_OF_INFO)):
+        if left and (argument in FLAGS_WITH_VALUE or (argument in INFO and left[0] in INFO_VALUES)):
             flags.append(left.pop(0))
     return flags, overrides
 
 
 def _check_flags(arguments: list[str]) -> None:
-    """Refuse an unknown flag, which Hydra would answer with its whole usage."""
+    """Reject unknown flags, for which Hydra prints its whole usage."""
     for argument in arguments:
         flag = argument.split("=")[0]
         if argument.startswith("-") and flag not in FLAGS:
@@ -105,26 +105,26 @@ def _check_flags(arguments: list[str]) -> None:
             )
     for flag, value in pairwise([*arguments, ""]):
         if flag in FLAGS_WITH_VALUE and (not value or value.startswith("-")):
-            raise InputError(f"{flag} needs a value, for example --cfg {SHOWN[0]}.")
-        if flag in ("--cfg", "-c") and value not in SHOWN:
-            raise InputError(f"{flag} {value}: give one of {', '.join(SHOWN)}.")
+            raise InputError(f"{flag} needs a value, for example --cfg {CFG_VALUES[0]}.")
+        if flag in ("--cfg", "-c") and value not in CFG_VALUES:
+            raise InputError(f"{flag} {value}: give one of {', '.join(CFG_VALUES)}.")
         is_value = value and not value.startswith("-") and "=" not in value
-        if flag in INFO and is_value and value not in SHOWN_OF_INFO:
-            raise InputError(f"{flag} {value}: give one of {', '.join(SHOWN_OF_INFO)}.")
+        if flag in INFO and is_value and value not in INFO_VALUES:
+            raise InputError(f"{flag} {value}: give one of {', '.join(INFO_VALUES)}.")
     if "--resolve" in arguments and not {"--cfg", "-c"} & set(arguments):
-        raise InputError("--resolve belongs to --cfg: python train.py --cfg job --resolve")
+        raise InputError("--resolve needs --cfg: python train.py --cfg job --resolve")
 
 
-def _readable(argument: str, sweeping: bool) -> str:
+def _quote(argument: str, sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
     if key == "allow_targets":
         return f"{key}=[{','.join(parse_permissions(value))}]"
     if not equals or not (key in FREE_TEXT or key.endswith(FREE_TEXT_SUFFIXES)):
         return argument
-    if literal_text.is_read_as_typed(argument):
+    if literal_text.is_read_verbatim(argument):
         return argument
     try:
         is_sweep = sweeping and OverridesParser.create().parse_overrides([argument])[0].is_sweep_override()
     except OverrideParseException:
         is_sweep = False
-    return argument if is_sweep else f"{key}={literal_text.quoted(value)}"
+    return argument if is_sweep else f"{key}={literal_text.quote(value)}"

@@ -1,4 +1,4 @@
-"""Groups: the folders of conf/ and their values, for whoever must name them."""
+"""Config groups: the folders of conf/ and their choices."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def groups() -> list[str]:
-    """Names of the groups."""
+    """Return the names of all groups."""
     return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 
 
 def values(group: str) -> list[str]:
-    """What a group can be set to."""
+    """Return the choices of a group."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
@@ -26,7 +26,7 @@ def precision_named(name: str) -> PrecisionSettings:
 
 
 def experiment_keys(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """(group → value, key → value) that conf/experiment/<name>.yaml sets."""
+    """Return ({group: choice}, {key: value}) of conf/experiment/<name>.yaml."""
     keys = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     chosen = [item for default in keys.pop("defaults", []) for item in default.items()]
     return {group.removeprefix("override /"): value for group, value in chosen}, keys

@@ -1,11 +1,11 @@
-"""Help text: what --help prints, read from conf/ itself: every group with its values, every plain key."""
+"""Help text of train.py --help: all groups with their choices and all top-level keys, read from conf/."""
 
 from launch.config.groups import CONF, groups, values
 
-HEAD = """train.py: pretrain, distil or fine-tune a GPT-2.
+HEAD = """train.py: pretrain, distill or fine-tune a GPT-2.
 
   python train.py                                                       pretrain nano on the standard library's source
-  python train.py task=distill model=nano teacher=RUN_DIR               distil a trained run into a small model
+  python train.py task=distill model=nano teacher=RUN_DIR               distill a trained run into a small model
   python train.py task=finetune init=RUN_DIR data=summarize             fine-tune on pairs
   python train.py -m model=nano,micro optimizer.lr=1e-3,3e-3            a sweep: every combination
   python train.py --cfg job                                             the whole configuration, keys of groups included
@@ -13,7 +13,7 @@ HEAD = """train.py: pretrain, distil or fine-tune a GPT-2.
 
 
 def help_text() -> str:
-    """The commands, the groups and the plain keys."""
+    """Return example commands, groups and top-level keys."""
     return f"{HEAD}\nGroups (group=value, the default in brackets)\n\n{_groups()}\n\nKeys (key=value)\n\n{_keys()}"
 
 
@@ -27,15 +27,15 @@ def _groups() -> str:
 
 
 def _defaults() -> dict[str, str]:
-    """Group → default value, from the lines `  - group: value` of conf/train.yaml."""
+    """Return {group: default}, from the lines `  - group: value` of conf/train.yaml."""
     pairs = [line.strip()[2:].partition(": ") for line in _lines() if line.startswith("  - ") and ": " in line]
     return {group: value for group, _, value in pairs}
 
 
 def _keys() -> str:
-    """The part of conf/train.yaml that holds plain keys, comments and all."""
+    """Return the top-level keys of conf/train.yaml, with their comments."""
     lines = _lines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("# Where the run"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("# Run directory"))
     return "\n".join(f"  {line}".rstrip() for line in lines[start : lines.index("hydra:")])
 
 

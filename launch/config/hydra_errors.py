@@ -1,4 +1,4 @@
-"""Mistakes: turns Hydra's and OmegaConf's errors into an InputError of a few lines with the nearest valid name."""
+"""Hydra errors: converts errors of Hydra and OmegaConf into a short InputError with a spelling suggestion."""
 
 import re
 from dataclasses import fields, is_dataclass
@@ -15,13 +15,13 @@ from launch.config.known_keys import owned_trainer_argument
 from launch.config.schema import RunConfig
 
 
-def explained(error: HydraException | OmegaConfBaseException) -> InputError:
-    """The same mistake as a user reads it: what was given, what is allowed, what to do."""
+def to_input_error(error: HydraException | OmegaConfBaseException) -> InputError:
+    """Convert the error into an InputError: the value given, what is allowed, what to do."""
     cause = error.__cause__
     if isinstance(error, MissingConfigException):
         return _missing_value(error)
     if isinstance(error, OverrideParseException):
-        return _unreadable(error)
+        return _syntax_error(error)
     if isinstance(cause, ValidationError):
         return _wrong_type(error, cause)
     if isinstance(cause, OmegaConfBaseException):
@@ -30,15 +30,15 @@ def explained(error: HydraException | OmegaConfBaseException) -> InputError:
     if message.startswith("Ambiguous value"):
         argument = message.split("'")[1]
         return InputError(
-            f"{argument} holds several values, which is a sweep.\n"
-            "Add -m to run one job for each, or quote the value where the comma belongs to it: \"key='a,b'\"."
+            f"{argument} has several values, which needs a sweep.\n"
+            "Add -m to run one job for each, or quote a value that contains a comma: \"key='a,b'\"."
         )
     if message.startswith("Sweep parameters"):
         argument = message.split("'")[1]
-        cure = "Add hparams_search=optuna to search it" if "interval(" in argument else "Add -m to run one job for each"
-        return InputError(f"{argument} holds several values, which is a sweep.\n{cure}, or give one value.")
+        fix = "Add hparams_search=optuna to search it" if "interval(" in argument else "Add -m to run one job for each"
+        return InputError(f"{argument} has several values, which needs a sweep.\n{fix}, or give one value.")
     if message.startswith("Could not append"):
-        return InputError(f"{message.splitlines()[1].split(': ')[-1]} is a key already; leave out the +.")
+        return InputError(f"{message.splitlines()[1].split(': ')[-1]} exists already; leave out the +.")
     if "override" in message.lower() and isinstance(error, ConfigCompositionException):
         return _unknown_group(message)
     return InputError("\n".join(line for line in message.splitlines() if line.strip())[:600])
@@ -56,7 +56,7 @@ def _missing_value(error: MissingConfigException) -> InputError:
     return InputError(f"{group}={value}: no such value{nearest(value, options)}.\nAllowed: {', '.join(options)}.")
 
 
-def _unreadable(error: OverrideParseException) -> InputError:
+def _syntax_error(error: OverrideParseException) -> InputError:
     if "=" not in error.override:
         known = [*groups(), *(item.name for item in fields(RunConfig))]
         return InputError(f"{error.override} is not key=value{nearest(error.override, known)}.")
@@ -65,7 +65,7 @@ def _unreadable(error: OverrideParseException) -> InputError:
     quoted = f"\"{key}=['…','…']\"" if error.override.startswith(f"{key}=[") else f"\"{key}='…'\""
     return InputError(
         f"Cannot read {error.override}: {reason}\n"
-        f"Quote a value with special characters twice, for the shell and for Hydra: {quoted}."
+        f"Quote a value with special characters both for the shell and for Hydra: {quoted}."
     )
 
 
@@ -83,7 +83,7 @@ def _wrong_type(error: BaseException, cause: ValidationError) -> InputError:
 
 
 def _unknown_key(cause: OmegaConfBaseException) -> InputError:
-    """A key that does not exist: the nearest among its siblings, the groups and every other key."""
+    """Error for an unknown key, with the most similar of its siblings, the groups and all other keys."""
     given = str(cause.full_key or cause.key)
     parent = cause.parent_node
     siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
@@ -112,11 +112,11 @@ def _unknown_group(message: str) -> InputError:
 
 
 def _near_sibling(given: str, known: list[str]) -> str:
-    """The nearest by its last part: all siblings share the rest."""
+    """Suggestion by the last part of the key, since all siblings share the rest."""
     by_ending = {key.rpartition(".")[2]: key for key in known}
-    near = nearest(given.rpartition(".")[2], by_ending)
-    ending = near.removeprefix(" (did you mean ").removesuffix("?)")
-    return f" (did you mean {by_ending[ending]}?)" if near else ""
+    suggestion = nearest(given.rpartition(".")[2], by_ending)
+    ending = suggestion.removeprefix(" (did you mean ").removesuffix("?)")
+    return f" (did you mean {by_ending[ending]}?)" if suggestion else ""
 
 
 def _same_ending(given: str) -> str:
@@ -126,7 +126,7 @@ def _same_ending(given: str) -> str:
 
 
 def _nested_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of every typed key: optimizer.lr, steps, …"""
+    """Return the dotted names of all typed keys: optimizer.lr, steps, …"""
     names: list[str] = []
     for item in fields(schema):
         if item.name == "invocation":

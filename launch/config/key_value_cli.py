@@ -1,7 +1,7 @@
-"""Key=value arguments taken verbatim: what stands after the first `=` is the value, whatever it holds.
+"""Key=value command line: everything after the first `=` is the value, without further parsing.
 
-evaluate.py and generate.py use it because Hydra's override grammar refuses free text such as `prompt=def add(a, b):`.
-A command's arguments are a dataclass; each field is made with `argument`.
+evaluate.py and generate.py use it because Hydra's grammar rejects free text such as `prompt=def add(a, b):`. The
+arguments of a command are a dataclass, whose fields are created by `argument`.
 """
 
 import dataclasses
@@ -19,30 +19,30 @@ Arguments = TypeVar("Arguments")
 
 
 def argument(
-    says: str,
+    help_text: str,
     default: Any = dataclasses.MISSING,
     *,
     choices: Sequence[str] = (),
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> Any:
-    """A field of an arguments dataclass; one without a default must be given.
+    """Create a field of an arguments dataclass; a field without a default is required.
 
     Args:
-        says: one line for --help.
-        choices: the allowed values; empty allows any.
-        at_least, at_most: the allowed range of a number.
+        help_text: one line for --help.
+        choices: allowed values; empty: any.
+        at_least, at_most: allowed range of a number.
     """
-    metadata = {"says": says, "choices": tuple(choices), "range": (at_least, at_most)}
+    metadata = {"help": help_text, "choices": tuple(choices), "range": (at_least, at_most)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
-    """Turn `key=value` words into an arguments dataclass with str, bool, int and float fields.
+    """Parse `key=value` words into an arguments dataclass with str, bool, int and float fields.
 
     Raises:
-        InputError: a word without `=`, an unknown, repeated or missing key, a value of the wrong type or out of range,
-            or text that is not valid UTF-8.
+        InputError: a word has no `=`, a key is unknown, repeated or missing, a value has the wrong type or is out of
+            range, or the text is not valid UTF-8.
     """
     check_process(words)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -55,42 +55,43 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
             raise InputError(f"There is no key {key}{nearest(key, fields)}.\nKeys: {', '.join(fields)}.")
         if key in values:
             raise InputError(f"{key} is given twice: {values[key]!r} and {text!r}. Give it once.")
-        values[key] = _converted(fields[key], text)
+        values[key] = _convert(fields[key], text)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
-        raise InputError("\n".join(f"{name}= is missing: {fields[name].metadata['says']}." for name in missing))
+        raise InputError("\n".join(f"{name}= is missing: {fields[name].metadata['help']}." for name in missing))
     return kind(**values)
 
 
 def describe(kind: type) -> str:
-    """One line for each argument, for --help."""
+    """Return the help text: one line per argument."""
     lines = []
     for field in dataclasses.fields(kind):
-        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {_in_words(field.default)})"
+        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {_format_default(field.default)})"
         choices = f" {{{', '.join(field.metadata['choices'])}}}" if field.metadata["choices"] else ""
-        lines.append(f"  {field.name + '=':<16} {field.metadata['says']}{choices}{default}")
+        lines.append(f"  {field.name + '=':<16} {field.metadata['help']}{choices}{default}")
     return "\n".join(lines)
 
 
 def check_output_file(path: str, key: str = "json") -> None:
-    """Find out before the work, not after it, that its result cannot be written.
+    """Check before the work that an output file can be written.
 
     Args:
-        key: that named it, for messages.
+        path: the file; empty: no check.
+        key: argument name for the message.
 
     Raises:
-        InputError: `path` is a folder, or its folder does not exist.
+        InputError: `path` is a folder, or its folder does not exist or is not writable.
     """
     file = Path(path)
     if path and (file.is_dir() or not can_write(file.absolute().parent)):
-        raise InputError(f"{key}={path} cannot be written: give a file in a folder that exists and can be written to.")
+        raise InputError(f"{key}={path} cannot be written: give a file in an existing folder with write permission.")
 
 
-def _in_words(value: str | float) -> str:
+def _format_default(value: str | float) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _converted(field: dataclasses.Field, text: str) -> str | int | float:
+def _convert(field: dataclasses.Field, text: str) -> str | int | float:
     if field.type is str:
         choices = field.metadata["choices"]
         if choices and text not in choices:

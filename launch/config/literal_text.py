@@ -1,4 +1,4 @@
-"""Literal text: values that no layer below reads as more than text, be it OmegaConf, Hydra's overrides, or YAML."""
+"""Literal text: escapes and quotes text so that OmegaConf, Hydra's override grammar and YAML read it unchanged."""
 
 import re
 from typing import Any
@@ -12,70 +12,70 @@ from omegaconf import OmegaConf
 from launch.config.structured import composable, frozen
 
 
-def escaped(value: Any) -> Any:
-    """The same value with every `${` in its strings escaped, so that OmegaConf resolves nothing in it."""
+def escape_interpolations(value: Any) -> Any:
+    """Escape every `${` in strings, also in nested dicts and lists, so that OmegaConf does not resolve it."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     if isinstance(value, dict):
-        return {key: escaped(item) for key, item in value.items()}
+        return {key: escape_interpolations(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [escaped(item) for item in value]
+        return [escape_interpolations(item) for item in value]
     return value
 
 
-def typed_values(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass from plain values, which are checked and converted but not interpolated.
+def to_dataclass(kind: type, values: dict[str, Any]) -> Any:
+    """Create a dataclass from plain values, with type checks and conversion but without interpolation.
 
     Raises:
-        OmegaConfBaseException: an unknown or missing key, or a value of the wrong type.
+        OmegaConfBaseException: a key is unknown or missing, or a value has the wrong type.
     """
-    return frozen(kind, OmegaConf.merge(OmegaConf.structured(composable(kind)), escaped(values)))
+    return frozen(kind, OmegaConf.merge(OmegaConf.structured(composable(kind)), escape_interpolations(values)))
 
 
-def quoted(text: str) -> str:
-    """Text in the quotes of Hydra's grammar, which reads it as it is, interpolations excepted."""
+def quote(text: str) -> str:
+    """Quote text for Hydra's grammar; interpolations in it are still resolved."""
     return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), text) + "'"
 
 
 def override(key: str, value: Any) -> str:
-    """A Hydra override with exactly this value; text is quoted only where that is needed."""
+    """Return the Hydra override `key=value` with exactly this value; text is quoted only if necessary."""
     if isinstance(value, str) and "${" not in value and _parsed(f"{key}={value}") == value:
         return f"{key}={value}"
-    return f"{key}={_in_hydras_grammar(value)}"
+    return f"{key}={_hydra_literal(value)}"
 
 
-def is_read_as_typed(argument: str) -> bool:
-    """Whether Hydra reads the value of `key=value` as the text that stands there, or that stands there in quotes."""
+def is_read_verbatim(argument: str) -> bool:
+    """Whether Hydra reads the value of `key=value` as exactly this text, or as the text inside its quotes."""
     text = argument.partition("=")[2]
     parsed = _parsed(argument)
     return text == "null" or isinstance(parsed, QuotedString) or (isinstance(parsed, str) and parsed == text)
 
 
 def is_interpolated(argument: str) -> bool:
-    """Whether the value of `key=value` holds an interpolation, escaped for OmegaConf or for Hydra as it may be."""
+    """Whether the value of `key=value` contains an interpolation, escaped or not."""
     return "${" in argument or (r"$\{" in argument and "${" in repr(_parsed(argument)))
 
 
 def _parsed(argument: str) -> Any:
-    """What Hydra's grammar makes of a value, quoted text as its own type; None also where it cannot read it."""
+    """Parse the value with Hydra's grammar; quoted text is a QuotedString; None for null and for syntax errors."""
     try:
         return OverridesParser.create().parse_overrides([argument])[0]._value
     except OverrideParseException:
         return None
 
 
-def _in_hydras_grammar(value: Any) -> str:
+def _hydra_literal(value: Any) -> str:
     if isinstance(value, str):
-        return quoted(escaped(value))
+        return quote(escape_interpolations(value))
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_in_hydras_grammar(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_hydra_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_in_hydras_grammar, value)) + "]"
+        return "[" + ",".join(map(_hydra_literal, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's, except that line breaks of Unicode (U+0085, U+2028) are written as escapes and so read back."""
+    """SafeDumper that escapes Unicode line breaks (U+0085, U+2028), which PyYAML would not read back."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -86,5 +86,5 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def to_yaml(values: dict[str, Any] | list[str]) -> str:
-    """YAML that `yaml.safe_load` reads back equal: plain values, text of any kind, floats to the last bit."""
+    """Return YAML from which `yaml.safe_load` restores equal values, including any text and exact floats."""
     return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=2**30)

@@ -1,4 +1,4 @@
-"""Slots: the parts of this machine that jobs run in at the same time, each with cores and GPUs of its own."""
+"""Slots: partition of this machine's CPU cores and GPUs among parallel jobs."""
 
 import os
 from dataclasses import dataclass
@@ -7,58 +7,63 @@ from typing import TypeVar
 
 from gpt2lab.errors import InputError
 
-Thing = TypeVar("Thing")
+Resource = TypeVar("Resource")
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Cores by number and GPUs as CUDA_VISIBLE_DEVICES names them; None: whatever the machine has."""
+    """Cores and GPUs of one job.
+
+    Attributes:
+        cores: core numbers; None: all.
+        gpus: GPU ids as in CUDA_VISIBLE_DEVICES; None: all.
+    """
 
     cores: tuple[int, ...] | None = None
     gpus: tuple[str, ...] | None = None
 
     def environment(self) -> dict[str, str]:
-        """Variables that show a process only this slot's GPUs."""
+        """Environment variables that make only these GPUs visible."""
         return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
 
 
 def partition(n_jobs: int, cores: list[int], gpus: list[str]) -> list[Slot]:
-    """As many slots as jobs run at once, sharing out all cores and GPUs as evenly as they go.
+    """Partition cores and GPUs evenly into `n_jobs` slots.
 
     Raises:
-        InputError: fewer cores, or fewer but some GPUs, than jobs.
+        InputError: there are fewer cores or GPUs than jobs; a machine without GPUs is allowed.
     """
     if n_jobs == 1:
         return [Slot()]
-    for things, what in ((cores, "cores"), (gpus, "GPUs")):
-        if 0 < len(things) < n_jobs:
+    for resources, what in ((cores, "cores"), (gpus, "GPUs")):
+        if 0 < len(resources) < n_jobs:
             raise InputError(
-                f"n_jobs={n_jobs}: there are {len(things)} {what}, and each job needs one of its own.\n"
-                f"Give n_jobs={len(things)} or fewer" + (", or accelerator=cpu." if what == "GPUs" else ".")
+                f"n_jobs={n_jobs}: there are {len(resources)} {what}, but each job needs its own.\n"
+                f"Give n_jobs={len(resources)} or fewer" + (", or accelerator=cpu." if what == "GPUs" else ".")
             )
     return [Slot(_share(cores, i, n_jobs), _share(gpus, i, n_jobs) if gpus else None) for i in range(n_jobs)]
 
 
-def _share(things: list[Thing], part: int, parts: int) -> tuple[Thing, ...]:
-    return tuple(things[len(things) * part // parts : len(things) * (part + 1) // parts])
+def _share(resources: list[Resource], part: int, parts: int) -> tuple[Resource, ...]:
+    return tuple(resources[len(resources) * part // parts : len(resources) * (part + 1) // parts])
 
 
 def usable_cores() -> list[int]:
-    """Numbers of the cores that this process may use; counted from 0 where the system does not tell."""
+    """Return the numbers of the CPU cores in this process's affinity mask; all cores if there is none."""
     try:
         return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux tells
+    except AttributeError:  # not Linux
         return list(range(os.cpu_count() or 1))
 
 
 def usable_gpus() -> list[str]:
-    """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES gives them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
+    """Return the ids of the GPUs visible to this process, as in CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
     if not DRIVER.exists():
         return []
-    import torch  # seconds, and only a machine with a driver needs to ask
+    import torch  # takes seconds, so only on a machine with a GPU driver
 
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -58,7 +58,7 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class LauncherSettings:
-    """Where runs are executed, and the resources of a cluster job."""
+    """Place where runs are executed, and the resources of a cluster job."""
 
     name: str = key(
         "launcher: this machine (processes), slurm or ray", "processes", choices=("processes", "slurm", "ray")

@@ -1,4 +1,4 @@
-"""Run folders: where a run lies, how it is made, and how earlier runs are found by report.json and config.yaml."""
+"""Run directories: naming, atomic creation, locking and deletion, and the search for finished runs."""
 
 import errno
 import itertools
@@ -14,7 +14,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.reports import side_files
 from gpt2lab.storage import folder_lock
 from gpt2lab.storage.atomic_files import can_write, flush
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_shape
@@ -42,7 +42,7 @@ OWN_FILES = (
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """An earlier run that has a report, a configuration and exported weights of a known shape."""
+    """A finished run, with its configuration and the shape of its exported weights."""
 
     folder: Path
     spec: PreparedSpec
@@ -50,22 +50,22 @@ class FinishedRun:
 
 
 def check_name(config: RunConfig) -> None:
-    """Refuse what would make paths awkward to type or that names nothing.
+    """Check that `name` or `run_dir` is a valid name for a run.
 
     Raises:
-        InputError
+        InputError: both are given, the name is empty, or it contains `=`, spaces or, for `name`, a slash.
     """
     if config.name is not None and config.run_dir is not None:
-        raise InputError("name and run_dir both say where the run lies; give one of them.")
+        raise InputError("name and run_dir both set the run directory; give one of them.")
     last = Path(config.run_dir).name if config.run_dir else config.name
     if last is not None and (not last or "=" in last or any(letter.isspace() for letter in last)):
-        raise InputError(f"A run cannot be called {last!r}: give a name without = and without spaces.")
+        raise InputError(f"{last!r} is not a valid run name: give a name without = and without spaces.")
     if config.name is not None and ("/" in config.name or config.name in (".", "..")):
         raise InputError(f"name={config.name} is a path; set run_dir={config.name} instead.")
 
 
-def wanted_folder(config: RunConfig) -> Path:
-    """run_dir, else runs/<task>/<name>, else runs/<task>/<model>-<time>; of a study studies/<name>, studies/<time>."""
+def run_folder(config: RunConfig) -> Path:
+    """Return run_dir, or runs/<task>/<name or model-time>; for a study studies/<name or time>."""
     if config.run_dir:
         return Path(config.run_dir).expanduser()
     now, model = time.strftime("%Y-%m-%d_%H-%M-%S"), config.groups["model"]
@@ -75,73 +75,79 @@ def wanted_folder(config: RunConfig) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """The folder can be made here and holds nothing yet.
+    """Check that the folder is empty or can be created.
 
     Raises:
-        InputError
+        InputError: it is not.
     """
     if folder.is_dir() and not _is_free(folder):
         raise InputError(
-            f"{folder} is not empty.\nContinue the run in it with resume={folder}, or give another run_dir or name."
+            f"{folder} is not empty.\nResume the run in it with resume={folder}, or give another run_dir or name."
         )
-    check_can_be_made(folder, "run_dir")
+    check_creatable(folder, "run_dir")
 
 
-def check_can_be_made(folder: Path, key: str) -> None:
-    """Whether the folder that `key` names is there or can be made.
+def check_creatable(folder: Path, key: str) -> None:
+    """Check that the folder exists or can be created.
+
+    Args:
+        key: configuration key of the folder, for the message.
 
     Raises:
-        InputError
+        InputError: it does not and cannot.
     """
     existing = folder
     try:
         folder.resolve()
-    except RuntimeError as error:  # a loop of links
-        raise InputError(f"Cannot make the folder {folder}: {error}.\nGive another {key}.") from None
+    except RuntimeError as error:  # a loop of symbolic links
+        raise InputError(f"Cannot create the folder {folder}: {error}.\nGive another {key}.") from None
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not can_write(existing):
-        raise InputError(f"Cannot make the folder {folder}: {existing} cannot be written to.\nGive another {key}.")
+        raise InputError(f"Cannot create the folder {folder}: {existing} cannot be written to.\nGive another {key}.")
 
 
-def check_free_folder(config: RunConfig) -> None:
-    """A named folder is free; one named by the time can be made, and gets a number where another run took that name.
+def check_run_folder(config: RunConfig) -> None:
+    """Check the folder of a new run; a default name gets a number if the folder exists, so it need not be free.
 
     Raises:
-        InputError
+        InputError: the folder cannot be created, or a given folder is not empty.
     """
     if config.run_dir or config.name:
-        check_free(wanted_folder(config))
+        check_free(run_folder(config))
     else:
-        check_can_be_made(wanted_folder(config), "run_dir")
+        check_creatable(run_folder(config), "run_dir")
 
 
 def reserve(config: RunConfig) -> tuple[Path, list[Path]]:
-    """Create the run's folder, empty, for a process elsewhere; without a name of its own its name is made unique.
+    """Create an empty folder for a run that another process starts; a default name is made unique.
 
     Returns:
-        The folder, and the folders that were created for it, the innermost first.
+        The folder, and all folders that were created for it, innermost first.
+
+    Raises:
+        InputError: as `check_run_folder`.
     """
-    check_free_folder(config)
-    is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
+    check_run_folder(config)
+    is_named, base = bool(config.run_dir or config.name), run_folder(config)
     for folder in _numbered(base):
-        made = missing(folder)
+        created = missing_folders(folder)
         try:
             folder.mkdir(parents=True, exist_ok=is_named)
         except FileExistsError:
             continue
-        return folder, made
+        return folder, created
     raise AssertionError("unreachable: there are infinitely many numbers")
 
 
-def missing(folder: Path) -> list[Path]:
-    """The folder and those above it that do not exist, the innermost first."""
+def missing_folders(folder: Path) -> list[Path]:
+    """Return the folder and its parents that do not exist, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def remove_empty(made: list[Path]) -> None:
-    """Delete the folders that this process created, the innermost first, as far as they are empty."""
-    for path in made:
+def remove_empty(created: list[Path]) -> None:
+    """Delete empty folders; they must be sorted innermost first."""
+    for path in created:
         try:
             path.rmdir()
         except FileNotFoundError:
@@ -151,21 +157,21 @@ def remove_empty(made: list[Path]) -> None:
 
 
 class RunDirectory:
-    """The directory of one run, and this process's claim on it.
+    """The directory of one run and its lock.
 
-    A new directory appears under its name with config.yaml inside: it is filled beside its place and then renamed, so a
-    process that is killed meanwhile leaves no half-made run. The process that launches the run locks the directory
-    until it ends; its ranks receive the path alone.
+    A new directory is created under a temporary name, filled with config.yaml and renamed, so a killed process leaves
+    no incomplete run. The process that launches the run locks the directory until it ends; its ranks only receive the
+    path.
 
     Args:
-        given: the directory, where another process has launched the run and looks after it.
+        given: the directory, in a rank of a run that another process has launched.
     """
 
     def __init__(self, given: Path | None = None) -> None:
         self.path = given
         self._is_ready = given is not None
         self._lock: FolderLock | None = None
-        self._made: list[Path] = []  # folders that this process created, the innermost first
+        self._created: list[Path] = []  # folders that this process created, innermost first
         self._was_free = False
 
     def open(self, folder: Path) -> None:
@@ -174,17 +180,17 @@ class RunDirectory:
         Raises:
             InputError: another process uses it.
         """
-        self._lock, self.path = _locked(folder), folder
+        self._lock, self.path = _lock(folder), folder
 
     def newest_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint of the run; None: it starts at step 0."""
+        """Return the newest complete checkpoint of the run; None if it starts at step 0."""
         return None if self.path is None else newest_good_checkpoint(self.path)
 
     def enter(self, spec: PreparedSpec, is_resumed: bool = False) -> Path:
-        """Write config.yaml into the directory, which is created for a new run; returns the directory.
+        """Create the directory if necessary, write config.yaml and return the directory.
 
         Raises:
-            InputError: the directory of a new run holds something else, or another process uses it.
+            InputError: the directory of a new run is not empty, or another process uses it.
         """
         if self._is_ready:
             assert self.path is not None
@@ -202,7 +208,7 @@ class RunDirectory:
         return self.path
 
     def restart(self, spec: PreparedSpec) -> None:
-        """Begin again in place of a start without a checkpoint, whose metrics and samples are dropped."""
+        """Restart a run that has no checkpoint: delete its metrics and samples."""
         assert self.path is not None
         run_spec.save(spec, self.path / CONFIG)
         run_spec.save_for_hydra(spec.config, self.path / HYDRA)
@@ -211,9 +217,9 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Delete a run that took no step, if this process started it and only a run's own files are in the directory.
+        """Delete a new run without a step, if this process started it and the directory contains only files of a run.
 
-        A directory that was there before, empty, is left empty.
+        A directory that existed before, empty, remains.
         """
         if self.path is None or not self._was_free or not all(_is_own(entry.name) for entry in self.path.iterdir()):
             return
@@ -223,7 +229,7 @@ class RunDirectory:
             elif entry.name != folder_lock.NAME:
                 entry.unlink(missing_ok=True)
         self.close()
-        remove_empty(self._made)
+        remove_empty(self._created)
 
     def close(self) -> None:
         """Release the lock."""
@@ -233,8 +239,8 @@ class RunDirectory:
 
     def _create(self, spec: PreparedSpec) -> None:
         config = spec.config
-        check_free_folder(config)
-        is_named, base = bool(config.run_dir or config.name), wanted_folder(config)
+        check_run_folder(config)
+        is_named, base = bool(config.run_dir or config.name), run_folder(config)
         for folder in itertools.repeat(base) if is_named else _numbered(base):
             try:
                 if self._start(folder, spec):
@@ -243,39 +249,39 @@ class RunDirectory:
                 if is_named:
                     raise
             if is_named:
-                check_free(folder)  # raises where another process has created it since
+                check_free(folder)  # raises if another process has created it since
 
     def _start(self, folder: Path, spec: PreparedSpec) -> bool:
-        """Fill a directory beside `folder` and rename it; False: `folder` is taken, or another process was faster."""
-        place = folder.resolve()
-        if not _is_free(place):
+        """Fill a temporary directory and rename it to `folder`; return False if `folder` is not free any more."""
+        target = folder.resolve()
+        if not _is_free(target):
             return False
-        made, aside = missing(place), place.with_name(f".{place.name}.start")
-        if place.is_dir() and (place.is_mount() or any(place.iterdir()) or not can_write(place.parent)):
-            aside = place  # which nothing can be renamed to
-        elif not _is_free(aside, CONFIG):
+        created, temporary = missing_folders(target), target.with_name(f".{target.name}.start")
+        if target.is_dir() and (target.is_mount() or any(target.iterdir()) or not can_write(target.parent)):
+            temporary = target  # cannot be replaced by a rename
+        elif not _is_free(temporary, CONFIG):
             raise InputError(
-                f"{aside} is needed to start the run and holds other files.\nMove it, or give another name."
+                f"{temporary} is needed to start the run and contains other files.\nMove it, or give another name."
             )
-        aside.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _locked(aside)
+            lock = _lock(temporary)
         except FileNotFoundError:  # another process has renamed or removed it
             return False
-        run_spec.save(spec, aside / CONFIG)
-        if aside != place:
+        run_spec.save(spec, temporary / CONFIG)
+        if temporary != target:
             try:
-                aside.rename(place)  # also onto an empty directory
+                temporary.rename(target)  # an empty directory may exist there
             except OSError as error:
-                (aside / CONFIG).unlink()
+                (temporary / CONFIG).unlink()
                 lock.release()
-                remove_empty([aside])
+                remove_empty([temporary])
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     return False
                 raise
-            flush(place.parent)
-        lock.folder = place
-        self.path, self._lock, self._made, self._was_free = folder, lock, made, True
+            flush(target.parent)
+        lock.folder = target
+        self.path, self._lock, self._created, self._was_free = folder, lock, created, True
         return True
 
 
@@ -285,8 +291,8 @@ def _numbered(base: Path) -> Iterator[Path]:
         yield base.with_name(f"{base.name}-{number}")
 
 
-def _locked(folder: Path) -> FolderLock:
-    """Lock a run's directory, then remove the scratch files of a process that was killed there."""
+def _lock(folder: Path) -> FolderLock:
+    """Lock a run directory and delete temporary files of a killed process."""
     lock = FolderLock(folder)
     for entry in folder.iterdir():
         if _is_scratch(entry.name) and entry.is_file():
@@ -299,12 +305,12 @@ def _is_scratch(name: str) -> bool:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a run writes a file or folder of this name into its directory, or a scratch file for it."""
+    """Whether this is the name of a file or folder of a run, or of a temporary file for it."""
     return name in OWN_FILES or _is_scratch(name)
 
 
 def _is_free(folder: Path, *allowed: str) -> bool:
-    """Whether the folder does not exist or holds at most what a killed start left before config.yaml, and `allowed`."""
+    """Whether the folder does not exist, or contains only `allowed` names and the lock and temporary files of a run."""
     if not folder.exists():
         return True
     names = (folder_lock.NAME, *allowed)
@@ -312,7 +318,7 @@ def _is_free(folder: Path, *allowed: str) -> bool:
 
 
 def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
-    """Finished runs with exported weights under `root`, newest first. Folders that cannot be read are passed over."""
+    """Return the finished runs with exported weights under `root`, newest first; unreadable folders are skipped."""
     runs = []
     for file in sorted(root.glob("**/report.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         folder = file.parent
@@ -326,16 +332,16 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
 
 
 def kept_checkpoint_message(folder: Path, reached: int | None = None) -> str:
-    """Return a sentence on what a run that ended early has kept, and the command that resumes it.
+    """Return a message with the newest checkpoint of an interrupted run, the lost steps and the resume command.
 
     Args:
-        reached: the step it ended after; None: unknown, at least the last one in metrics.csv.
+        reached: step after which the run ended; None: unknown, at least the last one in metrics.csv.
     """
     newest, rows = newest_good_checkpoint(folder), read_metrics(folder)
     last = max(reached or 0, int(rows[-1]["step"]) if rows else 0)
     if newest is None:
         return f"No checkpoint was saved in {folder}; {f'{last} steps are lost' if last else 'no step was logged'}."
-    step = step_of(newest)
+    step = checkpoint_step(newest)
     if last > step:
         lost = f"steps {step + 1} to {last}{' or later' if reached is None else ''} are lost"
     else:

@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", bound="RunConfig | RunSpec")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes, chosen once for the machine it starts on.
+    """Device, precision and batch split of a run, chosen once for the machine it starts on.
 
     Attributes:
         devices: on each machine.
@@ -86,7 +86,7 @@ class Resolved(Inputs):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known once the data are prepared.
+    """Facts that are known once the data are prepared.
 
     Attributes:
         data_hash: content hash of the prepared data.
@@ -120,7 +120,7 @@ class RunSpec:
 
     @property
     def machine(self) -> Machine:
-        """Where and how it computes."""
+        """Device, precision and batch split."""
         return self.resolved.machine
 
 
@@ -154,7 +154,7 @@ def save_for_hydra(config: RunConfig, folder: Path) -> None:
     """Write the files that Hydra's tools read: config.yaml, overrides.yaml and hydra.yaml."""
     folder.mkdir(exist_ok=True)
     composed = {name: value for name, value in asdict(config).items() if name not in ("invocation", "allow_targets")}
-    write_text(folder / "config.yaml", literal_text.to_yaml(literal_text.escaped(composed)))
+    write_text(folder / "config.yaml", literal_text.to_yaml(literal_text.escape_interpolations(composed)))
     write_text(folder / "overrides.yaml", literal_text.to_yaml(config.invocation.overrides))
     write_text(folder / "hydra.yaml", config.invocation.hydra)
 
@@ -197,7 +197,7 @@ def from_yaml(kind: type[Kind], text: str, where: str) -> Kind:
         if kind is PreparedSpec and "config" not in values:
             raise TypeError("it has another layout, without the parts config, resolved and prepared")
         values.get("config", values)["allow_targets"] = []
-        spec = literal_text.typed_values(kind, values)
+        spec = literal_text.to_dataclass(kind, values)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
     assert isinstance(spec, kind)

@@ -65,7 +65,7 @@ class ModelKeys:
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a run was asked for; not for the user to set."""
+    """Command line and groups a run was composed from; not for the user to set."""
 
     groups: dict[str, str] = field(default_factory=dict)  # group → value: task=pretrain, model=nano, …
     overrides: list[str] = field(default_factory=list)  # as given on the command line
@@ -297,7 +297,7 @@ def value_of(config: RunConfig, name: str) -> Any:
 
 
 def optional_value(config: RunConfig, name: str) -> Any:
-    """As `value_of`; None where this task, these data or callbacks have no such key."""
+    """Return the value of a dotted key; None where this task, these data or callbacks have no such key."""
     try:
         return value_of(config, name)
     except (KeyError, TypeError):

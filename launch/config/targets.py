@@ -1,9 +1,9 @@
-"""Targets: which classes a configuration may name in `_target_`; the only place that decides it and imports them.
+"""Targets: checks which classes a configuration may instantiate through `_target_`, and imports them.
 
-A run directory may come from somebody else, so a stored configuration builds only classes of this project and
-Lightning's callbacks and loggers. Everything else needs a permission, the dotted name of a package, a module or a
-class. Permissions come from the current command line alone: `allow_targets=[mypkg]`, and the targets that it composes
-itself for a new run. They are never read from a stored configuration; the launcher passes them on to its processes.
+A run directory may be from an untrusted source, so a stored configuration instantiates only classes of this project,
+and callbacks and loggers of Lightning. Other classes need a permission: the dotted name of a package, a module or a
+class. Permissions come from the current command line only: `allow_targets=[mypkg]`, and the targets of a new run. They
+are never read from a stored configuration; the launcher passes them to its processes.
 """
 
 import importlib
@@ -15,9 +15,9 @@ from typing import Any
 from gpt2lab.errors import InputError
 
 OWN_PACKAGES = ("lightning_modules", "datamodules", "callbacks")
-OF_LIGHTNING = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+LIGHTNING_PACKAGES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer", "lightning.pytorch.trainer.trainer.Trainer")
-# Place of a configuration → base of the class that is built there, in lightning.pytorch
+# Base class in lightning.pytorch of each node of the configuration
 BASES = {
     "task": "LightningModule",
     "data": "LightningDataModule",
@@ -28,7 +28,7 @@ BASES = {
 
 
 def parse_permissions(text: str) -> list[str]:
-    """Read the value of `allow_targets`: `mypkg`, `[mypkg,other.module]`.
+    """Parse the value of `allow_targets`: `mypkg`, `[mypkg,other.module]`.
 
     Raises:
         InputError: not a list of dotted names.
@@ -41,39 +41,42 @@ def parse_permissions(text: str) -> list[str]:
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise InputError(
-                f"allow_targets={text}: {name!r} is no dotted name of a package, a module or a class.\n"
+                f"allow_targets={text}: {name!r} is not the dotted name of a package, module or class.\n"
                 "Give names as Python imports them: allow_targets=[mypkg,other.module]."
             )
     return names
 
 
 def foreign_targets(nodes: Mapping[str, Any]) -> list[str]:
-    """The targets that a stored configuration could not build, or not with every argument, without a permission.
+    """Return the targets outside this project, which need a permission in a stored configuration.
 
     Args:
-        nodes: `_target_` and keys of each object, by its place in the configuration.
+        nodes: `_target_` and keys of each object, by configuration key.
     """
     targets = [str(node.get("_target_", "")) for node in nodes.values() if isinstance(node, dict)]
     return [one for one in dict.fromkeys(targets) if one not in TRAINERS and not _is_below(one, OWN_PACKAGES)]
 
 
 def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:
-    """Check the targets by name, before anything is imported.
+    """Check the targets by name, without an import.
 
     Raises:
-        InputError: names the first that is not permitted, and the permission it takes.
+        InputError: a target is not permitted; the message contains the permission it needs.
     """
     for where, node in nodes.items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise InputError(f"{shown(where)} has no _target_, the name of the class to build: {shown(str(node))}.")
+            raise InputError(f"{shorten(where)} has no _target_ (name of a class): {shorten(str(node))}.")
         _check_name(node["_target_"], where, node["_target_"], permissions)
 
 
 def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]) -> Any:
-    """Import the class that a node names.
+    """Import the class of a node.
+
+    Args:
+        where: configuration key of the node.
 
     Raises:
-        InputError: not permitted, no such class, or one of another kind than this place of the configuration takes.
+        InputError: the class is not permitted, does not exist, or has another base class than `where` needs.
     """
     permissions = list(permissions)
     check_targets({where: node}, permissions)
@@ -93,35 +96,35 @@ def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]
     return kind
 
 
-def check_may_take_any(place: str, target: str, permissions: Iterable[str]) -> None:
-    """Check an argument that a class hands on, as `**kwargs`, to a library that could do anything with it.
+def check_kwargs_permission(key: str, target: str, permissions: Iterable[str]) -> None:
+    """Check permission for a key that the class passes to another library as `**kwargs`, with unknown effects.
 
     Raises:
-        InputError: no permission for this class.
+        InputError: there is no permission for this class.
     """
     if not _is_below(target, permissions):
         raise InputError(
-            f"{shown(place)} goes on to another library, which a stored configuration could make run any code.\n"
-            f"Where you trust the run, permit it on the command line: allow_targets=[{target}]"
+            f"{shorten(key)} is passed to another library, which could execute any code.\n"
+            f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
         )
 
 
-def shown(text: str) -> str:
-    """Somebody else's text for a message, in which it must not fill the terminal."""
+def shorten(text: str) -> str:
+    """Shorten untrusted text for a message, with control characters escaped."""
     return (text if text.isprintable() else repr(text))[:120]
 
 
 def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) -> None:
-    """Refuse a name outside the permitted packages; it is the target, or where the target's class is defined."""
-    if _is_below(name, (*OWN_PACKAGES, *OF_LIGHTNING, *permissions)) or (where == "trainer" and name in TRAINERS):
+    """Reject a name outside the permitted packages; `name` is the target, or the qualified name of its class."""
+    if _is_below(name, (*OWN_PACKAGES, *LIGHTNING_PACKAGES, *permissions)) or (where == "trainer" and name in TRAINERS):
         return
     package = name.split(".")[0]
     package = package if package.isidentifier() else "PACKAGE"
     defined = "" if name == target else f", which is {name}"
     raise InputError(
-        f"{shown(where)}._target_={shown(target)}{defined}: a stored configuration builds only\n"
-        "classes of this project and Lightning's callbacks and loggers, since others could run any code here.\n"
-        f"Where you trust that code, permit its package on the command line: allow_targets=[{package}]"
+        f"{shorten(where)}._target_={shorten(target)}{defined}: a stored configuration instantiates only\n"
+        "classes of this project and Lightning's callbacks and loggers, since others could execute any code.\n"
+        f"If you trust this code, permit its package on the command line: allow_targets=[{package}]"
     )
 
 
@@ -130,7 +133,7 @@ def _check_base(kind: type, where: str, target: str) -> None:
 
     base = BASES[where.partition(".")[0]]
     if not issubclass(kind, attrgetter(base)(lightning.pytorch)):
-        raise InputError(f"{shown(where)}._target_={target} is no lightning.pytorch.{base}, which belongs here.")
+        raise InputError(f"{shorten(where)}._target_={target} is not a subclass of lightning.pytorch.{base}.")
 
 
 def _is_below(name: str, packages: Iterable[str]) -> bool:

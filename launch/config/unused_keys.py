@@ -85,23 +85,20 @@ def unread_keys(config: RunConfig) -> dict[str, str]:
             group, is_read, text = _reading(reader, config)
             if is_read:
                 continue
-            if group == "task" and text == "task=distill reads it":
-                unread[name] = f"task={config.task_name} does not read {name}: only task=distill does"
-            else:
-                unread[name] = f"{group}={config.groups[group]} does not read {name}: {text}"
+            unread[name] = f"{group}={config.groups[group]} does not read {name}: {text}"
             break
     return unread
 
 
 def _reading(read_by: str, config: RunConfig) -> tuple[str, bool, str]:
-    """(group that decides, whether this run reads the key, what reads it) of `Key.read_by`."""
+    """Return (group that decides, whether this run reads the key, what reads it) of `Key.read_by`."""
     if not read_by:
         return "", True, ""
     if read_by in CONDITIONS:
         condition = CONDITIONS[read_by]
         return condition.group, condition.holds(config), condition.text
     group, values = _group_of(read_by), read_by.partition("=")[2].split(",")
-    text = f"{' and '.join(f'{group}={value}' for value in values)} {'reads' if len(values) == 1 else 'read'} it"
+    text = f"only {' and '.join(f'{group}={value}' for value in values)} {'reads' if len(values) == 1 else 'read'} it"
     if group == "callbacks":
         return group, values[0] in config.callbacks, f"the callback {values[0]} reads it (callbacks=default)"
     settings = vars(config).get(group)

@@ -1,4 +1,4 @@
-"""Children: processes that find this project and end with their parent, and signals that reach them exactly once."""
+"""Child processes: their PYTHONPATH, their end with the parent process, and signal forwarding to them."""
 
 import ctypes
 import os
@@ -14,27 +14,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which `python -m` finds the project's modules whatever the working directory is."""
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": search}
+    """Return this process's environment, with a PYTHONPATH on which `python -m` finds the project from any folder."""
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": python_path}
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies (Linux).
+    """Let the kernel send SIGKILL to this process when its parent ends for any reason (Linux).
 
     Args:
-        parent: the process id of the parent, which may be gone already.
+        parent: process id of the parent; if the parent has ended already, this process exits.
     """
     try:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
-        return  # no such call here; then an orphan ends when it next talks to its parent
+        return  # not Linux: an orphan ends when it loses its connection to the parent
     if os.getppid() != parent:
         os._exit(1)
 
 
 def send(number: int, pids: Iterable[int]) -> None:
-    """Send a signal to those of the processes that are still there."""
+    """Send a signal to the processes that still run."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -42,16 +42,16 @@ def send(number: int, pids: Iterable[int]) -> None:
             continue
 
 
-def noting() -> AbstractContextManager[list[int]]:
-    """While the block runs, signals are only noted down in the list that this gives."""
-    return forwarding(lambda _number: None)
+def record_signals() -> AbstractContextManager[list[int]]:
+    """Append every signal to the yielded list instead of handling it."""
+    return forward_signals(lambda _number: None)
 
 
 @contextmanager
-def forwarding(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """While the block runs, hand every signal on with `send` instead of acting on it; gives the signals so far.
+def forward_signals(send: Callable[[int], None]) -> Iterator[list[int]]:
+    """Pass every signal to `send` instead of handling it, and append it to the yielded list.
 
-    The children are sessions of their own, so a Ctrl-C at the terminal reaches only this process, and them once.
+    Each child runs in its own session, so Ctrl-C at the terminal reaches only this process, and each child once.
     """
     received: list[int] = []
 

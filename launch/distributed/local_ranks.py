@@ -1,9 +1,8 @@
-"""Ranks: one run on several devices of this machine, each rank a process started by PyTorch's elastic multiprocessing.
+"""Local ranks: runs on several devices of this machine, with one process per rank (torch elastic multiprocessing).
 
-The parent prepares data, makes the run directory and keeps the store that the ranks meet at; then it only waits and
-hands signals on. A rank that dies takes the others with it, and so does one that keeps the others waiting too long;
-`max_restarts` lets all start again from the last checkpoint. Rank 0 speaks on the terminal, the others write to
-`logs/rank-N.out` and `.err` in the run directory.
+The parent process prepares the data, creates the run directory and hosts the TCPStore for the rendezvous; then it waits
+and forwards signals. All ranks end when one fails or exceeds `rank_timeout`; with `max_restarts` they restart from the
+last checkpoint. Rank 0 prints to the terminal, the others to `logs/rank-N.out` and `.err` in the run directory.
 """
 
 import json
@@ -25,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from gpt2lab.reports.run_report import read_report, watched_value
 from gpt2lab.storage.atomic_files import write_json
 from gpt2lab.storage.metrics_csv import read_metrics
-from gpt2lab.system.heartbeat import Folder, Listener
+from gpt2lab.system.heartbeat import FolderBoard, Listener
 from launch import exit_codes
 from launch.config import run_dir
 from launch.config.run_dir import RunDirectory
@@ -36,7 +35,7 @@ from launch.rank_environment import HEARTBEATS, OUTCOME_FILE
 POLL_SECONDS = 0.2
 LOGS, OUTCOME = "logs", "outcome.json"
 ENDED_BY_PYTORCH = (-signal.SIGTERM, exit_codes.STOPPED)
-PATIENCE = 25  # seconds: who is seen to fail so long after the first was killed by PyTorch, after 30
+KILL_WINDOW = 25  # seconds: a rank that fails later than this after the first was killed by PyTorch (after 30)
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +48,13 @@ class Failure(NamedTuple):
 
 
 def run(spec: PreparedSpec, directory: RunDirectory) -> dict[str, Any]:
-    """Run all ranks to their end.
+    """Start all ranks and wait until they end.
 
     Returns:
-        The report that rank 0 wrote, and the watched metric.
+        The report of rank 0, with the watched metric.
 
     Raises:
-        answer.Ended: with the exit code that was recorded, when the run did not finish.
+        exit_codes.Exit: the run did not finish; `code` is the recorded exit code.
     """
     folder = directory.enter(spec, is_resumed=directory.newest_checkpoint() is not None)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -67,122 +66,118 @@ def run(spec: PreparedSpec, directory: RunDirectory) -> dict[str, Any]:
         if directory.newest_checkpoint() is None:  # else the ranks resume from it
             directory.restart(spec)
     if outcome is None:
-        told = f"the ranks were stopped by {signal.Signals(signals[-1]).name}" if signals else failed
+        reason = f"the ranks were stopped by {signal.Signals(signals[-1]).name}" if signals else failed
         if signals:
             _discard_untrained(directory)
-        code = exit_codes.code_of_signal(signals[-1]) if signals else exit_codes.FAILED
+        code = exit_codes.signal_exit_code(signals[-1]) if signals else exit_codes.FAILED
         if (folder / "config.yaml").is_file():
             print(run_dir.kept_checkpoint_message(folder), file=sys.stderr)
-        raise exit_codes.Ended(code, f"The run in {folder} failed: {told}.")
-    if outcome["code"] == exit_codes.MISTAKE:
+        raise exit_codes.Exit(code, f"The run in {folder} failed: {reason}.")
+    if outcome["code"] == exit_codes.USER_ERROR:
         _discard_untrained(directory)
     if outcome["code"]:
-        raise exit_codes.Ended(outcome["code"], outcome["message"])
+        raise exit_codes.Exit(outcome["code"], outcome["message"])
     report = read_report(folder)
     watched = watched_value(report) if outcome["watched"] is None else outcome["watched"]
     return {"watched_metric": "", **report, "watched": watched}
 
 
 def record_outcome(code: int, message: str = "", watched: float | None = None) -> None:
-    """Leave word of how the run ended; exit codes alone would be drowned by those of ranks that are killed.
+    """Write the outcome of the run to a file, because the exit codes of killed ranks would hide it.
 
-    Rank 0 speaks for all, except that a mistake may show on any rank alone, while the others are ended.
+    Rank 0 writes it, except a user error, which may occur on any rank.
     """
-    if code == exit_codes.MISTAKE or (os.environ["RANK"] == "0" and not is_mistaken()):
+    if code == exit_codes.USER_ERROR or (os.environ["RANK"] == "0" and not has_user_error()):
         outcome = {"code": code, "message": message, "watched": watched}
         write_json(Path(os.environ[OUTCOME_FILE]), outcome)
 
 
 def log_lost_connection(error: Exception, folder: Path) -> None:
-    """Write the traceback of a rank that lost another one to its log file; the terminal names the rank that failed."""
+    """Append the traceback of a lost connection to this rank's log file; the terminal shows only the cause."""
     (folder / LOGS).mkdir(exist_ok=True)
     with (folder / LOGS / f"rank-{os.environ['RANK']}.err").open("a", encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
 
 
-def is_mistaken() -> bool:
-    """Whether a rank has left word already of a mistake."""
+def has_user_error() -> bool:
+    """Whether a rank has recorded a user error."""
     file = Path(os.environ[OUTCOME_FILE])
-    return file.exists() and json.loads(file.read_text())["code"] == exit_codes.MISTAKE
+    return file.exists() and json.loads(file.read_text())["code"] == exit_codes.USER_ERROR
 
 
 def record_failure() -> None:
-    """Leave word of when this rank failed. Others fail of it in the same second, and PyTorch tells whole seconds."""
+    """Write the time of this rank's failure: PyTorch rounds to seconds, and other ranks fail within the same second."""
     Path(os.environ[HEARTBEATS], f"failed-{os.environ['RANK']}").write_text(str(time.time()))
 
 
-def _first(failures: list[ProcessFailure], scratch: Path) -> ProcessFailure | None:
-    """The failure that the others follow from, if there is any."""
-    seen = min((failure.timestamp for failure in failures), default=0)
-    # PyTorch asks the ranks that are left to end, and kills who does not within half a minute.
-    own = [one for one in failures if one.exitcode not in ENDED_BY_PYTORCH and one.timestamp < seen + PATIENCE]
-    # A rank that was killed did not fail of the others, who may have failed of its death.
-    ordered = sorted(own or failures, key=lambda one: (one.exitcode >= 0, _failed_at(one, scratch)))
-    return ordered[0] if ordered else None
+def _root_cause(failures: list[ProcessFailure], scratch: Path) -> ProcessFailure | None:
+    """The failure that caused the others, or None."""
+    first_seen = min((failure.timestamp for failure in failures), default=0)
+    # PyTorch sends SIGTERM to the remaining ranks, and SIGKILL to those that run 30 seconds later.
+    own = [one for one in failures if one.exitcode not in ENDED_BY_PYTORCH and one.timestamp < first_seen + KILL_WINDOW]
+    # A killed rank comes first: its death may have caused the failures of others, but not the reverse.
+    return min(own or failures, key=lambda one: (one.exitcode >= 0, _failure_time(one, scratch)), default=None)
 
 
-def _failed_at(failure: ProcessFailure, scratch: Path) -> float:
-    """Seconds since 1970: by the rank's own word, else by PyTorch's, in whole seconds."""
-    word = scratch / f"failed-{failure.local_rank}"
-    return float(word.read_text()) if word.is_file() else float(failure.timestamp)
+def _failure_time(failure: ProcessFailure, scratch: Path) -> float:
+    """Unix time in seconds: as the rank recorded it, otherwise PyTorch's, rounded to seconds."""
+    file = scratch / f"failed-{failure.local_rank}"
+    return float(file.read_text()) if file.is_file() else float(failure.timestamp)
 
 
 def _attempt(spec: PreparedSpec, folder: Path) -> tuple[str, list[int], dict[str, Any] | None]:
-    """(which rank failed and how, signals that came, recorded outcome or None) of one start of all ranks."""
+    """Start all ranks once; return (failure message, received signals, recorded outcome or None)."""
     with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
-        failed, signals, blame = _start_and_wait(spec, folder, Path(scratch))
+        failed, signals, late_message = _start_and_wait(spec, folder, Path(scratch))
         outcome_file = Path(scratch, OUTCOME)
         outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
         if failed and not signals and outcome and outcome["code"] in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
-            outcome = None  # rank 0 was ended because another had failed, which is no wish to stop
-        if outcome is None and not (failed or signals or blame):
-            outcome = {
-                "code": exit_codes.FINISHED,
-                "message": "",
-                "watched": None,
-            }  # there was no disk space to write it
-        return blame or _told(failed, folder), signals, outcome
+            outcome = None  # PyTorch stopped rank 0 because another rank failed; no user stopped the run
+        if outcome is None and not (failed or signals or late_message):
+            # The ranks finished, but the disk had no space for the outcome file.
+            outcome = {"code": exit_codes.FINISHED, "message": "", "watched": None}
+        return late_message or _failure_message(failed, folder), signals, outcome
 
 
 def _discard_untrained(directory: RunDirectory) -> None:
-    """Leave nothing behind of a new run that ended before its first logged step."""
+    """Delete the directory of a new run that ended before its first logged step."""
     assert directory.path is not None
     if not read_metrics(directory.path) and not (directory.path / "checkpoints").exists():
         directory.discard()
 
 
-def _told(failed: Failure | None, folder: Path) -> str:
-    """Which rank failed, and of what, or the last line that it wrote."""
+def _failure_message(failed: Failure | None, folder: Path) -> str:
+    """Format which rank failed and its error, or the last line of its stderr."""
     if failed is None:
-        return "the ranks ended without a word"
+        return "the ranks ended without an error message"
     died = f"was killed by {signal.Signals(-failed.code).name}" if failed.code < 0 else f"ended with code {failed.code}"
     log_file = folder / LOGS / f"rank-{failed.rank}.err"
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log_file.is_file() else []
     if failed.code < 0:
         last = lines[-1:]
-    elif failed.rank == 0:  # it spoke on the terminal
+    elif failed.rank == 0:  # its stderr is the terminal
         last = read_report(folder).get("error", "").splitlines()
     else:
-        last = _last_words(lines)
+        last = _error_lines(lines)
     return f"rank {failed.rank} {died}{': ' + ' '.join(last).rstrip('.') if last else ''}"
 
 
-def _last_words(lines: list[str]) -> list[str]:
-    """Of what a rank wrote: what stands below a traceback, or the error that it told without one."""
+def _error_lines(lines: list[str]) -> list[str]:
+    """The lines below a traceback, or from the last `error: ` on."""
     last = list(takewhile(lambda line: not line.startswith(" "), reversed(lines)))[::-1]
-    told = [number for number, line in enumerate(last) if line.startswith("error: ")]
-    return [last[told[-1]].removeprefix("error: "), *last[told[-1] + 1 :]] if told else last
+    errors = [number for number, line in enumerate(last) if line.startswith("error: ")]
+    return [last[errors[-1]].removeprefix("error: "), *last[errors[-1] + 1 :]] if errors else last
 
 
 class RankLogs(LogsSpecs):
-    """Where the ranks' output goes: rank 0's to the terminal, the others' to files."""
+    """Output destinations of the ranks: the terminal for rank 0, files for the others."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """The files, by local rank; an empty name is the terminal."""
+        """Return the file names by local rank; an empty name is the terminal."""
         self.folder.mkdir(exist_ok=True)
         ranks = {local: env["RANK"] for local, env in envs.items()}
         out, err = (
@@ -194,14 +189,14 @@ class RankLogs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
-        """The folder."""
+        """The folder of the log files."""
         return str(self.folder)
 
 
 def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[Failure | None, list[int], str]:
-    """(the first rank that failed or None, signals that came, which rank kept the others waiting)."""
+    """Run all ranks once; return (first failed rank or None, received signals, message about late ranks or "")."""
     world = spec.machine.world_size
-    # The store listens before any rank starts and picks its own free port, so no two runs can collide.
+    # The store picks a free port and listens before any rank starts, so two runs cannot collide.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -225,29 +220,31 @@ def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[Fa
         logs_specs=RankLogs(folder / LOGS),
     )
     try:
-        # After the start: it installs handlers of its own, which would end the ranks instead of letting them save.
-        with child_processes.forwarding(
+        # Only now: start_processes installs signal handlers that would end the ranks before they can save.
+        with child_processes.forward_signals(
             lambda number: child_processes.send(number, context.pids().values())
         ) as signals:
-            result, blame, listener = None, "", Listener(Folder(scratch), list(range(world)))
+            result, late_message, listener = None, "", Listener(FolderBoard(scratch), list(range(world)))
             while result is None:
                 result = context.wait(POLL_SECONDS)
-                listener.listen(longest_gap=10 * POLL_SECONDS)
-                if result is None and not blame and listener.silent(spec.config.rank_timeout):
-                    blame = _end_silent(listener, spec.config.rank_timeout, context.pids())
+                listener.poll(longest_gap=10 * POLL_SECONDS)
+                if result is None and not late_message and listener.silent_ranks(spec.config.rank_timeout):
+                    late_message = _kill_silent(listener, spec.config.rank_timeout, context.pids())
     finally:
         context.close()
-    first = _first(list(result.failures.values()), scratch)
-    aborted = first is not None and first.exitcode == -signal.SIGABRT  # how NCCL gives up
-    listener.listen(longest_gap=0.0)
-    blame = blame or listener.blame(listener.behind(aborted), spec.config.rank_timeout)
-    return (Failure(first.local_rank, first.exitcode) if first else None), signals, blame
+    first = _root_cause(list(result.failures.values()), scratch)
+    aborted = first is not None and first.exitcode == -signal.SIGABRT  # by NCCL, after a timeout
+    listener.poll(longest_gap=0.0)
+    late_message = late_message or listener.late_message(listener.late_ranks(aborted), spec.config.rank_timeout)
+    return (Failure(first.local_rank, first.exitcode) if first else None), signals, late_message
 
 
-def _end_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
-    """Kill the ranks that fell silent; the others then lose their connection and end by themselves."""
-    silent = listener.silent(seconds)
-    blame = listener.blame(listener.behind() or silent, seconds)  # who has given up may be long in ending
+def _kill_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
+    """Kill the ranks without a heartbeat, so that the others lose their connection and end; return the message."""
+    silent = listener.silent_ranks(seconds)
+    late_message = listener.late_message(
+        listener.late_ranks() or silent, seconds
+    )  # a rank that timed out may still be ending
     for rank in silent:
         os.kill(pids[rank], signal.SIGKILL)
-    return blame
+    return late_message

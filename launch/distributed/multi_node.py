@@ -1,8 +1,8 @@
-"""Cluster: a run on several machines, whose processes torchrun or srun has started; each of them is one rank.
+"""Multi-node runs: rendezvous and process group of ranks that torchrun or srun has started.
 
-Rank 0 resolves the configuration, prepares data and makes the run directory, as a single process does, and then tells
-the others, who train by what it says. The run directory must be one folder for all of them; data and tokenizer may lie
-on each machine for itself, for the same text gives the same.
+Rank 0 resolves the configuration, prepares the data and creates the run directory, as a single process does, and sends
+both to the other ranks. All machines must share the run directory. Each may have its own copy of the data and the
+tokenizer; their hashes must be equal.
 """
 
 import json
@@ -25,24 +25,24 @@ from launch.config import run_spec
 from launch.config.run_spec import PreparedSpec
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import given_keys
-from launch.rank_environment import by_srun, is_cluster_rank
+from launch.rank_environment import is_cluster_rank, is_srun_rank
 
 if TYPE_CHECKING:
-    from launch.distributed.watchdog import Watch
+    from launch.distributed.watchdog import Watchdog
 
-FAREWELL = timedelta(minutes=30)  # rank 0 may save so long after the others are done
-SLURM_PORTS = 20_000  # a job's port is taken from the 10,000 above it
-TOLD = "gpt2lab/told"
-LOOK = timedelta(seconds=1)  # that one wait for it takes
+SHUTDOWN_TIMEOUT = timedelta(minutes=30)  # rank 0 may still be saving after the other ranks are done
+SLURM_PORTS = 20_000  # a job's port is one of the 10,000 above this one, chosen by job id
+SPEC_KEY = "gpt2lab/spec"
+WAIT_SLICE = timedelta(seconds=1)  # one blocking wait; Python handles signals between two
 
 
-def settle_environment() -> None:
-    """Give PyTorch the variables that torchrun sets where srun has started this process.
+def set_torchrun_variables() -> None:
+    """Set the environment variables that torchrun would set, if srun has started this process.
 
     Raises:
-        InputError: the nodes of the step cannot be told.
+        InputError: SLURM_STEP_NODELIST cannot be parsed.
     """
-    if not by_srun():
+    if not is_srun_rank():
         return
     job, nodes = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
@@ -58,10 +58,10 @@ def settle_environment() -> None:
 
 
 def _first_node(nodes: str) -> str:
-    """`gpu[03-05,9],login` → the address of gpu03 where SLURM knows one, which names alone may not lead to."""
+    """`gpu[03-05,9],login` → address of gpu03 from scontrol, since its name may not resolve; otherwise the name."""
     found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     if found is None:
-        raise InputError(f"SLURM_STEP_NODELIST={nodes} names no node.")
+        raise InputError(f"SLURM_STEP_NODELIST={nodes} contains no node name.")
     name = found[1] + (found[2] or "")
     try:
         shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, check=True)
@@ -71,31 +71,31 @@ def _first_node(nodes: str) -> str:
     return address[1] if address else name
 
 
-def with_started_numbers(config: RunConfig) -> RunConfig:
-    """Return the configuration with the `devices` and `num_nodes` that were started.
+def with_started_world(config: RunConfig) -> RunConfig:
+    """Return the configuration with `devices` and `num_nodes` as torchrun or srun has started them.
 
     Raises:
-        InputError: other numbers were given.
+        InputError: the command line sets other values.
     """
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    started = {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    started = {"devices": local_size, "num_nodes": int(os.environ["WORLD_SIZE"]) // local_size}
     for key in set(given_keys(config.invocation.overrides)) & set(started):
         if vars(config)[key] not in ("auto", started[key]):
             raise InputError(
-                f"{key}={vars(config)[key]}, and {started[key]} were started: {here} processes on each of "
-                f"{started['num_nodes']} machines.\nLeave {key} out, or start as many."
+                f"{key}={vars(config)[key]}, but {started[key]} were started: {local_size} processes on each of "
+                f"{started['num_nodes']} machines.\nLeave {key} out, or start that many."
             )
     return replace(config, devices=started["devices"], num_nodes=started["num_nodes"])
 
 
-class Meeting:
-    """Where the ranks of a run meet: a key-value store on rank 0's machine.
+class Rendezvous:
+    """Rendezvous of all ranks through a TCPStore on rank 0's machine.
 
     Args:
-        seconds: that they wait for a rank 0 without a sign of life.
+        seconds: timeout for connecting, and for a rank 0 without a heartbeat.
 
     Raises:
-        answer.Ended: rank 0's machine does not answer.
+        exit_codes.Exit: this rank cannot connect to rank 0.
     """
 
     def __init__(self, seconds: int) -> None:
@@ -104,7 +104,7 @@ class Meeting:
         from launch.distributed.watchdog import StoreBoard
 
         self.rank, self.world_size, self._seconds = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), seconds
-        has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own listens already
+        has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun hosts one already
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_master, timeout = self.rank == 0 and not has_store, timedelta(seconds=seconds)
         try:
@@ -112,70 +112,70 @@ class Meeting:
         except DistNetworkError as error:
             if is_master:
                 raise
-            told = f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={seconds} seconds"
-            raise exit_codes.Ended(exit_codes.FAILED, f"The run failed: {told}.") from error
+            reason = f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={seconds} seconds"
+            raise exit_codes.Exit(exit_codes.FAILED, f"The run failed: {reason}.") from error
         self._store = PrefixStore(f"gpt2lab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._beats = PrefixStore("beats", self._store)
         self._heartbeat = Heartbeat(StoreBoard(self._beats), self.rank)
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """On rank 0: should the block fail, the others are told, and need not wait."""
+        """Report an error of the block to the other ranks, which then end at once (rank 0 only)."""
         try:
             yield
         except BaseException:
-            self._store.set(TOLD, json.dumps(None))
+            self._store.set(SPEC_KEY, json.dumps(None))
             raise
 
-    def tell(self, spec: PreparedSpec, folder: Path) -> None:
-        """On rank 0: send the prepared run and its directory to all others."""
-        self._store.set(TOLD, json.dumps({"spec": run_spec.to_yaml(spec), "folder": str(folder.absolute())}))
+    def send(self, spec: PreparedSpec, folder: Path) -> None:
+        """Send the prepared run and its directory to the other ranks (rank 0 only)."""
+        self._store.set(SPEC_KEY, json.dumps({"spec": run_spec.to_yaml(spec), "folder": str(folder.absolute())}))
 
-    def told(self) -> tuple[PreparedSpec, Path]:
-        """On the others: receive the prepared run and its directory from rank 0.
+    def receive(self) -> tuple[PreparedSpec, Path]:
+        """Wait for the prepared run and its directory from rank 0 (all other ranks).
 
-        A rank 0 that lives may take its time; then rank 1 says every so often that all wait.
+        There is no time limit while rank 0 has a heartbeat; rank 1 logs the waiting time every `seconds`.
 
         Raises:
-            answer.Ended: rank 0 has failed, and says itself of what.
+            exit_codes.Exit: rank 0 has failed; it prints the error itself.
         """
-        watch, begun, due = self._watch(self._seconds), time.monotonic(), self._seconds
+        watch, begin, due = self._watch(self._seconds), time.monotonic(), self._seconds
         clock = time.strftime("%H:%M:%S")
         try:
-            while not self._has_told():
-                waited = time.monotonic() - begun
+            while not self._is_sent():
+                waited = time.monotonic() - begin
                 if self.rank == 1 and waited >= due:
                     due += self._seconds
-                    words = f"Rank 0, on {os.environ['MASTER_ADDR']}, still prepares the run; the others have waited"
-                    print(f"{words} since {clock}, {waited:.0f} seconds.", file=sys.stderr, flush=True)
+                    state = f"Rank 0, on {os.environ['MASTER_ADDR']}, still prepares the run; the others have waited"
+                    print(f"{state} since {clock}, {waited:.0f} seconds.", file=sys.stderr, flush=True)
         finally:
             watch.stop()
-        told = json.loads(self._store.get(TOLD))
-        if told is None:
-            raise exit_codes.Ended(exit_codes.FAILED)
-        return run_spec.from_yaml(PreparedSpec, told["spec"], "sent by rank 0"), Path(told["folder"])
+        message = json.loads(self._store.get(SPEC_KEY))
+        if message is None:
+            raise exit_codes.Exit(exit_codes.FAILED)
+        return run_spec.from_yaml(PreparedSpec, message["spec"], "sent by rank 0"), Path(message["folder"])
 
-    def _has_told(self) -> bool:
-        """Waits for it a second, so that signals are heeded."""
+    def _is_sent(self) -> bool:
+        """Wait up to one second for rank 0's message."""
         try:
-            self._store.wait([TOLD], LOOK)
+            self._store.wait([SPEC_KEY], WAIT_SLICE)
         except RuntimeError as error:
             if is_timeout(error):
                 return False
             raise
         return True
 
-    def _watch(self, seconds: int) -> "Watch":
-        from launch.distributed.watchdog import Watch
+    def _watch(self, seconds: int) -> "Watchdog":
+        from launch.distributed.watchdog import Watchdog
 
-        return Watch(self._beats, self._heartbeat, self.rank, self.world_size, seconds)
+        return Watchdog(self._beats, self._heartbeat, self.rank, self.world_size, seconds)
 
     @contextmanager
     def training(self, spec: PreparedSpec) -> Iterator[Heartbeat]:
-        """The block runs in a process group of all ranks; none leaves before all have ended it in good order.
+        """Run the block in a process group of all ranks, with a barrier at its end.
 
-        Gives this rank's heartbeat, which the others hear: one that keeps them waiting for longer than `rank_timeout`
-        is named, and the run ended.
+        Yields this rank's heartbeat. The other ranks end the run, and name the late rank, if this one keeps them
+        waiting for longer than `rank_timeout` seconds.
         """
         import torch
         from torch import distributed
@@ -192,45 +192,45 @@ class Meeting:
                 backend, store=group_store, rank=self.rank, world_size=self.world_size, timeout=timeout
             )
             yield self._heartbeat
-        except exit_codes.Ended:
+        except exit_codes.Exit:
             watch.stop()
             self._leave()
             raise
         except RuntimeError as error:
             if is_timeout(error):
-                watch.end_in_vain()
+                watch.exit_after_timeout()
             raise
         watch.stop()
         self._leave()
 
     def _leave(self) -> None:
-        """Whoever ends first would take torchrun's word for the rest, which may still be saving."""
+        """Wait until all ranks are done: torchrun ends the others, which may still be saving, when one exits early."""
         self._heartbeat.done()
         self._store.set(f"left/{self.rank}", "")
-        self._store.wait([f"left/{rank}" for rank in range(self.world_size)], FAREWELL)
-        if self.rank == 0:  # the store may be this process's own: let the others read it first
-            self._store.wait([f"gone/{rank}" for rank in range(1, self.world_size)], FAREWELL)
+        self._store.wait([f"left/{rank}" for rank in range(self.world_size)], SHUTDOWN_TIMEOUT)
+        if self.rank == 0:  # this process may host the store, which the others still read
+            self._store.wait([f"gone/{rank}" for rank in range(1, self.world_size)], SHUTDOWN_TIMEOUT)
         else:
             self._store.set(f"gone/{self.rank}", "")
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether a rank gave up waiting for the others."""
+    """Whether a collective operation or a store operation timed out."""
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("timeout", "timed out"))
 
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an operation failed because another rank has ended: gloo and the store raise plain RuntimeErrors."""
-    of_sockets = ("gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe")
-    signs = (*of_sockets, "remote process exited", "failed to recv")  # NCCL, the store
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    gloo = ("gloo/transport", "connection closed by peer", "connection reset by peer", "broken pipe")
+    texts = (*gloo, "remote process exited", "failed to recv")  # the last two: NCCL, TCPStore
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
 def check(config: RunConfig) -> None:
-    """Several machines need somebody to start processes on them.
+    """Check that a run on several machines is started by torchrun, srun or a launcher.
 
     Raises:
-        InputError
+        InputError: no process is started on the other machines.
     """
     if config.num_nodes > 1 and not is_cluster_rank() and config.launcher.name == "processes":
         raise InputError(
@@ -238,18 +238,18 @@ def check(config: RunConfig) -> None:
             f"  torchrun --nnodes={config.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
             "--rdzv-endpoint=FIRST_HOST:29500 train.py …\n"
             f"or: srun -K --nodes={config.num_nodes} --ntasks-per-node=1 python train.py …\n"
-            "or let SLURM do so: launcher=slurm"
+            "or submit it to SLURM: launcher=slurm"
         )
 
 
 def check_data(spec: PreparedSpec, data_hash: str) -> None:
-    """The data prepared on this machine are those of rank 0.
+    """Check that the data prepared on this machine are equal to those of rank 0.
 
     Raises:
-        InputError
+        InputError: the hashes differ.
     """
     if spec.prepared.data_hash != data_hash:
         raise InputError(
             f"The data on {os.uname().nodename} differ from those of the first machine.\n"
-            "Give all machines the same files, or one cache_dir that they share."
+            "Copy the same files to all machines, or set cache_dir to a shared folder."
         )

@@ -1,4 +1,4 @@
-"""Compared models: whether a checkpoint, its teacher and a baseline can be scored on the same tokens."""
+"""Compared models: resolves checkpoints, teacher and baseline, and checks that their losses are comparable."""
 
 import shlex
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts
-from gpt2lab.storage.model_folder import folder_of, read_shape
+from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
 
 if TYPE_CHECKING:
     from gpt2lab.model.backbone import Backbone
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that an argument names.
+    """A model given as an argument.
 
     Attributes:
-        key: checkpoint, teacher or baseline.
-        source: as given.
-        folder: its Hugging Face folder.
+        key: the argument: checkpoint, teacher or baseline.
+        source: its value: run directory, Hugging Face folder or Hub id.
+        folder: local Hugging Face folder.
+        positions: maximum context length.
+        vocab_size: rows of the embedding.
     """
 
     key: str
@@ -30,43 +32,41 @@ class NamedModel:
     vocab_size: int
 
 
-def named_checkpoints(sources: str) -> list[NamedModel]:
-    """The checkpoints that were named: one, several with commas between, or a pattern of folders.
+def resolve_checkpoints(sources: str) -> list[NamedModel]:
+    """Resolve `checkpoint`: one source, several with commas in between, or a glob pattern of folders.
 
     Raises:
-        InputError: one of them is not there or holds no GPT-2, or a pattern fits nothing.
+        InputError: a checkpoint does not exist or is not a GPT-2, or a pattern matches no folder.
     """
     if not all(part.strip() for part in sources.split(",")):
-        raise InputError(f"checkpoint={sources} names nothing at one place.\nGive a run directory, or several: A,B")
+        raise InputError(f"checkpoint={sources} has an empty entry.\nGive a run directory, or several: A,B")
     found: list[str] = []
-    for source in [sources] if _is_there(sources) else [part.strip() for part in sources.split(",")]:
-        if any(sign in source for sign in "*?[") and not _is_there(source):
-            fitting = _folders(Path(source).expanduser())
-            if not fitting:
-                raise InputError(f"checkpoint={source} fits no folder.\nGive a run directory, or another pattern.")
-            found += fitting
+    for source in [sources] if _exists(sources) else [part.strip() for part in sources.split(",")]:
+        if any(sign in source for sign in "*?[") and not _exists(source):
+            matches = _folders(Path(source).expanduser())
+            if not matches:
+                raise InputError(f"checkpoint={source} matches no folder.\nGive a run directory, or another pattern.")
+            found += matches
         else:
             found.append(source)
-    return [_named("checkpoint", source) for source in found]
+    return [_resolve("checkpoint", source) for source in found]
 
 
-def named_models(sources: dict[str, str]) -> list[NamedModel]:
-    """The models that were named: key → run directory, Hugging Face folder or Hub id, or nothing.
+def resolve_models(sources: dict[str, str]) -> list[NamedModel]:
+    """Resolve `teacher` and `baseline`; empty sources are left out.
 
     Raises:
-        InputError: one of them is not there or holds no GPT-2, or there is a baseline and no teacher.
+        InputError: a model does not exist or is not a GPT-2, or `baseline` is given without `teacher`.
     """
     if sources.get("baseline") and not sources.get("teacher"):
-        raise InputError(
-            "baseline= says how far a student came from it to its teacher, and there is no teacher.\nGive teacher= too."
-        )
-    return [_named(key, source) for key, source in sources.items() if source]
+        raise InputError("baseline= measures the gap between baseline and teacher.\nGive teacher= too.")
+    return [_resolve(key, source) for key, source in sources.items() if source]
 
 
-def _is_there(source: str) -> bool:
+def _exists(source: str) -> bool:
     try:
         return Path(source).expanduser().exists()
-    except OSError:  # many names together are too long for one
+    except OSError:  # a list of several sources may be too long for a path
         return False
 
 
@@ -75,74 +75,74 @@ def _folders(pattern: Path) -> list[str]:
     return sorted(str(path) for path in root.glob(str(pattern.relative_to(root))) if path.is_dir())
 
 
-def _named(key: str, source: str) -> NamedModel:
-    folder = folder_of(source, key)
+def _resolve(key: str, source: str) -> NamedModel:
+    folder = resolve_model_folder(source, key)
     shape = read_shape(folder)
     return NamedModel(key, source, folder, shape["n_positions"], shape["vocab_size"])
 
 
 def check_context(models: list[NamedModel], context: int) -> None:
-    """Every model has room for the windows.
+    """Check that every model has enough positions for the context.
 
     Raises:
-        InputError: names the first that has not.
+        InputError: a model has not.
     """
     for model in models:
         if not 2 <= context <= model.positions:
             raise InputError(
-                f"context={context}: {model.key}={model.source} takes windows of 2 to {model.positions} tokens.\n"
+                f"context={context}: {model.key}={model.source} supports a context of 2 to {model.positions} tokens.\n"
                 f"Give context={model.positions} or less."
             )
 
 
 def check_vocabularies(models: list[NamedModel], facts: DataFacts) -> None:
-    """Every model has an entry for every token, and numbers tokens as the data's tokenizer does.
+    """Check that every model has an embedding for every token, and the same token ids as the data's tokenizer.
 
-    Heads may have more entries than the tokenizer: vocabularies are padded to round numbers.
+    A model may have more embeddings than tokens, because vocabularies are padded.
 
     Raises:
-        InputError: shows the first tokens that differ.
+        InputError: a vocabulary is too small, or token ids differ; the message shows the first that differ.
     """
-    from gpt2lab.data.tokenizer import difference_in_words, differing_tokens, load_tokenizer
+    from gpt2lab.data.tokenizer import describe_difference, differing_tokens, load_tokenizer
 
     for model in models:
         if facts.vocab_size > model.vocab_size:
-            cure = (
-                "Leave out tokenizer=, which takes the checkpoint's own."
+            fix = (
+                "Leave out tokenizer= to use the checkpoint's own."
                 if model.key == "checkpoint"
                 else f"Give a {model.key} trained with the tokenizer of the checkpoint."
             )
-            different = difference_in_words(model.folder, load_tokenizer(facts.tokenizer_folder))
+            different = describe_difference(model.folder, load_tokenizer(facts.tokenizer_folder))
             raise InputError(
-                f"tokenizer={facts.tokenizer_folder} has {facts.vocab_size} entries, "
-                f"{model.key}={model.source} {model.vocab_size}.{different}\n{cure}"
+                f"tokenizer={facts.tokenizer_folder} has {facts.vocab_size} tokens, "
+                f"{model.key}={model.source} {model.vocab_size}.{different}\n{fix}"
             )
     if len(models) < 2:
-        return  # the checkpoint's tokenizer is the data's, or the one that was named in its place
-    of_data = load_tokenizer(facts.tokenizer_folder)
+        return  # the data use the checkpoint's tokenizer, or the one given instead
+    data_tokenizer = load_tokenizer(facts.tokenizer_folder)
     for model in models[1:]:
-        different = differing_tokens(of_data, load_tokenizer(str(model.folder)))
+        different = differing_tokens(data_tokenizer, load_tokenizer(str(model.folder)))
         if different:
             raise InputError(
-                f"{models[0].key}={models[0].source} and {model.key}={model.source} number tokens differently,\n"
+                f"{models[0].key}={models[0].source} and {model.key}={model.source} have different token ids,\n"
                 f"for example {different}: their predictions cannot be compared.\n"
                 f"Give a {model.key} trained with the same tokenizer; "
                 f"python evaluate.py checkpoint={shlex.quote(model.source)} scores it alone."
             )
 
 
-def loaded(model: NamedModel) -> "Backbone":
-    """The weights.
+def load(model: NamedModel) -> "Backbone":
+    """Load the weights of a model.
 
     Raises:
-        InputError: not all of them are finite numbers.
+        InputError: not all weights are finite.
     """
     from gpt2lab.model.backbone import load_backbone
 
     backbone = load_backbone(str(model.folder))
     if not all(parameter.isfinite().all() for parameter in backbone.parameters()):
         raise InputError(
-            f"{model.key}={model.source}: not all of its weights are finite numbers, so it predicts nothing.\n"
-            "Its training diverged; give an earlier checkpoint, or another model."
+            f"{model.key}={model.source}: not all of its weights are finite.\n"
+            "Its training has diverged; give an earlier checkpoint, or another model."
         )
     return backbone

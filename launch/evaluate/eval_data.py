@@ -1,4 +1,4 @@
-"""Scored data: which texts evaluate.py reads, and how each checkpoint's tokenizer and objective cut them."""
+"""Evaluation data: resolves the texts that evaluate.py scores, for the tokenizer and objective of each checkpoint."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from launch.config.run_spec import RunSpec
     from launch.config.schema import RunConfig
 
-GIVEN = ("path", "val_path", "source", "target", "cache_dir")
+DATA_KEYS = ("path", "val_path", "source", "target", "cache_dir")
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Pairs that are scored for no checkpoint, for they do not fit in the context of every one.
+class SkippedPairs:
+    """Number of pairs that are not scored, because they exceed the context of at least one checkpoint.
 
     Attributes:
-        pairs: of the split, these among them.
-        left_out: how many these are.
-        too_long: how many of these do not fit, for each checkpoint.
+        pairs: all pairs of the split.
+        left_out: skipped pairs.
+        too_long: for each checkpoint, the pairs that exceed its context.
     """
 
     pairs: int
     left_out: int
     too_long: list[int]
 
-    def in_words(self, names: list[str], context: int) -> str:
-        """One line; the names are the checkpoints'."""
+    def summary(self, names: list[str], context: int) -> str:
+        """One line for the terminal; `names` are those of the checkpoints."""
         each = ", ".join(f"{count:,} for {name}" for name, count in zip(names, self.too_long, strict=True) if count)
         return (
             f"Scored are {self.pairs - self.left_out:,} of {self.pairs:,} pairs, those that fit in context={context} "
@@ -42,18 +42,18 @@ class LeftOut:
 
 
 def data_config(data: str, given: dict[str, str], folder: Path, context: int, permissions: list[str]) -> "RunConfig":
-    """Return the configuration of the data to score: a run's own or conf/'s defaults, with the given keys on top.
+    """Return the configuration of the data to score: the run's configuration, or conf/data, with the given keys.
 
     Args:
-        data: a value of conf/data; empty: the run's own, else stdlib.
-        given: values of `GIVEN`.
-        folder: the Hugging Face folder of the checkpoint whose run counts.
-        context: tokens of a window; 0: the run's own, else 0 remains.
-        permissions: what a run's own configuration may build besides this project's classes.
+        data: a value of conf/data; empty: the data of the run, otherwise stdlib.
+        given: values of `DATA_KEYS`; empty ones are ignored.
+        folder: Hugging Face folder of the checkpoint whose run configuration is used.
+        context: tokens of a window; 0: that of the run, or 0 without a run.
+        permissions: packages whose classes the run's configuration may instantiate (`allow_targets`).
 
     Raises:
-        InputError: an unknown value of data, a file that is not there, a key that the data do not read, or a class that
-            is not permitted.
+        InputError: an unknown value of data, a missing file, a key that the data do not read, or a class without
+            permission.
     """
     from launch.checks import checks
     from launch.config.targets import check_targets
@@ -64,9 +64,9 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
         check_targets({"data": own.data}, permissions)
         config = replace(own, allow_targets=permissions)
     else:
-        config = _composed(data or "stdlib")
+        config = _compose(data or "stdlib")
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
-    overrides = [f"{key}={value}" for key, value in values.items()]  # they go before what a preset names itself
+    overrides = [f"{key}={value}" for key, value in values.items()]  # they take precedence over a preset
     invocation = replace(config.invocation, overrides=[*config.invocation.overrides, *overrides])
     config = replace(
         config, **values, context=context or (own.context if own is not None else 0), invocation=invocation
@@ -78,17 +78,21 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
     return config
 
 
-def in_words(config: "RunConfig") -> str:
-    """Return the data and the length of their windows, as key=value."""
+def describe_data(config: "RunConfig") -> str:
+    """Format data, path and context as key=value."""
     path = f" path={config.path}" if config.path else ""
     return f"data={config.groups['data']}{path} context={config.context}"
 
 
-def spec_of(config: "RunConfig", folder: Path, tokenizer: str) -> "RunSpec":
-    """Return the data as the checkpoint in `folder` reads them: with its tokenizer, objective and packing.
+def checkpoint_spec(config: "RunConfig", folder: Path, tokenizer: str) -> "RunSpec":
+    """Return the data for one checkpoint, with its tokenizer, objective and packing.
 
     Args:
-        tokenizer: another than its own; empty: its own.
+        folder: Hugging Face folder of the checkpoint.
+        tokenizer: another tokenizer; empty: that of the checkpoint.
+
+    Raises:
+        InputError: the objective does not support the data.
     """
     from launch.checks import objective
     from launch.config.run_spec import Machine, Resolved, RunSpec
@@ -106,8 +110,8 @@ def spec_of(config: "RunConfig", folder: Path, tokenizer: str) -> "RunSpec":
     return RunSpec(config, resolved)
 
 
-def on_device(spec: "RunSpec", device: str) -> "RunSpec":
-    """Return the same data in batches of a size that suits the type of device."""
+def with_device(spec: "RunSpec", device: str) -> "RunSpec":
+    """Return the spec with an accelerator and the batch size for it."""
     from launch.memory.run_sizes import fastest_micro_batch
 
     machine = replace(spec.machine, accelerator="cpu" if device == "cpu" else "gpu")
@@ -115,33 +119,33 @@ def on_device(spec: "RunSpec", device: str) -> "RunSpec":
     return replace(spec, resolved=replace(spec.resolved, machine=machine))
 
 
-def keep_what_all_can_read(files: "list[list[tuple[PairFile, int]]]", context: int) -> LeftOut:
-    """Leave out every pair that is not there for each checkpoint, so that all are scored on the same texts.
+def keep_common_pairs(files: "list[list[tuple[PairFile, int]]]", context: int) -> SkippedPairs:
+    """Keep only pairs that fit in the context for every checkpoint, so that all are scored on the same texts.
 
     Args:
-        files: of each checkpoint the sides that are scored, with the number of pairs before any was left out.
+        files: for each checkpoint, its splits with the number of pairs before filtering.
 
     Raises:
-        InputError: nothing is left of a side.
+        InputError: no pair of a split remains.
     """
     import numpy as np
 
     pairs, left_out, too_long = 0, 0, [0] * len(files)
-    for side in zip(*files, strict=True):
-        shared = side[0][0].numbers
-        for file, _ in side:
+    for split in zip(*files, strict=True):
+        shared = split[0][0].numbers
+        for file, _ in split:
             shared = np.intersect1d(shared, file.numbers)
         if not len(shared):
             raise InputError(
                 f"No pair fits in context={context} for every checkpoint, so nothing can be compared.\n"
                 "Raise context=, or score the checkpoints one by one."
             )
-        of_all = side[0][1]
-        pairs, left_out = pairs + of_all, left_out + of_all - len(shared)
-        too_long = [count + of_all - len(file) for count, (file, _) in zip(too_long, side, strict=True)]
-        for file, _ in side:
+        total = split[0][1]
+        pairs, left_out = pairs + total, left_out + total - len(shared)
+        too_long = [count + total - len(file) for count, (file, _) in zip(too_long, split, strict=True)]
+        for file, _ in split:
             file.keep(shared)
-    return LeftOut(pairs, left_out, too_long)
+    return SkippedPairs(pairs, left_out, too_long)
 
 
 def _run_config(folder: Path) -> "RunConfig | None":
@@ -151,8 +155,8 @@ def _run_config(folder: Path) -> "RunConfig | None":
     return run_spec.load(file).config if folder.name == "hf" and file.is_file() else None
 
 
-def _composed(data: str) -> "RunConfig":
-    """The defaults of conf/ with one value of the data group."""
+def _compose(data: str) -> "RunConfig":
+    """Compose the defaults of conf/ with one value of the data group."""
     from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
 

@@ -1,4 +1,4 @@
-"""Zero-shot: tasks of EleutherAI's lm-evaluation-harness, an optional package, on a loaded checkpoint."""
+"""Zero-shot tasks of EleutherAI's lm-evaluation-harness (optional package lm-eval) on a loaded checkpoint."""
 
 import importlib.util
 import logging
@@ -12,39 +12,39 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-DRAWS = 1000  # of the bootstrap
+BOOTSTRAP_SAMPLES = 1000
 INSTALL = 'pip install "lm-eval>=0.4.13"'
-BATCH = 16
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
-class NamedTasks:
-    """Tasks of the harness, found by name."""
+class TaskSet:
+    """Tasks of the harness, resolved by name."""
 
     names: list[str]
     manager: "TaskManager"
 
 
 def check(tasks: str, objective: str) -> None:
-    """Before the work: the package is there, and the model reads as its tasks expect.
+    """Check that lm-eval is installed and that the model is a causal language model.
 
     Raises:
-        InputError: it is not, or it does not.
+        InputError: it is not.
     """
     if not tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(f"lm_eval={tasks} needs the package lm-eval, which is not installed.\n{INSTALL}")
     if not OBJECTIVES[objective].is_causal:
-        raise InputError(f"lm_eval is for causal models, and one was trained with objective={objective}.")
+        raise InputError(f"lm_eval supports causal models only; a checkpoint was trained with objective={objective}.")
 
 
-def named_tasks(tasks: str, folder: str) -> NamedTasks:
-    """The tasks, looked up among thousands once, and before any model is scored.
+def find_tasks(tasks: str, folder: str) -> TaskSet:
+    """Resolve the tasks once, before any model is scored.
 
     Args:
-        tasks: names, separated by commas; each brings its data from the Hub or from files.
-        folder: with task files (.yaml) of your own; may be empty.
+        tasks: names, separated by commas.
+        folder: folder with additional task files (.yaml); may be empty.
 
     Raises:
         InputError: an unknown task.
@@ -58,34 +58,33 @@ def named_tasks(tasks: str, folder: str) -> NamedTasks:
     if unknown:
         raise InputError(
             f"lm_eval={unknown[0]}: no such task among {len(manager.all_tasks):,}.\n"
-            "Name a task of lm-evaluation-harness, or give lm_eval_path=FOLDER with a task file of your own."
+            "Give a task of lm-evaluation-harness, or lm_eval_path=FOLDER with your own task file."
         )
-    return NamedTasks(names, manager)
+    return TaskSet(names, manager)
 
 
-def zero_shot(
-    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", tasks: NamedTasks, limit: int
+def run_tasks(
+    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", tasks: TaskSet, limit: int
 ) -> dict[str, tuple[float, float | None]]:
-    """(value, standard error) by task/metric.
+    """Run the tasks; return {task/metric: (value, standard error or None)}.
 
     Args:
-        model: as `transformers` knows it.
-        limit: so many examples of each task; 0: all.
+        limit: maximum number of examples per task; 0: all.
 
     Raises:
-        InputError: data that cannot be had.
+        InputError: the data of a task cannot be loaded.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+    harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
     try:
         found = lm_eval.simple_evaluate(
-            judge,
+            harness_model,
             tasks=list(tasks.names),
             task_manager=tasks.manager,
             limit=limit or None,
-            bootstrap_iters=DRAWS,
+            bootstrap_iters=BOOTSTRAP_SAMPLES,
             verbosity="ERROR",
         )
         assert found is not None
@@ -96,36 +95,36 @@ def zero_shot(
             if "," in key and "_stderr," not in key and isinstance(value, int | float)
         }
         return {
-            f"{task}/{_shown(key)}": (float(value), _error(found, tasks.manager, task, key))
+            f"{task}/{_metric_name(key)}": (float(value), _error(found, tasks.manager, task, key))
             for (task, key), value in figures.items()
         }
     except (OSError, ValueError, ConnectionError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"lm_eval={','.join(tasks.names)} could not be run: {why[:150]}\n"
-            "Its data come from the Hub or from the task file's own paths."
+            f"lm_eval={','.join(tasks.names)} could not be run: {reason[:150]}\n"
+            "Its data come from the Hub or from the paths in the task file."
         ) from error
 
 
-def _shown(key: str) -> str:
-    """lm_eval's `acc,none` as `acc`; a filter other than none stays in the name."""
+def _metric_name(key: str) -> str:
+    """Metric name without the filter `none`: `acc,none` → `acc`."""
     return key.removesuffix(",none")
 
 
 def _error(found: dict[str, Any], manager: "TaskManager", task: str, key: str) -> float | None:
-    """The harness's own standard error; by the bootstrap where it has none, as of what it weighs by length.
+    """Standard error of the harness, or by bootstrap where it reports none (metrics weighted by length).
 
-    None where a group of tasks has none, or the task is a single document.
+    None for a group of tasks without one, and for a task with a single document.
     """
     import numpy as np
 
-    metric, _, choice = key.partition(",")
-    theirs = found["results"][task].get(f"{metric}_stderr,{choice}")
-    if isinstance(theirs, int | float):
-        return float(theirs)
-    documents = [one for one in found["samples"].get(task, []) if one["filter"] == choice and metric in one]
+    metric, _, filter_name = key.partition(",")
+    reported = found["results"][task].get(f"{metric}_stderr,{filter_name}")
+    if isinstance(reported, int | float):
+        return float(reported)
+    documents = [one for one in found["samples"].get(task, []) if one["filter"] == filter_name and metric in one]
     if len(documents) < 2:
         return None
     values, aggregate = [one[metric] for one in documents], manager.load([task])["tasks"][task].aggregation()[metric]
-    places = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
-    return float(np.std([aggregate([values[place] for place in draw]) for draw in places]))
+    indices = np.random.default_rng(0).integers(0, len(values), (BOOTSTRAP_SAMPLES, len(values)))
+    return float(np.std([aggregate([values[index] for index in sample]) for sample in indices]))

@@ -1,4 +1,4 @@
-"""Score files: what evaluate.py writes where it is asked to — JSON, a table as CSV, a plot as a page."""
+"""Score files: writes the results of evaluate.py as JSON, CSV and an HTML plot."""
 
 import csv
 import io
@@ -9,33 +9,33 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILLATION
 from launch.config.key_value_cli import check_output_file
-from launch.evaluate.score_rows import COUNTED, Row, differences, label, score_rows
+from launch.evaluate.score_rows import COUNTS, Row, differences, label, score_rows
 
 if TYPE_CHECKING:
     from launch.evaluate.score_checkpoints import Arguments, Results, Scored
 
 
 def check(arguments: "Arguments") -> None:
-    """Find out before the work, not after it, that a result cannot be written.
+    """Check before the evaluation that the output files can be written.
 
     Raises:
-        InputError: names the file.
+        InputError: a file cannot be written.
     """
     if arguments.plot and Path(arguments.plot).suffix not in (".html", ".htm"):
-        raise InputError(f"plot={arguments.plot}: the plot is a page.\nName a file that ends in .html.")
+        raise InputError(f"plot={arguments.plot}: the plot is an HTML page.\nGive a file that ends in .html.")
     for key in ("json", "csv", "plot"):
         check_output_file(vars(arguments)[key], key)
 
 
 def write(results: "Results", arguments: "Arguments") -> None:
-    """Write the files that the arguments name."""
+    """Write the files given by `json`, `csv` and `plot`."""
     from gpt2lab.storage.atomic_files import write_json, write_text
 
     rows = score_rows(results, arguments.teacher, arguments.baseline)
     if arguments.json:
-        write_json(Path(arguments.json), as_json(results, arguments))
+        write_json(Path(arguments.json), to_json(results, arguments))
     if arguments.csv:
-        write_text(Path(arguments.csv), as_csv(rows))
+        write_text(Path(arguments.csv), to_csv(rows))
     if arguments.plot:
         from gpt2lab.reports.scores_html import Bar, render
 
@@ -45,18 +45,18 @@ def write(results: "Results", arguments: "Arguments") -> None:
                 Bar(row.name, row.figures[name].value, *row.figures[name].bounds) for row in rows if name in row.figures
             ]
             for name in names
-            if name not in COUNTED
+            if name not in COUNTS
         }
         write_text(Path(arguments.plot), render(", ".join(row.name for row in rows), panels))
 
 
-def as_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list[dict[str, Any]]:
-    """Of one checkpoint an object, of several a list of such."""
-    objects = [_as_object(scored, arguments) for scored in results.checkpoints]
+def to_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list[dict[str, Any]]:
+    """Return a JSON object for one checkpoint, a list of objects for several."""
+    objects = [_to_object(scored, arguments) for scored in results.checkpoints]
     if results.left_out is not None:
-        one = results.left_out
-        for content, count in zip(objects, one.too_long, strict=True):
-            content["pairs"] = {"in_all": one.pairs, "left_out": one.left_out, "too_long_for_this": count}
+        skipped = results.left_out
+        for content, count in zip(objects, skipped.too_long, strict=True):
+            content["pairs"] = {"in_all": skipped.pairs, "left_out": skipped.left_out, "too_long_for_this": count}
     if results.baselines:
         answers = {
             name: {metric: asdict(score) for metric, score in scores.items()}
@@ -67,15 +67,15 @@ def as_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list
     return objects[0] if len(objects) == 1 else objects
 
 
-def as_csv(rows: list[Row]) -> str:
-    """A model a row; each figure, and beside it its standard error and sacreBLEU's signature where it has them."""
+def to_csv(rows: list[Row]) -> str:
+    """Return a table with one row per model; columns: figures, standard errors, sacreBLEU signatures."""
     names = dict.fromkeys(name for row in rows for name in row.figures)
     columns = ["model"]
     for name in names:
-        those = [row.figures[name] for row in rows if name in row.figures]
+        figures = [row.figures[name] for row in rows if name in row.figures]
         columns.append(name)
-        columns += [f"{name}_standard_error"] if any(one.standard_error is not None for one in those) else []
-        columns += [f"{name}_signature"] if any(one.signature for one in those) else []
+        columns += [f"{name}_standard_error"] if any(one.standard_error is not None for one in figures) else []
+        columns += [f"{name}_signature"] if any(one.signature for one in figures) else []
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -91,15 +91,15 @@ def as_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def _as_object(scored: "Scored", arguments: "Arguments") -> dict[str, Any]:
-    """The checkpoint's own score at the top; beside it everything else that was asked for."""
+def _to_object(scored: "Scored", arguments: "Arguments") -> dict[str, Any]:
+    """JSON object of a checkpoint, with its own score at the top level."""
     content: dict[str, Any] = {"source": scored.source, **scored.score.facts}
     comparison = scored.comparison
     if comparison is not None:
         content["vocab_entries"] = comparison.entries
-        for key, of_model in (("teacher", comparison.teacher), ("baseline", comparison.baseline)):
-            if of_model is not None:
-                content[key] = {"source": vars(arguments)[key], **of_model.facts}
+        for key, score in (("teacher", comparison.teacher), ("baseline", comparison.baseline)):
+            if score is not None:
+                content[key] = {"source": vars(arguments)[key], **score.facts}
         content |= {name: comparison.figures[name] for name in DISTILLATION if name in comparison.figures}
         errors = {name: error for name, error in comparison.standard_errors.items() if name in content}
         content["standard_errors"] = {**scored.score.standard_errors, **errors}

@@ -1,4 +1,4 @@
-"""Score rows: everything evaluate.py knows as one row of figures for each model, for tables, files and plots alike."""
+"""Score rows: results of evaluate.py as one row of figures per model, for the terminal, CSV and plots."""
 
 import math
 from dataclasses import dataclass
@@ -12,43 +12,48 @@ if TYPE_CHECKING:
     from gpt2lab.evaluation.jackknife import DocumentDifference
     from launch.evaluate.score_checkpoints import Results, Scored
 
-TOLD_BY_OTHERS = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # `loss` and `ece` of the two models
+DUPLICATES = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # same as `loss` and `ece` of the two models
 
-INTERVAL = "_interval"  # ends the name of a difference's 95 % interval, which has a line of its own in tables
-COUNTED = ("tokens", "bytes")  # exact, and nothing to draw
+INTERVAL = "_interval"  # suffix of the 95 % interval of a difference, which has its own line in tables
+COUNTS = ("tokens", "bytes")  # exact numbers, which are not plotted
 
-# What each figure is called and says; those of a teacher stand in metric_names.DISTILLATION
+# name: (label, explanation); metric_names.DISTILLATION has those that compare with a teacher
 LABELS = {
     "loss": ("loss", "nats per target token"),
     "perplexity": ("perplexity", "exp(loss)"),
     "bits_per_byte": ("bits per byte", "of the text; comparable between tokenizers"),
-    "top1": ("top-1 accuracy", "share of the targets that it held likeliest"),
-    "top5": ("top-5 accuracy", "share of the targets among its five likeliest"),
-    "ece": ("calibration error", "gap between its confidence and how often it is right, in 15 bins"),
-    "tokens": ("targets", "tokens that were scored"),
-    "bytes": ("bytes", "of text that these spell"),
+    "top1": ("top-1 accuracy", "share of targets that are the top-1 prediction"),
+    "top5": ("top-5 accuracy", "share of targets among the top-5 predictions"),
+    "ece": ("calibration error", "expected calibration error (ECE), 15 bins"),
+    "tokens": ("targets", "scored tokens"),
+    "bytes": ("bytes", "bytes of text of the scored tokens"),
     "rouge1": ("ROUGE-1", "F1 of words, in percent"),
-    "rouge2": ("ROUGE-2", "F1 of pairs of words"),
+    "rouge2": ("ROUGE-2", "F1 of word bigrams"),
     "rougeL": ("ROUGE-L", "F1 of the longest common subsequence"),
-    "bleu": ("BLEU", "sacreBLEU's, of the corpus"),
-    "chrf": ("chrF", "sacreBLEU's chrF2, of the corpus"),
+    "bleu": ("BLEU", "sacreBLEU, of the corpus"),
+    "chrf": ("chrF", "sacreBLEU chrF2, of the corpus"),
     "exact": ("exact match", "percent"),
     "accuracy": ("accuracy", "percent of the labels"),
-    "f1": ("F1", "mean over the labels, in percent"),
-    "compiles": ("compiles", "percent that are the body of a Python function"),
+    "f1": ("F1", "macro average over the labels, in percent"),
+    "compiles": ("compiles", "percent that compile as the body of a Python function"),
     "placeholders": ("placeholders", "percent that keep all placeholders, of those with any"),
-    "loss_minus_first": ("loss − the first's", "nats, paired by document: what both find hard is no error here"),
-    "bits_per_byte_minus_first": ("bits per byte − the first's", "paired by document, whose tokens differ"),
+    "loss_minus_first": ("loss − the first's", "nats, paired by document"),
+    "bits_per_byte_minus_first": ("bits per byte − the first's", "paired by document; tokenizers differ"),
     "loss_minus_teacher": ("loss − the teacher's", "nats, paired by document"),
     "loss_minus_baseline": ("loss − the baseline's", "nats, paired by document"),
     "speedup": ("implied speed-up", "of the teacher with this model as draft"),
-    **{name: words for name, words in DISTILLATION.items() if name not in TOLD_BY_OTHERS},
+    **{name: text for name, text in DISTILLATION.items() if name not in DUPLICATES},
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, its standard error and its 95 % interval, as far as they are known; how sacreBLEU computed it."""
+    """A value with, if known, its standard error and 95 % interval.
+
+    Attributes:
+        low, high: bounds of the interval.
+        signature: sacreBLEU signature.
+    """
 
     value: float
     standard_error: float | None = None
@@ -58,7 +63,7 @@ class Figure:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of the interval; two standard errors each way where only these are known."""
+        """Bounds of the 95 % interval; ± 1.96 standard errors if only these are known."""
         if self.low is not None and self.high is not None:
             return self.low, self.high
         half = 1.96 * (self.standard_error or 0.0)
@@ -67,13 +72,13 @@ class Figure:
     def __str__(self) -> str:
         if self.standard_error is None:
             return f"{self.value:,.0f}" if float(self.value).is_integer() else f"{self.value:.4f}"
-        # Two digits of the error, and as many of the figure
+        # Two significant digits of the error, and the same decimals of the value
         digits = 4 if not self.standard_error else min(max(1 - math.floor(math.log10(self.standard_error)), 0), 6)
         return f"{self.value:,.{digits}f} ± {self.standard_error:,.{digits}f}"
 
 
 class Interval(Figure):
-    """The 95 % interval of a figure, which is written as its ends."""
+    """A figure that is printed as its 95 % interval."""
 
     def __str__(self) -> str:
         return "{:.4f} … {:.4f}".format(*self.bounds)
@@ -81,49 +86,49 @@ class Interval(Figure):
 
 @dataclass(frozen=True)
 class Row:
-    """A model, or a way to answer without one."""
+    """Figures of a model, or of a trivial baseline."""
 
     name: str
     figures: dict[str, Figure]
 
 
 def score_rows(results: "Results", teacher: str, baseline: str) -> list[Row]:
-    """The checkpoints, then teacher and baseline, then answers without a model.
+    """Return the rows of the checkpoints, then of teacher and baseline, then of trivial answers without a model.
 
     Args:
-        teacher, baseline: as named; may be empty.
+        teacher, baseline: sources as given; may be empty.
     """
     names = short_names([scored.source for scored in results.checkpoints])
     rows = [Row(name, _figures(scored)) for name, scored in zip(names, results.checkpoints, strict=True)]
     comparison = results.checkpoints[-1].comparison
     if comparison is not None:
-        rows.append(Row(f"teacher {short_names([teacher])[0]}", _own(comparison.teacher)))
+        rows.append(Row(f"teacher {short_names([teacher])[0]}", _score_figures(comparison.teacher)))
         if comparison.baseline is not None:
-            rows.append(Row(f"baseline {short_names([baseline])[0]}", _own(comparison.baseline)))
-    return rows + [Row(name, _of_texts(scores)) for name, scores in results.baselines.items()]
+            rows.append(Row(f"baseline {short_names([baseline])[0]}", _score_figures(comparison.baseline)))
+    return rows + [Row(name, _text_figures(scores)) for name, scores in results.baselines.items()]
 
 
-def estimated(value: float, error: float | None, factor: float) -> Figure:
-    """A figure whose 95 % interval is `factor` standard errors wide each way (gpt2lab/evaluation/jackknife.py)."""
+def with_interval(value: float, error: float | None, factor: float) -> Figure:
+    """Return a figure with the 95 % interval value ± factor · error (gpt2lab/evaluation/jackknife.py)."""
     return (
         Figure(value, error) if error is None else Figure(value, error, value - factor * error, value + factor * error)
     )
 
 
 def label(name: str) -> tuple[str, str]:
-    """What a figure is called, and what it says."""
+    """Return (label, explanation) of a figure."""
     if name.startswith("decode_tokens_per_second_"):
         batch = name.rpartition("_")[2]
-        return f"tokens/s, batch {batch}", "written greedily"
+        return f"tokens/s, batch {batch}", "greedy decoding"
     if name.startswith("decode_memory_gb_"):
         return f"memory, batch {name.rpartition('_')[2]}", "GB of weights and decoding"
     if name.endswith(INTERVAL):
-        return "95 % interval", "of that difference"
+        return "95 % interval", "of this difference"
     return LABELS.get(name, (name, "zero-shot"))
 
 
 def short_names(sources: list[str]) -> list[str]:
-    """The sources without the folders that all have in common."""
+    """Return the sources without their common parent folders."""
     parts = [source.rstrip("/").split("/") for source in sources]
     common = 0
     while all(len(one) > common + 1 and one[common] == parts[0][common] for one in parts):
@@ -132,21 +137,20 @@ def short_names(sources: list[str]) -> list[str]:
 
 
 def _figures(scored: "Scored") -> dict[str, Figure]:
-    found = _own(scored.score)
+    found = _score_figures(scored.score)
     if scored.comparison is not None:
-        compared = scored.comparison
+        compared, factor = scored.comparison, scored.score.interval_factor
         found |= {
-            name: estimated(compared.figures[name], compared.standard_errors.get(name), scored.score.interval_factor)
+            name: with_interval(compared.figures[name], compared.standard_errors.get(name), factor)
             for name in DISTILLATION
-            if name in compared.figures and name not in TOLD_BY_OTHERS
+            if name in compared.figures and name not in DUPLICATES
         }
-        found["speedup"] = estimated(
-            compared.speculation.speedup, compared.speculation.speedup_standard_error, scored.score.interval_factor
-        )
+        speculation = compared.speculation
+        found["speedup"] = with_interval(speculation.speedup, speculation.speedup_standard_error, factor)
     found |= {
         name: Figure(one.value, one.standard_error, one.low, one.high) for name, one in differences(scored).items()
     }
-    found |= _of_texts(scored.texts)
+    found |= _text_figures(scored.texts)
     for speed in scored.speeds:
         found[f"decode_tokens_per_second_{speed.batch}"] = Figure(speed.tokens_per_second, speed.standard_error)
         if speed.memory_bytes is not None and speed.memory_standard_error is not None:
@@ -156,21 +160,21 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
 
 
 def differences(scored: "Scored") -> "dict[str, DocumentDifference]":
-    """The loss, or bits per byte, against the other models', by name."""
+    """Return the differences of loss, or bits per byte, to the other models, by name."""
     others = {"first": scored.minus_first, "teacher": scored.minus_teacher, "baseline": scored.minus_baseline}
     names = {"nats": "loss", "bits per byte": "bits_per_byte"}
     return {f"{names[one.unit]}_minus_{other}": one for other, one in others.items() if one is not None}
 
 
-def _own(score: "Score") -> dict[str, Figure]:
+def _score_figures(score: "Score") -> dict[str, Figure]:
     figures = {
-        name: estimated(value, score.standard_errors.get(name), score.interval_factor)
+        name: with_interval(value, score.standard_errors.get(name), score.interval_factor)
         for name, value in score.figures.items()
     }
     return {**figures, "tokens": Figure(score.tokens), "bytes": Figure(score.bytes)}
 
 
-def _of_texts(scores: "dict[str, TextScore]") -> dict[str, Figure]:
+def _text_figures(scores: "dict[str, TextScore]") -> dict[str, Figure]:
     return {
         name: Figure(one.value, one.standard_error, one.low, one.high, one.signature)
         for name, one in scores.items()

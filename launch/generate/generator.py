@@ -1,4 +1,4 @@
-"""Writing: what generate.py does — prompts from the command line, a file or the terminal; text as it comes; drafts."""
+"""Text generation of generate.py: prompts from the command line, a file or the terminal; speculative decoding."""
 
 import json
 import sys
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2lab.data.special_tokens import PLACE
+from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
 from gpt2lab.errors import InputError
 from gpt2lab.settings import OBJECTIVES
-from gpt2lab.storage.model_folder import folder_of, read_objective, read_shape
+from gpt2lab.storage.model_folder import read_objective, read_shape, resolve_model_folder
 from launch.config.key_value_cli import argument
-from launch.logging_setup import settle_library_noise, settle_noise
+from launch.logging_setup import configure_logging, silence_libraries
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -26,48 +26,52 @@ PORT = 7860
 
 @dataclass
 class Arguments:
-    """What generate.py takes."""
+    """Command-line arguments of generate.py."""
 
     checkpoint: str = argument("a run directory, a Hugging Face folder or a Hub id")
-    prompt: str = argument("the text to continue; mlm and fim fill in <|mask|>; left out: you are asked", "")
-    prompts: str = argument("a file of prompts: a .jsonl with `prompt` in each line, else one a line", "")
-    draft: str = argument("decode speculatively with this smaller model, and compare with plain decoding", "")
-    max_new_tokens: int = argument("most tokens to write", 128, at_least=1)
-    temperature: float = argument("0 always takes the likeliest token", 0.8, at_least=0, at_most=100)
-    top_k: int = argument("choose among the k likeliest tokens; 0: among all", 0, at_least=0)
+    prompt: str = argument("the text to continue; mlm and fim fill in <|mask|>; default: read from the terminal", "")
+    prompts: str = argument("a file of prompts: a .jsonl with `prompt` in each line, else one prompt per line", "")
+    draft: str = argument("draft model for speculative decoding, which is compared with plain decoding", "")
+    max_new_tokens: int = argument("maximum number of generated tokens", 128, at_least=1)
+    temperature: float = argument("sampling temperature; 0: greedy", 0.8, at_least=0, at_most=100)
+    top_k: int = argument("sample from the k most probable tokens; 0: from all", 0, at_least=0)
     top_p: float = argument(
-        "choose among the likeliest tokens that hold this probability", 0.95, at_least=0.01, at_most=1
+        "nucleus sampling: the most probable tokens with this total probability", 0.95, at_least=0.01, at_most=1
     )
-    min_p: float = argument("leave out what has less than this share of the likeliest", 0.0, at_least=0, at_most=1)
-    typical_p: float = argument("choose among the most typical tokens that hold this", 1.0, at_least=0.01, at_most=1)
-    beams: int = argument("beam search over so many texts; nothing is drawn then", 1, at_least=1, at_most=100)
-    repetition_penalty: float = argument("above 1 what is there is less likely", 1.0, at_least=0.01, at_most=100)
-    no_repeat_ngram: int = argument("never write so many tokens in a row twice; 0: no limit", 0, at_least=0)
-    stop: str = argument("text that ends a completion and is left out; so nothing is shown before; several: a||b", "")
-    num_samples: int = argument("how many texts for each prompt", 1, at_least=1, at_most=1000)
-    seed: int = argument("the same seed gives the same text", 1337, at_least=0, at_most=2**63 - 1)
-    accelerator: str = argument("where to compute", "auto", choices=("auto", "cpu", "gpu", "mps"))
+    min_p: float = argument(
+        "minimum probability of a token, relative to the most probable one", 0.0, at_least=0, at_most=1
+    )
+    typical_p: float = argument(
+        "typical sampling: the most typical tokens with this total probability", 1.0, at_least=0.01, at_most=1
+    )
+    beams: int = argument("beam search with this many beams, without sampling", 1, at_least=1, at_most=100)
+    repetition_penalty: float = argument("above 1: repeated tokens are less likely", 1.0, at_least=0.01, at_most=100)
+    no_repeat_ngram: int = argument("n-grams of this size do not repeat; 0: no limit", 0, at_least=0)
+    stop: str = argument("text that ends a completion and is removed; several: a||b; disables streaming", "")
+    num_samples: int = argument("number of completions per prompt", 1, at_least=1, at_most=1000)
+    seed: int = argument("random seed of the sampling", 1337, at_least=0, at_most=2**63 - 1)
+    accelerator: str = argument("device", "auto", choices=("auto", "cpu", "gpu", "mps"))
     precision: str = argument(
-        "number format of weights and products; bf16 takes half the memory", "fp32", choices=("fp32", "bf16")
+        "dtype of weights and matrix products; bf16 takes half the memory", "fp32", choices=("fp32", "bf16")
     )
-    serve: bool = argument("open a page in the browser instead, on this machine alone", False)
-    port: int = argument("of that page; 0: any that is free", PORT, at_least=0, at_most=65535)
-    inspect: bool = argument("also show what goes on inside the model while it reads prompt and text, as a page", False)
-    inspect_file: str = argument("where that page is written; left out: inspect.html in the run directory, or here", "")
-    teacher: str = argument("with inspect=true: a model with the same tokenizer, to show where the two disagree", "")
+    serve: bool = argument("serve a playground page on this machine (localhost) instead", False)
+    port: int = argument("port of that page; 0: any free port", PORT, at_least=0, at_most=65535)
+    inspect: bool = argument("also write a page about the model's internals for prompt and text", False)
+    inspect_file: str = argument("file of that page; default: inspect.html in the run directory, or here", "")
+    teacher: str = argument("with inspect=true: a model with the same tokenizer to compare with", "")
     json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
 
 
 @dataclass(frozen=True)
 class Text:
-    """What was written after, or into, a prompt.
+    """A generated text.
 
     Attributes:
-        completion: under mlm the prompt with its gaps filled.
-        tokens: that were written.
-        ids: of the completion.
-        seconds: of all texts that were written together.
-        measured: of speculative decoding.
+        completion: the text after, or in the gap of, the prompt; with mlm the prompt with its gaps filled.
+        tokens: number of generated tokens.
+        seconds: time of the batch that the text was generated in.
+        measured: measurements of speculative decoding.
+        ids: token ids of the completion.
     """
 
     prompt: str
@@ -79,57 +83,57 @@ class Text:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Content for JSON."""
         own = {"prompt": self.prompt, "completion": self.completion, "tokens": self.tokens, "seconds": self.seconds}
         return own | self.measured
 
 
-class Author:
-    """A loaded checkpoint and how it is to write.
+class TextGenerator:
+    """A loaded checkpoint with sampling settings.
 
     Raises:
-        InputError: no such checkpoint, file or device, no room for the tokens asked for, or keys that contradict.
+        InputError: a checkpoint, file or device does not exist, max_new_tokens is too large, or arguments conflict.
     """
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
-        folder = folder_of(arguments.checkpoint, "checkpoint")
+        folder = resolve_model_folder(arguments.checkpoint, "checkpoint")
         self.positions, self.objective = read_shape(folder)["n_positions"], read_objective(folder)
         self.kind = OBJECTIVES[self.objective]
-        self.prompts = [arguments.prompt] if arguments.prompt else _prompts_in(arguments.prompts)
+        self.prompts = [arguments.prompt] if arguments.prompt else _read_prompts(arguments.prompts)
         self._check()
-        settle_noise()  # what follows takes seconds to import; mistakes are told before
+        configure_logging()  # the following imports take seconds, so arguments are checked first
         from gpt2lab.data.tokenizer import load_tokenizer
-        from gpt2lab.system.device import named_device
+        from gpt2lab.system.device import resolve_device
 
-        settle_library_noise()
-        self.device = named_device(arguments.accelerator)
-        self.model = self._loaded(folder)
+        silence_libraries()
+        self.device = resolve_device(arguments.accelerator)
+        self.model = self._load(folder)
         self.tokenizer = load_tokenizer(str(folder))
         self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
-        self.sampling = chosen_sampling(arguments)
+        self.sampling = sampling_from(arguments)
 
-    def write(self) -> list[Text]:
-        """Every prompt's texts, shown."""
-        return self._show(self.prompts)
+    def generate(self) -> list[Text]:
+        """Generate and print the texts of all prompts."""
+        return self._print_texts(self.prompts)
 
-    def converse(self) -> list[Text]:
-        """Ask for prompts and write after each, until there are no more (Ctrl-D)."""
+    def interact(self) -> list[Text]:
+        """Read prompts from the terminal and continue each, until end of file (Ctrl-D)."""
         texts: list[Text] = []
         if sys.stdin.isatty():
-            print("A prompt is continued at Enter; Ctrl-D ends.", file=sys.stderr)
+            print("Enter continues the prompt; Ctrl-D ends.", file=sys.stderr)
         while True:
             try:
                 prompt = input("> " if sys.stdin.isatty() else "")
             except EOFError:
                 return texts
             try:
-                texts += self._show([prompt])
-            except InputError as mistake:
-                print(f"error: {mistake}", file=sys.stderr)
+                texts += self._print_texts([prompt])
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
 
     def speculate(self) -> list[Text]:
-        """Every prompt's text by speculative decoding, shown, and beside it what that was worth."""
+        """Generate and print the text of each prompt with speculative decoding, and its speed-up."""
         from gpt2lab.generation.speculative import speculate
 
         arguments, draft, texts = self.arguments, self.load_draft(), []
@@ -142,26 +146,30 @@ class Author:
                 self.sampling,
                 max_new_tokens=arguments.max_new_tokens,
                 end_of_text=self.tokenizer.eos_token_id,
-                entries=len(self.tokenizer),
+                vocab_size=len(self.tokenizer),
                 seed=arguments.seed,
                 stop=self.stop,
                 tokenizer=self.tokenizer,
             )
             if not number:
-                continue  # the first time warms up
+                continue  # warm-up with the first prompt
             measured = {name: round(value, 4) for name, value in found.figures().items()}
             texts.append(self._text(prompt, found.ids, round(found.seconds, 3), measured))
-            print(self._whole(texts[-1]))
-            print(_in_words(texts[-1]), file=sys.stderr)
+            print(self._full_text(texts[-1]))
+            print(_speedup_line(texts[-1]), file=sys.stderr)
         return texts
 
     def load_draft(self) -> "GPT2LMHeadModel":
-        """The draft model; a text then fits into the positions of both."""
-        folder = folder_of(self.arguments.draft, "draft")
-        self._check_draft(folder)
-        return self._loaded(folder)
+        """Load the draft model, and limit texts to the positions of both models.
 
-    def _loaded(self, folder: Path) -> "GPT2LMHeadModel":
+        Raises:
+            InputError: it does not exist or has another tokenizer.
+        """
+        folder = resolve_model_folder(self.arguments.draft, "draft")
+        self._check_draft(folder)
+        return self._load(folder)
+
+    def _load(self, folder: Path) -> "GPT2LMHeadModel":
         import torch
 
         from gpt2lab.model.backbone import load_backbone
@@ -169,26 +177,26 @@ class Author:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.arguments.precision]
         return load_backbone(str(folder), dtype=dtype).lm.to(self.device).eval()
 
-    def _show(self, prompts: list[str]) -> list[Text]:
-        """The texts of some prompts; a single one is shown as it is written, where somebody watches."""
-        if len(prompts) == self.arguments.num_samples == 1 and sys.stdout.isatty() and self._streams:
+    def _print_texts(self, prompts: list[str]) -> list[Text]:
+        """Generate and print texts; a single one is streamed in a terminal."""
+        if len(prompts) == self.arguments.num_samples == 1 and sys.stdout.isatty() and self._can_stream:
             from transformers import TextStreamer
 
             print(prompts[0], end="", flush=True)
-            return self._written(prompts, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))
-        texts = self._written([prompt for prompt in prompts for _ in range(self.arguments.num_samples)])
+            return self._generate(prompts, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        texts = self._generate([prompt for prompt in prompts for _ in range(self.arguments.num_samples)])
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
                 print(f"--- {number} of {len(texts)}")
-            print(self._whole(text))
+            print(self._full_text(text))
         return texts
 
-    def _written(self, prompts: list[str], streamer: "BaseStreamer | None" = None) -> list[Text]:
+    def _generate(self, prompts: list[str], streamer: "BaseStreamer | None" = None) -> list[Text]:
         from gpt2lab.generation.completion import complete
         from gpt2lab.system.device import synchronize
 
         ids = [self._ids(prompt) for prompt in prompts]
-        started = time.perf_counter()
+        begin = time.perf_counter()
         completions = complete(
             self.model,
             self.tokenizer,
@@ -201,20 +209,20 @@ class Author:
             streamer=streamer,
         )
         synchronize(self.device)
-        seconds = round(time.perf_counter() - started, 3)
+        seconds = round(time.perf_counter() - begin, 3)
         pairs = zip(prompts, completions, strict=True)
-        return [self._text(prompt, written, seconds) for prompt, written in pairs]
+        return [self._text(prompt, completion, seconds) for prompt, completion in pairs]
 
     def _text(self, prompt: str, ids: list[int], seconds: float, measured: dict[str, float] | None = None) -> Text:
         completion = self.tokenizer.decode(ids)
         for stop in self.stop:
             completion = completion.partition(stop)[0]
-        tokens = prompt.count(PLACE) if self.kind.fills_masks else len(ids)
+        tokens = prompt.count(MASK_PLACEHOLDER) if self.kind.fills_masks else len(ids)
         return Text(prompt, completion, tokens, seconds, measured or {}, ids)
 
     @property
-    def _streams(self) -> bool:
-        """Whether tokens can be shown as they come: no beams, no gaps, nothing to cut off."""
+    def _can_stream(self) -> bool:
+        """Whether tokens can be printed as they are generated: no beams, gaps or stop texts."""
         return self.sampling.beams == 1 and not self.kind.rewrites_text and not self.stop
 
     def _ids(self, prompt: str) -> list[int]:
@@ -222,65 +230,70 @@ class Author:
 
         ids = prompt_ids(prompt, self.tokenizer, self.objective)
         if len(ids) > self.positions - self._new_positions:
-            print("A prompt is longer than the model can see; only its last tokens are read.", file=sys.stderr)
+            print("A prompt is longer than the context of the model; only its last tokens are used.", file=sys.stderr)
         return ids
 
-    def _whole(self, text: Text) -> str:
-        """The prompt continued, or with its gap filled."""
+    def _full_text(self, text: Text) -> str:
+        """The prompt with its continuation, or with its gap filled."""
         if self.kind.fills_masks:
             return text.completion
-        return text.prompt.replace(PLACE, text.completion) if PLACE in text.prompt else text.prompt + text.completion
+        return (
+            text.prompt.replace(MASK_PLACEHOLDER, text.completion)
+            if MASK_PLACEHOLDER in text.prompt
+            else text.prompt + text.completion
+        )
 
     @property
     def _new_positions(self) -> int:
-        """Of what is written; gaps have theirs within the prompt."""
+        """Positions of new tokens; the gaps of mlm are positions of the prompt."""
         return 0 if self.kind.fills_masks else self.arguments.max_new_tokens
 
-    def _check_room(self) -> None:
+    def _check_positions(self) -> None:
         if self._new_positions >= self.positions:
             raise InputError(
-                f"max_new_tokens={self.arguments.max_new_tokens} does not fit into the model's {self.positions} "
-                f"positions beside a prompt; give at most {self.positions - 1}."
+                f"max_new_tokens={self.arguments.max_new_tokens} and a prompt do not fit into the model's "
+                f"{self.positions} positions; give at most {self.positions - 1}."
             )
 
     def _check(self) -> None:
         arguments = self.arguments
-        self._check_room()
+        self._check_positions()
         if arguments.prompt and arguments.prompts:
             raise InputError("prompt and prompts are both given.\nGive one of them.")
         if arguments.num_samples > 1 and (not arguments.temperature or arguments.beams > 1 or self.kind.fills_masks):
             raise InputError(
-                f"num_samples={arguments.num_samples} texts would all be the same: nothing is drawn with "
-                "temperature=0, with beams, or of objective=mlm.\nLeave num_samples out, or draw: temperature=0.8"
+                f"num_samples={arguments.num_samples} texts would all be the same: temperature=0, beams and "
+                "objective=mlm do not sample.\nLeave num_samples out, or sample: temperature=0.8"
             )
         if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1):
             raise InputError("draft decodes one text at a time.\nLeave out beams and num_samples.")
         if arguments.draft and not self.kind.is_causal:
             raise InputError(
-                f"draft is for causal models, and this one was trained with objective={self.objective}.\n"
+                f"draft supports causal models only, and this one was trained with objective={self.objective}.\n"
                 "Leave draft out."
             )
         if arguments.draft and not self.prompts and not arguments.serve:
             raise InputError("draft needs prompt= or prompts=.")
         if arguments.port != PORT and not arguments.serve:
-            raise InputError("port= is of the page that serve=true opens.\nAdd serve=true, or leave port= out.")
+            raise InputError("port= needs serve=true.\nAdd serve=true, or leave port= out.")
 
     def _check_draft(self, folder: Path) -> None:
-        from gpt2lab.data.tokenizer import difference_in_words
+        from gpt2lab.data.tokenizer import describe_difference
 
-        different = difference_in_words(folder, self.tokenizer)
+        different = describe_difference(folder, self.tokenizer)
         shape = read_shape(folder)
         if different or shape["vocab_size"] != self.model.config.vocab_size:
             raise InputError(
-                f"draft={self.arguments.draft} has other tokens than the checkpoint: {shape['vocab_size']} entries, "
-                f"{self.model.config.vocab_size}.{different}\nGive a draft distilled from the checkpoint, for example."
+                f"draft={self.arguments.draft} has another tokenizer than the checkpoint: vocabularies of "
+                f"{shape['vocab_size']} and {self.model.config.vocab_size} tokens.{different}\n"
+                "Give a draft with the same tokenizer, such as a student distilled from the checkpoint."
             )
         self.positions = min(self.positions, shape["n_positions"])
-        self._check_room()
+        self._check_positions()
 
 
-def chosen_sampling(arguments: Arguments) -> "Sampling":
-    """How the arguments say that the next token is chosen."""
+def sampling_from(arguments: Arguments) -> "Sampling":
+    """Return the sampling settings of the arguments."""
     from gpt2lab.generation.sampling import Sampling
 
     return Sampling(
@@ -296,8 +309,8 @@ def chosen_sampling(arguments: Arguments) -> "Sampling":
     )
 
 
-def _prompts_in(file: str) -> list[str]:
-    """The prompts of a file; none where no file is named."""
+def _read_prompts(file: str) -> list[str]:
+    """Read the prompts of a file; none for an empty name."""
     if not file:
         return []
     path = Path(file).expanduser()
@@ -309,16 +322,16 @@ def _prompts_in(file: str) -> list[str]:
             f"prompts={file} cannot be read: {error}.\nGive a text file, or a .jsonl with `prompt`."
         ) from error
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"prompts={file} holds no prompt.\nGive a text file, or a .jsonl with `prompt`.")
+        raise InputError(f"prompts={file} contains no prompt.\nGive a text file, or a .jsonl with `prompt`.")
     return prompts
 
 
-def _in_words(text: Text) -> str:
-    """What speculative decoding was worth, in one line."""
+def _speedup_line(text: Text) -> str:
+    """One line with the measurements of speculative decoding."""
     found = text.measured
     return (
         f"{text.tokens} tokens in {text.seconds:.2f} s, plain in {found['plain_seconds']:.2f} s: "
         f"{found['speedup']:.2f} × (implied {found['predicted_speedup']:.2f}) · "
         f"{found['tokens_per_call']:.2f} tokens per call · acceptance {found['acceptance']:.2f} · "
-        f"cost ratio {found['cost_ratio']:.3f} · a look costs {found['look_ratio']:.2f} steps"
+        f"cost ratio {found['cost_ratio']:.3f} · verification costs {found['look_ratio']:.2f} steps"
     )

@@ -1,4 +1,4 @@
-"""Knobs: what else could be set, and how many bytes of a device it would save."""
+"""Memory options: keys that change the peak memory of a run, with the new peak and what they cost."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,64 +9,70 @@ from launch.memory.memory_terms import RunSizes
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A key set otherwise, the peak with it, and what that costs."""
+class MemoryOption:
+    """An override that changes the peak memory.
+
+    Attributes:
+        key: the override, `key=value`.
+        peak: peak bytes of one device with it.
+        cost: disadvantage, in words.
+    """
 
     key: str
     peak: int
-    price: str
+    cost: str
 
 
-def knobs(sizes: RunSizes, now: MemoryPlan, may_shard: bool = True) -> list[Knob]:
-    """Those that change the peak of a plan, the one that saves most first.
+def memory_options(sizes: RunSizes, now: MemoryPlan, may_shard: bool = True) -> list[MemoryOption]:
+    """List the overrides that change the peak of a plan, largest saving first.
 
     Args:
-        may_shard: whether strategy=fsdp would take the rest of the configuration.
+        may_shard: whether strategy=fsdp supports the rest of the configuration.
     """
-    found = [Knob(key, memory_plan(other, now.process).peak, price) for key, other, price in _choices(sizes, may_shard)]
-    return sorted((knob for knob in found if knob.peak != now.peak), key=lambda knob: knob.peak)
+    options = [
+        MemoryOption(key, memory_plan(changed, now.process).peak, cost)
+        for key, changed, cost in _candidates(sizes, may_shard)
+    ]
+    return sorted((option for option in options if option.peak != now.peak), key=lambda option: option.peak)
 
 
-def _choices(sizes: RunSizes, may_shard: bool) -> Iterator[tuple[str, RunSizes, str]]:
+def _candidates(sizes: RunSizes, may_shard: bool) -> Iterator[tuple[str, RunSizes, str]]:
     if not sizes.checkpointing:
         yield "activation_checkpointing=true", replace(sizes, checkpointing=True), "a third more time"
     if sizes.rows > 1:
         half = replace(sizes, rows=sizes.rows // 2)
         if half.rows > 1:
-            yield f"micro_batch={half.rows}", half, "nothing, unless the device is left idle"
+            yield f"micro_batch={half.rows}", half, "nothing, unless the device is underused"
         yield "micro_batch=1", replace(sizes, rows=1), "speed"
     if sizes.precision.name == "fp32":
         yield (
             "precision=bf16",
             replace(sizes, precision=precision_named("bf16")),
-            "digits; faster where the device has bf16",
+            "accuracy; faster where supported",
         )
     if not sizes.precision.is_bf16_true:
         yield (
             "precision=bf16_true",
             replace(sizes, precision=precision_named("bf16_true")),
-            "digits; updates are rounded by chance",
+            "accuracy; stochastic rounding",
         )
     if sizes.optimizer != "muon" and not sizes.lora_rank:
         yield "optimizer=muon", replace(sizes, optimizer="muon"), "another optimizer with its own learning rate"
     if sizes.optimizer == "muon":
         yield "optimizer=adamw", replace(sizes, optimizer="adamw"), "another optimizer with its own learning rate"
     ranks = max(sizes.ranks, 2)
-    fill_ranks = max(sizes.step_rows, sizes.rows) * sizes.ranks >= ranks  # each needs a sequence
+    fill_ranks = max(sizes.step_rows, sizes.rows) * sizes.ranks >= ranks  # each rank needs a sequence
     if may_shard and not sizes.sharded and fill_ranks:
-        shared = replace(sizes, sharded=True, ranks=ranks, step_rows=-(-sizes.step_rows * sizes.ranks // ranks))
-        yield f"strategy=fsdp devices={ranks}", replace(shared, rows=min(sizes.rows, shared.step_rows)), "communication"
+        sharded = replace(sizes, sharded=True, ranks=ranks, step_rows=-(-sizes.step_rows * sizes.ranks // ranks))
+        sharded = replace(sharded, rows=min(sizes.rows, sharded.step_rows))
+        yield f"strategy=fsdp devices={ranks}", sharded, "communication"
     if sizes.teacher:
-        stored = replace(sizes, teacher=None, reading_teacher=sizes.teacher)
-        yield "teacher_cache=sampled", stored, "disk; the teacher reads the data once, before training"
+        cached = replace(sizes, teacher=None, cached_teacher=sizes.teacher)
+        yield "teacher_cache=sampled", cached, "disk; one pass of the teacher over the data before training"
     if sizes.ema:
         yield "ema=0", replace(sizes, ema=False), "the average of the weights"
     if sizes.masked and not sizes.pairs:
-        yield "packing=false", replace(sizes, masked=False), "documents in a window see each other"
+        yield "packing=false", replace(sizes, masked=False), "attention across documents in a window"
     if sizes.length > 1:
-        yield f"context={sizes.length // 2}", _half_as_long(sizes), "what is further away; as many tokens in a step"
-
-
-def _half_as_long(sizes: RunSizes) -> RunSizes:
-    """The same number of sequences, half as long: what is said by hand of micro_batch stays."""
-    return replace(sizes, length=sizes.length // 2)
+        shorter = replace(sizes, length=sizes.length // 2)  # the same number of sequences per micro-batch
+        yield f"context={shorter.length}", shorter, "long-range context; a step has as many tokens"

@@ -1,17 +1,17 @@
-"""Memory plan: how many bytes one device needs for a training run, from sizes alone; nothing is allocated.
+"""Memory plan: bytes that one device needs for a training run, computed from sizes alone, without allocation.
 
 Shapes: N = B·T positions of a micro-batch, D hidden width, L layers, V vocabulary, P parameters.
 
-The parts are counted from what the code keeps, and each phase of a run holds some of them at once:
+memory_terms counts each part; a phase of a run holds several of them at once:
 
-    forward      weights, optimizer state, the last step's gradients, all activations, work on the LM head
-    backward     weights, optimizer state, the activations and the gradients that take their place
-    optimizer    weights, optimizer state, gradients, and Muon's work on them, or that of rounding
+    forward      weights, optimizer state, the last step's gradients, all activations, temporaries of the LM head
+    backward     weights, optimizer state, the activations and the gradients that replace them
+    optimizer    weights, optimizer state, gradients, temporaries of Muon or of stochastic rounding
     validation   weights, optimizer state, gradients, one block's activations of a larger batch, the LM head
     saving       weights, optimizer state, gradients, and the exported model twice (CPU)
 
-A GPU's peak is the largest phase. A CPU process holds more than its tensors: the interpreter and its libraries
-(`process`), and what lies free between allocations of different size; that share was fitted (docs/planning.md).
+A GPU's peak is the largest phase. A CPU process also holds the interpreter and its libraries (`process`), and freed
+memory between allocations of different size (`fragmentation`), whose factors were fitted (docs/planning.md).
 """
 
 from dataclasses import dataclass, replace
@@ -19,88 +19,89 @@ from dataclasses import dataclass, replace
 from launch.memory import memory_terms as count
 from launch.memory.memory_terms import RunSizes, parameters
 
-# What a CPU process takes beyond the tensors alive at once, fitted to 15 runs (docs/planning.md)
-LATER = 50_000_000  # libraries, threads and kernels that come with the first step
-OF_WEIGHTS = 0.3  # left between the weights by making them
-OF_PASSING = 0.35  # of what a step allocates and frees
-OF_RECOMPUTED = 2.0  # of a block that is recomputed among gradients that stay
-OF_MUON = 0.9  # of Muon's work, between its moments
-OF_ADAPTERS = 0.8  # of the activations, where LoRA adds its products to those of the frozen weights
-OF_VALIDATION = 1.4  # its own, larger tensors find room in what training freed, but not without loss
-OF_READING = 1.2
-COMPILER = 40_000_000  # bytes of the compiler in a process that compiles the LM head's work
-LASTING = ("weights", "gradients", "optimizer state", "averaged weights", "teacher weights")
+# Memory of a CPU process beyond its live tensors: bytes, and factors of the named part, fitted to 15 runs
+LIBRARY_BYTES = 50_000_000  # libraries, threads and kernels that the first step loads
+COMPILER_BYTES = 40_000_000  # torch.compile, in a process that compiles the LM-head loss
+WEIGHTS_FACTOR = 0.3  # freed during initialization
+TEMPORARY_FACTOR = 0.35  # tensors that a step allocates and frees
+RECOMPUTED_FACTOR = 2.0  # activations of a recomputed block
+MUON_FACTOR = 0.9  # temporaries of Muon
+LORA_FACTOR = 0.8  # activations, with LoRA
+VALIDATION_FACTOR = 1.4  # validation reuses freed training memory, with loss
+TEACHER_CACHE_FACTOR = 1.2  # writing a teacher cache
+PERSISTENT = ("weights", "gradients", "optimizer state", "averaged weights", "teacher weights")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one device, or of one process on a CPU, by part and by phase.
+    """Bytes of one GPU, or of one CPU process, by part and by phase.
 
     Attributes:
-        parts: not all of them are there at once.
-        phases: tensors alive at once.
-        process: a CPU's, before there is a model.
-        between: what a CPU process holds besides, above all freed memory that fits nothing else.
+        parts: bytes of each part; not all are allocated at once.
+        phases: bytes of all tensors that are allocated at once in each phase.
+        process: bytes of a CPU process before a model is built; 0 on a GPU.
+        fragmentation: bytes that a CPU process holds beyond its tensors, mostly freed memory; 0 on a GPU.
     """
 
     parts: dict[str, int]
     phases: dict[str, int]
     process: int
-    between: int
+    fragmentation: int
 
     @property
     def peak(self) -> int:
-        """At most."""
-        return self.process + self.between + max(self.phases.values())
+        """Peak bytes of the device."""
+        return self.process + self.fragmentation + max(self.phases.values())
 
     @property
-    def fullest(self) -> str:
-        """The phase with the most tensors."""
+    def largest_phase(self) -> str:
+        """Name of the phase with the most bytes."""
         return max(self.phases, key=self.phases.__getitem__)
 
 
 def memory_plan(sizes: RunSizes, process: int = 0) -> MemoryPlan:
-    """Bytes by part and phase.
+    """Compute the memory plan of a run.
 
     Args:
-        process: bytes that a CPU process holds before there is a model.
+        process: bytes of a CPU process before a model is built.
     """
     parts = _parts(sizes)
     phases = _phases(sizes, parts)
     if sizes.on_gpu:
         return MemoryPlan(parts, phases, 0, 0)
-    return MemoryPlan(parts, phases, process, _of_a_cpu(sizes, parts, phases) - max(phases.values()))
+    return MemoryPlan(parts, phases, process, _cpu_bytes(sizes, parts, phases) - max(phases.values()))
 
 
-def _of_a_cpu(sizes: RunSizes, parts: dict[str, int], phases: dict[str, int]) -> int:
-    """What a process holds at most besides what it held before: it gives nothing back, so one phase adds to another."""
-    lasting = sum(parts[name] for name in LASTING)
+def _cpu_bytes(sizes: RunSizes, parts: dict[str, int], phases: dict[str, int]) -> int:
+    """Peak bytes of a CPU process without its start-up: it returns no memory to the system, so phases add up."""
+    persistent = sum(parts[name] for name in PERSISTENT)
     training = max(phases[name] for name in ("forward", "backward", "optimizer"))
-    passing = training - lasting
-    recomputed = count.of_a_layer(sizes) if sizes.checkpointing else 0
-    between = OF_WEIGHTS * parts["weights"] + OF_PASSING * passing
-    between += OF_RECOMPUTED * recomputed + OF_MUON * count.muon_work(sizes)
-    between += OF_ADAPTERS * parts["activations"] if sizes.lora_rank else 0
-    validation = max(OF_VALIDATION * (phases["validation"] - lasting) - passing, 0)
-    exported = parameters(sizes.shape) * 4 * (2 if sizes.lora_rank else 1)  # merged, and laid out as it is written
-    compiler = COMPILER if sizes.compiled_head else 0
-    reading = OF_READING * phases.get("teacher reads", 0)
-    return int(LATER + compiler + max(training + between + validation, reading) + exported)
+    temporary = training - persistent
+    recomputed = count.block_activations(sizes) if sizes.checkpointing else 0
+    fragmentation = WEIGHTS_FACTOR * parts["weights"] + TEMPORARY_FACTOR * temporary
+    fragmentation += RECOMPUTED_FACTOR * recomputed + MUON_FACTOR * count.muon_work(sizes)
+    fragmentation += LORA_FACTOR * parts["activations"] if sizes.lora_rank else 0
+    validation = max(VALIDATION_FACTOR * (phases["validation"] - persistent) - temporary, 0)
+    exported = parameters(sizes.shape) * 4 * (2 if sizes.lora_rank else 1)  # with LoRA: merged, and as written
+    compiler = COMPILER_BYTES if sizes.compiled_head else 0
+    caching = TEACHER_CACHE_FACTOR * phases.get("teacher cache", 0)
+    return int(LIBRARY_BYTES + compiler + max(training + fragmentation + validation, caching) + exported)
 
 
-def largest_that_fits(sizes: RunSizes, process: int, room: int, cap: int) -> int:
-    """The largest number of sequences up to `cap` that fit, trained and validated at once; 1 where none does.
+def largest_that_fits(sizes: RunSizes, process: int, limit: int, cap: int) -> int:
+    """Return the largest micro-batch that fits in training and validation, in sequences; 1 if none does.
 
     Args:
-        process: as of `memory_plan`.
-        room: bytes for all, the process included.
+        process: bytes of a CPU process before a model is built.
+        limit: bytes of the device, including the process.
+        cap: upper bound of the result.
     """
     fitting = 0
     step = 1 << max(cap, 1).bit_length()
     while step:
-        wanted = fitting + step
-        if wanted <= cap and memory_plan(replace(sizes, rows=wanted, eval_rows=wanted), process).peak <= room:
-            fitting = wanted
+        rows = fitting + step
+        if rows <= cap and memory_plan(replace(sizes, rows=rows, eval_rows=rows), process).peak <= limit:
+            fitting = rows
         step //= 2
     return max(fitting, 1)
 
@@ -112,14 +113,14 @@ def _parts(sizes: RunSizes) -> dict[str, int]:
     moments = 2 * (trained - matrices) + matrices
     teacher = sizes.teacher
     return {
-        "weights": total * item // sizes.shards + count.gathered(sizes),
+        "weights": total * item // sizes.shards + count.fsdp_gathered(sizes),
         "gradients": trained * item // sizes.shards,
         "optimizer state": moments * item // sizes.shards,
         "averaged weights": total * 4 // sizes.shards if sizes.ema else 0,
         "activations": count.activations(sizes),
-        "LM head": count.head_kept(sizes) + count.head_work(sizes),
+        "LM head": count.head_gradients(sizes) + count.head_work(sizes),
         "teacher weights": count.teacher_weights(sizes),
-        "teacher activations": count.without_gradient(sizes, teacher, sizes.positions, sizes.compute_bytes)
+        "teacher activations": count.inference_work(sizes, teacher, sizes.positions, sizes.compute_bytes)
         if teacher
         else 0,
     }
@@ -127,35 +128,34 @@ def _parts(sizes: RunSizes) -> dict[str, int]:
 
 def _phases(sizes: RunSizes, parts: dict[str, int]) -> dict[str, int]:
     shape, item = sizes.shape, sizes.weight_bytes
-    kept_workspace = 0 if sizes.on_gpu or sizes.negatives else count.workspace(sizes, sizes.targets)
+    logits_buffer = 0 if sizes.on_gpu or sizes.negatives else count.logits_buffer(sizes, sizes.targets)
     static = sum(parts[name] for name in ("weights", "optimizer state", "averaged weights", "teacher weights"))
-    gradients, activations, head = parts["gradients"], parts["activations"], count.head_kept(sizes)
+    gradients, activations, head = parts["gradients"], parts["activations"], count.head_gradients(sizes)
     embedding = shape.vocab_size * shape.n_embd * item if count.head_is_trained(sizes) else 0
     hidden = sizes.positions * shape.n_embd * item
-    teacher_says = sizes.positions * sizes.teacher.n_embd * sizes.compute_bytes if sizes.teacher else 0
+    teacher_hidden = sizes.positions * sizes.teacher.n_embd * sizes.compute_bytes if sizes.teacher else 0
     recomputed, casts_in_forward = 0, 0
     if sizes.checkpointing:
-        recomputed = count.of_a_layer(sizes) + 2 * sizes.positions * shape.n_embd * sizes.compute_bytes
+        recomputed = count.block_activations(sizes) + 2 * sizes.positions * shape.n_embd * sizes.compute_bytes
         casts_in_forward = count.cast_weights(sizes)
     block_work = max(embedding, recomputed, 5 * hidden)
-    forward = activations + casts_in_forward + teacher_says
-    forward += max(head + count.head_work(sizes), count.without_gradient(sizes, shape, sizes.positions, item) - hidden)
-    older = gradients if sizes.step_rows > sizes.rows else 0
-    backward = activations + head + kept_workspace + hidden + block_work + older
-    at_the_end = gradients + kept_workspace + block_work
-    validated = sizes.eval_rows * sizes.length
-    # While it validates the averaged weights the trained ones wait; averaging those in bf16 takes them in fp32
-    waiting = parts["averaged weights"] * item // 4
+    forward = activations + casts_in_forward + teacher_hidden
+    forward += max(head + count.head_work(sizes), count.inference_work(sizes, shape, sizes.positions, item) - hidden)
+    accumulated = gradients if sizes.step_rows > sizes.rows else 0
+    backward_start = activations + head + logits_buffer + hidden + block_work + accumulated
+    backward_end = gradients + logits_buffer + block_work
+    # Validation of the averaged weights keeps a copy of the trained ones; averaging bf16 weights needs them in fp32
+    trained_copy = parts["averaged weights"] * item // 4
     averaging = parts["averaged weights"] if item < 4 else 0
     phases = {
-        "forward": static + gradients + max(forward, parts["teacher activations"] + kept_workspace),
-        "backward": static + max(backward, at_the_end),
-        "optimizer": static + gradients + kept_workspace + max(count.optimizer_work(sizes), averaging),
-        "validation": static + waiting + gradients + count.validation_work(sizes, validated),
+        "forward": static + gradients + max(forward, parts["teacher activations"] + logits_buffer),
+        "backward": static + max(backward_start, backward_end),
+        "optimizer": static + gradients + logits_buffer + max(count.optimizer_work(sizes), averaging),
+        "validation": static + trained_copy + gradients + count.validation_work(sizes, sizes.eval_rows * sizes.length),
     }
-    if sizes.reading_teacher:
-        phases["teacher reads"] = count.reading_work(sizes, sizes.reading_teacher)
+    if sizes.cached_teacher:
+        phases["teacher cache"] = count.teacher_cache_work(sizes, sizes.cached_teacher)
     if not sizes.on_gpu:
-        whole = parameters(shape) * 4
-        phases["saving"] = static + gradients + kept_workspace + 2 * whole
+        exported = parameters(shape) * 4
+        phases["saving"] = static + gradients + logits_buffer + 2 * exported
     return phases

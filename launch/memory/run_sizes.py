@@ -1,4 +1,4 @@
-"""Run sizes: what the memory of a run depends on, read from its configuration."""
+"""Run sizes: reads the sizes that determine memory and speed from a resolved configuration."""
 
 import math
 from pathlib import Path
@@ -9,21 +9,21 @@ from launch.config.run_spec import Inputs, Machine
 from launch.config.schema import RunConfig
 from launch.memory.memory_terms import RunSizes
 
-GPT2_ENTRIES = 50_257
-SPEED_TOKENS = {"cpu": 8_192}  # of one micro-batch: above it activations outgrow the caches and nothing gets faster
-GPU_TOKENS = 16_384
+GPT2_VOCAB_SIZE = 50_257
+FASTEST_TOKENS = {"cpu": 8_192}  # tokens of a micro-batch; larger ones exceed the caches and are not faster
+FASTEST_GPU_TOKENS = 16_384
 
 
 def fastest_micro_batch(config: RunConfig, machine: Machine) -> int:
-    """Return the sequences above which a micro-batch gets no faster."""
-    return max(1, SPEED_TOKENS.get(machine.accelerator, GPU_TOKENS) // config.context)
+    """Return the number of sequences above which a larger micro-batch is not faster."""
+    return max(1, FASTEST_TOKENS.get(machine.accelerator, FASTEST_GPU_TOKENS) // config.context)
 
 
 def expected_vocabulary(config: RunConfig, inputs: Inputs) -> int:
-    """Vocabulary of a resolved configuration before its data are prepared; of a tokenizer yet to be trained, its most.
+    """Return the vocabulary size before data preparation; an upper bound for a tokenizer that is still to be trained.
 
     Raises:
-        InputError: the tokenizer that is named cannot be had.
+        InputError: the tokenizer cannot be loaded.
     """
     if inputs.init_names_weights:
         return read_shape(Path(inputs.init))["vocab_size"]
@@ -34,7 +34,7 @@ def expected_vocabulary(config: RunConfig, inputs: Inputs) -> int:
     if choice.kind == "bpe":
         return choice.vocab_size
     if not Path(choice.source).expanduser().is_dir() and choice.source.rpartition("/")[2].startswith("gpt2"):
-        return GPT2_ENTRIES
+        return GPT2_VOCAB_SIZE
     from gpt2lab.data.tokenizer import load_tokenizer
 
     return len(load_tokenizer(choice.source))
@@ -43,7 +43,7 @@ def expected_vocabulary(config: RunConfig, inputs: Inputs) -> int:
 def run_sizes(
     config: RunConfig, inputs: Inputs, machine: Machine, vocab_size: int, compiled_head: bool = False
 ) -> RunSizes:
-    """Return the sizes of a run; a micro-batch that is not chosen yet counts as the largest."""
+    """Return the sizes of a run; an undecided micro-batch counts as the largest possible."""
     distils = config.task_name == "distill"
     teacher = ModelShape(**read_shape(Path(inputs.teacher))) if distils else None
     is_cached = config.teacher_cache.name != "none"
@@ -68,7 +68,7 @@ def run_sizes(
         negatives=config.objective.negatives if config.objective.kind.samples_softmax else 0,
         divergence=config.loss.name if distils else "",
         teacher=None if is_cached else teacher,
-        reading_teacher=teacher if is_cached else None,
+        cached_teacher=teacher if is_cached else None,
         on_gpu=machine.accelerator == "gpu",
         sharded=machine.strategy == "fsdp",
         ranks=machine.world_size,
@@ -76,12 +76,12 @@ def run_sizes(
     )
 
 
-def room_of_a_device(machine: Machine, free: int | None, process: int) -> int | None:
-    """Return the bytes that one rank may have in all, its process included; None where free memory is unknown.
+def rank_memory_limit(machine: Machine, free: int | None, process: int) -> int | None:
+    """Return the bytes available to one rank, including its process on a CPU; None if free memory is unknown.
 
     Args:
-        free: of one GPU, or of the host, which the ranks of a CPU share.
-        process: bytes that this process holds already, and every other rank of a CPU will.
+        free: free bytes of one GPU, or of the host, which the CPU ranks share.
+        process: bytes of this process, and of every other CPU rank.
     """
     if free is None or machine.accelerator == "gpu":
         return free

@@ -1,4 +1,4 @@
-"""Speed: tokens a second of a few real steps on random tokens, in a process of their own that ends with its memory.
+"""Step timing: measures tokens per second of a few dummy steps on random tokens, in a subprocess.
 
 python -m launch.memory.step_timing SIZES.json   prints the seconds of a micro-batch and of an optimizer step as JSON
 """
@@ -20,8 +20,8 @@ from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings, PrecisionSettings
-from gpt2lab.storage.model_folder import multiplied_parameters
-from gpt2lab.system.device import flops_per_token, named_device, named_dtype, resident_memory_bytes, synchronize
+from gpt2lab.storage.model_folder import matmul_parameter_count
+from gpt2lab.system.device import flops_per_token, named_dtype, resident_memory_bytes, resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config.run_spec import RunSpec
 from launch.distributed import child_processes
@@ -29,100 +29,105 @@ from launch.memory.memory_plan import largest_that_fits, memory_plan
 from launch.memory.memory_terms import RunSizes
 
 STEPS = 3
-LONGEST = 60.0  # seconds that measuring may take
-AFFORDABLE = {"cpu": 2e12}  # FLOP of measuring: seconds on a slow device; a smaller micro-batch is measured instead
-ON_GPU = 2e15
+TIMEOUT_SECONDS = 60.0
+FLOP_LIMITS = {"cpu": 2e12}  # FLOP of the measurement, seconds on a slow device; limits the micro-batch
+GPU_FLOP_LIMIT = 2e15
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one device, or why it is unknown."""
+    """Speed of one device.
+
+    Attributes:
+        tokens_per_second: None if it was not measured.
+        note: how it was measured, or why not.
+    """
 
     tokens_per_second: float | None
-    says: str
+    note: str
 
 
-def measured_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
-    """Time forward, backward and optimizer of a few micro-batches, with the teacher where each step runs it.
+def measure_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
+    """Time forward, backward and optimizer of a few micro-batches, with the teacher if each step runs it.
 
     Args:
         free: free bytes of the device; None: unknown.
     """
     machine = spec.machine
-    rows = affordable_rows(sizes, AFFORDABLE.get(machine.accelerator, ON_GPU))
+    rows = affordable_rows(sizes, FLOP_LIMITS.get(machine.accelerator, GPU_FLOP_LIMIT))
     if not rows:
-        return Speed(None, "a few steps would take too long on this device")
+        return Speed(None, "a few steps take too long on this device")
     rows = fitting_rows(sizes, rows, free, resident_memory_bytes())
     if not rows:
-        return Speed(None, "one device beside this plan has no room for the whole model in training")
+        return Speed(None, "one device has too little free memory to train the whole model")
     with tempfile.TemporaryDirectory(prefix="gpt2lab-plan-") as scratch:
         file = Path(scratch, "sizes.json")
-        of_machine = {"threads": machine.threads, "accelerator": machine.accelerator}
-        of_run = {"optimizer": asdict(spec.config.optimizer), "loss": asdict(spec.config.loss)}
-        file.write_text(json.dumps({"sizes": asdict(replace(sizes, rows=rows)), **of_machine, **of_run}))
+        device = {"threads": machine.threads, "accelerator": machine.accelerator}
+        settings = {"optimizer": asdict(spec.config.optimizer), "loss": asdict(spec.config.loss)}
+        file.write_text(json.dumps({"sizes": asdict(replace(sizes, rows=rows)), **device, **settings}))
         command = [sys.executable, "-P", "-m", "launch.memory.step_timing", str(file)]
         try:
-            ended = subprocess.run(
+            done = subprocess.run(
                 command,
                 env=child_processes.environment(),
                 capture_output=True,
                 text=True,
-                timeout=LONGEST,
+                timeout=TIMEOUT_SECONDS,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return Speed(None, f"{STEPS} micro-batches take more than {LONGEST:.0f} seconds")
-    if ended.returncode:
-        return Speed(None, f"the steps failed: {(ended.stderr.strip() or 'no message').splitlines()[-1][:60]}")
-    seconds = json.loads(ended.stdout.splitlines()[-1])
-    parts = -(-sizes.step_rows // rows)
-    of_a_step = parts * seconds["micro_batch"] + seconds["optimizer"]
-    communication = ", communication left out" if sizes.ranks > 1 else ""
-    whole = ", as if all weights were trained" if sizes.lora_rank or sizes.frozen_layers else ""
-    says = f"measured: {STEPS} micro-batches of {rows} × {sizes.length} random tokens, eagerly{whole}{communication}"
-    return Speed(parts * rows * sizes.length / of_a_step, says)
+            return Speed(None, f"{STEPS} micro-batches take more than {TIMEOUT_SECONDS:.0f} seconds")
+    if done.returncode:
+        return Speed(None, f"the steps failed: {(done.stderr.strip() or 'no message').splitlines()[-1][:60]}")
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    micro_batches = -(-sizes.step_rows // rows)
+    step_seconds = micro_batches * seconds["micro_batch"] + seconds["optimizer"]
+    communication = ", without communication" if sizes.ranks > 1 else ""
+    trained = ", training all weights" if sizes.lora_rank or sizes.frozen_layers else ""
+    note = f"measured: {STEPS} micro-batches of {rows} × {sizes.length} random tokens, eager{trained}{communication}"
+    return Speed(micro_batches * rows * sizes.length / step_seconds, note)
 
 
 def affordable_rows(sizes: RunSizes, flop: float) -> int:
-    """Sequences of the largest micro-batch whose measuring takes so much work at most; 0: not even one."""
+    """Return the largest micro-batch, in sequences, whose measurement takes at most `flop` operations; 0 if none."""
     shape = sizes.shape
-    of_a_token = flops_per_token(multiplied_parameters(vars(shape)), shape.n_layer, shape.n_embd, sizes.length)
+    per_token = flops_per_token(matmul_parameter_count(vars(shape)), shape.n_layer, shape.n_embd, sizes.length)
     if sizes.teacher:
-        of_a_token += 2 * multiplied_parameters(vars(sizes.teacher))
-    return min(int(flop / (of_a_token * sizes.length * (1 + STEPS))), sizes.rows)
+        per_token += 2 * matmul_parameter_count(vars(sizes.teacher))
+    return min(int(flop / (per_token * sizes.length * (1 + STEPS))), sizes.rows)
 
 
 def fitting_rows(sizes: RunSizes, rows: int, free: int | None, process: int) -> int:
-    """Sequences of the largest micro-batch, up to `rows`, whose rehearsal has room beside this process; 0: none.
+    """Return the largest micro-batch, up to `rows` sequences, whose dummy step fits into free memory; 0 if none.
 
-    What is measured holds more than a rank of the run may: the model is not shared out, and all of it is trained.
+    A dummy step may need more than a rank of the run: the model is not sharded, and all weights are trained.
 
     Args:
-        free: bytes of the device; None: nobody knows.
-        process: bytes that a process holds before there is a model.
+        free: free bytes of the device; None: unknown.
+        process: bytes of a process before a model is built.
     """
     if free is None:
         return rows
-    whole = replace(sizes, sharded=False, ranks=1, lora_rank=0, frozen_layers=0)
-    alone = replace(whole, step_rows=0, ema=False, reading_teacher=None)
-    fitting = largest_that_fits(alone, process, free, rows)
-    peak = memory_plan(replace(alone, rows=fitting, eval_rows=fitting), process).peak
+    unsharded = replace(sizes, sharded=False, ranks=1, lora_rank=0, frozen_layers=0)
+    dummy = replace(unsharded, step_rows=0, ema=False, cached_teacher=None)
+    fitting = largest_that_fits(dummy, process, free, rows)
+    peak = memory_plan(replace(dummy, rows=fitting, eval_rows=fitting), process).peak
     return fitting if peak <= free else 0
 
 
-class Rehearsal:
-    """Student, optimizer and teacher of random weights on the device, and one micro-batch of random tokens.
+class DummyStep:
+    """Student, optimizer and teacher with random weights on the device, and a micro-batch of random tokens.
 
     Args:
-        spec: what `measured_speed` wrote.
+        spec: content of the file that `measure_speed` writes.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        sizes, self.device = spec["sizes"], named_device(spec["accelerator"])
+        sizes, self.device = spec["sizes"], resolve_device(spec["accelerator"])
         precision = PrecisionSettings(**sizes["precision"])
-        self.low, weights = named_dtype(precision.compute), named_dtype(precision.weights)
-        self.casts = self.low != weights
-        self.student = Backbone(ModelShape(**sizes["shape"])).to(self.device, weights)
+        self.autocast_dtype, dtype = named_dtype(precision.compute), named_dtype(precision.weights)
+        self.uses_autocast = self.autocast_dtype != dtype
+        self.student = Backbone(ModelShape(**sizes["shape"])).to(self.device, dtype)
         if sizes["checkpointing"]:
             self.student.checkpoint_activations()
         settings = OptimizerSettings(**spec["optimizer"])
@@ -136,9 +141,9 @@ class Rehearsal:
         self.inputs, self.labels = ids[:, :-1], ids[:, 1:].flatten()  # (B, T), (B·T,)
 
     def micro_batch(self) -> None:
-        """Forward and backward."""
-        with torch.autocast(self.device.type, dtype=self.low, enabled=self.casts):
-            signal = self._said()
+        """Run forward and backward pass."""
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.uses_autocast):
+            signal = self._teacher_signal()
             result = self.student(
                 self.inputs,
                 lambda hidden, weight: lm_head_loss(
@@ -148,13 +153,13 @@ class Rehearsal:
         (result.total / len(self.labels)).backward()
 
     @torch.no_grad()
-    def _said(self) -> DenseTeacher | None:
+    def _teacher_signal(self) -> DenseTeacher | None:
         if self.teacher is None:
             return None
         return self.teacher(self.inputs, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
 
-    def seconds(self) -> dict[str, float]:
-        """Medians of a micro-batch and of the optimizer's step, after a first of each."""
+    def measure(self) -> dict[str, float]:
+        """Return median seconds of a micro-batch and of an optimizer step, after one warm-up of each."""
         times: dict[str, list[float]] = {"micro_batch": [], "optimizer": []}
         for _ in range(1 + STEPS):
             for name, work in (("micro_batch", self.micro_batch), ("optimizer", self.optimizer.step)):
@@ -169,7 +174,7 @@ class Rehearsal:
 def _measure(spec: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(spec["threads"])
     keep_freed_memory()
-    return Rehearsal(spec).seconds()
+    return DummyStep(spec).measure()
 
 
 if __name__ == "__main__":

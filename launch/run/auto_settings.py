@@ -15,7 +15,7 @@ import torch
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import PrecisionSettings
-from gpt2lab.storage.model_folder import multiplied_parameters
+from gpt2lab.storage.model_folder import matmul_parameter_count
 from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import checks, sharding
 from launch.config.groups import precision_named
@@ -25,7 +25,7 @@ from launch.config.schema import RunConfig
 from launch.memory import device_memory
 from launch.memory.free_memory import free_bytes
 from launch.memory.memory_plan import largest_that_fits
-from launch.memory.run_sizes import expected_vocabulary, fastest_micro_batch, room_of_a_device, run_sizes
+from launch.memory.run_sizes import expected_vocabulary, fastest_micro_batch, rank_memory_limit, run_sizes
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def free_memory(config: RunConfig) -> int | None:
 def _largest_that_fits(config: RunConfig, inputs: Inputs, machine: Machine, free: int | None) -> int:
     """Sequences of the largest micro-batch that gains speed by its size and fits into the free memory."""
     fastest, process = fastest_micro_batch(config, machine), resident_memory_bytes()
-    room = room_of_a_device(machine, free, process)
+    room = rank_memory_limit(machine, free, process)
     if room is None:
         return fastest
     sizes = run_sizes(config, inputs, machine, expected_vocabulary(config, inputs))
@@ -104,10 +104,10 @@ def split_batch(config: RunConfig, machine: Machine) -> tuple[int, int]:
 def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
     """Return whether compiling the blocks saves more within this run than it costs, and works here at all.
 
-    On a CPU it gains nothing: docs/performance.md has the figures.
+    On a CPU it gains nothing: docs/measurements/performance.md has the figures.
     """
     given = str(spec.config.compile).lower()
-    fixed = not spec.config.sequences.by_student  # text of the student has another length at every step
+    fixed = not spec.config.sequences.on_policy  # text of the student has another length at every step
     pays = fixed and spec.machine.accelerator == "gpu" and _saves_time(spec, vocab_size)
     wanted = given == "true" or (given == "auto" and pays)
     if wanted and not has_compiler():
@@ -118,7 +118,7 @@ def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
 def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
     config = spec.config
     tokens = config.steps * config.rows_of_a_step * config.context
-    work = 6 * multiplied_parameters({**vars(spec.resolved.model), "vocab_size": vocab_size}) * tokens
+    work = 6 * matmul_parameter_count({**vars(spec.resolved.model), "vocab_size": vocab_size}) * tokens
     return work / (GPU_FLOPS * spec.machine.devices) * COMPILE_GAIN > COMPILE_SECONDS
 
 

@@ -27,7 +27,7 @@ from gpt2lab.system.heartbeat import GRACE_SECONDS
 from launch.config.did_you_mean import nearest
 from launch.config.known_keys import typed_settings
 from launch.config.run_spec import PreparedSpec, RunSpec, as_dict, to_yaml
-from launch.config.targets import OWN_PACKAGES, check_may_take_any, shown, target_class
+from launch.config.targets import OWN_PACKAGES, check_kwargs_permission, shorten, target_class
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
 from lightning_modules.plugins.bf16_weights import Bf16Weights
@@ -56,12 +56,12 @@ def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permis
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [key for key in own if key not in parameters]
     if unknown and takes_any:
-        check_may_take_any(f"{where}.{unknown[0]}", target, permissions)
+        check_kwargs_permission(f"{where}.{unknown[0]}", target, permissions)
     elif unknown:
-        raise InputError(f"There is no key {shown(f'{where}.{unknown[0]}')}{nearest(unknown[0], parameters)}.")
+        raise InputError(f"There is no key {shorten(f'{where}.{unknown[0]}')}{nearest(unknown[0], parameters)}.")
     arguments = {key: value for key, value in supplied.items() if key in parameters} | own
     is_ours = kind.__module__.split(".")[0] in OWN_PACKAGES
-    if is_ours and "run_dir" in own:  # else a run from somebody else could name one of the user's
+    if is_ours and "run_dir" in own:  # else a downloaded run could name a directory of the user
         raise InputError(f"{where}.run_dir={own['run_dir']}: this is the run's own directory.\nLeave it out.")
     hints = _hints(kind)
     for key, value in own.items():
@@ -159,7 +159,7 @@ def compiled_part(spec: PreparedSpec) -> Literal["nothing", "blocks", "pass"]:
         return "nothing"
     apart = machine.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
     is_uneven = config.rows_of_a_step % (machine.accumulate * machine.world_size) > 0
-    shapes_vary = config.takes_pairs or config.sequences.by_student or is_uneven
+    shapes_vary = config.takes_pairs or config.sequences.on_policy or is_uneven
     many = (spec.resolved.model.n_layer or 0) > BLOCKS_OF_A_PASS
     return "blocks" if apart or shapes_vary or many else "pass"
 

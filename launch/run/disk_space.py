@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import full_disk_message
-from gpt2lab.storage.checkpoint_ledger import what_is_kept
+from gpt2lab.storage.checkpoint_ledger import recovery_hint
 from launch.config import run_dir
 from launch.config.run_dir import RunDirectory
 from launch.config.run_spec import RunSpec
@@ -20,7 +20,7 @@ FIXED_BYTES = 20_000_000  # metrics, samples, W&B, report
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run writes.
+    """Sizes of the files that a run writes.
 
     Attributes:
         checkpoint: bytes of one.
@@ -52,13 +52,13 @@ def check(spec: RunSpec, vocab_size: int, folder: Path | None) -> None:
     Raises:
         InputError: too little.
     """
-    place = folder or run_dir.wanted_folder(spec.config)
+    place = folder or run_dir.run_folder(spec.config)
     while not place.exists():
         place = place.parent
     needed = run_files(spec, vocab_size).most
     free = shutil.disk_usage(place).free
     if free < needed:
-        fix = what_is_kept(str(folder)) if folder else "Free some, or set run_dir= to another disk."
+        fix = recovery_hint(str(folder)) if folder else "Free some, or set run_dir= to another disk."
         raise InputError(
             f"No space left for this run: it writes up to {needed / 1e6:,.0f} MB, "
             f"{place.resolve()} has {free / 1e6:,.0f} MB.\n{fix}"
@@ -77,7 +77,7 @@ def naming_checkpoint(directory: RunDirectory) -> Iterator[None]:
         message = full_disk_message(error, where=folder)
         if not message:
             raise
-        raise InputError(f"{message}\n{what_is_kept(folder)}") from error
+        raise InputError(f"{message}\n{recovery_hint(folder)}") from error
 
 
 def run_files(spec: RunSpec, vocab_size: int) -> RunFiles:

@@ -22,8 +22,8 @@ from gpt2lab.distillation.teacher_cache import CacheSide, Samples, cache_sides, 
 from gpt2lab.errors import InputError
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.settings import DataFacts
-from gpt2lab.storage.prepared_cache import cache_folder, grown
-from gpt2lab.system.device import named_device, named_dtype
+from gpt2lab.storage.prepared_cache import cache_folder, open_growing_folder
+from gpt2lab.system.device import named_dtype, resolve_device
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
@@ -45,7 +45,7 @@ def fill(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
     if config.teacher_cache.name == "topk" and config.teacher_cache.k > entries:
         raise InputError(f"teacher_cache.k={config.teacher_cache.k}: the vocabulary has only {entries} entries.")
     cache_dir = cache_folder(config.cache_dir)
-    with grown("teachers", facts.name, _key(spec, facts), "the teacher's cache", cache_dir) as folder:
+    with open_growing_folder("teachers", facts.name, _key(spec, facts), "the teacher's cache", cache_dir) as folder:
         sides = cache_sides(folder, config.teacher_cache, entries)
         # What the teacher writes grows with every longer run; the records of what is written stay where they are.
         room = config.sequences.max_new_tokens if config.sequences.name == "seqkd" else None
@@ -118,7 +118,7 @@ def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
     torch.set_num_threads(machine.threads)
     if machine.accelerator == "cpu":
         keep_freed_memory()
-    device, dtype = named_device(machine.accelerator), named_dtype(machine.precision.teacher)
+    device, dtype = resolve_device(machine.accelerator), named_dtype(machine.precision.teacher)
     teacher = OnlineTeacher(spec.resolved.teacher, dtype)
     teacher.to(device, dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

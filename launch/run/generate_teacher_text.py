@@ -14,7 +14,7 @@ from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES
 from gpt2lab.distillation.teacher_generations import TeacherText
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import DataFacts
-from gpt2lab.storage.prepared_cache import cache_folder, content_hash, grown
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, open_growing_folder
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
 from launch.run.fill_teacher_cache import batches, training_rows, working_teacher
@@ -31,7 +31,7 @@ def write(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
         InputError: it cannot be written.
     """
     cache_dir = cache_folder(spec.config.cache_dir)
-    with grown("teacher_texts", facts.name, _key(spec, facts), "the teacher's text", cache_dir) as folder:
+    with open_growing_folder("teacher_texts", facts.name, _key(spec, facts), "the teacher's text", cache_dir) as folder:
         text = _opened(spec.config, folder, data, facts)
         text.create()
         rows = training_rows(spec.config, len(text))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt2lab.system.heartbeat import Folder, Heartbeat
+from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
 from launch import exit_codes, logging_setup, rank_environment
 from launch.config import run_dir, run_spec
 from launch.config.run_dir import RunDirectory
@@ -38,9 +38,9 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         InputError: invalid configuration or input; then no run directory is left behind.
-        exit_codes.Ended: stopped by a signal, after saving.
+        exit_codes.Exit: stopped by a signal, after saving.
     """
-    logging_setup.settle_noise(speaks=rank_environment.is_first())
+    logging_setup.configure_logging(is_main=rank_environment.is_main_process())
     with closing(RunDirectory()) as directory:
         if rank_environment.is_cluster_rank():
             return _run_cluster_rank(config, directory)
@@ -81,12 +81,12 @@ def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSp
             resume.warn_of_other_masks(existing)
         return existing.spec, existing
     if folder is None:
-        run_dir.check_free_folder(config)
+        run_dir.check_run_folder(config)
     config = with_absolute_paths(config)
     inputs = resolve.resolve_inputs(config)
     from launch.run import auto_settings
 
-    logging_setup.settle_library_noise()
+    logging_setup.silence_libraries()
     machine = auto_settings.choose_machine(config, inputs, auto_settings.free_memory(config))
     return RunSpec(config, run_spec.Resolved(**vars(inputs), machine=machine)), None
 
@@ -96,16 +96,16 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
     from launch.run.prepare import prepare_data, prepared_data
     from launch.run.train import train
 
-    multi_node.settle_environment()
-    rendezvous = multi_node.Meeting(config.rank_timeout)
+    multi_node.set_torchrun_variables()
+    rendezvous = multi_node.Rendezvous(config.rank_timeout)
     if rendezvous.rank == 0:
         with rendezvous.preparing():
-            spec, existing = resume_or_resolve(multi_node.with_started_numbers(config), directory)
+            spec, existing = resume_or_resolve(multi_node.with_started_world(config), directory)
             data, facts, spec = prepare_data(spec, existing)
             folder = directory.enter(spec, is_resumed=existing is not None and existing.checkpoint is not None)
-        rendezvous.tell(spec, folder)
+        rendezvous.send(spec, folder)
     else:
-        spec, folder = rendezvous.told()
+        spec, folder = rendezvous.receive()
         spec = with_permissions(spec, config.allow_targets)
         directory = RunDirectory(given=folder)
         data, facts = prepared_data(spec)
@@ -126,15 +126,15 @@ def with_permissions(spec: PreparedSpec, allow_targets: list[str]) -> PreparedSp
     return replace(spec, config=replace(spec.config, allow_targets=allow_targets))
 
 
-def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.Ended:
+def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.Exit:
     """The end of a rank that torchrun or srun has started, after another one has ended."""
     from launch.distributed import local_ranks
 
     local_ranks.log_lost_connection(error, folder)
     if rank > 1:  # rank 0 or, where that is the one that ended, rank 1 prints it
-        return exit_codes.Ended(exit_codes.FAILED)
+        return exit_codes.Exit(exit_codes.FAILED)
     failure = f"The run failed: rank {rank} lost its connection to a rank that ended; see {folder / local_ranks.LOGS}."
-    return exit_codes.Ended(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder)}\n{failure}")
+    return exit_codes.Exit(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder)}\n{failure}")
 
 
 def closing_line(report: dict[str, Any], folder: Path | None) -> str:
@@ -149,30 +149,30 @@ def _run_rank(file: Path, allow_targets: list[str]) -> None:
     from launch.run.train import train
 
     rank = int(os.environ["RANK"])
-    heartbeat = Heartbeat(Folder(Path(os.environ[rank_environment.HEARTBEATS])), rank)
-    logging_setup.settle_noise(speaks=rank == 0)
+    heartbeat = Heartbeat(FolderBoard(Path(os.environ[rank_environment.HEARTBEATS])), rank)
+    logging_setup.configure_logging(is_main=rank == 0)
     spec = with_permissions(run_spec.load(file), allow_targets)
     try:
         data, facts = prepared_data(spec)
         watched = train(spec, data, facts, RunDirectory(given=file.parent), heartbeat)["watched"]
-    except exit_codes.Ended as ended:
+    except exit_codes.Exit as ended:
         # Exit code 0: any other means to the parent that this rank died, and it would kill the rest while they save.
         local_ranks.record_outcome(int(ended.code or 0), ended.message)
         heartbeat.done()
     except Exception as error:
-        mistake = exit_codes.as_mistake(error)
+        mistake = exit_codes.as_input_error(error)
         if mistake is None:
-            if local_ranks.is_mistaken():
-                raise exit_codes.Ended(exit_codes.FAILED) from None  # because of another rank's error, which is printed
+            if local_ranks.has_user_error():
+                raise exit_codes.Exit(exit_codes.FAILED) from None  # because of another rank's error, which is printed
             local_ranks.record_failure()
             if multi_node.is_timeout(error):
-                heartbeat.waited_in_vain()
+                heartbeat.report_timeout()
             if rank == 0 and multi_node.is_lost_connection(error):
                 local_ranks.log_lost_connection(error, file.parent)
-                raise exit_codes.Ended(exit_codes.FAILED) from None
+                raise exit_codes.Exit(exit_codes.FAILED) from None
             raise
-        local_ranks.record_outcome(exit_codes.MISTAKE, f"error: {mistake}")
-        raise exit_codes.Ended(exit_codes.MISTAKE) from None  # the others may wait for this rank
+        local_ranks.record_outcome(exit_codes.USER_ERROR, f"error: {mistake}")
+        raise exit_codes.Exit(exit_codes.USER_ERROR) from None  # the others may wait for this rank
     else:
         try:
             local_ranks.record_outcome(exit_codes.FINISHED, watched=watched)
@@ -186,12 +186,12 @@ def _run_for_a_sweep(file: Path, allow_targets: list[str]) -> None:
     error_file = file.with_name(ERROR_FILE)
     try:
         run(replace(run_spec.load_config(file), allow_targets=allow_targets))
-    except exit_codes.Ended as ended:
-        if ended.code in (exit_codes.FAILED, exit_codes.MISTAKE):  # of several ranks, which have printed it already
+    except exit_codes.Exit as ended:
+        if ended.code in (exit_codes.FAILED, exit_codes.USER_ERROR):  # of several ranks, which have printed it already
             error_file.write_text(ended.message.removeprefix("error: "), encoding="utf-8")
         raise
     except Exception as error:
-        mistake = exit_codes.as_mistake(error)
+        mistake = exit_codes.as_input_error(error)
         error_file.write_text(str(mistake or f"{type(error).__name__}: {error}"), encoding="utf-8")
         raise
 
@@ -207,4 +207,4 @@ def _program(file: str, parent: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    exit_codes.end(lambda: _program(*sys.argv[1:]))
+    exit_codes.run_and_exit(lambda: _program(*sys.argv[1:]))

@@ -9,16 +9,16 @@ from rich.table import Table
 
 from gpt2lab.data.token_file import token_dtype
 from gpt2lab.errors import InputError
-from gpt2lab.storage.model_folder import parameters_of
+from gpt2lab.storage.model_folder import parameter_count
 from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import sharding
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
-from launch.memory.memory_options import knobs
+from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import MemoryPlan, memory_plan
 from launch.memory.memory_terms import RunSizes, trained_parameters
-from launch.memory.run_sizes import expected_vocabulary, room_of_a_device, run_sizes
-from launch.memory.step_timing import Speed, measured_speed
+from launch.memory.run_sizes import expected_vocabulary, rank_memory_limit, run_sizes
+from launch.memory.step_timing import Speed, measure_speed
 from launch.run import auto_settings, disk_space
 from launch.run.build import data_module
 
@@ -37,7 +37,7 @@ def planned_memory(spec: RunSpec, vocab_size: int, compiled_head: bool) -> Memor
 
 def warn_of_little_memory(spec: RunSpec, plan: MemoryPlan) -> None:
     """Log a warning where the run is expected to take more memory than is free."""
-    room = room_of_a_device(spec.machine, auto_settings.free_memory(spec.config), plan.process)
+    room = rank_memory_limit(spec.machine, auto_settings.free_memory(spec.config), plan.process)
     if room is not None and plan.peak > room:
         log.warning(
             "This run takes about %.1f GB of each device, and %.1f GB are free; plan=true shows what saves memory.",
@@ -57,16 +57,16 @@ def plan_report(spec: RunSpec) -> str:
     sizes = run_sizes(config, spec.resolved, machine, vocab_size, compiled_head)
     plan = memory_plan(sizes, resident_memory_bytes())
     free = auto_settings.free_memory(config)
-    room = room_of_a_device(machine, free, plan.process)
+    room = rank_memory_limit(machine, free, plan.process)
     fits = room is None or plan.peak <= room
     if config.plan_memory is not None:
         speed = Speed(None, "the machine is not this one")
     else:
-        speed = measured_speed(sizes, spec, free) if fits else Speed(None, "the run does not fit")
+        speed = measure_speed(sizes, spec, free) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(_facts(spec, sizes, vocab_size))
     console.print(_memory(spec, sizes, plan, room))
-    console.print(_knobs(spec, sizes, plan))
+    console.print(_memory_options(spec, sizes, plan))
     console.print(_time_and_disk(spec, sizes, vocab_size, speed))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -84,7 +84,7 @@ def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
     table = _table("\nRun", "", "", "")
     rows = config.rows_of_a_step
     up_to = "up to " if inputs.tokenizer.kind == "bpe" and not inputs.init_names_weights else ""
-    total = parameters_of({**vars(inputs.model), "vocab_size": vocab_size})
+    total = parameter_count({**vars(inputs.model), "vocab_size": vocab_size})
     table.add_row(
         "task", config.task_name, f"model {inputs.model_name}, data {config.groups['data']}, init {inputs.init}"
     )
@@ -92,10 +92,10 @@ def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
     table.add_row(
         "trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {machine.precision.name}"
     )
-    if sizes.teacher or sizes.reading_teacher:
+    if sizes.teacher or sizes.cached_teacher:
         asked = "asked at every step" if sizes.teacher else f"read once (teacher_cache={config.teacher_cache.name})"
-        shape = sizes.teacher or sizes.reading_teacher
-        table.add_row("teacher", f"{parameters_of(vars(shape)):,}", f"parameters, {asked}: {inputs.teacher}")
+        shape = sizes.teacher or sizes.cached_teacher
+        table.add_row("teacher", f"{parameter_count(vars(shape)):,}", f"parameters, {asked}: {inputs.teacher}")
     table.add_row("steps", f"{config.steps:,}", f"of {rows} sequences of {config.context} tokens")
     devices = f"{machine.world_size} × {machine.accelerator}"
     split = f"micro_batch={machine.micro_batch}, {machine.accumulate} of them in a step on each device"
@@ -119,9 +119,9 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
     if plan.process:
         table.add_row("process", _gigabytes(plan.process), "Python and its libraries, before there is a model")
         table.add_row(
-            "between", _gigabytes(plan.between), "freed memory that fits nothing else, libraries loaded later"
+            "between", _gigabytes(plan.fragmentation), "freed memory that fits nothing else, libraries loaded later"
         )
-    table.add_row("peak", _gigabytes(plan.peak), f"in the phase {plan.fullest}; not all parts are there at once")
+    table.add_row("peak", _gigabytes(plan.peak), f"in the phase {plan.largest_phase}; not all parts are there at once")
     if room is None:
         table.add_row("free", "?", "this device does not say")
     else:
@@ -132,28 +132,28 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
     return table
 
 
-def _knobs(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan) -> Table:
+def _memory_options(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan) -> Table:
     table = _table("\nWhat would change the peak", "set", "saves GB", "costs")
     may_shard = sharding.may_shard(spec.config, spec.machine.accelerator, spec.machine.precision)
-    for knob in knobs(sizes, plan, may_shard):
-        table.add_row(knob.key, f"{(plan.peak - knob.peak) / 1e9:+.2f}", knob.price)
+    for option in memory_options(sizes, plan, may_shard):
+        table.add_row(option.key, f"{(plan.peak - option.peak) / 1e9:+.2f}", option.cost)
     return table
 
 
 def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed) -> Table:
     config, table = spec.config, _table("\nTime and disk", "", "", "")
     if speed.tokens_per_second is None:
-        table.add_row("tokens/s", "?", f"not measured: {speed.says}")
+        table.add_row("tokens/s", "?", f"not measured: {speed.note}")
     else:
         rate = speed.tokens_per_second * spec.machine.world_size
         seconds = config.steps * config.rows_of_a_step * config.context / rate
-        table.add_row("tokens/s", f"{rate:,.0f}", speed.says)
+        table.add_row("tokens/s", f"{rate:,.0f}", speed.note)
         table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
     files = disk_space.run_files(spec, vocab_size)
     kept = f"{files.kept} of {_on_disk(files.checkpoint)} and the exported model"
     table.add_row("checkpoints", _on_disk(files.left), f"{kept}; up to {_on_disk(files.most)} on the way")
     table.add_row("data", *_data_on_disk(spec, vocab_size))
-    if sizes.reading_teacher:
+    if sizes.cached_teacher:
         table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")
     return table
 

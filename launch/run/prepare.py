@@ -30,7 +30,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     from launch.run import build
     from launch.run.plan_report import planned_memory, warn_of_little_memory
 
-    logging_setup.settle_library_noise()  # of Lightning, which the imports above bring
+    logging_setup.silence_libraries()  # of Lightning, which the imports above bring
     stored = existing.stored.prepared if existing else None
     is_resumed = existing is not None and existing.checkpoint is not None
     if existing is not None and is_resumed:
@@ -49,7 +49,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
         compile_head=compile_head,
         baseline_loss=stored.baseline_loss
         if stored and is_resumed
-        else baseline.loss_of_baseline(spec.config, spec.resolved.model, facts),
+        else baseline.baseline_loss(spec.config, spec.resolved.model, facts),
         planned_memory={"process": plan.process, "peak": plan.peak},
     )
     disk_space.check(spec, vocab_size, existing.folder if existing else None)
@@ -83,7 +83,7 @@ def prepared_data(spec: PreparedSpec) -> tuple[Any, DataFacts]:
     """
     from launch.run import build
 
-    logging_setup.settle_library_noise()
+    logging_setup.silence_libraries()
     data = build.data_module(spec)
     facts = data.prepare()
     multi_node.check_data(spec, facts.hash)

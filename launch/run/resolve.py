@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.model.student_shape import TEACHER_LAYERS, check_fits, what_is_kept
+from gpt2lab.model.student_shape import TEACHER_LAYERS, check_fits, describe_pruning
 from gpt2lab.settings import DataFacts, ModelShape, TokenizerChoice
 from gpt2lab.storage.hub import hub_is_reachable
-from gpt2lab.storage.model_folder import folder_of, has_tokenizer, parameters_of, read_shape
+from gpt2lab.storage.model_folder import has_tokenizer, parameter_count, read_shape, resolve_model_folder
 from launch.checks import checks
 from launch.config import run_dir, run_spec
 from launch.config.run_spec import Inputs, RunSpec
@@ -63,7 +63,7 @@ def weights_hash(folder: Path) -> str:
 
 def _init_folder(config: RunConfig) -> str:
     if config.init != "latest":
-        return str(folder_of(config.init, "init"))
+        return str(resolve_model_folder(config.init, "init"))
     for run in run_dir.finished_runs():
         if run.spec.config.task_name in ("pretrain", "distill"):
             print(f"init: {run.folder}", file=sys.stderr)
@@ -76,7 +76,7 @@ def _init_folder(config: RunConfig) -> str:
 
 
 def _sizes(config: RunConfig, init: str) -> tuple[ModelKeys, str]:
-    """(sizes of the model, its name): model=auto takes init's sizes; a named model must agree with them."""
+    """Return (sizes of the model, its name): model=auto takes init's sizes; a named model must agree with them."""
     name = config.groups["model"]
     if not config.init_names_weights:
         return config.model, name
@@ -84,8 +84,8 @@ def _sizes(config: RunConfig, init: str) -> tuple[ModelKeys, str]:
     sizes = {size: shape[size] for size in ("n_layer", "n_head", "n_embd", "n_positions")}
     if config.model.n_layer is None:
         checks.check_context(config.context, sizes["n_positions"], "the init model's")
-        checks.check_room(config, sizes["n_positions"])
-        checks.check_kept_weights(config, sizes["n_layer"])
+        checks.check_prompt_space(config, sizes["n_positions"])
+        checks.check_frozen_weights(config, sizes["n_layer"])
         return ModelKeys(**sizes, dropout=config.model.dropout), _model_name(Path(init))
     for item in fields(ModelKeys):
         given = vars(config.model)[item.name]
@@ -107,19 +107,19 @@ def _model_name(folder: Path) -> str:
 
 def _teacher_folder(config: RunConfig, model: ModelKeys) -> str:
     if config.teacher != "latest":
-        return str(folder_of(config.teacher, "teacher"))
+        return str(resolve_model_folder(config.teacher, "teacher"))
     for run in run_dir.finished_runs():
         if run.spec.config.task_name == "pretrain" and _can_teach(run, config, model):
             return str((run.folder / "hf").resolve())
     if hub_is_reachable():
         print(f"teacher: no finished pretrain run fits, so {FALLBACK_TEACHER} of the Hugging Face Hub", file=sys.stderr)
     try:
-        return str(folder_of(FALLBACK_TEACHER, "teacher"))
+        return str(resolve_model_folder(FALLBACK_TEACHER, "teacher"))
     except InputError as error:
         name, data = config.groups["model"], config.groups["data"]
         raise InputError(
             f"There is no teacher for model {name}: no finished pretrain run under runs/ has the same data and a\n"
-            f"larger model, and {FALLBACK_TEACHER} cannot be had from the Hugging Face Hub.\n"
+            f"larger model, and {FALLBACK_TEACHER} cannot be downloaded from the Hugging Face Hub.\n"
             f"Train one: python train.py task=pretrain model=… data={data}; or name one: teacher=RUN_DIR."
         ) from error
 
@@ -149,7 +149,7 @@ def _layers_of_teacher(teacher_folder: str, model: ModelKeys) -> dict[str, Any]:
     teacher = ModelShape(**read_shape(Path(teacher_folder)))
     student = ModelShape(**vars(model))
     check_fits(teacher, student)
-    kept = what_is_kept(teacher, student)
+    kept = describe_pruning(teacher, student)
     layers = ", ".join(map(str, kept["layers"]))
     width = f", {student.n_embd} of {teacher.n_embd} channels" if student.n_embd < teacher.n_embd else ""
     print(f"init: the teacher's layers {layers} (of 0 to {teacher.n_layer - 1}){width}", file=sys.stderr)
@@ -163,7 +163,7 @@ def _can_teach(run: run_dir.FinishedRun, config: RunConfig, model: ModelKeys) ->
     named = config.tokenizer.kind != "auto" and config.loss.name != "uld"
     same_tokenizer = not named or run.spec.resolved.tokenizer == named_tokenizer(config)
     own_shape: dict[str, Any] = {**vars(model), "vocab_size": run.shape["vocab_size"]}
-    return same_data and same_tokenizer and parameters_of(run.shape) > parameters_of(own_shape)
+    return same_data and same_tokenizer and parameter_count(run.shape) > parameter_count(own_shape)
 
 
 def named_tokenizer(config: RunConfig) -> TokenizerChoice:
@@ -234,9 +234,9 @@ def _fitting(key: str, folder: str, facts: DataFacts, padding: float) -> int:
     size, tokens = read_shape(Path(folder))["vocab_size"], facts.vocab_size
     if tokens <= size <= tokens * (1 + padding):
         return size
-    from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+    from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
 
-    different = difference_in_words(Path(folder), load_tokenizer(facts.tokenizer_folder))
+    different = describe_difference(Path(folder), load_tokenizer(facts.tokenizer_folder))
     other_way = ", or distil between tokenizers: loss=uld" if key == "teacher" else ""
     raise InputError(
         f"{key}={folder} has a vocabulary of {size} entries, the tokenizer of this run {tokens}; "
@@ -250,9 +250,9 @@ def _check_teacher_layers(inputs: Inputs, facts: DataFacts) -> None:
     """A student that is initialized from its teacher has its embeddings, so its tokens are the teacher's."""
     if inputs.init != TEACHER_LAYERS:
         return
-    from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+    from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
 
-    different = difference_in_words(Path(inputs.teacher), load_tokenizer(facts.tokenizer_folder))
+    different = describe_difference(Path(inputs.teacher), load_tokenizer(facts.tokenizer_folder))
     if different:
         raise InputError(
             "init=teacher_layers gives the student its teacher's embeddings, and they have not the same tokenizer."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.reports.run_report import read_report
-from gpt2lab.storage.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, step_of
+from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step, newest_good_checkpoint
 from launch.checks import checks
 from launch.config import run_dir, run_spec
 from launch.config.known_keys import known_keys
@@ -60,7 +60,7 @@ def existing_folder(config: RunConfig) -> Path | None:
     if config.resume == "auto":
         if config.run_dir is None and config.name is None:
             raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
-        folder = run_dir.wanted_folder(config)
+        folder = run_dir.run_folder(config)
         if not (folder / run_dir.CONFIG).is_file() and checkpoint_files(folder):
             raise InputError(f"{folder} holds checkpoints, but no config.yaml.\nPut it back, or give another run_dir.")
         return folder if (folder / run_dir.CONFIG).is_file() else None
@@ -100,9 +100,10 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
     checks.check_values(config)
     _check_teacher(stored)
     spec = _changed(stored, config)
-    if newest and spec.config.steps < step_of(newest):
+    if newest and spec.config.steps < checkpoint_step(newest):
         raise InputError(
-            f"steps={spec.config.steps}: the run in {folder} has done {step_of(newest)} already.\nGive more than that."
+            f"steps={spec.config.steps}: the run in {folder} has completed {checkpoint_step(newest)}.\n"
+            "Give more than that."
         )
     return Existing(folder, spec, stored, newest)
 
@@ -170,7 +171,7 @@ def _check_changes(config: RunConfig, stored: PreparedSpec, folder: Path) -> Non
         if key.split(".")[0] in (*changeable, *PLACE) or override in started_with:
             continue
         raise InputError(
-            f"{override} cannot be changed when a run is continued: {folder} goes on with its own config.yaml.\n"
+            f"{override} cannot be changed when a run is continued: {folder} continues with its own config.yaml.\n"
             f"Changeable: {', '.join(changeable)}.\n"
             f"For another configuration start a run from its weights: init={shlex.quote(str(folder))}"
         )

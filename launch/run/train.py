@@ -39,12 +39,12 @@ def train(
 
     Raises:
         InputError: configuration and data do not fit.
-        exit_codes.Ended: a signal stopped the run.
+        exit_codes.Exit: a signal stopped the run.
     """
     set_up_process(spec.machine)
     checkpoint = directory.newest_checkpoint()
     module = build.task_module(spec, facts, is_resumed=checkpoint is not None)
-    with exit_codes.cleaning_up(), disk_space.naming_checkpoint(directory):
+    with exit_codes.exit_on_signal(), disk_space.naming_checkpoint(directory):
         folder = directory.enter(spec, is_resumed=checkpoint is not None)
         with _discarding_untrained(directory, module):
             callbacks = build.callbacks(spec, folder, facts)
@@ -67,10 +67,10 @@ def _discarding_untrained(directory: RunDirectory, module: lightning.LightningMo
     """Delete the directory of a run that ends before its first step; of another the message names its checkpoint."""
     try:
         yield
-    except (InputError, exit_codes.Ended) as error:
+    except (InputError, exit_codes.Exit) as error:
         if module.global_step == 0:
             directory.discard()
-        elif isinstance(error, exit_codes.Ended) and rank_environment.is_first() and directory.path is not None:
+        elif isinstance(error, exit_codes.Exit) and rank_environment.is_main_process() and directory.path is not None:
             error.message += f" {kept_checkpoint_message(directory.path, module.global_step)}"
         raise
 
@@ -80,7 +80,7 @@ def _fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except StoppedNowError:
-        raise exit_codes.Ended(exit_codes.INTERRUPTED, "Stopped at once, without saving.") from None
+        raise exit_codes.Exit(exit_codes.INTERRUPTED, "Stopped at once, without saving.") from None
     except ExportError:
         raise
     except Exception as error:
@@ -94,7 +94,7 @@ def _outcome(trainer: lightning.Trainer, folder: Path) -> dict[str, Any]:
     """Return the report.
 
     Raises:
-        exit_codes.Ended: a signal stopped the run.
+        exit_codes.Exit: a signal stopped the run.
     """
     report = next((callback.content for callback in trainer.callbacks if isinstance(callback, Report)), {})
     reason = next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
@@ -103,7 +103,7 @@ def _outcome(trainer: lightning.Trainer, folder: Path) -> dict[str, Any]:
         message = (
             f"Stopped by {reason} after step {trainer.global_step}. Continue with: python train.py resume={folder}"
         )
-        raise exit_codes.Ended(codes.get(reason, exit_codes.FAILED), message if trainer.is_global_zero else "")
+        raise exit_codes.Exit(codes.get(reason, exit_codes.FAILED), message if trainer.is_global_zero else "")
     metric = trainer.lightning_module.watched_metric
     metrics = {**report.get("metrics", {}), **trainer.callback_metrics}  # a run with no step left has only the former
     return {"watched_metric": metric, **report, "watched": float(metrics[metric]) if metric in metrics else None}

@@ -1,4 +1,4 @@
-"""ClusterJobs: what the executors of SLURM and Ray share: how many jobs are out, and where what they print is kept."""
+"""ClusterJobs: base class of the SLURM and Ray executors; limits the number of submitted jobs and names log files."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,41 +11,41 @@ Started = TypeVar("Started", bound=RunningJob)
 
 
 class ClusterJobs(ABC):
-    """Hands runs over to other machines.
+    """Executor that submits jobs to a cluster.
 
     Args:
-        at_once: jobs that may be out at the same time.
-        logs: folder for what jobs print; all machines see it.
+        max_jobs: limit on submitted jobs that have not ended.
+        logs: folder for the output of jobs, shared by all machines.
     """
 
-    several = True
+    is_parallel = True
 
-    def __init__(self, at_once: int, logs: Path) -> None:
-        self._at_once, self._logs = at_once, logs
-        self._out: list[RunningJob] = []
+    def __init__(self, max_jobs: int, logs: Path) -> None:
+        self._max_jobs, self._logs = max_jobs, logs
+        self._submitted: list[RunningJob] = []
 
-    def has_room(self) -> bool:
-        """Whether another job may be handed over now."""
-        self._out = [job for job in self._out if job.ended() is None]
-        return len(self._out) < self._at_once
+    def has_free_slot(self) -> bool:
+        """Whether another job may be submitted now."""
+        self._submitted = [job for job in self._submitted if job.ended() is None]
+        return len(self._submitted) < self._max_jobs
 
     def start(self, config: RunConfig, number: int) -> RunningJob:
-        """Hand over a run of a sweep."""
+        """Submit a job of a sweep."""
         log = self._logs / f"job-{number}.txt"
         return self.submit(config, log, log)
 
     @abstractmethod
     def submit(self, config: RunConfig, output: Path, errors: Path) -> RunningJob:
-        """Hand over a run whose output goes to these files.
+        """Submit a run; its stdout and stderr go to these files.
 
         Raises:
-            InputError: the cluster refuses it.
+            InputError: the cluster rejects the job.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """No more runs come."""
+        """Release resources after the last job."""
 
-    def _noted(self, job: Started) -> Started:
-        self._out.append(job)
+    def _track(self, job: Started) -> Started:
+        self._submitted.append(job)
         return job

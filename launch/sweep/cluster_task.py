@@ -1,4 +1,4 @@
-"""ClusterTask: a run as it is handed to SLURM or Ray, and the process that it becomes on the machine it is given."""
+"""ClusterTask: a run in the picklable form that is submitted to SLURM or Ray; starts its process on the worker."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from launch.sweep.job_process import JobProcess
 
 @dataclass
 class ClusterTask:
-    """Plain text and paths, so that it can be pickled; the folders are ones that all machines see.
+    """A submitted run; all paths must be on a file system shared by all machines.
 
     Attributes:
         config: a checked configuration, as YAML.
         folder: the working directory.
-        output: file for what it prints.
-        errors: file for its stderr, which may be the same.
-        allow_targets: permissions of who submits it, which a configuration as YAML does not hold.
+        output: file for stdout.
+        errors: file for stderr; may be the same as `output`.
+        allow_targets: the user's permissions, which the YAML does not contain.
     """
 
     config: str
@@ -30,21 +30,21 @@ class ClusterTask:
 
     @classmethod
     def from_config(cls, config: RunConfig, output: Path, errors: Path) -> Self:
-        """Return the task of a run in this working directory."""
+        """Create the task of a run in the current working directory."""
         files = str(output.absolute()), str(errors.absolute())
         return cls(run_spec.to_yaml(config), str(Path.cwd()), *files, config.allow_targets)
 
     def start(self, rank: int = 0, is_requeued: bool = False) -> JobProcess:
-        """Start it on this machine.
+        """Start the run on this machine.
 
         Args:
-            rank: of this process among those that were started for the same run; each but the first has its own file.
-            is_requeued: whether the run was started before, and resumes from its last checkpoint.
+            rank: index among the processes that the cluster started for this run; ranks above 0 have their own files.
+            is_requeued: whether the run was started before and resumes from its last checkpoint.
         """
         os.chdir(self.folder)
         config = run_spec.from_yaml(RunConfig, self.config, "of this job")
         threads = config.threads
-        if threads == "auto":  # of the machine this run has only what it requested
+        if threads == "auto":  # the cores that the job requested, not all of the machine
             threads = min(config.launcher.cpus, len(machine.usable_cores()))
         resume = "auto" if is_requeued and config.resume is None else config.resume
         config = replace(config, allow_targets=self.allow_targets, threads=threads, resume=resume)

@@ -1,8 +1,8 @@
-"""Study: is it the teacher? Runs all arms of a study of distillation, and says what they show.
+"""Distillation study: trains students with and without the teacher, and tests which differences the teacher causes.
 
-Step (1) the learning rate, on the student without a teacher; (2) every arm for the same number of steps, over the
-seeds; (3) the arms without a teacher again, for as long as those with one took; (4) table, study.csv, study.json,
-study.html.
+Step (1) search the learning rate without a teacher; (2) run every arm for the same number of steps, over the seeds;
+(3) run the arms without a teacher again, for as long as those with a teacher took; (4) write the table, study.csv,
+study.json and study.html.
 """
 
 import json
@@ -54,32 +54,32 @@ COLUMNS += ("tokens_per_second", "folder", "error")
 
 
 def run_study(config: RunConfig) -> None:
-    """Run what is not there yet, then print and write what was found.
+    """Run all missing runs of the study, then print and write the results.
 
     Raises:
-        InputError: there is no teacher, the student cannot be cut out of it, or the folder holds something else.
-        answer.Ended: a signal stopped the study, or runs failed.
+        InputError: there is no teacher, the student cannot be initialized from it, or the folder is not this study's.
+        exit_codes.Exit: a signal stopped the study, or runs failed.
     """
-    logging_setup.settle_noise()
-    study = _opened(config)
+    logging_setup.configure_logging()
+    study = _open(config)
     with FolderLock(study.folder, use="a study"):
-        known = study.folder / "study.json"
-        if known.is_file():
-            _check_same(study, known)
-        study.note("running", {})
+        stored = study.folder / "study.json"
+        if stored.is_file():
+            _check_same(study, stored)
+        study.save("running", {})
         _run_arms(study)
 
 
 def _run_arms(study: "Study") -> None:
     config = study.config
-    rates = {arm: _search(study, arm) for arm in study_plan.tuned_arms(config)}
-    common = rates[study_plan.baseline_arm(config)]
-    factor = {arm: rates.get(arm, common).factor for arm in study_plan.arms(config)}
-    equal = [_arm(study, arm, TOKENS, config.steps, factor[arm]) for arm in study_plan.arms(config)]
+    rates = {arm: _search_learning_rate(study, arm) for arm in study_plan.tuned_arms(config)}
+    baseline = rates[study_plan.baseline_arm(config)]
+    factor = {arm: rates.get(arm, baseline).factor for arm in study_plan.arms(config)}
+    equal = [_run_arm(study, arm, TOKENS, config.steps, factor[arm]) for arm in study_plan.arms(config)]
     longer = [
-        _arm(study, without.arm, TIME, _steps_in_time(without, taught), factor[without.arm])
-        for without, taught in zip(equal[::2], equal[1::2], strict=True)
-        if without.seconds and taught.seconds
+        _run_arm(study, ce.arm, TIME, _steps_in_time(ce, kd), factor[ce.arm])
+        for ce, kd in zip(equal[::2], equal[1::2], strict=True)
+        if ce.seconds and kd.seconds
     ]
     study.check_one_corpus()
     results = StudyResults(
@@ -91,16 +91,16 @@ def _run_arms(study: "Study") -> None:
         contrasts([*equal, *longer]),
         [f"{run.name}: {job.error}" for run, job in study.runs.items() if job.status != "finished"],
     )
-    study.note("finished", results.facts())
+    study.save("finished", results.facts())
     write_text(study.folder / "study.html", render(study.folder.name, results))
-    print(study_table.text(results))
+    print(study_table.format_study(results))
     print(f"{study.folder}/study.html")
-    jobs.check_all_ended_well(list(study.runs.values()), 0, "study")
+    jobs.check_all_finished(list(study.runs.values()), 0, "study")
 
 
 @dataclass
 class Study:
-    """The runs so far, each in a folder of its own inside the study's."""
+    """The runs so far, each in its own subfolder of the study."""
 
     config: RunConfig
     folder: Path
@@ -110,70 +110,70 @@ class Study:
     runs: dict[PlannedRun, Job] = field(default_factory=dict)
 
     def run(self, planned: PlannedRun) -> dict[str, Any]:
-        """The report of a run, which is made unless this study has it already; empty where it failed.
+        """Execute a run unless it has finished before; return its report, empty if it failed.
 
         Raises:
-            answer.Ended: a signal stopped it.
+            exit_codes.Exit: a signal stopped it.
         """
         if planned in self.runs:
             return self._report(planned)
-        told = study_plan.run_overrides(planned, self.config, self.teacher, self.tokenizer)
-        told = [*told, "resume=auto"]  # what an earlier start of this study left half done is continued
-        job = self.runs[planned] = Job(len(self.runs) + 1, told, self.folder / planned.name)
+        overrides = study_plan.run_overrides(planned, self.config, self.teacher, self.tokenizer)
+        overrides = [*overrides, "resume=auto"]  # resumes a run that was interrupted with this study
+        job = self.runs[planned] = Job(len(self.runs) + 1, overrides, self.folder / planned.name)
         if read_report(job.folder).get("status") == "finished":
             job.status = "finished"
-            print(f"run {job.number}: {planned.name} is there already", flush=True)
+            print(f"run {job.number}: {planned.name} has finished already", flush=True)
             return self._report(planned)
         print(f"run {job.number} of about {self._expected()}: {planned.name}", flush=True)
-        stopped = jobs.run(job, _composed, drops_unread=True)
+        stopped = jobs.run(job, _compose, drops_unread=True)
         jobs.write_csv(self.folder / "study.csv", COLUMNS, map(self._row, self.runs))
         if job.error:
             print(f"run {job.number} failed: {job.error}", file=sys.stderr, flush=True)
         if stopped:
-            jobs.check_all_ended_well([], stopped, "study", f"Continue with: {self._command()}")
+            jobs.check_all_finished([], stopped, "study", f"Continue with: {self._command()}")
         return self._report(planned)
 
-    def note(self, status: str, found: dict[str, Any]) -> None:
-        """Write study.json: by what it is known again, and the results once there are some."""
-        write_json(self.folder / "study.json", {"status": status, **self.known_by(), **found})
+    def save(self, status: str, facts: dict[str, Any]) -> None:
+        """Write study.json: status, identity and, at the end, the results."""
+        write_json(self.folder / "study.json", {"status": status, **self.identity(), **facts})
 
-    def known_by(self) -> dict[str, Any]:
-        """What must be the same for runs of an earlier start to count."""
+    def identity(self) -> dict[str, Any]:
+        """Settings and teacher hash; runs can be reused only if these are equal."""
         rates = vars(self.config.optimizer)
-        told = study_plan.shared_overrides(self.config)
-        return {"told": [*told, f"lr {rates['lr']:g} {rates['adamw_lr']:g}"], "teacher_hash": self.teacher_hash}
+        overrides = study_plan.shared_overrides(self.config)
+        return {"told": [*overrides, f"lr {rates['lr']:g} {rates['adamw_lr']:g}"], "teacher_hash": self.teacher_hash}
 
     def check_one_corpus(self) -> None:
-        """Runs that an earlier start has left may come from other data; those with a teacher may train on its text.
+        """Check that all runs of an arm have the same data; arms may differ, as KD may train on teacher-generated text.
 
         Raises:
-            InputError
+            InputError: the data changed between an earlier start of the study and now.
         """
         for arm in study_plan.arms(self.config):
             reports = [self._report(run) for run in self.runs if run.arm == arm]
             if len({report["data"]["hash"] for report in reports if report}) > 1:
                 raise InputError(
-                    f"The data of {self.folder} changed between its runs.\nStart the study anew in another run_dir."
+                    f"The data of {self.folder} changed between its runs.\nStart a new study in another run_dir."
                 )
 
     def teacher_seconds(self) -> float:
-        """What the teacher took to write or read once for all students, shared out over the runs that use it."""
+        """Mean seconds per run with a teacher that were spent once on its cache or its generated text."""
         files = [self.folder / run.name / "config.yaml" for run in self.runs if run.arm.learns_by == KD]
         taken = [run_spec.load(file).prepared.teacher_seconds for file in files if file.is_file()]
         return fmean(taken) if taken else 0.0
 
     def teacher_loss(self) -> float | None:
-        """The teacher's validation loss, as the runs that asked it report it."""
-        told = [self._report(run).get("teacher", {}).get("val_loss") for run in self.runs]
-        return next((loss for loss in told if loss is not None), None)
+        """Validation loss of the teacher from the reports of the runs that measured it; None if none did."""
+        losses = [self._report(run).get("teacher", {}).get("val_loss") for run in self.runs]
+        return next((loss for loss in losses if loss is not None), None)
 
     def _report(self, planned: PlannedRun) -> dict[str, Any]:
         return read_report(self.runs[planned].folder) if self.runs[planned].status == "finished" else {}
 
     def _expected(self) -> int:
-        study, ways = self.config.study, 2 * len(self.config.study.inits)
-        tried = (len(study.lr_factors) - 1) * len(study_plan.tuned_arms(self.config))
-        return tried + study.seeds * (ways + ways // 2)
+        study, arms = self.config.study, 2 * len(self.config.study.inits)
+        searched = (len(study.lr_factors) - 1) * len(study_plan.tuned_arms(self.config))
+        return searched + study.seeds * (arms + arms // 2)
 
     def _row(self, planned: PlannedRun) -> dict[str, Any]:
         job, report = self.runs[planned], self._report(planned)
@@ -192,20 +192,19 @@ class Study:
         }
 
     def _command(self) -> str:
-        own = ("name=", "run_dir=", "resume=")
-        given = [override for override in self.config.invocation.overrides if not override.startswith(own)]
+        replaced = ("name=", "run_dir=", "resume=")
+        given = [override for override in self.config.invocation.overrides if not override.startswith(replaced)]
         return f"python train.py {in_words([*given, override('run_dir', str(self.folder)), 'resume=auto'])}"
 
 
-def _composed(overrides: list[str]) -> DictConfig:
+def _compose(overrides: list[str]) -> DictConfig:
     return compose("train", overrides, return_hydra_config=True)
 
 
-def _opened(config: RunConfig) -> Study:
-    """Resolve the teacher and what follows from it; create the folder, or open that of an earlier start."""
-    folder = run_dir.wanted_folder(config)
-    known = folder / "study.json"
-    if config.resume is None or not known.is_file():
+def _open(config: RunConfig) -> Study:
+    """Resolve teacher, model and tokenizer; create the folder, or open the existing one on resume."""
+    folder = run_dir.run_folder(config)
+    if config.resume is None or not (folder / "study.json").is_file():
         run_dir.check_free(folder)
     inputs = resolve.resolve_inputs(with_absolute_paths(config))
     if LAYERS in config.study.inits:
@@ -216,24 +215,32 @@ def _opened(config: RunConfig) -> Study:
 
 
 def _check_teacher_layers(inputs: Inputs) -> None:
-    """Check before the first run that the student can be initialized from the teacher, as its runs would."""
+    """Check before the first run that the student can be initialized from layers of the teacher.
+
+    Raises:
+        InputError: their shapes do not fit.
+    """
     try:
         check_fits(ModelShape(**read_shape(Path(inputs.teacher))), ModelShape(**vars(inputs.model)))
     except InputError as error:
-        raise InputError(f"{error}\nOr leave those runs out: study.inits=[scratch]") from error
+        raise InputError(f"{error}\nOr skip these runs: study.inits=[scratch]") from error
 
 
 def _check_tokens(config: RunConfig, inputs: Inputs) -> None:
-    """A named tokenizer is the teacher's: runs without a teacher would train with any, before another fails."""
+    """Check before the first run that a given tokenizer is the teacher's; only runs with a teacher would fail.
+
+    Raises:
+        InputError: the tokenizers differ, and the loss compares logits token by token.
+    """
     if config.groups["tokenizer"] == "auto" or config.loss.name == "uld":
         return
-    from gpt2lab.data.tokenizer import difference_in_words, load_tokenizer
+    from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
     from launch.run import auto_settings, build
 
     spec = RunSpec(config, Resolved(**vars(inputs), machine=auto_settings.choose_machine(config, inputs)))
     facts = build.data_module(spec).prepare()
     resolve.vocabulary(spec, facts)
-    different = difference_in_words(Path(inputs.teacher), load_tokenizer(facts.tokenizer_folder))
+    different = describe_difference(Path(inputs.teacher), load_tokenizer(facts.tokenizer_folder))
     if different:
         raise InputError(
             f"tokenizer={config.groups['tokenizer']} is not that of the teacher {inputs.teacher}."
@@ -241,22 +248,26 @@ def _check_tokens(config: RunConfig, inputs: Inputs) -> None:
         )
 
 
-def _check_same(study: Study, known: Path) -> None:
-    """The runs that are there are runs of this study: told the same, by the same teacher."""
-    asked = study.known_by()
+def _check_same(study: Study, file: Path) -> None:
+    """Check that the stored study has the same settings and teacher.
+
+    Raises:
+        InputError: it has not, or study.json is damaged.
+    """
+    identity = study.identity()
     try:
-        stored = json.loads(known.read_bytes())
-        teacher_hash, told = stored["teacher_hash"], set(stored["told"])
+        stored = json.loads(file.read_bytes())
+        teacher_hash, overrides = stored["teacher_hash"], set(stored["told"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
-            f"{known} is damaged, so it is unknown whether the runs beside it belong to this study.\n"
+            f"{file} is damaged, so it is unknown whether the runs beside it belong to this study.\n"
             "Give another run_dir or name."
         ) from None
-    if teacher_hash != asked["teacher_hash"]:
+    if teacher_hash != identity["teacher_hash"]:
         raise InputError(
             f"The study in {study.folder} has another teacher.\nGive that one, or another run_dir or name."
         )
-    different = sorted(told ^ set(asked["told"]))
+    different = sorted(overrides ^ set(identity["told"]))
     if different:
         raise InputError(
             f"The study in {study.folder} was started with other settings: {in_words(different)}.\n"
@@ -264,43 +275,43 @@ def _check_same(study: Study, known: Path) -> None:
         )
 
 
-def _search(study: Study, arm: Arm) -> LearningRates:
-    """Try each learning rate with the first seed.
+def _search_learning_rate(study: Study, arm: Arm) -> LearningRates:
+    """Run the arm with each learning rate and the first seed.
 
     Raises:
-        answer.Ended: none of the runs finished.
+        exit_codes.Exit: no run finished with a finite loss.
     """
     config = study.config
-    tried = {
+    all_losses = {
         factor: _finite(study.run(PlannedRun(arm, config.seed, factor, config.steps)).get("val_loss"))
         for factor in sorted(config.study.lr_factors)
     }
-    losses = {factor: loss for factor, loss in tried.items() if loss is not None}
+    losses = {factor: loss for factor, loss in all_losses.items() if loss is not None}
     if not losses:
-        raise exit_codes.Ended(exit_codes.FAILED, f"The study ended: no learning rate trained {arm.name}.")
+        raise exit_codes.Exit(exit_codes.FAILED, f"The study ended: no learning rate trained {arm.name}.")
     best = min(losses, key=losses.__getitem__)
-    rates = {study_plan.learning_rate(config, factor): loss for factor, loss in tried.items()}
+    rates = {study_plan.learning_rate(config, factor): loss for factor, loss in all_losses.items()}
     return LearningRates(arm.name, rates, study_plan.learning_rate(config, best), best)
 
 
-def _arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> ArmResult:
-    """All seeds of one arm."""
+def _run_arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> ArmResult:
+    """Run all seeds of one arm; its time is the median over seeds, with the teacher's share."""
     planned = {seed: PlannedRun(arm, seed, factor, steps) for seed in study_plan.seeds(study.config)}
     reports = {seed: study.run(run) for seed, run in planned.items()}
-    taken = [study_plan.training_seconds(report) for report in reports.values() if report]
-    seconds = median(taken) + (study.teacher_seconds() if arm.learns_by == KD else 0) if taken else None
+    times = [study_plan.training_seconds(report) for report in reports.values() if report]
+    seconds = median(times) + (study.teacher_seconds() if arm.learns_by == KD else 0) if times else None
     losses = {seed: _finite(report.get("val_loss")) for seed, report in reports.items()}
     stored = {seed: read_document_losses(study.runs[run].folder) for seed, run in planned.items()}
     documents = {seed: one for seed, one in stored.items() if one is not None}
     return arm_result(arm, budget, steps, losses, seconds, documents)
 
 
-def _steps_in_time(without: ArmResult, taught: ArmResult) -> int:
-    assert without.seconds is not None
-    assert taught.seconds is not None
-    return study_plan.steps_in_the_same_time(without.steps, without.seconds, taught.seconds)
+def _steps_in_time(ce: ArmResult, kd: ArmResult) -> int:
+    assert ce.seconds is not None
+    assert kd.seconds is not None
+    return study_plan.steps_in_the_same_time(ce.steps, ce.seconds, kd.seconds)
 
 
 def _finite(loss: float | None) -> float | None:
-    """A loss that is a number: a run that diverged has none to compare."""
+    """The loss, or None if the run has diverged."""
     return loss if loss is not None and math.isfinite(loss) else None

@@ -1,4 +1,4 @@
-"""Sweep: the jobs of a multirun, each composed and checked here once and run in fresh processes, n_jobs at a time."""
+"""Sweep: checks the jobs of a Hydra multirun together, runs `n_jobs` at a time in subprocesses, writes the results."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
@@ -20,14 +20,14 @@ from launch.config.groups import experiment_keys, values
 from launch.config.literal_text import is_interpolated, override
 from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import STUDY, RunConfig
+from launch.config.structured import frozen
 from launch.config.unused_keys import given_keys, in_words, without
 from launch.sweep import jobs, remote_run, results
 from launch.sweep.job_process import LocalJobs
-from launch.sweep.job_queue import Executor, Listed, Proposal, Source, run_all
+from launch.sweep.job_queue import Executor, JobList, Proposal, Source, run_all
 from launch.sweep.jobs import Job
 
-# What may differ where a sweep goes on
-HOW = (
+CHANGEABLE_ON_RESUME = (  # keys that may differ when a sweep is resumed
     "resume",
     "n_jobs",
     "max_restarts",
@@ -38,15 +38,14 @@ HOW = (
 
 
 def run_grid(
-    loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int, made: list[Path]
+    loader: ConfigLoader, sweep_config: DictConfig, combinations: Sequence[list[str]], first: int, created: list[Path]
 ) -> list[JobReturn]:
-    """Run every combination of a grid; `made` are the folders that Hydra has created for it.
+    """Run every combination of a grid; arguments and errors as for `run_sweep`.
 
-    Raises:
-        InputError: the combinations contradict each other as a whole.
-        answer.Ended: a signal stopped the sweep, or jobs failed.
+    Returns:
+        For each job what Hydra passes to a sweeper: the watched metric.
     """
-    ran = run_sweep(loader, sweep_config, Listed(combinations), combinations, first, made)
+    ran = run_sweep(loader, sweep_config, JobList(combinations), combinations, first, created)
     return [_job_return(job) for job in ran]
 
 
@@ -56,38 +55,38 @@ def run_sweep(
     source: Source,
     combinations: Sequence[list[str]],
     first: int = 0,
-    made: Sequence[Path] = (),
+    created: Sequence[Path] = (),
 ) -> list[Job]:
-    """Run every job that the source proposes, with sweep.csv and sweep.html after each, then print the table.
+    """Run every job that the source proposes, write sweep.csv and sweep.html after each, and print the final table.
 
-    The sweep's folder is locked meanwhile.
+    The sweep's folder is locked until the end.
 
     Args:
-        source: where the jobs come from.
-        combinations: what can be said of the jobs beforehand: all of a grid, or one for each choice of task and
-            experiment that a search may make.
+        source: source of the jobs.
+        combinations: overrides of the jobs that are known in advance: all of a grid, or one job for each task and
+            experiment that a search may choose.
         first: number of the first job.
-        made: folders that were created for this sweep, the innermost first; removed where no job can start.
+        created: folders that were created for this sweep, innermost first; removed if no job can start.
 
     Raises:
-        InputError: the combinations contradict each other as a whole, or another process runs a sweep in the folder.
-        answer.Ended: a signal stopped the sweep, or jobs failed.
+        InputError: a key or a combination of jobs is not supported in a sweep, or the folder is in use.
+        exit_codes.Exit: a signal stopped the sweep, or jobs failed.
     """
     folder = Path(str(sweep_config.hydra.sweep.dir))
     tasks = {_task_of(overrides, sweep_config) for overrides in combinations}
-    made = [*made] or run_dir.missing(folder)
+    created = [*created] or run_dir.missing_folders(folder)
     with ExitStack() as held:
         try:
             _check_together(combinations, tasks, sweep_config)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
-            _check_folder(folder, combinations, first, isinstance(source, Listed))
+            _check_folder(folder, combinations, first, isinstance(source, JobList))
             executor = _executor(sweep_config, folder)
         except InputError:
             held.close()
-            if made:
-                (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra has written it
-                run_dir.remove_empty(made)
+            if created:
+                (folder / "multirun.yaml").unlink(missing_ok=True)  # written by Hydra
+                run_dir.remove_empty(created)
             raise
         return _run_jobs(loader, sweep_config, source, executor, first, several_tasks=len(tasks) > 1)
 
@@ -103,51 +102,50 @@ def _run_jobs(
     folder = Path(str(sweep_config.hydra.sweep.dir))
     started: list[Job] = []
 
-    def planned(proposal: Proposal) -> Job:
+    def create_job(proposal: Proposal) -> Job:
         number = first + len(started) if proposal.trial is None else proposal.trial
         job = Job(number, proposal.overrides, folder / str(number), error=proposal.failed, trial=proposal.trial)
         started.append(job)
         print(f"job {number}: {in_words(job.overrides)}", flush=True)
         return job
 
-    def prepared(job: Job) -> RunConfig | None:
-        return _prepared(job, loader, sweep_config, several_tasks)
+    def prepare(job: Job) -> RunConfig | None:
+        return _prepare(job, loader, sweep_config, several_tasks)
 
-    def changed(job: Job) -> None:
+    def on_change(job: Job) -> None:
         try:
             results.write(folder, started)
-        except OSError as error:  # a full disk, say: the jobs that run are worth more, and the next change writes again
+        except OSError as error:  # such as a full disk: running jobs continue, and the next change writes again
             print(f"The sweep's results could not be written: {error}", file=sys.stderr, flush=True)
         if job.error:
             print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
-        elif executor.several and job.status != "running":
-            print(f"job {job.number} {job.status}: {_in_short(job)}", flush=True)
+        elif executor.is_parallel and job.status != "running":
+            print(f"job {job.number} {job.status}: {_format_result(job)}", flush=True)
 
     try:
-        stopped = run_all(source, executor, planned, prepared, changed)
+        stopped = run_all(source, executor, create_job, prepare, on_change)
     except Exception:
-        print(f"Once this is mended, continue with: {_command_to_continue(folder)}", file=sys.stderr, flush=True)
+        print(f"After fixing this, continue with: {_resume_command(folder)}", file=sys.stderr, flush=True)
         raise
     finally:
         executor.close()
         if started:
-            print(results.in_words(folder, started), flush=True)
-    jobs.check_all_ended_well(started, stopped, "sweep", f"Continue with: {_command_to_continue(folder)}")
+            print(results.format_results(folder, started), flush=True)
+    jobs.check_all_finished(started, stopped, "sweep", f"Continue with: {_resume_command(folder)}")
     return started
 
 
 def _executor(sweep_config: DictConfig, folder: Path) -> Executor:
-    """Where the jobs run."""
-    launcher = OmegaConf.to_object(sweep_config.launcher)
-    assert isinstance(launcher, LauncherSettings)
+    """Create the executor that `launcher` selects."""
+    launcher = frozen(LauncherSettings, sweep_config.launcher)
     if launcher.name != "processes":
-        return remote_run.executor_of(launcher, int(sweep_config.n_jobs), folder / "logs")
+        return remote_run.create_executor(launcher, int(sweep_config.n_jobs), folder / "logs")
     gpus = [] if sweep_config.accelerator == "cpu" or sweep_config.n_jobs == 1 else machine.usable_gpus()
     return LocalJobs(machine.partition(int(sweep_config.n_jobs), machine.usable_cores(), gpus), folder / "logs")
 
 
 def _task_of(overrides: list[str], sweep_config: DictConfig) -> str:
-    """The task a job will have, read without composing it."""
+    """Name of a job's task, without composing the job."""
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     default = sweep_config.hydra.runtime.choices.task
     of_experiment = experiment_keys(given["experiment"])[0] if given.get("experiment") in values("experiment") else {}
@@ -155,56 +153,63 @@ def _task_of(overrides: list[str], sweep_config: DictConfig) -> str:
 
 
 def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_config: DictConfig) -> None:
-    """Jobs have folders of their own, and a distillation cannot wait for a teacher that the same sweep trains."""
+    """Check keys and combinations of jobs that are not supported in a sweep.
+
+    Raises:
+        InputError: such a key or combination is given.
+    """
     experiment = str(sweep_config.hydra.runtime.choices.experiment)
     if experiment == STUDY or any(f"experiment={STUDY}" in overrides for overrides in combinations):
-        raise InputError(f"experiment={STUDY} is many runs already, each with a folder of its own.\nLeave out -m.")
+        raise InputError(f"experiment={STUDY} consists of many runs already.\nLeave out -m.")
     given = {override for overrides in combinations for override in overrides}
     keys = set(given_keys(given))
     if "plan" in keys:
         raise InputError(
-            "plan=true plans one run, and a sweep is many.\nLeave out -m, and plan the largest of its jobs."
+            "plan=true plans one run and cannot be used in a sweep.\nLeave out -m, and plan the largest job."
         )
     if {"run_dir", "name"} & keys or ("resume" in keys and "resume=auto" not in given):
         raise InputError(
-            "run_dir, name and resume=RUN_DIR cannot be given in a sweep: each job has a folder of its own.\n"
-            "Set the sweep's: hydra.sweep.dir=FOLDER; with resume=auto a sweep that was interrupted goes on there."
+            "run_dir, name and resume=RUN_DIR cannot be given in a sweep: each job has its own folder.\n"
+            "Set hydra.sweep.dir=FOLDER instead; add resume=auto to resume an interrupted sweep in it."
         )
     if len({override for override in given if override.startswith("launcher=")}) > 1:
-        raise InputError("launcher says where all jobs of a sweep are run: give one value.")
+        raise InputError("All jobs of a sweep use the same launcher: give one value.")
     if {"pretrain", "distill"} <= tasks and "teacher" not in keys:
         raise InputError(
-            "A sweep over task=pretrain,distill needs a teacher named: jobs do not wait for each other's results.\n"
+            "A sweep over task=pretrain,distill needs teacher=: a job cannot use the model of another job.\n"
             "Give teacher=RUN_DIR (or a model folder or Hub id), or run the two one after the other."
         )
 
 
 def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, is_grid: bool) -> None:
-    """The folder is free, or holds this sweep, which goes on: what it says of finished jobs is not written over.
+    """Check that the folder contains no other sweep, whose results would be overwritten.
 
     Raises:
-        InputError
+        InputError: the folder contains another sweep, or this one and resume=auto is missing.
     """
-    cure = "or give another hydra.sweep.dir."
+    or_move = "or give another hydra.sweep.dir."
     if (folder / "sweep.csv").exists() and not any("resume=auto" in overrides for overrides in combinations):
-        raise InputError(f"{folder} holds a sweep already.\nContinue it: the same command and resume=auto, {cure}")
+        raise InputError(f"{folder} contains a sweep already.\nResume it: the same command and resume=auto, {or_move}")
     if not is_grid and (folder / "sweep.csv").exists() and not (folder / STUDY_FILE).exists():
-        raise InputError(f"{folder} holds a sweep and no study of a search ({STUDY_FILE}).\nPut it back, {cure}")
+        raise InputError(f"{folder} contains a sweep without an Optuna study ({STUDY_FILE}).\nRestore it, {or_move}")
     for number, overrides in enumerate(combinations if is_grid else [], first):
         file = folder / str(number) / "config.yaml"
-        interpolated = given_keys(filter(is_interpolated, overrides))  # these are compared once they are composed
+        interpolated = given_keys(filter(is_interpolated, overrides))  # compared after composition
         stored = run_spec.load(file).config.invocation.overrides if file.is_file() else []
-        others = set(without(stored, {*HOW, *interpolated})) - set(overrides)
+        others = set(without(stored, {*CHANGEABLE_ON_RESUME, *interpolated})) - set(overrides)
         if others:
             raise InputError(
-                f"{folder} holds another sweep: its job {number} has {in_words(sorted(others))}.\n"
-                f"Give the command that it had, {cure}"
+                f"{folder} contains another sweep: its job {number} has {in_words(sorted(others))}.\n"
+                f"Give the same command as before, {or_move}"
             )
 
 
-def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> RunConfig | None:
-    """A job's checked configuration; None: nothing is left to run. What another task reads is no mistake of its own."""
+def _prepare(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_tasks: bool) -> RunConfig | None:
+    """Compose and check a job; return None if it failed, or had finished before the sweep was resumed.
 
+    Args:
+        several_tasks: whether the sweep has several tasks; keys that only another task reads are then left out.
+    """
     if job.error:
         job.status = "failed"
         return None
@@ -215,38 +220,37 @@ def _prepared(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_
             tree.hydra.job.num = job.number
         return tree
 
-    config = jobs.prepared(job, compose, drops_unread=several_tasks)
+    config = jobs.prepare(job, compose, drops_unread=several_tasks)
     if config is None:
         return None
     config = replace(config, invocation=replace(config.invocation, trial=job.trial))
     if config.resume is None or not (job.folder / "config.yaml").is_file():
         return config
     stored = run_spec.load(job.folder / "config.yaml").config.invocation.overrides
-    if without(stored, HOW) != without(config.invocation.overrides, HOW):
-        job.status, job.error = "failed", f"{job.folder} holds another job; continue a sweep with the command it had"
+    if without(stored, CHANGEABLE_ON_RESUME) != without(config.invocation.overrides, CHANGEABLE_ON_RESUME):
+        job.status, job.error = "failed", f"{job.folder} contains another job; resume a sweep with the same command"
         return None
     if read_report(job.folder).get("status") in ("finished", "pruned"):
-        jobs.conclude(job, exit_codes.FINISHED, "")
+        jobs.record_end(job, exit_codes.FINISHED, "")
         return None
     return config
 
 
-def _in_short(job: Job) -> str:
-    """What a finished job has to show."""
+def _format_result(job: Job) -> str:
+    """Watched metric and seconds of a finished job."""
     report = read_report(job.folder)
     value = "" if job.watched is None else f"{report['watched_metric']} {job.watched:.4f}, "
     return f"{value}{report.get('seconds', 0):.0f} s"
 
 
-def _command_to_continue(folder: Path) -> str:
-    """The command that was given, for the same folder."""
+def _resume_command(folder: Path) -> str:
+    """The command line of this process, with the sweep's folder and resume=auto."""
     own = ("hydra.sweep.dir=", "resume=")
     given = [argument for argument in sys.argv[1:] if not argument.startswith(own)]
     return in_words(["python", "train.py", *given, override("hydra.sweep.dir", str(folder)), "resume=auto"])
 
 
 def _job_return(job: Job) -> JobReturn:
-    """What a sweeper is told: the watched metric."""
     result = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
     result.return_value = job.watched
     return result

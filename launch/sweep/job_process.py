@@ -1,4 +1,4 @@
-"""JobProcess: a run in a process and session of its own, watched from here; and the slots such processes run in."""
+"""Job processes: each run of a sweep in its own process and session; LocalJobs is the executor for this machine."""
 
 import os
 import subprocess
@@ -17,13 +17,13 @@ from launch.run.job import ERROR_FILE
 
 
 class JobProcess:
-    """A started run.
+    """A run in a subprocess.
 
     Args:
         config: a checked configuration.
-        slot: the cores and GPUs it may use.
-        output: a file for what it prints; None: this process's own terminal.
-        errors: a file for its stderr; None: with the rest.
+        slot: CPU cores and GPUs that it may use.
+        output: file for its stdout; None: the stdout of this process.
+        errors: file for its stderr; None: `output`.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class JobProcess:
         self._file = Path(self._scratch.name, "config.yaml")
         write_text(self._file, run_spec.to_yaml(config))
         cores = [] if slot.cores is None else ["--cores", ",".join(map(str, slot.cores))]
-        allowed = ["--allow-targets", ",".join(config.allow_targets)]  # a stored configuration holds none
+        allowed = ["--allow-targets", ",".join(config.allow_targets)]  # the YAML does not contain them
         with ExitStack() as opened:
-            stdout, stderr = (opened.enter_context(_appending(file)) for file in (output, errors or output))
+            stdout, stderr = (opened.enter_context(_open_for_append(file)) for file in (output, errors or output))
             self._process = subprocess.Popen(
-                # -P: a folder `callbacks` in the working directory must not take the place of this project's.
+                # -P: a folder `callbacks` in the working directory must not shadow this project's package.
                 [sys.executable, "-P", "-m", "launch.run.job", str(self._file), str(os.getpid()), *cores, *allowed],
                 env={**child_processes.environment(), **slot.environment()},
                 stdout=stdout,
@@ -47,7 +47,7 @@ class JobProcess:
             )
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
+        """Send a signal to the process if it still runs."""
         if self.is_running:
             child_processes.send(number, [self._process.pid])
 
@@ -57,22 +57,22 @@ class JobProcess:
         return self._process.poll() is None
 
     def wait(self) -> tuple[int, str]:
-        """(exit code, the error it told or nothing) at its end; a negative code is the signal that killed it."""
+        """Wait for the end; return (exit code, error message or ""). A negative code is the signal that killed it."""
         return self._outcome(self._process.wait())
 
     def ended(self) -> tuple[int, str] | None:
-        """As `wait`; None while it runs."""
+        """Return (exit code, error message or ""), or None while it runs."""
         code = self._process.poll()
         return None if code is None else self._outcome(code)
 
     def _outcome(self, code: int) -> tuple[int, str]:
         error = self._file.with_name(ERROR_FILE)
-        told = error.read_text(encoding="utf-8") if error.is_file() else ""
+        message = error.read_text(encoding="utf-8") if error.is_file() else ""
         self._scratch.cleanup()
-        return code, told
+        return code, message
 
 
-def _appending(file: Path | None) -> AbstractContextManager[IO[bytes] | None]:
+def _open_for_append(file: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     if file is None:
         return nullcontext()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,20 +80,20 @@ def _appending(file: Path | None) -> AbstractContextManager[IO[bytes] | None]:
 
 
 class LocalJobs:
-    """Runs jobs on this machine, as many at once as there are slots.
+    """Executor that runs jobs on this machine, one per slot.
 
     Args:
-        slots: where they run.
-        logs: folder for what jobs print when several run at once.
+        slots: partition of the machine's cores and GPUs.
+        logs: folder for the output of parallel jobs.
     """
 
     def __init__(self, slots: list[Slot], logs: Path) -> None:
-        self.several = len(slots) > 1
+        self.is_parallel = len(slots) > 1
         self._slots = slots
         self._logs = logs
         self._started: list[JobProcess] = []
 
-    def has_room(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Whether another job can start now."""
         return len(self._running()) < len(self._slots)
 
@@ -101,12 +101,12 @@ class LocalJobs:
         """Start a job in a free slot."""
         taken = [process.slot for process in self._running()]
         slot = next(slot for slot in self._slots if slot not in taken)
-        output = self._logs / f"job-{number}.txt" if self.several else None
+        output = self._logs / f"job-{number}.txt" if self.is_parallel else None
         self._started = [*self._running(), JobProcess(config, slot, output)]
         return self._started[-1]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """No resources to release."""
 
     def _running(self) -> list[JobProcess]:
         return [process for process in self._started if process.is_running]

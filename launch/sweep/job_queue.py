@@ -1,9 +1,8 @@
-"""Job queue: runs what a source proposes, as many jobs at once as an executor has room for, until nothing is left.
+"""Job queue: runs the jobs that a source proposes, in parallel on an executor (local processes, SLURM or Ray).
 
-A job that is misconfigured, fails or is killed is recorded and the next one starts. A signal to this process goes to
-every running job, nothing new starts, and the queue ends with the jobs. So it does after an error of its own, a study
-that cannot be written or a full disk: the jobs that run are finished and recorded first. What runs the jobs is an
-`Executor`: processes here, SLURM, or Ray.
+A job that is misconfigured, fails or is killed is recorded, and the next one starts. After a signal or an internal
+error, such as a full disk, no more jobs start; the queue forwards the signal, waits for the running jobs and records
+them.
 """
 
 import logging
@@ -17,7 +16,7 @@ from gpt2lab.errors import InputError
 from launch import exit_codes
 from launch.config.schema import RunConfig
 from launch.distributed import child_processes
-from launch.sweep.jobs import Job, conclude
+from launch.sweep.jobs import Job, record_end
 
 POLL_SECONDS = 0.05
 
@@ -26,11 +25,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the next job is to be.
+    """The overrides of the next job.
 
     Attributes:
-        trial: its number, in a study that may end it early; None: jobs are counted.
-        failed: why it failed, where it did so before the sweep was taken up again, and is not run again.
+        trial: Optuna trial number, which is also the job number; None: jobs are counted.
+        failed: error of this job before the sweep was resumed; it is recorded again and not run.
     """
 
     overrides: list[str]
@@ -39,42 +38,42 @@ class Proposal:
 
 
 class Source(Protocol):
-    """Where jobs come from: a grid, or a search that learns from what became of earlier ones."""
+    """Source of jobs: a grid, or a search that depends on earlier results (ask-and-tell interface)."""
 
     def ask(self) -> Proposal | None:
-        """The next job; None: there are no more."""
+        """Return the next job, or None after the last one."""
 
     def tell(self, job: Job) -> None:
-        """What became of a job: its status, its watched metric."""
+        """Receive the status and the watched metric of an ended job."""
 
 
 class RunningJob(Protocol):
-    """A job that was started, here or on another machine."""
+    """A started job, on this or another machine."""
 
     def signal(self, number: int) -> None:
-        """Send it a signal, as to a process; one that has not begun is withdrawn."""
+        """Send a signal to the job's processes; cancel the job if it is still pending."""
 
     def ended(self) -> tuple[int, str] | None:
-        """(exit code, error it told) once it has ended."""
+        """Return (exit code, error message or ""), or None while it runs."""
 
 
 class Executor(Protocol):
-    """Where jobs run."""
+    """Starts jobs."""
 
-    several: bool  # whether jobs run at once, so that their output goes to files
+    is_parallel: bool  # whether several jobs run at once, so that their output goes to files
 
-    def has_room(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Whether another job can start now."""
 
     def start(self, config: RunConfig, number: int) -> RunningJob:
         """Start a job."""
 
     def close(self) -> None:
-        """Let go of what is held beside the jobs, all of which have ended."""
+        """Release resources after all jobs have ended."""
 
 
-class Listed:
-    """A source of jobs that are known from the start."""
+class JobList:
+    """A source with a fixed list of jobs."""
 
     def __init__(self, combinations: Sequence[list[str]]) -> None:
         self._left = [Proposal(overrides) for overrides in combinations]
@@ -83,36 +82,37 @@ class Listed:
         return self._left.pop(0) if self._left else None
 
     def tell(self, job: Job) -> None:
-        """A list learns nothing."""
+        """Ignore the result."""
 
 
 def run_all(
     source: Source,
     executor: Executor,
-    planned: Callable[[Proposal], Job],
-    prepared: Callable[[Job], RunConfig | None],
-    changed: Callable[[Job], None],
+    create_job: Callable[[Proposal], Job],
+    prepare: Callable[[Job], RunConfig | None],
+    on_change: Callable[[Job], None],
 ) -> int:
-    """Run to the end; returns the last signal that came, or 0.
+    """Run all jobs; return the last received signal, or 0.
 
     Args:
-        planned: makes the job of a proposal.
-        prepared: composes and checks it; None: it is recorded as failed, or as finished already.
-        changed: called whenever a job has started or ended.
+        create_job: creates the job of a proposal.
+        prepare: composes and checks its configuration; returns None for a job that it has recorded as failed or as
+            already finished.
+        on_change: called after a job has started or ended.
 
     Raises:
-        Exception: the first that one of these raised, after the jobs that ran then have ended.
+        Exception: the first error of the source, the executor or a callback, after all running jobs have ended.
     """
-    queue = _Queue(source, executor, planned, prepared, changed)
-    with child_processes.noting() as signals:
+    queue = _Queue(source, executor, create_job, prepare, on_change)
+    with child_processes.record_signals() as signals:
         sent = 0
         while queue.running or not (queue.exhausted or queue.errors or signals):
             for number in signals[sent:]:
                 queue.signal(number)
                 sent += 1
-            queue.record_ended()  # first: what is asked for next is to learn from it
-            with queue.noting_errors():
-                if not (queue.exhausted or queue.errors or signals) and executor.has_room():
+            queue.record_ended()  # before the next `ask`, which depends on the results
+            with queue.defer_errors():
+                if not (queue.exhausted or queue.errors or signals) and executor.has_free_slot():
                     queue.start_next()
                     continue
             if queue.running:
@@ -124,20 +124,20 @@ def run_all(
 
 @dataclass
 class _Queue:
-    """The jobs that run, and what there is to do with them; arguments as of `run_all`."""
+    """The running jobs; arguments as for `run_all`."""
 
     source: Source
     executor: Executor
-    planned: Callable[[Proposal], Job]
-    prepared: Callable[[Job], RunConfig | None]
-    changed: Callable[[Job], None]
+    create_job: Callable[[Proposal], Job]
+    prepare: Callable[[Job], RunConfig | None]
+    on_change: Callable[[Job], None]
     running: list[tuple[Job, RunningJob]] = field(default_factory=list)
     exhausted: bool = False
     errors: list[Exception] = field(default_factory=list)
 
     @contextmanager
-    def noting_errors(self) -> Iterator[None]:
-        """Keep an error of the block for the end: who leaves now takes the running jobs along."""
+    def defer_errors(self) -> Iterator[None]:
+        """Store an error of the block until all jobs have ended: running jobs would die with this process."""
         try:
             yield
         except Exception as error:
@@ -145,61 +145,61 @@ class _Queue:
                 log.warning(
                     "No more jobs are started, those that run (%d) are finished first: %s",
                     len(self.running),
-                    _in_one_line(error),
+                    _first_line(error),
                 )
             self.errors.append(error)
 
     def start_next(self) -> None:
-        """Start the job that is next, or record why it is not run."""
+        """Start the next job, or record why it cannot run."""
         proposal = self.source.ask()
         if proposal is None:
             self.exhausted = True
             return
-        job = self.planned(proposal)
+        job = self.create_job(proposal)
         try:
-            config = self.prepared(job)
+            config = self.prepare(job)
             if config is not None:
                 job.status = "running"
-                self.changed(job)
+                self.on_change(job)
                 self.running.append((job, self.executor.start(config, job.number)))
                 return
-        except InputError as error:  # a cluster that refuses it
-            conclude(job, exit_codes.MISTAKE, str(error))
+        except InputError as error:  # the cluster rejects the job
+            record_end(job, exit_codes.USER_ERROR, str(error))
         except Exception as error:
-            self._record_unknown(job, error)
+            self._record_stopped(job, error)
             raise
-        self.changed(job)
+        self.on_change(job)
         self.source.tell(job)
 
     def signal(self, number: int) -> None:
         """Send a signal to all jobs."""
         for _, process in self.running:
-            with self.noting_errors():
+            with self.defer_errors():
                 process.signal(number)
 
     def record_ended(self) -> None:
         """Record the jobs that have ended."""
         for job, process in list(self.running):
-            with self.noting_errors():
+            with self.defer_errors():
                 try:
                     ended = process.ended()
                     if ended is None:
                         continue
-                    conclude(job, *ended)
+                    record_end(job, *ended)
                 except Exception as error:
                     self.running.remove((job, process))
-                    self._record_unknown(job, error)
+                    self._record_stopped(job, error)
                     raise
                 self.running.remove((job, process))
-                self.changed(job)
+                self.on_change(job)
                 self.source.tell(job)
 
-    def _record_unknown(self, job: Job, error: Exception) -> None:
-        """A job that could not be started, or of which nobody knows how it ended, goes on when the sweep does."""
-        job.status, job.error = "stopped", _in_one_line(error)
-        self.changed(job)
+    def _record_stopped(self, job: Job, error: Exception) -> None:
+        """Record a job that could not start, or whose result is unknown; a resumed sweep runs it again."""
+        job.status, job.error = "stopped", _first_line(error)
+        self.on_change(job)
 
 
-def _in_one_line(error: Exception) -> str:
-    cause = error.__cause__ or error  # a database's own words say more than Optuna's
-    return str(exit_codes.as_mistake(error) or f"{type(cause).__name__}: {cause}").splitlines()[0]
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error  # the database's message is more specific than Optuna's
+    return str(exit_codes.as_input_error(error) or f"{type(cause).__name__}: {cause}").splitlines()[0]

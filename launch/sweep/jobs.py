@@ -1,4 +1,4 @@
-"""Jobs: runs in processes of their own; how one is composed and checked, what became of it, and the CSV file of all."""
+"""Jobs: composes and checks the runs of a sweep or a study, runs them in subprocesses, and records their results."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from launch.sweep.job_process import JobProcess
 
 @dataclass
 class Job:
-    """One run among several and what became of it."""
+    """A run of a sweep or a study, and its result."""
 
     number: int
     overrides: list[str]
@@ -31,38 +31,38 @@ class Job:
     status: str = "waiting"
     error: str = ""
     watched: float | None = None
-    trial: int | None = None  # its number in the study of a search, which may end it early
+    trial: int | None = None  # Optuna trial number
 
 
-def prepared(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> RunConfig | None:
-    """Compose and check a job; None: it cannot be run, which is recorded.
+def prepare(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> RunConfig | None:
+    """Compose and check the configuration of a job; return None, and record the error, if it is invalid.
 
     Args:
-        compose: overrides → the composed tree with Hydra's own node.
-        drops_unread: leave out the keys that only another task of these jobs reads, instead of refusing them.
+        compose: overrides → composed tree, with Hydra's own node.
+        drops_unread: leave out keys that the job's task does not read, instead of rejecting them.
     """
     try:
-        config = _composed(job, compose(job.overrides), job.overrides)
+        config = _to_config(job, compose(job.overrides), job.overrides)
         if drops_unread:
             read = without(job.overrides, unread_keys(config))
-            config = _composed(job, compose(read), read)
+            config = _to_config(job, compose(read), read)
         checks.check(config)
     except Exception as error:
-        mistake = exit_codes.as_mistake(error)
-        if mistake is None:
+        input_error = exit_codes.as_input_error(error)
+        if input_error is None:
             raise
-        job.status, job.error = "failed", " ".join(str(mistake).split("\n"))
+        job.status, job.error = "failed", " ".join(str(input_error).split("\n"))
         return None
     return config
 
 
-def command_of(overrides: Iterable[str]) -> str:
-    """The command that runs a job again as a run of its own, to be typed into a shell."""
+def single_run_command(overrides: Iterable[str]) -> str:
+    """Return the shell command that repeats a job as a single run."""
     return f"python train.py {in_words(without(overrides, ('n_jobs', 'resume')))}"
 
 
-def conclude(job: Job, code: int, told: str) -> None:
-    """Note what became of a job whose process ended with this exit code and told this error."""
+def record_end(job: Job, code: int, error: str) -> None:
+    """Record status, error and watched metric of a job, given the exit code and the error message of its process."""
     report = read_report(job.folder)
     job.status = {
         exit_codes.FINISHED: "finished",
@@ -71,7 +71,7 @@ def conclude(job: Job, code: int, told: str) -> None:
     }.get(code, "failed")
     if job.status == "failed":
         died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        job.error = " ".join(told.split("\n")) or report.get("error") or died
+        job.error = " ".join(error.split("\n")) or report.get("error") or died
         return
     if job.status == "finished" and report.get("status") == "pruned":
         job.status = "pruned"
@@ -80,39 +80,39 @@ def conclude(job: Job, code: int, told: str) -> None:
 
 
 def run(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> int:
-    """Run one job in a process of its own; returns the signal that stopped it, or 0."""
-    config = prepared(job, compose, drops_unread)
+    """Run one job in a subprocess; return the signal that stopped it, or 0."""
+    config = prepare(job, compose, drops_unread)
     if config is None:
         return 0
-    code, stopped, told = run_process(config)
-    conclude(job, code, told)
+    code, stopped, error = run_process(config)
+    record_end(job, code, error)
     return stopped
 
 
-def check_all_ended_well(jobs: Sequence[Job], stopped: int, what: str, cure: str = "") -> None:
-    """The exit code of several jobs: what a signal asks for, else 1 where one failed, else 75 where one was stopped.
+def check_all_finished(jobs: Sequence[Job], stopped: int, what: str, hint: str = "") -> None:
+    """Raise `Exit` unless all jobs finished: with the signal's code, else 1 if one failed, else 75 if one was stopped.
 
     Args:
-        stopped: the signal that came, or 0.
-        what: what these jobs are together: sweep, study.
-        cure: what to do after a stop.
+        stopped: the received signal, or 0.
+        what: noun for the message: sweep, study.
+        hint: what to do after a stop.
 
     Raises:
-        answer.Ended
+        exit_codes.Exit: a job did not finish.
     """
     if stopped:
         message = f"The {what} was stopped by {signal.Signals(stopped).name}."
-        raise exit_codes.Ended(exit_codes.code_of_signal(stopped), f"{message} {cure}".rstrip())
+        raise exit_codes.Exit(exit_codes.signal_exit_code(stopped), f"{message} {hint}".rstrip())
     failed = sum(job.status == "failed" for job in jobs)
     if failed:
-        raise exit_codes.Ended(exit_codes.FAILED, f"{failed} of {len(jobs)} jobs failed.")
+        raise exit_codes.Exit(exit_codes.FAILED, f"{failed} of {len(jobs)} jobs failed.")
     halted = sum(job.status == "stopped" for job in jobs)
-    if halted:  # by a signal of its own
-        raise exit_codes.Ended(exit_codes.STOPPED, f"{halted} of {len(jobs)} jobs were stopped. {cure}".rstrip())
+    if halted:  # by a signal to the job alone
+        raise exit_codes.Exit(exit_codes.STOPPED, f"{halted} of {len(jobs)} jobs were stopped. {hint}".rstrip())
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write all rows; called after every job, so that the file can be read at any time."""
+    """Write all rows; called after every job, so that the file is always current."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = io.StringIO(newline="")
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
@@ -121,17 +121,17 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
     write_text(file, lines.getvalue())
 
 
-def _composed(job: Job, tree: DictConfig, overrides: list[str]) -> RunConfig:
+def _to_config(job: Job, tree: DictConfig, overrides: list[str]) -> RunConfig:
     with open_dict(tree):
         hydra = tree.pop("hydra")
     OmegaConf.set_struct(tree, True)
-    config = schema.from_hydra(tree, hydra, command=command_of(overrides))
+    config = schema.from_hydra(tree, hydra, command=single_run_command(overrides))
     return replace(config, run_dir=str(job.folder))
 
 
 def run_process(config: RunConfig) -> tuple[int, int, str]:
-    """(exit code, signal that came meanwhile or 0, error it told) of a run in a process and session of its own."""
+    """Run in a subprocess; return (exit code, last received signal or 0, error message or "")."""
     process = JobProcess(config)
-    with child_processes.forwarding(process.signal) as signals:
-        code, told = process.wait()
-    return code, signals[-1] if signals else 0, told
+    with child_processes.forward_signals(process.signal) as signals:
+        code, error = process.wait()
+    return code, signals[-1] if signals else 0, error

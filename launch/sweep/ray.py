@@ -1,4 +1,4 @@
-"""RayJobs: runs as actors of a Ray cluster, on whichever machine has room; they end with who started them."""
+"""RayJobs: executor that runs each job as an actor of a Ray cluster; the actors end with this process."""
 
 import logging
 import os
@@ -16,97 +16,92 @@ from launch.sweep.cluster_executor import ClusterJobs
 from launch.sweep.cluster_task import ClusterTask
 from launch.sweep.job_process import JobProcess
 
-CARRIED = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY")  # variables that go with a job to another machine
-# A cluster that is started here sends nothing to the network, does not put its workers behind all other processes, and
-# does not warn that it hides GPUs.
-OF_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-NO_RESTART = {"max_restarts": 0, "max_task_retries": 0}  # what it takes to go on is in the run directory, not in Ray
+FORWARDED_VARIABLES = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY")  # environment prefixes copied to workers
+# For a cluster started here: no usage statistics, normal priority of workers, no warning about hidden GPUs
+RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+NO_RESTART = {"max_restarts": 0, "max_task_retries": 0}  # runs resume from their run directory, not through Ray
 
 
 class Worker:
-    """The actor: holds one run's process, beside which a second thread hands signals on."""
+    """Ray actor that runs one job in a subprocess; a second thread of the actor forwards signals."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ |= environment
         self._process: JobProcess | None = None
-        self._early: list[int] = []
+        self._pending_signals: list[int] = []
 
     def run(self, task: ClusterTask) -> tuple[int, str]:
-        """(exit code, error it told) of the run."""
+        """Run the job; return (exit code, error message or "")."""
         self._process = task.start()
-        for number in self._early:
+        for number in self._pending_signals:
             self._process.signal(number)
         return self._process.wait()
 
     def signal(self, number: int) -> None:
-        """Hand a signal on."""
+        """Forward a signal, once the process has started."""
         if self._process is None:
-            self._early.append(number)
+            self._pending_signals.append(number)
         else:
             self._process.signal(number)
 
 
 class RayJob:
-    """A run that was handed over.
+    """A submitted job.
 
     Args:
-        actor: the worker that has it.
-        outcome: reference to what that will say.
+        actor: handle of its `Worker`.
+        result: object reference of `Worker.run`.
     """
 
-    def __init__(self, actor: Any, outcome: Any) -> None:
-        self._actor, self._reference = actor, outcome
-        self._begun = actor.__ray_ready__.remote()
+    def __init__(self, actor: Any, result: Any) -> None:
+        self._actor, self._result = actor, result
+        self._ready = actor.__ray_ready__.remote()
         self._outcome: tuple[int, str] | None = None
 
     def signal(self, number: int) -> None:
-        """Send it a signal; one that has no machine yet is withdrawn."""
+        """Send a signal to the job; cancel it if it is still pending."""
         import ray
 
         if self.ended() is not None:
             return
-        if ray.wait([self._begun], timeout=0)[0]:
+        if ray.wait([self._ready], timeout=0)[0]:
             self._actor.signal.remote(number)
         else:
             ray.kill(self._actor)
-            self._outcome = exit_codes.code_of_signal(number), ""
+            self._outcome = exit_codes.signal_exit_code(number), ""
 
     def ended(self) -> tuple[int, str] | None:
-        """(exit code, error it told) once it has ended."""
+        """Return (exit code, error message or ""), or None while it runs."""
         import ray
 
-        if self._outcome is None and ray.wait([self._reference], timeout=0)[0]:
+        if self._outcome is None and ray.wait([self._result], timeout=0)[0]:
             try:
-                self._outcome = ray.get(self._reference)
+                self._outcome = ray.get(self._result)
             except ray.exceptions.RayError as error:
-                self._outcome = exit_codes.FAILED, _in_one_line(error)
+                self._outcome = exit_codes.FAILED, "its Ray worker was lost: " + " ".join(str(error).split())[:300]
             ray.kill(self._actor)
         return self._outcome
 
 
-def _in_one_line(error: Exception) -> str:
-    return "its Ray worker was lost: " + " ".join(str(error).split())[:300]
-
-
 class RayJobs(ClusterJobs):
-    """Makes an actor of each run.
+    """Executor that submits each job as a Ray actor.
 
     Args:
-        launcher: which cluster; what a job asks for stands in its own settings.
+        launcher: address of the cluster; the resource request is in the settings of each job.
 
     Raises:
-        InputError: no Ray is installed, or the cluster does not answer.
+        InputError: Ray is not installed, or there is no cluster at the address.
     """
 
-    def __init__(self, launcher: LauncherSettings, at_once: int, logs: Path) -> None:
-        super().__init__(at_once, logs)
+    def __init__(self, launcher: LauncherSettings, max_jobs: int, logs: Path) -> None:
+        super().__init__(max_jobs, logs)
         if find_spec("ray") is None:
             raise InputError("launcher=ray needs Ray.\nInstall it: .venv/bin/pip install 'ray>=2.50'")
-        for name, value in OF_RAY.items():
+        for name, value in RAY_VARIABLES.items():
             os.environ.setdefault(name, value)
         import ray
 
-        previous = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+        previous = signal.getsignal(signal.SIGTERM)  # Ray replaces this handler
         try:
             ray.init(
                 address=launcher.address,
@@ -116,14 +111,14 @@ class RayJobs(ClusterJobs):
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"launcher.address={launcher.address}: no Ray cluster answers there ({str(error).splitlines()[0]}).\n"
+                f"launcher.address={launcher.address}: no Ray cluster found ({str(error).splitlines()[0]}).\n"
                 "Start one with `ray start --head`, or give launcher.address=local."
             ) from None
         finally:
             signal.signal(signal.SIGTERM, previous)
 
     def submit(self, config: RunConfig, output: Path, errors: Path) -> RayJob:
-        """Hand over a run whose output goes to these files.
+        """Submit a run; its stdout and stderr go to these files.
 
         Raises:
             InputError: no machine of the cluster is large enough.
@@ -131,31 +126,36 @@ class RayJobs(ClusterJobs):
         import ray
 
         machines, launcher = resource_request.request_from(config), config.launcher
-        asked = {"CPU": launcher.cpus * machines.devices, "GPU": machines.gpus}
+        request = {"CPU": launcher.cpus * machines.devices, "GPU": machines.gpus}
         memory = None if launcher.memory is None else int(launcher.memory * 2**30)
         if launcher.address == "local":
-            _check_fits(ray.nodes(), {**asked, "memory": memory or 0})
+            _check_fits(ray.nodes(), {**request, "memory": memory or 0})
         actor: Any = ray.remote(Worker).options(
-            num_cpus=asked["CPU"], num_gpus=asked["GPU"], memory=memory, max_concurrency=2, **NO_RESTART
+            num_cpus=request["CPU"], num_gpus=request["GPU"], memory=memory, max_concurrency=2, **NO_RESTART
         )
-        worker: Any = actor.remote({key: value for key, value in os.environ.items() if key.startswith(CARRIED)})
-        return self._noted(RayJob(worker, worker.run.remote(ClusterTask.from_config(config, output, errors))))
+        environment = {key: value for key, value in os.environ.items() if key.startswith(FORWARDED_VARIABLES)}
+        worker: Any = actor.remote(environment)
+        return self._track(RayJob(worker, worker.run.remote(ClusterTask.from_config(config, output, errors))))
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Disconnect from the cluster; stop it if it was started here."""
         import ray
 
         ray.shutdown()
 
 
-def _check_fits(nodes: list[dict[str, Any]], asked: dict[str, float]) -> None:
-    """Ray would let a job that nothing can ever hold wait for ever; elsewhere a cluster may grow."""
-    offered = [node["Resources"] for node in nodes if node["Alive"]]
-    if not any(all(resources.get(key, 0) >= value for key, value in asked.items()) for resources in offered):
-        wanted = ", ".join(f"{value:g} {key}" for key, value in asked.items() if value)
-        largest = {key: max((resources.get(key, 0) for resources in offered), default=0) for key in asked}
+def _check_fits(nodes: list[dict[str, Any]], request: dict[str, float]) -> None:
+    """Check the resource request in a local cluster, in which a job that does not fit would wait forever.
+
+    Raises:
+        InputError: no machine is large enough.
+    """
+    available = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(resources.get(key, 0) >= value for key, value in request.items()) for resources in available):
+        requested = ", ".join(f"{value:g} {key}" for key, value in request.items() if value)
+        largest = {key: max((resources.get(key, 0) for resources in available), default=0) for key in request}
         most = ", ".join(f"{value:g} {key}" for key, value in largest.items())
         raise InputError(
-            f"A job asks for {wanted}, and no machine of this Ray cluster has that (at most {most}).\n"
+            f"A job requests {requested}, but no machine of this Ray cluster has that (at most {most}).\n"
             "Lower devices, launcher.cpus or launcher.memory."
         )

@@ -1,4 +1,4 @@
-"""Elsewhere: where `launcher=` has runs done, and one run that is handed over, followed, and ends as it ends there."""
+"""Remote run: submits a single run through `launcher=slurm` or `launcher=ray`, shows its output, returns its result."""
 
 import signal
 import sys
@@ -18,69 +18,69 @@ from launch.sweep.cluster_executor import ClusterJobs
 from launch.sweep.job_queue import POLL_SECONDS
 
 
-def executor_of(launcher: LauncherSettings, at_once: int, logs: Path) -> ClusterJobs:
-    """SLURM or Ray.
+def create_executor(launcher: LauncherSettings, max_jobs: int, logs: Path) -> ClusterJobs:
+    """Create the SLURM or Ray executor.
 
     Args:
-        at_once: jobs that may be out at the same time.
-        logs: folder for what jobs print.
+        max_jobs: limit on submitted jobs that have not ended.
+        logs: folder for the output of jobs.
 
     Raises:
-        InputError: what that needs is not here.
+        InputError: the package or the cluster is not available.
     """
     if launcher.name == "slurm":
         from launch.sweep.slurm import SlurmJobs
 
-        return SlurmJobs(launcher, at_once, logs)
+        return SlurmJobs(launcher, max_jobs, logs)
     from launch.sweep.ray import RayJobs
 
-    return RayJobs(launcher, at_once, logs)
+    return RayJobs(launcher, max_jobs, logs)
 
 
 def run(config: RunConfig) -> float | None:
-    """Hand over one run and show what it prints, until it has ended; returns the watched metric.
+    """Submit a run, print its output until it ends, and return the watched metric.
 
     Raises:
-        InputError: it cannot be handed over.
-        answer.Ended: with the run's exit code, unless it finished.
+        InputError: the run cannot be submitted.
+        exit_codes.Exit: the run did not finish; `code` is its exit code.
     """
-    config, folder, made = _with_folder(config)
+    config, folder, created = _with_folder(config)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{config.launcher.name}-", dir=folder.absolute().parent) as scratch:
             files = Path(scratch, "output.txt"), Path(scratch, "errors.txt")
-            code, told = _followed(config, files)
-            is_shown = files[1].is_file() and told in files[1].read_text(encoding="utf-8", errors="replace")
+            code, error = _submit_and_follow(config, files)
+            is_shown = files[1].is_file() and error in files[1].read_text(encoding="utf-8", errors="replace")
     finally:
-        run_dir.remove_empty(made)
+        run_dir.remove_empty(created)
     if code:
-        said = told or (f"The run in {folder} was killed by {signal.Signals(-code).name}." if code < 0 else "")
-        raise exit_codes.Ended(max(code, exit_codes.FAILED), "" if is_shown and told else said)
+        message = error or (f"The run in {folder} was killed by {signal.Signals(-code).name}." if code < 0 else "")
+        raise exit_codes.Exit(max(code, exit_codes.FAILED), "" if is_shown and error else message)
     return watched_value(read_report(folder))
 
 
 def _with_folder(config: RunConfig) -> tuple[RunConfig, Path, list[Path]]:
-    """(configuration that names the run directory, the directory, folders created for it): a requeued job finds it."""
+    """Fix the run directory, so that a requeued job finds it; return (configuration, directory, created folders)."""
     if config.resume not in (None, "auto"):
         return config, Path(str(config.resume)).expanduser(), []
     if config.resume == "auto":
-        folder = run_dir.wanted_folder(config)
-        made = run_dir.missing(folder)
+        folder = run_dir.run_folder(config)
+        created = run_dir.missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder, made = run_dir.reserve(config)
-    return (replace(config, run_dir=str(folder)) if config.name is None else config), folder, made
+        folder, created = run_dir.reserve(config)
+    return (replace(config, run_dir=str(folder)) if config.name is None else config), folder, created
 
 
-def _followed(config: RunConfig, files: tuple[Path, Path]) -> tuple[int, str]:
-    """(exit code, error it told) of the run, after showing all that it printed."""
-    executor = executor_of(config.launcher, at_once=1, logs=files[0].parent)
-    shown = [0, 0]
+def _submit_and_follow(config: RunConfig, files: tuple[Path, Path]) -> tuple[int, str]:
+    """Submit the run and copy its stdout and stderr until it ends; return (exit code, error message or "")."""
+    executor = create_executor(config.launcher, max_jobs=1, logs=files[0].parent)
+    offsets = [0, 0]
 
     def show() -> None:
-        for place, (file, stream) in enumerate(zip(files, (sys.stdout, sys.stderr), strict=True)):
-            shown[place] += _show(file, shown[place], stream)
+        for index, (file, stream) in enumerate(zip(files, (sys.stdout, sys.stderr), strict=True)):
+            offsets[index] += _copy_new(file, offsets[index], stream)
 
-    with child_processes.noting() as signals:
+    with child_processes.record_signals() as signals:
         job, sent, ended = executor.submit(config, *files), 0, None
         while ended is None:
             time.sleep(POLL_SECONDS)
@@ -93,8 +93,8 @@ def _followed(config: RunConfig, files: tuple[Path, Path]) -> tuple[int, str]:
     return ended
 
 
-def _show(file: Path, start: int, stream: IO[str]) -> int:
-    """Copy what was added since byte `start`; returns how many bytes that is."""
+def _copy_new(file: Path, start: int, stream: IO[str]) -> int:
+    """Copy the bytes from `start` on to the stream; return their number."""
     if not file.exists():
         return 0
     with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Sweep results: what a sweep leaves of its jobs: sweep.csv, sweep.html and a table on the terminal."""
+"""Sweep results: sweep.csv, sweep.html and the terminal table of a sweep's jobs."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from gpt2lab.analysis.sweep_runs import (
     NAMED,
     SweepResults,
     SweepRun,
-    behind_in_words,
-    gathered,
-    in_one_sentence,
-    value_in_words,
+    format_gap,
+    format_value,
+    group_runs,
+    summarize,
 )
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
 from gpt2lab.reports.run_report import read_report
@@ -29,40 +29,40 @@ LAST_COLUMNS = ("overrides", "error", "command")
 
 
 def write(folder: Path, planned: Sequence[Job]) -> None:
-    """Write sweep.csv and sweep.html; called after every job, so that both can be read at any time."""
-    told = _told(planned)
-    columns = [*FIRST_COLUMNS, *dict.fromkeys(key for keys in told for key in keys), *LAST_COLUMNS]
-    rows = [_row(job, keys) for job, keys in zip(planned, told, strict=True)]
+    """Write sweep.csv and sweep.html; called after every job, so that both are always current."""
+    varied = _varied_keys(planned)
+    columns = [*FIRST_COLUMNS, *dict.fromkeys(key for keys in varied for key in keys), *LAST_COLUMNS]
+    rows = [_row(job, keys) for job, keys in zip(planned, varied, strict=True)]
     jobs.write_csv(folder / "sweep.csv", columns, rows)
-    write_text(folder / "sweep.html", render(folder.name, results(folder, planned)))
+    write_text(folder / "sweep.html", render(folder.name, collect_results(folder, planned)))
 
 
-def in_words(folder: Path, planned: Sequence[Job]) -> str:
-    """What the terminal shows at the end: settings where they have several seeds, else jobs; who won, and how again."""
-    found = results(folder, planned)
+def format_results(folder: Path, planned: Sequence[Job]) -> str:
+    """Format the terminal table: one line per setting if there are several seeds, else per job; then the best run."""
+    found = collect_results(folder, planned)
     lines = [_settings(found) if found.has_seeds else _jobs(planned)]
     lines += _by_document(found)
-    for contest in found.contests if len(found.settings) > 1 else []:
-        apart = f"{contest.metric} {contest.apart}: " if len(found.contests) > 1 else ""
-        lines += ["", apart + in_one_sentence(contest), f"  {contest.best_command}"]
+    for group in found.groups if len(found.settings) > 1 else []:
+        apart = f"{group.metric} {group.condition}: " if len(found.groups) > 1 else ""
+        lines += ["", apart + summarize(group), f"  {group.best_command}"]
     return "\n".join([*lines, "", f"{folder}/sweep.csv", f"{folder}/sweep.html"])
 
 
-def results(folder: Path, planned: Sequence[Job]) -> SweepResults:
-    """The jobs with what their reports say, gathered by setting."""
-    runs = [_run(folder, job, keys) for job, keys in zip(planned, _told(planned), strict=True)]
-    return gathered(runs, _shared(planned))
+def collect_results(folder: Path, planned: Sequence[Job]) -> SweepResults:
+    """Collect the reports of all jobs, grouped by setting."""
+    runs = [_run(folder, job, keys) for job, keys in zip(planned, _varied_keys(planned), strict=True)]
+    return group_runs(runs, _shared_overrides(planned))
 
 
-def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
-    report, curve, documents = _reported(job)
+def _run(folder: Path, job: Job, varied: dict[str, str]) -> SweepRun:
+    report, curve, documents = _read_job(job)
     is_number = job.status == "finished" and job.watched is not None and math.isfinite(job.watched)
     return SweepRun(
         number=job.number,
         status=job.status,
         error=job.error,
         page=f"{job.folder.relative_to(folder)}/report.html" if report else "",
-        told=told,
+        overrides=varied,
         metric=report.get("watched_metric", ""),
         value=job.watched if is_number else None,
         seconds=report.get("seconds"),
@@ -73,21 +73,21 @@ def _run(folder: Path, job: Job, told: dict[str, str]) -> SweepRun:
     )
 
 
-def _reported(job: Job) -> tuple[dict[str, Any], list[tuple[int, float]], DocumentLosses | None]:
-    """A job's report, empty where there is none yet, the curve of its watched metric, its validation by document."""
+def _read_job(job: Job) -> tuple[dict[str, Any], list[tuple[int, float]], DocumentLosses | None]:
+    """Report (empty if missing), (step, value) curve of the watched metric, and validation losses by document."""
     file = job.folder / "report.json"
     return _read(job.folder, file.stat().st_mtime_ns) if file.exists() else ({}, [], None)
 
 
 @cache
-def _read(folder: Path, written: int) -> tuple[dict[str, Any], list[tuple[int, float]], DocumentLosses | None]:
-    """The three of `_reported`, read once for each time that they were written: every job's end reads all of them."""
+def _read(folder: Path, mtime: int) -> tuple[dict[str, Any], list[tuple[int, float]], DocumentLosses | None]:
+    """Read a job, cached by modification time, because the end of every job reads all of them."""
     report = read_report(folder)
     return report, series(read_metrics(folder), report.get("watched_metric", "")), read_document_losses(folder)
 
 
-def _told(planned: Sequence[Job]) -> list[dict[str, str]]:
-    """Of each job, the values of the keys in which the jobs differ; a key that it was not told is left out."""
+def _varied_keys(planned: Sequence[Job]) -> list[dict[str, str]]:
+    """Return for each job its overrides of the keys in which the jobs differ, as {key: value}."""
     given = [
         dict(zip(unused_keys.given_keys(job.overrides), (_value(one) for one in job.overrides), strict=True))
         for job in planned
@@ -101,31 +101,31 @@ def _value(override: str) -> str:
     return override.partition("=")[2]
 
 
-def _shared(planned: Sequence[Job]) -> list[str]:
-    """The overrides that all jobs have, of several."""
+def _shared_overrides(planned: Sequence[Job]) -> list[str]:
+    """Overrides that all jobs have in common; empty for a single job."""
     if len(planned) < 2:
         return []
     common = set.intersection(*(set(job.overrides) for job in planned))
     return [override for override in planned[0].overrides if override in common]
 
 
-def _row(job: Job, told: dict[str, str]) -> dict[str, Any]:
-    """A line of sweep.csv."""
-    report = _reported(job)[0]
+def _row(job: Job, varied: dict[str, str]) -> dict[str, Any]:
+    """A row of sweep.csv."""
+    report = _read_job(job)[0]
     shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
     own = {"job": job.number, "status": job.status, "overrides": unused_keys.in_words(job.overrides)}
-    became = {"error": job.error, "watched": "" if job.watched is None else job.watched}
-    return {**shown, **told, **own, **became, "command": _command(job, report)}
+    outcome = {"error": job.error, "watched": "" if job.watched is None else job.watched}
+    return {**shown, **varied, **own, **outcome, "command": _command(job, report)}
 
 
 def _command(job: Job, report: dict[str, Any]) -> str:
-    """That runs the job again: as its report has it, without the keys that its task does not read."""
-    return str(report.get("command") or jobs.command_of(job.overrides))
+    """Command that repeats the job; the one in its report leaves out keys that its task does not read."""
+    return str(report.get("command") or jobs.single_run_command(job.overrides))
 
 
 def _jobs(planned: Sequence[Job]) -> str:
-    """One line a job, with the overrides in which the jobs differ."""
-    shared = _shared(planned)
+    """One line per job, with the overrides in which the jobs differ."""
+    shared = _shared_overrides(planned)
     lines = [("job", "status", "watched", "value", "seconds", "overrides")]
     for job in planned:
         row = _row(job, {})
@@ -137,19 +137,19 @@ def _jobs(planned: Sequence[Job]) -> str:
 
 
 def _settings(found: SweepResults) -> str:
-    """One line a setting, best first."""
-    metrics = {contest.metric for contest in found.contests}
+    """One line per setting, best first."""
+    metrics = {group.metric for group in found.groups}
     lines = [
         ("", metrics.pop() if len(metrics) == 1 else "value", "behind the best", "runs", "seconds", "jobs", "setting")
     ]
-    contest_of = {setting.name: contest for contest in found.contests for setting in contest.settings}
+    group_of = {setting.name: group for group in found.groups for setting in group.settings}
     for setting in found.settings:
-        contest = contest_of.get(setting.name)
+        group = group_of.get(setting.name)
         seconds = "" if setting.seconds is None else f"{setting.seconds:.0f}"
         numbers = ",".join(str(run.number) for run in setting.runs)
-        standing = contest.standing(setting) if contest else ""
-        behind = behind_in_words(contest, setting)
-        lines.append((standing, value_in_words(setting), behind, setting.statuses, seconds, numbers, setting.name))
+        standing = group.status_of(setting) if group else ""
+        behind = format_gap(group, setting)
+        lines.append((standing, format_value(setting), behind, setting.statuses, seconds, numbers, setting.name))
     return (
         _aligned(lines)
         + "\n± of a value: half its 95 % interval; behind the best by more than its ±: worse, else a tie"
@@ -157,12 +157,12 @@ def _settings(found: SweepResults) -> str:
 
 
 def _by_document(found: SweepResults) -> list[str]:
-    """The settings next to the best, each with its difference paired by document."""
+    """Differences to the best setting, paired by document, for the next best settings."""
     lines = []
-    for contest in found.contests:
-        for setting in contest.settings[1 : NAMED + 1]:
-            difference = contest.by_document(setting)
-            lines += [f"  {setting.name} − {contest.best.name}: {difference}"] if difference else []
+    for group in found.groups:
+        for setting in group.settings[1 : NAMED + 1]:
+            difference = group.by_document(setting)
+            lines += [f"  {setting.name} − {group.best.name}: {difference}"] if difference else []
     return ["", "Paired by document, without the error between seeds", *lines] if lines else []
 
 

@@ -1,9 +1,9 @@
-"""Space: the ranges of a search, read from overrides in Hydra's sweep syntax.
+"""Search space: converts overrides in Hydra's sweep syntax into Optuna distributions.
 
-a,b,c  choice(a,b,c)  glob(*)     one of these
-range(1,10)  range(0,1,0.1)       a number of this row, the end left out as in Python
-interval(1e-4,1e-2)               any number between; int(interval(1,100)) any whole one
-tag(log,…)  tag(linear,…)         evenly on a logarithmic scale, or on a plain one
+a,b,c  choice(a,b,c)  glob(*)     one of these values
+range(1,10)  range(0,1,0.1)       numbers with a step; the end is excluded, as in Python
+interval(1e-4,1e-2)               any number in between; int(interval(1,100)) any whole number
+tag(log,…)  tag(linear,…)         uniform on a logarithmic or a linear scale
 """
 
 import math
@@ -21,26 +21,26 @@ from launch.config.groups import groups
 from launch.config.unused_keys import deciding_groups, given_keys
 
 TAGS = ("log", "linear")
-# Where factors count: an interval of these that spans at least WIDE is logarithmic unless it says otherwise
-BY_FACTORS = ("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.eps", "z_loss")
-WIDE = 10
+# An interval of these keys is logarithmic by default if high ≥ LOG_SCALE_RATIO · low
+LOG_SCALE_KEYS = ("optimizer.lr", "optimizer.adamw_lr", "optimizer.weight_decay", "optimizer.eps", "z_loss")
+LOG_SCALE_RATIO = 10
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """A key with the values it may have.
+    """A searched key and the distribution of its values.
 
     Attributes:
-        key: without the + that may stand before it, as the study calls it.
-        typed: with it.
+        key: name of the parameter in the Optuna study, without a leading `+`.
+        typed: the key as typed, with it.
     """
 
     key: str
     typed: str
     distribution: BaseDistribution
 
-    def suggested(self, trial: Trial) -> str:
-        """The override with the value that the study's sampler chooses for a trial."""
+    def suggest(self, trial: Trial) -> str:
+        """Sample a value for the trial; return the override."""
         kind = self.distribution
         value: object
         if isinstance(kind, CategoricalDistribution):
@@ -52,8 +52,8 @@ class Dimension:
             value = trial.suggest_float(self.key, kind.low, kind.high, step=kind.step, log=kind.log)
         return f"{self.typed}={value}"
 
-    def holds(self, override: str) -> bool:
-        """Whether an override gives this key one of its values."""
+    def allows(self, override: str) -> bool:
+        """Whether the override sets this key to one of its values; for a range, to any finite number."""
         key, _, text = override.partition("=")
         if key != self.typed:
             return False
@@ -66,7 +66,7 @@ class Dimension:
 
     @property
     def examples(self) -> list[str]:
-        """All choices, or one number of the range, as overrides."""
+        """Overrides with all choices, or with one number of the range."""
         kind = self.distribution
         if isinstance(kind, CategoricalDistribution):
             return [f"{self.typed}={value}" for value in kind.choices]
@@ -75,11 +75,13 @@ class Dimension:
         return [f"{self.typed}={(kind.low + kind.high) / 2 if is_free else kind.low}"]
 
 
-def read(arguments: Sequence[str], loader: ConfigLoader) -> tuple[list[str], list[Dimension]]:
-    """(overrides that all jobs share, what is searched), the keys that others depend on first.
+def parse(arguments: Sequence[str], loader: ConfigLoader) -> tuple[list[str], list[Dimension]]:
+    """Split overrides into (overrides that all jobs share, searched dimensions).
+
+    A dimension comes after those that decide whether its key exists.
 
     Raises:
-        InputError: a range without values, or one that cannot be searched as asked.
+        InputError: a range contains no values or has an unsupported tag.
     """
     fixed: list[str] = []
     dimensions: list[Dimension] = []
@@ -95,7 +97,7 @@ def read(arguments: Sequence[str], loader: ConfigLoader) -> tuple[list[str], lis
 
 
 def _rank(dimension: Dimension) -> int:
-    """Task and experiment decide about other groups, groups about keys, and some keys about others."""
+    """Sort key: task and experiment decide which groups exist, groups which keys, and some keys which other keys."""
     if dimension.key in ("task", "experiment"):
         return 0
     depends = bool(deciding_groups(dimension.key))
@@ -110,32 +112,32 @@ def _distribution(key: str, override: Override, argument: str) -> BaseDistributi
         raise InputError(f"{argument}: a range is tagged with one of {', '.join(TAGS)}, as in tag(log,interval(1,9)).")
     if not isinstance(value, IntervalSweep | RangeSweep):
         if tags:
-            raise InputError(f"{argument}: choices have no scale.\nLeave out tag(…).")
+            raise InputError(f"{argument}: tags apply to ranges, not to choices.\nLeave out tag(…).")
         return CategoricalDistribution(list(dict.fromkeys(override.sweep_string_iterator())))
     if isinstance(value, RangeSweep):
         end = value.stop
         assert end is not None
-        # Hydra counts in binary fractions, by which a row of 0.1 may reach its end
-        row = [number for number in value.range() if not math.isclose(number, end)]
-        return _of_row(row, "log" in tags, argument)
+        # Because of rounding errors, a range with step 0.1 may include its end
+        numbers = [number for number in value.range() if not math.isclose(number, end)]
+        return _range_distribution(numbers, "log" in tags, argument)
     low, high = value.start, value.end
     assert low is not None
     assert high is not None
     _check_bounds(low, high, "log" in tags, argument)
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log="log" in tags)
-    is_wide = key in BY_FACTORS and low > 0 and high >= WIDE * low
+    is_wide = key in LOG_SCALE_KEYS and low > 0 and high >= LOG_SCALE_RATIO * low
     return FloatDistribution(low, high, log="log" in tags or (is_wide and not tags))
 
 
-def _of_row(numbers: list[float], log: bool, argument: str) -> BaseDistribution:
+def _range_distribution(numbers: list[float], log: bool, argument: str) -> BaseDistribution:
     if not numbers:
-        raise InputError(f"{argument} holds no number.\nGive range(low,high) with low below high; high is left out.")
+        raise InputError(f"{argument} contains no number.\nGive range(low,high) with low below high; high is left out.")
     numbers = sorted(numbers)
     low, high = numbers[0], numbers[-1]
     step = round(numbers[1] - low, 12) if len(numbers) > 1 else 1
     if log and not (isinstance(low, int) and step == 1):
-        raise InputError(f"{argument}: on a logarithmic scale a range has whole numbers and no step.")
+        raise InputError(f"{argument}: a logarithmic range supports whole numbers with step 1 only.")
     if log:
         _check_bounds(low, high, log, argument)
     if all(isinstance(number, int) for number in numbers):
@@ -147,4 +149,6 @@ def _check_bounds(low: float, high: float, log: bool, argument: str) -> None:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"{argument}: the lower bound must be a number below the upper one, interval(low,high).")
     if log and low <= 0:
-        raise InputError(f"{argument}: a logarithmic scale has no zero.\nRaise the lower bound, or leave out log.")
+        raise InputError(
+            f"{argument}: a logarithmic scale needs numbers above 0.\nRaise the lower bound, or leave out log."
+        )

@@ -1,4 +1,4 @@
-"""SlurmJobs: runs as SLURM jobs, submitted by submitit and watched from here by the files they leave and by squeue."""
+"""SlurmJobs: executor that submits runs to SLURM with submitit and polls their result files and squeue."""
 
 import os
 import shutil
@@ -22,146 +22,147 @@ from launch.config.schema import RunConfig
 from launch.distributed import child_processes
 from launch.sweep.cluster_executor import ClusterJobs
 
-LOOK_SECONDS = 1.0  # between looks for the files of a job
-QUEUE_SECONDS = 5.0  # between questions to SLURM, for all jobs together
-FILES_LAG = 15.0  # seconds after a job's end in which a shared file system may still hold its files back
-TRACE_RULE = "-" * 22  # submitit's, around the traceback of what it called
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-ALIVE = (*WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+FILE_POLL_SECONDS = 1.0  # interval of checks for the result files of a job
+SQUEUE_SECONDS = 5.0  # interval of squeue calls, for all jobs together
+FILE_LAG_SECONDS = 15.0  # delay with which files of an ended job may appear on a shared file system
+TRACEBACK_RULE = "-" * 22  # submitit prints it before and after a traceback
+PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+ACTIVE = (*PENDING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
 
 class SlurmQueue:
-    """What SLURM says of this user's jobs, asked at most every few seconds."""
+    """States of this user's SLURM jobs, cached for a few seconds."""
 
     def __init__(self) -> None:
-        self._asked = 0.0
-        self._listed: dict[str, str] | None = None
+        self._queried = 0.0
+        self._states: dict[str, str] | None = None
 
     def state(self, job_id: str) -> str:
-        """RUNNING, TIMEOUT, …; empty where SLURM does not answer, GONE where it no longer knows the job."""
-        if time.monotonic() - self._asked > QUEUE_SECONDS:
-            self._asked, self._listed = time.monotonic(), self._ask()
-        return "" if self._listed is None else self._listed.get(job_id, "GONE")
+        """Return RUNNING, TIMEOUT, …; "" if squeue fails, GONE if squeue does not list the job."""
+        if time.monotonic() - self._queried > SQUEUE_SECONDS:
+            self._queried, self._states = time.monotonic(), self._query()
+        return "" if self._states is None else self._states.get(job_id, "GONE")
 
-    def _ask(self) -> dict[str, str] | None:
+    def _query(self) -> dict[str, str] | None:
         command = ["squeue", "--me", "--states=all", "--noheader", "--format=%A %T"]
         try:
-            answered = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         except (OSError, subprocess.SubprocessError):
             return None
-        return dict(line.split() for line in answered.stdout.splitlines() if len(line.split()) == 2)
+        return dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
 
 
 class SlurmJob:
-    """A submitted run.
+    """A submitted job.
 
     Args:
-        job: submitit's.
-        queue: of SLURM; None: submitit's own processes on this machine.
+        job: the job object of submitit.
+        queue: job states; None: submitit runs the job in local processes.
     """
 
     def __init__(self, job: Any, queue: SlurmQueue | None) -> None:
         self.job = job
         self._queue = queue
-        self._looked = time.monotonic()
-        self._over_since: float | None = None
+        self._polled = time.monotonic()
+        self._inactive_since: float | None = None
         self._signalled = 0
         self._outcome: tuple[int, str] | None = None
 
     def signal(self, number: int) -> None:
-        """Send a signal to all its processes; a job that still waits is withdrawn."""
+        """Send a signal to all processes of the job; cancel it if it is still pending."""
         if self.ended() is not None:
             return
         self._signalled = number
         if self._queue is None:
-            child_processes.send(signal.SIGTERM, [int(self.job.job_id)])  # which submitit hands on, as it does no other
+            child_processes.send(signal.SIGTERM, [int(self.job.job_id)])  # submitit forwards no other signal
             return
         name = signal.Signals(number).name.removeprefix("SIG")
         for flags in (["--state=PENDING"], [f"--signal={name}"]):
             subprocess.run(["scancel", *flags, self.job.job_id], capture_output=True, check=False)
 
     def ended(self) -> tuple[int, str] | None:
-        """(exit code, error it told) once it has ended and will not be queued again."""
-        if self._outcome is None and time.monotonic() - self._looked > LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self._outcome = self._look()
+        """Return (exit code, error message or ""), or None while the job runs or is requeued."""
+        if self._outcome is None and time.monotonic() - self._polled > FILE_POLL_SECONDS:
+            self._polled = time.monotonic()
+            self._outcome = self._poll()
         return self._outcome
 
-    def _look(self) -> tuple[int, str] | None:
-        outcomes = [self._told_by(number) for number in range(self.job.num_tasks)]
-        told = [outcome for outcome in outcomes if outcome is not None]
-        if len(told) == len(outcomes) and told[0][0] not in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
-            return _of_all_ranks(told)
+    def _poll(self) -> tuple[int, str] | None:
+        results = [self._result(number) for number in range(self.job.num_tasks)]
+        outcomes = [outcome for outcome in results if outcome is not None]
+        is_complete = len(outcomes) == len(results)
+        if is_complete and outcomes[0][0] not in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
+            return _combine(outcomes)
         state = self._state()
-        if state in ("", *ALIVE):
-            self._over_since = None
+        if state in ("", *ACTIVE):
+            self._inactive_since = None
             return None
-        if len(told) == len(outcomes):
-            return _of_all_ranks(told)
-        self._over_since = self._over_since or time.monotonic()
-        if time.monotonic() - self._over_since < (FILES_LAG if self._queue else LOOK_SECONDS):
+        if is_complete:
+            return _combine(outcomes)
+        self._inactive_since = self._inactive_since or time.monotonic()
+        if time.monotonic() - self._inactive_since < (FILE_LAG_SECONDS if self._queue else FILE_POLL_SECONDS):
             return None
         if self._signalled:
-            return exit_codes.code_of_signal(self._signalled), ""
-        return exit_codes.FAILED, self._why_lost(state)
+            return exit_codes.signal_exit_code(self._signalled), ""
+        return exit_codes.FAILED, self._lost_message(state)
 
-    def _told_by(self, task: int) -> tuple[int, str] | None:
+    def _result(self, task: int) -> tuple[int, str] | None:
         part = self.job.task(task)
         if not part.paths.result_pickle.exists():
             return None
         error = part.exception()
         if error is None:
             return part.result()
-        return exit_codes.FAILED, str(error).split(TRACE_RULE)[1].strip().splitlines()[-1]
+        return exit_codes.FAILED, str(error).split(TRACEBACK_RULE)[1].strip().splitlines()[-1]
 
     def _state(self) -> str:
         return str(self.job.state) if self._queue is None else self._queue.state(self.job.job_id)
 
-    def _why_lost(self, state: str) -> str:
-        """What SLURM says of a job that left no word, and the last line on its stderr."""
-        said = f"job {self.job.job_id} ended without a word: {state}"
+    def _lost_message(self, state: str) -> str:
+        """Message for a job without result files: its SLURM state and the last line of its stderr."""
+        message = f"job {self.job.job_id} ended without a result: {state}"
         errors = self.job.paths.stderr
         lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.is_file() else []
-        return f"{said} ({lines[-1]})" if lines else said
+        return f"{message} ({lines[-1]})" if lines else message
 
 
-def _of_all_ranks(outcomes: list[tuple[int, str]]) -> tuple[int, str]:
-    """A rank that was killed, or that found a mistake, says why the others failed; else the first speaks for all."""
+def _combine(outcomes: list[tuple[int, str]]) -> tuple[int, str]:
+    """Outcome of a job from those of its ranks: that of a killed rank, of a user error, otherwise of rank 0."""
     killed = [outcome for outcome in outcomes if outcome[0] < 0]
-    mistaken = [outcome for outcome in outcomes if outcome[0] == exit_codes.MISTAKE]
-    return [*killed, *mistaken, outcomes[0]][0]
+    user_errors = [outcome for outcome in outcomes if outcome[0] == exit_codes.USER_ERROR]
+    return [*killed, *user_errors, outcomes[0]][0]
 
 
 class SlurmJobs(ClusterJobs):
-    """Submits runs; `logs` holds submitit's files too, which are removed in the end.
+    """Executor that submits runs with submitit; its files are in `logs` until `close`.
 
     Args:
-        launcher: how to reach SLURM; what a job asks for stands in its own settings.
+        launcher: how to submit; the resource request is in the settings of each job.
 
     Raises:
-        InputError: there is no SLURM here, or no submitit.
+        InputError: submitit or sbatch is not installed.
     """
 
-    def __init__(self, launcher: LauncherSettings, at_once: int, logs: Path) -> None:
+    def __init__(self, launcher: LauncherSettings, max_jobs: int, logs: Path) -> None:
         if find_spec("submitit") is None:
             raise InputError("launcher=slurm needs submitit.\nInstall it: .venv/bin/pip install 'submitit>=1.5'")
         if launcher.executor == "slurm" and shutil.which("sbatch") is None:
             raise InputError(
-                "launcher=slurm: there is no sbatch here, so jobs cannot be submitted.\n"
-                "Start this on a login node of the cluster, or try things out with launcher.executor=local."
+                "launcher=slurm: sbatch is not installed on this machine.\n"
+                "Start the command on a login node of the cluster, or test it with launcher.executor=local."
             )
-        super().__init__(at_once, logs)
+        super().__init__(max_jobs, logs)
         logs.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="submitted-", dir=logs))  # a new one: submitit reads pickles there
+        self._folder = Path(tempfile.mkdtemp(prefix="submitted-", dir=logs))  # a new one: submitit unpickles its files
         self._queue = SlurmQueue() if launcher.executor == "slurm" else None
 
     def submit(self, config: RunConfig, output: Path, errors: Path) -> SlurmJob:
-        """Submit a run whose output goes to these files.
+        """Submit a run; its stdout and stderr go to these files.
 
         Raises:
-            InputError: SLURM refuses it.
+            InputError: SLURM rejects the job.
         """
-        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # else it closes all other libraries' log handlers
+        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # by default submitit closes all log handlers
         import submitit
         from submitit.core.core import PicklingExecutor
 
@@ -177,24 +178,24 @@ class SlurmJobs(ClusterJobs):
         executor = kind(self._folder, max_num_timeout=launcher.requeues)
         executor.update_parameters(**parameters)
         try:
-            with _environment(is_here=self._queue is None):
+            with _environment(is_local=self._queue is None):
                 job = SlurmJob(executor.submit(SlurmTask.from_config(config, output, errors)), self._queue)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            said = str(error).strip().splitlines()[-1]
-            raise InputError(f"SLURM refuses this job: {said}\nChange launcher.* or what the run asks for.") from None
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"SLURM rejected the job: {reason}\nChange launcher.* or devices and num_nodes.") from None
         if self._queue is not None:
             print(f"{config.run_dir or config.resume}: SLURM job {job.job.job_id}", file=sys.stderr, flush=True)
-        return self._noted(job)
+        return self._track(job)
 
     def close(self) -> None:
         """Remove submitit's files."""
-        if all(job.ended() is not None for job in self._out):
+        if all(job.ended() is not None for job in self._submitted):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _parameters(launcher: LauncherSettings, machines: Machines, name: str) -> dict[str, Any]:
-    """For sbatch, by submitit's names. On several machines SLURM starts all ranks, on one the run does so itself."""
-    ranks_here = machines.devices if machines.nodes > 1 else 1
+    """sbatch options by submitit's names. SLURM starts all ranks of a multi-node run, otherwise one process per job."""
+    tasks_per_node = machines.devices if machines.nodes > 1 else 1
     optional = {
         "partition": launcher.partition,
         "account": launcher.account,
@@ -209,8 +210,8 @@ def _parameters(launcher: LauncherSettings, machines: Machines, name: str) -> di
         "time": launcher.time,
         "signal_delay_s": launcher.notice,
         "nodes": machines.nodes,
-        "ntasks_per_node": ranks_here,
-        "cpus_per_task": launcher.cpus * machines.devices // ranks_here,
+        "ntasks_per_node": tasks_per_node,
+        "cpus_per_task": launcher.cpus * machines.devices // tasks_per_node,
         "additional_parameters": {"requeue": True, **launcher.sbatch},
         **{key: value for key, value in optional.items() if value is not None},
     }
@@ -226,18 +227,20 @@ def _local_parameters(launcher: LauncherSettings, machines: Machines) -> dict[st
 
 
 @contextmanager
-def _environment(is_here: bool) -> Iterator[None]:
-    """What is submitted finds this project's modules, and here is deaf to the terminal's Ctrl-C, which this process
-    hands on itself."""
-    search = {"PYTHONPATH": child_processes.environment()["PYTHONPATH"], "PYTHONSAFEPATH": "1"}
-    changed = {**search, "SUBMITIT_PREEMPT_SIGNAL": "USR2"}
+def _environment(is_local: bool) -> Iterator[None]:
+    """Set the environment in which a job is submitted: the project's PYTHONPATH, the signal before a timeout.
+
+    A local job also ignores SIGINT: this process forwards a Ctrl-C, which would otherwise reach the job twice.
+    """
+    python_path = {"PYTHONPATH": child_processes.environment()["PYTHONPATH"], "PYTHONSAFEPATH": "1"}
+    changed = {**python_path, "SUBMITIT_PREEMPT_SIGNAL": "USR2"}
     previous = {key: os.environ.get(key) for key in changed}
     os.environ |= changed
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_here else None
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_local else None
     try:
         yield
     finally:
-        if is_here:
+        if is_local:
             signal.signal(signal.SIGINT, handler)
         for key, value in previous.items():
             if value is None:

@@ -1,4 +1,4 @@
-"""SlurmTask: what submitit calls on a machine that SLURM has given: the run, and signals to it."""
+"""SlurmTask: the callable that submitit runs on a SLURM node; starts the run, forwards signals, requeues on timeout."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ from launch import exit_codes
 from launch.distributed import child_processes
 from launch.sweep.cluster_task import ClusterTask
 
-TIME_IS_UP = signal.SIGUSR2  # submitit lets SLURM send it before the end of a job's time
+TIMEOUT_SIGNAL = signal.SIGUSR2  # SLURM sends it before the job's time limit, as configured through submitit
 
 
 @dataclass
 class SlurmTask(ClusterTask):
-    """Called once for each rank where SLURM starts all of them, else once.
+    """A run as a submitit callable: called once per rank in a multi-node run, otherwise once.
 
     Attributes:
         is_requeued: whether submitit has requeued the job.
@@ -26,26 +26,26 @@ class SlurmTask(ClusterTask):
     is_requeued: bool = False
 
     def __call__(self) -> tuple[int, str]:
-        """(exit code, error it told) of the run; does not return where the job's time was up and it is queued again."""
+        """Run the job; return (exit code, error message or ""). Does not return if the job is requeued on timeout."""
         environment = submitit.JobEnvironment()
-        environment.paths.result_pickle.unlink(missing_ok=True)  # of this job before it was queued again
-        queue_again = signal.signal(TIME_IS_UP, signal.SIG_IGN)  # the run inherits it: SLURM may signal that too
+        environment.paths.result_pickle.unlink(missing_ok=True)  # from before the job was requeued
+        requeue = signal.signal(TIMEOUT_SIGNAL, signal.SIG_IGN)  # the child inherits it: SLURM may signal it too
         is_requeued = self.is_requeued or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         process = self.start(environment.global_rank, is_requeued)
-        time_is_up: list[int] = []
+        timeouts: list[int] = []
 
         def save(number: int, _frame: FrameType | None) -> None:
-            time_is_up.append(number)
+            timeouts.append(number)
             process.signal(signal.SIGUSR1)
 
-        signal.signal(TIME_IS_UP, save)
-        with child_processes.forwarding(process.signal):
-            code, told = process.wait()
-        if code == exit_codes.STOPPED and time_is_up and callable(queue_again):
-            with suppress(submitit.core.utils.UncompletedJobError):  # it was queued again as often as it may be
-                queue_again(TIME_IS_UP, None)  # on the first rank it calls `checkpoint` and ends this process
-        return code, told
+        signal.signal(TIMEOUT_SIGNAL, save)
+        with child_processes.forward_signals(process.signal):
+            code, error = process.wait()
+        if code == exit_codes.STOPPED and timeouts and callable(requeue):
+            with suppress(submitit.core.utils.UncompletedJobError):  # `launcher.requeues` is exhausted
+                requeue(TIMEOUT_SIGNAL, None)  # on rank 0: calls `checkpoint` and ends this process
+        return code, error
 
     def checkpoint(self) -> submitit.core.utils.DelayedSubmission:
-        """What submitit is to queue instead."""
+        """Return the task that submitit requeues."""
         return submitit.helpers.DelayedSubmission(replace(self, is_requeued=True))

@@ -1,14 +1,14 @@
-"""Study table: what a study of distillation prints."""
+"""Study table: terminal output of a distillation study."""
 
 from gpt2lab.analysis.study_results import TIME, TOKENS, ArmResult, Contrast, LearningRates, StudyResults
 
 HEADINGS = {TOKENS: "At equal tokens", TIME: "At equal time: CE for as long as KD took"}
 ERRORS = "± of a loss: standard deviation over seeds. ± documents: standard error between validation documents."
-CAUTION = "Each interval holds for its own comparison; of twenty without a difference about one will claim one."
+CAUTION = "Intervals are not corrected for multiple comparisons: of 20 true ties, about one appears as a difference."
 
 
-def text(results: StudyResults) -> str:
-    """The table of arms, the learning rates that were tried, and every verdict."""
+def format_study(results: StudyResults) -> str:
+    """Format the table of arms, the learning rates that were tried, and all verdicts."""
     lines = ["", *_arms(results), "", ERRORS, ""]
     for rates in results.learning_rates:
         lines += _rates(rates, rates.arm if len(results.learning_rates) > 1 else "all runs")
@@ -45,16 +45,16 @@ def _arm(result: ArmResult) -> str:
 
 
 def _contrast(contrast: Contrast) -> list[str]:
-    """The verdict over seeds and, apart from it, the same difference over documents."""
+    """The verdict over seeds and, on its own line, the difference paired by document."""
     lines = [f"  {contrast.title}", f"      {contrast.verdict}"]
     return lines if contrast.by_document is None else [*lines, f"      by document: {contrast.by_document}"]
 
 
-def _rates(rates: LearningRates, of: str) -> list[str]:
-    lines = [f"Learning rate of {of}: {rates.chosen:g}, the best of {rates.arm} with the first seed"]
+def _rates(rates: LearningRates, runs: str) -> list[str]:
+    lines = [f"Learning rate of {runs}: {rates.chosen:g}, the best of {rates.arm} with the first seed"]
     lines += [f"  {rate:<8g}{'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in rates.losses.items()]
     if rates.at_the_edge:
         side = "smallest" if rates.at_the_edge == "lower" else "largest"
-        cure = f"{rates.arm} may do better still at a {rates.at_the_edge} one (study.lr_factors)."
-        lines.append(f"Warning: that is the {side} one tried; {cure}")
+        hint = f"{rates.arm} may do better still at a {rates.at_the_edge} one (study.lr_factors)."
+        lines.append(f"Warning: that is the {side} one tried; {hint}")
     return lines

@@ -23,11 +23,11 @@ from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.loggers.wandb import WeightsAndBiases
 from callbacks.samples import Samples
 from gpt2lab.errors import InputError
-from gpt2lab.model.backbone import plain_hf
+from gpt2lab.model.backbone import to_hf
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.reports.samples_jsonl import read_samples
-from gpt2lab.storage.checkpoint_ledger import entries, newest_good_checkpoint
+from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
@@ -197,7 +197,7 @@ def test_an_unknown_wish_is_refused():
 
 def test_checkpoints_load_with_weights_only_and_hold_the_step(plain):
     run_dir, model = plain
-    assert [entry.step for entry in entries(run_dir)] == [8, 12]
+    assert [entry.step for entry in read_entries(run_dir)] == [8, 12]
     checkpoint = torch.load(newest_good_checkpoint(run_dir), weights_only=True)
     assert checkpoint["global_step"] == 12
     assert checkpoint["tokens_seen"] == model.tokens_seen == 12 * 4 * 32
@@ -217,7 +217,7 @@ def test_the_exported_folder_is_the_model_and_loads_with_transformers_alone(plai
 
 def test_a_fresh_process_gives_the_same_logits_and_a_changed_folder_is_noticed(plain, tmp_path):
     _, model = plain
-    exported = plain_hf(model.backbone)
+    exported = to_hf(model.backbone)
     write_hf_folder(exported, model.tokenizer, tmp_path / "hf", {"title": "test"})
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():

@@ -11,7 +11,12 @@ import callbacks.checkpoint
 from gpt2lab.distillation.on_policy import DATA, TextChoice
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import ScheduleSettings, SequenceSettings
-from gpt2lab.storage.checkpoint_ledger import checkpoint_files, newest_good_checkpoint, record, step_of
+from gpt2lab.storage.checkpoint_ledger import (
+    checkpoint_files,
+    checkpoint_step,
+    commit_checkpoint,
+    newest_good_checkpoint,
+)
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from tests.callbacks.test_callbacks import metrics_without_clock
 from tests.conftest import Distil, Train
@@ -47,7 +52,7 @@ def test_rows_hold_measured_values_and_survive_a_kill(distil: Distil, train_here
     for kept in (4, 8):
         shutil.copytree(tmp_path / "unbroken", tmp_path / f"killed-{kept}")
         for file in checkpoint_files(tmp_path / f"killed-{kept}"):
-            if step_of(file) > kept:
+            if checkpoint_step(file) > kept:
                 file.unlink()
         assert train_here(f"resume=killed-{kept}").code == 0
         assert metrics_without_clock(tmp_path / f"killed-{kept}") == metrics_without_clock(tmp_path / "unbroken")
@@ -82,11 +87,11 @@ def test_a_row_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pyt
     tiny_run.train(tmp_path / "unbroken", tmp_path / "cache", steps=6)
 
     def failing(run_dir: Path, step: int, keep_last: int) -> Path:
-        path = record(run_dir, step, keep_last)
+        path = commit_checkpoint(run_dir, step, keep_last)
         raise RuntimeError(f"power cut after {path}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.checkpoint, "record", failing)
+        patch.setattr(callbacks.checkpoint, "commit_checkpoint", failing)
         with pytest.raises(RuntimeError, match="power cut"):
             tiny_run.train(tmp_path / "cut", tmp_path / "cache", steps=6)
     tiny_run.train(tmp_path / "cut", tmp_path / "cache", steps=6)

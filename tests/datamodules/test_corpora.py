@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from datamodules.documents import file_documents, find_files, stdlib_corpus
 from datamodules.language_modeling import LanguageModelingData
-from datamodules.micro_batches import InOrder, TrainingStream
+from datamodules.micro_batches import SequentialBatches, TrainingStream
 from datamodules.token_preparation import split_corpus
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.objectives import Objective
@@ -30,7 +30,7 @@ from gpt2lab.data.tokenizer import differing_tokens, load_tokenizer, train_bpe
 from gpt2lab.data.windows import Windows
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.storage.prepared_cache import prepared, read_ledger
+from gpt2lab.storage.prepared_cache import get_or_build, read_ledger
 from tests.conftest import ROOT
 
 STORIES = [Path(os.__file__).with_name(name).read_text() for name in ("textwrap.py", "bisect.py", "heapq.py", "abc.py")]
@@ -95,9 +95,9 @@ def test_one_long_file_is_enough_for_both_sides(tmp_path: Path) -> None:
     [
         ("", {}, "is empty"),
         ("tiny", {}, "one window"),
-        ('{"text": "a"}\n{broken\n', {"suffix": ".jsonl"}, r"\.jsonl:2: no JSON"),
+        ('{"text": "a"}\n{broken\n', {"suffix": ".jsonl"}, r"\.jsonl:2: invalid JSON"),
         ('{"body": "a"}\n', {"suffix": ".jsonl"}, "no column 'text'"),
-        ("PAR1", {"suffix": ".parquet"}, "no readable parquet"),
+        ("PAR1", {"suffix": ".parquet"}, "not a readable parquet"),
     ],
 )
 def test_unusable_text_is_refused_with_the_cure(tmp_path: Path, content: str, changes: dict, message: str) -> None:
@@ -167,7 +167,7 @@ def test_validation_covers_every_target_once_over_ranks(tmp_path: Path) -> None:
     np.arange(1000, dtype="<u2").tofile(tmp_path / "t.bin")
     file = TokenFile(tmp_path / "t.bin", np.dtype("<u2"), context=8, keep_short=True)
     for world in (1, 2, 3):
-        by_rank = [list(InOrder(file, 4, rank, world)) for rank in range(world)]
+        by_rank = [list(SequentialBatches(file, 4, rank, world)) for rank in range(world)]
         assert len(set(map(len, by_rank))) == 1, "sharded ranks run forward together"
         batches = [batch for rank in by_rank for batch in rank]
         assert sum(batch.target_tokens for batch in batches) == 999
@@ -210,14 +210,14 @@ def test_a_second_prepare_makes_nothing_anew_and_other_options_do(stories: Path,
 BUILD = """
 import sys
 from pathlib import Path
-from gpt2lab.storage.prepared_cache import prepared
+from gpt2lab.storage.prepared_cache import get_or_build
 def build(folder):
     (folder / "part").write_text("half")
     print("building", flush=True)
     sys.stdin.readline()
     (folder / "part").write_text("whole")
     return {}
-print(prepared("kind", "name", {"a": 1}, build, Path(sys.argv[1])), flush=True)
+print(get_or_build("kind", "name", {"a": 1}, build, Path(sys.argv[1])), flush=True)
 """
 
 
@@ -231,7 +231,7 @@ def test_a_killed_preparation_is_never_used(tmp_path: Path) -> None:
     assert killed.stdout.readline() == "building\n"
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    folder = prepared("kind", "name", {"a": 1}, lambda folder: {"files": sorted(folder.iterdir()) == []}, tmp_path)
+    folder = get_or_build("kind", "name", {"a": 1}, lambda folder: {"files": sorted(folder.iterdir()) == []}, tmp_path)
     assert read_ledger(folder)["files"] is True
 
 
@@ -252,7 +252,7 @@ def test_a_full_disk_is_an_input_error_and_leaves_nothing(tmp_path: Path) -> Non
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match="No space left"):
-        prepared("kind", "name", {"a": 1}, build, tmp_path)
+        get_or_build("kind", "name", {"a": 1}, build, tmp_path)
     assert not [entry for entry in (tmp_path / "kind").iterdir() if entry.is_dir()]
 
 
@@ -296,7 +296,7 @@ def test_a_trained_tokenizer_reads_back_what_it_wrote_and_any_text_besides(tmp_p
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(InputError, match="holds no tokenizer"):
+    with pytest.raises(InputError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))
 
 

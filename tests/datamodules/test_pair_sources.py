@@ -21,7 +21,7 @@ import zstandard
 from datamodules.catalogue_pairs import SYSTEM_FOLDER, catalogue_files, catalogue_rows
 from datamodules.documents import stdlib_corpus
 from datamodules.function_pairs import function_rows
-from datamodules.pair_preparation import collected_pairs
+from datamodules.pair_preparation import read_pairs
 from datamodules.pair_sources import open_pair_source, open_tables, pair_text
 from datamodules.pairs import PairData
 from gpt2lab.data.pair_template import PairTemplate
@@ -65,7 +65,8 @@ def make(file: Path | str, cache: Path, changed: dict[str, object] | None = None
 def preset(name: str, cache: Path, changed: dict[str, object] | None = None) -> PairData:
     """A preset of conf/data, with its own keys, as the launcher builds it."""
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
-    keys = {key: value for key, value in content["data"].items() if key not in ("_target_", "default_tokenizer")}
+    own = ("_target_", "kind", "default_tokenizer")
+    keys = {key: value for key, value in content["data"].items() if key not in own}
     return make("", cache, {**keys, "source": content["source"], "target": content["target"], **(changed or {})})
 
 
@@ -73,7 +74,7 @@ def pairs_of(data: PairData) -> list[tuple[str, str]]:
     """All pairs that were collected, sorted."""
     data.prepare()
     folders = [file.parent for file in (data.cache_dir / "pairs").glob("*/pairs.jsonl")]
-    return sorted(pair for folder in folders for pair in collected_pairs(folder))
+    return sorted(pair for folder in folders for pair in read_pairs(folder))
 
 
 # Functions
@@ -252,10 +253,10 @@ def test_a_broken_catalogue_is_named_and_passed_over(tmp_path, caplog):
 
 def test_missing_catalogues_are_told_with_the_languages_there_are(tmp_path):
     write_mo(tmp_path / "fr/LC_MESSAGES/one.mo", {"Cancel": "Annuler"})
-    with pytest.raises(InputError, match=r"(?s)No catalogue of language 'de'.*Languages there: fr\..*data.language"):
+    with pytest.raises(InputError, match=r"(?s)No catalogue of language 'de'.*Languages found: fr\..*data.language"):
         preset("translate", tmp_path / "cache", {"path": str(tmp_path)}).prepare()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no \.mo or \.po file at all"):
+    with pytest.raises(InputError, match=r"contains no \.mo or \.po file"):
         catalogue_files(str(tmp_path / "empty"), "de")
     with pytest.raises(InputError, match="neither a folder of gettext catalogues"):
         catalogue_files(str(tmp_path / "nowhere"), "de")
@@ -331,7 +332,7 @@ def test_a_missing_column_is_told_with_the_columns_there_are(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"translation": {"de": "Hallo", "en": "Hello"}, "id": 3}')
     with pytest.raises(
-        InputError, match=r"source=source: the data have no such column.\nColumns there: id, translation.de"
+        InputError, match=r"source=source: the data have no such column.\nColumns found: id, translation.de"
     ):
         make(file, tmp_path / "cache").prepare()
 
@@ -351,7 +352,7 @@ def test_a_broken_line_stops_and_is_named_or_is_skipped_and_counted(tmp_path, ca
     with pytest.raises(InputError, match=rf"{re.escape(str(file))}:{line}: .*\n.*on_bad_line=skip"):
         make(file, tmp_path / "cache").prepare()
     assert pairs_of(make(file, tmp_path / "cache", {"on_bad_line": "skip"})) == [("a", "b"), ("e", "f")]
-    assert "1 broken lines left out" in caplog.text
+    assert "skipped 1 invalid lines" in caplog.text
 
 
 def test_rows_with_an_empty_side_are_left_out_and_counted(tmp_path, caplog):
@@ -359,15 +360,15 @@ def test_rows_with_an_empty_side_are_left_out_and_counted(tmp_path, caplog):
     rows = [("a", "b"), ("", "x"), ("y", " \n"), (None, "z"), ("c", "d")]
     file.write_text("\n".join(json.dumps({"source": source, "target": target}) for source, target in rows))
     assert pairs_of(make(file, tmp_path / "cache")) == [("a", "b"), ("c", "d")]
-    assert "3 rows with an empty source or target are left out" in caplog.text
+    assert "skipped 3 rows with an empty source or target" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no pair"),
-        ('{"source": "", "target": "b"}', "holds no pair: 1 rows"),
-        ('{"source": "a", "target": "b"}\n{"source": "a", "target": "c"}', "holds one source text"),
+        ("", "contains no pair"),
+        ('{"source": "", "target": "b"}', "contains no pair: 1 rows"),
+        ('{"source": "a", "target": "b"}\n{"source": "a", "target": "c"}', "contains one source text"),
     ],
 )
 def test_too_few_pairs_are_told(tmp_path, content, message):
@@ -404,7 +405,7 @@ def test_a_missing_table_is_told(tmp_path, path, message):
         (
             "{instruction}\n",
             "{target}",
-            r"unknown field \{instruction\}.\nAllowed there: \{source\}.*\n.*source=instruction",
+            r"unknown field \{instruction\}.\nAllowed: \{source\}.*\n.*source=instruction",
         ),
         ("no field", "{target}", r"has \{source\} 0 times"),
         ("{source}{source}", "{target}", r"has \{source\} 2 times"),

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from datamodules import pair_preparation
-from datamodules.pair_preparation import collected_pairs, tell_what_does_not_fit
+from datamodules.pair_preparation import read_pairs, warn_of_truncation
 from datamodules.pairs import PairData
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
 from gpt2lab.errors import InputError
-from gpt2lab.model.attention_masks import causal_spans, positions_of
+from gpt2lab.model.attention_masks import causal_spans, spans_to_position_ids
 from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
 from tests.conftest import ROOT
 
@@ -87,7 +87,7 @@ def texts_of(data: PairData, batch: Batch) -> list[tuple[str, str]]:
 
 def test_loss_positions_are_exactly_the_response_tokens_and_end_of_text(data):
     tokenizer = load_tokenizer(data.prepare().tokenizer_folder)
-    given = set(collected_pairs(next((data.cache_dir / "pairs").glob("pairs-*[!k]"))))
+    given = set(read_pairs(next((data.cache_dir / "pairs").glob("pairs-*[!k]"))))
     for batch in data.val_dataloader():
         for row, reference in enumerate(batch.references):
             length = int(batch.prompt_lengths[row])
@@ -133,7 +133,7 @@ def test_training_pairs_share_rows_and_validation_pairs_do_not(name, pairs_file,
     for batch in batches.values():
         spans = batch.spans if batch.spans is not None else causal_spans(batch.input_ids)
         seen = (spans[..., 1] - spans[..., 0])[
-            (positions_of(spans) == 0) & (batch.input_ids != data.train_samples.pad_id)
+            (spans_to_position_ids(spans) == 0) & (batch.input_ids != data.train_samples.pad_id)
         ]
         lengths = batch.prompt_lengths - 1 if name == "prefix_lm" else torch.ones_like(batch.prompt_lengths)
         assert sorted(seen.tolist()) == sorted(lengths.tolist())
@@ -224,12 +224,12 @@ def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_pa
     data = make(file, tmp_path / "cache", {"context": 100})
     data.prepare()
     assert len(data.train_samples) + len(data.val_samples) == 59
-    assert caplog.text.count("1 are left out (target too long)") == 1
+    assert caplog.text.count("1 are skipped (target too long)") == 1
     data.prepare()
-    assert caplog.text.count("1 are left out (target too long)") == 1
-    tell_what_does_not_fit.cache_clear()  # as in another process, which finds everything prepared
+    assert caplog.text.count("1 are skipped (target too long)") == 1
+    warn_of_truncation.cache_clear()  # as in another process, which finds everything prepared
     make(file, tmp_path / "cache", {"context": 100}).prepare()
-    assert caplog.text.count("1 are left out (target too long)") == 2
+    assert caplog.text.count("1 are skipped (target too long)") == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt2lab.model.attention_masks import document_bounds, spans_of
+from gpt2lab.model.attention_masks import document_bounds, make_spans
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics
@@ -83,7 +83,7 @@ def test_a_pass_compiled_as_one_graph_gives_the_same_with_every_mask() -> None:
     ids = torch.randint(20, (3, 16))
     starts = torch.zeros(3, 16, dtype=torch.bool)
     starts[:, [0, 5]] = True
-    for spans in (None, spans_of(*document_bounds(starts), 3)):
+    for spans in (None, make_spans(*document_bounds(starts), 3)):
         logits = [backbone.logits(ids, spans) for backbone in (plain, compiled)]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
         for result in logits:

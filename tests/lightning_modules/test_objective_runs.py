@@ -21,16 +21,16 @@ import train
 from datamodules.micro_batches import TrainingStream
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.objectives import Objective
-from gpt2lab.data.special_tokens import marks_of
+from gpt2lab.data.special_tokens import find_special_tokens
 from gpt2lab.data.token_file import TokenFile, token_dtype
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.data.windows import Windows
 from gpt2lab.errors import InputError
-from gpt2lab.generation.completion import complete, filled, prompt_ids
+from gpt2lab.generation.completion import complete, fill_masks, prompt_ids
 from gpt2lab.generation.sampling import GREEDY
 from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, unigram
-from gpt2lab.model.attention_masks import document_bounds, spans_of, visible
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.model.attention_masks import document_bounds, make_spans, spans_to_mask
+from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import ModelShape, ObjectiveSettings
 from gpt2lab.storage.metrics_csv import read_metrics
@@ -103,8 +103,8 @@ def test_each_objective_leaves_as_plain_gpt2(name: str, trained: Trained) -> Non
     # The export's logits are the backbone's, given the mask that an objective needs as transformers takes it.
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     bounds = document_bounds(torch.zeros_like(ids, dtype=torch.bool))
-    spans = {"mlm": spans_of(*bounds, 20), "prefix_lm": spans_of(*bounds, 9)}.get(name)
-    mask = None if spans is None else visible(spans)
+    spans = {"mlm": make_spans(*bounds, 20), "prefix_lm": make_spans(*bounds, 9)}.get(name)
+    mask = None if spans is None else spans_to_mask(spans)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder)(ids, attention_mask=mask, use_cache=False).logits
         ours = load_backbone(str(run)).eval().logits(ids, spans)
@@ -133,7 +133,7 @@ def start(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.mul_(8)
-    plain_hf(backbone).save_pretrained(folder)
+    to_hf(backbone).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -159,7 +159,7 @@ def test_a_run_trains_and_validates_on_what_its_objective_reads(
     drawing = (f"objective.distribution={distribution}",) if name == "sampled_softmax" else ()
     ended = train_here(*started, f"objective={name}", *KEYS[name], *drawing, "packing=true", "run_dir=run")
     assert ended.code == 0, ended.stderr
-    marks, settings = marks_of(load_tokenizer(str(start))), ObjectiveSettings(name, mask_share=0.3)
+    marks, settings = find_special_tokens(load_tokenizer(str(start))), ObjectiveSettings(name, mask_share=0.3)
     (folder,) = (file.parent for file in (tmp_path / "cache").glob("tokens/text-*/val.bin"))
 
     def windows(side: str, seed: int) -> Windows:
@@ -304,11 +304,11 @@ def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
         ("objective=clm objective.mask_share=0.2", "objective=clm does not read objective.mask_share"),
         ("objective=mlm objective.mask_share=0", "objective.mask_share=0.0 is out of range"),
         ("objective=sampled_softmax objective.negatives=300", "objective.negatives=300: the vocabulary has only 300"),
-        ("objective=sampled_softmax label_smoothing=0.1", "label_smoothing is of the whole softmax"),
-        ("task=distill teacher=x objective=sampled_softmax", "a distillation compares whole distributions"),
+        ("objective=sampled_softmax label_smoothing=0.1", "label_smoothing needs the full softmax"),
+        ("task=distill teacher=x objective=sampled_softmax", "distillation compares whole distributions"),
         ("task=distill teacher=x objective=fim teacher_cache=topk", "Give teacher_cache=none, or objective=clm"),
-        ("task=distill teacher=x objective=prefix_lm sequences=gkd", "sequences=gkd is written as objective=clm"),
-        ("task=distill teacher=x packing=true loss=uld", "does not take packing=true"),
+        ("task=distill teacher=x objective=prefix_lm sequences=gkd", "sequences=gkd generates with objective=clm only"),
+        ("task=distill teacher=x packing=true loss=uld", "does not support packing=true"),
         ("objective=mlmm", "Allowed: clm, fim, mlm, prefix_lm, sampled_softmax"),
     ],
 )
@@ -350,7 +350,7 @@ def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, st
         for token in written:
             row = torch.tensor([ids])
             bounds = document_bounds(torch.zeros_like(row, dtype=torch.bool))
-            assert int(model.logits(row, spans_of(*bounds, len(prompt) - 1))[0, -1].argmax()) == token
+            assert int(model.logits(row, make_spans(*bounds, len(prompt) - 1))[0, -1].argmax()) == token
             ids.append(token)
     assert together != complete(model.lm, tokenizer, "clm", prompts, GREEDY, max_new_tokens=8)
 
@@ -358,13 +358,13 @@ def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, st
 @torch.no_grad()
 def test_gaps_are_filled_the_surest_first(model: Backbone, start: Path) -> None:
     tokenizer = load_tokenizer(str(start))
-    marks, prompt = marks_of(tokenizer), prompt_ids("def <|mask|>(a, <|mask|>):", tokenizer, "mlm")
+    marks, prompt = find_special_tokens(tokenizer), prompt_ids("def <|mask|>(a, <|mask|>):", tokenizer, "mlm")
     places = [place for place, token in enumerate(prompt) if token == marks.mask]
     assert len(places) == 2
-    text = filled(model.lm, prompt, marks)
+    text = fill_masks(model.lm, prompt, marks)
     assert [token for place, token in enumerate(text) if place not in places] == [t for t in prompt if t != marks.mask]
     row = torch.tensor([prompt])
-    spans = spans_of(*document_bounds(torch.zeros_like(row, dtype=torch.bool)), row.shape[1])
+    spans = make_spans(*document_bounds(torch.zeros_like(row, dtype=torch.bool)), row.shape[1])
     logits = model.logits(row, spans)[0, places]
     logits[:, marks.mask] = -torch.inf
     surest = int(np.argmax([float(line.softmax(0).max()) for line in logits]))

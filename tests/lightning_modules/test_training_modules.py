@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
 from gpt2lab.generation.sampling import GREEDY
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import (
     LoraSettings,
     LossSettings,
@@ -275,7 +275,7 @@ def test_under_bf16_true_the_validation_loss_is_that_of_the_weights_to_many_digi
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder, tmp_path, ema) -> None:
-    base = plain_hf(Backbone(settings(tokenizer_folder).shape))
+    base = to_hf(Backbone(settings(tokenizer_folder).shape))
     base.save_pretrained(tmp_path / "base")
     training = settings(
         tokenizer_folder,
@@ -302,7 +302,7 @@ def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_frozen_layers_keep_their_weights_and_the_others_learn(tokenizer_folder, tmp_path, optimizer) -> None:
-    base = plain_hf(Backbone(settings(tokenizer_folder, shape=ModelShape(2, 2, 32, 32, 64)).shape))
+    base = to_hf(Backbone(settings(tokenizer_folder, shape=ModelShape(2, 2, 32, 32, 64)).shape))
     base.save_pretrained(tmp_path)
     training = settings(
         tokenizer_folder, steps=5, init=str(tmp_path), optimizer=OptimizerSettings(optimizer, 1e-2, 0.1), ema=0.9
@@ -352,7 +352,7 @@ def test_a_student_approaches_its_teacher(tokenizer_folder, teacher_folder) -> N
 
 
 def test_preflight_refuses_a_teacher_with_nothing_to_teach(tokenizer_folder, teacher_folder, tmp_path) -> None:
-    plain_hf(Backbone(ModelShape(1, 1, 16, 32, 64))).save_pretrained(tmp_path)
+    to_hf(Backbone(ModelShape(1, 1, 16, 32, 64))).save_pretrained(tmp_path)
     module = Distill(settings(tokenizer_folder), str(tmp_path), LossSettings("forward_kl"))
     with pytest.raises(InputError, match="holds no tokenizer"):
         fit(module, CountingData())
@@ -364,7 +364,7 @@ def test_preflight_refuses_a_teacher_with_nothing_to_teach(tokenizer_folder, tea
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tokenizer_folder, tmp_path) -> None:
-    plain_hf(Backbone(ModelShape(1, 1, 16, 32, 60))).save_pretrained(tmp_path)
+    to_hf(Backbone(ModelShape(1, 1, 16, 32, 60))).save_pretrained(tmp_path)
     module = Distill(settings(tokenizer_folder), str(tmp_path), LossSettings("forward_kl"), preflight="off")
     with pytest.raises(InputError, match="60 vocabulary entries, the tokenizer of this run 64"):
         fit(module, CountingData())

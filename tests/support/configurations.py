@@ -9,7 +9,7 @@ from omegaconf import open_dict
 
 from gpt2lab.settings import TokenizerChoice
 from launch.config import schema
-from launch.config.cli_overrides import readable_by_hydra
+from launch.config.cli_overrides import quote_free_text
 from launch.config.groups import CONF
 from launch.config.run_spec import Inputs, Prepared, PreparedSpec, Resolved, RunSpec
 from launch.config.schema import RunConfig
@@ -23,7 +23,7 @@ BPE = TokenizerChoice("bpe", vocab_size=300)
 def composed(*overrides: str) -> RunConfig:
     """The configuration of a command line."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        words = [word for word in readable_by_hydra(list(overrides)) if word != "-m"]
+        words = [word for word in quote_free_text(list(overrides)) if word != "-m"]
         tree = compose("train", words, return_hydra_config=True)
     with open_dict(tree):
         hydra = tree.pop("hydra")

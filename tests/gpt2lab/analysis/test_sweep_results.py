@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.simulate_sweeps import SEEDS, SETTINGS, share_found, share_with_winner, share_wrong, simulated
+from benchmarks.simulate_sweeps import SEEDS, SETTINGS, share_found, share_with_winner, share_wrong, simulate
 from gpt2lab import metric_names
 from gpt2lab.analysis.hyperparameter_importance import importances
 from gpt2lab.analysis.setting_comparison import Comparison, Runs, compare
 from gpt2lab.analysis.sweep_axes import VariedKey
-from gpt2lab.analysis.sweep_runs import in_one_sentence
+from gpt2lab.analysis.sweep_runs import summarize
 from gpt2lab.reports.run_report import build_report, read_report, write_report
 from gpt2lab.storage.metrics_csv import MetricsFile
 from launch.sweep import results
@@ -61,7 +61,7 @@ def swept(folder: Path, values: Mapping[str, float | Sequence[float | None]], me
 
 
 def sentences(folder: Path, jobs: list[Job]) -> list[str]:
-    return [in_one_sentence(contest) for contest in results.results(folder, jobs).contests]
+    return [summarize(group) for group in results.collect_results(folder, jobs).groups]
 
 
 def best_mean_wins(runs: Runs) -> Comparison:
@@ -73,23 +73,23 @@ def best_mean_wins(runs: Runs) -> Comparison:
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_of_settings_that_are_all_alike_none_wins(settings: int, seeds: int):
     """In at most 5 % of simulated sweeps, however large the effect of a seed on all settings."""
-    assert share_with_winner(simulated([0.0] * settings, seeds, REPETITIONS)) <= 0.05 + CHANCE
+    assert share_with_winner(simulate([0.0] * settings, seeds, REPETITIONS)) <= 0.05 + CHANCE
 
 
 def test_the_best_mean_alone_would_always_win():
     """What the test above is there to catch."""
-    assert share_with_winner(simulated([0.0] * 4, 3, 100, rule=best_mean_wins)) == 1
+    assert share_with_winner(simulate([0.0] * 4, 3, 100, rule=best_mean_wins)) == 1
 
 
 @pytest.mark.parametrize("worse", [1.0, 4.0, 30.0])
 def test_settings_as_good_as_the_best_are_not_called_worse(worse: float):
     """Also when others are worse and are set aside first; the same error and tolerance as above."""
     means = [0.0, 0.0, worse, worse]
-    assert share_wrong(simulated(means, 3, REPETITIONS), means) <= 0.05 + CHANCE
+    assert share_wrong(simulate(means, 3, REPETITIONS), means) <= 0.05 + CHANCE
 
 
 def test_a_real_difference_is_found():
-    assert share_found(simulated([0.0, 8.0, 8.0, 8.0], 3, 200), "0") > 0.95
+    assert share_found(simulate([0.0, 8.0, 8.0, 8.0], 3, 200), "0") > 0.95
 
 
 def test_a_noisy_setting_far_off_does_not_hide_the_winner():
@@ -146,8 +146,8 @@ def test_a_tie_is_said_as_a_tie(tmp_path: Path):
     jobs = swept(tmp_path, values)
     (told,) = sentences(tmp_path, jobs)
     assert told.startswith("A tie, no winner: best seen is model=nano")
-    assert "no difference is shown to model=micro; 1 setting is worse" in told
-    shown = results.in_words(tmp_path, jobs)
+    assert "not significantly better than model=micro; 1 setting is worse" in told
+    shown = results.format_results(tmp_path, jobs)
     assert [line.split()[0] for line in shown.splitlines()[1:3]] == ["best", "tie"]
 
 
@@ -162,7 +162,7 @@ def test_lost_runs_are_told_and_do_not_stop_the_comparison(tmp_path: Path):
     (told,) = sentences(tmp_path, jobs)
     assert told.startswith("Winner: model=nano")
     assert told.endswith("2 of its 4 runs gave no value.")
-    shown = results.in_words(tmp_path, jobs)
+    shown = results.format_results(tmp_path, jobs)
     assert "2 finished, 1 failed, 1 no number" in shown
     assert "4 failed" in shown
     assert "pruned" in shown
@@ -184,7 +184,7 @@ def test_no_run_has_finished(tmp_path: Path):
     page = (tmp_path / "sweep.html").read_text()
     assert "No run has finished yet." in page
     assert 'http-equiv="refresh"' in page
-    assert "waiting" in results.in_words(tmp_path, jobs)
+    assert "waiting" in results.format_results(tmp_path, jobs)
 
 
 def test_the_csv_has_a_column_for_each_varied_key(tmp_path: Path):
@@ -276,7 +276,7 @@ def test_the_page_draws_a_bar_for_each_key_and_a_line_for_each_job(tmp_path: Pat
     results.write(tmp_path, swept(tmp_path, dict(zip(words, losses, strict=True))))
     page = (tmp_path / "sweep.html").read_text()
 
-    plot, elements = drawn(page, "how much each key explains")
+    plot, elements = drawn(page, "importance of each key")
     assert re.findall(">(optimizer.lr|model)</text>", plot) == ["optimizer.lr", "model"], "what matters most is on top"
     bars = [attributes for tag, attributes in elements if tag == "rect"]
     assert [bar["class"] for bar in bars] == ["share", "share chance"]
@@ -307,9 +307,9 @@ def test_a_key_that_does_nothing_explains_nothing():
     keys = {name: [point[column] for point in grid] for column, name in enumerate(("lr", "model", "dropout"))}
     results = [abs(math.log10(float(lr)) + 2) + 0.01 * draws.normal() for lr, _, _ in grid]
     first, *rest = importances(keys, results)
-    assert (first.key, first.is_shown) == ("lr", True)
+    assert (first.key, first.is_significant) == ("lr", True)
     assert first.share > 0.99
-    assert all(not one.is_shown and one.share < 0.1 for one in rest)
+    assert all(not one.is_significant and one.share < 0.1 for one in rest)
 
 
 def test_a_key_that_does_nothing_is_seldom_said_to_matter():
@@ -319,7 +319,7 @@ def test_a_key_that_does_nothing_is_seldom_said_to_matter():
         rates = 10 ** draws.uniform(-4, -1, 20)
         keys = {"lr": [f"{rate:.5g}" for rate in rates], "model": [str(model) for model in draws.integers(2, size=20)]}
         said += any(
-            one.key == "model" and one.is_shown for one in importances(keys, list(np.abs(np.log10(rates) + 2.5)))
+            one.key == "model" and one.is_significant for one in importances(keys, list(np.abs(np.log10(rates) + 2.5)))
         )
     assert said / 400 <= 0.05 + 0.033
 
@@ -331,7 +331,7 @@ def test_more_seeds_do_not_make_a_key_matter(tmp_path: Path):
         for number, name in enumerate(("nano", "micro", "mini", "distil"))
     }
     results.write(tmp_path, swept(tmp_path, values))
-    assert "Too few settings to say how much each key explains." in (tmp_path / "sweep.html").read_text()
+    assert "Too few settings to estimate the importance of keys." in (tmp_path / "sweep.html").read_text()
 
 
 def test_numbers_drawn_at_random_are_explained_too():
@@ -343,7 +343,7 @@ def test_numbers_drawn_at_random_are_explained_too():
     found = {
         one.key: one for one in importances({"lr": [str(r) for r in rates], "model": [str(m) for m in models]}, results)
     }
-    assert found["lr"].is_shown
+    assert found["lr"].is_significant
     assert 0.4 < found["lr"].share < 0.8
     assert 0.2 < found["model"].share < 0.6
 
@@ -357,11 +357,11 @@ def test_too_few_settings_explain_nothing():
 
 
 def test_numbers_over_several_magnitudes_stand_by_their_logarithms():
-    assert VariedKey(["1e-4", "1e-3", "1e-2"]).places == pytest.approx([0, 0.5, 1])
+    assert VariedKey(["1e-4", "1e-3", "1e-2"]).positions == pytest.approx([0, 0.5, 1])
     assert VariedKey(["0.001", "0.01"]).is_log
-    assert VariedKey(["1", "2", "5"]).places == pytest.approx([0, 0.25, 1])
-    assert VariedKey(["adamw", "muon", "adamw"]).places == [0, 1, 0]
-    untold = VariedKey(["", "0.1", "0.2"]).places
+    assert VariedKey(["1", "2", "5"]).positions == pytest.approx([0, 0.25, 1])
+    assert VariedKey(["adamw", "muon", "adamw"]).positions == [0, 1, 0]
+    untold = VariedKey(["", "0.1", "0.2"]).positions
     assert untold[0] == 0
     assert 0 < untold[1] < untold[2] == 1
 

@@ -12,17 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from datamodules.micro_batches import TrainingStream
-from gpt2lab.data.batch import IGNORE_INDEX, Batch, PairTokens, packed, pad_pairs
-from gpt2lab.data.fim import gap_prompt
+from gpt2lab.data.batch import IGNORE_INDEX, Batch, PairTokens, pack_pairs, pad_pairs
+from gpt2lab.data.fim import make_fim_prompt
 from gpt2lab.data.objectives import Objective
-from gpt2lab.data.special_tokens import Marks, marks_of
+from gpt2lab.data.special_tokens import SpecialTokens, find_special_tokens
 from gpt2lab.data.token_file import TokenFile, token_dtype
 from gpt2lab.data.tokenizer import TextEncoder, train_bpe
 from gpt2lab.data.windows import Windows
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
-from gpt2lab.model.attention_masks import as_mask, document_bounds, spans_of, visible
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.model.attention_masks import document_bounds, format_mask, make_spans, spans_to_mask
+from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.settings import ModelShape, ObjectiveSettings
 
 CONTEXT = 24
@@ -36,8 +36,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def marks(tokenizer: PreTrainedTokenizerFast) -> Marks:
-    return marks_of(tokenizer)
+def marks(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+    return find_special_tokens(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def file(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFa
     return TokenFile(path, token_dtype(len(tokenizer)), CONTEXT, keep_short=True)
 
 
-def windows(file: TokenFile, marks: Marks, name: str, *, separate: bool = False, seed: int = 1) -> Windows:
+def windows(file: TokenFile, marks: SpecialTokens, name: str, *, separate: bool = False, seed: int = 1) -> Windows:
     return Windows(
         file, Objective(ObjectiveSettings(name), marks, end_of_text=marks.end_of_text if separate else None, seed=seed)
     )
@@ -72,7 +72,9 @@ def model(tokenizer: PreTrainedTokenizerFast) -> Backbone:
 # What each position sees
 
 
-def may_look(name: str, separate: bool, file: TokenFile, rows: np.ndarray, batch: Batch, marks: Marks) -> torch.Tensor:
+def may_look(
+    name: str, separate: bool, file: TokenFile, rows: np.ndarray, batch: Batch, marks: SpecialTokens
+) -> torch.Tensor:
     """(B, T, T) by the definition of each objective, from the file's own tokens and the labels: not from any span."""
     original, following = file.read(rows)
     text = batch.input_ids if name == "fim" else original  # fim's marks move the beginnings of documents
@@ -95,7 +97,7 @@ def may_look(name: str, separate: bool, file: TokenFile, rows: np.ndarray, batch
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_moving_a_token_moves_exactly_the_logits_that_may_look_at_it(
-    name: str, separate: bool, implementation: str, file: TokenFile, marks: Marks, model: Backbone
+    name: str, separate: bool, implementation: str, file: TokenFile, marks: SpecialTokens, model: Backbone
 ) -> None:
     rows = np.array([3, len(file) - 1])
     batch = windows(file, marks, name, separate=separate).batch(rows, 0)
@@ -118,13 +120,13 @@ def test_spans_say_which_documents_and_which_prefix_are_seen() -> None:
     first, end = document_bounds(starts)
     assert first.tolist() == [[0, 0, 0, 3, 3, 3, 6]]
     assert end.tolist() == [[3, 3, 3, 6, 6, 6, 7]]
-    assert spans_of(first, end)[0, :, 1].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert make_spans(first, end)[0, :, 1].tolist() == [1, 2, 3, 4, 5, 6, 7]
     ahead = torch.tensor([[2, 2, 2, 5, 5, 5, 0]])
-    assert spans_of(first, end, ahead)[0, :, 1].tolist() == [2, 2, 3, 5, 5, 6, 7]
-    assert spans_of(first, end, 100)[0, :, 1].tolist() == [3, 3, 3, 6, 6, 6, 7]
+    assert make_spans(first, end, ahead)[0, :, 1].tolist() == [2, 2, 3, 5, 5, 6, 7]
+    assert make_spans(first, end, 100)[0, :, 1].tolist() == [3, 3, 3, 6, 6, 6, 7]
 
 
-def test_documents_are_told_apart_though_their_beginnings_are_hidden(file: TokenFile, marks: Marks) -> None:
+def test_documents_are_told_apart_though_their_beginnings_are_hidden(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.arange(len(file))
     plain, masked = (windows(file, marks, name, separate=True).batch(rows, 0) for name in ("clm", "mlm"))
     assert bool(((plain.input_ids == marks.end_of_text) & (masked.input_ids != marks.end_of_text)).any())
@@ -137,7 +139,7 @@ def test_documents_are_told_apart_though_their_beginnings_are_hidden(file: Token
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_targets_are_as_many_as_were_counted_before(name: str, file: TokenFile, marks: Marks) -> None:
+def test_the_targets_are_as_many_as_were_counted_before(name: str, file: TokenFile, marks: SpecialTokens) -> None:
     samples, rows = windows(file, marks, name), np.arange(len(file))
     for draws in (rows, rows + 10**6):
         counts = samples.target_counts(rows, draws)
@@ -147,7 +149,7 @@ def test_the_targets_are_as_many_as_were_counted_before(name: str, file: TokenFi
 
 
 @pytest.mark.parametrize("name", ["prefix_lm", "mlm", "fim"])
-def test_what_is_drawn_follows_from_seed_and_draw_number_alone(name: str, file: TokenFile, marks: Marks) -> None:
+def test_random_choices_depend_on_seed_and_key_only(name: str, file: TokenFile, marks: SpecialTokens) -> None:
     samples, rows = windows(file, marks, name), np.array([2, 7, 9])
     together = samples.batch(rows, 0, rows + 100)
     for place, row in enumerate(rows):
@@ -161,7 +163,7 @@ def test_what_is_drawn_follows_from_seed_and_draw_number_alone(name: str, file: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_micro_batches_and_ranks_share_out_the_same_step(name: str, file: TokenFile, marks: Marks) -> None:
+def test_micro_batches_and_ranks_share_out_the_same_step(name: str, file: TokenFile, marks: SpecialTokens) -> None:
     samples, size = windows(file, marks, name), 12
     whole = TrainingStream(samples, size, 1, seed=1, rank=0, world=1, first_step=9)[0]
     parts = [
@@ -175,7 +177,7 @@ def test_micro_batches_and_ranks_share_out_the_same_step(name: str, file: TokenF
     assert whole.target_tokens == int((whole.labels != IGNORE_INDEX).sum())
 
 
-def test_clm_is_what_the_file_says(file: TokenFile, marks: Marks) -> None:
+def test_clm_is_what_the_file_says(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.arange(4)
     batch = windows(file, marks, "clm").batch(rows, 5, rows + 3)
     input_ids, labels = file.read(rows)
@@ -184,7 +186,7 @@ def test_clm_is_what_the_file_says(file: TokenFile, marks: Marks) -> None:
     assert batch.spans is None
 
 
-def test_mlm_hides_15_percent_as_bert_does(file: TokenFile, marks: Marks) -> None:
+def test_mlm_hides_15_percent_as_bert_does(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.tile(np.arange(len(file) - 1), 40)
     batch = windows(file, marks, "mlm").batch(rows, 0, np.arange(len(rows)))
     original, _ = file.read(rows)
@@ -199,7 +201,7 @@ def test_mlm_hides_15_percent_as_bert_does(file: TokenFile, marks: Marks) -> Non
     assert chosen.float().mean(0).std() < 0.03, "every place is chosen as often"
 
 
-def test_prefix_lm_predicts_what_follows_a_prefix_of_any_length(file: TokenFile, marks: Marks) -> None:
+def test_prefix_lm_predicts_what_follows_a_prefix_of_any_length(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.tile(np.arange(len(file) - 1), 40)
     batch = windows(file, marks, "prefix_lm").batch(rows, 0, np.arange(len(rows)))
     _, labels = file.read(rows)
@@ -212,7 +214,7 @@ def test_prefix_lm_predicts_what_follows_a_prefix_of_any_length(file: TokenFile,
     assert torch.equal(sees[targets], torch.arange(CONTEXT).expand_as(sees)[targets]), "no target is seen ahead"
 
 
-def test_fim_moves_middles_and_loses_nothing(file: TokenFile, marks: Marks) -> None:
+def test_fim_moves_middles_and_loses_nothing(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.arange(len(file) - 1)
     batch = windows(file, marks, "fim").batch(rows, 0, rows)
     original, following = file.read(rows)
@@ -236,13 +238,13 @@ def split_at(tokens: list[int], end_of_text: int) -> list[list[int]]:
     return [tokens[start:end] for start, end in pairwise(starts)]
 
 
-def follows(piece: list[int], marks: Marks) -> bool:
+def follows(piece: list[int], marks: SpecialTokens) -> bool:
     """Whether the suffix is written before the prefix."""
     start = piece.index(marks.prefix)
     return piece[start + 1] == marks.suffix and piece.index(marks.middle) > start + 1
 
 
-def put_back(piece: list[int], marks: Marks) -> list[int]:
+def put_back(piece: list[int], marks: SpecialTokens) -> list[int]:
     """The document as it was."""
     if marks.prefix not in piece:
         return piece
@@ -257,8 +259,8 @@ def partition(tokens: list[int], token: int) -> tuple[list[int], int, list[int]]
     return tokens[:place], token, tokens[place + 1 :]
 
 
-def test_a_gap_is_asked_for_as_it_was_taught(marks: Marks) -> None:
-    assert gap_prompt([5, 6], [7], marks) == [marks.end_of_text, marks.prefix, 5, 6, marks.suffix, 7, marks.middle]
+def test_a_gap_is_asked_for_as_it_was_taught(marks: SpecialTokens) -> None:
+    assert make_fim_prompt([5, 6], [7], marks) == [marks.end_of_text, marks.prefix, 5, 6, marks.suffix, 7, marks.middle]
 
 
 # Sampled softmax
@@ -334,7 +336,7 @@ def relative(difference: torch.Tensor, of: torch.Tensor) -> float:
 
 
 def test_documents_packed_into_windows_have_the_gradient_of_documents_apart(
-    file: TokenFile, marks: Marks, model: Backbone
+    file: TokenFile, marks: SpecialTokens, model: Backbone
 ) -> None:
     rows = np.arange(6)
     whole = windows(file, marks, "clm", separate=True).batch(rows, 0)
@@ -354,10 +356,10 @@ def test_documents_packed_into_windows_have_the_gradient_of_documents_apart(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_an_export_reads_packed_documents_as_the_backbone_does(
-    implementation: str, use_cache: bool, file: TokenFile, marks: Marks, model: Backbone, tmp_path: Path
+    implementation: str, use_cache: bool, file: TokenFile, marks: SpecialTokens, model: Backbone, tmp_path: Path
 ) -> None:
     """Given who sees whom and positions that start anew; with cached keys and values also in two pieces."""
-    plain_hf(model).save_pretrained(tmp_path)
+    to_hf(model).save_pretrained(tmp_path)
     export = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation=implementation, dtype=torch.float64
     ).eval()
@@ -370,7 +372,7 @@ def test_an_export_reads_packed_documents_as_the_backbone_does(
     document, places = starts.cumsum(1), torch.arange(CONTEXT)
     positions = places - torch.where(starts, places, 0).cummax(1).values
     seen = (document[:, :, None] == document[:, None]) & (places <= places[:, None])  # (B, T, T)
-    mask = as_mask(seen[:, None], implementation, torch.float64)
+    mask = format_mask(seen[:, None], implementation, torch.float64)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
     torch.testing.assert_close(export(ids, **given).logits, expected, rtol=0, atol=1e-9)
     # Without a cache transformers tells documents apart by positions; with one only the mask does.
@@ -391,15 +393,15 @@ def test_an_export_reads_packed_documents_as_the_backbone_does(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("both_ways", [False, True], ids=["clm", "prefix_lm"])
-def test_pairs_sharing_rows_have_the_gradient_of_pairs_apart(both_ways: bool, model: Backbone) -> None:
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["clm", "prefix_lm"])
+def test_pairs_sharing_rows_have_the_gradient_of_pairs_apart(bidirectional: bool, model: Backbone) -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = [
         PairTokens(torch.randint(1, 300, (length,), generator=generator), prompt, number)
         for number, (length, prompt) in enumerate([(9, 4), (5, 2), (14, 10), (25, 20), (6, 5), (12, 1)])
     ]
-    given = {"target_tokens": 0, "context": CONTEXT, "pad_id": 0, "both_ways": both_ways}
-    rows = packed(pairs, CONTEXT)
+    given = {"target_tokens": 0, "context": CONTEXT, "pad_id": 0, "bidirectional": bidirectional}
+    rows = pack_pairs(pairs, CONTEXT)
     assert len(rows) == 3
     together, apart = pad_pairs(rows, **given), pad_pairs([[pair] for pair in pairs], **given)
     assert sorted(together.indices.tolist()) == list(range(6))
@@ -427,11 +429,11 @@ def test_a_prompt_is_seen_both_ways_and_another_pair_not_at_all(
 ) -> None:
     """Pairs are (tokens, of these the prompt's); the last token is only predicted."""
     pairs = [[PairTokens(torch.arange(1, size + 1), prompt, 0) for size, prompt in row] for row in rows]
-    for both_ways in (True, False):
-        batch = pad_pairs(pairs, target_tokens=0, context=CONTEXT, pad_id=0, both_ways=both_ways)
+    for bidirectional in (True, False):
+        batch = pad_pairs(pairs, target_tokens=0, context=CONTEXT, pad_id=0, bidirectional=bidirectional)
         length = batch.input_ids.shape[1]
-        found = torch.ones(length, length).tril().bool() if batch.spans is None else visible(batch.spans)[0, 0]
+        found = torch.ones(length, length).tril().bool() if batch.spans is None else spans_to_mask(batch.spans)[0, 0]
         mask = torch.tensor([[digit == "1" for digit in line] for line in expected])
         size = len(expected)
-        assert torch.equal(found[:size, :size], mask if both_ways else mask.tril())
+        assert torch.equal(found[:size, :size], mask if bidirectional else mask.tril())
         assert batch.spans is None or torch.equal(found[size:], torch.eye(length, dtype=torch.bool)[size:])

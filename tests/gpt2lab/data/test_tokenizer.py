@@ -14,7 +14,7 @@ from datamodules.token_bins import bin_facts
 from gpt2lab.data.tokenizer import (
     TextEncoder,
     load_tokenizer,
-    numbered_tokenizer,
+    make_numbered_tokenizer,
     prepare_tokenizer,
     tokenizer_hash,
     train_bpe,
@@ -113,7 +113,7 @@ def test_a_hub_that_cannot_be_reached_is_tried_once_for_five_seconds(tmp_path: P
 
 
 def test_numbers_stand_for_tokens_whose_tokenizer_is_not_at_hand(tmp_path: Path) -> None:
-    numbered_tokenizer(50_257).save_pretrained(tmp_path)
+    make_numbered_tokenizer(50_257).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert (len(tokenizer), tokenizer.eos_token_id) == (50_257, 50_256)
     assert tokenizer("<17> <4>")["input_ids"] == [17, 4]
@@ -139,14 +139,14 @@ def test_nanogpt_files_need_no_hub(tmp_path: Path) -> None:
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
     assert "'vocab_size': 50257" in output.stdout
     assert "'val_bytes': 0" in output.stdout
-    assert "cannot be had" in output.stderr
+    assert "is unavailable" in output.stderr
 
 
 def test_files_that_are_no_uint16_tokens_of_this_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
     choice = TokenizerChoice("pretrained", source=str(folder))
     np.full(100, 400, dtype="<u2").tofile(tmp_path / "train.bin")
     np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
-    with pytest.raises(InputError, match=r"train\.bin holds token 400"):
+    with pytest.raises(InputError, match=r"train\.bin contains token 400"):
         bin_facts(tmp_path, choice, tmp_path / "cache")
     (tmp_path / "train.bin").write_bytes(b"odd")
     with pytest.raises(InputError, match="odd number of bytes"):

@@ -15,7 +15,7 @@ import evaluate
 import train
 from gpt2lab import metric_names
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics, series
@@ -142,7 +142,7 @@ def padded(run: str, entries: int, folder: Path) -> Path:
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = torch.cat([weights[name], torch.zeros(entries, shape.n_embd)])
     longer.lm.load_state_dict(weights)
-    write_hf_folder(plain_hf(longer), load_tokenizer(run), folder, {"title": "padded"})
+    write_hf_folder(to_hf(longer), load_tokenizer(run), folder, {"title": "padded"})
     return folder
 
 
@@ -157,7 +157,7 @@ def test_padding_of_a_vocabulary_changes_no_figure(evaluate_here: Evaluate, tmp_
         done = evaluate_here(*words)
         assert done.code == 0, done.stderr
         scores.append(json.loads((tmp_path / str(number)).read_text()))
-    assert "Only the first 300 entries" in done.stdout
+    assert "Only the first 300 tokens" in done.stdout
     for name in (*metric_names.DISTILLATION, "loss"):
         assert scores[1].get(name) == pytest.approx(scores[0].get(name), abs=1e-6), name
     assert evaluate_here(f"checkpoint={student}", *words[2:]).code == 0
@@ -173,17 +173,17 @@ def test_models_that_cannot_be_compared_are_refused(evaluate_here: Evaluate, tmp
         return done.stderr
 
     other = train_bpe(iter([Path(json.__file__).read_text()]), 290)
-    write_hf_folder(plain_hf(Backbone(ModelShape(1, 1, 16, 64, 300))), other, tmp_path / "other", {"title": "other"})
+    write_hf_folder(to_hf(Backbone(ModelShape(1, 1, 16, 64, 300))), other, tmp_path / "other", {"title": "other"})
     told = refused(f"teacher={tmp_path / 'other'}")
-    assert "number tokens differently" in told
+    assert "have different token ids" in told
     ours, theirs = (load_tokenizer(str(path)).get_vocab() for path in ("runs/distill/student", tmp_path / "other"))
     first = min(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
     assert repr(first) in told
-    plain_hf(Backbone(ModelShape(1, 1, 16, 64, 300))).save_pretrained(tmp_path / "bare")
-    assert "holds no tokenizer" in refused(f"teacher={tmp_path / 'bare'}")
-    plain_hf(Backbone(ModelShape(1, 1, 16, 8, 300))).save_pretrained(tmp_path / "short")
-    assert "windows of 2 to 8 tokens" in refused(f"teacher={tmp_path / 'short'}")
-    plain_hf(Backbone(ModelShape(1, 1, 16, 64, 200))).save_pretrained(tmp_path / "few")
+    to_hf(Backbone(ModelShape(1, 1, 16, 64, 300))).save_pretrained(tmp_path / "bare")
+    assert "contains no tokenizer" in refused(f"teacher={tmp_path / 'bare'}")
+    to_hf(Backbone(ModelShape(1, 1, 16, 8, 300))).save_pretrained(tmp_path / "short")
+    assert "a context of 2 to 8 tokens" in refused(f"teacher={tmp_path / 'short'}")
+    to_hf(Backbone(ModelShape(1, 1, 16, 64, 200))).save_pretrained(tmp_path / "few")
     assert "200" in refused(f"teacher={tmp_path / 'few'}")
     assert "teacher=./nowhere" in refused("teacher=./nowhere")
     assert "Give teacher= too" in refused("baseline=runs/pretrain/scratch")
@@ -214,7 +214,9 @@ def test_a_baseline_that_says_nothing_about_this_run_is_refused(
     assert "task=pretrain does not read baseline" in refused(*tiny, "baseline=runs/pretrain/scratch")
     assert "no such folder" in refused(*distill, "baseline=runs/pretrain/scrach")
     assert "no report.json" in refused(*distill, "baseline=runs/pretrain/scratch/hf")
-    assert "is not finished: its report.json says stopped" in refused(*distill, f"baseline={changed(status='stopped')}")
+    assert "has not finished: report.json has status=stopped" in refused(
+        *distill, f"baseline={changed(status='stopped')}"
+    )
     assert "no val_loss" in refused(*distill, f"baseline={changed(val_loss=None)}")
     other_data = changed(data={"name": "text", "hash": "0" * 16, "tokens": 5})
     assert "other data (hash 0000000000000000" in refused(*distill, f"baseline={other_data}")
@@ -224,7 +226,7 @@ def test_a_baseline_that_says_nothing_about_this_run_is_refused(
     other_tokens = tmp_path / "tokens"
     shutil.copytree("runs/pretrain/scratch", other_tokens)
     train_bpe(iter([Path(json.__file__).read_text()]), 290).save_pretrained(other_tokens / "hf")
-    assert "numbers tokens differently, for example" in refused(*distill, f"baseline={other_tokens}")
+    assert "has other token ids, for example" in refused(*distill, f"baseline={other_tokens}")
     (other_tokens / "report.json").write_text("{")
     assert "cannot be read" in refused(*distill, f"baseline={other_tokens}")
 

@@ -217,7 +217,7 @@ def test_padding_counts_for_nothing():
         ({"n_layer": 4}, "model.n_layer=3"),
         ({"n_embd": 64, "n_head": 8}, "model.n_embd=32"),
         ({"n_positions": 48}, "model.n_positions=24"),
-        ({"vocab_size": 51}, "vocab_size=50"),
+        ({"vocab_size": 51}, "vocab_size no larger than the teacher's 50"),
         ({"n_head": 2}, "model.n_embd=32 model.n_head=4"),
         ({"n_embd": 16, "n_head": 4}, "model.n_embd=16 model.n_head=2"),
         ({"n_embd": 4, "n_head": 1}, "model.n_embd=8 model.n_head=1"),

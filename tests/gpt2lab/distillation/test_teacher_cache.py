@@ -263,7 +263,7 @@ def test_whatever_a_record_depends_on_has_a_cache_of_its_own(
     [
         (("teacher_cache=sampled", "loss=jsd"), "loss=forward_kl"),
         (("teacher_cache=topk", "loss=mse"), "another loss"),
-        (("teacher_cache=topk", "loss=uld"), "loss=uld asks it in its own"),
+        (("teacher_cache=topk", "loss=uld"), "loss=uld needs the teacher's"),
         (("teacher_cache=sampled", "loss=uld"), "loss=forward_kl"),
         (("teacher_cache=topk", "loss.hidden_cosine=1"), "hidden states"),
         (("teacher_cache=topk", "teacher_cache.n=3"), "teacher_cache=sampled reads it"),

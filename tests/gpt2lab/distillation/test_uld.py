@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
-from gpt2lab.data.token_bytes import spelled_bytes
+from gpt2lab.data.token_bytes import spell_tokens
 from gpt2lab.data.tokenizer import TextEncoder, train_bpe
 from gpt2lab.distillation.tokenizer_alignment import Alignment
 from gpt2lab.errors import InputError
@@ -185,7 +185,7 @@ def test_a_teacher_with_other_tokens_serves_no_other_loss() -> None:
 SOURCE = inspect.getsource(json.decoder) + inspect.getsource(textwrap)
 MANY_BYTES = "Ein Café in 中文 und naïve 🙂🙃 Straße, déjà vu — Ελλάδα \u0301 \ufb01n.\n" * 3
 STUDENT, TEACHER = train_bpe(iter([SOURCE]), 320), train_bpe(iter([SOURCE[::2], SOURCE, MANY_BYTES]), 700)
-TOKENS_OF = {"student": spelled_bytes(STUDENT, "student"), "teacher": spelled_bytes(TEACHER, "teacher")}
+TOKENS_OF = {"student": spell_tokens(STUDENT, "student"), "teacher": spell_tokens(TEACHER, "teacher")}
 END = b"\xff<end>"  # no text holds it
 
 
@@ -366,14 +366,14 @@ def test_tokenizers_that_do_not_spell_bytes_are_refused() -> None:
         other_tokenizer(None, True),
     ]
     for tokenizer in bad:
-        with pytest.raises(InputError, match="does not spell a text byte by byte"):
+        with pytest.raises(InputError, match="do not concatenate to the bytes of a text"):
             Alignment(STUDENT, tokenizer, "the teacher", 64)
-    spelled_bytes(other_tokenizer(None, False), "the teacher")
+    spell_tokens(other_tokenizer(None, False), "the teacher")
 
 
 def test_every_entry_spells_its_bytes() -> None:
     for tokenizer in (STUDENT, TEACHER):
-        entries = spelled_bytes(tokenizer, "")
+        entries = spell_tokens(tokenizer, "")
         assert entries[tokenizer.eos_token_id] is None
         for text in (SOURCE[:3000], MANY_BYTES, re.sub(r"\s", "", MANY_BYTES)):
             assert b"".join(entries[number] for number in TextEncoder(tokenizer)([text])[0]) == text.encode()

@@ -13,7 +13,7 @@ import evaluate
 import train
 from gpt2lab import metric_names
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics, series
@@ -182,7 +182,7 @@ def test_a_teacher_of_the_same_size_with_other_tokens_is_refused_too(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path
 ) -> None:
     other = train_bpe(iter([Path(json.__file__).read_text()]), 300)
-    model = plain_hf(Backbone(ModelShape(1, 1, 16, 64, 310)))  # padded
+    model = to_hf(Backbone(ModelShape(1, 1, 16, 64, 310)))  # padded
     write_hf_folder(model, other, tmp_path / "other", {"title": "other"})
     keys = [*tiny, *STEPS, "task=distill", f"teacher={tmp_path / 'other'}", "tokenizer=bpe"]
     told = refused(train_here, teacher, *keys)
@@ -206,10 +206,10 @@ def test_evaluate_shows_the_first_tokens_that_differ(
 
 def test_what_uld_cannot_use_is_refused(train_here: Train, tiny: list[str], teacher: str, tmp_path: Path) -> None:
     keys = [*tiny, *ULD, f"teacher={teacher}"]
-    assert "stand at other positions" in refused(train_here, teacher, *keys, "loss.hidden_mse=1")
+    assert "have other positions" in refused(train_here, teacher, *keys, "loss.hidden_mse=1")
     assert "teacher_cache=none" in refused(train_here, teacher, *keys, "teacher_cache=topk")
     assert "loss=jsd reads it" in refused(train_here, teacher, *keys, "loss.beta=0.5")
-    plain_hf(Backbone(ModelShape(1, 1, 16, 64, 300))).save_pretrained(tmp_path / "bare")
+    to_hf(Backbone(ModelShape(1, 1, 16, 64, 300))).save_pretrained(tmp_path / "bare")
     told = refused(train_here, teacher, *tiny, *ULD, f"teacher={tmp_path / 'bare'}", "preflight=off")
     assert "holds no tokenizer" in told
 
@@ -219,7 +219,7 @@ def test_preflight_refuses_a_teacher_that_predicts_the_bytes_no_better(
 ) -> None:
     tokenizer = train_bpe(iter([Path(json.__file__).read_text()]), 400)
     torch.manual_seed(0)
-    write_hf_folder(plain_hf(Backbone(ModelShape(1, 1, 16, 64, 400))), tokenizer, tmp_path / "raw", {"title": "raw"})
+    write_hf_folder(to_hf(Backbone(ModelShape(1, 1, 16, 64, 400))), tokenizer, tmp_path / "raw", {"title": "raw"})
     assert train_here(*tiny, *STEPS, "run_dir=student").code == 0
     keys = [*tiny, *STEPS, *ULD, f"teacher={tmp_path / 'raw'}", "init=student", "model=auto"]
     keys = [key for key in keys if not key.startswith("model.")]

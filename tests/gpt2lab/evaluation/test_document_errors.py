@@ -17,10 +17,10 @@ from torch.nn import functional
 import evaluate
 from gpt2lab.analysis.study_results import CE, KD, SCRATCH, TOKENS, Arm, StudyResults, arm_result, contrasts
 from gpt2lab.data.batch import IGNORE_INDEX
-from gpt2lab.data.document_groups import WindowDocuments, warn_once
+from gpt2lab.data.document_groups import WindowDocuments
 from gpt2lab.data.objectives import Objective
 from gpt2lab.data.pair_template import PairTemplate, encode_pairs
-from gpt2lab.data.special_tokens import Marks
+from gpt2lab.data.special_tokens import SpecialTokens
 from gpt2lab.data.token_file import TokenFile
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.data.windows import Windows
@@ -34,6 +34,7 @@ from gpt2lab.model.backbone import load_backbone
 from gpt2lab.reports import study_html, sweep_html
 from gpt2lab.reports.run_report import build_report, read_report, write_report
 from gpt2lab.settings import ObjectiveSettings
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.metrics_csv import MetricsFile
 from launch import exit_codes
 from launch.commands import demo
@@ -183,7 +184,7 @@ def test_every_objective_knows_the_document_of_its_targets(tmp_path: Path, objec
     tokens.tofile(tmp_path / "val.bin")
     file = TokenFile(tmp_path / "val.bin", np.dtype("<u2"), context, keep_short=True)
     settings = ObjectiveSettings("clm" if objective == "packing" else objective)
-    marks = Marks(end_of_text=end, mask=1, prefix=2, suffix=3, middle=4, entries=60)
+    marks = SpecialTokens(end_of_text=end, mask=1, prefix=2, suffix=3, middle=4, vocab_size=60)
     apart = Objective(settings, marks, end_of_text=end if objective == "packing" else None)
     batch = Windows(file, apart, WindowDocuments(file.tokens, end, "val.bin")).batch(np.arange(len(file)), 0)
     labels = batch.labels[batch.labels != IGNORE_INDEX]
@@ -198,8 +199,8 @@ def test_every_objective_knows_the_document_of_its_targets(tmp_path: Path, objec
     ("words", "said"),
     [
         (["data=bin", "path=nowhere"], "no end-of-text token"),
-        (["data=text", "path=train.jsonl", "val_path=few.jsonl"], "rest on 5 documents"),
-        (["data=text", "path=train.jsonl", "val_path=huge.jsonl"], "document groups holds"),
+        (["data=text", "path=train.jsonl", "val_path=few.jsonl"], "come from 5 documents"),
+        (["data=text", "path=train.jsonl", "val_path=huge.jsonl"], "document groups has"),
         (LINES, ""),
     ],
     ids=["no_end_of_text", "few_documents", "huge_document", "enough"],
@@ -263,7 +264,7 @@ def _sweep(folder: Path) -> str:
         Job(n, [f"x={name}"], folder / name, "finished", watched=read_report(folder / name)["val_loss"])
         for n, name in enumerate(("distilled", "scratch"))
     ]
-    return sweep_html.render("sweep", results.results(folder, jobs)) + results.in_words(folder, jobs)
+    return sweep_html.render("sweep", results.collect_results(folder, jobs)) + results.format_results(folder, jobs)
 
 
 def _study(folder: Path) -> str:
@@ -273,7 +274,7 @@ def _study(folder: Path) -> str:
         assert documents is not None
         arms.append(arm_result(Arm(SCRATCH, learns_by), TOKENS, 9, {1: losses}, 1.0, {1: documents}))
     results = StudyResults([1], "teacher", None, [], arms, contrasts(arms), [])
-    return study_table.text(results) + study_html.render("study", results)
+    return study_table.format_study(results) + study_html.render("study", results)
 
 
 @pytest.mark.parametrize("page", [_demo, _sweep, _study], ids=["demo", "sweep", "study"])

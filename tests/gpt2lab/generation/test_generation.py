@@ -5,7 +5,7 @@ import torch
 
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.generation.sampling import GREEDY, NUCLEUS, TOP_K, Sampling, generate_ids
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
 END = 63
@@ -78,7 +78,7 @@ def test_a_model_in_training_stays_in_training_and_long_prompts_keep_their_end()
 @pytest.mark.parametrize("layout", ["own", "plain"])
 def test_a_decoder_reads_in_pieces_what_the_model_reads_at_once(layout: str) -> None:
     backbone = model().eval()
-    lm = backbone.lm if layout == "own" else plain_hf(backbone)
+    lm = backbone.lm if layout == "own" else to_hf(backbone)
     ids = torch.randint(1, END, (2, 12))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -88,7 +88,7 @@ def test_a_decoder_reads_in_pieces_what_the_model_reads_at_once(layout: str) -> 
         decoder = Decoder(lm, 14, padding=torch.tensor([3, 0]))
         pieces = [decoder.read(ids[:, start:end], last=end - start) for start, end in ((0, 5), (5, 6), (6, 10))]
         decoder.read(torch.zeros(2, 4, dtype=torch.long))
-        decoder.forget(10)
+        decoder.truncate(10)
         pieces.append(decoder.read(ids[:, 10:], last=2))
     found = torch.cat(pieces, 1)
     torch.testing.assert_close(found[0, 3:], expected[0, 3:], rtol=1e-4, atol=1e-4)  # another order of sums
@@ -110,7 +110,7 @@ SAMPLINGS = [
 def test_text_is_what_transformers_writes_with_the_same_seed(sampling: Sampling) -> None:
     """From the exported model, in a padded batch."""
     backbone = model()
-    plain = plain_hf(backbone)
+    plain = to_hf(backbone)
     longest = max(len(prompt) for prompt in PROMPTS)
     ids = torch.tensor([[END] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
@@ -139,8 +139,8 @@ def test_beams_see_a_prompt_both_ways_too() -> None:
     lm = model().lm
     for beams in (1, 3):
         sampling = Sampling("few", temperature=0.0, beams=beams)
-        found = generate_ids(lm, PROMPTS, sampling, max_new_tokens=1, end_of_text=END, both_ways=True)
-        assert found == generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END, both_ways=True)
+        found = generate_ids(lm, PROMPTS, sampling, max_new_tokens=1, end_of_text=END, bidirectional=True)
+        assert found == generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END, bidirectional=True)
     assert found != generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END)
 
 
@@ -148,5 +148,5 @@ def test_of_a_padded_vocabulary_only_tokens_are_written() -> None:
     lm = model().lm
     sampling = Sampling("hot", temperature=50.0)
     for chosen in (sampling, Sampling("beams", beams=2)):
-        rows = generate_ids(lm, PROMPTS, chosen, max_new_tokens=30, end_of_text=19, entries=20)
+        rows = generate_ids(lm, PROMPTS, chosen, max_new_tokens=30, end_of_text=19, vocab_size=20)
         assert max(token for row in rows for token in row) < 20

@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from gpt2lab.evaluation.acceptance import MOST_DRAFTS
 from gpt2lab.generation import speculative
 from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
-from gpt2lab.generation.speculative import LOOKS_ON_CPU, DraftLength, Speculated, accept, speculate, speculative_ids
+from gpt2lab.generation.speculative import VERIFY_COSTS_CPU, DraftLength, Speculated, accept, speculate, speculative_ids
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import ModelShape
 
@@ -41,7 +41,7 @@ def draft() -> GPT2LMHeadModel:
 
 PENALISED = Sampling("penalised", temperature=0.0, repetition_penalty=1.3, no_repeat_ngram=3)
 FILTERED = Sampling("filtered", temperature=0.8, top_k=4, top_p=0.9)
-SIZES = {"end_of_text": END, "entries": ENTRIES}
+SIZES = {"end_of_text": END, "vocab_size": ENTRIES}
 
 
 def looks(more: float) -> list[float]:
@@ -53,7 +53,7 @@ def looks(more: float) -> list[float]:
 def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft model that costs nothing, as looks do, drafts as long as there is room, whatever is kept."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.0)
-    monkeypatch.setattr(speculative, "look_costs", lambda *_: looks(0.0))
+    monkeypatch.setattr(speculative, "verification_costs", lambda *_: looks(0.0))
 
 
 @pytest.mark.usefixtures("long_drafts")
@@ -89,11 +89,11 @@ def test_an_end_of_text_ends_it_wherever_it_comes_in_a_draft(target: GPT2LMHeadM
         for end in set(whole):
             told = Told()
             ids, rounds = speculative_ids(
-                target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES, streamer=told
+                target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, vocab_size=ENTRIES, streamer=told
             )
             assert ids == whole[: whole.index(end)]
-            assert sum(one.written for one in rounds) == len(ids) + 1
-            ended = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, end_of_text=end, entries=ENTRIES)
+            assert sum(one.generated for one in rounds) == len(ids) + 1
+            ended = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, end_of_text=end, vocab_size=ENTRIES)
             assert ended.tokens == ended.plain_tokens == len(ids) + 1
             assert told.tokens == [*prompt, *ids, end]
             lengths.add(len(ids))
@@ -126,7 +126,7 @@ def test_no_filtered_token_is_written(target: GPT2LMHeadModel, draft: GPT2LMHead
 def test_rounds_draft_as_much_as_is_kept(target: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy: the model as its own draft, and one that always proposes what the model holds least likely."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.02)
-    monkeypatch.setattr(speculative, "look_costs", lambda *_: looks(0.02))
+    monkeypatch.setattr(speculative, "verification_costs", lambda *_: looks(0.02))
     contrary = model(2, seed=0)
     contrary.lm_head.weight = torch.nn.Parameter(-contrary.lm_head.weight)  # apart from the embedding
     drafted = {}
@@ -145,9 +145,9 @@ def drafted_after(kept: int, rounds: int = 40, cost: float = 0.1) -> int:
     length = DraftLength(0.0, looks(cost))
     for _ in range(rounds):
         drafted = 1
-        while length.goes_on(0.5) and drafted < MOST_DRAFTS:
+        while length.should_continue(0.5) and drafted < MOST_DRAFTS:
             drafted += 1
-        length.learn(min(kept, drafted))
+        length.update(min(kept, drafted))
     return drafted
 
 
@@ -162,23 +162,23 @@ def test_where_the_draft_is_unsure_it_ends_sooner() -> None:
     """Of what it is sure of all is kept, of the rest nothing."""
     length = DraftLength(0.0, looks(0.1))
     for _ in range(30):
-        length.goes_on(0.9)
-        length.goes_on(0.3)
-        length.learn(1)
-    assert length.goes_on(0.9)
-    assert not length.goes_on(0.3)
+        length.should_continue(0.9)
+        length.should_continue(0.3)
+        length.update(1)
+    assert length.should_continue(0.9)
+    assert not length.should_continue(0.3)
 
 
 def test_a_draft_ends_before_the_look_that_costs_a_step_more_unless_far_longer_ones_pay() -> None:
     def lengths(kept: float) -> list[int]:
         """Of 300 drafts of which the model is always as sure, and of whose tokens so large a share is kept."""
-        length, draws, found = DraftLength(0.02, LOOKS_ON_CPU), random.Random(0), []
+        length, draws, found = DraftLength(0.02, VERIFY_COSTS_CPU), random.Random(0), []
         for _ in range(300):
             drafted = 1
-            while length.goes_on(kept):
+            while length.should_continue(kept):
                 drafted += 1
             found.append(drafted)
-            length.learn(next((n for n in range(drafted) if draws.random() > kept), drafted))
+            length.update(next((n for n in range(drafted) if draws.random() > kept), drafted))
         return found[200:]
 
     assert set(lengths(0.5)) <= {1, 2}

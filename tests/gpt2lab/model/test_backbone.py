@@ -12,7 +12,7 @@ from gpt2lab.model.backbone import (
     count_parameters,
     from_hf,
     load_backbone,
-    plain_hf,
+    to_hf,
 )
 from gpt2lab.settings import ModelShape
 
@@ -58,7 +58,7 @@ def test_logits_and_gradients_are_those_of_transformers() -> None:
 
 def test_going_to_plain_gpt2_and_back_changes_no_weight() -> None:
     backbone = Backbone(TINY)
-    again = from_hf(plain_hf(backbone))
+    again = from_hf(to_hf(backbone))
     for (name, weight), (_, twin) in zip(backbone.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(weight, twin), name
     assert again.lm.lm_head.weight is again.lm.transformer.wte.weight
@@ -66,7 +66,7 @@ def test_going_to_plain_gpt2_and_back_changes_no_weight() -> None:
 
 def test_an_exported_folder_loads_in_transformers_alone(tmp_path) -> None:
     backbone = Backbone(TINY).eval()
-    plain_hf(backbone).save_pretrained(tmp_path)
+    to_hf(backbone).save_pretrained(tmp_path)
     ids = torch.randint(0, 512, (2, 40))
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert loaded.config.activation_function == "gelu_new"
@@ -105,7 +105,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_an_unreadable_model_folder_is_an_input_error(tmp_path) -> None:
-    with pytest.raises(InputError, match="holds no model"):
+    with pytest.raises(InputError, match="contains no model"):
         load_backbone(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1}')
     with pytest.raises(InputError, match="no weights"):
@@ -120,7 +120,7 @@ def test_an_unreadable_model_folder_is_an_input_error(tmp_path) -> None:
     [("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True), ("layer_norm_epsilon", 0.01)],
 )
 def test_a_variant_is_refused_and_not_computed_as_if_it_were_gpt2(tmp_path, key: str, value: object) -> None:
-    model = plain_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
+    model = to_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
     setattr(model.config, key, value)
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"{key}={value}, a variant"):
@@ -128,7 +128,7 @@ def test_a_variant_is_refused_and_not_computed_as_if_it_were_gpt2(tmp_path, key:
 
 
 def test_missing_weights_are_never_filled_with_random_numbers(tmp_path) -> None:
-    model = plain_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
+    model = to_hf(Backbone(ModelShape(2, 2, 32, 16, 64)))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]

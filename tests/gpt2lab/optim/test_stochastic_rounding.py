@@ -11,7 +11,7 @@ from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.ema import WeightAverage
 from gpt2lab.optim import stochastic_rounding
 from gpt2lab.optim.optimizers import build_optimizer
-from gpt2lab.optim.stochastic_rounding import stochastically_rounded
+from gpt2lab.optim.stochastic_rounding import round_stochastically
 from gpt2lab.settings import ModelShape, OptimizerSettings
 
 STANDARD_ERRORS = 5
@@ -33,7 +33,7 @@ def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_number_is_rounded_to_a_neighbour_and_to_itself_on_average() -> None:
     values = torch.randn(200, generator=seeded(0)) * torch.logspace(-30, 30, 200)
     draws = 20_000
-    rounded = stochastically_rounded(values.expand(draws, -1).contiguous(), seeded(1)).float()
+    rounded = round_stochastically(values.expand(draws, -1).contiguous(), seeded(1)).float()
     inner, outer = neighbours(values)
     assert ((rounded == inner) | (rounded == outer)).all()
     gap = (outer - inner).abs()
@@ -52,7 +52,7 @@ def test_what_bf16_can_hold_stays_as_it_is() -> None:
     assert len(every) > 65_000
     assert every.isinf().sum() == 2
     for seed in range(20):
-        assert torch.equal(stochastically_rounded(every.float(), seeded(seed)), every)
+        assert torch.equal(round_stochastically(every.float(), seeded(seed)), every)
 
 
 def made(name: str, size: tuple[int, int], dtype: torch.dtype, optimizer: OptimizerSettings, seed: int = 0):
@@ -64,7 +64,7 @@ def made(name: str, size: tuple[int, int], dtype: torch.dtype, optimizer: Optimi
 @pytest.mark.parametrize("name", ["adamw", "adam"])
 def test_a_step_is_that_of_fp32_and_then_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin is PyTorch's own optimizer in fp32, set to our numbers before each step. In pieces that end anywhere."""
-    monkeypatch.setattr(stochastic_rounding, "NUMBERS_AT_ONCE", 1000)
+    monkeypatch.setattr(stochastic_rounding, "CHUNK_NUMEL", 1000)
     settings = OptimizerSettings(name, lr=0.01, weight_decay=0.1, beta2=0.99)
     sizes = {EMBEDDING: (64, 48), "lm.transformer.wpe.weight": (7, 3), "lm.transformer.ln_f.bias": (300,)}
     starts = {key: torch.randn(size, generator=seeded(3)) for key, size in sizes.items()}
@@ -141,7 +141,7 @@ def test_replicas_round_alike_whatever_else_they_draw_and_seeds_do_not(name: str
 
 
 def test_no_two_steps_and_no_two_pieces_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stochastic_rounding, "NUMBERS_AT_ONCE", 500)
+    monkeypatch.setattr(stochastic_rounding, "CHUNK_NUMEL", 500)
     weight, optimizer = made(EMBEDDING, (40, 100), torch.bfloat16, OptimizerSettings("adamw", 1e-3, 0.0))
     patterns = set()
     for _ in range(4):

@@ -27,11 +27,11 @@ from werkzeug.test import Client
 import generate as generate_command
 from callbacks.inspection import Inspect
 from gpt2lab.data.batch import IGNORE_INDEX, Batch, PairTokens, pad_pairs
-from gpt2lab.data.special_tokens import marks_of
+from gpt2lab.data.special_tokens import find_special_tokens
 from gpt2lab.data.tokenizer import train_bpe
-from gpt2lab.generation.completion import filled, prompt_ids
-from gpt2lab.model.attention_masks import visible
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.generation.completion import fill_masks, prompt_ids
+from gpt2lab.model.attention_masks import spans_to_mask
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.embedding_projector import kind, write_projector
 from gpt2lab.reports.head_summary import habits
 from gpt2lab.reports.hf_folder import write_hf_folder
@@ -71,8 +71,10 @@ def reading(objective: str) -> Reading:
     ids = TOKENIZER(SOURCE)["input_ids"][:20]
     if objective == "mlm":
         gaps = prompt_ids("def <|mask|>(a):\n    re<|mask|>", TOKENIZER, "mlm")
-        return reading_of_gaps(gaps, filled(model(), gaps, marks_of(TOKENIZER)), marks_of(TOKENIZER).mask)
-    return reading_of_text(ids[:12], ids[12:], objective, written=True, room=64)
+        return reading_of_gaps(
+            gaps, fill_masks(model(), gaps, find_special_tokens(TOKENIZER)), find_special_tokens(TOKENIZER).mask
+        )
+    return reading_of_text(ids[:12], ids[12:], objective, written=True, max_tokens=64)
 
 
 def by_hand(lm: GPT2LMHeadModel, ids: list[int], seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ def by_hand(lm: GPT2LMHeadModel, ids: list[int], seen: Tensor) -> tuple[Tensor, 
 @pytest.mark.parametrize("objective", ["clm", "prefix_lm", "mlm"])
 def test_attention_and_figures_are_those_of_the_formulas(objective: str) -> None:
     lm, text = model(padding=7), reading(objective)
-    seen = visible(text.spans)[0, 0]
+    seen = spans_to_mask(text.spans)[0, 0]
     expected_both_ways = {"clm": 0, "prefix_lm": 11, "mlm": len(text.ids)}[objective]
     assert int((seen.triu(1).sum(1) > 0).sum()) == max(expected_both_ways - 1, 0)
     with torch.no_grad():
@@ -105,29 +107,29 @@ def test_attention_and_figures_are_those_of_the_formulas(objective: str) -> None
     assert (found.attention[:, :, ~seen] == 0).all()
     q = logits[:, :ENTRIES].softmax(1)
     shift = 0 if objective == "mlm" else 1
-    assert found.places == [place + shift for place, label in enumerate(text.labels) if label != IGNORE_INDEX]
-    assert len(found.places) == {"clm": 19, "prefix_lm": 8, "mlm": 2}[objective]
-    for row, place in enumerate(found.places):
+    assert found.positions == [place + shift for place, label in enumerate(text.labels) if label != IGNORE_INDEX]
+    assert len(found.positions) == {"clm": 19, "prefix_lm": 8, "mlm": 2}[objective]
+    for row, place in enumerate(found.positions):
         here, token = q[place - shift], text.text[place]
         assert found.expectations.losses[row] == pytest.approx(-math.log(here[token]), abs=1e-4)
         assert found.expectations.ranks[row] == 1 + int((here > here[token]).sum())
         assert found.expectations.entropies[row] == pytest.approx(-float((here * here.log()).sum()), abs=1e-4)
-        likeliest = found.expectations.likeliest[row]
+        likeliest = found.expectations.top_tokens[row]
         assert [entry for entry, _ in likeliest] == here.argsort(descending=True)[:5].tolist()
         assert [chance for _, chance in likeliest] == pytest.approx(here[[e for e, _ in likeliest]].tolist(), abs=1e-5)
 
 
 def test_prefix_lm_reads_the_source_as_generation_does() -> None:
     """The losses of what follows are those of the next token after the prompt, read as `generate_ids` reads it."""
-    from gpt2lab.generation.sampling import _read_both_ways
+    from gpt2lab.generation.sampling import _prefill_bidirectional
 
     lm, text = model().eval(), reading("prefix_lm")
     prompt = torch.tensor([text.ids[:12]])
     with torch.no_grad():
-        cache = _read_both_ways(lm, prompt[:, :-1], torch.ones_like(prompt[:, :-1]))
+        cache = _prefill_bidirectional(lm, prompt[:, :-1], torch.ones_like(prompt[:, :-1]))
         logits = lm(prompt[:, -1:], past_key_values=cache, position_ids=torch.tensor([[11]])).logits[0, -1]
     found = inspect_reading(lm, text, ENTRIES)
-    assert found.places[0] == 12
+    assert found.positions[0] == 12
     assert found.expectations.losses[0] == pytest.approx(-float(logits.log_softmax(0)[text.ids[12]]), abs=1e-4)
 
 
@@ -136,7 +138,7 @@ def test_a_teacher_is_compared_at_every_token_and_padding_is_in_no_softmax() -> 
     student, teacher = model(padding=9), model(seed=1, heads=4, width=32)
     beside = inspect_reading(student, text, ENTRIES, teacher).disagreement
     assert beside is not None
-    seen = visible(text.spans)[0, 0]
+    seen = spans_to_mask(text.spans)[0, 0]
     with torch.no_grad():
         q, p = (by_hand(lm.eval(), text.ids, seen)[1][:-1, :ENTRIES].softmax(1) for lm in (student, teacher))
     torch.testing.assert_close(torch.tensor(beside.kl), (p * (p / q).log()).sum(1), rtol=1e-3, atol=1e-4)
@@ -162,7 +164,7 @@ def test_the_model_and_the_random_state_stay_as_they_are(training: bool) -> None
 
 def test_of_a_long_text_the_last_tokens_are_shown_and_all_are_read() -> None:
     lm, ids = model(), TOKENIZER(SOURCE)["input_ids"][:60]
-    text = reading_of_text(ids, [], "clm", written=False, room=64)
+    text = reading_of_text(ids, [], "clm", written=False, max_tokens=64)
     whole, part = inspect_reading(lm, text, ENTRIES), inspect_reading(lm, text, ENTRIES, most=10)
     assert part.attention.shape == (2, 2, 10, 10)
     assert torch.equal(part.attention, whole.attention[:, :, -10:, -10:])
@@ -175,7 +177,7 @@ def test_of_a_long_text_the_last_tokens_are_shown_and_all_are_read() -> None:
 
 def test_the_reading_of_a_batch_has_its_masks_and_no_padding() -> None:
     pairs = [[PairTokens(torch.arange(10, 41), 24, 0)], [PairTokens(torch.arange(50), 3, 1)]]
-    batch = pad_pairs(pairs, target_tokens=10, context=64, pad_id=0, both_ways=True)
+    batch = pad_pairs(pairs, target_tokens=10, context=64, pad_id=0, bidirectional=True)
     text = reading_of_batch(batch, "prefix_lm", 16)
     assert text.ids == list(range(10, 40))  # reaches the answer, though the prompt is longer than 16
     assert [label for label in text.labels if label != IGNORE_INDEX] == list(range(34, 40))
@@ -194,7 +196,7 @@ def test_the_reading_of_a_batch_has_its_masks_and_no_padding() -> None:
 
 
 def test_habits_name_where_a_head_looks() -> None:
-    size, spans = 12, reading_of_text(range(12), [], "clm", written=False, room=12).spans[0]
+    size, spans = 12, reading_of_text(range(12), [], "clm", written=False, max_tokens=12).spans[0]
     previous, first, even = (torch.zeros(size, size) for _ in range(3))
     previous[range(1, size), range(size - 1)] = previous[0, 0] = 1
     first[:, 0] = 1
@@ -202,8 +204,8 @@ def test_habits_name_where_a_head_looks() -> None:
     told = habits(torch.stack([previous, first, torch.eye(size), even]), spans)
     choices = math.exp(sum(math.log(seen) for seen in range(2, size + 1)) / (size - 1))
     assert told == ["previous 100%", "first 100%", "itself 100%", f"≈ {choices:.0f} tokens"]
-    both_ways = torch.tensor([[0, size]] * size)
-    assert habits(torch.eye(size).roll(1, 1)[None], both_ways) == ["next 100%"]
+    bidirectional = torch.tensor([[0, size]] * size)
+    assert habits(torch.eye(size).roll(1, 1)[None], bidirectional) == ["next 100%"]
 
 
 def test_nearest_entries_are_those_of_the_largest_cosine() -> None:
@@ -217,7 +219,7 @@ def test_nearest_entries_are_those_of_the_largest_cosine() -> None:
 
 
 def test_tokens_that_cannot_be_seen_have_signs() -> None:
-    marks = marks_of(TOKENIZER)
+    marks = find_special_tokens(TOKENIZER)
     accent = TOKENIZER("é")["input_ids"]
     assert len(accent) == 2
     ids = [marks.mask, marks.prefix, *accent, TOKENIZER.eos_token_id]
@@ -252,7 +254,7 @@ def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_tokens("</script><script>")  # one token
     text = "</script><script>alert(1)</script> <b>&amp;\n\t\"'"
-    given = reading_of_text(tokenizer(text)["input_ids"], [], "clm", written=False, room=64)
+    given = reading_of_text(tokenizer(text)["input_ids"], [], "clm", written=False, max_tokens=64)
     file = tmp_path / "page.html"
     write_inspection(
         file,
@@ -285,7 +287,7 @@ def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Pat
     tokenizer.add_tokens("#" * 64)  # wider than a telephone, and near to a token of the text
     with torch.no_grad():
         lm.transformer.wte.weight[ENTRIES] = lm.transformer.wte.weight[ids[5]]
-    given, file = reading_of_text(ids[:50], ids[50:], "clm", written=True, room=64), tmp_path / "page.html"
+    given, file = reading_of_text(ids[:50], ids[50:], "clm", written=True, max_tokens=64), tmp_path / "page.html"
     teacher = model(1, padding=1)
     write_inspection(file, "run", lm, given, tokenizer, objective="clm", teacher=teacher, teacher_name="teacher")
     data, browser = data_of(file.read_text()), Browser(tmp_path / "browser")
@@ -304,7 +306,7 @@ def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Pat
         weights = np.frombuffer(base64.b64decode(data["attention"]), dtype=np.uint8).reshape(4, 60, 60)[3, 20]
         most, sign = (weights.max() / 255) ** 2, data["signs"][int(weights.argmax())]
         told = browser.value("document.querySelector('#told').innerText")
-        assert f"looks: {100 * most:.{0 if most >= 0.0995 else 1}f} % to {sign}" in told
+        assert f"attends: {100 * most:.{0 if most >= 0.0995 else 1}f} % to {sign}" in told
         # The map is drawn: in the row of the chosen token is more than one colour, above the diagonal none.
         pixels = """(() => { const c = document.querySelector(".map[value='3'] canvas"), size = c.width;
             const row = c.getContext("2d").getImageData(0, 20, size, 1).data;
@@ -323,7 +325,7 @@ def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Pat
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_the_shortest_texts_have_a_page(length: int, tmp_path: Path) -> None:
-    given = reading_of_text(TOKENIZER(SOURCE)["input_ids"][:length], [], "clm", written=False, room=64)
+    given = reading_of_text(TOKENIZER(SOURCE)["input_ids"][:length], [], "clm", written=False, max_tokens=64)
     write_inspection(tmp_path / "page.html", "run", model(), given, TOKENIZER, objective="clm", teacher=model(1))
     assert data_of((tmp_path / "page.html").read_text())["places"] == [1][: length - 1]
 
@@ -367,7 +369,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     others = train_bpe(iter([Path(json.__file__).read_text()]), 300)
     for name, seed, tokenizer in (("student", 0, TOKENIZER), ("teacher", 1, TOKENIZER), ("other", 2, others)):
         backbone = Backbone(ModelShape(1 + seed, 2, 16, n_positions=32, vocab_size=300))
-        write_hf_folder(plain_hf(backbone), tokenizer, folder / name / "hf", {"title": name})
+        write_hf_folder(to_hf(backbone), tokenizer, folder / name / "hf", {"title": name})
     (folder / "student" / "config.yaml").touch()
     return folder
 
@@ -408,7 +410,7 @@ def test_generate_writes_the_page_where_it_says(
         (["prompt=a", "inspect=true", "inspect_file=/nowhere/page.html"], "cannot be written"),
         (["prompt=a", "teacher=x"], "with inspect=true only"),
         (["prompt=a", "inspect=true", "teacher=/nowhere"], "no such folder"),
-        (["prompt=a", "inspect=true", "teacher={}/other"], "has other tokens"),
+        (["prompt=a", "inspect=true", "teacher={}/other"], "has another tokenizer"),
     ],
 )
 def test_what_cannot_be_shown_is_told(

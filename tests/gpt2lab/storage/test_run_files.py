@@ -13,15 +13,21 @@ from gpt2lab.errors import InputError
 from gpt2lab.reports.report_html import render, ticks
 from gpt2lab.reports.run_report import build_report, read_report, write_report
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after, read_samples
-from gpt2lab.storage.atomic_files import replaced_folder, told_when_full, write_text
-from gpt2lab.storage.checkpoint_ledger import checkpoint_folder, entries, newest_good_checkpoint, record, scratch_file
+from gpt2lab.storage.atomic_files import input_error_when_full, replaced_folder, write_text
+from gpt2lab.storage.checkpoint_ledger import (
+    checkpoint_folder,
+    commit_checkpoint,
+    newest_good_checkpoint,
+    read_entries,
+    scratch_file,
+)
 from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics, series
 
 
 def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
     checkpoint_folder(run_dir).mkdir(parents=True, exist_ok=True)
     scratch_file(run_dir, step).write_bytes(bytes([step]) * 1000)
-    return record(run_dir, step, keep_last)
+    return commit_checkpoint(run_dir, step, keep_last)
 
 
 # Checkpoints
@@ -60,18 +66,18 @@ def test_saving_again_from_an_older_step_forgets_what_lay_beyond(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)
     save(tmp_path, 15)
-    assert [entry.step for entry in entries(tmp_path)] == [10, 15]
+    assert [entry.step for entry in read_entries(tmp_path)] == [10, 15]
 
 
 SAVING_WITHOUT_END = """
 import sys
 from pathlib import Path
-from gpt2lab.storage.checkpoint_ledger import checkpoint_folder, record, scratch_file
+from gpt2lab.storage.checkpoint_ledger import checkpoint_folder, commit_checkpoint, scratch_file
 run = Path(sys.argv[1])
 checkpoint_folder(run).mkdir(parents=True, exist_ok=True)
 for step in range(1, 100000):
     scratch_file(run, step).write_bytes(str(step).encode() * 20000)
-    record(run, step, 2)
+    commit_checkpoint(run, step, 2)
     if step == 1:
         print("saved", flush=True)
 """
@@ -91,7 +97,7 @@ def test_killed_at_any_instant_of_saving_a_good_checkpoint_is_left(tmp_path):
         assert newest is not None
         step = int(newest.stem.removeprefix("step-"))
         assert newest.read_bytes() == str(step).encode() * 20000
-        assert step >= entries(tmp_path / str(attempt))[-1].step  # and it is the newest that was recorded
+        assert step >= read_entries(tmp_path / str(attempt))[-1].step  # and it is the newest that was recorded
 
 
 # Folders and files
@@ -148,7 +154,7 @@ def test_a_reader_never_finds_the_folder_missing_or_half_written(tmp_path):
 
 
 def test_a_full_disk_is_told_in_two_lines(tmp_path):
-    with pytest.raises(InputError) as caught, told_when_full("the checkpoint", "The one of step 10 is intact."):
+    with pytest.raises(InputError) as caught, input_error_when_full("the checkpoint", "The one of step 10 is intact."):
         raise OSError(28, "No space left on device")
     assert str(caught.value).splitlines() == [
         "No space left to write the checkpoint: No space left on device.",

@@ -16,7 +16,7 @@ from torch import Tensor
 import evaluate
 from gpt2lab.errors import InputError
 from gpt2lab.reports.run_report import read_report
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.sharded_checkpoint import is_sharded
 from launch.commands.consolidate import consolidate
@@ -150,7 +150,14 @@ def test_a_run_goes_on_from_the_file_as_from_the_parts(
     assert newest is not None
     assert newest.is_file()
     for name in ("parts", "whole"):
-        answer = train_here(f"resume={name}", "devices=1", "strategy=auto", "checkpoint_format=single", "steps=6")
+        answer = train_here(
+            f"resume={name}",
+            "devices=1",
+            "allow_targets=[witness]",
+            "strategy=auto",
+            "checkpoint_format=single",
+            "steps=6",
+        )
         assert answer.code == 0, answer.stderr
     assert read_report(tmp_path / "whole")["steps"] == 6
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -182,7 +189,7 @@ def test_one_rank_takes_up_what_two_wrote_and_of_damaged_parts_the_last_whole_on
     assert newest_good_checkpoint(tmp_path / "again") == tmp_path / "again" / "checkpoints" / newest.name
     shutil.copy(run / "checkpoints" / "index.json", tmp_path / "again" / "checkpoints")
     (tmp_path / "again" / "checkpoints" / newest.name / "rest.pt").write_bytes(b"damaged")
-    answer = train_here("resume=again", "devices=1", "strategy=auto")
+    answer = train_here("resume=again", "allow_targets=[witness]", "devices=1", "strategy=auto")
     assert answer.code == 0, answer.stderr
     assert "is damaged" in answer.stderr
     assert losses(tmp_path / "again") == pytest.approx(losses(run), abs=2e-5)
@@ -214,7 +221,7 @@ def test_a_sharded_run_taken_up_again_ends_with_the_same_bytes(
     assert answer.code == 0, answer.stderr
     shutil.copytree(tmp_path / "run", tmp_path / "again", symlinks=True)
     shutil.rmtree(newest_good_checkpoint(tmp_path / "again") or "")
-    answer = train_process("resume=again")
+    answer = train_process("resume=again", "allow_targets=[witness]")
     assert answer.code == 0, answer.stderr
     unbroken, again = (weights(tmp_path / name) for name in ("run", "again"))
     assert all(torch.equal(unbroken[name], again[name]) for name in unbroken)
@@ -240,7 +247,7 @@ def test_killed_while_ranks_write_the_last_named_checkpoint_is_whole(
     process.wait()
     newest = newest_good_checkpoint(tmp_path / "run")
     assert newest is not None
-    done = step_of(newest)
+    done = checkpoint_step(newest)
     answer = train_process("resume=run", f"steps={done + 2}")
     assert answer.code == 0, answer.stderr
     assert read_report(tmp_path / "run")["steps"] == done + 2
@@ -300,7 +307,7 @@ def test_shards_take_up_what_one_process_wrote(
     assert train_here(*tiny, *keys, f"optimizer={optimizer}").code == 0
     shutil.copytree(tmp_path / "run", tmp_path / "again", symlinks=True)
     (newest_good_checkpoint(tmp_path / "again") or tmp_path).unlink()
-    answer = train_process("resume=again", "devices=2", "strategy=fsdp")
+    answer = train_process("resume=again", "allow_targets=[witness]", "devices=2", "strategy=fsdp")
     assert answer.code == 0, answer.stderr
     tolerance = 2e-5 if optimizer == "adamw" else 2e-3  # Muon orthogonalises in bf16
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "run"), abs=tolerance)

@@ -17,12 +17,12 @@ from gpt2lab.reports.side_files import repair
 from gpt2lab.storage import damaged_files
 from gpt2lab.storage.checkpoint_ledger import (
     checkpoint_folder,
-    drop_after,
-    entries,
+    checkpoint_step,
+    commit_checkpoint,
+    drop_checkpoints_after,
     newest_good_checkpoint,
-    record,
+    read_entries,
     scratch_file,
-    step_of,
 )
 from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics
 from tests.conftest import Train
@@ -124,7 +124,7 @@ def make_run(run: Path) -> None:
         if step % 2 == 0:
             checkpoint_folder(run).mkdir(exist_ok=True)
             torch.save({"global_step": step}, scratch_file(run, step))
-            record(run, step, 2)
+            commit_checkpoint(run, step, 2)
     write_document_losses(run, DocumentLosses(4, [0, 1, 2], [3.5, 2.0, 9.0], [10, 5, 30], "hash"))
     write_report(run, build_report(run, "stopped", {"seconds": 1.0, "watched_metric": "train/loss"}))
 
@@ -142,7 +142,7 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
 
     newest = newest_good_checkpoint(tmp_path)
     assert newest is not None
-    assert step_of(newest) == 4, "checkpoints decide"
+    assert checkpoint_step(newest) == 4, "checkpoints decide"
     (
         read_metrics(tmp_path),
         read_samples(tmp_path),
@@ -156,7 +156,7 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     assert newest_good_checkpoint(tmp_path) == newest
     repair(tmp_path)
     drop_samples_after(tmp_path, 4)
-    drop_after(tmp_path, 4)
+    drop_checkpoints_after(tmp_path, 4)
     MetricsFile(tmp_path).write(5, {"train/loss": 2.5, "tokens": 500.0})
     append_samples(tmp_path, [Sample(5, "def f(", "y", "greedy")])
     write_report(tmp_path, build_report(tmp_path, "finished", {}))
@@ -177,14 +177,14 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
         whole_is_lost = ("zeroed", "a folder", "a link to nothing", "missing", "empty", "an invalid header")
         assert len(left) - 1 >= (4 if name != file else 0 if damage in whole_is_lost else spared - 1)
     assert read_report(tmp_path)["status"] == "finished"
-    assert [one.step for one in entries(tmp_path)] == [2, 4]
+    assert [one.step for one in read_entries(tmp_path)] == [2, 4]
 
 
 def test_lost_rows_are_named_by_their_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     make_run(tmp_path)
     change("\n3,", "\n\0,")(tmp_path / "metrics.csv")
     repair(tmp_path)
-    assert "1 of its lines cannot be read, so rows between steps 3 and 3 are lost" in caplog.text
+    assert "1 lines are unreadable, so rows between steps 3 and 3 are lost" in caplog.text
     assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "2", "4"]
 
 
@@ -196,7 +196,7 @@ def test_a_file_or_folder_of_another_kind_makes_way(tmp_path: Path, file: str):
         path.unlink()
         (path / "mine").mkdir(parents=True)
         torch.save({"global_step": 6}, scratch_file(tmp_path, 6))
-        record(tmp_path, 6, 2)
+        commit_checkpoint(tmp_path, 6, 2)
         assert path.resolve().name == "step-000006.ckpt"
     else:
         path.write_text("mine")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2lab.system.heartbeat import BEAT_SECONDS, Folder, Heartbeat, Listener
-from launch.distributed.local_ranks import _end_silent
+from gpt2lab.system.heartbeat import BEAT_SECONDS, FolderBoard, Heartbeat, Listener
+from launch.distributed.local_ranks import _kill_silent
 
 HANG = 120  # seconds after which a thread that should go on is given up
 
@@ -36,7 +36,7 @@ class SimulatedTime:
             self._changed.notify_all()
             assert self._changed.wait_for(lambda: all(wakes > self.now for wakes in self._wakes.values()), HANG)
 
-    def heartbeat(self, board: Folder, rank: int) -> Heartbeat:
+    def heartbeat(self, board: FolderBoard, rank: int) -> Heartbeat:
         """A heartbeat whose thread has beaten once and sleeps."""
         with self._changed:
             before = len(self._wakes)
@@ -55,37 +55,37 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimulatedTime:
 def listened(clock: SimulatedTime, listener: Listener, seconds: float) -> None:
     for _ in range(round(seconds / 0.05)):
         clock.advance(0.05)
-        listener.listen(longest_gap=1.0)
+        listener.poll(longest_gap=1.0)
 
 
 def test_a_rank_without_a_sign_of_life_is_silent_and_a_living_one_is_not(clock: SimulatedTime, tmp_path: Path) -> None:
-    clock.heartbeat(Folder(tmp_path), 0)
-    listener = Listener(Folder(tmp_path), [0, 1])
+    clock.heartbeat(FolderBoard(tmp_path), 0)
+    listener = Listener(FolderBoard(tmp_path), [0, 1])
     listened(clock, listener, 1.6 * BEAT_SECONDS)
-    assert listener.silent(1.4 * BEAT_SECONDS) == [1]
-    clock.heartbeat(Folder(tmp_path), 1)
+    assert listener.silent_ranks(1.4 * BEAT_SECONDS) == [1]
+    clock.heartbeat(FolderBoard(tmp_path), 1)
     listened(clock, listener, 0.5 * BEAT_SECONDS)
-    assert listener.silent(1.4 * BEAT_SECONDS) == []
+    assert listener.silent_ranks(1.4 * BEAT_SECONDS) == []
 
 
 def test_while_nobody_listens_nobody_is_silent(clock: SimulatedTime, tmp_path: Path) -> None:
     (tmp_path / "rank-0").write_text('[1, 1, "in step 1"]')
-    listener = Listener(Folder(tmp_path), [0])
-    listener.listen(longest_gap=0.1)
+    listener = Listener(FolderBoard(tmp_path), [0])
+    listener.poll(longest_gap=0.1)
     clock.advance(0.5)  # as if the listener itself had been stopped
-    listener.listen(longest_gap=0.1)
-    assert listener.silent(0.15) == []
+    listener.poll(longest_gap=0.1)
+    assert listener.silent_ranks(0.15) == []
 
 
 def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(clock: SimulatedTime, tmp_path: Path) -> None:
-    first, second = (clock.heartbeat(Folder(tmp_path), rank) for rank in (0, 1))
-    listener = Listener(Folder(tmp_path), [0, 1])
+    first, second = (clock.heartbeat(FolderBoard(tmp_path), rank) for rank in (0, 1))
+    listener = Listener(FolderBoard(tmp_path), [0, 1])
 
     def behind(gave_up: bool = False) -> list[int]:
         first.beat()
         second.beat()
-        listener.listen(longest_gap=1.0)
-        return listener.behind(gave_up)
+        listener.poll(longest_gap=1.0)
+        return listener.late_ranks(gave_up)
 
     for heartbeat in (first, second):
         heartbeat.mark("between steps 3 and 4")
@@ -93,37 +93,37 @@ def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(clock: 
     first.mark("in step 4")
     assert behind() == []  # nobody gave up
     assert behind(gave_up=True) == [1]
-    first.waited_in_vain()
+    first.report_timeout()
     assert behind() == [1]
-    assert "rank 1 (last between steps 3 and 4)" in listener.blame([1], 8)
+    assert "rank 1 (last between steps 3 and 4)" in listener.late_message([1], 8)
     second.mark("in step 4")
     assert behind() == [1]  # as far, but not waiting
 
 
 def test_only_ranks_that_are_behind_are_stuck_once_no_rank_progresses(clock: SimulatedTime, tmp_path: Path) -> None:
-    first, second = (clock.heartbeat(Folder(tmp_path), rank) for rank in (0, 1))
-    listener = Listener(Folder(tmp_path), [0, 1])
+    first, second = (clock.heartbeat(FolderBoard(tmp_path), rank) for rank in (0, 1))
+    listener = Listener(FolderBoard(tmp_path), [0, 1])
     first.mark("in step 1")
     listened(clock, listener, 2.6 * BEAT_SECONDS)
-    assert listener.stuck(1.4 * BEAT_SECONDS) == [1]
+    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == [1]
     second.mark("in step 1")
     listened(clock, listener, 2.6 * BEAT_SECONDS)
-    assert listener.stuck(1.4 * BEAT_SECONDS) == []  # all are as far
+    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == []  # all are as far
     first.mark("in step 2")
     first.done()
     listened(clock, listener, 2.6 * BEAT_SECONDS)
-    assert listener.stuck(1.4 * BEAT_SECONDS) == []  # the other may save for as long as it takes
+    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == []  # the other may save for as long as it takes
 
 
 def test_a_rank_that_gave_up_and_ends_slowly_is_not_blamed(clock: SimulatedTime, tmp_path: Path) -> None:
     """It has fallen silent, which the one that it waited for has not."""
-    board = Folder(tmp_path)
-    board.write(0, '[8, 8, "in step 4, waited for the others in vain"]')
+    board = FolderBoard(tmp_path)
+    board.write(0, '[8, 8, "in step 4, timed out waiting for other ranks"]')
     clock.heartbeat(board, 1).mark("between steps 3 and 4")
     listener = Listener(board, [0, 1])
     listened(clock, listener, 1.6 * BEAT_SECONDS)
-    assert listener.silent(1.4 * BEAT_SECONDS) == [0]
+    assert listener.silent_ranks(1.4 * BEAT_SECONDS) == [0]
     ending = subprocess.Popen(["sleep", "600"])
-    blame = _end_silent(listener, 1, {0: ending.pid})
+    blame = _kill_silent(listener, 1, {0: ending.pid})
     assert blame.startswith("rank 1 (last between steps 3 and 4) kept the others waiting")
     assert ending.wait(timeout=HANG) == -signal.SIGKILL

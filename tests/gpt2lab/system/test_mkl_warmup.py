@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gpt2lab.reports.hf_folder import FRESH_PROCESS
-from gpt2lab.system.mkl_warmup import ROUTED_TO_MKL
+from gpt2lab.system.mkl_warmup import MKL_FUNCTIONS
 from tests.conftest import ROOT
 
 FIRST_CALLS = """
@@ -20,7 +20,7 @@ print(*[event.name for event in profile.events() if event.input_shapes == [[1]]]
 @pytest.mark.parametrize(
     ("begin", "functions"),
     [
-        ("import gpt2lab.model.backbone", {f"aten::{function.__name__}" for function in ROUTED_TO_MKL}),
+        ("import gpt2lab.model.backbone", {f"aten::{function.__name__}" for function in MKL_FUNCTIONS}),
         (FRESH_PROCESS.partition("folder, threads")[0].replace("\n", "\n    "), {"aten::tanh"}),
     ],
     ids=["with the backbone", "to verify an export"],

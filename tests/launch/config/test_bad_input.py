@@ -73,8 +73,8 @@ BEFORE_ANY_IMPORT = [
     ("task=distill sequences.lmbda=0.3", "sequences=gkd reads it"),
     ("task=distill sequences=gkd sequences.capacity=9", "sequences=distillm reads it"),
     ("task=distill sequences=gkd sequences.lmbda=2", "at most 1"),
-    ("task=distill sequences=gkd sequences.max_new_tokens=256", "no room for a prompt in context=256"),
-    ("task=distill sequences=gkd teacher_cache=sampled", "sequences=seqkd, whose text is written once"),
+    ("task=distill sequences=gkd sequences.max_new_tokens=256", "no tokens for a prompt in context=256"),
+    ("task=distill sequences=gkd teacher_cache=sampled", "sequences=seqkd, whose text is generated once"),
     ("task=distill sequences=seqkd loss=uld", "Use sequences=data"),
     ("task=distill sequences=gkd loss=uld", "Use sequences=data"),
     ("task=distill sequences=distillm sequences.capacity=8", "at least sequences.capacity=16"),
@@ -89,17 +89,17 @@ BEFORE_ANY_IMPORT = [
     ("resume=nothing name=x", "leave out run_dir and name"),
     ("model=[nano]", "a group has one value"),
     ("+model=micro", "leave out the +"),
-    ("~steps", "cannot be taken away"),
-    ("=3", "names no key"),
+    ("~steps", "cannot be removed"),
+    ("=3", "has no key"),
     ("hydra/launcher=basic", "launcher=processes"),
     ("hydra.run.dir=x", "run_dir=FOLDER"),
     ("-m hydra.sweep.dir=/proc/x", "cannot be written"),
     ("--cfg", "needs a value"),
     ("--cfg jobb", "job, hydra, all"),
-    ("--resolve", "belongs to --cfg"),
+    ("--resolve", "--resolve needs --cfg"),
     ("callbacks.samples=3", "is no callback"),
     ("callbacks.samples.prompts=[3]", "list[str]"),
-    ("callbacks.samples.max_new_tokens=1024", "leaves no room"),
+    ("callbacks.samples.max_new_tokens=1024", "leaves no tokens"),
     ("callbacks.checkpoint.keep_last=0", "at least 1"),
     ("vocab_size=100000000000", "at most 1000000"),
     ("steps=99999999999", "at most"),
@@ -114,7 +114,7 @@ BEFORE_ANY_IMPORT = [
     ("task=finetune task.lora.rank=4 task.lora.dropout=2", "below 1"),
     ("task=finetune task.lora.alpha=8", "LoRA reads it"),
     ("task=finetune init=gpt2 model=nano task.frozen_layers=2", "leaves no block to train: the model has 2"),
-    ("task=finetune init=scratch model=nano task.frozen_layers=1", "would keep random weights"),
+    ("task=finetune init=scratch model=nano task.frozen_layers=1", "freezes random weights"),
     ("task=finetune init=scratch model=nano task.lora.rank=8", "Give init=RUN, or leave task.lora.rank out"),
     ("task=finetune task.frozen_layers=1 task.lora.rank=4", "without LoRA reads it"),
     ("task=finetune task.text.metrics=[foo]", "rougeL"),
@@ -131,11 +131,11 @@ BEFORE_ANY_IMPORT = [
     ("steps=10 schedule.warmup_steps=10", "schedule.warmup_steps=9, more steps"),
     ("steps=10 schedule=constant schedule.warmup_steps=20", "schedule.warmup_steps=20 is not less than steps=10"),
     ("steps=10 schedule=cosine schedule.warmup_steps=11", "schedule.warmup_steps=11 is not less than steps=10"),
-    ("steps=10 schedule=linear schedule.warmup_steps=10", "no step would follow the warm-up"),
+    ("steps=10 schedule=linear schedule.warmup_steps=10", "no step follows the warm-up"),
     ("steps=100 experiment=gpt2_124m_fineweb", "schedule.warmup_steps=700 is not less than steps=100"),
     ("schedule.warmup_steps=0.1", "schedule.warmup_steps=0.1 is not a whole number"),
     ("steps=100 schedule.warmup_steps=50 schedule.decay_fraction=0.8", "take 130 steps together"),
-    ("schedule.decay_fraction=0", "leaves no step to fall to schedule.final_fraction=0.05"),
+    ("schedule.decay_fraction=0", "leaves no step to decay to schedule.final_fraction=0.05"),
     (f"{WITHOUT_TAIL} loss=reverse_kl", "teacher_cache.tail=false with loss=reverse_kl"),
     (f"{WITHOUT_TAIL} loss=jsd loss.beta=1", "reverse KL is infinite"),
     (f"{WITHOUT_TAIL} loss=skew_reverse_kl loss.alpha=0", "jsd with loss.beta below 1"),
@@ -158,7 +158,7 @@ ONE_AFTER_ANOTHER = """
 import json, os, sys
 from tests import conftest
 import train
-from launch import exit_codes as answer
+from launch import exit_codes
 
 conftest.Hydra.get_mode = conftest.mode_of
 
@@ -168,7 +168,7 @@ for number, row in enumerate(rows):
     os.chdir(str(number))
     os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
     sys.argv = [train.__file__, *row]
-    code = answer.exit_code(train.command_line)
+    code = exit_codes.exit_code(train.command_line)
     sys.stderr.flush()
     imported = [name for name in heavy if name in sys.modules]
     heavy = [name for name in heavy if name not in imported]
@@ -257,14 +257,14 @@ def test_a_model_folder_that_cannot_be_used_is_refused(train_here: Train, tmp_pa
     refused(train_here(*distill, "teacher=./missing"), "no such folder")
     refused(train_here(*distill, "teacher=nobody/nothing"), "teacher=nobody/nothing")
     (tmp_path / "hollow").mkdir()
-    refused(train_here(*distill, "teacher=hollow"), "holds no model")
+    refused(train_here(*distill, "teacher=hollow"), "contains no model")
     refused(train_here(*distill, f"teacher={model_folder(tmp_path / 'llama', model_type='llama')}"), "llama")
     good = model_folder(tmp_path / "good")
     refused(train_here(*distill, f"teacher={good}"), "holds no tokenizer")
     refused(train_here(*tiny, f"init={good}", "model.n_layer=3"), "n_layer")
     weights = good / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(train_here(*distill, f"teacher={good}"), "cut short")
+    refused(train_here(*distill, f"teacher={good}"), "truncated")
     weights.write_bytes(b"not safetensors")
     refused(train_here(*distill, f"teacher={good}"), "Cannot read")
     weights.unlink()

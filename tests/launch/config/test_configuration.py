@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 
 from gpt2lab.settings import DataFacts
-from gpt2lab.storage.model_folder import parameters_of
+from gpt2lab.storage.model_folder import parameter_count
 from launch import logging_setup
 from launch.checks import checks
 from launch.config import run_dir, run_spec
@@ -169,7 +169,7 @@ def test_parameter_counts_are_exact(name: str):
     model = composed(f"model={name}").model
     shape = ModelShape(**{**vars(model), "vocab_size": 50257})
     counted = count_parameters(shape)
-    assert counted == parameters_of(vars(shape)), "the formula that needs no torch"
+    assert counted == parameter_count(vars(shape)), "the formula that needs no torch"
     assert counted == EXACT_PARAMETERS.get(name, counted)
 
 
@@ -242,7 +242,7 @@ def test_automatic_precision_says_in_one_line_what_it_took_and_why(
     has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(auto_settings, "cpu_has_bf16", lambda: has_bf16)
-    logging_setup.settle_noise()
+    logging_setup.configure_logging()
     assert resolved(composed("precision=auto", "accelerator=cpu", "devices=1")).machine.precision.name == precision
     (line,) = capsys.readouterr().err.splitlines()
     assert f"precision={precision}: this CPU" in line
@@ -270,11 +270,11 @@ def test_automatic_precision_follows_the_gpu_and_fp16_brings_a_gradient_scaler(
 
 
 def test_run_names_are_short_and_plain():
-    folder = run_dir.wanted_folder(composed("model=micro"))
+    folder = run_dir.run_folder(composed("model=micro"))
     assert folder.parent == Path("runs/pretrain")
     assert folder.name.startswith("micro-2")
     assert not set(str(folder)) & set("= ")
-    assert run_dir.wanted_folder(composed("name=mine")) == Path("runs/pretrain/mine")
+    assert run_dir.run_folder(composed("name=mine")) == Path("runs/pretrain/mine")
 
 
 def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
@@ -285,7 +285,7 @@ def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    logging_setup.settle_noise()
+    logging_setup.configure_logging()
     assert auto_settings.compile_pays(resolved(composed("compile=true", "accelerator=cpu")), 4096) is False
     assert "runs eagerly" in capfd.readouterr().err
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 import evaluate
 import generate
 import train
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, record, scratch_file
+from gpt2lab.storage.checkpoint_ledger import commit_checkpoint, newest_good_checkpoint, scratch_file
 from gpt2lab.storage.sharded_checkpoint import OPTIMIZER, optimizer_by_name, write_shards
 from launch import exit_codes
 from launch.commands import consolidate
@@ -318,7 +318,7 @@ def planted(run: Path, kind: str, mark: Path) -> Path:
         assert newest is not None
         shutil.copy(newest, scratch)
         ONE_FILE[kind](scratch, evil)
-    return record(run, 2, keep_last=1)
+    return commit_checkpoint(run, 2, keep_last=1)
 
 
 @pytest.mark.parametrize("kind", some_slow([*ONE_FILE, *IN_PARTS], "torch.save", "metadata", "bytes"))

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
 from tests import conftest
 from tests.conftest import ROOT, Train, environment, needs_two_cores
@@ -476,7 +476,7 @@ def test_a_killed_rank_is_reported_in_few_true_lines(
     assert process.returncode == 1, stderr
     kept, reached = newest_good_checkpoint(tmp_path / "run"), int(read_metrics(tmp_path / "run")[-1]["step"])
     assert kept is not None
-    step, lines = step_of(kept), stderr.splitlines()
+    step, lines = checkpoint_step(kept), stderr.splitlines()
     (told,) = (line for line in lines if line.startswith("The newest checkpoint is of step "))
     lost = f"steps {step + 1} to {reached} or later" if reached > step else "steps after it"
     folder = "run" if started_by == "ours" else str(tmp_path / "run")

@@ -8,7 +8,7 @@ import pytest
 from transformers import GPT2Config
 
 from gpt2lab.errors import InputError
-from gpt2lab.storage.model_folder import parameters_of
+from gpt2lab.storage.model_folder import parameter_count
 from launch import logging_setup
 from launch.checks import checks, sharding
 from launch.config.groups import precision_named
@@ -30,7 +30,7 @@ def test_a_model_too_large_for_one_of_several_devices_is_sharded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 8)
-    logging_setup.settle_noise()
+    logging_setup.configure_logging()
     assert machine_of("model=nano", "devices=1").strategy == "auto"
     assert machine_of("model=nano", "devices=2").strategy == "ddp"
     for gigabytes, strategy in ((40, "ddp"), (32, "fsdp")):
@@ -58,7 +58,7 @@ def teacher(tmp_path: Path) -> Path:
     """Folders of large GPT-2s, of which a plan reads the sizes alone: their weights are a hole, a byte each."""
     for size, (layers, heads, width) in SIZES.items():
         GPT2Config(n_layer=layers, n_head=heads, n_embd=width).save_pretrained(tmp_path / size)
-        half = parameters_of(vars(GPT2Config(n_layer=layers, n_embd=width))) // 2 + 1
+        half = parameter_count(vars(GPT2Config(n_layer=layers, n_embd=width))) // 2 + 1
         header = json.dumps({"wte.weight": {"dtype": "BF16", "shape": [half], "data_offsets": [0, 2 * half]}}).encode()
         with (tmp_path / size / "model.safetensors").open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
@@ -127,7 +127,7 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
 ) -> None:
     answer = train_here(*tiny, "strategy=fsdp", "fsdp_offload=true", "accelerator=cpu")
     assert answer.code == 2
-    assert "host's memory already" in answer.stderr
+    assert "everything is in host memory already" in answer.stderr
     with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
         sharding.check(composed("strategy=fsdp"), "gpu", precision_named("fp16"), "fsdp")
 

@@ -106,4 +106,4 @@ def test_a_mistake_ends_both_and_is_told(hosts: None, cache: Path, sources: Path
 def test_other_numbers_than_were_started_are_refused(hosts: None, cache: Path, sources: Path, tmp_path: Path):
     answers = on_both(hosts, cache, tmp_path, *SHRUNK, f"path={sources}", "num_nodes=3")
     assert all(answer.code != 0 for answer in answers)
-    assert any("num_nodes=3, and 2 were started" in answer.stderr for answer in answers)
+    assert any("num_nodes=3, but 2 were started" in answer.stderr for answer in answers)

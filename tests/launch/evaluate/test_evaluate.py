@@ -13,7 +13,7 @@ from torch.nn import functional
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.evaluation.evaluation import bytes_of_tokens, score
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from tests.conftest import ROOT
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_bpe(iter([TEXT]), 300)
     torch.manual_seed(0)
     shape = ModelShape(n_layer=1, n_head=2, n_embd=16, n_positions=CONTEXT, vocab_size=len(tokenizer))
-    write_hf_folder(plain_hf(Backbone(shape)), tokenizer, folder / "hf", {"title": "tiny"})
+    write_hf_folder(to_hf(Backbone(shape)), tokenizer, folder / "hf", {"title": "tiny"})
     return folder
 
 
@@ -88,7 +88,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
     assert scores["bits_per_byte"] == pytest.approx(losses.sum().item() / math.log(2) / 3000, rel=1e-5)
     assert f"{scores['tokens']:,}" in done.stdout
-    assert f"Read: data=text path={tmp_path / 'train.txt'} context=" in done.stdout
+    assert f"Data: data=text path={tmp_path / 'train.txt'} context=" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
     [
         (["data=stdlb"], "did you mean stdlib"),
         (["data=text", "path=/nowhere/at/all"], "/nowhere/at/all"),
-        (["context=4096"], "windows of 2 to 32 tokens"),
-        (["context=1"], "windows of 2 to 32 tokens"),
+        (["context=4096"], "a context of 2 to 32 tokens"),
+        (["context=1"], "a context of 2 to 32 tokens"),
         (["data=../task/pretrain"], "Allowed: "),
         (["data=stdlib", "path=README.md"], "data=stdlib does not read path"),
         (["source=question"], "does not read source"),
@@ -107,9 +107,9 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["stride=33"], "stride=33 leaves out tokens"),
         (["metrics=rouge"], "metrics=rouge"),
         (["csv=/proc/scores.csv"], "csv=/proc/scores.csv"),
-        (["lm_eval_limit=3"], "are of lm_eval="),
+        (["lm_eval_limit=3"], "need lm_eval="),
         (["lm_eval=arc_easy", "lm_eval_path=/nowhere/at/all"], "lm_eval_path=/nowhere/at/all: there is no such folder"),
-        (["lm_eval_path=."], "are of lm_eval="),
+        (["lm_eval_path=."], "need lm_eval="),
         (["plot=scores.png"], "ends in .html"),
     ],
 )

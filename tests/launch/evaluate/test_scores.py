@@ -22,7 +22,7 @@ from gpt2lab.evaluation.evaluation import BYTES, CALIBRATION, NATS, TOP1, TOP5, 
 from gpt2lab.evaluation.jackknife import TOKENS
 from gpt2lab.evaluation.paired_statistics import t_quantile
 from gpt2lab.evaluation.text_metrics import text_metrics
-from gpt2lab.model.backbone import Backbone, load_backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from launch import exit_codes
@@ -41,7 +41,7 @@ def write_models(folder: Path, text: str) -> None:
         backbone = Backbone(shape)
         for parameter in backbone.parameters():
             parameter.data *= 8  # far from even, so that documents differ
-        write_hf_folder(plain_hf(backbone), tokenizer, folder / str(number), {"title": "tiny"})
+        write_hf_folder(to_hf(backbone), tokenizer, folder / str(number), {"title": "tiny"})
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_windows_of_pairs_do_not_slide(evaluate_here) -> None:
 def test_a_pattern_that_fits_nothing_is_told(evaluate_here) -> None:
     done = evaluate_here("checkpoint=run-*", *RUNNING)
     assert done.code == 2
-    assert "checkpoint=run-* fits no folder" in done.stderr
+    assert "checkpoint=run-* matches no folder" in done.stderr
 
 
 def test_names_may_be_many_and_have_spaces_between_and_brackets_in_them(
@@ -175,7 +175,7 @@ def test_names_may_be_many_and_have_spaces_between_and_brackets_in_them(
 def test_weights_that_are_no_numbers_are_told(evaluate_here, models: Path, tmp_path: Path) -> None:
     backbone = load_backbone(str(models / "1"))
     backbone.lm.transformer.ln_f.bias.data[0] = torch.inf
-    write_hf_folder(plain_hf(backbone), load_tokenizer(str(models / "1")), tmp_path / "diverged", {"title": "tiny"})
+    write_hf_folder(to_hf(backbone), load_tokenizer(str(models / "1")), tmp_path / "diverged", {"title": "tiny"})
     for words in ("checkpoint=1", f"teacher={tmp_path / 'diverged'}"), (f"checkpoint={tmp_path / 'diverged'}",):
         done = evaluate_here(*words, *RUNNING)
         assert done.code == 2
@@ -183,7 +183,7 @@ def test_weights_that_are_no_numbers_are_told(evaluate_here, models: Path, tmp_p
 
 
 def test_another_tokenizer_is_told_before_any_checkpoint_is_scored(evaluate_here, monkeypatch) -> None:
-    monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.scored", None)
+    monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.score", None)
     done = evaluate_here("checkpoint=1,3", "teacher=2", *RUNNING)
     assert done.code == 2
     assert "Give a teacher trained with the tokenizer of the checkpoint" in done.stderr
@@ -458,7 +458,7 @@ def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(
     assert scores["tiny_rolling/bits_per_byte"]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
     assert scores["tiny_rolling/bits_per_byte"]["standard_error"] == pytest.approx(bits.std().item() / 20**0.5, rel=0.1)
     assert scores["tiny_rolling/word_perplexity"]["standard_error"] > 0
-    monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.scored", None)  # told before any is scored
+    monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.score", None)  # told before any is scored
     unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
     assert unknown.code == 2
     assert "no such task" in unknown.stderr

@@ -21,11 +21,11 @@ from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.evaluation.acceptance import MOST_DRAFTS
 from gpt2lab.generation import speculative
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from launch import exit_codes
-from launch.generate.generator import Arguments, Author
+from launch.generate.generator import Arguments, TextGenerator
 from tests.conftest import ROOT
 
 
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.mul_(12)  # far from an even distribution
-    write_hf_folder(plain_hf(backbone), tokenizer, folder / "hf", {"title": "tiny"})
+    write_hf_folder(to_hf(backbone), tokenizer, folder / "hf", {"title": "tiny"})
     return folder
 
 
@@ -226,8 +226,8 @@ def test_in_bf16_text_is_that_of_a_bf16_model(write: Write, checkpoint: Path) ->
     for words in ((), (f"draft={checkpoint}",)):
         done = write(f"prompt={prompt}", "max_new_tokens=12", "temperature=0", "precision=bf16", *words)
         assert done.texts[0]["completion"] == tokenizer.decode(written)
-    author = Author(Arguments(str(checkpoint), max_new_tokens=8, precision="bf16"))
-    assert {parameter.dtype for parameter in author.model.parameters()} == {torch.bfloat16}
+    generator = TextGenerator(Arguments(str(checkpoint), max_new_tokens=8, precision="bf16"))
+    assert {parameter.dtype for parameter in generator.model.parameters()} == {torch.bfloat16}
 
 
 def test_without_a_prompt_every_line_that_comes_is_continued(write: Write) -> None:
@@ -249,7 +249,7 @@ def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
     write: Write, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, in which it comes early or late
-    monkeypatch.setattr(speculative, "look_costs", lambda *_: [1.0] * (MOST_DRAFTS + 1))
+    monkeypatch.setattr(speculative, "verification_costs", lambda *_: [1.0] * (MOST_DRAFTS + 1))
     words = ["prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1"]
     whole = write(*words).texts[0]
     places = set()

@@ -23,14 +23,14 @@ from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.errors import InputError
 from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
 from gpt2lab.generation.speculative import speculative_ids
-from gpt2lab.model.backbone import Backbone, plain_hf
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
-from gpt2lab.reports.token_probabilities import Chance, Rounds, Spelling, chances, pieces
+from gpt2lab.reports.token_probabilities import Chance, IncrementalDecoder, Rounds, chances, pieces
 from gpt2lab.settings import ModelShape
 from launch.generate import serve
-from launch.generate.generator import Arguments, Author
+from launch.generate.generator import Arguments, TextGenerator
 from launch.generate.playground import Playground
-from launch.generate.playground_server import WAITING, Site
+from launch.generate.playground_server import MAX_WAITING, Site
 from tests.conftest import ROOT
 from tests.support.chromium import PROGRAM, Browser
 
@@ -53,14 +53,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             backbone.lm.transformer.ln_f.bias.fill_(1)
             backbone.lm.transformer.wte.weight[tokenizer.eos_token_id].fill_(-1)  # no text ends by itself
         found[name] = tmp_path_factory.mktemp(name)
-        write_hf_folder(plain_hf(backbone), tokenizer, found[name] / "hf", {"title": name})
+        write_hf_folder(to_hf(backbone), tokenizer, found[name] / "hf", {"title": name})
     return found
 
 
 @pytest.fixture(scope="module")
 def playground(folders: dict[str, Path]) -> Playground:
     arguments = Arguments(str(folders["model"]), draft=str(folders["draft"]), serve=True, max_new_tokens=20)
-    return Playground(Author(arguments))
+    return Playground(TextGenerator(arguments))
 
 
 def request(**values: Any) -> bytes:
@@ -85,7 +85,7 @@ def text_of(done: dict[str, Any]) -> str:
 @pytest.mark.parametrize("text", ["naïve café", "中文 🙂\n\n\tx", "plain", "🙂", ""])
 def test_the_parts_of_a_text_add_up_to_it_and_show_no_half_characters(text: str, playground: Playground) -> None:
     ids = playground.tokenizer(text)["input_ids"] if text else []
-    spelling = Spelling(playground.tokenizer)
+    spelling = IncrementalDecoder(playground.tokenizer)
     parts = [spelling.add(token) for token in ids]
     assert "".join(parts) + spelling.rest() == text
     found = pieces(playground.tokenizer, ids, [Chance(0.5, [(ids[0], 0.5)]) for _ in ids])
@@ -109,34 +109,35 @@ def test_a_character_of_several_tokens_is_one_piece_with_the_probability_of_all(
 def test_each_token_has_the_probability_that_the_model_gave_it(playground: Playground) -> None:
     ids = playground.tokenizer(PROMPT)["input_ids"]
     prompt, rest = ids[:4], ids[4:]
-    found = chances(playground.author.model, prompt, rest, entries=len(playground.tokenizer))
+    found = chances(playground.generator.model, prompt, rest, vocab_size=len(playground.tokenizer))
     for number, token in enumerate(rest):
         with torch.no_grad():
-            logits = playground.author.model(torch.tensor([ids[: 4 + number]])).logits[0, -1]
+            logits = playground.generator.model(torch.tensor([ids[: 4 + number]])).logits[0, -1]
         expected = logits.double().softmax(0)
         assert found[number].probability == pytest.approx(float(expected[token]), rel=1e-4)  # float32 beside float64
-        assert [entry for entry, _ in found[number].likeliest] == expected.topk(5).indices.tolist()
+        assert [entry for entry, _ in found[number].top_tokens] == expected.topk(5).indices.tolist()
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
 def test_greed_writes_the_likeliest_token_of_a_prompt_read_one_way_or_both(
-    both_ways: bool, playground: Playground
+    bidirectional: bool, playground: Playground
 ) -> None:
-    model, tokenizer = playground.author.model, playground.tokenizer
+    model, tokenizer = playground.generator.model, playground.tokenizer
     prompt, entries = tokenizer(PROMPT)["input_ids"], len(playground.tokenizer)
     (ids,) = generate_ids(
-        model, [prompt], GREEDY, max_new_tokens=30, end_of_text=tokenizer.eos_token_id, both_ways=both_ways
+        model, [prompt], GREEDY, max_new_tokens=30, end_of_text=tokenizer.eos_token_id, bidirectional=bidirectional
     )
     agree = [
-        [chance.likeliest[0][0] for chance in chances(model, prompt, ids, entries=entries, both_ways=way)] == ids
-        for way in (both_ways, not both_ways)
+        [chance.top_tokens[0][0] for chance in chances(model, prompt, ids, vocab_size=entries, bidirectional=way)]
+        == ids
+        for way in (bidirectional, not bidirectional)
     ]
     assert agree == [True, False]
 
 
 def test_what_counts_as_drafted_is_what_the_draft_model_proposed(playground: Playground) -> None:
     assert playground.draft is not None
-    model, draft, tokenizer = playground.author.model, playground.draft, playground.tokenizer
+    model, draft, tokenizer = playground.generator.model, playground.draft, playground.tokenizer
     prompt, share = tokenizer(PROMPT)["input_ids"], list[float]()
     for assistant in (draft, model):
         rounds = Rounds(tokenizer, lambda text: None)
@@ -147,13 +148,13 @@ def test_what_counts_as_drafted_is_what_the_draft_model_proposed(playground: Pla
             GREEDY,
             max_new_tokens=40,
             end_of_text=tokenizer.eos_token_id,
-            entries=len(tokenizer),
+            vocab_size=len(tokenizer),
             streamer=rounds,
         )
         assert [token for one in rounds.rounds for token in one][: len(ids)] == ids
-        proposals = chances(assistant, prompt, ids, entries=len(tokenizer), likeliest=1)
+        proposals = chances(assistant, prompt, ids, vocab_size=len(tokenizer), top_tokens=1)
         for token, kept, proposal in zip(ids, rounds.drafted, proposals, strict=False):
-            assert not kept or proposal.likeliest[0][0] == token
+            assert not kept or proposal.top_tokens[0][0] == token
         share.append(sum(rounds.drafted) / len(ids))
     assert 0.1 < share[0] < share[1], "a model agrees with itself the most"
 
@@ -174,7 +175,7 @@ def test_text_comes_as_it_is_written_without_prompt_and_end_of_text(playground: 
 
 def test_the_panels_write_what_the_command_line_writes(playground: Playground) -> None:
     found = written(playground, temperature=0, max_new_tokens=24)
-    model, tokenizer = playground.author.model, playground.tokenizer
+    model, tokenizer = playground.generator.model, playground.tokenizer
     prompt = tokenizer(PROMPT)["input_ids"]
     for name, alone in (("model", model), ("draft", playground.draft)):
         assert alone is not None
@@ -197,9 +198,13 @@ def test_seed_and_settings_are_those_of_the_request(playground: Playground) -> N
 
 def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playground) -> None:
     ways = {field.name for field in dataclasses.fields(Sampling)} - {"name", "beams"}
-    assert {knob["name"] for knob in playground.facts()["knobs"]} == ways | {"max_new_tokens", "seed"}
+    assert {one["name"] for one in playground.facts()["settings"]} == ways | {"max_new_tokens", "seed"}
     once, free = (written(playground, no_repeat_ngram=size, temperature=0, max_new_tokens=40) for size in (1, 0))
-    model, tokenizer, prompt = playground.author.model, playground.tokenizer, playground.tokenizer(PROMPT)["input_ids"]
+    model, tokenizer, prompt = (
+        playground.generator.model,
+        playground.tokenizer,
+        playground.tokenizer(PROMPT)["input_ids"],
+    )
     sampling = Sampling("once", temperature=0, no_repeat_ngram=1)
     (ids,) = generate_ids(model, [prompt], sampling, max_new_tokens=40, end_of_text=tokenizer.eos_token_id)
     assert text_of(once["model"]) == text_of(once["both"]) == tokenizer.decode(ids) != text_of(free["model"])
@@ -217,7 +222,7 @@ def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playgr
         (request(prompt=" \n"), "There is no prompt"),
         (request(prompt=["a"]), "There is no prompt"),
         (request(prompt="\ud800"), "half a character"),
-        (request(prompt="x = 1\n" * 200), "tokens; beside 20 new ones there is room for 236"),
+        (request(prompt="x = 1\n" * 200), "tokens; with 20 new tokens it may have 236"),
         (request(prompt="a <|mask|> b"), "fills none"),
         (request(temperature="hot"), "temperature=hot is not a number"),
         (request(temperature=-1), "must be from 0 to 100"),
@@ -251,7 +256,7 @@ def with_objective(objective: str, folder: Path, copy: Path) -> Path:
 
 def test_a_model_that_fills_gaps_writes_into_the_gap_of_the_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = with_objective("fim", folders["model"], tmp_path / "fim")
-    filling, events = Playground(Author(Arguments(str(folder), serve=True))), list[dict[str, Any]]()
+    filling, events = Playground(TextGenerator(Arguments(str(folder), serve=True))), list[dict[str, Any]]()
     assert filling.facts()["fills"] == "<|mask|>"
     filling.write(filling.read(request(prompt="def f():<|mask|>    return x")), events.append)
     assert events[0] == {"panel": "model", "before": "def f():", "after": "    return x"}
@@ -276,7 +281,7 @@ def visit(playground: Playground, what: Visit) -> None:
         site = Site(playground)
         async with TestClient(TestServer(site.app(), handler_cancellation=True)) as client:
             await asyncio.wait_for(what(client, site), HANG)
-            site.end()
+            site.stop()
 
     asyncio.run(run())
 
@@ -311,7 +316,7 @@ def test_an_error_of_ours_ends_one_text_and_not_the_site(
         raise RuntimeError("out of memory")
 
     async def what(client: TestClient, site: Site) -> None:
-        hook = playground.author.model.transformer.ln_f.register_forward_pre_hook(fail)
+        hook = playground.generator.model.transformer.ln_f.register_forward_pre_hook(fail)
         _, events = await ask(client, request())
         hook.remove()
         assert "terminal" in events[-1]["error"]
@@ -326,14 +331,14 @@ def test_one_text_is_written_at_a_time_some_wait_and_the_others_are_refused(play
     async def what(client: TestClient, site: Site) -> None:
         goes_on = threading.Event()
         site._writer.submit(goes_on.wait, HANG)  # so that all of them find the writer at work
-        asking = [asyncio.create_task(ask(client, request(max_new_tokens=2))) for _ in range(WAITING + 3)]
+        asking = [asyncio.create_task(ask(client, request(max_new_tokens=2))) for _ in range(MAX_WAITING + 3)]
         refused = list(itertools.islice(asyncio.as_completed(asking), 2))
         assert [status for status, _ in await asyncio.gather(*refused)] == [503, 503]
         goes_on.set()
         answers = await asyncio.gather(*asking)
-        assert sorted(status for status, _ in answers) == [200] * (WAITING + 1) + [503] * 2
+        assert sorted(status for status, _ in answers) == [200] * (MAX_WAITING + 1) + [503] * 2
         assert sorted(events[0].get("waiting", 0) for status, events in answers if status == 200) == [
-            *range(WAITING + 1)
+            *range(MAX_WAITING + 1)
         ]
         assert all(events[-1] == {"finished": True} for status, events in answers if status == 200)
         assert "Try again" in next(events[0]["error"] for status, events in answers if status == 503)
@@ -353,13 +358,13 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Play
             if calls == 20:
                 assert left.wait(HANG), "the site does not notice that the visitor has left"
 
-        hook = playground.author.model.transformer.ln_f.register_forward_hook(count)
+        hook = playground.generator.model.transformer.ln_f.register_forward_hook(count)
         async with ClientSession() as leaving:
             answer = await leaving.post(client.make_url("/write"), json=body)
             await answer.content.readline()
             while calls < 20:
                 await asyncio.sleep(0.01)
-        while site._asking:
+        while site._active:
             await asyncio.sleep(0.01)
         left.set()
         await asyncio.wrap_future(site._writer.submit(int))  # its thread is free again
@@ -375,7 +380,7 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Play
 
 
 def test_the_page_is_for_this_machine_alone() -> None:
-    with serve._listening(0) as listener:
+    with serve._listen(0) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1"
         socket.create_connection((address, port), timeout=HANG).close()
@@ -453,16 +458,16 @@ def test_a_visitor_sees_three_texts_in_colour_and_ctrl_c_ends_it(
     browser.open(address)
     browser.wait("document.querySelectorAll('.panel').length === 3")
     browser.click("#write")
-    assert "There is no prompt" in browser.wait("document.querySelector('#mistake').innerText")
+    assert "There is no prompt" in browser.wait("document.querySelector('#error').innerText")
     browser.type("#temperature", "-3")
     browser.type("#prompt", PROMPT)
     browser.click("#write")
-    assert "temperature=-3 is out of range" in browser.wait("document.querySelector('#mistake').innerText")
+    assert "temperature=-3 is out of range" in browser.wait("document.querySelector('#error').innerText")
 
     browser.type("#temperature", "0")
     browser.click("#write")
     browser.wait("document.querySelector('#status').innerText.startsWith('Done')")
-    assert browser.value("document.querySelector('#mistake').hidden")
+    assert browser.value("document.querySelector('#error').hidden")
     colours = (
         "new Set([...document.querySelectorAll('#panel-{} .token')].map((t) => getComputedStyle(t).backgroundColor))"
     )

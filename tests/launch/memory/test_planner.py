@@ -26,7 +26,7 @@ from launch.config import run_spec
 from launch.config.groups import precision_named
 from launch.memory import step_timing
 from launch.memory.free_memory import host_free_bytes
-from launch.memory.memory_options import knobs
+from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import largest_that_fits, memory_plan
 from launch.memory.memory_terms import RunSizes, parameters, trained_parameters
 from launch.memory.run_sizes import run_sizes
@@ -65,7 +65,7 @@ def left_behind(folder: Path) -> list[str]:
 def test_a_plan_names_every_part_and_leaves_nothing_behind(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("launch.memory.step_timing.LONGEST", 250.0)  # so that steps are measured on a slow machine too
+    monkeypatch.setattr("launch.memory.step_timing.TIMEOUT_SECONDS", 250.0)  # for slow machines
     told = succeeded(train_here(*tiny, "steps=1000", "plan=true", "name=mine", "threads=1"))
     for word in ("parameters", "weights", "gradients", "optimizer state", "activations", "LM head", "process", "peak"):
         assert word in told
@@ -89,10 +89,10 @@ def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone
     assert train_here(*tiny, "model.n_embd=64", "steps=1", "run_dir=teacher", "threads=1").code == 0
     before = left_behind(tmp_path)
     distil = ("task=distill", "teacher=teacher", "plan=true", "threads=1")
-    monkeypatch.setattr(step_timing, "LONGEST", 250.0)  # so that steps are measured on a slow machine too
+    monkeypatch.setattr(step_timing, "TIMEOUT_SECONDS", 250.0)  # for slow machines
     told = succeeded(train_here(*tiny, *distil))
     assert "measured: 3 micro-batches" in told
-    monkeypatch.setitem(step_timing.AFFORDABLE, "cpu", 0)  # measuring takes a process of seconds, and is proved above
+    monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)  # measuring takes a process of seconds, and is proved above
     assert "teacher weights" in told
     assert "teacher_cache=sampled" in told
     assert "teacher cache" in succeeded(train_here(*tiny, *distil, "teacher_cache=sampled"))
@@ -108,7 +108,7 @@ def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone
 def test_the_plan_tells_what_the_data_will_take_on_the_disk(
     train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(step_timing.AFFORDABLE, "cpu", 0)  # no steps are measured
+    monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)  # no steps are measured
     keys = ["model=nano", "data=text", f"path={Path(json.__file__).parents[1] / 'asyncio'}", "vocab_size=2048"]
     keys += ["logger=none", "steps=1", "context=64", "cache_dir=cache", "run_dir=run", "callbacks=minimal"]
     told = succeeded(train_here(*keys, "plan=true"))
@@ -260,7 +260,7 @@ def test_the_report_tells_what_was_planned_beside_what_was_measured(train_here: 
     ids=["nano", "micro"],
 )
 def test_the_peak_of_a_run_is_the_planned_one(case: Case, tmp_path: Path):
-    """In a process of its own; within a fifth, as all but few of those in docs/planning.md."""
+    """In a process of its own; within a fifth, as all but few of those in docs/measurements/planning.md."""
     assert abs(measure(case, tmp_path).error) < 0.2
 
 
@@ -296,13 +296,13 @@ def peak_of(work) -> tuple[int, object]:
 
 COUNTED = {
     "fp32": RunSizes(SMALL, 4, 256, 4),
-    "bf16": RunSizes(SMALL, 8, 256, 8, "bf16"),
+    "bf16": RunSizes(SMALL, 8, 256, 8, precision_named("bf16")),
     "checkpointed": RunSizes(SMALL, 8, 256, 8, checkpointing=True),
-    "large vocabulary": RunSizes(replace(SMALL, n_layer=2, vocab_size=50_257), 4, 256, 4, "bf16"),
+    "large vocabulary": RunSizes(replace(SMALL, n_layer=2, vocab_size=50_257), 4, 256, 4, precision_named("bf16")),
     "dropout": RunSizes(replace(SMALL, dropout=0.1), 4, 256, 4),
-    "muon": RunSizes(SMALL, 4, 128, 4, "bf16", optimizer="muon"),
-    "bf16_true": RunSizes(SMALL, 1, 64, 1, "bf16_true"),
-    "bf16_true, muon": RunSizes(SMALL, 1, 64, 1, "bf16_true", optimizer="muon"),
+    "muon": RunSizes(SMALL, 4, 128, 4, precision_named("bf16"), optimizer="muon"),
+    "bf16_true": RunSizes(SMALL, 1, 64, 1, precision_named("bf16_true")),
+    "bf16_true, muon": RunSizes(SMALL, 1, 64, 1, precision_named("bf16_true"), optimizer="muon"),
 }
 
 
@@ -393,11 +393,11 @@ def test_every_knob_that_should_save_memory_does():
     assert memory_plan(replace(taught, teacher=None)).peak < memory_plan(taught).peak
 
 
-def test_knobs_are_named_once_and_can_be_set():
+def test_memory_options_are_named_once_and_can_be_set():
     """A batch of one sequence cannot be shared by two devices; half of two is one."""
     for rows in (1, 2, 3):
         sizes = RunSizes(SMALL, rows, 512, rows, optimizer="adamw", step_rows=rows)
-        keys = [knob.key for knob in knobs(sizes, memory_plan(sizes))]
+        keys = [option.key for option in memory_options(sizes, memory_plan(sizes))]
         assert len(keys) == len(set(keys))
         assert ("strategy=fsdp devices=2" in keys) == (rows > 1)
 
@@ -421,7 +421,7 @@ def test_an_apple_gpu_which_is_one_device_is_not_offered_sharding(monkeypatch: p
     spec = resolved(composed("precision=fp32", "accelerator=mps"))
     sizes = run_sizes(spec.config, spec.resolved, spec.machine, 300)
     may_shard = sharding.may_shard(spec.config, spec.machine.accelerator, spec.machine.precision)
-    offered = {knob.key for knob in knobs(sizes, memory_plan(sizes), may_shard)}
+    offered = {option.key for option in memory_options(sizes, memory_plan(sizes), may_shard)}
     assert "micro_batch=1" in offered
     assert not any("fsdp" in key for key in offered)
     with pytest.raises(InputError, match="strategy=fsdp does not work on mps"):
@@ -449,8 +449,8 @@ def test_measuring_takes_as_much_of_a_micro_batch_as_can_be_afforded():
 def test_nothing_is_measured_for_which_one_device_has_no_room():
     """A rank of eight holds an eighth of gpt2-xl, and LoRA trains little; what is measured holds and trains all."""
     xl = ModelShape(48, 25, 1600, 1024, 50_257)
-    shared = RunSizes(xl, 1, 1024, 1, "bf16", on_gpu=True, sharded=True, ranks=8)
-    adapted = RunSizes(xl, 1, 1024, 1, "bf16", on_gpu=True, lora_rank=8)
+    shared = RunSizes(xl, 1, 1024, 1, precision_named("bf16"), on_gpu=True, sharded=True, ranks=8)
+    adapted = RunSizes(xl, 1, 1024, 1, precision_named("bf16"), on_gpu=True, lora_rank=8)
     for sizes in (shared, adapted):
         assert memory_plan(sizes).peak < 16 * GIGABYTE
         assert fitting_rows(sizes, 8, 16 * GIGABYTE, 0) == 0

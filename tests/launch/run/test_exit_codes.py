@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from tests.conftest import ROOT, Train, started
 from tests.launch.sweep.test_sweep_on_ranks import marked
@@ -89,9 +89,8 @@ def test_the_second_ctrl_c_stops_at_once(
 
 def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):
     program = "import atexit, time; from launch import exit_codes\n"
-    program += (
-        "down = lambda: (print('down', flush=True), time.sleep(1000))\nexit_codes.end(lambda: atexit.register(down))"
-    )
+    program += "down = lambda: (print('down', flush=True), time.sleep(1000))\n"
+    program += "exit_codes.run_and_exit(lambda: atexit.register(down))"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -150,7 +149,7 @@ def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path: Path, tiny
         assert answer.code == 1
         assert "not finite at step 2," in answer.stderr
     assert {row["step"] for row in read_metrics(tmp_path / "log")} == {"1"}
-    assert step_of(newest_good_checkpoint(tmp_path / "checkpoint")) == 1
+    assert checkpoint_step(newest_good_checkpoint(tmp_path / "checkpoint")) == 1
     weights = load_file(tmp_path / "checkpoint" / "hf" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
 
@@ -234,7 +233,7 @@ def test_checkpoints_outlive_their_ledger(tiny: list[str], train_here: Train, le
         Path(folder / "index.json").write_text(ledger)
     answer = train_here(*keys, "resume=auto")
     assert answer.code == 0, answer.stderr
-    assert "whole by its own checksums" in answer.stderr
+    assert "the checksums inside it" in answer.stderr
     assert len(read_metrics("runs/pretrain/mine")) > 0
     damaged = folder / "step-000004.ckpt"
     damaged.write_bytes(damaged.read_bytes()[:-500])

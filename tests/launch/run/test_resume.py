@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.reports.samples_jsonl import read_samples
-from gpt2lab.storage.checkpoint_ledger import entries, newest_good_checkpoint
+from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
 from gpt2lab.storage.metrics_csv import read_metrics
 from tests.conftest import ROOT, started
 
@@ -50,7 +50,7 @@ def kill_after_step(step: int, run_dir: Path, *arguments: str) -> None:
     """Start a run; kill it with SIGKILL once it has saved at `step` or later and gone on from there."""
     process = start(*arguments)
     while process.poll() is None:
-        saved = [entry.step for entry in entries(run_dir)]
+        saved = [entry.step for entry in read_entries(run_dir)]
         logged = [int(row["step"]) for row in read_metrics(run_dir)] if saved else []
         if logged and saved[-1] >= step and logged[-1] > saved[-1]:
             process.send_signal(signal.SIGKILL)

@@ -19,7 +19,7 @@ import pytest
 from gpt2lab.errors import InputError
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage import folder_lock
-from gpt2lab.storage.checkpoint_ledger import entries
+from gpt2lab.storage.checkpoint_ledger import read_entries
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.metrics_csv import read_metrics
 from launch import rank_environment
@@ -58,10 +58,10 @@ def test_only_started_ranks_are_ranks(name: str, capfd: pytest.CaptureFixture[st
     variables, who, is_first = WHO[name]
     left = dict(variables)
     rank_environment.ignore_foreign_variables(left)
-    assert rank_environment.is_started_rank(left) == (who == "ours")
+    assert rank_environment.is_spawned_rank(left) == (who == "ours")
     assert rank_environment.is_cluster_rank(left) == (who == "cluster")
-    assert rank_environment.is_first(left) == is_first
-    ignored = [name for name in rank_environment.FOREIGN if name in variables] if who == "alone" else []
+    assert rank_environment.is_main_process(left) == is_first
+    ignored = [name for name in rank_environment.RANK_VARIABLES if name in variables] if who == "alone" else []
     assert not set(ignored) & left.keys()
     assert left.keys() == variables.keys() - set(ignored)
     notice = capfd.readouterr().err
@@ -94,7 +94,7 @@ def test_foreign_rank_variables_neither_move_nor_delete(
         monkeypatch.setenv(name, value)
     assert train_here(*tiny, "steps=2", "run_dir=run").code == 0
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["precious", "run"]
-    assert len(entries("run")) == 1
+    assert len(read_entries("run")) == 1
 
 
 # What is deleted
@@ -157,7 +157,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[], object], str]] = {
     "a hidden file": (other("run/.config.yaml.orig"), "run is not empty"),
     "a folder called .lock": (lambda: Path("run/.lock").mkdir(parents=True), ".lock cannot be opened"),
     "a link called .lock": (link_to_a_file, ".lock cannot be opened"),
-    "files where the start is filled": (other(".run.start/notes.txt"), "holds other files"),
+    "files where the start is filled": (other(".run.start/notes.txt"), "contains other files"),
     "a loop of links": (lambda: Path("run").symlink_to("run"), "Symlink loop"),
     "a long name": (lambda: None, "is too long"),
 }
@@ -176,7 +176,7 @@ def test_a_named_run_lies_where_it_was_named(name: str, tiny: list[str], train_h
     if refusal:
         assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
     else:
-        assert len(entries("run")) == 1
+        assert len(read_entries("run")) == 1
         assert not [path.name for path in tmp_path.glob("*run?*")]
     assert not Path("victim").exists() or Path("victim").read_text() == "precious"
 
@@ -294,7 +294,7 @@ def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny:
             assert resume.existing_run(run(number, resume="auto").config, folder) is None
             run_spec.load(folder / "config.yaml")
         directory.enter(run(number))
-        assert sorted(path.name for path in Path(f"{number}/run").iterdir()) == [".lock", "config.yaml"]
+        assert sorted(path.name for path in Path(f"{number}/run").iterdir()) == [".hydra", ".lock", "config.yaml"]
         directory.close()
         assert sorted(path.name for path in Path(str(number)).iterdir()) == ["run"]
     assert code == 0, (tmp_path / "output.txt").read_text()
@@ -344,7 +344,7 @@ def test_of_two_owners_of_a_run_one_trains(tmp_path: Path, tiny: list[str], cach
     keys = [*tiny, *SMALL, "run_dir=run", "resume=auto"]
     for moment in ("at once", "after a checkpoint"):
         first = started(cache, tmp_path, *keys, "steps=100000")
-        while not (entries(tmp_path / "run") if moment != "at once" else (tmp_path / "run" / ".lock").exists()):
+        while not (read_entries(tmp_path / "run") if moment != "at once" else (tmp_path / "run" / ".lock").exists()):
             assert first.poll() is None, first.communicate()
             time.sleep(0.01)
         second = started(cache, tmp_path, *keys, "steps=100000")
@@ -354,7 +354,7 @@ def test_of_two_owners_of_a_run_one_trains(tmp_path: Path, tiny: list[str], cach
         assert first.poll() is None
         first.kill()
         first.communicate()
-    step = entries(tmp_path / "run")[-1].step
+    step = read_entries(tmp_path / "run")[-1].step
     last = started(cache, tmp_path, "resume=run", f"steps={step + 2}")
     assert last.communicate()[1].count("Traceback") == 0
     assert last.returncode == 0

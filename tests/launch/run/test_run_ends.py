@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 
 from gpt2lab.reports.run_report import read_report
-from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, step_of
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from tests.callbacks.test_callbacks import equal, metrics_without_clock
 from tests.conftest import Train
 from tests.support import tiny_run
@@ -97,7 +97,7 @@ def test_whatever_ends_a_fit_the_last_state_is_saved(tmp_path: Path, tiny: list[
     assert (report["status"], report["steps"]) == ("finished", steps)
     newest = newest_good_checkpoint(run)
     assert newest is not None
-    assert step_of(newest) == steps
+    assert checkpoint_step(newest) == steps
     saved = torch.load(newest, weights_only=True)["state_dict"]["backbone.lm.transformer.wte.weight"]
     assert torch.equal(load_file(run / "hf" / "model.safetensors")["transformer.wte.weight"], saved)
     assert len(answer.stdout.strip().splitlines()[-1].split(" · ")) in (1, 2)

@@ -68,10 +68,10 @@ def test_a_submitted_run_ends_as_it_would_here(train_here: Train, tiny: list[str
     ("keys", "told"),
     [
         (["launcher=slurm"], "Give accelerator=gpu devices=N, or accelerator=cpu."),
-        (["launcher=ray", "accelerator=gpu"], "say how many GPUs to ask for"),
+        (["launcher=ray", "accelerator=gpu"], "needs the number of GPUs"),
         (["launcher=ray", "accelerator=cpu", "num_nodes=2"], "launcher=ray gives each run one machine"),
-        (["launcher=slurm", "accelerator=cpu"], "there is no sbatch here"),
-        (["-m", "seed=1,2", "launcher=slurm", "accelerator=cpu"], "there is no sbatch here"),
+        (["launcher=slurm", "accelerator=cpu"], "sbatch is not installed"),
+        (["-m", "seed=1,2", "launcher=slurm", "accelerator=cpu"], "sbatch is not installed"),
         (["launcher=ray", "accelerator=cpu", "launcher.partition=gpu"], "launcher=slurm reads it"),
         (["launcher.cpus=2"], "launcher=slurm and launcher=ray read it"),
         (["launcher=slurm", "launcher.time=0", "accelerator=cpu"], "launcher.time=0 is out of range"),
@@ -216,7 +216,7 @@ def test_slurm_jobs_that_are_killed_or_cancelled_are_recorded_and_the_sweep_goes
     assert process.returncode == 1, stderr
     table = rows(tmp_path / "swept")
     assert [row["status"] for row in table] == ["failed", "stopped", "finished", "finished"]
-    assert f"job {killed} ended without a word: FAILED" in table[0]["error"]
+    assert f"job {killed} ended without a result: FAILED" in table[0]["error"]
     assert saved(tmp_path / "swept" / "1")
     assert not list((tmp_path / "swept" / "logs").glob("submitted*"))
 

@@ -21,7 +21,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from callbacks.pruning import TrialReports
-from gpt2lab.analysis.optuna_storage import STUDY_FILE, load_study, make_study, told_when_unusable
+from gpt2lab.analysis.optuna_storage import STUDY_FILE, input_error_when_unusable, load_study, make_study
 from gpt2lab.errors import InputError
 from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics
@@ -98,7 +98,7 @@ def test_ranges_are_searched_as_they_are_typed(search: Searching, typed: str, di
     search("seed=1,2")  # composes, so that Hydra's grammar knows the groups
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    fixed, dimensions = search_space.read(["seed=3", typed], hydra.config_loader)
+    fixed, dimensions = search_space.parse(["seed=3", typed], hydra.config_loader)
     assert fixed == ["seed=3"]
     assert [dimension.distribution for dimension in dimensions] == [distribution]
 
@@ -108,13 +108,13 @@ def test_ranges_are_searched_as_they_are_typed(search: Searching, typed: str, di
     [
         (["seed=1"], "nothing to search"),
         (["optimizer.lr=interval(1e-2,1e-4)"], "lower bound"),
-        (["optimizer.lr=tag(log,interval(0,1))"], "no zero"),
+        (["optimizer.lr=tag(log,interval(0,1))"], "needs numbers above 0"),
         (["optimizer.lr=tag(exp,interval(1,2))"], "log, linear"),
-        (["seed=range(3,3)"], "holds no number"),
+        (["seed=range(3,3)"], "contains no number"),
         (["steps=interval(1,2)"], r"range\(low,high\)"),
         (["optimizer.lrr=interval(1,2)"], "did you mean optimizer.lr"),
         (["optimizer=adamw", "optimizer.momentum=interval(0.8,0.9)"], "optimizer=muon reads it"),
-        (["loss.temperature=interval(1,2)"], "only task=distill does"),
+        (["loss.temperature=interval(1,2)"], "only task=distill reads it"),
         (["seed=1,2", "hparams_search.n_trials=0"], "at least 1"),
         (["seed=1,2", "hparams_search.sampler=tpee"], "Allowed: tpe, random"),
         (["seed=1,2", "hparams_search.pruner=mean"], "Allowed: none, median"),
@@ -297,10 +297,10 @@ def test_a_damaged_study_is_told_and_does_not_end_a_job(
     going.ask()
     file = tmp_path / "swept" / STUDY_FILE
     file.write_bytes(file.read_bytes()[:kept] or b"no study" * 1000)
-    with pytest.raises(InputError, match="cannot be used as the study") as error:
+    with pytest.raises(InputError, match="cannot be used as an Optuna study") as error:
         search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=2", "resume=auto")
     assert len(str(error.value).splitlines()) <= 5
-    with pytest.raises(InputError, match="cannot be used as the study"), told_when_unusable(file):
+    with pytest.raises(InputError, match="cannot be used as an Optuna study"), input_error_when_unusable(file):
         going.ask()
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     TrialReports(file, 0).on_train_start(trainer, lightning.LightningModule())

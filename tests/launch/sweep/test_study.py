@@ -226,7 +226,7 @@ def test_every_comparison_that_has_both_sides_is_made():
 
 def test_the_table_warns_of_a_learning_rate_at_the_edge():
     results = found_results()
-    text = study_table.text(results)
+    text = study_table.format_study(results)
     assert "Warning: that is the largest one tried; scratch + CE may do better still at a higher one" in text
     assert "(1 failed)" in text
     inside = LearningRates("scratch + CE", {0.001: 5.0, 0.002: 4.4, 0.004: 4.5}, 0.002, 1.0)
@@ -246,7 +246,7 @@ def test_the_page_shows_every_run_and_verdict():
 MISTAKES = [
     ("study.seeds=2", "experiment=none does not read study.seeds: only experiment=distill_study reads it"),
     ("experiment=distill_study task=pretrain", "sets task itself"),
-    ("experiment=distill_study init=scratch", "study.inits says which starts are compared"),
+    ("experiment=distill_study init=scratch", "study.inits lists the initializations"),
     ("experiment=distill_study baseline=runs/x", "are the baseline"),
     ("experiment=distill_study resume=studies/x", "run_dir=studies/x resume=auto"),
     ("experiment=distill_study resume=auto", "give run_dir= or name= too"),
@@ -307,7 +307,7 @@ def study(project: Path, train_here: Train, tiny: list[str], monkeypatch: pytest
         try:
             job.run(settings)
         except Exception as error:
-            return (2 if exit_codes.as_mistake(error) else 1), 0, str(error)
+            return (2 if exit_codes.as_input_error(error) else 1), 0, str(error)
         return 0, 0, ""
 
     def seconds(report: dict[str, Any]) -> float:
@@ -498,13 +498,13 @@ def test_labels_alone_ask_no_teacher(
     train_here: Train, project: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Else the time of training with a teacher's layers would be that of distillation."""
-    said = Distill.signal
+    asked = Distill.teacher_signal
 
-    def signal(distill: Distill, batch: Batch, side: str) -> TeacherSignal:
+    def teacher_signal(distill: Distill, batch: Batch, side: str) -> TeacherSignal:
         assert side == "val", "the teacher was asked in training"
-        return said(distill, batch, side)
+        return asked(distill, batch, side)
 
-    monkeypatch.setattr(Distill, "signal", signal)
+    monkeypatch.setattr(Distill, "teacher_signal", teacher_signal)
     words = ["task=distill", f"teacher={project / 'teacher'}", "steps=2", "preflight=off", "threads=1"]
     assert train_here(*tiny, *words, "loss.hard_weight=1").code == 0
     assert "asked in training" in train_here(*tiny, *words, "loss.hard_weight=0.9").stderr

@@ -97,9 +97,9 @@ def test_a_sweep_does_not_write_over_another_one(
     assert first.code == 0, first.stderr
     before = (tmp_path / "swept" / "sweep.csv").read_bytes()
     for more, says in (
-        (["seed=1"], "holds a sweep already"),
-        (["seed=2,3", "resume=auto"], "holds another sweep: its job 0 has seed=1"),
-        (["seed=1,2", "resume=auto", "hparams_search=optuna"], "no study of a search (study.db)"),
+        (["seed=1"], "contains a sweep already"),
+        (["seed=2,3", "resume=auto"], "contains another sweep: its job 0 has seed=1"),
+        (["seed=1,2", "resume=auto", "hparams_search=optuna"], "without an Optuna study (study.db)"),
     ):
         refused = train_here(*sweep, *more)
         assert refused.code == 2, refused.stderr

@@ -167,7 +167,7 @@ def test_a_rank_with_other_settings_ends_the_run_before_it_trains(
     (planted / "sitecustomize.py").write_text(OTHER_SEED)
     answer = train_process(*tiny, "steps=2", "devices=2", f"strategy={strategy}", "run_dir=run")
     assert answer.code == 1
-    assert "rank 1 ended with code 1: RuntimeError: rank 1 was given other settings" in answer.stderr.splitlines()[-1]
+    assert "rank 1 ended with code 1: RuntimeError: rank 1 has other settings" in answer.stderr.splitlines()[-1]
     assert not read_metrics(tmp_path / "run")
 
 
