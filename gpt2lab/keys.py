@@ -1,4 +1,4 @@
-"""Key: what a configuration key means, declared once, in the metadata of its dataclass field."""
+"""Key: the meaning of a configuration key, declared once, in the metadata of its dataclass field."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ class Key:
     """Meaning of one configuration key.
 
     Attributes:
-        text: what it is, with its unit.
+        text: one line with its unit, for --help and docs/reference.md.
         choices: allowed values; of a list, of each item.
         within: allowed numbers, an interval as in mathematics: "[0, 1)" holds 0 and not 1. Of a list, of each item.
         auto: whether `auto` is allowed too, and is resolved to a value when a run starts.
@@ -51,6 +51,11 @@ def key(
     """Declare a dataclass field that is a configuration key; the arguments are those of `Key`."""
     meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text)
     return dataclasses.field(default=default, default_factory=factory, metadata={METADATA: meaning})
+
+
+def same_key(kind: type, name: str, default: Any) -> Any:
+    """Declare a field that is the same key as that of another dataclass, with a default of its own."""
+    return dataclasses.field(default=default, metadata={METADATA: dict(keys_of(kind))[name]})
 
 
 def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Key]]:

@@ -28,11 +28,11 @@ class ModelShape:
 class PrecisionSettings:
     """Dtypes of a run, by their names in torch."""
 
-    name: str = key("name of the combination; auto is resolved for the device")
-    lightning: str | None = key("Lightning's name", None, choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true"))
+    name: str = key("name of the combination of dtypes; auto is resolved for the device")
+    lightning: str | None = key("name of the combination in Lightning", None, choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true"))
     weights: str | None = key("dtype of weights, gradients and optimizer state", None, choices=DTYPES)
     compute: str | None = key("dtype of matrix products", None, choices=DTYPES)
-    teacher: str | None = key("dtype of a teacher's weights", None, choices=DTYPES)
+    teacher: str | None = key("dtype of the weights of a teacher", None, choices=DTYPES)
 
     @property
     def has_loss_scaling(self) -> bool:
@@ -64,15 +64,15 @@ class PrecisionSettings:
 class OptimizerSettings:
     """Under muon the hidden matrices use Muon and everything else AdamW at `adamw_lr`."""
 
-    name: str = key("optimizer", choices=("adamw", "adam", "muon"))
+    name: str = key("name of the optimizer", choices=("adamw", "adam", "muon"))
     lr: float = key("peak learning rate", within="(0, inf)")
-    weight_decay: float = key("decoupled weight decay", within="[0, inf)")
-    beta1: float = key("decay of the first moment of Adam", 0.9, within="[0, 1)")
-    beta2: float = key("decay of the second moment of Adam", 0.95, within="[0, 1)")
-    eps: float = key("added to the denominator of Adam", 1e-8, within="(0, inf)")
+    weight_decay: float = key("weight decay; Muon and AdamW: decoupled, on matrices only; Adam: L2", within="[0, inf)")
+    beta1: float = key("decay of the first moment in Adam and AdamW", 0.9, within="[0, 1)")
+    beta2: float = key("decay of the second moment in Adam and AdamW", 0.95, within="[0, 1)")
+    eps: float = key("constant added to the denominator in Adam and AdamW", 1e-8, within="(0, inf)")
     momentum: float = key("momentum of Muon", 0.95, within="[0, 1)", read_by="optimizer=muon")
     adamw_lr: float = key(
-        "learning rate of AdamW beside Muon; 0: the same as lr", 0.0, within="[0, inf)", read_by="optimizer=muon"
+        "peak learning rate of AdamW, for embeddings, norms and biases; 0: the same as lr", 0.0, within="[0, inf)", read_by="optimizer=muon"
     )
 
 
@@ -80,33 +80,33 @@ class OptimizerSettings:
 class ScheduleSettings:
     """The learning rate over the steps, as a multiple of the optimizer's."""
 
-    name: str = key("schedule", choices=("wsd", "cosine", "linear", "constant"))
+    name: str = key("name of the schedule", choices=("wsd", "cosine", "linear", "constant"))
     warmup_steps: int | None = key(
-        "steps of linear warm-up; null: 20, or half of a run of up to 20 steps", within="[0, inf)"
+        "steps of linear warmup; null: 20, or half of a run of up to 20 steps", within="[0, inf)"
     )
     final_fraction: float = key(
         "learning rate at the last step, as a fraction of the peak",
         within="[0, 1]",
         read_by="schedule=wsd,cosine,linear",
     )
-    decay_fraction: float = key("share of the steps spent decaying", 0.4, within="[0, 1]", read_by="schedule=wsd")
+    decay_fraction: float = key("share of the steps in which the learning rate decays", 0.4, within="[0, 1]", read_by="schedule=wsd")
 
 
 @dataclass(frozen=True)
 class LossSettings:
     """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`)."""
 
-    name: str = key("divergence between student and teacher", choices=DIVERGENCES)
-    temperature: float = key("softmax temperature T of both models", 1.0, within="(0, inf)")
-    scale_t2: bool = key("multiply the divergence by T², so that its gradient keeps its size", True)
-    hard_weight: float = key("weight of the cross-entropy with the labels", 0.1, within="[0, 1]")
-    beta: float = key("share of the teacher in the mixture", 0.5, within="[0, 1]", read_by="loss=jsd")
-    alpha: float = key("share of the other model in the mixture", 0.1, within="[0, 1)", read_by=SKEW)
-    mixing_start: float = key("share of the teacher at the first step", 0.4, within="[0, 1]", read_by="loss=taid")
-    mixing_end: float = key("share of the teacher at the last step", 1.0, within="[0, 1]", read_by="loss=taid")
-    mixing_step: float = key("largest growth of the share in a step", 5e-4, within="[0, 1]", read_by="loss=taid")
+    name: str = key("divergence between teacher and student", choices=DIVERGENCES)
+    temperature: float = key("softmax temperature T of teacher and student", 1.0, within="(0, inf)")
+    scale_t2: bool = key("multiply the divergence by T², which preserves the gradient scale", True)
+    hard_weight: float = key("weight of the cross-entropy; the divergence has the rest", 0.1, within="[0, 1]")
+    beta: float = key("share of the teacher in the mixture; 0: forward KL, 1: reverse KL", 0.5, within="[0, 1]", read_by="loss=jsd")
+    alpha: float = key("share in the mixture of the teacher (skew_kl) or of the student (skew_reverse_kl)", 0.1, within="[0, 1)", read_by=SKEW)
+    mixing_start: float = key("share of the teacher in the target at the first step", 0.4, within="[0, 1]", read_by="loss=taid")
+    mixing_end: float = key("share of the teacher in the target at the last step", 1.0, within="[0, 1]", read_by="loss=taid")
+    mixing_step: float = key("maximum adaptive increase of the share per step, beyond linear growth", 5e-4, within="[0, 1]", read_by="loss=taid")
     mixing_momentum: float = key(
-        "momentum of the mean improvement of the loss", 0.99, within="[0, 1)", read_by="loss=taid"
+        "momentum of the mean improvement of the loss, which controls that increase", 0.99, within="[0, 1)", read_by="loss=taid"
     )
     hidden_cosine: float = key("weight of the cosine distance between the last hidden states", 0.0, within="[0, inf)")
     hidden_mse: float = key("weight of the mean squared error between the last hidden states", 0.0, within="[0, inf)")
@@ -135,10 +135,10 @@ class CrossEntropySettings:
 class TeacherCacheSettings:
     """Teacher distributions stored once for all students."""
 
-    name: str = key("stored form of the teacher's distributions", "none", choices=("none", "topk", "sampled"))
-    k: int = key("tokens of each top-k record", 32, within="[1, 1e6]", read_by="teacher_cache=topk")
+    name: str = key("stored form of the distributions", "none", choices=("none", "topk", "sampled"))
+    k: int = key("number of most probable tokens stored per position", 32, within="[1, 1e6]", read_by="teacher_cache=topk")
     tail: bool = key(
-        "keep the probability of all other tokens; false scales the k to sum to 1", True, read_by="teacher_cache=topk"
+        "store the total probability of all other tokens; false: scale the top k to sum to 1", True, read_by="teacher_cache=topk"
     )
     dtype: str = key(
         "dtype of the stored log-probabilities",
@@ -146,47 +146,47 @@ class TeacherCacheSettings:
         choices=("float16", "float32"),
         read_by="teacher_cache=topk",
     )
-    n: int = key("samples of each record", 12, within="[1, 1e4]", read_by="teacher_cache=sampled")
-    draw_seed: int = key("seed of the samples", 0, within="[0, 9223372036854775807]", read_by="teacher_cache=sampled")
+    n: int = key("samples per position", 12, within="[1, 1e4]", read_by="teacher_cache=sampled")
+    draw_seed: int = key("random seed of the samples", 0, within="[0, 9223372036854775807]", read_by="teacher_cache=sampled")
 
 
 @dataclass(frozen=True)
 class SequenceSettings:
     """The text a distillation trains on: the data's own, the student's (on-policy), or the teacher's."""
 
-    name: str = key("training text", "data", choices=("data", "gkd", "distillm", "seqkd"))
+    name: str = key("origin of the training text", "data", choices=("data", "gkd", "distillm", "seqkd"))
     max_new_tokens: int = key(
-        "tokens generated after a prompt at most, end-of-text included; running text is cut to make room",
+        "maximum number of generated tokens per prompt; running text is truncated to make room",
         64,
         within="[1, 1e6]",
         read_by="sequences=gkd,distillm,seqkd",
     )
     gen_temperature: float = key(
-        "temperature of generation, 0: greedy; the loss has loss.temperature",
+        "sampling temperature of the generation; 0: greedy; the loss uses loss.temperature",
         1.0,
         within="[0, inf)",
         read_by="sequences=gkd,distillm,seqkd",
     )
     lmbda: float = key(
-        "share of the steps on text the student has just generated", 0.5, within="[0, 1]", read_by="sequences=gkd"
+        "share of on-policy steps, on text that the student has just generated", 0.5, within="[0, 1]", read_by="sequences=gkd"
     )
     threshold_step: float = key(
-        "growth of the share of the student's text, each time", 0.1, within="[0, 1]", read_by="sequences=distillm"
+        "increase of the share of student generations, each time", 0.1, within="[0, 1]", read_by="sequences=distillm"
     )
     tolerance: float = key(
-        "rise of val/loss in nats that lets the share grow; -0.1: unless it has fallen by 0.1",
+        "rise of val/loss in nats that triggers an increase; -0.1: increase unless it fell by 0.1",
         0.1,
         within="(-inf, inf)",
         read_by="sequences=distillm",
     )
     capacity: int = key(
-        "sequences in the replay buffer; the oldest is dropped first",
+        "sequences in the replay buffer (first in, first out)",
         1000,
         within="[1, 1e7]",
         read_by="sequences=distillm",
     )
     draw_seed: int = key(
-        "seed of the teacher's text, whatever the run's seed",
+        "random seed of the teacher's generations, whatever the seed of the run",
         0,
         within="[0, 9223372036854775807]",
         read_by="sequences=seqkd",
@@ -243,9 +243,9 @@ OBJECTIVES = {
 class ObjectiveSettings:
     """The prediction that is trained (gpt2lab/data/objectives.py)."""
 
-    name: str = key("training objective", "clm", choices=tuple(OBJECTIVES))
+    name: str = key("name of the objective", "clm", choices=tuple(OBJECTIVES))
     mask_share: float = key(
-        "share of the tokens that are predicted; 80 % of them are masked, 10 % replaced, 10 % kept",
+        "share of the tokens that are predicted: 80 % masked, 10 % replaced at random, 10 % unchanged",
         0.15,
         within="(0, 1]",
         read_by="objective=mlm",
@@ -254,16 +254,16 @@ class ObjectiveSettings:
         "share of the documents whose middle is moved to the end", 0.5, within="[0, 1]", read_by="objective=fim"
     )
     spm_share: float = key(
-        "share of these with the suffix before the prefix", 0.5, within="[0, 1]", read_by="objective=fim"
+        "share of the rearranged documents that have the suffix before the prefix (SPM)", 0.5, within="[0, 1]", read_by="objective=fim"
     )
     negatives: int = key(
-        "sampled tokens beside the target",
+        "number of sampled negatives, shared by all targets of a step",
         1024,
         within="[1, 1e6]",
         read_by="objective=sampled_softmax",
     )
     distribution: str = key(
-        "distribution of the negatives; unigram: training counts to the power of 3/4",
+        "sampling distribution of the negatives; unigram: training counts to the power of 3/4",
         "log_uniform",
         choices=("log_uniform", "unigram"),
         read_by="objective=sampled_softmax",
@@ -283,11 +283,11 @@ class TokenizerChoice:
     """The tokenizer of a run."""
 
     kind: str = key(
-        "auto, bpe (trained on the training split) or pretrained (loaded from `source`)",
+        "auto; bpe: trained on the training split; pretrained: loaded from tokenizer.source",
         choices=("auto", "bpe", "pretrained"),
     )
-    vocab_size: int = key("tokens of a bpe", 4096, within="[257, 1e6]", read_by="tokenizer=bpe")
-    source: str = key("folder or Hub id of a pretrained one", "", read_by="tokenizer=hub", free_text=True)
+    vocab_size: int = key("vocabulary size of tokenizer=bpe; vocab_size sets it", 4096, within="[257, 1e6]", read_by="tokenizer=bpe")
+    source: str = key("folder or Hub id of a pretrained tokenizer", "", read_by="tokenizer=hub", free_text=True)
 
 
 @dataclass(frozen=True)
@@ -348,15 +348,15 @@ class TrainingSettings:
 class LoraSettings:
     """Low-rank adapters instead of full fine-tuning."""
 
-    rank: int = key("rank of the adapters; 0: all weights are trained", 0, within="[0, 1e4]")
-    alpha: float = key("the adapters are scaled by alpha / rank", 32.0, within="(0, inf)", read_by="lora")
-    dropout: float = key("dropout before the adapters", 0.0, within="[0, 1)", read_by="lora")
+    rank: int = key("rank of the LoRA adapters; 0: no adapters, all weights are trained", 0, within="[0, 1e4]")
+    alpha: float = key("LoRA alpha: the adapters are scaled by alpha / rank", 32.0, within="(0, inf)", read_by="lora")
+    dropout: float = key("dropout probability before the LoRA adapters", 0.0, within="[0, 1)", read_by="lora")
 
 
 @dataclass(frozen=True)
 class TextMetricSettings:
     """Metrics on text generated from validation prompts; the first metric is the watched one."""
 
-    metrics: list[str] = key("metrics; empty: those of the data preset", choices=TEXT_METRICS)
-    examples: int = key("validation pairs scored by generation; 0: none", within="[0, inf)")
-    max_new_tokens: int = key("tokens generated for each at most", within="[1, inf)")
+    metrics: list[str] = key("metrics of generated text, the first is watched; empty: those of the data preset", choices=TEXT_METRICS)
+    examples: int = key("validation pairs that are scored on generated text; 0: none", within="[0, inf)")
+    max_new_tokens: int = key("maximum number of generated tokens per validation pair", within="[1, inf)")

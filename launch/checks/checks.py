@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.keys import Key, bounds, is_within
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from launch.checks import baseline, distillation, objective, resource_request, study_plan
 from launch.config import run_dir
+from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
 from launch.config.known_keys import check_nodes, given_values
 from launch.config.schema import RunConfig, optional_value, value_of
@@ -92,34 +92,6 @@ def check_values(config: RunConfig) -> None:
     for name, meaning, value in given_values(config):
         for given in value if isinstance(value, list) else [value]:
             check_value(name, meaning, given)
-
-
-def check_value(name: str, meaning: Key, given: Any) -> None:
-    """Compare one value, or one element of a list, with what its key allows."""
-    if meaning.choices and str(given) not in meaning.choices:
-        near = nearest(str(given), meaning.choices)
-        raise InputError(f"{name}={given}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
-    if meaning.auto:
-        _check_auto(name, meaning, given)
-    elif meaning.within and not is_within(given, meaning.within):
-        raise InputError(f"{name}={given} is out of range: it must be {_format_interval(meaning.within)}.")
-
-
-def _check_auto(name: str, meaning: Key, given: Any) -> None:
-    """Check a key that is a number or a boolean, or `auto`."""
-    if not meaning.within:
-        if str(given).lower() not in ("auto", "true", "false"):
-            raise InputError(f"{name}={given}: no such value.\nAllowed: auto, true, false.")
-    elif given != "auto" and not (isinstance(given, int) and is_within(given, meaning.within)):
-        low, high = bounds(meaning.within)
-        raise InputError(f"{name}={given} is neither auto nor a whole number of at least {low} and at most {high}.")
-
-
-def _format_interval(interval: str) -> str:
-    low, high = bounds(interval)
-    least = f"greater than {low}" if interval.startswith("(") else f"at least {low}"
-    most = "finite" if high == math.inf else f"{'below' if interval.endswith(')') else 'at most'} {high}"
-    return f"{least} and {most}"
 
 
 def check_schedule(config: RunConfig) -> None:

@@ -13,16 +13,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from gpt2lab.errors import InputError
-from gpt2lab.keys import keys_of
 from gpt2lab.storage.utf8 import check_process
 from launch.config import literal_text, run_dir
 from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
-from launch.config.schema import RunConfig
+from launch.config.known_keys import known_keys
 from launch.config.targets import parse_permissions
 
-FREE_TEXT = tuple(name for name, meaning in keys_of(RunConfig) if meaning.free_text)
-FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template")
+FREE_TEXT = tuple(name for name, meaning in known_keys().items() if meaning.free_text)
+FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset")  # of any class, also of the user's own
 FLAGS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir")
 FLAGS_WITH_VALUE += ("-cd", "--package", "-p")
 INFO = ("--info", "-i")  # whose value may be left out

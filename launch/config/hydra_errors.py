@@ -1,8 +1,6 @@
 """Hydra errors: converts errors of Hydra and OmegaConf into a short InputError with a spelling suggestion."""
 
 import re
-from dataclasses import fields, is_dataclass
-from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -11,8 +9,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from gpt2lab.errors import InputError
 from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
-from launch.config.known_keys import owned_trainer_argument
-from launch.config.schema import RunConfig
+from launch.config.known_keys import known_keys, owned_trainer_argument
 
 
 def to_input_error(error: HydraException | OmegaConfBaseException) -> InputError:
@@ -58,7 +55,7 @@ def _missing_value(error: MissingConfigException) -> InputError:
 
 def _syntax_error(error: OverrideParseException) -> InputError:
     if "=" not in error.override:
-        known = [*groups(), *(item.name for item in fields(RunConfig))]
+        known = [*groups(), *(name for name in known_keys() if "." not in name)]
         return InputError(f"{error.override} is not key=value{nearest(error.override, known)}.")
     key = error.override.split("=")[0]
     reason = str(error.message).splitlines()[0]
@@ -95,7 +92,7 @@ def _unknown_key(cause: OmegaConfBaseException) -> InputError:
     if refusal := owned_trainer_argument(given):
         return InputError(refusal)
     suggestion = _same_ending(given) or _near_sibling(given, known)
-    suggestion = suggestion or ("" if prefix else nearest(given, _nested_keys()))
+    suggestion = suggestion or ("" if prefix else nearest(given, known_keys()))
     lines = [f"There is no key {given}{suggestion}."]
     if prefix and known:
         lines.append(f"Allowed: {', '.join(known)}.")
@@ -108,7 +105,7 @@ def _unknown_group(message: str) -> InputError:
     quoted = re.findall(r"'([^']+)'", message)
     given = quoted[-1] if quoted else message
     name = re.split(r"[@/=]", given)[0]
-    return InputError(f"There is no group or key {given}{nearest(name, [*groups(), *_nested_keys()])}.")
+    return InputError(f"There is no group or key {given}{nearest(name, [*groups(), *known_keys()])}.")
 
 
 def _near_sibling(given: str, known: list[str]) -> str:
@@ -121,17 +118,5 @@ def _near_sibling(given: str, known: list[str]) -> str:
 
 def _same_ending(given: str) -> str:
     ending = given.rpartition(".")[2]
-    match = next((key for key in _nested_keys() if key.rpartition(".")[2] == ending), None)
+    match = next((key for key in known_keys() if key.rpartition(".")[2] == ending), None)
     return f" (did you mean {match}?)" if match else ""
-
-
-def _nested_keys(schema: Any = RunConfig, prefix: str = "") -> list[str]:
-    """Return the dotted names of all typed keys: optimizer.lr, steps, …"""
-    names: list[str] = []
-    for item in fields(schema):
-        if item.name == "invocation":
-            continue
-        names.append(prefix + item.name)
-        if is_dataclass(item.type):
-            names += _nested_keys(item.type, f"{prefix}{item.name}.")
-    return names

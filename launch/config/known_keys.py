@@ -26,81 +26,81 @@ class NoKeys:
 class FineTuneKeys:
     """Keys of task=finetune."""
 
-    lora: LoraSettings = key("low-rank adapters")
+    lora: LoraSettings = key("low-rank adapters (LoRA)")
     frozen_layers: int = key(
-        "blocks, from the first, that keep their weights, and the embeddings too; all but the last at most",
+        "number of first blocks that are frozen with the embeddings; at most all but the last",
         within="[0, 1e4]",
         read_by="no lora",
     )
-    text: TextMetricSettings = key("scores of generated text")
+    text: TextMetricSettings = key("metrics on text generated from validation prompts")
 
 
 @dataclass(frozen=True)
 class HubKeys:
     """A data set of the Hub, or a local folder that the `datasets` library reads."""
 
-    kind: str = key("text (a batch counts tokens) or pairs (it counts sequences)", choices=("text", "pairs"))
-    name: str = key("name in reports and cache folders")
-    dataset: str = key("Hub id or local folder", "", free_text=True)
-    config: str = key("configuration of the data set", "")
-    revision: str = key("branch or commit; empty: the newest when it is first prepared", "")
-    split: str = key("split for training", "train")
-    val_split: str = key("split for validation; empty: a part of `split`, by hash", "")
-    default_tokenizer: str | None = key("tokenizer under tokenizer=auto: bpe, or a Hub id", None)
+    kind: str = key("text: a batch counts tokens; pairs: a batch counts sequences", choices=("text", "pairs"))
+    name: str = key("name of the data in reports and cache folders")
+    dataset: str = key("Hub id, or local folder that the `datasets` library can load", "", free_text=True)
+    config: str = key("configuration (subset) of the data set", "")
+    revision: str = key("branch or commit; empty: the latest at the first preparation", "")
+    split: str = key("name of the training split", "train")
+    val_split: str = key("name of the validation split; empty: a part of the training split, by hash", "")
+    default_tokenizer: str | None = key("tokenizer of tokenizer=auto without teacher and init: bpe, or a Hub id", None)
 
 
 @dataclass(frozen=True)
 class RunningTextKeys(HubKeys):
     """Keys of data sets of running text."""
 
-    source: str = key("origin of the text", "text", choices=("stdlib", "packages", "text", "hub", "bin"))
-    text_column: str = key("column of .jsonl and .parquet records", "text")
-    streaming: bool = key("read the data set while it is downloaded", False)
+    source: str = key("source of the text", "text", choices=("stdlib", "packages", "text", "hub", "bin"))
+    text_column: str = key("column with the text, for Hub data sets and .jsonl and .parquet files", "text")
+    streaming: bool = key("stream the data set instead of downloading it first", False)
 
 
 @dataclass(frozen=True)
 class PairKeys(HubKeys):
     """Keys of data sets of pairs."""
 
-    prompt: str = key("template of the prompt, with {source}", "{source}")
-    response: str = key("template of the response, with {target}", "{target}")
-    metrics: list[str] = key("metrics of generated text", factory=list, choices=TEXT_METRICS)
-    reader: str = key("form of the pairs", "tables", choices=("tables", "functions", "catalogues"))
-    language: str = key("language of the catalogues", "")
+    prompt: str = key("template of the prompt, with {source} for the source column", "{source}")
+    response: str = key("template of the response, with {target} for the target column", "{target}")
+    metrics: list[str] = key("metrics of generated text, the first is watched", factory=list, choices=TEXT_METRICS)
+    reader: str = key("source of the pairs: tables, Python functions or gettext catalogues", "tables", choices=("tables", "functions", "catalogues"))
+    language: str = key("target language of the catalogues, such as de", "")
 
 
 @dataclass(frozen=True)
 class SamplesKeys:
     """Keys of callbacks.samples."""
 
-    prompts: list[str] = key("prompts; empty: beginnings of functions for Python source, else of validation texts")
-    max_new_tokens: int = key("tokens generated after each at most", within="[1, inf)")
+    prompts: list[str] = key("prompts; empty: beginnings of functions (Python source) or of validation texts")
+    max_new_tokens: int = key("maximum number of generated tokens per sample", within="[1, inf)")
 
 
 @dataclass(frozen=True)
 class InspectKeys:
     """Keys of callbacks.inspect."""
 
-    texts: list[str] = key("a page for each text; empty: the beginning of the validation text")
-    tokens: int = key("tokens of a text that are shown", 64, within="[2, inf)")
-    projector: bool = key("write the token embeddings for TensorBoard's projector", True)
+    texts: list[str] = key("texts with a page each; empty: the beginning of the validation text")
+    tokens: int = key("number of tokens read from the beginning of a text", 64, within="[2, inf)")
+    projector: bool = key("export the token embeddings for the TensorBoard projector", True)
 
 
 @dataclass(frozen=True)
 class CheckpointKeys:
     """Keys of callbacks.checkpoint."""
 
-    keep_last: int = key("checkpoints that are kept", 2, within="[1, inf)")
-    verify_export: bool = key("load hf/ in a fresh process at the end and compare logits: about 5 seconds", True)
+    keep_last: int = key("number of most recent checkpoints that are kept", 2, within="[1, inf)")
+    verify_export: bool = key("load hf/ in a new process at the end and compare logits (about 5 seconds)", True)
 
 
 @dataclass(frozen=True)
 class WandbKeys:
     """Keys of logger=wandb."""
 
-    project: str = key("project", "gpt2-lab")
+    project: str = key("W&B project", "gpt2-lab")
     mode: str = key(
-        "auto: online where this machine is logged in, else offline; WANDB_MODE goes before it",
+        "W&B mode; auto: online if logged in, else offline; the variable WANDB_MODE takes precedence",
         "auto",
         choices=("auto", "online", "offline", "disabled"),
     )
@@ -110,15 +110,15 @@ class WandbKeys:
 class TrainerKeys:
     """Arguments of lightning.Trainer for the user to set."""
 
-    max_time: str | None = key("DD:HH:MM:SS after which the run stops and saves", None)
-    fast_dev_run: bool | int = key("true or N: so many training and validation batches, to try a run out", False)
-    limit_train_batches: int | float | None = key("micro-batches of an epoch, a number or a share; null: all", None)
-    limit_val_batches: int | float | None = key("batches of a validation, a number or a share; null: all", None)
-    overfit_batches: int | float = key("train and validate on so many batches, again and again; 0: off", 0.0)
-    deterministic: bool | str | None = key("true: only deterministic algorithms; warn: where there are some", None)
-    benchmark: bool | None = key("let cuDNN look for the fastest algorithm", None)
-    profiler: str | None = key("profile the run", None, choices=("simple", "advanced", "pytorch"))
-    detect_anomaly: bool = key("find the operation behind a NaN in the backward pass", False)
+    max_time: str | None = key("DD:HH:MM:SS after which the run saves and stops", None)
+    fast_dev_run: bool | int = key("true or N: run one or N training and validation batches, to try a configuration", False)
+    limit_train_batches: int | float | None = key("micro-batches per epoch: a number, or a share such as 0.5; null: all", None)
+    limit_val_batches: int | float | None = key("batches per validation: a number, or a share such as 0.5; null: all", None)
+    overfit_batches: int | float = key("train and validate on the same few batches: a number or a share; 0: off", 0.0)
+    deterministic: bool | str | None = key("true: deterministic algorithms only; warn: warn where there is none", None)
+    benchmark: bool | None = key("cuDNN benchmark: search for the fastest algorithm", None)
+    profiler: str | None = key("Lightning profiler", None, choices=("simple", "advanced", "pytorch"))
+    detect_anomaly: bool = key("autograd anomaly detection: find the operation behind a NaN gradient", False)
 
 
 # Arguments of lightning.Trainer that this project sets, with the key to use instead
@@ -166,7 +166,9 @@ NODES: dict[str, type] = {
     "callbacks.loggers.tensorboard.TensorBoard": NoKeys,
     "callbacks.loggers.wandb.WeightsAndBiases": WandbKeys,
 }
-# Where the keys of a node stand in the configuration
+# The one group without keys of its own
+EXPERIMENT = Key("recipe: values of many groups and keys at once, which the command line overrides")
+# Place of a node's keys in the configuration
 PLACES: dict[str, tuple[type, ...]] = {
     "task": (FineTuneKeys,),
     "data": (RunningTextKeys, PairKeys),
@@ -193,7 +195,7 @@ KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
 def known_keys() -> dict[str, Key]:
     """Return dotted name → meaning of every key."""
     of_nodes = ((place, kind) for place, kinds in PLACES.items() for kind in kinds)
-    found = dict(keys_of(RunConfig))
+    found = {**dict(keys_of(RunConfig)), "experiment": EXPERIMENT}
     for place, kind in of_nodes:
         found |= dict(keys_of(kind, f"{place}."))
     return found

@@ -1,8 +1,8 @@
 """RunConfig: every key of train.py with its type, range and meaning. Imports nothing heavy.
 
 Hydra composes conf/ into this schema, so a wrong type is refused while composing; `from_hydra` turns the composed tree
-into a frozen `RunConfig`, and the tree goes no further. A key is declared in three places: its default in conf/, its
-field here (or in gpt2lab/settings.py), and the code that uses it.
+into a frozen `RunConfig`, and the tree goes no further. A key appears in three places: its default in conf/, its
+field (plain_keys.py, multirun_settings.py, known_keys.py, gpt2lab/settings.py), and the code that uses it.
 """
 
 import os
@@ -33,23 +33,22 @@ from gpt2lab.settings import (
 from gpt2lab.storage.utf8 import check_values
 from launch.config.literal_text import is_interpolated, override
 from launch.config.multirun_settings import LauncherSettings, SearchSettings, StudySettings
+from launch.config.plain_keys import DISTILL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
 from launch.config.structured import composable, frozen
 from launch.config.targets import foreign_targets
 
 STUDY = "distill_study"  # the experiment that is a study of many runs
-DISTILL = "task=distill"
-EVERY_STEPS = "[1, inf)"
 
 
 @dataclass(frozen=True)
 class ModelKeys:
     """Sizes of the model; null (model=auto) takes those of init. Its vocabulary is the tokenizer's."""
 
-    n_layer: int | None = key("transformer blocks", within="[1, inf)")
-    n_head: int | None = key("attention heads of each block", within="[1, inf)")
-    n_embd: int | None = key("width", within="[1, inf)")
-    n_positions: int | None = key("longest context in tokens", within="[2, inf)")
-    dropout: float = key("dropout after embeddings, attention and MLP", within="[0, 1)")
+    n_layer: int | None = key("number of transformer blocks", within="[1, inf)")
+    n_head: int | None = key("number of attention heads per block", within="[1, inf)")
+    n_embd: int | None = key("width of the hidden states", within="[1, inf)")
+    n_positions: int | None = key("number of position embeddings: the maximum context in tokens", within="[2, inf)")
+    dropout: float = key("dropout probability after embeddings, attention and MLP", within="[0, 1)")
 
     def shape(self, vocab_size: int) -> ModelShape:
         """Return the sizes with the tokenizer's vocabulary; one that is not resolved yet is 0."""
@@ -76,117 +75,28 @@ class Invocation:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The keys of one run as the user gave them; `auto` is not resolved yet."""
+class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
+    """The keys of one run as the user gave them; `auto` is not resolved yet. The fields of the last base come first."""
 
-    task: dict[str, Any] = key("module that is trained")
-    model: ModelKeys = key("sizes")
-    data: dict[str, Any] = key("corpus or pairs")
+    task: dict[str, Any] = key("training task")
+    model: ModelKeys = key("model sizes")
+    data: dict[str, Any] = key("training data: running text or pairs")
     tokenizer: TokenizerChoice = key("tokenizer")
     objective: ObjectiveSettings = key("training objective")
     loss: LossSettings = key("distillation loss", read_by=DISTILL)
-    teacher_cache: TeacherCacheSettings = key("stored teacher distributions", read_by=DISTILL)
-    sequences: SequenceSettings = key("text a distillation trains on", read_by=DISTILL)
-    optimizer: OptimizerSettings = key("optimizer")
-    schedule: ScheduleSettings = key("learning-rate schedule")
-    callbacks: dict[str, Any] = key("callbacks")
-    logger: dict[str, Any] = key("logger beside metrics.csv")
+    teacher_cache: TeacherCacheSettings = key("teacher distributions stored for all students", read_by=DISTILL)
+    sequences: SequenceSettings = key("training text of a distillation", read_by=DISTILL)
+    optimizer: OptimizerSettings = key("optimizer and its learning rate")
+    schedule: ScheduleSettings = key("learning rate schedule")
+    callbacks: dict[str, Any] = key("Lightning callbacks")
+    logger: dict[str, Any] = key("logger in addition to metrics.csv")
     trainer: dict[str, Any] = key("arguments of lightning.Trainer that this project does not set itself")
     precision: PrecisionSettings = key("dtypes of weights and matrix products")
-    strategy: str = key("data parallel strategy", of_machine=True)
+    strategy: str = key("parallel training on several devices", of_machine=True)
 
-    seed: int = key("seed of weights, data order and dropout", within="[0, 4294967295]")
-    run_dir: str | None = key("run directory; null: runs/<task>/<model>-<time>", free_text=True)
-    name: str | None = key("name of the run directory instead of <model>-<time>", free_text=True)
-    init: str = key(
-        "initial weights: scratch, latest, a run directory, a Hugging Face folder, a Hub id, teacher_layers (distill)",
-        free_text=True,
-    )
-    plan: bool = key("print what the run would need and do, and stop")
-    plan_memory: float | None = key("GB of each GPU of the machine that is planned for", within="(0, 1e6]")
-    resume: str | None = key(
-        "run directory to resume, or auto: resume what run_dir or name holds, else start", free_text=True
-    )
-    # Never stored: launch/config/targets.py
-    allow_targets: list[str] = key("packages of your own whose classes a stored configuration may build")
-
-    teacher: str = key("a run directory, a Hugging Face folder, a Hub id, or latest", read_by=DISTILL, free_text=True)
-    baseline: str | None = key(
-        "run of the same student without a teacher, for distill/gap_closed", read_by=DISTILL, free_text=True
-    )
-    preflight: str = key(
-        "what an unfit teacher does before the first step", choices=("refuse", "warn", "off"), read_by=DISTILL
-    )
-
-    steps: int = key("optimizer steps", within="[1, 1e9]", on_resume=True)
-    batch_tokens: int = key("tokens of one optimizer step, over all devices", within="[1, 1e9]", read_by="running text")
-    batch_sequences: int = key("pairs of one optimizer step, over all devices", within="[1, 1e6]", read_by="pairs")
-    micro_batch: int | str = key(
-        "sequences in one forward pass of a device", within="[1, 1e6]", auto=True, of_machine=True
-    )
-    context: int = key("tokens of a sequence", within="[2, 1e6]")
-    packing: bool = key("several documents or pairs share a row and do not attend to each other")
-    label_smoothing: float = key("label smoothing of the training loss", within="[0, 1)")
-    z_loss: float = key("weight of logsumexp² of the logits in the training loss; PaLM's is 1e-4", within="[0, inf)")
-    gradient_clip: float = key("largest L2 norm of the gradient; 0: off", within="[0, inf)")
-    layer_drop: float = key("probability with which a training pass skips a block", within="[0, 1)")
-    ema: float = key("decay of the weight average that is validated and exported; 0: off", within="[0, 1)")
-    activation_checkpointing: bool = key("recompute activations in the backward pass: less memory, a third more time")
-    compile: bool | str = key("torch.compile; auto: where it pays within the run", auto=True)
-    validate_every: int = key("steps between validations", within=EVERY_STEPS, on_resume=True)
-    checkpoint_every: int = key("steps between checkpoints", within=EVERY_STEPS, on_resume=True)
-    checkpoint_format: str = key(
-        "single (one file), sharded (strategy=fsdp: each rank writes its part), or auto: by size",
-        choices=("auto", "single", "sharded"),
-        of_machine=True,
-    )
-    sample_every: int = key("steps between samples", within=EVERY_STEPS, on_resume=True, read_by="callbacks=samples")
-    log_every: int = key("steps between logged training losses", within=EVERY_STEPS, on_resume=True)
-    on_spike: str = key(
-        "what a spike of the training loss does: warn, or stop: save and end the run",
-        choices=("warn", "stop"),
-        on_resume=True,
-        read_by="callbacks=health",
-    )
-
-    accelerator: str = key("device type", choices=("auto", "cpu", "gpu", "mps"), of_machine=True)
-    devices: int | str = key(
-        "devices of each machine; auto: one CPU process, or every GPU", within="[1, 1e4]", auto=True, of_machine=True
-    )
-    num_nodes: int = key("machines (docs/cluster.md)", within="[1, 1e4]")
-    n_jobs: int = key("jobs of a sweep that run at once, each on its share of cores and GPUs", within="[1, 1024]")
-    max_restarts: int = key("restarts of a run whose process crashed", within="[0, 1000]", on_resume=True)
-    threads: int | str = key("threads of each process", within="[1, 4096]", auto=True, of_machine=True)
-    fsdp_offload: bool = key(
-        "strategy=fsdp on GPUs: keep weights, gradients and optimizer state in host memory",
-        of_machine=True,
-        read_by="sharding",
-    )
-    shard_teacher: bool | str = key(
-        "strategy=fsdp: shard the teacher too; auto: where it does not fit beside the student",
-        auto=True,
-        of_machine=True,
-        read_by=DISTILL,
-    )
-    workers: int = key("data loading processes of each rank", within="[0, 64]", on_resume=True)
-    rank_timeout: int = key(
-        "seconds without progress of a rank after which the run ends and names it", within="[5, 1e6]", on_resume=True
-    )
-    cache_dir: str | None = key(
-        "folder for prepared data; null: $GPT2LAB_CACHE, else ~/.cache/gpt2lab", on_resume=True, free_text=True
-    )
-
-    path: str = key("a file, a folder or a glob", read_by="data with path", free_text=True)
-    val_path: str = key("validation text or pairs", read_by="data with val_path", free_text=True)
-    val_fraction: float = key("share of the documents that validates", within="(0, 1)", read_by="data split by hash")
-    on_bad_line: str = key("an unreadable record: stop or skip", choices=("stop", "skip"), read_by="data from files")
-    source: str = key("column of the prompt", read_by="pairs", free_text=True)
-    target: str = key("column of the response", read_by="pairs", free_text=True)
-    vocab_size: int = key("tokens of a tokenizer trained here", within="[257, 1e6]", read_by="trained tokenizer")
-
-    launcher: LauncherSettings = key("where runs are executed", factory=LauncherSettings)
-    hparams_search: SearchSettings = key("search of hyper-parameters", factory=SearchSettings)
-    study: StudySettings = key("study of distillation", factory=StudySettings)  # conf/experiment/distill_study.yaml
+    launcher: LauncherSettings = key("where runs are executed: this machine or a cluster", factory=LauncherSettings)
+    hparams_search: SearchSettings = key("hyperparameter search of a multirun", factory=SearchSettings)
+    study: StudySettings = key("runs of experiment=distill_study", factory=StudySettings)
 
     invocation: Invocation = field(default_factory=Invocation)
 
@@ -232,6 +142,11 @@ class RunConfig:
     def rows_of_a_step(self) -> int:
         """Sequences of the global batch."""
         return self.batch_sequences if self.takes_pairs else self.batch_tokens // self.context
+
+    @property
+    def data_tokenizer(self) -> str:
+        """Tokenizer of the data under tokenizer=auto, without a teacher and weights that have one: bpe, or a Hub id."""
+        return self.data.get("default_tokenizer") or ("bpe" if self.takes_pairs else "gpt2")
 
     @property
     def takes_pairs(self) -> bool:

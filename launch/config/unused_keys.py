@@ -37,7 +37,7 @@ def _splits_by_hash(config: RunConfig) -> bool:
 def _trains_bpe(config: RunConfig) -> bool:
     if config.tokenizer.kind != "auto":
         return config.tokenizer.kind == "bpe"
-    return config.data.get("default_tokenizer") != "gpt2" and _source(config) not in ("hub", "bin")
+    return config.data_tokenizer == "bpe"
 
 
 def _adapts(config: RunConfig) -> bool:
@@ -94,16 +94,25 @@ def _reading(read_by: str, config: RunConfig) -> tuple[str, bool, str]:
     """Return (group that decides, whether this run reads the key, what reads it) of `Key.read_by`."""
     if not read_by:
         return "", True, ""
-    if read_by in CONDITIONS:
-        condition = CONDITIONS[read_by]
-        return condition.group, condition.holds(config), condition.text
     group, values = _group_of(read_by), read_by.partition("=")[2].split(",")
-    text = f"only {' and '.join(f'{group}={value}' for value in values)} {'reads' if len(values) == 1 else 'read'} it"
+    if read_by in CONDITIONS:
+        is_read = CONDITIONS[read_by].holds(config)
+    elif group == "callbacks":
+        is_read = values[0] in config.callbacks
+    else:
+        settings = vars(config).get(group)
+        is_read = (vars(settings)["name"] if is_dataclass(settings) else config.groups[group]) in values
+    return group, is_read, format_reader(read_by)
+
+
+def format_reader(read_by: str) -> str:
+    """Return in words what reads a key, from its `Key.read_by`."""
+    if read_by in CONDITIONS:
+        return CONDITIONS[read_by].text
+    group, values = _group_of(read_by), read_by.partition("=")[2].split(",")
     if group == "callbacks":
-        return group, values[0] in config.callbacks, f"the callback {values[0]} reads it (callbacks=default)"
-    settings = vars(config).get(group)
-    chosen = vars(settings)["name"] if is_dataclass(settings) else config.groups[group]
-    return group, chosen in values, text
+        return f"the callback {values[0]} reads it (callbacks=default)"
+    return f"only {' and '.join(f'{group}={value}' for value in values)} {'reads' if len(values) == 1 else 'read'} it"
 
 
 def _group_of(read_by: str) -> str:

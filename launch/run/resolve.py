@@ -24,7 +24,6 @@ from launch.config.unused_keys import given_keys
 
 FALLBACK_TEACHER = "gpt2-medium"
 PADDING = 0.05  # largest share of tokens without text: padding of a vocabulary to a multiple of 64 or 1,024
-CORPORA_WITH_OWN_BPE = ("stdlib", "packages", "text")
 
 
 def resolve_inputs(config: RunConfig) -> Inputs:
@@ -194,12 +193,9 @@ def _tokenizer(config: RunConfig, init: str, teacher: str) -> TokenizerChoice:
                 "Name its tokenizer: tokenizer=hub tokenizer.source=FOLDER"
                 + (", or start all the same with preflight=warn." if key == "teacher" else ".")
             )
-    own = config.data.get("default_tokenizer")
-    if own is None:
-        own = "bpe" if config.data.get("source") in CORPORA_WITH_OWN_BPE or config.takes_pairs else "gpt2"
-    if own == "bpe":
+    if config.data_tokenizer == "bpe":
         return TokenizerChoice("bpe", vocab_size=config.vocab_size)
-    return TokenizerChoice("pretrained", source=own)
+    return TokenizerChoice("pretrained", source=config.data_tokenizer)
 
 
 def vocabulary(spec: RunSpec, facts: DataFacts) -> int:

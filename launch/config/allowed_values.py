@@ -1,0 +1,54 @@
+"""Allowed values of a key: the check of a given value, and the text that lists what is allowed."""
+
+import math
+from typing import Any
+
+from gpt2lab.errors import InputError
+from gpt2lab.keys import Key, bounds, is_within
+from launch.config.did_you_mean import nearest
+
+
+def check_value(name: str, meaning: Key, given: Any) -> None:
+    """Compare one value, or one element of a list, with what its key allows.
+
+    Raises:
+        InputError: it is not allowed; the message lists the choices or the interval.
+    """
+    if meaning.choices and str(given) not in meaning.choices:
+        near = nearest(str(given), meaning.choices)
+        raise InputError(f"{name}={given}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
+    if meaning.auto:
+        _check_auto(name, meaning, given)
+    elif meaning.within and not is_within(given, meaning.within):
+        finite = " and finite" if not math.isfinite(given) else ""
+        raise InputError(f"{name}={given} is out of range: it must be {format_interval(meaning.within)}{finite}.")
+
+
+def format_allowed(meaning: Key) -> str:
+    """Return the choices or the interval in words, `auto` included; nothing where every value of the type is allowed."""
+    if meaning.choices:
+        return ", ".join(meaning.choices)
+    if meaning.auto and not meaning.within:
+        return "auto, true, false"
+    interval = format_interval(meaning.within) if meaning.within else ""
+    return f"auto, or {interval}" if meaning.auto else interval
+
+
+def format_interval(interval: str) -> str:
+    """Return an interval in words: "[0, 1)" → at least 0 and below 1."""
+    low, high = bounds(interval)
+    ends = []
+    if low != -math.inf:
+        ends.append(f"greater than {low}" if interval.startswith("(") else f"at least {low}")
+    if high != math.inf:
+        ends.append(f"below {high}" if interval.endswith(")") else f"at most {high}")
+    return " and ".join(ends) or "a number"
+
+
+def _check_auto(name: str, meaning: Key, given: Any) -> None:
+    """Check a key that is a number or a boolean, or `auto`."""
+    if not meaning.within:
+        if str(given).lower() not in ("auto", "true", "false"):
+            raise InputError(f"{name}={given}: no such value.\nAllowed: auto, true, false.")
+    elif given != "auto" and not (isinstance(given, int) and is_within(given, meaning.within)):
+        raise InputError(f"{name}={given} is neither auto nor a whole number: {format_interval(meaning.within)}.")

@@ -1,0 +1,157 @@
+"""Plain keys: the top-level keys of conf/train.yaml, by section; the first line of a class is the heading."""
+
+from dataclasses import dataclass
+
+from gpt2lab.keys import key
+
+DISTILL = "task=distill"
+EVERY_STEPS = "[1, inf)"
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """Run directory and initial weights."""
+
+    seed: int = key("random seed of weights, data order and dropout", within="[0, 4294967295]")
+    run_dir: str | None = key("run directory; null: runs/<task>/<model>-<time>", free_text=True)
+    name: str | None = key("name of the run directory instead of <model>-<time>", free_text=True)
+    init: str = key(
+        "initial weights: scratch, latest, teacher_layers (distill), a run directory, HF folder or Hub id",
+        free_text=True,
+    )
+    plan: bool = key("print the plan of the run (memory, time, disk space) and exit")
+    plan_memory: float | None = key(
+        "GB per GPU, to plan for another machine (plan=true accelerator=gpu devices=8)", within="(0, 1e6]"
+    )
+    resume: str | None = key(
+        "run directory to resume; auto: resume the run of run_dir or name if it exists, else start it", free_text=True
+    )
+    # Never stored: launch/config/targets.py
+    allow_targets: list[str] = key("packages of your own whose classes a stored configuration may instantiate")
+
+
+@dataclass(frozen=True)
+class DistillationKeys:
+    """Distillation."""
+
+    teacher: str = key(
+        "teacher model: latest, a run directory, a Hugging Face folder or a Hub id", read_by=DISTILL, free_text=True
+    )
+    baseline: str | None = key(
+        "run directory of the same student trained without a teacher, for distill/gap_closed",
+        read_by=DISTILL,
+        free_text=True,
+    )
+    preflight: str = key(
+        "action before the first step if the teacher is unsuitable", choices=("refuse", "warn", "off"), read_by=DISTILL
+    )
+
+
+@dataclass(frozen=True)
+class TrainingKeys:
+    """Length and size of the training."""
+
+    steps: int = key("number of optimizer steps", within="[1, 1e9]", on_resume=True)
+    batch_tokens: int = key(
+        "tokens per optimizer step, over all devices; running text", within="[1, 1e9]", read_by="running text"
+    )
+    batch_sequences: int = key("pairs per optimizer step, over all devices", within="[1, 1e6]", read_by="pairs")
+    micro_batch: int | str = key(
+        "sequences per device and forward pass; auto: by free memory", within="[1, 1e6]", auto=True, of_machine=True
+    )
+    context: int = key("sequence length in tokens", within="[2, 1e6]")
+    packing: bool = key("pack documents or pairs into shared rows, without attention between them")
+    label_smoothing: float = key("label smoothing of the training loss; validation has none", within="[0, 1)")
+    z_loss: float = key("weight of logsumexp² of the logits in the training loss; PaLM's is 1e-4", within="[0, inf)")
+    gradient_clip: float = key("maximum L2 norm of the gradient; 0: no clipping", within="[0, inf)")
+    layer_drop: float = key("probability that a training pass skips a block (LayerDrop)", within="[0, 1)")
+    ema: float = key(
+        "decay of the weight average (EMA) that is validated and exported; 0: no average", within="[0, 1)"
+    )
+    activation_checkpointing: bool = key("recompute activations in the backward pass: less memory, a third more time")
+    compile: bool | str = key("torch.compile; auto: if it saves time within the run", auto=True)
+    validate_every: int = key("optimizer steps between validations", within=EVERY_STEPS, on_resume=True)
+    checkpoint_every: int = key("optimizer steps between checkpoints", within=EVERY_STEPS, on_resume=True)
+    checkpoint_format: str = key(
+        "single: one file; sharded: one file per rank (strategy=fsdp); auto: by size",
+        choices=("auto", "single", "sharded"),
+        of_machine=True,
+    )
+    sample_every: int = key(
+        "optimizer steps between text samples", within=EVERY_STEPS, on_resume=True, read_by="callbacks=samples"
+    )
+    log_every: int = key("optimizer steps between logged training losses", within=EVERY_STEPS, on_resume=True)
+    on_spike: str = key(
+        "action on a spike of the training loss: log a warning, or stop: save and end the run",
+        choices=("warn", "stop"),
+        on_resume=True,
+        read_by="callbacks=health",
+    )
+
+
+@dataclass(frozen=True)
+class MachineKeys:
+    """Machine."""
+
+    accelerator: str = key(
+        "device type; auto: a GPU if there is one, else the CPU", choices=("auto", "cpu", "gpu", "mps"), of_machine=True
+    )
+    devices: int | str = key(
+        "devices per machine; auto: one CPU process, or every GPU", within="[1, 1e4]", auto=True, of_machine=True
+    )
+    num_nodes: int = key("number of machines (docs/cluster.md)", within="[1, 1e4]")
+    n_jobs: int = key("jobs of a sweep that run at once, each on its share of cores and GPUs", within="[1, 1024]")
+    max_restarts: int = key(
+        "maximum number of restarts of a crashed run, each from its last checkpoint",
+        within="[0, 1000]",
+        on_resume=True,
+    )
+    threads: int | str = key("CPU threads per process", within="[1, 4096]", auto=True, of_machine=True)
+    fsdp_offload: bool = key(
+        "keep weights, gradients and optimizer state in host memory (strategy=fsdp on GPUs)",
+        of_machine=True,
+        read_by="sharding",
+    )
+    shard_teacher: bool | str = key(
+        "shard the teacher too (strategy=fsdp); auto: if it does not fit beside the student",
+        auto=True,
+        of_machine=True,
+        read_by=DISTILL,
+    )
+    workers: int = key("data loading processes per rank", within="[0, 64]", on_resume=True)
+    rank_timeout: int = key(
+        "seconds without progress of a rank after which the run ends and names it", within="[5, 1e6]", on_resume=True
+    )
+    cache_dir: str | None = key(
+        "folder of prepared data; by default $GPT2LAB_CACHE, else ~/.cache/gpt2lab", on_resume=True, free_text=True
+    )
+
+
+@dataclass(frozen=True)
+class DataKeys:
+    """Data."""
+
+    path: str = key("data to read: a file, a folder or a glob", read_by="data with path", free_text=True)
+    val_path: str = key(
+        "separate validation data: a file, a folder or a glob", read_by="data with val_path", free_text=True
+    )
+    val_fraction: float = key(
+        "share of the documents used for validation", within="(0, 1)", read_by="data split by hash"
+    )
+    on_bad_line: str = key(
+        "action on an unreadable record: end with an error, or skip it",
+        choices=("stop", "skip"),
+        read_by="data from files",
+    )
+    source: str = key(
+        "column of the prompt; a.b: b within a; a+b: both; 1: the first column of a file without a header",
+        read_by="pairs",
+        free_text=True,
+    )
+    target: str = key("column of the response, in the notation of source", read_by="pairs", free_text=True)
+    vocab_size: int = key(
+        "vocabulary size of a BPE tokenizer trained on the data", within="[257, 1e6]", read_by="trained tokenizer"
+    )
+
+
+SECTIONS = (RunKeys, DistillationKeys, TrainingKeys, MachineKeys, DataKeys)
