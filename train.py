@@ -44,7 +44,7 @@ def main(tree: DictConfig) -> float | None:
 def command_line() -> None:
     """Run `main` through Hydra, with free text on the command line quoted."""
     if {"--help", "-h"} & set(sys.argv):
-        print(help_text())
+        print(help_text(sys.argv[1:]))
         return
     sys.argv[1:] = cli_overrides.quote_free_text(sys.argv[1:])
     main()

@@ -29,7 +29,9 @@ class PrecisionSettings:
     """Dtypes of a run, by their names in torch."""
 
     name: str = key("name of the combination of dtypes; auto is resolved for the device")
-    lightning: str | None = key("name of the combination in Lightning", None, choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true"))
+    lightning: str | None = key(
+        "name of the combination in Lightning", None, choices=("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+    )
     weights: str | None = key("dtype of weights, gradients and optimizer state", None, choices=DTYPES)
     compute: str | None = key("dtype of matrix products", None, choices=DTYPES)
     teacher: str | None = key("dtype of the weights of a teacher", None, choices=DTYPES)
@@ -72,7 +74,10 @@ class OptimizerSettings:
     eps: float = key("constant added to the denominator in Adam and AdamW", 1e-8, within="(0, inf)")
     momentum: float = key("momentum of Muon", 0.95, within="[0, 1)", read_by="optimizer=muon")
     adamw_lr: float = key(
-        "peak learning rate of AdamW, for embeddings, norms and biases; 0: the same as lr", 0.0, within="[0, inf)", read_by="optimizer=muon"
+        "peak learning rate of AdamW, for embeddings, norms and biases; 0: the same as lr",
+        0.0,
+        within="[0, inf)",
+        read_by="optimizer=muon",
     )
 
 
@@ -89,7 +94,9 @@ class ScheduleSettings:
         within="[0, 1]",
         read_by="schedule=wsd,cosine,linear",
     )
-    decay_fraction: float = key("share of the steps in which the learning rate decays", 0.4, within="[0, 1]", read_by="schedule=wsd")
+    decay_fraction: float = key(
+        "share of the steps in which the learning rate decays", 0.4, within="[0, 1]", read_by="schedule=wsd"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,32 @@ class LossSettings:
     temperature: float = key("softmax temperature T of teacher and student", 1.0, within="(0, inf)")
     scale_t2: bool = key("multiply the divergence by T², which preserves the gradient scale", True)
     hard_weight: float = key("weight of the cross-entropy; the divergence has the rest", 0.1, within="[0, 1]")
-    beta: float = key("share of the teacher in the mixture; 0: forward KL, 1: reverse KL", 0.5, within="[0, 1]", read_by="loss=jsd")
-    alpha: float = key("share in the mixture of the teacher (skew_kl) or of the student (skew_reverse_kl)", 0.1, within="[0, 1)", read_by=SKEW)
-    mixing_start: float = key("share of the teacher in the target at the first step", 0.4, within="[0, 1]", read_by="loss=taid")
-    mixing_end: float = key("share of the teacher in the target at the last step", 1.0, within="[0, 1]", read_by="loss=taid")
-    mixing_step: float = key("maximum adaptive increase of the share per step, beyond linear growth", 5e-4, within="[0, 1]", read_by="loss=taid")
+    beta: float = key(
+        "share of the teacher in the mixture; 0: forward KL, 1: reverse KL", 0.5, within="[0, 1]", read_by="loss=jsd"
+    )
+    alpha: float = key(
+        "share in the mixture of the teacher (skew_kl) or of the student (skew_reverse_kl)",
+        0.1,
+        within="[0, 1)",
+        read_by=SKEW,
+    )
+    mixing_start: float = key(
+        "share of the teacher in the target at the first step", 0.4, within="[0, 1]", read_by="loss=taid"
+    )
+    mixing_end: float = key(
+        "share of the teacher in the target at the last step", 1.0, within="[0, 1]", read_by="loss=taid"
+    )
+    mixing_step: float = key(
+        "maximum adaptive increase of the share per step, beyond linear growth",
+        5e-4,
+        within="[0, 1]",
+        read_by="loss=taid",
+    )
     mixing_momentum: float = key(
-        "momentum of the mean improvement of the loss, which controls that increase", 0.99, within="[0, 1)", read_by="loss=taid"
+        "momentum of the mean improvement of the loss, which controls that increase",
+        0.99,
+        within="[0, 1)",
+        read_by="loss=taid",
     )
     hidden_cosine: float = key("weight of the cosine distance between the last hidden states", 0.0, within="[0, inf)")
     hidden_mse: float = key("weight of the mean squared error between the last hidden states", 0.0, within="[0, inf)")
@@ -136,9 +162,13 @@ class TeacherCacheSettings:
     """Teacher distributions stored once for all students."""
 
     name: str = key("stored form of the distributions", "none", choices=("none", "topk", "sampled"))
-    k: int = key("number of most probable tokens stored per position", 32, within="[1, 1e6]", read_by="teacher_cache=topk")
+    k: int = key(
+        "number of most probable tokens stored per position", 32, within="[1, 1e6]", read_by="teacher_cache=topk"
+    )
     tail: bool = key(
-        "store the total probability of all other tokens; false: scale the top k to sum to 1", True, read_by="teacher_cache=topk"
+        "store the total probability of all other tokens; false: scale the top k to sum to 1",
+        True,
+        read_by="teacher_cache=topk",
     )
     dtype: str = key(
         "dtype of the stored log-probabilities",
@@ -147,7 +177,9 @@ class TeacherCacheSettings:
         read_by="teacher_cache=topk",
     )
     n: int = key("samples per position", 12, within="[1, 1e4]", read_by="teacher_cache=sampled")
-    draw_seed: int = key("random seed of the samples", 0, within="[0, 9223372036854775807]", read_by="teacher_cache=sampled")
+    draw_seed: int = key(
+        "random seed of the samples", 0, within="[0, 9223372036854775807]", read_by="teacher_cache=sampled"
+    )
 
 
 @dataclass(frozen=True)
@@ -168,7 +200,10 @@ class SequenceSettings:
         read_by="sequences=gkd,distillm,seqkd",
     )
     lmbda: float = key(
-        "share of on-policy steps, on text that the student has just generated", 0.5, within="[0, 1]", read_by="sequences=gkd"
+        "share of on-policy steps, on text that the student has just generated",
+        0.5,
+        within="[0, 1]",
+        read_by="sequences=gkd",
     )
     threshold_step: float = key(
         "increase of the share of student generations, each time", 0.1, within="[0, 1]", read_by="sequences=distillm"
@@ -254,7 +289,10 @@ class ObjectiveSettings:
         "share of the documents whose middle is moved to the end", 0.5, within="[0, 1]", read_by="objective=fim"
     )
     spm_share: float = key(
-        "share of the rearranged documents that have the suffix before the prefix (SPM)", 0.5, within="[0, 1]", read_by="objective=fim"
+        "share of the rearranged documents that have the suffix before the prefix (SPM)",
+        0.5,
+        within="[0, 1]",
+        read_by="objective=fim",
     )
     negatives: int = key(
         "number of sampled negatives, shared by all targets of a step",
@@ -286,7 +324,9 @@ class TokenizerChoice:
         "auto; bpe: trained on the training split; pretrained: loaded from tokenizer.source",
         choices=("auto", "bpe", "pretrained"),
     )
-    vocab_size: int = key("vocabulary size of tokenizer=bpe; vocab_size sets it", 4096, within="[257, 1e6]", read_by="tokenizer=bpe")
+    vocab_size: int = key(
+        "vocabulary size of tokenizer=bpe; vocab_size sets it", 4096, within="[257, 1e6]", read_by="tokenizer=bpe"
+    )
     source: str = key("folder or Hub id of a pretrained tokenizer", "", read_by="tokenizer=hub", free_text=True)
 
 
@@ -357,6 +397,8 @@ class LoraSettings:
 class TextMetricSettings:
     """Metrics on text generated from validation prompts; the first metric is the watched one."""
 
-    metrics: list[str] = key("metrics of generated text, the first is watched; empty: those of the data preset", choices=TEXT_METRICS)
+    metrics: list[str] = key(
+        "metrics of generated text, the first is watched; empty: those of the data preset", choices=TEXT_METRICS
+    )
     examples: int = key("validation pairs that are scored on generated text; 0: none", within="[0, inf)")
     max_new_tokens: int = key("maximum number of generated tokens per validation pair", within="[1, inf)")

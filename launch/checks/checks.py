@@ -1,10 +1,8 @@
 """Configuration checks that need no data, model or device, and run before heavy imports; one function each."""
 
 import glob
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS

@@ -25,7 +25,7 @@ def check_value(name: str, meaning: Key, given: Any) -> None:
 
 
 def format_allowed(meaning: Key) -> str:
-    """Return the choices or the interval in words, `auto` included; nothing where every value of the type is allowed."""
+    """Return the choices or the interval in words, with `auto`; nothing where every value of the type is allowed."""
     if meaning.choices:
         return ", ".join(meaning.choices)
     if meaning.auto and not meaning.within:

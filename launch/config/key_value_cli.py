@@ -1,40 +1,23 @@
 """Key=value command line: everything after the first `=` is the value, without further parsing.
 
 evaluate.py and generate.py use it because Hydra's grammar rejects free text such as `prompt=def add(a, b):`. The
-arguments of a command are a dataclass, whose fields are created by `argument`.
+arguments of a command are a dataclass, whose fields are created by `gpt2lab.keys.key`.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gpt2lab.errors import InputError
+from gpt2lab.keys import keys_of
 from gpt2lab.storage.atomic_files import can_write
 from gpt2lab.storage.utf8 import check_process
+from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
+from launch.config.help_lines import format_keys
 
 Arguments = TypeVar("Arguments")
-
-
-def argument(
-    help_text: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    choices: Sequence[str] = (),
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-) -> Any:
-    """Create a field of an arguments dataclass; a field without a default is required.
-
-    Args:
-        help_text: one line for --help.
-        choices: allowed values; empty: any.
-        at_least, at_most: allowed range of a number.
-    """
-    metadata = {"help": help_text, "choices": tuple(choices), "range": (at_least, at_most)}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
@@ -46,7 +29,7 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
     """
     check_process(words)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
+    meanings, values = dict(keys_of(kind)), {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -56,20 +39,17 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
         if key in values:
             raise InputError(f"{key} is given twice: {values[key]!r} and {text!r}. Give it once.")
         values[key] = _convert(fields[key], text)
+        check_value(key, meanings[key], values[key])
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
-        raise InputError("\n".join(f"{name}= is missing: {fields[name].metadata['help']}." for name in missing))
+        raise InputError("\n".join(f"{name}= is missing: {meanings[name].text}." for name in missing))
     return kind(**values)
 
 
 def describe(kind: type) -> str:
-    """Return the help text: one line per argument."""
-    lines = []
-    for field in dataclasses.fields(kind):
-        default = "" if field.default in (dataclasses.MISSING, "") else f" (default {_format_default(field.default)})"
-        choices = f" {{{', '.join(field.metadata['choices'])}}}" if field.metadata["choices"] else ""
-        lines.append(f"  {field.name + '=':<16} {field.metadata['help']}{choices}{default}")
-    return "\n".join(lines)
+    """Return the help text: every argument with its default and its meaning."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    return format_keys(dict(keys_of(kind)), defaults)
 
 
 def check_output_file(path: str, key: str = "json") -> None:
@@ -87,16 +67,8 @@ def check_output_file(path: str, key: str = "json") -> None:
         raise InputError(f"{key}={path} cannot be written: give a file in an existing folder with write permission.")
 
 
-def _format_default(value: str | float) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _convert(field: dataclasses.Field, text: str) -> str | int | float:
     if field.type is str:
-        choices = field.metadata["choices"]
-        if choices and text not in choices:
-            message = f"{field.name}={text}: no such value{nearest(text, choices)}."
-            raise InputError(f"{message}\nAllowed: {', '.join(choices)}.")
         return text
     if field.type is bool:
         if text.lower() not in ("true", "false"):
@@ -104,12 +76,7 @@ def _convert(field: dataclasses.Field, text: str) -> str | int | float:
         return text.lower() == "true"
     assert field.type in (int, float)
     try:
-        value = field.type(text)
+        return field.type(text)
     except ValueError:
         kind = "a whole number" if field.type is int else "a number"
         raise InputError(f"{field.name}={text} is not {kind}; for example {field.name}={field.default}.") from None
-    low, high = field.metadata["range"]
-    if not low <= value <= high:
-        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high}"
-        raise InputError(f"{field.name}={text} is out of range: it must be {bounds}.")
-    return value

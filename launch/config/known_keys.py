@@ -65,7 +65,11 @@ class PairKeys(HubKeys):
     prompt: str = key("template of the prompt, with {source} for the source column", "{source}")
     response: str = key("template of the response, with {target} for the target column", "{target}")
     metrics: list[str] = key("metrics of generated text, the first is watched", factory=list, choices=TEXT_METRICS)
-    reader: str = key("source of the pairs: tables, Python functions or gettext catalogues", "tables", choices=("tables", "functions", "catalogues"))
+    reader: str = key(
+        "source of the pairs: tables, Python functions or gettext catalogues",
+        "tables",
+        choices=("tables", "functions", "catalogues"),
+    )
     language: str = key("target language of the catalogues, such as de", "")
 
 
@@ -111,9 +115,15 @@ class TrainerKeys:
     """Arguments of lightning.Trainer for the user to set."""
 
     max_time: str | None = key("DD:HH:MM:SS after which the run saves and stops", None)
-    fast_dev_run: bool | int = key("true or N: run one or N training and validation batches, to try a configuration", False)
-    limit_train_batches: int | float | None = key("micro-batches per epoch: a number, or a share such as 0.5; null: all", None)
-    limit_val_batches: int | float | None = key("batches per validation: a number, or a share such as 0.5; null: all", None)
+    fast_dev_run: bool | int = key(
+        "true or N: run one or N training and validation batches, to try a configuration", False
+    )
+    limit_train_batches: int | float | None = key(
+        "micro-batches per epoch: a number, or a share such as 0.5; null: all", None
+    )
+    limit_val_batches: int | float | None = key(
+        "batches per validation: a number, or a share such as 0.5; null: all", None
+    )
     overfit_batches: int | float = key("train and validate on the same few batches: a number or a share; 0: off", 0.0)
     deterministic: bool | str | None = key("true: deterministic algorithms only; warn: warn where there is none", None)
     benchmark: bool | None = key("cuDNN benchmark: search for the fastest algorithm", None)

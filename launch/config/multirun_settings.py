@@ -13,9 +13,14 @@ SLURM_OR_RAY = "launcher=slurm,ray"
 class StudySettings:
     """The runs of a study of distillation."""
 
-    seeds: int = key("number of seeds (seed, seed + 1, …): the pairs of every comparison", 3, within="[1, 1000]", read_by=STUDY)
+    seeds: int = key(
+        "number of seeds (seed, seed + 1, …): the pairs of every comparison", 3, within="[1, 1000]", read_by=STUDY
+    )
     lr_factors: list[float] = key(
-        "multiples of optimizer.lr that are tried with the first seed", factory=lambda: [2.0, 4.0, 8.0], within="(0, 1e6]", read_by=STUDY
+        "multiples of optimizer.lr that are tried with the first seed",
+        factory=lambda: [2.0, 4.0, 8.0],
+        within="(0, 1e6]",
+        read_by=STUDY,
     )
     tune: str = key(
         "baseline: all arms use the best learning rate of scratch + cross-entropy; every_arm: each its own",
@@ -64,17 +69,39 @@ class LauncherSettings:
         "processes: this machine; slurm, ray: a cluster", "processes", choices=("processes", "slurm", "ray")
     )
     executor: str = key(
-        "slurm; local: processes of submitit on this machine, for tests", "slurm", choices=("slurm", "local"), read_by=SLURM
+        "slurm; local: processes of submitit on this machine, for tests",
+        "slurm",
+        choices=("slurm", "local"),
+        read_by=SLURM,
     )
     partition: str | None = key("SLURM partition; null: the default of the cluster", None, read_by=SLURM)
     account: str | None = key("SLURM account; null: the default of the cluster", None, read_by=SLURM)
     qos: str | None = key("SLURM quality of service; null: the default of the cluster", None, read_by=SLURM)
-    time: int = key("time limit of a job in minutes; a longer run saves, is requeued and resumed", 1440, within="[1, 1e6]", read_by=SLURM)
-    notice: int = key("seconds before the time limit at which the run receives the signal to save", 120, within="[1, 1e5]", read_by=SLURM)
+    time: int = key(
+        "time limit of a job in minutes; a longer run saves, is requeued and resumed",
+        1440,
+        within="[1, 1e6]",
+        read_by=SLURM,
+    )
+    notice: int = key(
+        "seconds before the time limit at which the run receives the signal to save",
+        120,
+        within="[1, 1e5]",
+        read_by=SLURM,
+    )
     requeues: int = key("maximum number of times a job is requeued", 10, within="[0, 1000]", read_by=SLURM)
-    memory: float | None = key("GB per machine (slurm) or per job (ray); null: the default of the cluster", None, within="(0, 1e6]", read_by=SLURM_OR_RAY)
+    memory: float | None = key(
+        "GB per machine (slurm) or per job (ray); null: the default of the cluster",
+        None,
+        within="(0, 1e6]",
+        read_by=SLURM_OR_RAY,
+    )
     cpus: int = key("CPU cores per device", 1, within="[1, 4096]", read_by=SLURM_OR_RAY)
-    sbatch: dict[str, Any] = key("further sbatch parameters, names without dashes: {constraint: a100, exclusive: true}", factory=dict, read_by=SLURM)
+    sbatch: dict[str, Any] = key(
+        "further sbatch parameters, names without dashes: {constraint: a100, exclusive: true}",
+        factory=dict,
+        read_by=SLURM,
+    )
     setup: list[str] = key("shell commands that run before the job: ['module load cuda']", factory=list, read_by=SLURM)
     address: str = key(
         "Ray cluster: local (started here), auto (started by `ray start`) or HOST:PORT", "local", read_by=RAY

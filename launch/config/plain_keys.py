@@ -52,9 +52,7 @@ class TrainingKeys:
     """Length and size of the training."""
 
     steps: int = key("number of optimizer steps", within="[1, 1e9]", on_resume=True)
-    batch_tokens: int = key(
-        "tokens per optimizer step, over all devices; running text", within="[1, 1e9]", read_by="running text"
-    )
+    batch_tokens: int = key("tokens per optimizer step, over all devices", within="[1, 1e9]", read_by="running text")
     batch_sequences: int = key("pairs per optimizer step, over all devices", within="[1, 1e6]", read_by="pairs")
     micro_batch: int | str = key(
         "sequences per device and forward pass; auto: by free memory", within="[1, 1e6]", auto=True, of_machine=True
@@ -65,9 +63,7 @@ class TrainingKeys:
     z_loss: float = key("weight of logsumexp² of the logits in the training loss; PaLM's is 1e-4", within="[0, inf)")
     gradient_clip: float = key("maximum L2 norm of the gradient; 0: no clipping", within="[0, inf)")
     layer_drop: float = key("probability that a training pass skips a block (LayerDrop)", within="[0, 1)")
-    ema: float = key(
-        "decay of the weight average (EMA) that is validated and exported; 0: no average", within="[0, 1)"
-    )
+    ema: float = key("decay of the weight average (EMA) that is validated and exported; 0: no average", within="[0, 1)")
     activation_checkpointing: bool = key("recompute activations in the backward pass: less memory, a third more time")
     compile: bool | str = key("torch.compile; auto: if it saves time within the run", auto=True)
     validate_every: int = key("optimizer steps between validations", within=EVERY_STEPS, on_resume=True)
@@ -108,12 +104,12 @@ class MachineKeys:
     )
     threads: int | str = key("CPU threads per process", within="[1, 4096]", auto=True, of_machine=True)
     fsdp_offload: bool = key(
-        "keep weights, gradients and optimizer state in host memory (strategy=fsdp on GPUs)",
+        "keep weights, gradients and optimizer state of GPUs in host memory",
         of_machine=True,
         read_by="sharding",
     )
     shard_teacher: bool | str = key(
-        "shard the teacher too (strategy=fsdp); auto: if it does not fit beside the student",
+        "under strategy=fsdp, shard the teacher too; auto: if it does not fit beside the student",
         auto=True,
         of_machine=True,
         read_by=DISTILL,

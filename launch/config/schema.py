@@ -78,17 +78,17 @@ class Invocation:
 class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     """The keys of one run as the user gave them; `auto` is not resolved yet. The fields of the last base come first."""
 
-    task: dict[str, Any] = key("training task")
+    task: dict[str, Any] = key("training task: the LightningModule")
     model: ModelKeys = key("model sizes")
     data: dict[str, Any] = key("training data: running text or pairs")
-    tokenizer: TokenizerChoice = key("tokenizer")
+    tokenizer: TokenizerChoice = key("tokenizer of the data")
     objective: ObjectiveSettings = key("training objective")
     loss: LossSettings = key("distillation loss", read_by=DISTILL)
     teacher_cache: TeacherCacheSettings = key("teacher distributions stored for all students", read_by=DISTILL)
     sequences: SequenceSettings = key("training text of a distillation", read_by=DISTILL)
     optimizer: OptimizerSettings = key("optimizer and its learning rate")
     schedule: ScheduleSettings = key("learning rate schedule")
-    callbacks: dict[str, Any] = key("Lightning callbacks")
+    callbacks: dict[str, Any] = key("Lightning callbacks by name; null leaves one out")
     logger: dict[str, Any] = key("logger in addition to metrics.csv")
     trainer: dict[str, Any] = key("arguments of lightning.Trainer that this project does not set itself")
     precision: PrecisionSettings = key("dtypes of weights and matrix products")

@@ -53,7 +53,7 @@ CONDITIONS = {
     "data with val_path": Condition(
         "data", lambda c: c.takes_pairs or _source(c) == "text", "data=text and pairs read it"
     ),
-    "data split by hash": Condition("data", _splits_by_hash, "these data have a validation part of their own"),
+    "data split by hash": Condition("data", _splits_by_hash, "data without their own validation part read it"),
     "data from files": Condition("data", _reads_files, "files of text or records read it"),
     "trained tokenizer": Condition("tokenizer", _trains_bpe, "only a tokenizer trained here reads it (tokenizer=bpe)"),
     "tokenizer=bpe": Condition("tokenizer", lambda c: c.tokenizer.kind == "bpe", "tokenizer=bpe reads it"),
@@ -112,7 +112,9 @@ def format_reader(read_by: str) -> str:
     group, values = _group_of(read_by), read_by.partition("=")[2].split(",")
     if group == "callbacks":
         return f"the callback {values[0]} reads it (callbacks=default)"
-    return f"only {' and '.join(f'{group}={value}' for value in values)} {'reads' if len(values) == 1 else 'read'} it"
+    if len(values) == 1:
+        return f"only {read_by} reads it"
+    return f"only {group}={', '.join(values[:-1])} and {values[-1]} read it"
 
 
 def _group_of(read_by: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
-from launch.config.key_value_cli import argument
+from gpt2lab.keys import key, same_key
+from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys
 from launch.config.targets import parse_permissions
 from launch.evaluate import compared_models, eval_data, lm_eval_harness
 from launch.evaluate.compared_models import NamedModel
@@ -31,37 +32,43 @@ BATCH_SIZES = (1, 16)  # for decoding speed
 class Arguments:
     """Command-line arguments of evaluate.py."""
 
-    checkpoint: str = argument("a run directory, a Hugging Face folder or a Hub id; several: commas or a pattern")
-    teacher: str = argument("compare with this model: a run directory, a Hugging Face folder or a Hub id", "")
-    baseline: str = argument(
-        "the student trained without the teacher, likewise; adds the share of the gap that is closed", ""
+    checkpoint: str = key("model: a run directory, a Hugging Face folder or a Hub id; several: commas or a pattern")
+    teacher: str = key("teacher to compare with: a run directory, a Hugging Face folder or a Hub id", "")
+    baseline: str = key("run directory of the same student trained without a teacher, for the gap closed", "")
+    data: str = key("value of the group data; by default that of the first run, else stdlib", "")
+    path: str = same_key(DataKeys, "path", "")
+    val_path: str = same_key(DataKeys, "val_path", "")
+    source: str = same_key(DataKeys, "source", "")
+    target: str = same_key(DataKeys, "target", "")
+    context: int = key(
+        "tokens per window; 0: the context of the run, else the positions of the model", 0, within="[0, inf)"
     )
-    data: str = argument("a value of conf/data; default: the first run's own, else stdlib", "")
-    path: str = argument("file, folder or glob, for data=text, bin and pairs", "")
-    val_path: str = argument("separate validation data", "")
-    source: str = argument("column with the source, for data=pairs", "")
-    target: str = argument("column with the target, for data=pairs", "")
-    context: int = argument("tokens of a window; 0: the run's own, else the model's positions", 0, at_least=0)
-    stride: int = argument(
-        "sliding window: tokens scored per window, with overlapping context; 0: no overlap", 0, at_least=0
+    stride: int = key(
+        "sliding window: tokens scored per window, the others are context; 0: no overlap", 0, within="[0, inf)"
     )
-    split: str = argument("the validation split, or all of the data", "val", choices=("val", "all"))
-    texts: int = argument("pairs: number of prompts whose completions are scored by text metrics", 64, at_least=0)
-    metrics: str = argument("pairs: text metrics instead of the task's, with commas: rougeL,chrf,exact …", "")
-    max_new_tokens: int = argument("tokens of a completion; 0: the run's own, else 64", 0, at_least=0)
-    decode: int = argument("measure decoding speed over this many tokens, batch 1 and 16; 0: no", 0, at_least=0)
-    lm_eval: str = argument("tasks of lm-evaluation-harness, with commas (an optional package)", "")
-    lm_eval_path: str = argument("a folder with your own task files", "")
-    lm_eval_limit: int = argument("examples of each task; 0: all", 0, at_least=0)
-    tokenizer: str = argument("folder or Hub id; default: each checkpoint's own", "")
-    precision: str = argument("dtype of the matrix products", "fp32", choices=("fp32", "bf16"))
-    accelerator: str = argument("device", "auto", choices=("auto", "cpu", "gpu", "mps"))
-    cache_dir: str = argument("folder for prepared data; default: $GPT2LAB_CACHE, else ~/.cache/gpt2lab", "")
-    allow_targets: str = argument("your packages whose data classes the first run may instantiate: [mypkg,other]", "[]")
-    seed: int = argument("seed of the sampled drafts that measure acceptance", 1337, at_least=0, at_most=2**63 - 1)
-    json: str = argument("also write every metric and its standard error to this file", "")
-    csv: str = argument("also write them as a table, one row per model", "")
-    plot: str = argument("also plot them with their intervals, as a page (.html)", "")
+    split: str = key("data that is scored: the validation split, or all", "val", choices=("val", "all"))
+    texts: int = key("number of prompts whose completions are scored by text metrics; pairs", 64, within="[0, inf)")
+    metrics: str = key("text metrics, separated by commas; pairs; by default those of the run or of the data", "")
+    max_new_tokens: int = key(
+        "maximum number of generated tokens per completion; 0: that of the run, else 64", 0, within="[0, inf)"
+    )
+    decode: int = key(
+        "number of tokens over which decoding speed is measured, with batch size 1 and 16; 0: off", 0, within="[0, inf)"
+    )
+    lm_eval: str = key("tasks of lm-evaluation-harness (an optional package), separated by commas", "")
+    lm_eval_path: str = key("folder with your own tasks of lm-evaluation-harness", "")
+    lm_eval_limit: int = key("examples per task of lm-evaluation-harness; 0: all", 0, within="[0, inf)")
+    tokenizer: str = key("tokenizer: a folder or Hub id; by default that of each checkpoint", "")
+    precision: str = key("dtype of the matrix products", "fp32", choices=("fp32", "bf16"))
+    accelerator: str = same_key(MachineKeys, "accelerator", "auto")
+    cache_dir: str = same_key(MachineKeys, "cache_dir", "")
+    allow_targets: str = same_key(RunKeys, "allow_targets", "[]")
+    seed: int = key(
+        "random seed of the sampled drafts that measure acceptance", 1337, within="[0, 9223372036854775807]"
+    )
+    json: str = key("file for every metric and its standard error", "")
+    csv: str = key("file for a table of the metrics, one row per model", "")
+    plot: str = key("file for a page (.html) that plots the metrics with their confidence intervals", "")
 
 
 @dataclass
@@ -161,9 +168,9 @@ def _specs(arguments: Arguments, checkpoints: list[NamedModel], others: list[Nam
     compared_models.check_context([*checkpoints, *others], shared.context)
     if arguments.stride > shared.context:
         raise InputError(f"stride={arguments.stride} leaves out tokens: it is above context={shared.context}.")
-    for key in ("max_new_tokens", "decode"):
-        if vars(arguments)[key] >= positions:
-            raise InputError(f"{key}={vars(arguments)[key]} leaves no tokens for a prompt in {positions} positions.")
+    for name in ("max_new_tokens", "decode"):
+        if vars(arguments)[name] >= positions:
+            raise InputError(f"{name}={vars(arguments)[name]} leaves no tokens for a prompt in {positions} positions.")
     specs = [eval_data.checkpoint_spec(shared, model.folder, arguments.tokenizer) for model in checkpoints]
     for own in specs:
         lm_eval_harness.check(arguments.lm_eval, own.config.objective.name)

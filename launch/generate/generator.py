@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
 from gpt2lab.errors import InputError
+from gpt2lab.keys import key, same_key
 from gpt2lab.settings import OBJECTIVES
 from gpt2lab.storage.model_folder import read_objective, read_shape, resolve_model_folder
-from launch.config.key_value_cli import argument
+from launch.config.plain_keys import MachineKeys
 from launch.logging_setup import configure_logging, silence_libraries
 
 if TYPE_CHECKING:
@@ -28,38 +29,40 @@ PORT = 7860
 class Arguments:
     """Command-line arguments of generate.py."""
 
-    checkpoint: str = argument("a run directory, a Hugging Face folder or a Hub id")
-    prompt: str = argument("the text to continue; mlm and fim fill in <|mask|>; default: read from the terminal", "")
-    prompts: str = argument("a file of prompts: a .jsonl with `prompt` in each line, else one prompt per line", "")
-    draft: str = argument("draft model for speculative decoding, which is compared with plain decoding", "")
-    max_new_tokens: int = argument("maximum number of generated tokens", 128, at_least=1)
-    temperature: float = argument("sampling temperature; 0: greedy", 0.8, at_least=0, at_most=100)
-    top_k: int = argument("sample from the k most probable tokens; 0: from all", 0, at_least=0)
-    top_p: float = argument(
-        "nucleus sampling: the most probable tokens with this total probability", 0.95, at_least=0.01, at_most=1
+    checkpoint: str = key("model: a run directory, a Hugging Face folder or a Hub id")
+    prompt: str = key("text to continue; mlm and fim fill in <|mask|>; by default read from the terminal", "")
+    prompts: str = key("file of prompts: a .jsonl with `prompt` in each line, else one prompt per line", "")
+    draft: str = key("draft model for speculative decoding, which is compared with plain decoding", "")
+    max_new_tokens: int = key("maximum number of generated tokens", 128, within="[1, inf)")
+    temperature: float = key("sampling temperature; 0: greedy", 0.8, within="[0, 100]")
+    top_k: int = key("sample from the k most probable tokens; 0: from all", 0, within="[0, inf)")
+    top_p: float = key(
+        "nucleus sampling: sample from the most probable tokens with this total probability", 0.95, within="[0.01, 1]"
     )
-    min_p: float = argument(
-        "minimum probability of a token, relative to the most probable one", 0.0, at_least=0, at_most=1
+    min_p: float = key(
+        "minimum probability of a token, as a share of that of the most probable one", 0.0, within="[0, 1]"
     )
-    typical_p: float = argument(
-        "typical sampling: the most typical tokens with this total probability", 1.0, at_least=0.01, at_most=1
+    typical_p: float = key(
+        "typical sampling: sample from the most typical tokens with this total probability", 1.0, within="[0.01, 1]"
     )
-    beams: int = argument("beam search with this many beams, without sampling", 1, at_least=1, at_most=100)
-    repetition_penalty: float = argument("above 1: repeated tokens are less likely", 1.0, at_least=0.01, at_most=100)
-    no_repeat_ngram: int = argument("n-grams of this size do not repeat; 0: no limit", 0, at_least=0)
-    stop: str = argument("text that ends a completion and is removed; several: a||b; disables streaming", "")
-    num_samples: int = argument("number of completions per prompt", 1, at_least=1, at_most=1000)
-    seed: int = argument("random seed of the sampling", 1337, at_least=0, at_most=2**63 - 1)
-    accelerator: str = argument("device", "auto", choices=("auto", "cpu", "gpu", "mps"))
-    precision: str = argument(
-        "dtype of weights and matrix products; bf16 takes half the memory", "fp32", choices=("fp32", "bf16")
+    beams: int = key("number of beams of a beam search; 1: sampling", 1, within="[1, 100]")
+    repetition_penalty: float = key(
+        "repetition penalty; above 1: repeated tokens become less probable", 1.0, within="[0.01, 100]"
     )
-    serve: bool = argument("serve a playground page on this machine (localhost) instead", False)
-    port: int = argument("port of that page; 0: any free port", PORT, at_least=0, at_most=65535)
-    inspect: bool = argument("also write a page about the model's internals for prompt and text", False)
-    inspect_file: str = argument("file of that page; default: inspect.html in the run directory, or here", "")
-    teacher: str = argument("with inspect=true: a model with the same tokenizer to compare with", "")
-    json: str = argument("also write {prompt, completion, tokens, seconds} of each text to this file", "")
+    no_repeat_ngram: int = key("size of n-grams that do not repeat; 0: no limit", 0, within="[0, inf)")
+    stop: str = key("text that ends a completion and is removed; several: a||b; disables streaming", "")
+    num_samples: int = key("number of completions per prompt", 1, within="[1, 1000]")
+    seed: int = key("random seed of the sampling", 1337, within="[0, 9223372036854775807]")
+    accelerator: str = same_key(MachineKeys, "accelerator", "auto")
+    precision: str = key(
+        "dtype of weights and matrix products; bf16 needs half the memory", "fp32", choices=("fp32", "bf16")
+    )
+    serve: bool = key("serve a playground page on this machine (localhost) instead of generating", False)
+    port: int = key("port of the playground page; 0: any free port", PORT, within="[0, 65535]")
+    inspect: bool = key("write a page with attention maps and the loss of every token of prompt and text", False)
+    inspect_file: str = key("file of the inspect page; by default inspect.html in the run directory, else here", "")
+    teacher: str = key("model with the same tokenizer to compare with on the inspect page (inspect=true)", "")
+    json: str = key("file for {prompt, completion, tokens, seconds} of each text", "")
 
 
 @dataclass(frozen=True)

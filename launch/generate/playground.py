@@ -13,6 +13,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.generation.completion import prompt_ids
 from gpt2lab.generation.sampling import Sampling, generate_ids
 from gpt2lab.generation.speculative import speculative_ids
+from gpt2lab.keys import bounds, keys_of
 from gpt2lab.reports.token_probabilities import Rounds, chances, pieces
 from launch.config.did_you_mean import nearest
 from launch.config.key_value_cli import parse
@@ -198,17 +199,18 @@ class Playground:
         return arguments
 
     def _setting(self, field: dataclasses.Field) -> dict[str, Any]:
-        low, high = field.metadata["range"]
+        meaning = dict(keys_of(Arguments))[field.name]
+        low, high = bounds(meaning.within)
         if field.name == "max_new_tokens":
             high = self.max_new_tokens
         value = vars(self.generator.arguments)[field.name]
-        bounds = {"low": low, "high": None if math.isinf(high) or high > 2**53 else high}
         return {
             "name": field.name,
-            "says": field.metadata["help"],
+            "text": meaning.text,
             "value": value,
             "whole": field.type is int,
-            **bounds,
+            "low": low,
+            "high": None if math.isinf(high) or high > 2**53 else high,
         }
 
 

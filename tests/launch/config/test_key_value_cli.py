@@ -5,16 +5,17 @@ from dataclasses import dataclass
 import pytest
 
 from gpt2lab.errors import InputError
-from launch.config.key_value_cli import argument, describe, parse
+from gpt2lab.keys import key
+from launch.config.key_value_cli import describe, parse
 
 
 @dataclass
 class Arguments:
-    prompt: str = argument("text")
-    split: str = argument("which part", "val", choices=("val", "all"))
-    count: int = argument("how many", 3, at_least=1)
-    top_p: float = argument("probability", 0.9, at_least=0.01, at_most=1)
-    serve: bool = argument("whether to", False)
+    prompt: str = key("text")
+    split: str = key("which part", "val", choices=("val", "all"))
+    count: int = key("how many", 3, within="[1, inf)")
+    top_p: float = key("probability", 0.9, within="[0.01, 1]")
+    serve: bool = key("whether to", False)
 
 
 @pytest.mark.parametrize("text", ["def add(a, b):\n    return a=b", "a,b", "{x: [1, 2]}", "'", "", "=", "${x}", "é 中"])
@@ -30,7 +31,7 @@ def test_numbers_and_choices_are_typed() -> None:
 def test_true_and_false_are_yes_and_no_in_any_case(text: str) -> None:
     assert parse(["prompt=x", f"serve={text}"], Arguments).serve is True
     assert parse(["prompt=x", "serve=False"], Arguments).serve is False
-    assert "(default false)" in describe(Arguments)
+    assert "serve=false" in describe(Arguments)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,8 @@ def test_true_and_false_are_yes_and_no_in_any_case(text: str) -> None:
         (["prompt=x", "count=three"], "not a whole number"),
         (["prompt=x", "count=1.5"], "not a whole number"),
         (["prompt=x", "count=0"], "at least 1"),
-        (["prompt=x", "top_p=nan"], "from 0.01 to 1"),
-        (["prompt=x", "top_p=2"], "from 0.01 to 1"),
+        (["prompt=x", "top_p=nan"], "at least 0.01 and at most 1 and finite"),
+        (["prompt=x", "top_p=2"], "at least 0.01 and at most 1"),
         (["count=1"], "prompt= is missing"),
         (["prompt=x", "prompt=y"], "twice"),
         (["prompt"], "not of the form key=value"),
