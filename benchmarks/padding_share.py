@@ -23,7 +23,7 @@ def prepare_data(packing: bool) -> PairData:
         source="code",
         target="summary",
         reader="functions",
-        tokenizer=TokenizerChoice("bpe"),
+        tokenizer=TokenizerChoice("bpe", vocab_size=4096),
         context=CONTEXT,
         batch_sequences=PAIRS,
         accumulate=1,

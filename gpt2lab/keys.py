@@ -53,8 +53,8 @@ def key(
     return dataclasses.field(default=default, default_factory=factory, metadata={METADATA: meaning})
 
 
-def same_key(kind: type, name: str, default: Any) -> Any:
-    """Declare a field that is the same key as that of another dataclass, with a default of its own."""
+def same_key(kind: type, name: str, default: Any = MISSING) -> Any:
+    """Declare a field that is the same key as that of another dataclass; its default may differ."""
     return dataclasses.field(default=default, metadata={METADATA: dict(keys_of(kind))[name]})
 
 

@@ -317,17 +317,23 @@ PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 
 @dataclass(frozen=True)
-class TokenizerChoice:
-    """The tokenizer of a run."""
+class TokenizerKeys:
+    """Keys of the group tokenizer."""
 
     kind: str = key(
         "auto; bpe: trained on the training split; pretrained: loaded from tokenizer.source",
         choices=("auto", "bpe", "pretrained"),
     )
-    vocab_size: int = key(
-        "vocabulary size of tokenizer=bpe; vocab_size sets it", 4096, within="[257, 1e6]", read_by="tokenizer=bpe"
-    )
     source: str = key("folder or Hub id of a pretrained tokenizer", "", read_by="tokenizer=hub", free_text=True)
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokenizer of a run: bpe, trained with `vocab_size` tokens, or pretrained, loaded from `source`."""
+
+    kind: str
+    vocab_size: int = 0
+    source: str = ""
 
 
 @dataclass(frozen=True)

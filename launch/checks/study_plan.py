@@ -137,7 +137,7 @@ def _cross_entropy_overrides(config: RunConfig) -> list[str]:
 
 def _tokenizer_overrides(tokenizer: TokenizerChoice) -> list[str]:
     if tokenizer.kind == "bpe":
-        return ["tokenizer=bpe", f"tokenizer.vocab_size={tokenizer.vocab_size}"]
+        return ["tokenizer=bpe", f"vocab_size={tokenizer.vocab_size}"]
     return ["tokenizer=hub", override("tokenizer.source", tokenizer.source)]
 
 

@@ -45,7 +45,7 @@ def keys_set_by(group: str, value: str) -> dict[str, Any]:
     """Return {dotted key: value} of conf/<group>/<value>.yaml, and of the files of its group that it includes."""
     text, tree, found = _text(f"{group}/{value}.yaml"), _tree(f"{group}/{value}.yaml"), {}
     for entry in tree.pop("defaults", []):
-        if entry in values(group):
+        if isinstance(entry, str) and (CONF / group / f"{entry}.yaml").is_file():
             found |= keys_set_by(group, entry)
     package = re.match(r"# @package (\S+)", text)
     prefix = package[1] if package else group

@@ -21,12 +21,12 @@ def format_keys(meanings: Mapping[str, Key], defaults: Mapping[str, Any]) -> str
 
 
 def format_value(value: Any) -> str:
-    """Return a value as it is typed on the command line; nothing for MISSING."""
+    """Return a value as it is typed on the command line, a newline as \\n; nothing for MISSING."""
     if value is MISSING:
         return ""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return f"[{','.join(map(format_value, value))}]" if isinstance(value, list) else str(value)
+    return f"[{','.join(map(format_value, value))}]" if isinstance(value, list) else str(value).replace("\n", "\\n")
 
 
 def format_rows(rows: Iterable[tuple[str, str]], left: int = 26) -> str:
@@ -41,6 +41,11 @@ def format_rows(rows: Iterable[tuple[str, str]], left: int = 26) -> str:
             head = f"{head:<{left}}{wrapped.pop(0)}"
         lines += [head, *(" " * left + line for line in wrapped)]
     return "\n".join(lines)
+
+
+def format_text(text: str) -> str:
+    """Return text wrapped to the width of the terminal."""
+    return textwrap.fill(text, columns(), break_long_words=False, break_on_hyphens=False)
 
 
 def columns() -> int:

@@ -10,7 +10,7 @@ from gpt2lab.keys import Key
 from launch.config.allowed_values import format_allowed
 from launch.config.did_you_mean import nearest
 from launch.config.groups import default_of, default_values, description, group_of, groups, values
-from launch.config.help_lines import format_keys, format_rows, format_value
+from launch.config.help_lines import format_keys, format_rows, format_text, format_value
 from launch.config.known_keys import known_keys
 from launch.config.plain_keys import SECTIONS
 from launch.config.unused_keys import format_reader
@@ -35,6 +35,10 @@ def help_text(arguments: Sequence[str]) -> str:
     flag = next(number for number, word in enumerate(arguments) if word in ("--help", "-h"))
     given = {name: value for name, equals, value in (word.partition("=") for word in arguments) if equals}
     chosen = default_values() | {name: value for name, value in given.items() if name in groups()}
+    for group, value in chosen.items():
+        if value not in values(group):
+            near = nearest(value, values(group))
+            raise InputError(f"{group}={value}: no such value{near}.\nAllowed: {', '.join(values(group))}.")
     name = arguments[flag + 1].partition("=")[0] if flag + 1 < len(arguments) else ""
     if not name or name.startswith("-"):
         return _overview(chosen)
@@ -63,7 +67,7 @@ def _overview(chosen: dict[str, str]) -> str:
 def _of_group(group: str, chosen: dict[str, str]) -> str:
     """Return a group's values with their descriptions and its keys with the defaults of the chosen value."""
     rows = [(f"{group}={value}", description(group, value)) for value in values(group)]
-    parts = [f"{group}: {full_text(known_keys()[group])}", f"Values\n\n{format_rows(rows)}"]
+    parts = [format_text(f"{group}: {full_text(known_keys()[group])}"), f"Values\n\n{format_rows(rows)}"]
     if keys := keys_of_group(group):
         defaults = {name: default_of(name, chosen) for name in keys}
         parts.append(f"Keys (defaults of {group}={chosen[group]})\n\n{format_keys(keys, defaults)}")
@@ -73,10 +77,10 @@ def _of_group(group: str, chosen: dict[str, str]) -> str:
 def _of_key(name: str, chosen: dict[str, str]) -> str:
     """Return the meaning of one key, its default and what is allowed."""
     meaning = known_keys()[name]
-    facts = [f"Default: {name}={format_value(default_of(name, chosen))}"]
+    facts = [f"{name}: {full_text(meaning)}", f"Default: {name}={format_value(default_of(name, chosen))}"]
     facts += [f"Allowed: {allowed}"] if (allowed := format_allowed(meaning)) else []
     facts += ["A resumed run may have another value."] if meaning.on_resume else []
-    return "\n".join([f"{name}: {full_text(meaning)}", *facts])
+    return "\n".join(format_text(fact) for fact in facts)
 
 
 def full_text(meaning: Key) -> str:

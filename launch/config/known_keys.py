@@ -58,13 +58,13 @@ class RunningTextKeys(HubKeys):
     streaming: bool = key("stream the data set instead of downloading it first", False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairKeys(HubKeys):
     """Keys of data sets of pairs."""
 
-    prompt: str = key("template of the prompt, with {source} for the source column", "{source}")
-    response: str = key("template of the response, with {target} for the target column", "{target}")
-    metrics: list[str] = key("metrics of generated text, the first is watched", factory=list, choices=TEXT_METRICS)
+    prompt: str = key("template of the prompt, with {source} for the source column")
+    response: str = key("template of the response, with {target} for the target column")
+    metrics: list[str] = key("metrics of generated text, the first is watched", choices=TEXT_METRICS)
     reader: str = key(
         "source of the pairs: tables, Python functions or gettext catalogues",
         "tables",

@@ -28,7 +28,7 @@ from gpt2lab.settings import (
     ScheduleSettings,
     SequenceSettings,
     TeacherCacheSettings,
-    TokenizerChoice,
+    TokenizerKeys,
 )
 from gpt2lab.storage.utf8 import check_values
 from launch.config.literal_text import is_interpolated, override
@@ -81,7 +81,7 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     task: dict[str, Any] = key("training task: the LightningModule")
     model: ModelKeys = key("model sizes")
     data: dict[str, Any] = key("training data: running text or pairs")
-    tokenizer: TokenizerChoice = key("tokenizer of the data")
+    tokenizer: TokenizerKeys = key("tokenizer of the data")
     objective: ObjectiveSettings = key("training objective")
     loss: LossSettings = key("distillation loss", read_by=DISTILL)
     teacher_cache: TeacherCacheSettings = key("teacher distributions stored for all students", read_by=DISTILL)

@@ -56,7 +56,6 @@ CONDITIONS = {
     "data split by hash": Condition("data", _splits_by_hash, "data without their own validation part read it"),
     "data from files": Condition("data", _reads_files, "files of text or records read it"),
     "trained tokenizer": Condition("tokenizer", _trains_bpe, "only a tokenizer trained here reads it (tokenizer=bpe)"),
-    "tokenizer=bpe": Condition("tokenizer", lambda c: c.tokenizer.kind == "bpe", "tokenizer=bpe reads it"),
     "tokenizer=hub": Condition("tokenizer", lambda c: c.tokenizer.kind == "pretrained", "tokenizer=hub reads it"),
     "sharding": Condition(
         "strategy", lambda c: c.strategy in ("auto", "fsdp") or not c.fsdp_offload, "strategy=fsdp reads it"

@@ -20,7 +20,6 @@ from launch.checks import checks
 from launch.config import run_dir, run_spec
 from launch.config.run_spec import Inputs, RunSpec
 from launch.config.schema import ModelKeys, RunConfig
-from launch.config.unused_keys import given_keys
 
 FALLBACK_TEACHER = "gpt2-medium"
 PADDING = 0.05  # largest share of tokens without text: padding of a vocabulary to a multiple of 64 or 1,024
@@ -166,11 +165,10 @@ def _can_teach(run: run_dir.FinishedRun, config: RunConfig, model: ModelKeys) ->
 
 
 def named_tokenizer(config: RunConfig) -> TokenizerChoice:
-    """Return the named tokenizer with the size of `vocab_size`."""
-    choice = config.tokenizer
-    own_size = "tokenizer.vocab_size" in given_keys(config.invocation.overrides)
-    size = choice.vocab_size if own_size else config.vocab_size
-    return TokenizerChoice("bpe", vocab_size=size) if choice.kind == "bpe" else choice
+    """Return the tokenizer that the group tokenizer names, which is not auto."""
+    if config.tokenizer.kind == "bpe":
+        return TokenizerChoice("bpe", vocab_size=config.vocab_size)
+    return TokenizerChoice("pretrained", source=config.tokenizer.source)
 
 
 def _tokenizer(config: RunConfig, init: str, teacher: str) -> TokenizerChoice:

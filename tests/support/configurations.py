@@ -13,7 +13,7 @@ from launch.config.cli_overrides import quote_free_text
 from launch.config.groups import CONF
 from launch.config.run_spec import Inputs, Prepared, PreparedSpec, Resolved, RunSpec
 from launch.config.schema import RunConfig
-from launch.run import auto_settings
+from launch.run import auto_settings, resolve
 
 schema.register()
 BPE = TokenizerChoice("bpe", vocab_size=300)
@@ -32,7 +32,7 @@ def composed(*overrides: str) -> RunConfig:
 
 def inputs_of(config: RunConfig, **changes: Any) -> Inputs:
     """Its model, teacher and tokenizer as they are named, without a look at the disk."""
-    tokenizer = BPE if config.tokenizer.kind == "auto" else config.tokenizer
+    tokenizer = BPE if config.tokenizer.kind == "auto" else resolve.named_tokenizer(config)
     named = {"model": config.model, "model_name": config.groups["model"], "init": config.init, "tokenizer": tokenizer}
     return Inputs(**{**named, "teacher": config.teacher if config.task_name == "distill" else "", **changes})
 

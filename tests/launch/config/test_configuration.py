@@ -188,14 +188,6 @@ def test_no_file_sets_the_mode_of_hydra():
         assert "@package hydra" not in file.read_text(), file
 
 
-def test_help_names_every_group_value_and_key(train_here: Train):
-    answer = train_here("--help")
-    assert answer.code == 0
-    for group, values in GROUPS.items():
-        assert all(word in answer.stdout for word in (group, *values))
-    assert "batch_tokens: 4096" in answer.stdout
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -154,7 +154,7 @@ def test_arms_differ_in_start_and_teacher_alone():
         )
     assert scratch_kd.loss == layers_kd.loss == settings.loss
     assert (layers_ce.loss.hard_weight, layers_ce.loss.hidden_mse) == (1, 0), "nothing of the teacher but its layers"
-    assert (scratch_ce.tokenizer.kind, scratch_ce.tokenizer.vocab_size) == ("bpe", 300)
+    assert (scratch_ce.tokenizer.kind, scratch_ce.vocab_size) == ("bpe", 300)
 
 
 def test_a_student_that_never_sees_the_teacher_has_its_tokenizer_all_the_same():
