@@ -43,7 +43,8 @@ def description(group: str, value: str) -> str:
 @cache
 def keys_set_by(group: str, value: str) -> dict[str, Any]:
     """Return {dotted key: value} of conf/<group>/<value>.yaml, and of the files of its group that it includes."""
-    text, tree, found = _text(f"{group}/{value}.yaml"), _tree(f"{group}/{value}.yaml"), {}
+    text, tree = _text(f"{group}/{value}.yaml"), _tree(f"{group}/{value}.yaml")
+    found: dict[str, Any] = {}
     for entry in tree.pop("defaults", []):
         if isinstance(entry, str) and (CONF / group / f"{entry}.yaml").is_file():
             found |= keys_set_by(group, entry)

@@ -7,7 +7,7 @@ arguments of a command are a dataclass, whose fields are created by `gpt2lab.key
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpt2lab.errors import InputError
 from gpt2lab.keys import keys_of
@@ -29,7 +29,8 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
     """
     check_process(words)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    meanings, values = dict(keys_of(kind)), {}
+    meanings = dict(keys_of(kind))
+    values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:

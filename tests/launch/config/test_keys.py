@@ -140,7 +140,7 @@ def test_a_text_is_one_short_line(program: str, name: str, meaning: Key) -> None
 
 
 def test_no_key_is_described_twice() -> None:
-    """Neither by two fields, nor by a comment in conf/ beside a key; recipes give the reasons for their values there."""
+    """Neither by two fields, nor by a comment in conf/ beside a key; recipes have reasons for their values there."""
     by_name: dict[str, Key] = {}
     for place, kinds in PLACES.items():
         for name, meaning in (item for kind in kinds for item in keys_of(kind, f"{place}.")):
