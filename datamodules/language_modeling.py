@@ -227,7 +227,6 @@ class LanguageModelingData(SampleDataModule):
             return {
                 "vocab_size": len(tokenizer),
                 "dtype": token_dtype(len(tokenizer)).str,
-                "tokenizer": tokenizer_hash(tokenizer),
                 "val_bytes": sides[VAL]["bytes"],
                 "sides": sides,
                 "hash": content_hash([sides[TRAIN]["sha256"], sides[VAL]["sha256"]])[:16],

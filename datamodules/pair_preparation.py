@@ -41,7 +41,7 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
     """Write folder/pairs.jsonl; rows with an empty source or target are skipped and counted.
 
     Returns:
-        pairs, empty: numbers of rows; sha256 of the pairs; hashes: the smallest and largest source_hash.
+        sha256 of the pairs; hashes: the smallest and largest source_hash.
 
     Raises:
         InputError: a column does not exist, or there is no pair.
@@ -65,7 +65,7 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
         )
     if empty:
         log.warning("data=%s: skipped %d rows with an empty source or target", name, empty)
-    return {"pairs": pairs, "empty": empty, "sha256": digest.hexdigest(), "hashes": [smallest, largest]}
+    return {"sha256": digest.hexdigest(), "hashes": [smallest, largest]}
 
 
 def _line(content: dict[str, str]) -> bytes:

@@ -311,7 +311,7 @@ class LanguageModel(BackboneModule):
         self.validation_documents = None
         if DOCUMENT_NATS in sums:
             nats, counts = sums.pop(DOCUMENT_NATS), sums.pop(DOCUMENT_TARGETS)
-            self.validation_documents = DocumentLosses.of(self.trainer.global_step, nats, counts)
+            self.validation_documents = DocumentLosses.of(nats, counts)
             warn_of_few_groups(torch.tensor(self.validation_documents.targets))
         figures = self.validation_figures(sums, targets)
         loss = figures[metric_names.VAL_LOSS]

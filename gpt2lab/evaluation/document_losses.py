@@ -1,6 +1,6 @@
 """Document losses: the last validation of a run by document, stored beside its report so that runs can be compared.
 
-    val_documents.json    {"data": hash of the data, "step": …, "group": […], "nats": […], "targets": […]}
+    val_documents.json    {"data": hash of the data, "group": […], "nats": […], "targets": […]}
 
 The three lists have one entry for each document group (document_groups.py). Two runs that validated on the same
 targets are compared document by document: what both find hard is no error of their difference.
@@ -29,18 +29,17 @@ FILE = "val_documents.json"
 class DocumentLosses:
     """Loss sums in nats and target counts of each document group with a target, by ascending group number."""
 
-    step: int
     group: list[int]
     nats: list[float]
     targets: list[int]
     data: str = ""
 
     @staticmethod
-    def of(step: int, nats: "Tensor", targets: "Tensor") -> "DocumentLosses":
+    def of(nats: "Tensor", targets: "Tensor") -> "DocumentLosses":
         """From sums (G,) over the whole split, groups without a target among them."""
         kept = (targets > 0).nonzero().squeeze(1)
         counts = targets[kept].round().long()
-        return DocumentLosses(step, kept.tolist(), nats[kept].double().tolist(), counts.tolist())
+        return DocumentLosses(kept.tolist(), nats[kept].double().tolist(), counts.tolist())
 
     @property
     def standard_error(self) -> float | None:
@@ -101,7 +100,7 @@ def mean_losses(runs: Sequence[DocumentLosses | None]) -> DocumentLosses | None:
         return None
     first = known[0]
     nats = [sum(values) / len(known) for values in zip(*(run.nats for run in known), strict=True)]
-    return DocumentLosses(first.step, first.group, nats, first.targets, first.data)
+    return DocumentLosses(first.group, nats, first.targets, first.data)
 
 
 def loss_difference(first: DocumentLosses | None, second: DocumentLosses | None) -> "DocumentDifference | None":

@@ -140,8 +140,8 @@ class Study:
     def identity(self) -> dict[str, Any]:
         """Settings and teacher hash; runs can be reused only if these are equal."""
         rates = vars(self.config.optimizer)
-        overrides = study_plan.shared_overrides(self.config)
-        return {"told": [*overrides, f"lr {rates['lr']:g} {rates['adamw_lr']:g}"], "teacher_hash": self.teacher_hash}
+        shared = [*study_plan.shared_overrides(self.config), f"lr {rates['lr']:g} {rates['adamw_lr']:g}"]
+        return {"overrides": shared, "teacher_hash": self.teacher_hash}
 
     def check_one_corpus(self) -> None:
         """Check that all runs of an arm have the same data; arms may differ, as KD may train on teacher-generated text.
@@ -257,7 +257,7 @@ def _check_same(study: Study, file: Path) -> None:
     identity = study.identity()
     try:
         stored = json.loads(file.read_bytes())
-        teacher_hash, overrides = stored["teacher_hash"], set(stored["told"])
+        teacher_hash, overrides = stored["teacher_hash"], set(stored["overrides"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{file} is damaged, so it is unknown whether the runs beside it belong to this study.\n"
@@ -267,7 +267,7 @@ def _check_same(study: Study, file: Path) -> None:
         raise InputError(
             f"The study in {study.folder} has another teacher.\nGive that one, or another run_dir or name."
         )
-    different = sorted(overrides ^ set(identity["told"]))
+    different = sorted(overrides ^ set(identity["overrides"]))
     if different:
         raise InputError(
             f"The study in {study.folder} was started with other settings: {in_words(different)}.\n"

@@ -245,7 +245,7 @@ def _stored(folder: Path, apart: float, data: str = "abc") -> DocumentLosses:
     """A run's files: five documents of which some are much harder than others, and a loss `apart` nats higher."""
     targets = [200, 50, 100, 150, 80]
     nats = [n + apart * (t + 9 * k) for k, (n, t) in enumerate(zip((900, 100, 330, 700, 240), targets, strict=True))]
-    losses = DocumentLosses(9, [0, 1, 2, 3, 4], nats, targets, data)
+    losses = DocumentLosses([0, 1, 2, 3, 4], nats, targets, data)
     folder.mkdir(parents=True)
     write_document_losses(folder, losses)
     metrics = MetricsFile(folder)

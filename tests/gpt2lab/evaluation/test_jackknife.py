@@ -70,7 +70,7 @@ def test_intervals_cover_the_mean_of_clustered_text(documents: int, spread: floa
         kept = torch.from_numpy(places < len(tokens) - 1)
         inputs = torch.from_numpy(tokens[np.minimum(places, len(tokens) - 1)])
         groups = WindowDocuments(tokens, 0, "synthetic").target_groups(starts, inputs, kept)
-        found = DocumentLosses.of(0, *document_sums(losses, groups).values())
+        found = DocumentLosses.of(*document_sums(losses, groups).values())
         assert found.half_interval is not None
         mean = sum(found.nats) / sum(found.targets)
         covered += abs(mean - 3) < found.half_interval

@@ -125,7 +125,7 @@ def make_run(run: Path) -> None:
             checkpoint_folder(run).mkdir(exist_ok=True)
             torch.save({"global_step": step}, scratch_file(run, step))
             commit_checkpoint(run, step, 2)
-    write_document_losses(run, DocumentLosses(4, [0, 1, 2], [3.5, 2.0, 9.0], [10, 5, 30], "hash"))
+    write_document_losses(run, DocumentLosses([0, 1, 2], [3.5, 2.0, 9.0], [10, 5, 30], "hash"))
     write_report(run, build_report(run, "stopped", {"seconds": 1.0, "watched_metric": "train/loss"}))
 
 
