@@ -77,6 +77,13 @@ def is_within(value: float, interval: str) -> bool:
     return not (value == low and interval.startswith("(")) and not (value == high and interval.endswith(")"))
 
 
+def format_readers(read_by: str) -> str:
+    """Return the group values of `Key.read_by` in words: "only loss=jsd reads it"."""
+    group, _, values = read_by.partition("=")
+    *others, last = [f"{group}={value}" for value in values.split(",")]
+    return f"only {', '.join(others)} and {last} read it" if others else f"only {last} reads it"
+
+
 def bounds(interval: str) -> tuple[float, float]:
     """Ends of an interval."""
     low, high = interval.strip("[]()").split(",")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, is_dataclass
 
 from gpt2lab.errors import InputError
-from gpt2lab.keys import Key
+from gpt2lab.keys import Key, format_readers
 from launch.config.known_keys import known_keys
 from launch.config.schema import RunConfig
 
@@ -108,12 +108,10 @@ def format_reader(read_by: str) -> str:
     """Return in words what reads a key, from its `Key.read_by`."""
     if read_by in CONDITIONS:
         return CONDITIONS[read_by].text
-    group, values = _group_of(read_by), read_by.partition("=")[2].split(",")
+    group, _, name = read_by.partition("=")
     if group == "callbacks":
-        return f"the callback {values[0]} reads it (callbacks=default)"
-    if len(values) == 1:
-        return f"only {read_by} reads it"
-    return f"only {group}={', '.join(values[:-1])} and {values[-1]} read it"
+        return f"the callback {name} reads it (callbacks=default)"
+    return format_readers(read_by)
 
 
 def _group_of(read_by: str) -> str:

@@ -73,7 +73,7 @@ def test_a_submitted_run_ends_as_it_would_here(train_here: Train, tiny: list[str
         (["launcher=slurm", "accelerator=cpu"], "sbatch is not installed"),
         (["-m", "seed=1,2", "launcher=slurm", "accelerator=cpu"], "sbatch is not installed"),
         (["launcher=ray", "accelerator=cpu", "launcher.partition=gpu"], "launcher=slurm reads it"),
-        (["launcher.cpus=2"], "launcher=slurm and ray read it"),
+        (["launcher.cpus=2"], "launcher=slurm and launcher=ray read it"),
         (["launcher=slurm", "launcher.time=0", "accelerator=cpu"], "launcher.time=0 is out of range"),
         (["experiment=distill_study", "launcher=ray", "accelerator=cpu"], "one after the other on this machine"),
         (["-m", "launcher=slurm,ray", "accelerator=cpu"], "give one value"),
