@@ -8,8 +8,11 @@ from gpt2lab.keys import Key, bounds, is_within
 from launch.config.did_you_mean import nearest
 
 
-def check_value(name: str, meaning: Key, given: Any) -> None:
+def check_value(name: str, meaning: Key, given: Any, as_typed: str = "") -> None:
     """Compare one value, or one element of a list, with what its key allows.
+
+    Args:
+        as_typed: text of the value for the message.
 
     Raises:
         InputError: it is not allowed; the message lists the choices or the interval.
@@ -21,7 +24,9 @@ def check_value(name: str, meaning: Key, given: Any) -> None:
         _check_auto(name, meaning, given)
     elif meaning.within and not is_within(given, meaning.within):
         finite = " and finite" if not math.isfinite(given) else ""
-        raise InputError(f"{name}={given} is out of range: it must be {format_interval(meaning.within)}{finite}.")
+        raise InputError(
+            f"{name}={as_typed or given} is out of range: it must be {format_interval(meaning.within)}{finite}."
+        )
 
 
 def format_allowed(meaning: Key) -> str:

@@ -40,7 +40,7 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
         if key in values:
             raise InputError(f"{key} is given twice: {values[key]!r} and {text!r}. Give it once.")
         values[key] = _convert(fields[key], text)
-        check_value(key, meanings[key], values[key])
+        check_value(key, meanings[key], values[key], as_typed=text)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
         raise InputError("\n".join(f"{name}= is missing: {meanings[name].text}." for name in missing))

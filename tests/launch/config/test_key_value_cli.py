@@ -45,7 +45,7 @@ def test_true_and_false_are_yes_and_no_in_any_case(text: str) -> None:
         (["prompt=x", "count=1.5"], "not a whole number"),
         (["prompt=x", "count=0"], "at least 1"),
         (["prompt=x", "top_p=nan"], "at least 0.01 and at most 1 and finite"),
-        (["prompt=x", "top_p=2"], "at least 0.01 and at most 1"),
+        (["prompt=x", "top_p=2"], "top_p=2 is out of range: it must be at least 0.01 and at most 1"),
         (["count=1"], "prompt= is missing"),
         (["prompt=x", "prompt=y"], "twice"),
         (["prompt"], "not of the form key=value"),
