@@ -1,9 +1,9 @@
 """Generates text with any checkpoint.
 
-    python generate.py checkpoint=runs/pretrain/nano-… prompt="def add(a, b):" max_new_tokens=64 temperature=0.8
-    python generate.py checkpoint=RUN prompts=prompts.txt beams=4 json=written.json
+    python generate.py checkpoint=runs/pretrain/nano-… prompt="def add(a, b):" sampling.temperature=0.5
+    python generate.py checkpoint=RUN prompts=prompts.txt sampling=beam sampling.beams=4 json=written.json
     python generate.py checkpoint=RUN                                  reads prompts from the terminal, streams text
-    python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " temperature=0
+    python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " sampling=greedy
     python generate.py checkpoint=TEACHER draft=STUDENT serve=true     playground page with both side by side
     python generate.py checkpoint=RUN prompt="def add(a, b):" inspect=true      page with attention and surprise
     python generate.py checkpoint=RUN_OF_OBJECTIVE_FIM prompt="def add(a, b):<|mask|>    return total"

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
-from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import Speculated, speculate, speculative_ids
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
-from gpt2lab.settings import ModelShape
+from gpt2lab.settings import GREEDY, ModelShape, SamplingSettings
 from gpt2lab.storage.model_folder import resolve_model_folder
 from launch.logging_setup import silence_libraries
 
@@ -36,10 +36,10 @@ SHAPES = {"nano": (2, 2, 128), "micro": (4, 4, 256), "small": (12, 12, 768)}  # 
 TINY = {"tiny": (1, 2, 16)}
 VOCABULARY, POSITIONS, END = 4_096, 1_024, 0
 BATCHES = (1, 16)
-HOT = Sampling("temperature 1")
+HOT = SamplingSettings("temperature 1")
 WAYS = (GREEDY, HOT)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SPECULATIVE_WAYS = (GREEDY, Sampling("temperature 0.8", temperature=0.8), HOT)
+SPECULATIVE_WAYS = (GREEDY, SamplingSettings("temperature 0.8", temperature=0.8), HOT)
 TUNED_DRAFTS = 2  # drafted tokens per call of assisted generation; usually the maximum of our loop on a CPU
 PROMPTS = (
     "import json\n\n\nclass Reader:\n    def read(self, path):\n",
@@ -153,7 +153,7 @@ def speculation_rows(target: str, draft: str, tokens: int, rounds: int, dtype: t
     return rows
 
 
-def speculation_row(sampling: Sampling, rounds: Sequence[Sequence[Speculated]]) -> str:
+def speculation_row(sampling: SamplingSettings, rounds: Sequence[Sequence[Speculated]]) -> str:
     """Format the results of all rounds as a row without the draft's name."""
     each = [pool(one) for one in rounds]
     texts = [one for several in rounds for one in several]
@@ -253,11 +253,11 @@ def _alternate(sides: dict[str, Callable[[], Rows]], rounds: int) -> tuple[dict[
     return speeds, texts
 
 
-def _ours(model: GPT2LMHeadModel, prompts: Rows, sampling: Sampling, tokens: int) -> Callable[[], Rows]:
+def _ours(model: GPT2LMHeadModel, prompts: Rows, sampling: SamplingSettings, tokens: int) -> Callable[[], Rows]:
     return lambda: generate_ids(model, prompts, sampling, max_new_tokens=tokens, end_of_text=END)
 
 
-def _theirs(model: GPT2LMHeadModel, prompts: Rows, sampling: Sampling, tokens: int) -> Callable[[], Rows]:
+def _theirs(model: GPT2LMHeadModel, prompts: Rows, sampling: SamplingSettings, tokens: int) -> Callable[[], Rows]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[END] * (longest - len(prompt)) + prompt for prompt in prompts])  # (B, L)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

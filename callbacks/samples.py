@@ -17,7 +17,7 @@ from gpt2lab.system.stop_request import Interrupted, is_urgent
 
 
 class Samples(lightning.Callback):
-    """Complete each prompt every `sample_every` steps and at the end: greedy, top-k and nucleus; mlm fills gaps.
+    """Complete each prompt every `sample_every` steps and at the end, by each of the module's `writing_methods`.
 
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
@@ -68,7 +68,7 @@ class Samples(lightning.Callback):
                 self._due_step = step
                 self._stop(trainer, pl_module, reason)
                 return
-            samples += [Sample(step, p, c, method.name) for p, c in zip(self.prompts, completions, strict=True)]
+            samples += [Sample(step, p, c, method.label) for p, c in zip(self.prompts, completions, strict=True)]
         self._due_step = -1
         if trainer.is_global_zero:
             self._show(trainer, samples)

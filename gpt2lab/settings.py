@@ -10,6 +10,9 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
 DTYPES = tuple(ITEM_SIZES)
 SKEW = "loss=skew_kl,skew_reverse_kl"
+SAMPLED = "sampling=top_k,nucleus"
+DECODED = "sampling=greedy,top_k,nucleus,beam"
+MIN_TEMPERATURE = 1e-3  # decoding is greedy below it; logits would overflow
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,70 @@ class SequenceSettings:
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """Choice of each generated token: greedy below temperature 0.001, beam search with several beams, else sampling.
+
+    The defaults are plain sampling: no filter and no penalty.
+    """
+
+    name: str = key(
+        "auto: samples by greedy, top_k and nucleus, scores of generated text by greedy",
+        choices=("auto", "greedy", "top_k", "nucleus", "beam"),
+    )
+    temperature: float = key("softmax temperature; 0: greedy", 1.0, within="[0, 100]", read_by=SAMPLED)
+    top_k: int = key("sample from the k most probable tokens; 0: from all", 0, within="[0, inf)", read_by=SAMPLED)
+    top_p: float = key(
+        "sample from the most probable tokens with this total probability", 1.0, within="(0, 1]", read_by=SAMPLED
+    )
+    min_p: float = key(
+        "least probability of a token, relative to the most probable one", 0.0, within="[0, 1]", read_by=SAMPLED
+    )
+    typical_p: float = key(
+        "sample from the most typical tokens with this total probability", 1.0, within="(0, 1]", read_by=SAMPLED
+    )
+    beams: int = key("beams of the search", 1, within="[1, 100]", read_by="sampling=beam")
+    length_penalty: float = key(
+        "power of the length that divides a beam's log-probability; above 0 favours long texts",
+        1.0,
+        within="[-100, 100]",
+        read_by="sampling=beam",
+    )
+    repetition_penalty: float = key(
+        "above 1: tokens of the text are less likely", 1.0, within="[0.01, 100]", read_by=DECODED
+    )
+    no_repeat_ngram: int = key("n-grams of this size do not repeat; 0: no limit", 0, within="[0, inf)", read_by=DECODED)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether decoding is deterministic."""
+        return self.temperature < MIN_TEMPERATURE or self.beams > 1
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether the logits processors depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
+
+    @property
+    def label(self) -> str:
+        """Name, and each value that differs from the preset: "nucleus top_p=0.9"."""
+        preset = vars(SAMPLING_PRESETS.get(self.name, SamplingSettings(self.name)))
+        changed = [f"{name}={value}" for name, value in vars(self).items() if value != preset[name]]
+        return " ".join([self.name, *changed])
+
+    def or_else(self, default: "SamplingSettings") -> "SamplingSettings":
+        """Return these settings; those of the use under `auto`."""
+        return default if self.name == "auto" else self
+
+
+AUTO = SamplingSettings("auto")
+GREEDY = SamplingSettings("greedy", temperature=0.0)
+TOP_K = SamplingSettings("top_k", temperature=0.8, top_k=50)
+NUCLEUS = SamplingSettings("nucleus", temperature=0.9, top_p=0.95)
+BEAM = SamplingSettings("beam", temperature=0.0, beams=4)
+SAMPLING_PRESETS = {preset.name: preset for preset in (AUTO, GREEDY, TOP_K, NUCLEUS, BEAM)}  # those of conf/sampling/
+
+
+@dataclass(frozen=True)
 class ObjectiveKind:
     """Properties of an objective for data, loss and generation.
 
@@ -366,6 +433,7 @@ class TrainingSettings:
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
         objective: what the batches ask for; goes into the export, and decides how text is written.
+        sampling: decoding of the samples and of the text that is scored.
         teacher_dtype: dtype of a teacher's weights, by its name in torch.
     """
 
@@ -387,6 +455,7 @@ class TrainingSettings:
     log_every: int = 10
     cross_entropy: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    sampling: SamplingSettings = AUTO
     teacher_dtype: str = "float32"
 
 

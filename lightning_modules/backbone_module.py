@@ -12,13 +12,14 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.generation.completion import complete, prompt_ids
-from gpt2lab.generation.sampling import FILL, GREEDY, NUCLEUS, TOP_K, Sampling
 from gpt2lab.model.backbone import Backbone, hf_from_state, load_backbone
 from gpt2lab.model.ema import WeightAverage
-from gpt2lab.settings import TrainingSettings
+from gpt2lab.settings import AUTO, GREEDY, NUCLEUS, TOP_K, SamplingSettings, TrainingSettings
 from gpt2lab.system.stop_request import StopRequest
 from lightning_modules.nan_guard import FiniteWatch
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
+
+FILL = SamplingSettings("fill")  # objective=mlm, which fills masks
 
 
 class BackboneModule(lightning.LightningModule):
@@ -126,18 +127,30 @@ class BackboneModule(lightning.LightningModule):
 
     # Text
 
-    def generate(self, prompts: Sequence[str], method: Sampling, max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[str], method: SamplingSettings, max_new_tokens: int) -> list[str]:
         """Completions of prompts; under mlm these with their gaps filled. Under FSDP every rank must call it."""
         ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
         return self.generate_from_ids(ids, method, max_new_tokens)
 
     @property
-    def writing_methods(self) -> tuple[Sampling, ...]:
-        """Sampling methods of the samples generated during training."""
-        return (FILL,) if self.settings.objective.kind.fills_masks else (GREEDY, TOP_K, NUCLEUS)
+    def writing_methods(self) -> tuple[SamplingSettings, ...]:
+        """Decoding methods of the samples generated during training."""
+        if self.settings.objective.kind.fills_masks:
+            return (FILL,)
+        sampling = self.settings.sampling
+        return (GREEDY, TOP_K, NUCLEUS) if sampling == AUTO else (sampling,)
 
-    def generate_from_ids(self, prompts: Sequence[Sequence[int]], method: Sampling, max_new_tokens: int) -> list[str]:
+    def generate_from_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        method: SamplingSettings,
+        max_new_tokens: int,
+        row_seeds: Sequence[int] | None = None,
+    ) -> list[str]:
         """Generate text from token ids.
+
+        Args:
+            row_seeds: a seed for each prompt, so that its text is the same on one rank and several; None: the run's.
 
         Raises:
             Interrupted: on this rank alone; the caller then calls `stop_request.check`.
@@ -152,6 +165,7 @@ class BackboneModule(lightning.LightningModule):
             method,
             max_new_tokens=max_new_tokens,
             seed=self.settings.seed,
+            row_seeds=row_seeds,
             streamer=self.stop_request.streamer(),
         )
         return [self.tokenizer.decode(completion) for completion in completions]

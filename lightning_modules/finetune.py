@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.text_metrics import text_metrics
-from gpt2lab.generation.sampling import GREEDY
+from gpt2lab.generation.completion import distinct_seed
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.lora import merge_adapters
-from gpt2lab.settings import LoraSettings, TextMetricSettings, TrainingSettings
+from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
 
@@ -32,7 +32,7 @@ class FineTune(LanguageModel):
         training: as for every task.
         lora: rank 0 trains all weights.
         frozen_layers: so many blocks, from the first, and the embeddings (and with them the head) keep their weights.
-        text: metrics on text generated greedily from validation prompts.
+        text: metrics on text generated from validation prompts; greedily unless `training.sampling` names a method.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class FineTune(LanguageModel):
             self.watched_metric = f"val/{text.metrics[0]}"
         self._prompts: list[list[int]] = []
         self._references: list[str] = []
+        self._seeds: list[int] = []
 
     def build_backbone(self) -> Backbone:
         backbone = super().build_backbone()
@@ -62,7 +63,7 @@ class FineTune(LanguageModel):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._prompts, self._references = [], []
+        self._prompts, self._references, self._seeds = [], [], []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -73,13 +74,15 @@ class FineTune(LanguageModel):
             if place < self.text.examples:
                 self._prompts.append(batch.input_ids[row, : int(batch.prompt_lengths[row])].tolist())
                 self._references.append(batch.references[row])
+                self._seeds.append(distinct_seed(self.settings.seed, place))
 
     def generated_metrics(self) -> dict[str, float]:
         if not self.text.metrics or not self.text.examples:
             return {}
         completions: list[str] = []
         with suppress(Interrupted):
-            completions = self.generate_from_ids(self._prompts, GREEDY, self.text.max_new_tokens)
+            method = self.settings.sampling.or_else(GREEDY)
+            completions = self.generate_from_ids(self._prompts, method, self.text.max_new_tokens, self._seeds)
         self.stop_request.check()
         pairs = list(zip(completions, self._references, strict=True))
         if self.trainer.world_size > 1:

@@ -25,11 +25,10 @@ from benchmarks.lm_head_sides import EAGER, OURS, Head
 from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from gpt2lab.data.tokenizer import train_bpe
-from gpt2lab.generation.sampling import GREEDY
 from gpt2lab.generation.speculative import Speculated
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
-from gpt2lab.settings import ModelShape
+from gpt2lab.settings import GREEDY, ModelShape
 from tests.conftest import ROOT, environment
 
 SMALL = {"width": 16, "rows": 64, "vocab_size": 300}

@@ -14,7 +14,8 @@ from transformers import GPT2LMHeadModel
 
 from gpt2lab.data.batch import Batch, PairTokens, pad_pairs
 from gpt2lab.data.data_order import mix
-from gpt2lab.generation.sampling import Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
+from gpt2lab.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Writer:
         texts = generate_ids(
             model,
             prompts,
-            Sampling("written", temperature=self.temperature),
+            SamplingSettings("written", temperature=self.temperature),
             max_new_tokens=self.max_new_tokens,
             end_of_text=self.end_of_text,
             vocab_size=self.entries,

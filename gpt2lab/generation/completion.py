@@ -9,9 +9,9 @@ from transformers.generation.streamers import BaseStreamer
 from gpt2lab.data.fim import make_fim_prompt
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER, SpecialTokens, find_special_tokens
 from gpt2lab.errors import InputError
-from gpt2lab.generation.sampling import Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.model.attention_masks import format_mask
-from gpt2lab.settings import OBJECTIVES
+from gpt2lab.settings import OBJECTIVES, SamplingSettings
 
 BATCH = 16  # prompts generated together
 SEEDS = 2**63
@@ -49,10 +49,11 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     objective: str,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     max_new_tokens: int,
     seed: int = 0,
+    row_seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
@@ -61,6 +62,7 @@ def complete(
     Args:
         objective: training objective of the model.
         prompts: token ids from `prompt_ids`; generated in batches of 16, each with its own seed.
+        row_seeds: a seed for each prompt instead, so that its completion does not depend on the batch.
         stop: strings that end a completion.
         streamer: receives the tokens of a single prompt as they are generated.
     """
@@ -75,13 +77,19 @@ def complete(
             max_new_tokens=max_new_tokens,
             end_of_text=tokenizer.eos_token_id,
             vocab_size=len(tokenizer),
-            seed=(seed + start * SEED_STRIDE) % SEEDS,
+            seed=distinct_seed(seed, start),
+            row_seeds=None if row_seeds is None else row_seeds[start : start + BATCH],
             bidirectional=OBJECTIVES[objective].bidirectional_prompt,
             streamer=streamer,
             stop=stop,
             tokenizer=tokenizer,
         )
     return completions
+
+
+def distinct_seed(seed: int, number: int) -> int:
+    """Return the seed of the prompt or batch with this number."""
+    return (seed + number * SEED_STRIDE) % SEEDS
 
 
 @torch.no_grad()

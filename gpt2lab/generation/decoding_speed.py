@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 from transformers.generation.streamers import BaseStreamer
 
-from gpt2lab.generation.sampling import GREEDY, generate_ids
+from gpt2lab.generation.sampling import generate_ids
+from gpt2lab.settings import GREEDY
 from gpt2lab.system.device import peak_memory_bytes, synchronize
 from gpt2lab.system.malloc_tuning import release_freed_memory
 

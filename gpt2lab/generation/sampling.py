@@ -15,6 +15,7 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -26,77 +27,40 @@ from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.model.attention_masks import format_mask
+from gpt2lab.settings import SamplingSettings
 
-MIN_TEMPERATURE = 1e-3  # decoding is greedy below it; logits would overflow
 
+def logits_processors(sampling: SamplingSettings, padding: Tensor | None = None) -> LogitsProcessorList:
+    """Return the logits processors of a method, in the order of `transformers`' generate.
 
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters; greedy below temperature 0.001, beam search with several beams.
-
-    Attributes:
-        top_k, top_p, min_p, typical_p: filters on the tokens; 0, 1, 0 and 1 disable them.
-        repetition_penalty: above 1 makes tokens that occur in the text less likely.
-        no_repeat_ngram: size of n-grams that never occur twice; 0: no limit.
+    Args:
+        padding: (B,) number of padding tokens at the left of each row; None: no padding.
     """
-
-    name: str
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    beams: int = 1
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether decoding is deterministic."""
-        return self.temperature < MIN_TEMPERATURE or self.beams > 1
-
-    @property
-    def uses_history(self) -> bool:
-        """Whether the logits processors depend on the tokens before."""
-        return self.repetition_penalty != 1 or self.no_repeat_ngram > 0
-
-    def processors(self, padding: Tensor | None = None) -> LogitsProcessorList:
-        """Return the logits processors, in the order of `transformers`' generate.
-
-        Args:
-            padding: (B,) number of padding tokens at the left of each row; None: no padding.
-        """
-        processors = LogitsProcessorList()
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty, prompt_ignore_length=padding))
-        if self.no_repeat_ngram:
-            processors.append(NoRepeatedNGram(self.no_repeat_ngram, padding))
-        if self.is_greedy:
-            return processors
-        if self.temperature != 1:
-            processors.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            processors.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            processors.append(TopPLogitsWarper(self.top_p))
-        if self.min_p:
-            processors.append(MinPLogitsWarper(self.min_p))
-        if self.typical_p < 1:
-            processors.append(TypicalLogitsWarper(self.typical_p))
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, prompt_ignore_length=padding))
+    if sampling.no_repeat_ngram:
+        processors.append(NoRepeatedNGram(sampling.no_repeat_ngram, padding))
+    if sampling.is_greedy:
         return processors
-
-
-GREEDY = Sampling("greedy", temperature=0.0)
-TOP_K = Sampling("top_k", temperature=0.8, top_k=50)
-NUCLEUS = Sampling("nucleus", temperature=0.9, top_p=0.95)
-FILL = Sampling("fill", temperature=0.0)  # filling gaps, objective mlm
+    if sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.typical_p < 1:
+        processors.append(TypicalLogitsWarper(sampling.typical_p))
+    return processors
 
 
 @torch.inference_mode()
 def generate_ids(
     model: GPT2LMHeadModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     max_new_tokens: int,
     end_of_text: int,
@@ -115,11 +79,11 @@ def generate_ids(
     random state is restored.
 
     Args:
-        row_seeds: a seed for each prompt, so that its completion does not depend on the batch; then `seed`, top_k and
-            top_p are ignored.
+        row_seeds: a seed for each prompt instead of `seed`, so that its completion does not depend on the batch.
         vocab_size: number of tokens without padding of the vocabulary; None: all.
         bidirectional: whether attention within a prompt, except its last token, is bidirectional (prefix_lm).
-        streamer: receives the tokens of a single prompt as they are generated.
+        streamer: receives the tokens of a single prompt as they are generated; with beams, whose text is known at the
+            end, nothing at each step.
         stop: strings that end a completion and remain in it; requires the tokenizer.
     """
     longest_prompt = model.config.n_positions - max_new_tokens
@@ -134,15 +98,16 @@ def generate_ids(
     padding = torch.tensor([longest - len(prompt) for prompt in truncated], device=device)  # (B,)
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in truncated], device=device)  # (B, longest)
     stops = stopping_criteria(stop, tokenizer)
-    processors = sampling.processors(padding)
+    processors = logits_processors(sampling, padding)
     do_sample = not sampling.is_greedy
     if row_seeds is not None and do_sample:
-        processors, do_sample = LogitsProcessorList([RowwiseSampling(sampling.temperature, row_seeds, device)]), False
+        processors.append(RowwiseSampling(row_seeds, device))
+        do_sample = False
     vocab_size = vocab_size or model.config.vocab_size
     with generation_mode(model, seed=seed):
         if sampling.beams > 1:
             ids = _beam_search(
-                model, ids, padding, sampling, stops, max_new_tokens, end_of_text, vocab_size, bidirectional
+                model, ids, padding, sampling, stops, max_new_tokens, end_of_text, vocab_size, bidirectional, streamer
             )
         else:
             decoder = Decoder(model, longest + max_new_tokens, padding)
@@ -229,12 +194,13 @@ def _beam_search(
     model: GPT2LMHeadModel,
     ids: Tensor,
     padding: Tensor,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     stops: StoppingCriteriaList,
     max_new_tokens: int,
     end_of_text: int,
     vocab_size: int,
     bidirectional: bool,
+    streamer: BaseStreamer | None,
 ) -> Tensor:
     """Extend prompts as `_generate` does, with the beam search of `transformers`."""
     mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()  # (B, L)
@@ -242,6 +208,8 @@ def _beam_search(
     if bidirectional and ids.shape[1] > 1:
         cache = _prefill_bidirectional(model, ids[:, :-1], mask[:, :-1])
         cache.batch_repeat_interleave(sampling.beams)
+    if streamer is not None:
+        stops = StoppingCriteriaList([*stops, StreamerCall(streamer)])
     with torch.compiler.set_stance("force_eager"):  # compiled blocks would be recompiled for every length
         return model.generate(
             ids,
@@ -252,9 +220,10 @@ def _beam_search(
             use_cache=True,
             do_sample=False,
             num_beams=sampling.beams,
+            length_penalty=sampling.length_penalty,
             past_key_values=cache,
             suppress_tokens=list(range(vocab_size, model.config.vocab_size)) or None,
-            logits_processor=sampling.processors(padding.repeat_interleave(sampling.beams)),
+            logits_processor=logits_processors(sampling, padding.repeat_interleave(sampling.beams)),
             stopping_criteria=stops,
         )
 
@@ -267,6 +236,18 @@ def _prefill_bidirectional(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) ->
     mask_4d = format_mask(mask_4d, model.config._attn_implementation, model.dtype)
     out = model.transformer(ids, attention_mask=mask_4d, position_ids=positions, use_cache=True)
     return out.past_key_values
+
+
+class StreamerCall(StoppingCriteria):
+    """Stopping criterion that ends no text: it calls a streamer, which may interrupt the generation, at each step."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self.streamer = streamer
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return no row (B,) of the tokens (B, S) as finished."""
+        self.streamer.put(input_ids.new_empty(0))
+        return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
 
 
 class NoRepeatedNGram(NoRepeatNGramLogitsProcessor):
@@ -289,18 +270,17 @@ class NoRepeatedNGram(NoRepeatNGramLogitsProcessor):
 
 
 class RowwiseSampling(LogitsProcessor):
-    """Logits processor whose argmax is a sample from softmax(logits / temperature), each row with its own generator.
+    """Logits processor whose argmax is a sample from softmax(logits), each row with its own generator.
 
     Source: the Gumbel-max trick; −log of an exponential variate is a Gumbel variate.
     """
 
-    def __init__(self, temperature: float, row_seeds: Sequence[int], device: torch.device) -> None:
-        self.temperature = temperature
+    def __init__(self, row_seeds: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in row_seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Add Gumbel noise to the scaled logits (B, V)."""
+        """Add Gumbel noise to the logits (B, V)."""
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
-        return scores / self.temperature - noise.log()
+        return scores - noise.log()

@@ -33,8 +33,15 @@ from gpt2lab.evaluation.acceptance import MOST_DRAFTS, cost_ratio, is_kept
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.generation.decoding_speed import StepTimes
 from gpt2lab.generation.draft_length import DraftLength
-from gpt2lab.generation.sampling import Sampling, TokenChoice, generate_ids, generation_mode, stopping_criteria
+from gpt2lab.generation.sampling import (
+    TokenChoice,
+    generate_ids,
+    generation_mode,
+    logits_processors,
+    stopping_criteria,
+)
 from gpt2lab.model.backbone import shape_from_config
+from gpt2lab.settings import SamplingSettings
 from gpt2lab.system.device import synchronize
 
 # Cost of verifying 1, 2, … tokens in one call, in target steps. On a CPU a matrix product with two or three rows costs
@@ -131,7 +138,7 @@ def speculate(
     target: GPT2LMHeadModel,
     draft: GPT2LMHeadModel,
     prompt: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     max_new_tokens: int,
     end_of_text: int,
@@ -199,7 +206,7 @@ def speculative_ids(
     target: GPT2LMHeadModel,
     draft: GPT2LMHeadModel,
     prompt: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     *,
     max_new_tokens: int,
     end_of_text: int,
@@ -219,7 +226,7 @@ def speculative_ids(
     device = target.transformer.wte.weight.device
     ids = torch.tensor([list(prompt) or [end_of_text]], device=device)  # (1, L)
     prompt_length, max_length = ids.shape[1], ids.shape[1] + max_new_tokens
-    choice = TokenChoice(sampling.processors(), vocab_size, do_sample=not sampling.is_greedy)
+    choice = TokenChoice(logits_processors(sampling), vocab_size, do_sample=not sampling.is_greedy)
     step_cost = cost_ratio(shape_from_config(draft.config), shape_from_config(target.config), max_length)
     length = DraftLength(step_cost, verification_costs(device, target.dtype))
     stops, ended, rounds = stopping_criteria(stop, tokenizer), False, list[Round]()

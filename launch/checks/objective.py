@@ -11,6 +11,7 @@ def check(config: RunConfig) -> None:
         InputError: the first unsupported combination.
     """
     _check_data(config)
+    _check_sampling(config)
     _check_sampled_softmax(config)
     if config.task_name == "distill":
         _check_distillation(config)
@@ -22,6 +23,14 @@ def _check_data(config: RunConfig) -> None:
         raise InputError(
             f"objective={name} is for running text, but data={config.groups['data']} are pairs.\n"
             "Give objective=clm or objective=prefix_lm, or running text such as data=stdlib."
+        )
+
+
+def _check_sampling(config: RunConfig) -> None:
+    if config.objective.kind.fills_masks and config.sampling.name != "auto":
+        raise InputError(
+            f"sampling={config.sampling.name} continues text, but objective={config.objective.name} fills masks.\n"
+            "Leave sampling out."
         )
 
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2lab.errors import InputError
 from gpt2lab.keys import key
+from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import (
     LossSettings,
@@ -25,6 +26,7 @@ from gpt2lab.settings import (
     ObjectiveSettings,
     OptimizerSettings,
     PrecisionSettings,
+    SamplingSettings,
     ScheduleSettings,
     SequenceSettings,
     TeacherCacheSettings,
@@ -86,6 +88,7 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     loss: LossSettings = key("distillation loss", read_by=DISTILL)
     teacher_cache: TeacherCacheSettings = key("teacher distributions stored for all students", read_by=DISTILL)
     sequences: SequenceSettings = key("training text of a distillation", read_by=DISTILL)
+    sampling: SamplingSettings = key("choice of each generated token", on_resume=True, read_by="generated text")
     optimizer: OptimizerSettings = key("optimizer and its learning rate")
     schedule: ScheduleSettings = key("learning rate schedule")
     callbacks: dict[str, Any] = key("Lightning callbacks by name; null leaves one out")
@@ -137,6 +140,15 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
         """Rank of the adapters that are trained instead of the weights; 0: none."""
         lora = self.task.get("lora")
         return int(lora["rank"]) if isinstance(lora, dict) else 0
+
+    @property
+    def watched_metric(self) -> str:
+        """Metric that the run is judged by: the first score of generated text, else the validation loss."""
+        text = self.task.get("text")
+        if not isinstance(text, dict) or not text.get("examples"):
+            return VAL_LOSS
+        metrics = text.get("metrics") or self.data.get("metrics")
+        return f"val/{metrics[0]}" if metrics else VAL_LOSS
 
     @property
     def rows_of_a_step(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, is_dataclass
 
 from gpt2lab.errors import InputError
 from gpt2lab.keys import Key, format_readers
+from gpt2lab.metric_names import VAL_LOSS
 from launch.config.known_keys import known_keys
 from launch.config.schema import RunConfig
 
@@ -44,7 +45,14 @@ def _adapts(config: RunConfig) -> bool:
     return not isinstance(config.task.get("lora"), dict) or config.lora_rank > 0
 
 
+def _generates_text(config: RunConfig) -> bool:
+    return config.callbacks.get("samples") is not None or config.watched_metric != VAL_LOSS
+
+
 CONDITIONS = {
+    "generated text": Condition(
+        "callbacks", _generates_text, "the callback samples and the scores of task=finetune read it"
+    ),
     "pairs": Condition("data", lambda c: c.takes_pairs, "pairs of texts read it"),
     "running text": Condition("data", lambda c: not c.takes_pairs, "running text reads it, pairs read batch_sequences"),
     "data with path": Condition(

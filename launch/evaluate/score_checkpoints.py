@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.keys import key, same_key
+from gpt2lab.settings import AUTO, GREEDY, SAMPLING_PRESETS, SamplingSettings
+from launch.config.key_value_cli import group_key
 from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys
 from launch.config.targets import parse_permissions
 from launch.evaluate import compared_models, eval_data, lm_eval_harness
@@ -52,6 +54,9 @@ class Arguments:
     max_new_tokens: int = key(
         "maximum number of generated tokens per completion; 0: that of the run, else 64", 0, within="[0, inf)"
     )
+    sampling: SamplingSettings = group_key(
+        "choice of each token of a completion; pairs; auto: that of the run, else greedy", SAMPLING_PRESETS
+    )
     decode: int = key(
         "number of tokens over which decoding speed is measured, with batch size 1 and 16; 0: off", 0, within="[0, inf)"
     )
@@ -64,7 +69,9 @@ class Arguments:
     cache_dir: str = same_key(MachineKeys, "cache_dir", "")
     allow_targets: str = same_key(RunKeys, "allow_targets", "[]")
     seed: int = key(
-        "random seed of the sampled drafts that measure acceptance", 1337, within="[0, 9223372036854775807]"
+        "random seed of sampled completions, and of the drafts that measure acceptance",
+        1337,
+        within="[0, 9223372036854775807]",
     )
     json: str = key("file for every metric and its standard error", "")
     csv: str = key("file for a table of the metrics, one row per model", "")
@@ -107,6 +114,7 @@ class Results:
         left_out: number of pairs that are not scored; None for running text.
         context: tokens of a window.
         data: the scored data, as key=value.
+        sampling: decoding of the scored completions.
     """
 
     checkpoints: list[Scored]
@@ -114,6 +122,7 @@ class Results:
     left_out: eval_data.SkippedPairs | None = None
     context: int = 0
     data: str = ""
+    sampling: SamplingSettings = GREEDY
 
 
 def evaluate(arguments: Arguments) -> Results:
@@ -143,7 +152,8 @@ def evaluate(arguments: Arguments) -> Results:
     if scorers[0].has_pairs:
         sides = [scorer.data.sides(arguments.split == "all") for scorer in scorers]
         left_out = eval_data.keep_common_pairs(sides, specs[0].config.context)
-    results = Results([], {}, left_out, specs[0].config.context, eval_data.describe_data(specs[0].config))
+    described = eval_data.describe_data(specs[0].config)
+    results = Results([], {}, left_out, specs[0].config.context, described, scorers[0].sampling)
     tasks = lm_eval_harness.find_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
     loaded = [compared_models.load(other) for other in others]
     for model, scorer in zip(checkpoints, scorers, strict=True):
@@ -200,6 +210,7 @@ class _Scorer:
         from launch.run.build import data_module
 
         self.arguments, self.config, self.device = arguments, spec.config, device
+        self.sampling = arguments.sampling.or_else(spec.config.sampling).or_else(GREEDY)
         self.data = data_module(spec)
         self.facts = self.data.prepare()
         self.tokenizer = load_tokenizer(self.facts.tokenizer_folder)
@@ -208,6 +219,7 @@ class _Scorer:
         if self.has_pairs and arguments.stride:
             raise InputError("stride= is for running text, but these data are pairs.\nLeave it out.")
         unread = [key for key in ("metrics", "max_new_tokens") if vars(arguments)[key] and not self.has_pairs]
+        unread += ["sampling"] if arguments.sampling != AUTO and not self.has_pairs else []
         if unread:
             raise InputError(f"{unread[0]}= is for pairs, but these data are running text.\nLeave it out.")
 
@@ -281,8 +293,7 @@ class _Scorer:
 
     def _score_texts(self, backbone: "Backbone") -> "dict[str, TextScore]":
         from gpt2lab.evaluation.bootstrap import text_scores
-        from gpt2lab.generation.completion import complete
-        from gpt2lab.generation.sampling import GREEDY
+        from gpt2lab.generation.completion import complete, distinct_seed
 
         prompts = self.data.val_prompts(self.arguments.texts)
         default = self.config.task.get("text", {}).get("max_new_tokens", 64)
@@ -291,8 +302,9 @@ class _Scorer:
             self.tokenizer,
             self.config.objective.name,
             prompts,
-            GREEDY,
+            self.sampling,
             max_new_tokens=self.arguments.max_new_tokens or min(default, backbone.shape.n_positions // 2),
+            row_seeds=[distinct_seed(self.arguments.seed, number) for number in range(len(prompts))],  # as validation
         )
         _, references = self.data.val_texts(self.arguments.texts)
         decoded = [self.tokenizer.decode(completion) for completion in completions]

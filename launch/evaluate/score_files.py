@@ -57,6 +57,8 @@ def to_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list
         skipped = results.left_out
         for content, count in zip(objects, skipped.too_long, strict=True):
             content["pairs"] = {"in_all": skipped.pairs, "left_out": skipped.left_out, "too_long_for_this": count}
+    for content in objects:
+        content |= {"sampling": results.sampling.label} if "texts" in content else {}
     if results.baselines:
         answers = {
             name: {metric: asdict(score) for metric, score in scores.items()}

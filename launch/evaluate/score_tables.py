@@ -48,7 +48,8 @@ def print_tables(results: "Results", arguments: "Arguments") -> None:
     for table in score_tables(list(map(with_intervals, shown)), arguments.split, console.width):
         console.print(table)
     if any(scored.texts for scored in results.checkpoints):
-        console.print(f"Texts: greedy completions of at most {arguments.texts} prompts; ± standard error, bootstrap.\n")
+        texts = f"Texts: {results.sampling.label} completions of at most {arguments.texts} prompts"
+        console.print(f"{texts}; ± standard error, bootstrap.\n", highlight=False, markup=False, soft_wrap=True)
         for line in _unavailable_metrics(results) + _signatures(results):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if comparison is not None:

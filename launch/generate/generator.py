@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
 from gpt2lab.errors import InputError
 from gpt2lab.keys import key, same_key
-from gpt2lab.settings import OBJECTIVES
+from gpt2lab.settings import OBJECTIVES, SAMPLING_PRESETS, SamplingSettings
 from gpt2lab.storage.model_folder import read_objective, read_shape, resolve_model_folder
+from launch.config.key_value_cli import group_key
 from launch.config.plain_keys import MachineKeys
 from launch.logging_setup import configure_logging, silence_libraries
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
     from transformers.generation.streamers import BaseStreamer
 
-    from gpt2lab.generation.sampling import Sampling
 
 SEPARATOR = "||"  # of stop texts
 PORT = 7860
+PRESETS = SAMPLING_PRESETS | {"auto": SamplingSettings("nucleus", temperature=0.8, top_p=0.95)}
 
 
 @dataclass
@@ -34,22 +35,9 @@ class Arguments:
     prompts: str = key("file of prompts: a .jsonl with `prompt` in each line, else one prompt per line", "")
     draft: str = key("draft model for speculative decoding, which is compared with plain decoding", "")
     max_new_tokens: int = key("maximum number of generated tokens", 128, within="[1, inf)")
-    temperature: float = key("sampling temperature; 0: greedy", 0.8, within="[0, 100]")
-    top_k: int = key("sample from the k most probable tokens; 0: from all", 0, within="[0, inf)")
-    top_p: float = key(
-        "nucleus sampling: sample from the most probable tokens with this total probability", 0.95, within="[0.01, 1]"
+    sampling: SamplingSettings = group_key(
+        "choice of each token; auto: nucleus with temperature=0.8 and top_p=0.95", PRESETS
     )
-    min_p: float = key(
-        "minimum probability of a token, as a share of that of the most probable one", 0.0, within="[0, 1]"
-    )
-    typical_p: float = key(
-        "typical sampling: sample from the most typical tokens with this total probability", 1.0, within="[0.01, 1]"
-    )
-    beams: int = key("number of beams of a beam search; 1: sampling", 1, within="[1, 100]")
-    repetition_penalty: float = key(
-        "repetition penalty; above 1: repeated tokens become less probable", 1.0, within="[0.01, 100]"
-    )
-    no_repeat_ngram: int = key("size of n-grams that do not repeat; 0: no limit", 0, within="[0, inf)")
     stop: str = key("text that ends a completion and is removed; several: a||b; disables streaming", "")
     num_samples: int = key("number of completions per prompt", 1, within="[1, 1000]")
     seed: int = key("random seed of the sampling", 1337, within="[0, 9223372036854775807]")
@@ -114,7 +102,7 @@ class TextGenerator:
         self.model = self._load(folder)
         self.tokenizer = load_tokenizer(str(folder))
         self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
-        self.sampling = sampling_from(arguments)
+        self.sampling = arguments.sampling
 
     def generate(self) -> list[Text]:
         """Generate and print the texts of all prompts."""
@@ -263,13 +251,15 @@ class TextGenerator:
         self._check_positions()
         if arguments.prompt and arguments.prompts:
             raise InputError("prompt and prompts are both given.\nGive one of them.")
-        if arguments.num_samples > 1 and (not arguments.temperature or arguments.beams > 1 or self.kind.fills_masks):
+        if self.kind.fills_masks and arguments.sampling != PRESETS["auto"]:
+            raise InputError("sampling= continues text, but objective=mlm fills masks.\nLeave sampling out.")
+        if arguments.num_samples > 1 and (arguments.sampling.is_greedy or self.kind.fills_masks):
             raise InputError(
-                f"num_samples={arguments.num_samples} texts would all be the same: temperature=0, beams and "
-                "objective=mlm do not sample.\nLeave num_samples out, or sample: temperature=0.8"
+                f"num_samples={arguments.num_samples} texts would all be the same: sampling=greedy, sampling=beam and "
+                "objective=mlm do not sample.\nLeave num_samples out, or sample: sampling=nucleus"
             )
-        if arguments.draft and (arguments.beams > 1 or arguments.num_samples > 1):
-            raise InputError("draft decodes one text at a time.\nLeave out beams and num_samples.")
+        if arguments.draft and (arguments.sampling.beams > 1 or arguments.num_samples > 1):
+            raise InputError("draft decodes one text at a time.\nLeave out sampling=beam and num_samples.")
         if arguments.draft and not self.kind.is_causal:
             raise InputError(
                 f"draft supports causal models only, and this one was trained with objective={self.objective}.\n"
@@ -293,23 +283,6 @@ class TextGenerator:
             )
         self.positions = min(self.positions, shape["n_positions"])
         self._check_positions()
-
-
-def sampling_from(arguments: Arguments) -> "Sampling":
-    """Return the sampling settings of the arguments."""
-    from gpt2lab.generation.sampling import Sampling
-
-    return Sampling(
-        "chosen",
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        typical_p=arguments.typical_p,
-        beams=arguments.beams,
-        repetition_penalty=arguments.repetition_penalty,
-        no_repeat_ngram=arguments.no_repeat_ngram,
-    )
 
 
 def _read_prompts(file: str) -> list[str]:

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
 from gpt2lab.errors import InputError
 from gpt2lab.generation.completion import prompt_ids
-from gpt2lab.generation.sampling import Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import speculative_ids
-from gpt2lab.keys import bounds, keys_of
+from gpt2lab.keys import METADATA, bounds
 from gpt2lab.reports.token_probabilities import Rounds, chances, pieces
+from gpt2lab.settings import SamplingSettings
 from launch.config.did_you_mean import nearest
-from launch.config.key_value_cli import parse
-from launch.generate.generator import Arguments, TextGenerator, sampling_from
+from launch.config.key_value_cli import convert
+from launch.generate.generator import Arguments, TextGenerator
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-SETTINGS: tuple[str, ...] = (
-    *("temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("repetition_penalty", "no_repeat_ngram", "max_new_tokens", "seed"),
-)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram")
+SETTINGS = (*SAMPLING, "max_new_tokens", "seed")
+FIELDS = {field.name: field for kind in (SamplingSettings, Arguments) for field in dataclasses.fields(kind)}
 MAX_NEW_TOKENS = 512  # unless the command line sets more
 MAX_VALUE_LENGTH = 40  # characters of a number
 
@@ -39,7 +39,7 @@ class GenerationRequest:
 
     prompt: str
     ids: list[int]
-    sampling: Sampling
+    sampling: SamplingSettings
     max_new_tokens: int
     seed: int
 
@@ -68,7 +68,7 @@ class Playground:
             "prompt": arguments.prompt,
             "fills": MASK_PLACEHOLDER if self.generator.kind.infills else "",
             "positions": self.generator.positions,
-            "settings": [self._setting(field) for field in dataclasses.fields(Arguments) if field.name in SETTINGS],
+            "settings": [self._setting(name) for name in SETTINGS],
         }
 
     def read(self, body: bytes) -> GenerationRequest:
@@ -93,7 +93,7 @@ class Playground:
                 f"The prompt has {len(ids):,} tokens; with {arguments.max_new_tokens:,} new tokens it may have "
                 f"{limit:,}. Shorten it, or lower max_new_tokens."
             )
-        return GenerationRequest(prompt, ids, sampling_from(arguments), arguments.max_new_tokens, arguments.seed)
+        return GenerationRequest(prompt, ids, arguments.sampling, arguments.max_new_tokens, arguments.seed)
 
     def write(self, request: GenerationRequest, send: Send) -> None:
         """Generate the text of every panel, one after the other.
@@ -111,7 +111,7 @@ class Playground:
         """Generate a short text, because the first generation is slower than later ones."""
         prompt = self.tokenizer.encode("a") or [self.tokenizer.eos_token_id]
         tokens = min(8, self.max_new_tokens)
-        self.write(GenerationRequest("a", prompt, Sampling("warm_up"), tokens, seed=0), lambda event: None)
+        self.write(GenerationRequest("a", prompt, SamplingSettings("warm_up"), tokens, seed=0), lambda event: None)
 
     def _panel(
         self,
@@ -189,8 +189,11 @@ class Playground:
                 raise InputError(f"There is no setting {short}{nearest(short, SETTINGS)}.")
             if len(str(value)) > MAX_VALUE_LENGTH:
                 raise InputError(f"{name} is not a number: it has {len(str(value)):,} characters.")
-        parsed = vars(parse(["checkpoint=", *(f"{name}={value}" for name, value in given.items())], Arguments))
-        arguments = dataclasses.replace(self.generator.arguments, **{name: parsed[name] for name in given})
+        values: dict[str, Any] = {name: convert(name, FIELDS[name], str(value)) for name, value in given.items()}
+        sampled = {name: values.pop(name) for name in SAMPLING if name in values}
+        arguments = self.generator.arguments
+        sampling = dataclasses.replace(arguments.sampling, **sampled)
+        arguments = dataclasses.replace(arguments, sampling=sampling, **values)
         if arguments.max_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"max_new_tokens={arguments.max_new_tokens} is out of range: this page generates at most "
@@ -198,17 +201,16 @@ class Playground:
             )
         return arguments
 
-    def _setting(self, field: dataclasses.Field) -> dict[str, Any]:
-        meaning = dict(keys_of(Arguments))[field.name]
+    def _setting(self, name: str) -> dict[str, Any]:
+        meaning, arguments = FIELDS[name].metadata[METADATA], self.generator.arguments
         low, high = bounds(meaning.within)
-        if field.name == "max_new_tokens":
+        if name == "max_new_tokens":
             high = self.max_new_tokens
-        value = vars(self.generator.arguments)[field.name]
         return {
-            "name": field.name,
+            "name": name,
             "text": meaning.text,
-            "value": value,
-            "whole": field.type is int,
+            "value": (vars(arguments.sampling) | vars(arguments))[name],
+            "whole": FIELDS[name].type is int,
             "low": low,
             "high": None if math.isinf(high) or high > 2**53 else high,
         }

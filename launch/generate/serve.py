@@ -20,7 +20,6 @@ UNSUPPORTED = {  # arguments that the page does not support, with their defaults
     "prompts": "",
     "json": "",
     "num_samples": 1,
-    "beams": 1,
     "stop": "",
     "inspect": False,
 }
@@ -80,6 +79,7 @@ async def _serve_until_signal(playground: "Playground", listener: socket.socket)
 
 def _check(arguments: Arguments) -> None:
     unsupported = [f"{name}=" for name, default in UNSUPPORTED.items() if vars(arguments)[name] != default]
+    unsupported += ["sampling=beam"] if arguments.sampling.beams > 1 else []
     if unsupported:
         raise InputError(
             f"serve=true reads prompts from the page and generates one text each.\nLeave out {', '.join(unsupported)}."

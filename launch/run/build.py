@@ -144,6 +144,7 @@ def training_settings(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) ->
         log_every=config.log_every,
         cross_entropy=CrossEntropySettings(config.label_smoothing, config.z_loss),
         objective=config.objective,
+        sampling=config.sampling,
         teacher_dtype=spec.machine.precision.teacher or "float32",
     )
 

@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt2lab.errors import InputError
+from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.reports.run_report import read_report
+from gpt2lab.settings import SamplingSettings
 from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step, newest_good_checkpoint
-from launch.checks import checks
+from launch.checks import checks, objective
 from launch.config import run_dir, run_spec
 from launch.config.known_keys import known_keys
 from launch.config.run_spec import PreparedSpec, RunSpec
 from launch.config.schema import RunConfig
 from launch.config.targets import check_targets
-from launch.config.unused_keys import given_keys
+from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.run.resolve import weights_hash
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,8 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     """The stored run with the keys given now; where those are of the machine, its choices are made anew."""
     given = {name.split(".")[0] for name in given_keys(config.invocation.overrides)} & set(changeable_keys())
     values = {name: vars(config)[name] for name in given}
+    if "sampling" in given:
+        values["sampling"] = _changed_sampling(stored.config, config)
     of_machine = {name for name in given if known_keys()[name].of_machine}
     if of_machine:
         chosen = vars(stored.machine)
@@ -128,6 +132,29 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
 
     machine = choose_machine(changed, stored.resolved, free_memory(changed))
     return RunSpec(changed, replace(stored.resolved, machine=machine))
+
+
+def _changed_sampling(stored: RunConfig, config: RunConfig) -> SamplingSettings:
+    """Return the method that is named now, else the stored one with the keys given now.
+
+    Raises:
+        InputError: nothing reads it, or the run has scored text of another method.
+    """
+    overrides = [one for one in config.invocation.overrides if given_keys([one])[0].split(".")[0] == "sampling"]
+    names = given_keys(overrides)
+    own = {name.partition(".")[2]: vars(config.sampling)[name.partition(".")[2]] for name in names if "." in name}
+    changed = config.sampling if "sampling" in names else replace(stored.sampling, **own)
+    groups = {**stored.groups, "sampling": changed.name}
+    invocation = replace(stored.invocation, groups=groups, overrides=overrides)
+    now = replace(stored, sampling=changed, invocation=invocation)
+    check_unused_keys(now)
+    objective.check(now)
+    if changed != stored.sampling and stored.watched_metric != VAL_LOSS:
+        raise InputError(
+            f"sampling={changed.label}: this run scores text by {stored.sampling.label} ({stored.watched_metric}), and "
+            "scores of two methods do not compare.\nLeave sampling out, or score the model with evaluate.py sampling=…"
+        )
+    return changed
 
 
 def warn_of_other_masks(run: Existing) -> None:

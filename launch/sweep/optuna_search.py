@@ -214,7 +214,7 @@ class Search:
         metrics = set()
         for chosen in _combinations(decide):
             try:
-                metrics.add(watched_metric(self._composed(chosen)))
+                metrics.add(self._composed(chosen).watched_metric)
             except Exception as error:
                 if exit_codes.as_input_error(error) is None:
                     raise
@@ -283,15 +283,6 @@ class Search:
                 f"{self.file} has a trial with {unknown[0]}, which this command does not search.\n"
                 "Give the same command as before, or another hydra.sweep.dir."
             )
-
-
-def watched_metric(config: RunConfig) -> str:
-    """Name of the metric that a run of this configuration watches."""
-    text = config.task.get("text")
-    if not isinstance(text, dict) or not text.get("examples"):
-        return metric_names.VAL_LOSS
-    metrics = text.get("metrics") or config.data.get("metrics")
-    return f"val/{metrics[0]}" if metrics else metric_names.VAL_LOSS
 
 
 def _combinations(dimensions: list[Dimension]) -> Iterator[list[str]]:

@@ -16,9 +16,9 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
-from gpt2lab.generation.sampling import GREEDY
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import (
+    GREEDY,
     LoraSettings,
     LossSettings,
     ModelShape,

@@ -47,8 +47,8 @@ def test_a_row_is_drawn_from_its_own_distribution() -> None:
     """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand times."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 1.5])
     count, temperature = 20_000, 0.7
-    noisy = RowwiseSampling(temperature, range(count), torch.device("cpu"))
-    drawn = noisy(torch.empty(0), logits.expand(count, -1)).argmax(1).bincount(minlength=8)
+    noisy = RowwiseSampling(range(count), torch.device("cpu"))
+    drawn = noisy(torch.empty(0), (logits / temperature).expand(count, -1)).argmax(1).bincount(minlength=8)
     expected = (logits / temperature).softmax(0) * count
     assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
 

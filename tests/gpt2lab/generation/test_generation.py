@@ -1,12 +1,15 @@
 """Generation: batches give what single prompts give, and sampling disturbs nobody's random numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.generation.sampling import GREEDY, NUCLEUS, TOP_K, Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.model.backbone import Backbone, to_hf
-from gpt2lab.settings import ModelShape
+from gpt2lab.settings import BEAM, GREEDY, NUCLEUS, TOP_K, ModelShape, SamplingSettings
 
 END = 63
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
@@ -26,7 +29,9 @@ def model() -> Backbone:
 def test_left_padded_batches_equal_single_prompts(penalty: float, banned: int, beams: int) -> None:
     """Padding is end_of_text, which counts neither as repeated nor as written. float64, lest two beams tie."""
     lm, most = model().lm.double(), 48
-    sampling = Sampling("greedy", temperature=0.0, beams=beams, repetition_penalty=penalty, no_repeat_ngram=banned)
+    sampling = SamplingSettings(
+        "greedy", temperature=0.0, beams=beams, repetition_penalty=penalty, no_repeat_ngram=banned
+    )
     together = generate_ids(lm, PROMPTS, sampling, max_new_tokens=most, end_of_text=END)
     alone = [generate_ids(lm, [prompt], sampling, max_new_tokens=most, end_of_text=END)[0] for prompt in PROMPTS]
     assert together == alone
@@ -54,10 +59,44 @@ def test_sampling_depends_on_the_seed_alone() -> None:
     assert generate_ids(lm, PROMPTS, NUCLEUS, max_new_tokens=8, end_of_text=END, seed=2) != first
 
 
+def test_seeds_of_rows_make_text_independent_of_the_batch() -> None:
+    """float64: the rounding of the logits depends on the padding."""
+    lm, sampling = model().lm.double(), replace(NUCLEUS, temperature=1.5, repetition_penalty=1.2)
+
+    def generate(prompts: list[list[int]], seeds: list[int], sampling: SamplingSettings) -> list[list[int]]:
+        return generate_ids(lm, prompts, sampling, max_new_tokens=12, end_of_text=END, row_seeds=seeds)
+
+    together = generate(PROMPTS, [1, 2, 3], sampling)
+    assert together == [generate([p], [seed], sampling)[0] for p, seed in zip(PROMPTS, [1, 2, 3], strict=True)]
+    assert together != generate(PROMPTS, [4, 5, 6], sampling)
+    assert generate(PROMPTS, [1, 2, 3], SamplingSettings("one", top_k=1)) == generate(PROMPTS, [1, 2, 3], GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [NUCLEUS, BEAM], ids=lambda sampling: sampling.name)
+def test_a_streamer_can_interrupt_the_generation_at_a_token(sampling: SamplingSettings) -> None:
+    class Interrupting(BaseStreamer):
+        calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            pass
+
+    backbone, calls = model(), []
+    backbone.lm.transformer.ln_f.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        generate_ids(backbone.lm, PROMPTS, sampling, max_new_tokens=40, end_of_text=END, streamer=Interrupting())
+    assert len(calls) <= 3
+    assert backbone.lm.training
+
+
 def test_top_k_never_leaves_the_k_best() -> None:
     backbone = model()
     best = backbone.eval().logits(torch.tensor([PROMPTS[0]]))[0, -1].topk(3).indices.tolist()
-    sampling = Sampling("top_k", temperature=5.0, top_k=3)
+    sampling = SamplingSettings("top_k", temperature=5.0, top_k=3)
     drawn = {
         generate_ids(backbone.lm, PROMPTS[:1], sampling, max_new_tokens=1, end_of_text=-1, seed=seed)[0][0]
         for seed in range(40)
@@ -99,15 +138,17 @@ SAMPLINGS = [
     GREEDY,
     TOP_K,
     NUCLEUS,
-    Sampling("min_p", temperature=1.5, min_p=0.1),
-    Sampling("typical", typical_p=0.5),
-    Sampling("penalised", top_p=0.9, repetition_penalty=1.3, no_repeat_ngram=2),
-    Sampling("beams", beams=3, no_repeat_ngram=2),
+    SamplingSettings("min_p", temperature=1.5, min_p=0.1),
+    SamplingSettings("typical", typical_p=0.5),
+    SamplingSettings("penalised", top_p=0.9, repetition_penalty=1.3, no_repeat_ngram=2),
+    SamplingSettings("beams", beams=3, no_repeat_ngram=2),
+    SamplingSettings("short_beams", beams=3, length_penalty=-8.0),
+    SamplingSettings("long_beams", beams=3, length_penalty=8.0),
 ]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda sampling: sampling.name)
-def test_text_is_what_transformers_writes_with_the_same_seed(sampling: Sampling) -> None:
+def test_text_is_what_transformers_writes_with_the_same_seed(sampling: SamplingSettings) -> None:
     """From the exported model, in a padded batch."""
     backbone = model()
     plain = to_hf(backbone)
@@ -125,20 +166,30 @@ def test_text_is_what_transformers_writes_with_the_same_seed(sampling: Sampling)
         eos_token_id=END,
         do_sample=not sampling.is_greedy,
         num_beams=sampling.beams,
+        length_penalty=sampling.length_penalty,
         repetition_penalty=sampling.repetition_penalty,
         no_repeat_ngram_size=sampling.no_repeat_ngram,
         **({} if sampling.is_greedy else drawn),
     )[:, longest:].tolist()
     ours = generate_ids(backbone.lm, PROMPTS, sampling, max_new_tokens=20, end_of_text=END, seed=5)
     assert ours == [row[: row.index(END)] if END in row else row for row in theirs]
-    assert any(len(row) > 10 for row in ours)
+    assert any(len(row) > 10 for row in ours) or sampling.name == "short_beams"
+
+
+def test_a_length_penalty_below_0_favours_short_texts() -> None:
+    lm = model().lm
+    short, long = (
+        sum(map(len, generate_ids(lm, PROMPTS, replace(BEAM, length_penalty=p), max_new_tokens=40, end_of_text=END)))
+        for p in (-8.0, 8.0)
+    )
+    assert short < long
 
 
 def test_beams_see_a_prompt_both_ways_too() -> None:
     """The likeliest single token is what the greedy choice is."""
     lm = model().lm
     for beams in (1, 3):
-        sampling = Sampling("few", temperature=0.0, beams=beams)
+        sampling = SamplingSettings("few", temperature=0.0, beams=beams)
         found = generate_ids(lm, PROMPTS, sampling, max_new_tokens=1, end_of_text=END, bidirectional=True)
         assert found == generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END, bidirectional=True)
     assert found != generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END)
@@ -146,7 +197,7 @@ def test_beams_see_a_prompt_both_ways_too() -> None:
 
 def test_of_a_padded_vocabulary_only_tokens_are_written() -> None:
     lm = model().lm
-    sampling = Sampling("hot", temperature=50.0)
-    for chosen in (sampling, Sampling("beams", beams=2)):
+    sampling = SamplingSettings("hot", temperature=50.0)
+    for chosen in (sampling, SamplingSettings("beams", beams=2)):
         rows = generate_ids(lm, PROMPTS, chosen, max_new_tokens=30, end_of_text=19, vocab_size=20)
         assert max(token for row in rows for token in row) < 20

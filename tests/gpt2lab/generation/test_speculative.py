@@ -10,10 +10,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.evaluation.acceptance import MOST_DRAFTS
 from gpt2lab.generation import speculative
-from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import VERIFY_COSTS_CPU, DraftLength, Speculated, accept, speculate, speculative_ids
 from gpt2lab.model.backbone import Backbone
-from gpt2lab.settings import ModelShape
+from gpt2lab.settings import GREEDY, ModelShape, SamplingSettings
 
 ENTRIES, END = 6, -1
 FEW = 800  # texts, enough that a wrong rule shows
@@ -39,8 +39,8 @@ def draft() -> GPT2LMHeadModel:
     return model(1, seed=1)
 
 
-PENALISED = Sampling("penalised", temperature=0.0, repetition_penalty=1.3, no_repeat_ngram=3)
-FILTERED = Sampling("filtered", temperature=0.8, top_k=4, top_p=0.9)
+PENALISED = SamplingSettings("penalised", temperature=0.0, repetition_penalty=1.3, no_repeat_ngram=3)
+FILTERED = SamplingSettings("filtered", temperature=0.8, top_k=4, top_p=0.9)
 SIZES = {"end_of_text": END, "vocab_size": ENTRIES}
 
 
@@ -58,7 +58,9 @@ def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("long_drafts")
 @pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
-def test_greedy_text_is_the_targets(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, sampling: Sampling) -> None:
+def test_greedy_text_is_the_targets(
+    target: GPT2LMHeadModel, draft: GPT2LMHeadModel, sampling: SamplingSettings
+) -> None:
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1]):
         found = speculate(target, draft, prompt, sampling, max_new_tokens=24, **SIZES)
         assert found.ids == found.plain_ids
@@ -101,7 +103,7 @@ def test_an_end_of_text_ends_it_wherever_it_comes_in_a_draft(target: GPT2LMHeadM
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, PENALISED, FILTERED])
-def test_the_target_as_its_own_draft_is_always_accepted(target: GPT2LMHeadModel, sampling: Sampling) -> None:
+def test_the_target_as_its_own_draft_is_always_accepted(target: GPT2LMHeadModel, sampling: SamplingSettings) -> None:
     own = model(2, seed=0)
     found = speculate(target, own, [1, 2], sampling, max_new_tokens=40, **SIZES)
     assert found.acceptance == 1
@@ -118,7 +120,7 @@ def test_the_same_seed_draws_the_same_text(target: GPT2LMHeadModel, draft: GPT2L
 
 
 def test_no_filtered_token_is_written(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
-    likeliest = Sampling("one", top_k=1)
+    likeliest = SamplingSettings("one", top_k=1)
     greedy = generate_ids(target, [[1, 2]], GREEDY, max_new_tokens=20, **SIZES)[0]
     assert speculative_ids(target, draft, [1, 2], likeliest, max_new_tokens=20, **SIZES)[0] == greedy
 
@@ -199,7 +201,7 @@ def pairs_drawn(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, count: int) -> 
     """(36,) how often each pair of second and third token was written, of six."""
     counts = torch.zeros(ENTRIES, ENTRIES)
     for seed in range(count):
-        ids, _ = speculative_ids(target, draft, [1, 2], Sampling("drawn"), max_new_tokens=4, seed=seed, **SIZES)
+        ids, _ = speculative_ids(target, draft, [1, 2], SamplingSettings("drawn"), max_new_tokens=4, seed=seed, **SIZES)
         counts[ids[1], ids[2]] += 1
     return counts.flatten()
 

@@ -383,7 +383,7 @@ def test_generate_writes_the_page_where_it_says(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ("prompt=def add(a):", "temperature=1")
+    given = ("prompt=def add(a):", "sampling.temperature=1")
     places = {
         f"{checkpoints}/student": checkpoints / "student" / "inspect.html",
         f"{checkpoints}/teacher": tmp_path / "inspect.html",

@@ -140,6 +140,16 @@ BEFORE_ANY_IMPORT = [
     (f"{WITHOUT_TAIL} loss=jsd loss.beta=1", "reverse KL is infinite"),
     (f"{WITHOUT_TAIL} loss=skew_reverse_kl loss.alpha=0", "jsd with loss.beta below 1"),
     ("callbacks=minimal sample_every=5", "callbacks=minimal does not read sample_every"),
+    ("top_p=0.9", "did you mean sampling.top_p?"),
+    ("sampling=nuclus", "did you mean nucleus?"),
+    ("sampling.top_p=0.9", "only sampling=top_k and sampling=nucleus read it"),
+    ("sampling=beam sampling.temperature=0.7", "sampling=beam does not read sampling.temperature"),
+    ("sampling=greedy sampling.beams=4", "only sampling=beam reads it"),
+    ("sampling=nucleus sampling.top_p=0", "greater than 0 and at most 1"),
+    ("sampling=nucleus sampling.top_p=1.1", "greater than 0 and at most 1"),
+    ("sampling=nucleus callbacks=minimal", "callbacks=minimal does not read sampling"),
+    ("sampling=nucleus objective=mlm", "objective=mlm fills masks"),
+    ("task=finetune callbacks=minimal task.text.examples=0 sampling=beam", "the scores of task=finetune read it"),
     ("resume=auto", "name="),
 ]
 

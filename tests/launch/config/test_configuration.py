@@ -77,13 +77,19 @@ def around_a_recipe(name: str) -> list[dict[str, str]]:
 ROWS = PLAIN + [row for name in GROUPS["experiment"] if name != "none" for row in around_a_recipe(name)]
 
 
+def generates_text(row: dict[str, str]) -> bool:
+    return row["callbacks"] != "minimal" or row["task"] == "finetune"
+
+
 def given(row: dict[str, str]) -> list[str]:
     """The row as it is typed: without what its recipe chooses, and without what its task would refuse as unread."""
     chosen = RECIPES[row.get("experiment", "none")]
     words = [
         f"{group}={value}"
         for group, value in row.items()
-        if group not in chosen and (group not in OF_DISTILLATION or row["task"] == "distill")
+        if group not in chosen
+        and (group not in OF_DISTILLATION or row["task"] == "distill")
+        and (group != "sampling" or (generates_text(row) and row["objective"] != "mlm"))
     ]
     words += ["init=gpt2"] if row["model"] == "auto" else []
     return words + (["accelerator=cpu"] if row["launcher"] != "processes" else [])

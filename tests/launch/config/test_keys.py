@@ -63,7 +63,8 @@ def signature_defaults() -> Iterator[tuple[str, Any]]:
             yield from ((f"{place}.{one}", parameters[one].default) for one in keys)
 
 
-PYTHON_DEFAULTS = [*field_defaults(RunConfig, "")]
+# Presets of sampling are compared in tests/launch/run/test_sampling.py
+PYTHON_DEFAULTS = [pair for pair in field_defaults(RunConfig, "") if not pair[0].startswith("sampling.")]
 PYTHON_DEFAULTS += [
     pair for place, kinds in PLACES.items() for kind in kinds for pair in field_defaults(kind, f"{place}.")
 ]

@@ -30,9 +30,13 @@ COMMANDS = [
     ("evaluate.py checkpoint=. context=x", 2, "context=x"),
     ("generate.py --help", 0, "checkpoint="),
     ("generate.py", 2, "checkpoint= is missing"),
-    ("generate.py temprature=1", 2, "did you mean temperature?"),
+    ("generate.py temprature=1", 2, "did you mean sampling.temperature?"),
     ("generate.py checkpoint=/nowhere prompt=x", 2, "no such folder"),
-    ("generate.py checkpoint=. prompt=x top_k=-1", 2, "top_k=-1"),
+    ("generate.py checkpoint=. prompt=x sampling.top_k=-1", 2, "sampling.top_k=-1"),
+    ("generate.py temperature=1", 2, "did you mean sampling.temperature?"),
+    ("generate.py checkpoint=. sampling=beam sampling.temperature=1", 2, "does not read sampling.temperature"),
+    ("train.py sampling=beam sampling.temperature=1", 2, "does not read sampling.temperature"),
+    ("evaluate.py checkpoint=. sampling.top_p=0.9", 2, "Give sampling=top_k, or leave it out"),
 ]
 
 

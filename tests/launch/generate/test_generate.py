@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_texts_and_samples_differ(write: Write) -> 
 
 @pytest.mark.parametrize("seed", [1337, 2**63 - 1])
 def test_more_samples_than_are_written_together_differ_too(seed: int, write: Write) -> None:
-    words = ["prompt=import", "max_new_tokens=24", "temperature=1", "top_p=1", f"seed={seed}"]
+    words = ["prompt=import", "max_new_tokens=24", "sampling.temperature=1", "sampling.top_p=1", f"seed={seed}"]
     many, few = ([text["completion"] for text in write(*words, f"num_samples={count}").texts] for count in (33, 16))
     assert len(set(many)) == 33
     assert many[:16] == few
@@ -134,9 +134,9 @@ def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write,
     lines = prompts if ending == "txt" else [json.dumps({"prompt": prompt}) for prompt in prompts]
     file = tmp_path / f"prompts.{ending}"
     file.write_text("\n".join(lines) + "\n")
-    together = write(f"prompts={file}", "temperature=0").texts
+    together = write(f"prompts={file}", "sampling=greedy").texts
     assert [text["prompt"] for text in together] == prompts
-    alone = [write(f"prompt={prompt}", "temperature=0").texts[0]["completion"] for prompt in prompts]
+    alone = [write(f"prompt={prompt}", "sampling=greedy").texts[0]["completion"] for prompt in prompts]
     assert [text["completion"] for text in together] == alone
 
 
@@ -146,33 +146,34 @@ def test_beams_and_penalties_write_what_transformers_writes(write: Write, checkp
     given = tokenizer("import", return_tensors="pt")
     found = set()
     for beams, penalty in ((1, 1.0), (4, 1.0), (1, 3.0), (4, 3.0)):
+        method = "sampling=beam" if beams > 1 else "sampling=greedy"
         ids = lm.generate(**given, max_new_tokens=16, num_beams=beams, repetition_penalty=penalty, do_sample=False)
         theirs = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        words = ["temperature=0", "max_new_tokens=16", f"beams={beams}", f"repetition_penalty={penalty}"]
+        words = [method, "max_new_tokens=16", f"sampling.repetition_penalty={penalty}"]
         ours = write("prompt=import", *words).texts[0]["completion"]
         assert ours == theirs
         found.add(ours)
     assert len(found) == 4, "beams and penalties both change what is written"
 
 
-@pytest.mark.parametrize("word", ["min_p=1", "top_k=1", "top_p=0.01"])
+@pytest.mark.parametrize("word", ["sampling.min_p=1", "sampling.top_k=1", "sampling.top_p=0.01"])
 def test_every_filter_can_leave_one_token(word: str, write: Write) -> None:
-    keys = ["prompt=import", "temperature=1", word, *([] if word.startswith("top_p") else ["top_p=1"])]
+    keys = ["prompt=import", "sampling.temperature=1", word, *([] if "top_p" in word else ["sampling.top_p=1"])]
     tight = [write(*keys, f"seed={seed}") for seed in (1, 2)]
     assert tight[0].texts[0]["completion"] == tight[1].texts[0]["completion"]
-    loose = [write("prompt=import", "temperature=1", "top_p=1", f"seed={seed}") for seed in (1, 2)]
+    loose = [write("prompt=import", "sampling.temperature=1", "sampling.top_p=1", f"seed={seed}") for seed in (1, 2)]
     assert loose[0].texts[0]["completion"] != loose[1].texts[0]["completion"]
-    typical = write("prompt=import", "temperature=1", "top_p=1", "typical_p=0.2", "seed=1")
+    typical = write("prompt=import", "sampling.temperature=1", "sampling.top_p=1", "sampling.typical_p=0.2", "seed=1")
     assert typical.texts[0]["completion"] != loose[0].texts[0]["completion"]
 
 
 def test_no_ngram_is_repeated_and_a_stop_text_ends_the_completion(write: Write) -> None:
-    free = write("prompt=import", "temperature=0", "max_new_tokens=20").texts[0]
-    once = write("prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1").texts[0]
+    free = write("prompt=import", "sampling=greedy", "max_new_tokens=20").texts[0]
+    once = write("prompt=import", "sampling=greedy", "max_new_tokens=20", "sampling.no_repeat_ngram=1").texts[0]
     assert once["completion"] != free["completion"]
     stop = next(letter for letter in once["completion"][3:] if letter.isascii() and letter.isprintable())
     stopped = write(
-        "prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1", f"stop=~never~||{stop}"
+        "prompt=import", "sampling=greedy", "max_new_tokens=20", "sampling.no_repeat_ngram=1", f"stop=~never~||{stop}"
     ).texts[0]
     assert stopped["completion"] == once["completion"].partition(stop)[0]
     assert stopped["tokens"] < once["tokens"]
@@ -200,8 +201,8 @@ def test_on_a_terminal_a_text_is_shown_as_it_is_written(
         "max_new_tokens=24",
         f"checkpoint={checkpoint}",
         f"stop={stop}",
-        "temperature=100",
-        "top_p=1",
+        "sampling.temperature=100",
+        "sampling.top_p=1",
     ]
     monkeypatch.setattr(Decoder, "read", watched)
     monkeypatch.setattr(sys, "argv", ["generate.py", *words, f"json={tmp_path / 'written.json'}"])
@@ -224,21 +225,21 @@ def test_in_bf16_text_is_that_of_a_bf16_model(write: Write, checkpoint: Path) ->
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     written = stock.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     for words in ((), (f"draft={checkpoint}",)):
-        done = write(f"prompt={prompt}", "max_new_tokens=12", "temperature=0", "precision=bf16", *words)
+        done = write(f"prompt={prompt}", "max_new_tokens=12", "sampling=greedy", "precision=bf16", *words)
         assert done.texts[0]["completion"] == tokenizer.decode(written)
     generator = TextGenerator(Arguments(str(checkpoint), max_new_tokens=8, precision="bf16"))
     assert {parameter.dtype for parameter in generator.model.parameters()} == {torch.bfloat16}
 
 
 def test_without_a_prompt_every_line_that_comes_is_continued(write: Write) -> None:
-    shown = write("temperature=0", stdin="import\nclass A:\n").shown.splitlines()
+    shown = write("sampling=greedy", stdin="import\nclass A:\n").shown.splitlines()
     assert shown[0].startswith("import")
     assert any(line.startswith("class A:") for line in shown)
 
 
 def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkpoint: Path) -> None:
-    plain = write("prompt=import", "temperature=0").texts[0]
-    drafted = write("prompt=import", "temperature=0", f"draft={checkpoint}")
+    plain = write("prompt=import", "sampling=greedy").texts[0]
+    drafted = write("prompt=import", "sampling=greedy", f"draft={checkpoint}")
     assert drafted.texts[0]["completion"] == plain["completion"]
     assert drafted.texts[0]["acceptance"] == 1
     assert 1 <= drafted.texts[0]["tokens_per_call"] <= 8
@@ -250,7 +251,7 @@ def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
 ) -> None:
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, in which it comes early or late
     monkeypatch.setattr(speculative, "verification_costs", lambda *_: [1.0] * (MOST_DRAFTS + 1))
-    words = ["prompt=import", "temperature=0", "max_new_tokens=20", "no_repeat_ngram=1"]
+    words = ["prompt=import", "sampling=greedy", "max_new_tokens=20", "sampling.no_repeat_ngram=1"]
     whole = write(*words).texts[0]
     places = set()
     for stop in {letter for letter in whole["completion"] if "!" <= letter < "|"}:
@@ -270,10 +271,10 @@ def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
         (["prompt=a", "prompts=b"], "prompt and prompts are both given"),
         (["prompts=/nowhere.txt"], "cannot be read"),
         (["prompt=a", "draft=/nowhere"], "draft=/nowhere: there is no such folder"),
-        (["prompt=a", "draft={checkpoint}", "beams=2"], "Leave out beams"),
+        (["prompt=a", "draft={checkpoint}", "sampling=beam"], "Leave out sampling=beam"),
         (["draft={checkpoint}"], "draft needs prompt= or prompts="),
-        (["prompt=a", "num_samples=2", "temperature=0"], "num_samples=2 texts would all be the same"),
-        (["prompt=a", "num_samples=2", "beams=2"], "Leave num_samples out"),
+        (["prompt=a", "num_samples=2", "sampling=greedy"], "num_samples=2 texts would all be the same"),
+        (["prompt=a", "num_samples=2", "sampling=beam"], "Leave num_samples out"),
         (["prompt=a <|mask|>"], "fills none"),
     ],
 )

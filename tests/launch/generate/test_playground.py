@@ -21,12 +21,12 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.errors import InputError
-from gpt2lab.generation.sampling import GREEDY, Sampling, generate_ids
+from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import speculative_ids
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.reports.token_probabilities import Chance, IncrementalDecoder, Rounds, chances, pieces
-from gpt2lab.settings import ModelShape
+from gpt2lab.settings import BEAM, GREEDY, ModelShape, SamplingSettings
 from launch.generate import serve
 from launch.generate.generator import Arguments, TextGenerator
 from launch.generate.playground import Playground
@@ -197,7 +197,7 @@ def test_seed_and_settings_are_those_of_the_request(playground: Playground) -> N
 
 
 def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playground) -> None:
-    ways = {field.name for field in dataclasses.fields(Sampling)} - {"name", "beams"}
+    ways = {field.name for field in dataclasses.fields(SamplingSettings)} - {"name", "beams", "length_penalty"}
     assert {one["name"] for one in playground.facts()["settings"]} == ways | {"max_new_tokens", "seed"}
     once, free = (written(playground, no_repeat_ngram=size, temperature=0, max_new_tokens=40) for size in (1, 0))
     model, tokenizer, prompt = (
@@ -205,7 +205,7 @@ def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playgr
         playground.tokenizer,
         playground.tokenizer(PROMPT)["input_ids"],
     )
-    sampling = Sampling("once", temperature=0, no_repeat_ngram=1)
+    sampling = SamplingSettings("once", temperature=0, no_repeat_ngram=1)
     (ids,) = generate_ids(model, [prompt], sampling, max_new_tokens=40, end_of_text=tokenizer.eos_token_id)
     assert text_of(once["model"]) == text_of(once["both"]) == tokenizer.decode(ids) != text_of(free["model"])
 
@@ -229,7 +229,7 @@ def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playgr
         (request(temperature=float("nan")), "must be at least 0 and at most 100"),
         (request(temperature=float("inf")), "must be at least 0 and at most 100"),
         (request(top_k=1.5), "not a whole number"),
-        (request(top_p=0), "must be at least 0.01 and at most 1"),
+        (request(top_p=0), "must be greater than 0 and at most 1"),
         (request(seed=None), "not a whole number"),
         (request(seed=True), "not a whole number"),
         (request(seed="1" * 1000), "1,000 characters"),
@@ -389,7 +389,7 @@ def test_the_page_is_for_this_machine_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"beams": 2, "stop": "x"}, "Leave out beams=, stop="),
+        ({"sampling": BEAM, "stop": "x"}, "Leave out stop=, sampling=beam"),
         ({"prompts": "file"}, "Leave out prompts="),
         ({"checkpoint": "/nowhere"}, "no such folder"),
         ({"draft": "/nowhere"}, "no such folder"),
