@@ -36,27 +36,29 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint(lightning.Callback):
-    """Save every `checkpoint_every` steps and at the end of a fit, however it ends; one of the last callbacks.
+    """Save every `every` steps and at the end of a fit, however it ends; one of the last callbacks.
 
     A step with a validation is saved after it; a run that is being stopped also saves before it. A pruned run is not
-    saved at its end. The Hugging Face folder `<run_dir>/hf` is written before the checkpoint is added to the ledger, so
-    it is never older than the checkpoint.
+    saved at its end. The run directory's Hugging Face folder `hf` is written before the checkpoint is added to the
+    ledger, so it is never older than the checkpoint.
 
     Args:
+        every: steps between checkpoints.
         keep_last: number of checkpoints to keep.
         verify_export: whether to load the final export in a new process and compare logits.
     """
 
-    def __init__(self, run_dir: str, checkpoint_every: int, keep_last: int = 2, verify_export: bool = True) -> None:
-        self.run_dir = Path(run_dir)
-        self.checkpoint_every = checkpoint_every
+    def __init__(self, every: int, keep_last: int = 2, verify_export: bool = True) -> None:
+        self.every = every
         self.keep_last = keep_last
         self.verify_export = verify_export
         self.saved_step = -1
         self.has_ended = False
+        self.run_dir = Path()
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        trainer.strategy.checkpoint_io = StreamingCheckpointIO()
+        self.run_dir = Path(trainer.default_root_dir)
+        trainer.strategy.checkpoint_io = StreamingCheckpointIO(self.run_dir)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -121,7 +123,7 @@ class Checkpoint(lightning.Callback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
-        due = step % self.checkpoint_every == 0 or step == trainer.max_steps or trainer.should_stop
+        due = step % self.every == 0 or step == trainer.max_steps or trainer.should_stop
         return due and step != self.saved_step
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
@@ -167,14 +169,28 @@ class Checkpoint(lightning.Callback):
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Checkpoint IO that writes directly to the file, not first to memory as Lightning's does, and reads shards."""
+    """Checkpoint IO that writes directly to the file, not first to memory as Lightning's does, and reads shards.
+
+    Args:
+        run_dir: files outside of it are not removed; a ModelCheckpoint takes the names of its files from a checkpoint.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return read_whole(Path(path)) if is_sharded(Path(path)) else read_checkpoint_file(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        if not Path(path).resolve().is_relative_to(self.run_dir.resolve()):
+            log.warning("%s is kept, since it is outside the run directory.", path)
+            return
+        super().remove_checkpoint(path)
 
 
 def is_complete(trainer: Trainer) -> bool:

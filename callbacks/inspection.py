@@ -42,12 +42,14 @@ class Inspect(lightning.Callback):
         projector: whether to write the embeddings, too; they are overwritten each time.
     """
 
-    def __init__(self, run_dir: str, texts: list[str], tokens: int = 64, projector: bool = True) -> None:
-        self.run_dir = Path(run_dir)
-        self.folder = self.run_dir / FOLDER
+    def __init__(self, texts: list[str], tokens: int = 64, projector: bool = True) -> None:
         self.texts = list(texts)
         self.tokens = tokens
         self.projector = projector
+        self.folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self.folder = Path(trainer.default_root_dir) / FOLDER
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Check the texts, and remove pages of steps that will be repeated."""
@@ -79,7 +81,7 @@ class Inspect(lightning.Callback):
             name = f"step-{step:06d}{f'-{number}' if number > 1 else ''}.html"
             write_inspection(
                 self.folder / name,
-                f"{self.run_dir.name}, step {step}",
+                f"{self.folder.parent.name}, step {step}",
                 model,
                 reading,
                 pl_module.tokenizer,
@@ -90,7 +92,7 @@ class Inspect(lightning.Callback):
             )
         if self.projector:
             has_tensorboard = any(isinstance(logger, TensorBoard) for logger in trainer.loggers)
-            folder = self.run_dir / "tensorboard" if has_tensorboard else self.folder / "projector"
+            folder = self.folder.with_name("tensorboard") if has_tensorboard else self.folder / "projector"
             write_projector(folder, model.transformer.wte.weight, pl_module.tokenizer)
         log.info("inspection of step %d: %s", step, self.folder)
 

@@ -20,6 +20,7 @@ from lightning.pytorch.loops import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 from gpt2lab.data.batch import Batch
+from gpt2lab.system.heartbeat import GRACE_SECONDS
 from gpt2lab.system.stop_request import Interrupted, StopRequest, is_urgent
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,11 @@ class Interrupt(lightning.Callback):
     """Signal handlers and the stop request; after the run `reason` is one of REASONS, "" if it was not stopped.
 
     Args:
-        rank_timeout: seconds after which the collective agreement of the ranks times out.
+        rank_timeout: seconds after which a rank is late; the agreement of the ranks times out a little later.
     """
 
     def __init__(self, rank_timeout: int = 1800) -> None:
-        self.timeout = timedelta(seconds=rank_timeout)
+        self.timeout = timedelta(seconds=rank_timeout + GRACE_SECONDS)
         self.reason = ""
         self._request = StopRequest()
         self._first_press = 0.0

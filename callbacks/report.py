@@ -21,16 +21,13 @@ log = logging.getLogger(__name__)
 class Report(lightning.Callback):
     """Write the report; placed after Checkpoint, whose verification of the export is part of the run.
 
-    Args:
-        facts: the launcher's facts: task, model, data, command.
-
     Attributes:
+        facts: facts from outside the training: task, model, data, command.
         content: the written report.
     """
 
-    def __init__(self, run_dir: str, facts: dict[str, Any]) -> None:
-        self.run_dir = run_dir
-        self.facts = facts
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
         self.content: dict[str, Any] = {}
         self._earlier_seconds = 0.0
         self._start = time.monotonic()
@@ -52,7 +49,7 @@ class Report(lightning.Callback):
         losses = pl_module.validation_documents
         if trainer.is_global_zero and losses is not None and not trainer.sanity_checking:
             known = self.facts.get("data", {}).get("hash", "")
-            write_document_losses(self.run_dir, replace(losses, data=known))
+            write_document_losses(trainer.default_root_dir, replace(losses, data=known))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if run_status(trainer) == "finished" and trainer.global_step < trainer.max_steps:
@@ -64,7 +61,7 @@ class Report(lightning.Callback):
         if isinstance(exception, Exception) and not isinstance(exception, ExportError) and is_complete(trainer):
             self._write(trainer, pl_module, run_status(trainer))
             return
-        if not self._has_trained and read_report(self.run_dir):
+        if not self._has_trained and read_report(trainer.default_root_dir):
             return  # a resumed run failed before training: keep the earlier report
         stopped = stop_reason(trainer) != "" or isinstance(exception, SystemExit)  # a signal outside training
         error = "" if stopped else f"{type(exception).__name__}: {exception}"
@@ -85,12 +82,12 @@ class Report(lightning.Callback):
             "watched_metric": pl_module.watched_metric,
             **pl_module.facts_for_report(),
         }
-        self.content = build_report(self.run_dir, status, facts, error)
+        self.content = build_report(trainer.default_root_dir, status, facts, error)
         try:
-            write_report(self.run_dir, self.content)
+            write_report(trainer.default_root_dir, self.content)
         except OSError as reason:
             if not error:  # otherwise the error that ended the run is printed
-                fix = f"python train.py resume={self.run_dir} writes it"
+                fix = f"python train.py resume={trainer.default_root_dir} writes it"
                 log.warning("The report of this run could not be written: %s. %s.", reason, fix)
 
     def _seconds(self) -> float:

@@ -17,17 +17,17 @@ from gpt2lab.system.stop_request import Interrupted, is_urgent
 
 
 class Samples(lightning.Callback):
-    """Complete each prompt every `sample_every` steps and at the end, by each of the module's `writing_methods`.
+    """Complete each prompt every `every` steps and at the end, by each of the module's `writing_methods`.
 
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
     Args:
+        every: steps between samples.
         prompts: prompts; empty: those of the data module.
     """
 
-    def __init__(self, run_dir: str, sample_every: int, prompts: list[str], max_new_tokens: int) -> None:
-        self.run_dir = run_dir
-        self.sample_every = sample_every
+    def __init__(self, every: int, prompts: list[str], max_new_tokens: int) -> None:
+        self.every = every
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
         self._due_step = -1  # step with interrupted samples, which the resumed run generates
@@ -40,7 +40,7 @@ class Samples(lightning.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.is_global_zero:
-            drop_samples_after(self.run_dir, trainer.global_step)
+            drop_samples_after(trainer.default_root_dir, trainer.global_step)
         if self._due_step == trainer.global_step:
             self._sample(trainer, pl_module)
 
@@ -48,7 +48,7 @@ class Samples(lightning.Callback):
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = step % self.sample_every == 0 or step == trainer.max_steps
+        due = step % self.every == 0 or step == trainer.max_steps
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not due:
             return
         with outside_training_time(trainer):
@@ -80,7 +80,7 @@ class Samples(lightning.Callback):
 
     def _show(self, trainer: Trainer, samples: list[Sample]) -> None:
         step = samples[0].step
-        append_samples(self.run_dir, samples)
+        append_samples(trainer.default_root_dir, samples)
         for logger in trainer.loggers:
             if isinstance(logger, TakesSamples):
                 logger.log_samples(samples, step)

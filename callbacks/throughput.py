@@ -11,6 +11,7 @@ from lightning import Trainer
 
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
+from gpt2lab.storage.prepared_cache import cache_folder
 from gpt2lab.system import device
 
 MATMUL_DTYPES = {
@@ -25,9 +26,12 @@ class Throughput(lightning.Callback):
 
     MFU is the trained model's FLOP, 6 N + 12 · L · D · T per token with N without position embeddings, over the peak of
     all devices. Placed first, so that the time of other callbacks after a step is excluded.
+
+    Args:
+        cache_dir: folder that stores the measured peak of a CPU; None: the default.
     """
 
-    def __init__(self, cache_dir: str) -> None:
+    def __init__(self, cache_dir: str | None = None) -> None:
         self.cache_dir = cache_dir
         self._tokens = 0
         self._seconds = 0.0
@@ -47,7 +51,7 @@ class Throughput(lightning.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._device = pl_module.device
         dtype = MATMUL_DTYPES.get(str(trainer.precision), torch.float32)
-        self._peak = device.peak_flops(self._device, dtype, self.cache_dir) * trainer.world_size
+        self._peak = device.peak_flops(self._device, dtype, cache_folder(self.cache_dir)) * trainer.world_size
         shape, whole = pl_module.backbone.shape, sum(weight.numel() for weight in pl_module.backbone.parameters())
         self._parameters = whole - shape.n_positions * shape.n_embd  # position embeddings are added, not multiplied
         self._start()

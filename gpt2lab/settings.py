@@ -103,6 +103,37 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class StrategySettings:
+    """Distribution of the model and of a batch over the ranks of a run.
+
+    `find_unused_parameters` and `shard_teacher` are auto, true or false, as text: OmegaConf merges no unions here.
+    """
+
+    name: str = key("auto: ddp, or fsdp if the model is too large for one device", choices=("auto", "ddp", "fsdp"))
+    bucket_cap_mb: int = key(
+        "MiB of gradients that are all-reduced at once", 25, within="[1, 1e5]", read_by="strategy=auto,ddp"
+    )
+    gradient_as_bucket_view: bool = key(
+        "store gradients in the buckets: no second copy", True, read_by="strategy=auto,ddp"
+    )
+    find_unused_parameters: str = key(
+        "search each backward pass for weights without a gradient; auto: with layer_drop",
+        "auto",
+        auto=True,
+        read_by="strategy=auto,ddp",
+    )
+    offload: bool = key(
+        "keep weights, gradients and optimizer state in host memory, on GPUs", False, read_by="strategy=auto,fsdp"
+    )
+    shard_teacher: str = key(
+        "shard the teacher too; auto: if it does not fit next to the student's shard",
+        "auto",
+        auto=True,
+        read_by="task=distill",
+    )
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """Distillation loss: hard_weight · CE + (1 − hard_weight) · divergence (times T² where `scale_t2`)."""
 

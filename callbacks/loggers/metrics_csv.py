@@ -17,7 +17,8 @@ class MetricsCsv(Logger):
 
     @property
     def name(self) -> str:
-        return "csv"
+        """Folder below the run directory where a ModelCheckpoint without `dirpath` writes `checkpoints/`."""
+        return "lightning"
 
     @property
     def version(self) -> str:

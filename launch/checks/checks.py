@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS
-from launch.checks import baseline, distillation, objective, resource_request, study_plan
+from launch.checks import baseline, distillation, lightning_nodes, objective, resource_request, study_plan
 from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
@@ -35,6 +35,7 @@ def check(config: RunConfig) -> None:
         return  # the run uses its stored configuration; launch.run.resume checks the keys that may change
     check_unused_keys(config)
     check_nodes(config.target_nodes)
+    lightning_nodes.check(config)
     check_values(config)
     check_schedule(config)
     check_sweep_only(config)
@@ -252,7 +253,7 @@ def refuse_fp16_on_cpu() -> None:
 
 def check_layer_drop(config: RunConfig) -> None:
     """Check that layer_drop is not combined with FSDP, whose ranks must all-gather the same blocks."""
-    if config.layer_drop and config.strategy == "fsdp":
+    if config.layer_drop and config.strategy.name == "fsdp":
         raise InputError(
             "layer_drop skips other blocks on each rank, but strategy=fsdp needs the same blocks on all ranks.\n"
             "Leave layer_drop out, or use strategy=ddp."

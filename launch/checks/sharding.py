@@ -17,8 +17,8 @@ def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, str
         return
     given = {
         "checkpoint_format=sharded": config.checkpoint_format == "sharded",
-        "fsdp_offload=true": config.fsdp_offload,
-        "shard_teacher=true": str(config.shard_teacher).lower() == "true",
+        "strategy.offload=true": config.strategy.offload,
+        "strategy.shard_teacher=true": str(config.strategy.shard_teacher).lower() == "true",
     }
     for key, is_given in given.items():
         if is_given:
@@ -41,7 +41,6 @@ def _check_precision(precision: PrecisionSettings) -> None:
 
 
 def _check_offload(config: RunConfig, accelerator: str) -> None:
-    if config.fsdp_offload and accelerator != "gpu":
-        raise InputError(
-            f"fsdp_offload=true: with accelerator={accelerator} everything is in host memory already.\nLeave it out."
-        )
+    if config.strategy.offload and accelerator != "gpu":
+        given = f"strategy.offload=true with accelerator={accelerator}"
+        raise InputError(f"{given}: everything is in host memory already.\nLeave it out.")

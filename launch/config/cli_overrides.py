@@ -4,6 +4,7 @@ Paths, names and ids are free text (`path=notes, old/*.md`, `name=1e3`), but Hyd
 keys are quoted if its grammar rejects them or reads them as another type.
 """
 
+import re
 import shlex
 import sys
 from itertools import pairwise
@@ -21,7 +22,9 @@ from launch.config.known_keys import known_keys
 from launch.config.targets import parse_permissions
 
 FREE_TEXT = tuple(name for name, meaning in known_keys().items() if meaning.free_text)
-FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset")  # of any class, also of the user's own
+# Of any class, also of the user's own
+FREE_TEXT_SUFFIXES = (".path", ".source", ".name", ".dataset", ".template", ".dirpath", ".filename", ".save_dir")
+ADDED_NODE = re.compile(r"\+*((?:callbacks|logger)\.\w+)\._target_")
 FLAGS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir")
 FLAGS_WITH_VALUE += ("-cd", "--package", "-p")
 INFO = ("--info", "-i")  # whose value may be left out
@@ -48,9 +51,16 @@ def quote_free_text(arguments: list[str]) -> list[str]:
         _check_override(argument)
     sweeping = is_multirun(arguments)
     flags, overrides = _split_flags(arguments)
+    overrides = _without_plus(overrides)
     if sweeping and not {"-m", "--multirun", "--cfg", "-c"} & set(flags):
         flags.append("-m")  # hparams_search=optuna implies a multirun
     return [*flags, *(_quote(override, sweeping) for override in overrides)]
+
+
+def _without_plus(overrides: list[str]) -> list[str]:
+    """Return the overrides with Hydra's `++` for callbacks and loggers whose class is given: they may be new keys."""
+    added = {match[1] for override in overrides if (match := ADDED_NODE.match(override))}
+    return [f"++{one}" if ".".join(one.partition("=")[0].split(".")[:2]) in added else one for one in overrides]
 
 
 def is_multirun(arguments: list[str]) -> bool:
@@ -74,6 +84,8 @@ def _check_override(argument: str) -> None:
         run_dir.check_creatable(Path(value).expanduser(), "hydra.sweep.dir")
     if not equals or name not in groups():
         return
+    if "/" in value:
+        raise InputError(f"{argument}: no such value.\nAllowed: {', '.join(values(name))}.")
     if value in ("", "null", "~") or value.startswith("["):
         raise InputError(f"{argument}: a group has one value.\nAllowed: {', '.join(values(name))}.")
     if key.startswith("+"):

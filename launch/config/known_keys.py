@@ -74,9 +74,31 @@ class PairKeys(HubKeys):
 
 
 @dataclass(frozen=True)
+class ThroughputKeys:
+    """Keys of callbacks.throughput."""
+
+    cache_dir: str | None = key("folder that stores the measured peak of a CPU; null: the default", None)
+
+
+@dataclass(frozen=True)
+class InterruptKeys:
+    """Keys of callbacks.interrupt."""
+
+    rank_timeout: int = key("seconds without progress after which a rank is late", 1800, within="[5, 1e6]")
+
+
+@dataclass(frozen=True)
+class HealthKeys:
+    """Keys of callbacks.health."""
+
+    on_spike: str = key("action for a spike of the training loss", "warn", choices=("warn", "stop"))
+
+
+@dataclass(frozen=True)
 class SamplesKeys:
     """Keys of callbacks.samples."""
 
+    every: int = key("steps between samples", within="[1, inf)")
     prompts: list[str] = key("prompts; empty: beginnings of functions (Python source) or of validation texts")
     max_new_tokens: int = key("maximum number of generated tokens per sample", within="[1, inf)")
 
@@ -94,14 +116,24 @@ class InspectKeys:
 class CheckpointKeys:
     """Keys of callbacks.checkpoint."""
 
+    every: int = key("steps between checkpoints", within="[1, inf)")
     keep_last: int = key("number of most recent checkpoints that are kept", 2, within="[1, inf)")
     verify_export: bool = key("load hf/ in a new process at the end and compare logits (about 5 seconds)", True)
+
+
+@dataclass(frozen=True)
+class TensorBoardKeys:
+    """Keys of logger=tensorboard."""
+
+    run_dir: str | None = key("run directory", None)
 
 
 @dataclass(frozen=True)
 class WandbKeys:
     """Keys of logger=wandb."""
 
+    run_dir: str | None = key("run directory", None)
+    group: str = key("group of the W&B run; by default the name of the sweep", "")
     project: str = key("W&B project", "gpt2-lab")
     mode: str = key(
         "W&B mode; auto: online if logged in, else offline; the variable WANDB_MODE takes precedence",
@@ -163,9 +195,9 @@ NODES: dict[str, type] = {
     "lightning_modules.finetune.FineTune": FineTuneKeys,
     "datamodules.language_modeling.LanguageModelingData": RunningTextKeys,
     "datamodules.pairs.PairData": PairKeys,
-    "callbacks.throughput.Throughput": NoKeys,
-    "callbacks.interrupt.Interrupt": NoKeys,
-    "callbacks.health.Health": NoKeys,
+    "callbacks.throughput.Throughput": ThroughputKeys,
+    "callbacks.interrupt.Interrupt": InterruptKeys,
+    "callbacks.health.Health": HealthKeys,
     "callbacks.progress.ProgressBar": NoKeys,
     "callbacks.samples.Samples": SamplesKeys,
     "callbacks.final_validation.FinalValidation": NoKeys,
@@ -173,7 +205,7 @@ NODES: dict[str, type] = {
     "callbacks.report.Report": NoKeys,
     "callbacks.inspection.Inspect": InspectKeys,
     "callbacks.loggers.metrics_csv.MetricsCsv": NoKeys,
-    "callbacks.loggers.tensorboard.TensorBoard": NoKeys,
+    "callbacks.loggers.tensorboard.TensorBoard": TensorBoardKeys,
     "callbacks.loggers.wandb.WeightsAndBiases": WandbKeys,
 }
 # The one group without keys of its own
@@ -182,6 +214,9 @@ EXPERIMENT = Key("recipe: values of many groups and keys at once, which the comm
 PLACES: dict[str, tuple[type, ...]] = {
     "task": (FineTuneKeys,),
     "data": (RunningTextKeys, PairKeys),
+    "callbacks.throughput": (ThroughputKeys,),
+    "callbacks.interrupt": (InterruptKeys,),
+    "callbacks.health": (HealthKeys,),
     "callbacks.samples": (SamplesKeys,),
     "callbacks.inspect": (InspectKeys,),
     "callbacks.checkpoint": (CheckpointKeys,),

@@ -103,17 +103,6 @@ class MachineKeys:
         on_resume=True,
     )
     threads: int | str = key("CPU threads per process", within="[1, 4096]", auto=True, of_machine=True)
-    fsdp_offload: bool = key(
-        "keep weights, gradients and optimizer state of GPUs in host memory",
-        of_machine=True,
-        read_by="sharding",
-    )
-    shard_teacher: bool | str = key(
-        "under strategy=fsdp, shard the teacher too; auto: if it does not fit beside the student",
-        auto=True,
-        of_machine=True,
-        read_by=DISTILL,
-    )
     workers: int = key("data loading processes per rank", within="[0, 64]", on_resume=True)
     rank_timeout: int = key(
         "seconds without progress of a rank after which the run ends and names it", within="[5, 1e6]", on_resume=True

@@ -37,6 +37,7 @@ OWN_FILES = (
     "wandb",
     "tensorboard",
     "inspect",
+    "lightning",  # of a ModelCheckpoint
 )
 
 

@@ -7,7 +7,9 @@ field (plain_keys.py, multirun_settings.py, known_keys.py, gpt2lab/settings.py),
 
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from gpt2lab.settings import (
     SamplingSettings,
     ScheduleSettings,
     SequenceSettings,
+    StrategySettings,
     TeacherCacheSettings,
     TokenizerKeys,
 )
@@ -36,6 +39,7 @@ from gpt2lab.storage.utf8 import check_values
 from launch.config.literal_text import is_interpolated, override
 from launch.config.multirun_settings import LauncherSettings, SearchSettings, StudySettings
 from launch.config.plain_keys import DISTILL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
+from launch.config.references import GROUPS, find_references, follow_references
 from launch.config.structured import composable, frozen
 from launch.config.targets import foreign_targets
 
@@ -72,6 +76,7 @@ class Invocation:
     overrides: list[str] = field(default_factory=list)  # as given on the command line
     command: str = ""
     sweep: str = ""  # name of the sweep that this run is a job of
+    references: dict[str, str] = field(default_factory=dict)  # argument → key that it follows: ${sample_every}
     trial: int | None = None  # its number in the study beside it, which may prune it
     hydra: str = ""  # Hydra's own configuration as YAML, for .hydra/hydra.yaml
 
@@ -95,7 +100,7 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     logger: dict[str, Any] = key("logger in addition to metrics.csv")
     trainer: dict[str, Any] = key("arguments of lightning.Trainer that this project does not set itself")
     precision: PrecisionSettings = key("dtypes of weights and matrix products")
-    strategy: str = key("parallel training on several devices", of_machine=True)
+    strategy: StrategySettings = key("parallel training on several devices", of_machine=True)
 
     launcher: LauncherSettings = key("where runs are executed: this machine or a cluster", factory=LauncherSettings)
     hparams_search: SearchSettings = key("hyperparameter search of a multirun", factory=SearchSettings)
@@ -117,8 +122,15 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     def target_nodes(self) -> dict[str, Any]:
         """Every object that is built from a `_target_`, by its place in the configuration."""
         observers = {f"callbacks.{name}": node for name, node in self.callbacks.items() if node is not None}
-        logger = {"logger": self.logger} if self.logger else {}
-        return {"task": self.task, "data": self.data, **observers, **logger, "trainer": self.trainer}
+        return {"task": self.task, "data": self.data, **observers, **self.logger_nodes, "trainer": self.trainer}
+
+    @property
+    def logger_nodes(self) -> dict[str, Any]:
+        """The chosen logger, and those that were added under a name: `logger.tb._target_=…`."""
+        is_added = {name: isinstance(node, dict) and "_target_" in node for name, node in self.logger.items()}
+        chosen = {name: value for name, value in self.logger.items() if not is_added[name]}
+        added = {f"logger.{name}": node for name, node in self.logger.items() if is_added[name]}
+        return ({"logger": chosen} if chosen else {}) | added
 
     @property
     def is_study(self) -> bool:
@@ -191,8 +203,12 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
     sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else ""
     as_typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     overrides = [str(override) for override in as_typed or []]
-    literal = {given: _with_value(given, config) for given in overrides if is_interpolated(given)}
-    return replace(
+    unresolved = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(unresolved, dict)
+    found = [find_references(unresolved[group], group) for group in GROUPS]
+    references = {place: text for group in found for place, text in group.items()}
+    literal = {given: _with_value(given, config, references) for given in overrides if is_interpolated(given)}
+    composed = replace(
         config,
         allow_targets=[*config.allow_targets, *foreign_targets(config.target_nodes)],  # composed now, so permitted
         invocation=Invocation(
@@ -201,13 +217,23 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
             command=shlex.join(literal.get(word, word) for word in shlex.split(command)),
             sweep=sweep,
             hydra=OmegaConf.to_yaml(hydra),
+            references=references,
         ),
     )
+    return with_references(composed)
 
 
-def _with_value(given: str, config: RunConfig) -> str:
-    """An override without its interpolations (`${oc.env:X}`, `${now:…}`), to be typed wherever and whenever."""
-    value = optional_value(config, given.partition("=")[0].lstrip("+~"))
+def with_references(config: RunConfig) -> RunConfig:
+    """Return the configuration with every argument that follows a key at the present value of that key."""
+    references, lookup = config.invocation.references, partial(optional_value, config)
+    nodes = {group: follow_references(vars(config)[group], group, references, lookup) for group in GROUPS}
+    return replace(config, **nodes)
+
+
+def _with_value(given: str, config: RunConfig, references: Mapping[str, str]) -> str:
+    """Return an override without its interpolations (`${oc.env:X}`, `${now:…}`), except for references to keys."""
+    name = given.partition("=")[0].lstrip("+~")
+    value = None if name in references else optional_value(config, name)
     return given if value is None else override(given.partition("=")[0], value)
 
 

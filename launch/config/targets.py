@@ -3,16 +3,22 @@
 A run directory may be from an untrusted source, so a stored configuration instantiates only classes of this project,
 and callbacks and loggers of Lightning. Other classes need a permission: the dotted name of a package, a module or a
 class. Permissions come from the current command line only: `allow_targets=[mypkg]`, and the targets of a new run. They
-are never read from a stored configuration; the launcher passes them to its processes.
+are never read from a stored configuration; the launcher passes them to its processes. A `_target_` inside an argument
+always needs a permission.
 """
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
+import hydra.utils
+from hydra.errors import InstantiationException
+
 from gpt2lab.errors import InputError
+from launch.config.did_you_mean import nearest
 
 OWN_PACKAGES = ("lightning_modules", "datamodules", "callbacks")
 LIGHTNING_PACKAGES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers")
@@ -25,6 +31,8 @@ BASES = {
     "logger": "loggers.Logger",
     "trainer": "Trainer",
 }
+OF_HYDRA = ("_partial_", "_args_", "_convert_", "_recursive_")  # of hydra.utils.instantiate, next to `_target_`
+FOLDER_ARGUMENTS = ("run_dir", "save_dir", "dirpath", "dir")
 
 
 def parse_permissions(text: str) -> list[str]:
@@ -54,7 +62,9 @@ def foreign_targets(nodes: Mapping[str, Any]) -> list[str]:
         nodes: `_target_` and keys of each object, by configuration key.
     """
     targets = [str(node.get("_target_", "")) for node in nodes.values() if isinstance(node, dict)]
-    return [one for one in dict.fromkeys(targets) if one not in TRAINERS and not _is_below(one, OWN_PACKAGES)]
+    foreign = [one for one in targets if one not in TRAINERS and not _is_below(one, OWN_PACKAGES)]
+    nested = [str(node["_target_"]) for where, node in nodes.items() for _, node in _nested_nodes(node, where)]
+    return list(dict.fromkeys(foreign + nested))
 
 
 def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:
@@ -67,6 +77,112 @@ def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise InputError(f"{shorten(where)} has no _target_ (name of a class): {shorten(str(node))}.")
         _check_name(node["_target_"], where, node["_target_"], permissions)
+        for place, inner in _nested_nodes(node, where):
+            target = inner["_target_"]
+            if not isinstance(target, str) or not _is_below(target, permissions):
+                raise _without_permission(place, str(target))
+
+
+def _nested_nodes(node: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, node) of every object inside the arguments of a node."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        if isinstance(value, dict) and "_target_" in value:
+            yield f"{where}.{key}", value
+        yield from _nested_nodes(value, f"{where}.{key}")
+
+
+def instantiate(
+    node: Mapping[str, Any], where: str, permissions: Iterable[str], folder: Path, more: Mapping[str, Any] | None = None
+) -> Any:
+    """Build the object of a node as `hydra.utils.instantiate` does, objects inside its arguments included.
+
+    Only classes pass through Hydra, and text arguments stay literal: Hydra would resolve `${` in them.
+
+    Args:
+        where: configuration key of the node.
+        permissions: the configuration's `allow_targets`.
+        folder: run directory. Without a permission, no argument may name a path outside of it.
+        more: further arguments.
+
+    Raises:
+        InputError: the class is not permitted or does not exist, or its arguments do not fit.
+    """
+    permissions = list(permissions)
+    kind, target = target_class(node, where, permissions), node["_target_"]
+    own = {key: value for key, value in node.items() if key != "_target_"}
+    check_arguments(kind, own, where, target, permissions)
+    if not _is_below(target, permissions):
+        _check_paths(own, where, target, folder)
+    built = {key: _with_objects(value, f"{where}.{key}", permissions, folder) for key, value in own.items()}
+    return call(kind, {**built, **(more or {})}, where, target)
+
+
+def _with_objects(value: Any, where: str, permissions: list[str], folder: Path) -> Any:
+    """Return an argument with every node in it replaced by its object."""
+    if isinstance(value, dict) and "_target_" in value:
+        return instantiate(value, where, permissions, folder)
+    if isinstance(value, dict):
+        return {key: _with_objects(item, f"{where}.{key}", permissions, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_objects(item, f"{where}.{number}", permissions, folder) for number, item in enumerate(value)]
+    return value
+
+
+def call(kind: Any, arguments: dict[str, Any], where: str, target: str) -> Any:
+    """Call a class that was checked, through Hydra.
+
+    Raises:
+        InputError: arguments are missing, or a class of Lightning rejects them.
+    """
+    try:
+        inspect.signature(kind).bind(**arguments)
+        make = hydra.utils.instantiate({"_target_": target, "_partial_": True})
+    except (TypeError, InstantiationException) as error:
+        raise InputError(f"{where} does not fit {target}: {str(error).splitlines()[0]}.") from error
+    if make.func is not kind:
+        raise InputError(f"{where}._target_={target} is not the class that was checked.")
+    try:
+        return make(**arguments)
+    except Exception as error:
+        if not _is_below(kind.__module__, ("lightning",)):
+            raise
+        raise InputError(f"{where} does not fit {target}: {str(error).splitlines()[0]}") from error
+
+
+def check_arguments(kind: Any, own: Mapping[str, Any], where: str, target: str, permissions: Iterable[str]) -> None:
+    """Check the names of a node's arguments.
+
+    Raises:
+        InputError: the class has no such argument, or passes it to another library without a permission.
+    """
+    parameters = inspect.signature(kind).parameters
+    unknown = [key for key in own if key not in parameters]
+    for key in unknown:
+        if key in OF_HYDRA:
+            raise InputError(f"{where}.{key} is not supported: arguments are given by name, as plain values.")
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            raise InputError(f"There is no key {shorten(f'{where}.{key}')}{nearest(key, parameters)}.")
+        if not _is_below(target, permissions):
+            raise InputError(
+                f"{shorten(f'{where}.{key}')} is passed to another library, which could execute any code.\n"
+                f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
+            )
+
+
+def _check_paths(own: Mapping[str, Any], where: str, target: str, folder: Path) -> None:
+    """Reject paths outside the run directory, where an object of a downloaded run could overwrite or delete files."""
+    is_ours = _is_below(target, OWN_PACKAGES)
+    for key, value in own.items():
+        if not isinstance(value, str):
+            continue
+        leaves = value.startswith(("/", "~")) or ".." in Path(value).parts or "://" in value
+        is_path = key in FOLDER_ARGUMENTS or (leaves and not is_ours)
+        if is_path and not Path(value).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{where}.{key}={shorten(value)} is outside the run directory {folder}.\n"
+                f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
+            )
 
 
 def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]) -> Any:
@@ -96,19 +212,6 @@ def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]
     return kind
 
 
-def check_kwargs_permission(key: str, target: str, permissions: Iterable[str]) -> None:
-    """Check permission for a key that the class passes to another library as `**kwargs`, with unknown effects.
-
-    Raises:
-        InputError: there is no permission for this class.
-    """
-    if not _is_below(target, permissions):
-        raise InputError(
-            f"{shorten(key)} is passed to another library, which could execute any code.\n"
-            f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
-        )
-
-
 def shorten(text: str) -> str:
     """Shorten untrusted text for a message, with control characters escaped."""
     return (text if text.isprintable() else repr(text))[:120]
@@ -118,10 +221,15 @@ def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) 
     """Reject a name outside the permitted packages; `name` is the target, or the qualified name of its class."""
     if _is_below(name, (*OWN_PACKAGES, *LIGHTNING_PACKAGES, *permissions)) or (where == "trainer" and name in TRAINERS):
         return
-    package = name.split(".")[0]
+    raise _without_permission(where, target, name)
+
+
+def _without_permission(where: str, target: str, name: str = "") -> InputError:
+    """Return the error for a target, whose class is defined as `name`."""
+    package = (name or target).split(".")[0]
     package = package if package.isidentifier() else "PACKAGE"
-    defined = "" if name == target else f", which is {name}"
-    raise InputError(
+    defined = "" if name in ("", target) else f", which is {name}"
+    return InputError(
         f"{shorten(where)}._target_={shorten(target)}{defined}: a stored configuration instantiates only\n"
         "classes of this project and Lightning's callbacks and loggers, since others could execute any code.\n"
         f"If you trust this code, permit its package on the command line: allow_targets=[{package}]"

@@ -65,9 +65,6 @@ CONDITIONS = {
     "data from files": Condition("data", _reads_files, "files of text or records read it"),
     "trained tokenizer": Condition("tokenizer", _trains_bpe, "only a tokenizer trained here reads it (tokenizer=bpe)"),
     "tokenizer=hub": Condition("tokenizer", lambda c: c.tokenizer.kind == "pretrained", "tokenizer=hub reads it"),
-    "sharding": Condition(
-        "strategy", lambda c: c.strategy in ("auto", "fsdp") or not c.fsdp_offload, "strategy=fsdp reads it"
-    ),
     "lora": Condition("task", _adapts, "LoRA reads it (task.lora.rank=8)"),
     "no lora": Condition("task", lambda c: not c.lora_rank, "training without LoRA reads it (task.lora.rank=0)"),
 }

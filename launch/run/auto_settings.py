@@ -165,9 +165,9 @@ def _devices(config: RunConfig, accelerator: str) -> int:
 
 
 def _strategy(config: RunConfig, inputs: Inputs, machine: Machine) -> str:
-    if config.strategy == "auto" and machine.world_size == 1:
+    if config.strategy.name == "auto" and machine.world_size == 1:
         return "auto"
-    if config.strategy == "auto":
+    if config.strategy.name == "auto":
         if device_memory.fits(config, inputs, machine, devices=1, teacher_parts=1):
             return "ddp"
         needed = device_memory.state_bytes(config, inputs, machine)
@@ -179,8 +179,10 @@ def _strategy(config: RunConfig, inputs: Inputs, machine: Machine) -> str:
         )
         return "fsdp"
     if machine.accelerator == "mps":
-        raise InputError(f"strategy={config.strategy} does not work on mps, which is one device; set strategy=auto.")
-    return config.strategy
+        raise InputError(
+            f"strategy={config.strategy.name} does not work on mps, which is one device; set strategy=auto."
+        )
+    return config.strategy.name
 
 
 def _checkpoint_format(config: RunConfig, inputs: Inputs, machine: Machine) -> str:
@@ -193,8 +195,9 @@ def _checkpoint_format(config: RunConfig, inputs: Inputs, machine: Machine) -> s
 
 
 def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
-    if str(config.shard_teacher).lower() != "auto":
-        return str(config.shard_teacher).lower() == "true"
+    wanted = str(config.strategy.shard_teacher).lower()
+    if wanted != "auto":
+        return wanted == "true"
     ranks = machine.world_size
     return machine.strategy == "fsdp" and not device_memory.fits(config, inputs, machine, ranks, teacher_parts=1)
 

@@ -2,20 +2,22 @@
 
 import hashlib
 import inspect
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import lightning
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from callbacks.checkpoint import Checkpoint, StreamingCheckpointIO
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning, TrialReports
+from callbacks.report import Report
 from callbacks.same_settings import SameSettings
 from datamodules.micro_batches import SampleDataModule
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
@@ -24,22 +26,24 @@ from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import CrossEntropySettings, DataFacts, TrainingSettings
 from gpt2lab.storage.prepared_cache import cache_folder
 from gpt2lab.system.heartbeat import GRACE_SECONDS
-from launch.config.did_you_mean import nearest
 from launch.config.known_keys import typed_settings
 from launch.config.run_spec import PreparedSpec, RunSpec, as_dict, to_yaml
-from launch.config.targets import OWN_PACKAGES, check_kwargs_permission, shorten, target_class
+from launch.config.schema import RunConfig, with_references
+from launch.config.targets import OWN_PACKAGES, call, check_arguments, instantiate, target_class
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
+METRICS_CSV = "callbacks.loggers.metrics_csv.MetricsCsv"
+NO_STATE = lightning.Callback.state_dict
 READ_BEFORE_IT_IS_BUILT = ("kind", "default_tokenizer")  # keys of conf/data/*.yaml
 PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 BLOCKS_OF_A_PASS = 12  # compiled as one graph, which takes some three seconds for each; larger models need it less
 
 
-def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permissions: list[str]) -> Any:
-    """Call a node's `_target_` with its own keys and with those of `supplied` that it takes and does not state.
+def typed_object(node: dict[str, Any], where: str, supplied: dict[str, Any], permissions: list[str]) -> Any:
+    """Build task or data: a class takes its own keys, and those of `supplied` that it has arguments for.
 
     A dictionary given for an argument that is a settings dataclass becomes that dataclass, typed.
 
@@ -49,35 +53,16 @@ def construct(node: dict[str, Any], where: str, supplied: dict[str, Any], permis
     Raises:
         InputError: no such class or not a permitted one, unknown or missing keys, values of the wrong type.
     """
-    kind = target_class(node, where, permissions)
-    target = node["_target_"]
-    parameters = inspect.signature(kind).parameters
+    kind, target = target_class(node, where, permissions), node["_target_"]
     own = {key: value for key, value in node.items() if key != "_target_"}
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    unknown = [key for key in own if key not in parameters]
-    if unknown and takes_any:
-        check_kwargs_permission(f"{where}.{unknown[0]}", target, permissions)
-    elif unknown:
-        raise InputError(f"There is no key {shorten(f'{where}.{unknown[0]}')}{nearest(unknown[0], parameters)}.")
+    check_arguments(kind, own, where, target, permissions)
+    parameters, hints = inspect.signature(kind).parameters, _hints(kind)
     arguments = {key: value for key, value in supplied.items() if key in parameters} | own
-    is_ours = kind.__module__.split(".")[0] in OWN_PACKAGES
-    if is_ours and "run_dir" in own:  # else a downloaded run could name a directory of the user
-        raise InputError(f"{where}.run_dir={own['run_dir']}: this is the run's own directory.\nLeave it out.")
-    hints = _hints(kind)
     for key, value in own.items():
         hint = hints.get(key)
         if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
             arguments[key] = typed_settings(hint, value, f"{where}.{key}")
-    try:
-        inspect.signature(kind).bind(**arguments)
-    except TypeError as error:
-        raise InputError(f"{where} does not fit {target}: {error}.") from error
-    try:
-        return kind(**arguments)
-    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
-        if not kind.__module__.startswith("lightning."):
-            raise
-        raise InputError(f"{where} does not fit {target}: {str(error).splitlines()[0]}") from error
+    return call(kind, arguments, where, target)
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -114,7 +99,7 @@ def data_module(spec: RunSpec) -> Any:
     # A preset names its own columns and files; a key given on the command line goes before them.
     for key in set(given_keys(config.invocation.overrides)) & supplied.keys() & node.keys():
         del node[key]
-    module = construct(node, "data", supplied, config.allow_targets)
+    module = typed_object(node, "data", supplied, config.allow_targets)
     kind = config.data.get("kind")
     if isinstance(module, SampleDataModule) and module.kind != kind:
         raise InputError(f"data.kind={kind}: {node['_target_']} has kind {module.kind}.\nGive data.kind={module.kind}.")
@@ -186,31 +171,18 @@ def task_module(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) -> Any:
         "context": config.context,
         "shard_teacher": spec.machine.shard_teacher,
     }
-    return construct(node, "task", supplied, config.allow_targets)
+    return typed_object(node, "task", supplied, config.allow_targets)
 
 
 def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightning.Callback]:
-    """Return the callbacks, in the order of conf/callbacks."""
-    config = spec.config
-    report_facts = {
-        "task": config.task_name,
-        "model": spec.resolved.model_name,
-        "init": {"source": spec.resolved.init, **spec.resolved.teacher_layers},
-        "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
-        "command": config.invocation.command,
-        "planned_memory_bytes": spec.prepared.planned_memory.get("peak"),
-    }
-    supplied = {
-        "run_dir": str(folder),
-        "cache_dir": str(cache_folder(config.cache_dir)),
-        "facts": report_facts,
-        "checkpoint_every": config.checkpoint_every,
-        "sample_every": config.sample_every,
-        "on_spike": config.on_spike,
-        "rank_timeout": config.rank_timeout + GRACE_SECONDS,
-    }
-    nodes = {where: node for where, node in config.target_nodes.items() if where.startswith("callbacks.")}
-    observers = [construct(node, where, supplied, config.allow_targets) for where, node in nodes.items()]
+    """Return the callbacks: those of the configuration, in its order, and those of the launcher."""
+    config = _in_folder(spec, folder)
+    nodes = {f"callbacks.{name}": node for name, node in config.callbacks.items() if node is not None}
+    observers = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
+    observers = _states_first(observers)
+    for observer in observers:
+        if isinstance(observer, Report):
+            observer.facts = _report_facts(spec, facts)
     observers.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
     if config.invocation.trial is None:
         return observers
@@ -219,13 +191,40 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     return [reports, *observers, Pruning(reports)]
 
 
+def _in_folder(spec: PreparedSpec, folder: Path) -> RunConfig:
+    """Return the configuration with the run directory, and with every argument that follows a key at its value."""
+    return with_references(replace(spec.config, run_dir=str(folder)))
+
+
+def _states_first(observers: list[lightning.Callback]) -> list[lightning.Callback]:
+    """Move added callbacks that have a state (EarlyStopping) before Checkpoint, which then saves their newest one."""
+    place = next((number for number, one in enumerate(observers) if isinstance(one, Checkpoint)), len(observers))
+    moved = [one for one in observers[place:] if _is_foreign(one) and type(one).state_dict is not NO_STATE]
+    return [*observers[:place], *moved, *(one for one in observers[place:] if one not in moved)]
+
+
+def _is_foreign(observer: lightning.Callback) -> bool:
+    return type(observer).__module__.split(".")[0] not in OWN_PACKAGES
+
+
+def _report_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
+    """Return what report.json contains of the command and of the prepared data."""
+    return {
+        "task": spec.config.task_name,
+        "model": spec.resolved.model_name,
+        "init": {"source": spec.resolved.init, **spec.resolved.teacher_layers},
+        "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
+        "command": spec.config.invocation.command,
+        "planned_memory_bytes": spec.prepared.planned_memory.get("peak"),
+    }
+
+
 def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:
-    """Return metrics.csv's logger, then the chosen one, with the whole specification as hyper-parameters."""
-    config = spec.config
-    chosen: list[Logger] = [MetricsCsv(str(folder))]
-    if config.logger and config.logger["_target_"] != "callbacks.loggers.metrics_csv.MetricsCsv":
-        supplied = {"run_dir": str(folder), "group": config.invocation.sweep}
-        chosen.append(construct(config.logger, "logger", supplied, config.allow_targets))
+    """Return metrics.csv's logger, then the configured ones, with the whole specification as hyper-parameters."""
+    config = _in_folder(spec, folder)
+    nodes = {where: node for where, node in config.logger_nodes.items() if node["_target_"] != METRICS_CSV}
+    chosen = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
+    chosen.insert(0, MetricsCsv(str(folder)))
     for logger in chosen:
         logger.log_hyperparams(as_dict(spec))
     return chosen
@@ -238,7 +237,7 @@ def trainer(
 
     The module clips gradients itself and our callbacks write checkpoints, samples and progress.
     """
-    config, machine = spec.config, spec.machine
+    config, machine = _in_folder(spec, folder), spec.machine
     # Named, for Lightning would take a machine with SLURM on it for its own to requeue.
     plugins: list[Any] = [TorchElasticEnvironment() if is_rank() else LightningEnvironment()]
     precision: Any = machine.precision.lightning
@@ -246,55 +245,51 @@ def trainer(
         plugins.append(Bf16Weights())
         precision = None
     given = {name: value for name, value in config.trainer.items() if value is not None}
-    kind = target_class(given, "trainer", config.allow_targets)
-    del given["_target_"]
+    arguments = {
+        "accelerator": machine.accelerator,
+        "devices": machine.devices,
+        "num_nodes": machine.num_nodes,
+        "plugins": plugins,
+        "strategy": strategy(spec),
+        "precision": precision,
+        "max_steps": config.steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": machine.accumulate,
+        "val_check_interval": config.validate_every * machine.accumulate,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": config.log_every,
+        "callbacks": observers,
+        "logger": outlets,
+        "default_root_dir": folder,
+        "use_distributed_sampler": False,
+        "enable_checkpointing": any(isinstance(one, LightningCheckpoint) for one in observers),
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "inference_mode": False,  # averaged weights are swapped in while validating, which inference tensors forbid
+    }
     if given.get("profiler") in PROFILERS:
-        given["profiler"] = PROFILERS[given["profiler"]](dirpath=folder, filename="profile")  # fit-profile.txt
-    try:
-        return kind(
-            **given,
-            accelerator=machine.accelerator,
-            devices=machine.devices,
-            num_nodes=machine.num_nodes,
-            plugins=plugins,
-            strategy=strategy(spec),
-            precision=precision,
-            max_steps=config.steps,
-            max_epochs=-1,
-            accumulate_grad_batches=machine.accumulate,
-            val_check_interval=config.validate_every * machine.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=config.log_every,
-            callbacks=observers,
-            logger=outlets,
-            default_root_dir=folder,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            inference_mode=False,  # averaged weights are swapped in while validating, which inference tensors forbid
-        )
-    except (MisconfigurationException, TypeError, ValueError) as error:  # a second progress bar, say
-        raise InputError(
-            f"Lightning's Trainer does not take this configuration: {str(error).splitlines()[0]}"
-        ) from error
+        arguments["profiler"] = PROFILERS[given.pop("profiler")](dirpath=folder, filename="profile")  # fit-profile.txt
+    made = instantiate(given, "trainer", config.allow_targets, folder, arguments)
+    made.strategy.checkpoint_io = StreamingCheckpointIO(folder)
+    return made
 
 
 def strategy(spec: PreparedSpec) -> Strategy | str:
     """Return Lightning's strategy; FSDP2 also runs on CPU ranks, over gloo."""
-    config, machine = spec.config, spec.machine
-    backend = "gloo" if machine.accelerator == "cpu" else "cpu:gloo,cuda:nccl" if config.fsdp_offload else None
+    config, machine, settings = spec.config, spec.machine, spec.config.strategy
+    backend = "gloo" if machine.accelerator == "cpu" else "cpu:gloo,cuda:nccl" if settings.offload else None
     timeout = timedelta(seconds=config.rank_timeout + GRACE_SECONDS)
     if machine.strategy == "ddp":
-        # A skipped block has no gradient, which DDP must expect.
+        find = str(settings.find_unused_parameters).lower()
         return DDPStrategy(
             process_group_backend=backend,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=config.layer_drop > 0,
+            bucket_cap_mb=settings.bucket_cap_mb,
+            gradient_as_bucket_view=settings.gradient_as_bucket_view,
+            find_unused_parameters=config.layer_drop > 0 if find == "auto" else find == "true",  # a skipped block
             timeout=timeout,
         )
     if machine.strategy == "fsdp":
         saves_shards = machine.checkpoint_format == "sharded"
-        return ShardedStrategy(machine.world_size, backend, timeout, saves_shards, config.fsdp_offload)
+        return ShardedStrategy(machine.world_size, backend, timeout, saves_shards, settings.offload)
     return "auto"

@@ -13,13 +13,13 @@ from pathlib import Path
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.reports.run_report import read_report
-from gpt2lab.settings import SamplingSettings
+from gpt2lab.settings import SamplingSettings, StrategySettings
 from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step, newest_good_checkpoint
 from launch.checks import checks, objective
 from launch.config import run_dir, run_spec
-from launch.config.known_keys import known_keys
+from launch.config.known_keys import check_nodes, known_keys
 from launch.config.run_spec import PreparedSpec, RunSpec
-from launch.config.schema import RunConfig
+from launch.config.schema import RunConfig, with_references
 from launch.config.targets import check_targets
 from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.run.resolve import weights_hash
@@ -27,7 +27,7 @@ from launch.run.resolve import weights_hash
 log = logging.getLogger(__name__)
 
 PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs", "allow_targets")
-CHOSEN_ANEW = ("micro_batch", "threads", "checkpoint_format", "shard_teacher")  # on another machine, unless given
+CHOSEN_ANEW = ("micro_batch", "threads", "checkpoint_format")  # on another machine, unless given
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
             return None
     _check_changes(config, stored, folder)
     check_targets(stored.config.target_nodes, config.allow_targets)
+    check_nodes(stored.config.target_nodes)
     checks.check_values(config)
     _check_teacher(stored)
     spec = _changed(stored, config)
@@ -119,11 +120,9 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     of_machine = {name for name in given if known_keys()[name].of_machine}
     if of_machine:
         chosen = vars(stored.machine)
-        kept = {name: chosen[name] for name in ("accelerator", "devices", "strategy")} | {
-            "precision": chosen["precision"]
-        }
-        values = {**kept, **dict.fromkeys(CHOSEN_ANEW, "auto"), **values}
-    changed = replace(stored.config, **values, allow_targets=config.allow_targets)
+        kept = {name: chosen[name] for name in ("accelerator", "devices", "precision")}
+        values = {**kept, **dict.fromkeys(CHOSEN_ANEW, "auto"), **values, "strategy": _strategy(stored, config)}
+    changed = with_references(replace(stored.config, **values, allow_targets=config.allow_targets))
     if "steps" in given:
         checks.check_schedule(changed)
     if not of_machine:
@@ -155,6 +154,16 @@ def _changed_sampling(stored: RunConfig, config: RunConfig) -> SamplingSettings:
             "scores of two methods do not compare.\nLeave sampling out, or score the model with evaluate.py sampling=…"
         )
     return changed
+
+
+def _strategy(stored: PreparedSpec, config: RunConfig) -> StrategySettings:
+    """The strategy of the stored run with the keys that are given; `strategy=…` brings its own defaults."""
+    given = given_keys(config.invocation.overrides)
+    if "strategy" in given:
+        return config.strategy
+    names = [name.partition(".")[2] for name in given if name.startswith("strategy.")]
+    kept = replace(stored.config.strategy, name=stored.machine.strategy, shard_teacher="auto")
+    return replace(kept, **{name: vars(config.strategy)[name] for name in names})
 
 
 def warn_of_other_masks(run: Existing) -> None:

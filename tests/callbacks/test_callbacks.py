@@ -88,7 +88,7 @@ class At(lightning.Callback):
 
 
 def test_sampling_writes_every_method_and_leaves_training_as_it_is(plain, cache, tmp_path, capsys):
-    samples = Samples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=8)
+    samples = Samples(every=4, prompts=[], max_new_tokens=8)
     _, model = tiny_run.train(tmp_path, cache, extra=[samples])
     assert equal(model, plain[1])
     written = read_samples(tmp_path)
@@ -127,7 +127,7 @@ def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path,
             super()._sample(trainer, pl_module)
             clock.passes(1_000_000_000)
 
-    clock, samples = Clock(), TimedSamples(str(tmp_path), sample_every=4, prompts=[], max_new_tokens=2)
+    clock, samples = Clock(), TimedSamples(every=4, prompts=[], max_new_tokens=2)
     monkeypatch.setattr("callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: now))
     tiny_run.train(tmp_path, cache, steps=10, extra=[clock, samples])  # saves at 4, at 8 after validating, and at 10
     assert now > 1e9
@@ -348,7 +348,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_wandb_offline_holds_metrics_samples_and_the_model_and_keeps_its_run_id(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    samples = Samples(str(tmp_path), sample_every=4, prompts=["def f("], max_new_tokens=4)
+    samples = Samples(every=4, prompts=["def f("], max_new_tokens=4)
     ids = []
     for steps in (4, 8):
         logger = WeightsAndBiases(str(tmp_path))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from gpt2lab.settings import StrategySettings
 from launch import exit_codes
 from launch.checks import checks
 from launch.config import run_spec
@@ -40,7 +41,7 @@ CASES: dict[str, tuple[str, ...]] = {
 # What only ranks that shard can do: case → that of CASES whose gradient it must have, and what is set
 ONLY_SHARDED: dict[str, tuple[str, dict[str, Any]]] = {
     "distill_sharded_teacher": ("distill", {"shard_teacher": True}),
-    "offloaded": ("pretrain", {"fsdp_offload": True}),
+    "offloaded": ("pretrain", {"strategy": StrategySettings("fsdp", offload=True)}),
     "bf16": ("finetune", {"precision": precision_named("bf16")}),
     "bf16_true": ("finetune", {"precision": precision_named("bf16_true")}),
 }
@@ -129,8 +130,8 @@ def together(
     }
     for case, (like, changed) in ONLY_SHARDED.items():
         spec = shared["fsdp", like]
-        of_machine = {name: value for name, value in changed.items() if name in vars(spec.machine)}
-        config = replace(spec.config, **changed)
+        of_machine = {name: value for name, value in changed.items() if name in ("shard_teacher", "precision")}
+        config = replace(spec.config, **{name: changed[name] for name in changed if name in vars(spec.config)})
         shared["fsdp", case] = with_machine(replace(spec, config=config), replace(spec.machine, **of_machine))
     files = {which: folder / "-".join(which) / "config.yaml" for which in shared}
     for which, file in files.items():

@@ -62,7 +62,7 @@ class Validations(lightning.Callback):
 def run(folder: Path, cache: Path, *extra: lightning.Callback) -> tuple[list[int], list[torch.Tensor]]:
     """(steps validated, weights) of a run of 12 steps with samples at 4, 8, 12, validated at 8 and 12."""
     folder.mkdir(exist_ok=True)
-    validations, samples = Validations(), Samples(str(folder), sample_every=4, prompts=["def f("], max_new_tokens=8)
+    validations, samples = Validations(), Samples(every=4, prompts=["def f("], max_new_tokens=8)
     _, model = tiny_run.train(folder, cache, extra=[*extra, validations, samples])
     return validations.steps, weights(model)
 

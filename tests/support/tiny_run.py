@@ -79,6 +79,8 @@ def train(
     """Start or go on; validates every 8 steps, logs every 2."""
     run_dir.mkdir(parents=True, exist_ok=True)
     prepared = data(cache_dir)
+    report = Report()
+    report.facts = {"task": "pretrain", "model": "tiny"}
     model = module(prepared, steps)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -96,9 +98,10 @@ def train(
             Interrupt(),
             *(extra or []),
             FinalValidation(),
-            Checkpoint(str(run_dir), checkpoint_every=every, verify_export=verify_export),
-            Report(str(run_dir), {"task": "pretrain", "model": "tiny"}),
+            Checkpoint(every, verify_export=verify_export),
+            report,
         ],
+        default_root_dir=run_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -430,7 +430,7 @@ def test_a_watched_run_is_the_run_unwatched(tmp_path: Path) -> None:
     """Dropout is on: a draw from the global random state, or another mode, would change the weights."""
     folder, cache = tmp_path / "run", tmp_path / "cache"
     _, plain = tiny_run.train(tmp_path / "plain", cache, steps=10)  # validated at 8 and 10
-    trainer, watched = tiny_run.train(folder, cache, steps=10, extra=[Inspect(str(folder), [])])
+    trainer, watched = tiny_run.train(folder, cache, steps=10, extra=[Inspect([])])
     for one, other in zip(plain.backbone.parameters(), watched.backbone.parameters(), strict=True):
         assert torch.equal(one, other)
     pages = sorted((folder / "inspect").glob("*.html"))
@@ -446,7 +446,8 @@ def test_a_watched_run_is_the_run_unwatched(tmp_path: Path) -> None:
     losses = torch.nn.functional.cross_entropy(logits, batch.labels[0, :-1], reduction="none")
     assert data["model"]["losses"] == pytest.approx(losses.tolist(), abs=1e-3)
     # Taken up again from step 8, its pages of later steps are removed.
-    callback, step = Inspect(str(folder), []), SimpleNamespace(is_global_zero=True, global_step=8)
+    callback, step = Inspect([]), SimpleNamespace(is_global_zero=True, global_step=8)
+    callback.setup(trainer, watched, "fit")
     callback.on_train_start(step, watched)  # type: ignore[arg-type]
     assert [page.name for page in (folder / "inspect").glob("*.html")] == ["step-000008.html"]
 

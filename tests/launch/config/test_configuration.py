@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 
+from callbacks.loggers.metrics_csv import MetricsCsv
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.model_folder import parameter_count
 from launch import logging_setup
@@ -149,7 +150,8 @@ def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, t
         checks.check(config)
         if row["precision"] == "fp16":
             continue
-        spec = on_cpu(replace(config, cache_dir=str(tmp_path), logger={}, shard_teacher=False))
+        strategy = replace(config.strategy, shard_teacher="false")
+        spec = on_cpu(replace(config, cache_dir=str(tmp_path), logger={}, strategy=strategy))
         build.data_module(spec)
         module = build.task_module(spec, facts, is_resumed=False)
         folder = tmp_path / str(number)
@@ -163,7 +165,7 @@ def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, t
 def test_every_logger_is_built_beside_metrics_csv(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     loggers = build.loggers(on_cpu(composed(f"logger={name}")), tmp_path)
-    assert loggers[0].name == "csv"
+    assert isinstance(loggers[0], MetricsCsv)
     assert len(loggers) == (2 if name in ("wandb", "tensorboard") else 1)
 
 

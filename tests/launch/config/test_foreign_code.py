@@ -33,8 +33,8 @@ import pathlib, lightning
 MARK = pathlib.Path({mark!r})
 MARK.touch()
 class Watch(lightning.Callback):
-    def __init__(self, says="built"):
-        MARK.write_text(says)
+    def __init__(self, says="built", inner=()):
+        MARK.write_text("".join([MARK.read_text() for one in inner] + [says]))
 """
 
 
@@ -180,7 +180,27 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another run": (
         "callbacks.checkpoint",
         {"_target_": "callbacks.checkpoint.Checkpoint", "run_dir": "RUN"},
-        "callbacks.checkpoint.run_dir=",
+        "There is no key callbacks.checkpoint.run_dir",
+    ),
+    "another run's logger": (
+        "logger",
+        {"_target_": "callbacks.loggers.tensorboard.TensorBoard", "run_dir": "RUN"},
+        "is outside the run directory",
+    ),
+    "another run's metrics.csv": (
+        "logger.x",
+        {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "RUN", "name": "", "version": ""},
+        "allow_targets=[lightning.pytorch.loggers.CSVLogger]",
+    ),
+    "a way out of the run directory": (
+        "logger.x",
+        {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "run", "name": "../../other", "version": ""},
+        "logger.x.name=../../other is outside",
+    ),
+    "positional arguments": (
+        "callbacks.x",
+        {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "_args_": ["RUN"]},
+        "callbacks.x._args_ is not supported",
     ),
     "git's program": (
         "logger",
@@ -192,28 +212,52 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "mode": "?"},
         "`mode`",
     ),
-    "second ModelCheckpoint": (
+    "ModelCheckpoint in another run": (
         "callbacks.x",
         {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "RUN"},
-        "ModelCheckpoint",
+        "callbacks.x.dirpath=",
     ),
     "name that fills the terminal": ("callbacks.a\n\n\n\n\n" + "b" * 999, {"_target_": "os.system"}, "[os]"),
 }
 
 
-@pytest.mark.parametrize("name", some_slow(ARGUMENTS, "another run", "git's program"))
+@pytest.mark.parametrize("name", some_slow(ARGUMENTS, "another run", "git's program", "another run's metrics.csv"))
 def test_a_stored_argument_neither_runs_code_nor_deletes(name: str, command: Train, run: Path, mark: Path):
     other = shutil.copytree(run, run.with_name("other"), symlinks=True)
     before = {file: file.stat().st_mtime_ns for file in other.rglob("*")}
     subprocess.run(["git", "init", "-q", run], check=True)
     subprocess.run(["git", "-C", run, "config", "core.fsmonitor", f"touch {mark}; false"], check=True)
     place, node, words = ARGUMENTS[name]
-    runs = {"run_dir": {"run_dir": str(other)}, "settings": {"settings": {"git_root": str(run)}}}
-    for key in set(node) & set(runs):
-        node = {**node, **runs[key]}
+    text = json.dumps(node).replace('"git_root": "RUN"', f'"git_root": "{run}"').replace('"RUN"', f'"{other}"')
+    node = json.loads(text)
     tamper(run, place, node)
     refused(command("train", f"resume={run}", "steps=3"), mark, words)
     assert {file: file.stat().st_mtime_ns for file in other.rglob("*")} == before
+
+
+NESTED: dict[str, Callable[[Path], Any]] = {
+    "an object": lambda mark: {"_target_": "foreign.Watch"},
+    "in a list in a dictionary": lambda mark: {"a": [{"_target_": "subprocess.Popen", **shell(mark)}]},
+    "a partial": lambda mark: {"_target_": "os.system", "_partial_": True, "command": f"touch {mark}"},
+    "Hydra itself": lambda mark: {"_target_": "hydra.utils.instantiate", "config": {"_target_": "foreign.Watch"}},
+    "Hydra's methods": lambda mark: {"_target_": "hydra.utils.get_method", "path": "os.system"},
+    "a callback of Lightning": lambda mark: {"_target_": "lightning.pytorch.callbacks.Timer"},
+}
+
+
+@pytest.mark.parametrize("name", some_slow(NESTED, "an object", "in a list in a dictionary"))
+def test_a_target_inside_an_argument_needs_a_permission(name: str, command: Train, run: Path, mark: Path):
+    tamper(run, "callbacks.x", {"_target_": "lightning.pytorch.callbacks.LambdaCallback", "setup": NESTED[name](mark)})
+    refused(command("train", f"resume={run}", "steps=3"), mark, "callbacks.x.setup", "allow_targets=[")
+
+
+def test_an_object_inside_an_argument_is_built_with_a_permission(command: Train, run: Path, mark: Path):
+    watch = {"_target_": "foreign.Watch", "says": "${oc.env:HOME}"}
+    tamper(run, "callbacks.x", {"_target_": "foreign.Watch", "says": "outer", "inner": [watch]})
+    refused(command("train", f"resume={run}", "steps=3"), mark, "allow_targets=[foreign]")
+    ended = command("train", f"resume={run}", "steps=3", "allow_targets=[foreign]")
+    assert ended.code == 0, ended.stderr
+    assert mark.read_text() == "${oc.env:HOME}outer"
 
 
 @pytest.mark.parametrize("target", ["subprocess.Popen", "foreign.Watch", "gpt2lab.reports.run_report.subprocess.Popen"])

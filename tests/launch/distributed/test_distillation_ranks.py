@@ -74,7 +74,7 @@ def test_two_ranks_distil_as_one(
     keys = [*tiny, "task=distill", f"teacher={teacher}", *RUN, *CASES[case]]
     done = train_here(*keys, "devices=1", "run_dir=one")
     assert done.code == 0, done.stderr
-    split = ["shard_teacher=true"] if case == "sharded_teacher" else []
+    split = ["strategy.shard_teacher=true"] if case == "sharded_teacher" else []
     done = train_process(*keys, "devices=2", f"strategy={strategy}", *split, "run_dir=two")
     assert done.code == 0, done.stderr
     one, two = compared(tmp_path / "one"), compared(tmp_path / "two")

@@ -5,18 +5,20 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from transformers import GPT2Config
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import StrategySettings
 from gpt2lab.storage.model_folder import parameter_count
 from launch import logging_setup
 from launch.checks import checks, sharding
 from launch.config.groups import precision_named
 from launch.config.run_spec import Machine
 from launch.memory import device_memory
-from launch.run import auto_settings
+from launch.run import auto_settings, build, resume
 from tests.conftest import Train
-from tests.support.configurations import composed, resolved
+from tests.support.configurations import composed, prepared, resolved
 
 XL_STATE = 16 * 1_557_686_400  # bytes: weights, gradients and two moments in fp32
 SIZES = {"xl": (48, 25, 1600), "distil": (6, 12, 768)}  # layers, heads, width
@@ -73,12 +75,12 @@ def teacher(tmp_path: Path) -> Path:
         ("xl", 8, (), "ddp", False),  # 2.0 and 3.1
         ("xl", 6, (), "fsdp", False),  # a quarter of 2.0 and 3.1
         ("xl", 4, (), "fsdp", True),
-        ("xl", 4, ("shard_teacher=false",), "fsdp", False),
+        ("xl", 4, ("strategy.shard_teacher=false",), "fsdp", False),
         ("xl", 4.5, (), "fsdp", True),
         ("xl", 4.5, ("num_nodes=2", "batch_tokens=8192"), "fsdp", False),  # an eighth of 2.0 and 3.1
         ("xl", 4, ("teacher_cache=sampled",), "ddp", False),  # which is not there while the student trains
         ("distil", 4, ("strategy=fsdp",), "fsdp", False),
-        ("distil", 4, ("strategy=fsdp", "shard_teacher=true"), "fsdp", True),
+        ("distil", 4, ("strategy=fsdp", "strategy.shard_teacher=true"), "fsdp", True),
     ],
 )
 def test_a_large_teacher_has_the_student_sharded_and_is_split_where_it_does_not_fit_beside_its_part(
@@ -100,7 +102,7 @@ def test_the_plan_says_why_the_student_is_sharded_and_counts_a_part_of_the_teach
     embeddings, block, blocks = (50_257 + 1024) * 1600, 12 * 1600**2, XL_STATE / 16 - (50_257 + 1024) * 1600
     parts = 2 * (embeddings + blocks / 4 + 2 * block)  # bytes in bf16, with what is gathered of two blocks
     for splits, weights in (("auto", parts / 1e9), ("false", XL_STATE / 8e9)):
-        answer = train_here(*keys, f"shard_teacher={splits}")
+        answer = train_here(*keys, f"strategy.shard_teacher={splits}")
         assert answer.code == 0, answer.stderr
         assert answer.stderr.count(said) == 1, answer.stderr
         assert "strategy=fsdp; micro_batch=" in answer.stdout
@@ -109,13 +111,40 @@ def test_the_plan_says_why_the_student_is_sharded_and_counts_a_part_of_the_teach
         assert ("a device's part of its blocks" in answer.stdout) == (splits == "auto")
 
 
+def test_keys_of_ddp_reach_lightning() -> None:
+    for words, kept in {
+        (): {"bucket_cap_mb": 25, "gradient_as_bucket_view": True, "find_unused_parameters": False},
+        ("layer_drop=0.1",): {"find_unused_parameters": True},
+        ("strategy.bucket_cap_mb=50", "strategy.gradient_as_bucket_view=false"): {
+            "bucket_cap_mb": 50,
+            "gradient_as_bucket_view": False,
+        },
+        ("strategy.find_unused_parameters=true",): {"find_unused_parameters": True},
+    }.items():
+        spec = prepared(resolved(composed("strategy=ddp", "devices=2", "accelerator=cpu", *words)))
+        strategy = build.strategy(spec)
+        assert isinstance(strategy, DDPStrategy)
+        assert {name: strategy._ddp_kwargs[name] for name in kept} == kept
+
+
+def test_a_resumed_run_keeps_the_options_of_its_strategy() -> None:
+    """A new device count keeps them, a key changes one, and another strategy brings its own defaults."""
+    stored = prepared(resolved(composed("strategy=ddp", "devices=2", "accelerator=cpu", "strategy.bucket_cap_mb=50")))
+    for words, expected in {
+        ("resume=x", "devices=1"): StrategySettings("ddp", bucket_cap_mb=50),
+        ("resume=x", "strategy.bucket_cap_mb=9"): StrategySettings("ddp", bucket_cap_mb=9),
+        ("resume=x", "strategy=fsdp"): StrategySettings("fsdp"),
+    }.items():
+        assert resume._changed(stored, composed(*words)).config.strategy == expected
+
+
 def test_ranks_of_several_machines_each_need_a_sequence() -> None:
     settings = composed("context=1024", "batch_tokens=4096", "devices=4", "num_nodes=2")
     with pytest.raises(InputError, match=r"(?s)4 sequences .* by devices=4 of num_nodes=2.*batch_tokens=8192 or more"):
         checks.check_batch(settings)
 
 
-@pytest.mark.parametrize("key", ["fsdp_offload=true", "checkpoint_format=sharded", "shard_teacher=true"])
+@pytest.mark.parametrize("key", ["strategy.offload=true", "checkpoint_format=sharded", "strategy.shard_teacher=true"])
 def test_what_only_sharding_can_do_needs_it(key: str) -> None:
     config = composed("task=distill", "teacher=x", key, "strategy=ddp")
     with pytest.raises(InputError, match=f"{key}: with strategy=ddp every device holds the whole model"):
@@ -125,7 +154,7 @@ def test_what_only_sharding_can_do_needs_it(key: str) -> None:
 def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
     train_here: Train, tiny: list[str]
 ) -> None:
-    answer = train_here(*tiny, "strategy=fsdp", "fsdp_offload=true", "accelerator=cpu")
+    answer = train_here(*tiny, "strategy=fsdp", "strategy.offload=true", "accelerator=cpu")
     assert answer.code == 2
     assert "everything is in host memory already" in answer.stderr
     with pytest.raises(InputError, match="precision=fp16 needs a gradient scaler"):
@@ -133,7 +162,7 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
 
 
 def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:
-    for keys in (("strategy=ddp", "fsdp_offload=true"), ("shard_teacher=true",)):
+    for keys in (("strategy=ddp", "strategy.offload=true"), ("strategy.shard_teacher=true",)):
         answer = train_here(*tiny, *keys)
         assert answer.code == 2
         assert "does not read" in answer.stderr
