@@ -6,6 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
 PYTEST := $(PYTHON_IN_VENV) -m pytest
 # A process for each core and a thread for each process: twice as fast on two cores as one process with two threads.
 IN_PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 8 --dist worksteal
@@ -17,14 +18,18 @@ help: ## this list
 
 setup: $(READY) ## create .venv with the pinned packages (TORCH_INDEX=URL, PYTHON=python3.12)
 
-$(READY): requirements.txt requirements-dev.txt requirements-lock.txt setup.sh
+$(READY): requirements.txt requirements-lock.txt setup.sh
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" ./setup.sh
+	@touch $@
+
+$(READY_DEV): $(READY) requirements-dev.txt
+	@./setup.sh dev
 	@touch $@
 
 demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, then one table
 	@$(PYTHON_IN_VENV) -m launch.commands.demo
 
-test: $(READY) ## the tests that run in minutes
+test: $(READY_DEV) ## the tests that run in minutes
 	@$(IN_PARALLEL) -m "not slow and not chaos"
 
 # Heavy tests are two at a time wherever they run, for many start several processes of their own; those of one file,
@@ -32,14 +37,14 @@ test: $(READY) ## the tests that run in minutes
 test-all: test ## also the slow tests, in an hour
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "slow and not chaos"
 
-check: $(READY) ## lint, format, types, documentation, architecture
+check: $(READY_DEV) ## lint, format, types, documentation, architecture
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(PYTHON_IN_VENV) -m docs.build_reference --check
 	@$(PYTEST) tests/test_architecture.py
 
-format: $(READY) ## let ruff rewrite what it can
+format: $(READY_DEV) ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
@@ -53,7 +58,7 @@ bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/pa
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_cpu_step
 	@$(PYTHON_IN_VENV) -m benchmarks.profile_step
 
-chaos: $(READY) ## tests that kill processes and damage files, in an hour
+chaos: $(READY_DEV) ## tests that kill processes and damage files, in an hour
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m chaos
 
 docs: $(READY) ## rewrite docs/reference.md from conf/

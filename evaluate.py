@@ -13,6 +13,7 @@ agreement, calibration, and the speed-up with the student as draft model. Figure
 """
 
 import sys
+from typing import NoReturn
 
 from launch.config.key_value_cli import describe, parse
 from launch.evaluate import score_files, score_tables
@@ -28,8 +29,13 @@ def main() -> None:
     score_files.write(results, arguments)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Print the help, or run the command line; exit with the exit code."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
         sys.exit(0)
     run_and_exit(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -13,6 +13,7 @@ Arguments are key=value, without further parsing: a prompt may contain `=`, comm
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.exit_codes import run_and_exit
@@ -42,8 +43,13 @@ def main() -> None:
         write_json(Path(arguments.json), [text.facts for text in texts])
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Print the help, or run the command line; exit with the exit code."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
         sys.exit(0)
     run_and_exit(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with everything pinned in requirements*.txt; called by `make setup`.
+# Makes .venv with everything pinned in requirements.txt; called by `make setup`.
+# With the argument dev it adds what is pinned in requirements-dev.txt; called by `make test` and `make check`.
 #
 #   TORCH_INDEX=URL   take torch from this package index
 #   PYTHON=python3.12 use this interpreter
@@ -71,6 +72,12 @@ install_torch() {
     fi
 }
 
+if [ "${1:-}" = dev ]; then
+    # requirements.txt as constraints: no package of it, torch above all, is replaced.
+    quiet_pip "the packages for tests and checks" -r requirements-dev.txt -c requirements.txt -c requirements-lock.txt
+    exit
+fi
+
 python=$(find_python)
 echo "Setting up .venv with $("$python" --version) (once; about 2 GB)"
 if ! "$python" -m venv .venv; then
@@ -79,5 +86,5 @@ if ! "$python" -m venv .venv; then
 fi
 : >"$log"
 install_torch
-quiet_pip "the other pinned packages" -r requirements.txt -r requirements-dev.txt -c requirements-lock.txt
+quiet_pip "the other pinned packages" -r requirements.txt -c requirements-lock.txt
 echo "Ready. Next: make demo, or .venv/bin/python train.py --help"

@@ -5,6 +5,7 @@ python train.py                                                    python train.
 
 import os
 import sys
+from typing import NoReturn
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, which launch.exit_codes prints in a few lines
 
@@ -50,5 +51,10 @@ def command_line() -> None:
     main()
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the command line and exit with its exit code."""
     exit_codes.run_and_exit(command_line)
+
+
+if __name__ == "__main__":
+    run()

@@ -96,6 +96,7 @@ class LanguageModelingData(SampleDataModule):
         self.context = context
         self.cache_dir = cache_folder(cache_dir)
         self.val_fraction = val_fraction
+        self.path = path
         self.file_arguments = (path, val_path, text_column, on_bad_line)
 
     def prepare(self) -> DataFacts:
@@ -105,7 +106,7 @@ class LanguageModelingData(SampleDataModule):
             InputError: no text, an invalid line, too little text for one window, no space left, and so on.
         """
         if self.source == "bin":
-            folder = Path(self.file_arguments[0]).expanduser()
+            folder = Path(self.path).expanduser()
             tokenizer_folder, facts = bin_facts(folder, self.tokenizer_choice, self.cache_dir)
         else:
             folder, tokenizer_folder, facts = self._token_folder()
@@ -147,7 +148,7 @@ class LanguageModelingData(SampleDataModule):
         Raises:
             InputError: there is no text.
         """
-        return 0 if self.source in ("bin", "hub") else self._corpus().size
+        return 0 if self.source in ("bin", "hub") else self.corpus().size
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Return code prompts for Python source, else the beginnings of validation windows; with gaps for mlm."""
@@ -192,7 +193,12 @@ class LanguageModelingData(SampleDataModule):
         end_of_text = tokenizer.eos_token_id if self.packing else None
         return Objective(self.objective, special, end_of_text=end_of_text, seed=seed)
 
-    def _corpus(self) -> Corpus:
+    def corpus(self) -> Corpus:
+        """Return the documents; a subclass overrides it for other text.
+
+        Raises:
+            InputError: there is no text, or `source` has no such value.
+        """
         if self.source == "stdlib":
             return stdlib_corpus()
         if self.source == "packages":
@@ -205,7 +211,7 @@ class LanguageModelingData(SampleDataModule):
 
     def _token_folder(self) -> tuple[Path, str, dict[str, Any]]:
         """Return (folder with train.bin and val.bin, tokenizer folder, facts)."""
-        corpus = self._corpus()
+        corpus = self.corpus()
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction={self.val_fraction}: not between 0 and 1; the default is 0.05.")
         identity = {**corpus.identity, "val_fraction": self.val_fraction}

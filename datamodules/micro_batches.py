@@ -1,6 +1,6 @@
 """Micro-batches of windows or pairs: a rank's endless training stream, and sequential batches for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -57,6 +57,25 @@ class TrainingStream(Dataset[Batch]):
             for numbers in (of_step, positions)
         )
         return self.samples.batch(rows, int(self.samples.target_counts(of_step, positions).sum()), keys)
+
+
+class TrainingLoader(DataLoader[Batch]):
+    """DataLoader over a `TrainingStream`, with the state that makes it resumable for Lightning.
+
+    The state is the trainer's optimizer step, from which the data order follows: batches loaded ahead of it do not
+    count, and a step that was stopped within starts again from its first micro-batch.
+    """
+
+    optimizer_step: Callable[[], int]  # step that is trained now
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the optimizer step."""
+        return {"step": self.optimizer_step()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start from the optimizer step of a state."""
+        assert isinstance(self.dataset, TrainingStream)
+        self.dataset.first_step = state["step"]
 
 
 class SequentialBatches(Dataset[Batch]):
@@ -120,7 +139,9 @@ class SampleDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
-        return DataLoader(self._stream(), batch_size=None, shuffle=False, num_workers=self.workers)
+        loader = TrainingLoader(self._stream(), batch_size=None, shuffle=False, num_workers=self.workers)
+        loader.optimizer_step = lambda: self._rank_and_step()[2]
+        return loader
 
     def training_batch(self, part: int) -> Batch:
         """Return micro-batch number `part` of this rank at the trainer's optimizer step."""

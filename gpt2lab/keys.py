@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -26,7 +26,7 @@ class Key:
     """
 
     text: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     within: str = ""
     auto: bool = False
     read_by: str = ""
@@ -40,7 +40,7 @@ def key(
     default: Any = MISSING,
     *,
     factory: Callable[[], Any] | Any = MISSING,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     within: str = "",
     auto: bool = False,
     read_by: str = "",

@@ -4,9 +4,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt2lab.keys import key
+from gpt2lab.registry import Registry
 
-TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact", "accuracy", "f1", "compiles", "placeholders")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse", "uld")
+# Packages of the user add functions to these (docs/extending.md)
+DIVERGENCES = Registry(
+    "divergence", "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid", "mse", "uld"
+)
+OPTIMIZERS = Registry("optimizer", "adamw", "adam", "muon")
+SCHEDULES = Registry("schedule", "wsd", "cosine", "linear", "constant")
+TEXT_METRICS = Registry(
+    *("text metric", "rouge1", "rouge2", "rougeL", "bleu", "chrf"),
+    *("exact", "accuracy", "f1", "compiles", "placeholders"),
+)
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
 DTYPES = tuple(ITEM_SIZES)
 SKEW = "loss=skew_kl,skew_reverse_kl"
@@ -69,7 +78,7 @@ class PrecisionSettings:
 class OptimizerSettings:
     """Under muon the hidden matrices use Muon and everything else AdamW at `adamw_lr`."""
 
-    name: str = key("name of the optimizer", choices=("adamw", "adam", "muon"))
+    name: str = key("name of the optimizer", choices=OPTIMIZERS)
     lr: float = key("peak learning rate", within="(0, inf)")
     weight_decay: float = key("weight decay; Muon and AdamW: decoupled, on matrices only; Adam: L2", within="[0, inf)")
     beta1: float = key("decay of the first moment in Adam and AdamW", 0.9, within="[0, 1)")
@@ -88,7 +97,7 @@ class OptimizerSettings:
 class ScheduleSettings:
     """The learning rate over the steps, as a multiple of the optimizer's."""
 
-    name: str = key("name of the schedule", choices=("wsd", "cosine", "linear", "constant"))
+    name: str = key("name of the schedule", choices=SCHEDULES)
     warmup_steps: int | None = key(
         "steps of linear warmup; null: 20, or half of a run of up to 20 steps", within="[0, inf)"
     )

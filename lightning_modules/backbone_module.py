@@ -14,6 +14,7 @@ from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.generation.completion import complete, prompt_ids
 from gpt2lab.model.backbone import Backbone, hf_from_state, load_backbone
 from gpt2lab.model.ema import WeightAverage
+from gpt2lab.plain_values import from_plain, to_plain
 from gpt2lab.settings import AUTO, GREEDY, NUCLEUS, TOP_K, SamplingSettings, TrainingSettings
 from gpt2lab.system.stop_request import StopRequest
 from lightning_modules.nan_guard import FiniteWatch
@@ -23,26 +24,36 @@ FILL = SamplingSettings("fill")  # objective=mlm, which fills masks
 
 
 class BackboneModule(lightning.LightningModule):
-    """Weights of a model and their export; `LanguageModel` trains them."""
+    """Weights of a model and their export; `LanguageModel` trains them.
+
+    The arguments of the subclass are its hyper-parameters, in checkpoints as plain containers, so that
+    `load_from_checkpoint(path)` builds the module again. It passes each settings dataclass as a dictionary, which
+    `from_plain` converts. Arguments that are not plain are not stored; give them to `load_from_checkpoint`.
+    """
 
     backbone: Backbone  # made in configure_model, once the strategy is known
 
     def __init__(self, training: TrainingSettings) -> None:
         super().__init__()
-        self.settings = training
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(training.tokenizer_folder)
+        self.save_hyperparameters(logger=False)
+        plain = to_plain(self.hparams)
+        self.hparams.clear()
+        self.hparams.update(plain)
+        self.settings = from_plain(TrainingSettings, training)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.settings.tokenizer_folder)
         self.average: WeightAverage | None = None
         self.finite = FiniteWatch()
         self.stop_request = StopRequest()
 
     def build_backbone(self) -> Backbone:
-        """The model to train, on the CPU."""
-        if self.settings.init == "scratch":
+        """Return the model to train, on the CPU; without a Trainer with random weights, which a checkpoint replaces."""
+        if self.settings.init == "scratch" or not self.has_trainer:
             torch.manual_seed(self.settings.seed)
             return Backbone(self.settings.shape)
         return load_backbone(self.settings.init, dropout=self.settings.shape.dropout)
 
     def configure_model(self) -> None:
+        """Build the model. Without a Trainer, as in `load_from_checkpoint`, it is neither compiled nor sharded."""
         if self.is_built:
             return
         self.backbone = self.build_backbone()
@@ -50,14 +61,23 @@ class BackboneModule(lightning.LightningModule):
             self.backbone.checkpoint_activations()
         if self.settings.layer_drop:
             self.backbone.drop_layers(self.settings.layer_drop)
+        if self.has_trainer:
+            self._compile_and_shard()
+        if self.settings.ema:
+            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
+
+    def _compile_and_shard(self) -> None:
         if self.settings.compiled == "blocks":
             self.backbone.compile_blocks()
         elif self.settings.compiled == "pass":
             self.backbone.compile_pass()
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
-        if self.settings.ema:
-            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
+
+    @property
+    def has_trainer(self) -> bool:
+        """Whether a Trainer runs this module."""
+        return self._trainer is not None
 
     @property
     def is_built(self) -> bool:
@@ -67,7 +87,7 @@ class BackboneModule(lightning.LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds only its part of the weights (FSDP2)."""
-        return isinstance(self.trainer.strategy, ShardedStrategy)
+        return self.has_trainer and isinstance(self.trainer.strategy, ShardedStrategy)
 
     @property
     def saves_shards(self) -> bool:

@@ -24,8 +24,9 @@ from gpt2lab.losses.taid import AdaptiveMixing
 from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.student_shape import TEACHER_LAYERS
+from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import LossSettings, SequenceSettings, TeacherCacheSettings, TrainingSettings
-from gpt2lab.storage.model_folder import read_shape
+from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
 from gpt2lab.system.device import named_dtype
 from lightning_modules.distill_preflight import Preflight
 from lightning_modules.language_model import DistillationTerm, LanguageModel
@@ -50,7 +51,6 @@ class Distill(LanguageModel):
         shard_teacher: with strategy=fsdp, split the teacher over the ranks too.
     """
 
-    teacher: OnlineTeacher  # loaded with the student's model, unless its distributions are cached
     alignment: Alignment | None = None  # with loss=uld: of the student's tokenizer with the teacher's
 
     def __init__(
@@ -67,22 +67,25 @@ class Distill(LanguageModel):
         shard_teacher: bool = False,
     ) -> None:
         super().__init__(training)
+        self.loss_settings = loss = from_plain(LossSettings, loss)
+        cached = from_plain(TeacherCacheSettings, cached) if cached else None
+        sequences = from_plain(SequenceSettings, sequences) if sequences else None
         if cached:
             check_stored(cached, loss)
         self.teacher_source = teacher
-        self.loss_settings = loss
+        self._teacher: OnlineTeacher | None = None  # stays None where its distributions are cached
         self.preflight = preflight
         entries = len(self.tokenizer)
         self.cache = cache_sides(Path(cache), cached, entries) if cache and cached else {}
-        self.mixing = AdaptiveMixing(loss, training.steps)
+        self.mixing = AdaptiveMixing(loss, self.settings.steps)
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
         self.shard_teacher = shard_teacher
         self.step_is_students = False  # whether the current step trains on text that the student generated
         self.student_text: StudentText | None = None
         if sequences is not None and sequences.on_policy:
-            end_of_text = self.tokenizer.eos_token_id
-            self.student_text = StudentText(sequences, context, training.steps, training.seed, end_of_text, entries)
+            end_of_text, steps, seed = self.tokenizer.eos_token_id, self.settings.steps, self.settings.seed
+            self.student_text = StudentText(sequences, context, steps, seed, end_of_text, entries)
 
     def on_fit_start(self) -> None:
         if not self.cache:
@@ -96,19 +99,31 @@ class Distill(LanguageModel):
         if not self.tokens_seen:  # a resumed run was checked when it started
             self._check_teacher()
 
+    @property
+    def teacher(self) -> OnlineTeacher:
+        """The online teacher, loaded when it is first read: before the student, or after `load_from_checkpoint`."""
+        if self._teacher is None:
+            self._teacher = OnlineTeacher(self.teacher_source, self._teacher_dtype)
+        return self._teacher
+
     def build_backbone(self) -> Backbone:
-        shape, cut_out = read_shape(Path(self.teacher_source)), self.settings.init == TEACHER_LAYERS
-        if self.loss_settings.name == "uld":
+        cut_out = self.settings.init == TEACHER_LAYERS and self.has_trainer
+        compares_hidden, aligns = self.loss_settings.compares_hidden_states, self.loss_settings.name == "uld"
+        shape = read_shape(self._teacher_folder()) if compares_hidden or aligns else {}
+        if aligns:
             theirs = load_tokenizer(self.teacher_source)
             self.alignment = Alignment(self.tokenizer, theirs, self.teacher_source, shape["n_positions"])
-        if cut_out or not self.cache:
-            self.teacher = OnlineTeacher(self.teacher_source, torch.float32 if cut_out else self._teacher_dtype)
+        if cut_out or (self.has_trainer and not self.cache):
+            self._teacher = OnlineTeacher(self.teacher_source, torch.float32 if cut_out else self._teacher_dtype)
         backbone = self._cut_out() if cut_out else super().build_backbone()
         if cut_out and self.cache:
-            del self.teacher  # not needed any more
-        if self.loss_settings.compares_hidden_states and shape["n_embd"] != backbone.shape.n_embd:
+            self._teacher = None  # not needed any more
+        if compares_hidden and shape["n_embd"] != backbone.shape.n_embd:
             backbone.add_projection(shape["n_embd"], self.settings.seed)
         return backbone
+
+    def _teacher_folder(self) -> Path:
+        return resolve_model_folder(self.teacher_source, "teacher")
 
     @property
     def _teacher_dtype(self) -> torch.dtype:
@@ -212,7 +227,7 @@ class Distill(LanguageModel):
     def _check_teacher(self) -> None:
         """Refuse or warn, as `preflight` says, before anything is trained."""
         sizes = {
-            "teacher": read_shape(Path(self.teacher_source))["vocab_size"],
+            "teacher": read_shape(self._teacher_folder())["vocab_size"],
             "student": self.backbone.shape.vocab_size,
         }
         entries = {whose: len(self.tokenizer) for whose in sizes}
@@ -222,7 +237,7 @@ class Distill(LanguageModel):
             raise InputError(
                 f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, the tokenizer of "
                 f"{'this run' if self.alignment is None else 'its own'} {entries['teacher']}."
-                f"{'' if self.alignment else describe_difference(Path(self.teacher_source), self.tokenizer)}\n"
+                f"{'' if self.alignment else describe_difference(self._teacher_folder(), self.tokenizer)}\n"
                 "Both must use one tokenizer: leave tokenizer=auto, or train the teacher with the student's tokenizer."
             )
         for whose, size in sizes.items():

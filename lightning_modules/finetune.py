@@ -16,6 +16,7 @@ from gpt2lab.evaluation.text_metrics import text_metrics
 from gpt2lab.generation.completion import distinct_seed
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.lora import merge_adapters
+from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
@@ -39,11 +40,11 @@ class FineTune(LanguageModel):
         self, training: TrainingSettings, lora: LoraSettings, text: TextMetricSettings, frozen_layers: int = 0
     ) -> None:
         super().__init__(training)
-        self.lora = lora
-        self.text = text
+        self.lora = from_plain(LoraSettings, lora)
+        self.text = from_plain(TextMetricSettings, text)
         self.frozen_layers = frozen_layers
-        if text.metrics and text.examples:
-            self.watched_metric = f"val/{text.metrics[0]}"
+        if self.text.metrics and self.text.examples:
+            self.watched_metric = f"val/{self.text.metrics[0]}"
         self._prompts: list[list[int]] = []
         self._references: list[str] = []
         self._seeds: list[int] = []

@@ -351,6 +351,8 @@ class LanguageModel(BackboneModule):
         self.validation_is_due = checkpoint.get("validation_is_due", False)
         if self.average is not None:
             self.average.load(checkpoint["weight_average"])
+        if not self.has_trainer:
+            return
         # Lightning counts micro-batches; a run may continue with another number of them in a step, and one that was
         # stopped within a step makes that step again from its first micro-batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

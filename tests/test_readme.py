@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from launch.checks import checks
 from launch.config import run_spec
 from launch.config.key_value_cli import parse
 from tests.support.configurations import composed, prepared, resolved
+from tests.support.extending import forgetting_plugins, write_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -116,17 +118,20 @@ def test_the_pages_show_commands_of_each_program(program: str) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The files that the pages name."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "nanoGPT/data/openwebtext").mkdir(parents=True)
     (tmp_path / "notes/a.md").write_text("a")
     (tmp_path / "heldout.txt").write_text("a")
+    (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "reviews.csv").write_text("text,label\na,b\n")
     (tmp_path / "pairs.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    write_examples(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with forgetting_plugins():
+        yield tmp_path
 
 
 @pytest.mark.parametrize("command", commands("train.py"))

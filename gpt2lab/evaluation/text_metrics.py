@@ -56,6 +56,7 @@ def values_of_texts(
         "accuracy": _exact,
         "compiles": lambda ours, _: 100.0 * _is_body(ours),
         "placeholders": _placeholders,
+        **TEXT_METRICS.added,
     }
     values: dict[str, list[float | None]] = {}
     pairs = list(zip(predictions, references, strict=True))

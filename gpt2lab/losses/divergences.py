@@ -14,14 +14,14 @@ of −inf counts as 1e4 below the largest one, so a loss that is infinite there 
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt2lab.losses.sorted_l1 import sorted_difference
-from gpt2lab.settings import LossSettings
+from gpt2lab.settings import DIVERGENCES, LossSettings
 
 RULED_OUT = -1e4  # a logit of −inf, less the largest logit
 # The smallest exponent whose exponential is a normal fp32 number: below it a CPU's exp takes fifty times as long.
@@ -98,8 +98,37 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
             return centred_logit_mse
         case "uld":
             return universal_logit_distance
+        case added if added in DIVERGENCES.added:
+            return with_gradient(DIVERGENCES.added[added])
         case _:
             raise ValueError(f"loss={loss.name}: no such divergence.")
+
+
+@cache
+def with_gradient(function: Callable[[Distribution, Distribution], Tensor | tuple[Tensor, Tensor]]) -> Divergence:
+    """Return a divergence of the user with its gradient: the function's own, or from autograd, chunk by chunk.
+
+    Args:
+        function: from teacher and student to the loss (C,), or to loss and gradient (C, V).
+    """
+    is_closed_form = True  # until the function returns no gradient
+
+    def divergence(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
+        nonlocal is_closed_form
+        if is_closed_form:
+            found = function(teacher, student)
+            if isinstance(found, tuple):
+                return found
+            is_closed_form = False
+        with torch.enable_grad():
+            scores = student.scores.detach().requires_grad_()
+            weights = scores.clamp_min(SMALLEST_LOG).exp()
+            loss = function(teacher, Distribution(scores, weights, weights.sum(1, keepdim=True), student.largest))
+            assert isinstance(loss, Tensor)
+            (gradient,) = torch.autograd.grad(loss.sum(), scores)
+        return loss.detach(), gradient
+
+    return torch.compiler.disable(divergence)
 
 
 def softmax(logits: Tensor, temperature: float = 1.0) -> Distribution:

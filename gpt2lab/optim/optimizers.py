@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt2lab.optim.stochastic_rounding import RoundingAdam, is_bf16, round_stochastically, to_local
-from gpt2lab.settings import OptimizerSettings
+from gpt2lab.settings import OPTIMIZERS, OptimizerSettings
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
@@ -33,6 +33,8 @@ def build_optimizer(
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if settings.name in OPTIMIZERS.added:
+        return OPTIMIZERS.added[settings.name](groups, settings)
     if settings.name == "muon":
         for group in groups:
             group["lr"] = settings.adamw_lr or settings.lr

@@ -2,7 +2,7 @@
 
 import math
 
-from gpt2lab.settings import ScheduleSettings
+from gpt2lab.settings import SCHEDULES, ScheduleSettings
 
 DEFAULT_WARMUP = 20
 
@@ -16,6 +16,8 @@ def learning_rate_factor(step: int, steps: int, schedule: ScheduleSettings) -> f
 
     Source: wsd is the warm-up–stable–decay schedule of MiniCPM (arXiv 2404.06395).
     """
+    if schedule.name in SCHEDULES.added:
+        return SCHEDULES.added[schedule.name](step, steps, schedule)
     warmup, decay = warmup_steps(steps, schedule), decay_steps(steps, schedule)
     if step < warmup:
         return (step + 1) / warmup

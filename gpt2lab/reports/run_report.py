@@ -106,6 +106,8 @@ def watched_value(report: dict[str, Any]) -> float | None:
 def git_state() -> dict[str, Any] | None:
     """Return the commit of this project and whether tracked files changed; None outside a git checkout."""
     root = str(Path(__file__).resolve().parents[2])
+    if not Path(root, "setup.sh").is_file():  # installed; a checkout around site-packages is another project's
+        return None
     try:
         commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)

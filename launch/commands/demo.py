@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2lab.evaluation.document_losses import loss_difference, read_document_losses
+from launch.distributed.child_processes import IS_CHECKOUT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
+TRAIN = ("train.py",) if IS_CHECKOUT else ("-m", "gpt2lab_scripts.train")
 
 # Optimizer steps of each stage; the demo takes four minutes on two CPU cores with bf16 instructions
 TEACHER_STEPS = 320
@@ -76,10 +78,10 @@ def _lengths(steps: int) -> tuple[str, ...]:
 
 def run_stage(stage: Stage, folder: Path, console: Console) -> int:
     """Run one command with its output on the terminal; return its exit code."""
-    command = ["train.py", *stage.arguments, f"run_dir={folder / stage.name}"]
+    command = [*TRAIN, *stage.arguments, f"run_dir={folder / stage.name}"]
     console.rule(f"[bold]{stage.title}")
     console.print("python " + shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    return subprocess.run([sys.executable, *command], cwd=HOME, check=False).returncode
 
 
 def read_report(run: Path) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def run_demo(folder: Path, console: Console) -> int:
     """Run all stages and print the results; return the exit code of the first stage that fails, else 0.
 
     Args:
-        folder: parent of the run directories, relative to the project.
+        folder: parent of the run directories, relative to the checkout or, when installed, to the working directory.
     """
     begin = time.monotonic()
     plan = stages(folder)
@@ -148,11 +150,11 @@ def run_demo(folder: Path, console: Console) -> int:
                 f"\nThe demo stopped: stage {number} of {len(plan)}, {stage.name}, ended with exit code {code}."
             )
             return code
-    reports = {stage.name: read_report(ROOT / folder / stage.name) for stage in plan}
+    reports = {stage.name: read_report(HOME / folder / stage.name) for stage in plan}
     console.print()
     console.print(results_table(reports))
-    console.print(comparison(ROOT / folder, reports), highlight=False, soft_wrap=True)
-    show_samples(ROOT / folder / "finetuned", console)
+    console.print(comparison(HOME / folder, reports), highlight=False, soft_wrap=True)
+    show_samples(HOME / folder / "finetuned", console)
     console.rule()
     console.print(f"{time.monotonic() - begin:.0f} seconds in total. Reports:", highlight=False)
     for stage in plan:

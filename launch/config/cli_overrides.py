@@ -128,8 +128,8 @@ def _check_flags(arguments: list[str]) -> None:
 
 def _quote(argument: str, sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
-    if key == "allow_targets":
-        return f"{key}=[{','.join(parse_permissions(value))}]"
+    if key in ("allow_targets", "plugins"):
+        return f"{key}=[{','.join(parse_permissions(value, key))}]"
     if not equals or not (key in FREE_TEXT or key.endswith(FREE_TEXT_SUFFIXES)):
         return argument
     if literal_text.is_read_verbatim(argument):

@@ -26,6 +26,7 @@ class RunKeys:
     resume: str | None = key(
         "run directory to resume; auto: resume the run of run_dir or name if it exists, else start it", free_text=True
     )
+    plugins: list[str] = key("packages of your own that add functions by name; they are imported (docs/extending.md)")
     # Never stored: launch/config/targets.py
     allow_targets: list[str] = key("packages of your own whose classes a stored configuration may instantiate")
 

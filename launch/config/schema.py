@@ -36,6 +36,7 @@ from gpt2lab.settings import (
     TokenizerKeys,
 )
 from gpt2lab.storage.utf8 import check_values
+from launch.config import plugins
 from launch.config.literal_text import is_interpolated, override
 from launch.config.multirun_settings import LauncherSettings, SearchSettings, StudySettings
 from launch.config.plain_keys import DISTILL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
@@ -184,14 +185,14 @@ def register() -> None:
 
 
 def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
-    """Return the composed tree as a plain RunConfig, with absolute paths and every interpolation resolved.
+    """Return the composed tree as a plain RunConfig, with every interpolation resolved; its plugins are imported.
 
     Args:
         tree: what Hydra composed, without its own `hydra` node.
         hydra: that node; it knows which value each group has and what was given on the command line.
 
     Raises:
-        InputError: an interpolation leads nowhere, a value is missing, or text is not valid UTF-8.
+        InputError: an interpolation leads nowhere, a value or a plugin is missing, or text is not valid UTF-8.
     """
     try:
         config = frozen(RunConfig, tree)
@@ -208,9 +209,11 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
     found = [find_references(unresolved[group], group) for group in GROUPS]
     references = {place: text for group in found for place, text in group.items()}
     literal = {given: _with_value(given, config, references) for given in overrides if is_interpolated(given)}
+    permitted = [*config.allow_targets, *foreign_targets(config.target_nodes), *config.plugins]  # composed now
+    plugins.load(config.plugins, permitted)
     composed = replace(
         config,
-        allow_targets=[*config.allow_targets, *foreign_targets(config.target_nodes)],  # composed now, so permitted
+        allow_targets=permitted,
         invocation=Invocation(
             groups=groups,
             overrides=[literal.get(given, given) for given in overrides],

@@ -35,22 +35,22 @@ OF_HYDRA = ("_partial_", "_args_", "_convert_", "_recursive_")  # of hydra.utils
 FOLDER_ARGUMENTS = ("run_dir", "save_dir", "dirpath", "dir")
 
 
-def parse_permissions(text: str) -> list[str]:
-    """Parse the value of `allow_targets`: `mypkg`, `[mypkg,other.module]`.
+def parse_permissions(text: str, key: str = "allow_targets") -> list[str]:
+    """Parse the value of `allow_targets` or `plugins`: `mypkg`, `[mypkg,other.module]`.
 
     Raises:
         InputError: not a list of dotted names.
     """
     given = text.strip()
     if given in ("", "null"):
-        raise InputError("allow_targets= is empty.\nGive packages whose code you trust: allow_targets=[mypkg], or [].")
+        raise InputError(f"{key}= is empty.\nGive packages whose code you trust: {key}=[mypkg], or [].")
     inner = given[1:-1] if given.startswith("[") and given.endswith("]") else given
     names = [part.strip().strip("'\"") for part in inner.split(",")] if inner.strip() else []
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise InputError(
-                f"allow_targets={text}: {name!r} is not the dotted name of a package, module or class.\n"
-                "Give names as Python imports them: allow_targets=[mypkg,other.module]."
+                f"{key}={text}: {name!r} is not the dotted name of a package, module or class.\n"
+                f"Give names as Python imports them: {key}=[mypkg,other.module]."
             )
     return names
 
@@ -62,7 +62,7 @@ def foreign_targets(nodes: Mapping[str, Any]) -> list[str]:
         nodes: `_target_` and keys of each object, by configuration key.
     """
     targets = [str(node.get("_target_", "")) for node in nodes.values() if isinstance(node, dict)]
-    foreign = [one for one in targets if one not in TRAINERS and not _is_below(one, OWN_PACKAGES)]
+    foreign = [one for one in targets if one not in TRAINERS and not is_below(one, OWN_PACKAGES)]
     nested = [str(node["_target_"]) for where, node in nodes.items() for _, node in _nested_nodes(node, where)]
     return list(dict.fromkeys(foreign + nested))
 
@@ -79,7 +79,7 @@ def check_targets(nodes: Mapping[str, Any], permissions: Iterable[str]) -> None:
         _check_name(node["_target_"], where, node["_target_"], permissions)
         for place, inner in _nested_nodes(node, where):
             target = inner["_target_"]
-            if not isinstance(target, str) or not _is_below(target, permissions):
+            if not isinstance(target, str) or not is_below(target, permissions):
                 raise _without_permission(place, str(target))
 
 
@@ -112,7 +112,7 @@ def instantiate(
     kind, target = target_class(node, where, permissions), node["_target_"]
     own = {key: value for key, value in node.items() if key != "_target_"}
     check_arguments(kind, own, where, target, permissions)
-    if not _is_below(target, permissions):
+    if not is_below(target, permissions):
         _check_paths(own, where, target, folder)
     built = {key: _with_objects(value, f"{where}.{key}", permissions, folder) for key, value in own.items()}
     return call(kind, {**built, **(more or {})}, where, target)
@@ -145,7 +145,7 @@ def call(kind: Any, arguments: dict[str, Any], where: str, target: str) -> Any:
     try:
         return make(**arguments)
     except Exception as error:
-        if not _is_below(kind.__module__, ("lightning",)):
+        if not is_below(kind.__module__, ("lightning",)):
             raise
         raise InputError(f"{where} does not fit {target}: {str(error).splitlines()[0]}") from error
 
@@ -163,7 +163,7 @@ def check_arguments(kind: Any, own: Mapping[str, Any], where: str, target: str, 
             raise InputError(f"{where}.{key} is not supported: arguments are given by name, as plain values.")
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             raise InputError(f"There is no key {shorten(f'{where}.{key}')}{nearest(key, parameters)}.")
-        if not _is_below(target, permissions):
+        if not is_below(target, permissions):
             raise InputError(
                 f"{shorten(f'{where}.{key}')} is passed to another library, which could execute any code.\n"
                 f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
@@ -172,7 +172,7 @@ def check_arguments(kind: Any, own: Mapping[str, Any], where: str, target: str, 
 
 def _check_paths(own: Mapping[str, Any], where: str, target: str, folder: Path) -> None:
     """Reject paths outside the run directory, where an object of a downloaded run could overwrite or delete files."""
-    is_ours = _is_below(target, OWN_PACKAGES)
+    is_ours = is_below(target, OWN_PACKAGES)
     for key, value in own.items():
         if not isinstance(value, str):
             continue
@@ -207,7 +207,7 @@ def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]
     if not inspect.isclass(kind):
         raise InputError(f"{where}._target_={target}: there is no such class (it is a {type(kind).__name__}).")
     _check_name(f"{kind.__module__}.{kind.__qualname__}", where, target, permissions)
-    if _is_below(kind.__module__, (*OWN_PACKAGES, "lightning")):
+    if is_below(kind.__module__, (*OWN_PACKAGES, "lightning")):
         _check_base(kind, where, target)
     return kind
 
@@ -219,7 +219,7 @@ def shorten(text: str) -> str:
 
 def _check_name(name: str, where: str, target: str, permissions: Iterable[str]) -> None:
     """Reject a name outside the permitted packages; `name` is the target, or the qualified name of its class."""
-    if _is_below(name, (*OWN_PACKAGES, *LIGHTNING_PACKAGES, *permissions)) or (where == "trainer" and name in TRAINERS):
+    if is_below(name, (*OWN_PACKAGES, *LIGHTNING_PACKAGES, *permissions)) or (where == "trainer" and name in TRAINERS):
         return
     raise _without_permission(where, target, name)
 
@@ -244,5 +244,6 @@ def _check_base(kind: type, where: str, target: str) -> None:
         raise InputError(f"{shorten(where)}._target_={target} is not a subclass of lightning.pytorch.{base}.")
 
 
-def _is_below(name: str, packages: Iterable[str]) -> bool:
+def is_below(name: str, packages: Iterable[str]) -> bool:
+    """Whether a dotted name is one of these packages or inside one."""
     return any(name == package or name.startswith(f"{package}.") for package in packages)

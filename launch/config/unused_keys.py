@@ -7,6 +7,7 @@ from dataclasses import dataclass, is_dataclass
 from gpt2lab.errors import InputError
 from gpt2lab.keys import Key, format_readers
 from gpt2lab.metric_names import VAL_LOSS
+from gpt2lab.settings import DIVERGENCES, OPTIMIZERS, SCHEDULES
 from launch.config.known_keys import known_keys
 from launch.config.schema import RunConfig
 
@@ -105,7 +106,9 @@ def _reading(read_by: str, config: RunConfig) -> tuple[str, bool, str]:
         is_read = values[0] in config.callbacks
     else:
         settings = vars(config).get(group)
-        is_read = (vars(settings)["name"] if is_dataclass(settings) else config.groups[group]) in values
+        chosen = vars(settings)["name"] if is_dataclass(settings) else config.groups[group]
+        is_added = any(chosen in registry.added for registry in (DIVERGENCES, OPTIMIZERS, SCHEDULES))  # may read any
+        is_read = chosen in values or is_added
     return group, is_read, format_reader(read_by)
 
 

@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+IS_CHECKOUT = (ROOT / "setup.sh").is_file()  # else installed, and ROOT is site-packages
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 def environment() -> dict[str, str]:
     """Return this process's environment, with a PYTHONPATH on which `python -m` finds the project from any folder."""
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    checkout = str(ROOT) if IS_CHECKOUT else ""  # site-packages would come before the standard library
+    python_path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": python_path}
 
 

@@ -56,12 +56,14 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
             permission.
     """
     from launch.checks import checks
+    from launch.config import plugins
     from launch.config.targets import check_targets
     from launch.config.unused_keys import unread_keys
 
     own = _run_config(folder)
     if own is not None and not data:
         check_targets({"data": own.data}, permissions)
+        plugins.load(own.plugins, permissions)
         config = replace(own, allow_targets=permissions)
     else:
         config = _compose(data or "stdlib")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.keys import key, same_key
 from gpt2lab.settings import AUTO, GREEDY, SAMPLING_PRESETS, SamplingSettings
+from launch.config import plugins
 from launch.config.key_value_cli import group_key
 from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys
 from launch.config.targets import parse_permissions
@@ -67,6 +68,7 @@ class Arguments:
     precision: str = key("dtype of the matrix products", "fp32", choices=("fp32", "bf16"))
     accelerator: str = same_key(MachineKeys, "accelerator", "auto")
     cache_dir: str = same_key(MachineKeys, "cache_dir", "")
+    plugins: str = same_key(RunKeys, "plugins", "[]")
     allow_targets: str = same_key(RunKeys, "allow_targets", "[]")
     seed: int = key(
         "random seed of sampled completions, and of the drafts that measure acceptance",
@@ -170,7 +172,9 @@ def evaluate(arguments: Arguments) -> Results:
 def _specs(arguments: Arguments, checkpoints: list[NamedModel], others: list[NamedModel]) -> "list[RunSpec]":
     """Resolve the data of each checkpoint, and check all arguments that need no loaded model."""
     given = {key: vars(arguments)[key] for key in eval_data.DATA_KEYS}
-    permissions = parse_permissions(arguments.allow_targets)
+    own_packages = parse_permissions(arguments.plugins, "plugins")
+    permissions = [*parse_permissions(arguments.allow_targets), *own_packages]
+    plugins.load(own_packages, permissions)
     shared = eval_data.data_config(arguments.data, given, checkpoints[0].folder, arguments.context, permissions)
     positions = min(model.positions for model in checkpoints)
     context = min(shared.context or positions, positions) if not arguments.context else arguments.context

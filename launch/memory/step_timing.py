@@ -23,6 +23,7 @@ from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings, Precis
 from gpt2lab.storage.model_folder import matmul_parameter_count
 from gpt2lab.system.device import flops_per_token, named_dtype, resident_memory_bytes, resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
+from launch.config import plugins
 from launch.config.run_spec import RunSpec
 from launch.distributed import child_processes
 from launch.memory.memory_plan import largest_that_fits, memory_plan
@@ -62,7 +63,7 @@ def measure_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
         return Speed(None, "one device has too little free memory to train the whole model")
     with tempfile.TemporaryDirectory(prefix="gpt2lab-plan-") as scratch:
         file = Path(scratch, "sizes.json")
-        device = {"threads": machine.threads, "accelerator": machine.accelerator}
+        device = {"threads": machine.threads, "accelerator": machine.accelerator, "plugins": spec.config.plugins}
         settings = {"optimizer": asdict(spec.config.optimizer), "loss": asdict(spec.config.loss)}
         file.write_text(json.dumps({"sizes": asdict(replace(sizes, rows=rows)), **device, **settings}))
         command = [sys.executable, "-P", "-m", "launch.memory.step_timing", str(file)]
@@ -172,6 +173,7 @@ class DummyStep:
 
 
 def _measure(spec: dict[str, Any]) -> dict[str, float]:
+    plugins.load(spec["plugins"], spec["plugins"])  # which the parent process was permitted to import
     torch.set_num_threads(spec["threads"])
     keep_freed_memory()
     return DummyStep(spec).measure()

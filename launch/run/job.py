@@ -17,7 +17,7 @@ from typing import Any
 
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
 from launch import exit_codes, logging_setup, rank_environment
-from launch.config import run_dir, run_spec
+from launch.config import plugins, run_dir, run_spec
 from launch.config.run_dir import RunDirectory
 from launch.config.run_spec import PreparedSpec, RunSpec
 from launch.config.schema import RunConfig, with_absolute_paths
@@ -122,7 +122,8 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
 
 
 def with_permissions(spec: PreparedSpec, allow_targets: list[str]) -> PreparedSpec:
-    """Return a stored run with the permissions of this command, which config.yaml never holds."""
+    """Return a stored run with the permissions of this command, which config.yaml never holds; import its plugins."""
+    plugins.load(spec.config.plugins, allow_targets)
     return replace(spec, config=replace(spec.config, allow_targets=allow_targets))
 
 
@@ -185,7 +186,9 @@ def _run_for_a_sweep(file: Path, allow_targets: list[str]) -> None:
     """Run a job; the sweep's process reads from beside its configuration why it failed."""
     error_file = file.with_name(ERROR_FILE)
     try:
-        run(replace(run_spec.load_config(file), allow_targets=allow_targets))
+        config = run_spec.load_config(file)
+        plugins.load(config.plugins, allow_targets)
+        run(replace(config, allow_targets=allow_targets))
     except exit_codes.Exit as ended:
         if ended.code in (exit_codes.FAILED, exit_codes.USER_ERROR):  # of several ranks, which have printed it already
             error_file.write_text(ended.message.removeprefix("error: "), encoding="utf-8")

@@ -16,7 +16,7 @@ from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import SamplingSettings, StrategySettings
 from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step, newest_good_checkpoint
 from launch.checks import checks, objective
-from launch.config import run_dir, run_spec
+from launch.config import plugins, run_dir, run_spec
 from launch.config.known_keys import check_nodes, known_keys
 from launch.config.run_spec import PreparedSpec, RunSpec
 from launch.config.schema import RunConfig, with_references
@@ -26,7 +26,7 @@ from launch.run.resolve import weights_hash
 
 log = logging.getLogger(__name__)
 
-PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs", "allow_targets")
+PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs", "plugins", "allow_targets")
 CHOSEN_ANEW = ("micro_batch", "threads", "checkpoint_format")  # on another machine, unless given
 
 
@@ -100,6 +100,7 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
     _check_changes(config, stored, folder)
     check_targets(stored.config.target_nodes, config.allow_targets)
     check_nodes(stored.config.target_nodes)
+    plugins.load(stored.config.plugins, config.allow_targets)
     checks.check_values(config)
     _check_teacher(stored)
     spec = _changed(stored, config)

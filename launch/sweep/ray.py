@@ -16,7 +16,8 @@ from launch.sweep.cluster_executor import ClusterJobs
 from launch.sweep.cluster_task import ClusterTask
 from launch.sweep.job_process import JobProcess
 
-FORWARDED_VARIABLES = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY")  # environment prefixes copied to workers
+# Prefixes of environment variables that are copied to workers
+FORWARDED_VARIABLES = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY", "PYTHONPATH")
 # For a cluster started here: no usage statistics, normal priority of workers, no warning about hidden GPUs
 RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 NO_RESTART = {"max_restarts": 0, "max_task_retries": 0}  # runs resume from their run directory, not through Ray

@@ -283,6 +283,21 @@ def test_only_the_command_line_permits_a_class(command: Train, run: Path, mark: 
     assert mark.exists()
 
 
+def test_only_the_command_line_permits_a_plugin(command: Train, run: Path, mark: Path):
+    tamper(run, "plugins", ["foreign"])
+    refused(command("train", f"resume={run}", "steps=3"), mark, "allow_targets=[foreign]")
+    refused(command("train", f"resume={run}", "steps=3", "allow_targets=[foreig]"), mark, "allow_targets=[foreign]")
+    refused(command("evaluate", f"checkpoint={run}"), mark, "allow_targets=[foreign]")
+    for permission in ("plugins=[foreign]", "allow_targets=[foreign]"):
+        ended = command("train", f"resume={run}", "steps=3", permission)
+        assert ended.code == 0, ended.stderr
+        assert mark.exists(), "the plugin was not imported"
+        stored = yaml.safe_load((run / "config.yaml").read_text())["config"]
+        assert stored["plugins"] == ["foreign"]
+        mark.unlink()
+        sys.modules.pop("foreign")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [["devices=2"], ["launcher=slurm", "launcher.executor=local", "accelerator=cpu"]])
 def test_a_permission_reaches_every_process(keys: list[str], command: Train, run: Path, mark: Path):
