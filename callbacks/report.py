@@ -12,7 +12,8 @@ from callbacks.checkpoint import is_complete
 from callbacks.ending import run_status, stop_reason
 from gpt2lab.errors import ExportError
 from gpt2lab.evaluation.document_losses import write_document_losses
-from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.reports.run_report import build_report, write_report
+from gpt2lab.storage.report_json import read_report
 from gpt2lab.system import device
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+ERROR_FILE = "error.txt"  # message of a failed job, for the sweep that started it
 
 
 class Exit(SystemExit):

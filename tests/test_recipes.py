@@ -15,8 +15,8 @@ import pytest
 
 import train
 from gpt2lab import metric_names
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from launch.checks import checks
 from launch.config import run_spec

@@ -8,11 +8,11 @@ import logging
 from pathlib import Path
 
 from gpt2lab.evaluation.document_losses import repair_document_losses
-from gpt2lab.reports.run_report import repair_report
 from gpt2lab.reports.samples_jsonl import repair_samples
 from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step
 from gpt2lab.storage.damaged_files import is_not_folder, set_aside
 from gpt2lab.storage.metrics_csv import missing_steps, repair_metrics
+from gpt2lab.storage.report_json import repair_report
 
 FOLDERS = ("logs", "wandb", "tensorboard", "inspect")
 

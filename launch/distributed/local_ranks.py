@@ -21,9 +21,9 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from gpt2lab.reports.run_report import read_report, watched_value
 from gpt2lab.storage.atomic_files import write_json
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report, watched_value
 from gpt2lab.system.heartbeat import FolderBoard, Listener
 from launch import exit_codes
 from launch.config import run_dir

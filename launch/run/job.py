@@ -25,8 +25,6 @@ from launch.distributed import child_processes, multi_node
 from launch.run import disk_space, resolve, resume
 from launch.run.resume import Existing
 
-ERROR_FILE = "error.txt"
-
 log = logging.getLogger("launch.run.job")  # not __name__, which is __main__ in a job's own process
 
 
@@ -184,7 +182,7 @@ def _run_rank(file: Path, allow_targets: list[str]) -> None:
 
 def _run_for_a_sweep(file: Path, allow_targets: list[str]) -> None:
     """Run a job; the sweep's process reads from beside its configuration why it failed."""
-    error_file = file.with_name(ERROR_FILE)
+    error_file = file.with_name(exit_codes.ERROR_FILE)
     try:
         config = run_spec.load_config(file)
         plugins.load(config.plugins, allow_targets)

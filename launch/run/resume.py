@@ -12,9 +12,9 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import VAL_LOSS
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import SamplingSettings, StrategySettings
 from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.report_json import read_report
 from launch.checks import checks, objective
 from launch.config import plugins, run_dir, run_spec
 from launch.config.known_keys import check_nodes, known_keys

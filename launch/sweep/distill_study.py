@@ -31,12 +31,12 @@ from gpt2lab.analysis.study_results import (
 from gpt2lab.errors import InputError
 from gpt2lab.evaluation.document_losses import read_document_losses
 from gpt2lab.model.student_shape import check_fits
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.reports.study_html import render
 from gpt2lab.settings import ModelShape, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_json, write_text
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.model_folder import read_shape
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
 from launch.checks.study_plan import PlannedRun

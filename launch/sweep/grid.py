@@ -12,8 +12,8 @@ from omegaconf import DictConfig, open_dict
 
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.folder_lock import FolderLock
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from launch.config import machine, run_dir, run_spec
 from launch.config.groups import experiment_keys, values

@@ -13,7 +13,7 @@ from launch.config import run_spec
 from launch.config.machine import Slot
 from launch.config.schema import RunConfig
 from launch.distributed import child_processes
-from launch.run.job import ERROR_FILE
+from launch.exit_codes import ERROR_FILE
 
 
 class JobProcess:

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gpt2lab.reports.run_report import read_report, watched_value
 from gpt2lab.storage.atomic_files import write_text
+from gpt2lab.storage.report_json import read_report, watched_value
 from launch import exit_codes
 from launch.checks import checks
 from launch.config import schema

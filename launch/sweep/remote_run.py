@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from gpt2lab.reports.run_report import read_report, watched_value
+from gpt2lab.storage.report_json import read_report, watched_value
 from launch import exit_codes
 from launch.config import run_dir
 from launch.config.multirun_settings import LauncherSettings

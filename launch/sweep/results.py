@@ -16,10 +16,10 @@ from gpt2lab.analysis.sweep_runs import (
     summarize,
 )
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.reports.sweep_html import render
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from gpt2lab.storage.report_json import read_report
 from launch.config import unused_keys
 from launch.sweep import jobs
 from launch.sweep.jobs import Job

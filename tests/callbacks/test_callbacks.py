@@ -25,10 +25,10 @@ from callbacks.samples import Samples
 from gpt2lab.errors import InputError
 from gpt2lab.model.backbone import to_hf
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.reports.samples_jsonl import read_samples
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from gpt2lab.storage.report_json import read_report
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
 from tests.conftest import ROOT

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.checkpoint_ledger import commit_checkpoint, newest_good_checkpoint, scratch_file
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from launch.checks import checks
 from launch.config import run_spec
 from launch.config.schema import RunConfig

@@ -30,10 +30,10 @@ from gpt2lab.generation.completion import complete, fill_masks, prompt_ids
 from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, unigram
 from gpt2lab.model.attention_masks import document_bounds, make_spans, spans_to_mask
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import GREEDY, ModelShape, ObjectiveSettings
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_objective
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from tests.conftest import ROOT, SHRUNK, Train, environment
 

@@ -11,9 +11,9 @@ import torch
 
 from callbacks.samples import Samples
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from tests.callbacks.test_callbacks import metrics_without_clock, weights
 from tests.conftest import Train
 from tests.support import tiny_run

@@ -18,8 +18,9 @@ from gpt2lab.analysis.hyperparameter_importance import importances
 from gpt2lab.analysis.setting_comparison import Comparison, Runs, compare
 from gpt2lab.analysis.sweep_axes import VariedKey
 from gpt2lab.analysis.sweep_runs import summarize
-from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.reports.run_report import build_report, write_report
 from gpt2lab.storage.metrics_csv import MetricsFile
+from gpt2lab.storage.report_json import read_report
 from launch.sweep import results
 from launch.sweep.jobs import Job
 from tests.support.chromium import PROGRAM, Browser

@@ -11,8 +11,8 @@ from gpt2lab import metric_names as names
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.top_k_teacher import TopKTeacher
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import Distil, Train
 from tests.gpt2lab.evaluation.test_distillation_metrics import (
     ROWS,

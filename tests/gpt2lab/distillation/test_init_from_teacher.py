@@ -15,9 +15,9 @@ from gpt2lab.distillation.init_from_teacher import Importance, keep_strongest, m
 from gpt2lab.errors import InputError
 from gpt2lab.model.backbone import Backbone, load_backbone
 from gpt2lab.model.student_shape import check_fits, kept_layers
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from launch.config import run_spec
 from tests.conftest import Train
 

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import ROOT, Distil, Train, environment
 
 READS = "the teacher reads"

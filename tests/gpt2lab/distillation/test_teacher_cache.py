@@ -18,8 +18,8 @@ from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.losses.sampled_teacher import SampledTeacher
 from gpt2lab.losses.top_k_teacher import TopKTeacher
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.settings import LossSettings, TeacherCacheSettings
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import Answer, Distil, Train
 
 VOCABULARY, WIDTH, LONGEST = 61, 8, 12

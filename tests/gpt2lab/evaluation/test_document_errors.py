@@ -32,10 +32,11 @@ from gpt2lab.evaluation.document_losses import (
 )
 from gpt2lab.model.backbone import load_backbone
 from gpt2lab.reports import study_html, sweep_html
-from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.reports.run_report import build_report, write_report
 from gpt2lab.settings import ObjectiveSettings
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.metrics_csv import MetricsFile
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from launch.commands import demo
 from launch.sweep import results, study_table

@@ -11,7 +11,7 @@ import pytest
 
 from gpt2lab.errors import InputError
 from gpt2lab.reports.report_html import render, ticks
-from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.reports.run_report import build_report, write_report
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after, read_samples
 from gpt2lab.storage.atomic_files import input_error_when_full, replaced_folder, write_text
 from gpt2lab.storage.checkpoint_ledger import (
@@ -22,6 +22,7 @@ from gpt2lab.storage.checkpoint_ledger import (
     scratch_file,
 )
 from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics, series
+from gpt2lab.storage.report_json import read_report
 
 
 def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:

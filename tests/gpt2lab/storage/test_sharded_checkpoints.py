@@ -15,9 +15,9 @@ from torch import Tensor
 
 import evaluate
 from gpt2lab.errors import InputError
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from gpt2lab.storage.sharded_checkpoint import is_sharded
 from launch.commands.consolidate import consolidate
 from launch.exit_codes import exit_code

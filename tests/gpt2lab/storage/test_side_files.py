@@ -11,7 +11,7 @@ import torch
 
 from gpt2lab.evaluation.document_losses import FILE as DOCUMENTS
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses, write_document_losses
-from gpt2lab.reports.run_report import build_report, read_report, write_report
+from gpt2lab.reports.run_report import build_report, write_report
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after, read_samples
 from gpt2lab.reports.side_files import repair
 from gpt2lab.storage import damaged_files
@@ -25,6 +25,7 @@ from gpt2lab.storage.checkpoint_ledger import (
     scratch_file,
 )
 from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import Train
 
 LEDGER = "checkpoints/index.json"

@@ -16,7 +16,7 @@ import yaml
 import evaluate
 import generate
 from gpt2lab.analysis import optuna_storage
-from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from launch.commands import consolidate
 from launch.config import literal_text, run_spec

@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 import pytest
 
-from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import Train
 
 pytestmark = pytest.mark.chaos

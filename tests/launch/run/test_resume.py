@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.reports.samples_jsonl import read_samples
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import ROOT, started
 
 TIMED = {"tokens_per_second", "mfu", "memory_gb"}

@@ -17,11 +17,11 @@ import lightning
 import pytest
 
 from gpt2lab.errors import InputError
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage import folder_lock
 from gpt2lab.storage.checkpoint_ledger import read_entries
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from launch import rank_environment
 from launch.config import run_spec
 from launch.config.run_dir import RunDirectory

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.report_json import read_report
 from tests.callbacks.test_callbacks import equal, metrics_without_clock
 from tests.conftest import Train
 from tests.support import tiny_run

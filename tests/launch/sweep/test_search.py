@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 from callbacks.pruning import TrialReports
 from gpt2lab.analysis.optuna_storage import STUDY_FILE, input_error_when_unusable, load_study, make_study
 from gpt2lab.errors import InputError
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from launch.config import schema
 from launch.sweep import search_space
 from launch.sweep.job_queue import Proposal

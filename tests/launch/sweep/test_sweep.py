@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hydra.core.utils import JobReturn
 
-from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.report_json import read_report
 from launch.sweep import grid
 from tests.conftest import ROOT, Train, environment, started
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2lab.reports.run_report import read_report
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import Train, needs_two_cores
 from tests.launch.sweep.test_search import study
 from tests.launch.sweep.test_sweep import rows

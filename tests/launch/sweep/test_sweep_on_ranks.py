@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from gpt2lab.analysis.optuna_storage import STUDY_FILE, load_study
-from gpt2lab.reports.run_report import read_report
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from tests.conftest import Train, needs_two_cores, started
 from tests.support.offline_wandb import runs_in
 
