@@ -96,7 +96,7 @@ class MachineKeys:
     devices: int | str = key(
         "devices per machine; auto: one CPU process, or every GPU", within="[1, 1e4]", auto=True, of_machine=True
     )
-    num_nodes: int = key("number of machines (docs/cluster.md)", within="[1, 1e4]")
+    num_nodes: int = key("number of machines (docs/cluster.md)", within="[1, 1e4]", of_machine=True)
     n_jobs: int = key("jobs of a sweep that run at once, each on its share of cores and GPUs", within="[1, 1024]")
     max_restarts: int = key(
         "maximum number of restarts of a crashed run, each from its last checkpoint",

@@ -22,6 +22,7 @@ from launch.config.run_spec import PreparedSpec, RunSpec
 from launch.config.schema import RunConfig, with_references
 from launch.config.targets import check_targets
 from launch.config.unused_keys import check_unused_keys, given_keys
+from launch.rank_environment import is_cluster_rank
 from launch.run.resolve import weights_hash
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,10 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
 
 
 def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
-    """The stored run with the keys given now; where those are of the machine, its choices are made anew."""
+    """Return the stored run with the keys given now; if they concern the machine, its settings are chosen anew."""
     given = {name.split(".")[0] for name in given_keys(config.invocation.overrides)} & set(changeable_keys())
+    if is_cluster_rank() and (config.devices, config.num_nodes) != (stored.machine.devices, stored.machine.num_nodes):
+        given |= {"devices", "num_nodes"}  # as torchrun or srun started the ranks
     values = {name: vars(config)[name] for name in given}
     if "sampling" in given:
         values["sampling"] = _changed_sampling(stored.config, config)

@@ -15,7 +15,9 @@ from launch import logging_setup
 from launch.checks import checks, sharding
 from launch.config.groups import precision_named
 from launch.config.run_spec import Machine
+from launch.distributed import multi_node
 from launch.memory import device_memory
+from launch.rank_environment import TORCHRUN_VARIABLES
 from launch.run import auto_settings, build, resume
 from tests.conftest import Train
 from tests.support.configurations import composed, prepared, resolved
@@ -136,6 +138,22 @@ def test_a_resumed_run_keeps_the_options_of_its_strategy() -> None:
         ("resume=x", "strategy=fsdp"): StrategySettings("fsdp"),
     }.items():
         assert resume._changed(stored, composed(*words)).config.strategy == expected
+
+
+@pytest.mark.parametrize(("ranks", "per_machine"), [(1, 1), (2, 2), (4, 2)])
+def test_a_resumed_run_has_the_ranks_that_torchrun_started(monkeypatch, ranks: int, per_machine: int) -> None:
+    stored = prepared(resolved(composed("devices=1", "accelerator=cpu", "batch_tokens=4096")))
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_machine)}
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, world.get(name, "1"))
+    machine = resume._changed(stored, multi_node.with_started_world(composed("resume=x"))).machine
+    assert (machine.devices, machine.num_nodes, machine.world_size) == (per_machine, ranks // per_machine, ranks)
+    assert machine.micro_batch * machine.accumulate * ranks == 16
+
+
+def test_a_run_of_two_machines_resumes_on_one() -> None:
+    stored = prepared(resolved(composed("devices=2", "num_nodes=2", "accelerator=cpu", "strategy=ddp")))
+    assert resume._changed(stored, composed("resume=x", "num_nodes=1")).machine.world_size == 2
 
 
 def test_ranks_of_several_machines_each_need_a_sequence() -> None:
