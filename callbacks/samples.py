@@ -17,7 +17,7 @@ from gpt2lab.system.stop_request import Interrupted, is_urgent
 
 
 class Samples(lightning.Callback):
-    """Complete each prompt every `every` steps and at the end, by each of the module's `writing_methods`.
+    """Complete each prompt every `every` steps and at the end, by each of the module's `sampling_methods`.
 
     Training is the same with and without it: `generate` restores the random state and the module's mode.
 
@@ -59,7 +59,7 @@ class Samples(lightning.Callback):
         step, samples = trainer.global_step, []
         if not self.prompts:
             self.prompts = trainer.datamodule.sample_prompts(pl_module.tokenizer)
-        for method in pl_module.writing_methods:  # on every rank: generation with a sharded model is collective
+        for method in pl_module.sampling_methods:  # on every rank: generation with a sharded model is collective
             completions: list[str] = []
             with suppress(Interrupted):
                 completions = pl_module.generate(self.prompts, method, self.max_new_tokens)

@@ -1,4 +1,4 @@
-"""BackboneModule: a GPT-2 under Lightning — made once the strategy is known, whole again for export, asked for text."""
+"""BackboneModule: a GPT-2 under Lightning: built in configure_model, gathered for export, and text generation."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -142,18 +142,18 @@ class BackboneModule(lightning.LightningModule):
         return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
 
     def export_adapter(self, folder: Path) -> bool:
-        """Write a PEFT adapter into `folder`, for tasks that train one; says whether it did."""
+        """Write a PEFT adapter into `folder`, for tasks that train one; return whether there is one."""
         return False
 
     # Text
 
     def generate(self, prompts: Sequence[str], method: SamplingSettings, max_new_tokens: int) -> list[str]:
-        """Completions of prompts; under mlm these with their gaps filled. Under FSDP every rank must call it."""
+        """Return completions of prompts; under mlm the prompts with gaps filled. Under FSDP every rank must call it."""
         ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
         return self.generate_from_ids(ids, method, max_new_tokens)
 
     @property
-    def writing_methods(self) -> tuple[SamplingSettings, ...]:
+    def sampling_methods(self) -> tuple[SamplingSettings, ...]:
         """Decoding methods of the samples generated during training."""
         if self.settings.objective.kind.fills_masks:
             return (FILL,)

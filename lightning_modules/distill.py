@@ -81,7 +81,7 @@ class Distill(LanguageModel):
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
         self.shard_teacher = shard_teacher
-        self.step_is_students = False  # whether the current step trains on text that the student generated
+        self.is_on_policy = False  # whether the current step trains on text that the student generated
         self.student_text: StudentText | None = None
         if sequences is not None and sequences.on_policy:
             end_of_text, steps, seed = self.tokenizer.eos_token_id, self.settings.steps, self.settings.seed
@@ -138,8 +138,8 @@ class Distill(LanguageModel):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.student_text is not None:
-            batch = self.student_text.in_place_of(batch, batch_idx % self.trainer.accumulate_grad_batches, self)
-        self.step_is_students = batch.on_policy
+            batch = self.student_text.replace_on_policy(batch, batch_idx % self.trainer.accumulate_grad_batches, self)
+        self.is_on_policy = batch.on_policy
         return super().training_step(batch, batch_idx)
 
     def loss(self, batch: Batch) -> LMHeadLoss:
@@ -164,7 +164,7 @@ class Distill(LanguageModel):
             self.mixing.update(self.trainer.global_step, self.step_objective())
 
     def training_losses(self, objective: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
-        if self.step_is_students:
+        if self.is_on_policy:
             return {metric_names.TRAIN_OBJECTIVE: objective}
         return {metric_names.TRAIN_LOSS: cross_entropy, metric_names.TRAIN_OBJECTIVE: objective}
 

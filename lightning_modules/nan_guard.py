@@ -14,8 +14,9 @@ class NonFiniteLossError(RunError):
 
 
 class FiniteWatch:
-    """Told of every step, it looks at a step when asked: training asks one step later, so that no GPU has to be waited
-    for, and logging, validation, saving, export and generation check it first.
+    """Check of one value per step, the loss or its gradient norm, one step later, without a GPU synchronization.
+
+    Logging, validation, saving, export and generation call `check` first.
     """
 
     def __init__(self) -> None:
@@ -24,19 +25,19 @@ class FiniteWatch:
         self._indices: list[Tensor] = []
 
     def note(self, number: Tensor, step: int, indices: list[Tensor]) -> None:
-        """A step was computed.
+        """Record a step.
 
         Args:
-            number: () that is finite where all is well: the loss, or the norm of its gradient.
-            indices: of the sequences of its micro-batches.
+            number: () loss, or norm of its gradient.
+            indices: sequences of its micro-batches.
         """
         self._watched, self._step, self._indices = AsyncScalar(number), step, indices
 
     def check(self) -> None:
-        """Look at the step that was noted last.
+        """Check the last recorded step.
 
         Raises:
-            NonFiniteLossError: it was not finite; by now the weights may not be either.
+            NonFiniteLossError: its value is not finite; the weights may not be finite either.
         """
         watched, self._watched = self._watched, None
         if watched is not None and not math.isfinite(watched.read()):

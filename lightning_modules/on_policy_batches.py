@@ -41,7 +41,7 @@ class StudentText:
         self.writer = Writer(context, settings.max_new_tokens, settings.gen_temperature, end_of_text, entries, seed)
         self._left: deque[Batch] = deque()  # of this step, still to be trained on
 
-    def in_place_of(self, batch: Batch, part: int, student: LanguageModel) -> Batch:
+    def replace_on_policy(self, batch: Batch, part: int, student: LanguageModel) -> Batch:
         """Return the batch itself, or the student's text for micro-batch number `part` of the present step."""
         if part == 0:
             self._left = deque(self._step(student))

@@ -72,7 +72,7 @@ def check_sequences(config: RunConfig) -> None:
             f"sequences={sequences.name} needs a teacher with the student's tokenizer; loss=uld is for another one.\n"
             "Use sequences=data, or another loss if both have the same tokenizer."
         )
-    rows = config.rows_of_a_step
+    rows = config.global_batch_rows
     if sequences.name == "distillm" and sequences.capacity < rows:
         raise InputError(
             f"sequences.capacity={sequences.capacity} is less than the {rows} sequences of a step.\n"

@@ -145,7 +145,7 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
 
     @property
     def init_names_weights(self) -> bool:
-        """Whether weights are loaded from where init says, and sizes with them."""
+        """Whether `init` loads weights, and with them the sizes of the model."""
         return self.init not in ("scratch", TEACHER_LAYERS)
 
     @property
@@ -164,7 +164,7 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
         return f"val/{metrics[0]}" if metrics else VAL_LOSS
 
     @property
-    def rows_of_a_step(self) -> int:
+    def global_batch_rows(self) -> int:
         """Sequences of the global batch."""
         return self.batch_sequences if self.takes_pairs else self.batch_tokens // self.context
 

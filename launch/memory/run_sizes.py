@@ -48,7 +48,7 @@ def run_sizes(
     teacher = ModelShape(**read_shape(Path(inputs.teacher))) if distils else None
     is_cached = config.teacher_cache.name != "none"
     largest = machine.largest_micro_batch or fastest_micro_batch(config, machine)
-    step_rows = math.ceil(config.rows_of_a_step / machine.world_size)
+    step_rows = math.ceil(config.global_batch_rows / machine.world_size)
     rows = machine.micro_batch or (largest if config.micro_batch == "auto" else int(config.micro_batch))
     return RunSizes(
         shape=inputs.model.shape(vocab_size),

@@ -90,12 +90,12 @@ def _largest_that_fits(config: RunConfig, inputs: Inputs, machine: Machine, free
 def suggested_micro_batch(spec: RunSpec) -> int:
     """Return what micro_batch=auto takes of a resolved run's batch."""
     machine = spec.machine
-    return min(machine.largest_micro_batch, math.ceil(spec.config.rows_of_a_step / machine.world_size))
+    return min(machine.largest_micro_batch, math.ceil(spec.config.global_batch_rows / machine.world_size))
 
 
 def split_batch(config: RunConfig, machine: Machine) -> tuple[int, int]:
     """Return (largest micro-batch, micro-batches on each rank): every one of them gets at least one sequence."""
-    rows, ranks = config.rows_of_a_step, machine.world_size
+    rows, ranks = config.global_batch_rows, machine.world_size
     size = machine.largest_micro_batch if config.micro_batch == "auto" else int(config.micro_batch)
     accumulate = min(math.ceil(rows / (ranks * size)), rows // ranks)
     return math.ceil(rows / (ranks * accumulate)), accumulate
@@ -117,7 +117,7 @@ def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
 
 def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
     config = spec.config
-    tokens = config.steps * config.rows_of_a_step * config.context
+    tokens = config.steps * config.global_batch_rows * config.context
     work = 6 * matmul_parameter_count({**vars(spec.resolved.model), "vocab_size": vocab_size}) * tokens
     return work / (GPU_FLOPS * spec.machine.devices) * COMPILE_GAIN > COMPILE_SECONDS
 

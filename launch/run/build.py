@@ -80,7 +80,7 @@ def data_module(spec: RunSpec) -> Any:
         "name": config.groups["data"],
         "tokenizer": spec.resolved.tokenizer,
         "context": config.context,
-        "batch_sequences": config.rows_of_a_step,
+        "batch_sequences": config.global_batch_rows,
         "eval_batch_sequences": machine.largest_micro_batch,
         "accumulate": machine.accumulate,
         "seed": config.seed,
@@ -144,7 +144,7 @@ def compiled_part(spec: PreparedSpec) -> Literal["nothing", "blocks", "pass"]:
     if not spec.prepared.compile:
         return "nothing"
     apart = machine.strategy == "fsdp" or config.activation_checkpointing or config.layer_drop > 0
-    is_uneven = config.rows_of_a_step % (machine.accumulate * machine.world_size) > 0
+    is_uneven = config.global_batch_rows % (machine.accumulate * machine.world_size) > 0
     shapes_vary = config.takes_pairs or config.sequences.on_policy or is_uneven
     many = (spec.resolved.model.n_layer or 0) > BLOCKS_OF_A_PASS
     return "blocks" if apart or shapes_vary or many else "pass"
@@ -178,17 +178,17 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     """Return the callbacks: those of the configuration, in its order, and those of the launcher."""
     config = _in_folder(spec, folder)
     nodes = {f"callbacks.{name}": node for name, node in config.callbacks.items() if node is not None}
-    observers = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
-    observers = _states_first(observers)
-    for observer in observers:
-        if isinstance(observer, Report):
-            observer.facts = _report_facts(spec, facts)
-    observers.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
+    callbacks = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
+    callbacks = _states_first(callbacks)
+    for callback in callbacks:
+        if isinstance(callback, Report):
+            callback.facts = _report_facts(spec, facts)
+    callbacks.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
     if config.invocation.trial is None:
-        return observers
+        return callbacks
     reports = TrialReports(folder.parent / STUDY_FILE, config.invocation.trial)
     # Last: the checkpoint of a step that is due is saved as always, and none because the run is ended.
-    return [reports, *observers, Pruning(reports)]
+    return [reports, *callbacks, Pruning(reports)]
 
 
 def _in_folder(spec: PreparedSpec, folder: Path) -> RunConfig:
@@ -196,15 +196,15 @@ def _in_folder(spec: PreparedSpec, folder: Path) -> RunConfig:
     return with_references(replace(spec.config, run_dir=str(folder)))
 
 
-def _states_first(observers: list[lightning.Callback]) -> list[lightning.Callback]:
+def _states_first(callbacks: list[lightning.Callback]) -> list[lightning.Callback]:
     """Move added callbacks that have a state (EarlyStopping) before Checkpoint, which then saves their newest one."""
-    place = next((number for number, one in enumerate(observers) if isinstance(one, Checkpoint)), len(observers))
-    moved = [one for one in observers[place:] if _is_foreign(one) and type(one).state_dict is not NO_STATE]
-    return [*observers[:place], *moved, *(one for one in observers[place:] if one not in moved)]
+    place = next((number for number, one in enumerate(callbacks) if isinstance(one, Checkpoint)), len(callbacks))
+    moved = [one for one in callbacks[place:] if _is_foreign(one) and type(one).state_dict is not NO_STATE]
+    return [*callbacks[:place], *moved, *(one for one in callbacks[place:] if one not in moved)]
 
 
-def _is_foreign(observer: lightning.Callback) -> bool:
-    return type(observer).__module__.split(".")[0] not in OWN_PACKAGES
+def _is_foreign(callback: lightning.Callback) -> bool:
+    return type(callback).__module__.split(".")[0] not in OWN_PACKAGES
 
 
 def _report_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:
 
 
 def trainer(
-    spec: PreparedSpec, folder: Path, observers: list[lightning.Callback], outlets: list[Logger]
+    spec: PreparedSpec, folder: Path, callbacks: list[lightning.Callback], loggers: list[Logger]
 ) -> lightning.Trainer:
     """Return Lightning's Trainer with everything of its own that would compete with ours turned off.
 
@@ -259,11 +259,11 @@ def trainer(
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": config.log_every,
-        "callbacks": observers,
-        "logger": outlets,
+        "callbacks": callbacks,
+        "logger": loggers,
         "default_root_dir": folder,
         "use_distributed_sampler": False,
-        "enable_checkpointing": any(isinstance(one, LightningCheckpoint) for one in observers),
+        "enable_checkpointing": any(isinstance(one, LightningCheckpoint) for one in callbacks),
         "enable_model_summary": False,
         "enable_progress_bar": False,
         "inference_mode": False,  # averaged weights are swapped in while validating, which inference tensors forbid

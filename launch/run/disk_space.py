@@ -66,7 +66,7 @@ def check(spec: RunSpec, vocab_size: int, folder: Path | None) -> None:
 
 
 @contextmanager
-def naming_checkpoint(directory: RunDirectory) -> Iterator[None]:
+def convert_full_disk(directory: RunDirectory) -> Iterator[None]:
     """Turn a failure for lack of disk space into an InputError that names the file and the run's intact checkpoint."""
     try:
         yield

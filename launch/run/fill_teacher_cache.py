@@ -86,7 +86,7 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
 
 def training_rows(config: RunConfig, samples: int) -> NDArray[np.int64]:
     """The samples that the run's steps will draw: all of them from one epoch on."""
-    positions = config.steps * config.rows_of_a_step
+    positions = config.steps * config.global_batch_rows
     if positions >= samples:
         return np.arange(samples)
     return permute(np.arange(positions), samples, config.seed, epoch=0)

@@ -58,7 +58,7 @@ def _run_here(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
     if spec.machine.world_size > 1 or config.max_restarts:
         from launch.distributed import local_ranks
 
-        with disk_space.naming_checkpoint(directory):
+        with disk_space.convert_full_disk(directory):
             report = local_ranks.run(spec, directory)
     else:
         from launch.run.train import train

@@ -82,7 +82,7 @@ def _table(title: str, *columns: str) -> Table:
 def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
     config, inputs, machine = spec.config, spec.resolved, spec.machine
     table = _table("\nRun", "", "", "")
-    rows = config.rows_of_a_step
+    rows = config.global_batch_rows
     up_to = "up to " if inputs.tokenizer.kind == "bpe" and not inputs.init_names_weights else ""
     total = parameter_count({**vars(inputs.model), "vocab_size": vocab_size})
     table.add_row(
@@ -125,8 +125,8 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
     if room is None:
         table.add_row("free", "?", "this device does not say")
     else:
-        says = "it fits" if plan.peak <= room else "IT DOES NOT FIT: see what would save memory"
-        table.add_row("free", _gigabytes(room), says)
+        verdict = "it fits" if plan.peak <= room else "IT DOES NOT FIT: see what would save memory"
+        table.add_row("free", _gigabytes(room), verdict)
     best = auto_settings.suggested_micro_batch(spec)
     table.add_row("micro_batch", str(best), "suggested: the largest that fits and still gains speed")
     return table
@@ -146,7 +146,7 @@ def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed
         table.add_row("tokens/s", "?", f"not measured: {speed.note}")
     else:
         rate = speed.tokens_per_second * spec.machine.world_size
-        seconds = config.steps * config.rows_of_a_step * config.context / rate
+        seconds = config.steps * config.global_batch_rows * config.context / rate
         table.add_row("tokens/s", f"{rate:,.0f}", speed.note)
         table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
     files = disk_space.run_files(spec, vocab_size)
@@ -176,7 +176,7 @@ def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
 def _cache_bytes(config: RunConfig, vocab_size: int) -> int:
     from gpt2lab.distillation.teacher_cache import record_type
 
-    positions = config.steps * config.rows_of_a_step * config.context
+    positions = config.steps * config.global_batch_rows * config.context
     return positions * record_type(config.teacher_cache, vocab_size).itemsize
 
 

@@ -27,8 +27,8 @@ from launch.run.resolve import weights_hash
 
 log = logging.getLogger(__name__)
 
-PLACE = ("resume", "run_dir", "name", "launcher", "n_jobs", "plugins", "allow_targets")
-CHOSEN_ANEW = ("micro_batch", "threads", "checkpoint_format")  # on another machine, unless given
+LOCATION_KEYS = ("resume", "run_dir", "name", "launcher", "n_jobs", "plugins", "allow_targets")
+RECHOSEN_KEYS = ("micro_batch", "threads", "checkpoint_format")  # on another machine, unless given
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     if of_machine:
         chosen = vars(stored.machine)
         kept = {name: chosen[name] for name in ("accelerator", "devices", "precision")}
-        values = {**kept, **dict.fromkeys(CHOSEN_ANEW, "auto"), **values, "strategy": _strategy(stored, config)}
+        values = {**kept, **dict.fromkeys(RECHOSEN_KEYS, "auto"), **values, "strategy": _strategy(stored, config)}
     changed = with_references(replace(stored.config, **values, allow_targets=config.allow_targets))
     if "steps" in given:
         checks.check_schedule(changed)
@@ -208,7 +208,7 @@ def _check_changes(config: RunConfig, stored: PreparedSpec, folder: Path) -> Non
     overrides, started_with = config.invocation.overrides, set(stored.config.invocation.overrides)
     changeable = changeable_keys()
     for override, key in zip(overrides, given_keys(overrides), strict=True):
-        if key.split(".")[0] in (*changeable, *PLACE) or override in started_with:
+        if key.split(".")[0] in (*changeable, *LOCATION_KEYS) or override in started_with:
             continue
         raise InputError(
             f"{override} cannot be changed when a run is continued: {folder} continues with its own config.yaml.\n"

@@ -44,7 +44,7 @@ def train(
     set_up_process(spec.machine)
     checkpoint = directory.newest_checkpoint()
     module = build.task_module(spec, facts, is_resumed=checkpoint is not None)
-    with exit_codes.exit_on_signal(), disk_space.naming_checkpoint(directory):
+    with exit_codes.exit_on_signal(), disk_space.convert_full_disk(directory):
         folder = directory.enter(spec, is_resumed=checkpoint is not None)
         with _discarding_untrained(directory, module):
             callbacks = build.callbacks(spec, folder, facts)

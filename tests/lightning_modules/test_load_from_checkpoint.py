@@ -77,7 +77,7 @@ def test_load_from_checkpoint_gives_equal_logits(task, train_here: Train, tiny, 
     # LoRA: the export has the adapters merged into the weights.
     assert (logits_of(module) - exported(tmp_path / "run")).abs().max() <= 1e-5
     assert torch.equal(logits_of(module), logits_of(kind.load_from_checkpoint(file, map_location="cpu", strict=True)))
-    assert module.generate(["def "], module.writing_methods[0], 4) != [""]
+    assert module.generate(["def "], module.sampling_methods[0], 4) != [""]
     if isinstance(module, Distill):
         assert stored["teacher"] == str((teacher / "hf").resolve())
         assert module.teacher.signal(IDS).rows == IDS.numel()
