@@ -126,7 +126,7 @@ class Preflight:
     ) -> str:
         """Some tokens of two tokenizers begin at the same byte; both losses are counted per byte."""
         matched = teacher.matched.sum().unsqueeze(0)
-        spelled = torch.tensor([found.scored, found.wanted], device=matched.device)
+        spelled = torch.tensor([found.scored, found.total], device=matched.device)
         sums = torch.cat([matched, spelled]).to(widest_float(matched.device))
         common, of_teacher, of_targets = self.student.over_ranks(sums).tolist()
         if not common or not of_teacher:

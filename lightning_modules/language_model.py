@@ -144,11 +144,11 @@ class LanguageModel(BackboneModule):
 
     def _sampled_loss(self, batch: Batch, negatives: NegativeSampler) -> LMHeadLoss:
         """Cross-entropy over the targets and this step's negatives, which all micro-batches and ranks share."""
-        entries = negatives.of_step(self.trainer.global_step).to(self.device)
+        token_ids = negatives.sample(self.trainer.global_step).to(self.device)
         log_expected = negatives.log_expected.to(self.device, torch.float32)
 
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
-            return sampled_softmax_loss(hidden.flatten(0, 1), weight, batch.labels.flatten(), entries, log_expected)
+            return sampled_softmax_loss(hidden.flatten(0, 1), weight, batch.labels.flatten(), token_ids, log_expected)
 
         return self.backbone(batch.input_ids, head, batch.spans)
 

@@ -50,4 +50,4 @@ class OnlineTeacher:
     def aligned_signal(self, text: AlignedText, entries: int) -> AlignedTeacher:
         """What it says of a text in its own tokens; of a padded head the first `entries` count."""
         said = self.signal(text.input_ids)
-        return AlignedTeacher(said.hidden, said.weight[:entries], text.places, text)
+        return AlignedTeacher(said.hidden, said.weight[:entries], text.teacher_positions, text)

@@ -147,7 +147,7 @@ class Alignment:
         return AlignedText(
             input_ids=torch.from_numpy(tokens[:, :-1].copy()),
             labels=torch.from_numpy(np.where(counted, tokens[:, 1:], IGNORE_INDEX).ravel()),
-            places=torch.from_numpy(places.ravel()),
+            teacher_positions=torch.from_numpy(places.ravel()),
             label_bytes=int(sizes[counted].sum()),
             target_bytes=int(before[-1]),
         )

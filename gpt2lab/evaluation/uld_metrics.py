@@ -52,7 +52,7 @@ def uld_sums(
         names.DISTILL_MATCHED: teacher.matched.sum(),
         TEACHER_NATS: loss.nats,
         TEACHER_BYTES: torch.tensor(loss.scored),
-        TARGET_BYTES: torch.tensor(loss.wanted),
+        TARGET_BYTES: torch.tensor(loss.total),
     }
 
 

@@ -1,7 +1,7 @@
-"""Aligned teacher: an online teacher with another tokenizer, and the batch's text in its tokens.
+"""Aligned teacher: an online teacher with a different tokenizer, and a batch's text tokenized by it.
 
-Shapes: N positions of the student, M of the teacher, C positions of one chunk, Dt the teacher's hidden width, W its
-vocabulary.
+Shapes: N student positions, M teacher positions, C positions of one chunk, Dt teacher's hidden width, W teacher's
+vocabulary size.
 """
 
 from collections.abc import Callable
@@ -21,49 +21,49 @@ from gpt2lab.settings import LossSettings
 
 @dataclass(frozen=True)
 class AlignedText:
-    """A batch's text in the tokens of a teacher that has another tokenizer (tokenizer_alignment.py).
+    """A batch's text as tokens of a teacher with a different tokenizer (tokenizer_alignment.py).
 
-    Shapes: B sequences, U of the teacher's tokens, M = B·U; N = B·T positions of the student.
+    Shapes: B sequences, U teacher tokens, M = B·U; N = B·T student positions.
     """
 
     input_ids: Tensor  # (B, U) int64, padded on the right
-    labels: Tensor  # (M,) int64: the token that follows; IGNORE_INDEX where it is not all within the targets
-    places: Tensor  # (N,) int64 in 0 … M − 1: which position predicts at the same byte of the text; −1: none
-    label_bytes: int  # that `labels` spell, a special token counting as one
-    target_bytes: int  # that the student's targets spell, likewise
+    labels: Tensor  # (M,) int64: next token; IGNORE_INDEX unless all of its bytes belong to student targets
+    teacher_positions: Tensor  # (N,) int64 in [0, M): position that predicts from the same byte on; −1: none
+    label_bytes: int  # bytes of `labels`; a special token counts as one byte
+    target_bytes: int  # bytes of the student's targets, counted likewise
 
     def to(self, device: torch.device) -> "AlignedText":
-        """Return the same text on a device."""
-        tensors = {name: vars(self)[name].to(device) for name in ("input_ids", "labels", "places")}
+        """Return a copy on a device."""
+        tensors = {name: vars(self)[name].to(device) for name in ("input_ids", "labels", "teacher_positions")}
         return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
 class AlignedTeacher(TeacherSignal):
-    """Online teacher with another tokenizer; it has a distribution where tokens of both begin at the same byte."""
+    """Online teacher with a different tokenizer; matched where tokens of both models begin at the same byte."""
 
-    hidden: Tensor  # (M, Dt) at its own positions
-    weight: Tensor  # (W, Dt) W: its own vocabulary
-    places: Tensor  # (N,) int64, as in the text
+    hidden: Tensor  # (M, Dt)
+    weight: Tensor  # (W, Dt)
+    teacher_positions: Tensor  # (N,) int64, as in AlignedText
     text: AlignedText
 
     @property
     def rows(self) -> int:
-        return len(self.places)
+        return len(self.teacher_positions)
 
     @property
     def matched(self) -> Tensor:
-        return self.places >= 0
+        return self.teacher_positions >= 0
 
     def select(self, positions: Tensor) -> Self:
-        return replace(self, places=self.places[positions])
+        return replace(self, teacher_positions=self.teacher_positions[positions])
 
     def reader(self, vocab_size: int, head_of: Callable[[Tensor], Head]) -> Callable[[slice], TeacherChunk]:
         head = head_of(self.weight)
 
         def read(rows: slice) -> TeacherChunk:
-            places = self.places[rows]
-            return head(self.hidden[places.clamp_min(0)]), places >= 0
+            positions = self.teacher_positions[rows]
+            return head(self.hidden[positions.clamp_min(0)]), positions >= 0
 
         return read
 
@@ -71,7 +71,7 @@ class AlignedTeacher(TeacherSignal):
     def term(
         chunk: TeacherChunk, student: Distribution, temperature: float, distance: Divergence
     ) -> tuple[Tensor, Tensor]:
-        """ULD, the one divergence between two vocabularies; 0 where the teacher has no matching position."""
+        """Return the ULD, the only divergence across two vocabularies; 0 at positions that are not matched."""
         logits, matched = chunk  # (C, W), (C,)
         return universal_logit_distance(softmax(logits, temperature), student, matched)
 
@@ -79,11 +79,11 @@ class AlignedTeacher(TeacherSignal):
     def check(cls, loss: LossSettings) -> None:
         if loss.name != "uld":
             raise ValueError(
-                f"loss={loss.name} compares entry by entry, and this teacher's are other tokens; use loss=uld."
+                f"loss={loss.name} needs the student's tokenizer, and this teacher has another; use loss=uld."
             )
 
     def loss(self, labels: Tensor, vocab_size: int) -> TeacherLoss:
-        """Cross-entropy on the teacher's own tokens within the student's targets; the units are bytes."""
+        """Return the cross-entropy on the teacher's tokens within the student's targets, in units of bytes."""
         targets = self.text.labels != IGNORE_INDEX
         nats = target_losses(self.hidden[targets], self.weight, self.text.labels[targets])
         return TeacherLoss(nats.sum(), self.text.label_bytes, self.text.target_bytes)

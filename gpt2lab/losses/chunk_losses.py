@@ -1,7 +1,7 @@
-"""Chunk losses: from logits to their loss sums; the gradient with respect to the logits replaces them in place.
+"""Chunk losses: loss sums of one chunk's logits; the gradient with respect to the logits overwrites them.
 
-Shapes: C positions, V vocabulary.
-Sums are (3,): objective, cross-entropy, divergence, over the positions that are kept.
+Shapes: C positions, V vocabulary size.
+Sums are (3,): objective, cross-entropy, divergence, over the kept positions.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from gpt2lab.losses.divergences import Distribution, Divergence, divergence, sof
 from gpt2lab.losses.teacher_signal import TeacherChunk
 from gpt2lab.settings import CrossEntropySettings, LossSettings
 
-# (logits (C, V), labels (C,), kept (C,), teacher's chunk, TAID's mixing) → sums; the logits become their gradient
+# (logits (C, V), labels (C,), kept (C,), teacher chunk, TAID's teacher share) → sums; the gradient overwrites logits
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, TeacherChunk, Tensor | None], Tensor]
-# `TeacherSignal.term`: (teacher's chunk, student, temperature, divergence) → divergence (C,), its gradient (C, V)
+# `TeacherSignal.term`: (teacher chunk, student, temperature, divergence) → divergence (C,), its gradient (C, V)
 SoftTerm = Callable[[TeacherChunk, Distribution, float, Divergence], tuple[Tensor, Tensor]]
 
 
@@ -24,9 +24,9 @@ SoftTerm = Callable[[TeacherChunk, Distribution, float, Divergence], tuple[Tenso
 def chunk_function(
     term: SoftTerm | None, loss: LossSettings | None, hard: CrossEntropySettings, needs_gradient: bool, compiled: bool
 ) -> ChunkFunction:
-    """Return the function for one chunk's logits; without a teacher's term and loss settings, plain cross-entropy.
+    """Return the function for one chunk: cross-entropy, or a mixture with the teacher's term.
 
-    It leaves the logits unchanged where no gradient is needed.
+    Without `needs_gradient` it leaves the logits unchanged.
     """
     work = partial(_hard_chunk, hard, needs_gradient)
     if term is not None and loss is not None:
@@ -43,7 +43,7 @@ def _hard_chunk(
     teacher: TeacherChunk,
     mixing: Tensor | None,
 ) -> Tensor:
-    """Cross-entropy alone."""
+    """Compute the cross-entropy alone."""
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
     student = softmax(logits)
     cross_entropy, objective = _hard_losses(student, safe_labels, hard)
@@ -64,7 +64,7 @@ def _mixed_chunk(
     teacher: TeacherChunk,
     mixing: Tensor | None,
 ) -> Tensor:
-    """hard_weight · cross-entropy + (1 − hard_weight) · divergence."""
+    """Compute hard_weight · cross-entropy + (1 − hard_weight) · divergence."""
     temperature, soft_weight = loss.temperature, 1 - loss.hard_weight
     scale = temperature**2 if loss.scale_t2 else 1.0
     safe_labels = torch.where(kept, labels, 0).unsqueeze(1)  # (C, 1)
@@ -83,7 +83,7 @@ def _mixed_chunk(
 
 
 def _hard_losses(student: Distribution, labels: Tensor, hard: CrossEntropySettings) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (C,) as it is reported, and with label smoothing and z-loss as it is trained."""
+    """Return the reported cross-entropy (C,) and the training loss (C,) with label smoothing and z-loss."""
     cross_entropy = -student.log_at(labels).squeeze(1)
     trained = cross_entropy
     if hard.label_smoothing:
@@ -95,7 +95,7 @@ def _hard_losses(student: Distribution, labels: Tensor, hard: CrossEntropySettin
 
 
 def _hard_gradient(student: Distribution, labels: Tensor, hard: CrossEntropySettings, weight: float) -> Tensor:
-    """weight · (q − (1 − ε) 1_y − ε / V + 2 c lse q), (C, V)."""
+    """Return weight · (q − (1 − ε) 1_y − ε / V + 2 c lse q), (C, V)."""
     gradient = student.value
     if hard.z_loss:
         gradient = gradient * (1 + 2 * hard.z_loss * student.log_normaliser)
@@ -105,13 +105,13 @@ def _hard_gradient(student: Distribution, labels: Tensor, hard: CrossEntropySett
 
 
 def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """gradient (C, V) − weight · one-hot(labels (C, 1)), in place where it is not compiled."""
-    if torch.compiler.is_compiling():  # fuses with its neighbours; a scatter would split the kernel in two
+    """Return gradient (C, V) − weight · one-hot(labels (C, 1)); in place unless compiled."""
+    if torch.compiler.is_compiling():  # pointwise, so the compiler fuses it; a scatter would split the kernel
         columns = torch.arange(gradient.shape[1], device=gradient.device)
         return gradient - weight * (columns == labels)
     return gradient.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=gradient.dtype))
 
 
 def _sums(kept: Tensor, *losses: Tensor) -> Tensor:
-    """Losses (C,) each → their sums over the kept positions."""
+    """Sum each loss (C,) over the kept positions."""
     return torch.stack([torch.where(kept, loss, 0.0).sum() for loss in losses])

@@ -1,6 +1,6 @@
 """Dense teacher: an online teacher that shares the student's tokenizer.
 
-Shapes: N positions, C positions of one chunk, Dt the teacher's hidden width, V vocabulary.
+Shapes: N positions, C positions of one chunk, D and Dt hidden widths of student and teacher, V vocabulary size.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from gpt2lab.settings import LossSettings
 
 @dataclass(frozen=True)
 class DenseTeacher(TeacherSignal):
-    """Online teacher with the student's tokenizer: hidden states and head weight. Dt may differ from D."""
+    """Hidden states and head weight of an online teacher with the student's tokenizer; Dt may differ from D."""
 
     hidden: Tensor  # (N, Dt)
     weight: Tensor  # (V, Dt)
@@ -51,12 +51,12 @@ class DenseTeacher(TeacherSignal):
 
     @classmethod
     def check(cls, loss: LossSettings) -> None:
-        """Do nothing: whole distributions serve every loss."""
+        """Accept every loss: the whole distribution is available."""
 
     @staticmethod
     def classes(chunk: TeacherChunk, log_q: Tensor, labels: Tensor) -> Classes:
         (logits,) = chunk  # (C, V)
-        # From the logits: a compiled chunk then never writes its log-probabilities to memory.
+        # Top-k of the logits, so that a compiled chunk never writes its log-probabilities to memory.
         return token_classes(log_softmax(logits), labels, top_tokens(logits))
 
     def loss(self, labels: Tensor, vocab_size: int) -> TeacherLoss:

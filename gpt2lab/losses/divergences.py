@@ -1,15 +1,14 @@
-"""Divergences of a student's distribution from a teacher's, each with its gradient in closed form.
+"""Divergences between the next-token distributions of teacher and student, each with its gradient in closed form.
 
-Shapes: C positions, V entries. Each function takes the distributions p of the teacher and q of the student at the
-loss's temperature, and gives the loss (C,) in nats and its gradient (C, V) with respect to the logits whose softmax q
-is.
+Shapes: C positions, V vocabulary size. Each function receives the distributions p of the teacher and q of the student
+at the loss's temperature. It returns the loss (C,) in nats and its gradient (C, V) with respect to the logits of q.
 
-The gradient of a loss L(q) is g = ∂L/∂q taken through the softmax: q · (g − Σ q g). Where g stays bounded it vanishes
-as q does, so reverse KL, JSD, skew reverse KL, TVD and ULD teach a student little about what it rules out itself; begin
-with forward KL or skew KL.
+With g = ∂L/∂q, the gradient of a loss L(q) through the softmax is q · (g − Σ q g). Where g is bounded, it vanishes with
+q. So reverse KL, JSD, skew reverse KL, TVD and ULD have almost no gradient at tokens to which the student assigns
+almost no probability. Begin with forward KL or skew KL.
 
-Logarithms come from the logits, never from the probabilities, so they are exact however small a probability is. A logit
-of −inf counts as 1e4 below the largest one, so a loss that is infinite there stays a number.
+Log-probabilities are computed from logits, so they are exact even where a probability underflows. A logit of −inf is
+replaced by 1e4 below the largest logit, so that losses stay finite.
 """
 
 import math
@@ -23,60 +22,60 @@ from torch import Tensor
 from gpt2lab.losses.sorted_l1 import sorted_difference
 from gpt2lab.settings import DIVERGENCES, LossSettings
 
-RULED_OUT = -1e4  # a logit of −inf, less the largest logit
-# The smallest exponent whose exponential is a normal fp32 number: below it a CPU's exp takes fifty times as long.
+MASKED_SCORE = -1e4  # replaces −inf as the difference from the largest logit
+# Smallest exponent whose exponential is a normal fp32 number; below it, exp on a CPU takes fifty times as long.
 SMALLEST_LOG = -87.0
 SMALLEST = math.exp(SMALLEST_LOG)
-# Divergences that draws from the teacher can estimate without bias: those linear in p
+# Divergences with an unbiased estimate from samples of the teacher: those linear in p
 LINEAR_IN_TEACHER = ("forward_kl",)
 
 
 class Distribution(NamedTuple):
-    """Distribution over the vocabulary at each of C positions, in fp32 or more: probabilities are weights / total.
+    """Distributions over the vocabulary at C positions, in fp32 or wider; probabilities are weights / total.
 
-    Weights and total stay apart: a compiled loss that sums before it normalises reads the logits once less.
+    The division is left to the caller: a compiled loss that sums before it normalises reads the logits once less.
     """
 
-    scores: Tensor  # (C, V) logits less the largest one, finite
-    weights: Tensor  # (C, V) their exponentials, at least e^−87
+    scores: Tensor  # (C, V) logits minus the largest one, finite
+    weights: Tensor  # (C, V) exponentials of the scores, at least e^−87
     total: Tensor  # (C, 1) sum of the weights
     largest: Tensor | float = 0.0  # (C, 1) the largest logit
 
     @property
     def log(self) -> Tensor:
-        """(C, V) log-probabilities."""
+        """Log-probabilities (C, V)."""
         return self.scores - self.total.log()
 
     @property
     def value(self) -> Tensor:
-        """(C, V) probabilities."""
+        """Probabilities (C, V)."""
         return self.weights * (1 / self.total)
 
     @property
     def log_normaliser(self) -> Tensor:
-        """(C, 1) logsumexp of the logits."""
+        """Logsumexp of the logits, (C, 1)."""
         return self.largest + self.total.log()
 
-    def log_at(self, entries: Tensor) -> Tensor:
-        """(C, K) log-probabilities of the entries (C, K)."""
-        return self.scores.gather(1, entries) - self.total.log()
+    def log_at(self, tokens: Tensor) -> Tensor:
+        """Return the log-probabilities (C, K) of tokens (C, K)."""
+        return self.scores.gather(1, tokens) - self.total.log()
 
-    def mean(self, of: Tensor) -> Tensor:
-        """Expectation (C, 1) of what has a value at each entry (C, V)."""
-        return (self.weights * of).sum(1, keepdim=True) / self.total
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the expectation (C, 1) of values (C, V) under this distribution."""
+        return (self.weights * values).sum(1, keepdim=True) / self.total
 
 
 Divergence = Callable[[Distribution, Distribution], tuple[Tensor, Tensor]]
 
 
 def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
-    """The function (teacher, student) → (loss (C,), gradient (C, V)) that the settings name.
+    """Return the function (teacher, student) → (loss (C,), gradient (C, V)) for these settings.
 
     Args:
-        mixing: () TAID's share of the teacher at this step, which grows during training.
+        mixing: () TAID's teacher share at this step; it grows during training.
 
     Raises:
-        ValueError: no divergence of this name.
+        ValueError: the divergence is unknown.
     """
     match loss.name:
         case "forward_kl":
@@ -84,7 +83,7 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
         case "reverse_kl":
             return reverse_kl
         case "jsd":
-            # The endpoints are the limits that GKD defines; the formula itself would give 0 there.
+            # GKD defines these limits for the endpoints, where the formula itself is 0.
             return {0.0: forward_kl, 1.0: reverse_kl}.get(loss.beta, partial(jensen_shannon, beta=loss.beta))
         case "skew_kl":
             return partial(skew_kl, alpha=loss.alpha) if loss.alpha else forward_kl
@@ -93,23 +92,23 @@ def divergence(loss: LossSettings, mixing: Tensor | None = None) -> Divergence:
         case "tvd":
             return total_variation
         case "taid":
-            return partial(interpolated, mixing=1.0 if mixing is None else mixing)
+            return partial(interpolated_kl, mixing=1.0 if mixing is None else mixing)
         case "mse":
             return centred_logit_mse
         case "uld":
             return universal_logit_distance
-        case added if added in DIVERGENCES.added:
-            return with_gradient(DIVERGENCES.added[added])
+        case name if name in DIVERGENCES.added:
+            return with_gradient(DIVERGENCES.added[name])
         case _:
-            raise ValueError(f"loss={loss.name}: no such divergence.")
+            raise ValueError(f"loss={loss.name} is not a known divergence.")
 
 
 @cache
 def with_gradient(function: Callable[[Distribution, Distribution], Tensor | tuple[Tensor, Tensor]]) -> Divergence:
-    """Return a divergence of the user with its gradient: the function's own, or from autograd, chunk by chunk.
+    """Return a user-defined divergence with its gradient: the function's own, or from autograd, chunk by chunk.
 
     Args:
-        function: from teacher and student to the loss (C,), or to loss and gradient (C, V).
+        function: maps teacher and student to the loss (C,), or to loss and gradient (C, V).
     """
     is_closed_form = True  # until the function returns no gradient
 
@@ -132,7 +131,7 @@ def with_gradient(function: Callable[[Distribution, Distribution], Tensor | tupl
 
 
 def softmax(logits: Tensor, temperature: float = 1.0) -> Distribution:
-    """Softmax of logits (C, V) / temperature over the vocabulary, computed in fp32 or more."""
+    """Compute the softmax of logits (C, V) / temperature over the vocabulary, in fp32 or wider."""
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
     if temperature != 1.0:
         logits = logits / temperature
@@ -143,26 +142,26 @@ def softmax(logits: Tensor, temperature: float = 1.0) -> Distribution:
 
 
 def finite(scores: Tensor) -> Tensor:
-    """Scores or log-probabilities with RULED_OUT in place of −inf; all other values unchanged."""
-    # One comparison: compiled, nan_to_num makes three, in every loop over the vocabulary.
-    return torch.where(scores == -math.inf, RULED_OUT, scores)
+    """Replace −inf in scores or log-probabilities by MASKED_SCORE; all other values are unchanged."""
+    # A single comparison; compiled, nan_to_num makes three in every loop over the vocabulary.
+    return torch.where(scores == -math.inf, MASKED_SCORE, scores)
 
 
 def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
-    """Σ p (log p − log q): the mean under p of the difference of logits, less that of their log-normalisers."""
+    """Forward KL, Σ p (log p − log q): the mean of the logit difference under p, minus that of the log-normalisers."""
     difference = teacher.mean(teacher.scores - student.scores) - teacher.total.log() + student.total.log()
     return difference.squeeze(1), student.value - teacher.value
 
 
 def reverse_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
-    """Σ q (log q − log p)."""
+    """Reverse KL, Σ q (log q − log p)."""
     ratio = student.scores - teacher.scores
     mean = student.mean(ratio)
     return (mean - student.total.log() + teacher.total.log()).squeeze(1), student.value * (ratio - mean)
 
 
 def jensen_shannon(teacher: Distribution, student: Distribution, beta: float) -> tuple[Tensor, Tensor]:
-    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q, as in GKD (arXiv 2306.13649)."""
+    """JSD, β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q, as in GKD (arXiv 2306.13649)."""
     log_m = (beta * teacher.value + (1 - beta) * student.value).clamp_min(SMALLEST).log()
     ratio = student.log - log_m
     loss = (beta * teacher.value * (teacher.log - log_m) + (1 - beta) * student.value * ratio).sum(1)
@@ -170,32 +169,32 @@ def jensen_shannon(teacher: Distribution, student: Distribution, beta: float) ->
 
 
 def skew_kl(teacher: Distribution, student: Distribution, alpha: float) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ α p + (1 − α) q), DistiLLM (arXiv 2402.03898)."""
+    """Skew KL, KL(p ‖ α p + (1 − α) q), DistiLLM (arXiv 2402.03898)."""
     m = (alpha * teacher.value + (1 - alpha) * student.value).clamp_min(SMALLEST)
     loss = (teacher.value * (teacher.log - m.log())).sum(1)
     return loss, _through_softmax(student.value, (alpha - 1) * teacher.value / m)
 
 
 def skew_reverse_kl(teacher: Distribution, student: Distribution, alpha: float) -> tuple[Tensor, Tensor]:
-    """KL(q ‖ (1 − α) p + α q), DistiLLM (arXiv 2402.03898)."""
+    """Skew reverse KL, KL(q ‖ (1 − α) p + α q), DistiLLM (arXiv 2402.03898)."""
     m = ((1 - alpha) * teacher.value + alpha * student.value).clamp_min(SMALLEST)
     ratio = student.log - m.log()
     return (student.value * ratio).sum(1), _through_softmax(student.value, ratio - alpha * student.value / m)
 
 
 def total_variation(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
-    """½ Σ |p − q|: one minus the acceptance of speculative decoding (DistillSpec, arXiv 2310.08461)."""
+    """TVD, ½ Σ |p − q|: one minus the acceptance rate of speculative decoding (DistillSpec, arXiv 2310.08461)."""
     difference = student.value - teacher.value
     return difference.abs().sum(1) / 2, _through_softmax(student.value, difference.sign() / 2)
 
 
-def interpolated(teacher: Distribution, student: Distribution, mixing: Tensor | float) -> tuple[Tensor, Tensor]:
-    """KL(r ‖ q) with r = softmax((1 − t) log q + t log p) taken as constant: TAID (arXiv 2501.16937)."""
+def interpolated_kl(teacher: Distribution, student: Distribution, mixing: Tensor | float) -> tuple[Tensor, Tensor]:
+    """TAID, KL(r ‖ q) with r = softmax((1 − t) log q + t log p) held constant (arXiv 2501.16937)."""
     return forward_kl(softmax((1 - mixing) * student.log + mixing * teacher.log), student)
 
 
 def centred_logit_mse(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
-    """Mean over the vocabulary of (z_s − z_t)², both logits less their mean, since a constant in them means nothing."""
+    """Mean over the vocabulary of (z_s − z_t)²; both logits are centred, since softmax ignores a constant."""
     difference = student.log - teacher.log
     difference = difference - difference.mean(1, keepdim=True)
     return difference.square().mean(1), difference * (2 / difference.shape[1])
@@ -204,12 +203,12 @@ def centred_logit_mse(teacher: Distribution, student: Distribution) -> tuple[Ten
 def universal_logit_distance(
     teacher: Distribution, student: Distribution, matched: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ |q_(i) − p_(i)|, both sorted in descending order, the shorter padded with zeros: ULD (arXiv 2402.12030).
+    """ULD, Σ |q_(i) − p_(i)|, both sorted in descending order, the shorter padded with zeros (arXiv 2402.12030).
 
-    It compares how the probability is shared out, not which entries have it, so the vocabularies need not be one.
+    Token ids are not compared, so the two vocabularies may differ.
 
     Args:
-        matched: (C,) bool; elsewhere the teacher says nothing, and loss and gradient are 0.
+        matched: (C,) bool; where False the teacher has no distribution, and loss and gradient are 0.
     """
     if matched is None:
         matched = torch.ones_like(student.total[:, 0], dtype=torch.bool)
@@ -217,6 +216,6 @@ def universal_logit_distance(
     return loss, _through_softmax(student.value, signs)
 
 
-def _through_softmax(q: Tensor, by_q: Tensor) -> Tensor:
-    """∂L/∂q (C, V) → ∂L/∂logits (C, V)."""
-    return q * (by_q - (q * by_q).sum(1, keepdim=True))
+def _through_softmax(q: Tensor, gradient: Tensor) -> Tensor:
+    """Convert ∂L/∂q (C, V) to ∂L/∂logits (C, V)."""
+    return q * (gradient - (q * gradient).sum(1, keepdim=True))

@@ -1,6 +1,6 @@
-"""Distances between the last hidden states of student and teacher, as extra terms of a distillation loss.
+"""Hidden-state losses: distances between the last hidden states of student and teacher, as extra loss terms.
 
-Shapes: N positions, D the student's hidden width, Dt the teacher's.
+Shapes: N positions, Dt teacher's hidden width. `hidden` is the student's, projected to Dt.
 """
 
 import torch
@@ -11,7 +11,7 @@ from gpt2lab.settings import LossSettings
 
 
 def hidden_state_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor, loss: LossSettings) -> Tensor:
-    """Σ over the kept positions of both distances by their weights in `loss`: (N, Dt) twice, (N,) bool → ()."""
+    """Weighted sum of both distances over the kept positions: (N, Dt) twice, (N,) bool → ()."""
     total = hidden.new_zeros(())
     if loss.hidden_cosine:
         total = total + loss.hidden_cosine * cosine_distance(hidden, teacher_hidden, kept)
@@ -21,12 +21,12 @@ def hidden_state_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor, 
 
 
 def cosine_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor) -> Tensor:
-    """Σ (1 − cos) over the kept positions: (N, Dt) twice, (N,) bool → (). Source: DistilBERT (arXiv 1910.01108)."""
+    """Sum of 1 − cos over the kept positions: (N, Dt) twice, (N,) bool → (). Source: DistilBERT (arXiv 1910.01108)."""
     cosine = F.cosine_similarity(hidden.float(), teacher_hidden.float(), dim=1)
     return torch.where(kept, 1 - cosine, 0.0).sum()
 
 
 def squared_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor) -> Tensor:
-    """Σ mean squared difference over the kept positions: (N, Dt) twice, (N,) bool → ()."""
+    """Sum of the mean squared differences over the kept positions: (N, Dt) twice, (N,) bool → ()."""
     squares = (hidden.float() - teacher_hidden.float()).square().mean(1)
     return torch.where(kept, squares, 0.0).sum()

@@ -1,6 +1,6 @@
-"""Logit chunks: the logits of hidden states under a head, a few rows at a time, for code that needs no gradient.
+"""Logit chunks: the logits of hidden states, a few rows at a time, for code without gradients.
 
-Shapes: N positions, D hidden width, V vocabulary, C rows of one chunk. No (N, V) tensor exists.
+Shapes: N positions, D hidden width, V vocabulary size, C rows of one chunk. No (N, V) tensor exists.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,9 +28,9 @@ def logit_chunks(
     Args:
         hidden: (N, D) hidden states after the final layer norm.
         weight: (V, D) head, without padding.
-        most: logits of one chunk; a single row may have more.
+        most: maximum number of logits in a chunk; a single row may exceed it.
         rows: C, instead of `most`.
-        dtype: of the matrix product; by default `compute_dtype(hidden)` at the time of this call.
+        dtype: dtype of the matrix product; by default `compute_dtype(hidden)` at the time of this call.
     """
     head = plain_head(weight, dtype or compute_dtype(hidden))
     step = rows or max(most // len(weight), 1)
@@ -39,7 +39,7 @@ def logit_chunks(
 
 
 def plain_head(weight: Tensor, dtype: torch.dtype) -> Head:
-    """Return the matrix product with a head (V, D) in this dtype, whatever autocast is active; without gradients."""
+    """Return the matrix product with a head (V, D) in this dtype, independent of autocast and without gradients."""
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         matrix = transposed(weight, dtype)  # (D, V)
 
@@ -52,7 +52,7 @@ def plain_head(weight: Tensor, dtype: torch.dtype) -> Head:
 
 
 def transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, D) → (D, V). In bf16 a CPU multiplies by a contiguous matrix twice as fast as by a transposed view."""
+    """Transpose (V, D) to (D, V). In bf16 a CPU multiplies by a contiguous matrix twice as fast as by a view."""
     matrix = weight.to(dtype).T
     return matrix.contiguous() if dtype.itemsize == 2 and weight.device.type == "cpu" else matrix
 
@@ -64,6 +64,6 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def even_chunk_rows(rows: int, row_size: int, most: int) -> int:
-    """Return C so that chunks of equal size hold at most `most`, with `row_size` per row."""
+    """Return the rows of equal chunks of at most `most`, with `row_size` per row."""
     chunks = -(-rows * row_size // most)
     return -(-rows // max(chunks, 1)) or 1

@@ -1,6 +1,7 @@
 """Sampled teacher: a teacher stored as K tokens sampled from its distribution at each target.
 
-Shapes: N positions, C positions of one chunk, V vocabulary, K stored tokens of one position.
+Shapes: N positions, C positions of one chunk, V vocabulary size, K stored tokens of one
+position.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,15 @@ from gpt2lab.settings import LossSettings
 
 @dataclass(frozen=True)
 class SampledTeacher(TeacherSignal):
-    """K independent samples from the teacher's distribution at the loss's temperature; a token may occur often.
+    """K samples from the teacher's distribution at the loss's temperature; a token may occur several times.
 
-    Source: random-sampling distillation, arXiv 2503.16870. Its estimate of the forward KL has no bias.
+    Its estimate of the forward KL is unbiased. Source: random-sampling distillation, arXiv 2503.16870.
     """
 
     only_targets: ClassVar[bool] = True
 
     ids: Tensor  # (N, K) int64
-    entropy: Tensor  # (N,) nats, of the whole distribution: turns the cross-entropy to the samples into a KL
+    entropy: Tensor  # (N,) in nats, of the whole distribution; cross-entropy minus entropy is the KL
 
     @property
     def rows(self) -> int:
@@ -42,7 +43,7 @@ class SampledTeacher(TeacherSignal):
     def term(
         chunk: TeacherChunk, student: Distribution, temperature: float, distance: Divergence
     ) -> tuple[Tensor, Tensor]:
-        """Forward KL estimated from samples: cross-entropy to the samples less the teacher's entropy."""
+        """Estimate the forward KL: cross-entropy on the samples minus the teacher's entropy."""
         ids, entropy = chunk  # (C, K), (C,)
         loss = -student.log_at(ids).mean(1) - entropy
         share = torch.full_like(ids, -1.0 / ids.shape[1], dtype=student.value.dtype)
@@ -52,6 +53,6 @@ class SampledTeacher(TeacherSignal):
     def check(cls, loss: LossSettings) -> None:
         if loss.name not in LINEAR_IN_TEACHER:
             raise ValueError(
-                f"loss={loss.name} is not linear in the teacher's probabilities, so draws from them would bias it; "
-                "draws serve loss=forward_kl."
+                f"loss={loss.name} is not linear in the teacher's probabilities, so samples would bias it; "
+                "a sampled teacher supports loss=forward_kl."
             )

@@ -1,9 +1,9 @@
-"""Sorted difference: Σ |q_(i) − p_(i)| of two distributions after each is sorted, and which way every entry pulls.
+"""Sorted L1 distance: Σ |q_(i) − p_(i)| of two sorted distributions, and its sign at each token of q.
 
-Shapes: C positions, V entries of q, W of p; V and W may differ.
+Shapes: C positions, V vocabulary size of q, W of p.
 
-A custom operator, because what sorts fast is not in PyTorch on a CPU: NumPy's sort uses vector instructions and takes a
-thirtieth of the time. torch.compile passes over it.
+This is a custom operator, which torch.compile does not trace, because on a CPU it sorts with NumPy: vectorized, thirty
+times as fast as torch.sort.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-WORTH_THREADS = 2**17  # probabilities; fewer are sorted within the time it takes to start a thread
+WORTH_THREADS = 2**17  # probabilities; sorting fewer takes less time than starting a thread
 
 
 @torch.library.custom_op("gpt2lab::sorted_difference", mutates_args=())
 def sorted_difference(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (C,) and the signs of q_(rank) − p_(rank) at q's own entries (C, V), both 0 where `matched` is not.
+    """Return the distance (C,) and the signs (C, V) of q_(rank) − p_(rank) at q's tokens; both 0 unless `matched`.
 
-    The shorter of the two counts as padded with zeros.
+    The shorter distribution is padded with zeros.
 
     Args:
         q: (C, V) probabilities.
@@ -38,11 +38,11 @@ def _(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_torch(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
     values, order = q.sort(dim=1, descending=True)
-    entries = min(q.shape[1], p.shape[1])
+    shared = min(q.shape[1], p.shape[1])
     others = p.sort(dim=1, descending=True).values
     difference = values.clone()
-    difference[:, :entries] -= others[:, :entries]
-    distance = difference.abs().sum(1) + others[:, entries:].sum(1)
+    difference[:, :shared] -= others[:, :shared]
+    distance = difference.abs().sum(1) + others[:, shared:].sum(1)
     signs = torch.zeros_like(q).scatter_(1, order, difference.sign())
     return torch.where(matched, distance, 0.0), signs.mul_(matched.unsqueeze(1))
 
@@ -60,7 +60,7 @@ def _by_numpy(q: Tensor, p: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         work(parts[0])
     else:
-        with ThreadPoolExecutor(len(parts)) as pool:  # NumPy sorts outside the interpreter's lock
+        with ThreadPoolExecutor(len(parts)) as pool:  # NumPy releases the GIL while it sorts
             list(pool.map(work, parts))
     return distance, signs
 
@@ -72,12 +72,12 @@ def _sort_rows(
     distance: NDArray[np.floating],
     signs: NDArray[np.floating],
 ) -> None:
-    """Fill in these rows of the distance (C,) and the signs (C, V)."""
-    of_rows, others = q[rows], np.sort(p[rows], axis=1)  # ascending: ranks are counted from the end
+    """Write these rows of the distance (C,) and the signs (C, V)."""
+    of_rows, others = q[rows], np.sort(p[rows], axis=1)  # ascending, so ranks count from the end
     order = np.argsort(of_rows, axis=1)
     difference = np.take_along_axis(of_rows, order, 1)
-    entries = min(q.shape[1], p.shape[1])
-    difference[:, -entries:] -= others[:, -entries:]
-    distance[rows] = np.abs(difference).sum(1) + others[:, :-entries].sum(1)
+    shared = min(q.shape[1], p.shape[1])
+    difference[:, -shared:] -= others[:, -shared:]
+    distance[rows] = np.abs(difference).sum(1) + others[:, :-shared].sum(1)
     np.put_along_axis(of_rows, order, np.sign(difference), 1)
     signs[rows] = of_rows

@@ -1,4 +1,4 @@
-"""TAID's mixing: how much of the teacher is in the target, growing during training and faster while the loss falls.
+"""TAID's teacher share in the target; it grows during training, and faster while the loss falls.
 
 Source: TAID (arXiv 2501.16937) and the authors' code for the default constants.
 """
@@ -9,10 +9,10 @@ from gpt2lab.settings import LossSettings
 
 
 class AdaptiveMixing:
-    """The share t of the teacher, from `mixing_start` to `mixing_end` over the run.
+    """Schedule of the teacher share t, from `mixing_start` to `mixing_end` over the run.
 
-    It never lags behind the straight line between them, and runs ahead by mixing_step · sigmoid(m) · (1 − t) a step,
-    where m is the running mean of the loss's relative improvement.
+    Each step adds mixing_step · sigmoid(m) · (1 − t), where m is the running mean of the relative decrease of the loss.
+    The linear schedule between the two ends is the lower bound.
     """
 
     def __init__(self, settings: LossSettings, steps: int) -> None:
@@ -23,7 +23,7 @@ class AdaptiveMixing:
         self.last_loss = math.inf
 
     def update(self, step: int, loss: float) -> None:
-        """Update the share after optimizer step number `step`, from 0 as in the authors' code, by its mean loss."""
+        """Update the share after optimizer step `step`, counted from 0 as in the authors' code, with its mean loss."""
         start, end = self.settings.mixing_start, self.settings.mixing_end
         if math.isfinite(self.last_loss) and self.last_loss > 0:
             momentum = self.settings.mixing_momentum
@@ -34,9 +34,9 @@ class AdaptiveMixing:
         self.last_loss = loss
 
     def state(self) -> dict[str, float]:
-        """For the checkpoint."""
+        """Return the state for a checkpoint."""
         return {"share": self.share, "improvement": self.improvement, "last_loss": self.last_loss}
 
     def load(self, state: dict[str, float]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the result of `state`."""
         self.share, self.improvement, self.last_loss = state["share"], state["improvement"], state["last_loss"]

@@ -1,6 +1,6 @@
-"""Target losses: the cross-entropy of each target by itself, without gradients and without the whole batch's logits.
+"""Target losses: the cross-entropy of each target, without gradients and without the whole batch's logits.
 
-Shapes: n targets, D hidden width, V vocabulary, C rows of one chunk.
+Shapes: n targets, D hidden width, V vocabulary size, C rows of one chunk.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from gpt2lab.losses.divergences import SMALLEST_LOG
 from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks
 
 LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
-LOGITS_OF_A_BLOCK = 2**20  # worked on together on a CPU, whose cache holds the intermediate results
+LOGITS_OF_A_BLOCK = 2**20  # on a CPU; the intermediate results fit its cache
 
 
-@torch.compiler.disable  # compiles its own chunks; a caller's graph breaks here
+@torch.compiler.disable  # chunks are compiled separately; the caller's graph breaks here
 @torch.no_grad()
 def target_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int | None = None, compiled: bool = False
 ) -> Tensor:
-    """Return the nats of each target (n,), at least in fp32. Under autocast the matrix products run in its dtype.
+    """Return the loss of each target (n,) in nats, in fp32 or wider; autocast sets the dtype of matrix products.
 
     Args:
         hidden: (n, D) hidden states at the targets.
-        weight: (V, D) head; entries from `vocab_size` on are padding and are left out.
+        weight: (V, D) head; rows from `vocab_size` on are padding and are left out.
         labels: (n,) int64.
         compiled: run the work on a chunk's logits through torch.compile.
     """
@@ -40,14 +40,14 @@ def target_losses(
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """(C, V), (C,) → (C,)."""
+    """Cross-entropy of each row: (C, V), (C,) → (C,)."""
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    largest = logits.amax(1, keepdim=True)  # subtracted first: a logsumexp would be rounded at its size
+    largest = logits.amax(1, keepdim=True)  # subtracted first, since a large logsumexp would round the loss
     of_label = logits.gather(1, labels.unsqueeze(1)) - largest  # (C, 1)
     return (logits - largest).clamp_min_(SMALLEST_LOG).exp_().sum(1).log() - of_label.squeeze(1)
 
 
 @cache
 def _chunk_function(compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    # dynamic: the number of targets differs from batch to batch, and each new one would be compiled anew
+    # dynamic: the number of targets varies, and each new one would be compiled again
     return torch.compile(_nats, dynamic=True) if compiled else _nats

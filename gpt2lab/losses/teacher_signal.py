@@ -1,10 +1,10 @@
-"""Teacher signal: the form in which a teacher's next-token distributions reach the loss and the metrics.
+"""Teacher signal: the interface between a teacher's next-token distributions and the losses and metrics.
 
 Each kind of teacher is one subclass of `TeacherSignal` in one file: `DenseTeacher`, `TopKTeacher`, `SampledTeacher`,
 `AlignedTeacher`. No other code depends on the kind.
 
-Shapes: N positions, C positions of one chunk, D and Dt hidden widths of student and teacher, V vocabulary, K stored
-tokens of one position.
+Shapes: N positions, C positions of one chunk, D and Dt hidden widths of student and teacher, V vocabulary size, K
+stored tokens of one position.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from gpt2lab.settings import LossSettings
 
 TOP = 5  # tokens that the agreement metrics compare
 
-TeacherChunk = tuple[Tensor, ...]  # a teacher's distributions at C rows; only the class that made it reads it
+TeacherChunk = tuple[Tensor, ...]  # a teacher's distributions at C rows, in the format of the class that created it
 
 
 class Classes(NamedTuple):
@@ -30,20 +30,20 @@ class Classes(NamedTuple):
     labels: Tensor  # (C,) class of each label
     top1: Tensor  # (C,) class of the teacher's top-1 token
     top5: Tensor  # (C, 5) the teacher's top-5 tokens, best first
-    log_q: Tensor | None = None  # (C, E) student's log-probabilities of these classes; None: the classes are the tokens
+    log_q: Tensor | None = None  # (C, E) student's log-probabilities; None: each class is a token
 
 
 class TeacherLoss(NamedTuple):
-    """A teacher's cross-entropy on a text: `nats` over `scored` of the text's `wanted` units (targets, or bytes)."""
+    """A teacher's cross-entropy on a text: `nats` over `scored` of the text's `total` units (targets or bytes)."""
 
     nats: Tensor  # ()
     scored: int
-    wanted: int
+    total: int
 
     @property
     def extrapolated(self) -> Tensor:
-        """() nats over all of the text."""
-        return self.nats.float() * (self.wanted / max(self.scored, 1))
+        """Estimated nats over the whole text, ()."""
+        return self.nats.float() * (self.total / max(self.scored, 1))
 
 
 class TeacherSignal(ABC):
@@ -58,15 +58,15 @@ class TeacherSignal(ABC):
 
     @abstractmethod
     def select(self, positions: Tensor) -> Self:
-        """Return the signal at these rows only."""
+        """Return the signal at these rows."""
 
     @abstractmethod
     def reader(self, vocab_size: int, head_of: Callable[[Tensor], Head]) -> Callable[[slice], TeacherChunk]:
-        """Return a function from rows to their chunk.
+        """Return a function that maps rows to their chunk.
 
         Args:
-            vocab_size: tokens of the softmax, from `shared_vocabulary`.
-            head_of: from a head weight (V, Dt) to the product with it.
+            vocab_size: vocabulary size of the softmax, from `shared_vocabulary`.
+            head_of: maps a head weight (V, Dt) to the product with it.
         """
 
     @staticmethod
@@ -79,7 +79,7 @@ class TeacherSignal(ABC):
     @classmethod
     @abstractmethod
     def check(cls, loss: LossSettings) -> None:
-        """Raise ValueError where this kind of teacher cannot serve the loss; the message names what can."""
+        """Raise ValueError if this kind of teacher does not support the loss; the message names an alternative."""
 
     @staticmethod
     def classes(chunk: TeacherChunk, log_q: Tensor, labels: Tensor) -> Classes:
@@ -91,11 +91,11 @@ class TeacherSignal(ABC):
         raise ValueError("This kind of teacher has no log-probability of the labels.")
 
     def shared_vocabulary(self, vocab_size: int) -> int:
-        """Return how many of the student's `vocab_size` tokens the softmax covers."""
+        """Return the number of tokens in the softmax, at most the student's `vocab_size`."""
         return vocab_size
 
     def at_targets(self, targets: Tensor) -> Self:
-        """Return the signal at a batch's targets, given by their positions (targets,) in ascending order."""
+        """Return the signal at a batch's targets, whose positions (targets,) are in ascending order."""
         return self if self.only_targets or len(targets) == self.rows else self.select(targets)
 
     def equals(self, other: Self) -> bool:
@@ -109,25 +109,25 @@ class TeacherSignal(ABC):
 
     @property
     def matched(self) -> Tensor:
-        """(N,) bool: whether the teacher has a distribution at this position."""
+        """Mask (N,) of the positions at which the teacher has a distribution."""
         return torch.ones(self.rows, dtype=torch.bool)
 
     @property
     def hidden_states(self) -> Tensor:
-        """(N, Dt) last hidden states, for the losses that compare them."""
+        """Last hidden states (N, Dt), for the hidden-state losses."""
         raise ValueError("This kind of teacher has no hidden states; leave out loss.hidden_cosine and loss.hidden_mse.")
 
 
 def token_classes(log_p: Tensor, labels: Tensor, top5: Tensor) -> Classes:
-    """Return classes that are the tokens themselves: teacher's log-probabilities (C, V), labels (C,), top-5 (C, 5)."""
+    """Return one class per token: teacher's log-probabilities (C, V), labels (C,), top-5 tokens (C, 5)."""
     return Classes(log_p, labels, top5[:, 0], top5)
 
 
 def top_tokens(scores: Tensor) -> Tensor:
-    """(C, V) → (C, 5) tokens, best first."""
+    """Return the top-5 tokens, best first: (C, V) → (C, 5)."""
     return scores.topk(min(TOP, scores.shape[1]), dim=1).indices
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """(C, V) → (C, V), at least in fp32."""
+    """Compute the log-softmax of (C, V) in fp32 or wider."""
     return torch.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=1)

@@ -1,6 +1,6 @@
-"""Top-k teacher: a teacher stored as its K most probable tokens at each target.
+"""Top-k teacher: a teacher stored as its top-K tokens at each target.
 
-Shapes: N positions, C positions of one chunk, V vocabulary, K stored tokens of one position.
+Shapes: N positions, C positions of one chunk, V vocabulary size, K stored tokens of one position.
 """
 
 import math
@@ -16,22 +16,22 @@ from gpt2lab.losses.logit_chunks import Head
 from gpt2lab.losses.teacher_signal import TOP, Classes, TeacherChunk, TeacherLoss, TeacherSignal
 from gpt2lab.settings import LossSettings
 
-ABSENT = -1e20  # replaces a logit: below every real one, and finite where no token is left
+ABSENT = -1e20  # replaces a logit: below all others, and finite where no token is left
 
 
 @dataclass(frozen=True)
 class TopKTeacher(TeacherSignal):
-    """The top-K tokens at the loss's temperature, best first, and the probability of all others together.
+    """Top-K tokens at the loss's temperature, best first, and the total probability of all others (the tail).
 
-    Without `logs` a probability of 0 counts as the smallest number of its dtype.
+    Without `logs`, a probability of 0 is replaced by the smallest positive number of its dtype.
     """
 
     only_targets: ClassVar[bool] = True
 
-    ids: Tensor  # (N, K) int64, no token twice in a row
+    ids: Tensor  # (N, K) int64, distinct in each row
     probabilities: Tensor  # (N, K)
-    tail: Tensor  # (N,) probability of all other tokens; 0 where the K were scaled to sum to 1
-    logs: Tensor | None = None  # (N, K + 1) log-probabilities of the K and of all others, exact where those underflow
+    tail: Tensor  # (N,) probability of all other tokens; 0 where the K are normalised
+    logs: Tensor | None = None  # (N, K + 1) log-probabilities of the K and of the tail, exact where these underflow
 
     @property
     def rows(self) -> int:
@@ -39,13 +39,13 @@ class TopKTeacher(TeacherSignal):
 
     @property
     def class_logs(self) -> Tensor:
-        """(N, K + 1) log-probabilities of the K tokens and of all others together; −inf where these have none."""
+        """Log-probabilities (N, K + 1) of the K tokens and of the tail; −inf for an empty tail."""
         if self.logs is not None:
             return self.logs
-        given = torch.finfo(self.probabilities.dtype)
+        limits = torch.finfo(self.probabilities.dtype)
         top = self.probabilities.to(torch.promote_types(torch.float32, self.probabilities.dtype)).log()  # (N, K)
         tail = self.tail.to(top.dtype).clamp_min(0).log().unsqueeze(1)  # (N, 1)
-        return torch.cat([top.clamp_min(math.log(given.tiny) + math.log(given.eps)), tail], dim=1)
+        return torch.cat([top.clamp_min(math.log(limits.tiny) + math.log(limits.eps)), tail], dim=1)
 
     def select(self, positions: Tensor) -> Self:
         logs = self.logs[positions] if self.logs is not None else None
@@ -65,10 +65,10 @@ class TopKTeacher(TeacherSignal):
     def term(
         chunk: TeacherChunk, student: Distribution, temperature: float, distance: Divergence
     ) -> tuple[Tensor, Tensor]:
-        """Divergence over K tokens and one class for all others, whose logit is the logsumexp of theirs.
+        """Compute the divergence over K + 1 classes: K tokens, and the tail with the logsumexp of its logits.
 
-        The gradient of that class reaches its tokens in proportion to their share of it. They have a softmax of their
-        own, for in that of the whole vocabulary all of them may underflow.
+        The gradient of the tail is distributed over its tokens by their softmax within the tail; in the softmax of the
+        whole vocabulary all of them may underflow.
         """
         ids, logs = chunk  # (C, K), (C, K + 1)
         others = student.scores.scatter(1, ids, ABSENT)  # (C, V)
@@ -82,16 +82,18 @@ class TopKTeacher(TeacherSignal):
     @classmethod
     def check(cls, loss: LossSettings) -> None:
         if loss.name in ("mse", "uld"):
-            raise ValueError(f"loss={loss.name} compares every logit, and a top-k teacher has only some.")
+            raise ValueError(
+                f"loss={loss.name} compares all logits, but a top-k teacher stores only K; use another loss."
+            )
 
     @staticmethod
     def classes(chunk: TeacherChunk, log_q: Tensor, labels: Tensor) -> Classes:
         ids, logs = chunk
         others = log_q.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)  # (C, 1)
         is_label = torch.cat([ids == labels.unsqueeze(1), torch.ones_like(others, dtype=torch.bool)], dim=1)
-        class_of_label = is_label.to(torch.uint8).argmax(1)  # (C,) the first that contains it
+        class_of_label = is_label.to(torch.uint8).argmax(1)  # (C,) the first match
         return Classes(
-            log_p=logs.to(log_q.dtype).log_softmax(1),  # float16 records miss a sum of 1 by rounding
+            log_p=logs.to(log_q.dtype).log_softmax(1),  # rounded to float16, they do not sum to 1 exactly
             labels=class_of_label,
             top1=torch.zeros_like(class_of_label),
             top5=ids[:, :TOP],
@@ -99,8 +101,8 @@ class TopKTeacher(TeacherSignal):
         )
 
     def loss(self, labels: Tensor, vocab_size: int) -> TeacherLoss:
-        """Approximate: the tokens that are not stored share their probability evenly."""
+        """Estimate the cross-entropy; the tail is spread evenly over its tokens."""
         hit = self.ids == labels.unsqueeze(1)  # (N, K)
         others, logs = max(vocab_size - self.ids.shape[1], 1), finite(self.class_logs)
-        of_label = torch.where(hit.any(1), (logs[:, :-1] * hit).sum(1), logs[:, -1] - math.log(others))
-        return TeacherLoss(-of_label.sum(), len(labels), len(labels))
+        label_logs = torch.where(hit.any(1), (logs[:, :-1] * hit).sum(1), logs[:, -1] - math.log(others))
+        return TeacherLoss(-label_logs.sum(), len(labels), len(labels))

@@ -290,7 +290,7 @@ def test_sampled_softmax_follows_the_gradient_of_the_whole(distribution: str) ->
         total = torch.zeros_like(hidden)
         for step in range(1000):
             at = hidden.clone().requires_grad_()
-            sampled_softmax_loss(at, weight, labels, sampler.of_step(step), log_expected).total.backward()
+            sampled_softmax_loss(at, weight, labels, sampler.sample(step), log_expected).total.backward()
             assert at.grad is not None
             total += at.grad / 1000
         return float((total - expected).norm() / expected.norm())
@@ -309,9 +309,9 @@ def test_with_every_entry_drawn_sampled_softmax_is_the_whole() -> None:
 
 def test_negatives_are_different_and_as_frequent_as_expected() -> None:
     sampler = NegativeSampler(log_uniform(100), 20, seed=3)
-    drawn = torch.stack([sampler.of_step(step) for step in range(4000)])
+    drawn = torch.stack([sampler.sample(step) for step in range(4000)])
     assert all(len(row.unique()) == 20 for row in drawn[:100])
-    assert torch.equal(sampler.of_step(7), drawn[7])
+    assert torch.equal(sampler.sample(7), drawn[7])
     share = drawn.flatten().bincount(minlength=100) / 4000
     # Expected inclusions are those of independent draws until as many differ, which drawing without repetition nears.
     torch.testing.assert_close(share.double(), sampler.log_expected.exp(), rtol=0.12, atol=0.02)

@@ -66,8 +66,8 @@ def distance_twin(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def twin(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: AlignedTeacher, mix: LossSettings) -> Tensor:
     logits = hidden @ weight.T
-    matched = (labels != IGNORE_INDEX) & (teacher.places >= 0)
-    theirs = teacher.hidden[teacher.places[matched]] @ teacher.weight.T
+    matched = (labels != IGNORE_INDEX) & (teacher.teacher_positions >= 0)
+    theirs = teacher.hidden[teacher.teacher_positions[matched]] @ teacher.weight.T
     soft = distance_twin(logits[matched] / mix.temperature, theirs / mix.temperature).sum()
     scale = mix.temperature**2 if mix.scale_t2 else 1.0
     return mix.hard_weight * F.cross_entropy(logits, labels, reduction="sum") + (1 - mix.hard_weight) * scale * soft
@@ -91,7 +91,7 @@ def test_value_and_gradients_equal_the_plain_twin(entries, chunk_rows, mix, dtyp
 def test_gradcheck_in_double_precision(entries, mix) -> None:
     hidden, weight, labels, teacher = example(torch.float64, entries)
     of = (hidden.detach()[:6, :4].requires_grad_(), weight.detach()[:, :4].clone().requires_grad_())
-    teacher = AlignedTeacher(teacher.hidden, teacher.weight, teacher.places[:6], teacher.text)
+    teacher = AlignedTeacher(teacher.hidden, teacher.weight, teacher.teacher_positions[:6], teacher.text)
     given = {"teacher": teacher, "loss": mix, "hard": CrossEntropySettings(0.1, 1e-2), "chunk_rows": 2}
     assert torch.autograd.gradcheck(lambda h, w: lm_head_loss(h, w, labels[:6], **given).total, of)
 
@@ -139,7 +139,7 @@ def test_with_ties_the_value_is_exact_and_the_gradient_descends() -> None:
 @pytest.mark.parametrize("mix", MIXES, ids=in_words)
 def test_without_any_partner_the_soft_term_is_zero(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32, (61, 101))
-    alone = AlignedTeacher(teacher.hidden, teacher.weight, torch.full_like(teacher.places, -1), teacher.text)
+    alone = AlignedTeacher(teacher.hidden, teacher.weight, torch.full_like(teacher.teacher_positions, -1), teacher.text)
     result = lm_head_loss(hidden, weight, labels, teacher=alone, loss=mix, chunk_rows=7)
     plain = lm_head_loss(hidden, weight, labels)
     assert result.divergence == 0
@@ -218,7 +218,7 @@ def check_against_naive_reference(batch: Batch, text: AlignedText) -> int:
         )
         for position in range(batch.input_ids.shape[1]):
             what = spelled(batch.input_ids[row, : position + 1].tolist(), "student")
-            place = int(text.places[row * batch.input_ids.shape[1] + position])
+            place = int(text.teacher_positions[row * batch.input_ids.shape[1] + position])
             if place >= 0:
                 assert position <= last
                 assert place // width == row
@@ -262,8 +262,8 @@ def test_one_tokenizer_pairs_every_position_with_itself() -> None:
     batch = windows([SOURCE[:2000]], 32, 8)
     text = Alignment(STUDENT, STUDENT, "teacher", 1024)(batch)
     # Where a window cuts a word, what is left of it may be tokenized otherwise.
-    same = text.places.view(8, 32) % text.input_ids.shape[1] == torch.arange(32)
-    assert ((text.places.view(8, 32) >= 0) & same).float().mean() > 0.9
+    same = text.teacher_positions.view(8, 32) % text.input_ids.shape[1] == torch.arange(32)
+    assert ((text.teacher_positions.view(8, 32) >= 0) & same).float().mean() > 0.9
 
 
 def test_what_lies_beyond_the_teachers_positions_has_no_partner() -> None:
@@ -273,8 +273,8 @@ def test_what_lies_beyond_the_teachers_positions_has_no_partner() -> None:
     assert torch.equal(cut.input_ids, whole.input_ids[:, :20])
     check_against_naive_reference(batch, cut)
     width = whole.input_ids.shape[1]
-    kept = (whole.places >= 0) & (whole.places % width < 20)
-    assert torch.equal(cut.places >= 0, kept)
+    kept = (whole.teacher_positions >= 0) & (whole.teacher_positions % width < 20)
+    assert torch.equal(cut.teacher_positions >= 0, kept)
     assert cut.target_bytes == whole.target_bytes
     assert 0 < cut.label_bytes < whole.label_bytes
 
@@ -299,7 +299,7 @@ def test_of_pairs_the_responses_are_paired_and_padding_is_not() -> None:
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(batch)
     check_against_naive_reference(batch, text)
     assert text.label_bytes == text.target_bytes, "the teacher's targets are the responses, byte for byte"
-    places = text.places.view(batch.input_ids.shape)
+    places = text.teacher_positions.view(batch.input_ids.shape)
     for row, length in enumerate(batch.prompt_lengths.tolist()):
         assert places[row, length - 1] >= 0, "the first token of a response has a partner"
         targets = (batch.labels[row] != IGNORE_INDEX).nonzero().squeeze(1)
@@ -315,10 +315,10 @@ def test_labels_may_have_holes_and_rows_none() -> None:
     batch.labels[3] = IGNORE_INDEX
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(batch)
     check_against_naive_reference(batch, text)
-    assert (text.places.view(6, 24)[3] == -1).all()
+    assert (text.teacher_positions.view(6, 24)[3] == -1).all()
     batch.labels[:] = IGNORE_INDEX
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(batch)
-    assert (text.places == -1).all()
+    assert (text.teacher_positions == -1).all()
     assert text.input_ids.shape == (6, 1)
     assert (text.labels == IGNORE_INDEX).all()
     assert text.label_bytes == text.target_bytes == 0
@@ -330,7 +330,7 @@ def test_a_rank_without_samples_left_has_nothing_to_lay_beside() -> None:
     none = torch.empty(0, dtype=torch.int64)
     filler = Batch(batch.input_ids[:1], torch.full_like(batch.labels[:1], IGNORE_INDEX), 0, none, none)
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(filler)
-    assert (text.places == -1).all()
+    assert (text.teacher_positions == -1).all()
     assert text.label_bytes == text.target_bytes == 0
 
 

@@ -295,7 +295,7 @@ def test_draws_equal_the_cross_entropy_to_them() -> None:
 def test_draws_serve_no_loss_that_they_would_bias(mix) -> None:
     hidden, weight, labels, _ = example(torch.float32)
     draws = SampledTeacher(torch.zeros(ROWS, 5, dtype=torch.int64), torch.zeros(ROWS))
-    with pytest.raises(ValueError, match="draws serve loss=forward_kl"):
+    with pytest.raises(ValueError, match="a sampled teacher supports loss=forward_kl"):
         lm_head_loss(hidden, weight, labels, teacher=draws, loss=mix)
 
 
