@@ -1,23 +1,22 @@
-"""Distillation metrics: how far a student's predictions are from its teacher's, as sums over target positions.
+"""Distillation metrics: differences between the predictions of student and teacher, as sums over target positions.
 
-Shapes: N positions, C positions of one chunk, D and Dt hidden widths, V vocabulary, K stored tokens of a position.
+Shapes: N positions, C positions of one chunk, D and Dt hidden widths of student and teacher, V vocabulary size, K
+stored tokens of a position.
 
-With q the student's and p the teacher's probabilities at temperature 1, each position gives:
+With q the student's and p the teacher's probabilities at temperature 1, the sums over positions are:
     losses              −log q_y and −log p_y at the label y
     KL, reverse KL      Σ p (log p − log q) and Σ q (log q − log p)
-    TVD                 ½ Σ |p − q|; 1 − TVD is how often speculative decoding accepts a student's draft
-    top-1, top-5        whether both have the same top-1 token; the share of the teacher's top-5 tokens that are among
-                        the student's
+    TVD                 ½ Σ |p − q|; 1 − TVD is the acceptance rate of speculative decoding
+    top-1, top-5        same top-1 token; share of the teacher's top-5 tokens among the student's
     entropies           −Σ q log q and −Σ p log p
-    calibration         by confidence in the top-1 token, in 15 bins: accuracy minus confidence
+    calibration         accuracy minus confidence, in 15 bins of the top-1 token's probability
 
-A teacher that is stored as its top-K tokens and the probability of all others together is compared over K + 1 classes,
-the others merged into one. On these classes both KLs, TVD and the teacher's entropy are no larger than on the whole
-vocabulary, so the acceptance 1 − TVD is no smaller. All other figures equal those of the whole teacher, except its
-loss, which is unknown.
+A teacher that is stored as its top-K tokens is compared over K + 1 classes: these tokens, and all others merged into
+one. On these classes both KLs, TVD and the teacher's entropy are lower bounds, so the acceptance 1 − TVD is an upper
+bound. All other figures are exact, except the teacher's loss, which is unknown.
 
-Sums add over chunks, batches and ranks; `figures` divides them once by the number of targets. Logits (C, V) live only
-while their chunk is worked on, so no (N, V) tensor exists for student or teacher.
+Sums add over chunks, batches and ranks; `figures` divides them once by the number of targets. Logits (C, V) exist only
+while their chunk is processed, so no (N, V) tensor exists for student or teacher.
 """
 
 from collections.abc import Callable
@@ -29,17 +28,17 @@ from torch import Tensor
 from gpt2lab import metric_names as names
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.document_groups import document_sums
-from gpt2lab.evaluation.acceptance import drawn_sums
+from gpt2lab.evaluation.acceptance import acceptance_sums
 from gpt2lab.losses.divergences import finite
 from gpt2lab.losses.logit_chunks import compute_dtype, even_chunk_rows, logit_chunks, plain_head
 from gpt2lab.losses.teacher_signal import Classes, TeacherChunk, TeacherSignal, log_softmax, top_tokens
 
-LOGITS_OF_A_CHUNK = 2**25  # of one model; they take 64 MiB in bf16
-LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several more such matrices live at a time, in fp32
+LOGITS_OF_A_CHUNK = 2**25  # of one model; 64 MiB in bf16
+LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several matrices of this size exist at a time, in fp32
 CALIBRATION_BINS = 15
 
 STUDENT_CALIBRATION, TEACHER_CALIBRATION = "calibration_student", "calibration_teacher"  # names of (15,) sums
-STUDENT_LOSSES = "losses_student"  # name of the student's cross-entropy at each target, (C,) of a chunk
+STUDENT_LOSSES = "losses_student"  # name of the student's cross-entropy at each target of a chunk, (C,)
 OF_STUDENT = (names.VAL_LOSS, names.DISTILL_ENTROPY_STUDENT, STUDENT_CALIBRATION)
 OF_TEACHER = (names.DISTILL_TEACHER_LOSS, names.DISTILL_ENTROPY_TEACHER, TEACHER_CALIBRATION)
 
@@ -72,23 +71,21 @@ def distillation_sums(
     compiled: bool = False,
     documents: Tensor | None = None,
 ) -> Sums:
-    """Return sums over the positions that have a target, by metric name; they do not depend on `chunk_rows`.
+    """Return sums over target positions by metric name; they do not depend on `chunk_rows`.
 
     Under autocast the matrix products run in its dtype; all else is computed in fp32.
 
     Args:
         hidden: (N, D) student hidden states after the final layer norm.
-        weight: (V, D) student head. Heads of different length are cut to the shorter, or to `vocab_size` where that is
-            less still: a token that one of them lacks is padding, and has no probability in either.
-        labels: (N,) int64 below the number of tokens that count, or `ignore_index`.
-        teacher: dense, at all N positions; or top-k at the targets only, in their order, at temperature 1, with five
-            tokens or more. The loss of a top-k teacher is left out.
-        uniforms: (N, 2) numbers in [0, 1) that decide which drafts are sampled and accepted (acceptance.py); ignored
-            with a top-k teacher.
-        chunk_rows: C; by default as many as hold 2^25 logits (2^23 uncompiled), in chunks of equal size.
-        compiled: run the work on a chunk's logits through torch.compile, which takes seconds once and then halves its
-            time.
-        documents: (targets,) document group of each; given, the sums hold DOCUMENT_NATS and DOCUMENT_TARGETS too.
+        weight: (V, D) student head. Both heads are truncated to the smaller one, or to `vocab_size` if smaller still,
+            so that padding is in no softmax.
+        labels: (N,) int64 below this vocabulary size, or `ignore_index`.
+        teacher: dense, at all N positions; or top-k with K ≥ 5, at temperature 1 and at the targets only, in their
+            order. The loss of a top-k teacher is left out.
+        uniforms: (N, 2) numbers in [0, 1) to sample and accept drafts (acceptance.py); ignored with a top-k teacher.
+        chunk_rows: C; by default a chunk has 2^25 logits (2^23 uncompiled), in chunks of equal size.
+        compiled: run the work on a chunk's logits through torch.compile: seconds once, then half the time.
+        documents: (targets,) document group of each target; adds the sums DOCUMENT_NATS and DOCUMENT_TARGETS.
 
     Raises:
         ValueError: hidden states, labels and teacher differ in their number of positions, or the teacher has no
@@ -98,48 +95,48 @@ def distillation_sums(
     _check_rows(hidden, labels, teacher, len(kept))
     hidden, labels = hidden[kept], labels[kept]
     uniforms = uniforms[kept] if uniforms is not None else None
-    entries = teacher.shared_vocabulary(min(weight.shape[0], vocab_size or weight.shape[0]))
+    vocab_size = teacher.shared_vocabulary(min(weight.shape[0], vocab_size or weight.shape[0]))
     dtype, work, total, losses = compute_dtype(hidden), _chunk_function(teacher.classes, compiled), Sums(), []
-    read_teacher = teacher.at_targets(kept).reader(entries, partial(plain_head, dtype=dtype))
+    read_teacher = teacher.at_targets(kept).reader(vocab_size, partial(plain_head, dtype=dtype))
     most = LOGITS_OF_A_CHUNK if compiled else LOGITS_OF_AN_UNCOMPILED_CHUNK
-    step = chunk_rows or even_chunk_rows(len(kept), entries, most)
+    step = chunk_rows or even_chunk_rows(len(kept), vocab_size, most)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for rows, logits in logit_chunks(hidden, weight[:entries], rows=step, dtype=dtype):
-            draws = uniforms[rows] if uniforms is not None else None
-            sums = work(logits, read_teacher(rows), labels[rows], draws)
+        for rows, logits in logit_chunks(hidden, weight[:vocab_size], rows=step, dtype=dtype):
+            chunk_uniforms = uniforms[rows] if uniforms is not None else None
+            sums = work(logits, read_teacher(rows), labels[rows], chunk_uniforms)
             del logits
             losses.append(sums.pop(STUDENT_LOSSES))
-            total = added(total, sums)
+            total = add_sums(total, sums)
     return total if documents is None else {**total, **document_sums(torch.cat(losses), documents)}
 
 
 def chunk_sums(log_q: Tensor, labels: Tensor, best_q: Tensor, teacher: Classes) -> Sums:
-    """Return the sums over one chunk's positions, all of which have a target.
+    """Return the sums over one chunk, whose positions all have a target.
 
     Args:
         log_q: (C, V) student's log-probabilities.
         labels: (C,) int64.
         best_q: (C, 5) student's top-5 tokens, best first.
-        teacher: teacher's distribution; over classes of tokens its loss is unknown and left out.
+        teacher: teacher's distribution; if its classes are not tokens, its loss is unknown and left out.
     """
     log_p, student = finite(teacher.log_p), finite(log_q)  # 0 · log 0 is 0
-    of_teacher = dict(zip(OF_TEACHER, own_sums(log_p, teacher.labels, teacher.top1), strict=True))
+    of_teacher = dict(zip(OF_TEACHER, model_sums(log_p, teacher.labels, teacher.top1), strict=True))
     if teacher.log_q is not None:
         del of_teacher[names.DISTILL_TEACHER_LOSS]
     return {
-        **dict(zip(OF_STUDENT, own_sums(student, labels, best_q[:, 0]), strict=True)),
+        **dict(zip(OF_STUDENT, model_sums(student, labels, best_q[:, 0]), strict=True)),
         **of_teacher,
         **divergence_sums(student if teacher.log_q is None else finite(teacher.log_q), log_p),
         **agreement_sums(best_q, teacher.top5, log_q.dtype),
     }
 
 
-def own_sums(log_probabilities: Tensor, labels: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, entropy and calibration (15,) of one model.
+def model_sums(log_probabilities: Tensor, labels: Tensor, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, entropy and calibration (15,) of one model.
 
     Args:
         log_probabilities: (C, V), finite.
-        labels, best: (C,) the target and the likeliest entry.
+        labels, best: (C,) target and top-1 token.
     """
     confidence = log_probabilities.gather(1, best.unsqueeze(1)).exp()  # (C, 1)
     surplus = (best == labels).unsqueeze(1).to(confidence.dtype) - confidence
@@ -150,7 +147,7 @@ def own_sums(log_probabilities: Tensor, labels: Tensor, best: Tensor) -> tuple[T
 
 
 def divergence_sums(log_q: Tensor, log_p: Tensor) -> Sums:
-    """KL both ways and TVD from finite log-probabilities (C, E): of E entries, or of buckets of them."""
+    """Return forward KL, reverse KL and TVD from finite log-probabilities (C, E) of E tokens or classes."""
     q, p, difference = log_q.exp(), log_p.exp(), log_p - log_q
     return {
         names.DISTILL_KL: (p * difference).sum(1).sum(),
@@ -160,7 +157,7 @@ def divergence_sums(log_q: Tensor, log_p: Tensor) -> Sums:
 
 
 def agreement_sums(best_q: Tensor, best_p: Tensor, dtype: torch.dtype = torch.float32) -> Sums:
-    """Of the likeliest entries (C, 5) of student and teacher, best first; shares in `dtype`."""
+    """Return the agreement of top-5 tokens (C, 5) of student and teacher, best first; shares in `dtype`."""
     shared = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(2)  # (C, 5)
     return {
         names.DISTILL_TOP1_AGREEMENT: (best_p[:, 0] == best_q[:, 0]).sum(),
@@ -168,22 +165,22 @@ def agreement_sums(best_q: Tensor, best_p: Tensor, dtype: torch.dtype = torch.fl
     }
 
 
-def added(first: Sums, second: Sums) -> Sums:
-    """The sums of two sets of positions; an empty dictionary stands for none."""
+def add_sums(first: Sums, second: Sums) -> Sums:
+    """Add the sums of two sets of positions; an empty dictionary is zero."""
     return {name: first[name] + value for name, value in second.items()} if first else second
 
 
 def figures(sums: Sums, targets: float) -> dict[str, float]:
-    """Sums over `targets` positions → figures under their metric names, the student's cross-entropy as val/loss.
+    """Convert sums over `targets` positions to figures by metric name; the student's cross-entropy is val/loss.
 
-    The calibration error is Σ over bins of (share of the positions) · |share of them that was right − mean confidence|,
-    as in Guo et al. 2017 (arXiv 1706.04599).
+    ECE is the sum over bins of (share of the positions) · |accuracy − mean confidence|, as in Guo et al. 2017
+    (arXiv 1706.04599).
 
     Raises:
         ValueError: no position.
     """
     if not targets:
-        raise ValueError("There is no target position to compare student and teacher at.")
+        raise ValueError("The data have no target position at which to compare student and teacher.")
     means = {name: value.item() / targets for name, value in sums.items() if name in MEANS}
     means[names.DISTILL_ACCEPTANCE] = 1 - means[names.DISTILL_TVD]
     means[names.DISTILL_ECE] = sums[STUDENT_CALIBRATION].abs().sum().item() / targets
@@ -192,9 +189,9 @@ def figures(sums: Sums, targets: float) -> dict[str, float]:
 
 
 def gap_closed(baseline_loss: float, student_loss: float, teacher_loss: float) -> float | None:
-    """(baseline − student) / (baseline − teacher): 0 as good as training without a teacher, 1 as good as the teacher.
+    """Return (baseline − student) / (baseline − teacher): 0 at the baseline's loss, 1 at the teacher's.
 
-    None where the baseline is no worse than the teacher, so that there is no gap.
+    None if the baseline is no worse than the teacher.
     """
     gap = baseline_loss - teacher_loss
     return (baseline_loss - student_loss) / gap if gap > 0 else None
@@ -204,23 +201,23 @@ def _check_rows(hidden: Tensor, labels: Tensor, teacher: TeacherSignal, targets:
     if len(hidden) != len(labels) or teacher.rows != (targets if teacher.only_targets else len(labels)):
         raise ValueError(
             f"hidden has {len(hidden)} rows, labels {len(labels)}, the teacher {teacher.rows}; "
-            f"they must be equal, but for a top-k teacher's, which are those of the {targets} targets."
+            f"they must be equal, but a stored teacher has one row per target, here {targets}."
         )
 
 
 def _chunk(classes_of: ClassesOf, logits: Tensor, read: TeacherChunk, labels: Tensor, uniforms: Tensor | None) -> Sums:
     log_q = log_softmax(logits)  # (C, V)
     teacher = classes_of(read, log_q, labels)
-    # From the logits: a compiled chunk then never writes its log-probabilities to memory.
+    # Top-k of the logits, so that a compiled chunk never writes its log-probabilities to memory.
     sums = chunk_sums(log_q, labels, top_tokens(logits), teacher)
     sums[STUDENT_LOSSES] = _losses(log_q, labels)
     if uniforms is None or teacher.log_q is not None:
         return sums
-    return {**sums, **drawn_sums(log_q, teacher.log_p, uniforms)}
+    return {**sums, **acceptance_sums(log_q, teacher.log_p, uniforms)}
 
 
 def _losses(log_q: Tensor, labels: Tensor) -> Tensor:
-    """(C,) cross-entropy at each target, finite as in the sums."""
+    """Return the cross-entropy (C,) at each target, finite as in the sums."""
     return -finite(log_q.gather(1, labels.unsqueeze(1)).squeeze(1))
 
 
@@ -229,5 +226,5 @@ def _chunk_function(
     classes_of: ClassesOf, compiled: bool
 ) -> Callable[[Tensor, TeacherChunk, Tensor, Tensor | None], Sums]:
     work = partial(_chunk, classes_of)
-    # dynamic: the number of targets differs from batch to batch, and each new one would be compiled anew
+    # dynamic: the number of targets varies, and each new one would be compiled again
     return torch.compile(work, dynamic=True) if compiled else work

@@ -1,9 +1,9 @@
-"""Document losses: the last validation of a run by document, stored beside its report so that runs can be compared.
+"""Document losses: the last validation of a run by document, stored beside its report to compare runs.
 
     val_documents.json    {"data": hash of the data, "group": […], "nats": […], "targets": […]}
 
-The three lists have one entry for each document group (document_groups.py). Two runs that validated on the same
-targets are compared document by document: what both find hard is no error of their difference.
+The three lists have one item per document group (document_groups.py). Runs with the same validation targets are
+compared document by document: the difficulty of a document, common to both, cancels in the difference.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from gpt2lab.storage.atomic_files import write_json
 from gpt2lab.storage.damaged_files import set_aside, warn_once
 
-if TYPE_CHECKING:  # reading a report must not wait for torch; what computes with the sums imports it
+if TYPE_CHECKING:  # reports are read without importing torch; functions that compute import it
     from torch import Tensor
 
     from gpt2lab.evaluation.jackknife import DocumentDifference
@@ -27,7 +27,7 @@ FILE = "val_documents.json"
 
 @dataclass(frozen=True)
 class DocumentLosses:
-    """Loss sums in nats and target counts of each document group with a target, by ascending group number."""
+    """Loss sums in nats and target counts of each document group with a target, in ascending order of group."""
 
     group: list[int]
     nats: list[float]
@@ -36,14 +36,14 @@ class DocumentLosses:
 
     @staticmethod
     def of(nats: "Tensor", targets: "Tensor") -> "DocumentLosses":
-        """From sums (G,) over the whole split, groups without a target among them."""
+        """Create from sums (G,) over the whole split, where some groups may have no target."""
         kept = (targets > 0).nonzero().squeeze(1)
         counts = targets[kept].round().long()
         return DocumentLosses(kept.tolist(), nats[kept].double().tolist(), counts.tolist())
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean loss per target, between documents; None for one document or a loss that is no number."""
+        """Standard error of the mean loss between documents; None for one document or a loss that is not finite."""
         if not all(map(math.isfinite, self.nats)):
             return None
         import torch
@@ -54,7 +54,7 @@ class DocumentLosses:
 
     @property
     def half_interval(self) -> float | None:
-        """Half the 95 % interval of the mean loss."""
+        """Half the width of the 95 % interval of the mean loss."""
         import torch
 
         from gpt2lab.evaluation.jackknife import interval_factor
@@ -63,7 +63,7 @@ class DocumentLosses:
         return None if error is None else error * interval_factor(torch.tensor(self.targets))
 
     def same_targets(self, other: "DocumentLosses") -> bool:
-        """Whether both scored the same targets of the same data."""
+        """Return whether both have the same targets of the same data."""
         mine, theirs = (self.data, self.group, self.targets), (other.data, other.group, other.targets)
         return mine == theirs
 
@@ -73,7 +73,7 @@ def write_document_losses(run_dir: str | Path, losses: DocumentLosses) -> None:
 
 
 def read_document_losses(run_dir: str | Path) -> DocumentLosses | None:
-    """The last validation of a run; None where there is none, or with a warning where the file is damaged."""
+    """Read a run's last validation; None if there is none, or with a warning if the file is damaged."""
     path = Path(run_dir) / FILE
     if not os.path.lexists(path):
         return None
@@ -87,14 +87,14 @@ def read_document_losses(run_dir: str | Path) -> DocumentLosses | None:
 
 
 def repair_document_losses(run_dir: str | Path) -> None:
-    """Set a damaged file aside, which `read_document_losses` warns of."""
+    """Set a damaged file aside; `read_document_losses` logs the warning."""
     path = Path(run_dir) / FILE
     if os.path.lexists(path) and read_document_losses(run_dir) is None:
         set_aside(path)
 
 
 def mean_losses(runs: Sequence[DocumentLosses | None]) -> DocumentLosses | None:
-    """The mean over runs, as seeds of one setting, document by document; None unless all scored the same targets."""
+    """Average runs, such as the seeds of a setting, by document; None unless all have the same targets."""
     known = [run for run in runs if run is not None]
     if not known or len(known) < len(runs) or not all(run.same_targets(known[0]) for run in known):
         return None
@@ -104,7 +104,7 @@ def mean_losses(runs: Sequence[DocumentLosses | None]) -> DocumentLosses | None:
 
 
 def loss_difference(first: DocumentLosses | None, second: DocumentLosses | None) -> "DocumentDifference | None":
-    """First − second in nats per target, paired by document; None unless both scored the same targets."""
+    """Return first − second in nats per target, paired by document; None unless both have the same targets."""
     if first is None or second is None or not first.same_targets(second):
         return None
     if not all(map(math.isfinite, first.nats + second.nats)):

@@ -1,8 +1,8 @@
-"""How well a model predicts batches of text: loss, bits per byte, accuracy, calibration, each with its error.
+"""Evaluation of a model on batches of text: loss, bits per byte, accuracy, calibration, each with its standard error.
 
-Shapes: B sequences, T positions, n targets of a batch, D hidden width, V vocabulary, G document groups.
+Shapes: B sequences, T positions, n targets of a batch, D hidden width, V vocabulary size, G document groups.
 
-Everything is a function of sums over documents, so that errors can be computed (gpt2lab/evaluation/jackknife.py).
+All figures are functions of sums per document, from which jackknife.py computes the standard errors.
 """
 
 import math
@@ -36,20 +36,20 @@ BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibra
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """Scores of a model on a text.
 
     Attributes:
         loss: nats per target token.
         perplexity: exp(loss).
-        bits_per_byte: bits per UTF-8 byte that the target tokens spell; comparable between tokenizers.
-        tokens: how many targets were scored.
-        bytes: how many bytes of text these spell.
-        top1, top5: share of the targets that the model held likeliest, and among its five likeliest.
+        bits_per_byte: bits per UTF-8 byte of the target tokens; comparable between tokenizers.
+        tokens: number of targets.
+        bytes: number of bytes of the targets.
+        top1, top5: accuracy: share of the targets that are the top-1 token, or among the top-5 tokens.
         ece: expected calibration error, in 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599).
-        standard_errors: of each of these but `tokens` and `bytes`, between documents; empty for a single document.
-        groups: how many documents, or groups of them, the errors are computed between.
-        interval_factor: half the width of a 95 % interval, in standard errors.
-        sums: by name, (G, …) of each document group.
+        standard_errors: standard errors of the figures, between documents; empty for a single document.
+        groups: number of documents, or of groups of them, between which errors are computed.
+        interval_factor: half the width of a 95 % confidence interval, in standard errors.
+        sums: sums (G, …) per document group, by name.
     """
 
     loss: float
@@ -67,25 +67,25 @@ class Score:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Attributes that are written as JSON."""
         left_out = ("sums", "interval_factor")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @property
     def figures(self) -> Figures:
-        """By name; what was only counted is left out."""
+        """Figures by name, without counts."""
         names = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "ece")
         return {name: vars(self)[name] for name in names}
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(V,) int64: how many bytes of text each entry of a byte-level BPE spells; special tokens spell none.
+    """Return the number of bytes of each token of a byte-level BPE, (V,) int64; 0 for special tokens.
 
-    In a byte-level vocabulary (GPT-2's, and those trained here) each character of an entry stands for one byte.
+    In a byte-level vocabulary (GPT-2's, and those trained here) each character of a token represents one byte.
     """
     special = set(tokenizer.all_special_ids)
-    entries = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([0 if number in special else len(entry) for number, entry in enumerate(entries)])
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([0 if number in special else len(token) for number, token in enumerate(tokens)])
 
 
 @torch.no_grad()
@@ -101,12 +101,11 @@ def score(
 
     Args:
         backbone: moved to `device` and put in evaluation mode.
-        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; a longer head is cut to these entries: the rest
-            is padding and means no token.
-        autocast: number format of the matrix products; None computes in the weights' own.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; a longer head is padded, and truncated to V.
+        autocast: dtype of the matrix products; None: that of the weights.
 
     Raises:
-        ValueError: the batches hold no target.
+        ValueError: the batches have no target.
     """
     backbone.to(device).eval()
     grouped = GroupedSums()
@@ -118,25 +117,25 @@ def score(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             values = backbone(batch.input_ids.to(device), head, batch.spans_on(device))
         grouped.add(values, target_groups(batch))
-    return score_of(grouped.scored())
+    return score_from_sums(grouped.scored())
 
 
 def target_groups(batch: Batch) -> Tensor:
-    """(n,) the document group of each target; the row of the batch's first sample on where documents are not known."""
+    """Return the document group (n,) of each target; where documents are unknown, each sample is a group."""
     if batch.documents is not None:
         return batch.documents
     rows = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
     return rows + (int(batch.indices[0]) if len(batch.indices) else 0)
 
 
-def score_of(sums: Sums) -> Score:
-    """The score from sums (G, …) over the targets of each document group.
+def score_from_sums(sums: Sums) -> Score:
+    """Compute the score from sums (G, …) over the targets of each document group.
 
     Raises:
-        ValueError: no target.
+        ValueError: there is no target.
     """
     if not sums or not len(sums[TOKENS]):
-        raise ValueError("The batches hold no target token.")
+        raise ValueError("The batches have no target token.")
     whole = total(sums)
     return Score(
         **_figures(whole),
@@ -150,9 +149,9 @@ def score_of(sums: Sums) -> Score:
 
 
 def paired_difference(first: Score, second: Score) -> DocumentDifference | None:
-    """First − second, document by document: of losses, or of bits per byte where their tokens differ.
+    """Return first − second, paired by document: of losses, or of bits per byte if their tokens differ.
 
-    None where the two did not score the same bytes of the same documents.
+    None if the two did not score the same bytes of the same documents.
     """
     ours, theirs = first.sums, second.sums
     if not torch.equal(ours[BYTES], theirs[BYTES]):
@@ -166,7 +165,7 @@ def paired_difference(first: Score, second: Score) -> DocumentDifference | None:
 
 
 def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) -> Sums:
-    """What is summed, of each target: (n,) or (n, bins), on the CPU.
+    """Return the summands of each target, (n,) or (n, bins), on the CPU.
 
     Args:
         hidden: (B, T, D).
@@ -175,7 +174,7 @@ def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Ten
     """
     kept = batch.labels != IGNORE_INDEX  # (B, T)
     labels = batch.labels[kept]  # (n,)
-    chunks = _of_chunks(hidden[kept.to(hidden.device)], weight, labels.to(hidden.device))
+    chunks = _label_statistics(hidden[kept.to(hidden.device)], weight, labels.to(hidden.device))
     nats, rank, confidence = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))  # (n,) each
     bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
     surplus = (rank == 0).double() - confidence.double()
@@ -191,15 +190,15 @@ def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Ten
     }
 
 
-def _of_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each target (n,): nats, how many tokens rank higher, and the probability of the top-1 token."""
+def _label_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield for each target of a chunk (C,): nats, rank of the label from 0, and probability of the top-1 token."""
     for rows, logits in logit_chunks(hidden, weight):
         scores = logits.float()  # (C, V)
-        of_label = scores.gather(1, labels[rows].unsqueeze(1))  # (C, 1)
+        label_scores = scores.gather(1, labels[rows].unsqueeze(1))  # (C, 1)
         normaliser = scores.logsumexp(1)
         yield (
-            normaliser - of_label.squeeze(1),
-            (scores > of_label).sum(1),
+            normaliser - label_scores.squeeze(1),
+            (scores > label_scores).sum(1),
             (scores.max(1).values - normaliser).exp(),
         )
 

@@ -1,11 +1,11 @@
-"""Standard errors of figures that are functions of sums over documents: loss, calibration error, agreement, …
+"""Jackknife standard errors of figures that are functions of sums over documents: loss, ECE, agreement, …
 
 Shapes: G groups of targets (documents, gpt2lab/data/document_groups.py).
 
-Tokens of one document are not independent, documents nearly are. The spread of a figure when each document in turn is
-left out gives its error (the delete-one-cluster jackknife), whatever function of the sums it is: a mean over targets is
-a ratio of two sums over documents of unequal length. Intervals use Student's t with the degrees of freedom of as many
-equally long documents: few long documents among many short ones tell little.
+Tokens of a document are not independent; documents nearly are. The delete-one-cluster jackknife leaves out one document
+at a time and computes the standard error from the spread of the figure. It applies to any function of the sums, such as
+a mean over targets, the ratio of two sums over documents of unequal length. Intervals use Student's t with the degrees
+of freedom of the effective number of documents, which is small if a few long documents dominate.
 
 Source: Quenouille 1956; MacKinnon, Nielsen & Webb 2023, Fast and Reliable Jackknife and Bootstrap Methods for
 Cluster-Robust Inference; Kish 1965 for the effective number.
@@ -27,17 +27,17 @@ Figures = dict[str, float]
 
 
 class GroupedSums:
-    """Sums over targets by group, grown as groups appear; on the CPU in float64.
+    """Sums over targets per document group, on the CPU in float64; new groups extend them.
 
     Attributes:
-        sums: by name, (G, …); one of them is TOKENS.
+        sums: sums (G, …) by name; one of them is TOKENS.
     """
 
     def __init__(self) -> None:
         self.sums: Sums = {}
 
     def add(self, values: Sums, groups: Tensor) -> None:
-        """Add values of targets, (n, …) each, to the groups (n,) that these belong to."""
+        """Add values (n, …) of targets to their groups (n,)."""
         if not len(groups):
             return
         needed = int(groups.max()) + 1
@@ -49,17 +49,17 @@ class GroupedSums:
             self.sums[name] = known.index_add(0, groups.cpu(), value)
 
     def scored(self) -> Sums:
-        """The sums of the groups that have a target."""
+        """Return the sums of the groups that have a target."""
         return scored(self.sums)
 
 
 @dataclass(frozen=True)
 class DocumentDifference:
-    """First minus second, with the error of the difference within each document.
+    """Difference first − second, paired by document.
 
     Attributes:
-        unit: nats per token, or bits per byte where the two have different tokens.
-        standard_error, low, high: None below two documents; the ends of the 95 % interval.
+        unit: nats per token, or bits per byte if the tokens differ.
+        standard_error, low, high: standard error and ends of the 95 % interval; None below two documents.
     """
 
     value: float
@@ -79,22 +79,24 @@ class DocumentDifference:
 
 
 def total(sums: Sums) -> Sums:
-    """The sums over all groups; in float64."""
+    """Add the sums of all groups, in float64."""
     return {name: value.double().sum(0) for name, value in sums.items()}
 
 
 def scored(sums: Sums) -> Sums:
-    """The sums of the groups that have a target."""
+    """Select the groups that have a target."""
     kept = sums[TOKENS] > 0 if sums else None
     return {name: value[kept] for name, value in sums.items()}
 
 
 def standard_errors(sums: Sums, figures: Callable[[Sums], Figures]) -> Figures:
-    """The jackknife error of every figure that exists whichever group is left out; empty below two groups.
+    """Compute the jackknife error of each figure; empty below two groups.
+
+    A figure that is missing when some group is left out has no error.
 
     Args:
         sums: (G, …) each, over groups with at least one target.
-        figures: from sums over any of the groups.
+        figures: maps sums over any groups to figures.
     """
     groups = len(sums[TOKENS])
     if groups < 2:
@@ -106,18 +108,18 @@ def standard_errors(sums: Sums, figures: Callable[[Sums], Figures]) -> Figures:
 
 
 def interval_factor(tokens: Tensor) -> float:
-    """Half the width of a 95 % interval, in standard errors.
+    """Return half the width of a 95 % interval, in standard errors.
 
     Args:
-        tokens: (G,) targets of each group.
+        tokens: (G,) number of targets of each group.
     """
     counts = tokens.double()
-    effective = (counts.sum().square() / counts.square().sum()).item()  # equally long groups that weigh as much
+    effective = (counts.sum().square() / counts.square().sum()).item()  # number of groups of equal length
     return t_quantile(max(math.floor(effective - 1 + 1e-9), 1))
 
 
 def mean_error(sums: Tensor, counts: Tensor) -> float | None:
-    """The jackknife error of Σ sums / Σ counts from (G,) each; None below two groups with a target."""
+    """Compute the jackknife error of Σ sums / Σ counts from (G,) each; None below two groups with a target."""
     kept = counts > 0
     sums, counts = sums[kept].double(), counts[kept].double()
     if len(counts) < 2:
@@ -127,21 +129,21 @@ def mean_error(sums: Tensor, counts: Tensor) -> float | None:
 
 
 def paired_mean_difference(first: Tensor, second: Tensor, counts: Tensor, unit: str = "nats") -> DocumentDifference:
-    """Σ (first − second) / Σ counts and its error between groups.
+    """Compute Σ (first − second) / Σ counts and its error between groups.
 
     Args:
         first, second: (G,) sums of two models over the same targets.
-        counts: (G,) what the sums are divided by: targets, or bytes.
+        counts: (G,) number of targets or of bytes.
     """
     kept = counts > 0
-    apart, counts = (first.double() - second.double())[kept], counts.double()[kept]
-    value, error = (apart.sum() / counts.sum()).item(), mean_error(apart, counts)
+    differences, counts = (first.double() - second.double())[kept], counts.double()[kept]
+    value, error = (differences.sum() / counts.sum()).item(), mean_error(differences, counts)
     half = None if error is None else error * interval_factor(counts)
     low, high = (None, None) if half is None else (value - half, value + half)
     return DocumentDifference(value, error, low, high, len(counts), unit)
 
 
 def _spread(values: list[float]) -> float:
-    """√((G − 1) / G · Σ (value − mean)²)."""
+    """Return the jackknife error √((G − 1) / G · Σ (value − mean)²) of G leave-one-out values."""
     mean = sum(values) / len(values)
     return math.sqrt((len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values))

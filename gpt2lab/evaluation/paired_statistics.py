@@ -1,7 +1,6 @@
-"""Paired statistics: whether one way to train beats another, from their losses at the same seeds, in numbers and words.
+"""Paired statistics: comparison of two settings by their losses at the same seeds.
 
-A loss is a number per seed; the difference is taken within each seed: what a seed does to both sides is
-no noise.
+Differences are taken within each seed, so that an effect of the seed on both sides cancels.
 """
 
 import math
@@ -14,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """`sd` is the sample's standard deviation, with n − 1; None below two values."""
+    """Mean and sample standard deviation (n − 1); `sd` is None below two values."""
 
     n: int
     mean: float | None
@@ -23,12 +22,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """First minus second within each seed.
+    """Difference first − second, paired by seed.
 
     Attributes:
-        differences: by seed, those at which both sides are there and finite.
-        missing: seeds at which they are not.
-        low, high: Student's t interval of the mean; None below two pairs.
+        differences: by seed, where both sides are finite.
+        missing: seeds without a difference.
+        low, high: ends of Student's t interval of the mean; None below two pairs.
     """
 
     differences: dict[int, float]
@@ -40,13 +39,13 @@ class PairedDifference:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Mean and standard deviation."""
+    """Compute mean and standard deviation."""
     n = len(values)
     return Summary(n, fmean(values) if n else None, stdev(values) if n > 1 else None)
 
 
 def paired_difference(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> PairedDifference:
-    """Compare two sides seed by seed; a seed that one of them lacks (None, NaN, infinite) is left out of both."""
+    """Compare two sides seed by seed; a seed without a finite value on both sides is left out."""
     seeds = sorted(first.keys() | second.keys())
     pairs = {seed: (first.get(seed), second.get(seed)) for seed in seeds}
     differences = {
@@ -64,12 +63,12 @@ def paired_difference(first: Mapping[int, float | None], second: Mapping[int, fl
 
 
 def verdict(found: PairedDifference, first: str, second: str) -> str:
-    """What the difference of two losses in nats says, in words; a lower loss wins."""
+    """Summarize a difference of losses in nats in one sentence; a lower loss wins."""
     n = len(found.differences)
     left_out = f"; left out: seed{'s' * (len(found.missing) > 1)} {', '.join(map(str, found.missing))}"
     left_out = left_out if found.missing else ""
     if found.mean is None:
-        return f"nothing can be said: no pair of runs finished{left_out}"
+        return f"no comparison: no pair of runs finished{left_out}"
     winner, loser = (first, second) if found.mean < 0 else (second, first)
     if found.sd is None or found.low is None or found.high is None:
         return f"one seed: no interval; {winner} is {abs(found.mean):.3f} nats below {loser}{left_out}"
@@ -86,7 +85,7 @@ def _signed(value: float) -> str:
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t that a Student variable exceeds in absolute value with probability 1 − confidence, by bisection.
+    """Return the two-sided quantile of Student's t distribution, by bisection.
 
     Args:
         freedom: degrees of freedom, at least 1.
@@ -101,7 +100,7 @@ def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 
 def t_probability(t: float, freedom: int) -> float:
-    """P(|T| < t) of Student's distribution, a finite sum for whole degrees of freedom (Abramowitz & Stegun 26.7)."""
+    """Return P(|T| < t) of Student's t distribution, a finite sum for integer `freedom` (Abramowitz & Stegun 26.7)."""
     angle = math.atan(t / math.sqrt(freedom))
     cosine = math.cos(angle)
     odd = freedom % 2

@@ -1,6 +1,7 @@
-"""Comparison: a student scored beside its teacher, and a baseline where there is one, on the same targets in one pass.
+"""Teacher-student evaluation: scores of student, teacher and optional baseline on the same targets, in one pass.
 
-Shapes: B sequences, T positions, D hidden width, V vocabulary.
+Shapes: B sequences, T positions, n targets of a batch, D and Dt hidden widths of student and teacher, V vocabulary
+size, g document groups of a batch.
 """
 
 from collections.abc import Iterable
@@ -11,9 +12,15 @@ from torch import Tensor
 
 from gpt2lab import metric_names
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
-from gpt2lab.evaluation.acceptance import Speculation, cost_ratio, speculation, tokens_per_target_call, with_error
+from gpt2lab.evaluation.acceptance import (
+    Speculation,
+    cost_ratio,
+    estimate_speculation,
+    tokens_per_target_call,
+    with_error,
+)
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures, gap_closed
-from gpt2lab.evaluation.evaluation import NATS, Score, score_of, target_groups, target_values
+from gpt2lab.evaluation.evaluation import NATS, Score, score_from_sums, target_groups, target_values
 from gpt2lab.evaluation.jackknife import TOKENS, Figures, GroupedSums, Sums, standard_errors, total
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.model.backbone import Backbone
@@ -23,15 +30,15 @@ BASELINE_NATS = "baseline_nats"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of a student and its teacher.
+    """Result of a teacher-student evaluation.
 
     Attributes:
-        student, teacher, baseline: each model's own score.
-        figures: the distill/… figures by metric name; distill/gap_closed where a baseline is worse than the teacher.
-        standard_errors: of the figures.
-        speculation: acceptance as measured, and the speed-up it implies.
-        entries: how many of the vocabulary counted: as many as the tokenizer has.
-        is_cut: whether a head has more, as padding to a round number.
+        student, teacher, baseline: score of each model.
+        figures: distill/… figures by metric name; distill/gap_closed if a baseline is worse than the teacher.
+        standard_errors: standard errors of the figures.
+        speculation: acceptance rate and estimated speed-up of speculative decoding.
+        vocab_size: number of tokens that were scored, that of the tokenizer.
+        is_truncated: whether a head is longer, through padding.
     """
 
     student: Score
@@ -40,8 +47,8 @@ class Comparison:
     figures: Figures
     standard_errors: Figures
     speculation: Speculation
-    entries: int
-    is_cut: bool
+    vocab_size: int
+    is_truncated: bool
 
 
 @torch.no_grad()
@@ -61,55 +68,47 @@ def compare(
 
     Args:
         student, teacher, baseline: moved to `device` and put in evaluation mode.
-        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; longer heads are cut to these entries.
-        context: tokens at which the cost of a decoding step is counted.
-        seed: of the drafts that are drawn.
-        autocast: number format of the matrix products; None computes in the weights' own.
+        token_bytes: (V,) bytes of each token, from `bytes_of_tokens`; longer heads are truncated to V.
+        context: sequence length at which the cost of a decoding step is estimated.
+        seed: seed of the sampled draft tokens.
+        autocast: dtype of the matrix products; None: that of the weights.
 
     Raises:
-        ValueError: the batches hold no target.
+        ValueError: the batches have no target.
     """
     models = [model for model in (student, teacher, baseline) if model is not None]
     for model in models:
         model.to(device).eval()
-    entries = min(len(token_bytes), *(model.shape.vocab_size for model in models))
+    vocab_size = min(len(token_bytes), *(model.shape.vocab_size for model in models))
     draws = torch.Generator().manual_seed(seed)
     own, both = [GroupedSums() for _ in models], GroupedSums()
     for batch in batches:
-        uniforms = torch.rand(*batch.labels.shape, 2, generator=draws)  # on the CPU: every device draws the same
+        uniforms = torch.rand(*batch.labels.shape, 2, generator=draws)  # on the CPU: the same on every device
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            seen = [_hidden(model, batch, device) for model in models]
+            outputs = [_hidden(model, batch, device) for model in models]
             groups = target_groups(batch)
-            for of_model, (hidden, weight) in zip(own, seen, strict=True):
-                of_model.add(target_values(hidden, weight[:entries], batch, token_bytes), groups)
-            both.add(*_sums_of_groups(seen[0], seen[1], batch, groups, uniforms.to(device), entries))
-    scores = [score_of(of_model.scored()) for of_model in own]
-    # What a figure needs beside the sums of the pair, in the same groups.
+            for scores_of_model, (hidden, weight) in zip(own, outputs, strict=True):
+                scores_of_model.add(target_values(hidden, weight[:vocab_size], batch, token_bytes), groups)
+            both.add(*_sums_of_groups(outputs[0], outputs[1], batch, groups, uniforms.to(device), vocab_size))
+    scores = [score_from_sums(scores_of_model.scored()) for scores_of_model in own]
+    # Figures also use these sums of single models, over the same groups.
     by_group = {**both.scored(), TOKENS: scores[0].sums[TOKENS]}
     if baseline is not None:
         by_group[BASELINE_NATS] = scores[2].sums[NATS]
-    sums = total(by_group)
-    found, ratio = _figures(sums), cost_ratio(student.shape, teacher.shape, context)
-    gain = speculation(found[metric_names.DISTILL_ACCEPTANCE], sums, scores[0].tokens, ratio)
-
-    def tokens_of(sums: Sums) -> Figures:
-        return {"tokens": tokens_per_target_call(_figures(sums)[metric_names.DISTILL_ACCEPTANCE], gain.drafts)}
-
-    error = standard_errors(by_group, tokens_of).get("tokens")
     return Comparison(
         student=scores[0],
         teacher=scores[1],
         baseline=scores[2] if baseline is not None else None,
-        figures=found,
+        figures=_figures(total(by_group)),
         standard_errors=standard_errors(by_group, _figures),
-        speculation=gain if error is None else with_error(gain, error),
-        entries=entries,
-        is_cut=any(model.shape.vocab_size > entries for model in models),
+        speculation=_speculation(by_group, scores[0].tokens, cost_ratio(student.shape, teacher.shape, context)),
+        vocab_size=vocab_size,
+        is_truncated=any(model.shape.vocab_size > vocab_size for model in models),
     )
 
 
 def _hidden(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T, D) hidden states and (V, D) head."""
+    """Return hidden states (B, T, D) and head weight (V, D)."""
     return model(batch.input_ids.to(device), lambda hidden, weight: (hidden, weight), batch.spans_on(device))
 
 
@@ -119,12 +118,12 @@ def _sums_of_groups(
     batch: Batch,
     groups: Tensor,
     uniforms: Tensor,
-    entries: int,
+    vocab_size: int,
 ) -> tuple[Sums, Tensor]:
-    """`distillation_sums` of the targets of each document group in the batch, (g, …) on the CPU, and its groups (g,).
+    """Return `distillation_sums` per document group of the batch, (g, …) on the CPU, and the groups (g,).
 
     Args:
-        groups: (n,) of the targets.
+        groups: (n,) document group of each target.
     """
     kept = batch.labels != IGNORE_INDEX  # (B, T)
     labels, kept = batch.labels[kept].to(uniforms.device), kept.to(uniforms.device)
@@ -133,11 +132,23 @@ def _sums_of_groups(
     for group in present:
         own = (groups == group).to(uniforms.device)
         signal = DenseTeacher(theirs[own], teacher[1])
-        sums = distillation_sums(ours[own], student[1], labels[own], signal, vocab_size=entries, uniforms=draws[own])
+        sums = distillation_sums(ours[own], student[1], labels[own], signal, vocab_size=vocab_size, uniforms=draws[own])
         found.append({**sums, TOKENS: own.sum()})
     if not found:
         return {}, present
     return {name: torch.stack([one[name].cpu().double() for one in found]) for name in found[0]}, present
+
+
+def _speculation(by_group: Sums, targets: int, ratio: float) -> Speculation:
+    """Estimate the gain of speculative decoding, with its error between document groups."""
+    sums = total(by_group)
+    gain = estimate_speculation(_figures(sums)[metric_names.DISTILL_ACCEPTANCE], sums, targets, ratio)
+
+    def expected_tokens(sums: Sums) -> Figures:
+        return {"tokens": tokens_per_target_call(_figures(sums)[metric_names.DISTILL_ACCEPTANCE], gain.drafts)}
+
+    error = standard_errors(by_group, expected_tokens).get("tokens")
+    return gain if error is None else with_error(gain, error)
 
 
 def _figures(sums: Sums) -> Figures:

@@ -1,9 +1,9 @@
-"""Answers without a model, which a model that has learned a task must beat: copies of the source, and a word table.
+"""Text baselines: predictions without a model, which a trained model must beat.
 
-copy         the source as it is
-first words  as many of its words as half of the training targets have: the lead of a summary
-commonest    the training target that occurs most often: the majority label
-word table   each word of the source in the place it stands, by the target word that best explains it
+copy         the source, unchanged
+first words  the first words of the source, as many as the median training target has: lead baseline of summarization
+commonest    the most frequent training target: the majority label
+word table   word-by-word translation of the source, in its word order
 """
 
 import re
@@ -17,19 +17,19 @@ from tqdm import tqdm
 from gpt2lab.evaluation.text_metrics import mostly_han
 
 COPY, FIRST_WORDS, COMMONEST, WORD_TABLE = "copy", "first words", "commonest", "word table"
-MOST_PAIRS = 100_000  # that a baseline learns from
-MOST_WORDS = 40  # of a text that a word table learns from
-ROUNDS = 5  # of expectation maximisation
+MOST_PAIRS = 100_000  # training pairs of a baseline
+MOST_WORDS = 40  # words of a text that the word table is trained on
+ROUNDS = 5  # of expectation maximization
 WORD = re.compile(r"\w+(?:['’]\w+)?")
 
-Answer = Callable[[str], str]
+Baseline = Callable[[str], str]  # source → prediction
 
 
-def text_baselines(metrics: Sequence[str], training: Iterable[tuple[str, str]]) -> dict[str, Answer]:
-    """Baselines that suit a task, by name.
+def text_baselines(metrics: Sequence[str], training: Iterable[tuple[str, str]]) -> dict[str, Baseline]:
+    """Return the baselines of a task by name.
 
     Args:
-        metrics: of the task (text_metrics.py); bleu and chrf mean a translation, accuracy and f1 labels.
+        metrics: metrics of the task (text_metrics.py); bleu and chrf indicate translation, accuracy and f1 labels.
         training: (source, target) texts; the first 100,000 are read.
     """
     pairs = list(islice(training, MOST_PAIRS))
@@ -37,35 +37,37 @@ def text_baselines(metrics: Sequence[str], training: Iterable[tuple[str, str]]) 
         commonest = Counter(target.strip() for _, target in pairs).most_common(1)[0][0]
         return {COMMONEST: lambda source: commonest}
     count = max(round(median(len(target.split()) for _, target in pairs)), 1)
-    answers: dict[str, Answer] = {COPY: str.strip, FIRST_WORDS: lambda source: " ".join(source.split()[:count])}
-    marks_words = not mostly_han([target for _, target in pairs[:1000]])  # as Chinese and Japanese do not
-    if {"bleu", "chrf"} & set(metrics) and marks_words:
+    baselines: dict[str, Baseline] = {COPY: str.strip, FIRST_WORDS: lambda source: " ".join(source.split()[:count])}
+    has_spaces = not mostly_han([target for _, target in pairs[:1000]])  # between words
+    if {"bleu", "chrf"} & set(metrics) and has_spaces:
         table = word_table(pairs)
-        answers[WORD_TABLE] = lambda source: WORD.sub(lambda word: table.get(word[0], word[0]), source).strip()
-    return answers
+        baselines[WORD_TABLE] = lambda source: WORD.sub(lambda word: table.get(word[0], word[0]), source).strip()
+    return baselines
 
 
 def word_table(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The likeliest target word of each source word.
+    """Return the most probable target word of each source word.
 
-    Source: Brown et al. 1993, The Mathematics of Statistical Machine Translation, model 1, without the empty word.
+    Source: Brown et al. 1993, The Mathematics of Statistical Machine Translation, IBM model 1, without the empty word.
     """
     texts = [(WORD.findall(source)[:MOST_WORDS], WORD.findall(target)[:MOST_WORDS]) for source, target in pairs]
-    likely: dict[str, dict[str, float]] = {}
+    probabilities: dict[str, dict[str, float]] = {}
     for number in range(ROUNDS):
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for words, theirs in tqdm(texts, f"word table, round {number + 1} of {ROUNDS}", unit=" pairs", disable=None):
-            for their in theirs:
-                # In the first round every word explains every other equally well.
-                shares = [likely[word].get(their, 0.0) if likely else 1.0 for word in words]
+        for words, target_words in tqdm(
+            texts, f"word table, round {number + 1} of {ROUNDS}", unit=" pairs", disable=None
+        ):
+            for target_word in target_words:
+                # In the first round all translations are equally probable.
+                shares = [probabilities[word].get(target_word, 0.0) if probabilities else 1.0 for word in words]
                 whole = sum(shares)
                 for word, share in zip(words, shares, strict=True):
                     if share:
-                        counts[word][their] += share / whole
-        likely = {word: _shares(found) for word, found in counts.items()}
-    return {word: max(found, key=lambda their: found[their]) for word, found in likely.items()}
+                        counts[word][target_word] += share / whole
+        probabilities = {word: _normalise(found) for word, found in counts.items()}
+    return {word: max(found, key=found.__getitem__) for word, found in probabilities.items()}
 
 
-def _shares(counts: dict[str, float]) -> dict[str, float]:
+def _normalise(counts: dict[str, float]) -> dict[str, float]:
     whole = sum(counts.values())
     return {word: count / whole for word, count in counts.items()}

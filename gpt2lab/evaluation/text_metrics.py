@@ -1,12 +1,12 @@
-"""Scores of generated text against references, all from 0 to 100, as papers print them.
+"""Text metrics: scores of generated text against references, from 0 to 100 as in papers.
 
 rouge1, rouge2, rougeL  F1 of unigrams, bigrams, longest common subsequence, averaged over texts; no stemming
 bleu                    corpus BLEU, tokenized as sacreBLEU's 13a, or zh where the references are Chinese or Japanese
 chrf                    corpus chrF2: character 6-grams, no words (sacreBLEU's default)
 exact                   share of predictions that equal their reference, white space at the ends aside
-accuracy, f1            of labels in words: exact, and the mean over the references' labels of each label's F1 (macro)
-compiles                share of predictions that are the body of a Python function
-placeholders            share of the texts whose reference has any (%s, %2$ld, %(name)d, {name}) that have the same
+accuracy, f1            classification with labels as text: exact match, and macro-F1 over the references' labels
+compiles                share of predictions that compile as the body of a Python function
+placeholders            share with the reference's placeholders (%s, %2$ld, %(name)d, {name}), where it has any
 """
 
 import math
@@ -19,18 +19,18 @@ from typing import Any
 from gpt2lab.settings import TEXT_METRICS
 
 PLACEHOLDER = re.compile(
-    r"%(?:\d+\$|\(\w+\))?[-#0+']*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh?|ll?|[jzLtq])?[a-zA-Z%]"  # of printf, but for "% d"
-    r"|\{\w*(?:![rsa])?(?::[^{}]*)?\}"  # of str.format
+    r"%(?:\d+\$|\(\w+\))?[-#0+']*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh?|ll?|[jzLtq])?[a-zA-Z%]"  # printf, except "% d"
+    r"|\{\w*(?:![rsa])?(?::[^{}]*)?\}"  # str.format
 )
 
 
 def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Score `predictions` (N texts) against one reference each; NaN where no text has what the metric looks at.
+    """Score `predictions` (N texts) against one reference each; NaN where a metric applies to no text.
 
-    torchmetrics takes seconds to import: that happens here, not when the module is imported.
+    torchmetrics, which takes seconds to import, is imported here only.
 
     Raises:
-        ValueError: an unknown name, no text, or not as many predictions as references.
+        ValueError: an unknown name, no text, or the numbers of predictions and references differ.
     """
     names = list(names)
     unknown = sorted(set(names) - set(TEXT_METRICS))
@@ -38,20 +38,21 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
         raise ValueError(f"unknown text metric {unknown[0]!r}; allowed: {', '.join(TEXT_METRICS)}.")
     if not predictions or len(predictions) != len(references):
         raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references: give as many, at least one."
+            f"{len(predictions)} predictions and {len(references)} references: give the same number, at least one."
         )
-    values = values_of_texts(names, predictions, references)
-    of_corpus = {"bleu": bleu, "chrf": chrf, "f1": macro_f1}
+    values = per_text_scores(names, predictions, references)
+    corpus_metrics = {"bleu": bleu, "chrf": chrf, "f1": macro_f1}
     return {
-        name: mean_of(values[name]) if name in values else of_corpus[name](predictions, references) for name in names
+        name: mean_or_nan(values[name]) if name in values else corpus_metrics[name](predictions, references)
+        for name in names
     }
 
 
-def values_of_texts(
+def per_text_scores(
     names: Iterable[str], predictions: list[str], references: list[str]
 ) -> dict[str, list[float | None]]:
-    """0 to 100 of each text, for those metrics that are a mean over texts; None where a text has no placeholder."""
-    one_each: dict[str, Callable[[str, str], float | None]] = {
+    """Score each text, for the metrics that are a mean over texts; None where a metric does not apply to a text."""
+    text_metric: dict[str, Callable[[str, str], float | None]] = {
         "exact": _exact,
         "accuracy": _exact,
         "compiles": lambda ours, _: 100.0 * _is_body(ours),
@@ -64,13 +65,13 @@ def values_of_texts(
     if rouge_names:
         values |= _rouge(rouge_names, pairs)
     for name in names:
-        if name in one_each:
-            values[name] = [one_each[name](ours, theirs) for ours, theirs in pairs]
+        if name in text_metric:
+            values[name] = [text_metric[name](ours, theirs) for ours, theirs in pairs]
     return values
 
 
-def mean_of(values: Sequence[float | None]) -> float:
-    """NaN where there is nothing to score, as where no reference has a placeholder."""
+def mean_or_nan(values: Sequence[float | None]) -> float:
+    """Return the mean of the known values; NaN if there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
 
@@ -83,26 +84,26 @@ def _rouge(names: tuple[str, ...], pairs: list[tuple[str, str]]) -> dict[str, li
 
 
 def bleu(predictions: list[str], references: list[str]) -> float:
-    """Corpus BLEU."""
+    """Compute corpus BLEU."""
     return sacrebleu_metric("bleu", references).corpus_score(predictions, [references]).score
 
 
 def chrf(predictions: list[str], references: list[str]) -> float:
-    """Corpus chrF2."""
-    # Not torchmetrics' (1.9): it drops the references of predictions that share nothing with them, which flatters.
+    """Compute corpus chrF2."""
+    # torchmetrics 1.9 drops references that share nothing with the prediction, so its scores are too high.
     return sacrebleu_metric("chrf", references).corpus_score(predictions, [references]).score
 
 
 def sacrebleu_metric(name: str, references: list[str]) -> Any:
-    """sacreBLEU's object for bleu or chrf."""
+    """Return sacreBLEU's metric object for bleu or chrf."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    # 13a splits at spaces, which these languages do not write: a whole sentence would be one word.
+    # 13a splits at spaces, which Chinese and Japanese do not use: a sentence would be one word.
     return CHRF() if name == "chrf" else BLEU(tokenize="zh" if mostly_han(references) else "13a")
 
 
 def mostly_han(texts: list[str]) -> bool:
-    """Whether most letters are Chinese or Japanese."""
+    """Return whether most letters are Chinese or Japanese."""
     letters = [character for text in texts for character in text if character.isalpha()]
     han = sum("\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff" for character in letters)
     return 2 * han > len(letters)
@@ -113,20 +114,20 @@ def _exact(ours: str, theirs: str) -> float:
 
 
 def macro_f1(predictions: list[str], references: list[str]) -> float:
-    """Mean over the references' labels of each label's F1."""
-    given, right = Counter(text.strip() for text in predictions), Counter(text.strip() for text in references)
+    """Compute macro-F1: the mean F1 over the references' labels."""
+    predicted, expected = Counter(text.strip() for text in predictions), Counter(text.strip() for text in references)
     hits = Counter(
         theirs.strip() for ours, theirs in zip(predictions, references, strict=True) if ours.strip() == theirs.strip()
     )
-    return 100 * sum(2 * hits[label] / (given[label] + count) for label, count in right.items()) / len(right)
+    return 100 * sum(2 * hits[label] / (predicted[label] + count) for label, count in expected.items()) / len(expected)
 
 
 def _is_body(text: str) -> bool:
-    """Whether the text, indented as it is, can stand under `def` or `async def`."""
+    """Return whether the text compiles as the indented body of `def` or `async def`."""
     for head in ("def f():", "async def f():"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes and such
+                warnings.simplefilter("ignore")  # such as those for invalid escapes
                 compile(f"{head}\n{text}\n", "prediction", "exec")
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
@@ -135,5 +136,5 @@ def _is_body(text: str) -> bool:
 
 
 def _placeholders(ours: str, theirs: str) -> float | None:
-    wanted = sorted(PLACEHOLDER.findall(theirs))
-    return 100.0 * (sorted(PLACEHOLDER.findall(ours)) == wanted) if wanted else None
+    expected = sorted(PLACEHOLDER.findall(theirs))
+    return 100.0 * (sorted(PLACEHOLDER.findall(ours)) == expected) if expected else None

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from gpt2lab.evaluation.acceptance import MOST_DRAFTS, cost_ratio, is_kept
+from gpt2lab.evaluation.acceptance import MOST_DRAFTS, cost_ratio, is_accepted
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.generation.decoding_speed import StepTimes
 from gpt2lab.generation.draft_length import DraftLength
@@ -289,7 +289,7 @@ def accept(drafts: Tensor, draft_scores: Tensor, scores: Tensor, do_sample: bool
         return kept, top[None, kept : kept + 1]
     log_p, log_q = scores.log_softmax(1), draft_scores.log_softmax(1)
     index = drafts[:, None]
-    passes = is_kept(log_p[:-1].gather(1, index), log_q.gather(1, index), torch.rand_like(log_q[:, :1]))  # (K, 1)
+    passes = is_accepted(log_p[:-1].gather(1, index), log_q.gather(1, index), torch.rand_like(log_q[:, :1]))  # (K, 1)
     kept = int(passes.cumprod(0).sum())
     p = log_p[kept].exp()  # (V,)
     if kept < len(drafts):

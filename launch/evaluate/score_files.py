@@ -98,7 +98,7 @@ def _to_object(scored: "Scored", arguments: "Arguments") -> dict[str, Any]:
     content: dict[str, Any] = {"source": scored.source, **scored.score.facts}
     comparison = scored.comparison
     if comparison is not None:
-        content["vocab_entries"] = comparison.entries
+        content["vocab_entries"] = comparison.vocab_size
         for key, score in (("teacher", comparison.teacher), ("baseline", comparison.baseline)):
             if score is not None:
                 content[key] = {"source": vars(arguments)[key], **score.facts}

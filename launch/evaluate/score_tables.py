@@ -149,8 +149,8 @@ def speculation_table(speculation: "Speculation", expected_error: float | None =
 
 
 def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> None:
-    if comparison.is_cut:
-        show(f"Only the first {comparison.entries:,} tokens of the vocabulary count: the rest is padding.\n")
+    if comparison.is_truncated:
+        show(f"Only the first {comparison.vocab_size:,} tokens of the vocabulary count: the rest is padding.\n")
     show(distillation_table(comparison))
     if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
         show("The baseline is no worse than the teacher, so there is no gap to close.\n")

@@ -111,7 +111,7 @@ def test_a_batch_without_targets_adds_nothing() -> None:
 
 def test_records_of_other_positions_are_refused() -> None:
     hidden, weight, labels, teacher = example(torch.float32)
-    with pytest.raises(ValueError, match="those of the 35 targets"):
+    with pytest.raises(ValueError, match="one row per target, here 35"):
         distillation_sums(hidden, weight, labels, stored(teacher, torch.zeros_like(labels), 20))
 
 

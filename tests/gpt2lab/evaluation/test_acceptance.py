@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from gpt2lab.evaluation import acceptance
-from gpt2lab.evaluation.acceptance import ACCEPTED, DRAW_VARIANCE, cost_ratio, drawn_sums, speculation, speedup
+from gpt2lab.evaluation.acceptance import (
+    ACCEPTED,
+    DRAW_VARIANCE,
+    acceptance_sums,
+    cost_ratio,
+    estimate_speculation,
+    speedup,
+)
 from gpt2lab.settings import ModelShape
 
 POSITIONS, VOCABULARY = 20_000, 60
@@ -24,8 +31,8 @@ def deviation(models: tuple[Tensor, Tensor], seed: int = 1) -> float:
     """Standard errors by which the measured acceptance lies above 1 − TVD."""
     log_q, log_p = models
     expected = 1 - (log_q.exp() - log_p.exp()).abs().sum(1).mean().item() / 2
-    sums = drawn_sums(log_q, log_p, torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(seed)))
-    found = speculation(expected, sums, POSITIONS, 0.1)
+    sums = acceptance_sums(log_q, log_p, torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(seed)))
+    found = estimate_speculation(expected, sums, POSITIONS, 0.1)
     assert 0 < found.acceptance_standard_error < 0.005
     assert 0.5 < expected < 0.9, "the example decides nothing"
     return (found.acceptance_measured - expected) / found.acceptance_standard_error
@@ -47,7 +54,7 @@ def test_the_measured_acceptance_is_one_minus_tvd(models, seed) -> None:
     ids=["always", "capped", "turned", "undivided"],
 )
 def test_a_wrong_rule_would_be_noticed(models, monkeypatch, rule) -> None:
-    monkeypatch.setattr(acceptance, "is_kept", rule)
+    monkeypatch.setattr(acceptance, "is_accepted", rule)
     assert abs(deviation(models)) > 8
 
 
@@ -60,7 +67,7 @@ def test_the_number_that_draws_does_not_also_decide() -> None:
     """One number for both would keep exactly the first token of these two, 0.5 instead of 0.5 + 0.1."""
     log_q, log_p = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     uniforms = torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(0))
-    sums = drawn_sums(log_q.expand(POSITIONS, 2), log_p.expand(POSITIONS, 2), uniforms)
+    sums = acceptance_sums(log_q.expand(POSITIONS, 2), log_p.expand(POSITIONS, 2), uniforms)
     error = sums[DRAW_VARIANCE].item() ** 0.5
     assert abs(sums[ACCEPTED].item() - 0.6 * POSITIONS) < 4 * error < 0.02 * POSITIONS
 
@@ -68,8 +75,8 @@ def test_the_number_that_draws_does_not_also_decide() -> None:
 def test_drafts_are_drawn_as_often_as_the_student_says(monkeypatch) -> None:
     log_q = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().expand(20_000, 4)
     seen = []
-    monkeypatch.setattr(acceptance, "is_kept", lambda log_p, log_q, uniform: seen.append(log_q) or uniform < 1)
-    drawn_sums(log_q, log_q, torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(acceptance, "is_accepted", lambda log_p, log_q, uniform: seen.append(log_q) or uniform < 1)
+    acceptance_sums(log_q, log_q, torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0)))
     drawn = seen[0].exp()
     for probability in (0.5, 0.3, 0.2):
         share = drawn.isclose(torch.tensor(probability)).double().mean().item()
@@ -82,7 +89,7 @@ def test_what_is_kept_and_put_right_is_distributed_as_the_target_would_write() -
     q, p = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.5, 0.3])
     generator, draws = torch.Generator().manual_seed(0), 40_000
     drawn = q.expand(draws, 3).multinomial(1, generator=generator).squeeze(1)
-    kept = acceptance.is_kept(p.log()[drawn], q.log()[drawn], torch.rand(draws, generator=generator))
+    kept = acceptance.is_accepted(p.log()[drawn], q.log()[drawn], torch.rand(draws, generator=generator))
     rest = (p - q).clamp_min(0)
     other = rest.expand(draws, 3).multinomial(1, generator=generator).squeeze(1)
     written = torch.where(kept, drawn, other).bincount(minlength=3) / draws
@@ -90,7 +97,7 @@ def test_what_is_kept_and_put_right_is_distributed_as_the_target_would_write() -
 
 
 def test_a_student_that_is_its_teacher_has_every_draft_kept(models) -> None:
-    sums = drawn_sums(models[1], models[1], torch.rand(POSITIONS, 2))
+    sums = acceptance_sums(models[1], models[1], torch.rand(POSITIONS, 2))
     assert sums[ACCEPTED] == POSITIONS
     assert sums[DRAW_VARIANCE] < 0.1
 
@@ -114,7 +121,7 @@ def test_expected_tokens_are_those_of_a_simulated_decoding() -> None:
 
 @pytest.mark.parametrize(("kept", "ratio", "drafts"), [(0.6947, 0.2369, 2), (0.95, 0.01, 16), (0.2, 0.5, 1)])
 def test_the_best_number_of_drafts_is_no_worse_than_any_other(kept, ratio, drafts) -> None:
-    found = speculation(kept, {ACCEPTED: torch.tensor(1.0), DRAW_VARIANCE: torch.tensor(1.0)}, 2, ratio)
+    found = estimate_speculation(kept, {ACCEPTED: torch.tensor(1.0), DRAW_VARIANCE: torch.tensor(1.0)}, 2, ratio)
     assert found.drafts == drafts
     assert found.speedup == max(speedup(kept, count, ratio) for count in range(1, 17))
 

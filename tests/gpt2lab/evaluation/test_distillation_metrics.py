@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2lab import metric_names as names
-from gpt2lab.evaluation.distillation_metrics import added, chunk_sums, distillation_sums, figures, gap_closed
+from gpt2lab.evaluation.distillation_metrics import add_sums, chunk_sums, distillation_sums, figures, gap_closed
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.teacher_signal import token_classes, top_tokens
 
@@ -114,7 +114,7 @@ def test_sums_of_two_halves_are_those_of_the_whole() -> None:
         distillation_sums(hidden[part], weight, labels[part], DenseTeacher(teacher.hidden[part], teacher.weight))
         for part in (slice(0, 20), slice(20, None))
     ]
-    together = added(*halves)
+    together = add_sums(*halves)
     assert together.keys() == whole.keys()
     for name, value in whole.items():
         torch.testing.assert_close(together[name], value)

@@ -18,7 +18,16 @@ from torch.nn import functional
 import evaluate
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.data.windows import SlidingWindows
-from gpt2lab.evaluation.evaluation import BYTES, CALIBRATION, NATS, TOP1, TOP5, Score, paired_difference, score_of
+from gpt2lab.evaluation.evaluation import (
+    BYTES,
+    CALIBRATION,
+    NATS,
+    TOP1,
+    TOP5,
+    Score,
+    paired_difference,
+    score_from_sums,
+)
 from gpt2lab.evaluation.jackknife import TOKENS
 from gpt2lab.evaluation.paired_statistics import t_quantile
 from gpt2lab.evaluation.text_metrics import text_metrics
@@ -194,7 +203,7 @@ def scored(nats: tuple[float, ...], tokens: tuple[int, ...] = (), spelled: tuple
     none = torch.zeros(len(nats))
     counts = torch.tensor(tokens or [4] * len(nats))
     sums = {TOKENS: counts, TOP1: none, TOP5: none, CALIBRATION: torch.zeros(len(nats), 15)}
-    return score_of({**sums, BYTES: torch.tensor(spelled or [9] * len(nats)), NATS: torch.tensor(nats)})
+    return score_from_sums({**sums, BYTES: torch.tensor(spelled or [9] * len(nats)), NATS: torch.tensor(nats)})
 
 
 def test_documents_of_other_bytes_are_not_paired() -> None:
