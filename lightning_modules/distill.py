@@ -156,7 +156,7 @@ class Distill(LanguageModel):
     def teacher_signal(self, batch: Batch, side: str) -> TeacherSignal:
         """Return the teacher's distributions for a batch of this side of the split, train or val."""
         if self.alignment is not None:
-            return self.teacher.aligned_signal(self.alignment(batch).to(self.device), self.alignment.entries)
+            return self.teacher.aligned_signal(self.alignment(batch).to(self.device), self.alignment.vocab_size)
         return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids, batch.spans)
 
     def after_step(self) -> None:
@@ -193,7 +193,7 @@ class Distill(LanguageModel):
         found = figures(sums, targets) if self.alignment is None else uld_figures(sums, targets)
         self.teacher_loss = found[metric_names.DISTILL_TEACHER_LOSS]
         if self.student_text is not None:
-            self.student_text.choice.validated(found[metric_names.VAL_LOSS])
+            self.student_text.choice.update(found[metric_names.VAL_LOSS])
         if self.baseline_loss is not None:
             closed = gap_closed(self.baseline_loss, found[metric_names.VAL_LOSS], self.teacher_loss)
             if closed is None:
@@ -232,7 +232,7 @@ class Distill(LanguageModel):
         }
         entries = {whose: len(self.tokenizer) for whose in sizes}
         if self.alignment is not None:
-            entries["teacher"] = self.alignment.entries
+            entries["teacher"] = self.alignment.vocab_size
         if sizes["teacher"] < entries["teacher"]:
             raise InputError(
                 f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, the tokenizer of "

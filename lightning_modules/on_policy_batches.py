@@ -15,7 +15,7 @@ import torch.distributed
 
 from gpt2lab.data.batch import Batch
 from gpt2lab.data.data_order import micro_batch_rows
-from gpt2lab.distillation.generation_batches import Writer, Written, collate
+from gpt2lab.distillation.generation_batches import GeneratedSequence, TextGenerator, collate
 from gpt2lab.distillation.on_policy import BUFFER, DATA, ReplayBuffer, TextChoice
 from gpt2lab.settings import SequenceSettings
 from lightning_modules.language_model import LanguageModel
@@ -29,16 +29,18 @@ class StudentText:
         context: the most tokens of a sequence.
         steps: of the whole run.
         seed: of the run.
-        end_of_text, entries: of the tokenizer.
+        end_of_text, vocab_size: of the tokenizer.
     """
 
     def __init__(
-        self, settings: SequenceSettings, context: int, steps: int, seed: int, end_of_text: int, entries: int
+        self, settings: SequenceSettings, context: int, steps: int, seed: int, end_of_text: int, vocab_size: int
     ) -> None:
         self.keeps = settings.name == "distillm"
         self.choice = TextChoice(settings, steps, seed)
         self.buffer = ReplayBuffer(settings.capacity if self.keeps else 0, seed)
-        self.writer = Writer(context, settings.max_new_tokens, settings.gen_temperature, end_of_text, entries, seed)
+        self.generator = TextGenerator(
+            context, settings.max_new_tokens, settings.gen_temperature, end_of_text, vocab_size, seed
+        )
         self._left: deque[Batch] = deque()  # of this step, still to be trained on
 
     def replace_on_policy(self, batch: Batch, part: int, student: LanguageModel) -> Batch:
@@ -59,19 +61,19 @@ class StudentText:
     def _step(self, student: LanguageModel) -> list[Batch]:
         """Return this rank's micro-batches of the step; none where it trains on the data's text."""
         step = student.trainer.global_step
-        source = self.choice.of_step(step, self.buffer.is_full)
+        source = self.choice.source(step, self.buffer.is_full)
         if source == DATA:
             return []
         written = self._drawn(student.trainer, step) if source == BUFFER else self._written(student, step)
         own_targets = sum(len(one.text) for part in written for one in part)
         targets = int(student.over_ranks(torch.tensor(own_targets, device=student.device)))
-        return [replace(collate(part, targets, self.writer), on_policy=True) for part in written]
+        return [replace(collate(part, targets, self.generator), on_policy=True) for part in written]
 
-    def _written(self, student: LanguageModel, step: int) -> list[list[Written]]:
+    def _written(self, student: LanguageModel, step: int) -> list[list[GeneratedSequence]]:
         """Generate text for this rank's micro-batches; where it is kept for later steps, every rank keeps all of it."""
         trainer, model = student.trainer, student.present_model()
         batches = [trainer.datamodule.training_batch(part) for part in range(trainer.accumulate_grad_batches)]
-        written = [self.writer.write(model, batch, step) for batch in batches]
+        written = [self.generator.generate(model, batch, step) for batch in batches]
         if self.keeps:
             of_ranks: list[Any] = [written]
             if trainer.world_size > 1:
@@ -82,7 +84,7 @@ class StudentText:
                     self.buffer.add(part)
         return written
 
-    def _drawn(self, trainer: lightning.Trainer, step: int) -> list[list[Written]]:
+    def _drawn(self, trainer: lightning.Trainer, step: int) -> list[list[GeneratedSequence]]:
         """Return this rank's share of as many sequences of the buffer as a step has."""
         drawn = self.buffer.sample(trainer.datamodule.batch_sequences, step)
         parts, world = trainer.accumulate_grad_batches, trainer.world_size

@@ -1,13 +1,14 @@
-"""Student initialisation: a student's first weights cut out of its teacher's — evenly spaced layers, made narrower.
+"""Student initialization: initial weights of a student by layer and width pruning of its teacher.
 
-    teacher + calibration text → importance of channels, heads, neurons → which of them are kept → student
+    teacher + calibration text → importance of channels, heads, neurons → kept parts → student
 
-A student of the teacher's width copies whole layers and needs no text. A narrower one keeps what answers most strongly
-to the text, as Minitron does (Muralidharan et al. 2024, arXiv 2407.14679): hidden channels by their mean absolute
-activation after the layer norms, summed over all of them because the residual stream is shared; in each layer heads by
-the mean L2 norm of their output and MLP neurons by their mean absolute activation.
+The student keeps evenly spaced layers. With the teacher's width it copies whole layers and needs no text. A narrower
+student keeps the parts with the largest activations on the calibration text, as in Minitron (Muralidharan et al. 2024,
+arXiv 2407.14679). Hidden channels are ranked by their mean absolute activation after the layer norms, summed over all
+layer norms since the residual stream is shared. In each layer, heads are ranked by the mean L2 norm of their output and
+MLP neurons by their mean absolute activation.
 
-Shapes: B sequences, T positions, D hidden width, H heads, F = 4 · D neurons; Ds, Hs, Fs are the student's.
+Shapes: B sequences, T positions, D hidden width, H heads, F = 4 · D neurons; Ds, Hs, Fs are those of the student.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,14 +28,13 @@ CALIBRATION_SAMPLES = 32  # windows or pairs
 
 @dataclass(frozen=True)
 class Importance:
-    """How strongly the parts of a teacher answer, fp64 on the CPU.
+    """Importance of a teacher's parts: their mean activation, fp64 on the CPU.
 
     Attributes:
         channels: (D,).
-        heads: (H,) for each layer.
-        neurons: (F,) for each layer.
-        norms: for each layer norm by its name (2, D): mean and mean square of what it has normalised, before gain and
-            bias.
+        heads: (H,) per layer.
+        neurons: (F,) per layer.
+        norms: (2, D) per layer norm, by name: mean and mean square of its normalised input, before gain and bias.
     """
 
     channels: Tensor
@@ -45,13 +45,13 @@ class Importance:
 
 @dataclass(frozen=True)
 class Kept:
-    """Which parts of the teacher the student takes over, in ascending order, int64 on the CPU.
+    """Indices of the teacher's parts that the student keeps, in ascending order, int64 on the CPU.
 
     Attributes:
-        layers: for each of the student's layers the number of the teacher's.
+        layers: index of the teacher's layer, per student layer.
         channels: (Ds,).
-        heads: (Hs,) for each of the student's layers.
-        neurons: (Fs,) for each of the student's layers.
+        heads: (Hs,) per student layer.
+        neurons: (Fs,) per student layer.
     """
 
     layers: list[int]
@@ -61,28 +61,28 @@ class Kept:
 
 
 def student_from_teacher(teacher: Backbone, shape: ModelShape, batches: Iterable[Batch]) -> Backbone:
-    """The student with its first weights, on the CPU.
+    """Return a student initialized from its teacher, on the CPU.
 
     Args:
         teacher: in evaluation mode, on any device.
-        shape: the student's.
-        batches: calibration text; on several ranks the same on each. Read only where the student is narrower.
+        shape: shape of the student.
+        batches: calibration text, the same on all ranks; read only if the student is narrower.
 
     Raises:
-        InputError: the student cannot be cut out of this teacher.
+        InputError: the student cannot be initialized from this teacher.
     """
     check_fits(teacher.shape, shape)
     if shape.n_embd == teacher.shape.n_embd:
-        return cut_out(teacher, shape, keep_width(teacher.shape, shape))
+        return prune(teacher, shape, keep_width(teacher.shape, shape))
     importance = measure_importance(teacher, batches)
     kept = keep_strongest(teacher.shape, shape, importance)
-    student = cut_out(teacher, shape, kept)
-    _keep_norms_in_place(student, kept, importance.norms)
+    student = prune(teacher, shape, kept)
+    _correct_layer_norms(student, kept, importance.norms)
     return student
 
 
 def keep_width(teacher: ModelShape, shape: ModelShape) -> Kept:
-    """Whole layers."""
+    """Return the indices of evenly spaced whole layers."""
     layers = kept_layers(teacher.n_layer, shape.n_layer)
     channels, heads, neurons = (
         torch.arange(count, device="cpu") for count in (teacher.n_embd, teacher.n_head, 4 * teacher.n_embd)
@@ -91,7 +91,7 @@ def keep_width(teacher: ModelShape, shape: ModelShape) -> Kept:
 
 
 def keep_strongest(teacher: ModelShape, shape: ModelShape, importance: Importance) -> Kept:
-    """The most important channels, and in each kept layer heads and neurons; of equals the first."""
+    """Return the most important channels, and heads and neurons of each kept layer; ties keep the first."""
 
     def strongest(values: Tensor, count: int) -> Tensor:
         return values.argsort(descending=True, stable=True)[:count].sort().values
@@ -107,19 +107,19 @@ def keep_strongest(teacher: ModelShape, shape: ModelShape, importance: Importanc
 
 @torch.no_grad()
 def measure_importance(teacher: Backbone, batches: Iterable[Batch]) -> Importance:
-    """Run the teacher over the text; padding is left out."""
+    """Measure importance on the text, without padding."""
     sums: dict[str, Tensor] = {}
-    real = torch.empty(0)  # (B, T) bool: which positions of the present batch are text
+    real = torch.empty(0)  # (B, T) bool: positions of the current batch that are not padding
 
     def add(name: str, values: Tensor) -> None:  # (B, T, …)
         total = values[real].sum(0).cpu().double()
         sums[name] = sums[name] + total if name in sums else total
 
-    handles = _listen(teacher, add)
+    handles = _register_hooks(teacher, add)
     device, tokens = teacher.lm.transformer.wte.weight.device, 0
     try:
         for batch in batches:
-            # Padding stands on the right of the last target.
+            # Positions after the last target are padding.
             real = (batch.labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1).bool().to(device)
             teacher(batch.input_ids.to(device), lambda hidden, weight: None, batch.spans_on(device))
             tokens += int(real.sum())
@@ -136,8 +136,8 @@ def measure_importance(teacher: Backbone, batches: Iterable[Batch]) -> Importanc
     )
 
 
-def _listen(teacher: Backbone, add: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
-    """Have every layer norm, attention and MLP hand `add` how strongly it answers."""
+def _register_hooks(teacher: Backbone, add: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
+    """Register hooks that pass the activations of layer norms, attention heads and MLP neurons to `add`."""
     modules = dict(teacher.lm.named_modules())
 
     def norm_hook(name: str) -> Callable[..., None]:
@@ -173,40 +173,42 @@ def _listen(teacher: Backbone, add: Callable[[str, Tensor], None]) -> list[Remov
     return handles
 
 
-def cut_out(teacher: Backbone, shape: ModelShape, kept: Kept) -> Backbone:
-    """A model of the kept parts with the teacher's own weights. Its vocabulary and its positions are the first ones."""
+def prune(teacher: Backbone, shape: ModelShape, kept: Kept) -> Backbone:
+    """Return a model of the kept parts with the teacher's weights, and its first tokens and positions."""
     source = teacher.lm.state_dict()
     state: dict[str, Tensor] = {}
 
-    def take(name: str, origin: str, *places: Tensor) -> None:
+    def copy(name: str, origin: str, *indices: Tensor) -> None:
         tensor = source[origin].detach().cpu()
-        for dimension, kept_there in enumerate(places):
-            tensor = tensor.index_select(dimension, kept_there)
+        for dimension, index in enumerate(indices):
+            tensor = tensor.index_select(dimension, index)
         state[name] = tensor
 
     channels = kept.channels
     for name, rows in (("wte", shape.vocab_size), ("wpe", shape.n_positions)):
-        take(f"transformer.{name}.weight", f"transformer.{name}.weight", torch.arange(rows, device="cpu"), channels)
+        copy(f"transformer.{name}.weight", f"transformer.{name}.weight", torch.arange(rows, device="cpu"), channels)
     state["lm_head.weight"] = state["transformer.wte.weight"]
     for name in ("transformer.ln_f.weight", "transformer.ln_f.bias"):
-        take(name, name, channels)
+        copy(name, name, channels)
     for layer, original in enumerate(kept.layers):
-        for module, places in _places(teacher.shape, channels, kept.heads[layer], kept.neurons[layer]).items():
+        for module, indices in _kept_indices(teacher.shape, channels, kept.heads[layer], kept.neurons[layer]).items():
             to, origin = f"transformer.h.{layer}.{module}", f"transformer.h.{original}.{module}"
-            take(f"{to}.weight", f"{origin}.weight", *places)
-            take(f"{to}.bias", f"{origin}.bias", places[0])
+            copy(f"{to}.weight", f"{origin}.weight", *indices)
+            copy(f"{to}.bias", f"{origin}.bias", indices[0])
     return backbone_from_state(state, shape)
 
 
-def _places(teacher: ModelShape, channels: Tensor, heads: Tensor, neurons: Tensor) -> dict[str, tuple[Tensor, ...]]:
-    """For each module of a block the kept rows (outputs) and, of a matrix, columns (inputs) of its weight."""
+def _kept_indices(
+    teacher: ModelShape, channels: Tensor, heads: Tensor, neurons: Tensor
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return the kept rows (outputs) and columns (inputs) of each module's weight in a block."""
     width = teacher.n_embd // teacher.n_head
-    of_heads = (heads[:, None] * width + torch.arange(width, device="cpu")).flatten()  # (Ds,) channels of kept heads
-    query_key_value = torch.cat([of_heads + part * teacher.n_embd for part in range(3)])  # (3 · Ds,)
+    head_channels = (heads[:, None] * width + torch.arange(width, device="cpu")).flatten()  # (Ds,)
+    query_key_value = torch.cat([head_channels + part * teacher.n_embd for part in range(3)])  # (3 · Ds,)
     return {
         "ln_1": (channels,),
         "attn.c_attn": (query_key_value, channels),
-        "attn.c_proj": (channels, of_heads),
+        "attn.c_proj": (channels, head_channels),
         "ln_2": (channels,),
         "mlp.c_fc": (neurons, channels),
         "mlp.c_proj": (channels, neurons),
@@ -214,17 +216,18 @@ def _places(teacher: ModelShape, channels: Tensor, heads: Tensor, neurons: Tenso
 
 
 @torch.no_grad()
-def _keep_norms_in_place(student: Backbone, kept: Kept, norms: dict[str, Tensor]) -> None:
-    """Let each layer norm's gain and bias make up for the mean and the variance that left with the dropped channels.
+def _correct_layer_norms(student: Backbone, kept: Kept, norms: dict[str, Tensor]) -> None:
+    """Restore the mean and variance of the kept channels by each layer norm's gain and bias.
 
-    Over the kept channels alone the norm gives mean 0 and variance 1; here they get back what they had among all, on
-    average over the text. Without it, dropping one loud channel, of which GPT-2 has a few, would blow up all others.
+    A layer norm over the kept channels alone gives them mean 0 and variance 1. The correction restores their mean and
+    variance among all channels, averaged over the text. GPT-2 has a few channels of very large activations; without the
+    correction, dropping one of them would scale up all others.
     """
     for name, module in student.lm.named_modules():
         if isinstance(module, nn.LayerNorm):
-            place = name.split(".")  # transformer.h.0.ln_1 or transformer.ln_f
-            if place[1] == "h":
-                place[2] = str(kept.layers[int(place[2])])
-            mean, square = norms[".".join(place)][:, kept.channels].mean(1).tolist()
+            path = name.split(".")  # transformer.h.0.ln_1 or transformer.ln_f
+            if path[1] == "h":
+                path[2] = str(kept.layers[int(path[2])])
+            mean, square = norms[".".join(path)][:, kept.channels].mean(1).tolist()
             module.bias.add_(module.weight * mean)
             module.weight.mul_((square - mean**2) ** 0.5)

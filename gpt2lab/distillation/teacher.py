@@ -1,4 +1,4 @@
-"""Teacher: a frozen model as a signal for the LM-head loss."""
+"""Online teacher: a frozen model that returns teacher signals for the LM-head loss."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from gpt2lab.model.backbone import Backbone, load_backbone
 
 
 class OnlineTeacher:
-    """A loaded teacher. Not an nn.Module, so no optimizer, checkpoint or wrapper of the student ever takes it up.
+    """Frozen teacher. It is no nn.Module, so the student's optimizer, checkpoints and wrappers do not include it.
 
     Args:
         source: run directory, Hugging Face folder or Hub id.
-        dtype: what its weights are kept in.
+        dtype: dtype of the weights.
     """
 
     def __init__(self, source: str, dtype: torch.dtype = torch.float32) -> None:
@@ -23,31 +23,31 @@ class OnlineTeacher:
         self.backbone: Backbone = load_backbone(source, dtype=dtype).eval().requires_grad_(False)
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Split its blocks over the ranks of a mesh and move them to their device; the embeddings, which are its head
-        as well, stay whole on every rank. From then on all ranks must ask it together.
+        """Shard the blocks over the ranks of a mesh and move them to their device.
 
-        The backbone, which `signal` calls, is the root: under it one block is gathered while another works.
+        The embeddings, which are also the head, stay unsharded. All ranks must then call `signal` together. The root
+        module is the backbone, which `signal` calls: it prefetches the next block while one is computed.
         """
         transformer = self.backbone.lm.transformer
         for block in self.backbone.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        whole = {*transformer.wte.parameters(), *transformer.wpe.parameters(), *transformer.ln_f.parameters()}
-        fully_shard(self.backbone, mesh=mesh, ignored_params=whole)
+        unsharded = {*transformer.wte.parameters(), *transformer.wpe.parameters(), *transformer.ln_f.parameters()}
+        fully_shard(self.backbone, mesh=mesh, ignored_params=unsharded)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the weights; in bf16 on a CPU the head is laid out as the LM-head loss multiplies by it."""
+        """Move the weights; in bf16 on a CPU the head is stored transposed, as the LM-head loss reads it."""
         self.backbone.to(device=device, dtype=dtype)
         if device.type == "cpu" and dtype.itemsize == 2:
             weight = self.backbone.lm.transformer.wte.weight
-            weight.data = weight.data.T.contiguous().T  # rows are looked up a little slower, and copied no more
+            weight.data = weight.data.T.contiguous().T  # spares a copy per step; embedding lookups are slightly slower
 
     @torch.no_grad()
     def signal(self, input_ids: Tensor, spans: Tensor | None = None) -> DenseTeacher:
-        """(B, T), and what each position sees (B, T, 2) → hidden states (B·T, Dt) and head weight (V, Dt)."""
+        """Return the signal for input_ids (B, T) and attention spans (B, T, 2): B·T positions."""
         self.backbone.eval()
         return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
 
-    def aligned_signal(self, text: AlignedText, entries: int) -> AlignedTeacher:
-        """What it says of a text in its own tokens; of a padded head the first `entries` count."""
-        said = self.signal(text.input_ids)
-        return AlignedTeacher(said.hidden, said.weight[:entries], text.teacher_positions, text)
+    def aligned_signal(self, text: AlignedText, vocab_size: int) -> AlignedTeacher:
+        """Return the signal for text in the teacher's own tokens; a padded head is truncated to `vocab_size`."""
+        dense = self.signal(text.input_ids)
+        return AlignedTeacher(dense.hidden, dense.weight[:vocab_size], text.teacher_positions, text)

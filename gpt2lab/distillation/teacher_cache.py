@@ -1,14 +1,13 @@
-"""Teacher cache: a teacher's next-token distributions on disk, written once and read by every student of it.
+"""Teacher cache: a teacher's next-token distributions on disk, written once and read by all of its students.
 
-    train.bin, val.bin      one record for each target of each sample, in the order of the samples; of text that is
-                            still to be written each sample has a place for as many as it can get
-    train.index, val.index  int64 (S + 1,): the first record of each of the S samples
-    train.nats, val.nats    float32 (S,): the teacher's own loss summed over a sample's targets; NaN: not written yet
-    key.json                what the records depend on; its hash is in the folder's name
+    train.bin, val.bin      one record per target, in the order of the samples; samples whose text is not generated yet
+                            reserve their maximum number of records
+    train.index, val.index  int64 (S + 1,): first record of each of the S samples
+    train.nats, val.nats    float32 (S,): the teacher's loss summed over a sample's targets; NaN: not written yet
+    key.json                everything that the records depend on; its hash is in the folder's name
 
-A sample's records are on the disk before its nats are, so whatever kills a writer, the next one goes on where it
-stopped and no reader takes half a sample for a whole one. The files have their full size from the start and are read
-through a memory map; what is never needed takes no room on most file systems.
+A sample's nats are written after its records are on the disk. So a killed writer can be resumed, and an incomplete
+sample is never read. The files are sparse, have their full size from the start, and are read through a memory map.
 """
 
 import os
@@ -37,12 +36,12 @@ from gpt2lab.system.device import widest_float
 
 LOGITS_AT_A_TIME = 2**24
 SAMPLES_OF_A_COMMIT = 256
-VALIDATION_ENTRIES = 64
-SMALLEST_STORED = -6e4  # logarithm of a probability: what float16 can hold
+VALIDATION_TOKENS = 64
+SMALLEST_STORED = -6e4  # log-probability; within the range of float16
 
 
 class Samples(Protocol):
-    """One side of the split, as the data modules give it."""
+    """Samples of one side of the split, train or val, as data modules provide them."""
 
     def __len__(self) -> int: ...
 
@@ -52,9 +51,9 @@ class Samples(Protocol):
 
 
 def record_type(settings: TeacherCacheSettings, vocab_size: int) -> np.dtype:
-    """One record. Below 65,537 vocabulary entries it takes 2 n + 2 bytes, or in float16 4 k + 4.
+    """Return the dtype of a record: 2 n + 2 bytes, or 4 k + 4 in float16, for a vocabulary size up to 65,536.
 
-    Probabilities are stored as logarithms: float16 has no number between 0 and 6e-8.
+    Log-probabilities are stored, since float16 has no value between 0 and 6e-8.
     """
     number = np.dtype(settings.dtype).newbyteorder("<")
     if settings.name == "sampled":
@@ -64,13 +63,13 @@ def record_type(settings: TeacherCacheSettings, vocab_size: int) -> np.dtype:
 
 
 class CacheSide:
-    """The records of one side of the split.
+    """Records of one side of the split.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         side: train or val.
-        settings: which records; with `tail` off a top-k record is read as if its entries were all there are.
-        vocab_size: entries of the softmax.
+        settings: kind of record; with `tail` off, the top-k probabilities are normalised when read.
+        vocab_size: vocabulary size of the softmax.
     """
 
     def __init__(self, folder: Path, side: str, settings: TeacherCacheSettings, vocab_size: int) -> None:
@@ -80,13 +79,17 @@ class CacheSide:
         self._record = record_type(settings, vocab_size)
         self._files = {part: folder / f"{side}.{part}" for part in ("bin", "index", "nats")}
 
-    def create(self, samples: Samples, room: int | None = None) -> None:
-        """Make the files, empty, unless they are there with the sizes they should have.
+    def create(self, samples: Samples, max_targets: int | None = None) -> None:
+        """Create empty files unless they exist with the expected sizes.
 
         Args:
-            room: records for which each sample has a place, where its targets are not all known yet; None: they are.
+            max_targets: records to reserve per sample, for text that is not generated yet; None: the text is known.
         """
-        counts = samples.target_counts(np.arange(len(samples))) if room is None else np.full(len(samples), room)
+        counts = (
+            samples.target_counts(np.arange(len(samples)))
+            if max_targets is None
+            else np.full(len(samples), max_targets)
+        )
         index = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
         sizes = {"bin": int(index[-1]) * self._record.itemsize, "index": index.nbytes, "nats": 4 * len(samples)}
         if all(file.is_file() and file.stat().st_size == sizes[part] for part, file in self._files.items()):
@@ -100,25 +103,25 @@ class CacheSide:
             flush(file)
 
     def missing(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the samples `rows` that are not written yet, in ascending order."""
+        """Return the samples among `rows` that are not written yet, in ascending order."""
         return np.unique(rows[np.isnan(self._map("nats", "<f4")[rows])])
 
     def nats(self, rows: NDArray[np.int64]) -> float:
-        """The teacher's loss summed over the targets of the samples `rows`."""
+        """Return the teacher's loss summed over the targets of the samples `rows`."""
         return float(self._map("nats", "<f4")[rows].sum(dtype=np.float64))
 
     def write(self, batches: Iterable[Batch], signal: Callable[[Batch], DenseTeacher], temperature: float) -> None:
-        """Let the teacher read the batches and write what it says."""
+        """Run the teacher on the batches and write its records."""
         index = self._map("index", "<i8")
         with self._files["bin"].open("r+b") as records, self._files["nats"].open("r+b") as nats:
-            pending: list[tuple[int, float]] = []  # samples whose records may not be on the disk yet, and their nats
+            pending: list[tuple[int, float]] = []  # samples with unsynced records, and their nats
             for batch in batches:
                 samples, counts = batch.indices.numpy(), _targets_of_rows(batch)
                 numbers = record_numbers(index, samples, counts)
                 found, losses = self._records(signal(batch), batch, numbers, temperature)
                 ends = np.cumsum(counts)[:-1]
                 for sample, part, loss in zip(samples, np.split(found, ends), np.split(losses, ends), strict=True):
-                    # A full disk raises here, where writing to a memory map would kill the process.
+                    # On a full disk this raises; writing to a memory map would kill the process.
                     records.seek(int(index[sample]) * self._record.itemsize)
                     records.write(part.tobytes())
                     pending.append((int(sample), float(loss.sum(dtype=np.float64))))
@@ -149,15 +152,13 @@ class CacheSide:
     def _records(
         self, teacher: DenseTeacher, batch: Batch, numbers: NDArray[np.int64], temperature: float
     ) -> tuple[np.ndarray, NDArray[np.float32]]:
-        """Records (targets,) of a batch and the teacher's losses (targets,) in nats, a few rows of logits at a time."""
+        """Return a batch's records (targets,) and teacher losses (targets,) in nats, computed in chunks of logits."""
         labels = batch.labels.flatten()
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (targets,)
         records, losses = np.empty(len(numbers), self._record), np.empty(len(numbers), np.float32)
         head, device = teacher.weight[: self.vocab_size], teacher.weight.device  # (V, Dt)
-        hidden, labels = (
-            teacher.at_targets(kept.to(device)).hidden,
-            labels[kept].to(device),
-        )  # (targets, Dt), (targets,)
+        hidden = teacher.at_targets(kept.to(device)).hidden  # (targets, Dt)
+        labels = labels[kept].to(device)  # (targets,)
         for part, logits in logit_chunks(hidden, head, most=LOGITS_AT_A_TIME):
             log_p = logits.float().log_softmax(1)  # (C, V)
             losses[part] = -log_p.gather(1, labels[part].unsqueeze(1)).squeeze(1).cpu().numpy()
@@ -165,7 +166,9 @@ class CacheSide:
                 log_p = (logits.float() / temperature).log_softmax(1)
             if self.settings.name == "sampled":
                 p = log_p.exp_()
-                records["ids"][part] = draws(p, self.settings.n, numbers[part], self.settings.draw_seed).cpu()
+                records["ids"][part] = systematic_sample(
+                    p, self.settings.n, numbers[part], self.settings.draw_seed
+                ).cpu()
                 records["entropy"][part] = torch.special.entr(p).sum(1).cpu()
             else:
                 top, ids = log_p.topk(self.settings.k)  # (C, K)
@@ -175,12 +178,12 @@ class CacheSide:
 
 
 def _targets_of_rows(batch: Batch) -> NDArray[np.int64]:
-    """(B,)"""
+    """Return the number of targets (B,) of each row."""
     return (batch.labels != IGNORE_INDEX).sum(1).cpu().numpy()
 
 
 def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]]) -> None:
-    """Mark samples as written, once their records are on the disk."""
+    """Sync the records to disk, then write the nats, which mark samples as complete."""
     records.flush()
     os.fsync(records.fileno())
     for sample, value in pending:
@@ -191,13 +194,13 @@ def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]])
 
 
 def cache_sides(folder: Path, settings: TeacherCacheSettings, vocab_size: int) -> dict[str, CacheSide]:
-    """Both sides of a cache, under train and val.
+    """Return both sides of a cache, under train and val.
 
-    Validation compares whole distributions, which draws cannot give, so its records are top-k with their tail, of 64
-    entries or more. It compares them at temperature 1, whatever the loss's is; see `temperature_of`.
+    Validation records are top-k with the tail and k ≥ 64, since samples do not give the distillation metrics. Their
+    temperature is 1, see `temperature_of`.
     """
     k = settings.k if settings.name == "topk" else 0
-    of_val = replace(settings, name="topk", k=min(max(k, VALIDATION_ENTRIES), vocab_size), tail=True)
+    of_val = replace(settings, name="topk", k=min(max(k, VALIDATION_TOKENS), vocab_size), tail=True)
     return {
         "train": CacheSide(folder, "train", settings, vocab_size),
         "val": CacheSide(folder, "val", of_val, vocab_size),
@@ -205,10 +208,10 @@ def cache_sides(folder: Path, settings: TeacherCacheSettings, vocab_size: int) -
 
 
 def check_stored(settings: TeacherCacheSettings, loss: LossSettings) -> None:
-    """Check that training records of this kind can serve the loss.
+    """Check that training records of this kind support the loss.
 
     Raises:
-        ValueError: the message names the losses that they serve.
+        ValueError, InputError: they do not; the message names an alternative.
     """
     if settings.name == "sampled":
         SampledTeacher.check(loss)
@@ -222,29 +225,29 @@ def check_stored(settings: TeacherCacheSettings, loss: LossSettings) -> None:
 
 
 def temperature_of(side: str, loss_temperature: float) -> float:
-    """At which a side's records are taken: training reads the loss's, validation tells the teacher as it is."""
+    """Return the temperature of a side's records: that of the loss for train, 1 for val."""
     return loss_temperature if side == "train" else 1.0
 
 
 def record_numbers(
     index: NDArray[np.int64], samples: NDArray[np.int64], counts: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Numbers of all records of the samples (B,), which have `counts` (B,) each, one sample after the other."""
+    """Return the record numbers of the samples (B,) with `counts` (B,) records each, concatenated."""
     firsts = index[samples].tolist()
     ranges = [np.arange(first, first + count) for first, count in zip(firsts, counts.tolist(), strict=True)]
     return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
-def draws(probabilities: Tensor, n: int, numbers: NDArray[np.int64], seed: int) -> Tensor:
-    """n draws from each row of (C, V), as entries (C, n) in ascending order.
+def systematic_sample(probabilities: Tensor, n: int, numbers: NDArray[np.int64], seed: int) -> Tensor:
+    """Sample n tokens (C, n), in ascending order, from each row of (C, V) by systematic sampling.
 
-    Systematic sampling: the n points that meet the cumulated probabilities are evenly spaced, and only their common
-    shift is random, a pure function of (seed, number of the record). An entry is expected n · p times, as with
-    independent draws, and the number of times it comes varies less: it is n · p rounded down or up.
+    n evenly spaced points are looked up in the cumulative probabilities. Only their common shift is random, a pure
+    function of (seed, record number). The expected count of a token is n · p, as with independent samples, but the
+    variance is smaller: the count is n · p rounded down or up.
     """
     device, dtype = probabilities.device, widest_float(probabilities.device)
     shift = torch.from_numpy(uniforms(numbers, seed)).to(device, dtype)  # (C,)
     points = (torch.arange(n, device=device) + shift.unsqueeze(1)) / n  # (C, n)
-    cumulated = probabilities.cumsum(1, dtype=dtype)
-    found = torch.searchsorted(cumulated, points * cumulated[:, -1:], right=True)
+    cumulative = probabilities.cumsum(1, dtype=dtype)
+    found = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
     return found.clamp_max(probabilities.shape[1] - 1)

@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
-from gpt2lab.distillation.generation_batches import Writer
+from gpt2lab.distillation.generation_batches import TextGenerator
 from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES
-from gpt2lab.distillation.teacher_generations import TeacherText
+from gpt2lab.distillation.teacher_generations import TeacherGenerations
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, content_hash, open_growing_folder
@@ -58,17 +58,17 @@ def replace_training_text(config: RunConfig, folder: Path, data: Any, facts: Dat
     return replace(facts, hash=content_hash([facts.hash, folder.name])[:16], train_tokens=targets)
 
 
-def _opened(config: RunConfig, folder: Path, data: Any, facts: DataFacts) -> TeacherText:
+def _opened(config: RunConfig, folder: Path, data: Any, facts: DataFacts) -> TeacherGenerations:
     tokenizer, sequences = load_tokenizer(facts.tokenizer_folder), config.sequences
-    writer = Writer(
+    generator = TextGenerator(
         context=config.context,
         max_new_tokens=sequences.max_new_tokens,
         temperature=sequences.gen_temperature,
         end_of_text=tokenizer.eos_token_id,
-        entries=len(tokenizer),
+        vocab_size=len(tokenizer),
         seed=sequences.draw_seed,
     )
-    return TeacherText(folder, data.train_samples, writer)
+    return TeacherGenerations(folder, data.train_samples, generator)
 
 
 def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:

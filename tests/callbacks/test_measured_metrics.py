@@ -38,7 +38,7 @@ def test_rows_hold_measured_values_and_survive_a_kill(distil: Distil, train_here
     distil(*MIXED, "run_dir=unbroken")
     rows = read_metrics(tmp_path / "unbroken")
     choice = TextChoice(SequenceSettings("gkd", lmbda=0.5), STEPS, seed=1)
-    on_data = [step for step in (2, 4, 6, 8, 10, 11) if choice.of_step(step - 1, buffer_is_full=False) == DATA]
+    on_data = [step for step in (2, 4, 6, 8, 10, 11) if choice.source(step - 1, buffer_is_full=False) == DATA]
     assert 0 < len(on_data) < 6
     assert [step for step, _ in series(rows, "train/loss")] == on_data
     assert [step for step, _ in series(rows, "train/objective")] == [2, 4, 6, 8, 10, 11]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
-from gpt2lab.distillation.generation_batches import Writer, Written, collate
+from gpt2lab.distillation.generation_batches import GeneratedSequence, TextGenerator, collate
 from gpt2lab.distillation.on_policy import BUFFER, DATA, STUDENT, ReplayBuffer, TextChoice
 from gpt2lab.generation.sampling import RowwiseSampling
 from gpt2lab.model.backbone import Backbone
@@ -23,7 +23,7 @@ from lightning_modules.distill import Distill
 from tests.conftest import Distil, Train
 
 ENTRIES, END = 50, 0
-WRITER = Writer(context=16, max_new_tokens=6, temperature=1.0, end_of_text=END, entries=ENTRIES, seed=3)
+WRITER = TextGenerator(context=16, max_new_tokens=6, temperature=1.0, end_of_text=END, vocab_size=ENTRIES, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +55,25 @@ def test_a_row_is_drawn_from_its_own_distribution() -> None:
 
 def test_what_is_written_does_not_depend_on_what_it_is_batched_with(model) -> None:
     batch = pairs()
-    together = WRITER.write(model, batch, step=4)
+    together = WRITER.generate(model, batch, step=4)
     for row, expected in enumerate(together):
         part = slice(row, row + 1)
         lengths = batch.prompt_lengths[part]
         alone = Batch(batch.input_ids[part], batch.labels[part], 0, batch.indices[part], lengths)
-        assert WRITER.write(model, alone, step=4) == [expected]
-    assert WRITER.write(model, batch, step=5) != together
+        assert WRITER.generate(model, alone, step=4) == [expected]
+    assert WRITER.generate(model, batch, step=5) != together
 
 
 def test_only_entries_that_mean_a_token_are_written(model) -> None:
-    generous = Writer(16, 6, 20.0, END, ENTRIES, seed=1)
-    texts = [one.text for step in range(20) for one in generous.write(model, pairs(), step)]
+    generous = TextGenerator(16, 6, 20.0, END, ENTRIES, seed=1)
+    texts = [one.text for step in range(20) for one in generous.generate(model, pairs(), step)]
     assert max(max(text) for text in texts) < ENTRIES
-    everything = Writer(16, 6, 20.0, END, ENTRIES + 10, seed=1)
-    assert any(max(one.text) >= ENTRIES for step in range(20) for one in everything.write(model, pairs(), step))
+    everything = TextGenerator(16, 6, 20.0, END, ENTRIES + 10, seed=1)
+    assert any(max(one.text) >= ENTRIES for step in range(20) for one in everything.generate(model, pairs(), step))
 
 
 def test_targets_are_the_text_after_the_prompt_and_its_end(model) -> None:
-    written = [Written(4, [5, 6, 7], [8, END]), Written(9, [1], [2, 3, 4, 5, 6, 7])]
+    written = [GeneratedSequence(4, [5, 6, 7], [8, END]), GeneratedSequence(9, [1], [2, 3, 4, 5, 6, 7])]
     batch = collate(written, 8, WRITER)
     assert batch.indices.tolist() == [4, 9]
     assert batch.input_ids[0, :4].tolist() == [5, 6, 7, 8]
@@ -97,7 +97,7 @@ def test_a_prompt_keeps_its_end_and_a_window_its_beginning() -> None:
 @pytest.mark.parametrize(("lmbda", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
 def test_gkd_takes_the_students_text_in_the_share_asked_for(lmbda: float, share: float) -> None:
     choice = TextChoice(SequenceSettings("gkd", lmbda=lmbda), steps=4000, seed=1)
-    sources = [choice.of_step(step, buffer_is_full=True) for step in range(4000)]
+    sources = [choice.source(step, buffer_is_full=True) for step in range(4000)]
     assert set(sources) <= {DATA, STUDENT}
     assert sources.count(STUDENT) / 4000 == pytest.approx(share, abs=0.025)
 
@@ -106,28 +106,28 @@ def test_distillm_writes_more_the_worse_validation_gets_and_less_towards_the_end
     choice = TextChoice(SequenceSettings("distillm", threshold_step=0.25, tolerance=0.1), steps=4000, seed=1)
 
     def shares(steps: range) -> dict[str, float]:
-        sources = [choice.of_step(step, buffer_is_full=True) for step in steps]
+        sources = [choice.source(step, buffer_is_full=True) for step in steps]
         return {source: sources.count(source) / len(sources) for source in (DATA, STUDENT, BUFFER)}
 
-    choice.validated(3.0)
-    choice.validated(3.05)  # not by the tolerance
+    choice.update(3.0)
+    choice.update(3.05)  # not by the tolerance
     assert shares(range(4000))[DATA] == 1
-    choice.validated(3.1)
+    choice.update(3.1)
     assert choice.threshold == 0.25
-    choice.validated(3.15)  # compared with 3.1, where it grew, not with the best
+    choice.update(3.15)  # compared with 3.1, where it grew, not with the best
     assert choice.threshold == 0.25
-    choice.validated(3.3)
+    choice.update(3.3)
     early, late = shares(range(1000)), shares(range(3000, 4000))
     assert early[STUDENT] + early[BUFFER] == pytest.approx(0.5, abs=0.05)
     assert early[STUDENT] == pytest.approx(0.5 * 0.875, abs=0.05)
     assert late[STUDENT] == pytest.approx(0.5 * 0.125, abs=0.05)
-    sources = {choice.of_step(step, buffer_is_full=False) for step in range(4000)}
+    sources = {choice.source(step, buffer_is_full=False) for step in range(4000)}
     assert sources == {DATA, STUDENT}  # a buffer is filled before it is drawn from
 
 
 def test_the_buffer_forgets_the_oldest_and_draws_different_ones() -> None:
     buffer = ReplayBuffer(5, seed=1)
-    buffer.add([Written(number, [number], [number]) for number in range(8)])
+    buffer.add([GeneratedSequence(number, [number], [number]) for number in range(8)])
     assert buffer.is_full
     draws = [[one.sample for one in buffer.sample(3, step)] for step in range(50)]
     assert all(len(set(drawn)) == 3 for drawn in draws)
@@ -181,14 +181,14 @@ def test_after_the_prompts_of_pairs_text_is_written_too(keys: tuple[str, ...], d
 
 def test_writing_and_loss_have_temperatures_of_their_own(distil: Distil, tmp_path: Path, monkeypatch) -> None:
     texts: list[list[int]] = []
-    original = Writer.write
+    original = TextGenerator.generate
 
-    def listening(writer: Writer, *arguments: object) -> list[Written]:
+    def listening(writer: TextGenerator, *arguments: object) -> list[GeneratedSequence]:
         written = original(writer, *arguments)
         texts[-1] += [token for one in written for token in one.text]
         return written
 
-    monkeypatch.setattr(Writer, "write", listening)
+    monkeypatch.setattr(TextGenerator, "generate", listening)
     runs = {"plain": (), "loss": ("loss.temperature=2",), "writing": ("sequences.gen_temperature=0.5",)}
     for run, keys in runs.items():
         texts.append([])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.data_order import uniforms
-from gpt2lab.distillation.teacher_cache import CacheSide, cache_sides, draws, record_type
+from gpt2lab.distillation.teacher_cache import CacheSide, cache_sides, record_type, systematic_sample
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.losses.sampled_teacher import SampledTeacher
@@ -118,7 +118,7 @@ def test_draws_have_no_bias_and_take_at_most_36_bytes_a_token() -> None:
     rows, n = 40_000, 12
     counts = torch.zeros_like(p)
     for row in range(5):
-        found = draws(p[row].expand(rows // 10, -1), n, np.arange(rows // 10) + row * rows, seed=3)
+        found = systematic_sample(p[row].expand(rows // 10, -1), n, np.arange(rows // 10) + row * rows, seed=3)
         counts[row] = found.flatten().bincount(minlength=200) / found.numel()
     error = (counts - p).abs() / (p / (n * rows / 10)).sqrt()  # in standard errors of independent draws
     assert error.max() < 5
@@ -129,7 +129,7 @@ def test_draws_have_no_bias_and_take_at_most_36_bytes_a_token() -> None:
 def test_an_entry_is_drawn_as_often_as_it_should_be_rounded() -> None:
     p = torch.tensor([[0.75, 0.2, 0.05]])
     for number in range(50):
-        found = draws(p, 12, np.array([number]), seed=0)
+        found = systematic_sample(p, 12, np.array([number]), seed=0)
         assert (found == 0).sum() == 9
         assert 2 <= (found == 1).sum() <= 3
 
