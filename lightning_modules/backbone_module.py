@@ -103,7 +103,7 @@ class BackboneModule(lightning.LightningModule):
         return self._plain_hf() if self.is_sharded else self.backbone.lm
 
     def export_model(self) -> GPT2LMHeadModel:
-        """The model as `transformers` knows it, on the CPU in fp32: averaged weights where they are kept, LoRA merged.
+        """Return the model as a `transformers` class, on the CPU in fp32: averaged weights if kept, LoRA merged.
 
         Under FSDP every rank must call it.
         """

@@ -75,8 +75,8 @@ class Distill(LanguageModel):
         self.teacher_source = teacher
         self._teacher: OnlineTeacher | None = None  # stays None where its distributions are cached
         self.preflight = preflight
-        entries = len(self.tokenizer)
-        self.cache = cache_sides(Path(cache), cached, entries) if cache and cached else {}
+        vocab_size = len(self.tokenizer)
+        self.cache = cache_sides(Path(cache), cached, vocab_size) if cache and cached else {}
         self.mixing = AdaptiveMixing(loss, self.settings.steps)
         self.baseline_loss = baseline_loss
         self.teacher_loss: float | None = None
@@ -85,7 +85,7 @@ class Distill(LanguageModel):
         self.student_text: StudentText | None = None
         if sequences is not None and sequences.on_policy:
             end_of_text, steps, seed = self.tokenizer.eos_token_id, self.settings.steps, self.settings.seed
-            self.student_text = StudentText(sequences, context, steps, seed, end_of_text, entries)
+            self.student_text = StudentText(sequences, context, steps, seed, end_of_text, vocab_size)
 
     def on_fit_start(self) -> None:
         if not self.cache:
@@ -225,32 +225,32 @@ class Distill(LanguageModel):
         return facts if self.baseline_loss is None else {**facts, "baseline": {"val_loss": self.baseline_loss}}
 
     def _check_teacher(self) -> None:
-        """Refuse or warn, as `preflight` says, before anything is trained."""
+        """Raise or warn, depending on `preflight`, before training starts."""
         sizes = {
             "teacher": read_shape(self._teacher_folder())["vocab_size"],
             "student": self.backbone.shape.vocab_size,
         }
-        entries = {whose: len(self.tokenizer) for whose in sizes}
+        tokens = {model: len(self.tokenizer) for model in sizes}
         if self.alignment is not None:
-            entries["teacher"] = self.alignment.vocab_size
-        if sizes["teacher"] < entries["teacher"]:
+            tokens["teacher"] = self.alignment.vocab_size
+        if sizes["teacher"] < tokens["teacher"]:
             raise InputError(
-                f"The teacher {self.teacher_source} has {sizes['teacher']} vocabulary entries, the tokenizer of "
-                f"{'this run' if self.alignment is None else 'its own'} {entries['teacher']}."
+                f"The teacher {self.teacher_source} has a vocabulary size of {sizes['teacher']}, the tokenizer of "
+                f"{'this run' if self.alignment is None else 'its own'} {tokens['teacher']}."
                 f"{'' if self.alignment else describe_difference(self._teacher_folder(), self.tokenizer)}\n"
                 "Both must use one tokenizer: leave tokenizer=auto, or train the teacher with the student's tokenizer."
             )
-        for whose, size in sizes.items():
-            if size > entries[whose]:
-                cut = size - entries[whose]
-                log.info("preflight: %d entries of the %s's vocabulary mean no token and are cut", cut, whose)
+        for model, size in sizes.items():
+            if size > tokens[model]:
+                padding = size - tokens[model]
+                log.info("preflight: the %s's head has %d rows of padding, which are truncated", model, padding)
         if self.preflight == "off":
             return
         preflight = self.preflight_checks()
         for problem in preflight.problems():
             self.teacher_loss = preflight.teacher_loss
             if problem and self.preflight == "refuse":
-                raise InputError(f"{problem}\nGive a better teacher, or go on all the same with preflight=warn.")
+                raise InputError(f"{problem}\nGive a better teacher, or continue with preflight=warn.")
             if problem:
                 log.warning("preflight: %s", problem)
 

@@ -97,14 +97,14 @@ class Preflight:
 
         A stored teacher's loss is computed from its records, so that wrong ones are noticed.
         """
-        labels, entries = batch.labels.flatten(), len(self.student.tokenizer)
+        labels, vocab_size = batch.labels.flatten(), len(self.student.tokenizer)
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         if teacher.only_targets and teacher.rows != len(kept):
             return f"The cached teacher has records of {teacher.rows} targets where the student counts {len(kept)}."
         teacher = teacher.at_targets(kept)
         with self.student.trainer.precision_plugin.forward_context():
             student = self.student.lm_head_loss(batch)
-            found = teacher.loss(labels[kept], entries)
+            found = teacher.loss(labels[kept], vocab_size)
         sums = torch.stack([found.extrapolated, student.cross_entropy.float(), student.tokens.float()])
         teacher_nats, student_nats, targets = self.student.over_ranks(sums).tolist()
         if not self.shares_tokenizer:
@@ -158,11 +158,11 @@ class Preflight:
         if len(targets) < 2:  # a small validation split has none for this rank; another rank checks
             return ""
         term = DistillationTerm(teacher, replace(self.loss, hard_weight=0.0), self.mixing)
-        mixing, entries = term.mixing_on(hidden.device), len(self.student.tokenizer)
+        mixing, vocab_size = term.mixing_on(hidden.device), len(self.student.tokenizer)
 
         def value(at: Tensor) -> Tensor:
             given = lm_head_loss(
-                at, weight, masked, teacher=term.teacher, loss=term.loss, mixing=mixing, vocab_size=entries
+                at, weight, masked, teacher=term.teacher, loss=term.loss, mixing=mixing, vocab_size=vocab_size
             )
             return given.total
 
@@ -187,5 +187,5 @@ def _slope_problem(value: Callable[[Tensor], Tensor], hidden: Tensor, loss: Loss
     step = 0.01 * hidden.norm() * gradient / gradient.norm()
     slope = (value(hidden + step) - value(hidden - step)) / (2 * step.norm())
     if not abs(slope / gradient.norm() - 1) < SLOPE_TOLERANCE:
-        return f"The divergence changes by {slope:.3g} where its gradient says {gradient.norm():.3g}."
+        return f"The divergence has the slope {slope:.3g}, but its gradient has the norm {gradient.norm():.3g}."
     return ""

@@ -90,8 +90,8 @@ class LanguageModel(BackboneModule):
         kept = batch.labels != IGNORE_INDEX  # (B, T)
 
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
-            entries, compiled = len(self.tokenizer), self.settings.compile_head
-            return target_losses(hidden[kept], weight, batch.labels[kept], entries, compiled)
+            vocab_size, compiled = len(self.tokenizer), self.settings.compile_head
+            return target_losses(hidden[kept], weight, batch.labels[kept], vocab_size, compiled)
 
         nats = self.backbone(batch.input_ids, head, batch.spans)  # (targets,)
         sums = {metric_names.VAL_LOSS: nats.to(widest_float(self.device)).sum()}

@@ -1,4 +1,4 @@
-"""FiniteWatch: ends a run whose loss or gradient is NaN or infinite, before anything is made of its weights."""
+"""FiniteWatch: ends a run whose loss or gradient is NaN or infinite, before its weights are used."""
 
 import math
 

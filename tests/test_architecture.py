@@ -39,21 +39,17 @@ LAYERS += ("callbacks/loggers", "callbacks", "launch/config", "launch", "launch/
 LAYERS += ("launch/memory", "launch/run", "launch/sweep", "launch/evaluate", "launch/generate", "launch/commands")
 LAYERS += ("hydra_plugins", "hydra_plugins/gpt2lab_processes", ".", "docs", "benchmarks")
 
-# Folders whose docstrings, comments and texts are plain English
-PLAIN: tuple[str, ...] = ("gpt2lab/storage", "gpt2lab/optim", "gpt2lab/system", "gpt2lab/model", "gpt2lab/data")
-PLAIN += ("gpt2lab/generation", "gpt2lab/analysis", "gpt2lab/reports", "datamodules", "callbacks", "callbacks/loggers")
-PLAIN += ("hydra_plugins", "hydra_plugins/gpt2lab_processes", "benchmarks", ".", "gpt2lab", "lightning_modules")
-PLAIN += ("lightning_modules/plugins", "launch", "launch/config", "launch/distributed", "launch/checks")
-PLAIN += ("launch/memory", "launch/run", "launch/sweep", "launch/evaluate", "launch/generate", "launch/commands")
 # A docstring begins with a verb or a noun phrase, not with one of these words or a bracket
 NO_SUBJECT = re.compile(
-    r"(?:Of|As|What|Those|Who|Whom|Whose|Whoever|Where|Wherever|When|How|Which|That|By|To|For|In|Into|At|With|From|On)\b|\("
+    r"(?:Of|As|What|Those|Who|Whom|Whose|Whoever|Where|Wherever|When|How|Which|That|By|To|For|In|Into|At|With|From|On)\b(?!-)|\("
 )
 # Personification, and everyday words for the field's terms
 NOT_PLAIN = re.compile(
-    r"\b(?:taken up again|(?:am|is|are|was|were|be|been|being) told|lets? know|leaves? word|in vain|by its own word|"
-    r"likeliest|likelier|number formats?|both ways|whoever|nobody|somebody|anybody|settled|settles|hopeless|knobs?|"
-    r"rehearsals?|deeds?|farewells?|cut out of|mend|cure|goes on|went on|cannot be had|to be had|cut short)\b",
+    r"\b(?:told|tells|says|said|asks|asked|asking|hears?|heard|speaks?|wants?|wanted|lets? (?:know|in)|leaves? word|"
+    r"looks? (?:at|free)|in vain|by its own word|whoever|nobody|somebody|anybody|hopeless|settled|settles|"
+    r"likeliest|likelier|means? no token|vocabulary entr(?:y|ies)|entr(?:y|ies) of (?:the|a|its) vocabulary|"
+    r"number formats?|both ways|rehearsals?|knobs?|deeds?|farewells?|mistakes?|mends?|cures?|cut out|cut short|"
+    r"goes? on|going on|went on|taken up|takes up|cannot be had|to be had)\b",
     re.IGNORECASE,
 )
 
@@ -258,20 +254,12 @@ def missing_docstrings(root: Path) -> list[str]:
     ]
 
 
-def plain_files(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, content) of the files in folders of PLAIN."""
-    for path in own_files(root):
-        name = path.relative_to(root).as_posix()
-        if Path(name).parent.as_posix() in PLAIN:
-            yield name, path.read_text()
-
-
 def docstrings_without_a_subject(root: Path) -> list[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     return [
         f"{file}:{node.body[0].lineno}: begin with a verb or a noun phrase: {docstring.splitlines()[0]}"
-        for file, text in plain_files(root)
-        for node in ast.walk(ast.parse(text))
+        for file, tree in parsed(root)
+        for node in ast.walk(tree)
         if isinstance(node, documented) and (docstring := ast.get_docstring(node)) and NO_SUBJECT.match(docstring)
     ]
 
@@ -279,8 +267,9 @@ def docstrings_without_a_subject(root: Path) -> list[str]:
 def words_that_are_not_plain(root: Path) -> list[str]:
     """Words of NOT_PLAIN in docstrings, other strings and comments; a line break counts as a space."""
     found = []
-    for file, text in plain_files(root):
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    for path in own_files(root):
+        file = path.relative_to(root).as_posix()
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
             if token.type in (tokenize.COMMENT, tokenize.STRING):
                 words = [match[0] for match in NOT_PLAIN.finditer(" ".join(token.string.split()))]
                 found += [f"{file}:{token.start[0]}: {word!r}: use the field's term" for word in words]
@@ -399,6 +388,7 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (words_that_are_not_plain, "gpt2lab/model/b.py", '"""A run that is\ntold what to do."""\n'),
     (words_that_are_not_plain, "datamodules/a.py", 'x = f"The likeliest of {1}"\n'),
     (words_that_are_not_plain, "benchmarks/a.py", "x = 1  # nobody reads it\n"),
+    (words_that_are_not_plain, "gpt2lab/losses/a.py", '"""Head of 50,304 vocabulary entries."""\n'),
     (stray_targets, "conf/model/a.yaml", "# a\n_target_: x.Y\n"),
     (stray_targets, "conf/task/a.yaml", "# a\n_target_: x.Y\nloss:\n  _target_: x.Z\n"),
     (stray_targets, "conf/task/a.yaml", "# @package _global_\n_target_: x.Y\n"),

@@ -28,23 +28,23 @@ function rows(expected, row) {
 function describe(card, place) {
   const row = number.get(place), text = data.signs[place];
   const origin = data.written[place] ? "generated" : "given";
-  let told = `<div class="token">${escaped(text)}</div><small>token ${place + 1} of ${data.signs.length} · ${origin}</small>`;
+  let content = `<div class="token">${escaped(text)}</div><small>token ${place + 1} of ${data.signs.length} · ${origin}</small>`;
   if (row === undefined) {
-    card.innerHTML = told + `<p><small>${data.unpredicted}</small></p>`;
+    card.innerHTML = content + `<p><small>${data.unpredicted}</small></p>`;
     return;
   }
   const names = ["loss", "", "probability", "rank", "entropy", "choices"], teacher = data.teacher;
   const columns = [rows(data.model, row), ...(teacher ? [rows(teacher, row)] : [])];
   const heading = teacher ? "<tr><th></th><td><small>student</small></td><td><small>teacher</small></td></tr>" : "";
-  told += `<table>${heading}${names.map((name, line) =>
+  content += `<table>${heading}${names.map((name, line) =>
     `<tr><th>${name}</th>${columns.map((column) => `<td>${column[line]}</td>`).join("")}</tr>`).join("")}</table>`;
   if (teacher) {
-    told += `<table><tr><th>KL(teacher‖student)</th><td>${teacher.kl[row].toFixed(3)} nats</td></tr>` +
+    content += `<table><tr><th>KL(teacher‖student)</th><td>${teacher.kl[row].toFixed(3)} nats</td></tr>` +
       `<tr><th>total variation</th><td>${teacher.tvd[row].toFixed(3)}</td></tr></table>`;
   }
-  told += `<h4>${teacher ? "Student" : "Model"} top-5</h4>${bars(data.model.top_tokens[row], "hot", text)}`;
-  if (teacher) told += `<h4>Teacher top-5</h4>${bars(teacher.top_tokens[row], "apart", text)}`;
-  card.innerHTML = told;
+  content += `<h4>${teacher ? "Student" : "Model"} top-5</h4>${bars(data.model.top_tokens[row], "hot", text)}`;
+  if (teacher) content += `<h4>Teacher top-5</h4>${bars(teacher.top_tokens[row], "apart", text)}`;
+  card.innerHTML = content;
 }
 
 function choose(part, card, place) {
@@ -224,14 +224,14 @@ function names(pen, cell) {
   }
 }
 
-const looks = one("looks");
+const attended = one("attended");
 
 function lookAt(place) {
   state.place = place;
   const from = state.way === "from", share = (other) => (from ? current[place * size + other] : current[other * size + place]);
   let total = 0;
   const found = [];
-  for (const token of all(".t", looks)) {
+  for (const token of all(".t", attended)) {
     const other = Number(token.dataset.i) - data.from, value = share(other);
     token.style.setProperty("--v", Math.sqrt(Math.min(value, 1)).toFixed(3));
     token.classList.toggle("unseen", from ? !seen(place, other) : !seen(other, place));
@@ -244,7 +244,7 @@ function lookAt(place) {
   const name = (at) => `<b>${escaped(data.read[data.from + at])}</b>`;
   const list = best.map(([value, other]) => `${percent(value)} ${from ? "to" : "by"} ${name(other)}`).join(", ");
   const earlier = from && data.from && total < 0.985 ? `; ${percent(1 - total)} to tokens before those shown` : "";
-  one("told").innerHTML = `${name(place)} (token ${data.from + place + 1}) ${from ? "attends" : "is attended to"}: ${list || `less than 0.5 % ${from ? "to" : "by"} each of those shown`}${earlier}.`;
+  one("attends").innerHTML = `${name(place)} (token ${data.from + place + 1}) ${from ? "attends" : "is attended to"}: ${list || `less than 0.5 % ${from ? "to" : "by"} each of those shown`}${earlier}.`;
   drawLarge();
 }
 
@@ -267,8 +267,8 @@ for (const map of all(".map")) {
 }
 for (const button of all("#wholes button")) button.addEventListener("click", () => { state.whole = button.value; refresh(); });
 for (const button of all("#ways button")) button.addEventListener("click", () => { state.way = button.value; refresh(); });
-listen(looks, (place) => lookAt(place - data.from));
-arrows(looks, data.from, (place) => lookAt(place - data.from));
+listen(attended, (place) => lookAt(place - data.from));
+arrows(attended, data.from, (place) => lookAt(place - data.from));
 for (const kind of ["pointermove", "pointerdown"]) {
   large.addEventListener(kind, (event) => {
     const cell = (large.clientWidth - margin - 4) / size, box = large.getBoundingClientRect();

@@ -109,10 +109,10 @@ def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
     given = str(spec.config.compile).lower()
     fixed = not spec.config.sequences.on_policy  # text of the student has another length at every step
     pays = fixed and spec.machine.accelerator == "gpu" and _saves_time(spec, vocab_size)
-    wanted = given == "true" or (given == "auto" and pays)
-    if wanted and not has_compiler():
+    requested = given == "true" or (given == "auto" and pays)
+    if requested and not has_compiler():
         log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
-    return wanted and has_compiler()
+    return requested and has_compiler()
 
 
 def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
@@ -125,8 +125,8 @@ def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
 def compiling_the_head_pays(spec: RunSpec) -> bool:
     """Return whether to compile the work on the LM head's logits, on any device."""
     given, enough = str(spec.config.compile).lower(), spec.config.steps >= HEAD_COMPILE_STEPS
-    wanted = given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough)
-    return wanted and has_compiler()
+    requested = given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough)
+    return requested and has_compiler()
 
 
 def has_compiler() -> bool:
@@ -153,15 +153,17 @@ def _devices(config: RunConfig, accelerator: str) -> int:
     there = max(torch.cuda.device_count(), 1) if accelerator == "gpu" else 1
     if config.devices == "auto":
         return there
-    wanted = int(config.devices)
+    requested = int(config.devices)
     if config.plan_memory is not None:
-        return wanted
+        return requested
     most = cpu_cores() if accelerator == "cpu" else there
-    if wanted > most:
+    if requested > most:
         what = "cores to run a process on each" if accelerator == "cpu" else "devices"
         fix = ", or n_jobs: jobs that run at once share them out" if config.n_jobs > 1 else ""
-        raise InputError(f"devices={wanted}: there are {most} {what} (accelerator={accelerator}).\nLower devices{fix}.")
-    return wanted
+        raise InputError(
+            f"devices={requested}: there are {most} {what} (accelerator={accelerator}).\nLower devices{fix}."
+        )
+    return requested
 
 
 def _strategy(config: RunConfig, inputs: Inputs, machine: Machine) -> str:
@@ -195,9 +197,9 @@ def _checkpoint_format(config: RunConfig, inputs: Inputs, machine: Machine) -> s
 
 
 def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
-    wanted = str(config.strategy.shard_teacher).lower()
-    if wanted != "auto":
-        return wanted == "true"
+    requested = str(config.strategy.shard_teacher).lower()
+    if requested != "auto":
+        return requested == "true"
     ranks = machine.world_size
     return machine.strategy == "fsdp" and not device_memory.fits(config, inputs, machine, ranks, teacher_parts=1)
 

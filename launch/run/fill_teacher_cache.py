@@ -30,7 +30,7 @@ from launch.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of the files; another number makes every cache anew
+FORMAT = 3  # of the files; a new number invalidates every cache
 
 
 def fill(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
@@ -39,22 +39,22 @@ def fill(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
     Jobs that need the same cache at the same time wait for the one that writes.
 
     Raises:
-        InputError: the cache cannot be written, or k is more than the vocabulary has.
+        InputError: the cache cannot be written, or k exceeds the vocabulary size.
     """
-    config, entries = spec.config, len(load_tokenizer(facts.tokenizer_folder))
-    if config.teacher_cache.name == "topk" and config.teacher_cache.k > entries:
-        raise InputError(f"teacher_cache.k={config.teacher_cache.k}: the vocabulary has only {entries} entries.")
+    config, vocab_size = spec.config, len(load_tokenizer(facts.tokenizer_folder))
+    if config.teacher_cache.name == "topk" and config.teacher_cache.k > vocab_size:
+        raise InputError(f"teacher_cache.k={config.teacher_cache.k}: the vocabulary size is only {vocab_size}.")
     cache_dir = cache_folder(config.cache_dir)
     with open_growing_folder("teachers", facts.name, _key(spec, facts), "the teacher's cache", cache_dir) as folder:
-        sides = cache_sides(folder, config.teacher_cache, entries)
-        # What the teacher writes grows with every longer run; the records of what is written stay where they are.
-        room = config.sequences.max_new_tokens if config.sequences.name == "seqkd" else None
-        wanted = {
-            "train": (data.train_samples, training_rows(config, len(data.train_samples)), room),
+        sides = cache_sides(folder, config.teacher_cache, vocab_size)
+        # Longer runs add generated text; reserved records keep the positions of those that are written.
+        max_targets = config.sequences.max_new_tokens if config.sequences.name == "seqkd" else None
+        requested = {
+            "train": (data.train_samples, training_rows(config, len(data.train_samples)), max_targets),
             "val": (data.val_samples, np.arange(len(data.val_samples)), None),
         }
         missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]] = []
-        for name, (samples, rows, most) in wanted.items():
+        for name, (samples, rows, most) in requested.items():
             side = sides[name]
             side.create(samples, most)
             missing.append((side, samples, side.missing(rows)))
@@ -75,7 +75,7 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
         "context": config.context,
         "pairs": config.takes_pairs,
         "objective": config.objective.name,
-        "packing": config.packing and not config.takes_pairs,  # of pairs it changes nothing but their places
+        "packing": config.packing and not config.takes_pairs,  # it changes only the layout of pairs
         "temperature": config.loss.temperature,
         "precision": spec.machine.precision.name,
         "mode": cache.name,
@@ -85,7 +85,7 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
 
 
 def training_rows(config: RunConfig, samples: int) -> NDArray[np.int64]:
-    """The samples that the run's steps will draw: all of them from one epoch on."""
+    """Return the samples that the run's steps use: all of them from one epoch on."""
     positions = config.steps * config.global_batch_rows
     if positions >= samples:
         return np.arange(samples)
@@ -113,7 +113,7 @@ def _write(spec: RunSpec, missing: list[tuple[CacheSide, Samples, NDArray[np.int
 
 @contextmanager
 def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
-    """The teacher on one device, at work in the run's precision, before there is a Trainer."""
+    """Provide the teacher on one device in the run's precision, before a Trainer exists."""
     machine = spec.machine
     torch.set_num_threads(machine.threads)
     if machine.accelerator == "cpu":
@@ -126,7 +126,7 @@ def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
 
 
 def batches(samples: Samples, rows: NDArray[np.int64], size: int, progress: tqdm) -> Iterator[Batch]:
-    """The samples `rows` in micro-batches of `size`."""
+    """Yield the samples `rows` in micro-batches of `size`."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         yield samples.batch(part, 0)

@@ -21,7 +21,7 @@ from launch.run.fill_teacher_cache import batches, training_rows, working_teache
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; another number makes every text anew
+FORMAT = 1  # of the files; a new number invalidates every text
 
 
 def write(spec: RunSpec, data: Any, facts: DataFacts) -> Path:

@@ -159,8 +159,8 @@ def _run_rank(file: Path, allow_targets: list[str]) -> None:
         local_ranks.record_outcome(int(ended.code or 0), ended.message)
         heartbeat.done()
     except Exception as error:
-        mistake = exit_codes.as_input_error(error)
-        if mistake is None:
+        user_error = exit_codes.as_input_error(error)
+        if user_error is None:
             if local_ranks.has_user_error():
                 raise exit_codes.Exit(exit_codes.FAILED) from None  # because of another rank's error, which is printed
             local_ranks.record_failure()
@@ -170,7 +170,7 @@ def _run_rank(file: Path, allow_targets: list[str]) -> None:
                 local_ranks.log_lost_connection(error, file.parent)
                 raise exit_codes.Exit(exit_codes.FAILED) from None
             raise
-        local_ranks.record_outcome(exit_codes.USER_ERROR, f"error: {mistake}")
+        local_ranks.record_outcome(exit_codes.USER_ERROR, f"error: {user_error}")
         raise exit_codes.Exit(exit_codes.USER_ERROR) from None  # the others may wait for this rank
     else:
         try:
@@ -192,8 +192,8 @@ def _run_for_a_sweep(file: Path, allow_targets: list[str]) -> None:
             error_file.write_text(ended.message.removeprefix("error: "), encoding="utf-8")
         raise
     except Exception as error:
-        mistake = exit_codes.as_input_error(error)
-        error_file.write_text(str(mistake or f"{type(error).__name__}: {error}"), encoding="utf-8")
+        user_error = exit_codes.as_input_error(error)
+        error_file.write_text(str(user_error or f"{type(error).__name__}: {error}"), encoding="utf-8")
         raise
 
 

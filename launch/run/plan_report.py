@@ -93,9 +93,9 @@ def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
         "trained", f"{trained_parameters(sizes):,}", f"by {config.optimizer.name} in {machine.precision.name}"
     )
     if sizes.teacher or sizes.cached_teacher:
-        asked = "asked at every step" if sizes.teacher else f"read once (teacher_cache={config.teacher_cache.name})"
+        usage = "runs at every step" if sizes.teacher else f"read once (teacher_cache={config.teacher_cache.name})"
         shape = sizes.teacher or sizes.cached_teacher
-        table.add_row("teacher", f"{parameter_count(vars(shape)):,}", f"parameters, {asked}: {inputs.teacher}")
+        table.add_row("teacher", f"{parameter_count(vars(shape)):,}", f"parameters, {usage}: {inputs.teacher}")
     table.add_row("steps", f"{config.steps:,}", f"of {rows} sequences of {config.context} tokens")
     devices = f"{machine.world_size} × {machine.accelerator}"
     split = f"micro_batch={machine.micro_batch}, {machine.accumulate} of them in a step on each device"
@@ -123,7 +123,7 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
         )
     table.add_row("peak", _gigabytes(plan.peak), f"in the phase {plan.largest_phase}; not all parts are there at once")
     if room is None:
-        table.add_row("free", "?", "this device does not say")
+        table.add_row("free", "?", "not reported by this device")
     else:
         verdict = "it fits" if plan.peak <= room else "IT DOES NOT FIT: see what would save memory"
         table.add_row("free", _gigabytes(room), verdict)
@@ -162,7 +162,7 @@ def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
     config = spec.config
     folder = Path(config.path).expanduser() if config.path else None
     if config.data.get("source") == "bin" and folder is not None:
-        return _on_disk(sum(file.stat().st_size for file in folder.glob("*.bin"))), "used where they lie"
+        return _on_disk(sum(file.stat().st_size for file in folder.glob("*.bin"))), "used in place"
     try:
         text = 0 if config.takes_pairs else data_module(spec).text_bytes()
     except InputError as error:  # a plan may be made where the data are not

@@ -208,7 +208,7 @@ def vocabulary(spec: RunSpec, facts: DataFacts) -> int:
     config, inputs, size = spec.config, spec.resolved, facts.vocab_size
     if config.objective.kind.samples_softmax and config.objective.negatives >= size:
         raise InputError(
-            f"objective.negatives={config.objective.negatives}: the vocabulary has only {size} entries.\n"
+            f"objective.negatives={config.objective.negatives}: the vocabulary size is only {size}.\n"
             f"Give fewer, for example objective.negatives={max(size // 4, 1)}, or objective=clm."
         )
     if inputs.init_names_weights:
@@ -233,7 +233,7 @@ def _fitting(key: str, folder: str, facts: DataFacts, padding: float) -> int:
     different = describe_difference(Path(folder), load_tokenizer(facts.tokenizer_folder))
     other_way = ", or distil between tokenizers: loss=uld" if key == "teacher" else ""
     raise InputError(
-        f"{key}={folder} has a vocabulary of {size} entries, the tokenizer of this run {tokens}; "
+        f"{key}={folder} has a vocabulary size of {size}, the tokenizer of this run {tokens}; "
         f"they must be the same.{different}\n"
         "Leave tokenizer=auto, which takes the teacher's or init's, or name weights trained with this tokenizer"
         f"{other_way}."

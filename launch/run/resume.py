@@ -56,19 +56,19 @@ def existing_folder(config: RunConfig) -> Path | None:
     """The directory of the run that `resume` continues; None: the run is a new one.
 
     Raises:
-        InputError: there is no such run, or it is not clear where the run lies.
+        InputError: there is no such run, or the directory of the run is unknown.
     """
     if config.resume is None:
         return None
     if config.resume == "auto":
         if config.run_dir is None and config.name is None:
-            raise InputError("resume=auto needs to know where the run lies: give run_dir= or name= too.")
+            raise InputError("resume=auto needs the directory of the run: give run_dir= or name= too.")
         folder = run_dir.run_folder(config)
         if not (folder / run_dir.CONFIG).is_file() and checkpoint_files(folder):
             raise InputError(f"{folder} holds checkpoints, but no config.yaml.\nPut it back, or give another run_dir.")
         return folder if (folder / run_dir.CONFIG).is_file() else None
     if config.run_dir is not None or config.name is not None:
-        raise InputError("resume=RUN_DIR says where the run lies; leave out run_dir and name.")
+        raise InputError("resume=RUN_DIR is the directory of the run; leave out run_dir and name.")
     folder = Path(config.resume).expanduser()
     if not (folder / run_dir.CONFIG).is_file():
         raise InputError(

@@ -33,7 +33,7 @@ from gpt2lab.storage.tensor_file import read_checkpoint_file
 class ShardedStrategy(ModelParallelStrategy):
     """Weights, gradients and optimizer state split over all ranks.
 
-    Checkpoints of either format and of any number of ranks are taken up, those of strategies that do not shard too.
+    Checkpoints of both formats and of any number of ranks can be loaded, also those of other strategies.
 
     Args:
         ranks: among which they are split.

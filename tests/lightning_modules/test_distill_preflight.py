@@ -113,7 +113,7 @@ def dropout_in_teacher(monkeypatch) -> None:
     [
         (student_missing, "no gradient"),
         (padding_unmasked, "without a target"),
-        (wrong_gradient, "where its gradient says"),
+        (wrong_gradient, "but its gradient has the norm"),
         (ids_clamped, "not below the student's"),
         (shifted_by_one, "not below the student's"),
         (training_mode, "differently each time"),

@@ -366,5 +366,5 @@ def test_preflight_refuses_a_teacher_with_nothing_to_teach(tokenizer_folder, tea
 def test_a_teacher_of_another_vocabulary_is_refused(tokenizer_folder, tmp_path) -> None:
     to_hf(Backbone(ModelShape(1, 1, 16, 32, 60))).save_pretrained(tmp_path)
     module = Distill(settings(tokenizer_folder), str(tmp_path), LossSettings("forward_kl"), preflight="off")
-    with pytest.raises(InputError, match="60 vocabulary entries, the tokenizer of this run 64"):
+    with pytest.raises(InputError, match="a vocabulary size of 60, the tokenizer of this run 64"):
         fit(module, CountingData())

@@ -302,10 +302,10 @@ def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Pat
         assert "token 10 of 60" in browser.value("document.querySelector('#heat-card').innerText")
         browser.click(".map[value='3']")
         assert browser.value("document.querySelector('#which').innerText").startswith("Layer 2, head 2")
-        browser.point("#looks .t[data-i='20']")
+        browser.point("#attended .t[data-i='20']")
         weights = np.frombuffer(base64.b64decode(data["attention"]), dtype=np.uint8).reshape(4, 60, 60)[3, 20]
         most, sign = (weights.max() / 255) ** 2, data["signs"][int(weights.argmax())]
-        told = browser.value("document.querySelector('#told').innerText")
+        told = browser.value("document.querySelector('#attends').innerText")
         assert f"attends: {100 * most:.{0 if most >= 0.0995 else 1}f} % to {sign}" in told
         # The map is drawn: in the row of the chosen token is more than one colour, above the diagonal none.
         pixels = """(() => { const c = document.querySelector(".map[value='3'] canvas"), size = c.width;
