@@ -107,16 +107,16 @@ class Distill(LanguageModel):
         return self._teacher
 
     def build_backbone(self) -> Backbone:
-        cut_out = self.settings.init == TEACHER_LAYERS and self.has_trainer
+        from_teacher = self.settings.init == TEACHER_LAYERS and self.has_trainer
         compares_hidden, aligns = self.loss_settings.compares_hidden_states, self.loss_settings.name == "uld"
         shape = read_shape(self._teacher_folder()) if compares_hidden or aligns else {}
         if aligns:
             theirs = load_tokenizer(self.teacher_source)
             self.alignment = Alignment(self.tokenizer, theirs, self.teacher_source, shape["n_positions"])
-        if cut_out or (self.has_trainer and not self.cache):
-            self._teacher = OnlineTeacher(self.teacher_source, torch.float32 if cut_out else self._teacher_dtype)
-        backbone = self._cut_out() if cut_out else super().build_backbone()
-        if cut_out and self.cache:
+        if from_teacher or (self.has_trainer and not self.cache):
+            self._teacher = OnlineTeacher(self.teacher_source, torch.float32 if from_teacher else self._teacher_dtype)
+        backbone = self._student_from_teacher() if from_teacher else super().build_backbone()
+        if from_teacher and self.cache:
             self._teacher = None  # not needed any more
         if compares_hidden and shape["n_embd"] != backbone.shape.n_embd:
             backbone.add_projection(shape["n_embd"], self.settings.seed)
@@ -129,7 +129,7 @@ class Distill(LanguageModel):
     def _teacher_dtype(self) -> torch.dtype:
         return named_dtype(self.settings.teacher_dtype)
 
-    def _cut_out(self) -> Backbone:
+    def _student_from_teacher(self) -> Backbone:
         """Return the student initialized from the teacher's weights, the same on every rank."""
         device = torch.device("cpu") if self.shard_teacher else self.trainer.strategy.root_device
         self.teacher.to(device, torch.float32)
