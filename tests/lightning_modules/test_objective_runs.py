@@ -302,7 +302,7 @@ def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
         ("objective=mlm data=pairs path={pairs}", "objective=mlm is for running text"),
         ("objective=clm objective.mask_share=0.2", "objective=clm does not read objective.mask_share"),
         ("objective=mlm objective.mask_share=0", "objective.mask_share=0.0 is out of range"),
-        ("objective=sampled_softmax objective.negatives=300", "objective.negatives=300: the vocabulary has only 300"),
+        ("objective=sampled_softmax objective.negatives=300", "objective.negatives=300: the vocabulary size is only"),
         ("objective=sampled_softmax label_smoothing=0.1", "label_smoothing needs the full softmax"),
         ("task=distill teacher=x objective=sampled_softmax", "distillation compares whole distributions"),
         ("task=distill teacher=x objective=fim teacher_cache=topk", "Give teacher_cache=none, or objective=clm"),
