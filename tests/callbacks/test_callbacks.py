@@ -87,7 +87,7 @@ class At(lightning.Callback):
 # Samples
 
 
-def test_sampling_writes_every_method_and_leaves_training_as_it_is(plain, cache, tmp_path, capsys):
+def test_sampling_writes_every_method_and_keeps_the_weights(plain, cache, tmp_path, capsys):
     samples = Samples(every=4, prompts=[], max_new_tokens=8)
     _, model = tiny_run.train(tmp_path, cache, extra=[samples])
     assert equal(model, plain[1])
@@ -148,11 +148,11 @@ def test_mfu_counts_no_position_embeddings(plain, cache):
         assert mfu == pytest.approx(speed * flop / peak, rel=1e-5), step
 
 
-def test_flops_of_a_token_are_six_per_parameter_and_those_of_attention():
+def test_token_flops_are_six_per_parameter_plus_attention():
     assert device.flops_per_token(124_439_808, 12, 768, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
 
 
-def test_the_peak_of_a_cpu_is_measured_once_and_leaves_the_random_state_alone(tmp_path):
+def test_cpu_peak_flops_are_measured_once_and_keep_the_rng_state(tmp_path):
     state = torch.random.get_rng_state()
     first = device.peak_flops(torch.device("cpu"), torch.float32, tmp_path)
     assert first == device.peak_flops(torch.device("cpu"), torch.float32, tmp_path)
@@ -163,7 +163,7 @@ def test_the_peak_of_a_cpu_is_measured_once_and_leaves_the_random_state_alone(tm
 # Health
 
 
-def test_a_spike_is_found_and_a_falling_or_noisy_loss_is_none():
+def test_loss_spike_is_detected_but_no_noise_or_decrease():
     generator = torch.Generator().manual_seed(0)
     falling = [3 + 5 * math.exp(-step / 20) + 0.05 * torch.randn((), generator=generator).item() for step in range(200)]
     detector = SpikeDetector()
@@ -172,7 +172,7 @@ def test_a_spike_is_found_and_a_falling_or_noisy_loss_is_none():
     assert not detector.is_spike(falling[-1])
 
 
-def test_a_spike_ends_the_run_only_where_that_is_wanted(cache, tmp_path, caplog):
+def test_loss_spike_stops_the_run_only_if_configured(cache, tmp_path, caplog):
     for wish in ("warn", "stop"):
         run_dir = tmp_path / wish
         interrupt, health = Interrupt(), Health(wish)
@@ -187,7 +187,7 @@ def test_a_spike_ends_the_run_only_where_that_is_wanted(cache, tmp_path, caplog)
             assert newest_good_checkpoint(run_dir).name == f"step-{trainer.global_step:06d}.ckpt"
 
 
-def test_an_unknown_wish_is_refused():
+def test_unknown_action_on_a_spike_is_refused():
     with pytest.raises(InputError, match="warn or stop"):
         Health("skip")
 
@@ -203,7 +203,7 @@ def test_checkpoints_load_with_weights_only_and_hold_the_step(plain):
     assert checkpoint["tokens_seen"] == model.tokens_seen == 12 * 4 * 32
 
 
-def test_the_exported_folder_is_the_model_and_loads_with_transformers_alone(plain):
+def test_exported_folder_has_equal_weights_in_transformers(plain):
     run_dir, model = plain
     exported = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
     for name, tensor in model.export_model().state_dict().items():
@@ -215,7 +215,7 @@ def test_the_exported_folder_is_the_model_and_loads_with_transformers_alone(plai
     assert len({file.stat().st_mode for file in (run_dir / "hf").iterdir()}) == 1, "weights are no more secret than it"
 
 
-def test_a_fresh_process_gives_the_same_logits_and_a_changed_folder_is_noticed(plain, tmp_path):
+def test_export_check_compares_logits_in_a_fresh_process(plain, tmp_path):
     _, model = plain
     exported = to_hf(model.backbone)
     write_hf_folder(exported, model.tokenizer, tmp_path / "hf", {"title": "test"})
@@ -227,7 +227,7 @@ def test_a_fresh_process_gives_the_same_logits_and_a_changed_folder_is_noticed(p
         verify_in_fresh_process(tmp_path / "hf", ids, logits + 1e-3)
 
 
-def test_a_full_disk_ends_the_run_with_a_clear_message_and_leaves_the_older_checkpoint(cache, tmp_path):
+def test_full_disk_ends_the_run_and_keeps_the_older_checkpoint(cache, tmp_path):
     """A limit on the size of files stands for the full disk: the same path through the code, for real."""
     tiny_run.train(tmp_path, cache, steps=4)
     program = (
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_the_run_with_a_clear_message_and_leaves_the_older_chec
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_stops_and_the_resumed_run_ends_as_the_unbroken_one(plain, cache, tmp_path, number):
+def test_run_resumed_after_a_signal_equals_unbroken_run(plain, cache, tmp_path, number):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     tiny_run.train(tmp_path, cache, extra=[At(6, lambda: os.kill(os.getpid(), number))])
     report = read_report(tmp_path)
@@ -282,7 +282,7 @@ def test_a_second_ctrl_c_stops_at_once(cache, tmp_path, monkeypatch):
     assert newest_good_checkpoint(tmp_path).name == "step-000004.ckpt"
 
 
-def test_an_error_before_there_is_a_model_is_reported_as_itself(cache, tmp_path):
+def test_error_before_the_model_exists_is_reported(cache, tmp_path):
     class BreaksEarly(lightning.Callback):
         def setup(self, trainer, pl_module, stage):
             raise RuntimeError("no memory for the model")
@@ -314,7 +314,7 @@ def metrics_without_clock(run_dir: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("step", [5, 8])
-def test_a_failed_run_goes_on_and_ends_as_the_unbroken_one(plain, cache, tmp_path, step):
+def test_run_resumed_after_a_failure_equals_unbroken_run(plain, cache, tmp_path, step):
     """From step 4, and from step 8, which was validated and saved after that: the validation is not repeated."""
 
     def fail() -> None:
@@ -327,7 +327,7 @@ def test_a_failed_run_goes_on_and_ends_as_the_unbroken_one(plain, cache, tmp_pat
     assert metrics_without_clock(tmp_path) == metrics_without_clock(plain[0])
 
 
-def test_a_run_that_died_after_its_last_save_still_gets_its_report_and_proof(plain, cache, tmp_path):
+def test_run_killed_after_its_last_save_gets_report_and_export(plain, cache, tmp_path):
     tiny_run.train(tmp_path, cache)
     (tmp_path / "report.json").unlink()
     tiny_run.train(tmp_path, cache, verify_export=True)
@@ -345,7 +345,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 # Loggers
 
 
-def test_wandb_offline_holds_metrics_samples_and_the_model_and_keeps_its_run_id(cache, tmp_path, monkeypatch, caplog):
+def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     samples = Samples(every=4, prompts=["def f("], max_new_tokens=4)
@@ -366,14 +366,14 @@ def test_wandb_offline_holds_metrics_samples_and_the_model_and_keeps_its_run_id(
     assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
 
 
-def test_wandb_that_cannot_start_warns_and_the_run_goes_on(cache, tmp_path, monkeypatch, caplog):
+def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     tiny_run.train(tmp_path, cache, steps=4, loggers=[WeightsAndBiases(str(tmp_path))])
     assert "W&B is off" in caplog.text
     assert read_report(tmp_path)["status"] == "finished"
 
 
-def test_tensorboard_writes_beside_metrics_csv(cache, tmp_path):
+def test_tensorboard_is_written_in_addition_to_metrics_csv(cache, tmp_path):
     logger = TensorBoard(str(tmp_path))
     logger.log_hyperparams({"seed": 1})
     tiny_run.train(tmp_path, cache, steps=4, loggers=[logger])

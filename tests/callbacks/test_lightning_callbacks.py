@@ -62,9 +62,7 @@ def test_a_callback_of_lightning_works_and_resumes(name: str, train_here: Train,
     assert_same_weights(tmp_path / "run", tmp_path / "plain")
 
 
-def test_early_stopping_resumes_with_the_state_after_the_last_validation(
-    train_here: Train, tiny: list[str], tmp_path: Path
-):
+def test_early_stopping_resumes_with_its_last_state(train_here: Train, tiny: list[str], tmp_path: Path):
     """With mode=max no validation after the first is better, so patience ends with the third."""
     keys = [*tiny, "validate_every=2", "checkpoint_every=2", "steps=12", f"{ADDED}.EarlyStopping"]
     keys += ["callbacks.my.monitor=val/loss", "callbacks.my.mode=max", "callbacks.my.patience=2"]
@@ -147,7 +145,7 @@ def test_a_callback_that_does_not_work_is_refused(words: str, message: str, trai
 
 
 @pytest.mark.parametrize("logger", ["none", "csv", "tensorboard"])
-def test_loggers_of_lightning_are_added_beside_ours(logger: str, train_here: Train, tiny: list[str], tmp_path: Path):
+def test_lightning_loggers_are_added_to_ours(logger: str, train_here: Train, tiny: list[str], tmp_path: Path):
     loggers = ["logger.tb._target_=lightning.pytorch.loggers.TensorBoardLogger", "logger.tb.save_dir=${run_dir}/tb"]
     loggers += ["logger.table._target_=lightning.pytorch.loggers.CSVLogger", "logger.table.save_dir=${run_dir}/table"]
     keys = [key for key in tiny if not key.startswith("logger")]
@@ -165,7 +163,7 @@ def test_loggers_of_lightning_are_added_beside_ours(logger: str, train_here: Tra
 # References to keys
 
 
-def test_arguments_that_follow_a_key_are_visible_and_stored_with_their_value():
+def test_interpolated_arguments_are_stored_with_their_value():
     config = composed("sample_every=7", "logger=tensorboard")
     assert config.callbacks["samples"]["every"] == 7
     references = config.invocation.references
@@ -176,7 +174,7 @@ def test_arguments_that_follow_a_key_are_visible_and_stored_with_their_value():
     assert run_spec.from_yaml(RunConfig, run_spec.to_yaml(config), "here") == config
 
 
-def test_a_resumed_run_follows_the_key_and_a_literal_argument_stays(train_here: Train, tiny: list[str], tmp_path: Path):
+def test_resume_updates_interpolated_but_not_literal_arguments(train_here: Train, tiny: list[str], tmp_path: Path):
     keys = [*tiny, "checkpoint_every=2", "steps=2", "threads=1"]
     assert train_here(*keys, "run_dir=follows").code == 0
     assert train_here(*keys, "callbacks.checkpoint.every=2", "run_dir=literal").code == 0
