@@ -100,7 +100,7 @@ def test_one_long_file_is_enough_for_both_sides(tmp_path: Path) -> None:
         ("PAR1", {"suffix": ".parquet"}, "not a readable parquet"),
     ],
 )
-def test_unusable_text_is_refused_with_the_cure(tmp_path: Path, content: str, changes: dict, message: str) -> None:
+def test_unusable_text_is_refused_with_a_fix(tmp_path: Path, content: str, changes: dict, message: str) -> None:
     file = tmp_path / f"data{changes.get('suffix', '.txt')}"
     file.write_text(content)
     with pytest.raises(InputError, match=message) as told:
@@ -123,7 +123,7 @@ def test_broken_lines_can_be_left_out(tmp_path: Path) -> None:
 # Splitting
 
 
-def test_the_split_holds_every_document_once_whatever_the_fraction() -> None:
+def test_split_has_every_document_once_for_any_fraction() -> None:
     corpus = stdlib_corpus()
     everything = sorted(document.key for document in corpus.documents())
     for fraction in (1e-9, 0.05, 1 - 1e-9):
@@ -141,7 +141,7 @@ def test_the_standard_library_comes_without_its_tests() -> None:
 # Tokens and windows
 
 
-def test_the_token_file_spells_the_validation_text_and_counts_its_bytes(stories: Path, tmp_path: Path) -> None:
+def test_token_file_decodes_to_the_text_and_counts_its_bytes(stories: Path, tmp_path: Path) -> None:
     data = text_data(stories, tmp_path / "cache", val_path=str(stories / "3.txt"))
     facts = data.prepare()
     tokenizer = load_tokenizer(facts.tokenizer_folder)
@@ -174,7 +174,7 @@ def test_validation_covers_every_target_once_over_ranks(tmp_path: Path) -> None:
         assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(file.windows))
 
 
-def test_training_resumes_at_any_step_with_the_batches_it_would_have_had(tmp_path: Path) -> None:
+def test_training_resumes_at_any_step_with_the_same_batches(tmp_path: Path) -> None:
     np.arange(1000, dtype="<u2").tofile(tmp_path / "t.bin")
     file = Windows(TokenFile(tmp_path / "t.bin", np.dtype("<u2"), context=8), Objective(ObjectiveSettings()))
     whole = TrainingStream(file, 12, 3, seed=5, rank=1, world=2, first_step=0)
@@ -196,7 +196,7 @@ def test_the_loader_gives_batches_with_worker_processes_too(stories: Path, tmp_p
 # Cache
 
 
-def test_a_second_prepare_makes_nothing_anew_and_other_options_do(stories: Path, tmp_path: Path) -> None:
+def test_second_prepare_reuses_the_cache_unless_options_change(stories: Path, tmp_path: Path) -> None:
     first = text_data(stories, tmp_path / "cache").prepare()
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.bin")}
     assert text_data(stories, tmp_path / "cache").prepare() == first
@@ -235,7 +235,7 @@ def test_a_killed_preparation_is_never_used(tmp_path: Path) -> None:
     assert read_ledger(folder)["files"] is True
 
 
-def test_two_processes_that_want_the_same_build_it_once(tmp_path: Path) -> None:
+def test_concurrent_processes_build_the_cache_once(tmp_path: Path) -> None:
     """The second one begins to wait while the first one builds."""
     first = start_build(tmp_path)
     assert first.stdout.readline() == "building\n"
@@ -281,7 +281,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 # Tokenizers
 
 
-def test_a_trained_tokenizer_reads_back_what_it_wrote_and_any_text_besides(tmp_path: Path) -> None:
+def test_trained_tokenizer_round_trips_any_text(tmp_path: Path) -> None:
     tokenizer = train_bpe(iter(STORIES), 400)
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
@@ -304,7 +304,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_local_data_set_goes_the_hubs_way(tmp_path: Path, streaming: bool) -> None:
+def test_local_data_set_is_read_like_a_hub_one(tmp_path: Path, streaming: bool) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in STORIES[:3]))
@@ -316,7 +316,7 @@ def test_a_local_data_set_goes_the_hubs_way(tmp_path: Path, streaming: bool) -> 
         text_data(folder, tmp_path / "cache", **hub, text_column="body").prepare()
 
 
-def test_a_local_data_set_is_known_by_its_file_names_too(tmp_path: Path) -> None:
+def test_local_data_set_hash_includes_file_names(tmp_path: Path) -> None:
     """`datasets` tells the splits from the names: other names for the same files are other data."""
     folder = tmp_path / "set"
     folder.mkdir()
@@ -347,7 +347,7 @@ def test_a_saved_data_set_is_read_and_a_missing_one_refused(tmp_path: Path) -> N
         text_data(tmp_path, tmp_path / "cache", source="hub", dataset=str(tmp_path / "nothing")).prepare()
 
 
-def test_nanogpt_files_are_used_where_they_lie(stories: Path, tmp_path: Path) -> None:
+def test_nanogpt_files_are_used_in_place(stories: Path, tmp_path: Path) -> None:
     made = text_data(stories, tmp_path / "cache")
     facts = made.prepare()
     folder = tmp_path / "bin"
@@ -369,7 +369,7 @@ def test_nanogpt_files_are_used_where_they_lie(stories: Path, tmp_path: Path) ->
 
 
 @pytest.mark.timeout(120)  # instead of waiting for ever
-def test_prepared_data_are_used_while_others_hold_their_locks(stories: Path, tmp_path: Path) -> None:
+def test_prepared_data_are_used_while_locked_by_others(stories: Path, tmp_path: Path) -> None:
     first = text_data(stories, tmp_path / "cache").prepare()
     folders = [folder for folder in (tmp_path / "cache").glob("*/*") if folder.is_dir()]
     assert {folder.parent.name for folder in folders} == {"tokenizers", "tokens"}

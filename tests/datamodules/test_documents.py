@@ -47,7 +47,7 @@ def text_data(path: Path, cache: Path, **changes: object) -> LanguageModelingDat
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_a_long_file_in_pieces_has_the_text_and_the_tokens_of_the_whole(tmp_path: Path, line_end: str) -> None:
+def test_long_file_in_pieces_has_the_same_text_and_tokens(tmp_path: Path, line_end: str) -> None:
     text = (line_end.join(SOURCES) + " \t\n\n").replace("\r\r", "\r")
     assert len(text) > 3 * PIECE_CHARACTERS
     with (tmp_path / "long.txt").open("w", newline="") as file:
@@ -71,7 +71,7 @@ def test_a_text_without_line_ends_is_read_whole(tmp_path: Path) -> None:
     assert len(pieces) > 1
 
 
-def test_files_become_one_document_each_with_end_of_text_before_it(tmp_path: Path) -> None:
+def test_each_file_is_one_document_after_an_end_of_text(tmp_path: Path) -> None:
     for number, source in enumerate(SOURCES):
         (tmp_path / f"{number}.txt").write_text(source)
     data = text_data(tmp_path, tmp_path / "cache")
@@ -86,7 +86,7 @@ def test_files_become_one_document_each_with_end_of_text_before_it(tmp_path: Pat
     assert sorted(document for text in both for document in text.split("<|endoftext|>")[1:]) == sorted(SOURCES)
 
 
-def test_of_a_single_document_the_last_part_is_validation(tmp_path: Path) -> None:
+def test_single_document_is_split_at_its_end_for_validation(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(text := "".join(SOURCES[:2]))
     data = text_data(tmp_path / "one.txt", tmp_path / "cache", val_fraction=0.1)
     tokenizer = load_tokenizer(data.prepare().tokenizer_folder)
@@ -96,7 +96,7 @@ def test_of_a_single_document_the_last_part_is_validation(tmp_path: Path) -> Non
     assert 0.09 < len(val) / len(text) < 0.11
 
 
-def test_the_same_texts_are_split_the_same_way_in_every_kind_of_file(tmp_path: Path) -> None:
+def test_split_is_equal_in_every_file_format(tmp_path: Path) -> None:
     rows = [{"text": source} for source in SOURCES]
     for kind in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
         (tmp_path / kind).mkdir()
@@ -117,7 +117,7 @@ def test_the_same_texts_are_split_the_same_way_in_every_kind_of_file(tmp_path: P
     assert len(prepared) == 1
 
 
-def test_equal_texts_lie_on_the_same_side() -> None:
+def test_equal_texts_are_on_the_same_side_of_the_split() -> None:
     corpus = Corpus("twice", {}, lambda: (Document(text, text) for text in SOURCES * 2))
     sides: dict[str, set[str]] = {}
     for side, document in split_corpus(corpus, 0.4)():
@@ -125,7 +125,7 @@ def test_equal_texts_lie_on_the_same_side() -> None:
     assert all(len(found) == 1 for found in sides.values())
 
 
-def test_a_moved_folder_is_known_by_its_content(tmp_path: Path) -> None:
+def test_moved_folder_keeps_its_hash(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         for number, source in enumerate(SOURCES):
@@ -145,7 +145,7 @@ def test_a_compressed_file_that_ends_early_is_refused(tmp_path: Path, ending: st
         list(file_records(tmp_path / f"a.jsonl{ending}", "skip"))
 
 
-def test_bytes_that_are_no_utf8_and_byte_order_marks_do_no_harm(tmp_path: Path) -> None:
+def test_invalid_utf8_and_byte_order_marks_are_handled(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
     assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["caf�\n"]
@@ -156,7 +156,7 @@ def test_bytes_that_are_no_utf8_and_byte_order_marks_do_no_harm(tmp_path: Path) 
     assert facts.prepare().val_bytes == len("half ? pair")
 
 
-def test_hidden_folders_dangling_links_and_other_kinds_of_file_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_folders_broken_links_and_other_files_are_skipped(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "note.txt").write_text("hidden")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")

@@ -105,7 +105,7 @@ def test_stub_and_body_together_are_the_function_again(functions):
         assert len(whole.body) > 1
 
 
-def test_functions_that_cannot_be_taken_apart_are_left_out():
+def test_functions_that_cannot_be_split_are_skipped():
     source = """
         def one_line(): "Docstring."; return 1
         def only_a_docstring():
@@ -213,7 +213,7 @@ msgstr ""
 """
 
 
-def test_po_catalogues_are_read_without_fuzzy_obsolete_and_untranslated_entries(tmp_path):
+def test_po_skips_fuzzy_obsolete_and_untranslated_entries(tmp_path):
     (tmp_path / "de.po").write_text(PO)
     expected = {"Open file": "Datei öffnen", 'A "long"\ttext\n': 'Ein "langer"\tText\n', "%d dog": "%d Hund"}
     for path in (tmp_path, tmp_path / "de.po"):
@@ -221,14 +221,14 @@ def test_po_catalogues_are_read_without_fuzzy_obsolete_and_untranslated_entries(
         assert {row["source"]: row["target"] for row in rows} == expected
 
 
-def test_a_po_catalogue_is_read_in_the_charset_that_its_header_names(tmp_path, caplog):
+def test_po_catalogue_is_read_in_the_charset_of_its_header(tmp_path, caplog):
     (tmp_path / "de.po").write_bytes(PO.replace("UTF-8", "ISO-8859-1").encode("latin-1"))
     rows = {row["source"]: row["target"] for row in catalogue_rows([tmp_path / "de.po"])}
     assert rows["Open file"] == "Datei öffnen"
     assert not caplog.text
 
 
-def test_a_mo_catalogue_is_read_in_the_charset_that_its_header_names(tmp_path, caplog):
+def test_mo_catalogue_is_read_in_the_charset_of_its_header(tmp_path, caplog):
     header = "Last-Translator: Jürgen\nContent-Type: text/plain; charset=ISO-8859-1\n"
     messages = [
         (text.encode("latin-1"), theirs.encode("latin-1")) for text, theirs in (("", header), ("Open", "Öffnen"))
@@ -244,14 +244,14 @@ def test_a_mo_catalogue_is_read_in_the_charset_that_its_header_names(tmp_path, c
     assert not caplog.text
 
 
-def test_a_broken_catalogue_is_named_and_passed_over(tmp_path, caplog):
+def test_broken_catalogue_is_named_and_skipped(tmp_path, caplog):
     write_mo(tmp_path / "de/a.mo", GERMAN)
     (tmp_path / "de" / "b.mo").write_bytes(b"no catalogue at all, really")
     assert len(list(catalogue_rows(catalogue_files(str(tmp_path), "de")))) == len(GERMAN)
     assert "b.mo is not a readable catalogue" in caplog.text
 
 
-def test_missing_catalogues_are_told_with_the_languages_there_are(tmp_path):
+def test_missing_catalogue_is_an_error_with_the_languages_found(tmp_path):
     write_mo(tmp_path / "fr/LC_MESSAGES/one.mo", {"Cancel": "Annuler"})
     with pytest.raises(InputError, match=r"(?s)No catalogue of language 'de'.*Languages found: fr\..*data.language"):
         preset("translate", tmp_path / "cache", {"path": str(tmp_path)}).prepare()
@@ -262,7 +262,7 @@ def test_missing_catalogues_are_told_with_the_languages_there_are(tmp_path):
         catalogue_files(str(tmp_path / "nowhere"), "de")
 
 
-def test_the_catalogues_of_this_machine_are_real_parallel_text():
+def test_installed_catalogues_are_parallel_text():
     languages = Counter(file.parts[4] for file in Path(SYSTEM_FOLDER).glob("*/LC_MESSAGES/*.mo"))
     if not languages:
         pytest.skip(f"no catalogue under {SYSTEM_FOLDER}")
@@ -272,7 +272,7 @@ def test_the_catalogues_of_this_machine_are_real_parallel_text():
     assert all(row["source"] != row["target"] and "\x04" not in row["source"] for row in rows)
 
 
-def test_translate_turns_round_when_the_columns_do(tmp_path):
+def test_translate_swaps_direction_with_its_columns(tmp_path):
     write_mo(tmp_path / "de/one.mo", GERMAN)
     data = preset("translate", tmp_path / "cache", {"path": str(tmp_path), "source": "target", "target": "source"})
     assert pairs_of(data) == sorted((german, english) for english, german in GERMAN.items())
@@ -328,7 +328,7 @@ def test_columns_within_columns_and_joined_columns():
             pair_text(row, missing)
 
 
-def test_a_missing_column_is_told_with_the_columns_there_are(tmp_path):
+def test_missing_column_is_an_error_with_the_columns_found(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"translation": {"de": "Hallo", "en": "Hello"}, "id": 3}')
     with pytest.raises(
@@ -346,7 +346,7 @@ def test_a_missing_column_is_told_with_the_columns_there_are(tmp_path):
         ("a.tsv", "source\ttarget\na\tb\nc\td\te\ne\tf\n", 3),
     ],
 )
-def test_a_broken_line_stops_and_is_named_or_is_skipped_and_counted(tmp_path, caplog, name, content, line):
+def test_broken_line_is_an_error_or_is_skipped_and_counted(tmp_path, caplog, name, content, line):
     file = tmp_path / name
     file.write_text(content)
     with pytest.raises(InputError, match=rf"{re.escape(str(file))}:{line}: .*\n.*on_bad_line=skip"):
@@ -355,7 +355,7 @@ def test_a_broken_line_stops_and_is_named_or_is_skipped_and_counted(tmp_path, ca
     assert "skipped 1 invalid lines" in caplog.text
 
 
-def test_rows_with_an_empty_side_are_left_out_and_counted(tmp_path, caplog):
+def test_rows_with_an_empty_side_are_skipped_and_counted(tmp_path, caplog):
     file = tmp_path / "a.jsonl"
     rows = [("a", "b"), ("", "x"), ("y", " \n"), (None, "z"), ("c", "d")]
     file.write_text("\n".join(json.dumps({"source": source, "target": target}) for source, target in rows))
@@ -371,7 +371,7 @@ def test_rows_with_an_empty_side_are_left_out_and_counted(tmp_path, caplog):
         ('{"source": "a", "target": "b"}\n{"source": "a", "target": "c"}', "contains one source text"),
     ],
 )
-def test_too_few_pairs_are_told(tmp_path, content, message):
+def test_too_few_pairs_are_refused(tmp_path, content, message):
     file = tmp_path / "a.jsonl"
     file.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -379,7 +379,7 @@ def test_too_few_pairs_are_told(tmp_path, content, message):
     assert str(caught.value).count("\n") < 5
 
 
-def test_pairs_of_which_none_fits_are_told(tmp_path):
+def test_pairs_that_are_all_too_long_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"source": line, "target": line * 9}) for line in ZEN))
     with pytest.raises(InputError, match=r"none of the \d+ training pairs fits in context=32"):
@@ -390,7 +390,7 @@ def test_pairs_of_which_none_fits_are_told(tmp_path):
     ("path", "message"),
     [("", "data=pairs needs path=FILE"), ("nowhere.jsonl", "no such file"), ("a.docx", "unknown kind of file")],
 )
-def test_a_missing_table_is_told(tmp_path, path, message):
+def test_missing_table_is_refused(tmp_path, path, message):
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(InputError, match=message):
         open_tables(path and str(tmp_path / path), "path", "stop", COLUMNS)
@@ -429,7 +429,7 @@ def parallel() -> datasets.DatasetDict:
     )
 
 
-def test_translate_reads_a_data_set_too_and_splits_it_by_message(tmp_path, parallel):
+def test_translate_reads_a_data_set_and_splits_it_by_message(tmp_path, parallel):
     parallel.save_to_disk(tmp_path / "set")
     columns = {"source": "translation.en", "target": "translation.de"}
     data = preset("translate", tmp_path / "cache", {"dataset": str(tmp_path / "set"), **columns})
@@ -438,7 +438,7 @@ def test_translate_reads_a_data_set_too_and_splits_it_by_message(tmp_path, paral
 
 
 @pytest.mark.parametrize("stored", ["save_to_disk", "files"])
-def test_a_hub_presets_own_validation_split_is_used_and_kept_out_of_training(tmp_path, parallel, stored):
+def test_validation_split_of_a_hub_preset_is_not_trained_on(tmp_path, parallel, stored):
     folder = tmp_path / "set"
     if stored == "save_to_disk":
         parallel.save_to_disk(folder)
@@ -453,7 +453,7 @@ def test_a_hub_presets_own_validation_split_is_used_and_kept_out_of_training(tmp
     assert batch.references == ["Cancel"]
 
 
-def test_dolly_joins_context_to_the_instruction_where_there_is_some(tmp_path):
+def test_dolly_appends_the_context_to_the_instruction(tmp_path):
     rows = [
         {
             "instruction": f"Explain: {line}",
@@ -486,13 +486,13 @@ def test_hub_presets_name_the_columns_of_their_data_sets(tmp_path, name, row):
     assert (len(data.train_samples), len(data.val_samples)) == (4, 2)
 
 
-def test_a_split_or_data_set_that_is_not_there_is_told(tmp_path, parallel, monkeypatch):
+def test_missing_split_or_data_set_is_refused(tmp_path, parallel, monkeypatch):
     parallel.save_to_disk(tmp_path / "set")
     with pytest.raises(InputError, match="has no split 'test'; it has: train, validation"):
         preset("wmt14_de_en", tmp_path / "cache", {"dataset": str(tmp_path / "set"), "split": "test"}).prepare()
 
 
-def test_a_table_under_path_takes_the_place_of_a_presets_own_source(tmp_path):
+def test_path_replaces_the_source_of_a_preset(tmp_path):
     file = tmp_path / "news.jsonl"
     file.write_text("\n".join(json.dumps({"document": line, "summary": line[:9]}) for line in ZEN))
     assert pairs_of(preset("xsum", tmp_path / "cache", {"path": str(file)})) == sorted((line, line[:9]) for line in ZEN)

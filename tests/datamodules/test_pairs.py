@@ -85,7 +85,7 @@ def texts_of(data: PairData, batch: Batch) -> list[tuple[str, str]]:
     return rows
 
 
-def test_loss_positions_are_exactly_the_response_tokens_and_end_of_text(data):
+def test_labels_are_exactly_the_response_and_end_of_text(data):
     tokenizer = load_tokenizer(data.prepare().tokenizer_folder)
     given = set(read_pairs(next((data.cache_dir / "pairs").glob("pairs-*[!k]"))))
     for batch in data.val_dataloader():
@@ -102,7 +102,7 @@ def test_loss_positions_are_exactly_the_response_tokens_and_end_of_text(data):
             assert (source, reference) in given
 
 
-def test_each_micro_batch_is_padded_to_its_own_longest_rounded_up_to_eight(data):
+def test_micro_batch_is_padded_to_its_longest_multiple_of_eight(data):
     stream = iter(data.train_dataloader())
     lengths = set()
     for _ in range(6):
@@ -139,7 +139,7 @@ def test_training_pairs_share_rows_and_validation_pairs_do_not(name, pairs_file,
         assert sorted(seen.tolist()) == sorted(lengths.tolist())
 
 
-def test_what_negatives_are_drawn_by_are_the_counts_of_training_targets(data):
+def test_negatives_are_sampled_by_training_target_counts(data):
     """Each pair once, whatever the prompts hold."""
     batch = data.train_samples.batch(np.arange(len(data.train_samples)), 0)
     expected = torch.bincount(batch.labels[batch.labels != IGNORE_INDEX], minlength=300)
@@ -156,7 +156,7 @@ def test_padding_never_exceeds_the_context(pairs_file, tmp_path):
     assert max(shapes) == 50
 
 
-def test_no_source_text_is_on_both_sides_and_no_pair_is_lost(data, pairs_file):
+def test_no_source_is_on_both_sides_and_no_pair_is_lost(data, pairs_file):
     sides = [
         [pair for batch in loader for pair in texts_of(data, batch)]
         for loader in (data.train_eval_dataloader(), data.val_dataloader())
@@ -182,7 +182,7 @@ def test_each_side_gets_a_pair_even_of_two(tmp_path, val_fraction):
     assert len(data.train_samples) == len(data.val_samples) == 1
 
 
-def test_pairs_with_a_validation_file_of_their_own_leave_training(pairs_file, tmp_path):
+def test_pairs_of_the_validation_file_are_not_trained_on(pairs_file, tmp_path):
     given = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     val_file = tmp_path / "val.jsonl"
     val_file.write_text("\n".join(json.dumps(pair) for pair in given[:4]))
@@ -193,7 +193,7 @@ def test_pairs_with_a_validation_file_of_their_own_leave_training(pairs_file, tm
     assert len(data.train_samples) == sum(pair["source"] not in held_out for pair in given)
 
 
-def test_pairs_that_are_too_long_lose_the_end_of_their_source_and_nothing_else(data, pairs_file, tmp_path):
+def test_long_pairs_lose_only_the_end_of_their_source(data, pairs_file, tmp_path):
     context = 80
     short = make(pairs_file, tmp_path / "cache", {"context": context})
     short.prepare()
@@ -214,7 +214,7 @@ def test_pairs_that_are_too_long_lose_the_end_of_their_source_and_nothing_else(d
     assert shortened > 10
 
 
-def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_path, words, caplog):
+def test_pair_with_too_long_a_target_is_skipped_with_a_warning(tmp_path, words, caplog):
     file = tmp_path / "pairs.jsonl"
     rows = [
         {"source": " ".join(words[i : i + 5]), "target": " ".join(words[:200] if i == 30 else words[:2])}
@@ -235,7 +235,7 @@ def test_a_target_longer_than_the_context_leaves_its_pair_out_and_is_told(tmp_pa
 @pytest.mark.parametrize(
     "text", ["{source} {target} {}", "a {0} b {{x}}", "%s <|endoftext|> \\n {", "naïve 日本語 🙂\u2028x\x0c"]
 )
-def test_braces_and_every_other_character_of_the_data_survive_the_template(tmp_path, text):
+def test_template_preserves_braces_and_all_characters(tmp_path, text):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps({"source": f"{text}{n}", "target": f"{text}!{n}"}) for n in range(8)))
     data = make(file, tmp_path / "cache", {"prompt": "Q: {source} A:", "response": "{target}."})
@@ -248,7 +248,7 @@ def test_braces_and_every_other_character_of_the_data_survive_the_template(tmp_p
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2)])
-def test_the_global_batch_and_its_count_are_the_same_however_it_is_divided(data, pairs_file, world, accumulate):
+def test_global_batch_does_not_depend_on_ranks_and_accumulation(data, pairs_file, world, accumulate):
     whole = itertools.islice(data.train_dataloader(), 20)  # 240 pairs: more than two epochs
     ranks = []
     for rank in range(world):
@@ -271,7 +271,7 @@ def test_every_epoch_holds_every_pair_once(data):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_starts_at_a_later_step_goes_on_with_that_steps_batch(data, pairs_file, workers):
+def test_first_batch_after_a_resume_is_that_of_its_step(data, pairs_file, workers):
     expected = next(itertools.islice(data.train_dataloader(), 17, None))
     later = make(pairs_file, data.cache_dir, {"workers": workers})
     later.trainer = Place(0, 1, step=17)
@@ -299,7 +299,7 @@ def test_ranks_validate_every_pair_once_in_equally_many_batches(data, pairs_file
     assert len(batches) == 1
 
 
-def test_facts_count_what_the_batches_hold(data):
+def test_facts_equal_the_counts_of_the_batches(data):
     facts = data.prepare()
     batches = list(data.val_dataloader())
     assert facts.val_tokens == sum(batch.target_tokens for batch in batches)
@@ -318,7 +318,7 @@ def test_a_second_preparation_reads_the_cache(data, pairs_file, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["bytes", "template", "context", "columns", "tokenizer"])
-def test_whatever_changes_the_tokens_changes_the_hash(data, pairs_file, change):
+def test_any_change_of_the_tokens_changes_the_hash(data, pairs_file, change):
     changed = {
         "bytes": {},
         "template": {"prompt": "{source} ="},

@@ -61,9 +61,7 @@ def token_folders(cache: Path) -> list[Path]:
     return [entry for entry in (cache / "tokens").iterdir() if entry.is_dir()]
 
 
-def test_a_preparation_killed_half_way_is_made_anew_and_comes_out_the_same(
-    text: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_preparation_after_a_kill_equals_an_undisturbed_one(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     killed = start(text, tokenizer, tmp_path / "cache")
     deadline = time.monotonic() + 60
     while not any(file.stat().st_size for file in (tmp_path / "cache").glob("tokens/.*/train.bin")):
@@ -82,7 +80,7 @@ def test_a_preparation_killed_half_way_is_made_anew_and_comes_out_the_same(
     assert not left.exists()
 
 
-def test_a_disk_that_fills_up_is_told_and_nothing_is_left_on_it(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_full_disk_is_an_error_and_leaves_no_files(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     output, _ = start(text, tokenizer, tmp_path / "cache", limit=1_000_000).communicate(timeout=100)
     assert output.startswith("refused: No space left")
     assert str(tmp_path / "cache") in output
@@ -91,14 +89,14 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_left_on_it(text: Path, toke
     assert token_folders(tmp_path / "cache") == []
 
 
-def test_two_at_once_prepare_once(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_concurrent_runs_prepare_once(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     both = [start(text, tokenizer, tmp_path / "cache") for _ in range(2)]
     outputs = [process.communicate(timeout=100)[0] for process in both]
     assert outputs[0] == outputs[1]
     assert len(token_folders(tmp_path / "cache")) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_told(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_unwritable_cache_is_refused(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     output, _ = start(text, tokenizer, tmp_path / "file").communicate(timeout=100)
     assert output.startswith("refused: Cannot write prepared data")
