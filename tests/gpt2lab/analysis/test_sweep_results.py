@@ -72,7 +72,7 @@ def best_mean_wins(runs: Runs) -> Comparison:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_of_settings_that_are_all_alike_none_wins(settings: int, seeds: int):
+def test_equal_settings_have_no_winner(settings: int, seeds: int):
     """In at most 5 % of simulated sweeps, however large the effect of a seed on all settings."""
     assert share_with_winner(simulate([0.0] * settings, seeds, REPETITIONS)) <= 0.05 + CHANCE
 
@@ -101,7 +101,7 @@ def test_a_noisy_setting_far_off_does_not_hide_the_winner():
     assert found.order == ["a", "b", "far"]
 
 
-def test_what_a_seed_does_to_all_settings_is_no_noise():
+def test_common_effect_of_a_seed_is_not_noise():
     """Runs 0.05 apart within a seed, seeds a whole nat apart; a setting that lacks a seed is judged by the others."""
     base = {"1": 4.0, "2": 5.0, "3": 3.0}
     runs = {
@@ -114,7 +114,7 @@ def test_what_a_seed_does_to_all_settings_is_no_noise():
     assert found.winner == "a"
 
 
-def test_the_same_run_twice_is_no_second_run(tmp_path: Path):
+def test_repeated_run_counts_once(tmp_path: Path):
     """Two copies of one seed have no noise, by which any difference would count."""
     jobs = [job(tmp_path, n, f"lr={lr} seed=1", 3.0 + lr) for n, lr in enumerate([0.1, 0.1, 0.2, 0.2])]
     (said,) = sentences(tmp_path, jobs)
@@ -122,7 +122,7 @@ def test_the_same_run_twice_is_no_second_run(tmp_path: Path):
     assert "one seed each" in said
 
 
-def test_settings_without_a_common_seed_are_compared_as_independent_runs():
+def test_settings_without_common_seeds_are_independent_runs():
     runs = {"a": [("1", 1.0), ("2", 1.01), ("3", 1.02)], "b": [("4", 2.0), ("5", 2.01), ("6", 2.02)]}
     assert compare(runs, lower_is_better=True).winner == "a"
     assert compare(runs, lower_is_better=False).winner == "b"
@@ -142,7 +142,7 @@ def test_the_winner_of_a_score_is_the_highest(tmp_path: Path):
     assert metric_names.lower_is_better("val/loss")
 
 
-def test_a_tie_is_said_as_a_tie(tmp_path: Path):
+def test_tie_is_reported_as_a_tie(tmp_path: Path):
     values = {"model=nano": [3.5, 3.6, 3.7], "model=micro": [3.6, 3.59, 3.62], "model=mini": [9.1, 9.2, 9.3]}
     jobs = swept(tmp_path, values)
     (told,) = sentences(tmp_path, jobs)
@@ -152,7 +152,7 @@ def test_a_tie_is_said_as_a_tie(tmp_path: Path):
     assert [line.split()[0] for line in shown.splitlines()[1:3]] == ["best", "tie"]
 
 
-def test_lost_runs_are_told_and_do_not_stop_the_comparison(tmp_path: Path):
+def test_lost_runs_are_reported_and_the_rest_is_compared(tmp_path: Path):
     """Failed, diverged and pruned ones; a run that finished with NaN counts as lost."""
     values = {
         "model=nano": [3.5, 3.6, None, float("nan")],
@@ -179,7 +179,7 @@ def test_losses_of_different_tokens_are_not_compared(tmp_path: Path):
     assert len(sentences(tmp_path / "scores", scores)) == 1
 
 
-def test_no_run_has_finished(tmp_path: Path):
+def test_sweep_without_a_finished_run_has_no_winner(tmp_path: Path):
     jobs = [job(tmp_path, 0, "model=nano", None), Job(1, ["model=micro"], tmp_path / "1")]
     results.write(tmp_path, jobs)
     page = (tmp_path / "sweep.html").read_text()
@@ -268,7 +268,7 @@ def drawn(page: str, label: str) -> tuple[str, list[tuple[str, dict[str, str | N
     return plot, Page(plot).found
 
 
-def test_the_page_draws_a_bar_for_each_key_and_a_line_for_each_job(tmp_path: Path):
+def test_page_has_a_bar_per_key_and_a_line_per_job(tmp_path: Path):
     """The learning rate does nearly all and the model hardly anything; one seed each, so a setting is a job."""
     grid = list(product(("1e-4", "1e-3", "1e-2"), ("nano", "micro")))
     effects = {"1e-4": 0.4, "1e-3": 0.0, "1e-2": 0.2, "nano": 0.02, "micro": 0.0}
@@ -302,7 +302,7 @@ def test_the_page_draws_a_bar_for_each_key_and_a_line_for_each_job(tmp_path: Pat
     assert sorted(at, key=lambda setting: at[setting][2]) == by_loss, "the best is on top"
 
 
-def test_a_key_that_does_nothing_explains_nothing():
+def test_key_without_effect_has_no_importance():
     draws = np.random.default_rng(0)
     grid = list(product(("1e-4", "1e-3", "1e-2", "1e-1"), ("nano", "micro"), ("0.0", "0.1", "0.2")))
     keys = {name: [point[column] for point in grid] for column, name in enumerate(("lr", "model", "dropout"))}
@@ -313,7 +313,7 @@ def test_a_key_that_does_nothing_explains_nothing():
     assert all(not one.is_significant and one.share < 0.1 for one in rest)
 
 
-def test_a_key_that_does_nothing_is_seldom_said_to_matter():
+def test_key_without_effect_is_rarely_significant():
     """In 5 % of random searches; three standard errors of 400 simulations are 3.3 %."""
     draws, said = np.random.default_rng(0), 0
     for _ in range(400):
@@ -325,7 +325,7 @@ def test_a_key_that_does_nothing_is_seldom_said_to_matter():
     assert said / 400 <= 0.05 + 0.033
 
 
-def test_more_seeds_do_not_make_a_key_matter(tmp_path: Path):
+def test_more_seeds_do_not_make_a_key_significant(tmp_path: Path):
     """Runs of one setting are no evidence on its key: words of one setting each say nothing, at three seeds too."""
     values: dict[str, list[float | None]] = {
         f"model={name}": [4.0 + 0.3 * number + 0.01 * seed for seed in range(3)]
@@ -335,7 +335,7 @@ def test_more_seeds_do_not_make_a_key_matter(tmp_path: Path):
     assert "Too few settings to estimate the importance of keys." in (tmp_path / "sweep.html").read_text()
 
 
-def test_numbers_drawn_at_random_are_explained_too():
+def test_randomly_sampled_values_have_importances():
     """No two settings share a learning rate: neighbours are put together. The other key does a third of it."""
     draws = np.random.default_rng(0)
     rates = 10 ** draws.uniform(-4, -1, 60)
@@ -349,7 +349,7 @@ def test_numbers_drawn_at_random_are_explained_too():
     assert 0.2 < found["model"].share < 0.6
 
 
-def test_too_few_settings_explain_nothing():
+def test_too_few_settings_have_no_importances():
     assert importances({"model": ["nano", "micro", "mini"]}, [1.0, 2.0, 3.0]) == []
     assert importances({"model": ["a", "b", "c", "d"]}, [2.0] * 4) == []
     assert importances({"model": ["a", "b", "c", "d"]}, [1.0, 2.0, 3.0, 4.0]) == [], (
@@ -357,7 +357,7 @@ def test_too_few_settings_explain_nothing():
     )
 
 
-def test_numbers_over_several_magnitudes_stand_by_their_logarithms():
+def test_values_over_several_magnitudes_use_a_log_axis():
     assert VariedKey(["1e-4", "1e-3", "1e-2"]).positions == pytest.approx([0, 0.5, 1])
     assert VariedKey(["0.001", "0.01"]).is_log
     assert VariedKey(["1", "2", "5"]).positions == pytest.approx([0, 0.25, 1])

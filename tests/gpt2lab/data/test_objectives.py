@@ -96,7 +96,7 @@ def may_look(
 @pytest.mark.parametrize("separate", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_moving_a_token_moves_exactly_the_logits_that_may_look_at_it(
+def test_token_change_affects_only_logits_that_attend_to_it(
     name: str, separate: bool, implementation: str, file: TokenFile, marks: SpecialTokens, model: Backbone
 ) -> None:
     rows = np.array([3, len(file) - 1])
@@ -115,7 +115,7 @@ def test_moving_a_token_moves_exactly_the_logits_that_may_look_at_it(
     model.lm.set_attn_implementation("sdpa")
 
 
-def test_spans_say_which_documents_and_which_prefix_are_seen() -> None:
+def test_spans_encode_documents_and_prefixes() -> None:
     starts = torch.tensor([[1, 0, 0, 1, 0, 0, 1]]).bool()
     first, end = document_bounds(starts)
     assert first.tolist() == [[0, 0, 0, 3, 3, 3, 6]]
@@ -126,7 +126,7 @@ def test_spans_say_which_documents_and_which_prefix_are_seen() -> None:
     assert make_spans(first, end, 100)[0, :, 1].tolist() == [3, 3, 3, 6, 6, 6, 7]
 
 
-def test_documents_are_told_apart_though_their_beginnings_are_hidden(file: TokenFile, marks: SpecialTokens) -> None:
+def test_document_bounds_survive_masked_end_of_text(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.arange(len(file))
     plain, masked = (windows(file, marks, name, separate=True).batch(rows, 0) for name in ("clm", "mlm"))
     assert bool(((plain.input_ids == marks.end_of_text) & (masked.input_ids != marks.end_of_text)).any())
@@ -139,7 +139,7 @@ def test_documents_are_told_apart_though_their_beginnings_are_hidden(file: Token
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_targets_are_as_many_as_were_counted_before(name: str, file: TokenFile, marks: SpecialTokens) -> None:
+def test_target_count_equals_the_count_in_advance(name: str, file: TokenFile, marks: SpecialTokens) -> None:
     samples, rows = windows(file, marks, name), np.arange(len(file))
     for draws in (rows, rows + 10**6):
         counts = samples.target_counts(rows, draws)
@@ -177,7 +177,7 @@ def test_micro_batches_and_ranks_share_out_the_same_step(name: str, file: TokenF
     assert whole.target_tokens == int((whole.labels != IGNORE_INDEX).sum())
 
 
-def test_clm_is_what_the_file_says(file: TokenFile, marks: SpecialTokens) -> None:
+def test_clm_batches_equal_the_token_file(file: TokenFile, marks: SpecialTokens) -> None:
     rows = np.arange(4)
     batch = windows(file, marks, "clm").batch(rows, 5, rows + 3)
     input_ids, labels = file.read(rows)
@@ -259,7 +259,7 @@ def partition(tokens: list[int], token: int) -> tuple[list[int], int, list[int]]
     return tokens[:place], token, tokens[place + 1 :]
 
 
-def test_a_gap_is_asked_for_as_it_was_taught(marks: SpecialTokens) -> None:
+def test_fim_prompt_has_the_training_format(marks: SpecialTokens) -> None:
     assert make_fim_prompt([5, 6], [7], marks) == [marks.end_of_text, marks.prefix, 5, 6, marks.suffix, 7, marks.middle]
 
 
@@ -274,7 +274,7 @@ def full_gradient(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tens
 
 
 @pytest.mark.parametrize("distribution", ["log_uniform", "unigram"])
-def test_sampled_softmax_follows_the_gradient_of_the_whole(distribution: str) -> None:
+def test_sampled_softmax_follows_the_full_gradient(distribution: str) -> None:
     """The mean over 1,000 draws of 60 of 200 entries, with the correction and without it."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(16, 8), 0.3 * torch.randn(200, 8)
@@ -299,7 +299,7 @@ def test_sampled_softmax_follows_the_gradient_of_the_whole(distribution: str) ->
     assert error(torch.zeros(200)) > 0.07
 
 
-def test_with_every_entry_drawn_sampled_softmax_is_the_whole() -> None:
+def test_sampled_softmax_of_all_tokens_is_the_full_softmax() -> None:
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(16, 8), torch.randn(50, 8), torch.randint(0, 50, (16,))
     everything = sampled_softmax_loss(hidden, weight, labels, torch.arange(50), torch.zeros(50))
@@ -335,7 +335,7 @@ def relative(difference: torch.Tensor, of: torch.Tensor) -> float:
     return float((difference - of).norm() / of.norm())
 
 
-def test_documents_packed_into_windows_have_the_gradient_of_documents_apart(
+def test_packed_documents_have_the_gradient_of_separate_ones(
     file: TokenFile, marks: SpecialTokens, model: Backbone
 ) -> None:
     rows = np.arange(6)
@@ -394,7 +394,7 @@ def test_an_export_reads_packed_documents_as_the_backbone_does(
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["clm", "prefix_lm"])
-def test_pairs_sharing_rows_have_the_gradient_of_pairs_apart(bidirectional: bool, model: Backbone) -> None:
+def test_packed_pairs_have_the_gradient_of_separate_ones(bidirectional: bool, model: Backbone) -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = [
         PairTokens(torch.randint(1, 300, (length,), generator=generator), prompt, number)
@@ -424,7 +424,7 @@ def test_pairs_sharing_rows_have_the_gradient_of_pairs_apart(bidirectional: bool
     ],
     ids=["alone", "packed", "no prompt to see"],
 )
-def test_a_prompt_is_seen_both_ways_and_another_pair_not_at_all(
+def test_prompts_are_bidirectional_and_pairs_are_isolated(
     rows: list[list[tuple[int, int]]], expected: list[str]
 ) -> None:
     """Pairs are (tokens, of these the prompt's); the last token is only predicted."""

@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "given"
 
 
-def test_text_that_spells_end_of_text_is_not_the_end_of_a_text(folder: Path) -> None:
+def test_literal_end_of_text_is_not_a_special_token(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     (ids,) = TextEncoder(tokenizer)(["before<|endoftext|>after"])
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == "before<|endoftext|>after"
 
 
-def test_the_hash_tells_tokenizers_apart_and_outlives_saving_and_padding(folder: Path, tmp_path: Path) -> None:
+def test_hash_identifies_a_tokenizer_after_saving_and_padding(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     before = tokenizer_hash(tokenizer)
     tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=2)
@@ -49,7 +49,7 @@ def test_the_hash_tells_tokenizers_apart_and_outlives_saving_and_padding(folder:
     assert tokenizer_hash(train_bpe(iter(TEXTS), 401)) != before
 
 
-def test_a_given_tokenizer_is_copied_so_that_it_outlives_its_folder(folder: Path, tmp_path: Path) -> None:
+def test_given_tokenizer_is_copied_into_the_cache(folder: Path, tmp_path: Path) -> None:
     choice = TokenizerChoice("pretrained", source=str(folder))
     copy = prepare_tokenizer(choice, "text", {}, lambda: iter(()), tmp_path / "cache")
     expected = tokenizer_hash(load_tokenizer(str(folder)))
@@ -100,7 +100,7 @@ except InputError as error:
 """
 
 
-def test_a_hub_that_cannot_be_reached_is_tried_once_for_five_seconds(tmp_path: Path) -> None:
+def test_unreachable_hub_is_tried_once_for_five_seconds(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     environment = {name: value for name, value in environment.items() if "proxy" not in name.lower()}
     command = [sys.executable, "-c", OFFLINE]
@@ -112,7 +112,7 @@ def test_a_hub_that_cannot_be_reached_is_tried_once_for_five_seconds(tmp_path: P
     assert "cannot be reached" in found["error"]
 
 
-def test_numbers_stand_for_tokens_whose_tokenizer_is_not_at_hand(tmp_path: Path) -> None:
+def test_tokens_without_a_tokenizer_are_shown_as_numbers(tmp_path: Path) -> None:
     make_numbered_tokenizer(50_257).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert (len(tokenizer), tokenizer.eos_token_id) == (50_257, 50_256)
@@ -142,7 +142,7 @@ def test_nanogpt_files_need_no_hub(tmp_path: Path) -> None:
     assert "is unavailable" in output.stderr
 
 
-def test_files_that_are_no_uint16_tokens_of_this_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_token_files_of_another_tokenizer_or_dtype_are_refused(folder: Path, tmp_path: Path) -> None:
     choice = TokenizerChoice("pretrained", source=str(folder))
     np.full(100, 400, dtype="<u2").tofile(tmp_path / "train.bin")
     np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
@@ -154,7 +154,7 @@ def test_files_that_are_no_uint16_tokens_of_this_tokenizer_are_refused(folder: P
 
 
 @pytest.mark.timeout(120, method="thread")  # instead of reading for an hour
-def test_of_large_files_only_a_few_parts_are_read(folder: Path, tmp_path: Path) -> None:
+def test_large_files_are_checked_by_samples(folder: Path, tmp_path: Path) -> None:
     with (tmp_path / "train.bin").open("wb") as file:
         file.truncate(2**41)  # sparse: takes no space on the disk
     np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
@@ -162,7 +162,7 @@ def test_of_large_files_only_a_few_parts_are_read(folder: Path, tmp_path: Path) 
     assert facts["vocab_size"] == 400
 
 
-def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer() -> None:
+def test_endless_word_does_not_stall_tokenizer_training() -> None:
     """Learning from a word takes the square of its length: this one alone would take hours."""
     tokenizer = train_bpe(iter(["a" * 2_000_000 + " some words and some words more", "=" * 2_000_000]), 300)
     assert tokenizer.decode(tokenizer("aaaa some words")["input_ids"]) == "aaaa some words"

@@ -51,14 +51,14 @@ def both(k: int, dtype: torch.dtype, of_records: torch.dtype | None = None) -> t
 
 @pytest.mark.parametrize("k", [VOCABULARY, VOCABULARY - 1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_entries_of_the_whole_vocabulary_give_every_figure(k, dtype, tolerance) -> None:
+def test_top_k_of_the_full_vocabulary_gives_every_figure(k, dtype, tolerance) -> None:
     found, whole = both(k, dtype)
     del whole[names.DISTILL_TEACHER_LOSS]  # stored beside the entries
     assert found == pytest.approx(whole, abs=tolerance)
 
 
 @pytest.mark.parametrize("k", [5, 20, 64])
-def test_few_entries_give_some_figures_exactly_and_bounds_of_the_others(k) -> None:
+def test_small_top_k_gives_exact_figures_or_bounds(k) -> None:
     found, whole = both(k, torch.float64)
     for name in EXACT:
         assert found[name] == pytest.approx(whole[name], abs=1e-10), name
@@ -68,7 +68,7 @@ def test_few_entries_give_some_figures_exactly_and_bounds_of_the_others(k) -> No
     assert found.keys() | {names.DISTILL_TEACHER_LOSS} == whole.keys()
 
 
-def test_more_entries_bound_more_tightly() -> None:
+def test_larger_k_gives_tighter_bounds() -> None:
     rising = [both(k, torch.float64)[0] for k in (5, 20, 64, VOCABULARY)]
     for name in BELOW:
         values = [found[name] for found in rising]
@@ -81,7 +81,7 @@ def test_records_in_float16_cost_no_more_than_their_rounding() -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
-def test_the_chunk_changes_nothing_and_no_tensor_is_larger_than_its_logits(chunk_rows) -> None:
+def test_chunk_size_changes_no_sum_and_bounds_every_tensor(chunk_rows) -> None:
     hidden, weight, labels, teacher = example(torch.float64)
     entries = stored(teacher, labels, 20)
     whole = distillation_sums(hidden, weight, labels, entries)
@@ -121,7 +121,7 @@ def test_records_of_other_positions_are_refused() -> None:
 ALIKE = ("loss.hard_weight=1", "loss.temperature=2", "optimizer=adamw", "steps=8", "validate_every=4")
 
 
-def test_a_cached_run_writes_every_figure_of_an_online_one_at_temperature_1(
+def test_cached_run_logs_the_figures_of_an_online_run(
     distil: Distil,
     train_here: Train,
     tiny: list[str],

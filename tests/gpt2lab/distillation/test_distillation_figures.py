@@ -75,7 +75,7 @@ def report_of(run: str | Path) -> dict[str, Any]:
 MODELS = ["checkpoint=runs/distill/student", "teacher=runs/pretrain/teacher", "baseline=runs/pretrain/scratch"]
 
 
-def test_validation_and_evaluate_tell_the_same_figures(evaluate_here: Evaluate, tmp_path: Path) -> None:
+def test_validation_and_evaluate_report_the_same_figures(evaluate_here: Evaluate, tmp_path: Path) -> None:
     done = evaluate_here(*MODELS, f"json={tmp_path / 'scores.json'}")
     assert done.code == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -114,7 +114,7 @@ def test_adding_a_teacher_changes_no_score_of_the_checkpoint(evaluate_here: Eval
     assert "distill/gap_closed" not in compared
 
 
-def test_every_validation_logs_the_figures_and_the_report_explains_them(in_project: Path) -> None:
+def test_validations_log_the_figures_and_the_report_has_them(in_project: Path) -> None:
     rows = read_metrics("runs/distill/student")
     for name in metric_names.DISTILLATION:
         assert [step for step, _ in series(rows, name)] == [6, 12], name
@@ -126,7 +126,7 @@ def test_every_validation_logs_the_figures_and_the_report_explains_them(in_proje
     assert "The student against" not in Path("runs/pretrain/teacher/report.html").read_text()
 
 
-def test_the_seed_decides_which_drafts_are_drawn(evaluate_here: Evaluate, tmp_path: Path) -> None:
+def test_sampled_drafts_depend_on_the_seed(evaluate_here: Evaluate, tmp_path: Path) -> None:
     measured = []
     for number, seed in enumerate((1, 1, 2)):
         assert evaluate_here(*MODELS[:2], f"seed={seed}", f"json={tmp_path / str(number)}").code == 0
@@ -192,7 +192,7 @@ def test_models_that_cannot_be_compared_are_refused(evaluate_here: Evaluate, tmp
 # baseline= of train.py
 
 
-def test_a_baseline_that_says_nothing_about_this_run_is_refused(
+def test_baseline_that_is_not_comparable_is_refused(
     in_project: Path, train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(in_project)
@@ -231,7 +231,7 @@ def test_a_baseline_that_says_nothing_about_this_run_is_refused(
     assert "cannot be read" in refused(*distill, f"baseline={other_tokens}")
 
 
-def test_a_continued_run_keeps_its_baseline_though_that_is_gone(runs: Path, train_here: Train, tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_deleted_baseline(runs: Path, train_here: Train, tmp_path: Path) -> None:
     """`runs` is copied: the teacher is found by its absolute path, the baseline's loss in config.yaml."""
     shutil.copytree(runs / "runs" / "distill" / "student", "student")
     before = report_of("student")
@@ -267,7 +267,7 @@ def test_pairs_are_compared_at_their_targets_only(
 
 
 @pytest.mark.slow
-def test_two_ranks_tell_the_figures_of_one(runs: Path, train_process: Train, tiny: list[str], tmp_path: Path) -> None:
+def test_two_ranks_report_the_figures_of_one(runs: Path, train_process: Train, tiny: list[str], tmp_path: Path) -> None:
     keys = [*tiny, *STEPS, "task=distill", f"teacher={runs / 'runs/pretrain/teacher'}", "micro_batch=2"]
     keys.append(f"baseline={runs / 'runs/pretrain/scratch'}")
     assert train_process(*keys, "run_dir=one", "devices=1").code == 0

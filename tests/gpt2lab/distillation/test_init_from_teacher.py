@@ -59,7 +59,7 @@ def test_layers_are_evenly_spaced_from_the_first_to_the_last():
             assert max(gaps) - min(gaps) <= 1
 
 
-def test_a_student_as_wide_as_its_teacher_has_the_teachers_very_layers():
+def test_student_of_equal_width_has_the_teachers_layers():
     teacher = random_model(replace(WIDE, n_layer=5))
     shape = replace(WIDE, n_layer=3, n_positions=10, vocab_size=40)
     student = student_from_teacher(teacher, shape, batches=[])
@@ -139,7 +139,7 @@ def centre_residual_stream(model: Backbone) -> None:
             writer.bias.sub_(writer.bias.mean())
 
 
-def test_a_narrower_student_keeps_what_lives_and_computes_the_same():
+def test_narrower_student_keeps_the_live_parts_and_the_logits():
     core = random_model(NARROW)
     teacher, channels, heads, neurons = planted(core, WIDE)
     batch = text()
@@ -154,7 +154,7 @@ def test_a_narrower_student_keeps_what_lives_and_computes_the_same():
     assert (student.logits(batch.input_ids) - logits).abs().max() < 1e-3
 
 
-def test_dropping_a_loud_channel_leaves_the_others_where_they_were():
+def test_dropping_a_large_channel_keeps_the_others():
     """As GPT-2 has some: loud in the residual stream, here from the second block on, silenced by the norms' gains."""
     teacher, shape = random_model(WIDE), replace(NARROW, n_layer=2)
     teacher.blocks[1].mlp.c_proj.bias[5] = 60.0
@@ -223,7 +223,7 @@ def test_padding_counts_for_nothing():
         ({"n_embd": 4, "n_head": 1}, "model.n_embd=8 model.n_head=1"),
     ],
 )
-def test_a_student_that_cannot_be_cut_out_is_refused(change: dict[str, int], words: str):
+def test_student_that_does_not_fit_into_its_teacher_is_refused(change: dict[str, int], words: str):
     with pytest.raises(InputError, match=words):
         check_fits(WIDE, replace(WIDE, **change))
 
@@ -258,7 +258,7 @@ def test_train_py_starts_from_whole_layers(train_here: Train, with_teacher: list
         assert torch.equal(weight, theirs[name.replace(".h.1.", ".h.2.")]), name
 
 
-def test_train_py_starts_from_a_narrowed_teacher_and_goes_on_without_cutting_again(
+def test_train_py_prunes_the_teacher_once_and_not_on_resume(
     train_here: Train, with_teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     answer = train_here(*with_teacher, *STILL, "run_dir=student")
@@ -282,7 +282,7 @@ def test_train_py_starts_from_a_narrowed_teacher_and_goes_on_without_cutting_aga
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_every_rank_cuts_out_the_same_student_and_goes_on_with_it(
+def test_every_rank_starts_from_the_same_pruned_student(
     strategy: str, with_teacher: list[str], train_process: Train, tmp_path: Path
 ):
     keys = [*with_teacher, "steps=4", "log_every=1", "validate_every=2", "micro_batch=2", "optimizer=adamw"]

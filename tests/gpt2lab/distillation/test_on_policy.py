@@ -43,7 +43,7 @@ def pairs() -> Batch:
     return Batch(ids, torch.full_like(ids, IGNORE_INDEX), 0, torch.tensor([7, 3, 11, 5]), torch.tensor([2, 5, 9, 12]))
 
 
-def test_a_row_is_drawn_from_its_own_distribution() -> None:
+def test_row_is_sampled_from_its_own_distribution() -> None:
     """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand times."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 1.5])
     count, temperature = 20_000, 0.7
@@ -53,7 +53,7 @@ def test_a_row_is_drawn_from_its_own_distribution() -> None:
     assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
 
 
-def test_what_is_written_does_not_depend_on_what_it_is_batched_with(model) -> None:
+def test_generated_text_does_not_depend_on_its_batch(model) -> None:
     batch = pairs()
     together = WRITER.generate(model, batch, step=4)
     for row, expected in enumerate(together):
@@ -64,7 +64,7 @@ def test_what_is_written_does_not_depend_on_what_it_is_batched_with(model) -> No
     assert WRITER.generate(model, batch, step=5) != together
 
 
-def test_only_entries_that_mean_a_token_are_written(model) -> None:
+def test_only_tokens_of_the_tokenizer_are_generated(model) -> None:
     generous = TextGenerator(16, 6, 20.0, END, ENTRIES, seed=1)
     texts = [one.text for step in range(20) for one in generous.generate(model, pairs(), step)]
     assert max(max(text) for text in texts) < ENTRIES
@@ -95,14 +95,14 @@ def test_a_prompt_keeps_its_end_and_a_window_its_beginning() -> None:
 
 
 @pytest.mark.parametrize(("lmbda", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
-def test_gkd_takes_the_students_text_in_the_share_asked_for(lmbda: float, share: float) -> None:
+def test_gkd_uses_student_text_in_the_share_lmbda(lmbda: float, share: float) -> None:
     choice = TextChoice(SequenceSettings("gkd", lmbda=lmbda), steps=4000, seed=1)
     sources = [choice.source(step, buffer_is_full=True) for step in range(4000)]
     assert set(sources) <= {DATA, STUDENT}
     assert sources.count(STUDENT) / 4000 == pytest.approx(share, abs=0.025)
 
 
-def test_distillm_writes_more_the_worse_validation_gets_and_less_towards_the_end() -> None:
+def test_distillm_generates_more_as_validation_worsens() -> None:
     choice = TextChoice(SequenceSettings("distillm", threshold_step=0.25, tolerance=0.1), steps=4000, seed=1)
 
     def shares(steps: range) -> dict[str, float]:
@@ -125,7 +125,7 @@ def test_distillm_writes_more_the_worse_validation_gets_and_less_towards_the_end
     assert sources == {DATA, STUDENT}  # a buffer is filled before it is drawn from
 
 
-def test_the_buffer_forgets_the_oldest_and_draws_different_ones() -> None:
+def test_replay_buffer_drops_the_oldest_and_samples_distinct() -> None:
     buffer = ReplayBuffer(5, seed=1)
     buffer.add([GeneratedSequence(number, [number], [number]) for number in range(8)])
     assert buffer.is_full
@@ -150,7 +150,7 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in load_file(run / "hf" / "model.safetensors").values()])
 
 
-def test_a_step_is_divided_by_the_targets_of_all_its_micro_batches(distil: Distil, tmp_path: Path) -> None:
+def test_step_is_divided_by_the_targets_of_all_micro_batches(distil: Distil, tmp_path: Path) -> None:
     """Eight sequences at once or two at a time: the same text, the same count, the same weights."""
     for run, micro_batch in (("whole", 8), ("parts", 2)):
         distil(*ON_POLICY, f"micro_batch={micro_batch}", f"run_dir={run}")
@@ -161,7 +161,7 @@ def test_a_step_is_divided_by_the_targets_of_all_its_micro_batches(distil: Disti
     torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=2e-6)
 
 
-def test_the_students_own_text_is_no_label(distil: Distil, tmp_path: Path) -> None:
+def test_student_text_is_not_a_label(distil: Distil, tmp_path: Path) -> None:
     distil(*ON_POLICY, "loss.hard_weight=0", "run_dir=soft")
     distil(*ON_POLICY, "loss.hard_weight=1", "run_dir=hard")
     assert torch.equal(weights(tmp_path / "soft"), weights(tmp_path / "hard"))
@@ -169,7 +169,7 @@ def test_the_students_own_text_is_no_label(distil: Distil, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keys", [ON_POLICY, ("sequences=seqkd", *WRITES)], ids=["gkd", "seqkd"])
-def test_after_the_prompts_of_pairs_text_is_written_too(keys: tuple[str, ...], distil: Distil, tmp_path: Path) -> None:
+def test_text_is_generated_after_prompts_of_pairs(keys: tuple[str, ...], distil: Distil, tmp_path: Path) -> None:
     lines = [f"def f{number}(\tself, value={number * 7})" for number in range(200)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
     pairs = ("data=pairs", f"path={tmp_path / 'pairs.tsv'}", "batch_sequences=8", "tokenizer=auto", "preflight=warn")
@@ -179,7 +179,7 @@ def test_after_the_prompts_of_pairs_text_is_written_too(keys: tuple[str, ...], d
     assert counts[0] <= 8 * 8
 
 
-def test_writing_and_loss_have_temperatures_of_their_own(distil: Distil, tmp_path: Path, monkeypatch) -> None:
+def test_generation_and_loss_have_separate_temperatures(distil: Distil, tmp_path: Path, monkeypatch) -> None:
     texts: list[list[int]] = []
     original = TextGenerator.generate
 
@@ -200,7 +200,7 @@ def test_writing_and_loss_have_temperatures_of_their_own(distil: Distil, tmp_pat
 
 
 @pytest.mark.parametrize("keys", [ON_POLICY, REPLAY], ids=["gkd", "distillm"])
-def test_taken_up_again_the_student_writes_and_remembers_the_same(
+def test_resume_repeats_student_text_and_replay_buffer(
     keys: tuple[str, ...], distil: Distil, train_here: Train, tmp_path: Path
 ) -> None:
     every = ("steps=16", "checkpoint_every=8", "micro_batch=4")
@@ -213,7 +213,7 @@ def test_taken_up_again_the_student_writes_and_remembers_the_same(
     assert torch.equal(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
 
 
-def test_stopped_at_a_step_that_is_validated_a_run_goes_on_by_that_validation(
+def test_resume_at_a_validated_step_uses_its_validation_loss(
     distil: Distil, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = (*REPLAY, "steps=8")
@@ -233,7 +233,9 @@ def test_stopped_at_a_step_that_is_validated_a_run_goes_on_by_that_validation(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("keys", [ON_POLICY, REPLAY], ids=["gkd", "distillm"])
-def test_two_ranks_write_what_one_writes(keys: tuple[str, ...], strategy: str, distil: Distil, tmp_path: Path) -> None:
+def test_two_ranks_generate_the_text_of_one(
+    keys: tuple[str, ...], strategy: str, distil: Distil, tmp_path: Path
+) -> None:
     distil(*keys, "steps=12", "micro_batch=2", "run_dir=one")
     distil(*keys, "steps=12", "micro_batch=2", "devices=2", f"strategy={strategy}", "run_dir=two")
     one, two = (
@@ -243,7 +245,7 @@ def test_two_ranks_write_what_one_writes(keys: tuple[str, ...], strategy: str, d
     assert two == pytest.approx(one, rel=1e-4)
 
 
-def test_what_the_teacher_writes_is_kept_for_every_student(
+def test_teacher_text_is_cached_for_every_student(
     distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = ("sequences=seqkd", "sequences.gen_temperature=0", *WRITES)
@@ -266,7 +268,7 @@ def test_what_the_teacher_writes_is_kept_for_every_student(
         assert ids[sample, : lengths[sample]].tolist() == likeliest[: lengths[sample]].tolist()
 
 
-def test_a_cache_can_hold_what_the_teacher_says_of_its_own_text(distil: Distil, tmp_path: Path) -> None:
+def test_teacher_cache_can_hold_logits_of_teacher_text(distil: Distil, tmp_path: Path) -> None:
     keys = ("sequences=seqkd", *WRITES)
     distil(*keys, "run_dir=online")
     cached = ("teacher_cache=topk", "teacher_cache.k=300", "teacher_cache.dtype=float32")
@@ -274,7 +276,7 @@ def test_a_cache_can_hold_what_the_teacher_says_of_its_own_text(distil: Distil, 
     torch.testing.assert_close(weights(tmp_path / "cached"), weights(tmp_path / "online"), rtol=0, atol=1e-5)
 
 
-def test_what_a_cache_holds_of_the_teachers_text_stays_when_more_is_written(distil: Distil) -> None:
+def test_cached_teacher_text_is_kept_when_more_is_generated(distil: Distil) -> None:
     keys = ("sequences=seqkd", "teacher_cache=topk", *WRITES)
     distil(*keys, "steps=2", "run_dir=first")
     longer = distil(*keys, "steps=5", "run_dir=longer").stderr

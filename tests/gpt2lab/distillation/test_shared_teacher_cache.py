@@ -24,7 +24,7 @@ def nats(folder: Path, side: str) -> NDArray[np.float32]:
 
 
 @pytest.mark.slow
-def test_the_jobs_of_a_sweep_write_one_cache_once(
+def test_sweep_jobs_write_one_cache_once(
     distil: Distil,
     train_process: Train,
     tiny: list[str],
@@ -65,7 +65,7 @@ def start(cache: Path, tiny: list[str], tmp_path: Path) -> Iterator[Callable[[st
 
 
 @pytest.mark.slow
-def test_of_two_processes_that_want_the_same_cache_one_writes_and_the_other_waits(
+def test_concurrent_processes_write_the_cache_once(
     distil: Distil,
     start: Callable[[str], subprocess.Popen[str]],
     tmp_path: Path,

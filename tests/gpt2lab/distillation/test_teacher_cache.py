@@ -74,7 +74,7 @@ def probabilities(batch: Batch, temperature: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_top_k_records_are_the_teachers_with_the_exact_rest(tmp_path, temperature) -> None:
+def test_top_k_records_have_the_exact_tail(tmp_path, temperature) -> None:
     side, samples = written(tmp_path, TeacherCacheSettings("topk", k=5, dtype="float32"), temperature)
     batch = samples.batch(np.array([7, 3, 31]), 0)
     signal, p = side.signal(batch), probabilities(batch, temperature)
@@ -91,7 +91,7 @@ def test_without_its_tail_a_record_sums_to_one(tmp_path) -> None:
     assert not signal.tail.any()
 
 
-def test_a_cache_of_every_entry_gives_the_loss_and_gradient_of_the_teacher_itself(tmp_path) -> None:
+def test_full_top_k_cache_gives_the_loss_of_the_online_teacher(tmp_path) -> None:
     side, samples = written(tmp_path, TeacherCacheSettings("topk", k=VOCABULARY, dtype="float32"))
     batch = samples.batch(np.arange(9), 0)
     kept = batch.labels.flatten() != IGNORE_INDEX
@@ -112,7 +112,7 @@ def test_a_cache_of_every_entry_gives_the_loss_and_gradient_of_the_teacher_itsel
             assert (cached - online).norm() <= 1e-6 * online.norm()
 
 
-def test_draws_have_no_bias_and_take_at_most_36_bytes_a_token() -> None:
+def test_draws_are_unbiased_and_take_at_most_36_bytes_a_token() -> None:
     torch.manual_seed(0)
     p = torch.randn(5, 200).mul(2).softmax(1)
     rows, n = 40_000, 12
@@ -126,7 +126,7 @@ def test_draws_have_no_bias_and_take_at_most_36_bytes_a_token() -> None:
     assert record_type(TeacherCacheSettings("sampled", n=12), 50_257).itemsize <= 36
 
 
-def test_an_entry_is_drawn_as_often_as_it_should_be_rounded() -> None:
+def test_token_is_sampled_its_expected_count_rounded() -> None:
     p = torch.tensor([[0.75, 0.2, 0.05]])
     for number in range(50):
         found = systematic_sample(p, 12, np.array([number]), seed=0)
@@ -134,7 +134,7 @@ def test_an_entry_is_drawn_as_often_as_it_should_be_rounded() -> None:
         assert 2 <= (found == 1).sum() <= 3
 
 
-def test_draws_depend_on_seed_and_place_alone(tmp_path) -> None:
+def test_draws_depend_on_seed_and_position_alone(tmp_path) -> None:
     settings = TeacherCacheSettings("sampled", n=6)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -150,7 +150,7 @@ def test_draws_depend_on_seed_and_place_alone(tmp_path) -> None:
     assert not np.allclose(uniforms(np.arange(100), 0), uniforms(np.arange(100), 1))
 
 
-def test_a_writer_that_was_stopped_is_completed_and_nothing_is_written_twice(tmp_path, monkeypatch) -> None:
+def test_interrupted_cache_is_completed_without_rewriting(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("gpt2lab.distillation.teacher_cache.SAMPLES_OF_A_COMMIT", 8)
     for folder in ("whole", "stopped"):
         (tmp_path / folder).mkdir()
@@ -177,7 +177,7 @@ def test_a_writer_that_was_stopped_is_completed_and_nothing_is_written_twice(tmp
         assert whole == stopped
 
 
-def test_a_file_that_was_cut_short_is_written_anew(tmp_path) -> None:
+def test_truncated_cache_file_is_rewritten(tmp_path) -> None:
     side, samples = written(tmp_path, TeacherCacheSettings("topk", k=4))
     records = tmp_path / "train.bin"
     records.write_bytes(records.read_bytes()[:-1])
@@ -185,7 +185,7 @@ def test_a_file_that_was_cut_short_is_written_anew(tmp_path) -> None:
     assert len(side.missing(np.arange(40))) == 40
 
 
-def test_the_teachers_loss_is_kept_with_its_answers(tmp_path) -> None:
+def test_teacher_loss_is_stored_with_its_records(tmp_path) -> None:
     side, samples = written(tmp_path, TeacherCacheSettings("sampled"), temperature=2.0)
     batch = samples.batch(np.array([1, 5]), 0)
     kept = batch.labels.flatten() != IGNORE_INDEX
@@ -206,7 +206,7 @@ PLAIN = ("optimizer=adamw", "optimizer.lr=1e-3")  # Muon orthogonalises in bf16,
 EXACT = (*PLAIN, "teacher_cache=topk", "teacher_cache.k=300", "teacher_cache.dtype=float32")
 
 
-def test_no_teacher_is_loaded_once_it_has_spoken_and_the_student_is_the_same(
+def test_cached_run_loads_no_teacher_and_trains_the_same(
     distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distil(*PLAIN, "run_dir=online")
@@ -221,7 +221,7 @@ def test_no_teacher_is_loaded_once_it_has_spoken_and_the_student_is_the_same(
     assert teacher_losses[1] == pytest.approx(teacher_losses[0], rel=1e-5)
 
 
-def test_only_what_a_run_will_see_is_written_and_a_longer_one_adds_to_it(distil: Distil) -> None:
+def test_cache_has_the_samples_of_a_run_and_grows_with_it(distil: Distil) -> None:
     sampled = ("teacher_cache=sampled", "run_dir=a")
     first = sequences_read(distil(*sampled, "steps=2"))
     assert sequences_read(distil("teacher_cache=sampled", "run_dir=b", "steps=5")) == 3 * 8
@@ -245,7 +245,7 @@ def sequences_read(answer: Answer) -> int:
         "other weights",
     ],
 )
-def test_whatever_a_record_depends_on_has_a_cache_of_its_own(
+def test_cache_key_includes_everything_records_depend_on(
     distil: Distil, train_here: Train, tiny: list[str], tmp_path: Path, change: str
 ) -> None:
     distil("teacher_cache=topk", "teacher_cache.k=5", "run_dir=a", "steps=1")
@@ -271,7 +271,7 @@ def test_whatever_a_record_depends_on_has_a_cache_of_its_own(
         (("teacher_cache=topk", "teacher_cache.dtype=int8"), "float16, float32"),
     ],
 )
-def test_what_a_cache_cannot_give_is_refused(
+def test_loss_that_a_cache_cannot_serve_is_refused(
     train_here: Train, tiny: list[str], overrides: tuple[str, ...], words: str
 ) -> None:
     answer = train_here(*tiny, "task=distill", "teacher=somewhere", *overrides)

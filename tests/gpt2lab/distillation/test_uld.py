@@ -113,7 +113,7 @@ def distribution(probabilities: Tensor) -> Distribution:
     return Distribution(probabilities.log(), probabilities, torch.ones(len(probabilities), 1).to(probabilities))
 
 
-def test_the_same_probabilities_on_other_entries_have_no_distance_and_no_gradient() -> None:
+def test_equal_sorted_probabilities_have_no_distance() -> None:
     torch.manual_seed(2)
     q = torch.randn(8, 50, dtype=torch.float64).softmax(1)
     padded = F.pad(q, (0, 20))  # entries that the teacher rules out count as much as none
@@ -149,7 +149,7 @@ def test_without_any_partner_the_soft_term_is_zero(mix) -> None:
         torch.testing.assert_close(mine, mix.hard_weight * other, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_students_padding_is_cut() -> None:
+def test_only_padding_of_the_student_is_removed() -> None:
     hidden, weight, labels, teacher = example(torch.float64, (61, 101))
     padded = torch.cat([weight, torch.full((9, WIDTH), 3.0, dtype=torch.float64)])
     ours = lm_head_loss(hidden, padded, labels, teacher=teacher, loss=MIXES[0], vocab_size=61)
@@ -266,7 +266,7 @@ def test_one_tokenizer_pairs_every_position_with_itself() -> None:
     assert ((text.teacher_positions.view(8, 32) >= 0) & same).float().mean() > 0.9
 
 
-def test_what_lies_beyond_the_teachers_positions_has_no_partner() -> None:
+def test_positions_beyond_the_teachers_have_no_partner() -> None:
     batch = windows([SOURCE[:2000]], 64, 4)
     whole, cut = (Alignment(STUDENT, TEACHER, "teacher", positions)(batch) for positions in (1024, 20))
     assert cut.input_ids.shape == (4, 20)
@@ -294,7 +294,7 @@ def pairs() -> Batch:
     return Batch(inputs, labels, count, torch.arange(len(texts)), torch.tensor([len(p) for p, _ in encoded]))
 
 
-def test_of_pairs_the_responses_are_paired_and_padding_is_not() -> None:
+def test_responses_of_pairs_are_aligned_and_padding_is_not() -> None:
     batch = pairs()
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(batch)
     check_against_naive_reference(batch, text)
@@ -324,7 +324,7 @@ def test_labels_may_have_holes_and_rows_none() -> None:
     assert text.label_bytes == text.target_bytes == 0
 
 
-def test_a_rank_without_samples_left_has_nothing_to_lay_beside() -> None:
+def test_rank_without_samples_has_no_partners() -> None:
     """Where validation batches do not come out even, the last ranks' has one row of ignored labels and no prompts."""
     batch = pairs()
     none = torch.empty(0, dtype=torch.int64)
@@ -334,7 +334,7 @@ def test_a_rank_without_samples_left_has_nothing_to_lay_beside() -> None:
     assert text.label_bytes == text.target_bytes == 0
 
 
-def test_text_that_spells_end_of_text_is_no_end() -> None:
+def test_literal_end_of_text_ends_no_document() -> None:
     batch = windows(["say <|endoftext|> twice <|endoftext|>", "next"], 12, 4)
     text = Alignment(STUDENT, TEACHER, "teacher", 1024)(batch)
     check_against_naive_reference(batch, text)
@@ -356,7 +356,7 @@ def other_tokenizer(normalizer: normalizers.Normalizer | None, prefix_space: boo
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>")
 
 
-def test_tokenizers_that_do_not_spell_bytes_are_refused() -> None:
+def test_tokenizers_that_are_not_byte_level_are_refused() -> None:
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "w": 1}, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     bad = [
@@ -371,7 +371,7 @@ def test_tokenizers_that_do_not_spell_bytes_are_refused() -> None:
     spell_tokens(other_tokenizer(None, False), "the teacher")
 
 
-def test_every_entry_spells_its_bytes() -> None:
+def test_every_token_has_its_bytes() -> None:
     for tokenizer in (STUDENT, TEACHER):
         entries = spell_tokens(tokenizer, "")
         assert entries[tokenizer.eos_token_id] is None

@@ -129,7 +129,7 @@ def test_one_tokenizer_for_both_is_a_warning(
     assert "loss=forward_kl teaches more" in done.stderr + caplog.text
 
 
-def test_a_student_cut_out_of_its_teacher_has_its_tokenizer(
+def test_student_pruned_from_its_teacher_has_its_tokenizer(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path
 ) -> None:
     keys = [
@@ -166,7 +166,7 @@ def refused(train_here: Train, teacher: str, *words: str) -> str:
 
 
 @pytest.mark.parametrize("loss", ["forward_kl", "jsd"])
-def test_any_other_loss_shows_the_first_tokens_that_differ(
+def test_other_losses_show_the_first_tokens_that_differ(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path, loss: str
 ) -> None:
     assert train_here(*tiny, *STEPS, "steps=1", "schedule.warmup_steps=0", "run_dir=student").code == 0
@@ -178,7 +178,7 @@ def test_any_other_loss_shows_the_first_tokens_that_differ(
     assert "loss=uld" in told
 
 
-def test_a_teacher_of_the_same_size_with_other_tokens_is_refused_too(
+def test_other_tokens_in_an_equal_vocabulary_size_are_refused(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path
 ) -> None:
     other = train_bpe(iter([Path(json.__file__).read_text()]), 300)
@@ -204,7 +204,9 @@ def test_evaluate_shows_the_first_tokens_that_differ(
         assert len(told.strip().splitlines()) <= 5
 
 
-def test_what_uld_cannot_use_is_refused(train_here: Train, tiny: list[str], teacher: str, tmp_path: Path) -> None:
+def test_settings_that_uld_cannot_use_are_refused(
+    train_here: Train, tiny: list[str], teacher: str, tmp_path: Path
+) -> None:
     keys = [*tiny, *ULD, f"teacher={teacher}"]
     assert "have other positions" in refused(train_here, teacher, *keys, "loss.hidden_mse=1")
     assert "teacher_cache=none" in refused(train_here, teacher, *keys, "teacher_cache=topk")
@@ -214,9 +216,7 @@ def test_what_uld_cannot_use_is_refused(train_here: Train, tiny: list[str], teac
     assert "holds no tokenizer" in told
 
 
-def test_preflight_refuses_a_teacher_that_predicts_the_bytes_no_better(
-    train_here: Train, tiny: list[str], tmp_path: Path
-) -> None:
+def test_preflight_refuses_a_teacher_no_better_per_byte(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
     tokenizer = train_bpe(iter([Path(json.__file__).read_text()]), 400)
     torch.manual_seed(0)
     write_hf_folder(to_hf(Backbone(ModelShape(1, 1, 16, 64, 400))), tokenizer, tmp_path / "raw", {"title": "raw"})

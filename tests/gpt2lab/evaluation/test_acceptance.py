@@ -53,17 +53,17 @@ def test_the_measured_acceptance_is_one_minus_tvd(models, seed) -> None:
     ],
     ids=["always", "capped", "turned", "undivided"],
 )
-def test_a_wrong_rule_would_be_noticed(models, monkeypatch, rule) -> None:
+def test_wrong_acceptance_rule_is_detected(models, monkeypatch, rule) -> None:
     monkeypatch.setattr(acceptance, "is_accepted", rule)
     assert abs(deviation(models)) > 8
 
 
-def test_drafts_drawn_from_another_distribution_would_be_noticed(models, monkeypatch) -> None:
+def test_drafts_of_another_distribution_are_detected(models, monkeypatch) -> None:
     monkeypatch.setattr(torch, "searchsorted", lambda sums, values, right: values.mul(VOCABULARY).long())  # uniformly
     assert abs(deviation(models)) > 8
 
 
-def test_the_number_that_draws_does_not_also_decide() -> None:
+def test_sampling_and_acceptance_use_separate_random_numbers() -> None:
     """One number for both would keep exactly the first token of these two, 0.5 instead of 0.5 + 0.1."""
     log_q, log_p = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     uniforms = torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_the_number_that_draws_does_not_also_decide() -> None:
     assert abs(sums[ACCEPTED].item() - 0.6 * POSITIONS) < 4 * error < 0.02 * POSITIONS
 
 
-def test_drafts_are_drawn_as_often_as_the_student_says(monkeypatch) -> None:
+def test_drafts_are_sampled_from_the_student(monkeypatch) -> None:
     log_q = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().expand(20_000, 4)
     seen = []
     monkeypatch.setattr(acceptance, "is_accepted", lambda log_p, log_q, uniform: seen.append(log_q) or uniform < 1)
@@ -84,7 +84,7 @@ def test_drafts_are_drawn_as_often_as_the_student_says(monkeypatch) -> None:
     assert not (drawn == 0).any()
 
 
-def test_what_is_kept_and_put_right_is_distributed_as_the_target_would_write() -> None:
+def test_accepted_and_corrected_tokens_follow_the_target() -> None:
     """The promise of speculative decoding: a rejected draft is replaced from the positive part of p − q."""
     q, p = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.5, 0.3])
     generator, draws = torch.Generator().manual_seed(0), 40_000
@@ -96,7 +96,7 @@ def test_what_is_kept_and_put_right_is_distributed_as_the_target_would_write() -
     torch.testing.assert_close(written, p, rtol=0, atol=0.01)  # four standard errors
 
 
-def test_a_student_that_is_its_teacher_has_every_draft_kept(models) -> None:
+def test_student_equal_to_its_teacher_has_every_draft_accepted(models) -> None:
     sums = acceptance_sums(models[1], models[1], torch.rand(POSITIONS, 2))
     assert sums[ACCEPTED] == POSITIONS
     assert sums[DRAW_VARIANCE] < 0.1
@@ -126,7 +126,7 @@ def test_the_best_number_of_drafts_is_no_worse_than_any_other(kept, ratio, draft
     assert found.speedup == max(speedup(kept, count, ratio) for count in range(1, 17))
 
 
-def test_a_draft_model_of_a_quarter_of_the_size_costs_about_a_quarter() -> None:
+def test_draft_cost_is_the_ratio_of_flops() -> None:
     nano, micro = ModelShape(2, 2, 128, 1024, 4096), ModelShape(4, 4, 256, 1024, 4096)
     assert cost_ratio(micro, micro, 256) == 1
     without_positions = 1_052_160 - 1024 * 128, 4_470_272 - 1024 * 256

@@ -78,7 +78,7 @@ def target_count(labels: Tensor) -> int:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("chunk_rows", [1, 7, ROWS, 4096, None])
-def test_every_figure_equals_its_twin_whatever_the_chunk(dtype, tolerance, chunk_rows) -> None:
+def test_every_figure_equals_its_twin_for_any_chunk_size(dtype, tolerance, chunk_rows) -> None:
     hidden, weight, labels, teacher = example(dtype)
     found = figures(distillation_sums(hidden, weight, labels, teacher, chunk_rows=chunk_rows), target_count(labels))
     expected = twin(hidden @ weight.T, teacher.hidden @ teacher.weight.T, labels)
@@ -107,7 +107,7 @@ def test_a_confidence_of_one_falls_into_the_last_bin() -> None:
     assert found[names.DISTILL_ECE] == 0.25
 
 
-def test_sums_of_two_halves_are_those_of_the_whole() -> None:
+def test_sums_of_two_halves_add_up_to_the_whole() -> None:
     hidden, weight, labels, teacher = example(torch.float64)
     whole = distillation_sums(hidden, weight, labels, teacher)
     halves = [
@@ -120,7 +120,7 @@ def test_sums_of_two_halves_are_those_of_the_whole() -> None:
         torch.testing.assert_close(together[name], value)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_left_to_learn() -> None:
+def test_student_equal_to_its_teacher_has_zero_divergence() -> None:
     _, _, labels, teacher = example(torch.float32)
     found = figures(distillation_sums(teacher.hidden, teacher.weight, labels, teacher), target_count(labels))
     assert found[names.DISTILL_KL] == found[names.DISTILL_REVERSE_KL] == found[names.DISTILL_TVD] == 0
@@ -130,7 +130,7 @@ def test_a_student_that_is_its_teacher_has_nothing_left_to_learn() -> None:
     assert gap_closed(4.0, found[names.VAL_LOSS], found[names.DISTILL_TEACHER_LOSS]) in (None, 1)
 
 
-def test_the_gap_closed_is_a_share_and_nothing_where_there_is_no_gap() -> None:
+def test_gap_closed_is_a_share_or_none_without_a_gap() -> None:
     assert gap_closed(4.1, 3.8, 3.4) == pytest.approx(3 / 7)
     assert gap_closed(4.1, 4.1, 3.4) == 0
     assert gap_closed(4.1, 3.4, 3.4) == 1
@@ -152,7 +152,7 @@ def test_padding_of_either_vocabulary_has_no_probability(padded) -> None:
     assert figures(found, target_count(labels)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_a_teacher_rules_out_leaves_numbers_and_no_nan() -> None:
+def test_zero_teacher_probabilities_give_no_nan() -> None:
     log_q = torch.tensor([[0.5, 0.3, 0.1, 0.1, 1e-9, 1e-9]]).log()
     log_p = torch.tensor([[0.6, 0.4, 0.0, 0.0, 0.0, 0.0]]).log()  # −inf
     sums = whole_sums(log_q, log_p, torch.tensor([0]))

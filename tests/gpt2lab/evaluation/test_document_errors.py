@@ -179,7 +179,7 @@ def test_errors_of_pairs_are_between_files_or_source_texts(evaluate_here, folder
 
 
 @pytest.mark.parametrize("objective", ["clm", "prefix_lm", "mlm", "fim", "packing"])
-def test_every_objective_knows_the_document_of_its_targets(tmp_path: Path, objective: str) -> None:
+def test_every_objective_maps_targets_to_documents(tmp_path: Path, objective: str) -> None:
     end, documents, context = 5, 40, 16
     tokens = np.concatenate([[end, *[10 + n] * (1 + n * n % 23)] for n in range(documents)]).astype("<u2")
     tokens.tofile(tmp_path / "val.bin")
@@ -206,7 +206,7 @@ def test_every_objective_knows_the_document_of_its_targets(tmp_path: Path, objec
     ],
     ids=["no_end_of_text", "few_documents", "huge_document", "enough"],
 )
-def test_few_or_unknown_documents_are_warned_of(evaluate_here, words: list[str], said: str) -> None:
+def test_few_or_unknown_documents_give_a_warning(evaluate_here, words: list[str], said: str) -> None:
     done, _ = evaluate_here("checkpoint=1", *words)
     assert said in done.stderr
     assert ("tandard errors" in done.stderr) == bool(said)

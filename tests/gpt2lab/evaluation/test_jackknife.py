@@ -23,7 +23,7 @@ def sums_of(values: torch.Tensor) -> Sums:
     return {"sum": values, TOKENS: torch.ones(len(values))}
 
 
-def test_the_error_of_a_mean_of_equal_rows_is_that_of_the_textbook() -> None:
+def test_jackknife_error_of_a_mean_equals_the_formula() -> None:
     values = torch.randn(150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = standard_errors(sums_of(values), mean_of)["mean"]
     assert found == pytest.approx(values.std().item() / math.sqrt(150), rel=1e-9)
@@ -92,19 +92,19 @@ def test_values_are_those_without_an_interval_and_lie_in_it() -> None:
     assert "nc:6" in found["chrf"].signature
 
 
-def test_one_text_tells_no_interval() -> None:
+def test_single_text_has_no_interval() -> None:
     for score in text_scores(["rougeL", "chrf", "f1"], ["a b"], ["a c"]).values():
         assert score.standard_error is score.low is score.high is None
 
 
-def test_the_bootstrap_error_of_a_mean_is_that_of_the_textbook() -> None:
+def test_bootstrap_error_of_a_mean_equals_the_formula() -> None:
     found = text_scores(["exact"], ["a", "b", "c", "x"] * 50, ["a", "b", "c", "d"] * 50)["exact"]
     expected = 100 * math.sqrt(0.75 * 0.25 / 200)
     assert found.standard_error == pytest.approx(expected, rel=0.1)
     assert found.high - found.low == pytest.approx(2 * 1.96 * expected, rel=0.1)
 
 
-def test_chrf_intervals_are_as_wide_as_those_of_texts_drawn_by_hand() -> None:
+def test_chrf_intervals_equal_a_plain_bootstrap() -> None:
     ours = text_scores(["chrf"], PREDICTIONS, REFERENCES)["chrf"]
     draws = np.random.default_rng(1)
     drawn = []
@@ -115,7 +115,7 @@ def test_chrf_intervals_are_as_wide_as_those_of_texts_drawn_by_hand() -> None:
     assert ours.standard_error == pytest.approx(float(np.std(drawn)), rel=0.2)
 
 
-def test_texts_of_one_document_are_drawn_together() -> None:
+def test_texts_of_one_document_are_resampled_together() -> None:
     predictions, references = ["a", "b", "c", "x"] * 10, ["a", "b", "c", "d"] * 10
     alone = text_scores(["exact", "chrf"], predictions, references)
     repeated = [text for text in predictions for _ in range(4)], [text for text in references for _ in range(4)]
@@ -124,7 +124,7 @@ def test_texts_of_one_document_are_drawn_together() -> None:
         assert together[name].standard_error == pytest.approx(alone[name].standard_error, rel=0.15)
 
 
-def test_the_error_of_a_median_is_that_of_all_ways_to_draw_its_values_again() -> None:
+def test_median_error_equals_the_exact_bootstrap() -> None:
     # Of five draws three or more are the outlier with probability 0.05792; then the median is 100, else 1.
     share = sum(math.comb(5, k) * 0.2**k * 0.8 ** (5 - k) for k in (3, 4, 5))
     median, error = median_with_error([1.0, 1.0, 100.0, 1.0, 1.0])

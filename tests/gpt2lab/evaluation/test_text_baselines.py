@@ -33,19 +33,19 @@ def test_the_lead_is_as_long_as_targets_are() -> None:
     assert answers[COPY](" one two three\n") == "one two three"
 
 
-def test_labels_are_guessed_as_the_commonest() -> None:
+def test_label_baseline_is_the_most_frequent_label() -> None:
     answers = text_baselines(["accuracy", "f1"], [("good", "yes"), ("bad", "no"), ("fine", "yes ")])
     assert list(answers) == [COMMONEST]
     assert answers[COMMONEST]("awful") == "yes"
 
 
-def test_rounds_give_a_word_what_the_common_one_beside_it_leaves() -> None:
+def test_later_rounds_resolve_words_next_to_common_ones() -> None:
     # One round cannot tell "Datei" from "die" beside "file"; the next has seen that "the" explains "die" everywhere.
     pairs = [("the file", "die Datei")] * 3 + [("the folder", "die Mappe")] * 2
     assert word_table(pairs) == {"the": "die", "file": "Datei", "folder": "Mappe"}
 
 
-def test_who_watches_sees_how_far_a_word_table_is(capsys, monkeypatch) -> None:
+def test_word_table_shows_progress_in_a_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     word_table(translations(50))
     shown = capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_bleu_counts_chinese_characters_as_words():
     assert ours > 10
 
 
-def test_chrf_equals_torchmetrics_where_every_prediction_shares_something_with_its_reference(texts):
+def test_chrf_equals_torchmetrics_on_overlapping_texts(texts):
     pairs = [
         (prediction, reference) for prediction, reference in zip(*texts, strict=True) if prediction[:9] == reference[:9]
     ]
@@ -68,13 +68,13 @@ def test_chrf_equals_torchmetrics_where_every_prediction_shares_something_with_i
     assert text_metrics(["chrf"], predictions, references)["chrf"] == pytest.approx(theirs, abs=0.02)
 
 
-def test_chrf_counts_the_references_of_hopeless_predictions():
+def test_chrf_counts_references_without_any_match():
     predictions, references = ["abcdefgh", "zzzzzzzz"], ["abcdefgh", "ijklmnop"]
     # Each order n: half of the n-grams match on both sides, so precision = recall = F = 1/2.
     assert text_metrics(["chrf"], predictions, references) == {"chrf": pytest.approx(50)}
 
 
-def test_exact_looks_past_white_space_at_the_ends():
+def test_exact_ignores_white_space_at_the_ends():
     assert text_metrics(["exact"], [" a b\n", "a  b"], ["a b", "a b"]) == {"exact": 50.0}
 
 
@@ -101,7 +101,7 @@ def test_the_module_itself_does_not_import_torchmetrics():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_compiles_counts_what_can_stand_as_a_functions_body():
+def test_compiles_counts_valid_function_bodies():
     bodies = ["    return 1", "    await x\n    return 2", "return 1", "    if x:", "    yield 1\n\n    return 3", ""]
     assert text_metrics(["compiles"], bodies, bodies) == {"compiles": pytest.approx(50)}
 
@@ -125,7 +125,7 @@ def test_accuracy_and_macro_f1_equal_torchmetrics():
     assert text_metrics(["f1"], ["no label at all", "ham"], ["spam", "ham"])["f1"] == pytest.approx(50)
 
 
-def test_placeholders_must_all_be_there_once():
+def test_placeholders_must_each_appear_once():
     references = ["%s von %d", "kein Platz", "{name}: %(count)d %%", "%5.2f", "%s in %s"]
     predictions = ["%d aus %s", "%s", "{name}: %(count)d", "%5.2f Euro", "in %s"]
     assert text_metrics(["placeholders"], predictions, references)["placeholders"] == pytest.approx(100 * 2 / 4)
@@ -145,7 +145,7 @@ def test_placeholders_of_printf_and_of_format_are_known(text: str, found: list[s
     assert PLACEHOLDER.findall(text) == found
 
 
-def test_placeholders_have_no_score_where_no_reference_has_any():
+def test_placeholders_without_any_in_references_have_no_score():
     assert math.isnan(text_metrics(["placeholders"], ["%s", "nichts"], ["nothing", "none"])["placeholders"])
     found = text_scores(["placeholders", "exact"], ["%s", "nichts"], ["nothing", "none"])
     assert found["placeholders"].value is found["placeholders"].standard_error is None

@@ -104,7 +104,7 @@ def test_top_k_never_leaves_the_k_best() -> None:
     assert drawn == set(best)
 
 
-def test_a_model_in_training_stays_in_training_and_long_prompts_keep_their_end() -> None:
+def test_generation_keeps_train_mode_and_the_end_of_long_prompts() -> None:
     lm = model().lm.train()
     long = list(range(60)) * 3
     assert generate_ids(lm, [long], GREEDY, max_new_tokens=8, end_of_text=END) == generate_ids(
@@ -115,7 +115,7 @@ def test_a_model_in_training_stays_in_training_and_long_prompts_keep_their_end()
 
 
 @pytest.mark.parametrize("layout", ["own", "plain"])
-def test_a_decoder_reads_in_pieces_what_the_model_reads_at_once(layout: str) -> None:
+def test_decoder_in_pieces_equals_one_forward_pass(layout: str) -> None:
     backbone = model().eval()
     lm = backbone.lm if layout == "own" else to_hf(backbone)
     ids = torch.randint(1, END, (2, 12))
@@ -148,7 +148,7 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda sampling: sampling.name)
-def test_text_is_what_transformers_writes_with_the_same_seed(sampling: SamplingSettings) -> None:
+def test_text_equals_transformers_with_the_same_seed(sampling: SamplingSettings) -> None:
     """From the exported model, in a padded batch."""
     backbone = model()
     plain = to_hf(backbone)
@@ -185,7 +185,7 @@ def test_a_length_penalty_below_0_favours_short_texts() -> None:
     assert short < long
 
 
-def test_beams_see_a_prompt_both_ways_too() -> None:
+def test_beam_search_reads_prompts_bidirectionally() -> None:
     """The likeliest single token is what the greedy choice is."""
     lm = model().lm
     for beams in (1, 3):
@@ -195,7 +195,7 @@ def test_beams_see_a_prompt_both_ways_too() -> None:
     assert found != generate_ids(lm, PROMPTS, GREEDY, max_new_tokens=1, end_of_text=END)
 
 
-def test_of_a_padded_vocabulary_only_tokens_are_written() -> None:
+def test_padding_of_the_vocabulary_is_never_generated() -> None:
     lm = model().lm
     sampling = SamplingSettings("hot", temperature=50.0)
     for chosen in (sampling, SamplingSettings("beams", beams=2)):

@@ -58,7 +58,7 @@ def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("long_drafts")
 @pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
-def test_greedy_text_is_the_targets(
+def test_greedy_text_equals_that_of_the_target(
     target: GPT2LMHeadModel, draft: GPT2LMHeadModel, sampling: SamplingSettings
 ) -> None:
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1]):
@@ -82,7 +82,7 @@ class Told(BaseStreamer):
         pass
 
 
-def test_an_end_of_text_ends_it_wherever_it_comes_in_a_draft(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+def test_end_of_text_anywhere_in_a_draft_ends_the_text(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     lengths = set()
     for prompt in ([1, 2], [3], [5, 4, 3, 2, 1], [0], [4, 4]):
         found = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, **SIZES)
@@ -112,20 +112,20 @@ def test_the_target_as_its_own_draft_is_always_accepted(target: GPT2LMHeadModel,
     assert found.look_ratio > 0
 
 
-def test_the_same_seed_draws_the_same_text(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+def test_same_seed_samples_the_same_text(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     drawn = [
         speculative_ids(target, draft, [1, 2], FILTERED, max_new_tokens=20, seed=seed, **SIZES)[0] for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_no_filtered_token_is_written(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+def test_no_filtered_token_is_generated(target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     likeliest = SamplingSettings("one", top_k=1)
     greedy = generate_ids(target, [[1, 2]], GREEDY, max_new_tokens=20, **SIZES)[0]
     assert speculative_ids(target, draft, [1, 2], likeliest, max_new_tokens=20, **SIZES)[0] == greedy
 
 
-def test_rounds_draft_as_much_as_is_kept(target: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draft_length_follows_the_acceptance(target: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy: the model as its own draft, and one that always proposes what the model holds least likely."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.02)
     monkeypatch.setattr(speculative, "verification_costs", lambda *_: looks(0.02))
@@ -153,14 +153,14 @@ def drafted_after(kept: int, rounds: int = 40, cost: float = 0.1) -> int:
     return drafted
 
 
-def test_drafts_become_as_long_as_they_are_kept() -> None:
+def test_draft_length_grows_with_acceptance() -> None:
     assert drafted_after(kept=0) == 1
     assert drafted_after(kept=MOST_DRAFTS) > 10
     assert 1 < drafted_after(kept=4) <= 8
     assert drafted_after(kept=4, cost=0.5) < drafted_after(kept=4, cost=0.02)
 
 
-def test_where_the_draft_is_unsure_it_ends_sooner() -> None:
+def test_uncertain_draft_is_shorter() -> None:
     """Of what it is sure of all is kept, of the rest nothing."""
     length = DraftLength(0.0, looks(0.1))
     for _ in range(30):
@@ -171,7 +171,7 @@ def test_where_the_draft_is_unsure_it_ends_sooner() -> None:
     assert not length.should_continue(0.3)
 
 
-def test_a_draft_ends_before_the_look_that_costs_a_step_more_unless_far_longer_ones_pay() -> None:
+def test_draft_ends_before_a_costlier_verification_if_unlikely() -> None:
     def lengths(kept: float) -> list[int]:
         """Of 300 drafts of which the model is always as sure, and of whose tokens so large a share is kept."""
         length, draws, found = DraftLength(0.02, VERIFY_COSTS_CPU), random.Random(0), []
@@ -229,7 +229,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("long_drafts")
 @pytest.mark.parametrize("texts", [FEW, pytest.param(5000, marks=pytest.mark.slow)])
-def test_drawn_text_is_distributed_as_the_targets(texts: int, target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
+def test_sampled_text_is_distributed_as_the_target(texts: int, target: GPT2LMHeadModel, draft: GPT2LMHeadModel) -> None:
     """Chi-square over at most 36 cells: 66.6 is exceeded once in a thousand times at 35 degrees of freedom."""
     assert chi_square(pairs_drawn(target, draft, texts), expected_pairs(target)) < 66.6
 
@@ -248,7 +248,7 @@ def replace_from_target(
 
 @pytest.mark.usefixtures("long_drafts")
 @pytest.mark.parametrize("rule", [accept_all, replace_from_target])
-def test_the_same_statistic_shows_a_wrong_rule(
+def test_same_statistic_detects_a_wrong_rule(
     rule: Callable[..., tuple[int, torch.Tensor]],
     target: GPT2LMHeadModel,
     draft: GPT2LMHeadModel,

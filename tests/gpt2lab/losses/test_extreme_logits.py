@@ -118,7 +118,7 @@ def test_cross_entropy_is_exact_at_any_logits(spread, dtype, hard) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, -500.0, 3e3])
 @pytest.mark.parametrize("spread", SPREADS)
-def test_each_target_s_validation_loss_is_exact_at_any_logits(spread, offset) -> None:
+def test_validation_loss_per_target_is_exact_at_any_logits(spread, offset) -> None:
     """An offset common to all logits means nothing; entries beyond the vocabulary hold the largest logits."""
     logits = logits_of(0, spread, torch.float32) + offset
     labels, padded = logits.argmin(1), F.pad(logits, (0, 3), value=1e5)

@@ -156,7 +156,7 @@ def test_all_targets_ignored_gives_zero_and_no_nan(mix) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("mix", DIVERGENCES, ids=in_words)
-def test_a_student_equal_to_its_teacher_has_no_loss_and_gets_no_gradient(mix, temperature) -> None:
+def test_student_equal_to_its_teacher_has_no_loss_and_gradient(mix, temperature) -> None:
     hidden, weight, labels, _ = example(torch.float64)
     teacher = DenseTeacher(hidden.detach(), weight.detach())
     result = lm_head_loss(hidden, weight, labels, teacher=teacher, loss=replace(mix, temperature=temperature))
@@ -166,7 +166,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_gets_no_gradient(mix, te
 
 
 @pytest.mark.parametrize("mix", DIVERGENCES, ids=in_words)
-def test_a_teacher_that_rules_tokens_out_gives_finite_losses(mix) -> None:
+def test_zero_teacher_probabilities_give_finite_losses(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     ruled_out = teacher.weight.clone()
     ruled_out[:50] = -float("inf")
@@ -257,7 +257,7 @@ def test_a_top_k_teacher_equals_its_bucketed_twin(mix, with_tail) -> None:
 
 
 @pytest.mark.parametrize("mix", [mix for mix in MIXES if mix.name not in OF_EVERY_LOGIT], ids=in_words)
-def test_a_top_k_teacher_with_every_entry_is_the_dense_teacher(mix) -> None:
+def test_top_k_teacher_with_all_tokens_equals_the_dense_one(mix) -> None:
     hidden, weight, labels, dense = example(torch.float32)
     teacher = replace(top_k(dense, mix.temperature, VOCABULARY), tail=torch.zeros(ROWS))
     sparse = lm_head_loss(hidden, weight, labels, teacher=teacher, loss=mix, mixing=MIXING)
@@ -267,7 +267,7 @@ def test_a_top_k_teacher_with_every_entry_is_the_dense_teacher(mix) -> None:
 
 
 @pytest.mark.parametrize("mix", [MIXES[0], KL], ids=in_words)
-def test_draws_from_the_teacher_estimate_the_forward_kl_without_bias(mix) -> None:
+def test_teacher_draws_estimate_forward_kl_without_bias(mix) -> None:
     hidden, weight, labels, dense = example(torch.float64)
     p = (dense.hidden @ dense.weight.T / mix.temperature).softmax(-1)
     entropy = -(p * p.log()).sum(1)
@@ -279,7 +279,7 @@ def test_draws_from_the_teacher_estimate_the_forward_kl_without_bias(mix) -> Non
     assert_gradients_close(sampled.total, online.total, (hidden, weight), 2e-2)
 
 
-def test_draws_equal_the_cross_entropy_to_them() -> None:
+def test_loss_on_draws_is_their_cross_entropy() -> None:
     hidden, weight, labels, _ = example(torch.float64, "none")
     draws = torch.randint(0, VOCABULARY, (ROWS, 5))
     draws[:, 1] = draws[:, 0]  # an entry drawn twice counts twice
@@ -292,7 +292,7 @@ def test_draws_equal_the_cross_entropy_to_them() -> None:
 
 
 @pytest.mark.parametrize("mix", DIVERGENCES[1:], ids=in_words)
-def test_draws_serve_no_loss_that_they_would_bias(mix) -> None:
+def test_draws_are_refused_for_losses_they_would_bias(mix) -> None:
     hidden, weight, labels, _ = example(torch.float32)
     draws = SampledTeacher(torch.zeros(ROWS, 5, dtype=torch.int64), torch.zeros(ROWS))
     with pytest.raises(ValueError, match="a sampled teacher supports loss=forward_kl"):
@@ -338,7 +338,7 @@ def compiled_equals_plain(mix, hidden, weight, labels, dense) -> None:
         assert_gradients_close(plain.total, compiled.total, (hidden, weight), 1e-5)
 
 
-def test_it_works_inside_a_compiled_function_and_under_activation_checkpointing() -> None:
+def test_loss_works_in_torch_compile_and_checkpointing() -> None:
     hidden, weight, labels, teacher = example(torch.float32)
 
     def loss(h: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
 
 
 @pytest.mark.parametrize("mix", [None, KL], ids=in_words)
-def test_without_gradients_the_values_are_the_same_and_no_gradient_is_formed(mix) -> None:
+def test_values_under_no_grad_are_equal_and_form_no_gradient(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     given = {"teacher": teacher if mix else None, "loss": mix, "chunk_rows": 16}
     trained = lm_head_loss(hidden, weight, labels, **given)

@@ -45,7 +45,7 @@ def test_no_rows_give_one_empty_chunk(head) -> None:
     assert range(0)[rows] == range(0)
 
 
-def test_the_dtype_is_autocasts_at_the_call(head) -> None:
+def test_dtype_is_that_of_autocast_at_the_call(head) -> None:
     hidden, weight = head
     with torch.autocast("cpu", torch.bfloat16):
         half, whole = logit_chunks(hidden, weight), logit_chunks(hidden, weight, dtype=torch.float32)

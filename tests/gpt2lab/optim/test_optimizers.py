@@ -86,7 +86,7 @@ def test_a_closure_sees_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
-def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str, dtype: torch.dtype) -> None:
+def test_optimizer_restored_from_its_state_continues_equally(name: str, dtype: torch.dtype) -> None:
     def train(model: Backbone, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
             ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
@@ -112,7 +112,7 @@ def test_an_optimizer_restored_from_its_state_goes_on_the_same(name: str, dtype:
 
 
 @pytest.mark.parametrize("name", ["wsd", "cosine", "linear", "constant"])
-def test_schedules_warm_up_peak_and_end_where_they_say(name: str) -> None:
+def test_schedules_warm_up_peak_and_end_as_configured(name: str) -> None:
     schedule = ScheduleSettings(name, warmup_steps=10, final_fraction=0.1, decay_fraction=0.25)
     curve = [learning_rate_factor(step, 100, schedule) for step in range(100)]
     assert curve[0] == pytest.approx(0.1)

@@ -30,7 +30,7 @@ def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
     return inner, torch.where(inner == exact, exact, outer)
 
 
-def test_a_number_is_rounded_to_a_neighbour_and_to_itself_on_average() -> None:
+def test_rounding_is_to_a_neighbour_and_unbiased() -> None:
     values = torch.randn(200, generator=seeded(0)) * torch.logspace(-30, 30, 200)
     draws = 20_000
     rounded = round_stochastically(values.expand(draws, -1).contiguous(), seeded(1)).float()
@@ -46,7 +46,7 @@ def test_a_number_is_rounded_to_a_neighbour_and_to_itself_on_average() -> None:
     assert nearest.mean() > 0.2, "rounding to the nearest would not pass"
 
 
-def test_what_bf16_can_hold_stays_as_it_is() -> None:
+def test_bf16_values_are_rounded_to_themselves() -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     every = every[~every.isnan()]
     assert len(every) > 65_000
@@ -62,7 +62,7 @@ def made(name: str, size: tuple[int, int], dtype: torch.dtype, optimizer: Optimi
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])
-def test_a_step_is_that_of_fp32_and_then_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_is_the_fp32_step_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin is PyTorch's own optimizer in fp32, set to our numbers before each step. In pieces that end anywhere."""
     monkeypatch.setattr(stochastic_rounding, "CHUNK_NUMEL", 1000)
     settings = OptimizerSettings(name, lr=0.01, weight_decay=0.1, beta2=0.99)
@@ -95,7 +95,7 @@ def test_a_step_is_that_of_fp32_and_then_rounded(name: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("name", "parameter"), [("adamw", EMBEDDING), ("adam", EMBEDDING), ("muon", MATRIX)])
-def test_updates_below_the_digits_of_bf16_arrive(name: str, parameter: str) -> None:
+def test_updates_below_bf16_resolution_accumulate(name: str, parameter: str) -> None:
     """Each is a fortieth of what would move a weight of 1 if it were rounded to the nearest number."""
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -114,7 +114,7 @@ def test_updates_below_the_digits_of_bf16_arrive(name: str, parameter: str) -> N
     assert (ours - wanted).std() / wanted.norm() < 0.1
 
 
-def test_a_second_moment_shrinks_though_each_step_takes_a_thousandth() -> None:
+def test_second_moment_decays_by_a_thousandth_a_step() -> None:
     weight, optimizer = made(EMBEDDING, (100, 100), torch.bfloat16, OptimizerSettings("adam", 1e-4, 0.0, beta2=0.999))
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
@@ -127,7 +127,7 @@ def test_a_second_moment_shrinks_though_each_step_takes_a_thousandth() -> None:
 
 
 @pytest.mark.parametrize(("name", "parameter"), [("adamw", EMBEDDING), ("muon", MATRIX)])
-def test_replicas_round_alike_whatever_else_they_draw_and_seeds_do_not(name: str, parameter: str) -> None:
+def test_rounding_depends_on_the_seed_not_on_global_rng(name: str, parameter: str) -> None:
     ends = []
     for global_seed, seed in ((1, 5), (2, 5), (1, 6)):
         weight, optimizer = made(parameter, (64, 64), torch.bfloat16, OptimizerSettings(name, 1e-3, 0.1), seed)
@@ -140,7 +140,7 @@ def test_replicas_round_alike_whatever_else_they_draw_and_seeds_do_not(name: str
     assert not torch.equal(ends[0], ends[2])
 
 
-def test_no_two_steps_and_no_two_pieces_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_and_pieces_round_with_different_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stochastic_rounding, "CHUNK_NUMEL", 500)
     weight, optimizer = made(EMBEDDING, (40, 100), torch.bfloat16, OptimizerSettings("adamw", 1e-3, 0.0))
     patterns = set()
@@ -159,7 +159,7 @@ def test_no_two_steps_and_no_two_pieces_draw_the_same(monkeypatch: pytest.Monkey
     assert len(patterns) == 4 * 8
 
 
-def test_an_average_of_bf16_weights_keeps_its_digits_through_validation() -> None:
+def test_ema_of_bf16_weights_keeps_fp32_through_validation() -> None:
     weight = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
     average = WeightAverage([weight], 0.999)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_an_average_of_bf16_weights_keeps_its_digits_through_validation() -> Non
         assert average.averages[0].double().mean() == pytest.approx(2 - 0.999**step, abs=1e-6)
 
 
-def test_with_bf16_weights_the_loss_and_its_gradients_are_summed_in_fp32() -> None:
+def test_bf16_weights_sum_loss_and_gradients_in_fp32() -> None:
     """The twin sums in float64 over the same bf16 logits; 256 chunks whose sum in bf16 would stand still."""
     hidden = torch.randn(4096, 64, generator=seeded(0)).bfloat16().requires_grad_()
     weight = (torch.randn(500, 64, generator=seeded(1)) * 0.3).bfloat16().requires_grad_()
@@ -194,7 +194,7 @@ def test_with_bf16_weights_the_loss_and_its_gradients_are_summed_in_fp32() -> No
         assert (gradient.double() - wanted).norm() <= 2**-8 * wanted.norm()  # a product's inputs and its result rounded
 
 
-def test_with_bf16_weights_norms_are_computed_in_fp32() -> None:
+def test_bf16_weights_compute_norms_in_fp32() -> None:
     """Of numbers around 3, whose squares would cancel in bf16; what is left is the rounding of the result."""
     norm = Backbone(ModelShape(1, 1, 768, 8, 16)).bfloat16().blocks[0].ln_1
     numbers = (torch.randn(512, 768, generator=seeded(0)) + 3).bfloat16()

@@ -94,7 +94,7 @@ def by_hand(lm: GPT2LMHeadModel, ids: list[int], seen: Tensor) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("objective", ["clm", "prefix_lm", "mlm"])
-def test_attention_and_figures_are_those_of_the_formulas(objective: str) -> None:
+def test_attention_and_figures_equal_the_formulas(objective: str) -> None:
     lm, text = model(padding=7), reading(objective)
     seen = spans_to_mask(text.spans)[0, 0]
     expected_both_ways = {"clm": 0, "prefix_lm": 11, "mlm": len(text.ids)}[objective]
@@ -133,7 +133,7 @@ def test_prefix_lm_reads_the_source_as_generation_does() -> None:
     assert found.expectations.losses[0] == pytest.approx(-float(logits.log_softmax(0)[text.ids[12]]), abs=1e-4)
 
 
-def test_a_teacher_is_compared_at_every_token_and_padding_is_in_no_softmax() -> None:
+def test_teacher_is_compared_at_every_token_without_padding() -> None:
     text = reading("clm")
     student, teacher = model(padding=9), model(seed=1, heads=4, width=32)
     beside = inspect_reading(student, text, ENTRIES, teacher).disagreement
@@ -152,7 +152,7 @@ def test_a_teacher_is_compared_at_every_token_and_padding_is_in_no_softmax() -> 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_the_random_state_stay_as_they_are(training: bool) -> None:
+def test_inspection_keeps_the_model_and_the_rng_state(training: bool) -> None:
     lm = model().train(training)
     before, implementation = torch.get_rng_state(), lm.config._attn_implementation
     inspect_reading(lm, reading("clm"), ENTRIES)
@@ -162,7 +162,7 @@ def test_the_model_and_the_random_state_stay_as_they_are(training: bool) -> None
     assert not any(block.attn._forward_hooks for block in lm.transformer.h)
 
 
-def test_of_a_long_text_the_last_tokens_are_shown_and_all_are_read() -> None:
+def test_long_text_is_read_whole_and_shows_its_last_tokens() -> None:
     lm, ids = model(), TOKENIZER(SOURCE)["input_ids"][:60]
     text = reading_of_text(ids, [], "clm", written=False, max_tokens=64)
     whole, part = inspect_reading(lm, text, ENTRIES), inspect_reading(lm, text, ENTRIES, most=10)
@@ -195,7 +195,7 @@ def test_the_reading_of_a_batch_has_its_masks_and_no_padding() -> None:
     assert text.spans.max() == 16
 
 
-def test_habits_name_where_a_head_looks() -> None:
+def test_head_summaries_name_the_attended_tokens() -> None:
     size, spans = 12, reading_of_text(range(12), [], "clm", written=False, max_tokens=12).spans[0]
     previous, first, even = (torch.zeros(size, size) for _ in range(3))
     previous[range(1, size), range(size - 1)] = previous[0, 0] = 1
@@ -208,7 +208,7 @@ def test_habits_name_where_a_head_looks() -> None:
     assert habits(torch.eye(size).roll(1, 1)[None], bidirectional) == ["next 100%"]
 
 
-def test_nearest_entries_are_those_of_the_largest_cosine() -> None:
+def test_nearest_tokens_have_the_largest_cosine() -> None:
     weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     cosines = torch.nn.functional.cosine_similarity(weight[:40, None], weight[None, :40], dim=2)
     near = nearest(weight, [3, 7], 40, 5)
@@ -218,7 +218,7 @@ def test_nearest_entries_are_those_of_the_largest_cosine() -> None:
         assert [cosine for _, cosine in found] == pytest.approx(cosines[token, order].tolist(), abs=1e-5)
 
 
-def test_tokens_that_cannot_be_seen_have_signs() -> None:
+def test_invisible_tokens_are_shown_as_symbols() -> None:
     marks = find_special_tokens(TOKENIZER)
     accent = TOKENIZER("é")["input_ids"]
     assert len(accent) == 2
@@ -250,7 +250,7 @@ def data_of(page: str) -> dict[str, Any]:
     return json.loads(found.group(1))
 
 
-def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
+def test_page_is_self_contained_and_escapes_any_text(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_tokens("</script><script>")  # one token
     text = "</script><script>alert(1)</script> <b>&amp;\n\t\"'"
@@ -282,7 +282,7 @@ def test_a_page_stands_alone_whatever_the_text_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
-def test_a_reader_sees_figures_and_maps_that_answer_to_the_pointer(tmp_path: Path) -> None:
+def test_page_shows_figures_and_maps_that_follow_the_pointer(tmp_path: Path) -> None:
     tokenizer, lm, ids = copy.deepcopy(TOKENIZER), model(padding=1), TOKENIZER(SOURCE)["input_ids"][:60]
     tokenizer.add_tokens("#" * 64)  # wider than a telephone, and near to a token of the text
     with torch.no_grad():
@@ -379,7 +379,7 @@ def generate(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return exit_codes.exit_code(generate_command.main)
 
 
-def test_generate_writes_the_page_where_it_says(
+def test_generate_writes_the_page_to_the_printed_path(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -413,7 +413,7 @@ def test_generate_writes_the_page_where_it_says(
         (["prompt=a", "inspect=true", "teacher={}/other"], "has another tokenizer"),
     ],
 )
-def test_what_cannot_be_shown_is_told(
+def test_unsupported_inspection_is_refused(
     words: list[str], told: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [word.format(checkpoints) for word in words]
@@ -426,7 +426,7 @@ def test_what_cannot_be_shown_is_told(
 # In training
 
 
-def test_a_watched_run_is_the_run_unwatched(tmp_path: Path) -> None:
+def test_inspection_callback_changes_no_weight(tmp_path: Path) -> None:
     """Dropout is on: a draw from the global random state, or another mode, would change the weights."""
     folder, cache = tmp_path / "run", tmp_path / "cache"
     _, plain = tiny_run.train(tmp_path / "plain", cache, steps=10)  # validated at 8 and 10
@@ -452,7 +452,7 @@ def test_a_watched_run_is_the_run_unwatched(tmp_path: Path) -> None:
     assert [page.name for page in (folder / "inspect").glob("*.html")] == ["step-000008.html"]
 
 
-def test_a_distilled_run_shows_its_teacher_and_your_own_texts(distil: Train, tmp_path: Path) -> None:
+def test_distilled_run_shows_its_teacher_and_given_texts(distil: Train, tmp_path: Path) -> None:
     keys = ["callbacks=inspect", "callbacks.inspect.texts=[def add,class Stack]", "sample_every=100"]
     keys += ["callbacks.checkpoint.verify_export=false", "validate_every=4"]
     distil(*keys, "run_dir=run", without=("callbacks",))

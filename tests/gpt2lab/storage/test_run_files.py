@@ -34,7 +34,7 @@ def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
 # Checkpoints
 
 
-def test_the_newest_checkpoint_is_found_and_only_the_last_two_stay(tmp_path):
+def test_newest_checkpoint_is_found_and_the_last_two_are_kept(tmp_path):
     for step in (10, 20, 30):
         newest = save(tmp_path, step)
     assert newest_good_checkpoint(tmp_path) == newest
@@ -44,7 +44,7 @@ def test_the_newest_checkpoint_is_found_and_only_the_last_two_stay(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, caplog, damage):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, caplog, damage):
     before, newest = save(tmp_path, 10), save(tmp_path, 20)
     if damage == "cut":
         newest.write_bytes(newest.read_bytes()[:500])
@@ -56,14 +56,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning
     assert "damaged or missing" in caplog.text
 
 
-def test_a_file_that_the_ledger_does_not_name_is_no_checkpoint(tmp_path):
+def test_file_missing_in_the_ledger_is_no_checkpoint(tmp_path):
     before = save(tmp_path, 10)
     (checkpoint_folder(tmp_path) / "step-000020.ckpt").write_bytes(b"renamed, but the process died before the ledger")
     assert newest_good_checkpoint(tmp_path) == before
     assert newest_good_checkpoint(tmp_path / "elsewhere") is None
 
 
-def test_saving_again_from_an_older_step_forgets_what_lay_beyond(tmp_path):
+def test_saving_from_an_older_step_drops_later_checkpoints(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)
     save(tmp_path, 15)
@@ -85,7 +85,7 @@ for step in range(1, 100000):
 
 
 @pytest.mark.chaos
-def test_killed_at_any_instant_of_saving_a_good_checkpoint_is_left(tmp_path):
+def test_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
     for attempt in range(25):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVING_WITHOUT_END, str(tmp_path / str(attempt))], stdout=subprocess.PIPE
@@ -133,7 +133,7 @@ for number in itertools.count():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders change names in one step on Linux only")
-def test_a_reader_never_finds_the_folder_missing_or_half_written(tmp_path):
+def test_reader_never_sees_a_missing_or_partial_folder(tmp_path):
     folder = tmp_path / "hf"
     process = subprocess.Popen([sys.executable, "-c", REPLACING_WITHOUT_END, str(folder)])
     try:
@@ -154,7 +154,7 @@ def test_a_reader_never_finds_the_folder_missing_or_half_written(tmp_path):
         process.wait()
 
 
-def test_a_full_disk_is_told_in_two_lines(tmp_path):
+def test_full_disk_error_has_two_lines(tmp_path):
     with pytest.raises(InputError) as caught, input_error_when_full("the checkpoint", "The one of step 10 is intact."):
         raise OSError(28, "No space left on device")
     assert str(caught.value).splitlines() == [
@@ -166,7 +166,7 @@ def test_a_full_disk_is_told_in_two_lines(tmp_path):
 # metrics.csv and samples.jsonl
 
 
-def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path):
+def test_metrics_of_a_step_share_a_row_and_columns_may_be_added(tmp_path):
     file = MetricsFile(tmp_path)
     file.write(10, {"train/loss": 5.0})
     file.write(20, {"train/loss": 4.0, "tokens": 81_920})
@@ -178,7 +178,7 @@ def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path
     assert series(read_metrics(tmp_path), "train/loss") == [(10, 5.0), (20, 4.0), (30, 3.25)]
 
 
-def test_a_resumed_run_writes_each_step_once_even_after_a_torn_line(tmp_path):
+def test_resumed_metrics_have_each_step_once_after_a_torn_line(tmp_path):
     first = MetricsFile(tmp_path)
     for step in (10, 20, 30, 40):
         first.write(step, {"train/loss": float(step)})
@@ -203,7 +203,7 @@ def test_samples_beyond_the_resumed_step_are_dropped(tmp_path):
 # Report
 
 
-def test_a_failed_run_is_reported_with_its_error_and_what_it_had_reached(tmp_path):
+def test_report_of_a_failed_run_has_its_error_and_progress(tmp_path):
     file = MetricsFile(tmp_path)
     for step in (10, 20, 30):
         speed = 900.0 if step == 10 else 1000.0
@@ -215,7 +215,7 @@ def test_a_failed_run_is_reported_with_its_error_and_what_it_had_reached(tmp_pat
     assert "ValueError: &lt;no&gt;" in (tmp_path / "report.html").read_text()
 
 
-def test_the_html_report_needs_no_network_and_shows_curve_and_samples():
+def test_html_report_is_self_contained_with_curve_and_samples():
     rows = [{"step": str(s), "train/loss": str(9 / s), "val/loss": str(10 / s)} for s in (1, 2, 3)]
     samples = [Sample(3, "if x<", "1: pass", "greedy"), Sample(3, "import <|mask|>, re", "import os, re", "fill")]
     page = render("run", {"status": "finished", "val_loss": 3.3}, rows, samples)

@@ -92,7 +92,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_makes_one_file_with_the_weights_and_moments_that_the_ranks_ended_with(made: Consolidated) -> None:
+def test_consolidate_writes_the_weights_and_moments_of_all_ranks(made: Consolidated) -> None:
     assert made.answer.code == 0, made.answer.stderr
     assert made.answer.stdout == "run/consolidated/hf\n"
     assert sorted(path.name for path in made.folder.iterdir()) == ["hf", "step-000004.ckpt"]
@@ -110,7 +110,7 @@ def test_the_command_makes_one_file_with_the_weights_and_moments_that_the_ranks_
 
 
 @pytest.mark.slow
-def test_the_folder_serves_as_init_as_teacher_and_as_checkpoint(
+def test_consolidated_folder_works_as_init_and_teacher(
     made: Consolidated,
     train_here: Train,
     tiny: list[str],
@@ -137,7 +137,7 @@ def test_the_folder_serves_as_init_as_teacher_and_as_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_file_as_from_the_parts(
+def test_resume_from_the_consolidated_file_equals_the_shards(
     made: Consolidated, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(made.run.parent)
@@ -167,7 +167,9 @@ def test_a_run_goes_on_from_the_file_as_from_the_parts(
 
 
 @pytest.mark.parametrize(("words", "told"), [([], "Give one run directory"), (["nowhere"], "neither a run directory")])
-def test_what_is_no_run_ends_the_command_with_a_line(words: list[str], told: str, tmp_path: Path, cache: Path) -> None:
+def test_consolidate_refuses_other_folders_in_one_line(
+    words: list[str], told: str, tmp_path: Path, cache: Path
+) -> None:
     answer = consolidated(tmp_path, cache, *words)
     assert answer.code == 2
     assert answer.stderr.startswith("error: ")
@@ -175,7 +177,7 @@ def test_what_is_no_run_ends_the_command_with_a_line(words: list[str], told: str
 
 
 @pytest.mark.slow
-def test_one_rank_takes_up_what_two_wrote_and_of_damaged_parts_the_last_whole_ones(
+def test_one_rank_resumes_from_the_last_undamaged_shards_of_two(
     made: Consolidated, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(made.run.parent)
@@ -204,7 +206,7 @@ def test_shards_need_a_strategy_that_shards(train_here: Train, tiny: list[str]) 
     assert "use strategy=fsdp" in answer.stderr
 
 
-def test_a_checkpoint_in_parts_is_no_model_folder_and_says_what_makes_one(train_here: Train, tmp_path: Path) -> None:
+def test_sharded_checkpoint_as_init_names_consolidate(train_here: Train, tmp_path: Path) -> None:
     (tmp_path / "step-000002.ckpt").mkdir()
     (tmp_path / "step-000002.ckpt" / ".metadata").touch()
     answer = train_here("init=step-000002.ckpt", "steps=2")
@@ -214,7 +216,7 @@ def test_a_checkpoint_in_parts_is_no_model_folder_and_says_what_makes_one(train_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_sharded_run_taken_up_again_ends_with_the_same_bytes(
+def test_resumed_sharded_run_equals_unbroken_run(
     optimizer: str, train_process: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     answer = train_process(*tiny, *KEYS, f"optimizer={optimizer}", "model.dropout=0.1")
@@ -228,7 +230,7 @@ def test_a_sharded_run_taken_up_again_ends_with_the_same_bytes(
 
 
 @pytest.mark.chaos
-def test_killed_while_ranks_write_the_last_named_checkpoint_is_whole(
+def test_kill_while_ranks_save_leaves_a_whole_checkpoint(
     cache: Path, train_process: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     keys = [key for key in KEYS if not key.startswith(("steps", "checkpoint_every", "validate_every"))]
@@ -266,7 +268,7 @@ class Full(lightning.Callback):
 
 
 @pytest.mark.chaos
-def test_a_disk_that_is_full_for_one_rank_alone_is_told(
+def test_full_disk_of_one_rank_is_reported(
     train_process: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full.py").write_text(FULL)
@@ -281,9 +283,7 @@ def test_a_disk_that_is_full_for_one_rank_alone_is_told(
 
 
 @pytest.mark.slow
-def test_adapters_are_merged_where_ranks_wrote_them_in_parts(
-    train_process: Train, tiny: list[str], tmp_path: Path
-) -> None:
+def test_lora_adapters_are_merged_from_shards(train_process: Train, tiny: list[str], tmp_path: Path) -> None:
     lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(240)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
     assert train_process(*tiny, "steps=1", "compile=false", "run_dir=begun").code == 0
@@ -299,7 +299,7 @@ def test_adapters_are_merged_where_ranks_wrote_them_in_parts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_shards_take_up_what_one_process_wrote(
+def test_sharded_run_resumes_from_a_single_file(
     optimizer: str, train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     """The numbers of an optimizer's parameters follow its groups, not the model."""

@@ -190,7 +190,7 @@ def test_lost_rows_are_named_by_their_steps(tmp_path: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("file", ["last", "logs", "wandb", "hf"])
-def test_a_file_or_folder_of_another_kind_makes_way(tmp_path: Path, file: str):
+def test_file_or_folder_of_another_kind_is_replaced(tmp_path: Path, file: str):
     make_run(tmp_path)
     path = checkpoint_folder(tmp_path) / file if file == "last" else tmp_path / file
     if file == "last":

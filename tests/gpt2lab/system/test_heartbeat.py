@@ -58,7 +58,7 @@ def listened(clock: SimulatedTime, listener: Listener, seconds: float) -> None:
         listener.poll(longest_gap=1.0)
 
 
-def test_a_rank_without_a_sign_of_life_is_silent_and_a_living_one_is_not(clock: SimulatedTime, tmp_path: Path) -> None:
+def test_rank_without_heartbeat_is_silent(clock: SimulatedTime, tmp_path: Path) -> None:
     clock.heartbeat(FolderBoard(tmp_path), 0)
     listener = Listener(FolderBoard(tmp_path), [0, 1])
     listened(clock, listener, 1.6 * BEAT_SECONDS)
@@ -68,7 +68,7 @@ def test_a_rank_without_a_sign_of_life_is_silent_and_a_living_one_is_not(clock: 
     assert listener.silent_ranks(1.4 * BEAT_SECONDS) == []
 
 
-def test_while_nobody_listens_nobody_is_silent(clock: SimulatedTime, tmp_path: Path) -> None:
+def test_pause_of_the_listener_makes_no_rank_silent(clock: SimulatedTime, tmp_path: Path) -> None:
     (tmp_path / "rank-0").write_text('[1, 1, "in step 1"]')
     listener = Listener(FolderBoard(tmp_path), [0])
     listener.poll(longest_gap=0.1)
@@ -77,7 +77,7 @@ def test_while_nobody_listens_nobody_is_silent(clock: SimulatedTime, tmp_path: P
     assert listener.silent_ranks(0.15) == []
 
 
-def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(clock: SimulatedTime, tmp_path: Path) -> None:
+def test_rank_with_fewer_progress_marks_is_late(clock: SimulatedTime, tmp_path: Path) -> None:
     first, second = (clock.heartbeat(FolderBoard(tmp_path), rank) for rank in (0, 1))
     listener = Listener(FolderBoard(tmp_path), [0, 1])
 
@@ -100,7 +100,7 @@ def test_the_rank_that_did_fewer_deeds_kept_the_one_waiting_that_gave_up(clock: 
     assert behind() == [1]  # as far, but not waiting
 
 
-def test_only_ranks_that_are_behind_are_stuck_once_no_rank_progresses(clock: SimulatedTime, tmp_path: Path) -> None:
+def test_only_ranks_behind_are_stalled_without_progress(clock: SimulatedTime, tmp_path: Path) -> None:
     first, second = (clock.heartbeat(FolderBoard(tmp_path), rank) for rank in (0, 1))
     listener = Listener(FolderBoard(tmp_path), [0, 1])
     first.mark("in step 1")

@@ -25,7 +25,7 @@ print(*[event.name for event in profile.events() if event.input_shapes == [[1]]]
     ],
     ids=["with the backbone", "to verify an export"],
 )
-def test_a_process_begins_with_vector_math_of_one_number(begin: str, functions: set[str]) -> None:
+def test_process_starts_with_vector_math_of_one_number(begin: str, functions: set[str]) -> None:
     command = [sys.executable, "-c", FIRST_CALLS.format(begin=begin)]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert functions <= set(said.split())
