@@ -196,7 +196,7 @@ CHUNKS = 4  # so that several cores share them
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_an_invalid_key_is_refused_in_a_few_lines_before_heavy_imports(chunk: int, cache: Path, tmp_path: Path):
+def test_invalid_key_is_refused_before_heavy_imports(chunk: int, cache: Path, tmp_path: Path):
     rows = BEFORE_ANY_IMPORT[chunk::CHUNKS]
     given = [re.findall(r"(?:[^ ']|'[^']*')+", arguments) for arguments, _ in rows]
     ended = subprocess.run(
@@ -245,7 +245,7 @@ def test_data_that_cannot_be_trained_on_are_refused(train_here: Train, tmp_path:
     )
 
 
-def test_a_machine_without_gpu_says_so(train_here: Train, tiny: list[str]):
+def test_accelerator_gpu_without_a_gpu_is_refused(train_here: Train, tiny: list[str]):
     import torch
 
     if torch.cuda.is_available():
@@ -288,7 +288,7 @@ def test_a_model_folder_that_cannot_be_used_is_refused(train_here: Train, tmp_pa
     refused(train_here(*distill, f"teacher={good}"), "no weights")
 
 
-def test_a_student_that_cannot_be_cut_out_of_its_teacher_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
+def test_student_that_does_not_fit_into_its_teacher_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
     keys = [*tiny, "task=distill", "init=teacher_layers", f"teacher={model_folder(tmp_path / 'teacher')}"]
     refused(train_here(*keys, "model.n_layer=3"), "model.n_layer=2")
     refused(train_here(*keys, "model.n_embd=48"), "model.n_embd=32")
@@ -296,14 +296,12 @@ def test_a_student_that_cannot_be_cut_out_of_its_teacher_is_refused(train_here: 
     refused(train_here(*keys, "model.n_head=4"), "model.n_embd=32 model.n_head=2")
 
 
-def test_teacher_and_student_with_different_vocabularies_are_refused(
-    train_here: Train, tmp_path: Path, tiny: list[str]
-):
+def test_teacher_of_another_vocabulary_size_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
     teacher = model_folder(tmp_path / "teacher")
     refused(train_here(*tiny, "task=distill", f"teacher={teacher}", "tokenizer=bpe", "vocab_size=280"), "280")
 
 
-def test_where_no_teacher_is_to_be_had_three_lines_say_what_to_do(train_here: Train):
+def test_missing_teacher_is_an_error_of_three_lines(train_here: Train):
     answer = train_here("task=distill", "model=small")
     refused(answer, "teacher=RUN_DIR")
     assert len(answer.stderr.strip().splitlines()) == 3

@@ -120,7 +120,7 @@ def fits(row: dict[str, str]) -> bool:
     return not (row["task"] == "finetune" and is_running_text)
 
 
-def test_every_pair_of_values_stands_in_some_row():
+def test_every_pair_of_values_is_in_some_row():
     pairs = {pair for row in ROWS for pair in itertools.combinations(sorted(row.items()), 2)}
     for (a, x), (b, y) in itertools.combinations([(g, v) for g in sorted(GROUPS) for v in GROUPS[g]], 2):
         if a == b:
@@ -162,7 +162,7 @@ def test_every_combination_is_checked_and_builds_its_objects(facts: DataFacts, t
 
 
 @pytest.mark.parametrize("name", GROUPS["logger"])
-def test_every_logger_is_built_beside_metrics_csv(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_logger_is_built_in_addition_to_metrics_csv(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     loggers = build.loggers(on_cpu(composed(f"logger={name}")), tmp_path)
     assert isinstance(loggers[0], MetricsCsv)
@@ -181,7 +181,7 @@ def test_parameter_counts_are_exact(name: str):
     assert counted == EXACT_PARAMETERS.get(name, counted)
 
 
-def test_every_yaml_opens_with_what_it_is_and_the_command():
+def test_every_yaml_begins_with_its_description_and_command():
     for file in CONF.rglob("*.yaml"):
         head = [line for line in file.read_text().splitlines()[:8] if line.startswith("#")]
         assert any("python train.py" in line for line in head), file
@@ -219,7 +219,7 @@ def test_a_configuration_survives_its_file(tmp_path: Path):
     assert run_spec.from_yaml(RunConfig, run_spec.to_yaml(spec.config), "here") == spec.config
 
 
-def test_the_batch_is_split_so_that_every_micro_batch_has_a_sequence():
+def test_every_micro_batch_has_a_sequence():
     spec = resolved(composed("accelerator=cpu"))
     for rows, ranks, wanted in itertools.product((1, 2, 5, 16, 33, 128), (1, 2, 3), ("auto", 1, 3, 8)):
         if rows < ranks:
@@ -238,7 +238,7 @@ def test_automatic_precision_follows_the_cpu(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_automatic_precision_says_in_one_line_what_it_took_and_why(
+def test_automatic_precision_logs_its_choice_and_reason(
     has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(auto_settings, "cpu_has_bf16", lambda: has_bf16)
@@ -251,9 +251,7 @@ def test_automatic_precision_says_in_one_line_what_it_took_and_why(
 
 
 @pytest.mark.parametrize("in_hardware", [True, False])
-def test_automatic_precision_follows_the_gpu_and_fp16_brings_a_gradient_scaler(
-    in_hardware: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_automatic_precision_follows_the_gpu(in_hardware: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """PyTorch says of a GPU without bf16, too, that it supports it, by emulation, unless that is ruled out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -277,13 +275,13 @@ def test_run_names_are_short_and_plain():
     assert run_dir.run_folder(composed("name=mine")) == Path("runs/pretrain/mine")
 
 
-def test_the_tokenizer_follows_what_is_named(tmp_path: Path):
+def test_tokenizer_is_that_of_the_config(tmp_path: Path):
     assert resolve.named_tokenizer(composed("tokenizer=bpe", "vocab_size=500")).vocab_size == 500
     hub = resolve.named_tokenizer(composed("tokenizer=hub", "tokenizer.source=./mine"))
     assert (hub.kind, hub.source) == ("pretrained", "./mine")
 
 
-def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch, capfd):
+def test_training_without_a_compiler_is_eager_with_a_warning(monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.setenv("CXX", "no-such-compiler")
     logging_setup.configure_logging()
     assert auto_settings.compile_pays(resolved(composed("compile=true", "accelerator=cpu")), 4096) is False
@@ -314,7 +312,7 @@ def test_compiling_is_chosen_where_it_pays_back():
         assert auto_settings.compiling_the_head_pays(by_hand) is wanted
 
 
-def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
+def test_runs_started_in_the_same_second_have_separate_folders(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("launch.config.run_dir.time", SimpleNamespace(strftime=lambda _: "2026-01-01_12-00-00"))
@@ -325,7 +323,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
     assert names == {"nano-2026-01-01_12-00-00", "nano-2026-01-01_12-00-00-2"}
 
 
-def test_a_pass_is_compiled_as_one_graph_where_one_graph_serves_the_run():
+def test_one_graph_is_compiled_if_it_serves_the_whole_run():
     """Blocks one by one where ranks gather them, a pass leaves some out, lengths vary, or there are many of them."""
     parts = {
         "pass": (("model=small",), ("task=distill", "teacher=x"), ("devices=2", "strategy=ddp"), ("packing=true",)),

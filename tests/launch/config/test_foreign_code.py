@@ -446,7 +446,7 @@ def test_a_model_folder_runs_no_code(kind: str, command: Train, run: Path, mark:
         assert not Path("new").exists()
 
 
-def test_a_tokenizer_runs_no_code_of_its_own(command: Train, run: Path, mark: Path, tiny: list[str]):
+def test_tokenizer_folder_runs_no_code(command: Train, run: Path, mark: Path, tiny: list[str]):
     """Whatever is on stdin: transformers would ask there whether to run it."""
     folder = run / "hf"
     (folder / "config.json").unlink()

@@ -38,7 +38,7 @@ def test_a_group_is_a_preset_with_the_keys_given_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("text", ["true", "True", "TRUE"])
-def test_true_and_false_are_yes_and_no_in_any_case(text: str) -> None:
+def test_booleans_are_parsed_in_any_case(text: str) -> None:
     assert parse(["prompt=x", f"serve={text}"], Arguments).serve is True
     assert parse(["prompt=x", "serve=False"], Arguments).serve is False
     assert "serve=false" in describe(Arguments)

@@ -156,7 +156,7 @@ def test_no_key_is_described_twice() -> None:
         assert group in COMMENTED or not beside, f"conf/{group}/{value}.yaml"
 
 
-def test_sections_of_the_schema_are_those_of_train_yaml() -> None:
+def test_sections_of_the_schema_equal_those_of_train_yaml() -> None:
     text = (CONF / "train.yaml").read_text()
     for section in SECTIONS:
         keys = "".join(rf"{name}: .*\n" for name in section.__annotations__)
@@ -170,7 +170,7 @@ def test_choices_of_a_name_are_the_values_of_the_group(group: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, meaning in known_keys().items() if meaning.read_by])
-def test_what_reads_a_key_exists(name: str) -> None:
+def test_reader_of_every_key_exists(name: str) -> None:
     reader = known_keys()[name].read_by
     group, _, readers = reader.partition("=")
     allowed = (
@@ -209,7 +209,7 @@ def test_help_names_every_group_value_and_plain_key(train_here: Train) -> None:
     assert all(f"  {name}={format_value(default)}" in answer.stdout for name, default in plain_defaults().items())
 
 
-def test_help_on_a_group_has_its_values_and_the_defaults_of_the_chosen_one() -> None:
+def test_help_on_a_group_has_its_values_and_defaults() -> None:
     text = help_text(["--help", "optimizer"])
     assert all(f"optimizer={value}" in text for value in values("optimizer"))
     assert "optimizer.lr=3e-3" in text

@@ -105,7 +105,7 @@ def in_turns(texts: list[str]) -> list[dict[str, str]]:
     return [dict(zip(KEYS, texts[start:], strict=False)) for start in range(0, len(texts), len(KEYS))]
 
 
-def test_a_recorded_command_composes_the_same_again():
+def test_recorded_command_composes_the_same_config():
     for values in in_turns([text for text in TEXTS if text != "null"]):
         prompts = literal_text.override("callbacks.samples.prompts", [*values.values(), "null"])
         first = composed(*(literal_text.override(key, text) for key, text in values.items()), prompts)
@@ -115,7 +115,7 @@ def test_a_recorded_command_composes_the_same_again():
         assert without_words(again) == without_words(first)
 
 
-def test_free_text_is_the_value_whatever_it_holds():
+def test_free_text_is_the_value_as_typed():
     """Except for interpolations, null and quotes around all of it."""
     plain = [text for text in TEXTS if "${" not in text and text not in ("null", "''")]
     for values in in_turns(plain):
@@ -130,7 +130,7 @@ def test_a_shell_reads_a_recorded_command_as_it_was():
 
 
 @pytest.mark.parametrize("name", ["a?b=c", "a%41b", "{SCHEMA_VERSION}", "o${dd}'s {x}\n$y"])
-def test_a_search_lies_in_a_folder_of_any_name(name: str, tmp_path: Path):
+def test_search_folder_may_have_any_name(name: str, tmp_path: Path):
     file = tmp_path / name / "study.db"
     file.parent.mkdir()
     optuna_storage.make_study(file, True, optuna.samplers.RandomSampler(), {"pruner": {"name": "none"}})
@@ -144,7 +144,7 @@ def scored(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     return Answer(exit_codes.exit_code(evaluate.main), *capfd.readouterr())
 
 
-def test_a_run_with_interpolations_goes_on_in_another_shell(
+def test_run_with_interpolations_resumes_in_another_shell(
     train_here: Train,
     tiny: list[str],
     tmp_path: Path,

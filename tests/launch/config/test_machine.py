@@ -11,7 +11,7 @@ from tests.support.configurations import composed, resolved
 
 @pytest.mark.parametrize("cores", [2, 3, 7, 64])
 @pytest.mark.parametrize("n_jobs", [2, 3, 5])
-def test_every_core_belongs_to_one_job_and_all_have_about_as_many(n_jobs: int, cores: int):
+def test_cores_are_shared_out_evenly_without_overlap(n_jobs: int, cores: int):
     numbers = list(range(10, 10 + cores))
     if cores < n_jobs:
         with pytest.raises(InputError, match=f"there are {cores} cores"):
@@ -39,7 +39,7 @@ def test_every_gpu_is_shown_to_one_job(visible: str, n_jobs: int, shown: list[st
     assert [part.environment() for part in parts] == [{"CUDA_VISIBLE_DEVICES": names} for names in shown]
 
 
-def test_a_job_alone_has_the_whole_machine_as_it_is():
+def test_single_job_has_the_whole_machine():
     assert partition(1, [0, 1], ["0", "1"]) == [Slot(None, None)]
     assert Slot().environment() == {}
 
@@ -50,13 +50,13 @@ def test_more_jobs_than_gpus_are_refused():
     assert "n_jobs=2 or fewer, or accelerator=cpu" in str(error.value)
 
 
-def test_gpus_hidden_from_this_process_are_nobodys(monkeypatch: pytest.MonkeyPatch):
+def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.usable_gpus() == []
 
 
 @pytest.mark.parametrize(("accelerator", "what"), [("gpu", "devices"), ("cpu", "cores to run a process on each")])
-def test_more_devices_than_a_jobs_share_are_a_mistake_with_a_cure(
+def test_more_devices_than_a_jobs_share_are_refused_with_a_fix(
     accelerator: str, what: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Four GPUs for two jobs are two for each."""

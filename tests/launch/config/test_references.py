@@ -38,7 +38,7 @@ def test_other_text_is_no_reference(text: str):
     assert find_references({"x": text}, "callbacks") == {}
 
 
-def test_a_reference_has_the_type_of_its_key_and_text_stays_literal():
+def test_reference_has_the_type_of_its_key():
     references = {"callbacks.a.b": "${steps}", "callbacks.a.c.1": "${optimizer.lr}", "callbacks.a.d": "x/${steps}"}
     node = {"a": {"b": 1, "c": ["${steps}", 2], "d": "old", "e": "${steps}"}}
     assert follow_references(node, "callbacks", references, KEYS.get) == {
@@ -46,7 +46,7 @@ def test_a_reference_has_the_type_of_its_key_and_text_stays_literal():
     }
 
 
-def test_text_with_a_key_that_has_no_value_yet_stays_until_it_has():
+def test_reference_to_an_unset_key_is_resolved_later():
     references = {"logger.save_dir": "${run_dir}/tb", "logger.run_dir": "${run_dir}"}
     node = {"save_dir": "None/tb", "run_dir": None}
     waiting = follow_references(node, "logger", references, KEYS.get)

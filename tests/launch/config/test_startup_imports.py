@@ -41,7 +41,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "code", "words"), COMMANDS, ids=[command for command, _, _ in COMMANDS])
-def test_a_command_answers_before_heavy_imports(command: str, code: int, words: str, cache: Path, tmp_path: Path):
+def test_command_ends_before_heavy_imports(command: str, code: int, words: str, cache: Path, tmp_path: Path):
     """Python itself lists every import of the process up to its end, also those after the answer."""
     program, *arguments = command.split()
     ended = subprocess.run(

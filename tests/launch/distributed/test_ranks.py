@@ -56,7 +56,7 @@ def test_two_ranks_have_the_losses_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_score_the_pairs_of_one_though_one_rank_has_none(
+def test_two_ranks_score_pairs_like_one_with_an_empty_rank(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
     """Twelve validation pairs fit into the first rank's one batch; the other generates nothing, and both go on."""
@@ -106,7 +106,7 @@ def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_ranks_after_saving_and_they_can_go_on(
+def test_ctrl_c_saves_and_stops_all_ranks_for_a_resume(
     cache: Path, tmp_path: Path, tiny: list[str], train_process: Train
 ):
     process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
@@ -137,9 +137,7 @@ def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[s
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_that_is_stopped_ends_the_run_and_is_named(
-    strategy: str, cache: Path, tmp_path: Path, tiny: list[str]
-) -> None:
+def test_stopped_rank_ends_the_run_and_is_named(strategy: str, cache: Path, tmp_path: Path, tiny: list[str]) -> None:
     keys = [*tiny, "steps=100000", f"strategy={strategy}", "rank_timeout=8"]
     process, ranks = started(cache, tmp_path, *keys)
     os.kill(ranks[1], signal.SIGSTOP)
@@ -163,7 +161,7 @@ class Stuck(lightning.Callback):
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_that_lives_but_does_not_come_is_named(
+def test_stuck_rank_is_named(
     strategy: str, train_process: Train, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stuck.py").write_text(STUCK)
@@ -199,7 +197,7 @@ def under_torchrun(cache: Path, folder: Path, *keys: str, **variables: str) -> s
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_of_torchrun_that_is_stopped_ends_the_run_and_is_named(
+def test_stopped_torchrun_rank_ends_the_run_and_is_named(
     rank: int, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     """Nobody of ours has started the ranks; they listen to each other."""
@@ -218,7 +216,7 @@ def test_a_rank_of_torchrun_that_is_stopped_ends_the_run_and_is_named(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_of_torchrun_that_lives_but_does_not_come_is_named(
+def test_stuck_torchrun_rank_is_named(
     strategy: str, cache: Path, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stuck.py").write_text(STUCK)
@@ -271,7 +269,7 @@ if os.environ.get("RANK") == "1":
         ("torchrun", "saving", "saving after step 2"),
     ],
 )
-def test_a_rank_that_stands_still_outside_the_steps_is_named_too(
+def test_rank_stuck_outside_training_steps_is_named(
     started_by: str, where: str, doing: str, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     """In its first import, before the process group exists, amid a validation, and where it writes its shards."""
@@ -321,7 +319,7 @@ class Refused(lightning.Callback):
     ("error", "where", "seconds"),
     [("mistake", "training", 0), ("mistake", "building", 90), ("fault", "building", 90), ("fault", "building", 0)],
 )
-def test_a_mistake_or_fault_of_one_rank_alone_ends_the_run_at_once(
+def test_error_of_one_rank_ends_the_run_at_once(
     error: str, where: str, seconds: int, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     """Whether rank 0 waits for it already or has so many seconds of work left, amid which it is told to end."""
@@ -341,7 +339,7 @@ def test_a_mistake_or_fault_of_one_rank_alone_ends_the_run_at_once(
 
 
 @pytest.mark.chaos
-def test_a_machine_of_torchrun_that_lacks_the_text_ends_the_run_at_once(
+def test_torchrun_machine_without_the_text_ends_the_run_at_once(
     cache: Path, tmp_path: Path, tiny: list[str], sources: Path
 ) -> None:
     """Each rank in a folder of its own, of which only the first holds the text."""
@@ -362,7 +360,7 @@ def test_a_machine_of_torchrun_that_lacks_the_text_ends_the_run_at_once(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("stopped", [False, True], ids=["lives", "stopped"])
-def test_ranks_that_wait_for_rank_0_to_prepare_say_so_and_end_if_it_stands_still(
+def test_ranks_waiting_for_rank_0_log_it_and_time_out(
     stopped: bool, train_here: Train, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     """Somebody else holds the lock on the tokens that rank 0 needs."""
@@ -391,7 +389,7 @@ def test_ranks_that_wait_for_rank_0_to_prepare_say_so_and_end_if_it_stands_still
 
 
 @pytest.mark.chaos
-def test_a_rank_ends_whose_rank_0_never_answers(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
+def test_rank_ends_if_rank_0_never_connects(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
@@ -435,7 +433,7 @@ def killed_after_a_checkpoint(process: subprocess.Popen[str], rank: int, folder:
 
 
 @pytest.mark.chaos
-def test_a_killed_rank_starts_again_from_the_last_checkpoint(cache: Path, tmp_path: Path, tiny: list[str]):
+def test_killed_rank_restarts_from_the_last_checkpoint(cache: Path, tmp_path: Path, tiny: list[str]):
     """With `max_restarts` the run goes on by itself, and ends with the weights of a run that nothing happened to."""
     keys = [*tiny, "steps=400", "checkpoint_every=100", "optimizer=adamw", "model.dropout=0.1"]
     process, ranks = started(cache, tmp_path, *keys, "max_restarts=1")
@@ -448,7 +446,7 @@ def test_a_killed_rank_starts_again_from_the_last_checkpoint(cache: Path, tmp_pa
 
 
 @pytest.mark.chaos
-def test_a_single_process_that_is_killed_starts_again_too(cache: Path, tmp_path: Path, tiny: list[str]):
+def test_killed_single_process_restarts(cache: Path, tmp_path: Path, tiny: list[str]):
     process, ranks = started(cache, tmp_path, *tiny, "steps=300", "checkpoint_every=50", "devices=1", "max_restarts=1")
     stderr = killed_after_a_checkpoint(process, ranks[0], tmp_path)
     assert "Restart 1 of 1." in stderr
@@ -458,7 +456,7 @@ def test_a_single_process_that_is_killed_starts_again_too(cache: Path, tmp_path:
 @pytest.mark.chaos
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("started_by", ["ours", "torchrun"])
-def test_a_killed_rank_is_reported_in_few_true_lines(
+def test_killed_rank_is_reported_in_few_lines(
     started_by: str, rank: int, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     """What is lost and how to resume; the traceback of the rank that is left is in its log file."""

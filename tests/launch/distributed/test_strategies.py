@@ -49,7 +49,7 @@ def test_a_model_too_large_for_one_of_several_devices_is_sharded(
     assert machine_of("model=nano", "devices=2", "strategy=fsdp").checkpoint_format == "single"
 
 
-def test_the_estimate_counts_what_is_kept_from_step_to_step() -> None:
+def test_estimate_counts_state_kept_between_steps() -> None:
     for keys, share in ((), 1), (("ema=0.9",), 20 / 16), (("ema=0.9", "precision=bf16_true"), 12 / 16):
         spec = resolved(composed("model=xl", "context=1024", "accelerator=cpu", "devices=1", *keys))
         expected = pytest.approx(XL_STATE * share, rel=1e-4)
@@ -85,7 +85,7 @@ def teacher(tmp_path: Path) -> Path:
         ("distil", 4, ("strategy=fsdp", "strategy.shard_teacher=true"), "fsdp", True),
     ],
 )
-def test_a_large_teacher_has_the_student_sharded_and_is_split_where_it_does_not_fit_beside_its_part(
+def test_large_teacher_shards_the_student_and_itself_if_needed(
     size: str, gigabytes: float, more: tuple[str, ...], strategy: str, splits: bool, teacher: Path
 ) -> None:
     keys = ("task=distill", f"teacher={teacher / size}", "model=small", "context=1024", "precision=bf16", *more)
@@ -94,9 +94,7 @@ def test_a_large_teacher_has_the_student_sharded_and_is_split_where_it_does_not_
     assert (machine.strategy, machine.shard_teacher) == (strategy, splits)
 
 
-def test_the_plan_says_why_the_student_is_sharded_and_counts_a_part_of_the_teacher(
-    teacher: Path, train_here: Train, tiny: list[str]
-) -> None:
+def test_plan_explains_sharding_and_counts_a_teacher_shard(teacher: Path, train_here: Train, tiny: list[str]) -> None:
     keys = [key for key in tiny if not key.startswith(("model", "context", "precision", "vocab", "batch"))]
     keys += ["task=distill", f"teacher={teacher / 'xl'}", "model=small", "context=1024", "preflight=warn"]
     keys += ["plan=true", "accelerator=gpu", "devices=4", "plan_memory=4", "batch_tokens=65536"]
@@ -163,15 +161,13 @@ def test_ranks_of_several_machines_each_need_a_sequence() -> None:
 
 
 @pytest.mark.parametrize("key", ["strategy.offload=true", "checkpoint_format=sharded", "strategy.shard_teacher=true"])
-def test_what_only_sharding_can_do_needs_it(key: str) -> None:
+def test_keys_of_sharding_need_strategy_fsdp(key: str) -> None:
     config = composed("task=distill", "teacher=x", key, "strategy=ddp")
     with pytest.raises(InputError, match=f"{key}: with strategy=ddp every device holds the whole model"):
         sharding.check(config, "cpu", precision_named("fp32"), "ddp")
 
 
-def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
-    train_here: Train, tiny: list[str]
-) -> None:
+def test_offload_needs_a_gpu_and_fsdp_refuses_fp16(train_here: Train, tiny: list[str]) -> None:
     answer = train_here(*tiny, "strategy=fsdp", "strategy.offload=true", "accelerator=cpu")
     assert answer.code == 2
     assert "everything is in host memory already" in answer.stderr
@@ -179,7 +175,7 @@ def test_offloading_to_the_host_needs_a_gpu_and_sharding_has_no_gradient_scaler(
         sharding.check(composed("strategy=fsdp"), "gpu", precision_named("fp16"), "fsdp")
 
 
-def test_a_key_that_the_strategy_or_the_task_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:
+def test_key_that_the_strategy_does_not_read_is_refused(train_here: Train, tiny: list[str]) -> None:
     for keys in (("strategy=ddp", "strategy.offload=true"), ("strategy.shard_teacher=true",)):
         answer = train_here(*tiny, *keys)
         assert answer.code == 2

@@ -95,7 +95,7 @@ def test_two_machines_have_the_losses_of_one_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
 
 
-def test_a_mistake_ends_both_and_is_told(hosts: None, cache: Path, sources: Path, tmp_path: Path):
+def test_user_error_ends_both_hosts_and_is_printed_once(hosts: None, cache: Path, sources: Path, tmp_path: Path):
     keys = [*SHRUNK, f"path={sources}", *RUN, "init=no/such/run", "run_dir=together"]
     answers = on_both(hosts, cache, tmp_path, *keys)
     assert all(answer.code != 0 for answer in answers)
@@ -103,7 +103,7 @@ def test_a_mistake_ends_both_and_is_told(hosts: None, cache: Path, sources: Path
     assert not (tmp_path / "together").exists()
 
 
-def test_other_numbers_than_were_started_are_refused(hosts: None, cache: Path, sources: Path, tmp_path: Path):
+def test_other_counts_than_were_started_are_refused(hosts: None, cache: Path, sources: Path, tmp_path: Path):
     answers = on_both(hosts, cache, tmp_path, *SHRUNK, f"path={sources}", "num_nodes=3")
     assert all(answer.code != 0 for answer in answers)
     assert any("num_nodes=3, but 2 were started" in answer.stderr for answer in answers)

@@ -51,7 +51,7 @@ def dense_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(losses)
 
 
-def test_a_tokens_bytes_are_those_it_spells(run: Path) -> None:
+def test_token_bytes_add_up_to_the_text(run: Path) -> None:
     tokenizer = load_tokenizer(str(run))
     sizes = bytes_of_tokens(tokenizer)
     for text in (TEXT[:500], "naïve 中文 → ½\n\t"):
@@ -113,7 +113,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["plot=scores.png"], "ends in .html"),
     ],
 )
-def test_a_mistake_ends_with_exit_code_2_and_few_lines(words: list[str], told: str, run: Path) -> None:
+def test_user_error_has_exit_code_2_and_few_lines(words: list[str], told: str, run: Path) -> None:
     done = evaluate(f"checkpoint={run}", *words)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
@@ -121,7 +121,7 @@ def test_a_mistake_ends_with_exit_code_2_and_few_lines(words: list[str], told: s
 
 
 @pytest.mark.slow
-def test_a_run_directory_is_scored_on_its_own_data_with_the_loss_it_reported(tmp_path: Path) -> None:
+def test_run_directory_scores_its_reported_loss_on_its_data(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT * 4)
     run_dir = tmp_path / "run"
     words = ["steps=3", "model.n_layer=1", "context=64", "batch_tokens=256", "data=text", "precision=fp32"]

@@ -97,7 +97,7 @@ def logits_of(model: Path, context: int = CONTEXT) -> tuple[torch.Tensor, torch.
     return torch.cat(parts), ids[1:]
 
 
-def test_accuracy_and_calibration_are_those_of_the_plain_logits(evaluate_here, models: Path, tmp_path: Path) -> None:
+def test_accuracy_and_calibration_equal_those_of_plain_logits(evaluate_here, models: Path, tmp_path: Path) -> None:
     done = evaluate_here("checkpoint=1", *RUNNING, f"json={tmp_path / 'scores.json'}")
     assert done.code == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -113,7 +113,7 @@ def test_accuracy_and_calibration_are_those_of_the_plain_logits(evaluate_here, m
     assert 0 < scores["standard_errors"]["loss"] < 1
 
 
-def test_several_checkpoints_make_one_table_whatever_their_tokenizers(evaluate_here, tmp_path: Path) -> None:
+def test_checkpoints_with_any_tokenizers_share_one_table(evaluate_here, tmp_path: Path) -> None:
     names = {"json": "scores.json", "csv": "scores.csv", "plot": "scores.html"}
     files = [f"{key}={tmp_path / name}" for key, name in names.items()]
     done = evaluate_here("checkpoint=[123]", *RUNNING, *files, "decode=4")
@@ -148,7 +148,7 @@ def _is_figure(name: str) -> bool:
     return name not in ("model", "tokens", "bytes") and not name.endswith("_standard_error")
 
 
-def test_a_tokenizer_that_is_not_there_is_told(evaluate_here) -> None:
+def test_missing_tokenizer_is_refused(evaluate_here) -> None:
     done = evaluate_here("checkpoint=1", *RUNNING, "tokenizer=/nowhere/at/all")
     assert done.code == 2
     assert "/nowhere/at/all" in done.stderr
@@ -160,15 +160,13 @@ def test_windows_of_pairs_do_not_slide(evaluate_here) -> None:
     assert "these data are pairs" in done.stderr
 
 
-def test_a_pattern_that_fits_nothing_is_told(evaluate_here) -> None:
+def test_pattern_without_a_match_is_refused(evaluate_here) -> None:
     done = evaluate_here("checkpoint=run-*", *RUNNING)
     assert done.code == 2
     assert "checkpoint=run-* matches no folder" in done.stderr
 
 
-def test_names_may_be_many_and_have_spaces_between_and_brackets_in_them(
-    evaluate_here, models: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_lists_may_have_spaces_and_brackets(evaluate_here, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "1", models / "1[best]")
     try:
         done = evaluate_here("checkpoint=1[best], 1[best]", *RUNNING)
@@ -181,7 +179,7 @@ def test_names_may_be_many_and_have_spaces_between_and_brackets_in_them(
         shutil.rmtree(models / "1[best]")
 
 
-def test_weights_that_are_no_numbers_are_told(evaluate_here, models: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(evaluate_here, models: Path, tmp_path: Path) -> None:
     backbone = load_backbone(str(models / "1"))
     backbone.lm.transformer.ln_f.bias.data[0] = torch.inf
     write_hf_folder(to_hf(backbone), load_tokenizer(str(models / "1")), tmp_path / "diverged", {"title": "tiny"})
@@ -191,7 +189,7 @@ def test_weights_that_are_no_numbers_are_told(evaluate_here, models: Path, tmp_p
         assert "diverged: not all of its weights are finite" in done.stderr
 
 
-def test_another_tokenizer_is_told_before_any_checkpoint_is_scored(evaluate_here, monkeypatch) -> None:
+def test_teacher_of_another_tokenizer_is_refused_before_scoring(evaluate_here, monkeypatch) -> None:
     monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.score", None)
     done = evaluate_here("checkpoint=1,3", "teacher=2", *RUNNING)
     assert done.code == 2
@@ -220,7 +218,7 @@ def test_other_tokens_of_the_same_bytes_are_paired_by_byte() -> None:
     assert (found.unit, found.value) == ("bits per byte", pytest.approx(1 / math.log(2) / 18))
 
 
-def test_what_two_models_both_find_hard_is_no_error_of_their_difference() -> None:
+def test_paired_difference_cancels_shared_difficulty() -> None:
     hard_and_easy = scored((20.0, 4.0, 12.0, 8.0))
     assert hard_and_easy.standard_errors["loss"] > 0.5
     same = paired_difference(scored((22.0, 6.0, 14.0, 10.0)), hard_and_easy)
@@ -259,7 +257,7 @@ def test_no_target_is_left_out_or_counted_twice(length: int, stride: int) -> Non
     assert sorted(labels[labels >= 0].tolist()) == list(range(1, length))
 
 
-def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_here, tmp_path: Path) -> None:
+def test_pairs_are_scored_together_with_model_free_baselines(evaluate_here, tmp_path: Path) -> None:
     words = ["metrics=rougeL,chrf,placeholders", "texts=2", "max_new_tokens=4"]
     words += [f"{kind}={tmp_path / f'scores.{kind}'}" for kind in ("json", "csv")] + [
         f"plot={tmp_path / 'scores.html'}"
@@ -288,7 +286,7 @@ def test_pairs_are_answered_and_scored_beside_answers_without_a_model(evaluate_h
 EXACT = {"model", "tokens", "bytes"}  # counted or named, not estimated
 
 
-def test_whatever_is_estimated_has_a_standard_error(evaluate_here, tmp_path: Path) -> None:
+def test_every_estimate_has_a_standard_error(evaluate_here, tmp_path: Path) -> None:
     files = [f"{kind}={tmp_path / f'scores.{kind}'}" for kind in ("json", "csv")]
     for words in (
         ["checkpoint=1", "teacher=2", "baseline=2", *RUNNING, "decode=4"],
@@ -305,7 +303,7 @@ def test_whatever_is_estimated_has_a_standard_error(evaluate_here, tmp_path: Pat
     assert "± " in done.stdout
 
 
-def test_the_speed_up_of_a_draft_is_as_uncertain_as_its_acceptance(evaluate_here, tmp_path: Path) -> None:
+def test_speedup_error_follows_the_acceptance_error(evaluate_here, tmp_path: Path) -> None:
     done = evaluate_here("checkpoint=1", "teacher=2", *RUNNING, f"json={tmp_path / 'scores.json'}")
     assert done.code == 0, done.stderr
     found = json.loads((tmp_path / "scores.json").read_text())
@@ -317,7 +315,7 @@ def test_the_speed_up_of_a_draft_is_as_uncertain_as_its_acceptance(evaluate_here
     assert drafting["speedup_standard_error"] == pytest.approx(per_cost, rel=0.05)
 
 
-def test_pairs_that_do_not_fit_for_every_tokenizer_are_scored_for_none(evaluate_here, models, tmp_path) -> None:
+def test_pairs_too_long_for_one_tokenizer_are_scored_for_none(evaluate_here, models, tmp_path) -> None:
     words = TEXT.split()
     # Responses of about as many tokens as fit into 32, so that it depends on the tokenizer whether they do
     pairs = [{"source": words[n], "target": " ".join(words[n * 3 : n * 3 + 4 + n % 5])} for n in range(60)]
@@ -354,7 +352,7 @@ def test_pairs_that_do_not_fit_for_every_tokenizer_are_scored_for_none(evaluate_
     assert first["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(copies["rougeL"])
 
 
-def test_every_byte_of_all_text_is_scored_whatever_the_tokenizer(evaluate_here, tmp_path: Path) -> None:
+def test_split_all_scores_every_byte_for_any_tokenizer(evaluate_here, tmp_path: Path) -> None:
     done = evaluate_here("checkpoint=[123]", *RUNNING, "split=all", f"json={tmp_path / 'scores.json'}")
     assert done.code == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -362,7 +360,7 @@ def test_every_byte_of_all_text_is_scored_whatever_the_tokenizer(evaluate_here, 
     assert "Not all score the same bytes" not in done.stdout
 
 
-def test_checkpoints_that_predict_other_parts_of_the_text_are_told_apart(evaluate_here, models, tmp_path: Path) -> None:
+def test_checkpoints_scoring_different_targets_are_flagged(evaluate_here, models, tmp_path: Path) -> None:
     shutil.copytree(models / "1", tmp_path / "prefix")
     config = json.loads((tmp_path / "prefix" / "config.json").read_text())
     (tmp_path / "prefix" / "config.json").write_text(json.dumps({**config, "objective": "prefix_lm"}))
@@ -376,7 +374,7 @@ def test_checkpoints_that_predict_other_parts_of_the_text_are_told_apart(evaluat
 BODY = "    b = a\n    return b"
 
 
-def test_a_model_that_writes_bodies_compiles_at_validation_and_here(evaluate_here, train_here, tmp_path: Path) -> None:
+def test_compiles_is_equal_in_validation_and_evaluate(evaluate_here, train_here, tmp_path: Path) -> None:
     pairs = [{"source": f"def {name}(a):", "target": BODY} for name in TEXT[:2000].split() if name.isidentifier()]
     (tmp_path / "bodies.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     data = ["data=complete", f"path={tmp_path / 'bodies.jsonl'}", "source=source", "target=target"]
@@ -427,7 +425,7 @@ def alone(folder: Path, tasks: Path) -> float:
 
 
 @pytest.mark.slow
-def test_tasks_of_the_harness_are_read_from_files_and_scored_as_by_hand(
+def test_harness_tasks_from_files_equal_scores_by_hand(
     evaluate_here, models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = [

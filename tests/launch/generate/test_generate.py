@@ -49,7 +49,7 @@ def generate(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_run_directory_continues_a_prompt_with_equals_commas_and_newlines(checkpoint: Path, tmp_path: Path) -> None:
+def test_prompt_with_equals_commas_and_newlines_is_continued(checkpoint: Path, tmp_path: Path) -> None:
     prompt = "def add(a, b=1):\n    return {a: b}"
     words = [f"checkpoint={checkpoint}", f"prompt={prompt}", "max_new_tokens=4", f"json={tmp_path / 'out.json'}"]
     done = generate(*words)
@@ -71,7 +71,7 @@ def test_a_run_directory_continues_a_prompt_with_equals_commas_and_newlines(chec
         ["checkpoint={checkpoint}", "prompt=x", "json=/nowhere/at/all.json"],
     ],
 )
-def test_a_mistake_ends_with_exit_code_2_and_few_lines(words: list[str], checkpoint: Path) -> None:
+def test_user_error_has_exit_code_2_and_few_lines(words: list[str], checkpoint: Path) -> None:
     done = generate(*(word.format(checkpoint=checkpoint) for word in words))
     assert done.returncode == 2, done.stderr
     assert 1 <= len(done.stderr.strip().splitlines()) <= 5
@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_texts_and_samples_differ(write: Write) -> 
 
 
 @pytest.mark.parametrize("seed", [1337, 2**63 - 1])
-def test_more_samples_than_are_written_together_differ_too(seed: int, write: Write) -> None:
+def test_samples_of_several_batches_differ(seed: int, write: Write) -> None:
     words = ["prompt=import", "max_new_tokens=24", "sampling.temperature=1", "sampling.top_p=1", f"seed={seed}"]
     many, few = ([text["completion"] for text in write(*words, f"num_samples={count}").texts] for count in (33, 16))
     assert len(set(many)) == 33
@@ -129,7 +129,7 @@ def test_more_samples_than_are_written_together_differ_too(seed: int, write: Wri
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write, tmp_path: Path) -> None:
+def test_prompts_of_a_file_equal_single_prompts(ending: str, write: Write, tmp_path: Path) -> None:
     prompts = ["def add(a, b):", "import", "class Stack:"]
     lines = prompts if ending == "txt" else [json.dumps({"prompt": prompt}) for prompt in prompts]
     file = tmp_path / f"prompts.{ending}"
@@ -140,7 +140,7 @@ def test_prompts_of_a_file_give_what_each_alone_gives(ending: str, write: Write,
     assert [text["completion"] for text in together] == alone
 
 
-def test_beams_and_penalties_write_what_transformers_writes(write: Write, checkpoint: Path) -> None:
+def test_beams_and_penalties_equal_transformers(write: Write, checkpoint: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
     given = tokenizer("import", return_tensors="pt")
@@ -167,7 +167,7 @@ def test_every_filter_can_leave_one_token(word: str, write: Write) -> None:
     assert typical.texts[0]["completion"] != loose[0].texts[0]["completion"]
 
 
-def test_no_ngram_is_repeated_and_a_stop_text_ends_the_completion(write: Write) -> None:
+def test_no_repeat_ngram_and_stop_texts_work(write: Write) -> None:
     free = write("prompt=import", "sampling=greedy", "max_new_tokens=20").texts[0]
     once = write("prompt=import", "sampling=greedy", "max_new_tokens=20", "sampling.no_repeat_ngram=1").texts[0]
     assert once["completion"] != free["completion"]
@@ -180,7 +180,7 @@ def test_no_ngram_is_repeated_and_a_stop_text_ends_the_completion(write: Write) 
 
 
 @pytest.mark.parametrize("stop", ["", "~never~"])
-def test_on_a_terminal_a_text_is_shown_as_it_is_written(
+def test_text_is_streamed_to_a_terminal(
     stop: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But where a stop text may be cut off its end."""
@@ -231,13 +231,13 @@ def test_in_bf16_text_is_that_of_a_bf16_model(write: Write, checkpoint: Path) ->
     assert {parameter.dtype for parameter in generator.model.parameters()} == {torch.bfloat16}
 
 
-def test_without_a_prompt_every_line_that_comes_is_continued(write: Write) -> None:
+def test_every_line_of_stdin_is_continued_without_a_prompt(write: Write) -> None:
     shown = write("sampling=greedy", stdin="import\nclass A:\n").shown.splitlines()
     assert shown[0].startswith("import")
     assert any(line.startswith("class A:") for line in shown)
 
 
-def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkpoint: Path) -> None:
+def test_draft_writes_the_same_and_prints_its_acceptance(write: Write, checkpoint: Path) -> None:
     plain = write("prompt=import", "sampling=greedy").texts[0]
     drafted = write("prompt=import", "sampling=greedy", f"draft={checkpoint}")
     assert drafted.texts[0]["completion"] == plain["completion"]
@@ -246,7 +246,7 @@ def test_a_draft_writes_the_same_and_says_what_it_was_worth(write: Write, checkp
     assert "tokens per call" in drafted.told
 
 
-def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
+def test_stop_text_ends_drafted_and_plain_text_equally(
     write: Write, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, in which it comes early or late
@@ -278,5 +278,5 @@ def test_a_stop_text_ends_a_drafted_completion_where_it_ends_a_plain_one(
         (["prompt=a <|mask|>"], "fills none"),
     ],
 )
-def test_what_cannot_be_written_is_told(words: list[str], told: str, write: Write, checkpoint: Path) -> None:
+def test_unsupported_generation_is_refused(words: list[str], told: str, write: Write, checkpoint: Path) -> None:
     assert told in write(*(word.format(checkpoint=checkpoint) for word in words)).told

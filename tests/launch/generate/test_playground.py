@@ -83,7 +83,7 @@ def text_of(done: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("text", ["naïve café", "中文 🙂\n\n\tx", "plain", "🙂", ""])
-def test_the_parts_of_a_text_add_up_to_it_and_show_no_half_characters(text: str, playground: Playground) -> None:
+def test_pieces_join_to_the_text_without_split_characters(text: str, playground: Playground) -> None:
     ids = playground.tokenizer(text)["input_ids"] if text else []
     spelling = IncrementalDecoder(playground.tokenizer)
     parts = [spelling.add(token) for token in ids]
@@ -93,7 +93,7 @@ def test_the_parts_of_a_text_add_up_to_it_and_show_no_half_characters(text: str,
     assert all(piece.text and "\ufffd" not in piece.text for piece in found)
 
 
-def test_a_character_of_several_tokens_is_one_piece_with_the_probability_of_all(playground: Playground) -> None:
+def test_character_of_several_tokens_is_one_piece(playground: Playground) -> None:
     ids = playground.tokenizer("a🙂b")["input_ids"]
     assert len(ids) == 6, "four of them for the smiley, which the tokenizer has never seen"
     found = pieces(playground.tokenizer, ids, [Chance(0.5, [(ids[0], 0.5)]) for _ in ids], [True] * 4 + [False, True])
@@ -106,7 +106,7 @@ def test_a_character_of_several_tokens_is_one_piece_with_the_probability_of_all(
     assert "".join(piece.text for piece in cut_off) == playground.tokenizer.decode(ids[:3])
 
 
-def test_each_token_has_the_probability_that_the_model_gave_it(playground: Playground) -> None:
+def test_each_token_has_its_model_probability(playground: Playground) -> None:
     ids = playground.tokenizer(PROMPT)["input_ids"]
     prompt, rest = ids[:4], ids[4:]
     found = chances(playground.generator.model, prompt, rest, vocab_size=len(playground.tokenizer))
@@ -119,9 +119,7 @@ def test_each_token_has_the_probability_that_the_model_gave_it(playground: Playg
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_greed_writes_the_likeliest_token_of_a_prompt_read_one_way_or_both(
-    bidirectional: bool, playground: Playground
-) -> None:
+def test_greedy_writes_the_argmax_for_causal_and_prefix_models(bidirectional: bool, playground: Playground) -> None:
     model, tokenizer = playground.generator.model, playground.tokenizer
     prompt, entries = tokenizer(PROMPT)["input_ids"], len(playground.tokenizer)
     (ids,) = generate_ids(
@@ -135,7 +133,7 @@ def test_greed_writes_the_likeliest_token_of_a_prompt_read_one_way_or_both(
     assert agree == [True, False]
 
 
-def test_what_counts_as_drafted_is_what_the_draft_model_proposed(playground: Playground) -> None:
+def test_drafted_tokens_are_those_of_the_draft_model(playground: Playground) -> None:
     assert playground.draft is not None
     model, draft, tokenizer = playground.generator.model, playground.draft, playground.tokenizer
     prompt, share = tokenizer(PROMPT)["input_ids"], list[float]()
@@ -159,7 +157,7 @@ def test_what_counts_as_drafted_is_what_the_draft_model_proposed(playground: Pla
     assert 0.1 < share[0] < share[1], "a model agrees with itself the most"
 
 
-def test_text_comes_as_it_is_written_without_prompt_and_end_of_text(playground: Playground) -> None:
+def test_text_is_streamed_without_prompt_and_end_of_text(playground: Playground) -> None:
     told: list[str] = []
     rounds = Rounds(playground.tokenizer, told.append)
     ids = playground.tokenizer("a🙂b")["input_ids"]
@@ -173,7 +171,7 @@ def test_text_comes_as_it_is_written_without_prompt_and_end_of_text(playground: 
 # What is asked
 
 
-def test_the_panels_write_what_the_command_line_writes(playground: Playground) -> None:
+def test_panels_write_the_text_of_the_command_line(playground: Playground) -> None:
     found = written(playground, temperature=0, max_new_tokens=24)
     model, tokenizer = playground.generator.model, playground.tokenizer
     prompt = tokenizer(PROMPT)["input_ids"]
@@ -196,7 +194,7 @@ def test_seed_and_settings_are_those_of_the_request(playground: Playground) -> N
     assert typical[0] == typical[1], "one token is left"
 
 
-def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playground) -> None:
+def test_every_sampling_key_but_beams_can_be_set(playground: Playground) -> None:
     ways = {field.name for field in dataclasses.fields(SamplingSettings)} - {"name", "beams", "length_penalty"}
     assert {one["name"] for one in playground.facts()["settings"]} == ways | {"max_new_tokens", "seed"}
     once, free = (written(playground, no_repeat_ngram=size, temperature=0, max_new_tokens=40) for size in (1, 0))
@@ -239,7 +237,7 @@ def test_every_way_to_choose_a_token_can_be_set_but_for_beams(playground: Playgr
         (request(checkpoint="gpt2"), "no setting checkpoint"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_told_in_words(body: bytes, told: str, playground: Playground) -> None:
+def test_invalid_request_is_an_error_message(body: bytes, told: str, playground: Playground) -> None:
     with pytest.raises(InputError) as mistake:
         playground.read(body)
     assert told in str(mistake.value)
@@ -254,7 +252,7 @@ def with_objective(objective: str, folder: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_model_that_fills_gaps_writes_into_the_gap_of_the_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_fim_model_fills_the_gap_of_the_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = with_objective("fim", folders["model"], tmp_path / "fim")
     filling, events = Playground(TextGenerator(Arguments(str(folder), serve=True))), list[dict[str, Any]]()
     assert filling.facts()["fills"] == "<|mask|>"
@@ -262,7 +260,7 @@ def test_a_model_that_fills_gaps_writes_into_the_gap_of_the_prompt(folders: dict
     assert events[0] == {"panel": "model", "before": "def f():", "after": "    return x"}
 
 
-def test_a_model_that_does_not_write_from_left_to_right_is_not_served(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_model_that_is_not_autoregressive_is_not_served(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = with_objective("mlm", folders["model"], tmp_path / "mlm")
     with pytest.raises(InputError, match="trained with objective=mlm"):
         serve.serve(Arguments(str(folder), serve=True, port=0))
@@ -292,7 +290,7 @@ async def ask(client: TestClient, body: bytes, **headers: str) -> tuple[int, lis
         return answer.status, [json.loads(line) for line in (await answer.text()).splitlines()]
 
 
-def test_after_every_refusal_the_site_goes_on(playground: Playground) -> None:
+def test_site_continues_after_every_refused_request(playground: Playground) -> None:
     async def what(client: TestClient, site: Site) -> None:
         for body, status in ((b"{", 400), (request(seed=-1), 400), (request(prompt="x" * 70_000), 413)):
             assert (await ask(client, body))[0] == status
@@ -309,7 +307,7 @@ def test_after_every_refusal_the_site_goes_on(playground: Playground) -> None:
     visit(playground, what)
 
 
-def test_an_error_of_ours_ends_one_text_and_not_the_site(
+def test_internal_error_ends_one_text_and_not_the_site(
     playground: Playground, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -327,7 +325,7 @@ def test_an_error_of_ours_ends_one_text_and_not_the_site(
     assert "RuntimeError: out of memory" in capfd.readouterr().err
 
 
-def test_one_text_is_written_at_a_time_some_wait_and_the_others_are_refused(playground: Playground) -> None:
+def test_requests_are_queued_and_refused_above_a_limit(playground: Playground) -> None:
     async def what(client: TestClient, site: Site) -> None:
         goes_on = threading.Event()
         site._writer.submit(goes_on.wait, HANG)  # so that all of them find the writer at work
@@ -346,7 +344,7 @@ def test_one_text_is_written_at_a_time_some_wait_and_the_others_are_refused(play
     visit(playground, what)
 
 
-def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Playground) -> None:
+def test_text_of_a_closed_connection_is_interrupted(playground: Playground) -> None:
     body = {"prompt": "import", "temperature": 0, "max_new_tokens": 200}
 
     async def what(client: TestClient, site: Site) -> None:
@@ -379,7 +377,7 @@ def test_a_text_that_nobody_waits_for_is_not_written_to_its_end(playground: Play
 # The command
 
 
-def test_the_page_is_for_this_machine_alone() -> None:
+def test_page_is_served_to_this_machine_alone() -> None:
     with serve._listen(0) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1"
@@ -397,7 +395,7 @@ def test_the_page_is_for_this_machine_alone() -> None:
         ({"port": 1}, "port=1"),
     ],
 )
-def test_what_cannot_be_served_is_told_before_anything_is_opened(
+def test_unservable_arguments_are_refused_before_the_port_opens(
     values: dict[str, Any], told: str, folders: dict[str, Path]
 ) -> None:
     with socket.socket() as taken:
@@ -410,7 +408,7 @@ def test_what_cannot_be_served_is_told_before_anything_is_opened(
             serve.serve(Arguments(**arguments))
 
 
-def test_without_its_library_the_page_says_what_to_install(
+def test_missing_aiohttp_is_an_error_with_the_pip_command(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
@@ -418,7 +416,7 @@ def test_without_its_library_the_page_says_what_to_install(
         serve.serve(Arguments(str(folders["model"]), serve=True, port=0))
 
 
-def test_nobody_pays_for_the_page_without_it() -> None:
+def test_page_is_not_imported_without_serve() -> None:
     program = "import sys, generate, launch.generate.serve as _\n"
     program += "print({'aiohttp', 'launch.generate.playground', 'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -450,9 +448,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
-def test_a_visitor_sees_three_texts_in_colour_and_ctrl_c_ends_it(
-    server: subprocess.Popen[str], browser: Browser
-) -> None:
+def test_browser_shows_three_texts_and_ctrl_c_ends_the_server(server: subprocess.Popen[str], browser: Browser) -> None:
     assert server.stdout is not None
     address = server.stdout.readline().split()[1]
     browser.open(address)

@@ -83,7 +83,7 @@ def test_a_plan_names_every_part_and_leaves_nothing_behind(
     assert left_behind(tmp_path) == []
 
 
-def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone(
+def test_distill_and_finetune_are_planned_from_config_json(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert train_here(*tiny, "model.n_embd=64", "steps=1", "run_dir=teacher", "threads=1").code == 0
@@ -105,9 +105,7 @@ def test_distillation_and_fine_tuning_are_planned_from_their_models_config_alone
     assert left_behind(tmp_path) == before
 
 
-def test_the_plan_tells_what_the_data_will_take_on_the_disk(
-    train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_plan_has_the_disk_space_of_the_data(train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)  # no steps are measured
     keys = ["model=nano", "data=text", f"path={Path(json.__file__).parents[1] / 'asyncio'}", "vocab_size=2048"]
     keys += ["logger=none", "steps=1", "context=64", "cache_dir=cache", "run_dir=run", "callbacks=minimal"]
@@ -128,7 +126,7 @@ def test_the_plan_tells_what_the_data_will_take_on_the_disk(
     ],
     ids=["two kept", "one, averaged", "gathered", "in shards"],
 )
-def test_the_plan_tells_what_checkpoints_and_export_will_take_on_the_disk(
+def test_plan_has_the_disk_space_of_checkpoints_and_export(
     train_here: Train, tiny: list[str], tmp_path: Path, keys: tuple[str, ...]
 ):
     """Within a tenth: beside tensors there are the state of loops, random states, and the tokenizer."""
@@ -141,7 +139,7 @@ def test_the_plan_tells_what_checkpoints_and_export_will_take_on_the_disk(
 
 
 @pytest.mark.parametrize(("devices", "shown"), [(1, "25.6 hours"), (4, "6.4 hours")])
-def test_the_time_to_finish_is_all_tokens_at_the_speed_of_all_devices(
+def test_planned_time_is_all_tokens_at_the_speed_of_all_devices(
     devices: int, shown: str, monkeypatch: pytest.MonkeyPatch
 ):
     """36,000 steps of 256 tokens are 92,160 seconds at 100 tokens a second."""
@@ -220,7 +218,7 @@ def test_planning_a_large_model_allocates_nothing_of_its_size(cache: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_gpus_is_planned_where_there_are_none(train_here: Train, tmp_path: Path):
+def test_gpu_run_is_planned_without_gpus(train_here: Train, tmp_path: Path):
     keys = ["data=fineweb", "tokenizer=bpe", "model=xl", "optimizer=adamw", "context=1024", "batch_tokens=524288"]
     there = [*keys, "plan=true", "accelerator=gpu", "devices=8", "logger=none", "vocab_size=50257"]
     large, small = (succeeded(train_here(*there, f"plan_memory={size}")) for size in (80, 24))
@@ -237,13 +235,13 @@ def test_a_run_of_gpus_is_planned_where_there_are_none(train_here: Train, tmp_pa
 
 
 @pytest.mark.parametrize("more", [("resume=auto", "name=x"), ("-m", "seed=1,2")])
-def test_a_plan_of_what_is_not_one_new_run_is_refused(train_here: Train, tiny: list[str], more: tuple[str, ...]):
+def test_plan_of_a_sweep_or_resume_is_refused(train_here: Train, tiny: list[str], more: tuple[str, ...]):
     answer = train_here(*tiny, "plan=true", *more)
     assert answer.code == 2
     assert "plan=true plans" in answer.stderr
 
 
-def test_the_report_tells_what_was_planned_beside_what_was_measured(train_here: Train, tiny: list[str], tmp_path: Path):
+def test_report_has_planned_and_measured_memory(train_here: Train, tiny: list[str], tmp_path: Path):
     succeeded(train_here(*tiny, "steps=1", "run_dir=run", "threads=1"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["planned_memory_bytes"] > 100e6
@@ -273,7 +271,7 @@ def test_parameters_are_those_of_the_real_model(name: str):
     assert parameters(shape) == trained_parameters(RunSizes(shape, 1, 8, 1)) == count_parameters(shape)
 
 
-def test_a_pure_formula_is_all_there_is_to_the_parameters_that_lora_and_frozen_layers_train():
+def test_trained_parameters_of_lora_and_freezing_have_a_formula():
     sizes = RunSizes(SMALL, 1, 8, 1)
     model = Backbone(SMALL)
     for part in (model.lm.transformer.wte, model.lm.transformer.wpe, *model.blocks[:4]):
@@ -307,7 +305,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_tensors_alive_at_once_are_those_counted(name: str):
+def test_counted_tensors_equal_the_profiled_ones(name: str):
     """A second step's forward, backward and optimizer, as PyTorch's profiler sees them: within 5 %, or 3 MB."""
     sizes = COUNTED[name]
     _workspaces.clear()
@@ -354,7 +352,7 @@ def _head_kept(sizes: RunSizes) -> int:
 # Choosing
 
 
-def test_a_micro_batch_shrinks_with_the_memory_that_is_free_and_its_step_with_it():
+def test_micro_batch_shrinks_with_free_memory():
     keys = ("model=small", "accelerator=cpu", "devices=1", "batch_tokens=16384", "tokenizer=bpe", "vocab_size=50257")
     chosen = []
     for free in (64 * GIGABYTE, 8 * GIGABYTE, 5 * GIGABYTE, GIGABYTE):
@@ -379,7 +377,7 @@ def test_the_largest_micro_batch_that_fits_is_the_largest():
     assert peak(found) <= room < peak(found + 1)
 
 
-def test_every_knob_that_should_save_memory_does():
+def test_every_memory_option_saves_memory():
     sizes = RunSizes(replace(SMALL, n_layer=12), 32, 512, 32, optimizer="adamw", step_rows=32)
     peak = memory_plan(replace(sizes, on_gpu=True)).peak
     for change in (
@@ -406,7 +404,7 @@ REFUSED = [("layer_drop=0.1",), ("precision=fp16",)]
 
 
 @pytest.mark.parametrize(("keys", "is_taken"), [((), True), *((keys, False) for keys in REFUSED)])
-def test_sharding_is_offered_only_where_it_would_be_taken(
+def test_sharding_is_suggested_only_if_accepted(
     train_here: Train, tiny: list[str], keys: tuple[str, ...], is_taken: bool
 ):
     there = [*tiny, "plan=true", "accelerator=gpu", "plan_memory=8", *keys]
@@ -415,7 +413,7 @@ def test_sharding_is_offered_only_where_it_would_be_taken(
     assert answer.code == (0 if is_taken else 2), answer.stderr
 
 
-def test_an_apple_gpu_which_is_one_device_is_not_offered_sharding(monkeypatch: pytest.MonkeyPatch):
+def test_sharding_is_not_suggested_for_one_apple_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     spec = resolved(composed("precision=fp32", "accelerator=mps"))
@@ -439,14 +437,14 @@ def test_a_control_group_limits_what_is_free(tmp_path: Path):
     assert host_free_bytes(tmp_path / "missing", ()) is None
 
 
-def test_measuring_takes_as_much_of_a_micro_batch_as_can_be_afforded():
+def test_measured_rows_are_limited_by_flops():
     sizes = RunSizes(SMALL, 16, 256, 16)
     assert affordable_rows(sizes, 1e18) == 16
     assert 0 < affordable_rows(sizes, 5e11) < 16
     assert affordable_rows(sizes, 1e9) == 0
 
 
-def test_nothing_is_measured_for_which_one_device_has_no_room():
+def test_nothing_that_exceeds_one_device_is_measured():
     """A rank of eight holds an eighth of gpt2-xl, and LoRA trains little; what is measured holds and trains all."""
     xl = ModelShape(48, 25, 1600, 1024, 50_257)
     shared = RunSizes(xl, 1, 1024, 1, precision_named("bf16"), on_gpu=True, sharded=True, ranks=8)

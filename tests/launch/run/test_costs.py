@@ -70,7 +70,7 @@ def test_preflight_takes_less_than_five_seconds(
 
 
 @pytest.mark.slow
-def test_an_eight_times_larger_cache_is_written_in_the_same_memory(
+def test_cache_memory_does_not_grow_with_its_size(
     text: Path, train_here: Train, tiny: list[str], cache: Path, tmp_path: Path
 ) -> None:
     """At most a tenth of what the larger one takes on the disk beyond the smaller one may be held in memory."""

@@ -31,7 +31,7 @@ def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(
+def test_signal_ends_the_run_with_a_resumable_checkpoint(
     number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str], train_here: Train
 ):
     run = tmp_path / "run"
@@ -87,7 +87,7 @@ def test_the_second_ctrl_c_stops_at_once(
     assert not (tmp_path / "swept" / "2").exists()
 
 
-def test_ctrl_c_while_the_interpreter_shuts_down_has_an_exit_code(tmp_path: Path):
+def test_ctrl_c_at_interpreter_shutdown_has_an_exit_code(tmp_path: Path):
     program = "import atexit, time; from launch import exit_codes\n"
     program += "down = lambda: (print('down', flush=True), time.sleep(1000))\n"
     program += "exit_codes.run_and_exit(lambda: atexit.register(down))"
@@ -154,7 +154,7 @@ def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path: Path, tiny
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_a_finished_run_ends_in_one_line_that_says_how_good_it_is(tiny: list[str], train_here: Train):
+def test_finished_run_prints_its_loss_in_one_line(tiny: list[str], train_here: Train):
     answer = train_here(*tiny, "name=mine", "steps=2", "validate_every=1000")
     assert answer.code == 0, answer.stderr
     report = json.loads(Path("runs/pretrain/mine/report.json").read_text())
@@ -163,7 +163,7 @@ def test_a_finished_run_ends_in_one_line_that_says_how_good_it_is(tiny: list[str
     assert last == f"finished: val/loss {report['val_loss']:.4f} · runs/pretrain/mine/report.html"
 
 
-def test_resume_auto_starts_and_then_goes_on(tiny: list[str], train_here: Train):
+def test_resume_auto_starts_and_then_continues(tiny: list[str], train_here: Train):
     command = [*tiny, "name=mine", "resume=auto"]
     assert train_here(*command, "steps=2").code == 0
     answer = train_here(*command, "steps=4")
@@ -187,7 +187,7 @@ def test_a_shortened_run_still_ends_after_its_warm_up(tiny: list[str], train_her
     assert "schedule.warmup_steps=4 is not less than steps=4" in answer.stderr
 
 
-def test_a_run_whose_data_have_changed_is_not_continued(tiny: list[str], train_here: Train, sources: Path):
+def test_resume_with_changed_data_is_refused(tiny: list[str], train_here: Train, sources: Path):
     shutil.copytree(sources, "text")
     assert train_here(*tiny, "path=text", "name=mine", "steps=2").code == 0
     Path("text", "more.py").write_text((sources / "heapq.py").read_text() * 2)
@@ -198,7 +198,7 @@ def test_a_run_whose_data_have_changed_is_not_continued(tiny: list[str], train_h
     assert train_here("resume=runs/pretrain/mine", "steps=4").code == 0
 
 
-def test_a_run_continued_with_other_micro_batches_computes_the_same(tiny: list[str], train_here: Train):
+def test_resume_with_other_micro_batches_computes_the_same(tiny: list[str], train_here: Train):
     keys = [*tiny, "steps=6", "checkpoint_every=3", "validate_every=2", "log_every=1", "micro_batch=8", "devices=1"]
     assert train_here(*keys, "name=unbroken").code == 0
     shutil.copytree("runs/pretrain/unbroken", "runs/pretrain/halved")
@@ -245,7 +245,7 @@ def test_checkpoints_outlive_their_ledger(tiny: list[str], train_here: Train, le
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_does_not_end_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
+def test_closed_stdout_does_not_end_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
     """As in `python train.py | head -1`."""
     keys = [key for key in tiny if not key.startswith("callbacks")]
     room = ["callbacks.samples.max_new_tokens=8", "callbacks.checkpoint.verify_export=false"]

@@ -62,7 +62,7 @@ FILES: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_space(
+def test_run_stopped_by_a_full_disk_resumes_with_free_space(
     tmp_path: Path, tiny: list[str], train_here: Train, disk: Path, file: str
 ):
     keys, step, intact = FILES[file]
@@ -90,7 +90,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_space(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_disk_that_is_full_after_the_last_step_leaves_a_complete_run(tiny: list[str], train_here: Train, disk: Path):
+def test_full_disk_after_the_last_step_leaves_a_complete_run(tiny: list[str], train_here: Train, disk: Path):
     for logger in ("none", "tensorboard"):
         own = [
             *(key for key in tiny if key != "logger=none"),

@@ -96,7 +96,7 @@ def assert_equal(first: object, second: object) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_taken_up_again_the_module_ends_with_the_same_bytes(cache, tmp_path):
+def test_module_resumed_after_sigkill_is_bitwise_equal(cache, tmp_path):
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     program = str(ROOT / "tests" / "support" / "tiny_run.py")
     finish(program, str(unbroken), str(cache), "24")
@@ -122,7 +122,7 @@ tiny_run.train(run, cache, extra=[SignalToRankOne()] if sys.argv[3] == "stop" el
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_after_the_same_step_and_go_on(cache, tmp_path):
+def test_two_ranks_stop_after_the_same_step_and_resume(cache, tmp_path):
     """One rank alone gets the signal; both stop in order, and one checkpoint serves both."""
     program, run_dir = tmp_path / "two_ranks.py", tmp_path / "run"
     program.write_text(TWO_RANKS)
@@ -178,7 +178,7 @@ OBJECTIVES = ("prefix_lm", "mlm", "fim", "sampled_softmax")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["pretrain", "distill", "finetune", *OBJECTIVES, "bf16_true"])
-def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sources, teacher, tmp_path, task):
+def test_train_py_resumed_after_sigkill_is_bitwise_equal(cache, sources, teacher, tmp_path, task):
     """Dropout on, two micro-batches a step, killed in the middle of an epoch."""
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     if task == "finetune":
@@ -200,7 +200,7 @@ def test_killed_and_taken_up_again_train_py_ends_with_the_same_bytes(cache, sour
 
 
 @pytest.mark.slow
-def test_a_sharded_run_saves_whole_tensors_and_is_taken_up_again(cache, sources, tmp_path):
+def test_sharded_run_saves_whole_tensors_and_resumes(cache, sources, tmp_path):
     run_dir = tmp_path / "run"
     keys = [*LANGUAGE, *TINY, f"path={sources}", f"cache_dir={cache}", f"run_dir={run_dir}"]
     keys = [key for key in keys if not key.startswith(("devices", "callbacks", "steps"))]
@@ -260,7 +260,7 @@ def kill_once(process: subprocess.Popen[str], run: Path, chance: random.Random) 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("task", ["pretrain", "distill", "finetune"])
-def test_killed_at_random_a_run_ends_with_the_same_bytes(
+def test_resume_after_random_sigkill_is_bitwise_equal(
     task: str,
     strategy: str,
     cache: Path,

@@ -164,7 +164,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
-def test_a_named_run_lies_where_it_was_named(name: str, tiny: list[str], train_here: Train, tmp_path: Path):
+def test_named_run_is_written_to_its_name(name: str, tiny: list[str], train_here: Train, tmp_path: Path):
     """It uses what a killed start left there, and never another name; nothing foreign is moved or changed."""
     put, refusal = IN_THE_WAY[name]
     put()
@@ -223,7 +223,7 @@ def test_a_lock_ends_with_its_owner_not_with_children(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_is_warned_of(
+def test_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """No file system of this machine lacks locks, so the system call is made to fail as NFS without lockd does."""
@@ -301,7 +301,7 @@ def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny:
     assert number > 5, "a mkdir, a lock, and a file written aside, renamed, with its folder"
 
 
-def test_a_start_begins_again_with_the_present_data(tiny: list[str], train_here: Train, tmp_path: Path):
+def test_restart_uses_the_present_data(tiny: list[str], train_here: Train, tmp_path: Path):
     """A start without a checkpoint has no order of data to keep."""
     text = tmp_path / "text.py"
     text.write_text(Path(lightning.__file__).read_text() * 9)
@@ -339,7 +339,7 @@ def test_killed_at_each_file_operation_a_start_is_continued(tmp_path: Path, tiny
 
 
 @pytest.mark.chaos
-def test_of_two_owners_of_a_run_one_trains(tmp_path: Path, tiny: list[str], cache: Path):
+def test_only_one_of_two_owners_trains(tmp_path: Path, tiny: list[str], cache: Path):
     """The second is started at once, after the first checkpoint, and after the first owner was killed."""
     keys = [*tiny, *SMALL, "run_dir=run", "resume=auto"]
     for moment in ("at once", "after a checkpoint"):

@@ -87,7 +87,7 @@ UNVERIFIED = "callbacks.checkpoint.verify_export=false"
 
 
 @pytest.mark.parametrize("end", [pytest.param(end, marks=pytest.mark.slow) if "ranks" in end else end for end in ENDS])
-def test_whatever_ends_a_fit_the_last_state_is_saved(tmp_path: Path, tiny: list[str], train_here: Train, end: str):
+def test_last_state_is_saved_at_any_end_of_fit(tmp_path: Path, tiny: list[str], train_here: Train, end: str):
     keys, steps = ENDS[end]
     own = ("steps=8", "validate_every=2", "checkpoint_every=1000", "micro_batch=4", UNVERIFIED)
     answer = train_here(*tiny, *own, "run_dir=run", *keys)
@@ -107,7 +107,7 @@ def test_whatever_ends_a_fit_the_last_state_is_saved(tmp_path: Path, tiny: list[
     ("hook", "micro_batches"),
     [("on_train_batch_end", 12), ("on_train_batch_end", 13), ("on_validation_end", 16)],
 )
-def test_a_run_that_ended_early_resumes_as_the_unbroken_one(tmp_path: Path, cache: Path, hook: str, micro_batches: int):
+def test_run_resumed_after_an_early_end_equals_unbroken_run(tmp_path: Path, cache: Path, hook: str, micro_batches: int):
     """Also from within a step, which is made again from its first micro-batch."""
     unbroken, run, step = tmp_path / "unbroken", tmp_path / "run", micro_batches // 2
     _, expected = tiny_run.train(unbroken, cache)

@@ -21,7 +21,7 @@ HOT = replace(NUCLEUS, temperature=2.0)
 
 
 @pytest.mark.parametrize("name", SAMPLING_PRESETS)
-def test_presets_of_the_library_are_those_of_conf(name: str) -> None:
+def test_sampling_presets_equal_those_of_conf(name: str) -> None:
     assert composed(f"sampling={name}").sampling == SAMPLING_PRESETS[name]
 
 
@@ -54,7 +54,7 @@ def test_samples_use_the_group_and_a_resumed_run_may_change_it(train_here: Train
     assert "sampling=beam does not read sampling.top_p" in refused.stderr
 
 
-def test_scores_use_the_group_alike_in_validation_and_in_evaluate(
+def test_validation_and_evaluate_sample_with_the_same_group(
     train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [{"source": f"{number} plus {number}", "target": f"is {2 * number}"} for number in range(200)]

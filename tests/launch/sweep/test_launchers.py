@@ -43,7 +43,7 @@ def crashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_a_sweep_of_submitted_jobs_records_a_crash_and_goes_on(
+def test_sweep_of_submitted_jobs_continues_after_a_crash(
     crashing: None, train_here: Train, tiny: list[str], tmp_path: Path
 ):
     answer = train_here(*tiny, *HERE, PLANTED, "-m", "seed=1,2", "steps=2", "n_jobs=2", "hydra.sweep.dir=swept")
@@ -56,7 +56,7 @@ def test_a_sweep_of_submitted_jobs_records_a_crash_and_goes_on(
     assert "planted" in (tmp_path / "swept" / "logs" / "job-1.txt").read_text()
 
 
-def test_a_submitted_run_ends_as_it_would_here(train_here: Train, tiny: list[str], tmp_path: Path):
+def test_submitted_run_has_local_output_and_exit_code(train_here: Train, tiny: list[str], tmp_path: Path):
     """Its output is shown, a mistake has exit code 2 and leaves nothing behind."""
     answer = train_here(*tiny, *HERE, "steps=2", "init=no/such/run")
     assert answer.code == 2
@@ -79,7 +79,7 @@ def test_a_submitted_run_ends_as_it_would_here(train_here: Train, tiny: list[str
         (["-m", "launcher=slurm,ray", "accelerator=cpu"], "give one value"),
     ],
 )
-def test_what_cannot_be_handed_over_is_told_at_once(
+def test_run_that_cannot_be_submitted_is_refused_at_once(
     keys: list[str], told: str, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
@@ -148,7 +148,7 @@ def test_a_ray_cluster_runs_a_sweep_of_four_jobs(crashing: None, train_process: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [HERE, RAY], ids=["submitit", "ray"])
-def test_a_search_hands_its_jobs_over_too(launcher: list[str], train_process: Train, tiny: list[str], tmp_path: Path):
+def test_search_submits_its_jobs(launcher: list[str], train_process: Train, tiny: list[str], tmp_path: Path):
     keys = ["-m", "hparams_search=optuna", "hparams_search.n_trials=2", "optimizer.lr=interval(1e-4,1e-2)", "steps=2"]
     answer = train_process(*tiny, *launcher, *keys, "devices=2", "strategy=ddp", "hydra.sweep.dir=swept")
     assert answer.code == 0, answer.stderr
@@ -160,7 +160,7 @@ def test_a_search_hands_its_jobs_over_too(launcher: list[str], train_process: Tr
 
 @pytest.mark.slow
 @pytest.mark.chaos
-def test_ray_jobs_end_with_who_started_them(cache: Path, tiny: list[str], tmp_path: Path):
+def test_ray_jobs_end_with_their_submitter(cache: Path, tiny: list[str], tmp_path: Path):
     process = started(cache, tmp_path, *tiny, *RAY, "steps=100000", "log_every=1", "run_dir=run")
     wait_for(trains(tmp_path / "run"), process)
     assert processes_of(tmp_path)
@@ -203,7 +203,7 @@ def process_with(program: str, **variables: str) -> int:
 
 
 @pytest.mark.slow
-def test_slurm_jobs_that_are_killed_or_cancelled_are_recorded_and_the_sweep_goes_on(
+def test_killed_or_cancelled_slurm_jobs_do_not_stop_the_sweep(
     slurm: None, cache: Path, tiny: list[str], tmp_path: Path
 ):
     keys = ["-m", "steps=100000,2", "seed=1,2", "log_every=1", "n_jobs=2", "hydra.sweep.dir=swept"]
@@ -222,9 +222,7 @@ def test_slurm_jobs_that_are_killed_or_cancelled_are_recorded_and_the_sweep_goes
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_slurm_jobs_and_withdraws_those_that_wait(
-    slurm: None, cache: Path, tiny: list[str], tmp_path: Path
-):
+def test_ctrl_c_stops_running_and_cancels_pending_slurm_jobs(slurm: None, cache: Path, tiny: list[str], tmp_path: Path):
     """Two jobs of two cores each run; the third waits for a node."""
     keys = [*tiny, *SLURM[:-1], "launcher.cpus=2", "-m", "seed=1,2,3,4", "steps=100000", "log_every=1"]
     process = started(cache, tmp_path, *keys, "n_jobs=3", "hydra.sweep.dir=swept")
@@ -241,7 +239,7 @@ def test_ctrl_c_reaches_slurm_jobs_and_withdraws_those_that_wait(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [["scancel", "--signal=USR2"], ["scontrol", "requeue"]], ids=["time is up", "requeue"])
-def test_a_slurm_job_that_is_queued_again_goes_on_from_its_checkpoint(
+def test_requeued_slurm_job_resumes_from_its_checkpoint(
     how: list[str], slurm: None, cache: Path, tiny: list[str], tmp_path: Path
 ):
     """USR2 is what SLURM sends before a job's time is up; a machine that fails has SLURM itself queue the job again."""
@@ -283,7 +281,7 @@ def test_two_slurm_nodes_have_the_losses_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_of_srun_that_is_stopped_ends_the_run_and_is_named(
+def test_stopped_srun_rank_ends_the_run_and_is_named(
     rank: int, slurm: None, cache: Path, tiny: list[str], tmp_path: Path
 ):
     """Rank 0 keeps the store that the ranks listen through, which then stands still too."""

@@ -121,9 +121,7 @@ def test_ranges_are_searched_as_they_are_typed(search: Searching, typed: str, di
         (["task=pretrain,finetune", "seed=1"], "cannot be compared"),
     ],
 )
-def test_a_mistake_in_a_search_is_told_before_it_starts(
-    search: Searching, tmp_path: Path, overrides: list[str], told: str
-):
+def test_invalid_search_is_refused_before_it_starts(search: Searching, tmp_path: Path, overrides: list[str], told: str):
     with pytest.raises(InputError, match=told) as error:
         search(*overrides)
     assert len(str(error.value).splitlines()) <= 5
@@ -131,13 +129,13 @@ def test_a_mistake_in_a_search_is_told_before_it_starts(
 
 
 @pytest.mark.parametrize("multirun", [[], ["-m"]])
-def test_an_interval_without_a_search_is_a_mistake_with_a_cure(train_here: Train, multirun: list[str]):
+def test_interval_without_a_search_is_refused_with_a_fix(train_here: Train, multirun: list[str]):
     answer = train_here(*multirun, "optimizer.lr=interval(1e-4,1e-2)")
     assert answer.code == 2
     assert "hparams_search=optuna" in answer.stderr
 
 
-def test_keys_are_sampled_only_where_they_are_read(search: Searching):
+def test_keys_are_sampled_only_if_read(search: Searching):
     found = all_of(search("optimizer.momentum=interval(0.8,0.99)", "optimizer=adamw,muon", "hparams_search.seed=1"))
     assert {row["optimizer"] for row in found} == {"adamw", "muon"}
     assert all(("optimizer.momentum" in row) == (row["optimizer"] == "muon") for row in found)
@@ -176,7 +174,7 @@ def test_unseeded_searches_differ_and_seeded_ones_are_the_same(search: Searching
     assert drawn("hparams_search.seed=3") != drawn("hparams_search.seed=4")
 
 
-def test_values_come_near_the_best(search: Searching, tmp_path: Path):
+def test_sampled_values_approach_the_best(search: Searching, tmp_path: Path):
     """By results: of 30 trials, random values have 3 in the good tenth of the range, and at least 7 in 3 % of cases."""
     source = search("model.dropout=interval(0,1)", "hparams_search.seed=1", "hparams_search.n_trials=40")
     found = all_of(source, lambda row: abs(float(row["model.dropout"]) - 0.3))
@@ -184,7 +182,7 @@ def test_values_come_near_the_best(search: Searching, tmp_path: Path):
     assert sum(near[10:]) >= 7
 
 
-def test_after_its_startup_trials_tpe_draws_by_results(search: Searching):
+def test_tpe_uses_results_after_its_startup_trials(search: Searching):
     settings = ["hparams_search.n_startup_trials=1", "hparams_search.n_trials=3"]
     source = search("optimizer.lr=interval(1e-4,1e-2)", *settings)
     drawn_by_results = []
@@ -194,12 +192,12 @@ def test_after_its_startup_trials_tpe_draws_by_results(search: Searching):
     assert drawn_by_results == [False, True, True]
 
 
-def test_what_was_tried_is_not_tried_again(search: Searching):
+def test_tried_values_are_not_repeated(search: Searching):
     found = all_of(search("model=nano,micro", "seed=1,2", "hparams_search.n_trials=50"))
     assert len(found) == len({tuple(row.items()) for row in found}) == 4
 
 
-def test_the_goal_is_the_metric_that_runs_are_judged_by(search: Searching, tmp_path: Path):
+def test_search_goal_is_the_metric_of_the_runs(search: Searching, tmp_path: Path):
     assert search("seed=1,2").ask() is not None
     assert study(tmp_path / "swept").direction == optuna.study.StudyDirection.MINIMIZE
     (tmp_path / "swept" / STUDY_FILE).unlink()
@@ -211,7 +209,7 @@ def test_the_goal_is_the_metric_that_runs_are_judged_by(search: Searching, tmp_p
 # What is told
 
 
-def test_a_failed_job_is_recorded_and_the_search_goes_on(search: Searching, tmp_path: Path):
+def test_search_records_a_failed_job_and_continues(search: Searching, tmp_path: Path):
     source = search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=3")
     for status, watched in (("failed", None), ("finished", float("nan")), ("finished", 2.0)):
         proposal = source.ask()
@@ -225,7 +223,7 @@ def test_a_failed_job_is_recorded_and_the_search_goes_on(search: Searching, tmp_
     ]
 
 
-def test_an_interrupted_search_goes_on_with_what_is_left(search: Searching, tmp_path: Path):
+def test_interrupted_search_continues_with_remaining_trials(search: Searching, tmp_path: Path):
     """Of four trials one ended well, one failed, one was running and one is new."""
     command = ["optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=4", "hparams_search.seed=5"]
     first = search(*command)
@@ -289,7 +287,7 @@ FOUR = [*RANDOM, "hparams_search.n_trials=4", "hparams_search.n_startup_trials=1
 
 
 @pytest.mark.parametrize("kept", [0, 20_000])
-def test_a_damaged_study_is_told_and_does_not_end_a_job(
+def test_damaged_study_is_an_error_that_ends_no_job(
     search: Searching, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
 ):
     """Other bytes than a database's, or only its beginning."""
@@ -308,7 +306,7 @@ def test_a_damaged_study_is_told_and_does_not_end_a_job(
 
 
 @pytest.mark.slow
-def test_a_search_of_real_runs_outlives_a_diverging_one(train_process: Train, tiny: list[str], tmp_path: Path):
+def test_search_continues_after_a_diverging_run(train_process: Train, tiny: list[str], tmp_path: Path):
     """Two at a time, of the two values there are: lr=1e30 diverges and is recorded as failed."""
     command = [*QUICK, "optimizer.lr=1e-2,1e30", "hydra.sweep.dir=swept", "n_jobs=2", *FOUR]
     answer = train_process(*tiny, *command)
@@ -323,7 +321,7 @@ def test_a_search_of_real_runs_outlives_a_diverging_one(train_process: Train, ti
 
 
 @pytest.mark.slow
-def test_a_search_learns_the_val_loss_of_its_jobs_and_ends_with_a_command_that_repeats_the_best(
+def test_search_records_losses_and_prints_the_best_command(
     train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ):
     space = ["optimizer.lr=interval(1e-4,1e-2)", "model.n_layer=range(1,4)"]
@@ -392,7 +390,7 @@ def test_pruning_finds_the_same_winner_in_fewer_steps(train_process: Train, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "sampler"), [("ddp", "random"), ("fsdp", "tpe")])
-def test_all_ranks_of_a_job_have_the_values_that_were_drawn(
+def test_all_ranks_of_a_job_have_the_sampled_values(
     strategy: str, sampler: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
     """Unseeded: two ranks have the losses of one process that is given the job's values; another job has others.
@@ -418,7 +416,7 @@ def test_all_ranks_of_a_job_have_the_values_that_were_drawn(
 
 
 @pytest.mark.chaos
-def test_a_killed_search_goes_on_where_it_was(train_process: Train, cache: Path, tiny: list[str], tmp_path: Path):
+def test_killed_search_resumes(train_process: Train, cache: Path, tiny: list[str], tmp_path: Path):
     """Its running job continues from its checkpoint as the same trial, and no step is reported twice."""
     keys = ["steps=60", "validate_every=5", "checkpoint_every=10", "optimizer.lr=interval(1e-4,1e-2)"]
     command = [*tiny, *keys, "hparams_search=optuna", "hparams_search.n_trials=2", "hydra.sweep.dir=swept"]

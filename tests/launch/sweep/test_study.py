@@ -53,7 +53,7 @@ from tests.support.configurations import composed
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (10, 2.2622)])
-def test_t_quantiles_are_those_of_the_tables(n: int, expected: float):
+def test_t_quantiles_equal_the_tables(n: int, expected: float):
     assert t_quantile(n - 1) == pytest.approx(expected, abs=5e-5)
     assert t_probability(expected, n - 1) == pytest.approx(0.95, abs=1e-5)
 
@@ -64,7 +64,7 @@ def test_t_quantiles_approach_the_normal_distributions():
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_the_interval_covers_the_truth_as_often_as_it_says(n: int):
+def test_interval_has_its_nominal_coverage(n: int):
     """4,000 studies with a true difference of 0.3 and noise of 0.1 that seeds share in part.
 
     The standard error of a share of 95 % is 0.34 points, so 1.1 points are three of them.
@@ -90,7 +90,7 @@ def test_a_study_without_a_difference_rarely_claims_one():
     assert claims / 4000 < 0.061
 
 
-def test_verdicts_in_words():
+def test_verdicts_have_the_right_wording():
     def said(*differences: float) -> str:
         first = {seed: 4 + difference for seed, difference in enumerate(differences)}
         return verdict(paired_difference(first, dict.fromkeys(first, 4.0)), KD, CE)
@@ -101,7 +101,7 @@ def test_verdicts_in_words():
     assert said(-0.3) == "one seed: no interval; KD is 0.300 nats below CE"
 
 
-def test_a_missing_or_diverged_run_takes_its_pair_with_it_and_is_named():
+def test_pair_with_a_missing_or_diverged_run_is_left_out():
     first = {1: 3.0, 2: None, 3: 3.1, 4: math.nan}
     found = paired_difference(first, {1: 4.0, 2: 4.0, 3: 4.1, 4: 4.0})
     assert found.differences == pytest.approx({1: -1.0, 3: -1.0})
@@ -157,7 +157,7 @@ def test_arms_differ_in_start_and_teacher_alone():
     assert (scratch_ce.tokenizer.kind, scratch_ce.vocab_size) == ("bpe", 300)
 
 
-def test_a_student_that_never_sees_the_teacher_has_its_tokenizer_all_the_same():
+def test_student_without_distillation_has_the_teachers_tokenizer():
     run = planned(study_of(*GIVEN), Arm(SCRATCH, CE), tokenizer=TokenizerChoice("pretrained", source="/a b/teacher"))
     assert (run.tokenizer.kind, run.tokenizer.source) == ("pretrained", "/a b/teacher")
 
@@ -169,7 +169,7 @@ def test_both_learning_rates_of_muon_are_scaled():
     assert planned(study_of(*GIVEN), Arm(SCRATCH, KD), 0.5).optimizer.adamw_lr == 0, "0 follows lr by itself"
 
 
-def test_only_students_that_ask_the_teacher_use_its_cache():
+def test_only_distilled_students_use_the_teacher_cache():
     settings = study_of("model=micro", "teacher=t", "teacher_cache=topk", "teacher_cache.k=8")
     names = [planned(settings, arm).teacher_cache.name for arm in study_plan.arms(settings)]
     assert names == ["none", "topk", "none", "topk"]
@@ -208,7 +208,7 @@ def found_results() -> StudyResults:
     return StudyResults([1, 2, 3], "/t", 3.0, [rates], arms, contrasts(arms), ["teacher_layers-kd-3: killed & <gone>"])
 
 
-def test_every_comparison_that_has_both_sides_is_made():
+def test_every_comparison_with_two_sides_is_made():
     said = {(contrast.budget, contrast.title): contrast.verdict for contrast in found_results().contrasts}
     assert list(said) == [
         (TOKENS, "KD − CE from scratch"),
@@ -268,7 +268,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "told"), MISTAKES)
-def test_a_mistake_is_told_before_anything_is_run(words: str, told: str, train_here: Train, tmp_path: Path):
+def test_invalid_study_is_refused_before_any_run(words: str, told: str, train_here: Train, tmp_path: Path):
     ended = train_here(*words.split())
     assert ended.code == 2
     assert told in ended.stderr
@@ -334,7 +334,7 @@ def results_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "study.json").read_text())
 
 
-def test_a_tokenizer_that_is_not_the_teachers_is_refused_before_anything_is_run(study: Study, tmp_path: Path):
+def test_other_tokenizer_than_the_teachers_is_refused_first(study: Study, tmp_path: Path):
     ended = study("tokenizer=bpe", "vocab_size=280")
     assert ended.code == 2
     assert "Leave tokenizer=auto" in ended.stderr
@@ -342,7 +342,7 @@ def test_a_tokenizer_that_is_not_the_teachers_is_refused_before_anything_is_run(
     assert not (tmp_path / "studies").exists()
 
 
-def test_a_study_runs_every_arm_and_says_what_it_found(study: Study, tmp_path: Path):
+def test_study_runs_every_arm_and_reports_its_findings(study: Study, tmp_path: Path):
     ended = study("name=mine", "study.lr_factors=[0.5,1,2]")
     assert ended.code == 0, ended.stderr
     folder = tmp_path / "studies" / "mine"
@@ -376,7 +376,7 @@ def _name(arm: dict[str, str]) -> str:
     return f"{arm['init']} + {arm['learns_by']}"
 
 
-def test_a_failing_run_is_recorded_and_the_study_goes_on(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_study_records_a_failing_run_and_continues(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     inner = jobs.run_process
 
     def planted(settings: RunConfig) -> tuple[int, int, str]:
@@ -410,7 +410,7 @@ def test_a_failing_run_is_recorded_and_the_study_goes_on(study: Study, tmp_path:
     assert "not empty" in taken.stderr
 
 
-def test_a_student_that_cannot_be_cut_out_is_told_before_anything_is_run(study: Study, tmp_path: Path):
+def test_student_that_does_not_fit_is_refused_before_any_run(study: Study, tmp_path: Path):
     ended = study("model.n_layer=5", "name=mine")
     assert ended.code == 2
     assert "study.inits=[scratch]" in ended.stderr
@@ -423,7 +423,7 @@ def test_a_student_that_cannot_be_cut_out_is_told_before_anything_is_run(study: 
     assert titles == {"KD − CE from scratch"}
 
 
-def test_writing_the_teachers_cache_counts_as_its_time(study: Study, tmp_path: Path):
+def test_writing_the_teacher_cache_counts_as_training_time(study: Study, tmp_path: Path):
     words = (
         "teacher_cache=topk",
         "teacher_cache.k=4",
@@ -439,7 +439,7 @@ def test_writing_the_teachers_cache_counts_as_its_time(study: Study, tmp_path: P
 
 
 @pytest.mark.slow
-def test_every_arm_may_have_a_learning_rate_of_its_own(study: Study, tmp_path: Path):
+def test_every_arm_may_have_its_own_learning_rate(study: Study, tmp_path: Path):
     ended = study("run_dir=here", "study.tune=every_arm", "study.lr_factors=[1,30]", "study.inits=[teacher_layers]")
     assert ended.code == 0, ended.stderr
     searched = results_in(tmp_path / "here")["learning_rates"]
@@ -451,7 +451,7 @@ def test_every_arm_may_have_a_learning_rate_of_its_own(study: Study, tmp_path: P
         assert f"Learning rate of {rates['arm']}: {rates['chosen']:g}" in ended.stdout
 
 
-def test_a_stopped_study_says_how_to_go_on(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_stopped_study_prints_its_resume_command(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jobs, "run_process", lambda _settings: (exit_codes.STOPPED, signal.SIGTERM, ""))
     ended = study("name=mine")
     assert ended.code == exit_codes.STOPPED
@@ -494,7 +494,7 @@ def test_runs_on_other_data_are_not_compared(study: Study, tiny: list[str], sour
     assert "changed between its runs" in ended.stderr
 
 
-def test_labels_alone_ask_no_teacher(
+def test_training_on_labels_runs_no_teacher(
     train_here: Train, project: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Else the time of training with a teacher's layers would be that of distillation."""

@@ -68,29 +68,27 @@ def test_the_task_of_a_job_may_come_from_its_experiment(train_process: Train, ti
     assert "missing/run" in second["error"]
 
 
-def test_a_sweep_over_tasks_wants_its_teacher_named(train_here: Train, tiny: list[str]):
+def test_sweep_over_tasks_needs_its_teacher(train_here: Train, tiny: list[str]):
     answer = train_here(*tiny, "-m", "task=pretrain,distill")
     assert answer.code == 2
     assert "teacher=RUN_DIR" in answer.stderr
     assert len(answer.stderr.strip().splitlines()) <= 5
 
 
-def test_a_mistake_that_all_jobs_share_is_told_at_once(train_here: Train):
+def test_error_common_to_all_jobs_is_refused_at_once(train_here: Train):
     answer = train_here("-m", "model=nano,micro", "stpes=3")
     assert answer.code == 2
     assert "did you mean steps?" in answer.stderr
     assert not list(Path.cwd().glob("sweeps*"))
 
 
-def test_run_dir_has_no_place_in_a_sweep(train_here: Train):
+def test_run_dir_is_refused_in_a_sweep(train_here: Train):
     answer = train_here("-m", "seed=1,2", "run_dir=here")
     assert answer.code == 2
     assert "hydra.sweep.dir" in answer.stderr
 
 
-def test_a_sweep_does_not_write_over_another_one(
-    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
-):
+def test_sweep_does_not_overwrite_another_one(train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path):
     """Neither the same command again nor another grid or search in its folder touches what it has found."""
     sweep = [*tiny, "-m", "steps=2", "hydra.sweep.dir=swept"]
     first = train_process(*sweep, "seed=1", "n_jobs=1")
@@ -111,7 +109,7 @@ def test_a_sweep_does_not_write_over_another_one(
 
 
 @pytest.mark.slow
-def test_a_sweeper_is_told_the_val_loss_of_each_job(
+def test_sweeper_receives_the_val_loss_of_each_job(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Hydra hands its sweepers what the launcher returns."""
@@ -189,7 +187,7 @@ def ended_by(number: int, cache: Path, tiny: list[str], folder: Path) -> tuple[i
     return process.returncode, stderr
 
 
-def test_a_sweep_over_seeds_ends_with_its_settings_and_a_command_that_repeats_the_best(
+def test_sweep_over_seeds_prints_settings_and_best_command(
     train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ):
     sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept", "resume=auto"]

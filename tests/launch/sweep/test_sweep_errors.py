@@ -78,7 +78,7 @@ def mended_logs(swept: Path) -> None:
         ("OfLogs", ["-m", "seed=1,2,3"], mended_logs, 1, "FileExistsError", ["finished", "finished", "stopped"]),
     ],
 )
-def test_a_sweep_that_cannot_start_more_jobs_records_those_that_run_and_can_go_on(
+def test_sweep_that_cannot_start_jobs_is_resumable(
     damage: str,
     keys: list[str],
     mended: Callable[[Path], None],

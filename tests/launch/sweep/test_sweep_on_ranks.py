@@ -123,7 +123,7 @@ def test_a_job_on_two_ranks_is_one_run(train_process: Train, tiny: list[str], tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_jobs_of_two_tasks_on_one_and_two_ranks_are_one_run_each(
+def test_job_of_any_task_on_one_or_two_ranks_is_one_run(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
     assert train_process(*tiny, "model.n_embd=64", "steps=6", "run_dir=teacher").code == 0
@@ -140,7 +140,7 @@ def test_jobs_of_two_tasks_on_one_and_two_ranks_are_one_run_each(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_each_job_of_an_unseeded_search_is_one_run_whose_ranks_all_have_what_was_drawn_for_it(
+def test_ranks_of_an_unseeded_search_job_share_its_values(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
     search = ["hparams_search=optuna", "hparams_search.sampler=random", "hparams_search.seed=null"]
@@ -161,7 +161,7 @@ def test_each_job_of_an_unseeded_search_is_one_run_whose_ranks_all_have_what_was
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_with_other_settings_ends_the_run_before_it_trains(
+def test_rank_with_other_settings_ends_the_run_before_training(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path, planted: Path
 ):
     (planted / "sitecustomize.py").write_text(OTHER_SEED)
@@ -172,9 +172,7 @@ def test_a_rank_with_other_settings_ends_the_run_before_it_trains(
 
 
 @pytest.mark.chaos
-def test_a_diverging_job_and_one_with_a_killed_rank_are_recorded_and_the_rest_is_trained(
-    train_process: Train, tiny: list[str], tmp_path: Path
-):
+def test_sweep_continues_after_divergence_and_a_killed_rank(train_process: Train, tiny: list[str], tmp_path: Path):
     """The lost jobs come first: one of 1e38 · the gradient as step, and one whose second rank is killed."""
     keys = ["optimizer=adamw", "gradient_clip=0", "optimizer.lr=1e38,1e-3", "seed=1,666", "steps=6", "devices=2"]
     answer = train_process("-m", *tiny, *keys, MURDERER, "hydra.sweep.dir=swept")
@@ -205,7 +203,7 @@ def marked(mark: str) -> list[int]:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_a_sweep_of_several_jobs_on_several_ranks(
+def test_interrupted_sweep_on_ranks_leaves_no_process(
     number: int, cache: Path, tiny: list[str], tmp_path: Path, planted: Path
 ):
     """Neither jobs nor ranks, nor what loads data and talks to W&B for them; interrupted, all jobs save first."""
@@ -232,7 +230,7 @@ def test_no_process_outlives_a_sweep_of_several_jobs_on_several_ranks(
 
 
 @needs_two_cores
-def test_jobs_that_run_at_once_share_out_the_cores_and_the_gpus(
+def test_concurrent_jobs_share_out_cores_and_gpus(
     train_process: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """GPUs by their names, which the jobs find in their environment whether or not there are such."""
