@@ -120,7 +120,7 @@ def dropout_in_teacher(monkeypatch) -> None:
         (dropout_in_teacher, "differently each time"),
     ],
 )
-def test_preflight_notices(tokenizer_folder, teacher_folder, monkeypatch, plant, words) -> None:  # noqa: F811
+def test_preflight_detects_the_bug(tokenizer_folder, teacher_folder, monkeypatch, plant, words) -> None:  # noqa: F811
     plant(monkeypatch)
     with pytest.raises(InputError, match=words):
         begin(tokenizer_folder, teacher_folder)
@@ -210,7 +210,7 @@ def left_alone(tokenizer: str, teacher: str) -> None:
         (teacher_trained, left_alone),
     ],
 )
-def test_a_named_test_notices(tokenizer_folder, teacher_folder, monkeypatch, plant, named_test) -> None:  # noqa: F811
+def test_named_test_detects_the_bug(tokenizer_folder, teacher_folder, monkeypatch, plant, named_test) -> None:  # noqa: F811
     named_test(tokenizer_folder, teacher_folder)
     plant(monkeypatch)
     with pytest.raises(AssertionError):
@@ -233,14 +233,14 @@ GOOD += [LossSettings("forward_kl", hidden_cosine=1.0), LossSettings("skew_kl", 
 
 
 @pytest.mark.parametrize("loss", GOOD, ids=in_words)
-def test_a_good_configuration_raises_no_alarm(tokenizer_folder, teacher_folder, caplog, loss) -> None:  # noqa: F811
+def test_good_configuration_passes_preflight(tokenizer_folder, teacher_folder, caplog, loss) -> None:  # noqa: F811
     with caplog.at_level(logging.WARNING):
         shape = ModelShape(1, 2, 24, 32, 64) if loss.hidden_cosine else None
         begin(tokenizer_folder, teacher_folder, loss, **({"shape": shape} if shape else {}))
     assert not [record.message for record in caplog.records if "preflight" in record.message]
 
 
-def test_a_rank_without_validation_samples_raises_no_alarm(tokenizer_folder, teacher_folder) -> None:  # noqa: F811
+def test_rank_without_validation_samples_passes_preflight(tokenizer_folder, teacher_folder) -> None:  # noqa: F811
     module = begin(tokenizer_folder, teacher_folder)
     batch = next(iter(module.trainer.datamodule.val_dataloader()))
     labels = torch.full_like(batch.labels[:1], IGNORE_INDEX)
@@ -251,7 +251,7 @@ def test_a_rank_without_validation_samples_raises_no_alarm(tokenizer_folder, tea
 # What is told before any look
 
 
-def test_a_teacher_with_fewer_positions_than_the_context_is_refused(
+def test_teacher_with_fewer_positions_than_context_is_refused(
     distil: Distil, train_here: Train, tiny: list[str]
 ) -> None:
     keys = [*tiny, "task=distill", "teacher=teacher", "model.n_positions=128", "context=128", "run_dir=longer"]

@@ -31,7 +31,7 @@ def passed_through(backbone: Backbone) -> list[int]:
     return seen
 
 
-def test_layers_are_left_out_in_training_only() -> None:
+def test_layers_are_dropped_in_training_only() -> None:
     torch.manual_seed(0)
     backbone = Backbone(ModelShape(8, 1, 8, 16, 20))
     names = list(backbone.state_dict())
@@ -44,9 +44,7 @@ def test_layers_are_left_out_in_training_only() -> None:
     assert passed_through(backbone.eval()) == list(range(8))
 
 
-def test_a_run_with_layer_drop_is_taken_up_again_as_if_unbroken(
-    train_here: Train, tiny: list[str], tmp_path: Path
-) -> None:
+def test_resumed_run_with_layer_drop_equals_unbroken_run(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
     """And not as a run that leaves none out."""
     keys = (*tiny, "layer_drop=0.5", "steps=12", "checkpoint_every=6", "validate_every=6", "seed=1", "log_every=1")
     assert train_here(*keys, "run_dir=unbroken").code == 0
@@ -61,7 +59,7 @@ def test_a_run_with_layer_drop_is_taken_up_again_as_if_unbroken(
 
 
 @pytest.mark.slow
-def test_two_ranks_train_with_layers_left_out(train_process: Train, tiny: list[str], tmp_path: Path) -> None:
+def test_two_ranks_train_with_dropped_layers(train_process: Train, tiny: list[str], tmp_path: Path) -> None:
     ended = train_process(*tiny, "layer_drop=0.5", "steps=12", "validate_every=6", "devices=2", "run_dir=run")
     assert ended.code == 0, ended.stderr
     losses = [float(row["val/loss"]) for row in read_metrics(tmp_path / "run") if row.get("val/loss")]
@@ -72,7 +70,7 @@ def test_two_ranks_train_with_layers_left_out(train_process: Train, tiny: list[s
 
 
 @pytest.mark.slow
-def test_a_pass_compiled_as_one_graph_gives_the_same_with_every_mask() -> None:
+def test_pass_compiled_as_one_graph_is_equal_with_every_mask() -> None:
     """One graph without a break for each kind of mask, in training only; gradients are those of the eager pass."""
     torch.manual_seed(0)
     plain = Backbone(ModelShape(2, 2, 32, 16, 20))
@@ -99,7 +97,7 @@ def test_a_pass_compiled_as_one_graph_gives_the_same_with_every_mask() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler and Python.h")
 @pytest.mark.parametrize("more", [(), ("activation_checkpointing=true",)], ids=["pass", "blocks"])
-def test_two_ranks_that_compile_have_the_losses_of_two_that_do_not(
+def test_compiled_losses_of_two_ranks_equal_eager_ones(
     more: tuple[str, ...], train_process: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     """DDP cuts what is compiled where its buckets end; sums in fp32 come in another order."""

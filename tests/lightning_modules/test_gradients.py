@@ -193,7 +193,7 @@ def test_two_ranks_accumulate_the_gradient_of_one_process(
 
 
 @pytest.mark.parametrize("case", ["distill_sharded_teacher", "offloaded"])
-def test_what_is_split_or_offloaded_besides_changes_no_gradient(
+def test_sharding_and_offload_options_change_no_gradient(
     case: str, alone: dict[str, tuple[PreparedSpec, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     recorded = together["fsdp", case]
@@ -209,7 +209,7 @@ def share(recorded: dict[str, Any], whose: str) -> dict[str, list[Held]]:
 
 
 @pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
-def test_each_of_two_ranks_holds_its_half_of_weights_and_moments_alone(
+def test_each_of_two_ranks_stores_half_of_weights_and_moments(
     case: str, together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     """Of every tensor, the larger half of an odd number of rows included; under ddp both hold all of it."""
@@ -228,7 +228,7 @@ def test_each_of_two_ranks_holds_its_half_of_weights_and_moments_alone(
         assert halves == pytest.approx([whole / 2 for whole in wholes], rel=0.02)
 
 
-def test_a_teacher_that_is_split_stays_whole_in_its_head_alone(
+def test_sharded_teacher_keeps_only_its_head_whole(
     together: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     split, whole = (share(together["fsdp", case], "teacher") for case in ("distill_sharded_teacher", "distill"))
@@ -239,16 +239,14 @@ def test_a_teacher_that_is_split_stays_whole_in_its_head_alone(
 
 
 @pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
-def test_what_is_split_has_one_root_so_that_blocks_are_gathered_ahead_of_their_work(
-    case: str, together: dict[tuple[str, str], dict[str, Any]]
-) -> None:
+def test_sharded_model_has_one_fsdp_root(case: str, together: dict[tuple[str, str], dict[str, Any]]) -> None:
     """The backbone, which is called; a block that is its own root waits until it is called to gather its weights."""
     of_teacher = {"teacher": []} if case == "distill" else {"teacher": [""]} if "teacher" in case else {}
     for rank in together["fsdp", case]["ranks"]:
         assert rank["roots"] == {"student": [""], **of_teacher}
 
 
-def test_under_bf16_sharded_blocks_work_in_bf16_and_their_gradients_are_summed_in_fp32(
+def test_sharded_bf16_blocks_reduce_gradients_in_fp32(
     alone: dict[str, tuple[PreparedSpec, Gradients]], together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     recorded = together["fsdp", "bf16"]

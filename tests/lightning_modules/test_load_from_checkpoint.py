@@ -180,7 +180,7 @@ def test_resume_does_not_warn_of_the_loader(train_here: Train, tiny, tmp_path):
     assert states["fit_loop"]["state_dict"]["combined_loader"] == [{"step": 5}]
 
 
-def test_a_loader_continues_where_its_state_was_saved(sources, cache):
+def test_loader_continues_from_its_saved_state(sources, cache):
     prepared = data(sources, cache, accumulate=2)
     prepared.prepare()
     loader, other = prepared.train_dataloader(), prepared.train_dataloader()

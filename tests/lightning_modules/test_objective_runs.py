@@ -49,7 +49,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_each_objective_learns_more_than_how_often_a_token_comes(
+def test_each_objective_learns_more_than_token_frequencies(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     """0.1 nats below the entropy of the validation text's own frequencies, the least that these alone can reach.
@@ -93,7 +93,7 @@ def trained(cache: Path, sources: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_each_objective_leaves_as_plain_gpt2(name: str, trained: Trained) -> None:
+def test_each_objective_exports_plain_gpt2(name: str, trained: Trained) -> None:
     run = trained(name)
     report = json.loads((run / "report.json").read_text())
     assert bool(report["bits_per_byte"]) == (name in ("clm", "sampled_softmax"))
@@ -151,7 +151,7 @@ def started(start: Path, tiny: list[str], sources: Path, tmp_path: Path) -> list
 @pytest.mark.parametrize(
     ("name", "distribution"), [*((name, "log_uniform") for name in KEYS), ("sampled_softmax", "unigram")]
 )
-def test_a_run_trains_and_validates_on_what_its_objective_reads(
+def test_run_trains_and_validates_on_its_objective(
     name: str, distribution: str, train_here: Train, start: Path, started: list[str], tmp_path: Path
 ) -> None:
     """With documents apart: the losses of a step and of a validation, computed anew from the files."""
@@ -183,7 +183,7 @@ def test_a_run_trains_and_validates_on_what_its_objective_reads(
         assert abs(logged - mean_loss(model, leaking, entries)) > 1e-3
 
 
-def test_side_by_side_each_checkpoint_reads_documents_as_it_was_trained(
+def test_evaluate_reads_documents_as_each_checkpoint_was_trained(
     train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for packing in ("false", "true"):
@@ -198,7 +198,7 @@ def test_side_by_side_each_checkpoint_reads_documents_as_it_was_trained(
 
 
 @pytest.mark.parametrize("name", ["clm", "prefix_lm", "sampled_softmax"])
-def test_pairs_that_share_rows_have_the_loss_of_pairs_apart(
+def test_packed_pairs_have_the_loss_of_separate_ones(
     name: str, train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a step and of a validation with the same weights; the step's rows are fewer."""
@@ -228,7 +228,7 @@ def test_pairs_that_share_rows_have_the_loss_of_pairs_apart(
 
 
 @pytest.mark.parametrize("name", ["mlm", "prefix_lm"])
-def test_a_teacher_sees_what_its_student_sees(
+def test_teacher_has_the_attention_mask_of_its_student(
     name: str, train_here: Train, start: Path, started: list[str], tmp_path: Path
 ) -> None:
     """A student that is its teacher's copy has nothing to learn, whichever way the two read."""
@@ -274,7 +274,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("prefix_lm", marks=SLOW), "mlm", "fim", pytest.param("sampled_softmax", marks=SLOW)]
 )
-def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
+def test_resumed_objective_samples_like_an_unbroken_run(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     """Across the end of an epoch."""
@@ -311,7 +311,7 @@ def test_taken_up_again_an_objective_draws_what_an_unbroken_run_draws(
         ("objective=mlmm", "Allowed: clm, fim, mlm, prefix_lm, sampled_softmax"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_incompatible_objective_settings_are_refused(
     keys: str, told: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "a\tb\n" * 9)
@@ -339,7 +339,7 @@ def model() -> Backbone:
 
 
 @torch.no_grad()
-def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, start: Path) -> None:
+def test_bidirectional_prompt_is_continued_as_in_training(model: Backbone, start: Path) -> None:
     """Prompts of different lengths together, each as the whole mask says; a causal model writes something else."""
     tokenizer = load_tokenizer(str(start))
     prompts = [prompt_ids(text, tokenizer, "prefix_lm") for text in ("def f(a):", "x", "class Stack:\n    pass")]
@@ -355,7 +355,7 @@ def test_a_prompt_read_both_ways_is_continued_as_in_training(model: Backbone, st
 
 
 @torch.no_grad()
-def test_gaps_are_filled_the_surest_first(model: Backbone, start: Path) -> None:
+def test_gaps_are_filled_most_confident_first(model: Backbone, start: Path) -> None:
     tokenizer = load_tokenizer(str(start))
     marks, prompt = find_special_tokens(tokenizer), prompt_ids("def <|mask|>(a, <|mask|>):", tokenizer, "mlm")
     places = [place for place, token in enumerate(prompt) if token == marks.mask]
@@ -370,7 +370,7 @@ def test_gaps_are_filled_the_surest_first(model: Backbone, start: Path) -> None:
     assert text[places[surest]] == int(logits[surest].argmax())
 
 
-def test_gaps_are_asked_of_models_that_fill_them(start: Path) -> None:
+def test_gaps_need_a_model_that_fills_them(start: Path) -> None:
     tokenizer = load_tokenizer(str(start))
     for objective, prompt, told in (
         ("clm", "a <|mask|>", "fills none"),

@@ -201,7 +201,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tokenizer_folder, tmp_path, em
         assert torch.equal(weight, resumed.export_model().state_dict()[name]), name
 
 
-def test_averaged_weights_are_what_is_exported(tokenizer_folder) -> None:
+def test_averaged_weights_are_exported(tokenizer_folder) -> None:
     module = Pretrain(settings(tokenizer_folder, ema=0.5))
     fit(module, CountingData())
     exported = module.export_model().transformer.wte.weight
@@ -210,7 +210,7 @@ def test_averaged_weights_are_what_is_exported(tokenizer_folder) -> None:
     assert not torch.equal(exported, module.backbone.lm.transformer.wte.weight)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(tokenizer_folder) -> None:
+def test_non_finite_loss_stops_the_run_and_names_step_and_batch(tokenizer_folder) -> None:
     module = Pretrain(settings(tokenizer_folder, optimizer=OptimizerSettings("adam", 1e30, 0.0), steps=20))
     with pytest.raises(NonFiniteLossError, match=r"at step \d+, batch of sequences \[0, 1, 2"):
         fit(module, CountingData())
@@ -225,7 +225,7 @@ def test_bf16_trains_close_to_fp32(tokenizer_folder) -> None:
     assert losses[2] == pytest.approx(losses[0], abs=0.1)
 
 
-def test_bf16_weights_start_as_those_of_fp32_and_change_no_other_type(tokenizer_folder) -> None:
+def test_bf16_weights_start_as_fp32_and_change_no_other_dtype(tokenizer_folder) -> None:
     """Lightning's own bf16-true makes bf16 PyTorch's default type, which rounds counts and draws other weights."""
 
     class Types(Callback):
@@ -258,7 +258,7 @@ def test_bf16_weights_start_as_those_of_fp32_and_change_no_other_type(tokenizer_
     assert {tensor.dtype for state in moments for name, tensor in state.items() if name != "step"} == {torch.bfloat16}
 
 
-def test_under_bf16_true_the_validation_loss_is_that_of_the_weights_to_many_digits(tokenizer_folder) -> None:
+def test_bf16_true_validation_loss_equals_float64(tokenizer_folder) -> None:
     """PyTorch's cross-entropy of the same logits in float64."""
     module, data = Pretrain(settings(tokenizer_folder)), CountingData()
     loss = fit(module, data, precision="bf16-true").callback_metrics["val/loss"].item()
@@ -351,7 +351,7 @@ def test_a_student_approaches_its_teacher(tokenizer_folder, teacher_folder) -> N
     assert not trained & {id(p) for p in module.teacher.backbone.parameters()}
 
 
-def test_preflight_refuses_a_teacher_with_nothing_to_teach(tokenizer_folder, teacher_folder, tmp_path) -> None:
+def test_preflight_refuses_a_teacher_no_better_than_its_student(tokenizer_folder, teacher_folder, tmp_path) -> None:
     to_hf(Backbone(ModelShape(1, 1, 16, 32, 64))).save_pretrained(tmp_path)
     module = Distill(settings(tokenizer_folder), str(tmp_path), LossSettings("forward_kl"))
     with pytest.raises(InputError, match="holds no tokenizer"):
