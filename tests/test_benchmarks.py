@@ -43,14 +43,14 @@ def cells(table: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_sides_of_the_head_benchmark_compute_the_same(loss: str, precision: str) -> None:
+def test_head_benchmark_implementations_compute_the_same(loss: str, precision: str) -> None:
     times = benchmark_lm_head_loss.times_here(Head(loss, precision, **SMALL), rounds=1, compiles=False)
     assert {OURS, EAGER} <= times.keys()
     assert ("F.linear_cross_entropy" in times) == (loss == "cross_entropy")
     assert min(times.values()) > 0
 
 
-def test_a_side_that_computes_something_else_stops_the_head_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_benchmark_stops_at_an_implementation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = benchmark_lm_head_loss.sides
 
     def with_a_liar(head, device, compiles):
@@ -62,7 +62,7 @@ def test_a_side_that_computes_something_else_stops_the_head_benchmark(monkeypatc
         benchmark_lm_head_loss.times_here(Head("cross_entropy", "fp32", **SMALL), rounds=1, compiles=False)
 
 
-def test_the_head_benchmark_measures_memory_in_a_process_of_its_own() -> None:
+def test_head_benchmark_measures_memory_in_a_separate_process() -> None:
     """Dense cross-entropy at N = 2,048, V = 8,000 holds several tensors of its logits' size, in fp32 66 MB, at once."""
     sizes = {"loss": "cross_entropy", "precision": "fp32", "width": 16, "rows": 2048, "vocab_size": 8000}
     logits = 2048 * 8000 * 4
@@ -70,7 +70,7 @@ def test_the_head_benchmark_measures_memory_in_a_process_of_its_own() -> None:
     assert 2 * logits < measured < 5 * logits
 
 
-def test_the_head_benchmark_states_ratios_of_ours_to_each_side() -> None:
+def test_head_benchmark_reports_ratios_to_each_implementation() -> None:
     found = {
         OURS: benchmark_lm_head_loss.Measured(50.0, 20_000_000, 30_000_000),
         EAGER: benchmark_lm_head_loss.Measured(100.0, 100_000_000, 120_000_000),
@@ -79,14 +79,14 @@ def test_the_head_benchmark_states_ratios_of_ours_to_each_side() -> None:
     assert "| dense, eager | 100 | 0.50 | 100 | 0.20 | 120 | 0.25 |" in rows
 
 
-def test_a_forgotten_peak_counts_no_more() -> None:
+def test_reset_peak_memory_is_not_counted() -> None:
     large = torch.ones(2**25)  # 128 MiB
     del large
     before = forget_peak()
     assert peak_resident_bytes() - before < 2**24
 
 
-def test_the_distillation_benchmark_states_ratios_of_ours_to_each_side() -> None:
+def test_distillation_benchmark_reports_ratios_to_each_side() -> None:
     results = {
         (300, DISTILLATION): Measured(20.0, 1e9, 2e9),
         (300, CROSS_ENTROPY): Measured(16.0, 1e9, 1.5e9),
@@ -110,7 +110,7 @@ def test_a_distillation_step_is_measured_through_train_py(
 
 
 @pytest.mark.slow
-def test_the_distillation_benchmark_runs_and_says_what_it_left_out(cache: Path) -> None:
+def test_distillation_benchmark_runs_and_lists_what_it_skipped(cache: Path) -> None:
     """With $TRL_PYTHON set it runs GKDTrainer too."""
     command = [sys.executable, "-m", "benchmarks.benchmark_distill", "--tiny", "--loss", "forward_kl"]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
@@ -129,7 +129,7 @@ def test_the_benchmark_of_ten_students_runs(cache: Path) -> None:
     assert float(cached[1]) > 0
 
 
-def test_the_scaling_benchmark_states_what_two_processes_reach_of_twice_ones_speed() -> None:
+def test_scaling_benchmark_reports_efficiency_of_two_processes() -> None:
     found = {
         (1, "auto"): benchmark_scaling.Measured(1_000.0, 0.01),
         (2, "ddp"): benchmark_scaling.Measured(1_800.0, 0.02),
@@ -172,7 +172,7 @@ def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_precisions_trains_sweeps_and_judges_each_beside_fp32(
+def test_precision_benchmark_compares_each_precision_with_fp32(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
@@ -192,12 +192,12 @@ def test_the_benchmark_of_precisions_trains_sweeps_and_judges_each_beside_fp32(
     assert not benchmark_precisions.is_within(far["bf16_true"])
 
 
-def test_the_sides_of_the_decoding_benchmark_write_the_same() -> None:
+def test_decoding_benchmark_implementations_write_the_same() -> None:
     rows = benchmark_decoding.decoding_rows(ModelShape(1, 2, 16, 64, 100), 8, 1, torch.float32)
     assert [row.split(" | ")[-1] for row in rows] == ["1/1 |", "1/1 |", "16/16 |", "16/16 |"]
 
 
-def test_assisted_generation_is_timed_beside_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assisted_generation_is_timed_like_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assistants, generate = [], GPT2LMHeadModel.generate
 
     def recorded(model: GPT2LMHeadModel, *arguments: Any, **settings: Any) -> Any:
@@ -221,7 +221,7 @@ def test_assisted_generation_is_timed_beside_our_own(tmp_path: Path, monkeypatch
     assert all(float(cell.split()[0]) > 0 for cell in cells[:5])
 
 
-def test_the_decoding_benchmark_pools_prompts_and_states_measured_over_predicted() -> None:
+def test_decoding_benchmark_compares_measured_and_predicted() -> None:
     """12 + 8 tokens in 4 + 6 calls with 8 + 12 drafts; a call costs 1.2 steps and 2 drafts of 0.1."""
     costs = {"cost_ratio": 0.1, "look_ratio": 1.2}
     two = [

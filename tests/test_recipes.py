@@ -73,7 +73,7 @@ def promised(recipe: str, config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_header_says_what_a_recipe_costs_and_what_was_published(recipe: str) -> None:
+def test_recipe_header_has_its_cost_and_published_values(recipe: str) -> None:
     text = header(recipe)
     for words in (
         "Source:",
@@ -90,7 +90,7 @@ def test_the_header_says_what_a_recipe_costs_and_what_was_published(recipe: str)
 
 
 @pytest.mark.parametrize(("recipe", "number"), [(recipe, number) for recipe in RECIPES for number in range(2)])
-def test_every_command_of_a_header_composes_and_passes_the_checks(recipe: str, number: int) -> None:
+def test_every_header_command_composes_and_passes_the_checks(recipe: str, number: int) -> None:
     checks.check(composed(*shlex.split(commands(recipe)[number])))
 
 
@@ -99,7 +99,7 @@ def test_a_recipe_has_the_published_values(recipe: str) -> None:
     assert promised(recipe, composed(f"experiment={recipe}")) == PROMISED[recipe]
 
 
-def test_the_recipes_train_on_what_their_headers_say() -> None:
+def test_recipes_train_on_the_data_of_their_headers() -> None:
     fineweb, distil = composed("experiment=gpt2_124m_fineweb"), composed("experiment=distilgpt2_owt")
     assert fineweb.steps * fineweb.batch_tokens == pytest.approx(10.26e9, rel=1e-3)
     assert distil.steps * distil.batch_tokens == pytest.approx(3 * 9.04e9, rel=2e-3)
