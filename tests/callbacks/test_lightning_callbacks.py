@@ -63,7 +63,7 @@ def test_a_callback_of_lightning_works_and_resumes(name: str, train_here: Train,
 
 
 def test_early_stopping_resumes_with_its_last_state(train_here: Train, tiny: list[str], tmp_path: Path):
-    """With mode=max no validation after the first is better, so patience ends with the third."""
+    """The loss falls, so with mode=max no later validation is better and patience ends with the third."""
     keys = [*tiny, "validate_every=2", "checkpoint_every=2", "steps=12", f"{ADDED}.EarlyStopping"]
     keys += ["callbacks.my.monitor=val/loss", "callbacks.my.mode=max", "callbacks.my.patience=2"]
     assert train_here(*keys, "run_dir=run").code == 0

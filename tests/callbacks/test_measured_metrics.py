@@ -1,4 +1,4 @@
-"""A row of metrics.csv holds what its step measured; a run that was killed ends with the rows of an unbroken one."""
+"""A row of metrics.csv has the values measured at its step; a resumed run has the rows of an unbroken one."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def spike_detector(run: Path) -> dict[str, object]:
 
 
 def test_rows_hold_measured_values_and_survive_a_kill(distil: Distil, train_here: Train, tmp_path: Path) -> None:
-    """Half of the steps train on text of the student, whose cross-entropy is no train/loss."""
+    """Half of the steps train on student text; its cross-entropy is not logged as train/loss."""
     distil(*MIXED, "run_dir=unbroken")
     rows = read_metrics(tmp_path / "unbroken")
     choice = TextChoice(SequenceSettings("gkd", lmbda=0.5), STEPS, seed=1)
@@ -60,7 +60,7 @@ def test_rows_hold_measured_values_and_survive_a_kill(distil: Distil, train_here
 
 
 class Rates(lightning.Callback):
-    """Notes the learning rates that each step uses, as multiples of their peaks."""
+    """Records the learning rates of each step, as multiples of their peaks."""
 
     def __init__(self) -> None:
         self.of_step: dict[int, set[float]] = {}
@@ -71,7 +71,7 @@ class Rates(lightning.Callback):
 
 
 def test_steps_after_a_resume_use_the_schedule_of_its_steps(tmp_path: Path) -> None:
-    """The checkpoint of step 4 holds the learning rate that the schedule of 4 steps has after its end."""
+    """The checkpoint of step 4 has the learning rate after the end of a schedule of 4 steps."""
     schedule = ScheduleSettings("wsd", warmup_steps=2, final_fraction=0.1)
     for steps, made in ((4, range(1, 5)), (8, range(5, 9))):
         rates = Rates()
@@ -83,7 +83,7 @@ def test_steps_after_a_resume_use_the_schedule_of_its_steps(tmp_path: Path) -> N
 
 
 def test_a_row_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power fails just after the checkpoint of step 4 counts."""
+    """The power fails just after the checkpoint of step 4 is in the ledger."""
     tiny_run.train(tmp_path / "unbroken", tmp_path / "cache", steps=6)
 
     def failing(run_dir: Path, step: int, keep_last: int) -> Path:
