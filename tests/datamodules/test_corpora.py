@@ -1,4 +1,4 @@
-"""Corpora become token files: every kind of file, split, cached once, never half made, and read as fixed windows."""
+"""Corpora become token files: every file format, the split, a cache written once and atomically, fixed windows."""
 
 import gzip
 import json
@@ -103,9 +103,9 @@ def test_one_long_file_is_enough_for_both_sides(tmp_path: Path) -> None:
 def test_unusable_text_is_refused_with_a_fix(tmp_path: Path, content: str, changes: dict, message: str) -> None:
     file = tmp_path / f"data{changes.get('suffix', '.txt')}"
     file.write_text(content)
-    with pytest.raises(InputError, match=message) as told:
+    with pytest.raises(InputError, match=message) as caught:
         text_data(file, tmp_path / "cache").prepare()
-    assert len(str(told.value).splitlines()) <= 5
+    assert len(str(caught.value).splitlines()) <= 5
 
 
 def test_too_little_text_for_one_window_is_refused(stories: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_killed_preparation_is_never_used(tmp_path: Path) -> None:
 
 
 def test_concurrent_processes_build_the_cache_once(tmp_path: Path) -> None:
-    """The second one begins to wait while the first one builds."""
+    """The second process waits while the first one builds."""
     first = start_build(tmp_path)
     assert first.stdout.readline() == "building\n"
     second = start_build(tmp_path, subprocess.DEVNULL)
@@ -317,7 +317,7 @@ def test_local_data_set_is_read_like_a_hub_one(tmp_path: Path, streaming: bool) 
 
 
 def test_local_data_set_hash_includes_file_names(tmp_path: Path) -> None:
-    """`datasets` tells the splits from the names: other names for the same files are other data."""
+    """`datasets` derives the splits from the file names: other names for the same files are other data."""
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in STORIES[:2]))
@@ -368,7 +368,7 @@ def test_nanogpt_files_are_used_in_place(stories: Path, tmp_path: Path) -> None:
         data.prepare()
 
 
-@pytest.mark.timeout(120)  # instead of waiting for ever
+@pytest.mark.timeout(120)  # instead of a wait without end
 def test_prepared_data_are_used_while_locked_by_others(stories: Path, tmp_path: Path) -> None:
     first = text_data(stories, tmp_path / "cache").prepare()
     folders = [folder for folder in (tmp_path / "cache").glob("*/*") if folder.is_dir()]

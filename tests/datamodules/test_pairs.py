@@ -1,4 +1,4 @@
-"""Pairs: what a batch of them holds, in which order, and how they are split, cut to the context and cached."""
+"""Pairs: content and order of their batches; how they are split, truncated to the context and cached."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def pairs_file(tmp_path, words) -> Path:
 
 
 class Place:
-    """What a data module asks the trainer: rank, number of ranks, optimizer step."""
+    """Rank, number of ranks and optimizer step, which a data module reads from its trainer."""
 
     def __init__(self, rank: int, world: int, step: int = 0) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world, step
@@ -75,7 +75,7 @@ def data(pairs_file, tmp_path) -> PairData:
 
 
 def texts_of(data: PairData, batch: Batch) -> list[tuple[str, str]]:
-    """(prompt, response without end-of-text) of each row, read off input ids and labels."""
+    """Return (prompt, response without end-of-text) of each row, from input ids and labels."""
     tokenizer = load_tokenizer(data.prepare().tokenizer_folder)
     rows = []
     for ids, labels, length in zip(batch.input_ids, batch.labels, batch.prompt_lengths.tolist(), strict=True):
@@ -95,7 +95,7 @@ def test_labels_are_exactly_the_response_and_end_of_text(data):
             expected = torch.full_like(batch.labels[row], IGNORE_INDEX)
             expected[length - 1 : length - 1 + len(response)] = torch.tensor(response)
             assert torch.equal(batch.labels[row], expected)
-            # Inputs are the labels one place later, and padding is end-of-text.
+            # Inputs are the labels shifted by one position; padding is end-of-text.
             assert torch.equal(batch.input_ids[row, length : length + len(response) - 1], torch.tensor(response[:-1]))
             assert (batch.input_ids[row, length + len(response) - 1 :] == tokenizer.eos_token_id).all()
             source = tokenizer.decode(batch.input_ids[row, :length]).removesuffix("\n\nTL;DR:")
@@ -115,7 +115,7 @@ def test_micro_batch_is_padded_to_its_longest_multiple_of_eight(data):
 
 @pytest.mark.parametrize("name", ["clm", "prefix_lm"])
 def test_training_pairs_share_rows_and_validation_pairs_do_not(name, pairs_file, tmp_path):
-    """What is to be learnt is the same; a validation pair has a row of its own, from which a model writes."""
+    """The targets are the same; a validation pair has a separate row, because a model generates from its prompt."""
     batches = {}
     for packing in (True, False):
         data = make(pairs_file, tmp_path / "cache", {"packing": packing, "objective": ObjectiveSettings(name)})
@@ -140,7 +140,7 @@ def test_training_pairs_share_rows_and_validation_pairs_do_not(name, pairs_file,
 
 
 def test_negatives_are_sampled_by_training_target_counts(data):
-    """Each pair once, whatever the prompts hold."""
+    """Each pair counts once, independent of the prompts."""
     batch = data.train_samples.batch(np.arange(len(data.train_samples)), 0)
     expected = torch.bincount(batch.labels[batch.labels != IGNORE_INDEX], minlength=300)
     assert data.token_counts().tolist() == expected.tolist()
@@ -209,7 +209,7 @@ def test_long_pairs_lose_only_the_end_of_their_source(data, pairs_file, tmp_path
             assert full_prompt.startswith(prompt.removesuffix("\n\nTL;DR:"))
             if prompt != full_prompt:
                 shortened += 1
-                # Not one token more than needed is cut, but a cut word may be spelt with fewer.
+                # No token more than necessary is cut, but a cut word may have fewer tokens.
                 assert int((row != IGNORE_INDEX).nonzero()[-1]) + 1 >= context - 3
     assert shortened > 10
 
@@ -227,7 +227,7 @@ def test_pair_with_too_long_a_target_is_skipped_with_a_warning(tmp_path, words, 
     assert caplog.text.count("1 are skipped (target too long)") == 1
     data.prepare()
     assert caplog.text.count("1 are skipped (target too long)") == 1
-    warn_of_truncation.cache_clear()  # as in another process, which finds everything prepared
+    warn_of_truncation.cache_clear()  # as in another process, where everything is prepared
     make(file, tmp_path / "cache", {"context": 100}).prepare()
     assert caplog.text.count("1 are skipped (target too long)") == 2
 

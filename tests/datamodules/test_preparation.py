@@ -1,4 +1,4 @@
-"""Preparing a corpus for real: killed half way, on a disk that fills up, by two processes at once."""
+"""Preparation of a corpus in real processes: killed half way, on a full disk, by two processes at once."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ except InputError as error:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six megabytes of source: seconds of tokenizing."""
+    """Six megabytes of source code, which take seconds to tokenize."""
     folder = tmp_path_factory.mktemp("text")
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
     everything = "".join(module.read_text(errors="replace") for module in modules)
