@@ -1,4 +1,4 @@
-"""The end of a sweep: who is said to have won, what the table, the CSV file and the page show."""
+"""Results of a sweep: the winner, the table, the CSV file and the page."""
 
 import csv
 import math
@@ -33,7 +33,7 @@ CHANCE = 3 * math.sqrt(0.05 * 0.95 / REPETITIONS)
 def job(
     folder: Path, number: int, overrides: str, value: float | None, metric: str = "val/loss", status: str = ""
 ) -> Job:
-    """A job as the sweep leaves it, with the files that its run writes; without a value it failed before."""
+    """A finished job with the files of its run; without a value the job failed before it wrote any."""
     given = shlex.split(overrides)
     made = Job(number, given, folder / str(number), status or ("failed" if value is None else "finished"))
     if made.status == "failed":
@@ -52,7 +52,7 @@ def job(
 
 
 def swept(folder: Path, values: Mapping[str, float | Sequence[float | None]], metric: str = "val/loss") -> list[Job]:
-    """A sweep of settings; several values are of seeds 1, 2, …"""
+    """A sweep of settings; several values of a setting are its seeds 1, 2, …"""
     given = [
         (setting, value) if isinstance(own, float) else (f"{setting} seed={seed}", value)
         for setting, own in values.items()
@@ -73,18 +73,18 @@ def best_mean_wins(runs: Runs) -> Comparison:
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_equal_settings_have_no_winner(settings: int, seeds: int):
-    """In at most 5 % of simulated sweeps, however large the effect of a seed on all settings."""
+    """The share of simulated sweeps with a winner is at most 5 %, for any common effect of a seed on all settings."""
     assert share_with_winner(simulate([0.0] * settings, seeds, REPETITIONS)) <= 0.05 + CHANCE
 
 
 def test_the_best_mean_alone_would_always_win():
-    """What the test above is there to catch."""
+    """The naive rule fails the test above, which shows that the test can fail."""
     assert share_with_winner(simulate([0.0] * 4, 3, 100, rule=best_mean_wins)) == 1
 
 
 @pytest.mark.parametrize("worse", [1.0, 4.0, 30.0])
 def test_settings_as_good_as_the_best_are_not_called_worse(worse: float):
-    """Also when others are worse and are set aside first; the same error and tolerance as above."""
+    """Settings that are worse are removed first; the same error and tolerance as above."""
     means = [0.0, 0.0, worse, worse]
     assert share_wrong(simulate(means, 3, REPETITIONS), means) <= 0.05 + CHANCE
 
@@ -115,11 +115,11 @@ def test_common_effect_of_a_seed_is_not_noise():
 
 
 def test_repeated_run_counts_once(tmp_path: Path):
-    """Two copies of one seed have no noise, by which any difference would count."""
+    """Two copies of one seed have no noise, so that any difference would be significant."""
     jobs = [job(tmp_path, n, f"lr={lr} seed=1", 3.0 + lr) for n, lr in enumerate([0.1, 0.1, 0.2, 0.2])]
-    (said,) = sentences(tmp_path, jobs)
-    assert said.startswith("Best seen: lr=0.1")
-    assert "one seed each" in said
+    (line,) = sentences(tmp_path, jobs)
+    assert line.startswith("Best seen: lr=0.1")
+    assert "one seed each" in line
 
 
 def test_settings_without_common_seeds_are_independent_runs():
@@ -130,39 +130,39 @@ def test_settings_without_common_seeds_are_independent_runs():
 
 def test_one_seed_each_names_no_winner(tmp_path: Path):
     jobs = swept(tmp_path, {"optimizer.lr=1e-3": 3.9, "optimizer.lr=3e-3": 3.5})
-    (told,) = sentences(tmp_path, jobs)
-    assert told.startswith("Best seen: lr=3e-3 (val/loss 3.5000)")
-    assert "one seed each" in told
+    (line,) = sentences(tmp_path, jobs)
+    assert line.startswith("Best seen: lr=3e-3 (val/loss 3.5000)")
+    assert "one seed each" in line
 
 
 def test_the_winner_of_a_score_is_the_highest(tmp_path: Path):
     values = {"optimizer.lr=1e-3": [10.0, 11.0, 10.5], "optimizer.lr=3e-3": [20.0, 21.0, 20.4]}
-    (told,) = sentences(tmp_path, swept(tmp_path, values, metric="val/rougeL"))
-    assert told.startswith("Winner: lr=3e-3 (val/rougeL 20.4667")
+    (line,) = sentences(tmp_path, swept(tmp_path, values, metric="val/rougeL"))
+    assert line.startswith("Winner: lr=3e-3 (val/rougeL 20.4667")
     assert metric_names.lower_is_better("val/loss")
 
 
 def test_tie_is_reported_as_a_tie(tmp_path: Path):
     values = {"model=nano": [3.5, 3.6, 3.7], "model=micro": [3.6, 3.59, 3.62], "model=mini": [9.1, 9.2, 9.3]}
     jobs = swept(tmp_path, values)
-    (told,) = sentences(tmp_path, jobs)
-    assert told.startswith("A tie, no winner: best seen is model=nano")
-    assert "not significantly better than model=micro; 1 setting is worse" in told
+    (line,) = sentences(tmp_path, jobs)
+    assert line.startswith("A tie, no winner: best seen is model=nano")
+    assert "not significantly better than model=micro; 1 setting is worse" in line
     shown = results.format_results(tmp_path, jobs)
     assert [line.split()[0] for line in shown.splitlines()[1:3]] == ["best", "tie"]
 
 
 def test_lost_runs_are_reported_and_the_rest_is_compared(tmp_path: Path):
-    """Failed, diverged and pruned ones; a run that finished with NaN counts as lost."""
+    """Lost runs are those that failed, diverged, were pruned or finished with NaN."""
     values = {
         "model=nano": [3.5, 3.6, None, float("nan")],
         "model=micro": [3.9, 4.01, 4.0, 3.95],
         "model=mini": [None] * 4,
     }
     jobs = [*swept(tmp_path, values), job(tmp_path, 90, "steps=40 model=small seed=1", 5.0, status="pruned")]
-    (told,) = sentences(tmp_path, jobs)
-    assert told.startswith("Winner: model=nano")
-    assert told.endswith("2 of its 4 runs gave no value.")
+    (line,) = sentences(tmp_path, jobs)
+    assert line.startswith("Winner: model=nano")
+    assert line.endswith("2 of its 4 runs gave no value.")
     shown = results.format_results(tmp_path, jobs)
     assert "2 finished, 1 failed, 1 no number" in shown
     assert "4 failed" in shown
@@ -172,9 +172,9 @@ def test_lost_runs_are_reported_and_the_rest_is_compared(tmp_path: Path):
 
 def test_losses_of_different_tokens_are_not_compared(tmp_path: Path):
     jobs = swept(tmp_path, {"vocab_size=300": 3.9, "vocab_size=500": 4.4, "model=nano": 4.0})
-    told = sentences(tmp_path, jobs)
-    assert len(told) == 3
-    assert all("Only one setting" in sentence for sentence in told)
+    lines = sentences(tmp_path, jobs)
+    assert len(lines) == 3
+    assert all("Only one setting" in sentence for sentence in lines)
     scores = swept(tmp_path / "scores", {"vocab_size=300": 3.9, "vocab_size=500": 4.4}, metric="val/rougeL")
     assert len(sentences(tmp_path / "scores", scores)) == 1
 
@@ -205,7 +205,7 @@ def test_the_csv_has_a_column_for_each_varied_key(tmp_path: Path):
 
 
 def test_the_csv_has_the_command_that_runs_each_job_again(tmp_path: Path):
-    """As typed in a shell and alone, whether the job has trained or failed before."""
+    """A command can be pasted into a shell, both for a trained job and for one that failed before."""
     done = job(tmp_path, 0, "'name=a b' optimizer.lr=1e-3 n_jobs=2", 3.5)
     failed = job(tmp_path, 1, "'name=a b' optimizer.lr=1e-2 n_jobs=2 resume=auto", None)
     results.write(tmp_path, [done, failed])
@@ -216,7 +216,7 @@ def test_the_csv_has_the_command_that_runs_each_job_again(tmp_path: Path):
 
 
 class Page(HTMLParser):
-    """Checks that elements are closed in order, and collects what a page shows and asks for."""
+    """Checks that elements are closed in order, and collects the text and the links of a page."""
 
     VOID = ("meta", "br", "line", "circle", "path", "rect", "polygon", "polyline")
 
@@ -240,7 +240,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_shows_every_setting_and_needs_no_network(tmp_path: Path):
-    """Also names that look like HTML; the links lead to the reports that there are, and to nothing else."""
+    """Names are escaped; links exist for the existing reports alone."""
     words = [
         f"optimizer.lr={lr} model={model}" for lr, model in product(("1e-4", "1e-3", "1e-2"), ("nano", "mi<b>cro"))
     ]
@@ -263,13 +263,13 @@ def test_the_page_shows_every_setting_and_needs_no_network(tmp_path: Path):
 
 
 def drawn(page: str, label: str) -> tuple[str, list[tuple[str, dict[str, str | None]]]]:
-    """The one plot of this name, and its elements."""
+    """Return the one plot of this name and its elements."""
     (plot,) = re.findall(f'<svg [^>]*aria-label="{label}">.*?</svg>', page, re.DOTALL)
     return plot, Page(plot).found
 
 
 def test_page_has_a_bar_per_key_and_a_line_per_job(tmp_path: Path):
-    """The learning rate does nearly all and the model hardly anything; one seed each, so a setting is a job."""
+    """The learning rate has nearly all of the effect, the model hardly any; one seed each, so a setting is a job."""
     grid = list(product(("1e-4", "1e-3", "1e-2"), ("nano", "micro")))
     effects = {"1e-4": 0.4, "1e-3": 0.0, "1e-2": 0.2, "nano": 0.02, "micro": 0.0}
     losses = [3.5 + effects[lr] + effects[model] for lr, model in grid]
@@ -314,19 +314,19 @@ def test_key_without_effect_has_no_importance():
 
 
 def test_key_without_effect_is_rarely_significant():
-    """In 5 % of random searches; three standard errors of 400 simulations are 3.3 %."""
-    draws, said = np.random.default_rng(0), 0
+    """A key is significant in 5 % of random searches; three standard errors of 400 simulations are 3.3 %."""
+    draws, significant = np.random.default_rng(0), 0
     for _ in range(400):
         rates = 10 ** draws.uniform(-4, -1, 20)
         keys = {"lr": [f"{rate:.5g}" for rate in rates], "model": [str(model) for model in draws.integers(2, size=20)]}
-        said += any(
+        significant += any(
             one.key == "model" and one.is_significant for one in importances(keys, list(np.abs(np.log10(rates) + 2.5)))
         )
-    assert said / 400 <= 0.05 + 0.033
+    assert significant / 400 <= 0.05 + 0.033
 
 
 def test_more_seeds_do_not_make_a_key_significant(tmp_path: Path):
-    """Runs of one setting are no evidence on its key: words of one setting each say nothing, at three seeds too."""
+    """Seeds of one setting are no evidence on a key: a value with one setting has no importance, at three seeds too."""
     values: dict[str, list[float | None]] = {
         f"model={name}": [4.0 + 0.3 * number + 0.01 * seed for seed in range(3)]
         for number, name in enumerate(("nano", "micro", "mini", "distil"))
@@ -336,7 +336,7 @@ def test_more_seeds_do_not_make_a_key_significant(tmp_path: Path):
 
 
 def test_randomly_sampled_values_have_importances():
-    """No two settings share a learning rate: neighbours are put together. The other key does a third of it."""
+    """No two settings share a learning rate: neighbours are binned. The other key has a third of the effect."""
     draws = np.random.default_rng(0)
     rates = 10 ** draws.uniform(-4, -1, 60)
     models = draws.integers(2, size=60)
@@ -362,9 +362,9 @@ def test_values_over_several_magnitudes_use_a_log_axis():
     assert VariedKey(["0.001", "0.01"]).is_log
     assert VariedKey(["1", "2", "5"]).positions == pytest.approx([0, 0.25, 1])
     assert VariedKey(["adamw", "muon", "adamw"]).positions == [0, 1, 0]
-    untold = VariedKey(["", "0.1", "0.2"]).positions
-    assert untold[0] == 0
-    assert 0 < untold[1] < untold[2] == 1
+    unset = VariedKey(["", "0.1", "0.2"]).positions
+    assert unset[0] == 0
+    assert 0 < unset[1] < unset[2] == 1
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
@@ -377,6 +377,6 @@ def test_pointing_at_a_setting_shows_it_in_every_plot(tmp_path: Path):
         browser.wait("document.body.classList.contains('hot')")
         assert browser.value("[...document.querySelectorAll('.on')].every(element => element.dataset.s == 1)")
         assert browser.value("new Set([...document.querySelectorAll('.on')].map(e => e.closest('svg'))).size") == 5
-        assert not [told for told in browser.told if told.get("method") == "Runtime.exceptionThrown"]
+        assert not [event for event in browser.events if event.get("method") == "Runtime.exceptionThrown"]
     finally:
         browser.close()

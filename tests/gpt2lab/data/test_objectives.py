@@ -1,4 +1,4 @@
-"""Objectives: what each may look at, what it predicts, and that all that is random follows from a seed."""
+"""Objectives: attention masks, targets, and random choices that depend on a seed alone."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from gpt2lab.settings import ModelShape, ObjectiveSettings
 
 CONTEXT = 24
 NAMES = ("clm", "prefix_lm", "mlm", "fim", "sampled_softmax")
-IMPLEMENTATIONS = ("sdpa", "eager")  # what transformers has for GPT-2 without a GPU
+IMPLEMENTATIONS = ("sdpa", "eager")  # of GPT-2's attention in transformers without a GPU
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def marks(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
 
 @pytest.fixture(scope="module")
 def file(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
-    """Short documents, so that a window holds several; the last window is short."""
+    """Short documents, so that a window has several; the last window is short."""
     text = Path(json.__file__).read_text()
     documents = TextEncoder(tokenizer)([text[start : start + 37] for start in range(0, 4000, 37)])
     ids = [token for document in documents for token in (tokenizer.eos_token_id, *document)]
@@ -60,7 +60,7 @@ def windows(file: TokenFile, marks: SpecialTokens, name: str, *, separate: bool 
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> Backbone:
-    """Random weights, large enough that every token that may be looked at matters."""
+    """Random weights, large enough that every attended token changes the logits."""
     torch.manual_seed(0)
     backbone = Backbone(ModelShape(2, 2, 32, CONTEXT, len(tokenizer))).double().eval()
     with torch.no_grad():
@@ -69,21 +69,21 @@ def model(tokenizer: PreTrainedTokenizerFast) -> Backbone:
     return backbone
 
 
-# What each position sees
+# Attention masks
 
 
 def may_look(
     name: str, separate: bool, file: TokenFile, rows: np.ndarray, batch: Batch, marks: SpecialTokens
 ) -> torch.Tensor:
-    """(B, T, T) by the definition of each objective, from the file's own tokens and the labels: not from any span."""
+    """Return the mask (B, T, T) by the definition of an objective, from the file's tokens and labels, not spans."""
     original, following = file.read(rows)
-    text = batch.input_ids if name == "fim" else original  # fim's marks move the beginnings of documents
+    text = batch.input_ids if name == "fim" else original  # the special tokens of fim move the beginnings of documents
     held = (following != IGNORE_INDEX).sum(1)  # (B,) next tokens; the last window is short
     allowed = torch.zeros(len(rows), CONTEXT, CONTEXT, dtype=torch.bool)
     for row in range(len(rows)):
         length = min(int(held[row]) + 1, CONTEXT)
         targets = (batch.labels[row] != IGNORE_INDEX).nonzero()
-        source = int(targets[0]) if name == "prefix_lm" else 0  # its last token has the first target, and sees as one
+        source = int(targets[0]) if name == "prefix_lm" else 0  # its last token has the first target
         document = (text[row] == marks.end_of_text).cumsum(0)
         for i in range(CONTEXT):
             for j in range(CONTEXT):
@@ -135,7 +135,7 @@ def test_document_bounds_survive_masked_end_of_text(file: TokenFile, marks: Spec
     assert torch.equal(plain.spans[..., 0], masked.spans[..., 0])
 
 
-# What is predicted
+# Targets
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +197,7 @@ def test_mlm_hides_15_percent_as_bert_does(file: TokenFile, marks: SpecialTokens
     hidden = batch.input_ids[chosen] == marks.mask
     same = batch.input_ids[chosen] == original[chosen]
     assert float(hidden.float().mean()) == pytest.approx(0.8, abs=0.02)
-    assert float(same.float().mean()) == pytest.approx(0.1, abs=0.02)  # of 400 random entries one is the same
+    assert float(same.float().mean()) == pytest.approx(0.1, abs=0.02)  # of 400 random tokens one is the same
     assert chosen.float().mean(0).std() < 0.03, "every place is chosen as often"
 
 
@@ -209,7 +209,7 @@ def test_prefix_lm_predicts_what_follows_a_prefix_of_any_length(file: TokenFile,
     assert given.bincount().tolist() == pytest.approx([len(rows) / CONTEXT] * CONTEXT, rel=0.5)
     assert torch.equal(batch.labels[batch.labels != IGNORE_INDEX], labels[batch.labels != IGNORE_INDEX])
     assert batch.spans is not None
-    sees = batch.spans[..., 1] - 1  # the last position each sees
+    sees = batch.spans[..., 1] - 1  # the last position that each attends to
     targets = batch.labels != IGNORE_INDEX
     assert torch.equal(sees[targets], torch.arange(CONTEXT).expand_as(sees)[targets]), "no target is seen ahead"
 
@@ -223,7 +223,7 @@ def test_fim_moves_middles_and_loses_nothing(file: TokenFile, marks: SpecialToke
     found = {"moved": 0, "left": 0, "suffix first": 0}
     for row, whole in zip(tokens.tolist(), wholes.tolist(), strict=True):
         got, expected = split_at(row, marks.end_of_text), split_at(whole, marks.end_of_text)
-        for piece, source in list(zip(got, expected, strict=False))[:-1]:  # the last may be cut short
+        for piece, source in list(zip(got, expected, strict=False))[:-1]:  # the last may be truncated
             text = put_back(piece, marks)
             assert text == source
             if len(source) >= 4:
@@ -239,13 +239,13 @@ def split_at(tokens: list[int], end_of_text: int) -> list[list[int]]:
 
 
 def follows(piece: list[int], marks: SpecialTokens) -> bool:
-    """Whether the suffix is written before the prefix."""
+    """Return whether the suffix is written before the prefix."""
     start = piece.index(marks.prefix)
     return piece[start + 1] == marks.suffix and piece.index(marks.middle) > start + 1
 
 
 def put_back(piece: list[int], marks: SpecialTokens) -> list[int]:
-    """The document as it was."""
+    """Return the document before it was rearranged."""
     if marks.prefix not in piece:
         return piece
     lead, rest = piece[: piece.index(marks.prefix)], piece[piece.index(marks.prefix) + 1 :]
@@ -275,7 +275,7 @@ def full_gradient(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tens
 
 @pytest.mark.parametrize("distribution", ["log_uniform", "unigram"])
 def test_sampled_softmax_follows_the_full_gradient(distribution: str) -> None:
-    """The mean over 1,000 draws of 60 of 200 entries, with the correction and without it."""
+    """The mean over 1,000 samples of 60 of 200 tokens, with the correction and without it."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(16, 8), 0.3 * torch.randn(200, 8)
     labels = torch.randint(0, 200, (16,))
@@ -313,7 +313,7 @@ def test_negatives_are_different_and_as_frequent_as_expected() -> None:
     assert all(len(row.unique()) == 20 for row in drawn[:100])
     assert torch.equal(sampler.sample(7), drawn[7])
     share = drawn.flatten().bincount(minlength=100) / 4000
-    # Expected inclusions are those of independent draws until as many differ, which drawing without repetition nears.
+    # Expected inclusions are those of independent draws until as many differ: nearly sampling without repetition.
     torch.testing.assert_close(share.double(), sampler.log_expected.exp(), rtol=0.12, atol=0.02)
 
 
@@ -358,7 +358,7 @@ def test_packed_documents_have_the_gradient_of_separate_ones(
 def test_an_export_reads_packed_documents_as_the_backbone_does(
     implementation: str, use_cache: bool, file: TokenFile, marks: SpecialTokens, model: Backbone, tmp_path: Path
 ) -> None:
-    """Given who sees whom and positions that start anew; with cached keys and values also in two pieces."""
+    """The export receives the mask and positions that restart at each document; with a KV cache also in two pieces."""
     to_hf(model).save_pretrained(tmp_path)
     export = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation=implementation, dtype=torch.float64
@@ -375,9 +375,9 @@ def test_an_export_reads_packed_documents_as_the_backbone_does(
     mask = format_mask(seen[:, None], implementation, torch.float64)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
     torch.testing.assert_close(export(ids, **given).logits, expected, rtol=0, atol=1e-9)
-    # Without a cache transformers tells documents apart by positions; with one only the mask does.
-    told = {"neither": {}, "mask": {"attention_mask": mask}, "positions": {"position_ids": positions}}
-    for name, part in told.items():
+    # Without a cache transformers separates documents by positions; with one only the mask does.
+    arguments = {"neither": {}, "mask": {"attention_mask": mask}, "positions": {"position_ids": positions}}
+    for name, part in arguments.items():
         found = export(ids, use_cache=use_cache, **part).logits
         assert (float((found - expected).abs().max()) < 1e-9) == (name == "positions" and not use_cache)
     if use_cache:
@@ -418,7 +418,7 @@ def test_packed_pairs_have_the_gradient_of_separate_ones(bidirectional: bool, mo
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([[(4, 3)]], ["110", "110", "111"]),  # its prompt's last token is read as the first of the target
+        ([[(4, 3)]], ["110", "110", "111"]),  # the mask treats the last token of its prompt as the first of the target
         ([[(5, 3), (4, 2)]], ["1100000", "1100000", "1110000", "1111000", "0000100", "0000110", "0000111"]),
         ([[(3, 1), (5, 4)]], ["100000", "110000", "001110", "001110", "001110", "001111"]),
     ],
@@ -427,7 +427,7 @@ def test_packed_pairs_have_the_gradient_of_separate_ones(bidirectional: bool, mo
 def test_prompts_are_bidirectional_and_pairs_are_isolated(
     rows: list[list[tuple[int, int]]], expected: list[str]
 ) -> None:
-    """Pairs are (tokens, of these the prompt's); the last token is only predicted."""
+    """Pairs are (number of tokens, of these in the prompt); the last token is a target only."""
     pairs = [[PairTokens(torch.arange(1, size + 1), prompt, 0) for size, prompt in row] for row in rows]
     for bidirectional in (True, False):
         batch = pad_pairs(pairs, target_tokens=0, context=CONTEXT, pad_id=0, bidirectional=bidirectional)

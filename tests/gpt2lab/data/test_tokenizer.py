@@ -1,4 +1,4 @@
-"""Tokenizers: copied whole into the cache, hashed by what they do, and told apart from text that looks like them."""
+"""Tokenizers: copied into the cache, hashed by their behaviour, with special tokens distinct from equal text."""
 
 import json
 import os
@@ -78,9 +78,9 @@ def test_a_path_that_leads_nowhere_is_refused_at_once(source: str) -> None:
 
 def test_a_damaged_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{broken")
-    with pytest.raises(InputError, match="Cannot load the tokenizer") as told:
+    with pytest.raises(InputError, match="Cannot load the tokenizer") as caught:
         load_tokenizer(str(folder))
-    assert len(str(told.value).splitlines()) <= 5
+    assert len(str(caught.value).splitlines()) <= 5
 
 
 OFFLINE = """
@@ -94,7 +94,7 @@ def note(event, arguments):
     found["sleeps"] += event == "time.sleep"
 sys.addaudithook(note)
 try:
-    load_tokenizer("somebody/tokenizer")
+    load_tokenizer("example/tokenizer")
 except InputError as error:
     print(json.dumps({**found, "lines": len(str(error).splitlines()), "error": str(error)}))
 """
@@ -163,6 +163,6 @@ def test_large_files_are_checked_by_samples(folder: Path, tmp_path: Path) -> Non
 
 
 def test_endless_word_does_not_stall_tokenizer_training() -> None:
-    """Learning from a word takes the square of its length: this one alone would take hours."""
+    """Training takes time quadratic in the length of a word: this one alone would take hours."""
     tokenizer = train_bpe(iter(["a" * 2_000_000 + " some words and some words more", "=" * 2_000_000]), 300)
     assert tokenizer.decode(tokenizer("aaaa some words")["input_ids"]) == "aaaa some words"

@@ -1,4 +1,4 @@
-"""A teacher known by its likeliest entries gives the figures of the whole one: exactly, or as the bounds they are."""
+"""Distillation figures from a top-k cache equal those of the full teacher, or are bounds of them."""
 
 import re
 from pathlib import Path
@@ -35,25 +35,25 @@ BELOW = (names.DISTILL_KL, names.DISTILL_REVERSE_KL, names.DISTILL_TVD, names.DI
 
 
 def stored(teacher: DenseTeacher, labels: Tensor, k: int, dtype: torch.dtype | None = None) -> TopKTeacher:
-    """What a cache keeps of the teacher at the targets, as numbers of this type."""
+    """Return the top-k record of the teacher at the targets, in this dtype."""
     p = (teacher.hidden @ teacher.weight.T)[labels != -100].softmax(1)
     top, ids = p.topk(k)
     return TopKTeacher(ids, top.to(dtype or p.dtype).to(p.dtype), p.scatter(1, ids, 0.0).sum(1))
 
 
 def both(k: int, dtype: torch.dtype, of_records: torch.dtype | None = None) -> tuple[dict[str, float], ...]:
-    """Figures from k entries, and of the whole teacher."""
+    """Return the figures from k tokens and those of the full teacher."""
     hidden, weight, labels, teacher = example(dtype)
     targets = target_count(labels)
     entries = stored(teacher, labels, k, of_records)
-    return tuple(figures(distillation_sums(hidden, weight, labels, said), targets) for said in (entries, teacher))
+    return tuple(figures(distillation_sums(hidden, weight, labels, one), targets) for one in (entries, teacher))
 
 
 @pytest.mark.parametrize("k", [VOCABULARY, VOCABULARY - 1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_top_k_of_the_full_vocabulary_gives_every_figure(k, dtype, tolerance) -> None:
     found, whole = both(k, dtype)
-    del whole[names.DISTILL_TEACHER_LOSS]  # stored beside the entries
+    del whole[names.DISTILL_TEACHER_LOSS]  # stored with the record
     assert found == pytest.approx(whole, abs=tolerance)
 
 
@@ -77,7 +77,7 @@ def test_larger_k_gives_tighter_bounds() -> None:
 
 def test_records_in_float16_cost_no_more_than_their_rounding() -> None:
     found, whole = both(64, torch.float32, torch.float16)[0], both(64, torch.float32)[0]
-    assert found == pytest.approx(whole, abs=2**-11)  # half a unit in the last of its eleven binary digits
+    assert found == pytest.approx(whole, abs=2**-11)  # half a unit in the last of its eleven bits
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
@@ -117,7 +117,7 @@ def test_records_of_other_positions_are_refused() -> None:
 
 # Through train.py
 
-# Students that hear the labels alone are the same whatever their teacher says, so only the figures can differ.
+# Students trained on labels alone do not depend on the teacher, so only the figures can differ.
 ALIKE = ("loss.hard_weight=1", "loss.temperature=2", "optimizer=adamw", "steps=8", "validate_every=4")
 
 
@@ -133,7 +133,7 @@ def test_cached_run_logs_the_figures_of_an_online_run(
         "every": ("teacher_cache=topk", "teacher_cache.k=300", "teacher_cache.dtype=float32"),
         "few": ("teacher_cache=sampled",),
     }
-    said = {run: distil(*ALIKE, *keys, "baseline=baseline", f"run_dir={run}").stderr for run, keys in kept.items()}
+    stderr = {run: distil(*ALIKE, *keys, "baseline=baseline", f"run_dir={run}").stderr for run, keys in kept.items()}
     online, every, few = (
         {name: read_report(tmp_path / run)["metrics"].get(name) for name in (names.VAL_LOSS, *names.DISTILLATION)}
         for run in kept
@@ -146,5 +146,5 @@ def test_cached_run_logs_the_figures_of_an_online_run(
     rows = read_metrics(tmp_path / "few")
     for name in names.DISTILLATION:
         assert [step for step, _ in series(rows, name)] == [4, 8], name
-    seen_before = [re.findall(r"preflight: teacher \S+", said[run]) for run in ("online", "every")]
+    seen_before = [re.findall(r"preflight: teacher \S+", stderr[run]) for run in ("online", "every")]
     assert seen_before[0] == seen_before[1] != []

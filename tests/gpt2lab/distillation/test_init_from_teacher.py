@@ -1,4 +1,4 @@
-"""A student cut out of its teacher has the teacher's very weights, and keeps what matters where it is narrower."""
+"""A student initialized from its teacher has the teacher's weights; a narrower one keeps the most important parts."""
 
 import itertools
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ NARROW = ModelShape(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=5
 
 
 def random_model(shape: ModelShape, seed: int = 1) -> Backbone:
-    """Weights large enough that every part of the model shows in the logits."""
+    """A model with weights so large that every part changes the logits."""
     torch.manual_seed(seed)
     model = Backbone(shape).eval().requires_grad_(False)
     for name, weight in model.lm.named_parameters():
@@ -85,8 +85,8 @@ def test_a_student_of_the_teachers_shape_has_the_teachers_logits():
 def planted(core: Backbone, shape: ModelShape) -> tuple[Backbone, Tensor, list[Tensor], list[Tensor]]:
     """A wider teacher that computes what `core` computes: (teacher, live channels, heads and neurons of each layer).
 
-    What is live stands in places drawn at random; weights that read what is dead are noise. The core's residual stream
-    has no mean, so that its layer norms lose nothing by channels that are zero.
+    Live parts are at random positions; weights that read dead parts are noise. The core's residual stream
+    has no mean, so that channels that are zero do not change its layer norms.
     """
     centre_residual_stream(core)
     teacher, small, head = random_model(shape, seed=2), core.shape, shape.n_embd // shape.n_head
@@ -95,7 +95,7 @@ def planted(core: Backbone, shape: ModelShape) -> tuple[Backbone, Tensor, list[T
     neurons = [torch.randperm(4 * shape.n_embd)[: 4 * small.n_embd].sort().values for _ in core.blocks]
 
     def put(target: nn.Module, source: nn.Module, rows: Tensor, columns: Tensor) -> None:
-        """Rows that nothing live writes are zero; so is, by that, whatever the noise of a live row reads."""
+        """Rows that no live part writes are zero; so is everything that the noise of a live row reads."""
         live = target.weight[rows]
         live[:, columns] = source.weight
         for weight, values in ((target.weight, live), (target.bias, source.bias)):
@@ -130,7 +130,7 @@ def planted(core: Backbone, shape: ModelShape) -> tuple[Backbone, Tensor, list[T
 
 
 def centre_residual_stream(model: Backbone) -> None:
-    """Take its mean from all that is written into it, which no layer norm notices."""
+    """Subtract its mean from everything written into it, which changes no layer norm."""
     for table in (model.lm.transformer.wte, model.lm.transformer.wpe):
         table.weight.sub_(table.weight.mean(1, keepdim=True))
     for block in model.blocks:
@@ -150,12 +150,12 @@ def test_narrower_student_keeps_the_live_parts_and_the_logits():
     student = student_from_teacher(teacher, NARROW, [batch]).eval()
     logits = teacher.logits(batch.input_ids)
     assert (logits - core.logits(batch.input_ids)).abs().max() < 1e-3, "the planted teacher computes the core"
-    # Logits of size 10; the epsilon of the layer norms weighs more in the teacher, whose deviations are smaller.
+    # Logits of size 10; the epsilon of the layer norms has more weight in the teacher, where deviations are smaller.
     assert (student.logits(batch.input_ids) - logits).abs().max() < 1e-3
 
 
 def test_dropping_a_large_channel_keeps_the_others():
-    """As GPT-2 has some: loud in the residual stream, here from the second block on, silenced by the norms' gains."""
+    """GPT-2 has such channels: large in the residual stream, here from block 2 on, and zeroed by the norms' gains."""
     teacher, shape = random_model(WIDE), replace(NARROW, n_layer=2)
     teacher.blocks[1].mlp.c_proj.bias[5] = 60.0
     for module in teacher.lm.modules():
@@ -168,13 +168,13 @@ def test_dropping_a_large_channel_keeps_the_others():
     for layer, original in ((0, 0), (1, 2)):
         theirs = normalised(teacher, original, batch)[..., channels].flatten(0, 1)  # (B · T, Ds)
         ours = normalised(student, layer, batch).flatten(0, 1)  # (B · T, Ds)
-        # Their residual streams differ, as the student has no second block; each channel's place and spread do not.
+        # Their residual streams differ, as the student has no second block; mean and deviation of each channel do not.
         assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.15)
         assert float((ours.mean(0) - theirs.mean(0)).norm() / theirs.std(0).norm()) < 0.7
 
 
 def normalised(model: Backbone, layer: int, batch: Batch) -> Tensor:
-    """What a block's first layer norm gives: (B, T, D)."""
+    """Return the output of a block's first layer norm: (B, T, D)."""
     seen: list[Tensor] = []
     handle = model.blocks[layer].ln_1.register_forward_hook(lambda _, __, output: seen.append(output))
     model.logits(batch.input_ids)
@@ -205,7 +205,7 @@ def test_padding_counts_for_nothing():
         batch.target_tokens,
         batch.indices,
     )
-    padded.labels[:, :5] = IGNORE_INDEX  # a prompt is text all the same
+    padded.labels[:, :5] = IGNORE_INDEX  # a prompt is text too
     plain, with_padding = measure_importance(teacher, [batch]), measure_importance(teacher, [padded])
     assert torch.allclose(plain.channels, with_padding.channels, rtol=1e-5)
     assert torch.allclose(plain.heads[2], with_padding.heads[2], rtol=1e-5)
@@ -235,7 +235,7 @@ STUDENT = ("task=distill", "init=teacher_layers", "teacher=teacher", "preflight=
 
 @pytest.fixture
 def with_teacher(train_here: Train, tiny: list[str]) -> list[str]:
-    """A trained teacher in ./teacher, and the overrides of a student half as wide with two of its three layers."""
+    """Train a teacher in ./teacher; return the overrides of a student half as wide with two of its three layers."""
     wide = [key for key in tiny if not key.startswith(("model.n_layer", "model.n_head", "model.n_embd"))]
     wide += ["model.n_layer=3", "model.n_head=4", "model.n_embd=64"]
     assert train_here(*wide, "steps=12", "run_dir=teacher").code == 0

@@ -1,4 +1,4 @@
-"""Students of one teacher share what it said: jobs of a sweep, and processes that ask for it at the same time."""
+"""Students of one teacher share its cache: jobs of a sweep, and processes that start at the same time."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ CACHED = ("task=distill", "teacher=teacher", "teacher_cache=sampled", "seed=1", 
 
 
 def nats(folder: Path, side: str) -> NDArray[np.float32]:
-    """The teacher's loss on each sample of a side; NaN where it was not asked."""
+    """Return the teacher's loss on each sample of a split; NaN where the cache has none."""
     return np.fromfile(folder / f"{side}.nats", "<f4")
 
 
@@ -30,7 +30,7 @@ def test_sweep_jobs_write_one_cache_once(
     tiny: list[str],
     tmp_path: Path,
 ) -> None:
-    """Two students of different size, of the same windows of text."""
+    """Two students of different size train on the same windows of text."""
     keys = [*tiny, *CACHED, f"cache_dir={tmp_path / 'shared'}", "hydra.sweep.dir=swept"]
     done = train_process(*keys, "-m", "model.n_layer=2,1")
     assert done.code == 0, done.stderr
@@ -71,29 +71,29 @@ def test_concurrent_processes_write_the_cache_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """This test holds the cache until both stand before it, so that they want it at the same moment."""
+    """This test holds the cache's lock until both processes wait for it, so that they compete for it."""
     distil(*CACHED, "steps=1", "run_dir=first")
     (folder,) = (tmp_path / "cache" / "teachers").glob("*/")
     assert np.isfinite(nats(folder, "train")).sum() == 8
     names = ("one", "other")
     with FileLock(f"{folder}.lock"):
         processes = [start(name) for name in names]
-        while not all("waiting for another process" in told(tmp_path, name) for name in names):
-            assert all(process.poll() is None for process in processes), [told(tmp_path, name) for name in names]
+        while not all("waiting for another process" in stderr_of(tmp_path, name) for name in names):
+            assert all(process.poll() is None for process in processes), [stderr_of(tmp_path, name) for name in names]
             time.sleep(0.05)
         assert np.isfinite(nats(folder, "train")).sum() == 8
     for process, name in zip(processes, names, strict=True):
-        assert process.wait(timeout=120) == 0, told(tmp_path, name)
-    assert sorted(told(tmp_path, name).count(READS) for name in names) == [0, 1]
+        assert process.wait(timeout=120) == 0, stderr_of(tmp_path, name)
+    assert sorted(stderr_of(tmp_path, name).count(READS) for name in names) == [0, 1]
     assert np.isfinite(nats(folder, "train")).sum() == 4 * 8
     assert np.isfinite(nats(folder, "val")).all()
     monkeypatch.setattr(
         "gpt2lab.distillation.teacher.load_backbone", None
-    )  # the cache is whole: nobody need load the teacher
+    )  # the cache is complete: the teacher need not be loaded
     assert READS not in distil(*CACHED, "run_dir=last").stderr
     losses = {read_report(tmp_path / run)["val_loss"] for run in ("one", "other")}
     assert len(losses) == 1
 
 
-def told(folder: Path, name: str) -> str:
+def stderr_of(folder: Path, name: str) -> str:
     return (folder / f"{name}.stderr").read_text()

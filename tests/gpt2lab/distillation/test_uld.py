@@ -1,4 +1,4 @@
-"""Universal logit distillation: loss and gradient equal a plain twin; positions are paired where the bytes agree."""
+"""Universal logit distillation: loss and gradient equal a plain twin; positions are paired if their bytes agree."""
 
 import inspect
 import json
@@ -55,7 +55,7 @@ def example(dtype: torch.dtype, entries: tuple[int, int]) -> tuple[Tensor, Tenso
 
 
 def distance_twin(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """As in the paper: sort both, pad the shorter, sum the differences."""
+    """Compute the distance as in the paper: sort both, pad the shorter, sum the differences."""
     q, p = (
         logits.softmax(-1).sort(-1, descending=True).values,
         teacher_logits.softmax(-1).sort(-1, descending=True).values,
@@ -116,7 +116,7 @@ def distribution(probabilities: Tensor) -> Distribution:
 def test_equal_sorted_probabilities_have_no_distance() -> None:
     torch.manual_seed(2)
     q = torch.randn(8, 50, dtype=torch.float64).softmax(1)
-    padded = F.pad(q, (0, 20))  # entries that the teacher rules out count as much as none
+    padded = F.pad(q, (0, 20))  # tokens of teacher probability 0 count like missing ones
     for p in (q, q[:, torch.randperm(50)], padded[:, torch.randperm(70)]):
         loss, gradient = universal_logit_distance(distribution(p), distribution(q))
         assert not loss.any()
@@ -125,7 +125,7 @@ def test_equal_sorted_probabilities_have_no_distance() -> None:
 
 def test_with_ties_the_value_is_exact_and_the_gradient_descends() -> None:
     torch.manual_seed(3)
-    logits = torch.randint(0, 3, (16, 40)).double()  # most entries share their probability with others
+    logits = torch.randint(0, 3, (16, 40)).double()  # most tokens share their probability with others
     teacher_logits = torch.randint(0, 4, (16, 30)).double()
     q, p = logits.softmax(1), teacher_logits.softmax(1)
     loss, gradient = universal_logit_distance(distribution(p), distribution(q))
@@ -186,11 +186,11 @@ SOURCE = inspect.getsource(json.decoder) + inspect.getsource(textwrap)
 MANY_BYTES = "Ein Café in 中文 und naïve 🙂🙃 Straße, déjà vu — Ελλάδα \u0301 \ufb01n.\n" * 3
 STUDENT, TEACHER = train_bpe(iter([SOURCE]), 320), train_bpe(iter([SOURCE[::2], SOURCE, MANY_BYTES]), 700)
 TOKENS_OF = {"student": spell_tokens(STUDENT, "student"), "teacher": spell_tokens(TEACHER, "teacher")}
-END = b"\xff<end>"  # no text holds it
+END = b"\xff<end>"  # no text contains it
 
 
 def windows(documents: list[str], context: int, rows: int) -> Batch:
-    """Of the student's tokens, as a token file has them: end-of-text before each document."""
+    """Build windows of the student's tokens as in a token file: end-of-text before each document."""
     stream = [number for ids in TextEncoder(STUDENT)(documents) for number in [STUDENT.eos_token_id, *ids]]
     tokens = torch.tensor(stream)
     rows = min(rows, (len(tokens) - 1) // context)
@@ -203,7 +203,7 @@ def spelled(numbers: list[int], whose: str) -> bytes:
 
 
 def check_against_naive_reference(batch: Batch, text: AlignedText) -> int:
-    """Each position's partner is the one position that has read exactly the same; returns how many have one."""
+    """Check that each partner is the one position with the same bytes before it; return the number of partners."""
     width = text.input_ids.shape[1]
     labels_of_teacher = text.labels.view(-1, width)
     found = counted_bytes = 0
@@ -255,7 +255,7 @@ def test_whole_characters_are_tokenized_as_the_teacher_would() -> None:
     theirs = text.input_ids[0].tolist()
     whole = [TEACHER.eos_token_id, *TextEncoder(TEACHER)([MANY_BYTES])[0]]
     same = next((n for n, (a, b) in enumerate(zip(theirs, whole, strict=False)) if a != b), len(theirs))
-    assert same > len(theirs) - 3  # where the window ends within a word, its last tokens may be others
+    assert same > len(theirs) - 3  # if the window ends within a word, its last tokens may differ
 
 
 def test_one_tokenizer_pairs_every_position_with_itself() -> None:
@@ -325,7 +325,7 @@ def test_labels_may_have_holes_and_rows_none() -> None:
 
 
 def test_rank_without_samples_has_no_partners() -> None:
-    """Where validation batches do not come out even, the last ranks' has one row of ignored labels and no prompts."""
+    """The last ranks have one row of ignored labels and no prompts if the validation batches are uneven."""
     batch = pairs()
     none = torch.empty(0, dtype=torch.int64)
     filler = Batch(batch.input_ids[:1], torch.full_like(batch.labels[:1], IGNORE_INDEX), 0, none, none)

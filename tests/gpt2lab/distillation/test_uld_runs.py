@@ -1,4 +1,4 @@
-"""Distillation between tokenizers through train.py: a student learns in tokens of its own, or is told why it cannot."""
+"""Distillation between tokenizers through train.py: a student learns with its own tokenizer, or the run is refused."""
 
 import json
 import math
@@ -34,7 +34,7 @@ OF_ENTRIES = {
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> str:
-    """A run with 420 vocabulary entries."""
+    """Train a teacher with a vocabulary of 420 tokens."""
     folder = tmp_path_factory.mktemp("teacher")
     keys = [*SHRUNK, f"path={sources}", *STEPS, "steps=50", "validate_every=50", "model.n_embd=64", "vocab_size=420"]
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def test_a_student_learns_from_a_teacher_with_other_tokens(
     assert 0.5 < figures["distill/matched"] < 1
     assert 0 < figures["distill/uld"] < 2
     assert [step for step, _ in series(rows, "distill/uld")] == [6, 12]
-    # The windows are others than the teacher's own, and shorter in its tokens.
+    # The windows differ from the teacher's own, and are shorter in its tokens.
     per_byte = report["teacher"]["val_loss"] * report["bits_per_byte"] / report["val_loss"]
     assert per_byte == pytest.approx(report_of(Path(teacher))["bits_per_byte"], rel=0.05)
     page = (tmp_path / "run" / "report.html").read_text()
@@ -146,8 +146,8 @@ def test_student_pruned_from_its_teacher_has_its_tokenizer(
     done = train_here(*keys, "run_dir=run")
     assert done.code == 0, done.stderr
     assert read_shape(tmp_path / "run" / "hf")["vocab_size"] == 420
-    told = refused(train_here, teacher, *keys, "tokenizer=bpe")
-    assert "init=teacher_layers" in told
+    message = refused(train_here, teacher, *keys, "tokenizer=bpe")
+    assert "init=teacher_layers" in message
 
 
 # Refusals
@@ -161,7 +161,7 @@ def first_difference(teacher: str, run: Path) -> str:
 def refused(train_here: Train, teacher: str, *words: str) -> str:
     done = train_here(*words)
     assert done.code == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) <= 6, done.stderr  # one says which teacher it is
+    assert len(done.stderr.strip().splitlines()) <= 6, done.stderr  # one line names the teacher
     return done.stderr
 
 
@@ -171,11 +171,11 @@ def test_other_losses_show_the_first_tokens_that_differ(
 ) -> None:
     assert train_here(*tiny, *STEPS, "steps=1", "schedule.warmup_steps=0", "run_dir=student").code == 0
     keys = [*tiny, *STEPS, "task=distill", f"loss={loss}", f"teacher={teacher}", "tokenizer=bpe"]
-    told = refused(train_here, teacher, *keys)
-    assert repr(first_difference(teacher, tmp_path / "student")) in told
-    assert "420" in told
-    assert "300" in told
-    assert "loss=uld" in told
+    message = refused(train_here, teacher, *keys)
+    assert repr(first_difference(teacher, tmp_path / "student")) in message
+    assert "420" in message
+    assert "300" in message
+    assert "loss=uld" in message
 
 
 def test_other_tokens_in_an_equal_vocabulary_size_are_refused(
@@ -185,10 +185,10 @@ def test_other_tokens_in_an_equal_vocabulary_size_are_refused(
     model = to_hf(Backbone(ModelShape(1, 1, 16, 64, 310)))  # padded
     write_hf_folder(model, other, tmp_path / "other", {"title": "other"})
     keys = [*tiny, *STEPS, "task=distill", f"teacher={tmp_path / 'other'}", "tokenizer=bpe"]
-    told = refused(train_here, teacher, *keys)
-    assert "number tokens differently" in told
+    message = refused(train_here, teacher, *keys)
+    assert "number tokens differently" in message
     assert train_here(*tiny, *STEPS, "steps=1", "schedule.warmup_steps=0", "run_dir=student").code == 0
-    assert repr(first_difference(str(tmp_path / "other"), tmp_path / "student")) in told
+    assert repr(first_difference(str(tmp_path / "other"), tmp_path / "student")) in message
 
 
 def test_evaluate_shows_the_first_tokens_that_differ(
@@ -199,9 +199,9 @@ def test_evaluate_shows_the_first_tokens_that_differ(
         monkeypatch.setattr(sys, "argv", ["evaluate.py", f"checkpoint={first}", f"teacher={second}"])
         capfd.readouterr()
         assert exit_codes.exit_code(evaluate.main) == 2
-        told = capfd.readouterr().err
-        assert repr(first_difference(teacher, tmp_path / "student")) in told
-        assert len(told.strip().splitlines()) <= 5
+        message = capfd.readouterr().err
+        assert repr(first_difference(teacher, tmp_path / "student")) in message
+        assert len(message.strip().splitlines()) <= 5
 
 
 def test_settings_that_uld_cannot_use_are_refused(
@@ -212,8 +212,8 @@ def test_settings_that_uld_cannot_use_are_refused(
     assert "teacher_cache=none" in refused(train_here, teacher, *keys, "teacher_cache=topk")
     assert "loss=jsd reads it" in refused(train_here, teacher, *keys, "loss.beta=0.5")
     to_hf(Backbone(ModelShape(1, 1, 16, 64, 300))).save_pretrained(tmp_path / "bare")
-    told = refused(train_here, teacher, *tiny, *ULD, f"teacher={tmp_path / 'bare'}", "preflight=off")
-    assert "holds no tokenizer" in told
+    message = refused(train_here, teacher, *tiny, *ULD, f"teacher={tmp_path / 'bare'}", "preflight=off")
+    assert "holds no tokenizer" in message
 
 
 def test_preflight_refuses_a_teacher_no_better_per_byte(train_here: Train, tiny: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Acceptance in speculative decoding: what is measured by drawing is what theory expects, and a wrong rule shows."""
+"""Acceptance in speculative decoding: the sampled rate equals the theory, and a wrong rule is detected."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def models() -> tuple[Tensor, Tensor]:
 
 
 def deviation(models: tuple[Tensor, Tensor], seed: int = 1) -> float:
-    """Standard errors by which the measured acceptance lies above 1 − TVD."""
+    """Return how many standard errors the measured acceptance is above 1 − TVD."""
     log_q, log_p = models
     expected = 1 - (log_q.exp() - log_p.exp()).abs().sum(1).mean().item() / 2
     sums = acceptance_sums(log_q, log_p, torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(seed)))
@@ -46,10 +46,10 @@ def test_the_measured_acceptance_is_one_minus_tvd(models, seed) -> None:
 @pytest.mark.parametrize(
     "rule",
     [
-        lambda log_p, log_q, uniform: log_p.exp() > 0,  # whatever the target holds possible
+        lambda log_p, log_q, uniform: log_p.exp() > 0,  # independent of the target
         lambda log_p, log_q, uniform: uniform < 0.9 * (log_p - log_q).exp().clamp_max(1),  # capped below 1
-        lambda log_p, log_q, uniform: uniform < (log_q - log_p).exp(),  # the ratio turned round
-        lambda log_p, log_q, uniform: uniform < log_p.exp(),  # not divided by what it was drawn with
+        lambda log_p, log_q, uniform: uniform < (log_q - log_p).exp(),  # the inverse ratio
+        lambda log_p, log_q, uniform: uniform < log_p.exp(),  # not divided by its proposal probability
     ],
     ids=["always", "capped", "turned", "undivided"],
 )
@@ -64,7 +64,7 @@ def test_drafts_of_another_distribution_are_detected(models, monkeypatch) -> Non
 
 
 def test_sampling_and_acceptance_use_separate_random_numbers() -> None:
-    """One number for both would keep exactly the first token of these two, 0.5 instead of 0.5 + 0.1."""
+    """One number for both would accept exactly the first token of these two, 0.5 instead of 0.5 + 0.1."""
     log_q, log_p = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     uniforms = torch.rand(POSITIONS, 2, generator=torch.Generator().manual_seed(0))
     sums = acceptance_sums(log_q.expand(POSITIONS, 2), log_p.expand(POSITIONS, 2), uniforms)
@@ -115,7 +115,7 @@ def test_expected_tokens_follow_the_formula(kept, drafts, tokens) -> None:
 def test_expected_tokens_are_those_of_a_simulated_decoding() -> None:
     generator = torch.Generator().manual_seed(0)
     coins = torch.rand(50_000, 5, generator=generator) < 0.7
-    gained = coins.long().cumprod(1).sum(1) + 1  # drafts up to the first that is not kept, and the target's own token
+    gained = coins.long().cumprod(1).sum(1) + 1  # drafts up to the first rejected one, and the target's own token
     assert acceptance.tokens_per_target_call(0.7, 5) == pytest.approx(gained.double().mean().item(), abs=0.03)
 
 

@@ -1,4 +1,4 @@
-"""Standard errors and intervals are those of the plain formulas, and cover what they promise to."""
+"""Standard errors and intervals equal the plain formulas and have their nominal coverage."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_jackknife_error_of_a_mean_equals_the_formula() -> None:
 def test_targets_of_one_group_count_as_one() -> None:
     values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grouped = GroupedSums()
-    for part in torch.arange(2000).split(64):  # 2,000 targets that say no more than 200
+    for part in torch.arange(2000).split(64):  # 2,000 targets with the information of 200
         groups = part // 10
         grouped.add({"sum": values[groups], TOKENS: torch.ones(len(part))}, groups)
     found = standard_errors(grouped.scored(), mean_of)["mean"]

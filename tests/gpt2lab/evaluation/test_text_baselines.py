@@ -1,4 +1,4 @@
-"""Answers without a model: copies, the commonest label, and a word table that finds the words it was shown."""
+"""Baselines without a model: copies, the most frequent label, and a word table learnt from pairs."""
 
 import random
 import sys
@@ -40,7 +40,7 @@ def test_label_baseline_is_the_most_frequent_label() -> None:
 
 
 def test_later_rounds_resolve_words_next_to_common_ones() -> None:
-    # One round cannot tell "Datei" from "die" beside "file"; the next has seen that "the" explains "die" everywhere.
+    # One round cannot separate "Datei" from "die" next to "file"; in the next, "the" explains "die" everywhere.
     pairs = [("the file", "die Datei")] * 3 + [("the folder", "die Mappe")] * 2
     assert word_table(pairs) == {"the": "die", "file": "Datei", "folder": "Mappe"}
 

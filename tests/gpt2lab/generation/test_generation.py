@@ -1,4 +1,4 @@
-"""Generation: batches give what single prompts give, and sampling disturbs nobody's random numbers."""
+"""Generation: batches equal single prompts, and sampling does not change the global random state."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def model() -> Backbone:
 @pytest.mark.parametrize("banned", [0, 1, 2])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_left_padded_batches_equal_single_prompts(penalty: float, banned: int, beams: int) -> None:
-    """Padding is end_of_text, which counts neither as repeated nor as written. float64, lest two beams tie."""
+    """Padding is end_of_text, which counts neither as repeated nor as generated. In float64 no two beams tie."""
     lm, most = model().lm.double(), 48
     sampling = SamplingSettings(
         "greedy", temperature=0.0, beams=beams, repetition_penalty=penalty, no_repeat_ngram=banned
@@ -60,7 +60,7 @@ def test_sampling_depends_on_the_seed_alone() -> None:
 
 
 def test_seeds_of_rows_make_text_independent_of_the_batch() -> None:
-    """float64: the rounding of the logits depends on the padding."""
+    """Models are in float64, because the rounding of the logits depends on the padding."""
     lm, sampling = model().lm.double(), replace(NUCLEUS, temperature=1.5, repetition_penalty=1.2)
 
     def generate(prompts: list[list[int]], seeds: list[int], sampling: SamplingSettings) -> list[list[int]]:
@@ -149,7 +149,7 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda sampling: sampling.name)
 def test_text_equals_transformers_with_the_same_seed(sampling: SamplingSettings) -> None:
-    """From the exported model, in a padded batch."""
+    """The exported model generates in a padded batch."""
     backbone = model()
     plain = to_hf(backbone)
     longest = max(len(prompt) for prompt in PROMPTS)
@@ -186,7 +186,7 @@ def test_a_length_penalty_below_0_favours_short_texts() -> None:
 
 
 def test_beam_search_reads_prompts_bidirectionally() -> None:
-    """The likeliest single token is what the greedy choice is."""
+    """A beam of one token is the greedy choice."""
     lm = model().lm
     for beams in (1, 3):
         sampling = SamplingSettings("few", temperature=0.0, beams=beams)

@@ -1,4 +1,4 @@
-"""Use as a library: a run is loaded, scored, distilled from and generates text, without Lightning and Hydra."""
+"""Use as a library without Lightning and Hydra: load a run, score it, distil from it, generate text."""
 
 import os
 import subprocess

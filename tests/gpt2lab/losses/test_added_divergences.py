@@ -1,4 +1,4 @@
-"""Divergences of a user: by autograd or with their own gradient, they train as built-in ones do."""
+"""Divergences of a user: by autograd or with their own gradient, they train like built-in ones."""
 
 from collections.abc import Iterator
 
@@ -39,7 +39,7 @@ def top_k() -> TeacherSignal:
 
 
 def gradients(name: str, teacher: TeacherSignal, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and its gradients by hidden states and head."""
+    """Return the loss and its gradients with respect to hidden states and head."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (
         torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()

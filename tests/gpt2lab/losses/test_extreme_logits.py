@@ -23,7 +23,7 @@ from tests.gpt2lab.distillation.test_teacher_cache import VOCABULARY, TalkativeP
 
 ROWS, K = 12, 32
 SPREADS = (3.0, 100.0, 3e4)  # nats between logits: ordinary, beyond e^−87, beyond 1e4
-# Of the value and of the gradient with respect to the logits, times the spread where that is more than 1: rounding of
+# For the value and the gradient with respect to the logits, times the spread if that exceeds 1: rounding of
 # fp32 at the size of the logits. The gradient is returned in the dtype of the logits: half a unit of its last digit.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DENSE = [
@@ -41,7 +41,7 @@ DENSE = [
 ]
 TOP_K = [mix for mix in DENSE if mix.name not in ("mse", "uld")]
 MIXING = torch.tensor(0.4)
-ABSENT = -1e9  # log-probability of an entry without any, in the twin
+ABSENT = -1e9  # log-probability of a token of probability 0, in the twin
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def twin(log_q: Tensor, log_p: Tensor, mix: LossSettings) -> Tensor:
 
 
 def logits_of(seed: int, spread: float, dtype: torch.dtype) -> Tensor:
-    """(N, V); by an identity as head they are the hidden states too, so no product rounds them."""
+    """Return logits (N, V); with an identity as head they are the hidden states too, so no product rounds them."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(ROWS, VOCABULARY, generator=generator) * spread / 4).to(dtype)
 
@@ -119,7 +119,7 @@ def test_cross_entropy_is_exact_at_any_logits(spread, dtype, hard) -> None:
 @pytest.mark.parametrize("offset", [0.0, -500.0, 3e3])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_validation_loss_per_target_is_exact_at_any_logits(spread, offset) -> None:
-    """An offset common to all logits means nothing; entries beyond the vocabulary hold the largest logits."""
+    """An offset common to all logits has no effect; columns beyond the vocabulary have the largest logits."""
     logits = logits_of(0, spread, torch.float32) + offset
     labels, padded = logits.argmin(1), F.pad(logits, (0, 3), value=1e5)
     expected = F.cross_entropy(logits.double(), labels, reduction="none")
@@ -173,7 +173,7 @@ def test_validation_figures_are_exact_at_any_logits(spread) -> None:
 def cached(
     folder: Path, settings: TeacherCacheSettings, temperature: float, spread: float
 ) -> tuple[Tensor, TopKTeacher]:
-    """Logits (N, V) of a teacher at the targets of some pairs, and what a cache keeps of them."""
+    """Logits (N, V) of a teacher at the targets of some pairs, and their cached records."""
     samples, head = TalkativePairs(samples=4), torch.eye(VOCABULARY)
     table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3)) * spread / 4
     side, rows = CacheSide(folder, "train", settings, VOCABULARY), np.arange(4)
@@ -186,7 +186,7 @@ def cached(
 
 
 def merged(log_probabilities: Tensor, ids: Tensor, *, tail: bool) -> Tensor:
-    """(N, V) → (N, K + 1): K entries and all others together, or the K as if they were all there are."""
+    """Merge (N, V) into (N, K + 1): K tokens and the sum of all others, or the K normalized alone."""
     others = log_probabilities.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True)
     kept = log_probabilities.gather(1, ids)
     return torch.cat([kept, others] if tail else [kept.log_softmax(1), torch.full_like(others, ABSENT)], 1)

@@ -1,4 +1,4 @@
-"""Logits read in chunks are those of one matrix product, and a teacher of a new kind needs one class."""
+"""Logits in chunks equal one matrix product, and a teacher of a new kind needs one class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ def test_dtype_is_that_of_autocast_at_the_call(head) -> None:
 
 @dataclass(frozen=True)
 class StoredLogits(TeacherSignal):
-    """A kind of teacher that no other code knows: its logits, as they are."""
+    """A kind of teacher that is defined here alone: stored logits."""
 
     logits: Tensor  # (N, V)
 
@@ -86,7 +86,7 @@ class StoredLogits(TeacherSignal):
 
 
 def test_a_new_kind_of_teacher_is_one_class(head) -> None:
-    """Loss and metrics equal those of the online teacher whose logits it stores."""
+    """Loss and metrics equal those of the online teacher with the same logits."""
     hidden, weight = (tensor.detach() for tensor in head)
     online = DenseTeacher(torch.randn(ROWS, 5), torch.randn(VOCABULARY, 5))
     stored, loss = StoredLogits(online.hidden @ online.weight.T), LossSettings("jsd", temperature=2.0)

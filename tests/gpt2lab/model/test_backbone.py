@@ -1,4 +1,4 @@
-"""The backbone is GPT-2: exact sizes, and the numbers of plain transformers."""
+"""The backbone is GPT-2: exact sizes, and the logits and gradients of transformers."""
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_missing_weights_are_never_filled_with_random_numbers(tmp_path) -> None:
 
 
 def test_a_projection_depends_on_the_seed_alone() -> None:
-    """Ranks, and a run done again, begin with the same one, whatever was drawn before."""
+    """Ranks and a repeated run start with the same projection, independent of the global random state."""
     made = []
     for drawn_before, seed in ((1, 3), (2, 3), (1, 4)):
         backbone = Backbone(ModelShape(1, 1, 16, 8, 30))

@@ -28,7 +28,7 @@ def test_muon_updates_equal_pytorchs() -> None:
         theirs.grad = ours.grad.clone()
         mine.step()
         reference.step()
-    assert (ours - theirs).norm() <= 0.02 * (ours - start).norm()  # both orthogonalise in bf16
+    assert (ours - theirs).norm() <= 0.02 * (ours - start).norm()  # both orthogonalize in bf16
 
 
 def test_muon_treats_merged_qkv_as_three_matrices() -> None:
@@ -57,7 +57,7 @@ def test_muon_takes_hidden_matrices_and_adamw_everything_else() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_a_closure_sees_every_parameter(name: str) -> None:
-    """Lightning zeroes the gradients inside the closure; what it did not reach would pile up from step to step."""
+    """Lightning zeroes the gradients inside the closure; gradients outside it would accumulate over steps."""
     torch.manual_seed(0)
     backbone = Backbone(TINY)
     optimizer = build_optimizer(backbone.named_parameters(), OptimizerSettings(name, 1e-3, 0.1), fused=False)

@@ -1,4 +1,4 @@
-"""Weights in bf16: rounded by chance with an exact mean, stepped as in fp32, alike on replicas and after a stop."""
+"""Weights in bf16: rounded stochastically without bias, stepped as in fp32, equal on replicas and after a resume."""
 
 import copy
 
@@ -24,7 +24,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
-    """The bf16 numbers between which each lies, the one nearer to zero first, as fp32; both its own where it is one."""
+    """Return the bf16 neighbours of each value as fp32, the one nearer to zero first; a bf16 value is its own."""
     inner = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
     outer = (inner.view(torch.int32) + 0x10000).view(torch.float32)
     return inner, torch.where(inner == exact, exact, outer)
@@ -63,7 +63,7 @@ def made(name: str, size: tuple[int, int], dtype: torch.dtype, optimizer: Optimi
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])
 def test_step_is_the_fp32_step_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin is PyTorch's own optimizer in fp32, set to our numbers before each step. In pieces that end anywhere."""
+    """The twin is PyTorch's optimizer in fp32, set to our values before each step. Pieces end at any element."""
     monkeypatch.setattr(stochastic_rounding, "CHUNK_NUMEL", 1000)
     settings = OptimizerSettings(name, lr=0.01, weight_decay=0.1, beta2=0.99)
     sizes = {EMBEDDING: (64, 48), "lm.transformer.wpe.weight": (7, 3), "lm.transformer.ln_f.bias": (300,)}
@@ -96,7 +96,7 @@ def test_step_is_the_fp32_step_rounded(name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("name", "parameter"), [("adamw", EMBEDDING), ("adam", EMBEDDING), ("muon", MATRIX)])
 def test_updates_below_bf16_resolution_accumulate(name: str, parameter: str) -> None:
-    """Each is a fortieth of what would move a weight of 1 if it were rounded to the nearest number."""
+    """Each update is a fortieth of the smallest that changes a weight of 1 under rounding to nearest."""
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
         weight = nn.Parameter(torch.ones(96, 96, dtype=dtype))
@@ -106,12 +106,13 @@ def test_updates_below_bf16_resolution_accumulate(name: str, parameter: str) -> 
         for _ in range(40):
             optimizer.step()
         moved[dtype] = weight.detach().double() - 1
-    wanted, ours = moved[torch.float32].flatten(), moved[torch.bfloat16].flatten()
-    assert wanted.abs().max() < 0.01
-    slope = (ours @ wanted) / (wanted @ wanted)  # its error: rounding noise with the deviation of `ours` from `wanted`
-    assert abs(slope - 1) <= STANDARD_ERRORS * (ours - wanted).std() / wanted.norm()
-    assert (ours.mean() - wanted.mean()).abs() <= STANDARD_ERRORS * (ours - wanted).std() / len(ours) ** 0.5
-    assert (ours - wanted).std() / wanted.norm() < 0.1
+    expected, ours = moved[torch.float32].flatten(), moved[torch.bfloat16].flatten()
+    assert expected.abs().max() < 0.01
+    # The error of the slope is rounding noise with the deviation of `ours` from `expected`.
+    slope = (ours @ expected) / (expected @ expected)
+    assert abs(slope - 1) <= STANDARD_ERRORS * (ours - expected).std() / expected.norm()
+    assert (ours.mean() - expected.mean()).abs() <= STANDARD_ERRORS * (ours - expected).std() / len(ours) ** 0.5
+    assert (ours - expected).std() / expected.norm() < 0.1
 
 
 def test_second_moment_decays_by_a_thousandth_a_step() -> None:
@@ -175,7 +176,7 @@ def test_ema_of_bf16_weights_keeps_fp32_through_validation() -> None:
 
 
 def test_bf16_weights_sum_loss_and_gradients_in_fp32() -> None:
-    """The twin sums in float64 over the same bf16 logits; 256 chunks whose sum in bf16 would stand still."""
+    """The twin sums in float64 over the same bf16 logits; a bf16 sum of these 256 chunks would stop growing."""
     hidden = torch.randn(4096, 64, generator=seeded(0)).bfloat16().requires_grad_()
     weight = (torch.randn(500, 64, generator=seeded(1)) * 0.3).bfloat16().requires_grad_()
     labels = torch.randint(500, (4096,), generator=seeded(2))
@@ -186,17 +187,18 @@ def test_bf16_weights_sum_loss_and_gradients_in_fp32() -> None:
     total = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
     assert result.total.item() == pytest.approx(total, rel=1e-6)
     errors = logits.softmax(-1) - nn.functional.one_hot(labels, 500)
-    for gradient, wanted in (
+    for gradient, expected in (
         (weight.grad, errors.T @ hidden.detach().double()),
         (hidden.grad, errors @ weight.detach().double()),
     ):
         assert gradient is not None
-        assert (gradient.double() - wanted).norm() <= 2**-8 * wanted.norm()  # a product's inputs and its result rounded
+        # The inputs of a product and its result are rounded.
+        assert (gradient.double() - expected).norm() <= 2**-8 * expected.norm()
 
 
 def test_bf16_weights_compute_norms_in_fp32() -> None:
-    """Of numbers around 3, whose squares would cancel in bf16; what is left is the rounding of the result."""
+    """Inputs are around 3, so that their squares would cancel in bf16; only the rounding of the result remains."""
     norm = Backbone(ModelShape(1, 1, 768, 8, 16)).bfloat16().blocks[0].ln_1
     numbers = (torch.randn(512, 768, generator=seeded(0)) + 3).bfloat16()
-    wanted = nn.functional.layer_norm(numbers.double(), (768,))
-    assert ((norm(numbers).double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
+    expected = nn.functional.layer_norm(numbers.double(), (768,))
+    assert ((norm(numbers).double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all()

@@ -1,4 +1,4 @@
-"""Inspection: attention, losses and a teacher's disagreement are what they are by hand, and the pages stand alone."""
+"""Inspection: attention, losses and divergence from a teacher equal plain formulas; pages are self-contained."""
 
 import base64
 import bisect
@@ -67,7 +67,7 @@ def model(seed: int = 0, heads: int = 2, width: int = 16, positions: int = 64, p
 
 
 def reading(objective: str) -> Reading:
-    """A text as a model of this objective reads it."""
+    """A text in the form that a model of this objective reads."""
     ids = TOKENIZER(SOURCE)["input_ids"][:20]
     if objective == "mlm":
         gaps = prompt_ids("def <|mask|>(a):\n    re<|mask|>", TOKENIZER, "mlm")
@@ -78,7 +78,7 @@ def reading(objective: str) -> Reading:
 
 
 def by_hand(lm: GPT2LMHeadModel, ids: list[int], seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (L, H, T, T) and logits (T, V) of a GPT-2, written out; `seen` is (T, T)."""
+    """Compute attention (L, H, T, T) and logits (T, V) of a GPT-2 by plain formulas; `seen` is (T, T)."""
     inner, heads = lm.transformer, lm.config.n_head
     x = inner.wte.weight[ids] + inner.wpe.weight[: len(ids)]
     maps = []
@@ -120,7 +120,7 @@ def test_attention_and_figures_equal_the_formulas(objective: str) -> None:
 
 
 def test_prefix_lm_reads_the_source_as_generation_does() -> None:
-    """The losses of what follows are those of the next token after the prompt, read as `generate_ids` reads it."""
+    """The losses after the prompt are those of the next token with the mask of `generate_ids`."""
     from gpt2lab.generation.sampling import _prefill_bidirectional
 
     lm, text = model().eval(), reading("prefix_lm")
@@ -179,7 +179,7 @@ def test_the_reading_of_a_batch_has_its_masks_and_no_padding() -> None:
     pairs = [[PairTokens(torch.arange(10, 41), 24, 0)], [PairTokens(torch.arange(50), 3, 1)]]
     batch = pad_pairs(pairs, target_tokens=10, context=64, pad_id=0, bidirectional=True)
     text = reading_of_batch(batch, "prefix_lm", 16)
-    assert text.ids == list(range(10, 40))  # reaches the answer, though the prompt is longer than 16
+    assert text.ids == list(range(10, 40))  # includes the response, although the prompt is longer than 16
     assert [label for label in text.labels if label != IGNORE_INDEX] == list(range(34, 40))
     assert text.spans[0, 0].tolist() == [0, 23]
     assert text.spans.max() == 30
@@ -201,9 +201,9 @@ def test_head_summaries_name_the_attended_tokens() -> None:
     previous[range(1, size), range(size - 1)] = previous[0, 0] = 1
     first[:, 0] = 1
     even += torch.ones(size, size).tril() / torch.arange(1, size + 1)[:, None]
-    told = habits(torch.stack([previous, first, torch.eye(size), even]), spans)
+    summaries = habits(torch.stack([previous, first, torch.eye(size), even]), spans)
     choices = math.exp(sum(math.log(seen) for seen in range(2, size + 1)) / (size - 1))
-    assert told == ["previous 100%", "first 100%", "itself 100%", f"≈ {choices:.0f} tokens"]
+    assert summaries == ["previous 100%", "first 100%", "itself 100%", f"≈ {choices:.0f} tokens"]
     bidirectional = torch.tensor([[0, size]] * size)
     assert habits(torch.eye(size).roll(1, 1)[None], bidirectional) == ["next 100%"]
 
@@ -231,7 +231,7 @@ def test_invisible_tokens_are_shown_as_symbols() -> None:
 
 
 class Links(HTMLParser):
-    """What a page would load, and its scripts and data."""
+    """Collects the links of a page, its scripts and its data."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def test_page_is_self_contained_and_escapes_any_text(tmp_path: Path) -> None:
 @pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
 def test_page_shows_figures_and_maps_that_follow_the_pointer(tmp_path: Path) -> None:
     tokenizer, lm, ids = copy.deepcopy(TOKENIZER), model(padding=1), TOKENIZER(SOURCE)["input_ids"][:60]
-    tokenizer.add_tokens("#" * 64)  # wider than a telephone, and near to a token of the text
+    tokenizer.add_tokens("#" * 64)  # wider than a phone screen, and near to a token of the text
     with torch.no_grad():
         lm.transformer.wte.weight[ENTRIES] = lm.transformer.wte.weight[ids[5]]
     given, file = reading_of_text(ids[:50], ids[50:], "clm", written=True, max_tokens=64), tmp_path / "page.html"
@@ -318,7 +318,7 @@ def test_page_shows_figures_and_maps_that_follow_the_pointer(tmp_path: Path) -> 
             window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 400}
             browser.call("Emulation.setDeviceMetricsOverride", window)
             assert browser.value("document.documentElement.scrollWidth") <= width
-        assert not [told for told in browser.told if told["method"] == "Runtime.exceptionThrown"]
+        assert not [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
     finally:
         browser.close()
 
@@ -402,7 +402,7 @@ def test_generate_writes_the_page_to_the_printed_path(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["prompt=a", "inspect=perhaps"], "is not true or false"),
         (["inspect=true"], "Give prompt="),
@@ -414,12 +414,16 @@ def test_generate_writes_the_page_to_the_printed_path(
     ],
 )
 def test_unsupported_inspection_is_refused(
-    words: list[str], told: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [word.format(checkpoints) for word in words]
     assert generate(monkeypatch, f"checkpoint={checkpoints}/student", *given) == 2
     error = capsys.readouterr().err.partition("error: ")[2]
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) <= 5
 
 
@@ -427,7 +431,7 @@ def test_unsupported_inspection_is_refused(
 
 
 def test_inspection_callback_changes_no_weight(tmp_path: Path) -> None:
-    """Dropout is on: a draw from the global random state, or another mode, would change the weights."""
+    """Dropout is on: use of the global random state, or another mode, would change the weights."""
     folder, cache = tmp_path / "run", tmp_path / "cache"
     _, plain = tiny_run.train(tmp_path / "plain", cache, steps=10)  # validated at 8 and 10
     trainer, watched = tiny_run.train(folder, cache, steps=10, extra=[Inspect([])])
@@ -439,13 +443,13 @@ def test_inspection_callback_changes_no_weight(tmp_path: Path) -> None:
     assert len(data["places"]) == 31
     assert (folder / "inspect" / "projector" / "projector_config.pbtxt").is_file()
     assert 'href="inspect/step-000010.html"' in (folder / "report.html").read_text()
-    # The averaged weights are shown, as they are validated.
+    # The page shows the averaged weights, which are also the validated ones.
     batch = trainer.datamodule.val_samples.batch(np.zeros(1, dtype=np.int64), 0)
     with torch.no_grad():
         logits = watched.export_model()(batch.input_ids).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, batch.labels[0, :-1], reduction="none")
     assert data["model"]["losses"] == pytest.approx(losses.tolist(), abs=1e-3)
-    # Taken up again from step 8, its pages of later steps are removed.
+    # A resume from step 8 removes the pages of later steps.
     callback, step = Inspect([]), SimpleNamespace(is_global_zero=True, global_step=8)
     callback.setup(trainer, watched, "fit")
     callback.on_train_start(step, watched)  # type: ignore[arg-type]

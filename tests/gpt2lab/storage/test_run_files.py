@@ -1,4 +1,4 @@
-"""The files of a run directory: whole or not at all, taken up again without doubles, readable after a crash."""
+"""The files of a run directory: written atomically, resumed without duplicates, readable after a crash."""
 
 import json
 import signal
@@ -98,7 +98,7 @@ def test_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
         assert newest is not None
         step = int(newest.stem.removeprefix("step-"))
         assert newest.read_bytes() == str(step).encode() * 20000
-        assert step >= read_entries(tmp_path / str(attempt))[-1].step  # and it is the newest that was recorded
+        assert step >= read_entries(tmp_path / str(attempt))[-1].step  # and it is the newest in the ledger
 
 
 # Folders and files
@@ -183,8 +183,8 @@ def test_resumed_metrics_have_each_step_once_after_a_torn_line(tmp_path):
     for step in (10, 20, 30, 40):
         first.write(step, {"train/loss": float(step)})
     with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("50,3.1")  # died here
-    second = MetricsFile(tmp_path)  # goes on from a checkpoint at step 20
+        file.write("50,3.1")  # killed here
+    second = MetricsFile(tmp_path)  # resumes from a checkpoint at step 20
     for step in (30, 40):
         second.write(step, {"train/loss": step + 0.5})
     losses = series(read_metrics(tmp_path), "train/loss")

@@ -1,4 +1,4 @@
-"""Checkpoints that ranks write in parts: whole or not there, taken up by any number of ranks, made one by a command."""
+"""Sharded checkpoints: written atomically, resumed by any number of ranks, consolidated into one file by a command."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ class Witness(lightning.Callback):
 
 @dataclass
 class Consolidated:
-    """A run of two ranks, how the command ended that made its newest checkpoint whole, and what it left."""
+    """A run of two ranks, the result of the command that consolidated its newest checkpoint, and the files written."""
 
     run: Path
     answer: Answer
@@ -57,7 +57,7 @@ class Consolidated:
 
 
 def consolidated(folder: Path, cache: Path, *words: str) -> Answer:
-    """The command as a user types it, in the folder of the project."""
+    """Run the command of a user in the folder of the project."""
     command = [sys.executable, "-m", "launch.commands.consolidate", *words]
     variables = {**environment(cache), "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
@@ -74,7 +74,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Consolidated:
-    """A callback that knows nothing of checkpoints writes down the weights and moments that the ranks end with."""
+    """Train with a callback, independent of checkpoints, that saves the weights and moments at the end of each rank."""
     folder = tmp_path_factory.mktemp("parts")
     (folder / "witness.py").write_text(WITNESS)
     keys = [*SHRUNK, f"path={sources}", *KEYS, "+callbacks.witness._target_=witness.Witness"]
@@ -106,7 +106,7 @@ def test_consolidate_writes_the_weights_and_moments_of_all_ranks(made: Consolida
     for number, expected in zip(numbers, moments, strict=True):
         assert expected
         assert_equal({what: value for what, value in optimizer["state"][number].items() if value.ndim}, expected)
-    assert_equal(weights(made.folder), weights(made.run))  # of the averaged weights, which the run has exported itself
+    assert_equal(weights(made.folder), weights(made.run))  # of the averaged weights, which the run has exported
 
 
 @pytest.mark.slow
@@ -166,14 +166,16 @@ def test_resume_from_the_consolidated_file_equals_the_shards(
     )
 
 
-@pytest.mark.parametrize(("words", "told"), [([], "Give one run directory"), (["nowhere"], "neither a run directory")])
+@pytest.mark.parametrize(
+    ("words", "message"), [([], "Give one run directory"), (["nowhere"], "neither a run directory")]
+)
 def test_consolidate_refuses_other_folders_in_one_line(
-    words: list[str], told: str, tmp_path: Path, cache: Path
+    words: list[str], message: str, tmp_path: Path, cache: Path
 ) -> None:
     answer = consolidated(tmp_path, cache, *words)
     assert answer.code == 2
     assert answer.stderr.startswith("error: ")
-    assert told in answer.stderr
+    assert message in answer.stderr
 
 
 @pytest.mark.slow
@@ -245,7 +247,7 @@ def test_kill_while_ranks_save_leaves_a_whole_checkpoint(
     end = time.monotonic() + 120
     while not (list(folder.glob("step-*")) and list(folder.glob(".step-*/*.distcp"))):
         assert time.monotonic() < end
-    process.kill()  # its ranks die with it
+    process.kill()  # its ranks end with it
     process.wait()
     newest = newest_good_checkpoint(tmp_path / "run")
     assert newest is not None
@@ -302,12 +304,12 @@ def test_lora_adapters_are_merged_from_shards(train_process: Train, tiny: list[s
 def test_sharded_run_resumes_from_a_single_file(
     optimizer: str, train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
-    """The numbers of an optimizer's parameters follow its groups, not the model."""
+    """An optimizer numbers its parameters by its groups, not by the model."""
     keys = [key for key in KEYS if not key.startswith(("devices", "strategy", "checkpoint_format"))]
     assert train_here(*tiny, *keys, f"optimizer={optimizer}").code == 0
     shutil.copytree(tmp_path / "run", tmp_path / "again", symlinks=True)
     (newest_good_checkpoint(tmp_path / "again") or tmp_path).unlink()
     answer = train_process("resume=again", "allow_targets=[witness]", "devices=2", "strategy=fsdp")
     assert answer.code == 0, answer.stderr
-    tolerance = 2e-5 if optimizer == "adamw" else 2e-3  # Muon orthogonalises in bf16
+    tolerance = 2e-5 if optimizer == "adamw" else 2e-3  # Muon orthogonalizes in bf16
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "run"), abs=tolerance)

@@ -1,4 +1,4 @@
-"""Side files of a run directory: checkpoints decide from where a run continues, whatever the others hold."""
+"""Side files of a run directory: only checkpoints determine where a run resumes; damage to other files is repaired."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ from tests.conftest import Train
 
 LEDGER = "checkpoints/index.json"
 Damage = Callable[[Path], object]
-DIGITS = "3" * 5000  # Python reads no number of so many
+DIGITS = "3" * 5000  # Python parses no integer of so many
 
 
 def change(old: str, new: str) -> Damage:
@@ -111,13 +111,13 @@ OWN: dict[str, dict[str, Damage]] = {
         "deeply nested": lambda file: file.write_text("[" * 100_000),
     },
 }
-# Damages that lose nothing, of which nothing need be reported
+# Damages that lose no data and need no report
 HARMLESS = {(name, "read-only") for name in OWN} | {(name, "missing") for name in OWN if name != "metrics.csv"}
 HARMLESS |= {("samples.jsonl", "empty"), (LEDGER, "an unknown key")}
 
 
 def make_run(run: Path) -> None:
-    """A run of four steps that was stopped at its checkpoint."""
+    """Make a run of four steps that was stopped at its checkpoint."""
     metrics = MetricsFile(run)
     for step in (1, 2, 3, 4):
         metrics.write(step, {"train/loss": 3 + 1 / step, "tokens": 100.0 * step})
@@ -149,7 +149,7 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
         read_samples(tmp_path),
         read_report(tmp_path),
         read_document_losses(tmp_path),
-    )  # also by a reader that repairs nothing
+    )  # also for a reader that repairs nothing
     assert not list(tmp_path.rglob("*.damaged*"))
     caplog.clear()
     damaged_files.warn_once.cache_clear()
@@ -208,7 +208,7 @@ def test_file_or_folder_of_another_kind_is_replaced(tmp_path: Path, file: str):
 
 
 def test_a_run_with_every_side_file_damaged_is_continued(tmp_path: Path, tiny: list[str], train_here: Train):
-    """From its checkpoint, by resume=auto; a sweep and a teacher read it meanwhile."""
+    """The run resumes from its checkpoint with resume=auto; a sweep and a teacher read it before that."""
     keys = [key for key in tiny if not key.startswith("callbacks")]
     keys += ["callbacks.samples.max_new_tokens=4", "callbacks.checkpoint.verify_export=false", "checkpoint_every=2"]
     keys += ["log_every=1", "steps=6", "name=mine"]

@@ -1,4 +1,4 @@
-"""Heartbeats: who is silent and who keeps the others waiting is told from the files that living threads touch."""
+"""Heartbeats: silent and stalled ranks are detected from the files that living threads touch."""
 
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from gpt2lab.system.heartbeat import BEAT_SECONDS, FolderBoard, Heartbeat, Listener
 from launch.distributed.local_ranks import _kill_silent
 
-HANG = 120  # seconds after which a thread that should go on is given up
+HANG = 120  # seconds until a thread that should continue counts as hanging
 
 
 class SimulatedTime:
@@ -37,7 +37,7 @@ class SimulatedTime:
             assert self._changed.wait_for(lambda: all(wakes > self.now for wakes in self._wakes.values()), HANG)
 
     def heartbeat(self, board: FolderBoard, rank: int) -> Heartbeat:
-        """A heartbeat whose thread has beaten once and sleeps."""
+        """Start a heartbeat; its thread has beaten once and sleeps."""
         with self._changed:
             before = len(self._wakes)
             heartbeat = Heartbeat(board, rank)
@@ -91,13 +91,13 @@ def test_rank_with_fewer_progress_marks_is_late(clock: SimulatedTime, tmp_path: 
         heartbeat.mark("between steps 3 and 4")
     assert behind() == []
     first.mark("in step 4")
-    assert behind() == []  # nobody gave up
+    assert behind() == []  # no rank timed out
     assert behind(gave_up=True) == [1]
     first.report_timeout()
     assert behind() == [1]
     assert "rank 1 (last between steps 3 and 4)" in listener.late_message([1], 8)
     second.mark("in step 4")
-    assert behind() == [1]  # as far, but not waiting
+    assert behind() == [1]  # at the same step, but not waiting
 
 
 def test_only_ranks_behind_are_stalled_without_progress(clock: SimulatedTime, tmp_path: Path) -> None:
@@ -108,15 +108,15 @@ def test_only_ranks_behind_are_stalled_without_progress(clock: SimulatedTime, tm
     assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == [1]
     second.mark("in step 1")
     listened(clock, listener, 2.6 * BEAT_SECONDS)
-    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == []  # all are as far
+    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == []  # all are at the same step
     first.mark("in step 2")
     first.done()
     listened(clock, listener, 2.6 * BEAT_SECONDS)
-    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == []  # the other may save for as long as it takes
+    assert listener.stalled_ranks(1.4 * BEAT_SECONDS) == []  # the other may take any time to save
 
 
 def test_a_rank_that_gave_up_and_ends_slowly_is_not_blamed(clock: SimulatedTime, tmp_path: Path) -> None:
-    """It has fallen silent, which the one that it waited for has not."""
+    """The rank has become silent, the rank that it waited for has not."""
     board = FolderBoard(tmp_path)
     board.write(0, '[8, 8, "in step 4, timed out waiting for other ranks"]')
     clock.heartbeat(board, 1).mark("between steps 3 and 4")
