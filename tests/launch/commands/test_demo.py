@@ -1,4 +1,4 @@
-"""The demo: four train.py commands and one table; a stage that fails ends it with that stage's exit code."""
+"""The demo: four train.py commands and one table; a failing stage ends it with the exit code of that stage."""
 
 import io
 from pathlib import Path
@@ -28,8 +28,8 @@ def test_the_demo_ends_with_a_table_samples_and_reports(tmp_path: Path, monkeypa
         monkeypatch.setattr(demo, name, 4)
     output = io.StringIO()
     assert demo.run_demo(tmp_path, Console(file=output, width=200)) == 0
-    told = output.getvalue()
+    printed = output.getvalue()
     for stage in ("teacher", "distilled", "scratch", "finetuned"):
-        assert str(tmp_path / stage / "report.html") in told
-    assert "ROUGE-L" in told
-    assert "nats below" in told
+        assert str(tmp_path / stage / "report.html") in printed
+    assert "ROUGE-L" in printed
+    assert "nats below" in printed

@@ -1,4 +1,4 @@
-"""Files from somebody else run no code: stored configurations, checkpoints, model folders and tokenizers."""
+"""Files from untrusted sources run no code: stored configurations, checkpoints, model folders and tokenizers."""
 
 import io
 import json
@@ -39,7 +39,7 @@ class Watch(lightning.Callback):
 
 
 class RunsCode:
-    """An object whose pickle calls a function when it is loaded."""
+    """An object with a pickle that calls a function when it is loaded."""
 
     def __init__(self, function: Callable[..., Any], *arguments: str) -> None:
         self.call = function, arguments
@@ -63,14 +63,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run in the working directory, to be tampered with."""
+    """A copy of the run in the working directory, which tests tamper with."""
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
 
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """The file that foreign code leaves."""
+    """The file that foreign code writes."""
     return tmp_path / "code-was-run"
 
 
@@ -87,11 +87,11 @@ def foreign(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def command(train_here: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Train:
-    """Any of the commands, in this process, in an empty folder."""
+    """Runs any of the commands in this process, in an empty folder."""
 
     def run(name: str, *words: str) -> Answer:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # what a question of a library would be answered
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # the input to a prompt of a library
         capfd.readouterr()
         code = exit_codes.exit_code(COMMANDS[name])
         return Answer(code, *capfd.readouterr())
@@ -124,11 +124,11 @@ def shell(mark: Path) -> dict[str, Any]:
 
 
 def some_slow(kinds: Iterable[str], *quick: str) -> list[Any]:
-    """All kinds, of which `make test` runs the quick ones."""
+    """Return all kinds as parameters; `make test` runs the quick ones."""
     return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-# target → its keys, where `mark` stands for the file that the code would make
+# target → its keys; `mark` is the file that the code would write
 TARGETS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "subprocess.Popen": shell,
     "os.system": lambda mark: {"command": f"touch {mark}"},
@@ -175,7 +175,7 @@ def test_resume_builds_no_foreign_class(place: str, target: str, command: Train,
     refused(command("train", f"resume={run}", "steps=3"), mark, f"{place}._target_={target}")
 
 
-# name → (place, the node that a stored configuration holds there, words of the message)
+# name → (key, the node of a stored configuration at this key, words of the message)
 ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another run": (
         "callbacks.checkpoint",
@@ -312,7 +312,7 @@ def test_a_permission_reaches_every_process(keys: list[str], command: Train, run
 
 
 def as_shards(run: Path, folder: Path) -> None:
-    """The run's checkpoint, in parts."""
+    """The sharded checkpoint of the run."""
     newest = newest_good_checkpoint(run)
     assert newest is not None
     checkpoint = torch.load(newest, weights_only=True)
@@ -330,7 +330,7 @@ def cut(file: Path) -> None:
 
 
 def bytes_for_a_tensor(folder: Path, evil: RunsCode) -> None:
-    """A tensor of the metadata becomes bytes, which lie where a shard has a pickle."""
+    """Turn a tensor of the metadata into bytes, at the offset where a shard has a pickle."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     name = next(iter(metadata.state_dict_metadata))
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
@@ -343,7 +343,7 @@ def bytes_for_a_tensor(folder: Path, evil: RunsCode) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-# name → what is done to a checkpoint that is one file, with an object that runs code
+# name → change of a single-file checkpoint by an object that runs code
 ONE_FILE: dict[str, Callable[[Path, RunsCode], None]] = {
     "torch.save": lambda file, evil: save({"state_dict": evil}, file),
     "torch.save before 1.6": lambda file, evil: torch.save(evil, file, _use_new_zipfile_serialization=False),
@@ -354,7 +354,7 @@ ONE_FILE: dict[str, Callable[[Path, RunsCode], None]] = {
     "empty": lambda file, evil: file.write_bytes(b"") and None,
     "cut": lambda file, evil: cut(file),
 }
-# … and to one in parts
+# … and of a sharded one
 IN_PARTS: dict[str, Callable[[Path, RunsCode], None]] = {
     "metadata": lambda folder, evil: (folder / ".metadata").write_bytes(pickle.dumps(evil)) and None,
     "metadata cut": lambda folder, evil: cut(folder / ".metadata"),
@@ -367,7 +367,7 @@ IN_PARTS: dict[str, Callable[[Path, RunsCode], None]] = {
 
 
 def planted(run: Path, kind: str, mark: Path) -> Path:
-    """A checkpoint of this kind as the run's newest, which the ledger vouches for."""
+    """Make a checkpoint of this kind the run's newest, with its hash in the ledger."""
     scratch, evil = scratch_file(run, 2), RunsCode(os.system, f"touch {mark}")
     if kind in IN_PARTS:
         as_shards(run, scratch)
@@ -447,7 +447,7 @@ def test_a_model_folder_runs_no_code(kind: str, command: Train, run: Path, mark:
 
 
 def test_tokenizer_folder_runs_no_code(command: Train, run: Path, mark: Path, tiny: list[str]):
-    """Whatever is on stdin: transformers would ask there whether to run it."""
+    """No input on stdin permits it: transformers would prompt there."""
     folder = run / "hf"
     (folder / "config.json").unlink()
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\n")

@@ -1,4 +1,4 @@
-"""key=value arguments: taken verbatim, and a mistake names the nearest valid key, value or range."""
+"""key=value arguments: parsed verbatim; an error names the nearest valid key, value or range."""
 
 from dataclasses import dataclass, replace
 
@@ -45,7 +45,7 @@ def test_booleans_are_parsed_in_any_case(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["prompt=x", "serve=yes"], "serve=yes is not true or false"),
         (["prompt=x", "serve="], "serve= is not true or false"),
@@ -71,8 +71,8 @@ def test_booleans_are_parsed_in_any_case(text: str) -> None:
         (["--prompt=x"], "no key --prompt"),
     ],
 )
-def test_a_mistake_is_told_in_few_lines(words: list[str], told: str) -> None:
-    with pytest.raises(InputError, match=told) as caught:
+def test_user_error_has_few_lines(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         parse(words, Arguments)
     assert len(str(caught.value).splitlines()) <= 4
 

@@ -32,9 +32,9 @@ PLAIN_KEYS = [name for section in SECTIONS for name in section.__annotations__]
 GROUP_KEYS = [name for group in groups() for name in keys_of_group(group)]
 COMMAND_LINES = {"evaluate.py": EvaluateArguments, "generate.py": GenerateArguments}
 ARGUMENTS = [(program, *item) for program, kind in COMMAND_LINES.items() for item in keys_of(kind)]
-COMMENTED = ("experiment", "callbacks", "logger")  # groups whose files have comments beside keys
-NEUTRAL = ("", None, [])  # Python default of a key that a run may do without
-READ_BEFORE = ("kind", "default_tokenizer")  # keys of data that its class does not take
+COMMENTED = ("experiment", "callbacks", "logger")  # groups that have comments beside keys in their files
+NEUTRAL = ("", None, [])  # Python default of an optional key
+READ_BEFORE = ("kind", "default_tokenizer")  # keys of data that are no argument of its class
 
 
 def field_defaults(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -97,7 +97,7 @@ def test_every_key_of_conf_has_a_field() -> None:
 
 @pytest.mark.parametrize("name", GROUP_KEYS)
 def test_every_field_of_a_group_has_its_default_in_conf(name: str) -> None:
-    """A typed group in each value that reads the key; a node in those values whose class takes it."""
+    """A typed group has it in each value that reads the key; a node in the values with a class that takes it."""
     found = defaults_in_conf(name)
     assert any(default is not MISSING for default in found.values())
     group, reader = name.split(".")[0], known_keys()[name].read_by.partition("=")[0]
@@ -107,7 +107,7 @@ def test_every_field_of_a_group_has_its_default_in_conf(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "default"), PYTHON_DEFAULTS, ids=[name for name, _ in PYTHON_DEFAULTS])
 def test_a_default_in_python_is_that_of_conf(name: str, default: Any) -> None:
-    """For code that builds settings without a command line."""
+    """Code that builds settings without a command line has the defaults of conf/."""
     assert default in NEUTRAL or default in list(defaults_in_conf(name).values())
 
 
@@ -125,7 +125,7 @@ def test_training_settings_have_no_other_default_for_a_plain_key() -> None:
 
 
 def _assert_plain_defaults(given: dict[str, Any]) -> None:
-    """A false default (0, "") stands for a value that is not given."""
+    """Check defaults; a false one (0, "") means a value that is not given."""
     for name in set(given) & set(plain_defaults()):
         assert not given[name] or given[name] == plain_defaults()[name], name
 
@@ -142,7 +142,7 @@ def test_a_text_is_one_short_line(program: str, name: str, meaning: Key) -> None
 
 
 def test_no_key_is_described_twice() -> None:
-    """Neither by two fields, nor by a comment in conf/ beside a key; recipes have reasons for their values there."""
+    """Neither two fields nor a comment in conf/ describe a key again; comments of recipes give reasons for values."""
     by_name: dict[str, Key] = {}
     for place, kinds in PLACES.items():
         for name, meaning in (item for kind in kinds for item in keys_of(kind, f"{place}.")):

@@ -1,4 +1,4 @@
-"""Text is text: whatever a path or a prompt holds is stored, read back and typed again as it was; UTF-8 is required."""
+"""Literal text: any path or prompt is stored, read back and recorded in commands unchanged; UTF-8 is required."""
 
 import math
 import os
@@ -101,7 +101,7 @@ def test_a_stored_number_reads_back_to_the_last_bit(number: float):
 
 
 def in_turns(texts: list[str]) -> list[dict[str, str]]:
-    """Every text as the value of one of the keys that take text, many at a time: composing takes a while."""
+    """Yield overrides that give every text to one of the text keys, many at a time, because composing is slow."""
     return [dict(zip(KEYS, texts[start:], strict=False)) for start in range(0, len(texts), len(KEYS))]
 
 
@@ -116,7 +116,7 @@ def test_recorded_command_composes_the_same_config():
 
 
 def test_free_text_is_the_value_as_typed():
-    """Except for interpolations, null and quotes around all of it."""
+    """Exceptions are interpolations, null and quotes around the whole text."""
     plain = [text for text in TEXTS if "${" not in text and text not in ("null", "''")]
     for values in in_turns(plain):
         settings = composed(*(f"{key}={text}" for key, text in values.items()))
@@ -214,7 +214,7 @@ COMMANDS["consolidate"] = lambda: consolidate._program(sys.argv[1:])
 
 @pytest.fixture
 def refused(train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Runs a command that must be refused before it makes anything."""
+    """Run a command that must be refused before it writes anything."""
 
     def run(command: str, *words: str, value: str) -> None:
         before = sorted(tmp_path.iterdir())

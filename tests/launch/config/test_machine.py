@@ -1,4 +1,4 @@
-"""Slots: jobs that run at once have cores and GPUs of their own, and a job that wants more is told so."""
+"""Slots: concurrent jobs have separate cores and GPUs, and a job that requests more is refused."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_cores_are_shared_out_evenly_without_overlap(n_jobs: int, cores: int):
     ],
 )
 def test_every_gpu_is_shown_to_one_job(visible: str, n_jobs: int, shown: list[str], monkeypatch: pytest.MonkeyPatch):
-    """By the names that this process has for them, one or k for each job."""
+    """GPUs have the names that this process uses, one or k for each job."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     parts = partition(n_jobs, list(range(8)), machine.usable_gpus())
     assert [part.environment() for part in parts] == [{"CUDA_VISIBLE_DEVICES": names} for names in shown]
@@ -59,7 +59,7 @@ def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch):
 def test_more_devices_than_a_jobs_share_are_refused_with_a_fix(
     accelerator: str, what: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Four GPUs for two jobs are two for each."""
+    """Two jobs on four GPUs have two GPUs each."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 2)

@@ -1,4 +1,4 @@
-"""References: which arguments follow a key, and that nothing else is interpolated."""
+"""References: interpolated arguments follow their key, and no other text is interpolated."""
 
 from typing import Any
 

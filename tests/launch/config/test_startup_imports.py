@@ -1,4 +1,4 @@
-"""An invalid configuration or a question about one is answered before PyTorch and other heavy packages are imported."""
+"""Errors and help end before PyTorch and other heavy packages are imported."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT, environment
 
-# Packages that take from tens of milliseconds to seconds to import. Importing hydra alone needs none of them.
+# Packages that take from tens of milliseconds to seconds to import. `import hydra` alone imports none of them.
 HEAVY = {"torch", "lightning", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pandas", "peft"}
 HEAVY |= {"torchmetrics", "nltk", "rouge_score", "sacrebleu", "wandb", "tensorboard", "rich", "aiohttp", "ray"}
 HEAVY |= {"submitit", "numpy", "scipy", "sympy", "triton", "optuna", "sqlalchemy", "huggingface_hub"}
@@ -42,7 +42,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("command", "code", "words"), COMMANDS, ids=[command for command, _, _ in COMMANDS])
 def test_command_ends_before_heavy_imports(command: str, code: int, words: str, cache: Path, tmp_path: Path):
-    """Python itself lists every import of the process up to its end, also those after the answer."""
+    """Python lists every import of the process up to its end, also those after the output."""
     program, *arguments = command.split()
     ended = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / program), *arguments],
@@ -51,11 +51,11 @@ def test_command_ends_before_heavy_imports(command: str, code: int, words: str, 
         capture_output=True,
         text=True,
     )
-    listed, told = [], [ended.stdout]
+    listed, printed = [], [ended.stdout]
     for line in ended.stderr.splitlines():
-        (listed if line.startswith("import time:") else told).append(line)
+        (listed if line.startswith("import time:") else printed).append(line)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in listed}
     assert ended.returncode == code, ended.stderr
-    assert words in "\n".join(told)
+    assert words in "\n".join(printed)
     assert "launch" in imported, "the list of imports is empty"
     assert not imported & HEAVY

@@ -31,7 +31,7 @@ SHARDED, ALONE = ("devices=2", "strategy=fsdp"), ("devices=1", "strategy=fsdp")
 def test_without_dropout_losses_do_not_depend_on_the_machine(
     stages: list[tuple[str, ...]], train_here: Train, tiny: list[str]
 ):
-    """Two steps on each machine, against as many on one device with whole batches."""
+    """Compare two steps on each machine with two steps on one device with whole batches."""
     assert train_here(*tiny, *RUN, f"steps={2 * len(stages)}", "micro_batch=8", "run_dir=whole").code == 0
     for number, keys in enumerate(stages, 1):
         start = (*tiny, *RUN, "run_dir=moved") if number == 1 else ("resume=moved",)

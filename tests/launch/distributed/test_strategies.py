@@ -1,4 +1,4 @@
-"""strategy=auto takes what fits, in one line on stderr; what only sharding can do is refused elsewhere."""
+"""strategy=auto chooses a strategy that fits and logs it in one line; keys of sharding are refused without it."""
 
 import json
 import re
@@ -43,9 +43,9 @@ def test_a_model_too_large_for_one_of_several_devices_is_sharded(
         found = machine_of("model=xl", "devices=4", "context=1024")
         assert found.strategy == strategy
         assert found.checkpoint_format == ("sharded" if strategy == "fsdp" else "single")
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == (strategy == "fsdp")
-    assert "24.9 GB, too much for one device's 32.0 GB" in said[0]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (strategy == "fsdp")
+    assert "24.9 GB, too much for one device's 32.0 GB" in lines[0]
     assert machine_of("model=nano", "devices=2", "strategy=fsdp").checkpoint_format == "single"
 
 
@@ -59,7 +59,7 @@ def test_estimate_counts_state_kept_between_steps() -> None:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """Folders of large GPT-2s, of which a plan reads the sizes alone: their weights are a hole, a byte each."""
+    """Folders of large GPT-2s with sparse weight files of a byte a parameter: a plan reads the sizes alone."""
     for size, (layers, heads, width) in SIZES.items():
         GPT2Config(n_layer=layers, n_head=heads, n_embd=width).save_pretrained(tmp_path / size)
         half = parameter_count(vars(GPT2Config(n_layer=layers, n_embd=width))) // 2 + 1
@@ -80,7 +80,7 @@ def teacher(tmp_path: Path) -> Path:
         ("xl", 4, ("strategy.shard_teacher=false",), "fsdp", False),
         ("xl", 4.5, (), "fsdp", True),
         ("xl", 4.5, ("num_nodes=2", "batch_tokens=8192"), "fsdp", False),  # an eighth of 2.0 and 3.1
-        ("xl", 4, ("teacher_cache=sampled",), "ddp", False),  # which is not there while the student trains
+        ("xl", 4, ("teacher_cache=sampled",), "ddp", False),  # which is not loaded while the student trains
         ("distil", 4, ("strategy=fsdp",), "fsdp", False),
         ("distil", 4, ("strategy=fsdp", "strategy.shard_teacher=true"), "fsdp", True),
     ],
@@ -98,13 +98,13 @@ def test_plan_explains_sharding_and_counts_a_teacher_shard(teacher: Path, train_
     keys = [key for key in tiny if not key.startswith(("model", "context", "precision", "vocab", "batch"))]
     keys += ["task=distill", f"teacher={teacher / 'xl'}", "model=small", "context=1024", "preflight=warn"]
     keys += ["plan=true", "accelerator=gpu", "devices=4", "plan_memory=4", "batch_tokens=65536"]
-    said = "strategy=fsdp: model, optimizer and teacher take 5.1 GB, too much for one device's 4.0 GB"
+    reason = "strategy=fsdp: model, optimizer and teacher take 5.1 GB, too much for one device's 4.0 GB"
     embeddings, block, blocks = (50_257 + 1024) * 1600, 12 * 1600**2, XL_STATE / 16 - (50_257 + 1024) * 1600
-    parts = 2 * (embeddings + blocks / 4 + 2 * block)  # bytes in bf16, with what is gathered of two blocks
+    parts = 2 * (embeddings + blocks / 4 + 2 * block)  # bytes in bf16, with the gathered weights of two blocks
     for splits, weights in (("auto", parts / 1e9), ("false", XL_STATE / 8e9)):
         answer = train_here(*keys, f"strategy.shard_teacher={splits}")
         assert answer.code == 0, answer.stderr
-        assert answer.stderr.count(said) == 1, answer.stderr
+        assert answer.stderr.count(reason) == 1, answer.stderr
         assert "strategy=fsdp; micro_batch=" in answer.stdout
         (planned,) = re.findall(r"^teacher weights +([\d.]+)", answer.stdout, re.MULTILINE)
         assert float(planned) == pytest.approx(weights, abs=0.01)
@@ -128,7 +128,7 @@ def test_keys_of_ddp_reach_lightning() -> None:
 
 
 def test_a_resumed_run_keeps_the_options_of_its_strategy() -> None:
-    """A new device count keeps them, a key changes one, and another strategy brings its own defaults."""
+    """A new device count keeps the options, a key changes one, and another strategy has its own defaults."""
     stored = prepared(resolved(composed("strategy=ddp", "devices=2", "accelerator=cpu", "strategy.bucket_cap_mb=50")))
     for words, expected in {
         ("resume=x", "devices=1"): StrategySettings("ddp", bucket_cap_mb=50),

@@ -1,4 +1,4 @@
-"""Two network namespaces stand for two machines: torchrun starts one rank on each, and they train one run.
+"""Two network namespaces simulate two machines: torchrun starts one rank on each, and they train one run.
 
 Needs root and `ip` (iproute2).
 """
@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT, SHRUNK, Answer, environment
 from tests.launch.distributed.test_ranks import RUN, losses
 
-# Namespace → cable and address in it; names of this process alone, for others may run these tests beside it
+# Namespace → its cable and address; names include this process id, because other processes may run these tests too
 HOSTS = {f"g2l-{os.getpid()}-{host}": (f"cable-{host}", f"10.77.41.{number}") for number, host in enumerate("ab", 1)}
 REFUSED = ("Operation not permitted", "Permission denied")
 
@@ -53,7 +53,7 @@ def hosts() -> Iterator[None]:
 
 
 def remove() -> None:
-    """Those namespaces that there are, and with them the cable."""
+    """Remove the namespaces that exist, and with them the cable."""
     there = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout.split()
     for host in HOSTS:
         if host in there:
@@ -61,7 +61,7 @@ def remove() -> None:
 
 
 def on_both(hosts: None, cache: Path, folder: Path, *overrides: str) -> list[Answer]:
-    """How torchrun ended on each host."""
+    """Run torchrun on each host and return the results."""
     processes = []
     for host, (cable, address) in HOSTS.items():
         is_first = int(not processes)
@@ -77,8 +77,8 @@ def on_both(hosts: None, cache: Path, folder: Path, *overrides: str) -> list[Ans
             text=True,
         )
         processes.append(process)
-    told = [process.communicate(timeout=240) for process in processes]
-    return [Answer(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    return [Answer(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

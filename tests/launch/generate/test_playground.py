@@ -1,4 +1,4 @@
-"""The playground: tokens with their probabilities, a page for this machine alone, and requests that break nothing."""
+"""The playground: tokens with their probabilities, a page for this machine alone, and robust handling of requests."""
 
 import asyncio
 import dataclasses
@@ -36,12 +36,12 @@ from tests.support.chromium import PROGRAM, Browser
 
 PROMPT = "def add(a, b):\n    return"
 POSITIONS = 256
-HANG = 200  # seconds after which an answer is given up
+HANG = 200  # seconds until a request counts as hanging
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run directories of a model and of one that drafts for it."""
+    """Run directories of a model and of its draft model."""
     tokenizer = train_bpe(iter([Path(json.__file__).read_text()]), 300)
     shape = ModelShape(n_layer=2, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=len(tokenizer))
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             for parameter in backbone.parameters():
                 parameter.mul_(factor).add_(noise * torch.randn_like(parameter))
             backbone.lm.transformer.ln_f.bias.fill_(1)
-            backbone.lm.transformer.wte.weight[tokenizer.eos_token_id].fill_(-1)  # no text ends by itself
+            backbone.lm.transformer.wte.weight[tokenizer.eos_token_id].fill_(-1)  # no text ends before max_new_tokens
         found[name] = tmp_path_factory.mktemp(name)
         write_hf_folder(to_hf(backbone), tokenizer, found[name] / "hf", {"title": name})
     return found
@@ -68,7 +68,7 @@ def request(**values: Any) -> bytes:
 
 
 def written(playground: Playground, **values: Any) -> dict[str, dict[str, Any]]:
-    """What each panel ended with."""
+    """Return the last event of each panel."""
     events: list[dict[str, Any]] = []
     playground.write(playground.read(request(**values)), events.append)
     assert events[-1] == {"finished": True}
@@ -114,7 +114,7 @@ def test_each_token_has_its_model_probability(playground: Playground) -> None:
         with torch.no_grad():
             logits = playground.generator.model(torch.tensor([ids[: 4 + number]])).logits[0, -1]
         expected = logits.double().softmax(0)
-        assert found[number].probability == pytest.approx(float(expected[token]), rel=1e-4)  # float32 beside float64
+        assert found[number].probability == pytest.approx(float(expected[token]), rel=1e-4)  # float32 against float64
         assert [entry for entry, _ in found[number].top_tokens] == expected.topk(5).indices.tolist()
 
 
@@ -158,17 +158,17 @@ def test_drafted_tokens_are_those_of_the_draft_model(playground: Playground) -> 
 
 
 def test_text_is_streamed_without_prompt_and_end_of_text(playground: Playground) -> None:
-    told: list[str] = []
-    rounds = Rounds(playground.tokenizer, told.append)
+    streamed: list[str] = []
+    rounds = Rounds(playground.tokenizer, streamed.append)
     ids = playground.tokenizer("a🙂b")["input_ids"]
     for given in (ids, ids[:2], ids[2:5], [ids[5], playground.tokenizer.eos_token_id]):
         rounds.put(torch.tensor([given]))
     rounds.end()
-    assert told == ["a", "🙂", "b", ""]
+    assert streamed == ["a", "🙂", "b", ""]
     assert rounds.drafted == [True, False, True, True, False, True, False]
 
 
-# What is asked
+# Requests
 
 
 def test_panels_write_the_text_of_the_command_line(playground: Playground) -> None:
@@ -209,7 +209,7 @@ def test_every_sampling_key_but_beams_can_be_set(playground: Playground) -> None
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (b"", "not JSON"),
         (b"[1]", "not JSON"),
@@ -237,15 +237,15 @@ def test_every_sampling_key_but_beams_can_be_set(playground: Playground) -> None
         (request(checkpoint="gpt2"), "no setting checkpoint"),
     ],
 )
-def test_invalid_request_is_an_error_message(body: bytes, told: str, playground: Playground) -> None:
-    with pytest.raises(InputError) as mistake:
+def test_invalid_request_is_an_error_message(body: bytes, message: str, playground: Playground) -> None:
+    with pytest.raises(InputError) as caught:
         playground.read(body)
-    assert told in str(mistake.value)
-    assert len(str(mistake.value)) < 200
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def with_objective(objective: str, folder: Path, copy: Path) -> Path:
-    """A model folder whose config.json says another objective."""
+    """A model folder with another objective in its config.json."""
     shutil.copytree(folder / "hf", copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "objective": objective}))
@@ -273,7 +273,7 @@ Visit = Callable[[TestClient, Site], Awaitable[None]]
 
 
 def visit(playground: Playground, what: Visit) -> None:
-    """Do something with a site that runs, in this process."""
+    """Run a test against a site in this process."""
 
     async def run() -> None:
         site = Site(playground)
@@ -284,7 +284,7 @@ def visit(playground: Playground, what: Visit) -> None:
     asyncio.run(run())
 
 
-async def ask(client: TestClient, body: bytes, **headers: str) -> tuple[int, list[dict[str, Any]]]:
+async def send(client: TestClient, body: bytes, **headers: str) -> tuple[int, list[dict[str, Any]]]:
     kind = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
     async with client.post("/write", data=body, headers=kind) as answer:
         return answer.status, [json.loads(line) for line in (await answer.text()).splitlines()]
@@ -293,14 +293,14 @@ async def ask(client: TestClient, body: bytes, **headers: str) -> tuple[int, lis
 def test_site_continues_after_every_refused_request(playground: Playground) -> None:
     async def what(client: TestClient, site: Site) -> None:
         for body, status in ((b"{", 400), (request(seed=-1), 400), (request(prompt="x" * 70_000), 413)):
-            assert (await ask(client, body))[0] == status
-        assert (await ask(client, request(), Content_Type="text/plain"))[0] == 415
-        assert (await ask(client, request(), Origin="https://elsewhere.example"))[0] == 403
-        assert (await ask(client, request(), Host="elsewhere.example"))[0] == 403
-        status, events = await ask(client, request(), Origin=f"http://localhost:{client.port}")
+            assert (await send(client, body))[0] == status
+        assert (await send(client, request(), Content_Type="text/plain"))[0] == 415
+        assert (await send(client, request(), Origin="https://elsewhere.example"))[0] == 403
+        assert (await send(client, request(), Host="elsewhere.example"))[0] == 403
+        status, events = await send(client, request(), Origin=f"http://localhost:{client.port}")
         assert (status, events[-1]) == (200, {"finished": True})
-        told = "".join(event.get("text", "") for event in events if event.get("panel") == "model")
-        assert told == text_of(next(event["done"] for event in events if "done" in event)), (
+        streamed = "".join(event.get("text", "") for event in events if event.get("panel") == "model")
+        assert streamed == text_of(next(event["done"] for event in events if "done" in event)), (
             "text comes as it is written"
         )
 
@@ -315,11 +315,11 @@ def test_internal_error_ends_one_text_and_not_the_site(
 
     async def what(client: TestClient, site: Site) -> None:
         hook = playground.generator.model.transformer.ln_f.register_forward_pre_hook(fail)
-        _, events = await ask(client, request())
+        _, events = await send(client, request())
         hook.remove()
         assert "terminal" in events[-1]["error"]
         assert "out of memory" not in str(events)
-        assert (await ask(client, request()))[1][-1] == {"finished": True}
+        assert (await send(client, request()))[1][-1] == {"finished": True}
 
     visit(playground, what)
     assert "RuntimeError: out of memory" in capfd.readouterr().err
@@ -328,8 +328,8 @@ def test_internal_error_ends_one_text_and_not_the_site(
 def test_requests_are_queued_and_refused_above_a_limit(playground: Playground) -> None:
     async def what(client: TestClient, site: Site) -> None:
         goes_on = threading.Event()
-        site._writer.submit(goes_on.wait, HANG)  # so that all of them find the writer at work
-        asking = [asyncio.create_task(ask(client, request(max_new_tokens=2))) for _ in range(MAX_WAITING + 3)]
+        site._writer.submit(goes_on.wait, HANG)  # so that the writer is busy for all of them
+        asking = [asyncio.create_task(send(client, request(max_new_tokens=2))) for _ in range(MAX_WAITING + 3)]
         refused = list(itertools.islice(asyncio.as_completed(asking), 2))
         assert [status for status, _ in await asyncio.gather(*refused)] == [503, 503]
         goes_on.set()
@@ -354,7 +354,7 @@ def test_text_of_a_closed_connection_is_interrupted(playground: Playground) -> N
             nonlocal calls
             calls += 1
             if calls == 20:
-                assert left.wait(HANG), "the site does not notice that the visitor has left"
+                assert left.wait(HANG), "the site does not detect that the connection is closed"
 
         hook = playground.generator.model.transformer.ln_f.register_forward_hook(count)
         async with ClientSession() as leaving:
@@ -367,9 +367,9 @@ def test_text_of_a_closed_connection_is_interrupted(playground: Playground) -> N
         left.set()
         await asyncio.wrap_future(site._writer.submit(int))  # its thread is free again
         assert calls < 25, "it ends once a token has made its text longer"
-        await ask(client, json.dumps(body).encode())
+        await send(client, json.dumps(body).encode())
         hook.remove()
-        assert calls > 220, "a text that somebody waits for is written to its end"
+        assert calls > 220, "a text with an open connection is written to its end"
 
     visit(playground, what)
 
@@ -385,7 +385,7 @@ def test_page_is_served_to_this_machine_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"sampling": BEAM, "stop": "x"}, "Leave out stop=, sampling=beam"),
         ({"prompts": "file"}, "Leave out prompts="),
@@ -396,15 +396,15 @@ def test_page_is_served_to_this_machine_alone() -> None:
     ],
 )
 def test_unservable_arguments_are_refused_before_the_port_opens(
-    values: dict[str, Any], told: str, folders: dict[str, Path]
+    values: dict[str, Any], message: str, folders: dict[str, Path]
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1] if values.get("port") else 0
-        told = told.replace("port=1", f"port={port} is in use")
+        message = message.replace("port=1", f"port={port} is in use")
         arguments = {"checkpoint": str(folders["model"]), "serve": True, "max_new_tokens": 9, **values, "port": port}
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             serve.serve(Arguments(**arguments))
 
 
@@ -483,14 +483,14 @@ def test_browser_shows_three_texts_and_ctrl_c_ends_the_server(server: subprocess
     browser.wait("document.querySelector('#panel-model pre').innerText.startsWith('import os')")
     browser.click("#stop")
     browser.wait("!document.querySelector('#write').disabled")
-    for name in ("model", "draft", "both"):  # how far it came depends on the machine
+    for name in ("model", "draft", "both"):  # its progress depends on the machine
         shown = browser.value(f"document.querySelector('#panel-{name}').innerText")
         assert PROMPT.splitlines()[0] not in shown, "what an earlier prompt was answered is gone"
-        assert any(told in shown for told in ("tokens/s", "stopped", "not written")), shown
+        assert any(words in shown for words in ("tokens/s", "stopped", "not written")), shown
 
     outside = f"performance.getEntriesByType('resource').filter((one) => !one.name.startsWith('{address}')).length"
     assert browser.value(outside) == 0
-    assert not [told for told in browser.told if told["method"] == "Runtime.exceptionThrown"]
+    assert not [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
 
     server.send_signal(signal.SIGINT)
     _, stderr = server.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""plan=true says what a run would need and leaves nothing behind; the memory model counts what PyTorch really keeps."""
+"""plan=true prints the resources of a run and writes no file; the memory model counts the tensors of PyTorch."""
 
 import cProfile
 import json
@@ -35,7 +35,7 @@ from launch.run import auto_settings, disk_space, plan_report
 from tests.conftest import ROOT, Answer, Train, environment
 from tests.support.configurations import composed, resolved
 
-# Runs a command, and tells the most kilobytes that it or any process started by it has held
+# Runs a command, and prints the peak resident kilobytes of it or of any process that it started
 PEAK_OF = """
 import resource, subprocess, sys
 
@@ -59,27 +59,27 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# What the user sees
+# Output
 
 
 def test_a_plan_names_every_part_and_leaves_nothing_behind(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("launch.memory.step_timing.TIMEOUT_SECONDS", 250.0)  # for slow machines
-    told = succeeded(train_here(*tiny, "steps=1000", "plan=true", "name=mine", "threads=1"))
+    printed = succeeded(train_here(*tiny, "steps=1000", "plan=true", "name=mine", "threads=1"))
     for word in ("parameters", "weights", "gradients", "optimizer state", "activations", "LM head", "process", "peak"):
-        assert word in told
+        assert word in printed
     for word in ("micro_batch", "activation_checkpointing=true", "strategy=fsdp", "tokens/s", "checkpoints"):
-        assert word in told
-    assert "measured: 3 micro-batches" in told
-    rate = float(re.findall(r"^tokens/s +([\d,]+) ", told, re.MULTILINE)[0].replace(",", ""))
-    ((shown, name),) = re.findall(r"^training +([\d.]+) (\w+)", told, re.MULTILINE)
+        assert word in printed
+    assert "measured: 3 micro-batches" in printed
+    rate = float(re.findall(r"^tokens/s +([\d,]+) ", printed, re.MULTILINE)[0].replace(",", ""))
+    ((shown, name),) = re.findall(r"^training +([\d.]+) (\w+)", printed, re.MULTILINE)
     (unit,) = (seconds for seconds, unit_name in plan_report.SECONDS if unit_name == name)
     rounding = 0.06 * unit + 1000 * 256 * 0.5 / rate**2  # one digit is shown of the time, and none of the rate
     assert float(shown) * unit == pytest.approx(1000 * 256 / rate, abs=rounding), "steps of 256 tokens"
-    assert "2 of 0.3 MB and the exported model" in told, "24,576 parameters with one moment, 12,544 with two"
+    assert "2 of 0.3 MB and the exported model" in printed, "24,576 parameters with one moment, 12,544 with two"
     shape = ModelShape(2, 2, 32, 64, 300)
-    assert f"{parameters(shape):,}" in told
+    assert f"{parameters(shape):,}" in printed
     assert left_behind(tmp_path) == []
 
 
@@ -90,18 +90,18 @@ def test_distill_and_finetune_are_planned_from_config_json(
     before = left_behind(tmp_path)
     distil = ("task=distill", "teacher=teacher", "plan=true", "threads=1")
     monkeypatch.setattr(step_timing, "TIMEOUT_SECONDS", 250.0)  # for slow machines
-    told = succeeded(train_here(*tiny, *distil))
-    assert "measured: 3 micro-batches" in told
-    monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)  # measuring takes a process of seconds, and is proved above
-    assert "teacher weights" in told
-    assert "teacher_cache=sampled" in told
+    printed = succeeded(train_here(*tiny, *distil))
+    assert "measured: 3 micro-batches" in printed
+    monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)  # measuring takes a process of seconds, and is tested above
+    assert "teacher weights" in printed
+    assert "teacher_cache=sampled" in printed
     assert "teacher cache" in succeeded(train_here(*tiny, *distil, "teacher_cache=sampled"))
     pairs = tmp_path.parent / f"{tmp_path.name}-pairs.jsonl"
     pairs.write_text(json.dumps({"source": "a", "target": "b"}))
     keys = ["task=finetune", "init=teacher", "data=pairs", f"path={pairs}", "context=32", "logger=none", "plan=true"]
     lora = ("callbacks=minimal", "task.lora.rank=2", "task.text.max_new_tokens=8", "threads=1")
-    told = succeeded(train_here(*keys, *lora))
-    assert f"{16 * 2 * 64 * 2:,}" in told  # what LoRA trains of two layers of width 64
+    printed = succeeded(train_here(*keys, *lora))
+    assert f"{16 * 2 * 64 * 2:,}" in printed  # the LoRA parameters of two layers of width 64
     assert left_behind(tmp_path) == before
 
 
@@ -109,8 +109,8 @@ def test_plan_has_the_disk_space_of_the_data(train_here: Train, tmp_path: Path, 
     monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)  # no steps are measured
     keys = ["model=nano", "data=text", f"path={Path(json.__file__).parents[1] / 'asyncio'}", "vocab_size=2048"]
     keys += ["logger=none", "steps=1", "context=64", "cache_dir=cache", "run_dir=run", "callbacks=minimal"]
-    told = succeeded(train_here(*keys, "plan=true"))
-    planned = float(re.findall(r"^data +([\d.]+) MB   about", told, re.MULTILINE)[0]) * 1e6
+    printed = succeeded(train_here(*keys, "plan=true"))
+    planned = float(re.findall(r"^data +([\d.]+) MB   about", printed, re.MULTILINE)[0]) * 1e6
     succeeded(train_here(*keys))
     taken = sum(file.stat().st_size for file in tmp_path.glob("cache/tokens/*/*.bin"))
     assert taken == pytest.approx(planned, rel=0.25)
@@ -129,7 +129,7 @@ def test_plan_has_the_disk_space_of_the_data(train_here: Train, tmp_path: Path, 
 def test_plan_has_the_disk_space_of_checkpoints_and_export(
     train_here: Train, tiny: list[str], tmp_path: Path, keys: tuple[str, ...]
 ):
-    """Within a tenth: beside tensors there are the state of loops, random states, and the tokenizer."""
+    """The plan is within a tenth: files also have loop states, random states and the tokenizer."""
     run = tmp_path / "run"
     succeeded(train_here(*tiny, "model.n_embd=128", "vocab_size=1024", *keys, "run_dir=run", "threads=1"))
     files = disk_space.run_files(run_spec.load(run / "config.yaml"), 1024)
@@ -148,13 +148,13 @@ def test_planned_time_is_all_tokens_at_the_speed_of_all_devices(
     spec = resolved(composed(*keys))
     sizes = run_sizes(spec.config, spec.resolved, spec.machine, 300)
     table = plan_report._time_and_disk(spec, sizes, 300, Speed(100.0, "measured"))
-    told = dict(zip(*(column._cells for column in table.columns[:2]), strict=True))
-    assert told["training"] == shown
-    assert told["tokens/s"] == str(100 * devices)
+    cells = dict(zip(*(column._cells for column in table.columns[:2]), strict=True))
+    assert cells["training"] == shown
+    assert cells["tokens/s"] == str(100 * devices)
 
 
 class Work(TorchDispatchMode):
-    """Counts the elements of tensors that are computed or allocated on a real device in the block, and own calls."""
+    """Counts elements of tensors computed or allocated on a real device in the block, and calls of this project."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Work(TorchDispatchMode):
 
     @property
     def calls(self) -> int:
-        """Calls of this project's functions."""
+        """Return the number of calls of this project's functions."""
         codes = [(entry.code, entry.callcount) for entry in self._calls.getstats()]
         files = [(code.co_filename, count) for code, count in codes if not isinstance(code, str)]
         return sum(count for file, count in files if file.startswith(f"{ROOT}/") and "site-packages" not in file)
@@ -194,16 +194,16 @@ def test_planning_a_large_model_takes_little_work(train_here: Train, tmp_path: P
     monkeypatch.setattr(subprocess, "Popen", Noted)
     keys = ["data=text", f"path={tmp_path}", "model=xl", "optimizer=adamw", "context=1024", "batch_tokens=1048576"]
     with Work() as work:
-        told = succeeded(train_here(*keys, "vocab_size=50257", "plan=true", "accelerator=cpu", "steps=200000"))
+        printed = succeeded(train_here(*keys, "vocab_size=50257", "plan=true", "accelerator=cpu", "steps=200000"))
     assert work.elements < 1_000_000, "the weights have 1,557,611,200"
     assert work.calls < 5_000_000, "ten times what it takes"
     assert not processes, "nothing is measured"
-    assert "1,557,611,200" in told
-    assert "not measured" in told
+    assert "1,557,611,200" in printed
+    assert "not measured" in printed
 
 
 def test_planning_a_large_model_allocates_nothing_of_its_size(cache: Path, tmp_path: Path):
-    """gpt2-xl's weights alone are 6.2 GB; the most that the plan's process or one started by it has held is told."""
+    """gpt2-xl's weights alone are 6.2 GB; the peak covers the plan's process and the processes that it starts."""
     keys = ["data=text", f"path={tmp_path}", "model=xl", "optimizer=adamw", "context=1024", "batch_tokens=131072"]
     keys += ["vocab_size=50257", "plan=true", "accelerator=cpu", "threads=1", "devices=1"]
     ended = subprocess.run(
@@ -225,9 +225,9 @@ def test_gpu_run_is_planned_without_gpus(train_here: Train, tmp_path: Path):
     assert "8 × gpu" in large
     assert "strategy=ddp" in large
     assert "strategy=fsdp" in small
-    for told in (large, small):
-        assert "it fits" in told
-        assert "the machine is not this one" in told
+    for printed in (large, small):
+        assert "it fits" in printed
+        assert "the machine is not this one" in printed
     answer = train_here(*keys, "plan_memory=80")
     assert answer.code == 2
     assert "plan=true accelerator=gpu devices=N" in answer.stderr
@@ -258,7 +258,7 @@ def test_report_has_planned_and_measured_memory(train_here: Train, tiny: list[st
     ids=["nano", "micro"],
 )
 def test_the_peak_of_a_run_is_the_planned_one(case: Case, tmp_path: Path):
-    """In a process of its own; within a fifth, as all but few of those in docs/measurements/planning.md."""
+    """Measured in a separate process; within a fifth, as nearly all runs in docs/measurements/planning.md."""
     assert abs(measure(case, tmp_path).error) < 0.2
 
 
@@ -276,12 +276,12 @@ def test_trained_parameters_of_lora_and_freezing_have_a_formula():
     model = Backbone(SMALL)
     for part in (model.lm.transformer.wte, model.lm.transformer.wpe, *model.blocks[:4]):
         part.requires_grad_(False)
-    wanted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert trained_parameters(replace(sizes, frozen_layers=4)) == wanted
+    expected = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained_parameters(replace(sizes, frozen_layers=4)) == expected
 
 
 def peak_of(work) -> tuple[int, object]:
-    """Most bytes of tensors that `work` has alive at once beyond those there were, and what it returns."""
+    """Return the peak bytes of tensors that `work` adds to the existing ones, and its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -306,7 +306,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_counted_tensors_equal_the_profiled_ones(name: str):
-    """A second step's forward, backward and optimizer, as PyTorch's profiler sees them: within 5 %, or 3 MB."""
+    """Forward, backward and optimizer of a second step, as profiled by PyTorch: within 5 %, or 3 MB."""
     sizes = COUNTED[name]
     _workspaces.clear()
     torch.manual_seed(0)
@@ -334,7 +334,7 @@ def test_counted_tensors_equal_the_profiled_ones(name: str):
     most, loss = peak_of(forward)
     measured = {"forward": held + gradients + workspace + most}
     optimizer.zero_grad()
-    peak_of(forward)  # so that the backward pass starts from a forward pass that was seen
+    peak_of(forward)  # so that the backward pass follows a profiled forward pass
     most, _ = peak_of(loss.backward)
     plan = memory_plan(sizes)
     measured["backward"] = held + workspace + plan.parts["activations"] + _head_kept(sizes) + most
@@ -445,7 +445,7 @@ def test_measured_rows_are_limited_by_flops():
 
 
 def test_nothing_that_exceeds_one_device_is_measured():
-    """A rank of eight holds an eighth of gpt2-xl, and LoRA trains little; what is measured holds and trains all."""
+    """A rank of eight has an eighth of gpt2-xl, and LoRA trains little; the measured process trains all of it."""
     xl = ModelShape(48, 25, 1600, 1024, 50_257)
     shared = RunSizes(xl, 1, 1024, 1, precision_named("bf16"), on_gpu=True, sharded=True, ranks=8)
     adapted = RunSizes(xl, 1, 1024, 1, precision_named("bf16"), on_gpu=True, lora_rank=8)

@@ -1,4 +1,4 @@
-"""What distillation adds to a run stays small: seconds of looking before it starts, memory while a teacher is asked."""
+"""Costs of distillation stay small: seconds of preflight, memory while the cache is written."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tests.conftest import ROOT, Answer, Train, environment
 
 MODULES = 80  # of the standard library, half a million tokens
 
-# In a process of its own: write the cache of the run whose config.yaml is given, and tell what that took.
+# In a separate process: write the cache of the run with this config.yaml, and print the cost.
 WRITE = """
 import json, sys
 from pathlib import Path
@@ -35,7 +35,7 @@ print(json.dumps({"grown": peak_resident_bytes() - before, "written": written}))
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of more Python files than the quick tests read."""
+    """A folder of more Python files than in the quick tests."""
     folder, original = tmp_path_factory.mktemp("text"), Path(json.__file__).parent.parent
     for file in sorted(original.glob("*.py"))[:MODULES]:
         (folder / file.name).write_bytes(file.read_bytes())
@@ -50,7 +50,7 @@ def succeeded(answer: Answer) -> None:
 def test_preflight_takes_less_than_five_seconds(
     text: Path, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a micro teacher and a nano student, loaded by then, at the default context and vocabulary."""
+    """A micro teacher and a nano student are loaded before; context and vocabulary are the defaults."""
     seconds: list[float] = []
     honest = Distill.on_train_start
 
@@ -73,7 +73,7 @@ def test_preflight_takes_less_than_five_seconds(
 def test_cache_memory_does_not_grow_with_its_size(
     text: Path, train_here: Train, tiny: list[str], cache: Path, tmp_path: Path
 ) -> None:
-    """At most a tenth of what the larger one takes on the disk beyond the smaller one may be held in memory."""
+    """Memory may grow by at most a tenth of the difference of the two caches on the disk."""
     keys = [*tiny, f"path={text}", "val_fraction=0.05", "optimizer=adamw", "steps=1"]
     succeeded(train_here(*keys, "model.n_embd=64", "run_dir=teacher"))
     cached = ["task=distill", "teacher=teacher", "teacher_cache=topk", "teacher_cache.k=300", "preflight=warn"]
@@ -85,7 +85,7 @@ def test_cache_memory_does_not_grow_with_its_size(
 
 
 def write(spec: Path, cache_dir: Path, steps: int) -> dict[str, int]:
-    """Bytes by which the resident memory grew at most, and bytes on the disk."""
+    """Return the peak growth of resident memory and the size on the disk, both in bytes."""
     command = [sys.executable, "-c", WRITE, str(spec), str(cache_dir), str(steps)]
     done = subprocess.run(command, cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ SIZE = 40_000_000  # bytes; a tiny run is refused below 21 MB
 
 
 class Fill(lightning.Callback):
-    """Leaves no byte free on the run's disk once `step` steps are done, or at the end of training."""
+    """Fills the run's disk after `step` steps, or at the end of training."""
 
     def __init__(self, run_dir: str, step: int) -> None:
         self.disk, self.step = Path(run_dir).parent, step
@@ -73,16 +73,16 @@ def test_run_stopped_by_a_full_disk_resumes_with_free_space(
     assert train_here(*own, "run_dir=unbroken").code == 0
     answer = train_here(*own, f"run_dir={disk}/run", f"{KEY}._target_={__name__}.Fill", f"{KEY}.step={step}")
     assert answer.code == 2, answer.stderr
-    told = answer.stderr.strip().splitlines()[-5:]
+    lines = answer.stderr.strip().splitlines()[-5:]
     assert "Traceback" not in answer.stderr
     assert "No space left to write" in answer.stderr
     assert f"{disk}/run/{file}" in answer.stderr
     (disk / "filler").unlink()
     if not intact:
-        assert told[-1] == "The run has no checkpoint yet. Free some space and start it again."
+        assert lines[-1] == "The run has no checkpoint yet. Free some space and start it again."
         return
-    assert f"{disk}/run/checkpoints/{intact} is intact." in told
-    assert told[-1] == f"Free some space and continue: python train.py resume={disk}/run"
+    assert f"{disk}/run/checkpoints/{intact} is intact." in lines
+    assert lines[-1] == f"Free some space and continue: python train.py resume={disk}/run"
     (disk / "filler").write_bytes(b"")  # so that the callback of the stored configuration does not fill it again
     answer = train_here(f"resume={disk}/run", f"allow_targets=[{__name__}]")
     assert answer.code == 0, answer.stderr

@@ -1,4 +1,4 @@
-"""A run that was killed and taken up again ends with the same bytes as one that was never broken."""
+"""A killed and resumed run ends with the same bytes as an unbroken run."""
 
 import hashlib
 import os
@@ -47,7 +47,7 @@ def finish(*arguments: str) -> None:
 
 
 def kill_after_step(step: int, run_dir: Path, *arguments: str) -> None:
-    """Start a run; kill it with SIGKILL once it has saved at `step` or later and gone on from there."""
+    """Start a run; kill it with SIGKILL once it has saved at `step` or later and trained further."""
     process = start(*arguments)
     while process.poll() is None:
         saved = [entry.step for entry in read_entries(run_dir)]
@@ -64,7 +64,7 @@ def digest(file: Path) -> str:
 
 
 def assert_same_end(resumed: Path, unbroken: Path) -> None:
-    """Weights byte for byte, optimizer state tensor for tensor, and every metric that is not a time."""
+    """Compare weights byte for byte, optimizer state tensor for tensor, and every metric that is not a time."""
     assert digest(resumed / "hf" / "model.safetensors") == digest(unbroken / "hf" / "model.safetensors")
     states = [torch.load(newest_good_checkpoint(run), weights_only=True) for run in (resumed, unbroken)]
     assert states[0]["global_step"] == states[1]["global_step"]
@@ -79,7 +79,7 @@ def assert_same_end(resumed: Path, unbroken: Path) -> None:
 
 
 def assert_equal(first: object, second: object) -> None:
-    sequences = list | tuple  # FSDP2's optimizer state comes back with lists
+    sequences = list | tuple  # FSDP2's optimizer state is loaded with lists
     assert type(first) is type(second) or (isinstance(first, sequences) and isinstance(second, sequences))
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second)
@@ -123,12 +123,12 @@ tiny_run.train(run, cache, extra=[SignalToRankOne()] if sys.argv[3] == "stop" el
 
 @pytest.mark.slow
 def test_two_ranks_stop_after_the_same_step_and_resume(cache, tmp_path):
-    """One rank alone gets the signal; both stop in order, and one checkpoint serves both."""
+    """One rank alone receives the signal; both stop in order, with one common checkpoint."""
     program, run_dir = tmp_path / "two_ranks.py", tmp_path / "run"
     program.write_text(TWO_RANKS)
-    for wish, status in (("stop", "stopped"), ("go on", "finished")):
+    for mode, status in (("stop", "stopped"), ("go on", "finished")):
         ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
-        finish(*ranks, str(run_dir), str(cache), wish)
+        finish(*ranks, str(run_dir), str(cache), mode)
         assert read_report(run_dir)["status"] == status
     assert read_report(run_dir)["steps"] == 12
     assert read_report(run_dir)["tokens_seen"] == 12 * 4 * 32
@@ -159,7 +159,7 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(cache, sources, tmp_path_factory) -> Path:
-    """A pretrained model that can teach and be fine-tuned."""
+    """A pretrained model for distillation and fine-tuning."""
     run_dir = tmp_path_factory.mktemp("teacher") / "run"
     wider = ("model.n_layer=2", "model.n_head=2", "model.n_embd=64")
     finish("train.py", *LANGUAGE, *wider, f"path={sources}", f"run_dir={run_dir}", f"cache_dir={cache}")
@@ -167,7 +167,7 @@ def teacher(cache, sources, tmp_path_factory) -> Path:
 
 
 def assignments(sources: Path) -> str:
-    """Pairs from real text: the left and the right side of assignments, as a table."""
+    """Return pairs from real text as a table: the left and the right side of assignments."""
     lines = [line.strip() for file in sorted(sources.glob("*.py")) for line in file.open(errors="replace")]
     pairs = [line.split(" = ", 1) for line in lines if " = " in line and "\t" not in line and '"' not in line]
     return "source\ttarget\n" + "".join(f"{left}\t{right}\n" for left, right in pairs)
@@ -227,7 +227,7 @@ OFTEN = ("steps=60", "checkpoint_every=3", "sample_every=6", "validate_every=8",
 
 
 def keys_of(task: str, strategy: str, sources: Path, teacher: Path, folder: Path) -> list[str]:
-    """Overrides of a run of a task; dropout is on, and every batch takes two micro-batches."""
+    """Return the overrides of a task; dropout is on, and every batch has two micro-batches."""
     replaced = ("devices", "callbacks", "steps", "validate_every", "checkpoint_every", "log_every")
     if task == "finetune":
         (folder / "pairs.tsv").write_text(assignments(sources))
@@ -239,7 +239,7 @@ def keys_of(task: str, strategy: str, sources: Path, teacher: Path, folder: Path
 
 
 def kill_once(process: subprocess.Popen[str], run: Path, chance: random.Random) -> bool:
-    """Kill a run at a random instant, and sometimes only one of its ranks; False: it ended before that."""
+    """Kill a run at a random instant, sometimes only one of its ranks; return False if it ended before that."""
     rows, seen = chance.randrange(0, 14), len(read_metrics(run))
     while process.poll() is None and len(read_metrics(run)) < seen + rows and not (rows == 0 and run.exists()):
         time.sleep(0.002)
@@ -280,7 +280,7 @@ def test_resume_after_random_sigkill_is_bitwise_equal(
             continue
         assert process.returncode == 0, process.communicate()
         assert_same_files(tmp_path / "run", tmp_path / "whole")
-        shutil.rmtree(tmp_path / "run")  # it ended before the kill, which the next run gets
+        shutil.rmtree(tmp_path / "run")  # it ended before the kill; the next run is killed instead
     last = started(cache, tmp_path, *keys, "run_dir=run", "resume=auto")
     _, stderr = last.communicate()
     assert last.returncode == 0, stderr
@@ -288,7 +288,7 @@ def test_resume_after_random_sigkill_is_bitwise_equal(
 
 
 def assert_same_files(run: Path, whole: Path) -> None:
-    """Weights, optimizer, metrics.csv and samples.jsonl."""
+    """Compare weights, optimizer, metrics.csv and samples.jsonl."""
     assert_same_end(run, whole)
     assert read_samples(run) == read_samples(whole)
     assert read_samples(whole)

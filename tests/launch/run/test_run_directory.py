@@ -1,4 +1,4 @@
-"""A run's directory: who may create, use and delete it, and what a killed start leaves of it."""
+"""The directory of a run: which process may create, use and delete it, and recovery from a killed start."""
 
 import json
 import os
@@ -97,13 +97,13 @@ def test_foreign_rank_variables_neither_move_nor_delete(
     assert len(read_entries("run")) == 1
 
 
-# What is deleted
+# Deletion
 
 UNVERIFIED = "callbacks.checkpoint.verify_export=false"
 
 
 class LeavesAFile(EndsBeforeTheFirstStep):
-    """Also writes a file of its own into the run directory."""
+    """Writes an extra file into the run directory."""
 
     def on_train_start(self, *_: object) -> None:
         Path("deep/run/notes.txt").write_text("mine")
@@ -134,7 +134,7 @@ def test_a_run_without_a_step_deletes_only_its_own(
 
 
 def other(path: str, content: str = "{}") -> Callable[[], None]:
-    """Puts a file there, which a folder is made for."""
+    """Write a file there, after making its folder."""
 
     def make() -> None:
         Path(path).parent.mkdir(parents=True)
@@ -165,7 +165,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[], object], str]] = {
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
 def test_named_run_is_written_to_its_name(name: str, tiny: list[str], train_here: Train, tmp_path: Path):
-    """It uses what a killed start left there, and never another name; nothing foreign is moved or changed."""
+    """A run reuses the files of a killed start and never another name; no foreign file is moved or changed."""
     put, refusal = IN_THE_WAY[name]
     put()
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
@@ -197,7 +197,7 @@ time.sleep(600)
 
 @contextmanager
 def held(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """(a process that holds the lock on a folder, the process id of its child)."""
+    """Return a process that holds the lock on a folder, and the process id of its child."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(folder)
     )
@@ -218,7 +218,7 @@ def test_a_lock_ends_with_its_owner_not_with_children(tmp_path: Path):
         assert f"process {owner.pid} on {socket.gethostname()}" in str(refused.value)
         owner.kill()
         owner.wait()
-        os.kill(child, 0)  # which lives
+        os.kill(child, 0)  # which is alive
         FolderLock(tmp_path).release()
     assert not list(tmp_path.iterdir())
 
@@ -226,7 +226,7 @@ def test_a_lock_ends_with_its_owner_not_with_children(tmp_path: Path):
 def test_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """No file system of this machine lacks locks, so the system call is made to fail as NFS without lockd does."""
+    """The system call is patched to fail like NFS without lockd, as local file systems have locks."""
 
     def fail(*_: object) -> None:
         raise OSError(37, "No locks available")
@@ -302,7 +302,7 @@ def test_every_prefix_of_creating_a_directory_is_continued(tmp_path: Path, tiny:
 
 
 def test_restart_uses_the_present_data(tiny: list[str], train_here: Train, tmp_path: Path):
-    """A start without a checkpoint has no order of data to keep."""
+    """Without a checkpoint there is no data order to preserve."""
     text = tmp_path / "text.py"
     text.write_text(Path(lightning.__file__).read_text() * 9)
     keys = [*(key for key in tiny if not key.startswith("path=")), "path=text.py", "steps=2", UNVERIFIED]
@@ -322,7 +322,7 @@ SMALL = ("steps=12", "checkpoint_every=4", "validate_every=4", "log_every=2", "m
 
 @pytest.mark.chaos
 def test_killed_at_each_file_operation_a_start_is_continued(tmp_path: Path, tiny: list[str], cache: Path):
-    """Both by resume=auto and by resume=DIR, to the bytes of a run that was never killed."""
+    """resume=auto and resume=DIR both end with the bytes of a run that was never killed."""
     keys = [*tiny, "steps=4", "threads=1", "compile=false", "callbacks=default", UNVERIFIED]
     command = [sys.executable, str(ROOT / "tests" / "support" / "killed_start.py"), str(tmp_path), "1", "500", *keys]
     ended = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=1500)

@@ -1,4 +1,4 @@
-"""The sampling group decides the samples, the scores of generated text and what evaluate.py generates."""
+"""The sampling group applies to samples, to scores of generated text and to the text of evaluate.py."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A study of distillation: what starts and teachers are worth, with intervals that mean what they say."""
+"""A study of distillation: effects of initialization and teacher, with intervals of nominal coverage."""
 
 import csv
 import json
@@ -91,14 +91,14 @@ def test_a_study_without_a_difference_rarely_claims_one():
 
 
 def test_verdicts_have_the_right_wording():
-    def said(*differences: float) -> str:
+    def sentence(*differences: float) -> str:
         first = {seed: 4 + difference for seed, difference in enumerate(differences)}
         return verdict(paired_difference(first, dict.fromkeys(first, 4.0)), KD, CE)
 
-    assert said(-0.31, -0.33, -0.29) == "KD beats CE by 0.310 ± 0.020 nats (95 % interval 0.260 … 0.360, 3 seeds)"
-    assert said(0.31, 0.33, 0.29).startswith("CE beats KD by 0.310")
-    assert said(-0.02, 0.01, 0.0) == "no difference shown with 3 seeds (interval −0.041 … 0.035 includes 0)"
-    assert said(-0.3) == "one seed: no interval; KD is 0.300 nats below CE"
+    assert sentence(-0.31, -0.33, -0.29) == "KD beats CE by 0.310 ± 0.020 nats (95 % interval 0.260 … 0.360, 3 seeds)"
+    assert sentence(0.31, 0.33, 0.29).startswith("CE beats KD by 0.310")
+    assert sentence(-0.02, 0.01, 0.0) == "no difference shown with 3 seeds (interval −0.041 … 0.035 includes 0)"
+    assert sentence(-0.3) == "one seed: no interval; KD is 0.300 nats below CE"
 
 
 def test_pair_with_a_missing_or_diverged_run_is_left_out():
@@ -119,10 +119,10 @@ BPE = TokenizerChoice("bpe", vocab_size=300)
 
 
 def planned(settings: RunConfig, arm: Arm, factor: float = 1.0, tokenizer: TokenizerChoice = BPE) -> RunConfig:
-    """What a run of the plan is, composed as its process gets it."""
-    told = run_overrides(PlannedRun(arm, 7, factor, 50), settings, "/teacher", tokenizer)
-    first = composed(*told)
-    run = composed(*without(told, unread_keys(first)))
+    """Compose a run of the plan like its process does."""
+    overrides = run_overrides(PlannedRun(arm, 7, factor, 50), settings, "/teacher", tokenizer)
+    first = composed(*overrides)
+    run = composed(*without(overrides, unread_keys(first)))
     checks.check(run)
     return run
 
@@ -176,11 +176,11 @@ def test_only_distilled_students_use_the_teacher_cache():
 
 
 def test_a_runs_command_needs_no_study():
-    told = shared_overrides(study_of(*GIVEN, "study.seeds=5", "name=mine", "callbacks=default"))
-    assert "callbacks=default" in told, "what is given goes before the recipe"
-    assert "callbacks=minimal" not in told
-    assert "logger=csv" in told
-    assert not [word for word in told if word.startswith(("study", "experiment", "name", "steps", "teacher="))]
+    overrides = shared_overrides(study_of(*GIVEN, "study.seeds=5", "name=mine", "callbacks=default"))
+    assert "callbacks=default" in overrides, "what is given goes before the recipe"
+    assert "callbacks=minimal" not in overrides
+    assert "logger=csv" in overrides
+    assert not [word for word in overrides if word.startswith(("study", "experiment", "name", "steps", "teacher="))]
 
 
 def test_equal_time_is_as_many_steps_as_fit():
@@ -196,7 +196,7 @@ def losses(base: float) -> dict[int, float | None]:
 
 
 def found_results() -> StudyResults:
-    """Distillation helps by 0.5 from scratch and by nothing from the teacher's layers; time makes up for the former."""
+    """Distillation gains 0.5 from scratch and nothing from the teacher's layers; equal time cancels the former."""
     arms: list[ArmResult] = [
         arm_result(Arm(SCRATCH, CE), TOKENS, 100, losses(4.5), 10.0),
         arm_result(Arm(SCRATCH, KD), TOKENS, 100, {1: 4.001, 2: 4.01, 3: 3.991}, 20.0),
@@ -209,19 +209,19 @@ def found_results() -> StudyResults:
 
 
 def test_every_comparison_with_two_sides_is_made():
-    said = {(contrast.budget, contrast.title): contrast.verdict for contrast in found_results().contrasts}
-    assert list(said) == [
+    verdicts = {(contrast.budget, contrast.title): contrast.verdict for contrast in found_results().contrasts}
+    assert list(verdicts) == [
         (TOKENS, "KD − CE from scratch"),
         (TOKENS, "KD − CE from the teacher's layers"),
         (TOKENS, "teacher_layers − scratch with CE"),
         (TOKENS, "teacher_layers − scratch with KD"),
         (TIME, "KD − CE from scratch"),
     ]
-    assert said[TOKENS, "KD − CE from scratch"].startswith("KD beats CE by 0.499")
-    assert "no difference shown with 2 seeds" in said[TOKENS, "KD − CE from the teacher's layers"]
-    assert "left out: seed 3" in said[TOKENS, "KD − CE from the teacher's layers"]
-    assert said[TOKENS, "teacher_layers − scratch with CE"].startswith("teacher_layers beats scratch by 1.000")
-    assert "no difference shown" in said[TIME, "KD − CE from scratch"]
+    assert verdicts[TOKENS, "KD − CE from scratch"].startswith("KD beats CE by 0.499")
+    assert "no difference shown with 2 seeds" in verdicts[TOKENS, "KD − CE from the teacher's layers"]
+    assert "left out: seed 3" in verdicts[TOKENS, "KD − CE from the teacher's layers"]
+    assert verdicts[TOKENS, "teacher_layers − scratch with CE"].startswith("teacher_layers beats scratch by 1.000")
+    assert "no difference shown" in verdicts[TIME, "KD − CE from scratch"]
 
 
 def test_the_table_warns_of_a_learning_rate_at_the_edge():
@@ -267,11 +267,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), MISTAKES)
-def test_invalid_study_is_refused_before_any_run(words: str, told: str, train_here: Train, tmp_path: Path):
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_invalid_study_is_refused_before_any_run(words: str, message: str, train_here: Train, tmp_path: Path):
     ended = train_here(*words.split())
     assert ended.code == 2
-    assert told in ended.stderr
+    assert message in ended.stderr
     assert len(ended.stderr.strip().splitlines()) <= 5
     assert not list(tmp_path.iterdir())
 
@@ -281,7 +281,7 @@ STEPS = ("steps=4", "log_every=1", "seed=3", "study.seeds=2", "optimizer=adamw",
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Path:
-    """A folder with a teacher of twice the width."""
+    """Make a folder with a teacher of twice the width."""
     folder = tmp_path_factory.mktemp("project")
     wide = [*SHRUNK, "model.n_embd=64", "model.n_head=4", f"path={sources}", "steps=20", "threads=1"]
     wide += ["run_dir=teacher"]
@@ -298,9 +298,9 @@ Study = Callable[..., Answer]
 
 @pytest.fixture
 def study(project: Path, train_here: Train, tiny: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
-    """train.py experiment=distill_study with its runs in this process, which spares each the seconds of imports.
+    """Run train.py experiment=distill_study with its runs in this process, to save seconds of imports for each.
 
-    A step that asks the teacher counts as two seconds and any other as one: steps this short cannot be timed.
+    A step with a teacher counts as two seconds and any other as one: steps this short cannot be timed.
     """
 
     def here(settings: RunConfig) -> tuple[int, int, str]:
@@ -460,7 +460,7 @@ def test_stopped_study_prints_its_resume_command(study: Study, tmp_path: Path, m
 
 
 def test_a_study_without_a_readable_study_json_is_refused(study: Study, tmp_path: Path, monkeypatch):
-    """Whether its runs belong to this study is then unknown. A second process changes nothing of a study in use."""
+    """Its runs might belong to another study. A second process changes nothing of a study in use."""
     monkeypatch.setattr(jobs, "run_process", lambda _settings: (exit_codes.STOPPED, signal.SIGTERM, ""))
     folder = tmp_path / "studies" / "mine"
     assert study("name=mine").code == exit_codes.STOPPED
@@ -497,22 +497,22 @@ def test_runs_on_other_data_are_not_compared(study: Study, tiny: list[str], sour
 def test_training_on_labels_runs_no_teacher(
     train_here: Train, project: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Else the time of training with a teacher's layers would be that of distillation."""
-    asked = Distill.teacher_signal
+    """Otherwise training with a teacher's layers would take the time of distillation."""
+    original = Distill.teacher_signal
 
     def teacher_signal(distill: Distill, batch: Batch, side: str) -> TeacherSignal:
-        assert side == "val", "the teacher was asked in training"
-        return asked(distill, batch, side)
+        assert side == "val", "the teacher ran in training"
+        return original(distill, batch, side)
 
     monkeypatch.setattr(Distill, "teacher_signal", teacher_signal)
     words = ["task=distill", f"teacher={project / 'teacher'}", "steps=2", "preflight=off", "threads=1"]
     assert train_here(*tiny, *words, "loss.hard_weight=1").code == 0
-    assert "asked in training" in train_here(*tiny, *words, "loss.hard_weight=0.9").stderr
+    assert "ran in training" in train_here(*tiny, *words, "loss.hard_weight=0.9").stderr
 
 
 @pytest.mark.slow
 def test_a_study_as_a_user_runs_it(train_process: Train, tiny: list[str], project: Path, tmp_path: Path):
-    """Each run in a process of its own."""
+    """Each run has a separate process."""
     words = ["experiment=distill_study", f"teacher={project / 'teacher'}", *STEPS, "study.lr_factors=[1]", "name=mine"]
     ended = train_process(*tiny, *words)
     assert ended.code == 0, ended.stderr

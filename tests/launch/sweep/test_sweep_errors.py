@@ -1,4 +1,4 @@
-"""What keeps a sweep from starting more jobs, a damaged study or a lost folder, ends it after those that run."""
+"""A sweep that cannot start more jobs (damaged study, lost folder) ends after its running ones."""
 
 import shlex
 import shutil
@@ -55,35 +55,35 @@ SEARCH = ["optimizer.lr=interval(1e-4,1e-2)", "hparams_search=optuna", "hparams_
 
 @pytest.fixture(autouse=True)
 def planted(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What every job imports from."""
+    """A module that every job imports."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.py").write_text(PLANTED)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def mended_study(swept: Path) -> None:
+def repair_study(swept: Path) -> None:
     shutil.copy(swept / "whole.db", swept / "study.db")
 
 
-def mended_logs(swept: Path) -> None:
+def repair_logs(swept: Path) -> None:
     (swept / "logs").unlink()
 
 
 @pytest.mark.chaos
 @needs_two_cores
 @pytest.mark.parametrize(
-    ("damage", "keys", "mended", "code", "told", "statuses"),
+    ("damage", "keys", "repair", "code", "message", "statuses"),
     [
-        ("OfStudy", SEARCH, mended_study, 2, "study.db cannot be used as the study", ["finished", "finished"]),
-        ("OfLogs", ["-m", "seed=1,2,3"], mended_logs, 1, "FileExistsError", ["finished", "finished", "stopped"]),
+        ("OfStudy", SEARCH, repair_study, 2, "study.db cannot be used as the study", ["finished", "finished"]),
+        ("OfLogs", ["-m", "seed=1,2,3"], repair_logs, 1, "FileExistsError", ["finished", "finished", "stopped"]),
     ],
 )
 def test_sweep_that_cannot_start_jobs_is_resumable(
     damage: str,
     keys: list[str],
-    mended: Callable[[Path], None],
+    repair: Callable[[Path], None],
     code: int,
-    told: str,
+    message: str,
     statuses: list[str],
     train_process: Train,
     tiny: list[str],
@@ -96,7 +96,7 @@ def test_sweep_that_cannot_start_jobs_is_resumable(
     command = [*tiny, *keys, "n_jobs=2", "steps=4", "log_every=1", saboteur, "hydra.sweep.dir=swept"]
     ended = train_process(*command)
     assert ended.code == code, ended.stderr
-    assert told in "".join(ended.stderr.splitlines(keepends=True)[-2:])
+    assert message in "".join(ended.stderr.splitlines(keepends=True)[-2:])
     assert "No more jobs are started, those that run (1) are finished first" in ended.stderr
     assert f"{swept.name}/sweep.csv" in ended.stdout, "the table is shown"
     assert not marked(mark)
@@ -104,7 +104,7 @@ def test_sweep_that_cannot_start_jobs_is_resumable(
     assert [read_report(swept / job)["status"] for job in ("0", "1")] == ["finished", "finished"]
     assert not (swept / "2").exists()
 
-    mended(swept)
+    repair(swept)
     (continued,) = (line for line in ended.stderr.splitlines() if line.startswith("Once this is mended"))
     ended = train_process(*shlex.split(continued.partition("train.py ")[2]))
     assert ended.code == 0, ended.stderr
