@@ -1,13 +1,13 @@
-"""Twelve bugs that distillation code has had are planted one by one; preflight or a named test notices each.
+"""Twelve known bugs of distillation code are planted one by one; preflight or a named test detects each.
 
-| bug | noticed by |
+| bug | detected by |
 |---|---|
 | student missing from the KL | preflight: no gradient |
 | padding unmasked | preflight: positions without a target pull |
 | token ids clamped | preflight: the teacher's loss |
 | shifted by one | preflight: the teacher's loss |
-| teacher in training mode | preflight: it answers differently each time |
-| dropout in the teacher | preflight: it answers differently each time |
+| teacher in training mode | preflight: its logits differ from call to call |
+| dropout in the teacher | preflight: its logits differ from call to call |
 | gradient of another loss than the value | preflight: the slope |
 | T² missing | test_lm_head_loss: the dense twin |
 | wrong labels for a chunk | test_lm_head_loss: the dense twin |
@@ -46,14 +46,14 @@ LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
 
 
 def begin(tokenizer: str, teacher: str, loss: LossSettings = KL, **changed: object) -> Distill:
-    """Preflight and one step."""
+    """Run preflight and one step."""
     module = Distill(settings(tokenizer, steps=1, **changed), teacher, loss)
     fit(module, CountingData())
     return module
 
 
 def as_other_chunks(monkeypatch: pytest.MonkeyPatch, plant) -> None:
-    """Replace the work on a chunk by what `plant` makes of it."""
+    """Replace the function of a chunk by `plant` applied to it."""
     honest = chunk_losses.chunk_function
     monkeypatch.setattr(head_loss_module, "chunk_function", lambda *given: plant(honest, *given))
 
@@ -87,8 +87,8 @@ def shifted_by_one(monkeypatch) -> None:
     honest = OnlineTeacher.signal
 
     def shifted(self: OnlineTeacher, ids: Tensor, spans: Tensor | None):
-        said = honest(self, ids, spans)
-        return replace(said, hidden=said.hidden.roll(1, 0))
+        result = honest(self, ids, spans)
+        return replace(result, hidden=result.hidden.roll(1, 0))
 
     monkeypatch.setattr(OnlineTeacher, "signal", shifted)
 
@@ -102,8 +102,8 @@ def dropout_in_teacher(monkeypatch) -> None:
     honest = OnlineTeacher.signal
 
     def dropping(self: OnlineTeacher, ids: Tensor, spans: Tensor | None):
-        said = honest(self, ids, spans)
-        return replace(said, hidden=torch.dropout(said.hidden, 0.1, train=True))
+        result = honest(self, ids, spans)
+        return replace(result, hidden=torch.dropout(result.hidden, 0.1, train=True))
 
     monkeypatch.setattr(OnlineTeacher, "signal", dropping)
 
@@ -126,7 +126,7 @@ def test_preflight_detects_the_bug(tokenizer_folder, teacher_folder, monkeypatch
         begin(tokenizer_folder, teacher_folder)
 
 
-# What only a test can notice
+# Bugs that only a test can detect
 
 
 def no_t2(monkeypatch) -> None:
@@ -224,7 +224,7 @@ def test_the_teacher_is_neither_trained_nor_saved(tokenizer_folder, teacher_fold
     assert not any("teacher" in name for name in module.state_dict())
 
 
-# No alarm where all is well
+# No error without a bug
 
 GOOD = [LossSettings(name, hard_weight=0.2) for name in LOSSES]
 GOOD += [LossSettings(name, temperature=2.0, hard_weight=0.0) for name in LOSSES]
@@ -248,7 +248,7 @@ def test_rank_without_validation_samples_passes_preflight(tokenizer_folder, teac
     assert not module.preflight_checks().gradient(filler, module.teacher_signal(filler, "val"))
 
 
-# What is told before any look
+# Errors before preflight
 
 
 def test_teacher_with_fewer_positions_than_context_is_refused(

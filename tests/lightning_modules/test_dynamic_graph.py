@@ -1,4 +1,4 @@
-"""The dynamic graph: layers that a pass leaves out, and batches of many lengths through a few compiled graphs."""
+"""The dynamic graph: layer drop, and batches of many lengths with a few compiled graphs."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.conftest import Train
 
 
 def passed_through(backbone: Backbone) -> list[int]:
-    """Numbers of the blocks that one pass goes through."""
+    """Return the indices of the blocks that one pass runs."""
     seen: list[int] = []
     hooks = [
         block.register_forward_hook(lambda *_, number=number: seen.append(number))
@@ -45,7 +45,7 @@ def test_layers_are_dropped_in_training_only() -> None:
 
 
 def test_resumed_run_with_layer_drop_equals_unbroken_run(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
-    """And not as a run that leaves none out."""
+    """The run also differs from one without layer drop."""
     keys = (*tiny, "layer_drop=0.5", "steps=12", "checkpoint_every=6", "validate_every=6", "seed=1", "log_every=1")
     assert train_here(*keys, "run_dir=unbroken").code == 0
     assert train_here(*keys, "run_dir=stopped").code == 0
@@ -100,7 +100,7 @@ def test_pass_compiled_as_one_graph_is_equal_with_every_mask() -> None:
 def test_compiled_losses_of_two_ranks_equal_eager_ones(
     more: tuple[str, ...], train_process: Train, tiny: list[str], tmp_path: Path
 ) -> None:
-    """DDP cuts what is compiled where its buckets end; sums in fp32 come in another order."""
+    """DDP splits compiled graphs at the ends of its buckets, so fp32 sums have another order."""
     keys = [*tiny, *more, "devices=2", "strategy=ddp", "steps=8", "validate_every=4", "log_every=1", "optimizer=adamw"]
     found = {}
     for compiles in ("true", "false"):
@@ -111,7 +111,7 @@ def test_compiled_losses_of_two_ranks_equal_eager_ones(
         found[compiles] = [float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)]
     assert len(found["true"]) == 8 + 2
     assert found["true"] == pytest.approx(found["false"], abs=2e-5)
-    assert found["true"] != found["false"]  # to the last bit only code that was not compiled is alike
+    assert found["true"] != found["false"]  # only eager code is bitwise equal
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_pairs_of_many_lengths_are_compiled_for_a_few_graphs(
 ) -> None:
     """Micro-batches of 8 to 64 positions; the second length makes the graph dynamic, and it serves the rest.
 
-    PyTorch gives up compiling a function after the eighth time, so that a storm of recompilations would count few.
+    PyTorch stops compiling a function after the eighth time, so that frequent recompilation would have a low count.
     """
     letters = Random(0)
     sizes = [(1 + number % 47, 1 + number % 43) for number in range(400)]

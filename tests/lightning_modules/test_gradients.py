@@ -1,4 +1,4 @@
-"""Two CPU ranks accumulate the gradient of one process, in float64, whatever is trained and however it is shared."""
+"""Two CPU ranks accumulate the gradient of one process, in float64, for every task and strategy."""
 
 import math
 import socket
@@ -26,7 +26,7 @@ from tests.support.gradient_run import Gradients, Held, recorded
 
 TOLERANCE = 1e-6  # relative L2 distance of two gradients
 STEPS = 2  # LoRA's first factor has no gradient in the first, and DDP regroups its buckets after it
-ROWS = 7  # of a step: neither two ranks nor their micro-batches of two come out even
+ROWS = 7  # of a step: not divisible by two ranks nor by their micro-batches of two
 
 
 DISTILL = ("task=distill", "teacher=TEACHER", "preflight=off", "loss=jsd", "loss.hard_weight=0.3")
@@ -38,19 +38,19 @@ CASES: dict[str, tuple[str, ...]] = {
     "finetune": PAIRS,
     "lora": (*PAIRS, "task.lora.rank=4"),
 }
-# What only ranks that shard can do: case → that of CASES whose gradient it must have, and what is set
+# Options of sharding alone: case → the case of CASES with the same gradient, and the overrides
 ONLY_SHARDED: dict[str, tuple[str, dict[str, Any]]] = {
     "distill_sharded_teacher": ("distill", {"shard_teacher": True}),
     "offloaded": ("pretrain", {"strategy": StrategySettings("fsdp", offload=True)}),
     "bf16": ("finetune", {"precision": precision_named("bf16")}),
     "bf16_true": ("finetune", {"precision": precision_named("bf16_true")}),
 }
-BF16_TOLERANCE = 0.02  # of bf16's gradient; it keeps 8 bits
-BF16_TRUE_TOLERANCE = 0.04  # whose weights, residual stream and accumulated gradient have no more
+BF16_TOLERANCE = 0.02  # of gradients in bf16, which has 8 bits
+BF16_TRUE_TOLERANCE = 0.04  # with weights, residual stream and accumulated gradient in bf16
 
 
 def spec_of(overrides: tuple[str, ...], named: dict[str, str]) -> PreparedSpec:
-    """The checked run of a command line, compiled nowhere."""
+    """Return the checked run of a command line, without torch.compile."""
     given = [override.replace("TEACHER", named["TEACHER"]).replace("PAIRS", named["PAIRS"]) for override in overrides]
     config = composed(*given)
     checks.check(config)
@@ -66,7 +66,7 @@ def spec_of(overrides: tuple[str, ...], named: dict[str, str]) -> PreparedSpec:
 
 
 def on_two_ranks(spec: PreparedSpec, strategy: str) -> PreparedSpec:
-    """The same run, shared out."""
+    """Return the same run on two ranks."""
     config = replace(spec.config, micro_batch=2)
     machine = replace(spec.machine, devices=2, strategy=strategy)
     micro_batch, accumulate = auto_settings.split_batch(config, machine)
@@ -79,7 +79,7 @@ def with_machine(spec: PreparedSpec, machine: Machine) -> PreparedSpec:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Iterator[dict[str, str]]:
-    """A teacher twice as wide as the students, and pairs whose responses have very different lengths."""
+    """A teacher twice as wide as the students, and pairs with responses of very different lengths."""
     folder = tmp_path_factory.mktemp("given")
     lines = [f"{number}\t{'and ' * (number * number % 11)}{number}" for number in range(60)]
     (folder / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
@@ -107,7 +107,7 @@ def spec_of_case(case: str, given: dict[str, str]) -> PreparedSpec:
 
 @pytest.fixture(scope="module")
 def alone(given: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreparedSpec, Gradients]]:
-    """Case → its run on one device, and the gradients of each step there, from one undivided batch."""
+    """Map a case to its run on one device and the gradients of each step, from one undivided batch."""
     found = {}
     for case in CASES:
         spec = spec_of_case(case, given)
@@ -121,7 +121,7 @@ def alone(given: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
 def together(
     alone: dict[str, tuple[PreparedSpec, Gradients]], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """(strategy, case) → what two ranks recorded; all of them in one process group."""
+    """Map (strategy, case) to the records of two ranks; all cases run in one process group."""
     folder = tmp_path_factory.mktemp("together")
     shared = {
         (strategy, case): on_two_ranks(spec, strategy)
@@ -142,7 +142,7 @@ def together(
 
 
 def run_ranks(program: list[str], cache: Path) -> None:
-    """Run a program as two ranks that find each other."""
+    """Run a program as two ranks of one process group."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
@@ -165,7 +165,7 @@ def run_ranks(program: list[str], cache: Path) -> None:
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance of two whole gradients."""
+    """Return the relative L2 distance of two whole gradients."""
     assert one.keys() == other.keys()
     assert all(tensor.dtype == torch.float64 for tensor in one.values())
     squares = sum(float((one[name] - other[name]).square().sum()) for name in one)
@@ -203,7 +203,7 @@ def test_sharding_and_offload_options_change_no_gradient(
 
 
 def share(recorded: dict[str, Any], whose: str) -> dict[str, list[Held]]:
-    """Parameter → what each rank holds of it."""
+    """Map a parameter to the part on each rank."""
     names = [name for name in recorded["ranks"][0]["held"] if name.startswith(whose)]
     return {name: [rank["held"][name] for rank in recorded["ranks"]] for name in names}
 
@@ -212,7 +212,7 @@ def share(recorded: dict[str, Any], whose: str) -> dict[str, list[Held]]:
 def test_each_of_two_ranks_stores_half_of_weights_and_moments(
     case: str, together: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    """Of every tensor, the larger half of an odd number of rows included; under ddp both hold all of it."""
+    """An odd number of rows has a larger half; under ddp both ranks have all of every tensor."""
     of_student = share(together["fsdp", case], "student")
     assert of_student
     for name, ((shape, *_), _) in of_student.items():
@@ -240,7 +240,7 @@ def test_sharded_teacher_keeps_only_its_head_whole(
 
 @pytest.mark.parametrize("case", [*CASES, *ONLY_SHARDED])
 def test_sharded_model_has_one_fsdp_root(case: str, together: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """The backbone, which is called; a block that is its own root waits until it is called to gather its weights."""
+    """The root is the backbone; a block that is a root gathers its weights only when it is called, without prefetch."""
     of_teacher = {"teacher": []} if case == "distill" else {"teacher": [""]} if "teacher" in case else {}
     for rank in together["fsdp", case]["ranks"]:
         assert rank["roots"] == {"student": [""], **of_teacher}

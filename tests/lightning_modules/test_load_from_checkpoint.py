@@ -1,4 +1,4 @@
-"""Lightning's own ways: `load_from_checkpoint`, a user's Trainer, and a training loader that it can resume."""
+"""Lightning's own API: `load_from_checkpoint`, a user's Trainer, and a resumable training loader."""
 
 import warnings
 from pathlib import Path
@@ -187,6 +187,6 @@ def test_loader_continues_from_its_saved_state(sources, cache):
     batches = iter(loader)
     for _ in range(6):  # three steps of two micro-batches
         next(batches)
-    assert loader.state_dict() == {"step": 0}  # the trainer's, and there is none yet
+    assert loader.state_dict() == {"step": 0}  # of the trainer, and none is attached yet
     other.load_state_dict({"step": 3})
     assert torch.equal(next(iter(other)).input_ids, next(batches).input_ids)

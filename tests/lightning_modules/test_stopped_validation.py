@@ -49,7 +49,7 @@ class SignalIn(lightning.Callback):
 
 
 class Validations(lightning.Callback):
-    """Notes the steps whose validation came to its end, as early stopping and pruning would."""
+    """Records the steps with a complete validation, like early stopping and pruning."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -60,7 +60,7 @@ class Validations(lightning.Callback):
 
 
 def run(folder: Path, cache: Path, *extra: lightning.Callback) -> tuple[list[int], list[torch.Tensor]]:
-    """(steps validated, weights) of a run of 12 steps with samples at 4, 8, 12, validated at 8 and 12."""
+    """Return (validated steps, weights) of a run of 12 steps with samples at 4, 8, 12, validated at 8 and 12."""
     folder.mkdir(exist_ok=True)
     validations, samples = Validations(), Samples(every=4, prompts=["def f("], max_new_tokens=8)
     _, model = tiny_run.train(folder, cache, extra=[*extra, validations, samples])
@@ -84,7 +84,7 @@ def unbroken(cache, tmp_path_factory) -> tuple[Path, list[torch.Tensor]]:
     ids=str,
 )
 def test_sigterm_in_a_validation_stops_it_and_resume_repeats_it(unbroken, cache, tmp_path, step: int, batch: int):
-    """Batch −1: as the step ends, before its samples are written; else within the validation after the step."""
+    """Batch −1 is the end of the step, before its samples are written; others are within the validation after it."""
     whole, expected = unbroken
     stop = SignalIn(step, batch)
     validated, _ = run(tmp_path, cache, stop)
@@ -108,7 +108,7 @@ def test_sigterm_in_a_validation_stops_it_and_resume_repeats_it(unbroken, cache,
 
 
 class SignalAtValidationEnd(lightning.Callback):
-    """Sends SIGTERM once the batches of the validation after step 2 are read, while its texts are written."""
+    """Sends SIGTERM after the batches of the validation after step 2, while its texts are generated."""
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if trainer.global_step == 2 and batch_idx + 1 == trainer.num_val_batches[0]:
@@ -116,7 +116,7 @@ class SignalAtValidationEnd(lightning.Callback):
 
 
 def test_sigterm_ends_the_texts_of_a_validation(train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch):
-    """Counts tokens: nothing is generated after the signal; the resumed run scores the texts of an unbroken one."""
+    """No token is generated after the signal; the resumed run scores the texts of an unbroken one."""
     generated: list[int] = []
     original = Decoder.read
 

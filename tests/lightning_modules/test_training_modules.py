@@ -50,7 +50,7 @@ def tokenizer_folder(tmp_path_factory) -> str:
 
 
 class CountingData(lightning.LightningDataModule):
-    """Sequences that count upwards: quickly learnt, and a pure function of the step. Pairs have a prompt of six."""
+    """Sequences that count upwards, learnt quickly, a pure function of the step. Pairs have a prompt of six tokens."""
 
     def __init__(self, accumulate: int = 1, pairs: bool = False) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_bf16_trains_close_to_fp32(tokenizer_folder) -> None:
 
 
 def test_bf16_weights_start_as_fp32_and_change_no_other_dtype(tokenizer_folder) -> None:
-    """Lightning's own bf16-true makes bf16 PyTorch's default type, which rounds counts and draws other weights."""
+    """Lightning's bf16-true makes bf16 PyTorch's default dtype, which rounds counts and changes the initial weights."""
 
     class Types(Callback):
         def __init__(self) -> None:
@@ -259,15 +259,15 @@ def test_bf16_weights_start_as_fp32_and_change_no_other_dtype(tokenizer_folder) 
 
 
 def test_bf16_true_validation_loss_equals_float64(tokenizer_folder) -> None:
-    """PyTorch's cross-entropy of the same logits in float64."""
+    """The reference is PyTorch's cross-entropy of the same logits in float64."""
     module, data = Pretrain(settings(tokenizer_folder)), CountingData()
     loss = fit(module, data, precision="bf16-true").callback_metrics["val/loss"].item()
     batches = list(data.val_dataloader())
     with torch.no_grad():
         logits = torch.cat([module.backbone.logits(batch.input_ids).flatten(0, 1) for batch in batches])
     labels = torch.cat([batch.labels.flatten() for batch in batches])
-    wanted = torch.nn.functional.cross_entropy(logits.double(), labels, ignore_index=IGNORE_INDEX).item()
-    assert loss == pytest.approx(wanted, rel=1e-5)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, ignore_index=IGNORE_INDEX).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 # Fine-tuning
