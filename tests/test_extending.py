@@ -22,7 +22,7 @@ WIDE = [key for key in SMALL if not key.startswith("model.")]
 
 
 def on_page(*words: str) -> list[str]:
-    """The arguments of all train.py commands of the page that contain one of these words, without values for humans."""
+    """Return the arguments of the page's train.py commands that contain one of these words, without placeholders."""
     found = [command for command in commands("train.py", [PAGE.read_text()]) if any(word in command for word in words)]
     assert len(found) == len(words)
     return list(dict.fromkeys(word for command in found for word in shlex.split(command)))
@@ -30,7 +30,7 @@ def on_page(*words: str) -> list[str]:
 
 @pytest.fixture
 def outside(tmp_path: Path, sources: Path) -> Iterator[Path]:
-    """The files of the page and some text, in a folder that is the working directory."""
+    """Write the files of the page and some text into the working directory."""
     write_examples(tmp_path)
     (tmp_path / "notes.txt").write_text(
         "".join(f"{number} and {number + 1} make {2 * number + 1}.\n" for number in range(400))
@@ -50,7 +50,7 @@ ONE_DISTILLATION = ("loss.name=squared_error optimizer.name", "StopBelow", "Json
 
 
 def distillation() -> list[str]:
-    """Functions, callback, logger and data of the page in one run, which the callback ends at the first validation."""
+    """Train one run with the page's functions, logger and data; its callback ends it at the first validation."""
     return [
         *(word.replace("value=1.5", "value=100") for word in on_page(*ONE_DISTILLATION)),
         *(
@@ -143,7 +143,7 @@ def test_a_plugin_that_does_not_exist_is_named(train_here: Train, outside: Path)
     assert "plugins=[my pkg]" in ended.stderr
 
 
-# As the user runs it: processes, from a folder outside the checkout
+# Processes like those of a user, from a folder outside the checkout
 
 
 def in_process(cache: Path, *words: str | Path) -> Answer:

@@ -19,7 +19,7 @@ from tests.support.extending import forgetting_plugins, write_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Different commands on all pages, at least. A page whose commands are no longer found lowers the count.
+# Least number of different commands on all pages. A page with commands in another form lowers the count.
 LEAST = {"train.py": 85, "evaluate.py": 15, "generate.py": 12, "make": 12, "-m": 20, "pytest": 4}
 
 FENCE = re.compile(r"\s*(`{3,}|~{3,})")
@@ -119,7 +119,7 @@ def test_the_pages_show_commands_of_each_program(program: str) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The files that the pages name."""
+    """Make the files that the pages name."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "nanoGPT/data/openwebtext").mkdir(parents=True)
     (tmp_path / "notes/a.md").write_text("a")
@@ -139,7 +139,7 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
     words = shlex.split(command)
     if "resume=" in command or "--" in command:
         pytest.skip("resumes or prints; the rest of the command is elsewhere on the page")
-    # Of a sweep the first job is checked; of a search one at the lower bounds.
+    # For a sweep its first job is checked, for a search one at the lower bounds.
     words = [re.sub(r"interval\((.*),.*\)", r"\1", word) for word in words]
     overrides = [word.split(",")[0] for word in words if word != "-m" and not word.startswith("hparams_search")]
     config = composed(*overrides)

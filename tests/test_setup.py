@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 
 def planned(target: str) -> list[str]:
-    """The commands of a target in a fresh clone."""
+    """Return the commands of a target in a fresh clone."""
     command = ["make", "--dry-run", "--always-make", target]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
 

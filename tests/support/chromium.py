@@ -13,11 +13,11 @@ from typing import Any
 import aiohttp
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE = 60.0  # seconds, on a machine that does other things too
+PATIENCE = 60.0  # seconds, on a busy machine
 
 
 class Browser:
-    """One tab. Nothing but 127.0.0.1 can be reached from it."""
+    """One tab, which can reach 127.0.0.1 alone."""
 
     def __init__(self, folder: Path, width: int = 1400, height: int = 1000) -> None:
         assert PROGRAM is not None
@@ -40,7 +40,7 @@ class Browser:
             start_new_session=True,
         )
         self._loop, self._number = asyncio.new_event_loop(), 0
-        self.told: list[dict[str, Any]] = []  # what the protocol said unasked: errors of the page among it
+        self.events: list[dict[str, Any]] = []  # events of the protocol, among them errors of the page
         try:
             self._loop.run_until_complete(self._connect(self._port(folder / "DevToolsActivePort")))
             for domain in ("Page", "Runtime", "Log"):
@@ -51,7 +51,7 @@ class Browser:
 
     @staticmethod
     def _port(place: Path) -> str:
-        """That the browser listens on, as it writes into its folder."""
+        """Return the port of the browser, from the file in its folder."""
         end = time.monotonic() + PATIENCE
         while not (place.is_file() and place.read_text().count("\n")):
             assert time.monotonic() < end, "chromium does not start"
@@ -65,7 +65,7 @@ class Browser:
         self._socket = await self._session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
 
     def call(self, method: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One command of the protocol and its result."""
+        """Send one command of the protocol and return its result."""
         return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters or {}), PATIENCE))
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -76,16 +76,16 @@ class Browser:
             if message.get("id") == self._number:
                 assert "error" not in message, message["error"]
                 return message["result"]
-            self.told.append(message)
+            self.events.append(message)
 
     def value(self, script: str) -> Any:
-        """What a script of the page gives."""
+        """Return the value of a script in the page."""
         result = self.call("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def wait(self, script: str) -> Any:
-        """The first value of the script that counts as true."""
+        """Return the first value of the script that is true."""
         end = time.monotonic() + PATIENCE
         while not (value := self.value(script)):
             assert time.monotonic() < end, f"{script} never came true:\n{self.value('document.body.innerText')}"
@@ -97,7 +97,7 @@ class Browser:
         self.wait("document.readyState === 'complete'")
 
     def click(self, selector: str) -> None:
-        """With the mouse, as a user does."""
+        """Click on an element with the mouse."""
         place = self.value(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
@@ -120,7 +120,7 @@ class Browser:
         self.call("Input.dispatchMouseEvent", {"type": kind, **place})
 
     def type(self, selector: str, text: str) -> None:
-        """Replace what a field holds."""
+        """Replace the text of a field."""
         self.value(f"document.querySelector({json.dumps(selector)}).select()")
         self.value(f"document.querySelector({json.dumps(selector)}).focus()")
         self.call("Input.insertText", {"text": text})

@@ -1,4 +1,4 @@
-"""What train.py makes of a command line, step by step, without running it."""
+"""The steps of train.py from a command line to a prepared run, without training."""
 
 import functools
 import shlex
@@ -21,7 +21,7 @@ BPE = TokenizerChoice("bpe", vocab_size=300)
 
 @functools.cache
 def composed(*overrides: str) -> RunConfig:
-    """The configuration of a command line."""
+    """Return the configuration of a command line."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         words = [word for word in quote_free_text(list(overrides)) if word != "-m"]
         tree = compose("train", words, return_hydra_config=True)
@@ -31,18 +31,18 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def inputs_of(config: RunConfig, **changes: Any) -> Inputs:
-    """Its model, teacher and tokenizer as they are named, without a look at the disk."""
+    """Return its model, teacher and tokenizer by name, without reading the disk."""
     tokenizer = BPE if config.tokenizer.kind == "auto" else resolve.named_tokenizer(config)
     named = {"model": config.model, "model_name": config.groups["model"], "init": config.init, "tokenizer": tokenizer}
     return Inputs(**{**named, "teacher": config.teacher if config.task_name == "distill" else "", **changes})
 
 
 def resolved(config: RunConfig, free: int | None = None, **changes: Any) -> RunSpec:
-    """The run on this machine; `changes` are of its inputs."""
+    """Return the run on this machine; `changes` replace fields of its inputs."""
     inputs = inputs_of(config, **changes)
     return RunSpec(config, Resolved(**vars(inputs), machine=auto_settings.choose_machine(config, inputs, free)))
 
 
 def prepared(spec: RunSpec, vocab_size: int = 300, compiled: bool = False) -> PreparedSpec:
-    """The run with its data prepared."""
+    """Return the run with its data prepared."""
     return PreparedSpec(spec.config, spec.resolved, Prepared("hash", vocab_size, compiled, compile_head=False))

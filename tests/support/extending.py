@@ -1,4 +1,4 @@
-"""The example files of docs/extending.md, and registries that are as before after a test."""
+"""The example files of docs/extending.md, and registries that are restored after a test."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ FILES = re.compile(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", flags=re.DOTALL)
 
 
 def write_examples(folder: Path) -> list[Path]:
-    """Write each code block of the page whose first line names a file."""
+    """Write each code block of the page that names a file in its first line."""
     files = []
     for name, text in FILES.findall(PAGE.read_text()):
         files.append(folder / name)
@@ -24,7 +24,7 @@ def write_examples(folder: Path) -> list[Path]:
 
 @contextmanager
 def forgetting_plugins() -> Iterator[None]:
-    """Remove what the block registers and imports of `mypkg`, and its changes of the import path."""
+    """Remove the block's registrations and imports of `mypkg`, and its changes of the import path."""
     registries, path = (DIVERGENCES, OPTIMIZERS, SCHEDULES, TEXT_METRICS), list(sys.path)
     before = [dict(registry.added) for registry in registries]
     try:

@@ -1,7 +1,7 @@
-"""Gradients of a few optimizer steps in float64, through the objects that train.py builds: what tests compare.
+"""Gradients of a few optimizer steps in float64, through the objects that train.py builds, for comparison in tests.
 
-As a program, one rank of several: python gradient_run.py SPEC … takes up the run that each SPEC, a config.yaml,
-describes, one after the other in one process group. Its gradients lie beside it, in gradients.pt.
+As a program, one rank of several: python gradient_run.py SPEC … trains the run that each SPEC, a config.yaml,
+describes, one after the other in one process group. Its gradients are written beside it, to gradients.pt.
 """
 
 import sys
@@ -29,16 +29,16 @@ Held = tuple[tuple[int, ...], int, bool]
 
 
 class Recorder(lightning.Callback):
-    """Keeps each step's whole gradient, before it is clipped, and how it came about."""
+    """Stores the whole gradient of each step before clipping, with its micro-batches and dtypes."""
 
     def __init__(self) -> None:
         self.gradients: Gradients = []
         self.parts: list[tuple[int, int]] = []  # (sequences, targets) of each micro-batch on this rank
-        self.computed_in: torch.dtype | None = None  # the type of a block's weights while it works
+        self.computed_in: torch.dtype | None = None  # the dtype of a block's weights in its forward pass
         self.held: dict[str, Held] = {}
         self.moments_held = 0  # elements of the optimizer's state on this rank
-        self.offloads: set[bool] = set()  # whether FSDP copies the parts of weights that it gathers from the host
-        self.roots: dict[str, list[str]] = {}  # student and teacher → modules at which FSDP's work begins
+        self.offloads: set[bool] = set()  # whether FSDP gathers shards of weights from the host
+        self.roots: dict[str, list[str]] = {}  # student and teacher → root modules of FSDP
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         attention = pl_module.backbone.blocks[0].attn
@@ -79,26 +79,26 @@ class Recorder(lightning.Callback):
 
 
 def held(tensor: Tensor) -> Held:
-    """Whole size of a tensor, the elements of it that this rank keeps in memory, and whether it is one of parts."""
+    """Return the full shape of a tensor, the elements on this rank, and whether it is sharded."""
     here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return tuple(tensor.shape), here.untyped_storage().nbytes() // here.itemsize, isinstance(tensor, DTensor)
 
 
 def roots(model: nn.Module) -> list[str]:
-    """Names of the modules that FSDP has found itself called at first; nothing where it is not at work."""
+    """Return the names of FSDP's root modules; none without FSDP."""
     split = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     return [name for name, module in split.items() if module._get_fsdp_state()._is_root]
 
 
 def offloads(model: nn.Module) -> set[bool]:
-    """Of all parameters that FSDP has split, whether it leaves them to the host; nothing where it is not at work."""
+    """Return whether FSDP offloads its sharded parameters to the host; empty without FSDP."""
     split = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for state in split for group in state._fsdp_param_groups]
     return {parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params}
 
 
 def recorded(spec: PreparedSpec, folder: Path) -> Recorder:
-    """Train in float64 for `precision=fp32`; validation, checkpoints and reports are left out.
+    """Train in float64 for `precision=fp32`, without validation, checkpoints and reports.
 
     Args:
         folder: an empty one.
@@ -112,7 +112,7 @@ def recorded(spec: PreparedSpec, folder: Path) -> Recorder:
     module = build.task_module(spec, data.prepare(), is_resumed=False)
     trainer = build.trainer(spec, folder, [recorder], [])
     if is_exact:
-        trainer.strategy.precision_plugin = DoublePrecision()  # the Trainer refuses it beside FSDP2
+        trainer.strategy.precision_plugin = DoublePrecision()  # the Trainer refuses it with FSDP2
     trainer.fit(module, datamodule=data)
     return recorder
 

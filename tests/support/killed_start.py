@@ -1,4 +1,4 @@
-"""Kills train.py at each of its file operations in turn, and starts again what is left each time.
+"""Kill train.py at each of its file operations in turn, and restart it each time.
 
     python tests/support/killed_start.py FOLDER FIRST LAST OVERRIDE…
 
@@ -41,7 +41,7 @@ def die_at(number: int, below: Path) -> None:
 
 
 def in_fork(action: Callable[[], int], output: Path) -> int:
-    """Exit code of `action` in a fork of this process, whose output goes to a file; negative: the signal."""
+    """Return the exit code of `action` in a fork with output to a file; a negative one is a signal."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""Reads what W&B keeps of an offline run: LevelDB's log format, 7 bytes of header, then protocol buffers.
+"""Reader of W&B's offline run files: LevelDB's log format, 7 bytes of header, then protocol buffers.
 
 https://github.com/google/leveldb/blob/main/doc/log_format.md
 """
@@ -14,13 +14,13 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def runs_in(run_dir: Path) -> list[Any]:
-    """The run (`run_id`, `run_group`, `display_name`, …) of every offline folder in a run directory."""
+    """Return the run (`run_id`, `run_group`, `display_name`, …) of every offline folder in a run directory."""
     files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
     return [record.run for file in files for record in records(file) if record.HasField("run")]
 
 
 def records(file: Path) -> list[Any]:
-    """All whole records, the newest last."""
+    """Return all whole records, the newest last."""
     data, found, parts, at = file.read_bytes(), [], b"", HEADER
     assert data.startswith(b":W&B")
     while at + PIECE <= len(data):

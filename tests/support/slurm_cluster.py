@@ -1,4 +1,4 @@
-"""A SLURM cluster of two nodes that is this machine alone: the daemons of Debian's slurm-wlm, without systemd.
+"""A SLURM cluster of two nodes on this machine: the daemons of Debian's slurm-wlm, without systemd.
 
 Needs root, munged, slurmctld and slurmd (Debian: apt install slurm-wlm). By hand, until Enter is pressed:
 
@@ -54,13 +54,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def is_possible() -> bool:
-    """Whether this machine can be one."""
+    """Return whether this machine can run a cluster."""
     return os.geteuid() == 0 and all(shutil.which(program) for program in NEEDED)
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """The variables with which SLURM's commands find the cluster, which is up while the block runs."""
+    """Run the cluster during the block; return the environment variables for SLURM's commands."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state").mkdir(exist_ok=True)
     host = socket.gethostname().split(".")[0]
@@ -105,12 +105,12 @@ def end(daemon: subprocess.Popen[bytes]) -> None:
 def wait_until_idle(environment: dict[str, str], folder: Path) -> None:
     end = time.monotonic() + 30
     while time.monotonic() < end:
-        told = subprocess.run(["sinfo", "-h", "-o", "%t %D"], env=environment, capture_output=True, text=True)
-        if told.stdout.strip() == "idle 2":
+        nodes = subprocess.run(["sinfo", "-h", "-o", "%t %D"], env=environment, capture_output=True, text=True)
+        if nodes.stdout.strip() == "idle 2":
             return
         time.sleep(0.2)
     raise RuntimeError(
-        f"SLURM does not come up: {told.stdout}{told.stderr}\n{(folder / 'daemons.log').read_text()[-2000:]}"
+        f"SLURM does not come up: {nodes.stdout}{nodes.stderr}\n{(folder / 'daemons.log').read_text()[-2000:]}"
     )
 
 

@@ -1,6 +1,6 @@
 """A real training run of seconds, for the tests of callbacks and resume: a tiny GPT-2 with dropout on source code.
 
-As a program: python tests/support/tiny_run.py RUN_DIR CACHE_DIR STEPS takes up what RUN_DIR holds, else starts.
+As a program: python tests/support/tiny_run.py RUN_DIR CACHE_DIR STEPS resumes the run in RUN_DIR or starts it.
 """
 
 import heapq
@@ -76,7 +76,7 @@ def train(
     every: int = 4,
     ranks: int = 1,
 ) -> tuple[lightning.Trainer, Pretrain]:
-    """Start or go on; validates every 8 steps, logs every 2."""
+    """Start or resume a run that validates every 8 steps and logs every 2."""
     run_dir.mkdir(parents=True, exist_ok=True)
     prepared = data(cache_dir)
     report = Report()
