@@ -25,6 +25,7 @@ CONFIGURATION_LIBRARIES = ("hydra", "omegaconf")
 TARGET_SEAMS = ("task", "data", "callbacks", "logger", "trainer")
 BANNED_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "gpt2")
 LONGEST_FUNCTION = 100
+LONGEST_TEST_NAME = 60
 CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
 # Functions of tests/ that read a clock only to give up on something that hangs, after a minute or more
 HANG_GUARDS = ("chromium.py:Browser", "test_launchers.py:wait_for")
@@ -276,6 +277,34 @@ def words_that_are_not_plain(root: Path) -> list[str]:
     return found
 
 
+def named_tests(root: Path) -> Iterator[tuple[str, int, str]]:
+    """Yield (file, line, name) of every test function."""
+    for file, tree in parsed(root, tests=True):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                yield file, node.lineno, node.name
+
+
+def names_that_are_no_promise(root: Path) -> list[str]:
+    """A test is named by its promise, in few and plain words."""
+    return [
+        f"{file}:{line}: {name}: at most {LONGEST_TEST_NAME} characters, in the field's terms"
+        for file, line, name in named_tests(root)
+        if len(name) > LONGEST_TEST_NAME or NOT_PLAIN.search(name.replace("_", " "))
+    ]
+
+
+def repeated_tests(root: Path) -> list[str]:
+    """A second test of the same name in a file hides the first from pytest."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for file, line, name in named_tests(root):
+        if (file, name) in seen:
+            found.append(f"{file}:{line}: {name} hides another test of this name")
+        seen.add((file, name))
+    return found
+
+
 def conf_files(root: Path) -> list[Path]:
     return sorted((root / "conf").rglob("*.yaml"))
 
@@ -389,6 +418,9 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (words_that_are_not_plain, "datamodules/a.py", 'x = f"The likeliest of {1}"\n'),
     (words_that_are_not_plain, "benchmarks/a.py", "x = 1  # nobody reads it\n"),
     (words_that_are_not_plain, "gpt2lab/losses/a.py", '"""Head of 50,304 vocabulary entries."""\n'),
+    (names_that_are_no_promise, "tests/test_a.py", f"def test_{'a' * 56}():\n    pass\n"),
+    (names_that_are_no_promise, "tests/test_a.py", "def test_a_mistake_is_told():\n    pass\n"),
+    (repeated_tests, "tests/test_a.py", "def test_a():\n    pass\n\n\ndef test_a():\n    pass\n"),
     (stray_targets, "conf/model/a.yaml", "# a\n_target_: x.Y\n"),
     (stray_targets, "conf/task/a.yaml", "# a\n_target_: x.Y\nloss:\n  _target_: x.Z\n"),
     (stray_targets, "conf/task/a.yaml", "# @package _global_\n_target_: x.Y\n"),
@@ -418,7 +450,7 @@ KEPT = {
     "gpt2lab/reports/plot.py": '"""Plot."""\nfrom gpt2lab import loss\n',
     "gpt2lab/model/a.py": '"""A."""\nif TYPE_CHECKING:\n    from gpt2lab.reports.plot import x\n',
     "tests/test_speed.py": '"""Speed."""\n@pytest.mark.slow\ndef test_a():\n    time.time()\n    wait(timeout=5)\n',
-    "tests/test_kills.py": '"""Kills."""\npytestmark = pytest.mark.chaos\ndef test_a():\n    time.time()\n',
+    "tests/test_kills.py": f'"""Kills."""\npytestmark = pytest.mark.chaos\ndef test_{"a" * 55}():\n    time.time()\n',
     "conf/task/pretrain.yaml": "# Pretraining.\n_target_: lightning_modules.pretrain.Pretrain\n",
     "conf/callbacks/default.yaml": "# What is observed.\nreport:\n  _target_: callbacks.report.Report\n",
     "conf/experiment/quick.yaml": "# @package _global_\n# Quick.\nsteps: 3\n",
