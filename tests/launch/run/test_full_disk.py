@@ -19,16 +19,20 @@ SIZE = 40_000_000  # bytes; a tiny run is refused below 21 MB
 class Fill(lightning.Callback):
     """Fills the run's disk after `step` steps, or at the end of training."""
 
-    def __init__(self, run_dir: str, step: int) -> None:
-        self.disk, self.step = Path(run_dir).parent, step
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_train_batch_start(self, trainer: Any, *_unused: Any) -> None:
-        if trainer.global_step == self.step and not (self.disk / "filler").exists():
-            fill(self.disk)
+        if trainer.global_step == self.step and not (disk_of(trainer) / "filler").exists():
+            fill(disk_of(trainer))
 
     def on_train_end(self, trainer: Any, *_unused: Any) -> None:
         if trainer.global_step == self.step:
-            fill(self.disk)
+            fill(disk_of(trainer))
+
+
+def disk_of(trainer: Any) -> Path:
+    return Path(trainer.default_root_dir).parent
 
 
 def fill(disk: Path) -> None:

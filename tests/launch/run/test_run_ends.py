@@ -49,11 +49,8 @@ class Fail(lightning.Callback):
 class RemoveTokenizer(lightning.Callback):
     """Breaks the export after it is written."""
 
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = run_dir
-
-    def on_train_end(self, *_unused: Any) -> None:
-        for file in Path(self.run_dir, "hf").glob("tokenizer*"):
+    def on_train_end(self, trainer: Any, *_unused: Any) -> None:
+        for file in Path(trainer.default_root_dir, "hf").glob("tokenizer*"):
             file.write_text("{}")
 
 

@@ -30,15 +30,12 @@ from callbacks.same_settings import SameSettings
 
 
 class Witness(lightning.Callback):
-    def __init__(self, run_dir):
-        self.folder = Path(run_dir)
-
     def on_train_end(self, trainer, pl_module):
         (own,) = (callback.settings_hash for callback in trainer.callbacks if isinstance(callback, SameSettings))
         cores = sorted(os.sched_getaffinity(0))
         seen = {"hash": own, "lr": pl_module.settings.optimizer.lr, "cores": cores, "threads": torch.get_num_threads()}
         seen["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-        (self.folder / f"witness-{trainer.global_rank}.json").write_text(json.dumps(seen))
+        (Path(trainer.default_root_dir) / f"witness-{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
 class Murderer(lightning.Callback):
