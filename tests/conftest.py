@@ -1,18 +1,20 @@
 """Shared by the tests of train.py: the real conf/, shrunk to a model and a text of seconds."""
 
+import functools
 import heapq
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.hydra import Hydra
+
+from tests.support import hydra_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,8 +44,7 @@ class Answer:
 # A rank on a CPU has a core of its own; train.py refuses more ranks than there are cores.
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 
-Train = Callable[..., Answer]
-Distil = Callable[..., Answer]
+Command = Train = Distil = Callable[..., Answer]
 
 
 def in_words(loss: Any) -> str:
@@ -53,6 +54,24 @@ def in_words(loss: Any) -> str:
     usual = vars(type(loss)(loss.name))
     changed = [f"{name}={value}" for name, value in vars(loss).items() if value != usual[name]]
     return ",".join([loss.name, *changed])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cached_composition() -> Iterator[None]:
+    """Hydra's composition, cached in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        hydra_cache.install(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def peak_measured_once() -> Iterator[None]:
+    """The peak FLOP/s of this machine, measured once a process though runs measure it for each cache folder."""
+    from gpt2lab.system import device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_measure", functools.cache(device._measure))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -77,38 +96,77 @@ def tiny(sources: Path) -> list[str]:
     return [*SHRUNK, f"path={sources}"]
 
 
-def mode_of(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-    """Return `hydra.mode`, as Hydra.get_mode does, which composes the whole configuration to read this one key.
+def command_here(
+    program: str, main: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """Return a program in this process: the same as from the shell, without the seconds of imports."""
+    from launch import exit_codes
 
-    No file in conf/ sets the key (test_configuration checks that), so without an override of Hydra's own it is None.
-    """
-    is_overridden = any("hydra" in override for override in overrides)
-    return _mode_of(hydra, config_name, overrides) if is_overridden else None
+    def run(*words: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / program), *words])
+        capfd.readouterr()
+        code = exit_codes.exit_code(main)
+        return Answer(code, *capfd.readouterr())
 
-
-_mode_of = Hydra.get_mode
+    return run
 
 
 @pytest.fixture
 def train_here(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    peak_measured_once: None,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> Train:
-    """train.py in this process, in an empty folder: the same as from the shell, without the seconds of imports."""
+    """train.py in this process, in an empty folder."""
     import train
-    from launch import exit_codes
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(Hydra, "get_mode", mode_of)  # composes once instead of twice
+    return command_here("train.py", train.command_line, monkeypatch, capfd)
 
-    def run(*overrides: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *overrides])
-        capfd.readouterr()
-        code = exit_codes.exit_code(train.command_line)
-        return Answer(code, *capfd.readouterr())
 
-    return run
+@pytest.fixture
+def evaluate_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """evaluate.py in this process, in the current folder."""
+    import evaluate
+
+    return command_here("evaluate.py", evaluate.main, monkeypatch, capfd)
+
+
+class JobHere:
+    """A job of a sweep that has run in this process, without the seconds of imports of a JobProcess."""
+
+    is_running = False
+
+    def __init__(self, config: Any, slot: Any = None, *_files: Path | None) -> None:
+        from launch import exit_codes
+        from launch.run import job
+
+        self.slot, self._outcome = slot, (0, "")
+        try:
+            job.run(config)
+        except Exception as error:
+            self._outcome = 2 if exit_codes.as_input_error(error) else 1, str(error)
+
+    def signal(self, number: int) -> None:
+        """Do nothing, for the job has ended."""
+
+    def wait(self) -> tuple[int, str]:
+        return self._outcome
+
+    ended = wait
+
+
+@pytest.fixture
+def jobs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of sweeps and studies run in this process, one after the other."""
+    from launch.sweep import job_process, jobs
+
+    for module in (job_process, jobs):
+        monkeypatch.setattr(module, "JobProcess", JobHere)
 
 
 @pytest.fixture(scope="session")

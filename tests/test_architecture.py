@@ -5,6 +5,7 @@ violation proves that it bites.
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -55,6 +56,7 @@ NOT_PLAIN = re.compile(
 )
 
 Rule = Callable[[Path], list[str]]
+tree_of = functools.cache(ast.parse)  # every rule reads the same trees
 
 
 def own_files(root: Path, tests: bool = False) -> list[Path]:
@@ -66,7 +68,7 @@ def own_files(root: Path, tests: bool = False) -> list[Path]:
 
 def parsed(root: Path, tests: bool = False) -> Iterator[tuple[str, ast.Module]]:
     for path in own_files(root, tests):
-        yield path.relative_to(root).as_posix(), ast.parse(path.read_text())
+        yield path.relative_to(root).as_posix(), tree_of(path.read_text())
 
 
 def module_name(file: str) -> str:
@@ -361,7 +363,7 @@ def clocks_in_quick_tests(root: Path) -> list[str]:
     """What `make test` runs reads no clock and gives no process a short time to end: it passes on a busy machine."""
     found = []
     for path in sorted((root / "tests").rglob("*.py")):
-        parts = ast.parse(path.read_text()).body
+        parts = tree_of(path.read_text()).body
         marks = [node.value for node in parts if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)]
         for part in [] if is_slow(marks) else parts:
             is_named = isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)

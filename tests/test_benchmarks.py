@@ -62,6 +62,7 @@ def test_head_benchmark_stops_at_an_implementation_that_differs(monkeypatch: pyt
         benchmark_lm_head_loss.times_here(Head("cross_entropy", "fp32", **SMALL), rounds=1, compiles=False)
 
 
+@pytest.mark.slow
 def test_head_benchmark_measures_memory_in_a_separate_process() -> None:
     """Dense cross-entropy at N = 2,048, V = 8,000 holds several tensors of its logits' size, in fp32 66 MB, at once."""
     sizes = {"loss": "cross_entropy", "precision": "fp32", "width": 16, "rows": 2048, "vocab_size": 8000}
@@ -197,6 +198,7 @@ def test_decoding_benchmark_implementations_write_the_same() -> None:
     assert [row.split(" | ")[-1] for row in rows] == ["1/1 |", "1/1 |", "16/16 |", "16/16 |"]
 
 
+@pytest.mark.slow
 def test_assisted_generation_is_timed_like_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assistants, generate = [], GPT2LMHeadModel.generate
 

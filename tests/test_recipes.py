@@ -147,6 +147,7 @@ def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str
     return run_spec.load(run / "config.yaml")
 
 
+@pytest.mark.slow
 def test_distilgpt2_keeps_six_evenly_spaced_layers_and_learns(
     project: Path, train_here: Train, tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_gpt2_on_fineweb_learns(train_here: Train, tmp_path: Path, tiny: list[st
     assert spec.config.init == "scratch"
 
 
+@pytest.mark.slow
 def test_minillm_distils_a_started_student_on_pairs(
     project: Path, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def test_hidden_folders_broken_links_and_other_files_are_skipped(tmp_path: Path)
     assert find_files(str(tmp_path), "path") == [tmp_path / "note.txt"]
 
 
+@pytest.mark.slow
 def test_the_installed_packages_are_a_corpus() -> None:
     corpus = packages_corpus()
     assert corpus.size > 50 * 2**20

@@ -144,7 +144,8 @@ def test_summarize_reads_own_source_under_path(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["summarize", pytest.param("complete", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["summarize", "complete"])
 def test_the_function_presets_need_no_file(tmp_path, name):
     data = preset(name, tmp_path / "cache")
     facts = data.prepare()

@@ -48,7 +48,9 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "clm" else name for name in KEYS]
+)
 def test_each_objective_learns_more_than_token_frequencies(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
@@ -197,7 +199,7 @@ def test_evaluate_reads_documents_as_each_checkpoint_was_trained(
     assert abs(whole - apart) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["clm", "prefix_lm", "sampled_softmax"])
+@pytest.mark.parametrize("name", ["clm", "prefix_lm", pytest.param("sampled_softmax", marks=pytest.mark.slow)])
 def test_packed_pairs_have_the_loss_of_separate_ones(
     name: str, train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +253,7 @@ def test_the_example_of_the_model_card_runs(name: str, trained: Trained, capfd: 
     assert capfd.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_an_objective_can_follow_another(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
     """At a learning rate of almost nothing the weights are still those of the first."""
     sizeless = [key for key in tiny if not key.startswith(("model", "vocab_size"))]
@@ -272,7 +275,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("prefix_lm", marks=SLOW), "mlm", "fim", pytest.param("sampled_softmax", marks=SLOW)]
+    "name", ["mlm", *(pytest.param(name, marks=SLOW) for name in ("prefix_lm", "fim", "sampled_softmax"))]
 )
 def test_resumed_objective_samples_like_an_unbroken_run(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path

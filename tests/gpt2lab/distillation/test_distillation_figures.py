@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import evaluate
 import train
 from gpt2lab import metric_names
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
@@ -22,13 +20,11 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.model_folder import read_shape
 from launch import exit_codes
 from launch.config import run_spec
-from tests.conftest import ROOT, SHRUNK, Answer, Train
+from tests.conftest import ROOT, SHRUNK, Command, Train
 
 STEPS = ["steps=12", "validate_every=6", "optimizer=adamw", "optimizer.lr=1e-2", "schedule.warmup_steps=2"]
 # Metrics go through fp32 and seven digits; chunks and batches differ.
 TOLERANCE = 2e-5
-
-Evaluate = Callable[..., Answer]
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +52,8 @@ def in_project(runs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def evaluate_here(in_project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Evaluate:
-    """evaluate.py in this process: the same as from the shell, without the seconds of imports."""
-
-    def run(*words: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *words])
-        capfd.readouterr()
-        code = exit_codes.exit_code(evaluate.main)
-        return Answer(code, *capfd.readouterr())
-
-    return run
+def evaluate_here(in_project: Path, evaluate_here: Command) -> Command:
+    return evaluate_here
 
 
 def report_of(run: str | Path) -> dict[str, Any]:
@@ -75,7 +63,7 @@ def report_of(run: str | Path) -> dict[str, Any]:
 MODELS = ["checkpoint=runs/distill/student", "teacher=runs/pretrain/teacher", "baseline=runs/pretrain/scratch"]
 
 
-def test_validation_and_evaluate_report_the_same_figures(evaluate_here: Evaluate, tmp_path: Path) -> None:
+def test_validation_and_evaluate_report_the_same_figures(evaluate_here: Command, tmp_path: Path) -> None:
     done = evaluate_here(*MODELS, f"json={tmp_path / 'scores.json'}")
     assert done.code == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -99,7 +87,7 @@ def test_validation_and_evaluate_report_the_same_figures(evaluate_here: Evaluate
     assert "acceptance, measured" in done.stdout
 
 
-def test_adding_a_teacher_changes_no_score_of_the_checkpoint(evaluate_here: Evaluate, tmp_path: Path) -> None:
+def test_adding_a_teacher_changes_no_score_of_the_checkpoint(evaluate_here: Command, tmp_path: Path) -> None:
     scores = []
     for number, words in enumerate((MODELS[:1], MODELS[:2])):
         assert evaluate_here(*words, f"json={tmp_path / str(number)}").code == 0
@@ -126,7 +114,8 @@ def test_validations_log_the_figures_and_the_report_has_them(in_project: Path) -
     assert "The student against" not in Path("runs/pretrain/teacher/report.html").read_text()
 
 
-def test_sampled_drafts_depend_on_the_seed(evaluate_here: Evaluate, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_sampled_drafts_depend_on_the_seed(evaluate_here: Command, tmp_path: Path) -> None:
     measured = []
     for number, seed in enumerate((1, 1, 2)):
         assert evaluate_here(*MODELS[:2], f"seed={seed}", f"json={tmp_path / str(number)}").code == 0
@@ -146,7 +135,7 @@ def padded(run: str, entries: int, folder: Path) -> Path:
     return folder
 
 
-def test_padding_of_a_vocabulary_changes_no_figure(evaluate_here: Evaluate, tmp_path: Path) -> None:
+def test_padding_of_a_vocabulary_changes_no_figure(evaluate_here: Command, tmp_path: Path) -> None:
     student = padded("runs/distill/student", 13, tmp_path / "student")
     teacher = padded("runs/pretrain/teacher", 20, tmp_path / "teacher")
     data = ["data=text", f"path={run_spec.load(Path('runs/distill/student/config.yaml')).config.path}", "context=32"]
@@ -165,7 +154,7 @@ def test_padding_of_a_vocabulary_changes_no_figure(evaluate_here: Evaluate, tmp_
     assert alone["loss"] == pytest.approx(scores[0]["loss"], abs=1e-6)
 
 
-def test_models_that_cannot_be_compared_are_refused(evaluate_here: Evaluate, tmp_path: Path) -> None:
+def test_models_that_cannot_be_compared_are_refused(evaluate_here: Command, tmp_path: Path) -> None:
     def refused(*words: str) -> str:
         done = evaluate_here("checkpoint=runs/distill/student", *words)
         assert done.code == 2, done.stderr
@@ -246,7 +235,7 @@ def test_resumed_run_keeps_its_deleted_baseline(runs: Path, train_here: Train, t
 
 
 def test_pairs_are_compared_at_their_targets_only(
-    runs: Path, train_here: Train, evaluate_here: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, train_here: Train, evaluate_here: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(120)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")

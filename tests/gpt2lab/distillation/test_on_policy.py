@@ -168,7 +168,11 @@ def test_student_text_is_not_a_label(distil: Distil, tmp_path: Path) -> None:
     assert not any(row.get("train/loss") for row in read_metrics(tmp_path / "soft"))
 
 
-@pytest.mark.parametrize("keys", [ON_POLICY, ("sequences=seqkd", *WRITES)], ids=["gkd", "seqkd"])
+@pytest.mark.parametrize(
+    "keys",
+    [ON_POLICY, pytest.param(("sequences=seqkd", *WRITES), marks=pytest.mark.slow)],
+    ids=["gkd", "seqkd"],
+)
 def test_text_is_generated_after_prompts_of_pairs(keys: tuple[str, ...], distil: Distil, tmp_path: Path) -> None:
     lines = [f"def f{number}(\tself, value={number * 7})" for number in range(200)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
@@ -276,6 +280,7 @@ def test_teacher_cache_can_hold_logits_of_teacher_text(distil: Distil, tmp_path:
     torch.testing.assert_close(weights(tmp_path / "cached"), weights(tmp_path / "online"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_teacher_text_is_kept_when_more_is_generated(distil: Distil) -> None:
     keys = ("sequences=seqkd", "teacher_cache=topk", *WRITES)
     distil(*keys, "steps=2", "run_dir=first")

@@ -234,28 +234,17 @@ def sequences_read(answer: Answer) -> int:
     return int(found.group(1)) if found else 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "loss.temperature=2",
-        "teacher_cache.k=7",
-        "teacher_cache.dtype=float32",
-        "context=16",
-        "vocab_size=290",
-        "other weights",
-    ],
-)
 def test_cache_key_includes_everything_records_depend_on(
-    distil: Distil, train_here: Train, tiny: list[str], tmp_path: Path, change: str
+    distil: Distil, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
-    distil("teacher_cache=topk", "teacher_cache.k=5", "run_dir=a", "steps=1")
-    if change in ("vocab_size=290", "other weights"):
-        other = change if "=" in change else "seed=7"
-        assert train_here(*tiny, other, "steps=2", "run_dir=other").code == 0
-        change = "teacher=other"
-    overrides = ["teacher_cache=topk", "teacher_cache.k=5", change, "run_dir=b", "steps=1", "preflight=warn"]
-    assert sequences_read(distil(*overrides)) > 0
-    assert len(list((tmp_path / "cache" / "teachers").glob("*/key.json"))) == 2
+    settings = ("teacher_cache=topk", "teacher_cache.k=5", "steps=1", "preflight=warn")
+    for name, change in (("entries", "vocab_size=290"), ("weights", "seed=7")):
+        assert train_here(*tiny, change, "steps=2", f"run_dir={name}").code == 0
+    changes = ["loss.temperature=2", "teacher_cache.k=7", "teacher_cache.dtype=float32", "context=16"]
+    changes += ["teacher=entries", "teacher=weights"]
+    for caches, change in enumerate(("seed=1", *changes), 1):
+        assert sequences_read(distil(*settings, change, f"run_dir=run{caches}")) > 0, change
+        assert len(list((tmp_path / "cache" / "teachers").glob("*/key.json"))) == caches, change
 
 
 @pytest.mark.parametrize(

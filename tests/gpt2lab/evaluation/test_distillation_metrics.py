@@ -220,6 +220,7 @@ def test_under_autocast_only_the_matrix_products_lose_precision() -> None:
     assert itself[names.DISTILL_KL] == 0
 
 
+@pytest.mark.slow
 def test_the_compiled_chunk_gives_the_same() -> None:
     hidden, weight, labels, teacher = example(torch.float32)
     plain = distillation_sums(hidden, weight, labels, teacher, chunk_rows=18)

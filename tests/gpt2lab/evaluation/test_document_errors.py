@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-import evaluate
 from gpt2lab.analysis.study_results import CE, KD, SCRATCH, TOKENS, Arm, StudyResults, arm_result, contrasts
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.document_groups import WindowDocuments
@@ -37,11 +35,10 @@ from gpt2lab.settings import ObjectiveSettings
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.metrics_csv import MetricsFile
 from gpt2lab.storage.report_json import read_report
-from launch import exit_codes
 from launch.commands import demo
 from launch.sweep import results, study_table
 from launch.sweep.jobs import Job
-from tests.conftest import ROOT, SHRUNK, Answer, Train
+from tests.conftest import SHRUNK, Answer, Command, Train
 from tests.launch.evaluate.test_scores import write_models
 
 TEXT = "\n".join(Path(module.__file__).read_text() for module in (json, csv, textwrap))
@@ -85,7 +82,7 @@ def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
 
 @pytest.fixture
 def evaluate_here(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate_here: Command
 ) -> Callable[..., tuple[Answer, Any]]:
     """evaluate.py in this process, in the folder of the documents: its output and its JSON."""
     monkeypatch.chdir(folder)
@@ -93,9 +90,7 @@ def evaluate_here(
     warn_once.cache_clear()
 
     def run(*words: str) -> tuple[Answer, Any]:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *words, f"json={tmp_path / 'scores.json'}"])
-        capfd.readouterr()
-        done = Answer(exit_codes.exit_code(evaluate.main), *capfd.readouterr())
+        done = evaluate_here(*words, f"json={tmp_path / 'scores.json'}")
         assert done.code == 0, done.stderr
         return done, json.loads((tmp_path / "scores.json").read_text())
 

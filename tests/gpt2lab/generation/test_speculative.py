@@ -247,7 +247,7 @@ def replace_from_target(
 
 
 @pytest.mark.usefixtures("long_drafts")
-@pytest.mark.parametrize("rule", [accept_all, replace_from_target])
+@pytest.mark.parametrize("rule", [accept_all, pytest.param(replace_from_target, marks=pytest.mark.slow)])
 def test_same_statistic_detects_a_wrong_rule(
     rule: Callable[..., tuple[int, torch.Tensor]],
     target: GPT2LMHeadModel,

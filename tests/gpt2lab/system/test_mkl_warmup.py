@@ -21,7 +21,11 @@ print(*[event.name for event in profile.events() if event.input_shapes == [[1]]]
     ("begin", "functions"),
     [
         ("import gpt2lab.model.backbone", {f"aten::{function.__name__}" for function in MKL_FUNCTIONS}),
-        (FRESH_PROCESS.partition("folder, threads")[0].replace("\n", "\n    "), {"aten::tanh"}),
+        pytest.param(
+            FRESH_PROCESS.partition("folder, threads")[0].replace("\n", "\n    "),
+            {"aten::tanh"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["with the backbone", "to verify an export"],
 )

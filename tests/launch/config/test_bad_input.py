@@ -173,11 +173,12 @@ def refused(answer, words: str) -> None:
 # They share the process because it takes longer to start than to refuse them.
 ONE_AFTER_ANOTHER = """
 import json, os, sys
-from tests import conftest
+import pytest
 import train
 from launch import exit_codes
+from tests.support import hydra_cache
 
-conftest.Hydra.get_mode = conftest.mode_of
+hydra_cache.install(pytest.MonkeyPatch())
 
 rows, heavy = json.load(sys.stdin)
 for number, row in enumerate(rows):
@@ -192,7 +193,7 @@ for number, row in enumerate(rows):
     print("row", json.dumps([code, imported, os.listdir()]))
     os.chdir("..")
 """
-CHUNKS = 4  # so that several cores share them
+CHUNKS = 2  # so that several cores share them
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

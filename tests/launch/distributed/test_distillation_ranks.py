@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import train
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from tests.conftest import ROOT, SHRUNK, Train, needs_two_cores
 
@@ -21,6 +23,7 @@ COMPARED = (
     "distill/tvd",
     "distill/teacher_loss",
 )
+LOGGED = {name: 6 if name.startswith(("train", "grad")) else 2 for name in COMPARED}  # values in six steps
 TOLERANCE = 2e-5  # fp32, sums in another order
 
 # The student is half as wide as its teacher, so comparing hidden states trains a projection too.
@@ -52,11 +55,38 @@ def compared(folder: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows if row.get(name)] for name in COMPARED}
 
 
+STOPPED = ["+callbacks.stop._target_=tests.support.signal_parent.SignalParent", "+callbacks.stop.steps=6"]
+
+
 @needs_two_cores
+def test_two_ranks_distil_as_one_until_a_signal_and_then_save(
+    teacher: Path, train_here: Train, tiny: list[str], tmp_path: Path
+) -> None:
+    keys = [*tiny, "task=distill", f"teacher={teacher}", *RUN[1:], "steps=12", *CASES["everything_online"]]
+    done = train_here(*keys, "devices=1", "run_dir=one")
+    assert done.code == 0, done.stderr
+    stopped = train_here(*keys, "devices=2", "strategy=ddp", *STOPPED, "run_dir=two")
+    assert stopped.code == 75, stopped.stderr
+    assert "resume=two" in stopped.stderr
+    report = read_report(tmp_path / "two")
+    assert (report["status"], report["steps"], report["stopped_by"]) == ("stopped", 7, "SIGTERM")
+    assert checkpoint_step(newest_good_checkpoint(tmp_path / "two")) == 7
+    both = compared(tmp_path / "one"), compared(tmp_path / "two")
+    check_equal(*({name: values[: LOGGED[name]] for name, values in one.items()} for one in both))
+
+
+def check_equal(one: dict[str, list[float]], two: dict[str, list[float]]) -> None:
+    """Six steps with two validations, of one rank and of two."""
+    assert {name: len(values) for name, values in one.items()} == LOGGED
+    for name in COMPARED:
+        assert two[name] == pytest.approx(one[name], abs=TOLERANCE), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "case"),
     [
-        pytest.param(strategy, case, marks=[] if (strategy, case) == ("ddp", "everything_online") else pytest.mark.slow)
+        (strategy, case)
         for strategy in ("ddp", "fsdp")
         for case in CASES
         if strategy == "fsdp" or case != "sharded_teacher"
@@ -67,7 +97,6 @@ def test_two_ranks_distil_as_one(
     case: str,
     teacher: Path,
     train_here: Train,
-    train_process: Train,
     tiny: list[str],
     tmp_path: Path,
 ) -> None:
@@ -75,11 +104,8 @@ def test_two_ranks_distil_as_one(
     done = train_here(*keys, "devices=1", "run_dir=one")
     assert done.code == 0, done.stderr
     split = ["strategy.shard_teacher=true"] if case == "sharded_teacher" else []
-    done = train_process(*keys, "devices=2", f"strategy={strategy}", *split, "run_dir=two")
+    done = train_here(*keys, "devices=2", f"strategy={strategy}", *split, "run_dir=two")
     assert done.code == 0, done.stderr
-    one, two = compared(tmp_path / "one"), compared(tmp_path / "two")
-    assert {name: len(values) for name, values in one.items()} == {
-        name: 6 if name.startswith(("train", "grad")) else 2 for name in COMPARED
-    }
-    for name in COMPARED:
-        assert two[name] == pytest.approx(one[name], abs=TOLERANCE), name
+    assert done.stdout.strip().splitlines()[-1].startswith("finished: val/loss")
+    assert (tmp_path / "two" / "hf" / "model.safetensors").is_file()
+    check_equal(compared(tmp_path / "one"), compared(tmp_path / "two"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
 from tests import conftest
-from tests.conftest import ROOT, Train, environment, needs_two_cores
+from tests.conftest import ROOT, Train, environment
 
 
 def losses(folder: Path) -> list[float]:
@@ -26,28 +26,18 @@ def losses(folder: Path) -> list[float]:
     return [float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> list[float]:
-    """Losses of the run in one process."""
-    from tests.conftest import SHRUNK
-
-    folder = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, str(ROOT / "train.py"), *SHRUNK, f"path={sources}", *RUN, "run_dir=run"]
-    subprocess.run(command, cwd=folder, env=environment(cache), check=True, capture_output=True)
-    return losses(folder / "run")
-
-
 RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
 
 
-@needs_two_cores
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_have_the_losses_of_one(
-    strategy: str, alone: list[float], train_process: Train, tiny: list[str], tmp_path: Path
+    strategy: str, train_here: Train, train_process: Train, tiny: list[str], tmp_path: Path
 ):
+    assert train_here(*tiny, *RUN, "run_dir=alone").code == 0
     answer = train_process(*tiny, *RUN, "devices=2", f"strategy={strategy}", "run_dir=run")
     assert answer.code == 0, answer.stderr
-    together = losses(tmp_path / "run")
+    alone, together = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert len(alone) == len(together) == 8
     assert together == pytest.approx(alone, abs=2e-5)
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
@@ -92,17 +82,6 @@ def started(cache: Path, tmp_path: Path, *overrides: str) -> tuple[subprocess.Po
             return process, [int(child) for child in children]
         time.sleep(0.05)
     raise AssertionError(process.communicate())
-
-
-@needs_two_cores
-def test_a_signal_stops_all_ranks_after_saving(cache: Path, tmp_path: Path, tiny: list[str]):
-    process, ranks = started(cache, tmp_path, *tiny, "steps=100000")
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 75, stderr
-    assert "resume=run" in stderr
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 @pytest.mark.slow

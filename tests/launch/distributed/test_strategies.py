@@ -94,6 +94,7 @@ def test_large_teacher_shards_the_student_and_itself_if_needed(
     assert (machine.strategy, machine.shard_teacher) == (strategy, splits)
 
 
+@pytest.mark.slow
 def test_plan_explains_sharding_and_counts_a_teacher_shard(teacher: Path, train_here: Train, tiny: list[str]) -> None:
     keys = [key for key in tiny if not key.startswith(("model", "context", "precision", "vocab", "batch"))]
     keys += ["task=distill", f"teacher={teacher / 'xl'}", "model=small", "context=1024", "preflight=warn"]

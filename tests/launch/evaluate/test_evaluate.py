@@ -16,7 +16,7 @@ from gpt2lab.evaluation.evaluation import bytes_of_tokens, score
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Command
 
 TEXT = Path(json.__file__).read_text()
 CONTEXT = 32
@@ -113,9 +113,11 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["plot=scores.png"], "ends in .html"),
     ],
 )
-def test_user_error_has_exit_code_2_and_few_lines(words: list[str], told: str, run: Path) -> None:
-    done = evaluate(f"checkpoint={run}", *words)
-    assert done.returncode == 2, done.stderr
+def test_user_error_has_exit_code_2_and_few_lines(
+    words: list[str], told: str, run: Path, evaluate_here: Command
+) -> None:
+    done = evaluate_here(f"checkpoint={run}", *words)
+    assert done.code == 2, done.stderr
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 5
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-import evaluate
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.data.windows import SlidingWindows
 from gpt2lab.evaluation.evaluation import (
@@ -34,8 +32,7 @@ from gpt2lab.evaluation.text_metrics import text_metrics
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
-from launch import exit_codes
-from tests.conftest import ROOT, SHRUNK, Answer
+from tests.conftest import SHRUNK, Command
 
 TEXT = Path(json.__file__).read_text()
 CONTEXT = 32
@@ -68,20 +65,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def evaluate_here(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Answer]:
+def evaluate_here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate_here: Command) -> Command:
     """evaluate.py in this process, in the folder of the models."""
     monkeypatch.chdir(models)
     monkeypatch.setenv("GPT2LAB_CACHE", str(tmp_path / "cache"))
-
-    def run(*words: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *words])
-        capfd.readouterr()
-        code = exit_codes.exit_code(evaluate.main)
-        return Answer(code, *capfd.readouterr())
-
-    return run
+    return evaluate_here
 
 
 RUNNING = ["data=text", "path=train.txt", "val_path=val.txt"]
@@ -374,6 +362,7 @@ def test_checkpoints_scoring_different_targets_are_flagged(evaluate_here, models
 BODY = "    b = a\n    return b"
 
 
+@pytest.mark.slow
 def test_compiles_is_equal_in_validation_and_evaluate(evaluate_here, train_here, tmp_path: Path) -> None:
     pairs = [{"source": f"def {name}(a):", "target": BODY} for name in TEXT[:2000].split() if name.isidentifier()]
     (tmp_path / "bodies.jsonl").write_text("\n".join(map(json.dumps, pairs)))

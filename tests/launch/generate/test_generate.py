@@ -26,7 +26,7 @@ from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from launch import exit_codes
 from launch.generate.generator import Arguments, TextGenerator
-from tests.conftest import ROOT
+from tests.conftest import ROOT, command_here
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,12 @@ def test_prompt_with_equals_commas_and_newlines_is_continued(checkpoint: Path, t
         ["checkpoint={checkpoint}", "prompt=x", "json=/nowhere/at/all.json"],
     ],
 )
-def test_user_error_has_exit_code_2_and_few_lines(words: list[str], checkpoint: Path) -> None:
-    done = generate(*(word.format(checkpoint=checkpoint) for word in words))
-    assert done.returncode == 2, done.stderr
+def test_user_error_has_exit_code_2_and_few_lines(
+    words: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generate_here = command_here("generate.py", generate_command.main, monkeypatch, capfd)
+    done = generate_here(*(word.format(checkpoint=checkpoint) for word in words))
+    assert done.code == 2, done.stderr
     assert 1 <= len(done.stderr.strip().splitlines()) <= 5
     assert "Traceback" not in done.stderr
 

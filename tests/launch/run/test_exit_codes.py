@@ -121,17 +121,21 @@ sys.meta_path.insert(0, Waits())
 """
 
 
-def test_a_signal_before_training_leaves_nothing_behind(cache: Path, tmp_path: Path, tiny: list[str]):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_before_training_leaves_nothing_behind(
+    number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str]
+):
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "sitecustomize.py").write_text(LONG_IMPORT)
-    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        process = started(cache, tmp_path, *tiny, "run_dir=run", PYTHONPATH=str(tmp_path / "planted"))
-        assert process.stdout is not None
-        assert process.stdout.readline() == "importing\n"
-        process.send_signal(number)
-        process.communicate(timeout=HANG)
-        assert process.returncode == code
-        assert not (tmp_path / "run").exists()
+    process = started(cache, tmp_path, *tiny, "run_dir=run", PYTHONPATH=str(tmp_path / "planted"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    process.communicate(timeout=HANG)
+    assert process.returncode == code
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], train_here: Train):

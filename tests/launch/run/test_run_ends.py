@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.report_json import read_report
+from lightning_modules.pretrain import Pretrain
 from tests.callbacks.test_callbacks import equal, metrics_without_clock
 from tests.conftest import Train
 from tests.support import tiny_run
@@ -100,19 +101,28 @@ def test_last_state_is_saved_at_any_end_of_fit(tmp_path: Path, tiny: list[str], 
     assert len(answer.stdout.strip().splitlines()[-1].split(" · ")) in (1, 2)
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, Pretrain]:
+    """A run that nothing ends early, and its module."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    return folder, tiny_run.train(folder, cache)[1]
+
+
 @pytest.mark.parametrize(
     ("hook", "micro_batches"),
     [("on_train_batch_end", 12), ("on_train_batch_end", 13), ("on_validation_end", 16)],
 )
-def test_run_resumed_after_an_early_end_equals_unbroken_run(tmp_path: Path, cache: Path, hook: str, micro_batches: int):
+def test_run_resumed_after_an_early_end_equals_unbroken_run(
+    unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path, hook: str, micro_batches: int
+):
     """Also from within a step, which is made again from its first micro-batch."""
-    unbroken, run, step = tmp_path / "unbroken", tmp_path / "run", micro_batches // 2
-    _, expected = tiny_run.train(unbroken, cache)
+    run, step = tmp_path / "run", micro_batches // 2
+    folder, expected = unbroken
     tiny_run.train(run, cache, extra=[Stop(hook, micro_batches)], every=1000)
     assert read_report(run)["steps"] == step
     _, resumed = tiny_run.train(run, cache)
     assert equal(resumed, expected)
-    later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, unbroken)]
+    later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, folder)]
     assert later[0] == later[1]
 
 
@@ -135,7 +145,7 @@ LATER: dict[str, tuple[list[str], str, int]] = {
 }
 
 
-SLOW = ("an export that does not load", "a callback at the end of training")
+SLOW = ("no temporary files", "an export that does not load", "a callback at the end of training")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def crashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_sweep_of_submitted_jobs_continues_after_a_crash(
     crashing: None, train_here: Train, tiny: list[str], tmp_path: Path
 ):

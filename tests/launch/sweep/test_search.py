@@ -135,15 +135,18 @@ def test_interval_without_a_search_is_refused_with_a_fix(train_here: Train, mult
     assert "hparams_search=optuna" in answer.stderr
 
 
+EIGHT = ("hparams_search.n_trials=8", "hparams_search.seed=1")  # trials, in which every choice is drawn
+
+
 def test_keys_are_sampled_only_if_read(search: Searching):
-    found = all_of(search("optimizer.momentum=interval(0.8,0.99)", "optimizer=adamw,muon", "hparams_search.seed=1"))
+    found = all_of(search("optimizer.momentum=interval(0.8,0.99)", "optimizer=adamw,muon", *EIGHT))
     assert {row["optimizer"] for row in found} == {"adamw", "muon"}
     assert all(("optimizer.momentum" in row) == (row["optimizer"] == "muon") for row in found)
 
 
 def test_conditions_reach_over_tasks_groups_and_keys(search: Searching):
     space = ["task=pretrain,distill", "teacher=some/run", "loss=jsd,forward_kl", "loss.beta=interval(0.1,0.9)"]
-    found = all_of(search(*space, "loss.temperature=interval(1,4)", "hparams_search.seed=1"))
+    found = all_of(search(*space, "loss.temperature=interval(1,4)", *EIGHT))
     assert {row["task"] for row in found} == {"pretrain", "distill"}
     for row in found:
         assert ("loss" in row) == ("loss.temperature" in row) == (row["task"] == "distill")
@@ -151,7 +154,9 @@ def test_conditions_reach_over_tasks_groups_and_keys(search: Searching):
 
 
 def test_a_key_may_depend_on_another_key(search: Searching):
-    found = all_of(search("task=finetune", "init=some/run", "task.lora.alpha=interval(8,32)", "task.lora.rank=0,8"))
+    found = all_of(
+        search("task=finetune", "init=some/run", "task.lora.alpha=interval(8,32)", "task.lora.rank=0,8", *EIGHT)
+    )
     assert {row["task.lora.rank"] for row in found} == {"0", "8"}
     assert all(("task.lora.alpha" in row) == (row["task.lora.rank"] == "8") for row in found)
 
@@ -165,7 +170,7 @@ def lrs(found: list[dict[str, str]]) -> list[str]:
 
 def test_unseeded_searches_differ_and_seeded_ones_are_the_same(search: Searching, tmp_path: Path):
     def drawn(*overrides: str) -> list[str]:
-        found = lrs(all_of(search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=7", *overrides)))
+        found = lrs(all_of(search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=3", *overrides)))
         (tmp_path / "swept" / STUDY_FILE).unlink()
         return found
 
@@ -174,6 +179,7 @@ def test_unseeded_searches_differ_and_seeded_ones_are_the_same(search: Searching
     assert drawn("hparams_search.seed=3") != drawn("hparams_search.seed=4")
 
 
+@pytest.mark.slow
 def test_sampled_values_approach_the_best(search: Searching, tmp_path: Path):
     """By results: of 30 trials, random values have 3 in the good tenth of the range, and at least 7 in 3 % of cases."""
     source = search("model.dropout=interval(0,1)", "hparams_search.seed=1", "hparams_search.n_trials=40")
@@ -438,7 +444,7 @@ def test_killed_search_resumes(train_process: Train, cache: Path, tiny: list[str
     assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished", "finished"]
 
 
-def test_the_command_of_a_wandb_sweep_runs(tiny: list[str], cache: Path, tmp_path: Path):
+def test_the_command_of_a_wandb_sweep_runs(train_here: Train, tiny: list[str], tmp_path: Path):
     """Made by W&B's own code from docs/wandb_sweep.yaml, as its agent does."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
@@ -451,13 +457,9 @@ def test_the_command_of_a_wandb_sweep_runs(tiny: list[str], cache: Path, tmp_pat
         command += parts[word[2:-1]] if word.startswith("${") else [word]
     assert "optimizer.lr=0.0001" in command
     given = [key for key in tiny if not key.startswith("logger=")]
-    ended = subprocess.run(
-        [*command, *given, "steps=2", "run_dir=run"],
-        cwd=tmp_path,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
+    program = command.index(str(ROOT / "train.py"))
+    assert command[:program] == ["/usr/bin/env", sys.executable]
+    ended = train_here(*command[program + 1 :], *given, "steps=2", "run_dir=run")
+    assert ended.code == 0, ended.stderr
     assert read_report(tmp_path / "run")["status"] == "finished"
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -342,6 +342,7 @@ def test_other_tokenizer_than_the_teachers_is_refused_first(study: Study, tmp_pa
     assert not (tmp_path / "studies").exists()
 
 
+@pytest.mark.slow
 def test_study_runs_every_arm_and_reports_its_findings(study: Study, tmp_path: Path):
     ended = study("name=mine", "study.lr_factors=[0.5,1,2]")
     assert ended.code == 0, ended.stderr

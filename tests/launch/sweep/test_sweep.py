@@ -24,10 +24,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_a_failed_job_does_not_stop_the_rest(train_process: Train, tiny: list[str], tmp_path: Path):
+def test_a_failed_job_does_not_stop_the_rest(jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path):
     """Of three jobs one is misspelt and one is impossible; the other two are trained, each in a folder of its own."""
     sweep = ["-m", "steps=2", "optimizer=adamw,adamv", "init=scratch,no/such/run", "hydra.sweep.dir=swept"]
-    answer = train_process(*tiny, *sweep)
+    answer = train_here(*tiny, *sweep)
     assert answer.code == 1
     assert answer.stderr.strip().endswith("3 of 4 jobs failed.")
     table = rows(tmp_path / "swept")
@@ -46,10 +46,20 @@ def test_a_failed_job_does_not_stop_the_rest(train_process: Train, tiny: list[st
     assert "data=text" not in lines[start + 1], "what all jobs share is no news"
 
 
-def test_jobs_start_from_the_parents_environment_alone(train_process: Train, tiny: list[str], tmp_path: Path):
-    """`hydra.mode=MULTIRUN` is a multirun without -m; a key that only one task reads is dropped for the other."""
+def test_the_error_of_a_job_process_reaches_the_table(train_here: Train, tiny: list[str], tmp_path: Path):
+    answer = train_here(*tiny, "-m", "init=no/such/run", "seed=1,2", "hydra.sweep.dir=swept")
+    assert answer.code == 1, answer.stderr
+    table = rows(tmp_path / "swept")
+    assert [row["status"] for row in table] == ["failed"] * 2
+    assert all("no such folder" in row["error"] for row in table)
+
+
+def test_a_key_of_one_task_is_dropped_for_the_other(
+    jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path
+):
+    """`hydra.mode=MULTIRUN` is a multirun without -m."""
     sweep = ["hydra.mode=MULTIRUN", "steps=2", "task=pretrain,distill", "teacher=missing/run", "hydra.sweep.dir=swept"]
-    answer = train_process(*tiny, *sweep)
+    answer = train_here(*tiny, *sweep)
     assert answer.code == 1
     first, second = rows(tmp_path / "swept")
     assert (first["status"], second["status"]) == ("finished", "failed")
@@ -88,10 +98,10 @@ def test_run_dir_is_refused_in_a_sweep(train_here: Train):
     assert "hydra.sweep.dir" in answer.stderr
 
 
-def test_sweep_does_not_overwrite_another_one(train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path):
+def test_sweep_does_not_overwrite_another_one(jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path):
     """Neither the same command again nor another grid or search in its folder touches what it has found."""
     sweep = [*tiny, "-m", "steps=2", "hydra.sweep.dir=swept"]
-    first = train_process(*sweep, "seed=1", "n_jobs=1")
+    first = train_here(*sweep, "seed=1", "n_jobs=1")
     assert first.code == 0, first.stderr
     before = (tmp_path / "swept" / "sweep.csv").read_bytes()
     for more, says in (
@@ -188,11 +198,11 @@ def ended_by(number: int, cache: Path, tiny: list[str], folder: Path) -> tuple[i
 
 
 def test_sweep_over_seeds_prints_settings_and_best_command(
-    train_process: Train, train_here: Train, tiny: list[str], tmp_path: Path
+    jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path
 ):
     sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept", "resume=auto"]
     sweep += [f"n_jobs={min(2, len(os.sched_getaffinity(0)))}"]  # a run of its own knows neither
-    ended = train_process(*tiny, *sweep)
+    ended = train_here(*tiny, *sweep)
     assert ended.code == 0, ended.stderr
     table = rows(tmp_path / "swept")
     assert [(row["optimizer.lr"], row["seed"]) for row in table] == [

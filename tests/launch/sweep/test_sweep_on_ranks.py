@@ -109,6 +109,7 @@ def check_one_run_each(swept: Path, ranks: list[int]) -> None:
     assert len({run.run_id for run in found}) == len(ranks)
 
 
+@pytest.mark.slow
 @needs_two_cores
 def test_a_job_on_two_ranks_is_one_run(train_process: Train, tiny: list[str], tmp_path: Path):
     sweep = ["-m", "steps=2", "devices=2", "logger=wandb", WITNESS, "hydra.sweep.dir=swept"]
@@ -226,14 +227,15 @@ def test_interrupted_sweep_on_ranks_leaves_no_process(
         assert all(list(job.glob("checkpoints/step-*.ckpt")) for job in jobs)
 
 
+@pytest.mark.slow
 @needs_two_cores
 def test_concurrent_jobs_share_out_cores_and_gpus(
-    train_process: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """GPUs by their names, which the jobs find in their environment whether or not there are such."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     cores = os.sched_getaffinity(0)
-    answer = train_process("-m", *tiny, "seed=1,2", "n_jobs=2", "steps=2", WITNESS, "hydra.sweep.dir=swept")
+    answer = train_here("-m", *tiny, "seed=1,2", "n_jobs=2", "steps=2", WITNESS, "hydra.sweep.dir=swept")
     assert answer.code == 0, answer.stderr
     (first,), (second,) = (seen(tmp_path / "swept" / job) for job in ("0", "1"))
     assert set(first["cores"]) | set(second["cores"]) == cores
