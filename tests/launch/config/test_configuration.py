@@ -46,7 +46,7 @@ EXACT_PARAMETERS = {
 }
 
 
-TRIES = 100  # rows tried for each pair
+TRIES = 400  # rows tried for each pair
 
 
 def generates_text(row: dict[str, str]) -> bool:
