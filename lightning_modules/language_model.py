@@ -31,6 +31,8 @@ from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.system.device import seed_random_state, widest_float
 from lightning_modules.backbone_module import BackboneModule
 
+ROWS_MULTIPLE = 64  # of the LM head's rows; oneDNN keeps memory for each number of rows in bf16
+
 
 @dataclass(frozen=True)
 class DistillationTerm:
@@ -122,7 +124,7 @@ class LanguageModel(BackboneModule):
             rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
             teacher = term.teacher if term else None
             if few_targets:
-                targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+                targets = _head_rows(labels, 1 if teacher and teacher.only_targets else ROWS_MULTIPLE)
                 rows, labels = rows[targets], labels[targets]
                 teacher = teacher.at_targets(targets) if teacher else None
             result = lm_head_loss(
@@ -359,3 +361,11 @@ class LanguageModel(BackboneModule):
         shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - progress["total"]["processed"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count + shift for name, count in counts.items()})
+
+
+def _head_rows(labels: Tensor, multiple: int) -> Tensor:
+    """Return the positions (n,) with a target, and of those without one as many as make n a multiple; ascending."""
+    kept = labels != IGNORE_INDEX
+    targets = kept.nonzero().squeeze(1)
+    others = (~kept).nonzero().squeeze(1)[: -len(targets) % multiple]
+    return torch.cat([targets, others]).sort().values
