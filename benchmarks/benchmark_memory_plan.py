@@ -1,26 +1,28 @@
-"""Predicted and measured peak memory of short runs of train.py on a CPU, each in a separate process.
+"""Planned and measured peak memory of short runs of train.py on a CPU, each in a separate process.
 
-    python -m benchmarks.benchmark_memory_plan
+    python -m benchmarks.benchmark_memory_plan                            runs with default callbacks and logger
     python -m benchmarks.benchmark_memory_plan --drawn 24 --seed 0        random configurations
 
-Each run has three steps, a validation and a checkpoint, with random tokens and weights; none was used to fit the plan's
-constants. The measured value is report.json's `peak_memory_bytes`; the predicted one is from the run's config.yaml,
-written before the model is built. Both include the process without a model; the error without it is a separate column.
-Prints a Markdown table and the medians. About 10 minutes on two cores; the largest run takes 4 GB.
+A default run has six steps, samples, a validation, a checkpoint, an export with its verification, and W&B offline. A
+random configuration has three steps, a validation and a checkpoint, with random tokens and weights. The measured value
+is report.json's `peak_memory_bytes`; the planned one is from the run's config.yaml, written before the model is built.
+Prints a Markdown table and the median. About 15 minutes on two cores; the largest run takes 4 GB.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
@@ -50,35 +52,25 @@ class Case:
     strategy: str = "auto"
 
 
+SHORT = ("steps=6", "trainer.limit_val_batches=2", "task.text.examples=16", "accelerator=cpu", "devices=1", "threads=1")
+DISTILL = ("task=distill", "preflight=off", "teacher={micro}")
+FINETUNE = ("task=finetune", "init={micro}")
+DEFAULT_RUNS = {  # name → arguments; {name} is the directory of an earlier run
+    "nano": ("model=nano",),
+    "micro": ("model=micro",),
+    "mini": ("model=mini",),
+    "nano fp32": ("model=nano", "precision=fp32", "logger=csv"),
+    "micro fp32": ("model=micro", "precision=fp32"),
+    "mini fp32 checkpointed": ("model=mini", "precision=fp32", "activation_checkpointing=true"),
+    "distill": (*DISTILL, "model=nano"),
+    "distill fp32": ("task=distill", "preflight=off", "teacher={mini}", "model=micro", "precision=fp32"),
+    "distill cached": ("task=distill", "preflight=off", "teacher={mini}", "model=micro", "teacher_cache=sampled"),
+    "distill on-policy": (*DISTILL, "init={nano}", "data=summarize", "sequences=gkd", "loss=jsd"),
+    "finetune": FINETUNE,
+    "finetune fp32": (*FINETUNE, "precision=fp32"),
+    "LoRA": ("task=finetune", "init={mini}", "task.lora.rank=8"),
+}
 CHECKPOINTED = ("activation_checkpointing=true",)
-CASES = (
-    Case("pretrain", "nano", 4_096, 256, 32, "fp32", "adamw"),
-    Case("pretrain", "nano", 16_384, 128, 16, "bf16", "muon"),
-    Case("pretrain", "nano", 50_257, 256, 16, "bf16", "adamw"),
-    Case("pretrain", "micro", 4_096, 256, 8, "bf16", "muon"),
-    Case("pretrain", "micro", 8_192, 1024, 4, "fp32", "adamw"),
-    Case("pretrain", "micro", 50_257, 256, 8, "fp32", "muon"),
-    Case("pretrain", "micro", 16_384, 512, 16, "bf16", "adamw", parts=2),
-    Case("pretrain", "mini", 4_096, 512, 16, "bf16", "adamw"),
-    Case("pretrain", "mini", 16_384, 256, 16, "fp32", "muon"),
-    Case("pretrain", "mini", 8_192, 256, 4, "fp32", "adamw", parts=3),
-    Case("pretrain", "mini", 50_257, 256, 8, "bf16", "muon"),
-    Case("pretrain", "mini", 4_096, 512, 8, "bf16", "muon", more=CHECKPOINTED),
-    Case("pretrain", "micro", 8_192, 256, 32, "fp32", "adamw", more=CHECKPOINTED),
-    Case("pretrain", "distil", 16_384, 256, 8, "fp32", "adamw"),
-    Case("pretrain", "small", 16_384, 256, 4, "bf16", "adamw"),
-    Case("distill", "nano", 4_096, 256, 16, "bf16", "adamw", "micro"),
-    Case("distill", "micro", 16_384, 256, 8, "fp32", "muon", "mini"),
-    Case("distill", "mini", 8_192, 256, 8, "bf16", "adamw", "distil", ("loss=reverse_kl",)),
-    Case("distill cached", "micro", 16_384, 256, 16, "bf16", "adamw", "mini", ("teacher_cache=sampled",)),
-    Case("distill cached", "nano", 4_096, 256, 16, "fp32", "muon", "micro", ("teacher_cache=topk",)),
-    Case("finetune", "micro", 4_096, 256, 16, "fp32", "muon"),
-    Case("finetune", "mini", 16_384, 256, 16, "bf16", "adamw"),
-    Case("LoRA", "mini", 8_192, 256, 16, "fp32", "adamw", more=("task.lora.rank=8",)),
-    Case("LoRA", "distil", 50_257, 256, 8, "bf16", "adamw", more=("task.lora.rank=16",)),
-)
-
-
 SMALLER = {"micro": "nano", "mini": "micro", "distil": "mini"}  # teacher → student
 TOKENS = (1024, 8192)  # per micro-batch, minimum and maximum
 
@@ -108,21 +100,15 @@ def _sample_case(random_state: random.Random) -> Case:
 
 @dataclass(frozen=True)
 class Found:
-    """Predicted and measured bytes of one run."""
+    """Planned and measured bytes of one run."""
 
-    predicted: int
+    planned: int
     measured: int
-    process: int
 
     @property
     def error(self) -> float:
         """Relative error of the peak."""
-        return self.predicted / self.measured - 1
-
-    @property
-    def error_above(self) -> float:
-        """Relative error without the memory of a process without a model."""
-        return (self.predicted - self.process) / (self.measured - self.process) - 1
+        return self.planned / self.measured - 1
 
 
 def write_model(folder: str, size: str, vocabulary: str) -> None:
@@ -180,50 +166,53 @@ def keys(case: Case, folder: Path) -> list[str]:
 def measure(case: Case, folder: Path) -> Found:
     """Run a case."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        run_dir = Path(scratch) / "run"
-        report = train(run_dir, keys(case, folder))
-        planned = OmegaConf.load(run_dir / "config.yaml").prepared.planned_memory
-        return Found(int(planned.peak), int(report["peak_memory_bytes"]), int(planned.process))
+        return _found(train(Path(scratch) / "run", keys(case, folder)))
 
 
-def row(case: Case, found: Found) -> str:
+def measure_default(name: str, folder: Path) -> Found:
+    """Run a default run into `folder`/`name`, where later runs find its model."""
+    arguments = [key.format(**{one: folder / one for one in DEFAULT_RUNS}) for key in DEFAULT_RUNS[name]]
+    short = [key for key in SHORT if not key.startswith("task.") or "task=finetune" in arguments]
+    return _found(train(folder / name, [*arguments, *short, f"cache_dir={folder / 'cache'}"]))
+
+
+def _found(report: dict[str, Any]) -> Found:
+    return Found(int(report["planned_memory_bytes"]), int(report["peak_memory_bytes"]))
+
+
+def row(run: str, found: Found) -> str:
     """Format a line of the table."""
+    return f"| {run} | {found.planned / 1e9:.2f} | {found.measured / 1e9:.2f} | {found.error:+.0%} |"
+
+
+def description(case: Case) -> str:
+    """Describe a random case in a table."""
     model = f"{case.model} ← {case.teacher}" if case.teacher else case.model
     settings = [case.precision, case.optimizer, *(word.removeprefix("task.") for word in case.more)]
     settings += [f"{case.strategy} on {case.ranks}"] if case.ranks > 1 else []
     batch = f"{case.rows} × {case.context}" + (f", {case.parts} a step" if case.parts > 1 else "")
-    sizes = f"{found.predicted / 1e9:.2f} | {found.measured / 1e9:.2f} | {found.error:+.0%} | {found.error_above:+.0%}"
-    return f"| {case.like} | {model} | {case.vocabulary:,} | {batch} | {', '.join(settings)} | {sizes} |"
-
-
-def medians(found: list[Found]) -> str:
-    """Summarize the medians of the absolute errors."""
-    whole = statistics.median(abs(one.error) for one in found)
-    above = statistics.median(abs(one.error_above) for one in found)
-    worst = max(abs(one.error) for one in found)
-    return (
-        f"{len(found)} runs: median error {whole:.1%} of the measured peak, largest {worst:.1%}; "
-        f"above the process, median {above:.1%}."
-    )
+    return f"{case.like} {model}, vocabulary {case.vocabulary:,}, {batch}, {', '.join(settings)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=len(CASES), help="number of cases, the first ones")
-    parser.add_argument("--drawn", type=int, default=0, help="number of random cases to use instead")
-    parser.add_argument("--seed", type=int, default=0, help="seed of random cases")
+    parser.add_argument("--drawn", type=int, default=0, help="number of random configurations to run instead")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random configurations")
     options = parser.parse_args()
-    print(
-        "| task | model | vocabulary | micro-batch | settings | predicted, GB | measured, GB | error | above process |"
-    )
-    print("|---|---|--:|---|---|--:|--:|--:|--:|", flush=True)
-    every = []
-    with tempfile.TemporaryDirectory() as folder:
-        cases = sample_cases(options.drawn, options.seed) if options.drawn else CASES[: options.cases]
-        for case in tqdm(cases, "runs", disable=None):
-            every.append(measure(case, Path(folder)))
-            print(row(case, every[-1]), flush=True)
-    print(f"\n{medians(every)}")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    print("| run | planned, GB | measured, GB | error |\n|---|--:|--:|--:|", flush=True)
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        cases = sample_cases(options.drawn, options.seed)
+        runs = [(description(case), partial(measure, case)) for case in cases] or [
+            (f"`{' '.join(keys)}`", partial(measure_default, name)) for name, keys in DEFAULT_RUNS.items()
+        ]
+        for name, run in tqdm(runs, "runs", disable=None):
+            found.append(run(folder))
+            print(row(name, found[-1]), flush=True)
+    errors = [abs(one.error) for one in found]
+    print(f"\n{len(errors)} runs: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}.")
 
 
 if __name__ == "__main__":

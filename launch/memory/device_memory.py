@@ -1,15 +1,19 @@
-"""Device memory: quick estimate whether model, optimizer state and teacher fit on one device (parameters × bytes)."""
+"""Device memory: whether model, optimizer state and teacher fit on one device, before the batch is split.
+
+Uses the terms of memory_terms.py. Every optimizer counts as AdamW, with two moments of each parameter.
+"""
 
 import os
+from dataclasses import replace
 
 import torch
 
-from gpt2lab.storage.model_folder import parameter_count, read_shape, resolve_model_folder
 from launch.config.run_spec import Inputs, Machine
 from launch.config.schema import RunConfig
+from launch.memory.memory_plan import memory_plan
+from launch.memory.run_sizes import GPT2_VOCAB_SIZE, run_sizes
 
 USABLE_SHARE = 0.75  # of the device memory; activations, chunks of logits and the allocator need the rest
-DEFAULT_VOCAB_SIZE = 50_257  # assumed before the tokenizer is known
 LARGE_CHECKPOINT = 8e9  # bytes; larger checkpoints are sharded, with one file per rank
 
 
@@ -26,21 +30,18 @@ def fits(config: RunConfig, inputs: Inputs, machine: Machine, devices: int, teac
 
 def state_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of weights, gradients, two optimizer moments, and the averaged weights, which are always fp32."""
-    size = machine.precision.weight_bytes
-    return _parameters(config, inputs) * (size + (0 if config.lora_rank else 3 * size) + (4 if config.ema else 0))
+    names = ("weights", "gradients", "optimizer state", "averaged weights")
+    return _bytes(config, inputs, machine, names)
 
 
 def checkpoint_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of the weights and two optimizer moments."""
-    return 3 * machine.precision.weight_bytes * _parameters(config, inputs)
+    return _bytes(config, inputs, machine, ("weights", "optimizer state"))
 
 
 def teacher_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of the teacher's weights; 0 if no teacher is loaded in training."""
-    if config.task_name != "distill" or config.teacher_cache.name != "none":
-        return 0
-    shape = read_shape(resolve_model_folder(inputs.teacher, "teacher"))
-    return machine.precision.teacher_bytes * parameter_count(shape)
+    return _bytes(config, inputs, machine, ("teacher weights",))
 
 
 def device_bytes(config: RunConfig, machine: Machine) -> int:
@@ -52,5 +53,7 @@ def device_bytes(config: RunConfig, machine: Machine) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // machine.devices
 
 
-def _parameters(config: RunConfig, inputs: Inputs) -> int:
-    return parameter_count({**vars(inputs.model), "vocab_size": max(DEFAULT_VOCAB_SIZE, config.vocab_size)})
+def _bytes(config: RunConfig, inputs: Inputs, machine: Machine, names: tuple[str, ...]) -> int:
+    sizes = run_sizes(config, inputs, machine, max(GPT2_VOCAB_SIZE, config.vocab_size))  # the tokenizer is unknown yet
+    parts = memory_plan(replace(sizes, optimizer="adamw", sharded=False, sharded_teacher=False)).parts
+    return sum(parts[name] for name in names)

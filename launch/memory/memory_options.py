@@ -67,11 +67,11 @@ def _candidates(sizes: RunSizes, may_shard: bool) -> Iterator[tuple[str, RunSize
         sharded = replace(sharded, rows=min(sizes.rows, sharded.step_rows))
         yield f"strategy=fsdp devices={ranks}", sharded, "communication"
     if sizes.teacher:
-        cached = replace(sizes, teacher=None, cached_teacher=sizes.teacher)
+        cached = replace(sizes, teacher=None, cached_teacher=sizes.teacher, sampled_cache=True)
         yield "teacher_cache=sampled", cached, "disk; one pass of the teacher over the data before training"
     if sizes.ema:
         yield "ema=0", replace(sizes, ema=False), "the average of the weights"
-    if sizes.masked and not sizes.pairs:
+    if sizes.masked and sizes.target_share == 1:
         yield "packing=false", replace(sizes, masked=False), "attention across documents in a window"
     if sizes.length > 1:
         shorter = replace(sizes, length=sizes.length // 2)  # the same number of sequences per micro-batch

@@ -1,35 +1,52 @@
-"""Memory plan: bytes that one device needs for a training run, computed from sizes alone, without allocation.
+"""Memory plan: bytes that one device needs for a run, computed from sizes alone, without allocation.
 
-Shapes: N = B·T positions of a micro-batch, D hidden width, L layers, V vocabulary, P parameters.
-
-memory_terms counts each part; a phase of a run holds several of them at once:
-
-    forward      weights, optimizer state, the last step's gradients, all activations, temporaries of the LM head
-    backward     weights, optimizer state, the activations and the gradients that replace them
-    optimizer    weights, optimizer state, gradients, temporaries of Muon or of stochastic rounding
-    validation   weights, optimizer state, gradients, one block's activations of a larger batch, the LM head
-    saving       weights, optimizer state, gradients, and the exported model twice (CPU)
-
-A GPU's peak is the largest phase. A CPU process also holds the interpreter and its libraries (`process`), and freed
-memory between allocations of different size (`fragmentation`), whose factors were fitted (docs/planning.md).
+memory_terms.py is the table of terms; PHASES lists which of them are allocated at the same time. A GPU's peak is its
+largest phase. A CPU process also holds the interpreter and its libraries, and freed memory that fits no later tensor.
 """
 
 from dataclasses import dataclass, replace
 
-from launch.memory import memory_terms as count
-from launch.memory.memory_terms import RunSizes, parameters
+from launch.memory.memory_terms import RunSizes, memory_terms
 
-# Memory of a CPU process beyond its live tensors: bytes, and factors of the named part, fitted to 15 runs
-LIBRARY_BYTES = 50_000_000  # libraries, threads and kernels that the first step loads
-COMPILER_BYTES = 40_000_000  # torch.compile, in a process that compiles the LM-head loss
-WEIGHTS_FACTOR = 0.3  # freed during initialization
-TEMPORARY_FACTOR = 0.35  # tensors that a step allocates and frees
-RECOMPUTED_FACTOR = 2.0  # activations of a recomputed block
-MUON_FACTOR = 0.9  # temporaries of Muon
-LORA_FACTOR = 0.8  # activations, with LoRA
-VALIDATION_FACTOR = 1.4  # validation reuses freed training memory, with loss
-TEACHER_CACHE_FACTOR = 1.2  # writing a teacher cache
-PERSISTENT = ("weights", "gradients", "optimizer state", "averaged weights", "teacher weights")
+STATIC = ("weights", "optimizer state", "averaged weights", "teacher weights")
+KEPT = (*STATIC, "gradients")
+FORWARD = ("gradients", "activations", "weight casts", "teacher hidden states")
+BACKWARD = ("activations", "LM head gradients", "logits buffer", "hidden states")
+# Phase → moments; a moment's terms are allocated at once, beside STATIC ones
+PHASES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "forward": (
+        (*FORWARD, "LM head gradients", "LM head temporaries"),
+        (*FORWARD, "block temporaries"),
+        ("gradients", "teacher activations", "logits buffer"),
+    ),
+    "backward": (
+        (*BACKWARD, "block gradients", "accumulated gradients"),
+        ("gradients", "logits buffer", "block gradients"),
+    ),
+    "optimizer": (("gradients", "logits buffer", "optimizer temporaries"),),
+    "validation": (("gradients", "logits buffer", "trained weights", "validation batch"),),
+    "generation": (("gradients", "logits buffer", "trained weights", "generation"),),
+    "saving": (("gradients", "logits buffer", "export"),),
+}
+TRAINING = ("forward", "backward", "optimizer")
+SHOWN = (
+    *KEPT,
+    "activations",
+    "LM head gradients",
+    "LM head temporaries",
+    "teacher activations",
+    "generation",
+    "export",
+)
+
+# A CPU process beyond its tensors; docs/measurements/planning.md has the measurements
+LIBRARY_BYTES = 30_000_000  # pages of PyTorch's and MKL's libraries that the first step reads
+COMPILER_BYTES = 110_000_000  # torch.compile, in a process that compiles the LM-head loss
+WANDB_BYTES = 26_000_000  # import wandb and wandb.init
+WANDB_TABLE_BYTES = 65_000_000  # pandas and pyarrow, which wandb.Table imports for the samples
+# Bytes that malloc holds for one byte of temporaries, when it keeps freed memory (gpt2lab/system/malloc_tuning.py)
+HEAP_FACTOR = 1.5
+MIXED_HEAP_FACTOR = 2.25  # LoRA, and micro-batches of different lengths under autocast: tensors of many sizes
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ class MemoryPlan:
         parts: bytes of each part; not all are allocated at once.
         phases: bytes of all tensors that are allocated at once in each phase.
         process: bytes of a CPU process before a model is built; 0 on a GPU.
-        fragmentation: bytes that a CPU process holds beyond its tensors, mostly freed memory; 0 on a GPU.
+        fragmentation: bytes that a CPU process holds beyond its tensors: freed memory and libraries; 0 on a GPU.
     """
 
     parts: dict[str, int]
@@ -65,27 +82,35 @@ def memory_plan(sizes: RunSizes, process: int = 0) -> MemoryPlan:
     Args:
         process: bytes of a CPU process before a model is built.
     """
-    parts = _parts(sizes)
-    phases = _phases(sizes, parts)
-    if sizes.on_gpu:
-        return MemoryPlan(parts, phases, 0, 0)
-    return MemoryPlan(parts, phases, process, _cpu_bytes(sizes, parts, phases) - max(phases.values()))
+    size = memory_terms(sizes)
+    static = sum(size[name] for name in STATIC)
+    phases = {
+        phase: static + max(sum(size[name] for name in moment) for moment in moments)
+        for phase, moments in PHASES.items()
+    }
+    phases["teacher cache"] = size["teacher cache"]  # before the student is built
+    parts = {name: size[name] for name in SHOWN}
+    between = 0 if sizes.on_gpu else _cpu_bytes(sizes, size, phases) - max(phases.values())
+    return MemoryPlan(parts, phases, 0 if sizes.on_gpu else process, between)
 
 
-def _cpu_bytes(sizes: RunSizes, parts: dict[str, int], phases: dict[str, int]) -> int:
-    """Peak bytes of a CPU process without its start-up: it returns no memory to the system, so phases add up."""
-    persistent = sum(parts[name] for name in PERSISTENT)
-    training = max(phases[name] for name in ("forward", "backward", "optimizer"))
-    temporary = training - persistent
-    recomputed = count.block_activations(sizes) if sizes.checkpointing else 0
-    fragmentation = WEIGHTS_FACTOR * parts["weights"] + TEMPORARY_FACTOR * temporary
-    fragmentation += RECOMPUTED_FACTOR * recomputed + MUON_FACTOR * count.muon_work(sizes)
-    fragmentation += LORA_FACTOR * parts["activations"] if sizes.lora_rank else 0
-    validation = max(VALIDATION_FACTOR * (phases["validation"] - persistent) - temporary, 0)
-    exported = parameters(sizes.shape) * 4 * (2 if sizes.lora_rank else 1)  # with LoRA: merged, and as written
-    compiler = COMPILER_BYTES if sizes.compiled_head else 0
-    caching = TEACHER_CACHE_FACTOR * phases.get("teacher cache", 0)
-    return int(LIBRARY_BYTES + compiler + max(training + fragmentation + validation, caching) + exported)
+def _cpu_bytes(sizes: RunSizes, size: dict[str, int], phases: dict[str, int]) -> int:
+    """Return the peak bytes of a CPU process beyond its start.
+
+    All phases share one heap, which never shrinks and is larger than the temporaries in it. The export is written and
+    read through files, beside the heap.
+    """
+    kept = sum(size[name] for name in KEPT)
+    training = max(phases[name] for name in TRAINING) - kept
+    evaluation = max(phases["validation"], phases["generation"]) - kept
+    mixed = sizes.lora_rank or (sizes.varied and sizes.compute_bytes < sizes.weight_bytes)
+    factor = MIXED_HEAP_FACTOR if mixed else HEAP_FACTOR
+    during_training = kept + factor * training + size["recomputed blocks"]
+    heap = max(during_training, kept + HEAP_FACTOR * evaluation, HEAP_FACTOR * size["teacher cache"])
+    libraries = LIBRARY_BYTES + (COMPILER_BYTES if sizes.compiled_head else 0)
+    if sizes.wandb:
+        libraries += WANDB_BYTES + (WANDB_TABLE_BYTES if sizes.samples else 0)
+    return int(libraries + heap + size["export"])
 
 
 def largest_that_fits(sizes: RunSizes, process: int, limit: int, cap: int) -> int:
@@ -104,58 +129,3 @@ def largest_that_fits(sizes: RunSizes, process: int, limit: int, cap: int) -> in
             fitting = rows
         step //= 2
     return max(fitting, 1)
-
-
-def _parts(sizes: RunSizes) -> dict[str, int]:
-    shape, item = sizes.shape, sizes.weight_bytes
-    total, trained = parameters(shape) + count.lora_parameters(sizes), count.trained_parameters(sizes)
-    matrices = count.muon_parameters(sizes)
-    moments = 2 * (trained - matrices) + matrices
-    teacher = sizes.teacher
-    return {
-        "weights": total * item // sizes.shards + count.fsdp_gathered(sizes),
-        "gradients": trained * item // sizes.shards,
-        "optimizer state": moments * item // sizes.shards,
-        "averaged weights": total * 4 // sizes.shards if sizes.ema else 0,
-        "activations": count.activations(sizes),
-        "LM head": count.head_gradients(sizes) + count.head_work(sizes),
-        "teacher weights": count.teacher_weights(sizes),
-        "teacher activations": count.inference_work(sizes, teacher, sizes.positions, sizes.compute_bytes)
-        if teacher
-        else 0,
-    }
-
-
-def _phases(sizes: RunSizes, parts: dict[str, int]) -> dict[str, int]:
-    shape, item = sizes.shape, sizes.weight_bytes
-    logits_buffer = 0 if sizes.on_gpu or sizes.negatives else count.logits_buffer(sizes, sizes.targets)
-    static = sum(parts[name] for name in ("weights", "optimizer state", "averaged weights", "teacher weights"))
-    gradients, activations, head = parts["gradients"], parts["activations"], count.head_gradients(sizes)
-    embedding = shape.vocab_size * shape.n_embd * item if count.head_is_trained(sizes) else 0
-    hidden = sizes.positions * shape.n_embd * item
-    teacher_hidden = sizes.positions * sizes.teacher.n_embd * sizes.compute_bytes if sizes.teacher else 0
-    recomputed, casts_in_forward = 0, 0
-    if sizes.checkpointing:
-        recomputed = count.block_activations(sizes) + 2 * sizes.positions * shape.n_embd * sizes.compute_bytes
-        casts_in_forward = count.cast_weights(sizes)
-    block_work = max(embedding, recomputed, 5 * hidden)
-    forward = activations + casts_in_forward + teacher_hidden
-    forward += max(head + count.head_work(sizes), count.inference_work(sizes, shape, sizes.positions, item) - hidden)
-    accumulated = gradients if sizes.step_rows > sizes.rows else 0
-    backward_start = activations + head + logits_buffer + hidden + block_work + accumulated
-    backward_end = gradients + logits_buffer + block_work
-    # Validation of the averaged weights keeps a copy of the trained ones; averaging bf16 weights needs them in fp32
-    trained_copy = parts["averaged weights"] * item // 4
-    averaging = parts["averaged weights"] if item < 4 else 0
-    phases = {
-        "forward": static + gradients + max(forward, parts["teacher activations"] + logits_buffer),
-        "backward": static + max(backward_start, backward_end),
-        "optimizer": static + gradients + logits_buffer + max(count.optimizer_work(sizes), averaging),
-        "validation": static + trained_copy + gradients + count.validation_work(sizes, sizes.eval_rows * sizes.length),
-    }
-    if sizes.cached_teacher:
-        phases["teacher cache"] = count.teacher_cache_work(sizes, sizes.cached_teacher)
-    if not sizes.on_gpu:
-        exported = parameters(shape) * 4
-        phases["saving"] = static + gradients + logits_buffer + 2 * exported
-    return phases

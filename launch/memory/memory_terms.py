@@ -1,14 +1,19 @@
-"""Memory terms: bytes of weights, activations, gradients and temporaries of a training step, computed from sizes.
+"""Memory terms: bytes of everything that a run allocates on one device, as formulas of `RunSizes`.
 
-Shapes: N = B·T positions of a micro-batch, D hidden width, L layers, V vocabulary, P parameters.
+Symbols: N = B·T positions of a micro-batch, D hidden width, L layers, V vocabulary, P parameters; w and c bytes of a
+weight and of an element in a matrix product; S devices that shard the model.
 
-The counts follow the tensors that PyTorch saves for the backward pass of `transformers`' GPT-2 with SDPA attention,
-gpt2lab/losses/lm_head_loss.py and gpt2lab/optim/optimizers.py. A function named `…_work` counts temporaries.
+memory_plan.py lists which terms are allocated at the same time. The formulas count what PyTorch saves for the backward
+pass of `transformers`' GPT-2 with SDPA attention, and what this project's losses, metrics and optimizers allocate.
 """
 
 from dataclasses import dataclass
 
+from gpt2lab.distillation.teacher_cache import LOGITS_AT_A_TIME as TEACHER_CACHE_LOGITS
+from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_A_CHUNK as COMPILED_METRIC_LOGITS
+from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_AN_UNCOMPILED_CHUNK as METRIC_LOGITS
 from gpt2lab.losses.lm_head_loss import LOGITS_OF_A_BLOCK, ROWS_OF_A_TEACHER, rows_of_a_chunk
+from gpt2lab.losses.target_losses import LOGITS_OF_A_CHUNK as VALIDATION_LOGITS
 from gpt2lab.optim.stochastic_rounding import CHUNK_NUMEL, WORK_BYTES
 from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameter_count
@@ -16,63 +21,47 @@ from gpt2lab.storage.model_folder import parameter_count
 FP32 = PrecisionSettings("fp32", "32-true", "float32", "float32", "float32")
 # fp32 tensors of the size of a block of logits that a loss and its gradient need at once, without torch.compile
 CROSS_ENTROPY_TENSORS = 4.25
-DIVERGENCE_TENSORS = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25, "jsd": 10.25}
+DIVERGENCE_TENSORS = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25}
 OTHER_DIVERGENCE_TENSORS = 10.25
 COMPILED_TENSORS = 1.0
-NEWTON_SCHULZ_BYTES = 16  # per element of the matrices that Muon updates together (all of one shape)
-METRIC_LOGITS = 2**23  # logits in a chunk of gpt2lab/evaluation/distillation_metrics.py
-METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of that size, with a teacher and with a teacher cache
-TEACHER_CACHE_LOGITS = 2**24  # logits in a chunk of gpt2lab/distillation/teacher_cache.py
-PAIR_TARGET_SHARE = 0.25  # share of positions with a target in pairs; the rest is prompt and padding
+NEWTON_SCHULZ_BYTES = 16  # per element of the matrices that Muon updates together: a third of them, of one shape
+METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of METRIC_LOGITS, with a teacher and with a teacher cache
 
 
 @dataclass(frozen=True)
 class RunSizes:
-    """Sizes and settings that determine the memory of a run.
-
-    Attributes:
-        rows, length: shape (B, T) of a micro-batch.
-        eval_rows: sequences of a validation batch.
-        precision: dtypes of weights and matrix products.
-        optimizer: adamw, adam or muon.
-        step_rows: sequences of an optimizer step on this device; 0: those of one micro-batch.
-        checkpointing: activation checkpointing.
-        compiled_head: whether the LM-head loss is compiled.
-        pairs: whether the data are pairs; positions without a target skip the LM head.
-        masked: whether attention has a mask (packing, prefix_lm, mlm).
-        lora_rank, frozen_layers: 0: all weights are trained.
-        negatives: negative samples of sampled softmax; 0: full softmax.
-        divergence: distillation loss; empty: none.
-        teacher: teacher with a forward pass at every step.
-        cached_teacher: teacher that only writes a cache, before the student is built.
-        on_gpu: GPU instead of CPU.
-        sharded: whether the ranks shard the weights (FSDP2).
-        ranks: world size.
-        sharded_teacher: whether the ranks also shard the teacher.
-    """
+    """Sizes and settings that determine the memory of a run."""
 
     shape: ModelShape
-    rows: int
-    length: int
-    eval_rows: int
+    rows: int  # B of a micro-batch
+    length: int  # T
+    eval_rows: int  # sequences of a validation batch
     precision: PrecisionSettings = FP32
     optimizer: str = "adamw"
-    step_rows: int = 0
-    checkpointing: bool = False
-    compiled_head: bool = False
+    step_rows: int = 0  # sequences of an optimizer step on this device; 0: those of one micro-batch
+    checkpointing: bool = False  # activation checkpointing
+    compiled_head: bool = False  # whether the LM-head loss is compiled
     ema: bool = False
-    pairs: bool = False
-    masked: bool = False
-    lora_rank: int = 0
+    target_share: float = 1.0  # share of positions with a target; the others skip the LM head (pairs)
+    eval_target_share: float = 1.0
+    masked: bool = False  # whether attention has a mask (packing, prefix_lm, mlm)
+    varied: bool = False  # whether micro-batches differ in length (pairs without packing, on-policy text)
+    lora_rank: int = 0  # 0: no LoRA
     frozen_layers: int = 0
-    negatives: int = 0
-    divergence: str = ""
-    teacher: ModelShape | None = None
-    cached_teacher: ModelShape | None = None
+    negatives: int = 0  # negative samples of sampled softmax; 0: full softmax
+    divergence: str = ""  # distillation loss; empty: none
+    teacher: ModelShape | None = None  # teacher with a forward pass at every step
+    cached_teacher: ModelShape | None = None  # teacher that only writes a cache, before the student is built
+    sampled_cache: bool = False  # whether the cache has samples; else the top k tokens
     on_gpu: bool = False
-    sharded: bool = False
+    sharded: bool = False  # whether the ranks shard the weights (FSDP2)
     ranks: int = 1
-    sharded_teacher: bool = False
+    sharded_teacher: bool = False  # whether the ranks also shard the teacher
+    prompts: int = 0  # texts generated at once, by samples, metrics on generated text or on-policy distillation
+    generated_length: int = 0  # longest prompt and its completion, in tokens
+    samples: bool = False  # whether samples are logged
+    wandb: bool = False  # whether W&B is a logger
+    verified: bool = False  # whether the export is loaded and compared at the end
 
     @property
     def positions(self) -> int:
@@ -81,23 +70,33 @@ class RunSizes:
 
     @property
     def targets(self) -> int:
-        """Positions with a target, which are the rows of the LM head."""
-        return int(self.positions * PAIR_TARGET_SHARE) if self.pairs else self.positions
+        """Positions of a micro-batch with a target, which are the rows of the LM head."""
+        return int(self.positions * self.target_share)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight."""
+        """Bytes w of a weight."""
         return self.precision.weight_bytes
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an element in a matrix product."""
+        """Bytes c of an element in a matrix product."""
         return self.precision.compute_bytes
 
     @property
     def shards(self) -> int:
-        """Number of devices that shard weights, gradients and optimizer state."""
+        """Number S of devices that shard weights, gradients and optimizer state."""
         return self.ranks if self.sharded else 1
+
+    @property
+    def head_is_trained(self) -> bool:
+        """Whether the LM head has a gradient."""
+        return not self.lora_rank and not self.frozen_layers
+
+
+def memory_terms(sizes: RunSizes) -> dict[str, int]:
+    """Return the bytes of each term by its name."""
+    return {**_kept(sizes), **_training(sizes), **_validation(sizes), **_outside_training(sizes)}
 
 
 def parameters(shape: ModelShape) -> int:
@@ -110,43 +109,86 @@ def trained_parameters(sizes: RunSizes) -> int:
     shape = sizes.shape
     if sizes.lora_rank:
         return 16 * sizes.lora_rank * shape.n_embd * shape.n_layer
-    block = 12 * shape.n_embd**2 + 13 * shape.n_embd
-    embeddings = (shape.vocab_size + shape.n_positions) * shape.n_embd if sizes.frozen_layers else 0
-    return parameters(shape) - embeddings - sizes.frozen_layers * block
+    frozen = _embeddings(shape) if sizes.frozen_layers else 0
+    return parameters(shape) - frozen - sizes.frozen_layers * (_matrices(shape) + 13 * shape.n_embd)
 
 
 def lora_parameters(sizes: RunSizes) -> int:
+    """Number of parameters of the adapters."""
     return trained_parameters(sizes) if sizes.lora_rank else 0
 
 
-def muon_parameters(sizes: RunSizes) -> int:
+def _muon_parameters(sizes: RunSizes) -> int:
     """Number of parameters that Muon updates, which have one moment instead of two."""
     layers = sizes.shape.n_layer - sizes.frozen_layers
-    return 12 * sizes.shape.n_embd**2 * layers if sizes.optimizer == "muon" and not sizes.lora_rank else 0
+    return layers * _matrices(sizes.shape) if sizes.optimizer == "muon" and not sizes.lora_rank else 0
 
 
-def fsdp_gathered(sizes: RunSizes) -> int:
-    """Weights that FSDP2 gathers at once: the embeddings and two blocks."""
-    if not sizes.sharded:
-        return 0
-    shape = sizes.shape
-    embeddings = (shape.vocab_size + shape.n_positions) * shape.n_embd
-    return (embeddings + 2 * 12 * shape.n_embd**2) * sizes.weight_bytes
+def _embeddings(shape: ModelShape) -> int:
+    return (shape.vocab_size + shape.n_positions) * shape.n_embd
 
 
-def teacher_weights(sizes: RunSizes) -> int:
-    """Weights of the teacher; a sharded one has whole embeddings on every rank, and two gathered blocks."""
-    teacher, item = sizes.teacher, sizes.compute_bytes
-    if teacher is None:
-        return 0
-    if not sizes.sharded_teacher:
-        return parameters(teacher) * item
-    embeddings = (teacher.vocab_size + teacher.n_positions) * teacher.n_embd
-    blocks = parameters(teacher) - embeddings
-    return (embeddings + blocks // sizes.ranks + 2 * 12 * teacher.n_embd**2) * item
+def _matrices(shape: ModelShape) -> int:
+    """Number of weights in the matrices of one block."""
+    return 12 * shape.n_embd**2
 
 
-def block_activations(sizes: RunSizes) -> int:
+def _kept(sizes: RunSizes) -> dict[str, int]:
+    """Terms that are kept from step to step."""
+    w, trained, total = sizes.weight_bytes, trained_parameters(sizes), parameters(sizes.shape) + lora_parameters(sizes)
+    gathered = _embeddings(sizes.shape) + 2 * _matrices(sizes.shape) if sizes.sharded else 0  # by FSDP2, and two blocks
+    return {
+        "weights": total * w // sizes.shards + gathered * w,
+        "gradients": trained * w // sizes.shards,  # DDP's buckets are views of them
+        "optimizer state": (2 * trained - _muon_parameters(sizes)) * w // sizes.shards,
+        "averaged weights": total * 4 // sizes.shards if sizes.ema else 0,
+        "teacher weights": _teacher_parameters(sizes) * sizes.precision.teacher_bytes,
+        "logits buffer": 0 if sizes.on_gpu or sizes.negatives else _logits_buffer(sizes),
+    }
+
+
+def _teacher_parameters(sizes: RunSizes) -> int:
+    teacher = sizes.teacher
+    if teacher is None or not sizes.sharded_teacher:
+        return parameters(teacher) if teacher else 0
+    blocks = parameters(teacher) - _embeddings(teacher)
+    return _embeddings(teacher) + blocks // sizes.ranks + 2 * _matrices(teacher)
+
+
+def _logits_buffer(sizes: RunSizes) -> int:
+    """Logits of a chunk, and of 256 rows of a teacher, which a CPU reuses (lm_head_loss.py: _workspaces)."""
+    rows, row_bytes = sizes.targets, sizes.shape.vocab_size * sizes.compute_bytes
+    return (rows_of_a_chunk(rows, row_bytes) + (min(rows, ROWS_OF_A_TEACHER) if sizes.teacher else 0)) * row_bytes
+
+
+def _training(sizes: RunSizes) -> dict[str, int]:
+    """Terms of the forward pass, the backward pass and the optimizer step."""
+    shape, w, c = sizes.shape, sizes.weight_bytes, sizes.compute_bytes
+    hidden, teacher = sizes.positions * shape.n_embd * w, sizes.teacher  # N·D·w
+    block, casts = _block_activations(sizes), _casts(sizes)
+    layers = shape.n_layer - sizes.frozen_layers
+    recomputed = block + 2 * sizes.positions * shape.n_embd * c if sizes.checkpointing else 0
+    embedding_gradient = shape.vocab_size * shape.n_embd * w if sizes.head_is_trained else 0
+    head_gradient = 4 * shape.vocab_size * shape.n_embd if sizes.head_is_trained else 0
+    return {
+        "activations": (layers + 1) * hidden if sizes.checkpointing else layers * block + hidden + casts,
+        "weight casts": casts if sizes.checkpointing else 0,
+        "hidden states": hidden,
+        "block temporaries": _forward_pass(sizes, shape, sizes.positions, w) - hidden,
+        "teacher activations": _forward_pass(sizes, teacher, sizes.positions, c) if teacher else 0,
+        "teacher hidden states": sizes.positions * teacher.n_embd * c if teacher else 0,
+        # computed in the forward pass
+        "LM head gradients": head_gradient + sizes.targets * shape.n_embd * w,
+        "LM head temporaries": _head_temporaries(sizes),
+        "block gradients": max(embedding_gradient, 5 * hidden, recomputed),
+        "accumulated gradients": trained_parameters(sizes) * w // sizes.shards if sizes.step_rows > sizes.rows else 0,
+        "optimizer temporaries": _optimizer_temporaries(sizes),
+        # On a CPU a block's gradients lie in the memory that its recomputation freed; DDP allocates them in advance
+        "recomputed blocks": (layers - 1) * block if sizes.checkpointing and sizes.ranks == 1 else 0,
+    }
+
+
+def _block_activations(sizes: RunSizes) -> int:
     """Activations that one block saves for its backward pass.
 
     Per position: the residual stream before both layer norms; in the compute dtype the outputs of both norms, queries,
@@ -164,56 +206,29 @@ def block_activations(sizes: RunSizes) -> int:
     return per_position * sizes.positions
 
 
-def cast_weights(sizes: RunSizes) -> int:
+def _casts(sizes: RunSizes) -> int:
     """Low-precision copies of the blocks' weights that autocast caches for a forward and backward pass."""
     casts = sizes.compute_bytes < sizes.weight_bytes
-    return 12 * sizes.shape.n_embd**2 * sizes.shape.n_layer * sizes.compute_bytes if casts else 0
+    return _matrices(sizes.shape) * sizes.shape.n_layer * sizes.compute_bytes if casts else 0
 
 
-def activations(sizes: RunSizes) -> int:
-    """Activations saved from the forward to the backward pass."""
-    layers = sizes.shape.n_layer - sizes.frozen_layers
-    last = sizes.positions * sizes.shape.n_embd * sizes.weight_bytes
-    if sizes.checkpointing:
-        return (layers + 1) * last
-    return layers * block_activations(sizes) + last + cast_weights(sizes)
-
-
-def inference_work(sizes: RunSizes, shape: ModelShape, positions: int, residual_bytes: int) -> int:
+def _forward_pass(sizes: RunSizes, shape: ModelShape, positions: int, residual_bytes: int) -> int:
     """Temporaries of a forward pass without gradient; the MLP of a block needs the most."""
     masks = positions * sizes.length * sizes.compute_bytes if sizes.masked else 0
     return positions * shape.n_embd * (4 * residual_bytes + 9 * sizes.compute_bytes) + masks
 
 
-def head_is_trained(sizes: RunSizes) -> bool:
-    return not sizes.lora_rank and not sizes.frozen_layers
-
-
-def head_gradients(sizes: RunSizes) -> int:
-    """Gradients of hidden states and head weight, which the LM-head loss computes in its forward pass."""
-    shape = sizes.shape
-    weight_gradient = 4 * shape.vocab_size * shape.n_embd if head_is_trained(sizes) else 0
-    return weight_gradient + sizes.targets * shape.n_embd * sizes.weight_bytes
-
-
-def head_work(sizes: RunSizes, targets: int | None = None, needs_gradient: bool = True) -> int:
-    """Temporaries of the LM-head loss, which is computed in chunks of rows.
-
-    Args:
-        targets: rows of the LM head; None: those of a training micro-batch.
-    """
-    rows = sizes.targets if targets is None else targets
-    width, vocab, item = sizes.shape.n_embd, sizes.shape.vocab_size, sizes.compute_bytes
-    if sizes.negatives and needs_gradient:
+def _head_temporaries(sizes: RunSizes) -> int:
+    """Logits of a chunk, a low-precision copy of the head, and fp32 tensors of a block of logits (lm_head_loss.py)."""
+    rows, width, vocab, item = sizes.targets, sizes.shape.n_embd, sizes.shape.vocab_size, sizes.compute_bytes
+    if sizes.negatives:
         return rows * (sizes.negatives * (item + 12) + 2 * width * sizes.weight_bytes)
     chunk = rows_of_a_chunk(rows, vocab * item)
-    logits = (2 if sizes.teacher else 1) * chunk * vocab * item if sizes.on_gpu else logits_buffer(sizes, rows)
+    logits = (2 if sizes.teacher else 1) * chunk * vocab * item if sizes.on_gpu else _logits_buffer(sizes)
     block_rows = chunk if sizes.on_gpu else min(max(LOGITS_OF_A_BLOCK // vocab, 1), chunk)
-    block = block_rows * vocab * 4 * _loss_tensors(sizes)
-    head, product = (width * vocab * item, width * vocab * (item + 4)) if item < 4 else (0, 0)
-    if not needs_gradient or not head_is_trained(sizes):
-        product = 0
-    return int(logits + head + max(block, product) + 2 * chunk * width * item)
+    head = width * vocab * item if item < 4 else 0
+    product = width * vocab * (item + 4) if item < 4 and sizes.head_is_trained else 0
+    return int(logits + head + max(block_rows * vocab * 4 * _loss_tensors(sizes), product) + 2 * chunk * width * item)
 
 
 def _loss_tensors(sizes: RunSizes) -> float:
@@ -224,47 +239,50 @@ def _loss_tensors(sizes: RunSizes) -> float:
     return DIVERGENCE_TENSORS.get(sizes.divergence, OTHER_DIVERGENCE_TENSORS)
 
 
-def logits_buffer(sizes: RunSizes, rows: int) -> int:
-    """Buffer for a chunk of logits on a CPU, which is reused in every step."""
-    row_bytes = sizes.shape.vocab_size * sizes.compute_bytes
-    teacher = min(rows, ROWS_OF_A_TEACHER) * row_bytes if sizes.teacher else 0
-    return rows_of_a_chunk(rows, row_bytes) * row_bytes + teacher
+def _optimizer_temporaries(sizes: RunSizes) -> int:
+    """Updates of Muon's matrices and Newton–Schulz; fp32 chunks of bf16_true; the average of low-precision weights."""
+    matrices, averaged = _muon_parameters(sizes), parameters(sizes.shape) * 4 if sizes.ema else 0
+    muon = matrices * sizes.weight_bytes + matrices // 3 * NEWTON_SCHULZ_BYTES
+    rounded = (trained_parameters(sizes) - matrices) // sizes.shards if sizes.precision.is_bf16_true else 0
+    return max(min(rounded, CHUNK_NUMEL) * WORK_BYTES, muon, averaged // sizes.shards if sizes.weight_bytes < 4 else 0)
 
 
-def muon_work(sizes: RunSizes) -> int:
-    """Temporaries of Muon: updates of all matrices, and Newton–Schulz on those of one shape, a third of them."""
-    matrices = muon_parameters(sizes)
-    return matrices * sizes.weight_bytes + matrices // 3 * NEWTON_SCHULZ_BYTES
-
-
-def optimizer_work(sizes: RunSizes) -> int:
-    """Temporaries of an optimizer step: of Muon, or stochastic rounding, which casts chunks of weights to fp32."""
-    if not sizes.precision.is_bf16_true:
-        return muon_work(sizes)
-    rounded = (trained_parameters(sizes) - muon_parameters(sizes)) // sizes.shards
-    return max(min(rounded, CHUNK_NUMEL) * WORK_BYTES, muon_work(sizes))
-
-
-def validation_work(sizes: RunSizes, positions: int) -> int:
-    shape = sizes.shape
-    blocks = inference_work(sizes, shape, positions, sizes.weight_bytes) + cast_weights(sizes)
+def _validation(sizes: RunSizes) -> dict[str, int]:
+    """Terms of a validation batch: the larger of a forward pass, and of the LM head or the metrics."""
+    shape, w, c, positions = sizes.shape, sizes.weight_bytes, sizes.compute_bytes, sizes.eval_rows * sizes.length
+    blocks = _forward_pass(sizes, shape, positions, w) + _casts(sizes)
     if sizes.teacher:
-        blocks = max(blocks, inference_work(sizes, sizes.teacher, positions, sizes.compute_bytes))
-    hidden = positions * (shape.n_embd * sizes.weight_bytes)
-    targets = int(positions * PAIR_TARGET_SHARE) if sizes.pairs else positions
-    if sizes.divergence:
-        tensors = METRIC_TENSORS if sizes.teacher else CACHED_METRIC_TENSORS
-        work = min(METRIC_LOGITS, targets * shape.vocab_size) * 4 * tensors
-    else:
-        work = head_work(sizes, targets, needs_gradient=False)
-    return max(blocks + (0 if sizes.on_gpu else logits_buffer(sizes, sizes.targets)), hidden + work)
+        blocks = max(blocks, _forward_pass(sizes, sizes.teacher, positions, c))
+    logits = int(positions * sizes.eval_target_share) * shape.vocab_size
+    if sizes.divergence and sizes.compiled_head:  # logits of student and teacher, and one copy
+        work = min(COMPILED_METRIC_LOGITS, logits) * c * 3
+    elif sizes.divergence:
+        work = min(METRIC_LOGITS, logits) * 4 * (METRIC_TENSORS if sizes.teacher else CACHED_METRIC_TENSORS)
+    else:  # two chunks exist at a time
+        block = min(VALIDATION_LOGITS if sizes.on_gpu else LOGITS_OF_A_BLOCK, logits)
+        tensors = COMPILED_TENSORS if sizes.compiled_head else CROSS_ENTROPY_TENSORS
+        work = min(2 * VALIDATION_LOGITS, logits) * c + int(block * 4 * tensors)
+    trained = parameters(shape) * w // sizes.shards if sizes.ema else 0  # a copy while the average is validated
+    head = positions * shape.n_embd * w + shape.vocab_size * shape.n_embd * c + work
+    return {"trained weights": trained, "validation batch": max(blocks, head)}
 
 
-def teacher_cache_work(sizes: RunSizes, teacher: ModelShape) -> int:
-    """Weights and temporaries of a teacher that writes its cache, before the student is built."""
-    positions, item = sizes.eval_rows * sizes.length, sizes.compute_bytes
-    rows = min(positions, TEACHER_CACHE_LOGITS // teacher.vocab_size)
-    work = rows * teacher.vocab_size * (3 * 4 + 8 + item)  # logits, two softmaxes, their sum in fp64
-    return parameters(teacher) * item + max(
-        inference_work(sizes, teacher, positions, item), positions * teacher.n_embd * item + work
-    )
+def _outside_training(sizes: RunSizes) -> dict[str, int]:
+    """Terms of generation, of the export and of writing a teacher cache."""
+    shape, w, c, texts = sizes.shape, sizes.weight_bytes, sizes.compute_bytes, sizes.prompts * sizes.generated_length
+    key_values = 2 * shape.n_layer * shape.n_embd * w * texts
+    logits = 3 * sizes.prompts * shape.vocab_size * 4  # raw, processed, and sorted or their softmax
+    copies = max(2 if sizes.verified else 1, 2 if sizes.lora_rank else 1)  # in fp32
+    cache, teacher = 0, sizes.cached_teacher
+    if teacher:
+        positions = sizes.eval_rows * sizes.length
+        rows = min(positions, TEACHER_CACHE_LOGITS // teacher.vocab_size)
+        tensors = c + 4 + 2 * 8 if sizes.sampled_cache else c + 3 * 4  # bytes: logits, probabilities, sums in fp64
+        work = rows * teacher.vocab_size * tensors
+        head = positions * teacher.n_embd * c + work
+        cache = parameters(teacher) * c + max(_forward_pass(sizes, teacher, positions, c), head)
+    return {
+        "generation": key_values + logits + _forward_pass(sizes, shape, texts, w),
+        "export": 0 if sizes.on_gpu else parameters(shape) * 4 * copies,
+        "teacher cache": cache,
+    }

@@ -2,7 +2,9 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
+from gpt2lab.generation.completion import BATCH
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.model_folder import has_tokenizer, read_shape
 from launch.config.run_spec import Inputs, Machine
@@ -12,6 +14,8 @@ from launch.memory.memory_terms import RunSizes
 GPT2_VOCAB_SIZE = 50_257
 FASTEST_TOKENS = {"cpu": 8_192}  # tokens of a micro-batch; larger ones exceed the caches and are not faster
 FASTEST_GPU_TOKENS = 16_384
+PAIR_TARGET_SHARE = 0.25  # assumed before the pairs are prepared; the other positions are prompt and padding
+SAMPLE_PROMPTS = 3  # of the samples callback, unless prompts are given
 
 
 def fastest_micro_batch(config: RunConfig, machine: Machine) -> int:
@@ -41,18 +45,30 @@ def expected_vocabulary(config: RunConfig, inputs: Inputs) -> int:
 
 
 def run_sizes(
-    config: RunConfig, inputs: Inputs, machine: Machine, vocab_size: int, compiled_head: bool = False
+    config: RunConfig,
+    inputs: Inputs,
+    machine: Machine,
+    vocab_size: int,
+    compiled_head: bool = False,
+    target_share: float = PAIR_TARGET_SHARE,
 ) -> RunSizes:
-    """Return the sizes of a run; an undecided micro-batch counts as the largest possible."""
+    """Return the sizes of a run; an undecided micro-batch counts as the largest possible.
+
+    Args:
+        target_share: share of positions with a target in pairs.
+    """
     distils = config.task_name == "distill"
     teacher = ModelShape(**read_shape(Path(inputs.teacher))) if distils else None
     is_cached = config.teacher_cache.name != "none"
     largest = machine.largest_micro_batch or fastest_micro_batch(config, machine)
     step_rows = math.ceil(config.global_batch_rows / machine.world_size)
-    rows = machine.micro_batch or (largest if config.micro_batch == "auto" else int(config.micro_batch))
+    given = machine.micro_batch or (largest if config.micro_batch == "auto" else int(config.micro_batch))
+    rows = min(given, step_rows)
+    share = min(target_share, 1.0) if config.takes_pairs else 1.0
+    generated = config.sequences.max_new_tokens / config.context if config.sequences.on_policy else 0.0
     return RunSizes(
         shape=inputs.model.shape(vocab_size),
-        rows=min(rows, step_rows),
+        rows=rows,
         length=config.context,
         eval_rows=largest,
         precision=machine.precision,
@@ -61,7 +77,9 @@ def run_sizes(
         checkpointing=config.activation_checkpointing,
         compiled_head=compiled_head,
         ema=config.ema > 0,
-        pairs=config.takes_pairs,
+        target_share=max(share, min(generated, 1.0)),
+        eval_target_share=share,
+        varied=(config.takes_pairs and not config.packing) or config.sequences.on_policy,
         masked=config.packing or not config.objective.kind.is_causal,
         lora_rank=config.lora_rank,
         frozen_layers=int(config.task.get("frozen_layers", 0)),
@@ -69,11 +87,34 @@ def run_sizes(
         divergence=config.loss.name if distils else "",
         teacher=None if is_cached else teacher,
         cached_teacher=teacher if is_cached else None,
+        sampled_cache=config.teacher_cache.name == "sampled",
         on_gpu=machine.accelerator == "gpu",
         sharded=machine.strategy == "fsdp",
         ranks=machine.world_size,
         sharded_teacher=machine.shard_teacher,
+        **_observers(config, rows),
     )
+
+
+def _observers(config: RunConfig, rows: int) -> dict[str, Any]:
+    """Return the sizes of generated text, and of what callbacks and loggers add."""
+    samples, text = config.callbacks.get("samples"), config.task.get("text") or {}
+    generated = [(0, 0)]  # texts at once, their tokens
+    if samples:
+        prompts = len(samples["prompts"]) or SAMPLE_PROMPTS
+        generated.append((prompts, config.context + int(samples["max_new_tokens"])))
+    if text.get("examples"):
+        generated.append((min(BATCH, int(text["examples"])), config.context + int(text["max_new_tokens"])))
+    if config.sequences.on_policy:
+        generated.append((rows, config.context))
+    prompts, length = max(generated)
+    return {
+        "prompts": prompts,
+        "generated_length": length,
+        "samples": bool(samples),
+        "wandb": "WeightsAndBiases" in str(config.logger),
+        "verified": bool((config.callbacks.get("checkpoint") or {}).get("verify_export")),
+    }
 
 
 def rank_memory_limit(machine: Machine, free: int | None, process: int) -> int | None:

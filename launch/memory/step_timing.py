@@ -109,8 +109,8 @@ def fitting_rows(sizes: RunSizes, rows: int, free: int | None, process: int) -> 
     """
     if free is None:
         return rows
-    unsharded = replace(sizes, sharded=False, ranks=1, lora_rank=0, frozen_layers=0)
-    dummy = replace(unsharded, step_rows=0, ema=False, cached_teacher=None)
+    whole = replace(sizes, sharded=False, ranks=1, lora_rank=0, frozen_layers=0, ema=False, cached_teacher=None)
+    dummy = replace(whole, step_rows=0, target_share=1, varied=False, prompts=0, wandb=False, verified=False)
     fitting = largest_that_fits(dummy, process, free, rows)
     peak = memory_plan(replace(dummy, rows=fitting, eval_rows=fitting), process).peak
     return fitting if peak <= free else 0

@@ -29,9 +29,13 @@ BYTES_OF_A_TOKEN = 3  # of text, at least: 3.0 to 4.5 of English and of source c
 SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
-def planned_memory(spec: RunSpec, vocab_size: int, compiled_head: bool) -> MemoryPlan:
-    """Return the memory of a run whose process is like this one."""
-    sizes = run_sizes(spec.config, spec.resolved, spec.machine, vocab_size, compiled_head)
+def planned_memory(spec: RunSpec, vocab_size: int, compiled_head: bool, target_share: float) -> MemoryPlan:
+    """Return the memory of a run whose process is like this one.
+
+    Args:
+        target_share: share of positions with a target in pairs.
+    """
+    sizes = run_sizes(spec.config, spec.resolved, spec.machine, vocab_size, compiled_head, target_share)
     return memory_plan(sizes, resident_memory_bytes())
 
 
@@ -110,7 +114,9 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
         "weights": "with what is gathered of the other devices" if sizes.sharded else "",
         "activations": f"of one micro-batch of {sizes.rows} × {sizes.length} tokens"
         + (", recomputed block by block" if sizes.checkpointing else ""),
-        "LM head": "its gradients, and the chunk of logits that is worked on",
+        "LM head temporaries": "the chunk of logits that is worked on",
+        "generation": "key-value cache and logits of samples, generated answers and on-policy text",
+        "export": "fp32 copies of the weights while a checkpoint is written and verified",
         "teacher weights": "a device's part of its blocks, and two whole ones" if sizes.sharded_teacher else "",
     }
     for name, size in plan.parts.items():
@@ -118,9 +124,7 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
             table.add_row(name, _gigabytes(size), notes.get(name, ""))
     if plan.process:
         table.add_row("process", _gigabytes(plan.process), "Python and its libraries, before there is a model")
-        table.add_row(
-            "between", _gigabytes(plan.fragmentation), "freed memory that fits nothing else, libraries loaded later"
-        )
+        table.add_row("between", _gigabytes(plan.fragmentation), "freed memory that fits no other tensor, libraries")
     table.add_row("peak", _gigabytes(plan.peak), f"in the phase {plan.largest_phase}; not all parts are there at once")
     if room is None:
         table.add_row("free", "?", "not reported by this device")
