@@ -1,4 +1,4 @@
-"""Shared by the tests of train.py: the real conf/, shrunk to a model and a text of seconds."""
+"""Fixtures for the tests of train.py: the real conf/, shrunk to a model and a text of seconds."""
 
 import functools
 import heapq
@@ -18,7 +18,7 @@ from tests.support import hydra_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Threads that spin while they wait take the cores of a busy machine from those that work.
+# Threads that spin while they wait occupy the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SHRUNK = (
@@ -34,7 +34,7 @@ SHRUNK += ("batch_tokens=256", "precision=fp32", "data=text", "logger=none", "ca
 
 @dataclass
 class Answer:
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     stdout: str
@@ -48,7 +48,7 @@ Command = Train = Distil = Callable[..., Answer]
 
 
 def in_words(loss: Any) -> str:
-    """The name of a test's loss: what differs from the defaults."""
+    """Return the id of a loss: the fields that differ from the defaults."""
     if loss is None:
         return "cross_entropy"
     usual = vars(type(loss)(loss.name))
@@ -152,7 +152,7 @@ class JobHere:
             self._outcome = 2 if exit_codes.as_input_error(error) else 1, str(error)
 
     def signal(self, number: int) -> None:
-        """Do nothing, for the job has ended."""
+        """Do nothing: the job has ended."""
 
     def wait(self) -> tuple[int, str]:
         return self._outcome
@@ -177,7 +177,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def distil(train_here: Train, tiny: list[str], tmp_path: Path, teachers: Path) -> Distil:
-    """Distils from a teacher in ./teacher that has a cache folder of its own."""
+    """Distil from a teacher in ./teacher with a separate cache folder."""
     wide = [key for key in tiny if not key.startswith(("model.n_head", "model.n_embd"))]
     if not (teachers / "teacher").exists():
         assert train_here(*wide, "model.n_head=4", "model.n_embd=64", "steps=30", "run_dir=teacher").code == 0
@@ -196,7 +196,7 @@ def distil(train_here: Train, tiny: list[str], tmp_path: Path, teachers: Path) -
 
 @pytest.fixture
 def train_process(tmp_path: Path, cache: Path) -> Train:
-    """train.py as a user runs it, in an empty folder."""
+    """Run train.py as a separate process in an empty folder."""
 
     def run(*overrides: str) -> Answer:
         ended = subprocess.run(
@@ -212,7 +212,7 @@ def train_process(tmp_path: Path, cache: Path) -> Train:
 
 
 def started(cache: Path, folder: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
-    """train.py at work in a folder, with these variables besides; Ctrl-C reaches it as in a terminal."""
+    """Start train.py in a folder, with these extra variables; it receives Ctrl-C as in a terminal."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides],
         cwd=folder,
@@ -226,6 +226,6 @@ def started(cache: Path, folder: Path, *overrides: str, **variables: str) -> sub
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a run in a process of its own, which has a W&B service of its own, too."""
+    """Return the environment of a separate process, which also has a separate W&B service."""
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     return {**inherited, "GPT2LAB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}

@@ -64,7 +64,7 @@ def test_head_benchmark_stops_at_an_implementation_that_differs(monkeypatch: pyt
 
 @pytest.mark.slow
 def test_head_benchmark_measures_memory_in_a_separate_process() -> None:
-    """Dense cross-entropy at N = 2,048, V = 8,000 holds several tensors of its logits' size, in fp32 66 MB, at once."""
+    """Dense cross-entropy at N = 2,048, V = 8,000 has several tensors of its logits' size, in fp32 66 MB, at once."""
     sizes = {"loss": "cross_entropy", "precision": "fp32", "width": 16, "rows": 2048, "vocab_size": 8000}
     logits = 2048 * 8000 * 4
     measured = int(benchmark_lm_head_loss.apart("memory", sizes, 1, False, False, EAGER))
@@ -112,7 +112,7 @@ def test_a_distillation_step_is_measured_through_train_py(
 
 @pytest.mark.slow
 def test_distillation_benchmark_runs_and_lists_what_it_skipped(cache: Path) -> None:
-    """With $TRL_PYTHON set it runs GKDTrainer too."""
+    """The benchmark also runs GKDTrainer if $TRL_PYTHON is set."""
     command = [sys.executable, "-m", "benchmarks.benchmark_distill", "--tiny", "--loss", "forward_kl"]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
     sides = [row[1] for row in cells(ended.stdout.split("\n\n")[0])]

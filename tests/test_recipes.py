@@ -26,7 +26,7 @@ from tests.conftest import ROOT, SHRUNK, Train
 from tests.support.configurations import composed
 
 RECIPES = ("distilgpt2_owt", "gpt2_124m_fineweb", "minillm_dolly")
-# What must stand in each, from the sources that its header names.
+# Required values of each, from the sources in its header.
 PROMISED: dict[str, dict[str, Any]] = {
     "distilgpt2_owt": {
         "loss": {"name": "forward_kl", "temperature": 2.0, "scale_t2": True, "hard_weight": 0.5},
@@ -47,24 +47,24 @@ PROMISED: dict[str, dict[str, Any]] = {
         "gradient_clip": 1.0,
     },
 }
-# One thread: steps of milliseconds lose more by waiting for a second one on a busy machine than they gain from it.
+# One thread: on a busy machine, steps of milliseconds lose more by waiting for a second one than they gain.
 TINY = [word for word in SHRUNK if not word.startswith("model.n_layer")] + ["threads=1"]
 STEPS = ["steps=40", "validate_every=8", "checkpoint_every=40", "schedule.warmup_steps=4"]
 
 
 def header(recipe: str) -> str:
-    """The comment that a recipe opens with."""
+    """Return the comment at the head of a recipe."""
     lines = (ROOT / f"conf/experiment/{recipe}.yaml").read_text().splitlines()
     return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
 
 
 def commands(recipe: str) -> list[str]:
-    """Its commands, continuation lines joined."""
+    """Return its commands, continuation lines joined."""
     return re.findall(r"^#   python train\.py (.*)$", header(recipe).replace("\\\n#", ""), flags=re.MULTILINE)
 
 
 def promised(recipe: str, config: RunConfig) -> dict[str, Any]:
-    """What the settings have at the places where PROMISED has something."""
+    """Return the settings at the keys of PROMISED."""
     found: dict[str, Any] = {}
     for key, wanted in PROMISED[recipe].items():
         value = vars(config)[key]
@@ -137,7 +137,7 @@ def logged(run: Path, name: str) -> list[float]:
 
 
 def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str) -> PreparedSpec:
-    """Train, see that it finished and val/loss fell by at least `fall` nats; gives back the run's own configuration."""
+    """Train; check that the run finished and val/loss fell by at least `fall` nats; return its configuration."""
     done = train_here(f"experiment={recipe}", *words, *STEPS, f"run_dir={run}")
     assert done.code == 0, done.stderr
     assert read_report(run)["status"] == "finished"
@@ -153,7 +153,7 @@ def test_distilgpt2_keeps_six_evenly_spaced_layers_and_learns(
 ) -> None:
     monkeypatch.chdir(project)
     words = [*TINY, f"path={sources}", "teacher=runs/pretrain/teacher"]
-    # It starts near where it can get: with its teacher's layers.
+    # It starts near its best loss, with its teacher's layers.
     spec = run_twin("distilgpt2_owt", train_here, tmp_path / "run", 0.005, *words)
     assert promised("distilgpt2_owt", spec.config) == PROMISED["distilgpt2_owt"]
     assert spec.config.init == "teacher_layers"

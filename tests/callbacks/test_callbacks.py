@@ -1,4 +1,4 @@
-"""Callbacks on real, tiny runs: what they write is right, and training comes out the same with and without them."""
+"""Callbacks on real, tiny runs: their output is right, and training is the same with and without them."""
 
 import html
 import inspect
@@ -37,7 +37,7 @@ from tests.support import tiny_run
 
 @pytest.fixture(autouse=True)
 def warnings_reach_caplog(monkeypatch) -> None:
-    """The launcher, which other tests run in this process, keeps our log lines from the root logger."""
+    """The launcher, which other tests run in this process, does not propagate log lines to the root logger."""
     for name in ("callbacks", "gpt2lab"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
@@ -73,7 +73,7 @@ def equal(first: Pretrain, second: Pretrain) -> bool:
 
 
 class At(lightning.Callback):
-    """Does something after one step, before the callbacks that stand behind it."""
+    """Runs a function after one step, before the callbacks that follow in the list."""
 
     def __init__(self, step: int, action) -> None:
         self.step = step
@@ -105,7 +105,7 @@ def test_sampling_writes_every_method_and_keeps_the_weights(plain, cache, tmp_pa
 
 
 def test_speed_leaves_out_validation_sampling_and_saving(plain, cache, tmp_path, monkeypatch):
-    """On a clock that only the run itself moves: a micro-batch takes a second, anything else far longer."""
+    """The run itself moves the clock: a micro-batch takes a second, anything else far longer."""
     now = 0.0
 
     class Clock(lightning.Callback):
@@ -175,14 +175,14 @@ def test_loss_spike_is_detected_but_no_noise_or_decrease():
 
 
 def test_loss_spike_stops_the_run_only_if_configured(cache, tmp_path, caplog):
-    for wish in ("warn", "stop"):
-        run_dir = tmp_path / wish
-        interrupt, health = Interrupt(), Health(wish)
+    for action in ("warn", "stop"):
+        run_dir = tmp_path / action
+        interrupt, health = Interrupt(), Health(action)
         health.detector = SpikeDetector(window=2, deviations=-1e9, margin=-1e9)  # everything is a spike
         trainer, _ = tiny_run.train(run_dir, cache, extra=[interrupt, health])
         assert "Loss spike at step" in caplog.text
         report = read_report(run_dir)
-        if wish == "warn":
+        if action == "warn":
             assert (report["status"], report["steps"]) == ("finished", 12)
         else:
             assert (report["status"], report["stopped_by"]) == ("stopped", "loss spike")
@@ -219,7 +219,7 @@ def test_exported_folder_has_equal_weights_in_transformers(plain):
 
 @pytest.mark.slow
 def test_export_check_compares_logits_in_a_fresh_process(plain, tmp_path):
-    """A changed folder is noticed; the unchanged one passes in test_a_run_that_died_after_its_last_save_…."""
+    """The check finds a changed folder; the unchanged one passes in test_run_killed_after_its_last_save_…."""
     _, model = plain
     exported = to_hf(model.backbone)
     write_hf_folder(exported, model.tokenizer, tmp_path / "hf", {"title": "test"})
@@ -232,7 +232,7 @@ def test_export_check_compares_logits_in_a_fresh_process(plain, tmp_path):
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit on the size of files, which stands for a full disk: the same path through the code, for real."""
+    """Limit the size of files, which takes the same path through the code as a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -322,7 +322,7 @@ def metrics_without_clock(run_dir: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("step", [5, 8])
 def test_run_resumed_after_a_failure_equals_unbroken_run(plain, cache, tmp_path, step):
-    """From step 4, and from step 8, which was validated and saved after that: the validation is not repeated."""
+    """The run resumes from step 4, and from step 8, which was validated and saved: that validation is not repeated."""
 
     def fail() -> None:
         raise RuntimeError("power cut")

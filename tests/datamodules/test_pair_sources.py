@@ -1,4 +1,4 @@
-"""Pairs are read from Python source, gettext catalogues, tables and data sets, and what is wrong with them is told."""
+"""Pairs are read from Python source, gettext catalogues, tables and data sets; errors name the file and the line."""
 
 import ast
 import gzip
@@ -100,7 +100,7 @@ def test_stub_and_body_together_are_the_function_again(functions):
     for row in functions[::4]:
         whole = ast.parse(f"{row['stub']}\n{row['body']}").body[0]
         assert isinstance(whole, ast.FunctionDef | ast.AsyncFunctionDef)
-        # Docstrings that stand further left than their function are indented differently afterwards.
+        # Docstrings left of their function's indentation are indented differently afterwards.
         assert (ast.get_docstring(whole) or "").split() == row["docstring"].split()
         assert len(whole.body) > 1
 
@@ -418,12 +418,12 @@ def test_a_template_with_a_wrong_field_is_refused(prompt, response, message):
         PairTemplate(prompt, response)
 
 
-# The Hub, played by local data sets that go the same way
+# The Hub, replaced by local data sets that take the same code path
 
 
 @pytest.fixture
 def parallel() -> datasets.DatasetDict:
-    """Shaped as WMT: one column that holds both languages, and a validation split."""
+    """A data set like WMT: one column with both languages, and a validation split."""
     rows = [{"translation": {"en": english, "de": german}} for english, german in GERMAN.items()]
     return datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(rows), "validation": datasets.Dataset.from_list(rows[:1])}

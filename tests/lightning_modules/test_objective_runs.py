@@ -1,4 +1,4 @@
-"""Objectives through train.py: each learns, is exported as plain GPT-2, and writes or fills in as it was taught."""
+"""Objectives through train.py: each learns, exports plain GPT-2, and generates or fills in as in training."""
 
 import functools
 import json
@@ -56,7 +56,7 @@ def test_each_objective_learns_more_than_token_frequencies(
 ) -> None:
     """0.1 nats below the entropy of the validation text's own frequencies, the least that these alone can reach.
 
-    The marks of fim, which are targets too, only add to it.
+    The special tokens of fim, which are targets too, only add to it.
     """
     keys = [key for key in tiny if not key.startswith(("batch_tokens", "model.n_embd"))]
     steps = {"mlm": 300, "sampled_softmax": 150}.get(name, 60)
@@ -101,7 +101,7 @@ def test_each_objective_exports_plain_gpt2(name: str, trained: Trained) -> None:
     assert bool(report["bits_per_byte"]) == (name in ("clm", "sampled_softmax"))
     folder = run / "hf"
     assert read_objective(folder) == name
-    # The export's logits are the backbone's, given the mask that an objective needs as transformers takes it.
+    # The export's logits equal the backbone's, given the mask of the objective in the format of transformers.
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     bounds = document_bounds(torch.zeros_like(ids, dtype=torch.bool))
     spans = {"mlm": make_spans(*bounds, 20), "prefix_lm": make_spans(*bounds, 9)}.get(name)
@@ -114,7 +114,7 @@ def test_each_objective_exports_plain_gpt2(name: str, trained: Trained) -> None:
 
 @torch.no_grad()
 def mean_loss(model: Backbone, batch: Batch, drawn: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
-    """From all logits at once; `drawn` are a step's entries, and the logarithm of how often each entry is expected."""
+    """Compute the loss from all logits; `drawn` are a step's sampled tokens and their log expected counts."""
     rows, labels = model.logits(batch.input_ids, batch.spans).flatten(0, 1), batch.labels.flatten()
     if drawn is None:
         return float(F.cross_entropy(rows, labels, ignore_index=IGNORE_INDEX))
@@ -126,7 +126,7 @@ def mean_loss(model: Backbone, batch: Batch, drawn: tuple[torch.Tensor, torch.Te
 
 @pytest.fixture(scope="module")
 def start(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model to start from: random weights, so large that every token that is seen matters."""
+    """A model to start from, with weights so large that every attended token changes the logits."""
     folder = tmp_path_factory.mktemp("start")
     tokenizer = train_bpe((file.read_text() for file in sorted(sources.iterdir())), 300)
     torch.manual_seed(0)
@@ -141,7 +141,7 @@ def start(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def started(start: Path, tiny: list[str], sources: Path, tmp_path: Path) -> list[str]:
-    """Overrides of one step from there, so small that a validation finds the same weights, on short documents."""
+    """Overrides of one step from there, so small that a validation has the same weights, on short documents."""
     text = "".join(file.read_text() for file in sorted(sources.iterdir()))
     documents = [json.dumps({"text": text[place : place + 50]}) for place in range(0, 30_000, 50)]
     (tmp_path / "short.jsonl").write_text("\n".join(documents))
@@ -156,7 +156,7 @@ def started(start: Path, tiny: list[str], sources: Path, tmp_path: Path) -> list
 def test_run_trains_and_validates_on_its_objective(
     name: str, distribution: str, train_here: Train, start: Path, started: list[str], tmp_path: Path
 ) -> None:
-    """With documents apart: the losses of a step and of a validation, computed anew from the files."""
+    """The losses of a step and of a validation with separate documents are recomputed from the files."""
     drawing = (f"objective.distribution={distribution}",) if name == "sampled_softmax" else ()
     ended = train_here(*started, f"objective={name}", *KEYS[name], *drawing, "packing=true", "run_dir=run")
     assert ended.code == 0, ended.stderr
@@ -203,7 +203,7 @@ def test_evaluate_reads_documents_as_each_checkpoint_was_trained(
 def test_packed_pairs_have_the_loss_of_separate_ones(
     name: str, train_here: Train, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a step and of a validation with the same weights; the step's rows are fewer."""
+    """The losses are those of a step and of a validation with the same weights; the step has fewer rows."""
     lines = [f"{'x' * (1 + number % 5)} = {number}\t{number * number}" for number in range(60)]
     (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "\n".join(lines) + "\n")
     keys = [key for key in started if not key.startswith(("data", "path", "batch_tokens"))]
@@ -233,7 +233,7 @@ def test_packed_pairs_have_the_loss_of_separate_ones(
 def test_teacher_has_the_attention_mask_of_its_student(
     name: str, train_here: Train, start: Path, started: list[str], tmp_path: Path
 ) -> None:
-    """A student that is its teacher's copy has nothing to learn, whichever way the two read."""
+    """A copy of the teacher has zero divergence, for causal and bidirectional attention."""
     keys = ("task=distill", f"teacher={start}", "preflight=off", "loss.hard_weight=0", "packing=true")
     ended = train_here(*started, *keys, f"objective={name}", "run_dir=run")
     assert ended.code == 0, ended.stderr
@@ -255,7 +255,7 @@ def test_the_example_of_the_model_card_runs(name: str, trained: Trained, capfd: 
 
 @pytest.mark.slow
 def test_an_objective_can_follow_another(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
-    """At a learning rate of almost nothing the weights are still those of the first."""
+    """A learning rate of almost zero keeps the weights of the first."""
     sizeless = [key for key in tiny if not key.startswith(("model", "vocab_size"))]
     assert train_here(*tiny, *LEARNING, "objective=mlm", "run_dir=first").code == 0
     for before, name in (("first", "clm"), ("clm", "fim"), ("fim", "prefix_lm")):
@@ -280,7 +280,7 @@ SLOW = pytest.mark.slow
 def test_resumed_objective_samples_like_an_unbroken_run(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
-    """Across the end of an epoch."""
+    """The resume crosses the end of an epoch."""
     keys = (
         "steps=60",
         "micro_batch=4",
@@ -300,7 +300,7 @@ def test_resumed_objective_samples_like_an_unbroken_run(
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ("objective=mlm data=pairs path={pairs}", "objective=mlm is for running text"),
         ("objective=clm objective.mask_share=0.2", "objective=clm does not read objective.mask_share"),
@@ -315,7 +315,7 @@ def test_resumed_objective_samples_like_an_unbroken_run(
     ],
 )
 def test_incompatible_objective_settings_are_refused(
-    keys: str, told: str, train_here: Train, tiny: list[str], tmp_path: Path
+    keys: str, message: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "a\tb\n" * 9)
     words = keys.format(pairs=tmp_path / "pairs.tsv").split()
@@ -323,11 +323,11 @@ def test_incompatible_objective_settings_are_refused(
     without = {"path", "data", "batch_tokens", "val_fraction"} if "data" in given else set()
     ended = train_here(*(key for key in tiny if key.split("=")[0] not in given | without), *words)
     assert ended.code == 2, ended.stdout
-    assert told in ended.stderr
+    assert message in ended.stderr
     assert len(ended.stderr.strip().splitlines()) <= 5
 
 
-# What a model makes of a prompt
+# Prompts
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def model() -> Backbone:
 
 @torch.no_grad()
 def test_bidirectional_prompt_is_continued_as_in_training(model: Backbone, start: Path) -> None:
-    """Prompts of different lengths together, each as the whole mask says; a causal model writes something else."""
+    """Prompts of different lengths in a batch, each by its full mask; a causal model generates other text."""
     tokenizer = load_tokenizer(str(start))
     prompts = [prompt_ids(text, tokenizer, "prefix_lm") for text in ("def f(a):", "x", "class Stack:\n    pass")]
     together = complete(model.lm, tokenizer, "prefix_lm", prompts, GREEDY, max_new_tokens=8)
@@ -375,12 +375,12 @@ def test_gaps_are_filled_most_confident_first(model: Backbone, start: Path) -> N
 
 def test_gaps_need_a_model_that_fills_them(start: Path) -> None:
     tokenizer = load_tokenizer(str(start))
-    for objective, prompt, told in (
+    for objective, prompt, message in (
         ("clm", "a <|mask|>", "fills none"),
         ("fim", "a <|mask|> b <|mask|>", "fills one at a time"),
         ("mlm", "no gap", "the prompt has none"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             prompt_ids(prompt, tokenizer, objective)
 
 
@@ -393,7 +393,7 @@ def test_generate_shows_the_whole_text(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     prompt = "def f(a):" if name == "prefix_lm" else "def f(<|mask|>):\n    pass"
-    most = [] if name == "mlm" else ["max_new_tokens=4"]  # gaps need no room beside the prompt
+    most = [] if name == "mlm" else ["max_new_tokens=4"]  # gaps need no extra positions
     words = [f"checkpoint={trained(name)}", f"prompt={prompt}", *most, f"json={tmp_path / 'out.json'}"]
     monkeypatch.setattr("sys.argv", ["generate.py", *words])  # no terminal: nothing is streamed
     capfd.readouterr()

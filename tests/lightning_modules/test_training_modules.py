@@ -370,7 +370,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tokenizer_folder, tmp_path) 
         fit(module, CountingData())
 
 
-def test_rows_of_the_head_are_all_targets_filled_up_to_a_multiple():
+def test_lm_head_rows_are_the_targets_padded_to_a_multiple():
     """Few different numbers of rows: oneDNN keeps memory for each."""
     labels = torch.full((20,), IGNORE_INDEX)
     labels[[3, 7, 19]] = 5

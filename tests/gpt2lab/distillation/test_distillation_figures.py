@@ -1,4 +1,4 @@
-"""A distillation through train.py and evaluate.py: both tell the same figures; what cannot be compared is refused."""
+"""Distillation through train.py and evaluate.py: both report the same figures; incomparable models are refused."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Path:
-    """A folder with a teacher, a student trained without it, and a student trained with it and told of the other."""
+    """A folder with a teacher, a student trained without it, and one trained with it and the former as baseline."""
     folder = tmp_path_factory.mktemp("project")
     tiny = [*SHRUNK, f"path={sources}"]
     teacher = [*tiny, *STEPS, "steps=40", "validate_every=40", "model.n_embd=64", "name=teacher"]
@@ -124,7 +124,7 @@ def test_sampled_drafts_depend_on_the_seed(evaluate_here: Command, tmp_path: Pat
 
 
 def padded(run: str, entries: int, folder: Path) -> Path:
-    """The run's model with so many more vocabulary entries, whose logits of 0 would take a real share."""
+    """The run's model with so many padding tokens; their logits of 0 would have a real probability."""
     original = load_backbone(run)
     shape = replace(original.shape, vocab_size=original.shape.vocab_size + entries)
     longer, weights = Backbone(shape), original.lm.state_dict()
@@ -163,11 +163,11 @@ def test_models_that_cannot_be_compared_are_refused(evaluate_here: Command, tmp_
 
     other = train_bpe(iter([Path(json.__file__).read_text()]), 290)
     write_hf_folder(to_hf(Backbone(ModelShape(1, 1, 16, 64, 300))), other, tmp_path / "other", {"title": "other"})
-    told = refused(f"teacher={tmp_path / 'other'}")
-    assert "have different token ids" in told
+    message = refused(f"teacher={tmp_path / 'other'}")
+    assert "have different token ids" in message
     ours, theirs = (load_tokenizer(str(path)).get_vocab() for path in ("runs/distill/student", tmp_path / "other"))
     first = min(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
-    assert repr(first) in told
+    assert repr(first) in message
     to_hf(Backbone(ModelShape(1, 1, 16, 64, 300))).save_pretrained(tmp_path / "bare")
     assert "contains no tokenizer" in refused(f"teacher={tmp_path / 'bare'}")
     to_hf(Backbone(ModelShape(1, 1, 16, 8, 300))).save_pretrained(tmp_path / "short")

@@ -1,4 +1,4 @@
-"""What a teacher says is written once, completely and without bias, and a student of it learns as from the teacher."""
+"""The teacher cache is written once, completely and without bias; a student learns from it as from the teacher."""
 
 import re
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def teacher(batch: Batch) -> DenseTeacher:
     """Deterministic, and different for every token."""
     generator = torch.Generator().manual_seed(1)
     embedding = torch.randn(VOCABULARY, WIDTH, generator=generator)
-    weight = torch.randn(VOCABULARY + 3, WIDTH, generator=generator)  # three entries of padding
+    weight = torch.randn(VOCABULARY + 3, WIDTH, generator=generator)  # three padding tokens
     return DenseTeacher(embedding[batch.input_ids].flatten(0, 1), weight)
 
 
@@ -67,7 +67,7 @@ def written(folder: Path, settings: TeacherCacheSettings, temperature: float = 1
 
 
 def probabilities(batch: Batch, temperature: float = 1.0) -> Tensor:
-    """(targets, V) of the teacher, padding cut."""
+    """Return the teacher's probabilities (targets, V) without padding."""
     dense = teacher(batch)
     kept = batch.labels.flatten() != IGNORE_INDEX
     return (dense.hidden[kept] @ dense.weight[:VOCABULARY].T / temperature).softmax(1)
@@ -169,7 +169,7 @@ def test_interrupted_cache_is_completed_without_rewriting(tmp_path, monkeypatch)
         side.write(stopping(), teacher, 1.0)
     left = side.missing(np.arange(40))
     assert 0 < len(left) < 40
-    side.create(samples)  # what a second writer begins with
+    side.create(samples)  # the start of a second writer
     assert np.array_equal(side.missing(np.arange(40)), left)
     side.write(batches(samples, left), teacher, 1.0)
     for part in ("bin", "nats"):
@@ -202,7 +202,7 @@ def test_validation_always_has_whole_distributions_to_compare(tmp_path) -> None:
 
 # Through train.py
 
-PLAIN = ("optimizer=adamw", "optimizer.lr=1e-3")  # Muon orthogonalises in bf16, which magnifies rounding
+PLAIN = ("optimizer=adamw", "optimizer.lr=1e-3")  # Muon orthogonalizes in bf16, which magnifies rounding
 EXACT = (*PLAIN, "teacher_cache=topk", "teacher_cache.k=300", "teacher_cache.dtype=float32")
 
 
@@ -211,7 +211,7 @@ def test_cached_run_loads_no_teacher_and_trains_the_same(
 ) -> None:
     distil(*PLAIN, "run_dir=online")
     assert "the teacher reads" in distil(*EXACT, "run_dir=first").stderr
-    monkeypatch.setattr("gpt2lab.distillation.teacher.load_backbone", None)  # whoever loads a teacher now fails
+    monkeypatch.setattr("gpt2lab.distillation.teacher.load_backbone", None)  # loading a teacher fails now
     assert "the teacher reads" not in distil(*EXACT, "run_dir=second").stderr
     weights = [load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("online", "first", "second")]
     for name, online in weights[0].items():

@@ -1,4 +1,4 @@
-"""The figures of a distillation equal their plain twins, whatever the chunks, batches and padding."""
+"""Distillation figures equal their plain twins for all chunks, batches and padding."""
 
 import math
 
@@ -17,7 +17,7 @@ ROWS, WIDTH, TEACHER_WIDTH, VOCABULARY = 53, 24, 40, 211
 
 
 def example(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor, DenseTeacher]:
-    """A student that somewhat resembles its teacher, as one on the way does; every third position has no target."""
+    """A student that partly resembles its teacher, as in training; every third position has no target."""
     torch.manual_seed(0)
     teacher = DenseTeacher(torch.randn(ROWS, TEACHER_WIDTH), torch.randn(vocabulary, TEACHER_WIDTH) / 3)
     noise = torch.randn(ROWS, vocabulary)
@@ -30,7 +30,7 @@ def example(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> tuple[Tensor, T
 
 
 def twin(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """From whole logits, each figure as its definition says, position by position."""
+    """Compute each figure by its definition from whole logits, position by position."""
     kept = labels != -100
     logits, teacher_logits, labels = logits[kept], teacher_logits[kept], labels[kept]
     log_q, log_p = logits.log_softmax(1), teacher_logits.log_softmax(1)
@@ -56,7 +56,7 @@ def twin(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, fl
 
 
 def whole_sums(log_q: Tensor, log_p: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Sums of a teacher whose whole distribution is known."""
+    """Return the sums for a full teacher distribution."""
     return chunk_sums(log_q, labels, top_tokens(log_q), token_classes(log_p, labels, top_tokens(log_p)))
 
 
@@ -144,7 +144,7 @@ def test_padding_of_either_vocabulary_has_no_probability(padded) -> None:
     hidden, weight, labels, teacher = example(torch.float64)
     expected = figures(distillation_sums(hidden, weight, labels, teacher), target_count(labels))
     if padded in ("student", "both"):
-        weight = torch.cat([weight, torch.zeros(13, WIDTH)])  # logits of 0: they would take a real share
+        weight = torch.cat([weight, torch.zeros(13, WIDTH)])  # logits of 0: they would have a real probability
     if padded in ("teacher", "both"):
         teacher = DenseTeacher(teacher.hidden, torch.cat([teacher.weight, torch.zeros(5, TEACHER_WIDTH)]))
     vocab_size = VOCABULARY if padded == "both" else None
@@ -180,7 +180,7 @@ def test_positions_that_do_not_match_are_refused() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest result of any operation."""
+    """Records the size of the largest result of any operation."""
 
     size = 0
 

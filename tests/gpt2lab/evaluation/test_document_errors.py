@@ -1,4 +1,4 @@
-"""Standard errors are those between documents, whatever the data, the objective and the number of ranks."""
+"""Standard errors are those between documents for all data, objectives and numbers of ranks."""
 
 import csv
 import json
@@ -184,7 +184,7 @@ def test_every_objective_maps_targets_to_documents(tmp_path: Path, objective: st
     apart = Objective(settings, marks, end_of_text=end if objective == "packing" else None)
     batch = Windows(file, apart, WindowDocuments(file.tokens, end, "val.bin")).batch(np.arange(len(file)), 0)
     labels = batch.labels[batch.labels != IGNORE_INDEX]
-    of_text = labels >= 10  # each document has a token of its own
+    of_text = labels >= 10  # each document has its own token
     assert batch.documents is not None
     assert len(batch.documents) == len(labels)
     assert batch.documents[of_text].tolist() == (labels[of_text] - 10).tolist()
@@ -192,7 +192,7 @@ def test_every_objective_maps_targets_to_documents(tmp_path: Path, objective: st
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["data=bin", "path=nowhere"], "no end-of-text token"),
         (["data=text", "path=train.jsonl", "val_path=few.jsonl"], "come from 5 documents"),
@@ -201,10 +201,10 @@ def test_every_objective_maps_targets_to_documents(tmp_path: Path, objective: st
     ],
     ids=["no_end_of_text", "few_documents", "huge_document", "enough"],
 )
-def test_few_or_unknown_documents_give_a_warning(evaluate_here, words: list[str], said: str) -> None:
+def test_few_or_unknown_documents_give_a_warning(evaluate_here, words: list[str], message: str) -> None:
     done, _ = evaluate_here("checkpoint=1", *words)
-    assert said in done.stderr
-    assert ("tandard errors" in done.stderr) == bool(said)
+    assert message in done.stderr
+    assert ("tandard errors" in done.stderr) == bool(message)
 
 
 def test_models_are_paired_by_document(evaluate_here, folder: Path) -> None:
@@ -283,9 +283,9 @@ def test_two_runs_are_paired_by_document_on_the_same_data_only(tmp_path: Path, p
         jackknife(apart, [0, 1, 2, 3, 4], torch.tensor(scratch.targets)), rel=1e-3
     )
     ends = sorted(abs(end) for end in (found.low, found.high))
-    said = page(tmp_path / "same")
-    assert any(f"{end:.4f}" in said for end in ends)
-    assert f"{distilled.standard_error:.3f}"[:5] in said or page is _demo
+    message = page(tmp_path / "same")
+    assert any(f"{end:.4f}" in message for end in ends)
+    assert f"{distilled.standard_error:.3f}"[:5] in message or page is _demo
     _stored(tmp_path / "other/distilled", -0.3)
     _stored(tmp_path / "other/scratch", 0.0, data="def")
     assert not any(f"{end:.4f}" in page(tmp_path / "other") for end in ends)

@@ -1,4 +1,4 @@
-"""Speculative decoding: the target's own text, faster; what it reports is what happened."""
+"""Speculative decoding: the text of the target, faster, with true statistics."""
 
 import random
 from collections.abc import Callable
@@ -20,7 +20,7 @@ FEW = 800  # texts, enough that a wrong rule shows
 
 
 def model(layers: int, seed: int, entries: int = ENTRIES) -> GPT2LMHeadModel:
-    """Random weights, large enough that distributions are far from even and depend on what was written."""
+    """Random weights, large enough that distributions are far from uniform and depend on the context."""
     torch.manual_seed(seed)
     backbone = Backbone(ModelShape(layers, 2, 16, 64, entries))
     with torch.no_grad():
@@ -45,13 +45,13 @@ SIZES = {"end_of_text": END, "vocab_size": ENTRIES}
 
 
 def looks(more: float) -> list[float]:
-    """Where every token more costs as much."""
+    """Return verification costs that grow by `cost` a token."""
     return [1 + more * count for count in range(MOST_DRAFTS + 1)]
 
 
 @pytest.fixture
 def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft model that costs nothing, as looks do, drafts as long as there is room, whatever is kept."""
+    """Make draft and verification free, so that drafts have full length for any acceptance."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.0)
     monkeypatch.setattr(speculative, "verification_costs", lambda *_: looks(0.0))
 
@@ -69,8 +69,8 @@ def test_greedy_text_equals_that_of_the_target(
         assert 0 < found.kept < found.drafted / 2, "most drafts are wrong, and some tokens after a wrong one are right"
 
 
-class Told(BaseStreamer):
-    """What a streamer is given."""
+class RecordingStreamer(BaseStreamer):
+    """Records the tokens that a streamer receives."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -89,15 +89,22 @@ def test_end_of_text_anywhere_in_a_draft_ends_the_text(target: GPT2LMHeadModel, 
         whole = found.ids
         assert found.tokens == found.plain_tokens == 24
         for end in set(whole):
-            told = Told()
+            streamer = RecordingStreamer()
             ids, rounds = speculative_ids(
-                target, target, prompt, GREEDY, max_new_tokens=24, end_of_text=end, vocab_size=ENTRIES, streamer=told
+                target,
+                target,
+                prompt,
+                GREEDY,
+                max_new_tokens=24,
+                end_of_text=end,
+                vocab_size=ENTRIES,
+                streamer=streamer,
             )
             assert ids == whole[: whole.index(end)]
             assert sum(one.generated for one in rounds) == len(ids) + 1
             ended = speculate(target, draft, prompt, GREEDY, max_new_tokens=24, end_of_text=end, vocab_size=ENTRIES)
             assert ended.tokens == ended.plain_tokens == len(ids) + 1
-            assert told.tokens == [*prompt, *ids, end]
+            assert streamer.tokens == [*prompt, *ids, end]
             lengths.add(len(ids))
     assert len(lengths) > 3
 
@@ -126,7 +133,7 @@ def test_no_filtered_token_is_generated(target: GPT2LMHeadModel, draft: GPT2LMHe
 
 
 def test_draft_length_follows_the_acceptance(target: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy: the model as its own draft, and one that always proposes what the model holds least likely."""
+    """Greedy decoding with the model as its own draft, and with one that proposes the model's least likely token."""
     monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.02)
     monkeypatch.setattr(speculative, "verification_costs", lambda *_: looks(0.02))
     contrary = model(2, seed=0)
@@ -135,7 +142,7 @@ def test_draft_length_follows_the_acceptance(target: GPT2LMHeadModel, monkeypatc
     for name, draft in (("own", model(2, seed=0)), ("contrary", contrary)):
         _, rounds = speculative_ids(target, draft, [1, 2], GREEDY, max_new_tokens=60, **SIZES)
         drafted[name] = [one.drafted for one in rounds]
-    *own, _ = drafted["own"]  # the last one has only so much room
+    *own, _ = drafted["own"]  # the last one is limited by max_new_tokens
     assert own == sorted(own)
     assert own[-1] > 4 * own[0]
     assert max(drafted["contrary"][:5]) > 1
@@ -143,7 +150,7 @@ def test_draft_length_follows_the_acceptance(target: GPT2LMHeadModel, monkeypatc
 
 
 def drafted_after(kept: int, rounds: int = 40, cost: float = 0.1) -> int:
-    """How long a draft is of which the draft model is even, once of so many drafts so many tokens were kept."""
+    """Return the draft length at uniform confidence, after drafts of which `kept` tokens were accepted."""
     length = DraftLength(0.0, looks(cost))
     for _ in range(rounds):
         drafted = 1
@@ -161,7 +168,7 @@ def test_draft_length_grows_with_acceptance() -> None:
 
 
 def test_uncertain_draft_is_shorter() -> None:
-    """Of what it is sure of all is kept, of the rest nothing."""
+    """All confident drafts are accepted, no others."""
     length = DraftLength(0.0, looks(0.1))
     for _ in range(30):
         length.should_continue(0.9)
@@ -173,7 +180,7 @@ def test_uncertain_draft_is_shorter() -> None:
 
 def test_draft_ends_before_a_costlier_verification_if_unlikely() -> None:
     def lengths(kept: float) -> list[int]:
-        """Of 300 drafts of which the model is always as sure, and of whose tokens so large a share is kept."""
+        """Return the lengths of 300 drafts of constant confidence, with this share of tokens accepted."""
         length, draws, found = DraftLength(0.02, VERIFY_COSTS_CPU), random.Random(0), []
         for _ in range(300):
             drafted = 1
@@ -198,7 +205,7 @@ def test_a_speedup_is_predicted_from_tokens_and_costs() -> None:
 
 
 def pairs_drawn(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, count: int) -> torch.Tensor:
-    """(36,) how often each pair of second and third token was written, of six."""
+    """Return the counts (36,) of each pair of second and third token, of a vocabulary of six."""
     counts = torch.zeros(ENTRIES, ENTRIES)
     for seed in range(count):
         ids, _ = speculative_ids(target, draft, [1, 2], SamplingSettings("drawn"), max_new_tokens=4, seed=seed, **SIZES)
@@ -207,7 +214,7 @@ def pairs_drawn(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, count: int) -> 
 
 
 def expected_pairs(target: GPT2LMHeadModel) -> torch.Tensor:
-    """(36,) the exact probabilities of those pairs under the target alone."""
+    """Return the exact probabilities (36,) of those pairs under the target alone."""
 
     def following(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -241,7 +248,7 @@ def accept_all(drafts: torch.Tensor, _: torch.Tensor, scores: torch.Tensor, draw
 def replace_from_target(
     drafts: torch.Tensor, draft_scores: torch.Tensor, scores: torch.Tensor, draws: bool
 ) -> tuple[int, torch.Tensor]:
-    """A rejected draft is replaced by what the target would write, as if it had not been rejected."""
+    """Replace a rejected draft by a sample of the target, as if it had not been rejected."""
     kept, _ = accept(drafts, draft_scores, scores, draws)
     return kept, scores[kept].softmax(0).multinomial(1)[None]
 

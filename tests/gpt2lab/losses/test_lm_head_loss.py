@@ -1,4 +1,4 @@
-"""The LM-head loss equals its plain twin in value and gradient, whatever the chunk size."""
+"""The LM-head loss equals its plain twin in value and gradient for every chunk size."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def divergence_twin(z_s: Tensor, z_t: Tensor, mix: LossSettings) -> Tensor:
-    """As written in the papers, on probabilities: logits (N, V) twice → (N,)."""
+    """Compute a divergence (N,) from two logits (N, V) by probabilities, as written in the papers."""
     q, p = z_s.softmax(-1), z_t.softmax(-1)
     match mix.name:
         case "forward_kl":
@@ -82,7 +82,7 @@ def twin(
     mix: LossSettings | None,
     hard: CrossEntropySettings,
 ) -> Tensor:
-    """Dense and by autograd: the same loss as written in textbooks."""
+    """Compute the same loss densely and by autograd, as written in textbooks."""
     logits, kept = hidden @ weight.T, labels != -100
     objective = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=hard.label_smoothing)
     objective = objective + hard.z_loss * logits.logsumexp(-1)[kept].square().sum()
@@ -191,7 +191,7 @@ def test_logits_far_apart_give_finite_losses(mix) -> None:
 @pytest.mark.parametrize("mix", [None, KL, *DIVERGENCES], ids=in_words)
 def test_padding_of_either_vocabulary_is_in_no_softmax(mix) -> None:
     hidden, weight, labels, teacher = example(torch.float64)
-    labels %= 90  # the padded labels of example() are −100 no more, which is all the same here
+    labels %= 90  # the padded labels of example() are no longer −100, which has no effect here
     padded = replace(teacher, weight=torch.cat([teacher.weight[:90], torch.full((20, TEACHER_WIDTH), 9.0)]))
     exact = replace(teacher, weight=teacher.weight[:90])
     given = {"loss": mix, "hard": SMOOTHED, "vocab_size": 90}
@@ -216,7 +216,7 @@ def test_bf16_autocast_keeps_the_loss_in_fp32_and_close_to_it(mix) -> None:
     ours, theirs = torch.autograd.grad(result.total, weight)[0], torch.autograd.grad(exact.total, weight)[0]
     assert ours.dtype == torch.float32
     # The gradients of TVD and ULD are made of signs, and rounding turns some of those where p and q are close: once
-    # sorted, as ULD compares them, they are so at most ranks.
+    # sorted, as in ULD, they are close at most ranks.
     tolerance = {"tvd": 1e-1, "uld": 4e-1}.get(mix.name if mix else "", 3e-2)
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
@@ -282,7 +282,7 @@ def test_teacher_draws_estimate_forward_kl_without_bias(mix) -> None:
 def test_loss_on_draws_is_their_cross_entropy() -> None:
     hidden, weight, labels, _ = example(torch.float64, "none")
     draws = torch.randint(0, VOCABULARY, (ROWS, 5))
-    draws[:, 1] = draws[:, 0]  # an entry drawn twice counts twice
+    draws[:, 1] = draws[:, 0]  # a token sampled twice counts twice
     result = lm_head_loss(
         hidden, weight, labels, teacher=SampledTeacher(draws, torch.zeros(ROWS)), loss=MIXES[0], chunk_rows=7
     )

@@ -1,4 +1,4 @@
-"""A process first has vector math choose its kernels on one thread: the first exp is then as exact as the second."""
+"""Vector math chooses its kernels on one thread at process start: the first exp is as exact as the second."""
 
 import subprocess
 import sys
@@ -31,5 +31,5 @@ print(*[event.name for event in profile.events() if event.input_shapes == [[1]]]
 )
 def test_process_starts_with_vector_math_of_one_number(begin: str, functions: set[str]) -> None:
     command = [sys.executable, "-c", FIRST_CALLS.format(begin=begin)]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert functions <= set(said.split())
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert functions <= set(printed.split())

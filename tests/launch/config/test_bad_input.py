@@ -1,4 +1,4 @@
-"""Every mistake is answered with exit code 2 and at most five lines that name it and the cure."""
+"""Every user error ends with exit code 2 and at most five lines that name the error and the fix."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT, Train, environment
 from tests.launch.config.test_startup_imports import HEAVY
 
-# arguments → words that the answer must hold
+# arguments → words of the message
 WITHOUT_TAIL = "task=distill teacher_cache=topk teacher_cache.tail=false"
 BEFORE_ANY_IMPORT = [
     ("modle=small", "no key modle (did you mean model?)"),
@@ -169,7 +169,7 @@ def refused(answer, words: str) -> None:
     assert not list(Path.cwd().glob("runs*")), "a run directory was left behind"
 
 
-# Commands in one process, each in an empty folder; prints for each its exit code and what it was the first to import.
+# Commands in one process, each in an empty folder; prints exit code and first imports of each.
 # They share the process because it takes longer to start than to refuse them.
 ONE_AFTER_ANOTHER = """
 import json, os, sys
@@ -193,7 +193,7 @@ for number, row in enumerate(rows):
     print("row", json.dumps([code, imported, os.listdir()]))
     os.chdir("..")
 """
-CHUNKS = 2  # so that several cores share them
+CHUNKS = 2  # so that they run on several cores
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -212,15 +212,15 @@ def test_invalid_key_is_refused_before_heavy_imports(chunk: int, cache: Path, tm
     found = [json.loads(line[4:]) for line in ended.stdout.splitlines() if line.startswith("row ")]
     failed = {}
     for number, ((arguments, words), (code, imported, left)) in enumerate(zip(rows, found, strict=True)):
-        told = (tmp_path / str(number) / "stderr").read_text()
-        is_short = 1 <= len(told.strip().splitlines()) <= 5 and "Traceback" not in told
-        if code != 2 or words not in told or not is_short or imported or left != ["stderr"]:
-            failed[arguments] = (code, told, imported, left)
+        message = (tmp_path / str(number) / "stderr").read_text()
+        is_short = 1 <= len(message.strip().splitlines()) <= 5 and "Traceback" not in message
+        if code != 2 or words not in message or not is_short or imported or left != ["stderr"]:
+            failed[arguments] = (code, message, imported, left)
     assert not failed
 
 
 def test_free_text_is_taken_as_it_is(train_here: Train, tmp_path: Path):
-    """Hydra's grammar would refuse these or read them as numbers and lists."""
+    """Hydra's grammar would reject these or parse them as numbers and lists."""
     refused(train_here("data=text", "path=notes, old (2)/*.md"), "path=notes, old (2)/*.md: there is no such file")
     refused(train_here("data=text", "path=it's {odd}: [x]"), "path=it's {odd}: [x]: there is no such file")
     refused(train_here("task=distill", "teacher=~/a=b, c"), "teacher=~/a=b, c")
@@ -273,7 +273,7 @@ def model_folder(folder: Path, **changes: object) -> Path:
 def test_a_model_folder_that_cannot_be_used_is_refused(train_here: Train, tmp_path: Path, tiny: list[str]):
     distill = [*tiny, "task=distill"]
     refused(train_here(*distill, "teacher=./missing"), "no such folder")
-    refused(train_here(*distill, "teacher=nobody/nothing"), "teacher=nobody/nothing")
+    refused(train_here(*distill, "teacher=no-such-user/model"), "teacher=no-such-user/model")
     (tmp_path / "hollow").mkdir()
     refused(train_here(*distill, "teacher=hollow"), "contains no model")
     refused(train_here(*distill, f"teacher={model_folder(tmp_path / 'llama', model_type='llama')}"), "llama")

@@ -1,4 +1,4 @@
-"""conf/ composes in every combination, builds real objects, and questions are answered without heavy imports."""
+"""conf/ composes in every combination and builds real objects."""
 
 import itertools
 import random
@@ -29,7 +29,7 @@ GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
 OF_DISTILLATION = ("loss", "teacher_cache", "sequences")
-# experiment → what it chooses of other groups
+# experiment → its choices of other groups
 RECIPES = {
     name: dict(
         re.findall(r"^  - override /(\w+): (\w+)$", (CONF / f"experiment/{name}.yaml").read_text(), re.MULTILINE)
@@ -54,7 +54,7 @@ def generates_text(row: dict[str, str]) -> bool:
 
 
 def given(row: dict[str, str]) -> list[str]:
-    """The row as it is typed: without what its recipe chooses, and without what its task would refuse as unread."""
+    """Return the overrides of a row, without the choices of its recipe and the keys that its task does not read."""
     chosen = RECIPES[row.get("experiment", "none")]
     words = [
         f"{group}={value}"
@@ -68,7 +68,7 @@ def given(row: dict[str, str]) -> list[str]:
 
 
 def fits(row: dict[str, str]) -> bool:
-    """Combinations that are mistakes in themselves; test_bad_input, _teacher_cache, _study and _launchers have them."""
+    """Return whether a combination is valid; test_bad_input, _teacher_cache, _study and _launchers test the others."""
     is_study = row.get("experiment") == "distill_study"
     if row.get("experiment") == "distilgpt2_owt" and row["sequences"] == "distillm":  # 2000 sequences a step: too many
         return False
@@ -101,7 +101,7 @@ def pairs_of(row: dict[str, str]) -> set[Pair]:
 
 
 def covering_array(groups: dict[str, list[str]]) -> tuple[list[dict[str, str]], set[Pair]]:
-    """Rows in which two values of two groups stand together at least once, and the pairs no row was found for."""
+    """Return rows that have every pair of values of two groups at least once, and the pairs without a row."""
     names, chance = sorted(groups), random.Random(0)
     wanted = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in groups[a] for y in groups[b]}
     rows, without_row = [], set()
@@ -126,14 +126,14 @@ def covering_array(groups: dict[str, list[str]]) -> tuple[list[dict[str, str]], 
 
 
 def kind_of(group: str, value: str) -> str:
-    """The value that stands for all whose files differ in sizes, paths or columns alone."""
+    """Return the value that represents all with files that differ in sizes, paths or columns alone."""
     if group == "model":
         return value if value == "auto" else "nano"
     is_pairs = group == "data" and "kind: pairs" in (CONF / "data" / f"{value}.yaml").read_text()
     return "pairs" if is_pairs else "stdlib" if group == "data" else value
 
 
-# Each value of a group that stands for others → those, itself included
+# Each representative value of a group → the values it represents, itself included
 ALIKE = {
     group: {kind: [value for value in values if kind_of(group, value) == kind] for kind in values}
     for group, values in GROUPS.items()
@@ -141,7 +141,7 @@ ALIKE = {
 
 
 def with_every_value(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows, with the values that a value stands for in turn."""
+    """Return the rows with each represented value in turn."""
     turns = {group: {kind: itertools.cycle(ALIKE[group][kind] or [kind]) for kind in GROUPS[group]} for group in GROUPS}
     return [{group: next(turns[group][value]) for group, value in row.items()} for row in rows]
 
@@ -162,7 +162,7 @@ PLAIN = with_every_value(COVERED)
 
 
 def around_a_recipe(name: str) -> list[dict[str, str]]:
-    """Every kind of value that fits, of each group that the recipe leaves open."""
+    """Return every valid kind of value of each group that the recipe does not set."""
     chance, rows, chosen = random.Random(0), [], RECIPES[name] | {"experiment": name}
     wanted = {(group, kind) for group in KINDS.keys() - chosen.keys() for kind in KINDS[group]}
     while wanted:
@@ -316,7 +316,7 @@ def test_automatic_precision_logs_its_choice_and_reason(
 
 @pytest.mark.parametrize("in_hardware", [True, False])
 def test_automatic_precision_follows_the_gpu(in_hardware: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """PyTorch says of a GPU without bf16, too, that it supports it, by emulation, unless that is ruled out."""
+    """PyTorch reports bf16 support by emulation on GPUs without bf16, unless emulation is excluded."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
@@ -353,14 +353,14 @@ def test_training_without_a_compiler_is_eager_with_a_warning(monkeypatch: pytest
 
 
 def on_gpu(config: RunConfig) -> RunSpec:
-    """As resolved on a machine with one GPU."""
+    """Resolve a configuration for a machine with one GPU."""
     spec = resolved(replace(config, accelerator="cpu"))
     return replace(spec, resolved=replace(spec.resolved, machine=replace(spec.machine, accelerator="gpu")))
 
 
 def test_compiling_is_chosen_where_it_pays_back():
-    """On a GPU three hundred steps of nano are over before a compiler is, thousands of small are not; on a CPU it never
-    pays for the blocks, and for the LM head from some fifty steps on. What is asked for by hand is done."""
+    """Three hundred steps of nano on a GPU take less time than compiling, thousands of small do not; on a CPU it never
+    pays for the blocks, and for the LM head from some fifty steps on. An explicit value is used."""
     nano = on_gpu(composed())
     small = on_gpu(composed("model=small", "batch_tokens=131072", "steps=5000"))
     assert auto_settings.compile_pays(nano, 4096) is False
@@ -388,7 +388,7 @@ def test_runs_started_in_the_same_second_have_separate_folders(
 
 
 def test_one_graph_is_compiled_if_it_serves_the_whole_run():
-    """Blocks one by one where ranks gather them, a pass leaves some out, lengths vary, or there are many of them."""
+    """Blocks are compiled separately if ranks gather them, layers drop out, lengths vary, or there are many blocks."""
     parts = {
         "pass": (("model=small",), ("task=distill", "teacher=x"), ("devices=2", "strategy=ddp"), ("packing=true",)),
         "blocks": (

@@ -1,4 +1,4 @@
-"""Two CPU ranks distil as one process, whatever the loss keeps track of and wherever its models come from."""
+"""Two CPU ranks distil like one process, for losses with state and for all sources of models."""
 
 import sys
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_two_ranks_distil_as_one_until_a_signal_and_then_save(
 
 
 def check_equal(one: dict[str, list[float]], two: dict[str, list[float]]) -> None:
-    """Six steps with two validations, of one rank and of two."""
+    """Compare six steps with two validations on one rank and on two."""
     assert {name: len(values) for name, values in one.items()} == LOGGED
     for name in COMPARED:
         assert two[name] == pytest.approx(one[name], abs=TOLERANCE), name

@@ -1,4 +1,4 @@
-"""Two CPU ranks: the same losses as one process, under ddp and fsdp; signals and deaths reach the right processes."""
+"""Two CPU ranks: the losses of one process under ddp and fsdp; signals and killed ranks end the run in order."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_two_ranks_have_the_losses_of_one(
 def test_two_ranks_score_pairs_like_one_with_an_empty_rank(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
-    """Twelve validation pairs fit into the first rank's one batch; the other generates nothing, and both go on."""
+    """Twelve validation pairs fit into the first rank's one batch; the other generates nothing, and both continue."""
     lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(240)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
     keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens", "val_fraction", "callbacks"))]
@@ -152,7 +152,7 @@ def test_stuck_rank_is_named(
 
 
 def ranks_at_work(folder: Path) -> dict[int, int]:
-    """Rank → process id of the runs whose working directory is this folder, whoever has started them."""
+    """Map rank to process id of the runs with this working directory."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -179,7 +179,7 @@ def under_torchrun(cache: Path, folder: Path, *keys: str, **variables: str) -> s
 def test_stopped_torchrun_rank_ends_the_run_and_is_named(
     rank: int, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    """Nobody of ours has started the ranks; they listen to each other."""
+    """No process of ours is the parent of the ranks; they monitor each other."""
     process = under_torchrun(cache, tmp_path, *tiny, "steps=100000", "strategy=ddp")
     while len(read_metrics(tmp_path / "run")) < 2:
         assert process.poll() is None, process.communicate()
@@ -188,8 +188,8 @@ def test_stopped_torchrun_rank_ends_the_run_and_is_named(
     os.kill(ranks[rank], signal.SIGSTOP)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 1, stderr
-    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
-    assert told.startswith(f"The run failed: rank {rank} (last "), stderr
+    (message,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert message.startswith(f"The run failed: rank {rank} (last "), stderr
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
@@ -204,8 +204,8 @@ def test_stuck_torchrun_rank_is_named(
     process = under_torchrun(cache, tmp_path, *tiny, *keys)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1, stderr
-    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
-    assert told.startswith("The run failed: rank 1 (last between steps 3 and 4)"), stderr
+    (message,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert message.startswith("The run failed: rank 1 (last between steps 3 and 4)"), stderr
 
 
 STILL = """
@@ -251,7 +251,7 @@ if os.environ.get("RANK") == "1":
 def test_rank_stuck_outside_training_steps_is_named(
     started_by: str, where: str, doing: str, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    """In its first import, before the process group exists, amid a validation, and where it writes its shards."""
+    """The rank hangs in its first import, before the process group exists, in a validation, or while writing shards."""
     (tmp_path / "still.py").write_text(STILL)
     if where == "starting":
         (tmp_path / "sitecustomize.py").write_text(STILL_FROM_THE_START)
@@ -265,8 +265,8 @@ def test_rank_stuck_outside_training_steps_is_named(
         process = under_torchrun(cache, tmp_path, *keys, **variables)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 1, stderr
-    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
-    assert f"failed: rank 1 (last {doing}) kept the others waiting" in told
+    (message,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert f"failed: rank 1 (last {doing}) kept the others waiting" in message
     assert not ranks_at_work(tmp_path)
 
 
@@ -301,7 +301,7 @@ class Refused(lightning.Callback):
 def test_error_of_one_rank_ends_the_run_at_once(
     error: str, where: str, seconds: int, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    """Whether rank 0 waits for it already or has so many seconds of work left, amid which it is told to end."""
+    """Rank 0 waits for it already, or has so many seconds of work left and is stopped during them."""
     (tmp_path / "refused.py").write_text(REFUSED)
     keys = {"_target_": "refused.Refused", "error": error, "where": where, "seconds": seconds}
     given = [*tiny, *(f"+callbacks.refused.{key}={value}" for key, value in keys.items()), "devices=2", "run_dir=run"]
@@ -312,8 +312,8 @@ def test_error_of_one_rank_ends_the_run_at_once(
         assert stderr.splitlines() == ["error: notes.txt cannot be read."]
     else:
         assert process.returncode == 1, stderr
-        told = "The run in run failed: rank 1 ended with code 1: OSError: notes.txt cannot be read."
-        assert stderr.splitlines()[-1] == told, stderr
+        message = "The run in run failed: rank 1 ended with code 1: OSError: notes.txt cannot be read."
+        assert stderr.splitlines()[-1] == message, stderr
     assert not ranks_at_work(tmp_path)
 
 
@@ -321,7 +321,7 @@ def test_error_of_one_rank_ends_the_run_at_once(
 def test_torchrun_machine_without_the_text_ends_the_run_at_once(
     cache: Path, tmp_path: Path, tiny: list[str], sources: Path
 ) -> None:
-    """Each rank in a folder of its own, of which only the first holds the text."""
+    """Each rank has a separate folder, and only the first has the text."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     (tmp_path / "0" / "text").symlink_to(sources)
@@ -332,8 +332,8 @@ def test_torchrun_machine_without_the_text_ends_the_run_at_once(
         [*command, *in_own_folder], cwd=tmp_path, env=environment(cache), capture_output=True, text=True, timeout=100
     )
     assert ended.returncode == 1, ended.stderr
-    (told,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
-    assert "text" in told, ended.stderr
+    (message,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    assert "text" in message, ended.stderr
     assert not any(ranks_at_work(tmp_path / str(rank)) for rank in range(2))
 
 
@@ -342,29 +342,29 @@ def test_torchrun_machine_without_the_text_ends_the_run_at_once(
 def test_ranks_waiting_for_rank_0_log_it_and_time_out(
     stopped: bool, train_here: Train, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    """Somebody else holds the lock on the tokens that rank 0 needs."""
+    """Another process holds the lock on the tokens that rank 0 needs."""
     keys = [*tiny, f"cache_dir={tmp_path / 'cache'}", "steps=2"]
     assert train_here(*keys, "run_dir=first").code == 0
     (ledger,) = (tmp_path / "cache" / "tokens").glob("*/ledger.json")
     ledger.unlink()
     with FileLock(f"{ledger.parent}.lock"):
         process = under_torchrun(cache, tmp_path, *keys, "strategy=ddp")
-        said = [*heard(process, "waiting for another process that prepares")]
+        logged = [*heard(process, "waiting for another process that prepares")]
         if stopped:
             os.kill(ranks_at_work(tmp_path)[0], signal.SIGSTOP)
         else:
-            said += heard(process, "still prepares the run")
-            said += heard(process, "still prepares the run")
+            logged += heard(process, "still prepares the run")
+            logged += heard(process, "still prepares the run")
     _, stderr = process.communicate(timeout=150)
     if stopped:
         assert process.returncode == 1, stderr
-        (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
-        assert told.startswith("The run failed: rank 0 (last getting ready) kept the others waiting"), stderr
+        (message,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+        assert message.startswith("The run failed: rank 0 (last getting ready) kept the others waiting"), stderr
     else:
         assert process.returncode == 0, stderr
-        waited = [re.fullmatch(r"Rank 0, on \S+, .* since [\d:]{8}, (\d+) seconds\.", line) for line in said]
+        waited = [re.fullmatch(r"Rank 0, on \S+, .* since [\d:]{8}, (\d+) seconds\.", line) for line in logged]
         times = [int(line[1]) // 8 for line in waited if line]
-        assert times == list(range(1, max(len(times), 2) + 1)), said
+        assert times == list(range(1, max(len(times), 2) + 1)), logged
 
 
 @pytest.mark.chaos
@@ -376,12 +376,12 @@ def test_rank_ends_if_rank_0_never_connects(cache: Path, tmp_path: Path, tiny: l
     process = conftest.started(cache, tmp_path, *tiny, "rank_timeout=5", **variables)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
-    told = f"The run failed: rank 1 could not reach rank 0 at 127.0.0.1:{port} for rank_timeout=5 seconds."
-    assert stderr.splitlines()[-1] == told, stderr
+    message = f"The run failed: rank 1 could not reach rank 0 at 127.0.0.1:{port} for rank_timeout=5 seconds."
+    assert stderr.splitlines()[-1] == message, stderr
 
 
 def heard(process: subprocess.Popen[str], words: str) -> list[str]:
-    """Lines of its stderr up to the one with these words."""
+    """Return lines of its stderr up to the one with these words."""
     assert process.stderr is not None
     lines: list[str] = []
     while not lines or words not in lines[-1]:
@@ -402,7 +402,7 @@ def test_ranks_end_with_their_parent(cache: Path, tmp_path: Path, tiny: list[str
 
 
 def killed_after_a_checkpoint(process: subprocess.Popen[str], rank: int, folder: Path) -> str:
-    """What a run told in the end, one rank of which was killed, and which finished all the same."""
+    """Return the output of a run that finished although one rank was killed."""
     while not list((folder / "run" / "checkpoints").glob("step-*.ckpt")):
         time.sleep(0.02)
     os.kill(rank, signal.SIGKILL)
@@ -413,7 +413,7 @@ def killed_after_a_checkpoint(process: subprocess.Popen[str], rank: int, folder:
 
 @pytest.mark.chaos
 def test_killed_rank_restarts_from_the_last_checkpoint(cache: Path, tmp_path: Path, tiny: list[str]):
-    """With `max_restarts` the run goes on by itself, and ends with the weights of a run that nothing happened to."""
+    """A run with `max_restarts` restarts, and ends with the weights of an undisturbed run."""
     keys = [*tiny, "steps=400", "checkpoint_every=100", "optimizer=adamw", "model.dropout=0.1"]
     process, ranks = started(cache, tmp_path, *keys, "max_restarts=1")
     stderr = killed_after_a_checkpoint(process, ranks[1], tmp_path)
@@ -438,7 +438,7 @@ def test_killed_single_process_restarts(cache: Path, tmp_path: Path, tiny: list[
 def test_killed_rank_is_reported_in_few_lines(
     started_by: str, rank: int, cache: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    """What is lost and how to resume; the traceback of the rank that is left is in its log file."""
+    """The lines name the loss and the resume command; the traceback of the other rank is in its log file."""
     keys = [*tiny, "steps=100000", "checkpoint_every=10", "strategy=ddp"]
     if started_by == "ours":
         process, _ = started(cache, tmp_path, *keys)
@@ -454,10 +454,10 @@ def test_killed_rank_is_reported_in_few_lines(
     kept, reached = newest_good_checkpoint(tmp_path / "run"), int(read_metrics(tmp_path / "run")[-1]["step"])
     assert kept is not None
     step, lines = checkpoint_step(kept), stderr.splitlines()
-    (told,) = (line for line in lines if line.startswith("The newest checkpoint is of step "))
+    (message,) = (line for line in lines if line.startswith("The newest checkpoint is of step "))
     lost = f"steps {step + 1} to {reached} or later" if reached > step else "steps after it"
     folder = "run" if started_by == "ours" else str(tmp_path / "run")
-    assert told == (
+    assert message == (
         f"The newest checkpoint is of step {step}; {lost} are lost. Continue with: python train.py resume={folder}"
     )
     assert "gloo" not in stderr
@@ -479,7 +479,7 @@ class Terminated(lightning.Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         self.after += self.sent
-        assert self.after <= 1, "the validation goes on"
+        assert self.after <= 1, "the validation continues"
         is_here = trainer.global_rank == 1 and trainer.global_step == 4 and batch_idx == 0
         if is_here and not os.path.exists("sent"):
             self.sent = True
@@ -493,7 +493,7 @@ class Terminated(lightning.Callback):
 def test_a_signal_to_one_rank_in_a_validation_stops_all(
     strategy: str, cache: Path, tmp_path: Path, tiny: list[str], train_process: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only rank 1 receives it; both leave the validation at the same batch, and the resumed run repeats it."""
+    """Only rank 1 receives the signal; both stop the validation at the same batch, and the resumed run repeats it."""
     (tmp_path / "terminated.py").write_text(TERMINATED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     keys = [*tiny, "+callbacks.stop._target_=terminated.Terminated", "steps=6", "log_every=1"]

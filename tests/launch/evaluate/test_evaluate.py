@@ -1,4 +1,4 @@
-"""evaluate.py: the loss it tells is the plain cross-entropy of the checkpoint on that text."""
+"""evaluate.py: the reported loss is the plain cross-entropy of the checkpoint on that text."""
 
 import json
 import math
@@ -24,7 +24,7 @@ CONTEXT = 32
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds a tiny model in `hf`, as a run directory does."""
+    """A folder with a tiny model in `hf`, like a run directory."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer = train_bpe(iter([TEXT]), 300)
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def evaluate(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def dense_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """(n,) ids in windows of CONTEXT, stride CONTEXT → nats of every token but the first, from whole logits."""
+    """Map ids (n,) in windows of CONTEXT, stride CONTEXT, to nats of every token but the first, from whole logits."""
     backbone = load_backbone(str(folder)).eval()
     losses = []
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["data=stdlb"], "did you mean stdlib"),
         (["data=text", "path=/nowhere/at/all"], "/nowhere/at/all"),
@@ -114,11 +114,11 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
     ],
 )
 def test_user_error_has_exit_code_2_and_few_lines(
-    words: list[str], told: str, run: Path, evaluate_here: Command
+    words: list[str], message: str, run: Path, evaluate_here: Command
 ) -> None:
     done = evaluate_here(f"checkpoint={run}", *words)
     assert done.code == 2, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 5
 
 

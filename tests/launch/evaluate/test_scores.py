@@ -1,4 +1,4 @@
-"""evaluate.py on several checkpoints and by every measure: one table, files that hold it, plain twins agree."""
+"""evaluate.py on several checkpoints with every metric: one table, its files, and values equal to plain twins."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def write_models(folder: Path, text: str) -> None:
         shape = ModelShape(n_layer=1, n_head=2, n_embd=16, n_positions=CONTEXT, vocab_size=len(tokenizer))
         backbone = Backbone(shape)
         for parameter in backbone.parameters():
-            parameter.data *= 8  # far from even, so that documents differ
+            parameter.data *= 8  # far from uniform, so that documents differ
         write_hf_folder(to_hf(backbone), tokenizer, folder / str(number), {"title": "tiny"})
 
 
@@ -454,7 +454,7 @@ def test_harness_tasks_from_files_equal_scores_by_hand(
     assert scores["tiny_rolling/bits_per_byte"]["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
     assert scores["tiny_rolling/bits_per_byte"]["standard_error"] == pytest.approx(bits.std().item() / 20**0.5, rel=0.1)
     assert scores["tiny_rolling/word_perplexity"]["standard_error"] > 0
-    monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.score", None)  # told before any is scored
+    monkeypatch.setattr("launch.evaluate.score_checkpoints._Scorer.score", None)  # reported before any is scored
     unknown = evaluate_here("checkpoint=1", *RUNNING, "lm_eval=tiny_completoin", f"lm_eval_path={tmp_path}")
     assert unknown.code == 2
     assert "no such task" in unknown.stderr

@@ -1,4 +1,4 @@
-"""generate.py: text from any checkpoint, prompts verbatim, mistakes answered with exit code 2."""
+"""generate.py: text from any checkpoint, prompts verbatim, exit code 2 for user errors."""
 
 import io
 import json
@@ -86,10 +86,10 @@ def test_user_error_has_exit_code_2_and_few_lines(
 
 @dataclass
 class Written:
-    """What the command showed and put into its file."""
+    """Output of the command: stdout, stderr and its JSON file."""
 
     shown: str
-    told: str
+    stderr: str
     texts: list[dict[str, Any]]
 
 
@@ -109,9 +109,9 @@ def write(
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
         code = exit_codes.exit_code(generate_command.main)
-        shown, told = capfd.readouterr()
-        assert code == (2 if "error:" in told else 0), told
-        return Written(shown, told, json.loads(file.read_text()) if file.is_file() else [])
+        shown, stderr = capfd.readouterr()
+        assert code == (2 if "error:" in stderr else 0), stderr
+        return Written(shown, stderr, json.loads(file.read_text()) if file.is_file() else [])
 
     return run
 
@@ -186,10 +186,10 @@ def test_no_repeat_ngram_and_stop_texts_work(write: Write) -> None:
 def test_text_is_streamed_to_a_terminal(
     stop: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But where a stop text may be cut off its end."""
+    """Text that may belong to a stop text is held back."""
     screen, terminal = pty.openpty()
     os.set_blocking(screen, False)
-    shown, read = [""], Decoder.read  # what is to be seen whenever the model is asked for a token
+    shown, read = [""], Decoder.read  # the shown text before each forward pass
 
     def look() -> None:
         with suppress(BlockingIOError):
@@ -246,13 +246,13 @@ def test_draft_writes_the_same_and_prints_its_acceptance(write: Write, checkpoin
     assert drafted.texts[0]["completion"] == plain["completion"]
     assert drafted.texts[0]["acceptance"] == 1
     assert 1 <= drafted.texts[0]["tokens_per_call"] <= 8
-    assert "tokens per call" in drafted.told
+    assert "tokens per call" in drafted.stderr
 
 
 def test_stop_text_ends_drafted_and_plain_text_equally(
     write: Write, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, in which it comes early or late
+    monkeypatch.setattr(speculative, "cost_ratio", lambda *_: 0.01)  # long drafts, with the stop text early or late
     monkeypatch.setattr(speculative, "verification_costs", lambda *_: [1.0] * (MOST_DRAFTS + 1))
     words = ["prompt=import", "sampling=greedy", "max_new_tokens=20", "sampling.no_repeat_ngram=1"]
     whole = write(*words).texts[0]
@@ -269,7 +269,7 @@ def test_stop_text_ends_drafted_and_plain_text_equally(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["prompt=a", "prompts=b"], "prompt and prompts are both given"),
         (["prompts=/nowhere.txt"], "cannot be read"),
@@ -281,5 +281,5 @@ def test_stop_text_ends_drafted_and_plain_text_equally(
         (["prompt=a <|mask|>"], "fills none"),
     ],
 )
-def test_unsupported_generation_is_refused(words: list[str], told: str, write: Write, checkpoint: Path) -> None:
-    assert told in write(*(word.format(checkpoint=checkpoint) for word in words)).told
+def test_unsupported_generation_is_refused(words: list[str], message: str, write: Write, checkpoint: Path) -> None:
+    assert message in write(*(word.format(checkpoint=checkpoint) for word in words)).stderr

@@ -82,7 +82,8 @@ def test_a_plan_names_every_part_and_leaves_nothing_behind(
     shape = ModelShape(2, 2, 32, 64, 300)
     assert f"{parameters(shape):,}" in printed
     monkeypatch.setitem(step_timing.FLOP_LIMITS, "cpu", 0)
-    printed = succeeded(train_here(*tiny, "batch_tokens=8192", "plan=true", "threads=1"))  # as many as a validation batch
+    larger = "batch_tokens=8192"  # as many as a validation batch
+    printed = succeeded(train_here(*tiny, larger, "plan=true", "threads=1"))
     assert "activation_checkpointing=true" in printed
     assert left_behind(tmp_path) == []
 
@@ -267,7 +268,7 @@ def test_the_peak_of_a_run_is_the_planned_one(case: Case, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_peak_of_default_runs_is_planned_within_15_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_peak_of_default_runs_is_planned_within_15_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     errors = {name: measure_default(name, tmp_path).error for name in ("micro", "distill", "finetune")}
@@ -313,7 +314,7 @@ def test_memory_of_a_feature_is_counted(name: str):
     assert memory_plan(sizes).peak > memory_plan(base).peak
 
 
-def test_the_plan_of_a_gpu_has_the_same_terms_without_the_process():
+def test_gpu_plan_has_the_same_terms_without_the_process():
     sizes = RunSizes(SMALL, 8, 256, 8, on_gpu=True, prompts=16, generated_length=512)
     plan, on_cpu = memory_plan(sizes, 10**9), memory_plan(replace(sizes, on_gpu=False), 10**9)
     assert plan.process == plan.fragmentation == 0
@@ -337,7 +338,7 @@ def test_terms_grow_with_the_sizes_in_their_formulas():
     assert terms["export"] == 2 * 4 * parameters(SMALL)
 
 
-def test_sizes_of_a_run_contain_what_its_callbacks_and_loggers_add(tmp_path: Path):
+def test_run_sizes_include_callbacks_and_loggers(tmp_path: Path):
     GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=300).save_pretrained(tmp_path)
 
     def sizes_of(*keys: str) -> RunSizes:

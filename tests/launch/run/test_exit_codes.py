@@ -1,4 +1,4 @@
-"""How a run ends is what its exit code says: 0 finished, 75 stopped to be resumed, 130 Ctrl-C, 1 an error."""
+"""Exit codes of a run: 0 finished, 75 stopped and resumable, 130 Ctrl-C, 1 an error."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from tests.conftest import ROOT, Train, started
 from tests.launch.sweep.test_sweep_on_ranks import marked
 
-HANG = 200  # seconds after which a process that should end is given up
+HANG = 200  # seconds until a process that should end counts as hanging
 
 
 def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
@@ -80,8 +80,8 @@ def test_the_second_ctrl_c_stops_at_once(
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     logs = [(tmp_path / run).parent / "logs" / f"job-{run[-1]}.txt" for run in runs if run != "run"]
-    for said in [log.read_text() for log in logs] or [stderr]:
-        assert "Stopped at once" in said
+    for printed in [log.read_text() for log in logs] or [stderr]:
+        assert "Stopped at once" in printed
     assert not list(tmp_path.rglob("step-*.ckpt"))
     assert not marked(mark)
     assert not (tmp_path / "swept" / "2").exists()
@@ -146,7 +146,7 @@ def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], t
 
 
 def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path: Path, tiny: list[str], train_here: Train):
-    """Training looks at a step while the next one is at work; whoever saves, validates or logs looks first."""
+    """A step is checked during the next one, or before a save, a validation or a log."""
     keys = ("optimizer=adamw", "optimizer.lr=1e30", "schedule.warmup_steps=0", "gradient_clip=0", "steps=20")
     for due in ("checkpoint", "validate", "log"):
         answer = train_here(*tiny, f"run_dir={due}", *keys, f"{due}_every=1")
@@ -250,7 +250,7 @@ def test_checkpoints_outlive_their_ledger(tiny: list[str], train_here: Train, le
 
 @pytest.mark.slow
 def test_closed_stdout_does_not_end_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
-    """As in `python train.py | head -1`."""
+    """The command is like `python train.py | head -1`."""
     keys = [key for key in tiny if not key.startswith("callbacks")]
     room = ["callbacks.samples.max_new_tokens=8", "callbacks.checkpoint.verify_export=false"]
     process = started(cache, tmp_path, *keys, *room, "steps=40", "log_every=2", "run_dir=run")

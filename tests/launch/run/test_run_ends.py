@@ -1,4 +1,4 @@
-"""The end of a run: whatever ends a fit, its last state is saved; what fails later does not make it a failed run."""
+"""The end of a run: every end of a fit saves the last state; later failures do not make it a failed run."""
 
 import json
 import tempfile
@@ -103,7 +103,7 @@ def test_last_state_is_saved_at_any_end_of_fit(tmp_path: Path, tiny: list[str], 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, Pretrain]:
-    """A run that nothing ends early, and its module."""
+    """A run that is not interrupted, and its module."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     return folder, tiny_run.train(folder, cache)[1]
 
@@ -115,7 +115,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Pat
 def test_run_resumed_after_an_early_end_equals_unbroken_run(
     unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path, hook: str, micro_batches: int
 ):
-    """Also from within a step, which is made again from its first micro-batch."""
+    """A run that ended within a step repeats it from its first micro-batch."""
     run, step = tmp_path / "run", micro_batches // 2
     folder, expected = unbroken
     tiny_run.train(run, cache, extra=[Stop(hook, micro_batches)], every=1000)

@@ -38,7 +38,7 @@ PLANTED = "+callbacks.crashing._target_=crashing.Crashing"
 
 @pytest.fixture
 def crashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs find a callback that crashes those with seed=2."""
+    """Jobs import a callback that crashes those with seed=2."""
     (tmp_path / "crashing.py").write_text(CRASHING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -58,7 +58,7 @@ def test_sweep_of_submitted_jobs_continues_after_a_crash(
 
 
 def test_submitted_run_has_local_output_and_exit_code(train_here: Train, tiny: list[str], tmp_path: Path):
-    """Its output is shown, a mistake has exit code 2 and leaves nothing behind."""
+    """Its output is shown; a user error has exit code 2 and leaves no file."""
     answer = train_here(*tiny, *HERE, "steps=2", "init=no/such/run")
     assert answer.code == 2
     assert answer.stderr.count("error: init=no/such/run") == 1, answer.stderr
@@ -66,7 +66,7 @@ def test_submitted_run_has_local_output_and_exit_code(train_here: Train, tiny: l
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         (["launcher=slurm"], "Give accelerator=gpu devices=N, or accelerator=cpu."),
         (["launcher=ray", "accelerator=gpu"], "needs the number of GPUs"),
@@ -81,12 +81,12 @@ def test_submitted_run_has_local_output_and_exit_code(train_here: Train, tiny: l
     ],
 )
 def test_run_that_cannot_be_submitted_is_refused_at_once(
-    keys: list[str], told: str, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keys: list[str], message: str, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     answer = train_here(*keys)
     assert answer.code == 2, answer.stderr
-    assert told in answer.stderr
+    assert message in answer.stderr
     assert len(answer.stderr.strip().splitlines()) <= 5
     assert not list(tmp_path.iterdir())
 
@@ -104,7 +104,7 @@ def trains(*folders: Path) -> Callable[[], bool]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of the runs whose working directory is this folder."""
+    """Return the command lines of the runs with this working directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -175,7 +175,7 @@ def test_ray_jobs_end_with_their_submitter(cache: Path, tiny: list[str], tmp_pat
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SLURM's commands find a cluster."""
+    """Set SLURM's variables for a test cluster."""
     if not slurm_cluster.is_possible():
         pytest.skip(slurm_cluster.WHY_NOT)
     with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as variables, pytest.MonkeyPatch.context() as patch:
@@ -186,8 +186,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def queued() -> list[str]:
     """Ids of the jobs that SLURM has."""
-    told = subprocess.run(["squeue", "--me", "-h", "-o", "%A"], capture_output=True, text=True, check=True)
-    return sorted(told.stdout.split(), key=int)
+    message = subprocess.run(["squeue", "--me", "-h", "-o", "%A"], capture_output=True, text=True, check=True)
+    return sorted(message.stdout.split(), key=int)
 
 
 def process_with(program: str, **variables: str) -> int:
@@ -243,7 +243,7 @@ def test_ctrl_c_stops_running_and_cancels_pending_slurm_jobs(slurm: None, cache:
 def test_requeued_slurm_job_resumes_from_its_checkpoint(
     how: list[str], slurm: None, cache: Path, tiny: list[str], tmp_path: Path
 ):
-    """USR2 is what SLURM sends before a job's time is up; a machine that fails has SLURM itself queue the job again."""
+    """SLURM sends USR2 before a job's time limit; it requeues the job itself if a machine fails."""
     keys = [*tiny, "accelerator=cpu", "steps=600", "optimizer=adamw", "model.dropout=0.1", "log_every=1"]
     keys.append("threads=1")  # sums in the same order
     process = started(cache, tmp_path, *keys, *SLURM[1:], "run_dir=run")
@@ -285,7 +285,7 @@ def test_two_slurm_nodes_have_the_losses_of_one_process(
 def test_stopped_srun_rank_ends_the_run_and_is_named(
     rank: int, slurm: None, cache: Path, tiny: list[str], tmp_path: Path
 ):
-    """Rank 0 keeps the store that the ranks listen through, which then stands still too."""
+    """Rank 0 has the store for heartbeats, which stops with it."""
     command = ["srun", "-K", "--nodes=2", "--ntasks-per-node=1", sys.executable, str(ROOT / "train.py"), *tiny]
     command += ["steps=100000", "log_every=1", "num_nodes=2", "strategy=ddp", "rank_timeout=8", "run_dir=run"]
     pipe = subprocess.PIPE
@@ -295,6 +295,6 @@ def test_stopped_srun_rank_ends_the_run_and_is_named(
     os.kill(stopped, signal.SIGSTOP)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode, stderr
-    (told,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
-    assert told.startswith(f"The run failed: rank {rank} "), stderr
+    (message,) = (line for line in stderr.splitlines() if "kept the others waiting" in line)
+    assert message.startswith(f"The run failed: rank {rank} "), stderr
     assert not Path(f"/proc/{stopped}").exists()

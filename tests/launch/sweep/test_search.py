@@ -1,4 +1,4 @@
-"""A search: which values it proposes, which keys it asks for, what it learns of jobs, and how it goes on."""
+"""A search: proposed values and keys, recorded results of jobs, and resume."""
 
 import csv
 import os
@@ -38,7 +38,7 @@ schema.register()
 
 @pytest.fixture
 def search(tmp_path: Path) -> Iterator[Searching]:
-    """Makes the source of jobs of a command, in the folder `swept`."""
+    """Make the job source of a command, in the folder `swept`."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
@@ -53,7 +53,7 @@ def search(tmp_path: Path) -> Iterator[Searching]:
 
 
 def all_of(source: Search, value: Callable[[dict[str, str]], float] = lambda _: 1.0) -> list[dict[str, str]]:
-    """Runs a search whose jobs all finish, with these values of the watched metric."""
+    """Run a search in which all jobs finish with these values of the watched metric."""
     found = []
     while proposal := source.ask():
         found.append(keys(proposal))
@@ -104,7 +104,7 @@ def test_ranges_are_searched_as_they_are_typed(search: Searching, typed: str, di
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["seed=1"], "nothing to search"),
         (["optimizer.lr=interval(1e-2,1e-4)"], "lower bound"),
@@ -121,8 +121,10 @@ def test_ranges_are_searched_as_they_are_typed(search: Searching, typed: str, di
         (["task=pretrain,finetune", "seed=1"], "cannot be compared"),
     ],
 )
-def test_invalid_search_is_refused_before_it_starts(search: Searching, tmp_path: Path, overrides: list[str], told: str):
-    with pytest.raises(InputError, match=told) as error:
+def test_invalid_search_is_refused_before_it_starts(
+    search: Searching, tmp_path: Path, overrides: list[str], message: str
+):
+    with pytest.raises(InputError, match=message) as error:
         search(*overrides)
     assert len(str(error.value).splitlines()) <= 5
     assert not (tmp_path / "swept").exists()
@@ -135,7 +137,7 @@ def test_interval_without_a_search_is_refused_with_a_fix(train_here: Train, mult
     assert "hparams_search=optuna" in answer.stderr
 
 
-EIGHT = ("hparams_search.n_trials=8", "hparams_search.seed=1")  # trials, in which every choice is drawn
+EIGHT = ("hparams_search.n_trials=8", "hparams_search.seed=1")  # trials, in which every choice is sampled
 
 
 def test_keys_are_sampled_only_if_read(search: Searching):
@@ -161,7 +163,7 @@ def test_a_key_may_depend_on_another_key(search: Searching):
     assert all(("task.lora.alpha" in row) == (row["task.lora.rank"] == "8") for row in found)
 
 
-# What is drawn
+# Sampled values
 
 
 def lrs(found: list[dict[str, str]]) -> list[str]:
@@ -181,7 +183,7 @@ def test_unseeded_searches_differ_and_seeded_ones_are_the_same(search: Searching
 
 @pytest.mark.slow
 def test_sampled_values_approach_the_best(search: Searching, tmp_path: Path):
-    """By results: of 30 trials, random values have 3 in the good tenth of the range, and at least 7 in 3 % of cases."""
+    """TPE beats random values, which have 3 of 30 in the good tenth of the range, and at least 7 in 3 % of cases."""
     source = search("model.dropout=interval(0,1)", "hparams_search.seed=1", "hparams_search.n_trials=40")
     found = all_of(source, lambda row: abs(float(row["model.dropout"]) - 0.3))
     near = [abs(float(row["model.dropout"]) - 0.3) < 0.05 for row in found]
@@ -212,7 +214,7 @@ def test_search_goal_is_the_metric_of_the_runs(search: Searching, tmp_path: Path
     assert study(tmp_path / "swept").user_attrs["metric"] == "val/rougeL"
 
 
-# What is told
+# Recorded results
 
 
 def test_search_records_a_failed_job_and_continues(search: Searching, tmp_path: Path):
@@ -230,7 +232,7 @@ def test_search_records_a_failed_job_and_continues(search: Searching, tmp_path: 
 
 
 def test_interrupted_search_continues_with_remaining_trials(search: Searching, tmp_path: Path):
-    """Of four trials one ended well, one failed, one was running and one is new."""
+    """One of four trials finished, one failed, one was running and one is new."""
     command = ["optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=4", "hparams_search.seed=5"]
     first = search(*command)
     before = [first.ask() for _ in range(3)]
@@ -249,7 +251,7 @@ def test_interrupted_search_continues_with_remaining_trials(search: Searching, t
         after.append(proposal)
     assert [(proposal.trial, proposal.failed) for proposal in after[:3]] == [(0, ""), (1, "out of memory"), (2, "")]
     for now, then in zip(after, (done, failed, running), strict=False):
-        assert now.overrides == ["resume=auto", *then.overrides], "a running job goes on from its checkpoint"
+        assert now.overrides == ["resume=auto", *then.overrides], "a running job resumes from its checkpoint"
     assert len(after) == 4
     assert after[3].overrides[-1] not in [proposal.overrides[-1] for proposal in after[:3]]
     again.tell(Job(2, running.overrides, Path("nowhere"), "finished", watched=2.0))
@@ -296,7 +298,7 @@ FOUR = [*RANDOM, "hparams_search.n_trials=4", "hparams_search.n_startup_trials=1
 def test_damaged_study_is_an_error_that_ends_no_job(
     search: Searching, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
 ):
-    """Other bytes than a database's, or only its beginning."""
+    """The file has foreign bytes, or only the beginning of a database."""
     going = search("optimizer.lr=interval(1e-4,1e-2)", "hparams_search.n_trials=2")
     going.ask()
     file = tmp_path / "swept" / STUDY_FILE
@@ -313,7 +315,7 @@ def test_damaged_study_is_an_error_that_ends_no_job(
 
 @pytest.mark.slow
 def test_search_continues_after_a_diverging_run(train_process: Train, tiny: list[str], tmp_path: Path):
-    """Two at a time, of the two values there are: lr=1e30 diverges and is recorded as failed."""
+    """Two jobs at a time, of the two values: lr=1e30 diverges and is recorded as failed."""
     command = [*QUICK, "optimizer.lr=1e-2,1e30", "hydra.sweep.dir=swept", "n_jobs=2", *FOUR]
     answer = train_process(*tiny, *command)
     assert answer.code == 1, answer.stderr
@@ -344,12 +346,12 @@ def test_search_records_losses_and_prints_the_best_command(
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    """Learning rate → what became of its job."""
+    """Map a learning rate to the status of its job."""
     return {row["overrides"].rpartition("=")[2]: row["status"] for row in rows(folder)}
 
 
 def steps_and_winner(folder: Path) -> tuple[int, str]:
-    """Steps of all jobs together, and the learning rate of the best."""
+    """Return the steps of all jobs together and the learning rate of the best."""
     table = [row for row in rows(folder) if row["status"] == "finished"]
     best = min(table, key=lambda row: float(row["watched"]))
     steps = sum(read_report(folder / row["job"])["steps"] for row in rows(folder))
@@ -360,7 +362,7 @@ WORTH_IT = "the same winner in fewer steps"
 
 
 def worth_of_pruning(pruned: Path, whole: Path) -> str:
-    """WORTH_IT, or why it is not."""
+    """Return WORTH_IT, or the reason against it."""
     (steps, winner), (all_steps, true_winner) = steps_and_winner(pruned), steps_and_winner(whole)
     if winner != true_winner:
         return f"the true winner was {statuses(pruned)[true_winner]}"
@@ -369,7 +371,7 @@ def worth_of_pruning(pruned: Path, whole: Path) -> str:
 
 @pytest.mark.slow
 def test_pruning_finds_the_same_winner_in_fewer_steps(train_process: Train, tiny: list[str], tmp_path: Path):
-    """That check tells apart a study that never prunes, and one that ends the winner, as it wants the highest loss."""
+    """The check detects a study that never prunes, and one that prunes the winner because it maximizes the loss."""
     command = [*QUICK, "optimizer.lr=1e-2,1e-3,1e-5,1e-7", *FOUR]
     assert train_process(*tiny, *command, "hydra.sweep.dir=whole", "hparams_search.pruner=none").code == 0
     assert train_process(*tiny, *command, "hydra.sweep.dir=pruned").code == 0
@@ -399,9 +401,9 @@ def test_pruning_finds_the_same_winner_in_fewer_steps(train_process: Train, tiny
 def test_all_ranks_of_a_job_have_the_sampled_values(
     strategy: str, sampler: str, train_process: Train, tiny: list[str], tmp_path: Path
 ):
-    """Unseeded: two ranks have the losses of one process that is given the job's values; another job has others.
+    """Unseeded: two ranks have the losses of one process with the job's values; another job has others.
 
-    With tpe the second job's values are drawn by the first one's result.
+    With tpe the second job's values depend on the first one's result.
 
     Above 1e-2 training is unstable, and what two ranks round otherwise grows a hundredfold.
     """
@@ -445,7 +447,7 @@ def test_killed_search_resumes(train_process: Train, cache: Path, tiny: list[str
 
 
 def test_the_command_of_a_wandb_sweep_runs(train_here: Train, tiny: list[str], tmp_path: Path):
-    """Made by W&B's own code from docs/wandb_sweep.yaml, as its agent does."""
+    """W&B's own code makes it from docs/wandb_sweep.yaml, like its agent."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())

@@ -25,7 +25,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_a_failed_job_does_not_stop_the_rest(jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path):
-    """Of three jobs one is misspelt and one is impossible; the other two are trained, each in a folder of its own."""
+    """Two jobs are invalid; the other two are trained, each in a separate folder."""
     sweep = ["-m", "steps=2", "optimizer=adamw,adamv", "init=scratch,no/such/run", "hydra.sweep.dir=swept"]
     answer = train_here(*tiny, *sweep)
     assert answer.code == 1
@@ -70,7 +70,7 @@ def test_a_key_of_one_task_is_dropped_for_the_other(
 
 @pytest.mark.slow
 def test_the_task_of_a_job_may_come_from_its_experiment(train_process: Train, tiny: list[str], tmp_path: Path):
-    """What only the distillation reads is no mistake of the pretraining."""
+    """A key read by distillation alone is no error in pretraining."""
     sweep = ["-m", "steps=2", "experiment=none,distilgpt2_owt", "teacher=missing/run", "hydra.sweep.dir=swept"]
     assert train_process(*tiny, *sweep).code == 1
     first, second = rows(tmp_path / "swept")
@@ -99,7 +99,7 @@ def test_run_dir_is_refused_in_a_sweep(train_here: Train):
 
 
 def test_sweep_does_not_overwrite_another_one(jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path):
-    """Neither the same command again nor another grid or search in its folder touches what it has found."""
+    """Neither the same command nor another grid or search in its folder changes its results."""
     sweep = [*tiny, "-m", "steps=2", "hydra.sweep.dir=swept"]
     first = train_here(*sweep, "seed=1", "n_jobs=1")
     assert first.code == 0, first.stderr
@@ -122,7 +122,7 @@ def test_sweep_does_not_overwrite_another_one(jobs_here: None, train_here: Train
 def test_sweeper_receives_the_val_loss_of_each_job(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Hydra hands its sweepers what the launcher returns."""
+    """Hydra passes the launcher's results to its sweepers."""
     returned: list[JobReturn] = []
 
     def noting(*arguments: Any) -> list[JobReturn]:
@@ -150,7 +150,7 @@ def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.chaos), signal.SIGINT])
 def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], tmp_path: Path):
-    """Killed, it leaves no process behind; interrupted, its job saves first and the next one does not start."""
+    """A killed parent leaves no process; on an interrupt its job saves first and the next one does not start."""
     command = [*tiny, "-m", "steps=100000", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
     process = started(cache, tmp_path, *command)
     job = running_job(tmp_path / "swept", process)
@@ -183,7 +183,7 @@ def test_a_sweep_in_which_a_job_was_stopped_is_not_finished(cache: Path, tiny: l
 
 
 def ended_by(number: int, cache: Path, tiny: list[str], folder: Path) -> tuple[int, str]:
-    """(exit code, stderr) of a sweep of two jobs, of which the first gets a signal."""
+    """Return (exit code, stderr) of a sweep of two jobs; the first receives a signal."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *tiny, "-m", "steps=100000,2", "log_every=1", "hydra.sweep.dir=swept"],
         cwd=folder,
@@ -201,7 +201,7 @@ def test_sweep_over_seeds_prints_settings_and_best_command(
     jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path
 ):
     sweep = ["-m", "steps=2", "optimizer.lr=0.0001,0.01", "seed=1,2", "hydra.sweep.dir=swept", "resume=auto"]
-    sweep += [f"n_jobs={min(2, len(os.sched_getaffinity(0)))}"]  # a run of its own knows neither
+    sweep += [f"n_jobs={min(2, len(os.sched_getaffinity(0)))}"]  # a separate run has neither
     ended = train_here(*tiny, *sweep)
     assert ended.code == 0, ended.stderr
     table = rows(tmp_path / "swept")

@@ -1,4 +1,4 @@
-"""A sweep whose jobs have several ranks: each job is one run, whatever becomes of others, and no process is left."""
+"""A sweep with several ranks a job: each job is one run, independent of others, and no process is left."""
 
 import csv
 import json
@@ -85,12 +85,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def seen(job: Path) -> list[dict[str, Any]]:
-    """What the witness of each rank of a job saw."""
+    """Return the records of the witness of each rank of a job."""
     return [json.loads(file.read_text()) for file in sorted(job.glob("witness-*.json"))]
 
 
 def check_one_run_each(swept: Path, ranks: list[int]) -> None:
-    """A folder, a set of checkpoints and a W&B run for each job, and settings that all of its ranks share."""
+    """Check that each job has a folder, checkpoints, a W&B run, and equal settings on all ranks."""
     assert sorted(path.name for path in swept.iterdir() if path.is_dir()) == [str(job) for job in range(len(ranks))]
     found, hashes = [], set()
     for job, devices in enumerate(ranks):
@@ -188,7 +188,7 @@ def test_sweep_continues_after_divergence_and_a_killed_rank(train_process: Train
 
 
 def marked(mark: str) -> list[int]:
-    """Processes in whose environment the mark stands."""
+    """Return the processes with the mark in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -204,7 +204,7 @@ def marked(mark: str) -> list[int]:
 def test_interrupted_sweep_on_ranks_leaves_no_process(
     number: int, cache: Path, tiny: list[str], tmp_path: Path, planted: Path
 ):
-    """Neither jobs nor ranks, nor what loads data and talks to W&B for them; interrupted, all jobs save first."""
+    """No job, rank, data worker or W&B service is left; on an interrupt all jobs save first."""
     (planted / "sitecustomize.py").write_text(FOUR_CORES)
     mark = uuid.uuid4().hex
     keys = ["seed=1,2,3", "n_jobs=2", "devices=2", "steps=100000", "log_every=1", "workers=1", "logger=wandb"]
@@ -232,7 +232,7 @@ def test_interrupted_sweep_on_ranks_leaves_no_process(
 def test_concurrent_jobs_share_out_cores_and_gpus(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """GPUs by their names, which the jobs find in their environment whether or not there are such."""
+    """GPUs are names in the environment of jobs, which need not exist."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     cores = os.sched_getaffinity(0)
     answer = train_here("-m", *tiny, "seed=1,2", "n_jobs=2", "steps=2", WITNESS, "hydra.sweep.dir=swept")
@@ -250,7 +250,7 @@ def test_concurrent_jobs_share_out_cores_and_gpus(
 def test_a_pruned_job_ends_on_all_its_ranks(
     strategy: str, train_process: Train, tiny: list[str], tmp_path: Path, planted: Path
 ):
-    """Two jobs of two ranks at a time; the last one hardly learns and is ended by the others' example."""
+    """Two jobs of two ranks run at a time; the last one hardly learns and is pruned."""
     (planted / "sitecustomize.py").write_text(FOUR_CORES)
     keys = ["optimizer=adamw", "schedule=constant", "steps=24", "validate_every=6", "optimizer.lr=1e-2,3e-3,1e-7"]
     search = ["hparams_search=optuna", "hparams_search.sampler=random", "hparams_search.seed=10"]
