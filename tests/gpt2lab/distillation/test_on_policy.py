@@ -203,7 +203,7 @@ def test_generation_and_loss_have_separate_temperatures(distil: Distil, tmp_path
     assert not torch.equal(weights(tmp_path / "plain"), weights(tmp_path / "loss"))
 
 
-@pytest.mark.parametrize("keys", [ON_POLICY, REPLAY], ids=["gkd", "distillm"])
+@pytest.mark.parametrize("keys", [pytest.param(ON_POLICY, marks=pytest.mark.slow), REPLAY], ids=["gkd", "distillm"])
 def test_resume_repeats_student_text_and_replay_buffer(
     keys: tuple[str, ...], distil: Distil, train_here: Train, tmp_path: Path
 ) -> None:

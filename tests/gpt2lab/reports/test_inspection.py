@@ -456,6 +456,7 @@ def test_inspection_callback_changes_no_weight(tmp_path: Path) -> None:
     assert [page.name for page in (folder / "inspect").glob("*.html")] == ["step-000008.html"]
 
 
+@pytest.mark.slow
 def test_distilled_run_shows_its_teacher_and_given_texts(distil: Train, tmp_path: Path) -> None:
     keys = ["callbacks=inspect", "callbacks.inspect.texts=[def add,class Stack]", "sample_every=100"]
     keys += ["callbacks.checkpoint.verify_export=false", "validate_every=4"]

@@ -11,6 +11,7 @@ from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.report_json import read_report
 from launch import exit_codes
 from tests.conftest import ROOT, SHRUNK, Train, needs_two_cores
+from tests.support.stop_signal import stop_keys
 
 RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
 # Sums over all ranks; the figures of near ties, such as the agreements, may change by rounding
@@ -55,9 +56,6 @@ def compared(folder: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows if row.get(name)] for name in COMPARED}
 
 
-STOPPED = ["+callbacks.stop._target_=tests.support.signal_parent.SignalParent", "+callbacks.stop.steps=6"]
-
-
 @needs_two_cores
 def test_two_ranks_distil_as_one_until_a_signal_and_then_save(
     teacher: Path, train_here: Train, tiny: list[str], tmp_path: Path
@@ -65,7 +63,7 @@ def test_two_ranks_distil_as_one_until_a_signal_and_then_save(
     keys = [*tiny, "task=distill", f"teacher={teacher}", *RUN[1:], "steps=12", *CASES["everything_online"]]
     done = train_here(*keys, "devices=1", "run_dir=one")
     assert done.code == 0, done.stderr
-    stopped = train_here(*keys, "devices=2", "strategy=ddp", *STOPPED, "run_dir=two")
+    stopped = train_here(*keys, "devices=2", "strategy=ddp", *stop_keys(steps=6, to_parent=True), "run_dir=two")
     assert stopped.code == 75, stopped.stderr
     assert "resume=two" in stopped.stderr
     report = read_report(tmp_path / "two")

@@ -16,6 +16,7 @@ from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_check
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from tests.conftest import ROOT, Train, started
 from tests.launch.sweep.test_sweep_on_ranks import marked
+from tests.support.stop_signal import stop_keys
 
 HANG = 200  # seconds until a process that should end counts as hanging
 
@@ -28,9 +29,15 @@ def wait_until_training(process: subprocess.Popen[str], run: Path) -> None:
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)]
-)
+def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path: Path, tiny: list[str], train_here: Train):
+    """In the test process; processes get Ctrl-C in the slow test below and in test_sweep."""
+    answer = train_here(*tiny, "steps=10", "log_every=1", "run_dir=run", *stop_keys(steps=3, number=2))
+    assert answer.code == 130, answer.stderr
+    check_resumed(tmp_path / "run", answer.stderr, train_here, "allow_targets=[tests]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
 def test_signal_ends_the_run_with_a_resumable_checkpoint(
     number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str], train_here: Train
 ):
@@ -40,15 +47,20 @@ def test_signal_ends_the_run_with_a_resumable_checkpoint(
     process.send_signal(number)
     _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == code, stderr
+    check_resumed(run, stderr, train_here)
+
+
+def check_resumed(run: Path, stderr: str, train_here: Train, *allowed: str) -> None:
+    """Resume a stopped run for three steps; a key that no resume may change is refused."""
     assert stderr.strip().splitlines()[-1].endswith("Continue with: python train.py resume=run")
     report = json.loads((run / "report.json").read_text())
     assert report["status"] == "stopped"
     stopped_at = report["steps"]
 
-    refused = train_here("resume=run", "optimizer.lr=1")
+    refused = train_here("resume=run", *allowed, "optimizer.lr=1")
     assert refused.code == 2
     assert "optimizer.lr=1 cannot be changed" in refused.stderr
-    answer = train_here("resume=run", f"steps={stopped_at + 3}")
+    answer = train_here("resume=run", *allowed, f"steps={stopped_at + 3}")
     assert answer.code == 0, answer.stderr
     report = json.loads((run / "report.json").read_text())
     assert (report["status"], report["steps"]) == ("finished", stopped_at + 3)

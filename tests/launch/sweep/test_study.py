@@ -424,6 +424,7 @@ def test_student_that_does_not_fit_is_refused_before_any_run(study: Study, tmp_p
     assert titles == {"KD − CE from scratch"}
 
 
+@pytest.mark.slow
 def test_writing_the_teacher_cache_counts_as_training_time(study: Study, tmp_path: Path):
     words = (
         "teacher_cache=topk",

@@ -151,7 +151,7 @@ def running_job(folder: Path, process: subprocess.Popen[str]) -> int:
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.chaos), signal.SIGINT])
 def test_jobs_end_with_their_parent(number: int, cache: Path, tiny: list[str], tmp_path: Path):
     """A killed parent leaves no process; on an interrupt its job saves first and the next one does not start."""
-    command = [*tiny, "-m", "steps=100000", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
+    command = [*tiny, "-m", "steps=100000", "compile=false", "seed=1,2", "log_every=1", "hydra.sweep.dir=swept"]
     process = started(cache, tmp_path, *command)
     job = running_job(tmp_path / "swept", process)
     process.send_signal(number)
