@@ -61,7 +61,7 @@ def test_each_objective_learns_more_than_token_frequencies(
     keys = [key for key in tiny if not key.startswith(("batch_tokens", "model.n_embd"))]
     steps = {"mlm": 300, "sampled_softmax": 150}.get(name, 60)
     keys += ["batch_tokens=512", "model.n_embd=64", "schedule.warmup_steps=20", "seed=1"]
-    keys += [f"steps={steps}", f"validate_every={steps}", f"cache_dir={tmp_path / 'cache'}"]
+    keys += [f"steps={steps}", "compile=false", f"validate_every={steps}", f"cache_dir={tmp_path / 'cache'}"]
     ended = train_here(*keys, f"objective={name}", *KEYS[name], "run_dir=run")
     assert ended.code == 0, ended.stderr
     losses = [float(row["val/loss"]) for row in read_metrics(tmp_path / "run") if row.get("val/loss")]
@@ -283,6 +283,7 @@ def test_resumed_objective_samples_like_an_unbroken_run(
     """The resume crosses the end of an epoch."""
     keys = (
         "steps=60",
+        "compile=false",
         "micro_batch=4",
         "checkpoint_every=30",
         "validate_every=30",

@@ -37,6 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path
     """Train a teacher with a vocabulary of 420 tokens."""
     folder = tmp_path_factory.mktemp("teacher")
     keys = [*SHRUNK, f"path={sources}", *STEPS, "steps=50", "validate_every=50", "model.n_embd=64", "vocab_size=420"]
+    keys.append("compile=false")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GPT2LAB_CACHE", str(cache))
