@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 import evaluate
+from gpt2lab.errors import InputError
 from gpt2lab.storage.metrics_csv import read_metrics
 from launch import exit_codes
+from launch.checks import checks
 from tests.conftest import ROOT, SHRUNK, Answer, Train, environment
+from tests.support.configurations import composed
 from tests.support.extending import PAGE, forgetting_plugins, write_examples
 from tests.test_readme import commands
 
@@ -132,6 +135,25 @@ def test_a_metric_of_the_page_scores_pairs(train_here: Train, outside: Path, mon
     ended = score("plugins=[mypkg]", "metrics=same_length")
     assert ended.code == 0, ended.stderr
     assert "same_length" in ended.stdout
+
+
+def test_early_stopping_can_watch_an_added_metric(outside: Path, monkeypatch: pytest.MonkeyPatch):
+    """That of a plugin, or one that a class of the user logs."""
+    monkeypatch.chdir(outside)
+    early = ["callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping"]
+    of_plugin = ["plugins=[mypkg]", "task=finetune", "data=summarize", "init=gpt2", "task.text.metrics=[same_length]"]
+    checks.check(composed(*early, "callbacks.early.monitor=val/same_length", *of_plugin))
+    checks.check(composed(*early, "callbacks.early.monitor=own", "callbacks.stop._target_=mypkg.callback.StopBelow"))
+    with pytest.raises(InputError, match="no such metric"):
+        checks.check(composed(*early, "callbacks.early.monitor=own"))
+
+
+def test_added_divergence_reads_no_key_of_another(outside: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(outside)
+    keys = ["plugins=[mypkg]", "task=distill", "loss.name=squared_error"]
+    checks.check(composed(*keys, "loss.temperature=2"))
+    with pytest.raises(InputError, match=r"does not read loss\.alpha"):
+        checks.check(composed(*keys, "loss.alpha=0.3"))
 
 
 def test_a_plugin_that_does_not_exist_is_named(train_here: Train, outside: Path):

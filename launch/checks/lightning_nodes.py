@@ -6,9 +6,10 @@ from gpt2lab import metric_names
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TEXT_METRICS
 from launch.config.did_you_mean import nearest
-from launch.config.known_keys import NODES
 from launch.config.schema import RunConfig
+from launch.config.targets import foreign_targets
 
+LIGHTNING = "lightning.pytorch."
 # Class of lightning.pytorch.callbacks → keys to use instead
 CONFLICTING = {
     "StochasticWeightAveraging": "ema=0.999",
@@ -23,7 +24,6 @@ CONFLICTING = {
     "TQDMProgressBar": "callbacks.progress",
 }
 METRICS = [value for name, value in vars(metric_names).items() if name.isupper() and isinstance(value, str)]
-METRICS += [f"val/{name}" for name in TEXT_METRICS]
 
 
 def check(config: RunConfig) -> None:
@@ -32,21 +32,23 @@ def check(config: RunConfig) -> None:
     Raises:
         InputError: a class conflicts with this project's training, or monitors a metric that no run has.
     """
+    others = [target for target in foreign_targets(config.target_nodes) if not target.startswith(LIGHTNING)]
     for place, node in config.target_nodes.items():
         module, _, name = str(node["_target_"]).rpartition(".")
-        if not module.startswith("lightning.pytorch."):
+        if not module.startswith(LIGHTNING):
             continue
         if name in CONFLICTING:
             raise InputError(
                 f"{place}: {name} conflicts with this project's training.\nUse {CONFLICTING[name]} instead."
             )
-        if config.task["_target_"] in NODES:  # other modules log metrics of their own
+        if not others:  # which can log metrics of their own
             _check_monitor(place, node)
 
 
 def _check_monitor(place: str, node: dict[str, Any]) -> None:
     monitor = node.get("monitor")
-    if monitor is None or monitor in METRICS:
+    metrics = [*METRICS, *(f"val/{name}" for name in TEXT_METRICS)]
+    if monitor is None or monitor in metrics:
         return
-    near = nearest(str(monitor), METRICS) or nearest(str(monitor).replace("_", "/", 1), METRICS)
+    near = nearest(str(monitor), metrics) or nearest(str(monitor).replace("_", "/", 1), metrics)
     raise InputError(f"{place}.monitor={monitor}: no such metric{near}.\nThe columns of metrics.csv are the metrics.")

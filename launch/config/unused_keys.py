@@ -7,7 +7,7 @@ from dataclasses import dataclass, is_dataclass
 from gpt2lab.errors import InputError
 from gpt2lab.keys import Key, format_readers
 from gpt2lab.metric_names import VAL_LOSS
-from gpt2lab.settings import DIVERGENCES, OPTIMIZERS, SCHEDULES
+from gpt2lab.settings import OPTIMIZERS, SCHEDULES
 from launch.config.known_keys import known_keys
 from launch.config.schema import RunConfig
 
@@ -107,7 +107,7 @@ def _reading(read_by: str, config: RunConfig) -> tuple[str, bool, str]:
     else:
         settings = vars(config).get(group)
         chosen = vars(settings)["name"] if is_dataclass(settings) else config.groups[group]
-        is_added = any(chosen in registry.added for registry in (DIVERGENCES, OPTIMIZERS, SCHEDULES))  # may read any
+        is_added = any(chosen in registry.added for registry in (OPTIMIZERS, SCHEDULES))  # which get all settings
         is_read = chosen in values or is_added
     return group, is_read, format_reader(read_by)
 
