@@ -278,8 +278,8 @@ def test_full_disk_of_one_rank_is_reported(
     answer = train_process(*tiny, *KEYS, "+callbacks.full._target_=full.Full")
     assert answer.code == 2, answer.stderr
     assert answer.stderr.splitlines() == [
-        "error: No space left to write the checkpoint of step 2: File too large.",
-        "Free some space.",
+        "error: No space left to write the checkpoint of step 2, run/checkpoints/step-000002.ckpt: File too large.",
+        "The run has no checkpoint yet. Free some space and start it again.",
     ]
     assert newest_good_checkpoint(tmp_path / "run") is None
 
