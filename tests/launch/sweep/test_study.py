@@ -476,7 +476,7 @@ def test_a_study_without_a_readable_study_json_is_refused(study: Study, tmp_path
         b"[]",
         b"null",
         b'{"teacher_hash": 1}',
-        b'{"teacher_hash": 1, "told": [{}]}',
+        b'{"teacher_hash": 1, "overrides": [{}]}',
         b"\xff",
     ):
         (folder / "study.json").write_bytes(content)
