@@ -105,7 +105,7 @@ def test_sweep_that_cannot_start_jobs_is_resumable(
     assert not (swept / "2").exists()
 
     repair(swept)
-    (continued,) = (line for line in ended.stderr.splitlines() if line.startswith("Once this is mended"))
+    (continued,) = (line for line in ended.stderr.splitlines() if line.startswith("After fixing this"))
     ended = train_process(*shlex.split(continued.partition("train.py ")[2]))
     assert ended.code == 0, ended.stderr
     assert [row["status"] for row in rows(swept)] == ["finished"] * 3
