@@ -74,7 +74,7 @@ def repair_logs(swept: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "keys", "repair", "code", "message", "statuses"),
     [
-        ("OfStudy", SEARCH, repair_study, 2, "study.db cannot be used as the study", ["finished", "finished"]),
+        ("OfStudy", SEARCH, repair_study, 2, "study.db cannot be used as an Optuna study", ["finished", "finished"]),
         ("OfLogs", ["-m", "seed=1,2,3"], repair_logs, 1, "FileExistsError", ["finished", "finished", "stopped"]),
     ],
 )
