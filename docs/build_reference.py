@@ -11,15 +11,14 @@ from typing import Any
 
 from gpt2lab.keys import Key
 from launch.config.allowed_values import format_allowed
-from launch.config.groups import default_values, description, groups, keys_set_by, plain_defaults, values
+from launch.config.groups import default_values, description, groups, plain_defaults, values
 from launch.config.help_lines import format_value
-from launch.config.help_text import full_text, heading, keys_of_group
+from launch.config.help_text import EMPTY, defaults_by_value, full_text, heading, keys_of_group
 from launch.config.known_keys import known_keys
 from launch.config.plain_keys import SECTIONS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 HEADINGS = "key | default | meaning | allowed"
-EMPTY = '""'
 MOST_DEFAULTS = 4  # different defaults of one key that are listed
 INTRODUCTION = """# Configuration reference
 
@@ -53,12 +52,9 @@ def key_row(name: str, meaning: Key, default: str) -> list[str]:
     return [f"`{name}`", default, full_text(meaning), format_allowed(meaning)]
 
 
-def group_defaults(group: str, name: str) -> str:
+def group_defaults(name: str) -> str:
     """Return the defaults of a key, with the values of the group that set them where they differ."""
-    by_default: dict[str, list[str]] = {}
-    for value in values(group):
-        if name in keys_set_by(group, value):
-            by_default.setdefault(code(keys_set_by(group, value)[name]), []).append(value)
+    by_default = {f"`{default or EMPTY}`": named for default, named in defaults_by_value(name).items()}
     if not 0 < len(by_default) <= MOST_DEFAULTS:
         return "differs" if by_default else ""
     usual, *others = sorted(by_default, key=lambda default: -len(by_default[default]))
@@ -72,7 +68,7 @@ def group_section(group: str) -> str:
     text = full_text(meaning)
     parts = [f"## {group}", f"{text[0].upper()}{text[1:]}.", table("value | meaning", rows)]
     if keys := keys_of_group(group):
-        parts.append(table(HEADINGS, (key_row(name, one, group_defaults(group, name)) for name, one in keys.items())))
+        parts.append(table(HEADINGS, (key_row(name, one, group_defaults(name)) for name, one in keys.items())))
     return "\n\n".join(parts)
 
 

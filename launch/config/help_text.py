@@ -4,17 +4,19 @@ Meanings are those of the dataclass fields, defaults those of conf/.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gpt2lab.errors import InputError
 from gpt2lab.keys import Key
 from launch.config.allowed_values import format_allowed
 from launch.config.did_you_mean import nearest
-from launch.config.groups import default_of, default_values, description, group_of, groups, values
+from launch.config.groups import default_of, default_values, description, group_of, groups, keys_set_by, values
 from launch.config.help_lines import format_keys, format_rows, format_text, format_value
 from launch.config.known_keys import known_keys
 from launch.config.plain_keys import SECTIONS
 from launch.config.unused_keys import format_reader
 
+EMPTY = '""'  # a default that is the empty text
 HEAD = "train.py: pretrain, distill or fine-tune a GPT-2."
 COMMANDS = (
     ("python train.py", "pretrain nano on the standard library's source"),
@@ -69,7 +71,11 @@ def _of_group(group: str, chosen: dict[str, str]) -> str:
     rows = [(f"{group}={value}", description(group, value)) for value in values(group)]
     parts = [format_text(f"{group}: {full_text(known_keys()[group])}"), f"Values\n\n{format_rows(rows)}"]
     if keys := keys_of_group(group):
-        defaults = {name: default_of(name, chosen) for name in keys}
+        differing = {name: text for name in keys if (text := _differing_defaults(name, chosen))}
+        defaults = {name: default_of(name, chosen) for name in keys.keys() - differing.keys()}
+        keys |= {
+            name: replace(keys[name], text=f"{keys[name].text}; default {text}") for name, text in differing.items()
+        }
         parts.append(f"Keys (defaults of {group}={chosen[group]})\n\n{format_keys(keys, defaults)}")
     return "\n\n".join(parts)
 
@@ -77,10 +83,30 @@ def _of_group(group: str, chosen: dict[str, str]) -> str:
 def _of_key(name: str, chosen: dict[str, str]) -> str:
     """Return the meaning of one key, its default and what is allowed."""
     meaning = known_keys()[name]
-    facts = [f"{name}: {full_text(meaning)}", f"Default: {name}={format_value(default_of(name, chosen))}"]
+    default = _differing_defaults(name, chosen) or f"{name}={format_value(default_of(name, chosen))}"
+    facts = [f"{name}: {full_text(meaning)}", f"Default: {default}"]
     facts += [f"Allowed: {allowed}"] if (allowed := format_allowed(meaning)) else []
     facts += ["A resumed run may have another value."] if meaning.on_resume else []
     return "\n".join(format_text(fact) for fact in facts)
+
+
+def defaults_by_value(name: str) -> dict[str, list[str]]:
+    """Return {default as it is typed: values of the group that have it} of a group's key."""
+    group, found = group_of(name), dict[str, list[str]]()
+    for value in values(group):
+        if name in keys_set_by(group, value):
+            found.setdefault(format_value(keys_set_by(group, value)[name]), []).append(value)
+    return found
+
+
+def _differing_defaults(name: str, chosen: dict[str, str]) -> str:
+    """Return the defaults of a key that the chosen value of its group lacks, if the other values differ in it."""
+    group = group_of(name)
+    if "." not in name or name in keys_set_by(group, chosen[group]):
+        return ""
+    found = defaults_by_value(name)
+    listed = [f"{default or EMPTY} ({', '.join(named)})" for default, named in found.items()]
+    return ", ".join(listed) if len(listed) > 1 else ""
 
 
 def full_text(meaning: Key) -> str:

@@ -16,7 +16,7 @@ from gpt2lab.keys import METADATA, Key, keys_of
 from gpt2lab.settings import CrossEntropySettings, TrainingSettings
 from launch.config.groups import CONF, default_of, default_values, group_of, groups, keys_set_by, plain_defaults, values
 from launch.config.help_lines import format_value
-from launch.config.help_text import heading, help_text, keys_of_group
+from launch.config.help_text import EMPTY, heading, help_text, keys_of_group
 from launch.config.key_value_cli import describe
 from launch.config.known_keys import NODES, PLACES, known_keys
 from launch.config.plain_keys import SECTIONS
@@ -221,7 +221,17 @@ def test_help_on_a_group_has_its_values_and_defaults() -> None:
 def test_help_on_a_key_has_its_text_and_default(name: str) -> None:
     text = " ".join(help_text(["--help", name]).split())
     assert text.startswith(f"{name}: {known_keys()[name].text}")
-    assert f"{name}={format_value(default_of(name, default_values()))}".strip() in text
+    default = format_value(default_of(name, default_values()))
+    assert f"{name}={default}".strip() in text or f"{default or EMPTY} (" in text
+
+
+def test_help_lists_defaults_that_the_chosen_value_lacks() -> None:
+    text = " ".join(help_text(["--help", "sampling.temperature"]).split())
+    assert "Default: 0.0 (beam, greedy), 0.9 (nucleus), 0.8 (top_k)" in text
+    text = " ".join(help_text(["--help", "sampling"]).split())
+    assert "sampling.temperature= softmax temperature; 0: greedy; default 0.0 (beam, greedy), 0.9 (nucleus)" in text
+    assert "sampling.beams=4" in text
+    assert "Default: sampling.temperature=0.8" in help_text(["sampling=top_k", "--help", "sampling.temperature"])
 
 
 def test_help_on_an_unknown_name_suggests_one(train_here: Train) -> None:
