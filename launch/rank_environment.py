@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 OUTCOME_FILE, HEARTBEATS = "GPT2LAB_OUTCOME", "GPT2LAB_HEARTBEATS"  # this project's launcher sets them for each rank
 TORCHRUN_VARIABLES: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 TORCHRUN_VARIABLES += ("MASTER_ADDR", "MASTER_PORT")
+SRUN_VARIABLES = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST")
 # PyTorch, Lightning and transformers read these, some of them at import
 RANK_VARIABLES: tuple[str, ...] = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 RANK_VARIABLES += ("JSM_NAMESPACE_RANK", "TORCHELASTIC_RUN_ID")
@@ -29,7 +30,8 @@ def is_torchrun_rank(environment: Mapping[str, str] = os.environ) -> bool:
 def is_srun_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether srun started this process as one of several tasks, without torchrun."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    return tasks.isdecimal() and int(tasks) > 1 and not is_torchrun_rank(environment)
+    is_complete = all(environment.get(name) for name in SRUN_VARIABLES)
+    return tasks.isdecimal() and int(tasks) > 1 and is_complete and not is_torchrun_rank(environment)
 
 
 def is_cluster_rank(environment: Mapping[str, str] = os.environ) -> bool:

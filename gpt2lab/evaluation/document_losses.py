@@ -79,8 +79,10 @@ def read_document_losses(run_dir: str | Path) -> DocumentLosses | None:
         return None
     try:
         losses = DocumentLosses(**json.loads(path.read_text(encoding="utf-8")))
-        list(zip(map(int, losses.group), map(float, losses.nats), map(int, losses.targets), strict=True))
-    except (OSError, ValueError, TypeError):
+        rows = list(zip(losses.group, losses.nats, losses.targets, strict=True))
+        if not all(type(group) is type(targets) is int and type(nats) in (int, float) for group, nats, targets in rows):
+            raise TypeError("not numbers")
+    except (OSError, ValueError, TypeError, RecursionError):
         warn_once(f"{path} is damaged: the standard error of val/loss is unknown until the next validation.")
         return None
     return losses

@@ -9,6 +9,7 @@ always needs a permission.
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -114,6 +115,8 @@ def instantiate(
     check_arguments(kind, own, where, target, permissions)
     if not is_below(target, permissions):
         _check_paths(own, where, target, folder)
+    if is_below(target, LIGHTNING_PACKAGES) and "save_dir" in inspect.signature(kind).parameters:
+        own = {"save_dir": str(folder), **own}  # Lightning's default is the working directory
     built = {key: _with_objects(value, f"{where}.{key}", permissions, folder) for key, value in own.items()}
     return call(kind, {**built, **(more or {})}, where, target)
 
@@ -176,6 +179,11 @@ def _check_paths(own: Mapping[str, Any], where: str, target: str, folder: Path) 
     for key, value in own.items():
         if not isinstance(value, str):
             continue
+        if not is_ours and not _is_plain(value):
+            raise InputError(
+                f"{where}.{key}={shorten(value)} contains an expression, which could lead outside the run directory.\n"
+                f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
+            )
         leaves = value.startswith(("/", "~")) or ".." in Path(value).parts or "://" in value
         is_path = key in FOLDER_ARGUMENTS or (leaves and not is_ours)
         if is_path and not Path(value).expanduser().resolve().is_relative_to(folder.resolve()):
@@ -183,6 +191,12 @@ def _check_paths(own: Mapping[str, Any], where: str, target: str, folder: Path) 
                 f"{where}.{key}={shorten(value)} is outside the run directory {folder}.\n"
                 f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
             )
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text has no variable and only format fields like {step} and {val/loss:.2f}."""
+    fields = re.findall(r"\{([^{}]*)\}?", text)
+    return "$" not in text and all(re.fullmatch(r"[\w/-]+(:[\d.]*\w?)?", one) for one in fields)
 
 
 def target_class(node: Mapping[str, Any], where: str, permissions: Iterable[str]) -> Any:

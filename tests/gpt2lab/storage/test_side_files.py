@@ -57,6 +57,10 @@ def other(make: Callable[[Path], object]) -> Damage:
     return damage
 
 
+def written(text: str) -> Damage:
+    return lambda file: file.write_text(text)
+
+
 EVERY: dict[str, Damage] = {
     "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     "tail zeroed": lambda file: file.write_bytes(file.read_bytes()[:-20] + bytes(20)),
@@ -93,6 +97,9 @@ OWN: dict[str, dict[str, Damage]] = {
         "a list": lambda file: file.write_text("[]"),
         "values of other types": change('"nats": [', '"nats": ["x", '),
         "lists of other lengths": change('"nats": [', '"nats": [1.0, '),
+        "numbers as text": written('{"group": [0], "nats": ["1.0"], "targets": ["3"], "data": ""}'),
+        "an infinite group": written('{"group": [Infinity], "nats": [1.0], "targets": [3], "data": ""}'),
+        "deeply nested": lambda file: file.write_text("[" * 200_000),
     },
     LEDGER: {
         "a list": lambda file: file.write_text("[]"),

@@ -197,6 +197,16 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "run", "name": "../../other", "version": ""},
         "logger.x.name=../../other is outside",
     ),
+    "a file name with an expression": (
+        "callbacks.x",
+        {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "filename": "{step].__class__.__name__[0:.<2.0}/x"},
+        "contains an expression",
+    ),
+    "a file name with a variable": (
+        "logger.x",
+        {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "save_dir": "run", "sub_dir": "$HOME/x"},
+        "contains an expression",
+    ),
     "positional arguments": (
         "callbacks.x",
         {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "_args_": ["RUN"]},

@@ -36,12 +36,14 @@ from tests.support.killed_start import die_at, in_fork
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "host", "MASTER_PORT": "1"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+SRUN |= {"SLURM_JOB_ID": "5", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "gpu1"}
 BARE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 WHO = {
     "nothing": ({}, "alone", True),
     "Kubeflow": ({**BARE, "MASTER_ADDR": "host", "MASTER_PORT": "1"}, "alone", True),
     "a forgotten export": ({"RANK": "3"}, "alone", True),
     "one task of SLURM": ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "alone", True),
+    "SLURM without a node": ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}, "alone", True),
     "SLURM without a number": ({"SLURM_STEP_NUM_TASKS": ""}, "alone", True),
     "part of torchrun's": ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1"}, "alone", True),
     "torchrun": (TORCHRUN, "cluster", False),
