@@ -23,6 +23,7 @@ Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Spe
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,33 +163,19 @@ def speculate(
         )
     prompt = list(prompt)[max_new_tokens - positions :]  # the same for both
     steps, device = StepTimes(), target.transformer.wte.weight.device
+    arguments: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "end_of_text": end_of_text,
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "stop": stop,
+        "tokenizer": tokenizer,
+    }
     started = time.perf_counter()
-    (plain_ids,) = generate_ids(
-        target,
-        [prompt],
-        sampling,
-        max_new_tokens=max_new_tokens,
-        end_of_text=end_of_text,
-        vocab_size=vocab_size,
-        seed=seed,
-        streamer=steps,
-        stop=stop,
-        tokenizer=tokenizer,
-    )
+    (plain_ids,) = generate_ids(target, [prompt], sampling, streamer=steps, **arguments)
     synchronize(device)
     between = time.perf_counter()
-    ids, rounds = speculative_ids(
-        target,
-        draft,
-        prompt,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        end_of_text=end_of_text,
-        vocab_size=vocab_size,
-        seed=seed,
-        stop=stop,
-        tokenizer=tokenizer,
-    )
+    ids, rounds = speculative_ids(target, draft, prompt, sampling, **arguments)
     synchronize(device)
     seconds, plain_seconds = time.perf_counter() - between, between - started
     drafted = sum(one.drafted for one in rounds)

@@ -40,7 +40,7 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
             out of range, or the text is not valid UTF-8.
     """
     check_process(words)
-    fields, meanings = _fields(kind), _meanings(kind)
+    fields = _fields(kind)
     values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -53,7 +53,7 @@ def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
         values[key] = convert(key, fields[key], text)
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
-        raise InputError("\n".join(f"{name}= is missing: {meanings[name].text}." for name in missing))
+        raise InputError("\n".join(f"{name}= is missing: {fields[name].metadata[METADATA].text}." for name in missing))
     groups = {name: _settings(name, field, values) for name, field in fields.items() if PRESETS in field.metadata}
     return kind(**{name: value for name, value in values.items() if "." not in name} | groups)
 
@@ -62,7 +62,8 @@ def describe(kind: type) -> str:
     """Return the help text: every argument with its default and its meaning."""
     fields = _fields(kind)
     defaults = {name: next(iter(field.metadata.get(PRESETS, {})), field.default) for name, field in fields.items()}
-    return format_keys(_meanings(kind), {name: value for name, value in defaults.items() if "." not in name})
+    meanings = {name: field.metadata[METADATA] for name, field in fields.items()}
+    return format_keys(meanings, {name: value for name, value in defaults.items() if "." not in name})
 
 
 def check_output_file(path: str, key: str = "json") -> None:
@@ -114,10 +115,6 @@ def _fields(kind: type) -> dict[str, dataclasses.Field]:
         for preset in field.metadata.get(PRESETS, {}).values():
             found |= {f"{field.name}.{item.name}": item for item in dataclasses.fields(preset) if item.name != "name"}
     return found
-
-
-def _meanings(kind: type) -> dict[str, Key]:
-    return {name: field.metadata[METADATA] for name, field in _fields(kind).items()}
 
 
 def _settings(group: str, field: dataclasses.Field, values: dict[str, Any]) -> Any:

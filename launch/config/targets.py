@@ -167,10 +167,8 @@ def check_arguments(kind: Any, own: Mapping[str, Any], where: str, target: str, 
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             raise InputError(f"There is no key {shorten(f'{where}.{key}')}{nearest(key, parameters)}.")
         if not is_below(target, permissions):
-            raise InputError(
-                f"{shorten(f'{where}.{key}')} is passed to another library, which could execute any code.\n"
-                f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
-            )
+            place = shorten(f"{where}.{key}")
+            raise _needs_trust(f"{place} is passed to another library, which could execute any code.", target)
 
 
 def _check_paths(own: Mapping[str, Any], where: str, target: str, folder: Path) -> None:
@@ -179,18 +177,18 @@ def _check_paths(own: Mapping[str, Any], where: str, target: str, folder: Path) 
     for key, value in own.items():
         if not isinstance(value, str):
             continue
+        given = f"{where}.{key}={shorten(value)}"
         if not is_ours and not _is_plain(value):
-            raise InputError(
-                f"{where}.{key}={shorten(value)} contains an expression, which could lead outside the run directory.\n"
-                f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
-            )
+            raise _needs_trust(f"{given} contains an expression, which could lead outside the run directory.", target)
         leaves = value.startswith(("/", "~")) or ".." in Path(value).parts or "://" in value
         is_path = key in FOLDER_ARGUMENTS or (leaves and not is_ours)
         if is_path and not Path(value).expanduser().resolve().is_relative_to(folder.resolve()):
-            raise InputError(
-                f"{where}.{key}={shorten(value)} is outside the run directory {folder}.\n"
-                f"If you trust the run, permit it on the command line: allow_targets=[{target}]"
-            )
+            raise _needs_trust(f"{given} is outside the run directory {folder}.", target)
+
+
+def _needs_trust(reason: str, target: str) -> InputError:
+    """Return the error for an argument of a class that a stored configuration may build, but not with this argument."""
+    return InputError(f"{reason}\nIf you trust the run, permit it on the command line: allow_targets=[{target}]")
 
 
 def _is_plain(text: str) -> bool:

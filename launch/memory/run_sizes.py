@@ -58,7 +58,7 @@ def run_sizes(
         target_share: share of positions with a target in pairs.
     """
     distils = config.task_name == "distill"
-    teacher = ModelShape(**read_shape(Path(inputs.teacher))) if distils and inputs.teacher else None
+    teacher = ModelShape(**read_shape(Path(inputs.teacher))) if inputs.teacher else None
     is_cached = config.teacher_cache.name != "none"
     largest = machine.largest_micro_batch or fastest_micro_batch(config, machine)
     step_rows = math.ceil(config.global_batch_rows / machine.world_size)
