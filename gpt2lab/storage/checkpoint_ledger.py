@@ -130,9 +130,13 @@ def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
     if not is_sound:
         return _newest_despite_ledger(folder, named)
     for entry in reversed(named):
+        path = folder / entry.file
         if _is_as_written(folder, entry):
-            return folder / entry.file
-        warn_once(f"Checkpoint {folder / entry.file} is damaged or missing; falling back to the one before.")
+            return path
+        if _has_valid_checksums(path):
+            warn_once(f"{path} differs from its entry in {LEDGER}; it is used, verified by the checksums inside it.")
+            return path
+        warn_once(f"Checkpoint {path} is damaged or missing; falling back to the one before.")
     for path in reversed(checkpoint_files(run_dir)):
         if path.name not in {entry.file for entry in named} and _has_valid_checksums(path):
             warn_once(f"The ledger does not list {path}, but the checksums inside it are valid.")
@@ -144,8 +148,9 @@ def _newest_despite_ledger(folder: Path, named: list[Entry]) -> Path | None:
     by_name = {entry.file: entry for entry in named}
     for path in reversed(checkpoint_files(folder.parent)):
         entry = by_name.get(path.name)
-        if _is_as_written(folder, entry) if entry else _has_valid_checksums(path):
-            by = "its ledger entry" if entry else "the checksums inside it"
+        is_as_listed = entry is not None and _is_as_written(folder, entry)
+        if is_as_listed or _has_valid_checksums(path):
+            by = "its ledger entry" if is_as_listed else "the checksums inside it"
             kept = f"A resumed run keeps the damaged file as {LEDGER}.damaged."
             warn_once(f"{folder / LEDGER} is damaged; {path.name} is used, verified by {by}. {kept}")
             return path
@@ -170,12 +175,14 @@ def recovery_hint(run_dir: str | Path) -> str:
 def drop_checkpoints_after(run_dir: str | Path, step: int) -> None:
     """Remove the entries after `step`, from which a run is resumed: they are damaged or will be rewritten.
 
-    A damaged or missing ledger is rebuilt from the intact checkpoints.
+    A ledger that is damaged, missing or wrong about the checkpoint of `step` is rebuilt from the intact checkpoints.
     """
     named, is_sound = _read_ledger(run_dir)
     path = checkpoint_folder(run_dir) / LEDGER
     kept = [entry for entry in named if entry.step <= step]
-    if not is_sound or not path.exists():
+    if kept and kept[-1].step == step and not _is_as_written(path.parent, kept[-1]):
+        kept.pop()
+    if not is_sound or step not in {entry.step for entry in kept}:
         names = {entry.file for entry in kept}
         files = [file for file in checkpoint_files(run_dir) if checkpoint_step(file) <= step and file.name not in names]
         kept += [_make_entry(file, file.name, checkpoint_step(file)) for file in files if _has_valid_checksums(file)]

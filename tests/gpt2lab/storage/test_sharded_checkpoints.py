@@ -198,7 +198,7 @@ def test_one_rank_resumes_from_the_last_undamaged_shards_of_two(
     assert "is damaged" in answer.stderr
     assert losses(tmp_path / "again") == pytest.approx(losses(run), abs=2e-5)
     assert read_report(tmp_path / "again")["val_loss"] == pytest.approx(read_report(run)["val_loss"], abs=1e-4)
-    with pytest.raises(InputError, match="one file already"):
+    with pytest.raises(InputError, match="a single file already"):
         consolidate(str(tmp_path / "again"))
 
 
