@@ -26,6 +26,7 @@ RUNS, STUDIES = Path("runs"), Path("studies")
 CONFIG = "config.yaml"
 HYDRA = ".hydra"
 SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html", "val_documents.json")
+LOGGER_FOLDERS = ("logs", "wandb", "tensorboard", "inspect", "lightning")  # lightning: of a ModelCheckpoint
 OWN_FILES = (
     folder_lock.NAME,
     CONFIG,
@@ -33,11 +34,7 @@ OWN_FILES = (
     *SIDE_FILES,
     "checkpoints",
     "hf",
-    "logs",
-    "wandb",
-    "tensorboard",
-    "inspect",
-    "lightning",  # of a ModelCheckpoint
+    *LOGGER_FOLDERS,
 )
 
 
@@ -179,8 +176,9 @@ class RunDirectory:
         """Lock an existing directory.
 
         Raises:
-            InputError: another process uses it.
+            InputError: another process uses it, or a link in it leads to files of another directory.
         """
+        _check_links(folder)
         self._lock, self.path = _lock(folder), folder
 
     def newest_checkpoint(self) -> Path | None:
@@ -299,6 +297,16 @@ def _lock(folder: Path) -> FolderLock:
         if _is_scratch(entry.name) and entry.is_file():
             entry.unlink(missing_ok=True)
     return lock
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a directory whose files to rewrite and delete are links to files elsewhere, such as another run's."""
+    for path in (folder / name for name in OWN_FILES if name not in LOGGER_FOLDERS):
+        if path.is_symlink() and path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, where a resumed run would overwrite and delete files.\n"
+                "Replace the link with a copy of what it leads to, or link the whole run directory."
+            )
 
 
 def _is_scratch(name: str) -> bool:

@@ -247,13 +247,41 @@ def test_a_second_process_is_refused_and_changes_nothing(
     if state == "a start":
         for file in (tmp_path / "run" / "checkpoints").iterdir():
             file.unlink()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     with held(tmp_path / "run") as (owner, _):
         for resumed in (["resume=run"], [*tiny, "run_dir=run", "resume=auto"]):
             refused = train_here(*resumed)
             assert refused.code == 2
             assert f"process {owner.pid} on {socket.gethostname()}" in refused.stderr
         assert {p: p.read_bytes() for p in before} == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_links_to_another_runs_files_are_refused(tiny: list[str], train_here: Train, tmp_path: Path):
+    assert train_here(*tiny, "steps=2", "checkpoint_every=1", "run_dir=first").code == 0
+    for name in ("checkpoints", "hf", "metrics.csv", "config.yaml"):
+        second = tmp_path / f"second-{name}"
+        shutil.copytree(tmp_path / "first", second, symlinks=True)
+        shutil.rmtree(second / name) if (second / name).is_dir() else (second / name).unlink()
+        (second / name).symlink_to(tmp_path / "first" / name)
+        before = contents(tmp_path / "first")
+        answer = train_here(f"resume={second.name}", "steps=3")
+        assert answer.code == 2, name
+        assert f"{second.name}/{name} is a link to {tmp_path}/first/{name}" in answer.stderr
+        assert contents(tmp_path / "first") == before
+
+
+def test_links_within_a_run_or_to_its_whole_directory_work(tiny: list[str], train_here: Train, tmp_path: Path):
+    assert train_here(*tiny, "steps=2", "run_dir=first").code == 0
+    (tmp_path / "first" / "checkpoints").rename(tmp_path / "first" / "kept")
+    (tmp_path / "first" / "checkpoints").symlink_to("kept")
+    (tmp_path / "second").symlink_to("first")
+    answer = train_here("resume=second", "steps=3")
+    assert answer.code == 0, answer.stderr
+    assert read_entries(tmp_path / "first")[-1].step == 3
 
 
 def test_a_second_sweep_or_study_in_a_folder_is_refused(tiny: list[str], train_here: Train, tmp_path: Path):
