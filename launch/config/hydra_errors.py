@@ -4,17 +4,29 @@ import re
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
 
 from gpt2lab.errors import InputError
 from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
 from launch.config.known_keys import known_keys, owned_trainer_argument
+from launch.config.literal_text import unresolved_error
+
+UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, GrammarParseError)
 
 
 def to_input_error(error: HydraException | OmegaConfBaseException) -> InputError:
     """Convert the error into an InputError: the value given, what is allowed, what to do."""
     cause = error.__cause__
+    for one in (cause, error):
+        if isinstance(one, UNRESOLVED):
+            return unresolved_error(one)
     if isinstance(error, MissingConfigException):
         return _missing_value(error)
     if isinstance(error, OverrideParseException):

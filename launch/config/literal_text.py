@@ -8,7 +8,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
+from gpt2lab.errors import InputError
 from launch.config.structured import composable, frozen
 
 
@@ -49,6 +51,19 @@ def is_read_verbatim(argument: str) -> bool:
     text = argument.partition("=")[2]
     parsed = _parsed(argument)
     return text == "null" or isinstance(parsed, QuotedString) or (isinstance(parsed, str) and parsed == text)
+
+
+def unresolved_error(error: OmegaConfBaseException) -> InputError:
+    """Return the error for a value that is missing, or has an interpolation that cannot be parsed or leads nowhere."""
+    if isinstance(error, MissingMandatoryValue):
+        return InputError(f"{error.full_key}=??? has no value: ??? stands for one that must be given.\nGive a value.")
+    reason = str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, GrammarParseError):
+        reason = "it cannot be read as ${key} or ${resolver:arguments}"
+    return InputError(
+        f"{error.full_key}: cannot resolve the interpolation ${{…}} in its value: {reason}.\n"
+        "Correct it; to keep ${ as text, write \\${ and put the argument in single quotes."
+    )
 
 
 def is_interpolated(argument: str) -> bool:

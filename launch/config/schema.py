@@ -18,7 +18,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2lab.errors import InputError
 from gpt2lab.keys import key
 from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.model.student_shape import TEACHER_LAYERS
@@ -37,7 +36,7 @@ from gpt2lab.settings import (
 )
 from gpt2lab.storage.utf8 import check_values
 from launch.config import plugins
-from launch.config.literal_text import is_interpolated, override
+from launch.config.literal_text import is_interpolated, override, unresolved_error
 from launch.config.multirun_settings import LauncherSettings, SearchSettings, StudySettings
 from launch.config.plain_keys import DISTILL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
 from launch.config.references import GROUPS, find_references, follow_references
@@ -197,7 +196,7 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
     try:
         config = frozen(RunConfig, tree)
     except OmegaConfBaseException as error:
-        raise InputError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+        raise unresolved_error(error) from error
     check_values(asdict(config))
     choices = hydra.runtime.choices.items()
     groups = {str(group): str(value) for group, value in choices if not str(group).startswith("hydra/")}
