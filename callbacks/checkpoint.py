@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer import call
 from transformers import GPT2LMHeadModel
 
 from callbacks.ending import is_pruned, run_status
@@ -33,6 +35,8 @@ from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
 from gpt2lab.storage.tensor_file import read_checkpoint_file
 
 log = logging.getLogger(__name__)
+
+HOOKS_AFTER_A_STEP = ("on_train_batch_end", "on_validation_end")
 
 
 class Checkpoint(lightning.Callback):
@@ -91,6 +95,24 @@ class Checkpoint(lightning.Callback):
         if self.saved_step != trainer.global_step and not is_pruned(trainer):
             self._save(trainer, pl_module)
         self.has_ended = True
+
+    def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        """Save a complete step after which an added callback raised an error; several ranks could not agree on it."""
+        callback, hook = _raising_callback(exception)
+        if (
+            not isinstance(exception, Exception)
+            or trainer.world_size > 1
+            or self.saved_step == trainer.global_step
+            or callback not in trainer.callbacks
+        ):
+            return
+        between_steps = trainer.fit_loop.epoch_loop._accumulated_batches_reached()
+        skipped = trainer.callbacks[trainer.callbacks.index(callback) : trainer.callbacks.index(self)]
+        if between_steps and all(map(_is_added, [callback, *skipped])):
+            if hook == "on_train_batch_end":
+                pl_module.validation_is_due = _validation_follows(trainer)
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._save(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Verify the final export, also if a resumed run has no steps left."""
@@ -198,6 +220,8 @@ def is_complete(trainer: Trainer) -> bool:
     if is_pruned(trainer):
         return True
     step = trainer.global_step
+    if trainer.lightning_module.validation_is_due:
+        return False
     return any(
         callback.saved_step == step and (callback.has_ended or trainer.should_stop or step >= trainer.max_steps)
         for callback in trainer.callbacks
@@ -209,3 +233,16 @@ def _validation_follows(trainer: Trainer) -> bool:
     """Whether Lightning is about to validate after this step; it decides by interval and by `should_stop`."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _raising_callback(error: BaseException) -> tuple[Any, str]:
+    """Return the callback that raised the error in a hook after a step, and the hook; (None, "") for other errors."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        values = frame.f_locals
+        if frame.f_code is call._call_callback_hooks.__code__ and values["hook_name"] in HOOKS_AFTER_A_STEP:
+            return values["callback"], values["hook_name"]
+    return None, ""
+
+
+def _is_added(callback: lightning.Callback) -> bool:
+    return type(callback).__module__.partition(".")[0] not in ("callbacks", "launch")

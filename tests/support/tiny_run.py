@@ -96,8 +96,8 @@ def train(
         callbacks=[
             Throughput(str(cache_dir)),
             Interrupt(),
-            *(extra or []),
             FinalValidation(),
+            *(extra or []),
             Checkpoint(every, verify_export=verify_export),
             report,
         ],

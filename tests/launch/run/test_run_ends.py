@@ -37,6 +37,17 @@ class Stop(lightning.Callback):
             trainer.should_stop = True
 
 
+class FailAfterStep(Stop):
+    """Raises an error where `Stop` ends the run; has a state, like Lightning's EarlyStopping."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def _maybe(self, hook: str, trainer: Any) -> None:
+        if hook == self.hook and self.seen >= self.micro_batches:
+            raise ValueError("a plot could not be drawn")
+
+
 class Fail(lightning.Callback):
     """Raises an error in one hook."""
 
@@ -126,6 +137,31 @@ def test_run_resumed_after_an_early_end_equals_unbroken_run(
     assert later[0] == later[1]
 
 
+@pytest.mark.parametrize(
+    ("hook", "micro_batches", "step"),
+    [("on_train_batch_end", 12, 6), ("on_train_batch_end", 16, 8), ("on_validation_end", 16, 8)],
+)
+def test_a_step_is_saved_before_an_added_callbacks_error(
+    unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path, hook: str, micro_batches: int, step: int
+):
+    run, (folder, expected) = tmp_path / "run", unbroken
+    with pytest.raises(ValueError, match="a plot"):
+        tiny_run.train(run, cache, extra=[FailAfterStep(hook, micro_batches)], every=1000)
+    newest = newest_good_checkpoint(run)
+    assert newest is not None
+    assert checkpoint_step(newest) == step
+    _, resumed = tiny_run.train(run, cache)
+    assert equal(resumed, expected)
+    later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, folder)]
+    assert later[0] == later[1]
+
+
+def test_no_step_is_saved_where_it_is_not_complete(tmp_path: Path, cache: Path):
+    with pytest.raises(ValueError, match="a plot"):
+        tiny_run.train(tmp_path, cache, extra=[FailAfterStep("on_train_batch_end", 13)], every=1000)
+    assert newest_good_checkpoint(tmp_path) is None
+
+
 LATER: dict[str, tuple[list[str], str, int]] = {
     "no temporary files": ([VERIFIED], "finished", 0),
     "a callback after the fit": ([f"{OURS}.Fail", "+callbacks.end.hook=on_fit_end"], "finished", 0),
@@ -140,6 +176,11 @@ LATER: dict[str, tuple[list[str], str, int]] = {
         [f"{OURS}.RemoveTokenizer", VERIFIED],
         "failed",
         1,
+    ),
+    "a callback with a state": (
+        [f"{OURS}.FailAfterStep", f"{KEY}.hook=on_validation_end", f"{KEY}.micro_batches=1"],
+        "finished",
+        0,
     ),
     "a callback within training": ([f"{OURS}.Fail", "+callbacks.end.hook=on_train_batch_start"], "failed", 1),
 }
