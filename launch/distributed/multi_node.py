@@ -8,6 +8,7 @@ tokenizer; their hashes must be equal.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,19 @@ def with_started_world(config: RunConfig) -> RunConfig:
     return replace(config, devices=started["devices"], num_nodes=started["num_nodes"])
 
 
+def _accepts_connections(host: str, port: int, seconds: float = 30) -> bool:
+    """Whether a server accepts connections within `seconds`; torchrun's agent serves before it starts a rank."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return True
+        except OSError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(1)
+
+
 class Rendezvous:
     """Rendezvous of all ranks through a TCPStore on rank 0's machine.
 
@@ -95,6 +109,7 @@ class Rendezvous:
         seconds: timeout for connecting, and for a rank 0 without a heartbeat.
 
     Raises:
+        InputError: the variables of torchrun are set, but its agent does not answer.
         exit_codes.Exit: this rank cannot connect to rank 0.
     """
 
@@ -107,6 +122,12 @@ class Rendezvous:
         has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun hosts one already
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_master, timeout = self.rank == 0 and not has_store, timedelta(seconds=seconds)
+        if has_store and not _accepts_connections(host, port):
+            raise InputError(
+                f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']} is set, as torchrun does, but no torchrun "
+                f"answers at MASTER_ADDR:MASTER_PORT, {host}:{port}.\n"
+                "If torchrun did not start this process, unset TORCHELASTIC_RUN_ID."
+            )
         try:
             store = TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
         except DistNetworkError as error:

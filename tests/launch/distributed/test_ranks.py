@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
+from launch.distributed import multi_node
 from tests import conftest
 from tests.conftest import ROOT, Train, environment
+
+RANK_TIMEOUT = 20  # seconds: more than a step takes on a busy machine
 
 
 def losses(folder: Path) -> list[float]:
@@ -117,7 +120,7 @@ def test_a_rank_that_dies_ends_the_run(cache: Path, tmp_path: Path, tiny: list[s
 @pytest.mark.chaos
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_stopped_rank_ends_the_run_and_is_named(strategy: str, cache: Path, tmp_path: Path, tiny: list[str]) -> None:
-    keys = [*tiny, "steps=100000", f"strategy={strategy}", "rank_timeout=8"]
+    keys = [*tiny, "steps=100000", f"strategy={strategy}", f"rank_timeout={RANK_TIMEOUT}"]
     process, ranks = started(cache, tmp_path, *keys)
     os.kill(ranks[1], signal.SIGSTOP)
     _, stderr = process.communicate(timeout=120)
@@ -145,7 +148,13 @@ def test_stuck_rank_is_named(
 ) -> None:
     (tmp_path / "stuck.py").write_text(STUCK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    keys = ["+callbacks.stuck._target_=stuck.Stuck", "steps=100", "devices=2", f"strategy={strategy}", "rank_timeout=8"]
+    keys = [
+        "+callbacks.stuck._target_=stuck.Stuck",
+        "steps=100",
+        "devices=2",
+        f"strategy={strategy}",
+        f"rank_timeout={RANK_TIMEOUT}",
+    ]
     answer = train_process(*tiny, *keys, "run_dir=run")
     assert answer.code == 1, answer.stderr
     assert "rank 1 (last between steps 3 and 4)" in answer.stderr.splitlines()[-1], answer.stderr
@@ -167,7 +176,7 @@ def ranks_at_work(folder: Path) -> dict[int, int]:
 
 def under_torchrun(cache: Path, folder: Path, *keys: str, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "train.py"), *keys, "log_every=1", "run_dir=run", "rank_timeout=8"]
+    command += [str(ROOT / "train.py"), *keys, "log_every=1", "run_dir=run", f"rank_timeout={RANK_TIMEOUT}"]
     variables = environment(cache) | variables
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -259,7 +268,7 @@ def test_rank_stuck_outside_training_steps_is_named(
     keys += ["validate_every=2", "checkpoint_every=2", "strategy=fsdp", "checkpoint_format=sharded"]
     variables = {"PYTHONPATH": str(tmp_path)}
     if started_by == "ours":
-        keys += ["devices=2", "rank_timeout=8", "run_dir=run"]
+        keys += ["devices=2", f"rank_timeout={RANK_TIMEOUT}", "run_dir=run"]
         process = conftest.started(cache, tmp_path, *keys, **variables)
     else:
         process = under_torchrun(cache, tmp_path, *keys, **variables)
@@ -363,7 +372,7 @@ def test_ranks_waiting_for_rank_0_log_it_and_time_out(
     else:
         assert process.returncode == 0, stderr
         waited = [re.fullmatch(r"Rank 0, on \S+, .* since [\d:]{8}, (\d+) seconds\.", line) for line in logged]
-        times = [int(line[1]) // 8 for line in waited if line]
+        times = [int(line[1]) // RANK_TIMEOUT for line in waited if line]
         assert times == list(range(1, max(len(times), 2) + 1)), logged
 
 
@@ -378,6 +387,20 @@ def test_rank_ends_if_rank_0_never_connects(cache: Path, tmp_path: Path, tiny: l
     assert process.returncode == 1
     message = f"The run failed: rank 1 could not reach rank 0 at 127.0.0.1:{port} for rank_timeout=5 seconds."
     assert stderr.splitlines()[-1] == message, stderr
+
+
+@pytest.mark.chaos
+def test_variables_of_an_ended_torchrun_are_named(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        assert multi_node._accepts_connections("127.0.0.1", port, 0)
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    variables |= {"TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = conftest.started(cache, tmp_path, *tiny, **variables)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 2, stderr
+    assert stderr.splitlines()[-1].endswith("unset TORCHELASTIC_RUN_ID."), stderr
 
 
 def heard(process: subprocess.Popen[str], words: str) -> list[str]:
