@@ -37,6 +37,9 @@ GPU_PEAKS = {
 }
 
 
+SLOW_PRODUCT = 0.5  # seconds: without bf16 instructions, eight products of width 2048 take a quarter of an hour
+
+
 def flops_per_token(parameters: int, layers: int, width: int, length: int) -> float:
     """Forward and backward FLOP of one token: 6 N + 12 · L · D · T (PaLM, appendix B).
 
@@ -151,18 +154,21 @@ class AsyncScalar:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure FLOP/s: the best of eight products of two square matrices."""
-    size = 8192 if device.type == "cuda" else 2048
+    """Measure FLOP/s: the best product of two square matrices; a CPU that emulates `dtype` gets small ones only."""
     generator = torch.Generator().manual_seed(0)  # leaves the global random state unchanged
-    left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    best = 0.0
+    for size in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
+        left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+        for _ in range(8):
+            synchronize(device)
+            start = time.perf_counter()
+            left @ right
+            synchronize(device)
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * size**3 / seconds)
+            if device.type == "cpu" and seconds > SLOW_PRODUCT:
+                return best
+    return best
 
 
 def _cpu_name() -> str:

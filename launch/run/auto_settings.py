@@ -208,6 +208,9 @@ def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
     if config.precision.has_loss_scaling and accelerator == "cpu":
         checks.refuse_fp16_on_cpu()
     if config.precision.name != "auto":
+        if config.precision.compute == "bfloat16" and accelerator == "cpu" and not cpu_has_bf16():
+            slow = "this CPU does not multiply bf16 in hardware; precision=fp32 is many times faster"
+            log.warning("precision=%s: %s", config.precision.name, slow)
         return config.precision
     if config.plan_memory is not None:
         return precision_named("bf16")  # as GPUs have it since 2020

@@ -312,6 +312,8 @@ def test_automatic_precision_logs_its_choice_and_reason(
     assert f"precision={precision}: this CPU" in line
     resolved(composed("precision=fp32", "accelerator=cpu", "devices=1"))
     assert capsys.readouterr().err == ""
+    resolved(composed("precision=bf16_true", "accelerator=cpu", "devices=1"))
+    assert ("precision=fp32 is many times faster" in capsys.readouterr().err) == (not has_bf16)
 
 
 @pytest.mark.parametrize("in_hardware", [True, False])
