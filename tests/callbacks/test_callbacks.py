@@ -334,6 +334,7 @@ def test_run_resumed_after_a_failure_equals_unbroken_run(plain, cache, tmp_path,
     assert metrics_without_clock(tmp_path) == metrics_without_clock(plain[0])
 
 
+@pytest.mark.slow
 def test_run_killed_after_its_last_save_gets_report_and_export(plain, cache, tmp_path):
     tiny_run.train(tmp_path, cache)
     (tmp_path / "report.json").unlink()

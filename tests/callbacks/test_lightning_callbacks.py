@@ -28,6 +28,7 @@ CALLBACKS = {
     "ModelCheckpoint": ["callbacks.my.monitor=val/loss", "callbacks.my.save_top_k=1"],
     "OnExceptionCheckpoint": ["callbacks.my.dirpath='${run_dir}/best'"],
 }
+QUICK = ("EarlyStopping", "LearningRateMonitor", "ModelCheckpoint")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -41,7 +42,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first, second) for first, second in pairs)
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLBACKS]
+)
 def test_a_callback_of_lightning_works_and_resumes(name: str, train_here: Train, tiny: list[str], tmp_path: Path):
     keys = [*tiny, "validate_every=2", "log_every=1", "threads=1", "seed=1", "compile=false"]
     assert train_here(*keys, "steps=6", "run_dir=plain").code == 0
@@ -144,7 +147,9 @@ def test_a_callback_that_does_not_work_is_refused(words: str, message: str, trai
     assert not Path("runs").exists() or not list(Path("runs").rglob("config.yaml"))
 
 
-@pytest.mark.parametrize("logger", ["none", "csv", "tensorboard"])
+@pytest.mark.parametrize(
+    "logger", ["csv", pytest.param("none", marks=pytest.mark.slow), pytest.param("tensorboard", marks=pytest.mark.slow)]
+)
 def test_lightning_loggers_are_added_to_ours(logger: str, train_here: Train, tiny: list[str], tmp_path: Path):
     loggers = ["logger.tb._target_=lightning.pytorch.loggers.TensorBoardLogger", "logger.tb.save_dir=${run_dir}/tb"]
     loggers += ["logger.table._target_=lightning.pytorch.loggers.CSVLogger", "logger.table.save_dir=${run_dir}/table"]

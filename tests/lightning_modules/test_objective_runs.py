@@ -48,9 +48,8 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "clm" else name for name in KEYS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEYS)
 def test_each_objective_learns_more_than_token_frequencies(
     name: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_records_of_other_positions_are_refused() -> None:
 ALIKE = ("loss.hard_weight=1", "loss.temperature=2", "optimizer=adamw", "steps=8", "validate_every=4")
 
 
+@pytest.mark.slow
 def test_cached_run_logs_the_figures_of_an_online_run(
     distil: Distil,
     train_here: Train,

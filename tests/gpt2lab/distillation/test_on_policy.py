@@ -217,6 +217,7 @@ def test_resume_repeats_student_text_and_replay_buffer(
     assert torch.equal(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
 
 
+@pytest.mark.slow
 def test_resume_at_a_validated_step_uses_its_validation_loss(
     distil: Distil, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_student_learns_from_a_teacher_with_other_tokens(
     assert "KL(teacher" not in page
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding(
     train_here: Train, tiny: list[str], teacher: str, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def compared(folder: Path) -> dict[str, list[float]]:
 
 
 @needs_two_cores
+@pytest.mark.slow
 def test_two_ranks_distil_as_one_until_a_signal_and_then_save(
     teacher: Path, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:

@@ -121,7 +121,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Pat
 
 @pytest.mark.parametrize(
     ("hook", "micro_batches"),
-    [("on_train_batch_end", 12), ("on_train_batch_end", 13), ("on_validation_end", 16)],
+    [
+        ("on_train_batch_end", 13),
+        pytest.param("on_train_batch_end", 12, marks=pytest.mark.slow),
+        ("on_validation_end", 16),
+    ],
 )
 def test_run_resumed_after_an_early_end_equals_unbroken_run(
     unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path, hook: str, micro_batches: int
