@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lab.storage.atomic_files import write_json
-from gpt2lab.storage.damaged_files import set_aside, warn_once
+from gpt2lab.storage.damaged_files import read_file, set_aside, warn_once
 
 if TYPE_CHECKING:  # reports are read without importing torch; functions that compute import it
     from torch import Tensor
@@ -78,7 +78,7 @@ def read_document_losses(run_dir: str | Path) -> DocumentLosses | None:
     if not os.path.lexists(path):
         return None
     try:
-        losses = DocumentLosses(**json.loads(path.read_text(encoding="utf-8")))
+        losses = DocumentLosses(**json.loads(read_file(path)))
         rows = list(zip(losses.group, losses.nats, losses.targets, strict=True))
         if not all(type(group) is type(targets) is int and type(nats) in (int, float) for group, nats, targets in rows):
             raise TypeError("not numbers")

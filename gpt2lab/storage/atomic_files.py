@@ -83,6 +83,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     On Linux the two folders are exchanged atomically; on other systems `folder` is missing for an instant.
     """
     scratch = folder.with_name(f".{folder.name}.tmp")
+    if scratch.is_symlink():
+        scratch.unlink()
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:

@@ -9,7 +9,6 @@ the checksums inside it; a folder of shards has them in checksums.json.
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -21,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.storage.atomic_files import flush, point_symlink, write_json
-from gpt2lab.storage.damaged_files import set_aside, warn_once
+from gpt2lab.storage.damaged_files import read_file, set_aside, warn_once
 
 LEDGER = "index.json"
 NAME = re.compile(r"step-(\d{6,})\.ckpt", re.ASCII)
+SCRATCH_NAME = re.compile(r"\.step-\d{6,}\.ckpt\.tmp", re.ASCII)
 CHECKSUMS = "checksums.json"  # in a folder of shards: file → SHA-256
 
 
@@ -58,17 +58,17 @@ def read_entries(run_dir: str | Path) -> list[Entry]:
 
 
 def _read_ledger(run_dir: str | Path) -> tuple[list[Entry], bool]:
-    """Return (valid entries, oldest first; whether the ledger is undamaged or missing)."""
+    """Return (valid entries, oldest first, one for each file; whether the ledger is undamaged or missing)."""
     path = checkpoint_folder(run_dir) / LEDGER
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        content = json.loads(read_file(path))["checkpoints"]
         parsed = [_parse_entry(item) for item in content]
     except FileNotFoundError:
-        return [], not os.path.lexists(path)
+        return [], True
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return [], False
-    valid = [entry for entry in parsed if entry is not None]
-    return valid, isinstance(content, list) and len(valid) == len(parsed)
+    valid = {entry.step: entry for entry in parsed if entry is not None}
+    return sorted(valid.values(), key=lambda entry: entry.step), isinstance(content, list) and None not in parsed
 
 
 def _parse_entry(item: Any) -> Entry | None:
@@ -106,7 +106,8 @@ def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int) -> Path:
     write_json(folder / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
     point_symlink(folder / "last", entry.file)
     named = {entry.file for entry in kept}
-    for stray in [*folder.glob("step-*.ckpt"), *folder.glob(".step-*.tmp")]:
+    scratch_files = [path for path in folder.glob(".step-*") if SCRATCH_NAME.fullmatch(path.name)]
+    for stray in [*checkpoint_files(run_dir), *scratch_files]:
         if stray.name not in named:
             delete_checkpoint(stray)
     return path
@@ -114,7 +115,7 @@ def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int) -> Path:
 
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint, complete or partial; a missing one is no error."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -123,39 +124,34 @@ def delete_checkpoint(path: Path) -> None:
 def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest checkpoint whose bytes are those that were written; damaged ones are skipped with a warning.
 
-    Where the ledger is damaged, checkpoints that it does not name count as well, by their own checksums.
+    A checkpoint that the ledger does not list, or lists with other bytes, counts by the checksums inside it.
     """
     named, is_sound = _read_ledger(run_dir)
-    folder = checkpoint_folder(run_dir)
-    if not is_sound:
-        return _newest_despite_ledger(folder, named)
-    for entry in reversed(named):
-        path = folder / entry.file
-        if _is_as_written(folder, entry):
-            return path
-        if _has_valid_checksums(path):
-            warn_once(f"{path} differs from its entry in {LEDGER}; it is used, verified by the checksums inside it.")
-            return path
-        warn_once(f"Checkpoint {path} is damaged or missing; falling back to the one before.")
-    for path in reversed(checkpoint_files(run_dir)):
-        if path.name not in {entry.file for entry in named} and _has_valid_checksums(path):
-            warn_once(f"The ledger does not list {path}, but the checksums inside it are valid.")
-            return path
-    return None
-
-
-def _newest_despite_ledger(folder: Path, named: list[Entry]) -> Path | None:
-    by_name = {entry.file: entry for entry in named}
-    for path in reversed(checkpoint_files(folder.parent)):
-        entry = by_name.get(path.name)
+    folder, entries = checkpoint_folder(run_dir), {entry.file: entry for entry in named}
+    files = {path.name: path for path in checkpoint_files(run_dir)} | {name: folder / name for name in entries}
+    for path in sorted(files.values(), key=checkpoint_step, reverse=True):
+        entry = entries.get(path.name)
         is_as_listed = entry is not None and _is_as_written(folder, entry)
         if is_as_listed or _has_valid_checksums(path):
-            by = "its ledger entry" if is_as_listed else "the checksums inside it"
-            kept = f"A resumed run keeps the damaged file as {LEDGER}.damaged."
-            warn_once(f"{folder / LEDGER} is damaged; {path.name} is used, verified by {by}. {kept}")
+            _warn_of_ledger(path, entry, is_as_listed, is_sound)
             return path
-    warn_once(f"{folder / LEDGER} is damaged, and its folder contains no intact checkpoint.")
+        if entry is not None:
+            warn_once(f"Checkpoint {path} is damaged or missing; falling back to the one before.")
+    if not is_sound:
+        warn_once(f"{folder / LEDGER} is damaged, and its folder contains no intact checkpoint.")
     return None
+
+
+def _warn_of_ledger(path: Path, entry: Entry | None, is_as_listed: bool, is_sound: bool) -> None:
+    """Warn where the ledger is wrong about the newest intact checkpoint."""
+    by = "its ledger entry" if is_as_listed else "the checksums inside it"
+    if not is_sound:
+        kept = f"A resumed run keeps the damaged file as {LEDGER}.damaged."
+        warn_once(f"{path.parent / LEDGER} is damaged; {path.name} is used, verified by {by}. {kept}")
+    elif entry is None:
+        warn_once(f"{LEDGER} does not list {path}; it is used, verified by {by}.")
+    elif not is_as_listed:
+        warn_once(f"{path} differs from its entry in {LEDGER}; it is used, verified by {by}.")
 
 
 def checkpoint_files(run_dir: str | Path) -> list[Path]:
@@ -201,14 +197,21 @@ def _make_entry(path: Path, name: str, step: int) -> Entry:
 def _is_as_written(folder: Path, entry: Entry) -> bool:
     path = folder / entry.file
     try:
-        return path.exists() and _bytes(path) == entry.bytes and _sha256(path) == entry.sha256
+        return not _is_special(path) and _bytes(path) == entry.bytes and _sha256(path) == entry.sha256
     except OSError:
         return False
+
+
+def _is_special(path: Path) -> bool:
+    """Whether the path is neither a file nor a folder; reading a pipe would wait without end."""
+    return not (path.is_file() or path.is_dir())
 
 
 def _has_valid_checksums(path: Path) -> bool:
     """Verify a checkpoint without the ledger; torch.save writes zip archives with a checksum for each member."""
     try:
+        if _is_special(path):
+            return False
         if path.is_dir():
             return json.loads((path / CHECKSUMS).read_text()) == _checksums(path)
         with zipfile.ZipFile(path) as archive:

@@ -30,13 +30,25 @@ def warn_once(message: str) -> None:
 
 
 def is_not_file(path: Path) -> bool:
-    """Whether the path exists and is not a file: a folder or a broken link."""
+    """Whether the path exists and is not a file: a folder, a pipe or a broken link."""
     return os.path.lexists(path) and not path.is_file()
 
 
 def is_not_folder(path: Path) -> bool:
     """Whether the path exists and is not a folder: a file or a broken link."""
     return os.path.lexists(path) and not path.is_dir()
+
+
+def read_file(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        OSError: no such file, or not a file; a pipe would be waited for without end.
+        UnicodeDecodeError: the file is not UTF-8.
+    """
+    if is_not_file(path):
+        raise OSError(f"{path} is not a file")
+    return path.read_text(encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[str]:

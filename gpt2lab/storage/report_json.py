@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gpt2lab.storage.damaged_files import set_aside, warn_once
+from gpt2lab.storage.damaged_files import read_file, set_aside, warn_once
 
 # Types of the values read by other modules
 TYPES: dict[str, tuple[type, ...]] = {
@@ -36,7 +36,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     if not os.path.lexists(path):
         return {}, ""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         report = None
     if not isinstance(report, dict):

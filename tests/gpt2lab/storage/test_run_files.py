@@ -63,6 +63,20 @@ def test_file_missing_in_the_ledger_is_no_checkpoint(tmp_path):
     assert newest_good_checkpoint(tmp_path / "elsewhere") is None
 
 
+def test_saving_keeps_files_that_are_not_checkpoints_of_the_run(tmp_path):
+    save(tmp_path, 10)
+    own = ("step-000010-copy.ckpt", "step-best.ckpt", ".step-mine.tmp", "mine.ckpt")
+    for name in own:
+        (checkpoint_folder(tmp_path) / name).write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    scratch_file(tmp_path, 15).symlink_to(tmp_path / "elsewhere")
+    for step in (20, 30, 40):
+        save(tmp_path, step)
+    assert {path.name for path in checkpoint_folder(tmp_path).iterdir()} >= set(own)
+    assert not scratch_file(tmp_path, 15).is_symlink()
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_saving_from_an_older_step_drops_later_checkpoints(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)
@@ -133,6 +147,16 @@ for number in itertools.count():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders change names in one step on Linux only")
+def test_a_link_in_place_of_the_scratch_folder_is_removed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").touch()
+    (tmp_path / ".hf.tmp").symlink_to(tmp_path / "elsewhere")
+    with replaced_folder(tmp_path / "hf") as scratch:
+        (scratch / "new").touch()
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["new"]
+    assert (tmp_path / "elsewhere" / "mine").exists()
+
+
 def test_reader_never_sees_a_missing_or_partial_folder(tmp_path):
     folder = tmp_path / "hf"
     process = subprocess.Popen([sys.executable, "-c", REPLACING_WITHOUT_END, str(folder)])

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,13 @@ def other(make: Callable[[Path], object]) -> Damage:
     return damage
 
 
+def reordered(change: Callable[[list[Any]], list[Any]]) -> Damage:
+    def damage(file: Path) -> None:
+        file.write_text(json.dumps({"checkpoints": change(json.loads(file.read_text())["checkpoints"])}))
+
+    return damage
+
+
 def written(text: str) -> Damage:
     return lambda file: file.write_text(text)
 
@@ -68,6 +77,7 @@ EVERY: dict[str, Damage] = {
     "not UTF-8": lambda file: file.write_bytes(file.read_bytes()[:-20] + b"\xff\xfe" + file.read_bytes()[-18:]),
     "a folder": other(lambda file: file.mkdir()),
     "a link to nothing": other(lambda file: file.symlink_to("/nowhere/at/all")),
+    "a pipe": other(os.mkfifo),
     "read-only": lambda file: file.chmod(0o444),
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
@@ -116,14 +126,20 @@ OWN: dict[str, dict[str, Damage]] = {
         "no checksum": entry(sha256=...),
         "another file's checksum": entry(sha256="0" * 64),
         "another file's size": entry(bytes=7),
+        "entries in another order": reordered(lambda entries: entries[::-1]),
+        "an entry twice": reordered(lambda entries: [*entries, *entries]),
+        "only an old entry": reordered(lambda entries: entries[:1]),
         "an unknown key": entry(comment="mine"),
         "deeply nested": lambda file: file.write_text("[" * 100_000),
     },
 }
 # Damages that lose no data and need no report
-HARMLESS = {(name, "read-only") for name in OWN} | {(name, "missing") for name in OWN if name != "metrics.csv"}
-HARMLESS |= {("samples.jsonl", "empty"), (LEDGER, "an unknown key")}
-WITHOUT_COPY = ("missing", "empty", "another file's checksum", "another file's size")
+HARMLESS = {(name, "read-only") for name in OWN} | {
+    (name, "missing") for name in OWN if name not in ("metrics.csv", LEDGER)
+}
+HARMLESS |= {("samples.jsonl", "empty"), (LEDGER, "an unknown key"), (LEDGER, "an entry twice")}
+HARMLESS |= {(LEDGER, "entries in another order")}
+WITHOUT_COPY = ("missing", "empty", "another file's checksum", "another file's size", "only an old entry")
 
 
 def make_run(run: Path) -> None:
@@ -185,7 +201,7 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     assert (rows[-1]["step"], samples[-1].step) == ("5", 5)
     spared = 4 if (file, damage) in HARMLESS and damage not in ("missing", "empty") else 3
     for name, left in (("metrics.csv", rows), ("samples.jsonl", samples)):
-        whole_is_lost = ("zeroed", "a folder", "a link to nothing", "missing", "empty", "an invalid header")
+        whole_is_lost = ("zeroed", "a folder", "a pipe", "a link to nothing", "missing", "empty", "an invalid header")
         assert len(left) - 1 >= (4 if name != file else 0 if damage in whole_is_lost else spared - 1)
     assert read_report(tmp_path)["status"] == "finished"
     assert [one.step for one in read_entries(tmp_path)] == [2, 4]
