@@ -36,6 +36,8 @@ from gpt2lab.storage.tensor_file import read_checkpoint_file
 
 log = logging.getLogger(__name__)
 
+HOOKS_OF_VALIDATION = tuple(f"on_validation_{when}" for when in ("start", "epoch_start", "epoch_end"))
+HOOKS_OF_VALIDATION += ("on_validation_batch_start", "on_validation_batch_end")
 HOOKS_AFTER_A_STEP = ("on_train_batch_end", "on_validation_end")
 
 
@@ -99,20 +101,22 @@ class Checkpoint(lightning.Callback):
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Save a complete step after which an added callback raised an error; several ranks could not agree on it."""
         callback, hook = _raising_callback(exception)
-        if (
-            not isinstance(exception, Exception)
-            or trainer.world_size > 1
-            or self.saved_step == trainer.global_step
-            or callback not in trainer.callbacks
-        ):
+        is_saved = trainer.global_step in (0, self.saved_step)
+        if not isinstance(exception, Exception) or trainer.world_size > 1 or is_saved or not _is_added(callback):
             return
-        between_steps = trainer.fit_loop.epoch_loop._accumulated_batches_reached()
+        if hook in HOOKS_OF_VALIDATION:
+            pl_module.abandon_validation()
+        elif not self._between_steps(trainer, callback):
+            return
+        elif hook == "on_train_batch_end":
+            pl_module.validation_is_due = _validation_follows(trainer)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self._save(trainer, pl_module)
+
+    def _between_steps(self, trainer: Trainer, callback: lightning.Callback) -> bool:
+        """Whether the step is complete and all callbacks of this project before the checkpoint have seen it."""
         skipped = trainer.callbacks[trainer.callbacks.index(callback) : trainer.callbacks.index(self)]
-        if between_steps and all(map(_is_added, [callback, *skipped])):
-            if hook == "on_train_batch_end":
-                pl_module.validation_is_due = _validation_follows(trainer)
-            with torch.inference_mode(mode=False), torch.no_grad():
-                self._save(trainer, pl_module)
+        return trainer.fit_loop.epoch_loop._accumulated_batches_reached() and all(map(_is_added, skipped))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Verify the final export, also if a resumed run has no steps left."""
@@ -236,13 +240,15 @@ def _validation_follows(trainer: Trainer) -> bool:
 
 
 def _raising_callback(error: BaseException) -> tuple[Any, str]:
-    """Return the callback that raised the error in a hook after a step, and the hook; (None, "") for other errors."""
+    """Return the callback that raised the error in a hook after a step, and the hook; otherwise (None, "")."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         values = frame.f_locals
-        if frame.f_code is call._call_callback_hooks.__code__ and values["hook_name"] in HOOKS_AFTER_A_STEP:
-            return values["callback"], values["hook_name"]
+        if frame.f_code is call._call_callback_hooks.__code__:
+            if values["hook_name"] in (*HOOKS_OF_VALIDATION, *HOOKS_AFTER_A_STEP):
+                return values["callback"], values["hook_name"]
+            return None, ""
     return None, ""
 
 
-def _is_added(callback: lightning.Callback) -> bool:
-    return type(callback).__module__.partition(".")[0] not in ("callbacks", "launch")
+def _is_added(callback: lightning.Callback | None) -> bool:
+    return callback is not None and type(callback).__module__.partition(".")[0] not in ("callbacks", "launch")

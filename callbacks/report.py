@@ -1,6 +1,7 @@
 """Report: write report.json and report.html at the end of a run, however it ends."""
 
 import logging
+import shlex
 import time
 from dataclasses import replace
 from typing import Any
@@ -59,7 +60,8 @@ class Report(lightning.Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Write the status of training; a failure after the last state was saved does not change it."""
-        if isinstance(exception, Exception) and not isinstance(exception, ExportError) and is_complete(trainer):
+        is_later = isinstance(exception, Exception | SystemExit) and not isinstance(exception, ExportError)
+        if is_later and is_complete(trainer):
             self._write(trainer, pl_module, run_status(trainer))
             return
         if not self._has_trained and read_report(trainer.default_root_dir):
@@ -88,7 +90,7 @@ class Report(lightning.Callback):
             write_report(trainer.default_root_dir, self.content)
         except OSError as reason:
             if not error:  # otherwise the error that ended the run is printed
-                fix = f"python train.py resume={trainer.default_root_dir} writes it"
+                fix = f"python train.py resume={shlex.quote(trainer.default_root_dir)} writes it"
                 log.warning("The report of this run could not be written: %s. %s.", reason, fix)
 
     def _seconds(self) -> float:

@@ -1,6 +1,7 @@
 """Train: from a prepared run to its report, with a LightningModule, a LightningDataModule and a Trainer."""
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,10 +84,10 @@ def _fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         raise exit_codes.Exit(exit_codes.INTERRUPTED, "Stopped at once, without saving.") from None
     except ExportError:
         raise
-    except Exception as error:
+    except (Exception, exit_codes.Exit) as error:
         if not is_complete(trainer):
             raise
-        reason = full_disk_message(error) or f"{type(error).__name__}: {error}"
+        reason = full_disk_message(error) or f"{type(error).__name__}: {getattr(error, 'message', error)}"
         log.warning("Training is complete and saved, but a later step failed: %s", reason.partition("\n")[0])
 
 
@@ -100,8 +101,9 @@ def _outcome(trainer: lightning.Trainer, folder: Path) -> dict[str, Any]:
     reason = next((callback.reason for callback in trainer.callbacks if isinstance(callback, Interrupt)), "")
     if reason:
         codes = {"SIGINT": exit_codes.INTERRUPTED, "SIGTERM": exit_codes.STOPPED, "SIGUSR1": exit_codes.STOPPED}
+        quoted = shlex.quote(str(folder))
         message = (
-            f"Stopped by {reason} after step {trainer.global_step}. Continue with: python train.py resume={folder}"
+            f"Stopped by {reason} after step {trainer.global_step}. Continue with: python train.py resume={quoted}"
         )
         raise exit_codes.Exit(codes.get(reason, exit_codes.FAILED), message if trainer.is_global_zero else "")
     metric = trainer.lightning_module.watched_metric

@@ -1,7 +1,10 @@
 """The end of a run: every end of a fit saves the last state; later failures do not make it a failed run."""
 
 import json
+import os
+import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +40,24 @@ class Stop(lightning.Callback):
             trainer.should_stop = True
 
 
-class FailAfterStep(Stop):
-    """Raises an error where `Stop` ends the run; has a state, like Lightning's EarlyStopping."""
+class FailAfterStep(lightning.Callback):
+    """Raises an error in one hook once `micro_batches` have been trained on; has a state, like EarlyStopping."""
+
+    def __init__(self, hook: str, micro_batches: int) -> None:
+        self.hook, self.micro_batches, self.seen = hook, micro_batches, 0
+        if hook != "on_train_batch_end":
+            setattr(self, hook, self._maybe)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}
 
-    def _maybe(self, hook: str, trainer: Any) -> None:
-        if hook == self.hook and self.seen >= self.micro_batches:
+    def on_train_batch_end(self, *_unused: Any) -> None:
+        self.seen += 1
+        if self.hook == "on_train_batch_end":
+            self._maybe()
+
+    def _maybe(self, *_unused: Any) -> None:
+        if self.seen >= self.micro_batches:
             raise ValueError("a plot could not be drawn")
 
 
@@ -56,6 +69,14 @@ class Fail(lightning.Callback):
 
     def _fail(self, *_unused: Any) -> None:
         raise ValueError("a plot could not be drawn")
+
+
+class SignalAtEnd(lightning.Callback):
+    """Sends SIGTERM to this process after the last state is saved."""
+
+    def on_fit_end(self, *_unused: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # Python runs the handler
 
 
 class RemoveTokenizer(lightning.Callback):
@@ -143,7 +164,13 @@ def test_run_resumed_after_an_early_end_equals_unbroken_run(
 
 @pytest.mark.parametrize(
     ("hook", "micro_batches", "step"),
-    [("on_train_batch_end", 12, 6), ("on_train_batch_end", 16, 8), ("on_validation_end", 16, 8)],
+    [
+        pytest.param("on_train_batch_end", 12, 6, marks=pytest.mark.slow),
+        ("on_train_batch_end", 16, 8),
+        ("on_validation_epoch_end", 16, 8),
+        pytest.param("on_validation_batch_start", 16, 8, marks=pytest.mark.slow),
+        pytest.param("on_validation_end", 16, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_is_saved_before_an_added_callbacks_error(
     unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path, hook: str, micro_batches: int, step: int
@@ -183,6 +210,11 @@ LATER: dict[str, tuple[list[str], str, int]] = {
     ),
     "a callback with a state": (
         [f"{OURS}.FailAfterStep", f"{KEY}.hook=on_validation_end", f"{KEY}.micro_batches=1"],
+        "finished",
+        0,
+    ),
+    "a signal after the fit": (
+        [f"{OURS}.SignalAtEnd"],
         "finished",
         0,
     ),
