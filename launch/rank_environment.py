@@ -19,19 +19,28 @@ RANK_VARIABLES += ("JSM_NAMESPACE_RANK", "TORCHELASTIC_RUN_ID")
 
 def is_spawned_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this project's launcher started this process as a rank of a single-machine run."""
-    return OUTCOME_FILE in environment
+    return bool(environment.get(OUTCOME_FILE)) and _is_below(environment, "RANK", "WORLD_SIZE")
 
 
 def is_torchrun_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun started this process as a rank."""
-    return all(environment.get(name) for name in TORCHRUN_VARIABLES)
+    is_complete = all(environment.get(name) for name in TORCHRUN_VARIABLES) and environment["MASTER_PORT"].isdecimal()
+    places = ("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return is_complete and all(_is_below(environment, *place) for place in places)
 
 
 def is_srun_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether srun started this process as one of several tasks, without torchrun."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    is_complete = all(environment.get(name) for name in SRUN_VARIABLES)
-    return tasks.isdecimal() and int(tasks) > 1 and is_complete and not is_torchrun_rank(environment)
+    is_complete = all(environment.get(name) for name in SRUN_VARIABLES) and environment["SLURM_JOB_ID"].isdecimal()
+    has_place = _is_below(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    is_alone = environment.get("SLURM_STEP_NUM_TASKS") == "1"
+    return is_complete and has_place and not is_alone and not is_torchrun_rank(environment)
+
+
+def _is_below(environment: Mapping[str, str], number: str, total: str) -> bool:
+    """Whether both variables are whole numbers, and the first is less than the second."""
+    values = environment.get(number, ""), environment.get(total, "")
+    return all(value.isdecimal() for value in values) and int(values[0]) < int(values[1])
 
 
 def is_cluster_rank(environment: Mapping[str, str] = os.environ) -> bool:

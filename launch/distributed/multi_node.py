@@ -6,9 +6,9 @@ tokenizer; their hashes must be equal.
 """
 
 import json
+import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -29,10 +29,16 @@ from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_cluster_rank, is_srun_rank
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
     from launch.distributed.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT = timedelta(minutes=30)  # rank 0 may still be saving after the other ranks are done
 SLURM_PORTS = 20_000  # a job's port is one of the 10,000 above this one, chosen by job id
+AGENT_TIMEOUT = timedelta(seconds=30)  # torchrun's agent serves its store before it starts a rank
+FIRST_WAIT = timedelta(seconds=10)  # for rank 0, before a message
 SPEC_KEY = "gpt2lab/spec"
 WAIT_SLICE = timedelta(seconds=1)  # one blocking wait; Python handles signals between two
 
@@ -89,19 +95,6 @@ def with_started_world(config: RunConfig) -> RunConfig:
     return replace(config, devices=started["devices"], num_nodes=started["num_nodes"])
 
 
-def _accepts_connections(host: str, port: int, seconds: float = 30) -> bool:
-    """Whether a server accepts connections within `seconds`; torchrun's agent serves before it starts a rank."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return True
-        except OSError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(1)
-
-
 class Rendezvous:
     """Rendezvous of all ranks through a TCPStore on rank 0's machine.
 
@@ -114,30 +107,53 @@ class Rendezvous:
     """
 
     def __init__(self, seconds: int) -> None:
-        from torch.distributed import DistNetworkError, PrefixStore, TCPStore
+        from torch.distributed import PrefixStore
 
         from launch.distributed.watchdog import StoreBoard
 
         self.rank, self.world_size, self._seconds = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), seconds
         has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun hosts one already
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        is_master, timeout = self.rank == 0 and not has_store, timedelta(seconds=seconds)
-        if has_store and not _accepts_connections(host, port):
+        if has_store:
+            store = self._agent_store(host, port)
+        else:
+            store = self._own_store(host, port)
+        store.set_timeout(timedelta(seconds=seconds))
+        self._store = PrefixStore(f"gpt2lab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._beats = PrefixStore("beats", self._store)
+        self._heartbeat = Heartbeat(StoreBoard(self._beats), self.rank)
+
+    def _agent_store(self, host: str, port: int) -> "TCPStore":
+        """Connect to the store of torchrun's agent."""
+        from torch.distributed import DistNetworkError, TCPStore
+
+        try:
+            return TCPStore(host, port, is_master=False, timeout=AGENT_TIMEOUT)
+        except DistNetworkError as error:
             raise InputError(
                 f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']} is set, as torchrun does, but no torchrun "
                 f"answers at MASTER_ADDR:MASTER_PORT, {host}:{port}.\n"
                 "If torchrun did not start this process, unset TORCHELASTIC_RUN_ID."
-            )
+            ) from error
+
+    def _own_store(self, host: str, port: int) -> "TCPStore":
+        """Serve the store as rank 0, or connect to that of rank 0."""
+        from torch.distributed import DistNetworkError, TCPStore
+
+        if self.rank == 0:
+            log.info("Rank 0 of %d waits for the other ranks at %s:%d.", self.world_size, host, port)
+            return TCPStore(host, port, is_master=True, wait_for_workers=False)
         try:
-            store = TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+            return TCPStore(host, port, is_master=False, timeout=FIRST_WAIT)
+        except DistNetworkError:
+            log.warning("Rank %d waits for rank 0 at %s:%d.", self.rank, host, port)
+        try:
+            return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._seconds))
         except DistNetworkError as error:
-            if is_master:
-                raise
-            reason = f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={seconds} seconds"
+            reason = (
+                f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={self._seconds} seconds"
+            )
             raise exit_codes.Exit(exit_codes.FAILED, f"The run failed: {reason}.") from error
-        self._store = PrefixStore(f"gpt2lab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self._beats = PrefixStore("beats", self._store)
-        self._heartbeat = Heartbeat(StoreBoard(self._beats), self.rank)
 
     @contextmanager
     def preparing(self) -> Iterator[None]:

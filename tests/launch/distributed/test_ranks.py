@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
-from launch.distributed import multi_node
 from tests import conftest
 from tests.conftest import ROOT, Train, environment
 
@@ -390,15 +389,20 @@ def test_rank_ends_if_rank_0_never_connects(cache: Path, tmp_path: Path, tiny: l
 
 
 @pytest.mark.chaos
-def test_variables_of_an_ended_torchrun_are_named(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        assert multi_node._accepts_connections("127.0.0.1", port, 0)
+@pytest.mark.parametrize("port_is_used", [False, True])
+def test_variables_of_an_ended_torchrun_are_named(
+    port_is_used: bool, cache: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """The port is free, or that of a program that answers nothing."""
+    server = socket.create_server(("127.0.0.1", 0))
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     variables |= {"TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    if not port_is_used:
+        server.close()
     process = conftest.started(cache, tmp_path, *tiny, **variables)
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=300)
+    server.close()
     assert process.returncode == 2, stderr
     assert stderr.splitlines()[-1].endswith("unset TORCHELASTIC_RUN_ID."), stderr
 
