@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning
 import numpy as np
@@ -44,14 +44,18 @@ class TrainingStream(Dataset[Batch]):
         self.rank = rank
         self.world = world
         self.first_step = first_step
+        self.repeated_steps = 0  # number of first steps whose batches are repeated; 0: all are different
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.accumulate)
-        of_step = step_samples(self.first_step + step, self.batch, len(self.samples), self.seed)
-        positions = np.arange(self.batch, dtype=np.int64) + (self.first_step + step) * self.batch  # in the stream
+        later, part = divmod(number, self.accumulate)
+        step = self.first_step + later
+        if self.repeated_steps:
+            step %= self.repeated_steps
+        of_step = step_samples(step, self.batch, len(self.samples), self.seed)
+        positions = np.arange(self.batch, dtype=np.int64) + step * self.batch  # in the stream
         rows, keys = (
             micro_batch_rows(numbers, part * self.world + self.rank, self.accumulate * self.world)
             for numbers in (of_step, positions)
@@ -67,6 +71,12 @@ class TrainingLoader(DataLoader[Batch]):
     """
 
     optimizer_step: Callable[[], int]  # step that is trained now
+
+    def __iter__(self) -> Any:
+        """Continue with the optimizer step; Lightning starts again where trainer.limit_train_batches ends its epoch."""
+        assert isinstance(self.dataset, TrainingStream)
+        self.dataset.first_step = self.optimizer_step()
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         """Return the optimizer step."""
@@ -175,9 +185,12 @@ class SampleDataModule(lightning.LightningDataModule):
 
     def _stream(self) -> TrainingStream:
         rank, world, first_step = self._rank_and_step()
-        return TrainingStream(
+        stream = TrainingStream(
             self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
         )
+        if self.trainer is not None:
+            stream.repeated_steps = int(self.trainer.overfit_batches) // self.accumulate
+        return stream
 
     def _sequential_loader(self, samples: Samples) -> DataLoader:
         rank, world, _ = self._rank_and_step()

@@ -151,12 +151,12 @@ class TrainerKeys:
         "true or N: run one or N training and validation batches, to try a configuration", False
     )
     limit_train_batches: int | float | None = key(
-        "micro-batches per epoch: a number, or a share such as 0.5; null: all", None
+        "micro-batches of an epoch, a multiple of those of a step; null: an epoch never ends", None
     )
     limit_val_batches: int | float | None = key(
         "batches per validation: a number, or a share such as 0.5; null: all", None
     )
-    overfit_batches: int | float = key("train and validate on the same few batches: a number or a share; 0: off", 0.0)
+    overfit_batches: int | float = key("train on the same first micro-batches, a multiple of a step's; 0: off", 0.0)
     deterministic: bool | str | None = key("true: deterministic algorithms only; warn: warn where there is none", None)
     benchmark: bool | None = key("cuDNN benchmark: search for the fastest algorithm", None)
     profiler: str | None = key("Lightning profiler", None, choices=("simple", "advanced", "pytorch"))

@@ -268,11 +268,34 @@ def trainer(
         "enable_progress_bar": False,
         "inference_mode": False,  # averaged weights are swapped in while validating, which inference tensors forbid
     }
+    _check_batch_limits(given, machine.accumulate)
+    if given.get("fast_dev_run"):  # Lightning counts micro-batches, and would end within a step
+        given["fast_dev_run"] = int(given["fast_dev_run"]) * machine.accumulate
     if given.get("profiler") in PROFILERS:
         arguments["profiler"] = PROFILERS[given.pop("profiler")](dirpath=folder, filename="profile")  # fit-profile.txt
     made = instantiate(given, "trainer", config.allow_targets, folder, arguments)
     made.strategy.checkpoint_io = StreamingCheckpointIO(folder)
     return made
+
+
+def _check_batch_limits(given: dict[str, Any], accumulate: int) -> None:
+    """Check that Lightning's epochs, which these keys end, end between two steps.
+
+    Raises:
+        InputError: a share of the endless stream of training batches, or a number that ends within a step.
+    """
+    for key in ("limit_train_batches", "overfit_batches"):
+        value = given.get(key) or 0
+        if isinstance(value, float) and value != (1.0 if key == "limit_train_batches" else 0.0):
+            raise InputError(
+                f"trainer.{key}={value}: the training batches are an endless stream, which has no share.\n"
+                f"Give a number of batches: trainer.{key}={accumulate}"
+            )
+        if value % accumulate:
+            raise InputError(
+                f"trainer.{key}={value} ends within a step of {accumulate} micro-batches (micro_batch).\n"
+                f"Give a multiple of {accumulate}."
+            )
 
 
 def strategy(spec: PreparedSpec) -> Strategy | str:

@@ -1,6 +1,7 @@
 """Callbacks and loggers of Lightning, added on the command line as its users know them."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,49 @@ def test_text_of_the_user_is_not_interpolated_again(train_here: Train, tiny: lis
     assert answer.code == 0, answer.stderr
     lines = (tmp_path / "run" / "samples.jsonl").read_text()
     assert all(text in lines for text in ("${steps}", "${oc.env:HOME}", "${seed}"))
+
+
+# Lightning's limits of an epoch; two micro-batches are a step
+
+LIMITED = ["micro_batch=4", "log_every=1", "steps=6", "validate_every=3", "checkpoint_every=2"]
+
+
+@pytest.mark.parametrize("limit", ["trainer.limit_train_batches=4", "trainer.overfit_batches=4"])
+def test_limited_batches_give_true_losses_and_resume(limit: str, train_here: Train, tiny: list[str], tmp_path: Path):
+    """Epochs of two steps: a limit continues the data order, overfitting repeats the first two steps' batches."""
+    answer = train_here(*tiny, *LIMITED, limit, "run_dir=run")
+    assert answer.code == 0, answer.stderr
+    assert train_here(*tiny, *LIMITED, "run_dir=plain").code == 0
+    assert "overfit" in limit or losses(tmp_path / "run") == losses(tmp_path / "plain")
+    assert losses(tmp_path / "run")[:2] == losses(tmp_path / "plain")[:2]
+    shutil.copytree(tmp_path / "run", tmp_path / "again", symlinks=True)
+    (tmp_path / "again" / "checkpoints" / "step-000006.ckpt").unlink()  # as if it had been killed after step 4
+    assert train_here("resume=again").code == 0
+    assert_same_weights(tmp_path / "again", tmp_path / "run")
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+def losses(run: Path) -> list[str]:
+    return [row["train/loss"] for row in read_metrics(run) if row["train/loss"]]
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("trainer.limit_train_batches=3", "Give a multiple of 2"),
+        ("trainer.limit_train_batches=0.5", "endless stream"),
+        ("trainer.overfit_batches=1", "Give a multiple of 2"),
+        ("trainer.overfit_batches=0.5", "endless stream"),
+    ],
+)
+def test_a_limit_within_a_step_is_refused(limit: str, words: str, train_here: Train, tiny: list[str], tmp_path: Path):
+    answer = train_here(*tiny, *LIMITED, limit, "run_dir=run")
+    assert answer.code == 2, answer.stderr
+    assert words in answer.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_fast_dev_run_counts_steps(train_here: Train, tiny: list[str], tmp_path: Path):
+    answer = train_here(*tiny, *LIMITED, "trainer.fast_dev_run=2", "run_dir=run")
+    assert answer.code == 0, answer.stderr
+    assert read_report(tmp_path / "run")["steps"] == 2
