@@ -80,7 +80,8 @@ def check_free(folder: Path) -> None:
     """
     if folder.is_dir() and not _is_free(folder):
         raise InputError(
-            f"{folder} is not empty.\nResume the run in it with resume={folder}, or give another run_dir or name."
+            f"{folder} is not empty.\nResume the run in it with resume={shlex.quote(str(folder))}, "
+            "or give another run_dir or name."
         )
     check_creatable(folder, "run_dir")
 
@@ -302,10 +303,17 @@ def _lock(folder: Path) -> FolderLock:
 def _check_links(folder: Path) -> None:
     """Refuse a directory whose files to rewrite and delete are links to files elsewhere, such as another run's."""
     for path in (folder / name for name in OWN_FILES if name not in LOGGER_FOLDERS):
-        if path.is_symlink() and path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+        if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve()):
+            continue
+        if path.exists():
             raise InputError(
                 f"{path} is a link to {path.resolve()}, where a resumed run would overwrite and delete files.\n"
                 "Replace the link with a copy of what it leads to, or link the whole run directory."
+            )
+        if path.name == "checkpoints":
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, which does not exist.\n"
+                "Mount its disk, or replace the link with the folder of checkpoints."
             )
 
 

@@ -13,7 +13,13 @@ from pathlib import Path
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.settings import SamplingSettings, StrategySettings
-from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.checkpoint_ledger import (
+    LEDGER,
+    checkpoint_files,
+    checkpoint_folder,
+    checkpoint_step,
+    newest_good_checkpoint,
+)
 from gpt2lab.storage.report_json import read_report
 from launch.checks import checks, objective
 from launch.config import plugins, run_dir, run_spec
@@ -92,9 +98,11 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
     newest = newest_good_checkpoint(folder)
     stored = run_spec.load(folder / run_dir.CONFIG)  # raises where the file is of another program
     if newest is None:
-        if checkpoint_files(folder) or read_report(folder).get("status") == "finished":
+        if checkpoint_files(folder) or read_report(folder).get("status") == "finished" or _had_checkpoints(folder):
+            weights = f", or from its exported weights: init={shlex.quote(str(folder))}" * (folder / "hf").is_dir()
             raise InputError(
-                f"The run in {folder} has no whole checkpoint to continue from.\nStart it anew in another run_dir."
+                f"The run in {folder} has no whole checkpoint to continue from.\n"
+                f"Put its checkpoints back, or start in another run_dir{weights}."
             )
         if config.resume == "auto":
             return None
@@ -111,6 +119,12 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
             "Give more than that."
         )
     return Existing(folder, spec, stored, newest)
+
+
+def _had_checkpoints(folder: Path) -> bool:
+    """Whether a run without checkpoints once had some: their ledger, or an export without their folder, is left."""
+    checkpoints = checkpoint_folder(folder)
+    return (checkpoints / LEDGER).exists() or ((folder / "hf").is_dir() and not checkpoints.is_dir())
 
 
 def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:

@@ -37,6 +37,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_S
 TORCHRUN |= {"MASTER_ADDR": "host", "MASTER_PORT": "1"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 SRUN |= {"SLURM_JOB_ID": "5", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "gpu1"}
+OURS = {rank_environment.OUTCOME_FILE: "/x", "RANK": "0", "WORLD_SIZE": "2"}
 BARE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 WHO = {
     "nothing": ({}, "alone", True),
@@ -50,8 +51,16 @@ WHO = {
     "srun": (SRUN, "cluster", False),
     "srun and a forgotten export": ({**SRUN, **BARE}, "cluster", False),
     "torchrun under srun": ({**SRUN, **TORCHRUN, "RANK": "0"}, "cluster", True),
-    "this launcher": ({rank_environment.OUTCOME_FILE: "/x", "RANK": "1"}, "ours", False),
-    "this launcher under srun": ({**SRUN, rank_environment.OUTCOME_FILE: "/x", "RANK": "0"}, "ours", True),
+    "torchrun with a word for a rank": ({**TORCHRUN, "RANK": "x"}, "alone", True),
+    "torchrun with a word for a port": ({**TORCHRUN, "MASTER_PORT": "abc"}, "alone", True),
+    "torchrun without ranks here": ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "alone", True),
+    "a rank beyond the number of ranks": ({**TORCHRUN, "RANK": "2"}, "alone", True),
+    "a task beyond the number of tasks": ({**SRUN, "SLURM_PROCID": "5"}, "alone", True),
+    "SLURM with a word for a job": ({**SRUN, "SLURM_JOB_ID": "b"}, "alone", True),
+    "this launcher": ({**OURS, "RANK": "1"}, "ours", False),
+    "this launcher under srun": ({**SRUN, **OURS, "RANK": "0"}, "ours", True),
+    "a variable of this launcher alone": ({rank_environment.OUTCOME_FILE: "/x"}, "alone", True),
+    "an empty variable of this launcher": ({**OURS, rank_environment.OUTCOME_FILE: ""}, "alone", True),
 }
 
 
@@ -63,7 +72,11 @@ def test_only_started_ranks_are_ranks(name: str, capfd: pytest.CaptureFixture[st
     assert rank_environment.is_spawned_rank(left) == (who == "ours")
     assert rank_environment.is_cluster_rank(left) == (who == "cluster")
     assert rank_environment.is_main_process(left) == is_first
-    ignored = [name for name in rank_environment.RANK_VARIABLES if name in variables] if who == "alone" else []
+    foreign = (
+        *rank_environment.RANK_VARIABLES,
+        *(["SLURM_PROCID"] if variables.get("SLURM_PROCID", "0") != "0" else []),
+    )
+    ignored = [name for name in foreign if name in variables] if who == "alone" else []
     assert not set(ignored) & left.keys()
     assert left.keys() == variables.keys() - set(ignored)
     notice = capfd.readouterr().err
@@ -274,6 +287,33 @@ def test_links_to_another_runs_files_are_refused(tiny: list[str], train_here: Tr
         assert contents(tmp_path / "first") == before
 
 
+LOST: dict[str, Callable[[Path], object]] = {
+    "a folder that was deleted": lambda checkpoints: None,
+    "a link to a disk that is not mounted": lambda checkpoints: checkpoints.symlink_to("/nowhere/at/all"),
+    "files that were deleted": lambda checkpoints: (
+        checkpoints.mkdir(),
+        (checkpoints / "index.json").write_text(LEDGER),
+    ),
+}
+LEDGER = '{"checkpoints": [{"file": "step-000002.ckpt", "step": 2, "bytes": 7, "sha256": "x"}]}'
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_run_without_its_checkpoints_does_not_start_anew(how: str, tiny: list[str], train_here: Train, tmp_path: Path):
+    assert train_here(*tiny, "steps=2", "run_dir=run").code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    LOST[how](tmp_path / "run" / "checkpoints")
+    report = tmp_path / "run" / "report.json"
+    report.write_text(report.read_text().replace('"finished"', '"stopped"'))
+    before = contents(tmp_path / "run" / "hf")
+    for resumed in (["resume=run", "steps=4"], [*tiny, "run_dir=run", "resume=auto"]):
+        answer = train_here(*resumed)
+        assert answer.code == 2, answer.stderr
+        assert "does not exist" in answer.stderr or "Put its checkpoints back" in answer.stderr
+        assert contents(tmp_path / "run" / "hf") == before
+        assert [row["step"] for row in read_metrics(tmp_path / "run")] == ["2"]
+
+
 def test_links_within_a_run_or_to_its_whole_directory_work(tiny: list[str], train_here: Train, tmp_path: Path):
     assert train_here(*tiny, "steps=2", "run_dir=first").code == 0
     (tmp_path / "first" / "checkpoints").rename(tmp_path / "first" / "kept")
@@ -340,7 +380,8 @@ def test_restart_uses_the_present_data(tiny: list[str], train_here: Train, tmp_p
     text.write_text(text.read_text() + "# one line more\n" * 9)
     refused = train_here("resume=run", "steps=3")
     assert (refused.code, "The data of run" in refused.stderr) == (2, True), refused.stderr
-    shutil.rmtree("run/checkpoints")
+    for folder in ("checkpoints", "hf"):  # as before the first save
+        shutil.rmtree(f"run/{folder}")
     Path("run/report.json").unlink()
     answer = train_here("resume=run")
     assert answer.code == 0, answer.stderr
