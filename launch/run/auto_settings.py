@@ -205,8 +205,7 @@ def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
 
 
 def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
-    if config.precision.has_loss_scaling and accelerator == "cpu":
-        checks.refuse_fp16_on_cpu()
+    checks.check_precision(config, accelerator)
     if config.precision.name != "auto":
         return config.precision
     if config.plan_memory is not None:
