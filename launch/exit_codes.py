@@ -50,20 +50,28 @@ def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
 def exit_code(entry: Callable[[], Any]) -> int:
     """Run `entry` and return its exit code."""
     ignore_foreign_variables()
-    previous = {number: signal.signal(number, _exit_at_once) for number in SIGNALS}
     warn_once.cache_clear()
-    try:
-        entry()
-    except Exit as request:
-        if request.message:
-            print(request.message, file=sys.stderr)
-        return int(request.code or FINISHED)
-    except Exception as error:
-        return _print_error(error)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with handle_signals(_exit_at_once):
+        try:
+            entry()
+        except Exit as request:
+            if request.message:
+                print(request.message, file=sys.stderr)
+            return int(request.code or FINISHED)
+        except Exception as error:
+            return _print_error(error)
     return FINISHED
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGINT, SIGTERM and SIGUSR1 by `handler` in the block, and as before after it."""
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 def signal_exit_code(number: int) -> int:
@@ -123,12 +131,8 @@ def exit_on_signal() -> Iterator[None]:
         if not _is_failing(number):
             raise Exit(signal_exit_code(number), _stop_message(number))
 
-    previous = {number: signal.signal(number, raise_exit) for number in SIGNALS}
-    try:
+    with handle_signals(raise_exit):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _ignore_signals() -> None:

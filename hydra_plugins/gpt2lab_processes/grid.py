@@ -1,7 +1,6 @@
 """Grid: Hydra's basic sweeper, except that the launcher records combinations that cannot be composed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,9 @@ from hydra.core.override_parser.types import Override
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import add_filename_when_full
 
-
-@dataclass
-class GridConf:
-    """Configuration node, selected by conf/hparams_search/none.yaml."""
-
-    _target_: str = "hydra_plugins.gpt2lab_processes.grid.GridSweeper"
-    max_batch_size: int | None = None
-    params: dict[str, str] | None = None
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, provider="gpt2lab")
+# For conf/hparams_search/none.yaml
+NODE = {"_target_": "hydra_plugins.gpt2lab_processes.grid.GridSweeper", "max_batch_size": None, "params": None}
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=NODE, provider="gpt2lab")
 
 
 class GridSweeper(BasicSweeper):

@@ -1,7 +1,6 @@
 """Processes: Hydra launcher for multiruns that passes the jobs to launch.sweep.grid."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -12,15 +11,8 @@ from omegaconf import DictConfig
 
 from launch.config.run_dir import missing_folders
 
-
-@dataclass
-class ProcessesConf:
-    """Configuration node, selected by conf/launcher/processes.yaml."""
-
-    _target_: str = "hydra_plugins.gpt2lab_processes.processes.ProcessesLauncher"
-
-
-ConfigStore.instance().store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="gpt2lab")
+NODE = {"_target_": "hydra_plugins.gpt2lab_processes.processes.ProcessesLauncher"}  # for conf/launcher/processes.yaml
+ConfigStore.instance().store(group="hydra/launcher", name="processes", node=NODE, provider="gpt2lab")
 
 
 class ProcessesLauncher(Launcher):

@@ -1,21 +1,12 @@
 """Search: sweeper that passes a multirun to launch.sweep.optuna_search, where Optuna suggests each job's values."""
 
-from dataclasses import dataclass
-
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-
-@dataclass
-class OptunaConf:
-    """Configuration node, selected by conf/hparams_search/optuna.yaml."""
-
-    _target_: str = "hydra_plugins.gpt2lab_processes.search.OptunaSweeper"
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaConf, provider="gpt2lab")
+NODE = {"_target_": "hydra_plugins.gpt2lab_processes.search.OptunaSweeper"}  # for conf/hparams_search/optuna.yaml
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=NODE, provider="gpt2lab")
 
 
 class OptunaSweeper(Sweeper):

@@ -10,7 +10,7 @@ from launch.checks import baseline, distillation, lightning_nodes, objective, re
 from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
-from launch.config.known_keys import check_nodes, given_values
+from launch.config.known_keys import check_nodes, known_keys
 from launch.config.schema import RunConfig, optional_value, value_of
 from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.distributed import multi_node
@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
     check_model(config)
     check_batch(config)
     check_files(config)
-    check_precision(config)
+    check_precision(config, config.accelerator)
     check_layer_drop(config)
     check_task_and_data(config)
     objective.check(config)
@@ -88,7 +88,10 @@ def check_values(config: RunConfig) -> None:
     Raises:
         InputError: a value is not allowed; the message lists the choices or the interval.
     """
-    for name, meaning, value in given_values(config):
+    for name, meaning in known_keys().items():
+        value = optional_value(config, name)
+        if value is None:
+            continue
         for given in value if isinstance(value, list) else [value]:
             check_value(name, meaning, given)
 
@@ -239,16 +242,12 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else ""
 
 
-def check_precision(config: RunConfig) -> None:
-    if config.precision.has_loss_scaling and config.accelerator == "cpu":
-        refuse_fp16_on_cpu()
-
-
-def refuse_fp16_on_cpu() -> None:
-    raise InputError(
-        "precision=fp16 needs a GPU: CPUs have no fp16 matrix products, and Lightning would silently use bf16.\n"
-        "Set precision=bf16 or precision=fp32."
-    )
+def check_precision(config: RunConfig, accelerator: str) -> None:
+    if config.precision.has_loss_scaling and accelerator == "cpu":
+        raise InputError(
+            "precision=fp16 needs a GPU: CPUs have no fp16 matrix products, and Lightning would silently use bf16.\n"
+            "Set precision=bf16 or precision=fp32."
+        )
 
 
 def check_layer_drop(config: RunConfig) -> None:

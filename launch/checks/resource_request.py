@@ -15,17 +15,12 @@ class Machines:
     Attributes:
         nodes: number of machines.
         devices: devices on each machine.
-        are_gpus: whether the devices are GPUs.
+        gpus: GPUs on each machine: its devices, or 0 for a run on CPUs.
     """
 
     nodes: int
     devices: int
-    are_gpus: bool
-
-    @property
-    def gpus(self) -> int:
-        """GPUs on each machine."""
-        return self.devices if self.are_gpus else 0
+    gpus: int
 
 
 def check(config: RunConfig) -> None:
@@ -79,4 +74,4 @@ def request_from(config: RunConfig) -> Machines:
         )
     check(config)
     devices = 1 if config.devices == "auto" else int(config.devices)
-    return Machines(config.num_nodes, devices, config.accelerator == "gpu")
+    return Machines(config.num_nodes, devices, devices if config.accelerator == "gpu" else 0)

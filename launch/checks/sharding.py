@@ -12,8 +12,14 @@ def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, str
         InputError: the first unsupported combination.
     """
     if strategy == "fsdp":
-        _check_precision(precision)
-        _check_offload(config, accelerator)
+        if precision.has_loss_scaling:
+            raise InputError(
+                "precision=fp16 needs a gradient scaler, which strategy=fsdp does not support.\n"
+                "Set precision=bf16 or fp32, or strategy=ddp."
+            )
+        if config.strategy.offload and accelerator != "gpu":
+            offload = f"strategy.offload=true with accelerator={accelerator}"
+            raise InputError(f"{offload}: everything is in host memory already.\nLeave it out.")
         return
     given = {
         "checkpoint_format=sharded": config.checkpoint_format == "sharded",
@@ -30,17 +36,3 @@ def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, str
 def may_shard(config: RunConfig, accelerator: str, precision: PrecisionSettings) -> bool:
     """Whether strategy=fsdp supports the rest of the configuration."""
     return not config.layer_drop and not precision.has_loss_scaling and accelerator != "mps"
-
-
-def _check_precision(precision: PrecisionSettings) -> None:
-    if precision.has_loss_scaling:
-        raise InputError(
-            "precision=fp16 needs a gradient scaler, which strategy=fsdp does not support.\n"
-            "Set precision=bf16 or fp32, or strategy=ddp."
-        )
-
-
-def _check_offload(config: RunConfig, accelerator: str) -> None:
-    if config.strategy.offload and accelerator != "gpu":
-        given = f"strategy.offload=true with accelerator={accelerator}"
-        raise InputError(f"{given}: everything is in host memory already.\nLeave it out.")

@@ -79,25 +79,20 @@ def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
     """Build the Hugging Face model from a consolidated checkpoint."""
     from gpt2lab.model.backbone import hf_from_state
     from gpt2lab.model.lora import merge_adapters
-    from gpt2lab.settings import ModelShape
 
     state = dict(content["state_dict"])
     if "weight_average" in content:
         averages = zip(content["averaged"], content["weight_average"], strict=True)
         dtype = content["state_dict"]["backbone.lm.transformer.wte.weight"].dtype  # averages may be in fp32
         state |= {f"backbone.{name}": average.to(dtype) for name, average in averages}
-    prefix, model = "backbone.lm.", spec.resolved.model
+    prefix = "backbone.lm."
     inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     embedding = inner["transformer.wte.weight"]  # (V, D)
     inner["lm_head.weight"] = embedding
     lora = spec.config.task.get("lora") or {}
     if lora.get("rank"):
         inner = merge_adapters(inner, lora["alpha"] / lora["rank"])
-    assert model.n_layer is not None
-    assert model.n_head is not None
-    assert model.n_positions is not None
-    shape = ModelShape(model.n_layer, model.n_head, embedding.shape[1], model.n_positions, embedding.shape[0])
-    return hf_from_state(inner, shape, spec.config.objective.name)
+    return hf_from_state(inner, spec.resolved.model.shape(embedding.shape[0]), spec.config.objective.name)
 
 
 def _program(arguments: list[str]) -> None:

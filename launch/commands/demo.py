@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2lab.evaluation.document_losses import loss_difference, read_document_losses
+from gpt2lab.storage.report_json import read_report
 from launch.distributed.child_processes import IS_CHECKOUT, ROOT
 
 HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
@@ -82,10 +83,6 @@ def run_stage(stage: Stage, folder: Path, console: Console) -> int:
     console.rule(f"[bold]{stage.title}")
     console.print("python " + shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
     return subprocess.run([sys.executable, *command], cwd=HOME, check=False).returncode
-
-
-def read_report(run: Path) -> dict[str, Any]:
-    return json.loads((run / "report.json").read_text())
 
 
 def results_table(reports: dict[str, dict[str, Any]]) -> Table:

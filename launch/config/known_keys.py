@@ -4,7 +4,6 @@ A node's keys are declared here, beside `RunConfig`, so that a misspelt one is r
 Lightning and PyTorch, is imported.
 """
 
-from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from inspect import formatannotation
@@ -14,7 +13,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.keys import Key, key, keys_of
 from gpt2lab.settings import TEXT_METRICS, LoraSettings, TextMetricSettings
 from launch.config.did_you_mean import nearest
-from launch.config.schema import RunConfig, optional_value
+from launch.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -122,17 +121,16 @@ class CheckpointKeys:
 
 
 @dataclass(frozen=True)
-class TensorBoardKeys:
-    """Keys of logger=tensorboard."""
+class LoggerKeys:
+    """Keys of every logger."""
 
     run_dir: str | None = key("run directory", None)
 
 
 @dataclass(frozen=True)
-class WandbKeys:
+class WandbKeys(LoggerKeys):
     """Keys of logger=wandb."""
 
-    run_dir: str | None = key("run directory", None)
     group: str = key("group of the W&B run; by default the name of the sweep", "")
     project: str = key("W&B project", "gpt2-lab")
     mode: str = key(
@@ -188,41 +186,36 @@ TRAINER_ARGUMENTS = {
 }
 
 
-NODES: dict[str, type] = {
-    "lightning.Trainer": TrainerKeys,
-    "lightning_modules.pretrain.Pretrain": NoKeys,
-    "lightning_modules.distill.Distill": NoKeys,
-    "lightning_modules.finetune.FineTune": FineTuneKeys,
-    "datamodules.language_modeling.LanguageModelingData": RunningTextKeys,
-    "datamodules.pairs.PairData": PairKeys,
-    "callbacks.throughput.Throughput": ThroughputKeys,
-    "callbacks.interrupt.Interrupt": InterruptKeys,
-    "callbacks.health.Health": HealthKeys,
-    "callbacks.progress.ProgressBar": NoKeys,
-    "callbacks.samples.Samples": SamplesKeys,
-    "callbacks.final_validation.FinalValidation": NoKeys,
-    "callbacks.checkpoint.Checkpoint": CheckpointKeys,
-    "callbacks.report.Report": NoKeys,
-    "callbacks.inspection.Inspect": InspectKeys,
-    "callbacks.loggers.metrics_csv.MetricsCsv": NoKeys,
-    "callbacks.loggers.tensorboard.TensorBoard": TensorBoardKeys,
-    "callbacks.loggers.wandb.WeightsAndBiases": WandbKeys,
+# Place in the configuration → class that is built there → its keys
+PLACES: dict[str, dict[str, type]] = {
+    "task": {
+        "lightning_modules.pretrain.Pretrain": NoKeys,
+        "lightning_modules.distill.Distill": NoKeys,
+        "lightning_modules.finetune.FineTune": FineTuneKeys,
+    },
+    "data": {
+        "datamodules.language_modeling.LanguageModelingData": RunningTextKeys,
+        "datamodules.pairs.PairData": PairKeys,
+    },
+    "callbacks.throughput": {"callbacks.throughput.Throughput": ThroughputKeys},
+    "callbacks.interrupt": {"callbacks.interrupt.Interrupt": InterruptKeys},
+    "callbacks.health": {"callbacks.health.Health": HealthKeys},
+    "callbacks.progress": {"callbacks.progress.ProgressBar": NoKeys},
+    "callbacks.samples": {"callbacks.samples.Samples": SamplesKeys},
+    "callbacks.final_validation": {"callbacks.final_validation.FinalValidation": NoKeys},
+    "callbacks.inspect": {"callbacks.inspection.Inspect": InspectKeys},
+    "callbacks.checkpoint": {"callbacks.checkpoint.Checkpoint": CheckpointKeys},
+    "callbacks.report": {"callbacks.report.Report": NoKeys},
+    "logger": {
+        "callbacks.loggers.metrics_csv.MetricsCsv": NoKeys,
+        "callbacks.loggers.tensorboard.TensorBoard": LoggerKeys,
+        "callbacks.loggers.wandb.WeightsAndBiases": WandbKeys,
+    },
+    "trainer": {"lightning.Trainer": TrainerKeys},
 }
+NODES = {target: kind for kinds in PLACES.values() for target, kind in kinds.items()}
 # The one group without keys of its own
 EXPERIMENT = Key("recipe: values of many groups and keys at once, which the command line overrides")
-# Place of a node's keys in the configuration
-PLACES: dict[str, tuple[type, ...]] = {
-    "task": (FineTuneKeys,),
-    "data": (RunningTextKeys, PairKeys),
-    "callbacks.throughput": (ThroughputKeys,),
-    "callbacks.interrupt": (InterruptKeys,),
-    "callbacks.health": (HealthKeys,),
-    "callbacks.samples": (SamplesKeys,),
-    "callbacks.inspect": (InspectKeys,),
-    "callbacks.checkpoint": (CheckpointKeys,),
-    "logger": (WandbKeys,),
-    "trainer": (TrainerKeys,),
-}
 
 
 # Type of a key → classes of its value, and of a list's items
@@ -239,10 +232,10 @@ KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
 @cache
 def known_keys() -> dict[str, Key]:
     """Return dotted name → meaning of every key."""
-    of_nodes = ((place, kind) for place, kinds in PLACES.items() for kind in kinds)
     found = {**dict(keys_of(RunConfig)), "experiment": EXPERIMENT}
-    for place, kind in of_nodes:
-        found |= dict(keys_of(kind, f"{place}."))
+    for place, kinds in PLACES.items():
+        for kind in kinds.values():
+            found |= dict(keys_of(kind, f"{place}."))
     return found
 
 
@@ -302,11 +295,3 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if not fits or (isinstance(value, list) and not all(isinstance(one, item) for one in value)):
         raise InputError(f"{place}={value} is not of type {formatannotation(hint)}.")
     return value
-
-
-def given_values(config: RunConfig) -> Iterator[tuple[str, Key, Any]]:
-    """Yield (name, meaning, value) of each key that this configuration has; null is no value."""
-    for name, meaning in known_keys().items():
-        value = optional_value(config, name)
-        if value is not None:
-            yield name, meaning, value

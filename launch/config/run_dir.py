@@ -27,15 +27,7 @@ CONFIG = "config.yaml"
 HYDRA = ".hydra"
 SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html", "val_documents.json")
 LOGGER_FOLDERS = ("logs", "wandb", "tensorboard", "inspect", "lightning")  # lightning: of a ModelCheckpoint
-OWN_FILES = (
-    folder_lock.NAME,
-    CONFIG,
-    HYDRA,
-    *SIDE_FILES,
-    "checkpoints",
-    "hf",
-    *LOGGER_FOLDERS,
-)
+OWN_FILES = (folder_lock.NAME, CONFIG, HYDRA, *SIDE_FILES, "checkpoints", "hf", *LOGGER_FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -221,9 +213,12 @@ class RunDirectory:
 
         A directory that existed before, empty, remains.
         """
-        if self.path is None or not self._was_free or not all(_is_own(entry.name) for entry in self.path.iterdir()):
+        if self.path is None or not self._was_free:
             return
-        for entry in self.path.iterdir():
+        entries = list(self.path.iterdir())
+        if not all(entry.name in OWN_FILES or _is_scratch(entry.name) for entry in entries):
+            return
+        for entry in entries:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name != folder_lock.NAME:
@@ -318,12 +313,8 @@ def _check_links(folder: Path) -> None:
 
 
 def _is_scratch(name: str) -> bool:
+    """Whether this is the name of a temporary file for a file of a run."""
     return name.endswith(".tmp") and any(name.startswith(f".{own}.") for own in OWN_FILES)
-
-
-def _is_own(name: str) -> bool:
-    """Whether this is the name of a file or folder of a run, or of a temporary file for it."""
-    return name in OWN_FILES or _is_scratch(name)
 
 
 def _is_free(folder: Path, *allowed: str) -> bool:

@@ -165,23 +165,11 @@ def load(file: Path) -> PreparedSpec:
     Raises:
         InputError: missing, unreadable, or of another shape.
     """
-    return from_yaml(PreparedSpec, _read(file), str(file))
-
-
-def load_config(file: Path) -> RunConfig:
-    """Read the configuration of a job that another process wrote with `to_yaml`.
-
-    Raises:
-        InputError: missing, unreadable, or of another shape.
-    """
-    return from_yaml(RunConfig, _read(file), str(file))
-
-
-def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Cannot read the configuration {file}: {error}") from error
+    return from_yaml(PreparedSpec, text, str(file))
 
 
 def from_yaml(kind: type[Kind], text: str, where: str) -> Kind:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2lab.keys import key
@@ -223,6 +223,13 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
         ),
     )
     return with_references(composed)
+
+
+def from_composed(tree: DictConfig, command: str = "") -> RunConfig:
+    """Return a tree that contains Hydra's own node as `from_hydra` does; the node is removed from the tree."""
+    with open_dict(tree):
+        hydra = tree.pop("hydra")
+    return from_hydra(tree, hydra, command)
 
 
 def with_references(config: RunConfig) -> RunConfig:

@@ -1,6 +1,5 @@
 """Unused keys: refuses a key that was given although nothing in the run reads it; and the keys of overrides."""
 
-import shlex
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, is_dataclass
 
@@ -141,8 +140,3 @@ def given_keys(overrides: Iterable[str]) -> list[str]:
 def without(overrides: Iterable[str], keys: Collection[str]) -> list[str]:
     """Return the overrides of all other keys."""
     return [override for override in overrides if given_keys([override])[0] not in keys]
-
-
-def in_words(overrides: Iterable[str]) -> str:
-    """Return overrides as they would be typed into a shell."""
-    return shlex.join(overrides)

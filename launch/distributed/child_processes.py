@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from launch import exit_codes
+
 ROOT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (ROOT / "setup.sh").is_file()  # else installed, and ROOT is site-packages
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,9 +62,5 @@ def forward_signals(send: Callable[[int], None]) -> Iterator[list[int]]:
         received.append(number)
         send(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
+    with exit_codes.handle_signals(forward):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

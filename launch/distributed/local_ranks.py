@@ -15,7 +15,7 @@ import time
 import traceback
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start_processes
@@ -38,13 +38,6 @@ ENDED_BY_PYTORCH = (-signal.SIGTERM, exit_codes.STOPPED)
 KILL_WINDOW = 25  # seconds: a rank that fails later than this after the first was killed by PyTorch (after 30)
 
 log = logging.getLogger(__name__)
-
-
-class Failure(NamedTuple):
-    """A rank that ended with an exit code other than 0."""
-
-    rank: int
-    code: int
 
 
 def run(spec: PreparedSpec, directory: RunDirectory) -> dict[str, Any]:
@@ -146,20 +139,21 @@ def _discard_untrained(directory: RunDirectory) -> None:
         directory.discard()
 
 
-def _failure_message(failed: Failure | None, folder: Path) -> str:
+def _failure_message(failed: ProcessFailure | None, folder: Path) -> str:
     """Format which rank failed and its error, or the last line of its stderr."""
     if failed is None:
         return "the ranks ended without an error message"
-    died = f"was killed by {signal.Signals(-failed.code).name}" if failed.code < 0 else f"ended with code {failed.code}"
-    log_file = folder / LOGS / f"rank-{failed.rank}.err"
+    rank, code = failed.local_rank, failed.exitcode
+    died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    log_file = folder / LOGS / f"rank-{rank}.err"
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log_file.is_file() else []
-    if failed.code < 0:
+    if code < 0:
         last = lines[-1:]
-    elif failed.rank == 0:  # its stderr is the terminal
+    elif rank == 0:  # its stderr is the terminal
         last = read_report(folder).get("error", "").splitlines()
     else:
         last = _error_lines(lines)
-    return f"rank {failed.rank} {died}{': ' + ' '.join(last).rstrip('.') if last else ''}"
+    return f"rank {rank} {died}{': ' + ' '.join(last).rstrip('.') if last else ''}"
 
 
 def _error_lines(lines: list[str]) -> list[str]:
@@ -193,7 +187,7 @@ class RankLogs(LogsSpecs):
         return str(self.folder)
 
 
-def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[Failure | None, list[int], str]:
+def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[ProcessFailure | None, list[int], str]:
     """Run all ranks once; return (first failed rank or None, received signals, message about late ranks or "")."""
     world = spec.machine.world_size
     # The store picks a free port and listens before any rank starts, so two runs cannot collide.
@@ -236,15 +230,13 @@ def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[Fa
     aborted = first is not None and first.exitcode == -signal.SIGABRT  # by NCCL, after a timeout
     listener.poll(longest_gap=0.0)
     late_message = late_message or listener.late_message(listener.late_ranks(aborted), spec.config.rank_timeout)
-    return (Failure(first.local_rank, first.exitcode) if first else None), signals, late_message
+    return first, signals, late_message
 
 
 def _kill_silent(listener: Listener, seconds: int, pids: dict[int, int]) -> str:
     """Kill the ranks without a heartbeat, so that the others lose their connection and end; return the message."""
     silent = listener.silent_ranks(seconds)
-    late_message = listener.late_message(
-        listener.late_ranks() or silent, seconds
-    )  # a rank that timed out may still be ending
+    late = listener.late_ranks() or silent  # a rank that timed out may still be ending
     for rank in silent:
         os.kill(pids[rank], signal.SIGKILL)
-    return late_message
+    return listener.late_message(late, seconds)

@@ -160,7 +160,6 @@ def _run_config(folder: Path) -> "RunConfig | None":
 def _compose(data: str) -> "RunConfig":
     """Compose the defaults of conf/ with one value of the data group."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import open_dict
 
     from launch.config import schema
 
@@ -170,6 +169,4 @@ def _compose(data: str) -> "RunConfig":
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = compose("train", overrides=[f"data={data}"], return_hydra_config=True)
-    with open_dict(tree):
-        hydra_node = tree.pop("hydra")
-    return schema.from_hydra(tree, hydra_node, command="")
+    return schema.from_composed(tree)

@@ -95,7 +95,7 @@ def run_tasks(
             if "," in key and "_stderr," not in key and isinstance(value, int | float)
         }
         return {
-            f"{task}/{_metric_name(key)}": (float(value), _error(found, tasks.manager, task, key))
+            f"{task}/{key.removesuffix(',none')}": (float(value), _error(found, tasks.manager, task, key))
             for (task, key), value in figures.items()
         }
     except (OSError, ValueError, ConnectionError) as error:
@@ -104,11 +104,6 @@ def run_tasks(
             f"lm_eval={','.join(tasks.names)} could not be run: {reason[:150]}\n"
             "Its data come from the Hub or from the paths in the task file."
         ) from error
-
-
-def _metric_name(key: str) -> str:
-    """Metric name without the filter `none`: `acc,none` → `acc`."""
-    return key.removesuffix(",none")
 
 
 def _error(found: dict[str, Any], manager: "TaskManager", task: str, key: str) -> float | None:

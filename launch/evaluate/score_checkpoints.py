@@ -256,7 +256,10 @@ class _Scorer:
         sources, references = self.data.val_texts(self.arguments.texts)
         return {
             name: text_scores(
-                self._metrics, [answer(source) for source in sources], references, groups=self._text_groups()
+                self._metrics,
+                [answer(source) for source in sources],
+                references,
+                groups=self.data.val_groups(self.arguments.texts),
             )
             for name, answer in answers.items()
         }
@@ -312,11 +315,7 @@ class _Scorer:
         )
         _, references = self.data.val_texts(self.arguments.texts)
         decoded = [self.tokenizer.decode(completion) for completion in completions]
-        return text_scores(self._metrics, decoded, references, groups=self._text_groups())
-
-    def _text_groups(self) -> list[int]:
-        """Document group of each scored completion."""
-        return self.data.val_groups(self.arguments.texts)
+        return text_scores(self._metrics, decoded, references, groups=self.data.val_groups(self.arguments.texts))
 
     def _measure_speeds(self, backbone: "Backbone") -> "list[DecodingSpeed]":
         import numpy as np

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from gpt2lab.evaluation.acceptance import Speculation
     from gpt2lab.evaluation.teacher_student_eval import Comparison
     from launch.evaluate.score_checkpoints import Arguments, Results
 
@@ -107,54 +106,39 @@ def _models_as_rows(rows: list[Row], names: list[str], split: str) -> "Table":
     return table
 
 
-def distillation_table(comparison: "Comparison") -> "Table":
-    """Return the table of the student compared with its teacher, without the speculative-decoding figures."""
-    table = _explained_table("Student compared with its teacher")
-    for name, (title, meaning) in DISTILLATION.items():
-        if name in comparison.figures and name != DISTILL_ACCEPTANCE:
-            error = comparison.standard_errors.get(name)
-            table.add_row(title, _with_error(comparison.figures[name], error), meaning)
-    return table
+def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> None:
+    """Print how the student compares with its teacher, and its figures as draft model in speculative decoding."""
+    if comparison.is_truncated:
+        show(f"Only the first {comparison.vocab_size:,} tokens of the vocabulary count: the rest is padding.\n")
+    compared = [
+        (title, _with_error(comparison.figures[name], comparison.standard_errors.get(name)), meaning)
+        for name, (title, meaning) in DISTILLATION.items()
+        if name in comparison.figures and name != DISTILL_ACCEPTANCE
+    ]
+    show(_explained_table("Student compared with its teacher", compared))
+    if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
+        show("The baseline is no worse than the teacher, so there is no gap to close.\n")
+    show(_explained_table("Student as draft model of its teacher in speculative decoding", _speculation(comparison)))
+
+
+def _speculation(comparison: "Comparison") -> list[tuple[str, str, str]]:
+    found = comparison.speculation
+    expected = _with_error(found.acceptance, comparison.standard_errors.get(DISTILL_ACCEPTANCE))
+    measured = _with_error(found.acceptance_measured, found.acceptance_standard_error)
+    tokens = _with_error(found.tokens_per_target_call, found.tokens_per_target_call_standard_error)
+    speedup = _with_error(found.speedup, found.speedup_standard_error)
+    return [
+        ("acceptance, expected", expected, "1 − total variation"),
+        ("acceptance, measured", measured, "one draft token per position; ± standard error"),
+        ("cost ratio", f"{found.cost_ratio:.4f}", "FLOPs per token, student / teacher"),
+        ("drafts", str(found.drafts), "best number of draft tokens, from 1 to 16"),
+        ("tokens per call", tokens, "expected, per call of the teacher"),
+        ("speed-up", speedup, "expected, compared with the teacher alone"),
+    ]
 
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def speculation_table(speculation: "Speculation", expected_error: float | None = None) -> "Table":
-    """Return the table of the student as draft model of the teacher in speculative decoding.
-
-    Args:
-        expected_error: standard error of the expected acceptance, over texts.
-    """
-    table = _explained_table("Student as draft model of its teacher in speculative decoding")
-    measured, error = speculation.acceptance_measured, speculation.acceptance_standard_error
-    table.add_row("acceptance, expected", _with_error(speculation.acceptance, expected_error), "1 − total variation")
-    table.add_row(
-        "acceptance, measured", _with_error(measured, error), "one draft token per position; ± standard error"
-    )
-    table.add_row("cost ratio", f"{speculation.cost_ratio:.4f}", "FLOPs per token, student / teacher")
-    table.add_row("drafts", str(speculation.drafts), "best number of draft tokens, from 1 to 16")
-    table.add_row(
-        "tokens per call",
-        _with_error(speculation.tokens_per_target_call, speculation.tokens_per_target_call_standard_error),
-        "expected, per call of the teacher",
-    )
-    table.add_row(
-        "speed-up",
-        _with_error(speculation.speedup, speculation.speedup_standard_error),
-        "expected, compared with the teacher alone",
-    )
-    return table
-
-
-def _show_comparison(show: "Callable[..., None]", comparison: "Comparison") -> None:
-    if comparison.is_truncated:
-        show(f"Only the first {comparison.vocab_size:,} tokens of the vocabulary count: the rest is padding.\n")
-    show(distillation_table(comparison))
-    if comparison.baseline is not None and DISTILL_GAP_CLOSED not in comparison.figures:
-        show("The baseline is no worse than the teacher, so there is no gap to close.\n")
-    show(speculation_table(comparison.speculation, comparison.standard_errors.get(DISTILL_ACCEPTANCE)))
 
 
 def _unavailable_metrics(results: "Results") -> list[str]:
@@ -174,11 +158,14 @@ def _cell(row: Row, name: str) -> str:
     return str(row.figures[name]) if name in row.figures else "–"
 
 
-def _explained_table(title: str) -> "Table":
+def _explained_table(title: str, rows: list[tuple[str, str, str]]) -> "Table":
+    """Return a table of (figure, value, meaning)."""
     table = _plain(title)
     table.add_column("figure")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

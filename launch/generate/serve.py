@@ -4,6 +4,7 @@ import asyncio
 import errno
 import socket
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
 from gpt2lab.errors import InputError
@@ -16,13 +17,7 @@ if TYPE_CHECKING:
     from launch.generate.playground import Playground
 
 HOST = "127.0.0.1"  # localhost only, because there is no password
-UNSUPPORTED = {  # arguments that the page does not support, with their defaults
-    "prompts": "",
-    "json": "",
-    "num_samples": 1,
-    "stop": "",
-    "inspect": False,
-}
+UNSUPPORTED = ("prompts", "json", "num_samples", "stop", "inspect")  # arguments that the page does not support
 
 
 def serve(arguments: Arguments) -> NoReturn:
@@ -78,7 +73,8 @@ async def _serve_until_signal(playground: "Playground", listener: socket.socket)
 
 
 def _check(arguments: Arguments) -> None:
-    unsupported = [f"{name}=" for name, default in UNSUPPORTED.items() if vars(arguments)[name] != default]
+    defaults = {argument.name: argument.default for argument in fields(Arguments)}
+    unsupported = [f"{name}=" for name in UNSUPPORTED if vars(arguments)[name] != defaults[name]]
     unsupported += ["sampling=beam"] if arguments.sampling.beams > 1 else []
     if unsupported:
         raise InputError(

@@ -14,6 +14,7 @@ from launch.memory.memory_plan import memory_plan
 from launch.memory.run_sizes import GPT2_VOCAB_SIZE, run_sizes
 
 USABLE_SHARE = 0.75  # of the device memory; activations, chunks of logits and the allocator need the rest
+STATE = ("weights", "gradients", "optimizer state", "averaged weights")
 LARGE_CHECKPOINT = 8e9  # bytes; larger checkpoints are sharded, with one file per rank
 
 
@@ -30,13 +31,12 @@ def fits(config: RunConfig, inputs: Inputs, machine: Machine, devices: int, teac
 
 def state_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of weights, gradients, two optimizer moments, and the averaged weights, which are always fp32."""
-    names = ("weights", "gradients", "optimizer state", "averaged weights")
-    return _bytes(config, replace(inputs, teacher=""), machine, names)
+    return _bytes(config, inputs, machine, STATE)
 
 
 def checkpoint_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of the weights and two optimizer moments."""
-    return _bytes(config, replace(inputs, teacher=""), machine, ("weights", "optimizer state"))
+    return _bytes(config, inputs, machine, ("weights", "optimizer state"))
 
 
 def teacher_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:

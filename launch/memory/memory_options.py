@@ -45,21 +45,14 @@ def _candidates(sizes: RunSizes, may_shard: bool) -> Iterator[tuple[str, RunSize
             yield f"micro_batch={half.rows}", half, "nothing, unless the device is underused"
         yield "micro_batch=1", replace(sizes, rows=1), "speed"
     if sizes.precision.name == "fp32":
-        yield (
-            "precision=bf16",
-            replace(sizes, precision=precision_named("bf16")),
-            "accuracy; faster where supported",
-        )
+        mixed = replace(sizes, precision=precision_named("bf16"))
+        yield "precision=bf16", mixed, "accuracy; faster where supported"
     if not sizes.precision.is_bf16_true:
-        yield (
-            "precision=bf16_true",
-            replace(sizes, precision=precision_named("bf16_true")),
-            "accuracy; stochastic rounding",
-        )
-    if sizes.optimizer != "muon" and not sizes.lora_rank:
-        yield "optimizer=muon", replace(sizes, optimizer="muon"), "another optimizer with its own learning rate"
-    if sizes.optimizer == "muon":
-        yield "optimizer=adamw", replace(sizes, optimizer="adamw"), "another optimizer with its own learning rate"
+        low = replace(sizes, precision=precision_named("bf16_true"))
+        yield "precision=bf16_true", low, "accuracy; stochastic rounding"
+    if sizes.optimizer == "muon" or not sizes.lora_rank:
+        other = "adamw" if sizes.optimizer == "muon" else "muon"
+        yield f"optimizer={other}", replace(sizes, optimizer=other), "another optimizer with its own learning rate"
     ranks = max(sizes.ranks, 2)
     fill_ranks = max(sizes.step_rows, sizes.rows) * sizes.ranks >= ranks  # each rank needs a sequence
     if may_shard and not sizes.sharded and fill_ranks:

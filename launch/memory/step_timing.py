@@ -1,17 +1,15 @@
 """Step timing: measures tokens per second of a few dummy steps on random tokens, in a subprocess.
 
-python -m launch.memory.step_timing SIZES.json   prints the seconds of a micro-batch and of an optimizer step as JSON
+python -m launch.memory.step_timing   reads pickled sizes and run from stdin; prints seconds of a micro-batch and a step
 """
 
 import json
+import pickle
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +17,6 @@ from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
-from gpt2lab.settings import LossSettings, ModelShape, OptimizerSettings, PrecisionSettings
 from gpt2lab.storage.model_folder import matmul_parameter_count
 from gpt2lab.system.device import flops_per_token, named_dtype, resident_memory_bytes, resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
@@ -61,25 +58,20 @@ def measure_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
     rows = fitting_rows(sizes, rows, free, resident_memory_bytes())
     if not rows:
         return Speed(None, "one device has too little free memory to train the whole model")
-    with tempfile.TemporaryDirectory(prefix="gpt2lab-plan-") as scratch:
-        file = Path(scratch, "sizes.json")
-        device = {"threads": machine.threads, "accelerator": machine.accelerator, "plugins": spec.config.plugins}
-        settings = {"optimizer": asdict(spec.config.optimizer), "loss": asdict(spec.config.loss)}
-        file.write_text(json.dumps({"sizes": asdict(replace(sizes, rows=rows)), **device, **settings}))
-        command = [sys.executable, "-P", "-m", "launch.memory.step_timing", str(file)]
-        try:
-            done = subprocess.run(
-                command,
-                env=child_processes.environment(),
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return Speed(None, f"{STEPS} micro-batches take more than {TIMEOUT_SECONDS:.0f} seconds")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "launch.memory.step_timing"],
+            env=child_processes.environment(),
+            input=pickle.dumps((replace(sizes, rows=rows), spec)),
+            capture_output=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Speed(None, f"{STEPS} micro-batches take more than {TIMEOUT_SECONDS:.0f} seconds")
     if done.returncode:
-        return Speed(None, f"the steps failed: {(done.stderr.strip() or 'no message').splitlines()[-1][:60]}")
+        message = done.stderr.decode(errors="replace").strip() or "no message"
+        return Speed(None, f"the steps failed: {message.splitlines()[-1][:60]}")
     seconds = json.loads(done.stdout.splitlines()[-1])
     micro_batches = -(-sizes.step_rows // rows)
     step_seconds = micro_batches * seconds["micro_batch"] + seconds["optimizer"]
@@ -117,28 +109,22 @@ def fitting_rows(sizes: RunSizes, rows: int, free: int | None, process: int) -> 
 
 
 class DummyStep:
-    """Student, optimizer and teacher with random weights on the device, and a micro-batch of random tokens.
+    """Student, optimizer and teacher with random weights on the device, and a micro-batch of random tokens."""
 
-    Args:
-        spec: content of the file that `measure_speed` writes.
-    """
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        sizes, self.device = spec["sizes"], resolve_device(spec["accelerator"])
-        precision = PrecisionSettings(**sizes["precision"])
+    def __init__(self, sizes: RunSizes, spec: RunSpec) -> None:
+        self.device, precision = resolve_device(spec.machine.accelerator), sizes.precision
         self.autocast_dtype, dtype = named_dtype(precision.compute), named_dtype(precision.weights)
         self.uses_autocast = self.autocast_dtype != dtype
-        self.student = Backbone(ModelShape(**sizes["shape"])).to(self.device, dtype)
-        if sizes["checkpointing"]:
+        self.student = Backbone(sizes.shape).to(self.device, dtype)
+        if sizes.checkpointing:
             self.student.checkpoint_activations()
-        settings = OptimizerSettings(**spec["optimizer"])
-        self.optimizer = build_optimizer(self.student.named_parameters(), settings, fused=True)
+        self.optimizer = build_optimizer(self.student.named_parameters(), spec.config.optimizer, fused=True)
         self.teacher: Backbone | None = None
-        if sizes["teacher"]:
-            teacher = Backbone(ModelShape(**sizes["teacher"])).to(self.device, named_dtype(precision.teacher))
+        if sizes.teacher:
+            teacher = Backbone(sizes.teacher).to(self.device, named_dtype(precision.teacher))
             self.teacher = teacher.eval().requires_grad_(False)
-        self.loss = LossSettings(**spec["loss"]) if self.teacher else None
-        ids = torch.randint(sizes["shape"]["vocab_size"], (sizes["rows"], sizes["length"] + 1), device=self.device)
+        self.loss = spec.config.loss if self.teacher else None
+        ids = torch.randint(sizes.shape.vocab_size, (sizes.rows, sizes.length + 1), device=self.device)
         self.inputs, self.labels = ids[:, :-1], ids[:, 1:].flatten()  # (B, T), (B·T,)
 
     def micro_batch(self) -> None:
@@ -172,12 +158,12 @@ class DummyStep:
         return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def _measure(spec: dict[str, Any]) -> dict[str, float]:
-    plugins.load(spec["plugins"], spec["plugins"])  # which the parent process was permitted to import
-    torch.set_num_threads(spec["threads"])
+def _measure(sizes: RunSizes, spec: RunSpec) -> dict[str, float]:
+    plugins.load(spec.config.plugins, spec.config.plugins)  # which the parent process was permitted to import
+    torch.set_num_threads(spec.machine.threads)
     keep_freed_memory()
-    return DummyStep(spec).measure()
+    return DummyStep(sizes, spec).measure()
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(json.loads(Path(sys.argv[1]).read_text()))))
+    print(json.dumps(_measure(*pickle.load(sys.stdin.buffer))))

@@ -205,8 +205,7 @@ def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
 
 
 def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
-    if config.precision.has_loss_scaling and accelerator == "cpu":
-        checks.refuse_fp16_on_cpu()
+    checks.check_precision(config, accelerator)
     if config.precision.name != "auto":
         if config.precision.compute == "bfloat16" and accelerator == "cpu" and not cpu_has_bf16():
             slow = "this CPU does not multiply bf16 in hardware; precision=fp32 is many times faster"

@@ -24,9 +24,9 @@ from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, open_growing_folder
 from gpt2lab.system.device import named_dtype, resolve_device
-from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
+from launch.run.train import set_up_process
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +69,25 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
         {"k": cache.k, "dtype": cache.dtype} if cache.name == "topk" else {"n": cache.n, "draw_seed": cache.draw_seed}
     )
     return {
-        "teacher": spec.resolved.teacher_hash,
-        "tokenizer": tokenizer_hash(load_tokenizer(facts.tokenizer_folder)),
-        "data": facts.hash,
-        "context": config.context,
+        **teacher_key(spec, facts),
         "pairs": config.takes_pairs,
         "objective": config.objective.name,
         "packing": config.packing and not config.takes_pairs,  # it changes only the layout of pairs
         "temperature": config.loss.temperature,
-        "precision": spec.machine.precision.name,
         "mode": cache.name,
         **kept,
         "format": FORMAT,
+    }
+
+
+def teacher_key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
+    """Return what all stored work of a teacher depends on."""
+    return {
+        "teacher": spec.resolved.teacher_hash,
+        "tokenizer": tokenizer_hash(load_tokenizer(facts.tokenizer_folder)),
+        "data": facts.hash,
+        "context": spec.config.context,
+        "precision": spec.machine.precision.name,
     }
 
 
@@ -115,9 +122,7 @@ def _write(spec: RunSpec, missing: list[tuple[CacheSide, Samples, NDArray[np.int
 def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
     """Provide the teacher on one device in the run's precision, before a Trainer exists."""
     machine = spec.machine
-    torch.set_num_threads(machine.threads)
-    if machine.accelerator == "cpu":
-        keep_freed_memory()
+    set_up_process(machine)
     device, dtype = resolve_device(machine.accelerator), named_dtype(machine.precision.teacher)
     teacher = OnlineTeacher(spec.resolved.teacher, dtype)
     teacher.to(device, dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
+from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.distillation.generation_batches import TextGenerator
 from gpt2lab.distillation.init_from_teacher import CALIBRATION_SAMPLES
 from gpt2lab.distillation.teacher_generations import TeacherGenerations
@@ -17,7 +17,7 @@ from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, content_hash, open_growing_folder
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
-from launch.run.fill_teacher_cache import batches, training_rows, working_teacher
+from launch.run.fill_teacher_cache import batches, teacher_key, training_rows, working_teacher
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +75,9 @@ def _key(spec: RunSpec, facts: DataFacts) -> dict[str, Any]:
     """Everything that the text depends on."""
     sequences = spec.config.sequences
     return {
-        "teacher": spec.resolved.teacher_hash,
-        "tokenizer": tokenizer_hash(load_tokenizer(facts.tokenizer_folder)),
-        "data": facts.hash,
-        "context": spec.config.context,
+        **teacher_key(spec, facts),
         "max_new_tokens": sequences.max_new_tokens,
         "gen_temperature": sequences.gen_temperature,
         "draw_seed": sequences.draw_seed,
-        "precision": spec.machine.precision.name,
         "format": FORMAT,
     }

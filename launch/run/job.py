@@ -184,7 +184,7 @@ def _run_for_a_sweep(file: Path, allow_targets: list[str]) -> None:
     """Run a job; the sweep's process reads from beside its configuration why it failed."""
     error_file = file.with_name(exit_codes.ERROR_FILE)
     try:
-        config = run_spec.load_config(file)
+        config = run_spec.from_yaml(RunConfig, file.read_text(encoding="utf-8"), str(file))
         plugins.load(config.plugins, allow_targets)
         run(replace(config, allow_targets=allow_targets))
     except exit_codes.Exit as ended:

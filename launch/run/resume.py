@@ -9,6 +9,7 @@ import logging
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import VAL_LOSS
@@ -158,9 +159,7 @@ def _changed_sampling(stored: RunConfig, config: RunConfig) -> SamplingSettings:
         InputError: nothing reads it, or the run has scored text of another method.
     """
     overrides = [one for one in config.invocation.overrides if given_keys([one])[0].split(".")[0] == "sampling"]
-    names = given_keys(overrides)
-    own = {name.partition(".")[2]: vars(config.sampling)[name.partition(".")[2]] for name in names if "." in name}
-    changed = config.sampling if "sampling" in names else replace(stored.sampling, **own)
+    changed: SamplingSettings = _with_given_keys("sampling", stored.sampling, config)
     groups = {**stored.groups, "sampling": changed.name}
     invocation = replace(stored.invocation, groups=groups, overrides=overrides)
     now = replace(stored, sampling=changed, invocation=invocation)
@@ -175,13 +174,18 @@ def _changed_sampling(stored: RunConfig, config: RunConfig) -> SamplingSettings:
 
 
 def _strategy(stored: PreparedSpec, config: RunConfig) -> StrategySettings:
-    """The strategy of the stored run with the keys that are given; `strategy=…` brings its own defaults."""
-    given = given_keys(config.invocation.overrides)
-    if "strategy" in given:
-        return config.strategy
-    names = [name.partition(".")[2] for name in given if name.startswith("strategy.")]
+    """The strategy of the stored run with the keys that are given."""
     kept = replace(stored.config.strategy, name=stored.machine.strategy, shard_teacher="auto")
-    return replace(kept, **{name: vars(config.strategy)[name] for name in names})
+    return _with_given_keys("strategy", kept, config)
+
+
+def _with_given_keys(group: str, stored: Any, config: RunConfig) -> Any:
+    """Return the stored settings of a group with the keys given now; a named value, `group=…`, has its own defaults."""
+    given, now = given_keys(config.invocation.overrides), vars(config)[group]
+    if group in given:
+        return now
+    names = [name.partition(".")[2] for name in given if name.startswith(f"{group}.")]
+    return replace(stored, **{name: vars(now)[name] for name in names})
 
 
 def warn_of_other_masks(run: Existing) -> None:

@@ -7,14 +7,15 @@ study.json and study.html.
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from hydra import compose
-from omegaconf import DictConfig
 
 from gpt2lab.analysis.study_results import (
     KD,
@@ -39,12 +40,11 @@ from gpt2lab.storage.model_folder import read_shape
 from gpt2lab.storage.report_json import read_report
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
-from launch.checks.study_plan import PlannedRun
+from launch.checks.study_plan import PlannedRun, steps_in_the_same_time
 from launch.config import run_dir, run_spec
 from launch.config.literal_text import override
 from launch.config.run_spec import Inputs, Resolved, RunSpec
 from launch.config.schema import RunConfig, with_absolute_paths
-from launch.config.unused_keys import in_words
 from launch.run import resolve
 from launch.sweep import jobs, study_table
 from launch.sweep.jobs import Job
@@ -77,7 +77,7 @@ def _run_arms(study: "Study") -> None:
     factor = {arm: rates.get(arm, baseline).factor for arm in study_plan.arms(config)}
     equal = [_run_arm(study, arm, TOKENS, config.steps, factor[arm]) for arm in study_plan.arms(config)]
     longer = [
-        _run_arm(study, ce.arm, TIME, _steps_in_time(ce, kd), factor[ce.arm])
+        _run_arm(study, ce.arm, TIME, steps_in_the_same_time(ce.steps, ce.seconds, kd.seconds), factor[ce.arm])
         for ce, kd in zip(equal[::2], equal[1::2], strict=True)
         if ce.seconds and kd.seconds
     ]
@@ -125,7 +125,7 @@ class Study:
             print(f"run {job.number}: {planned.name} has finished already", flush=True)
             return self._report(planned)
         print(f"run {job.number} of about {self._expected()}: {planned.name}", flush=True)
-        stopped = jobs.run(job, _compose, drops_unread=True)
+        stopped = jobs.run(job, partial(compose, "train", return_hydra_config=True), drops_unread=True)
         jobs.write_csv(self.folder / "study.csv", COLUMNS, map(self._row, self.runs))
         if job.error:
             print(f"run {job.number} failed: {job.error}", file=sys.stderr, flush=True)
@@ -194,11 +194,7 @@ class Study:
     def _command(self) -> str:
         replaced = ("name=", "run_dir=", "resume=")
         given = [override for override in self.config.invocation.overrides if not override.startswith(replaced)]
-        return f"python train.py {in_words([*given, override('run_dir', str(self.folder)), 'resume=auto'])}"
-
-
-def _compose(overrides: list[str]) -> DictConfig:
-    return compose("train", overrides, return_hydra_config=True)
+        return f"python train.py {shlex.join([*given, override('run_dir', str(self.folder)), 'resume=auto'])}"
 
 
 def _open(config: RunConfig) -> Study:
@@ -270,7 +266,7 @@ def _check_same(study: Study, file: Path) -> None:
     different = sorted(overrides ^ set(identity["overrides"]))
     if different:
         raise InputError(
-            f"The study in {study.folder} was started with other settings: {in_words(different)}.\n"
+            f"The study in {study.folder} was started with other settings: {shlex.join(different)}.\n"
             "Only study.seeds, study.inits and study.lr_factors can be changed; or give another run_dir."
         )
 
@@ -304,12 +300,6 @@ def _run_arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> 
     stored = {seed: read_document_losses(study.runs[run].folder) for seed, run in planned.items()}
     documents = {seed: one for seed, one in stored.items() if one is not None}
     return arm_result(arm, budget, steps, losses, seconds, documents)
-
-
-def _steps_in_time(ce: ArmResult, kd: ArmResult) -> int:
-    assert ce.seconds is not None
-    assert kd.seconds is not None
-    return study_plan.steps_in_the_same_time(ce.steps, ce.seconds, kd.seconds)
 
 
 def _finite(loss: float | None) -> float | None:

@@ -1,9 +1,11 @@
 """Sweep: checks the jobs of a Hydra multirun together, runs `n_jobs` at a time in subprocesses, writes the results."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
@@ -21,10 +23,11 @@ from launch.config.literal_text import is_interpolated, override
 from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import STUDY, RunConfig
 from launch.config.structured import frozen
-from launch.config.unused_keys import given_keys, in_words, without
+from launch.config.unused_keys import given_keys, without
 from launch.sweep import jobs, remote_run, results
+from launch.sweep.executor import Executor
 from launch.sweep.job_process import LocalJobs
-from launch.sweep.job_queue import Executor, JobList, Proposal, Source, run_all
+from launch.sweep.job_queue import JobList, JobQueue, Proposal, Source
 from launch.sweep.jobs import Job
 
 CHANGEABLE_ON_RESUME = (  # keys that may differ when a sweep is resumed
@@ -106,11 +109,10 @@ def _run_jobs(
         number = first + len(started) if proposal.trial is None else proposal.trial
         job = Job(number, proposal.overrides, folder / str(number), error=proposal.failed, trial=proposal.trial)
         started.append(job)
-        print(f"job {number}: {in_words(job.overrides)}", flush=True)
+        print(f"job {number}: {shlex.join(job.overrides)}", flush=True)
         return job
 
-    def prepare(job: Job) -> RunConfig | None:
-        return _prepare(job, loader, sweep_config, several_tasks)
+    prepare = partial(_prepare, loader=loader, sweep_config=sweep_config, several_tasks=several_tasks)
 
     def on_change(job: Job) -> None:
         try:
@@ -123,7 +125,7 @@ def _run_jobs(
             print(f"job {job.number} {job.status}: {_format_result(job)}", flush=True)
 
     try:
-        stopped = run_all(source, executor, create_job, prepare, on_change)
+        stopped = JobQueue(source, executor, create_job, prepare, on_change).run()
     except Exception:
         print(f"After fixing this, continue with: {_resume_command(folder)}", file=sys.stderr, flush=True)
         raise
@@ -199,7 +201,7 @@ def _check_folder(folder: Path, combinations: Sequence[list[str]], first: int, i
         others = set(without(stored, {*CHANGEABLE_ON_RESUME, *interpolated})) - set(overrides)
         if others:
             raise InputError(
-                f"{folder} contains another sweep: its job {number} has {in_words(sorted(others))}.\n"
+                f"{folder} contains another sweep: its job {number} has {shlex.join(sorted(others))}.\n"
                 f"Give the same command as before, {or_move}"
             )
 
@@ -247,7 +249,7 @@ def _resume_command(folder: Path) -> str:
     """The command line of this process, with the sweep's folder and resume=auto."""
     own = ("hydra.sweep.dir=", "resume=")
     given = [argument for argument in sys.argv[1:] if not argument.startswith(own)]
-    return in_words(["python", "train.py", *given, override("hydra.sweep.dir", str(folder)), "resume=auto"])
+    return shlex.join(["python", "train.py", *given, override("hydra.sweep.dir", str(folder)), "resume=auto"])
 
 
 def _job_return(job: Job) -> JobReturn:

@@ -14,6 +14,7 @@ from launch.config.machine import Slot
 from launch.config.schema import RunConfig
 from launch.distributed import child_processes
 from launch.exit_codes import ERROR_FILE
+from launch.sweep.executor import Executor
 
 
 class JobProcess:
@@ -29,7 +30,8 @@ class JobProcess:
     def __init__(
         self, config: RunConfig, slot: Slot | None = None, output: Path | None = None, errors: Path | None = None
     ) -> None:
-        self.slot = slot = slot or Slot()
+        slot = slot or Slot()
+        self._outcome: tuple[int, str] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="gpt2lab-job-")
         self._file = Path(self._scratch.name, "config.yaml")
         write_text(self._file, run_spec.to_yaml(config))
@@ -48,28 +50,24 @@ class JobProcess:
 
     def signal(self, number: int) -> None:
         """Send a signal to the process if it still runs."""
-        if self.is_running:
+        if self._process.poll() is None:
             child_processes.send(number, [self._process.pid])
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the process has not ended yet."""
-        return self._process.poll() is None
 
     def wait(self) -> tuple[int, str]:
         """Wait for the end; return (exit code, error message or ""). A negative code is the signal that killed it."""
-        return self._outcome(self._process.wait())
+        self._process.wait()
+        outcome = self.ended()
+        assert outcome is not None
+        return outcome
 
     def ended(self) -> tuple[int, str] | None:
         """Return (exit code, error message or ""), or None while it runs."""
         code = self._process.poll()
-        return None if code is None else self._outcome(code)
-
-    def _outcome(self, code: int) -> tuple[int, str]:
-        error = self._file.with_name(ERROR_FILE)
-        message = error.read_text(encoding="utf-8") if error.is_file() else ""
-        self._scratch.cleanup()
-        return code, message
+        if self._outcome is None and code is not None:
+            error = self._file.with_name(ERROR_FILE)
+            self._outcome = code, error.read_text(encoding="utf-8") if error.is_file() else ""
+            self._scratch.cleanup()
+        return self._outcome
 
 
 def _open_for_append(file: Path | None) -> AbstractContextManager[IO[bytes] | None]:
@@ -79,7 +77,7 @@ def _open_for_append(file: Path | None) -> AbstractContextManager[IO[bytes] | No
     return file.open("ab")
 
 
-class LocalJobs:
+class LocalJobs(Executor):
     """Executor that runs jobs on this machine, one per slot.
 
     Args:
@@ -88,25 +86,16 @@ class LocalJobs:
     """
 
     def __init__(self, slots: list[Slot], logs: Path) -> None:
+        super().__init__(len(slots), logs)
         self.is_parallel = len(slots) > 1
-        self._slots = slots
-        self._logs = logs
-        self._started: list[JobProcess] = []
+        self._slots: dict[Slot, JobProcess | None] = dict.fromkeys(slots)  # slot → its last job
 
-    def has_free_slot(self) -> bool:
-        """Whether another job can start now."""
-        return len(self._running()) < len(self._slots)
-
-    def start(self, config: RunConfig, number: int) -> JobProcess:
-        """Start a job in a free slot."""
-        taken = [process.slot for process in self._running()]
-        slot = next(slot for slot in self._slots if slot not in taken)
-        output = self._logs / f"job-{number}.txt" if self.is_parallel else None
-        self._started = [*self._running(), JobProcess(config, slot, output)]
-        return self._started[-1]
+    def submit(self, config: RunConfig, output: Path, errors: Path) -> JobProcess:
+        """Start a job in a free slot; the only one prints to the stdout and stderr of this process."""
+        slot = next(slot for slot, job in self._slots.items() if job is None or job.ended() is not None)
+        files = (output, errors) if self.is_parallel else ()
+        job = self._slots[slot] = JobProcess(config, slot, *files)
+        return job
 
     def close(self) -> None:
         """No resources to release."""
-
-    def _running(self) -> list[JobProcess]:
-        return [process for process in self._started if process.is_running]

@@ -16,6 +16,7 @@ from gpt2lab.errors import InputError
 from launch import exit_codes
 from launch.config.schema import RunConfig
 from launch.distributed import child_processes
+from launch.sweep.executor import Executor, RunningJob
 from launch.sweep.jobs import Job, record_end
 
 POLL_SECONDS = 0.05
@@ -47,31 +48,6 @@ class Source(Protocol):
         """Receive the status and the watched metric of an ended job."""
 
 
-class RunningJob(Protocol):
-    """A started job, on this or another machine."""
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the job's processes; cancel the job if it is still pending."""
-
-    def ended(self) -> tuple[int, str] | None:
-        """Return (exit code, error message or ""), or None while it runs."""
-
-
-class Executor(Protocol):
-    """Starts jobs."""
-
-    is_parallel: bool  # whether several jobs run at once, so that their output goes to files
-
-    def has_free_slot(self) -> bool:
-        """Whether another job can start now."""
-
-    def start(self, config: RunConfig, number: int) -> RunningJob:
-        """Start a job."""
-
-    def close(self) -> None:
-        """Release resources after all jobs have ended."""
-
-
 class JobList:
     """A source with a fixed list of jobs."""
 
@@ -85,46 +61,16 @@ class JobList:
         """Ignore the result."""
 
 
-def run_all(
-    source: Source,
-    executor: Executor,
-    create_job: Callable[[Proposal], Job],
-    prepare: Callable[[Job], RunConfig | None],
-    on_change: Callable[[Job], None],
-) -> int:
-    """Run all jobs; return the last received signal, or 0.
+@dataclass
+class JobQueue:
+    """The jobs of a source, run on an executor.
 
-    Args:
+    Attributes:
         create_job: creates the job of a proposal.
         prepare: composes and checks its configuration; returns None for a job that it has recorded as failed or as
             already finished.
         on_change: called after a job has started or ended.
-
-    Raises:
-        Exception: the first error of the source, the executor or a callback, after all running jobs have ended.
     """
-    queue = _Queue(source, executor, create_job, prepare, on_change)
-    with child_processes.record_signals() as signals:
-        sent = 0
-        while queue.running or not (queue.exhausted or queue.errors or signals):
-            for number in signals[sent:]:
-                queue.signal(number)
-                sent += 1
-            queue.record_ended()  # before the next `ask`, which depends on the results
-            with queue.defer_errors():
-                if not (queue.exhausted or queue.errors or signals) and executor.has_free_slot():
-                    queue.start_next()
-                    continue
-            if queue.running:
-                time.sleep(POLL_SECONDS)
-    if queue.errors:
-        raise queue.errors[0]
-    return signals[-1] if signals else 0
-
-
-@dataclass
-class _Queue:
-    """The running jobs; arguments as for `run_all`."""
 
     source: Source
     executor: Executor
@@ -134,6 +80,29 @@ class _Queue:
     running: list[tuple[Job, RunningJob]] = field(default_factory=list)
     exhausted: bool = False
     errors: list[Exception] = field(default_factory=list)
+
+    def run(self) -> int:
+        """Run all jobs; return the last received signal, or 0.
+
+        Raises:
+            Exception: the first error of the source, the executor or a callback, after all running jobs have ended.
+        """
+        with child_processes.record_signals() as signals:
+            sent = 0
+            while self.running or not (self.exhausted or self.errors or signals):
+                for number in signals[sent:]:
+                    self.signal(number)
+                    sent += 1
+                self.record_ended()  # before the next `ask`, which depends on the results
+                with self.defer_errors():
+                    if not (self.exhausted or self.errors or signals) and self.executor.has_free_slot():
+                        self.start_next()
+                        continue
+                if self.running:
+                    time.sleep(POLL_SECONDS)
+        if self.errors:
+            raise self.errors[0]
+        return signals[-1] if signals else 0
 
     @contextmanager
     def defer_errors(self) -> Iterator[None]:

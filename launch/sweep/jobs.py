@@ -2,13 +2,14 @@
 
 import csv
 import io
+import shlex
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.report_json import read_report, watched_value
@@ -16,7 +17,7 @@ from launch import exit_codes
 from launch.checks import checks
 from launch.config import schema
 from launch.config.schema import RunConfig
-from launch.config.unused_keys import in_words, unread_keys, without
+from launch.config.unused_keys import unread_keys, without
 from launch.distributed import child_processes
 from launch.sweep.job_process import JobProcess
 
@@ -58,7 +59,7 @@ def prepare(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: 
 
 def single_run_command(overrides: Iterable[str]) -> str:
     """Return the shell command that repeats a job as a single run."""
-    return f"python train.py {in_words(without(overrides, ('n_jobs', 'resume')))}"
+    return f"python train.py {shlex.join(without(overrides, ('n_jobs', 'resume')))}"
 
 
 def record_end(job: Job, code: int, error: str) -> None:
@@ -122,11 +123,7 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
 
 
 def _to_config(job: Job, tree: DictConfig, overrides: list[str]) -> RunConfig:
-    with open_dict(tree):
-        hydra = tree.pop("hydra")
-    OmegaConf.set_struct(tree, True)
-    config = schema.from_hydra(tree, hydra, command=single_run_command(overrides))
-    return replace(config, run_dir=str(job.folder))
+    return replace(schema.from_composed(tree, single_run_command(overrides)), run_dir=str(job.folder))
 
 
 def run_process(config: RunConfig) -> tuple[int, int, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study
@@ -72,7 +72,7 @@ class Search:
                 "hparams_search=optuna has nothing to search: every key has one value.\n"
                 "Give a range, 'optimizer.lr=interval(1e-4,1e-2)', or choices, model=nano,micro."
             )
-        config = _to_config(sweep_config.copy())
+        config = schema.from_composed(sweep_config.copy())
         checks.check_values(config)
         self.settings = config.hparams_search
         self._validate_every = config.validate_every
@@ -170,17 +170,16 @@ class Search:
 
     def _is_used(self, dimension: Dimension, deciding: tuple[str, ...]) -> bool:
         if (dimension.key, deciding) not in self._used:
-            try:
-                is_used = self._why_unused(dimension, deciding) is None
-            except Exception as error:
-                if exit_codes.as_input_error(error) is None:
-                    raise
-                is_used = False  # the key does not exist for these choices
-            self._used[dimension.key, deciding] = is_used
+            self._used[dimension.key, deciding] = self._why_unused(dimension, deciding) is None
         return self._used[dimension.key, deciding]
 
-    def _why_unused(self, dimension: Dimension, deciding: Sequence[str]) -> str | None:
-        return unread_keys(self._composed([*deciding, dimension.examples[0]])).get(dimension.key)
+    def _why_unused(self, dimension: Dimension, deciding: Sequence[str]) -> InputError | None:
+        """Return the error if a job with these choices does not have or does not read the key; else None."""
+        config = self._composed([*deciding, dimension.examples[0]])
+        if isinstance(config, InputError):
+            return config
+        unread = unread_keys(config).get(dimension.key)
+        return InputError(f"{unread}.\nLeave it out.") if unread else None
 
     def _check_used(self, dimension: Dimension) -> None:
         """Check that at least one choice of the groups that the key depends on has it and reads it.
@@ -188,21 +187,14 @@ class Search:
         Raises:
             InputError: no choice does; the message is that of the first.
         """
-        input_error: InputError | None = None
+        errors = []
         for chosen in _combinations(self._deciders(dimension)):
-            try:
-                unused = self._why_unused(dimension, chosen)
-            except Exception as error:
-                input_error = input_error or exit_codes.as_input_error(error)
-                if input_error is None:
-                    raise
-                continue
-            if unused is None:
+            error = self._why_unused(dimension, chosen)
+            if error is None:
                 return
-            input_error = input_error or InputError(f"{unused}.\nLeave it out.")
-        assert input_error is not None
-        hint = "\nSearch whole numbers with range(low,high)." if "is not a whole number" in str(input_error) else ""
-        raise InputError(f"{input_error}{hint}")
+            errors.append(str(error))
+        hint = "\nSearch whole numbers with range(low,high)." if "is not a whole number" in errors[0] else ""
+        raise InputError(f"{errors[0]}{hint}")
 
     def _watched_metric(self) -> str:
         """The metric that the search optimizes.
@@ -211,13 +203,8 @@ class Search:
             InputError: the jobs watch different metrics.
         """
         decide = [d for d in self._dimensions if d.key in ("task", "experiment", "data")]
-        metrics = set()
-        for chosen in _combinations(decide):
-            try:
-                metrics.add(self._composed(chosen).watched_metric)
-            except Exception as error:
-                if exit_codes.as_input_error(error) is None:
-                    raise
+        composed = map(self._composed, _combinations(decide))
+        metrics = {config.watched_metric for config in composed if isinstance(config, RunConfig)}
         if len(metrics) > 1:
             raise InputError(
                 f"The jobs of this search watch different metrics, {' and '.join(sorted(metrics))}, "
@@ -231,8 +218,15 @@ class Search:
         rest = [d.examples[0] for d in self._dimensions if d not in decide]
         return [[*self._fixed, *chosen, *rest] for chosen in _combinations(decide)]
 
-    def _composed(self, chosen: list[str]) -> RunConfig:
-        return _to_config(self._loader.load_sweep_config(self._sweep_config, [*self._fixed, *chosen]))
+    def _composed(self, chosen: list[str]) -> RunConfig | InputError:
+        """Return the configuration of a job with these choices; the error if there is no such job."""
+        try:
+            return schema.from_composed(self._loader.load_sweep_config(self._sweep_config, [*self._fixed, *chosen]))
+        except Exception as error:
+            input_error = exit_codes.as_input_error(error)
+            if input_error is None:
+                raise
+            return input_error
 
     # The study
 
@@ -288,12 +282,6 @@ class Search:
 def _combinations(dimensions: list[Dimension]) -> Iterator[list[str]]:
     for chosen in itertools.product(*(dimension.examples for dimension in dimensions)):
         yield list(chosen)
-
-
-def _to_config(tree: DictConfig) -> RunConfig:
-    with open_dict(tree):
-        hydra = tree.pop("hydra")
-    return schema.from_hydra(tree, hydra, command="")
 
 
 def _join(arguments: set[str]) -> str:

@@ -12,8 +12,8 @@ from launch import exit_codes
 from launch.checks import resource_request
 from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import RunConfig
-from launch.sweep.cluster_executor import ClusterJobs
 from launch.sweep.cluster_task import ClusterTask
+from launch.sweep.executor import Executor
 from launch.sweep.job_process import JobProcess
 
 # Prefixes of environment variables that are copied to workers
@@ -84,7 +84,7 @@ class RayJob:
         return self._outcome
 
 
-class RayJobs(ClusterJobs):
+class RayJobs(Executor):
     """Executor that submits each job as a Ray actor.
 
     Args:
@@ -136,7 +136,7 @@ class RayJobs(ClusterJobs):
         )
         environment = {key: value for key, value in os.environ.items() if key.startswith(FORWARDED_VARIABLES)}
         worker: Any = actor.remote(environment)
-        return self._track(RayJob(worker, worker.run.remote(ClusterTask.from_config(config, output, errors))))
+        return RayJob(worker, worker.run.remote(ClusterTask(config, output, errors)))
 
     def close(self) -> None:
         """Disconnect from the cluster; stop it if it was started here."""

@@ -14,11 +14,11 @@ from launch.config import run_dir
 from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import RunConfig
 from launch.distributed import child_processes
-from launch.sweep.cluster_executor import ClusterJobs
+from launch.sweep.executor import Executor
 from launch.sweep.job_queue import POLL_SECONDS
 
 
-def create_executor(launcher: LauncherSettings, max_jobs: int, logs: Path) -> ClusterJobs:
+def create_executor(launcher: LauncherSettings, max_jobs: int, logs: Path) -> Executor:
     """Create the SLURM or Ray executor.
 
     Args:

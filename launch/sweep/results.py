@@ -1,26 +1,19 @@
 """Sweep results: sweep.csv, sweep.html and the terminal table of a sweep's jobs."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpt2lab.analysis.sweep_runs import (
-    NAMED,
-    SweepResults,
-    SweepRun,
-    format_gap,
-    format_value,
-    group_runs,
-    summarize,
-)
+from gpt2lab.analysis.sweep_runs import NAMED, SweepResults, SweepRun, format_gap, format_value, group_runs, summarize
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
 from gpt2lab.reports.sweep_html import render
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
-from launch.config import unused_keys
+from launch.config.unused_keys import given_keys
 from launch.sweep import jobs
 from launch.sweep.jobs import Job
 
@@ -88,17 +81,10 @@ def _read(folder: Path, mtime: int) -> tuple[dict[str, Any], list[tuple[int, flo
 
 def _varied_keys(planned: Sequence[Job]) -> list[dict[str, str]]:
     """Return for each job its overrides of the keys in which the jobs differ, as {key: value}."""
-    given = [
-        dict(zip(unused_keys.given_keys(job.overrides), (_value(one) for one in job.overrides), strict=True))
-        for job in planned
-    ]
+    given = [{given_keys([one])[0]: one.partition("=")[2] for one in job.overrides} for job in planned]
     keys = dict.fromkeys(key for own in given for key in own)
     varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
     return [{key: own[key] for key in varied if key in own} for own in given]
-
-
-def _value(override: str) -> str:
-    return override.partition("=")[2]
 
 
 def _shared_overrides(planned: Sequence[Job]) -> list[str]:
@@ -113,7 +99,7 @@ def _row(job: Job, varied: dict[str, str]) -> dict[str, Any]:
     """A row of sweep.csv."""
     report = _read_job(job)[0]
     shown = {name: report.get(name, "") for name in ("watched_metric", "val_loss", "seconds", "tokens_per_second")}
-    own = {"job": job.number, "status": job.status, "overrides": unused_keys.in_words(job.overrides)}
+    own = {"job": job.number, "status": job.status, "overrides": shlex.join(job.overrides)}
     outcome = {"error": job.error, "watched": "" if job.watched is None else job.watched}
     return {**shown, **varied, **own, **outcome, "command": _command(job, report)}
 
@@ -131,7 +117,7 @@ def _jobs(planned: Sequence[Job]) -> str:
         row = _row(job, {})
         value = "" if job.watched is None else f"{job.watched:.4f}"
         seconds = f"{row['seconds']:.0f}" if row["seconds"] != "" else ""
-        own = unused_keys.in_words(override for override in job.overrides if override not in shared)
+        own = shlex.join(override for override in job.overrides if override not in shared)
         lines.append((str(job.number), job.status, row["watched_metric"], value, seconds, own))
     return _aligned(lines)
 

@@ -1,4 +1,4 @@
-"""SlurmJobs: executor that submits runs to SLURM with submitit and polls their result files and squeue."""
+"""SLURM: SlurmJobs submits runs with submitit and polls their result files and squeue; SlurmTask runs on the nodes."""
 
 import os
 import shutil
@@ -8,9 +8,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from gpt2lab.errors import InputError
@@ -20,8 +22,10 @@ from launch.checks.resource_request import Machines
 from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import RunConfig
 from launch.distributed import child_processes
-from launch.sweep.cluster_executor import ClusterJobs
+from launch.sweep.cluster_task import ClusterTask
+from launch.sweep.executor import Executor
 
+TIMEOUT_SIGNAL = signal.SIGUSR2  # SLURM sends it before the job's time limit, as configured through submitit
 FILE_POLL_SECONDS = 1.0  # interval of checks for the result files of a job
 SQUEUE_SECONDS = 5.0  # interval of squeue calls, for all jobs together
 FILE_LAG_SECONDS = 15.0  # delay with which files of an ended job may appear on a shared file system
@@ -93,7 +97,7 @@ class SlurmJob:
         is_complete = len(outcomes) == len(results)
         if is_complete and outcomes[0][0] not in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
             return _combine(outcomes)
-        state = self._state()
+        state = str(self.job.state) if self._queue is None else self._queue.state(self.job.job_id)
         if state in ("", *ACTIVE):
             self._inactive_since = None
             return None
@@ -115,15 +119,52 @@ class SlurmJob:
             return part.result()
         return exit_codes.FAILED, str(error).split(TRACEBACK_RULE)[1].strip().splitlines()[-1]
 
-    def _state(self) -> str:
-        return str(self.job.state) if self._queue is None else self._queue.state(self.job.job_id)
-
     def _lost_message(self, state: str) -> str:
         """Message for a job without result files: its SLURM state and the last line of its stderr."""
         message = f"job {self.job.job_id} ended without a result: {state}"
         errors = self.job.paths.stderr
         lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.is_file() else []
         return f"{message} ({lines[-1]})" if lines else message
+
+
+@dataclass
+class SlurmTask(ClusterTask):
+    """A run as a submitit callable: called once per rank in a multi-node run, otherwise once.
+
+    Attributes:
+        is_requeued: whether submitit has requeued the job.
+    """
+
+    is_requeued: bool = False
+
+    def __call__(self) -> tuple[int, str]:
+        """Run the job; return (exit code, error message or ""). Does not return if the job is requeued on timeout."""
+        import submitit
+
+        environment = submitit.JobEnvironment()
+        environment.paths.result_pickle.unlink(missing_ok=True)  # from before the job was requeued
+        requeue = signal.signal(TIMEOUT_SIGNAL, signal.SIG_IGN)  # the child inherits it: SLURM may signal it too
+        is_requeued = self.is_requeued or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        process = self.start(environment.global_rank, is_requeued)
+        timeouts: list[int] = []
+
+        def save(number: int, _frame: FrameType | None) -> None:
+            timeouts.append(number)
+            process.signal(signal.SIGUSR1)
+
+        signal.signal(TIMEOUT_SIGNAL, save)
+        with child_processes.forward_signals(process.signal):
+            code, error = process.wait()
+        if code == exit_codes.STOPPED and timeouts and callable(requeue):
+            with suppress(submitit.core.utils.UncompletedJobError):  # `launcher.requeues` is exhausted
+                requeue(TIMEOUT_SIGNAL, None)  # on rank 0: calls `checkpoint` and ends this process
+        return code, error
+
+    def checkpoint(self) -> Any:
+        """Return the task that submitit requeues."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(replace(self, is_requeued=True))
 
 
 def _combine(outcomes: list[tuple[int, str]]) -> tuple[int, str]:
@@ -133,7 +174,7 @@ def _combine(outcomes: list[tuple[int, str]]) -> tuple[int, str]:
     return [*killed, *user_errors, outcomes[0]][0]
 
 
-class SlurmJobs(ClusterJobs):
+class SlurmJobs(Executor):
     """Executor that submits runs with submitit; its files are in `logs` until `close`.
 
     Args:
@@ -166,8 +207,6 @@ class SlurmJobs(ClusterJobs):
         import submitit
         from submitit.core.core import PicklingExecutor
 
-        from launch.sweep.slurm_task import SlurmTask
-
         machines = resource_request.request_from(config)
         launcher = config.launcher
         kind: type[PicklingExecutor]
@@ -179,17 +218,17 @@ class SlurmJobs(ClusterJobs):
         executor.update_parameters(**parameters)
         try:
             with _environment(is_local=self._queue is None):
-                job = SlurmJob(executor.submit(SlurmTask.from_config(config, output, errors)), self._queue)
+                job = SlurmJob(executor.submit(SlurmTask(config, output, errors)), self._queue)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"SLURM rejected the job: {reason}\nChange launcher.* or devices and num_nodes.") from None
         if self._queue is not None:
             print(f"{config.run_dir or config.resume}: SLURM job {job.job.job_id}", file=sys.stderr, flush=True)
-        return self._track(job)
+        return job
 
     def close(self) -> None:
         """Remove submitit's files."""
-        if all(job.ended() is not None for job in self._submitted):
+        if all(job.ended() is not None for job in self._running):
             shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -51,22 +51,19 @@ def field_defaults(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def signature_defaults() -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, Python default) of the classes that a node is built from."""
-    classes = {kind: target for target, kind in NODES.items() if not target.startswith("lightning.")}
     for place, kinds in PLACES.items():
-        for kind in kinds:
-            if kind not in classes:
-                continue
-            module, _, name = classes[kind].rpartition(".")
+        for target, kind in kinds.items() if place != "trainer" else ():
+            module, _, name = target.rpartition(".")
             parameters = inspect.signature(vars(import_module(module))[name]).parameters
             keys = [item.name for item in fields(kind) if item.name not in READ_BEFORE]
-            assert set(keys) <= set(parameters), classes[kind]
+            assert set(keys) <= set(parameters), target
             yield from ((f"{place}.{one}", parameters[one].default) for one in keys)
 
 
 # Presets of sampling are compared in tests/launch/run/test_sampling.py
 PYTHON_DEFAULTS = [pair for pair in field_defaults(RunConfig, "") if not pair[0].startswith("sampling.")]
 PYTHON_DEFAULTS += [
-    pair for place, kinds in PLACES.items() for kind in kinds for pair in field_defaults(kind, f"{place}.")
+    pair for place, kinds in PLACES.items() for kind in kinds.values() for pair in field_defaults(kind, f"{place}.")
 ]
 PYTHON_DEFAULTS += [pair for pair in signature_defaults() if pair[1] is not inspect.Parameter.empty]
 
@@ -145,7 +142,7 @@ def test_no_key_is_described_twice() -> None:
     """Neither two fields nor a comment in conf/ describe a key again; comments of recipes give reasons for values."""
     by_name: dict[str, Key] = {}
     for place, kinds in PLACES.items():
-        for name, meaning in (item for kind in kinds for item in keys_of(kind, f"{place}.")):
+        for name, meaning in (item for kind in kinds.values() for item in keys_of(kind, f"{place}.")):
             assert by_name.setdefault(name, meaning) is meaning, name
     texts = [meaning.text for meaning in {id(one): one for one in known_keys().values()}.values()]
     assert len(texts) == len(set(texts)), {text for text in texts if texts.count(text) > 1}
