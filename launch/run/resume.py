@@ -111,7 +111,8 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
     check_targets(stored.config.target_nodes, config.allow_targets)
     check_nodes(stored.config.target_nodes)
     plugins.load(stored.config.plugins, config.allow_targets)
-    checks.check_values(config)
+    for read in (stored.config, config):
+        checks.check_values(read)
     _check_teacher(stored)
     spec = _changed(stored, config)
     if newest and spec.config.steps < checkpoint_step(newest):
