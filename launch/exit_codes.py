@@ -38,6 +38,9 @@ class Exit(SystemExit):
         super().__init__(code)
         self.message = message
 
+    def __str__(self) -> str:
+        return self.message
+
 
 def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
     """Run `entry` and exit with its exit code, also when Ctrl-C arrives while the interpreter shuts down."""

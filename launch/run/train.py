@@ -87,7 +87,7 @@ def _fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
     except (Exception, exit_codes.Exit) as error:
         if not is_complete(trainer):
             raise
-        reason = full_disk_message(error) or f"{type(error).__name__}: {getattr(error, 'message', error)}"
+        reason = full_disk_message(error) or f"{type(error).__name__}: {error}"
         log.warning("Training is complete and saved, but a later step failed: %s", reason.partition("\n")[0])
 
 
