@@ -142,8 +142,7 @@ class CacheSide:
         if not self.settings.tail:
             logs[:, -1] = -torch.inf
             logs = logs.log_softmax(1)
-        p = logs.exp()  # (targets, K + 1)
-        return TopKTeacher(ids, p[:, :-1], p[:, -1], logs)
+        return TopKTeacher(ids, logs)
 
     def _map(self, part: str, dtype: str | np.dtype) -> np.ndarray:
         file = self._files[part]
