@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -71,6 +72,15 @@ class Sizes:
         """Target tokens per step."""
         return self.batch * self.context
 
+    @property
+    def keys(self) -> list[str]:
+        """Arguments of train.py for a student on the CPU."""
+        student = self.student
+        words = ["model=micro", f"model.n_layer={student.n_layer}", f"model.n_head={student.n_head}"]
+        words += [f"model.n_embd={student.n_embd}", "optimizer=adamw", f"context={self.context}"]
+        words += [f"{key}={self.steps}" for key in ("steps", "validate_every", "checkpoint_every")]
+        return [*words, f"batch_tokens={self.targets}", "accelerator=cpu", "devices=1", f"threads={self.threads}"]
+
 
 FULL = Sizes(
     vocabularies=(4_096, 50_257),
@@ -102,6 +112,14 @@ class Measured:
 Results = dict[tuple[int, str], Measured]
 
 
+def write_inputs(folder: Path, teacher: ModelShape, vocab_size: int, train_tokens: int) -> None:
+    """Write the folders corpus, tokenizer and teacher, with random weights."""
+    write_corpus(folder / "corpus", vocab_size, train_tokens)
+    write_tokenizer(folder / "tokenizer", vocab_size)
+    torch.manual_seed(1)
+    to_hf(Backbone(replace(teacher, vocab_size=vocab_size))).save_pretrained(folder / "teacher")
+
+
 class Bench:
     """Files shared by all sides for one vocabulary, and a function per side."""
 
@@ -110,10 +128,7 @@ class Bench:
         self.loss_arguments, self.beta = LOSSES[loss]
         self.runs = 0
         self.corpus, self.tokenizer, self.teacher = (folder / name for name in ("corpus", "tokenizer", "teacher"))
-        write_corpus(self.corpus, vocab_size, train_tokens=200_000)
-        write_tokenizer(self.tokenizer, vocab_size)
-        torch.manual_seed(1)
-        to_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(self.teacher)
+        write_inputs(folder, sizes.teacher, vocab_size, train_tokens=200_000)
 
     def sides(self) -> dict[str, Callable[[], Measured]]:
         distill = ["task=distill", f"teacher={self.teacher}", "preflight=off", "loss.hard_weight=0"]
@@ -131,12 +146,9 @@ class Bench:
 
     def ours(self, task: list[str]) -> Measured:
         """Measure a complete run of train.py in bf16."""
-        sizes, student = self.sizes, self.sizes.student
-        arguments = [*task, *bin_data(self.corpus, self.tokenizer), "model=micro", f"model.n_layer={student.n_layer}"]
-        arguments += [f"model.n_head={student.n_head}", f"model.n_embd={student.n_embd}", "optimizer=adamw"]
-        arguments += [f"context={sizes.context}", f"batch_tokens={sizes.targets}", f"micro_batch={sizes.batch}"]
-        arguments += [f"{key}={sizes.steps}" for key in ("steps", "validate_every", "checkpoint_every", "sample_every")]
-        arguments += ["precision=bf16", "accelerator=cpu", "devices=1", f"threads={sizes.threads}", "logger=csv"]
+        sizes = self.sizes
+        arguments = [*task, *bin_data(self.corpus, self.tokenizer), *sizes.keys, f"sample_every={sizes.steps}"]
+        arguments += [f"micro_batch={sizes.batch}", "precision=bf16", "logger=csv"]
         arguments += [STEP_TIMES, STEP_MEMORY, "callbacks.checkpoint.verify_export=false"]
         self.runs += 1
         run_dir = self.folder / f"run-{self.runs}"
@@ -150,17 +162,29 @@ class Bench:
         given = {"corpus": self.corpus, "tokenizer": self.tokenizer, "teacher": self.teacher, "precision": precision}
         given |= {"layers": student.n_layer, "heads": student.n_head, "width": student.n_embd, "beta": self.beta}
         given |= {"context": sizes.context, "batch": sizes.batch, "steps": sizes.trl_steps, "threads": sizes.threads}
-        command = [str(self.trl_python), "-m", "benchmarks.trl_gkd_step"]
-        command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        command += ["--keep-freed-memory"] if keep_freed_memory else []
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command)}\n{ended.stderr[-2000:]}")
-        found = json.loads(ended.stdout)
+        found = trl_step(str(self.trl_python), given, ["--keep-freed-memory"] if keep_freed_memory else [])
         if found["targets"] != sizes.targets:
             raise RuntimeError(f"GKDTrainer has {found['targets']} target tokens per step, train.py {sizes.targets}.")
         return Measured(found["milliseconds"], found["before_model"], found["peak"])
+
+
+def trl_step(
+    python: str, options: Mapping[str, Any], flags: Sequence[str] = (), timeout: float | None = None
+) -> dict[str, Any]:
+    """Run trl_gkd_step.py with these options in an environment with TRL and return what it prints.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [python, "-m", "benchmarks.trl_gkd_step", *flags]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if ended.returncode:
+        raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command)}\n{ended.stderr[-2000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])  # after the output of its libraries
 
 
 def measure(sizes: Sizes, loss: str, trl_python: Path | None) -> Results:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.lm_head_sides import EAGER, OURS, Head, HeadInputs, Side, make_inputs, sides
-from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from benchmarks.train_command import ROOT
-from gpt2lab.system.device import resolve_device, synchronize
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory, resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.run.auto_settings import cpu_cores, has_compiler
 
@@ -89,12 +88,10 @@ def memory_here(head: Head, name: str, compiles: bool) -> int:
     step(side, few, make_inputs(few, device))
     torch.compiler.reset()  # compile for static sizes again
     inputs = make_inputs(head, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else forget_peak()
+    before = reset_peak_memory(device)
     for _ in range(2):
         step(side, head, inputs)
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()) - before
+    return peak_memory_bytes(device) - before
 
 
 def apart(*job: object) -> str:

@@ -11,14 +11,12 @@ precision is within if no seed differs by more than 0.02 nats from fp32.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.train_command import ROOT, TrainingFailed, train
+from benchmarks.train_command import run_train, train
 from gpt2lab.evaluation.paired_statistics import PairedDifference, paired_difference
 
 EXACT = "fp32"
@@ -49,11 +47,8 @@ def measure_losses(
 
     def sweep(precision: str) -> dict[int, float]:
         target = folder / precision
-        words = [*usual, f"precision={precision}", f"seed={','.join(map(str, SEEDS))}", f"hydra.sweep.dir={target}"]
-        command = [sys.executable, "train.py", "-m", *words]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            raise TrainingFailed(f"exit code {ended.returncode}\n{(ended.stdout + ended.stderr)[-2000:]}")
+        seeds = f"seed={','.join(map(str, SEEDS))}"
+        run_train(["-m", *usual, f"precision={precision}", seeds, f"hydra.sweep.dir={target}"])
         reports = [json.loads((target / str(job) / "report.json").read_text()) for job in range(len(SEEDS))]
         return {seed: report["val_loss"] for seed, report in zip(SEEDS, reports, strict=True)}
 

@@ -10,15 +10,13 @@ alternating sides. Prints a Markdown table.
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.train_command import ROOT, tiny_run
+from benchmarks.train_command import run_train, tiny_run
 from launch.config.machine import usable_cores
 
 CORES = 2
@@ -26,18 +24,10 @@ SEPARATE, SWEEP = "separate calls of train.py", f"one sweep, n_jobs={CORES}"
 
 
 def run_all(commands: list[list[str]]) -> float:
-    """Run train.py with each of these arguments sequentially and return the seconds.
-
-    Raises:
-        RuntimeError: one of them failed.
-    """
+    """Run train.py with each of these arguments sequentially and return the seconds; raises as `run_train`."""
     start = time.perf_counter()
     for arguments in commands:
-        ended = subprocess.run(
-            [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        if ended.returncode:
-            raise RuntimeError(f"exit code {ended.returncode}\n{(ended.stdout + ended.stderr)[-2000:]}")
+        run_train(arguments)
     return time.perf_counter() - start
 
 

@@ -10,45 +10,29 @@ table.
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.benchmark_distill import FULL, TINY, Sizes
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import ROOT, bin_data
-from gpt2lab.model.backbone import Backbone, to_hf
+from benchmarks.benchmark_distill import FULL, TINY, Sizes, write_inputs
+from benchmarks.train_command import bin_data, run_train
 
 STEPS = 200
 ONLINE, CACHED = "online teacher", "cached teacher: 12 samples per token"
 KEYS = {ONLINE: ["teacher_cache=none"], CACHED: ["teacher_cache=sampled"]}
 
 
-def sweep(folder: Path, sizes: Sizes, vocab_size: int, students: int, keys: list[str], cache: Path) -> float:
-    """Run one sweep into `folder` and return the seconds.
-
-    Raises:
-        RuntimeError: a job failed.
-    """
-    student = sizes.student
+def sweep(folder: Path, sizes: Sizes, students: int, keys: list[str], cache: Path) -> float:
+    """Run one sweep into `folder` and return the seconds; raises as `run_train`."""
     rates = ",".join(f"{(number + 1) * 2e-4:.1e}" for number in range(students))
-    words = ["task=distill", f"teacher={folder / 'teacher'}", "preflight=off", "model=micro", f"optimizer.lr={rates}"]
-    words += [*bin_data(folder / "corpus", folder / "tokenizer"), f"model.n_layer={student.n_layer}"]
-    words += [f"model.n_head={student.n_head}", f"model.n_embd={student.n_embd}", "optimizer=adamw"]
-    words += [f"context={sizes.context}", f"batch_tokens={sizes.targets}", f"cache_dir={cache}", "logger=none"]
-    words += [f"{key}={sizes.steps}" for key in ("steps", "validate_every", "checkpoint_every")]
-    words += ["callbacks=minimal", "accelerator=cpu", "devices=1", f"threads={sizes.threads}", "loss=forward_kl", *keys]
+    words = ["task=distill", f"teacher={folder / 'teacher'}", "preflight=off", f"optimizer.lr={rates}"]
+    words += [*bin_data(folder / "corpus", folder / "tokenizer"), *sizes.keys, f"cache_dir={cache}"]
+    words += ["logger=none", "callbacks=minimal", "loss=forward_kl", *keys, f"hydra.sweep.dir={cache / 'sweep'}"]
     start = time.perf_counter()
-    command = [sys.executable, "train.py", "-m", *words, f"hydra.sweep.dir={cache / 'sweep'}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"exit code {ended.returncode}\n{(ended.stdout + ended.stderr)[-2000:]}")
+    run_train(["-m", *words])
     return time.perf_counter() - start
 
 
@@ -58,13 +42,10 @@ def measure(sizes: Sizes, vocab_size: int, students: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # Enough for one epoch
-        write_corpus(folder / "corpus", vocab_size, train_tokens=sizes.targets * sizes.steps + sizes.context + 1)
-        write_tokenizer(folder / "tokenizer", vocab_size)
-        torch.manual_seed(1)
-        to_hf(Backbone(replace(sizes.teacher, vocab_size=vocab_size))).save_pretrained(folder / "teacher")
+        write_inputs(folder, sizes.teacher, vocab_size, sizes.targets * sizes.steps + sizes.context + 1)
         for number in tqdm(range(sizes.rounds * len(KEYS)), "sweeps", disable=None):
             side = list(KEYS)[number % len(KEYS)]
-            seconds[side].append(sweep(folder, sizes, vocab_size, students, KEYS[side], folder / f"cache-{number}"))
+            seconds[side].append(sweep(folder, sizes, students, KEYS[side], folder / f"cache-{number}"))
     return {side: statistics.median(found) for side, found in seconds.items()}
 
 

@@ -4,26 +4,25 @@ Each returns its result as text and raises RuntimeError if the claim is violated
 """
 
 import json
-import os
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from benchmarks import benchmark_precisions
+from benchmarks.benchmark_distill import trl_step
 from benchmarks.benchmark_precisions import EXACT, OTHERS
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
-from benchmarks.train_command import ROOT, bin_data, train
+from benchmarks.train_command import ROOT, bin_data, run_train, train
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
@@ -81,23 +80,13 @@ def compare_with_trl(trl_python: str) -> Callable[[Path], str]:
         teacher = folder / "medium"
         torch.manual_seed(1)
         to_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY))).save_pretrained(teacher)
-        keys = [
-            "task=distill",
-            f"teacher={teacher}",
-            "preflight=off",
-            "loss=jsd",
-            "loss.beta=0.5",
-            "loss.hard_weight=0",
-        ]
-        keys += ["optimizer=adamw", "precision=bf16", "micro_batch=8", f"batch_tokens={8 * CONTEXT}"]
+        keys = ["task=distill", f"teacher={teacher}", "preflight=off", "loss=jsd", "loss.beta=0.5"]
+        keys += ["loss.hard_weight=0", "optimizer=adamw", "precision=bf16"]
+        keys += ["micro_batch=8", f"batch_tokens={8 * CONTEXT}"]
         report = _train_once(folder / "beside-trl", [*base(folder, "small", 60), *keys])
         given = {"corpus": folder / "corpus", "tokenizer": folder / "tokenizer", "teacher": teacher, "beta": 0.5}
         given |= {"layers": 12, "heads": 12, "width": 768, "context": CONTEXT - 1, "batch": 8}  # a prompt token before
-        given |= {"steps": 30, "threads": 8}
-        command = [trl_python, "-m", "benchmarks.trl_gkd_step", "--precision", "bf16"]
-        command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        output = _output(command, {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
-        theirs = json.loads(output.splitlines()[-1])  # after the output of its libraries
+        theirs = trl_step(trl_python, {**given, "steps": 30, "threads": 8, "precision": "bf16"}, timeout=LIMIT)
         speeds = report["tokens_per_second"], theirs["targets"] / theirs["milliseconds"] * 1e3
         memories = report["peak_memory_bytes"] / 2**30, theirs["peak"] / 2**30
         sides = [f"{speed:,.0f} tokens/s, {memory:.1f} GiB" for speed, memory in zip(speeds, memories, strict=True)]
@@ -128,7 +117,7 @@ def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
         whole = pool.submit(train, folder / "unbroken", arguments, LIMIT)
         run_dir = folder / "killed"
         _kill_at_first_checkpoint([sys.executable, "train.py", *arguments, f"run_dir={run_dir}"], run_dir)
-        _output([sys.executable, "train.py", f"resume={run_dir}"])
+        run_train([f"resume={run_dir}"], LIMIT)
         unbroken = whole.result()["val_loss"]
     loss = json.loads((run_dir / "report.json").read_text())["val_loss"]
     if not abs(loss - unbroken) < SAME_RESUMED:
@@ -165,16 +154,3 @@ def _kill_at_first_checkpoint(command: list[str], run_dir: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def _output(command: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Run a command and return its output.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    given = {**os.environ, **environment}
-    ended = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=LIMIT, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command[1:4])}: {ended.stderr[-300:]}")
-    return ended.stdout

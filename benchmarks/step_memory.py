@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
+
+CPU = torch.device("cpu")
 
 
 class StepMemory(Callback):
@@ -19,14 +22,14 @@ class StepMemory(Callback):
 
     def __init__(self, run_dir: str) -> None:
         self.file = Path(run_dir) / "step_memory.json"
-        self.before = forget_peak()
+        self.before = reset_peak_memory(CPU)
         self.peak = 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step < trainer.max_steps:
-            self.peak = peak_resident_bytes()
+            self.peak = peak_memory_bytes(CPU)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self.file.write_text(json.dumps({"before_model": self.before, "peak": self.peak}) + "\n")

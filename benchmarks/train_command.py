@@ -15,12 +15,18 @@ class TrainingFailed(RuntimeError):
 
 
 def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
-    """Run `python train.py …` into `run_dir` and return its report.json.
+    """Run `python train.py …` into `run_dir` and return its report.json; raises as `run_train`."""
+    run_train([*arguments, f"run_dir={run_dir}"], timeout)
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def run_train(arguments: Sequence[str], timeout: float | None = None) -> None:
+    """Run `python train.py …`.
 
     Raises:
         TrainingFailed: it did not finish.
     """
-    command = [sys.executable, "train.py", *arguments, f"run_dir={run_dir}"]
+    command = [sys.executable, "train.py", *arguments]
     try:
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -28,7 +34,6 @@ def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None)
     if ended.returncode:
         last_lines = "\n".join((ended.stdout + ended.stderr).splitlines()[-15:])
         raise TrainingFailed(f"exit code {ended.returncode} from {' '.join(command[1:])}\n{last_lines}")
-    return json.loads((run_dir / "report.json").read_text())
 
 
 def bin_data(corpus: Path, tokenizer: Path) -> list[str]:

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 
 IGNORE_INDEX = -100
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the median step after the first quarter, and resident bytes before the model is built and at the peak."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     rows = dataset(options.corpus, options.context, options.batch * options.steps)
-    before_model = forget_peak()
+    before_model = reset_peak_memory(torch.device("cpu"))
     torch.manual_seed(0)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"n_layer": options.layers, "n_head": options.heads, "n_embd": options.width, "n_positions": 1024}
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "milliseconds": statistics.median(seconds[len(seconds) // 4 :].tolist()) * 1e3,
         "before_model": before_model,
-        "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes(),
+        "peak": peak_memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "targets": targets,
         "trl": trl.__version__,
     }

@@ -1,4 +1,6 @@
-"""Rows of parallel text in gettext catalogues, `.mo` and `.po`: columns `source` (message) and `target` (translation).
+"""Rows of parallel text in gettext catalogues, `.mo` and `.po`.
+
+Columns: `source` (message), `target` (translation) and `file` (path of the catalogue).
 
 Skipped: headers, messages equal to their translation, fuzzy and obsolete entries, all plural forms but the first, and
 repeated pairs.
@@ -66,13 +68,9 @@ def _advice(language: str) -> str:
     )
 
 
-def catalogue_rows(files: Iterable[Path], seen: set[bytes] | None = None) -> Iterator[dict[str, str]]:
-    """Yield each distinct pair once, storing a 16-byte hash of it. Unreadable files are logged and skipped.
-
-    Args:
-        seen: hashes of pairs yielded before; updated.
-    """
-    seen = set() if seen is None else seen
+def catalogue_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
+    """Yield each distinct pair once, storing a 16-byte hash of it. Unreadable files are logged and skipped."""
+    seen: set[bytes] = set()
     for file in files:
         try:
             pairs = list(_mo_pairs(file) if file.suffix == ".mo" else _po_pairs(file))
@@ -84,7 +82,7 @@ def catalogue_rows(files: Iterable[Path], seen: set[bytes] | None = None) -> Ite
             digest = blake2b(f"{source}\0{target}".encode(), digest_size=16).digest()
             if source.strip() and target.strip() and source != target and digest not in seen:
                 seen.add(digest)
-                yield {"source": source, "target": target}
+                yield {"source": source, "target": target, "file": str(file)}
 
 
 def _mo_pairs(file: Path) -> Iterator[tuple[str, str]]:

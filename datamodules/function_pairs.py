@@ -7,28 +7,27 @@ whole function).
 
 import ast
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 
-def function_rows(sources: Iterable[str]) -> Iterator[dict[str, str]]:
+def function_rows(source: str) -> Iterator[dict[str, str]]:
     """Yield a row for every function with a docstring and a body, in order.
 
-    Sources that this interpreter cannot parse are skipped: an installation contains some on purpose.
+    A source that this interpreter cannot parse has no rows: an installation contains some on purpose.
     """
-    for source in sources:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's code
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        # ast counts these lines; splitlines would also split at form feeds.
-        lines = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        for node in sorted(functions, key=lambda function: function.lineno):
-            row = _row(node, lines)
-            if row is not None:
-                yield row
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    # ast counts these lines; splitlines would also split at form feeds.
+    lines = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in sorted(functions, key=lambda function: function.lineno):
+        row = _row(node, lines)
+        if row is not None:
+            yield row
 
 
 def _row(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> dict[str, str] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning
 import numpy as np
@@ -11,24 +11,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.batch import IGNORE_INDEX, Batch, Samples
 from gpt2lab.data.data_order import micro_batch_rows, step_samples
 
 ENDLESS = 2**62
-
-
-class Samples(Protocol):
-    """One side of the split: numbered samples that are collated to batches."""
-
-    def __len__(self) -> int: ...
-
-    def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Number of targets in each of the samples `rows`; random keys are `keys`, by default `rows`."""
-        ...
-
-    def batch(self, rows: NDArray[np.int64], target_tokens: int, keys: NDArray[np.int64] | None = None) -> Batch:
-        """Collate the samples `rows`, at least one; without `keys` the batch contains document groups."""
-        ...
 
 
 class TrainingStream(Dataset[Batch]):

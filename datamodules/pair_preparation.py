@@ -8,8 +8,7 @@ Step (3) encode: each side → a PairFile.
 import json
 import logging
 from collections.abc import Callable, Iterator
-from functools import cache
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,26 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.pair_sources import FILE, PairSource, Row, pair_text
+from datamodules.token_preparation import HASHES, hash_text
 from gpt2lab.data.pair_file import PairFileWriter
 from gpt2lab.data.pair_template import PairTemplate, encode_pairs
 from gpt2lab.errors import InputError
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.prepared_cache import read_ledger
 
 log = logging.getLogger(__name__)
 
 SIDES = {"train": "training", "val": "validation"}  # folder of a side → its name in messages
-HASHES = 2**64
 CHUNK = 256  # pairs tokenized in one call
 
 Pairs = Callable[[], Iterator[tuple[str, str, str]]]  # (source, target, their file or "")
-
-
-def source_hash(source: str) -> int:
-    """Hash a source text to [0, 2^64), for the split."""
-    return int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "big")
 
 
 def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], name: str) -> dict[str, Any]:
     """Write folder/pairs.jsonl; rows with an empty source or target are skipped and counted.
 
     Returns:
-        sha256 of the pairs; hashes: the smallest and largest source_hash.
+        sha256 of the pairs; hashes: the smallest and largest hash of a source text.
 
     Raises:
         InputError: a column does not exist, or there is no pair.
@@ -57,7 +52,7 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
             digest.update(_line(pair))  # independent of the files' paths
             file.write(_line({**pair, FILE: str(row[FILE])} if row.get(FILE) else pair))
             pairs += 1
-            smallest, largest = min(smallest, source_hash(source_text)), max(largest, source_hash(source_text))
+            smallest, largest = min(smallest, hash_text(source_text)), max(largest, hash_text(source_text))
     if pairs == 0:
         raise InputError(
             f"data={name} contains no pair: {empty} rows, none with text in both columns {columns[0]} and "
@@ -100,7 +95,7 @@ def read_pairs_with_files(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 def group_number(source: str, file: str) -> int:
     """Return the document group of a pair, a signed 64-bit hash of its file if recorded, else of its source text."""
-    number = source_hash(f"file\0{file}" if file else source)
+    number = hash_text(f"file\0{file}" if file else source)
     return number - HASHES if number >= HASHES // 2 else number
 
 
@@ -122,7 +117,7 @@ def split_by_hash(folder: Path, hashes: list[int], val_fraction: float, name: st
 
     def side(validation: bool) -> Pairs:
         return lambda: (
-            pair for pair in read_pairs_with_files(folder) if (source_hash(pair[0]) < threshold) == validation
+            pair for pair in read_pairs_with_files(folder) if (hash_text(pair[0]) < threshold) == validation
         )
 
     return side(validation=False), side(validation=True)
@@ -133,8 +128,8 @@ def split_by_files(folder: Path, val_folder: Path) -> tuple[Pairs, Pairs]:
 
     def training() -> Iterator[tuple[str, str, str]]:
         # In memory, because validation sets are small
-        held_out = {source_hash(source) for source, _ in read_pairs(val_folder)}
-        return (pair for pair in read_pairs_with_files(folder) if source_hash(pair[0]) not in held_out)
+        held_out = {hash_text(source) for source, _ in read_pairs(val_folder)}
+        return (pair for pair in read_pairs_with_files(folder) if hash_text(pair[0]) not in held_out)
 
     return training, lambda: read_pairs_with_files(val_folder)
 
@@ -191,18 +186,12 @@ def _check_side(counts: dict[str, int], name: str, side: str, context: int) -> N
         )
 
 
-@cache
 def warn_of_truncation(folder: Path, name: str, context: int) -> None:
     """Log once per process how many pairs of a prepared `folder` were skipped or truncated."""
     for folder_name, side in SIDES.items():
         counts = read_ledger(folder)[folder_name]
         if counts["too_long"] or counts["shortened"]:
-            log.warning(
-                "data=%s, context=%d: of %d %s pairs %d are skipped (target too long) and %d have a truncated source",
-                name,
-                context,
-                counts["pairs"] + counts["too_long"],
-                side,
-                counts["too_long"],
-                counts["shortened"],
+            warn_once(
+                f"data={name}, context={context}: of {counts['pairs'] + counts['too_long']} {side} pairs "
+                f"{counts['too_long']} are skipped (target too long) and {counts['shortened']} have a truncated source"
             )

@@ -6,7 +6,7 @@ Every source has rows (dictionaries of columns) and an identity that changes whe
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def open_pair_source(reader: str, path: str, language: str, on_bad_line: str, co
         return _functions(path)
     if reader == "catalogues" and not (path and _is_table(path)):
         files = catalogue_files(path, language)
-        return PairSource({"catalogues": files_identity(files), "format": 2}, lambda: _catalogue_rows(files))
+        return PairSource({"catalogues": files_identity(files), "format": 2}, lambda: catalogue_rows(files))
     return open_tables(path, "path", on_bad_line, columns)
 
 
@@ -88,27 +88,15 @@ def _is_table(path: str) -> bool:
 def _functions(path: str) -> PairSource:
     if not path:
         corpus = stdlib_corpus()
-        return PairSource(corpus.identity, lambda: _function_rows((one.key, one.text) for one in corpus.documents()))
+        documents = corpus.documents
+        return PairSource(
+            corpus.identity, lambda: ({**row, FILE: one.key} for one in documents() for row in function_rows(one.text))
+        )
     files = find_files(path, "path", frozenset({".py"}))
     return PairSource(
         {"functions": files_identity(files)},
-        lambda: _function_rows((str(file), _read_text(file)) for file in files),
+        lambda: ({**row, FILE: str(file)} for file in files for row in function_rows(_read_text(file))),
     )
-
-
-def _function_rows(sources: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """Yield rows of the functions in (file, text), each with its file."""
-    for file, text in sources:
-        for row in function_rows([text]):
-            yield {**row, FILE: file}
-
-
-def _catalogue_rows(files: list[Path]) -> Iterator[Row]:
-    """Yield rows of the catalogues, each with its file."""
-    seen: set[bytes] = set()
-    for file in files:
-        for row in catalogue_rows([file], seen):
-            yield {**row, FILE: str(file)}
 
 
 def _read_text(file: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.token_preparation import count_bytes
+from gpt2lab.data.token_file import map_file
 from gpt2lab.data.tokenizer import load_tokenizer, make_numbered_tokenizer, prepare_tokenizer
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
@@ -45,7 +46,7 @@ def bin_facts(folder: Path, choice: TokenizerChoice, cache_dir: Path) -> tuple[s
         raise InputError("data=bin already contains tokens; name the tokenizer that made them: tokenizer=hub")
     tokenizer_folder, is_available = _tokenizer(choice, cache_dir)
     tokenizer = load_tokenizer(tokenizer_folder)
-    train, val = (_tokens(folder / name) for name in FILES)
+    train, val = (map_file(folder / name, DTYPE) for name in FILES)
     for name, tokens in zip(FILES, (train[:CHECKED], val), strict=True):
         highest = int(tokens.max(initial=0))
         if highest >= len(tokenizer):
@@ -79,10 +80,6 @@ def _tokenizer(choice: TokenizerChoice, cache_dir: Path) -> tuple[str, bool]:
         return {"vocab_size": GPT2_VOCAB_SIZE}
 
     return str(get_or_build("tokenizers", "numbers", {"numbers": GPT2_VOCAB_SIZE}, build, cache_dir)), False
-
-
-def _tokens(path: Path) -> np.ndarray:
-    return np.memmap(path, dtype=DTYPE, mode="r") if path.stat().st_size else np.empty(0, DTYPE)
 
 
 def _fingerprint(tokens: np.ndarray) -> str:

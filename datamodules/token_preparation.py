@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.documents import Corpus, Document
+from gpt2lab.data.token_bytes import bytes_of_tokens
 from gpt2lab.data.token_file import token_dtype
 from gpt2lab.data.tokenizer import TextEncoder
 from gpt2lab.errors import InputError
@@ -39,7 +40,7 @@ def split_corpus(corpus: Corpus, val_fraction: float) -> SplitDocuments:
     threshold, characters = _threshold(corpus, val_fraction)
     if threshold is None:
         return lambda: _cut(corpus.documents(), max(int(characters * (1 - val_fraction)), 1))
-    return lambda: ((VAL if _hash_key(doc.key) < threshold else TRAIN, doc) for doc in corpus.documents())
+    return lambda: ((VAL if hash_text(doc.key) < threshold else TRAIN, doc) for doc in corpus.documents())
 
 
 def _threshold(corpus: Corpus, val_fraction: float) -> tuple[int | None, int]:
@@ -51,7 +52,7 @@ def _threshold(corpus: Corpus, val_fraction: float) -> tuple[int | None, int]:
     threshold = int(val_fraction * HASHES)
     smallest, largest, characters = HASHES, -1, 0
     for document in corpus.documents():
-        key_hash = _hash_key(document.key)
+        key_hash = hash_text(document.key)
         smallest, largest = min(smallest, key_hash), max(largest, key_hash)
         characters += len(document.text)
         if smallest < threshold <= largest:
@@ -77,9 +78,9 @@ def _cut(documents: Iterable[Document], position: int) -> Iterator[tuple[str, Do
         position -= len(document.text)
 
 
-def _hash_key(key: str) -> int:
-    """Hash a document's key to [0, 2^64)."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
+def hash_text(text: str) -> int:
+    """Hash a document's key or a source text to [0, 2^64), for the split."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
 def write_token_files(
@@ -154,10 +155,6 @@ class _TokenWriter:
 
 
 def count_bytes(tokens: NDArray[np.unsignedinteger], tokenizer: PreTrainedTokenizerFast) -> int:
-    """Count the UTF-8 bytes of the tokens of a byte-level tokenizer: one per character of the token string."""
-    special = set(tokenizer.all_special_ids)
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, number in tokenizer.get_vocab().items():
-        lengths[number] = 0 if number in special else len(token)
-    together = 2**20
+    """Count the UTF-8 bytes of the tokens of a byte-level tokenizer."""
+    lengths, together = bytes_of_tokens(tokenizer).numpy(), 2**20
     return sum(int(lengths[tokens[start : start + together]].sum()) for start in range(0, len(tokens), together))

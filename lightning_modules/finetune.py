@@ -1,9 +1,7 @@
 """FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
 
-import logging
 import math
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch.distributed
@@ -18,10 +16,9 @@ from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.lora import merge_adapters
 from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
-
-log = logging.getLogger(__name__)
 
 LORA_LAYERS = ["c_attn", "c_proj", "c_fc"]
 
@@ -93,7 +90,8 @@ class FineTune(LanguageModel):
         predictions, references = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
         scores = text_metrics(self.text.metrics, predictions, references)
         for name in [name for name, value in scores.items() if math.isnan(value)]:
-            _tell_nothing_to_score(name, len(references))
+            texts = len(references)
+            warn_once(f"val/{name} is not logged: none of the {texts} validation texts has anything of the kind")
             del scores[name]
         return {f"val/{name}": value for name, value in scores.items()}
 
@@ -131,9 +129,3 @@ class FineTune(LanguageModel):
         config.base_model_name_or_path = self.settings.init
         config.save_pretrained(folder)
         return True
-
-
-@cache
-def _tell_nothing_to_score(metric: str, texts: int) -> None:
-    """Once in a process, not at every validation."""
-    log.warning("val/%s is not logged: none of the %d validation texts has anything of the kind", metric, texts)

@@ -22,13 +22,13 @@ from benchmarks import (
 )
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.lm_head_sides import EAGER, OURS, Head
-from benchmarks.resident_memory import forget_peak, peak_resident_bytes
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.generation.speculative import Speculated
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import GREEDY, ModelShape
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
 from tests.conftest import ROOT, environment
 
 SMALL = {"width": 16, "rows": 64, "vocab_size": 300}
@@ -83,8 +83,8 @@ def test_head_benchmark_reports_ratios_to_each_implementation() -> None:
 def test_reset_peak_memory_is_not_counted() -> None:
     large = torch.ones(2**25)  # 128 MiB
     del large
-    before = forget_peak()
-    assert peak_resident_bytes() - before < 2**24
+    before = reset_peak_memory(torch.device("cpu"))
+    assert peak_memory_bytes(torch.device("cpu")) - before < 2**24
 
 
 def test_distillation_benchmark_reports_ratios_to_each_side() -> None:

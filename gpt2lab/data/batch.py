@@ -5,8 +5,11 @@ Shapes: B sequences of one micro-batch on one rank, T positions each.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt2lab.model.attention_masks import document_bounds, make_spans
@@ -36,6 +39,20 @@ class Batch:
     def spans_on(self, device: torch.device) -> Tensor | None:
         """Return the spans, moved to a device."""
         return None if self.spans is None else self.spans.to(device)
+
+
+class Samples(Protocol):
+    """One side of the split: numbered samples that are collated to batches."""
+
+    def __len__(self) -> int: ...
+
+    def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Number of targets in each of the samples `rows`; random keys are `keys`, by default `rows`."""
+        ...
+
+    def batch(self, rows: NDArray[np.int64], target_tokens: int, keys: NDArray[np.int64] | None = None) -> Batch:
+        """Collate the samples `rows`, at least one; without `keys` the batch contains document groups."""
+        ...
 
 
 @dataclass(frozen=True)

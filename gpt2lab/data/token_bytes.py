@@ -1,6 +1,8 @@
 """Token bytes: the bytes that each token of a byte-level tokenizer stands for."""
 
+import torch
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gpt2lab.data.tokenizer import TextEncoder
@@ -18,6 +20,16 @@ def byte_characters() -> dict[str, int]:
     themselves = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
     others = (byte for byte in range(256) if chr(byte) not in alphabet)
     return {**themselves, **{chr(256 + number): byte for number, byte in enumerate(others)}}
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the number of bytes of each token of a byte-level BPE, (V,) int64; 0 for special tokens.
+
+    In a byte-level vocabulary (GPT-2's, and those trained here) each character of a token represents one byte.
+    """
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([0 if number in special else len(token or "") for number, token in enumerate(tokens)])
 
 
 def spell_tokens(tokenizer: PreTrainedTokenizerFast, source: str) -> list[bytes | None]:

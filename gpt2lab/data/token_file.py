@@ -21,6 +21,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+def map_file(path: Path, dtype: str | np.dtype) -> np.ndarray:
+    """Map a file into memory; an empty file, which cannot be mapped, becomes an empty array."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
 class TokenFile:
     """Windows of a flat file of token ids.
 
@@ -32,7 +37,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, context: int, *, keep_short: bool = False) -> None:
-        self.tokens = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+        self.tokens = map_file(path, dtype)
         self.context = context
         targets = max(len(self.tokens) - 1, 0)
         self.windows = -(-targets // context) if keep_short else targets // context

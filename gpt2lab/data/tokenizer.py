@@ -174,27 +174,32 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the SHA-256 of all that determines the ids of a text; padding and truncation settings do not count."""
+    return content_hash([_plain_backend(tokenizer).to_str(), tokenizer.eos_token_id])
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy without padding and truncation."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    return content_hash([backend.to_str(), tokenizer.eos_token_id])
+    return backend
 
 
-def differing_tokens(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast, shown: int = 3) -> str:
-    """Return the first few tokens whose ids differ, as text for a message; empty if the vocabularies are equal."""
+def differing_tokens(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast) -> str:
+    """Return the first three tokens whose ids differ, as text for a message; empty if the vocabularies are equal."""
     ours, theirs = first.get_vocab(), second.get_vocab()
     if ours == theirs:
         return ""
     different = [token for token in sorted({**ours, **theirs}) if ours.get(token) != theirs.get(token)]
-    return ", ".join(f"{token!r}: {ours.get(token)} and {theirs.get(token)}" for token in different[:shown])
+    return ", ".join(f"{token!r}: {ours.get(token)} and {theirs.get(token)}" for token in different[:3])
 
 
-def describe_difference(folder: Path, tokenizer: PreTrainedTokenizerFast, shown: int = 3) -> str:
+def describe_difference(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a line of a message, with a line break before it, on ids that differ from a model folder's tokenizer.
 
     It is empty if the folder has no tokenizer or the vocabularies are equal.
     """
-    different = differing_tokens(load_tokenizer(str(folder)), tokenizer, shown) if has_tokenizer(folder) else ""
+    different = differing_tokens(load_tokenizer(str(folder)), tokenizer) if has_tokenizer(folder) else ""
     return f"\nThe two tokenizers have different ids, for example {different}." if different else ""
 
 
@@ -202,9 +207,7 @@ class TextEncoder:
     """Batched tokenizer on all cores. Text like <|endoftext|> is encoded as ordinary text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._backend = _plain_backend(tokenizer)
         self._backend.encode_special_tokens = True
 
     def __call__(self, texts: list[str]) -> list[list[int]]:

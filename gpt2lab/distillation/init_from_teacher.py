@@ -13,6 +13,7 @@ Shapes: B sequences, T positions, D hidden width, H heads, F = 4 · D neurons; D
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -138,38 +139,27 @@ def measure_importance(teacher: Backbone, batches: Iterable[Batch]) -> Importanc
 
 def _register_hooks(teacher: Backbone, add: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
     """Register hooks that pass the activations of layer norms, attention heads and MLP neurons to `add`."""
-    modules = dict(teacher.lm.named_modules())
 
-    def norm_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> None:
-            normalised = nn.functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)  # (B, T, D)
-            add(f"{name} output", output.abs())
-            add(f"{name} mean", normalised)
-            add(f"{name} square", normalised.square())
+    def of_norm(name: str, module: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> None:
+        normalised = nn.functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)  # (B, T, D)
+        add(f"{name} output", output.abs())
+        add(f"{name} mean", normalised)
+        add(f"{name} square", normalised.square())
 
-        return hook
+    def of_heads(layer: int, _: nn.Module, inputs: tuple[Tensor]) -> None:  # (B, T, D), head after head
+        add(f"{layer} heads", inputs[0].unflatten(-1, (teacher.shape.n_head, -1)).norm(dim=-1))
 
-    def head_hook(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:  # (B, T, D), head after head
-            add(f"{layer} heads", inputs[0].unflatten(-1, (teacher.shape.n_head, -1)).norm(dim=-1))
-
-        return hook
-
-    def neuron_hook(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:  # (B, T, F), after GELU
-            add(f"{layer} neurons", inputs[0].abs())
-
-        return hook
+    def of_neurons(layer: int, _: nn.Module, inputs: tuple[Tensor]) -> None:  # (B, T, F), after GELU
+        add(f"{layer} neurons", inputs[0].abs())
 
     handles = [
-        module.register_forward_hook(norm_hook(name))
-        for name, module in modules.items()
+        module.register_forward_hook(partial(of_norm, name))
+        for name, module in teacher.lm.named_modules()
         if isinstance(module, nn.LayerNorm)
     ]
-    for layer in range(teacher.shape.n_layer):
-        block = f"transformer.h.{layer}"
-        handles.append(modules[f"{block}.attn.c_proj"].register_forward_pre_hook(head_hook(layer)))
-        handles.append(modules[f"{block}.mlp.c_proj"].register_forward_pre_hook(neuron_hook(layer)))
+    for layer, block in enumerate(teacher.lm.transformer.h):
+        handles.append(block.attn.c_proj.register_forward_pre_hook(partial(of_heads, layer)))
+        handles.append(block.mlp.c_proj.register_forward_pre_hook(partial(of_neurons, layer)))
     return handles
 
 

@@ -14,16 +14,16 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.batch import IGNORE_INDEX, Batch, Samples
 from gpt2lab.data.data_order import uniforms
-from gpt2lab.data.token_file import token_dtype
+from gpt2lab.data.token_file import map_file, token_dtype
 from gpt2lab.errors import InputError
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.logit_chunks import logit_chunks
@@ -38,16 +38,6 @@ LOGITS_AT_A_TIME = 2**24
 SAMPLES_OF_A_COMMIT = 256
 VALIDATION_TOKENS = 64
 SMALLEST_STORED = -6e4  # log-probability; within the range of float16
-
-
-class Samples(Protocol):
-    """Samples of one side of the split, train or val, as data modules provide them."""
-
-    def __len__(self) -> int: ...
-
-    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]: ...
-
-    def batch(self, rows: NDArray[np.int64], target_tokens: int) -> Batch: ...
 
 
 def record_type(settings: TeacherCacheSettings, vocab_size: int) -> np.dtype:
@@ -142,12 +132,10 @@ class CacheSide:
         if not self.settings.tail:
             logs[:, -1] = -torch.inf
             logs = logs.log_softmax(1)
-        p = logs.exp()  # (targets, K + 1)
-        return TopKTeacher(ids, p[:, :-1], p[:, -1], logs)
+        return TopKTeacher(ids, logs)
 
     def _map(self, part: str, dtype: str | np.dtype) -> np.ndarray:
-        file = self._files[part]
-        return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+        return map_file(self._files[part], dtype)
 
     def _records(
         self, teacher: DenseTeacher, batch: Batch, numbers: NDArray[np.int64], temperature: float

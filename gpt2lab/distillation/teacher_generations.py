@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.data.batch import Batch
+from gpt2lab.data.batch import Batch, Samples
 from gpt2lab.data.token_file import token_dtype
 from gpt2lab.distillation.generation_batches import GeneratedSequence, TextGenerator, collate
-from gpt2lab.distillation.teacher_cache import Samples
 from gpt2lab.storage.atomic_files import flush
 
 

@@ -9,7 +9,7 @@ teacher. Contexts are those of the scored text, not of the student's own generat
 Source: Leviathan, Kalman, Matias 2023, Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,14 +87,6 @@ def estimate_speculation(acceptance: float, sums: dict[str, Tensor], samples: in
         drafts=drafts,
         tokens_per_target_call=tokens_per_target_call(acceptance, drafts),
         speedup=speedup(acceptance, drafts, ratio),
-    )
-
-
-def with_error(found: Speculation, tokens_error: float) -> Speculation:
-    """Add the standard errors of tokens per call and of the speed-up, whose costs are exact."""
-    cost = found.drafts * found.cost_ratio + 1
-    return replace(
-        found, tokens_per_target_call_standard_error=tokens_error, speedup_standard_error=tokens_error / cost
     )
 
 

@@ -54,10 +54,6 @@ def text_scores(
         ValueError: no text, or the numbers of predictions and references differ.
     """
     names = list(names)
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references: give the same number, at least one."
-        )
     values = per_text_scores(names, predictions, references)
     documents = _texts_of_documents(groups if groups is not None else range(len(references)))
     generator = np.random.default_rng(seed)

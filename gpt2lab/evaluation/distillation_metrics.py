@@ -66,7 +66,6 @@ def distillation_sums(
     *,
     vocab_size: int | None = None,
     uniforms: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
     chunk_rows: int | None = None,
     compiled: bool = False,
     documents: Tensor | None = None,
@@ -79,7 +78,7 @@ def distillation_sums(
         hidden: (N, D) student hidden states after the final layer norm.
         weight: (V, D) student head. Both heads are truncated to the smaller one, or to `vocab_size` if smaller still,
             so that padding is in no softmax.
-        labels: (N,) int64 below this vocabulary size, or `ignore_index`.
+        labels: (N,) int64 below this vocabulary size, or IGNORE_INDEX.
         teacher: dense, at all N positions; or top-k with K ≥ 5, at temperature 1 and at the targets only, in their
             order. The loss of a top-k teacher is left out.
         uniforms: (N, 2) numbers in [0, 1) to sample and accept drafts (acceptance.py); ignored with a top-k teacher.
@@ -91,7 +90,7 @@ def distillation_sums(
         ValueError: hidden states, labels and teacher differ in their number of positions, or the teacher has no
             distribution over the student's tokens.
     """
-    kept = (labels != ignore_index).nonzero().squeeze(1)
+    kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     _check_rows(hidden, labels, teacher, len(kept))
     hidden, labels = hidden[kept], labels[kept]
     uniforms = uniforms[kept] if uniforms is not None else None

@@ -52,16 +52,6 @@ class DocumentLosses:
 
         return mean_error(torch.tensor(self.nats, dtype=torch.float64), torch.tensor(self.targets))
 
-    @property
-    def half_interval(self) -> float | None:
-        """Half the width of the 95 % interval of the mean loss."""
-        import torch
-
-        from gpt2lab.evaluation.jackknife import interval_factor
-
-        error = self.standard_error
-        return None if error is None else error * interval_factor(torch.tensor(self.targets))
-
     def same_targets(self, other: "DocumentLosses") -> bool:
         """Return whether both have the same targets of the same data."""
         mine, theirs = (self.data, self.group, self.targets), (other.data, other.group, other.targets)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.evaluation.distillation_metrics import CALIBRATION_BINS
@@ -76,16 +75,6 @@ class Score:
         """Figures by name, without counts."""
         names = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "ece")
         return {name: vars(self)[name] for name in names}
-
-
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the number of bytes of each token of a byte-level BPE, (V,) int64; 0 for special tokens.
-
-    In a byte-level vocabulary (GPT-2's, and those trained here) each character of a token represents one byte.
-    """
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([0 if number in special else len(token) for number, token in enumerate(tokens)])
 
 
 @torch.no_grad()

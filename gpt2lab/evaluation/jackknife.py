@@ -50,7 +50,8 @@ class GroupedSums:
 
     def scored(self) -> Sums:
         """Return the sums of the groups that have a target."""
-        return scored(self.sums)
+        kept = self.sums[TOKENS] > 0 if self.sums else None
+        return {name: value[kept] for name, value in self.sums.items()}
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,6 @@ class DocumentDifference:
 def total(sums: Sums) -> Sums:
     """Add the sums of all groups, in float64."""
     return {name: value.double().sum(0) for name, value in sums.items()}
-
-
-def scored(sums: Sums) -> Sums:
-    """Select the groups that have a target."""
-    kept = sums[TOKENS] > 0 if sums else None
-    return {name: value[kept] for name, value in sums.items()}
 
 
 def standard_errors(sums: Sums, figures: Callable[[Sums], Figures]) -> Figures:

@@ -85,29 +85,11 @@ def _signed(value: float) -> str:
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """Return the two-sided quantile of Student's t distribution, by bisection.
+    """Return the two-sided quantile of Student's t distribution.
 
     Args:
         freedom: degrees of freedom, at least 1.
     """
-    low, high = 0.0, 1.0
-    while t_probability(high, freedom) < confidence:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, freedom) < confidence else (low, middle)
-    return high
+    from scipy.special import stdtrit  # takes half a second to import
 
-
-def t_probability(t: float, freedom: int) -> float:
-    """Return P(|T| < t) of Student's t distribution, a finite sum for integer `freedom` (Abramowitz & Stegun 26.7)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine = math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for power in range(odd, freedom - 1, 2):  # powers of the cosine: 1, 3, … or 0, 2, … up to freedom − 2
-        total += term
-        term *= (power + 1) / (power + 2) * cosine**2
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    return float(stdtrit(freedom, (1 + confidence) / 2))

@@ -5,20 +5,14 @@ size, g document groups of a batch.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gpt2lab import metric_names
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
-from gpt2lab.evaluation.acceptance import (
-    Speculation,
-    cost_ratio,
-    estimate_speculation,
-    tokens_per_target_call,
-    with_error,
-)
+from gpt2lab.evaluation.acceptance import Speculation, cost_ratio, estimate_speculation, tokens_per_target_call
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures, gap_closed
 from gpt2lab.evaluation.evaluation import NATS, Score, score_from_sums, target_groups, target_values
 from gpt2lab.evaluation.jackknife import TOKENS, Figures, GroupedSums, Sums, standard_errors, total
@@ -148,7 +142,10 @@ def _speculation(by_group: Sums, targets: int, ratio: float) -> Speculation:
         return {"tokens": tokens_per_target_call(_figures(sums)[metric_names.DISTILL_ACCEPTANCE], gain.drafts)}
 
     error = standard_errors(by_group, expected_tokens).get("tokens")
-    return gain if error is None else with_error(gain, error)
+    if error is None:
+        return gain
+    of_speedup = error / (gain.drafts * gain.cost_ratio + 1)  # the costs are exact
+    return replace(gain, tokens_per_target_call_standard_error=error, speedup_standard_error=of_speedup)
 
 
 def _figures(sums: Sums) -> Figures:

@@ -36,14 +36,9 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
     unknown = sorted(set(names) - set(TEXT_METRICS))
     if unknown:
         raise ValueError(f"unknown text metric {unknown[0]!r}; allowed: {', '.join(TEXT_METRICS)}.")
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references: give the same number, at least one."
-        )
     values = per_text_scores(names, predictions, references)
-    corpus_metrics = {"bleu": bleu, "chrf": chrf, "f1": macro_f1}
     return {
-        name: mean_or_nan(values[name]) if name in values else corpus_metrics[name](predictions, references)
+        name: mean_or_nan(values[name]) if name in values else corpus_score(name, predictions, references)
         for name in names
     }
 
@@ -51,7 +46,15 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
 def per_text_scores(
     names: Iterable[str], predictions: list[str], references: list[str]
 ) -> dict[str, list[float | None]]:
-    """Score each text, for the metrics that are a mean over texts; None where a metric does not apply to a text."""
+    """Score each text, for the metrics that are a mean over texts; None where a metric does not apply to a text.
+
+    Raises:
+        ValueError: no text, or the numbers of predictions and references differ.
+    """
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references: give the same number, at least one."
+        )
     text_metric: dict[str, Callable[[str, str], float | None]] = {
         "exact": _exact,
         "accuracy": _exact,
@@ -83,19 +86,18 @@ def _rouge(names: tuple[str, ...], pairs: list[tuple[str, str]]) -> dict[str, li
     return {name: [100 * scores[f"{name}_fmeasure"].item() for scores in each] for name in names}
 
 
-def bleu(predictions: list[str], references: list[str]) -> float:
-    """Compute corpus BLEU."""
-    return sacrebleu_metric("bleu", references).corpus_score(predictions, [references]).score
-
-
-def chrf(predictions: list[str], references: list[str]) -> float:
-    """Compute corpus chrF2."""
-    # torchmetrics 1.9 drops references that share nothing with the prediction, so its scores are too high.
-    return sacrebleu_metric("chrf", references).corpus_score(predictions, [references]).score
+def corpus_score(name: str, predictions: list[str], references: list[str]) -> float:
+    """Compute bleu, chrf or f1, which are no means over texts."""
+    if name == "f1":
+        return macro_f1(predictions, references)
+    return sacrebleu_metric(name, references).corpus_score(predictions, [references]).score
 
 
 def sacrebleu_metric(name: str, references: list[str]) -> Any:
-    """Return sacreBLEU's metric object for bleu or chrf."""
+    """Return sacreBLEU's metric object for bleu or chrf.
+
+    torchmetrics 1.9 drops references that share nothing with the prediction, so its chrF scores are too high.
+    """
     from sacrebleu.metrics import BLEU, CHRF
 
     # 13a splits at spaces, which Chinese and Japanese do not use: a sentence would be one word.

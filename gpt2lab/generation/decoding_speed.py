@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.settings import GREEDY
-from gpt2lab.system.device import peak_memory_bytes, synchronize
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory, synchronize
 from gpt2lab.system.malloc_tuning import release_freed_memory
 
 ROUNDS, RESAMPLES = 5, 1000
-CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,12 @@ def median_with_error(values: Sequence[float]) -> tuple[float, float]:
 
 def _reset_peak(device: torch.device) -> int | None:
     """Reset the peak memory counter; return the bytes in use, or None if it cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif not CLEAR_REFS.exists():
-        return None
-    else:
+    if device.type == "cpu":
         release_freed_memory()
-        try:
-            CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident set (man 5 proc)
-        except OSError:  # some containers forbid it
-            return None
-    return peak_memory_bytes(device)
+    try:
+        return reset_peak_memory(device)
+    except OSError:
+        return None
 
 
 class StepTimes(BaseStreamer):

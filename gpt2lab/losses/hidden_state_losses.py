@@ -11,22 +11,15 @@ from gpt2lab.settings import LossSettings
 
 
 def hidden_state_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor, loss: LossSettings) -> Tensor:
-    """Weighted sum of both distances over the kept positions: (N, Dt) twice, (N,) bool → ()."""
-    total = hidden.new_zeros(())
+    """Weighted sum of 1 − cos and of mean squared differences over the kept positions: (N, Dt) twice, (N,) bool → ().
+
+    Source: the cosine distance is that of DistilBERT (arXiv 1910.01108).
+    """
+    total, student, teacher = hidden.new_zeros(()), hidden.float(), teacher_hidden.float()
     if loss.hidden_cosine:
-        total = total + loss.hidden_cosine * cosine_distance(hidden, teacher_hidden, kept)
+        distances = 1 - F.cosine_similarity(student, teacher, dim=1)
+        total = total + loss.hidden_cosine * torch.where(kept, distances, 0.0).sum()
     if loss.hidden_mse:
-        total = total + loss.hidden_mse * squared_distance(hidden, teacher_hidden, kept)
+        squares = (student - teacher).square().mean(1)
+        total = total + loss.hidden_mse * torch.where(kept, squares, 0.0).sum()
     return total
-
-
-def cosine_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor) -> Tensor:
-    """Sum of 1 − cos over the kept positions: (N, Dt) twice, (N,) bool → (). Source: DistilBERT (arXiv 1910.01108)."""
-    cosine = F.cosine_similarity(hidden.float(), teacher_hidden.float(), dim=1)
-    return torch.where(kept, 1 - cosine, 0.0).sum()
-
-
-def squared_distance(hidden: Tensor, teacher_hidden: Tensor, kept: Tensor) -> Tensor:
-    """Sum of the mean squared differences over the kept positions: (N, Dt) twice, (N,) bool → ()."""
-    squares = (hidden.float() - teacher_hidden.float()).square().mean(1)
-    return torch.where(kept, squares, 0.0).sum()

@@ -55,7 +55,6 @@ def lm_head_loss(
     hard: CrossEntropySettings = PLAIN_CROSS_ENTROPY,
     mixing: Tensor | None = None,
     vocab_size: int | None = None,
-    ignore_index: int = IGNORE_INDEX,
     chunk_rows: int | None = None,
     compiled: bool = False,
 ) -> LMHeadLoss:
@@ -68,7 +67,7 @@ def lm_head_loss(
         hidden: (N, D) student hidden states after the final layer norm.
         weight: (V, D) student head. Both heads are truncated to `vocab_size`, or to the teacher's vocabulary size if
             smaller, so that padding is in no softmax.
-        labels: (N,) int64 below the smaller vocabulary size; `ignore_index` at positions without a target.
+        labels: (N,) int64 below the smaller vocabulary size; IGNORE_INDEX at positions without a target.
         teacher: requires `loss`; without a teacher the loss is plain cross-entropy. `teacher.check` defines the losses
             that this kind of teacher supports.
         hard: label smoothing and z-loss of the cross-entropy.
@@ -91,7 +90,7 @@ def lm_head_loss(
     vocab_size = min(weight.shape[0], vocab_size or weight.shape[0])
     if teacher is not None:
         vocab_size = teacher.shared_vocabulary(vocab_size)
-    kept = labels != ignore_index  # (N,)
+    kept = labels != IGNORE_INDEX  # (N,)
     total, cross_entropy, distance = _ChunkedLoss.apply(
         hidden,
         weight,

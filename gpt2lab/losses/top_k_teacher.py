@@ -21,45 +21,22 @@ ABSENT = -1e20  # replaces a logit: below all others, and finite where no token 
 
 @dataclass(frozen=True)
 class TopKTeacher(TeacherSignal):
-    """Top-K tokens at the loss's temperature, best first, and the total probability of all others (the tail).
-
-    Without `logs`, a probability of 0 is replaced by the smallest positive number of its dtype.
-    """
+    """Top-K tokens at the loss's temperature, best first, and the total probability of all others (the tail)."""
 
     only_targets: ClassVar[bool] = True
 
     ids: Tensor  # (N, K) int64, distinct in each row
-    probabilities: Tensor  # (N, K)
-    tail: Tensor  # (N,) probability of all other tokens; 0 where the K are normalised
-    logs: Tensor | None = None  # (N, K + 1) log-probabilities of the K and of the tail, exact where these underflow
+    logs: Tensor  # (N, K + 1) log-probabilities of the K tokens and of the tail; −inf for an empty tail
 
     @property
     def rows(self) -> int:
         return len(self.ids)
 
-    @property
-    def class_logs(self) -> Tensor:
-        """Log-probabilities (N, K + 1) of the K tokens and of the tail; −inf for an empty tail."""
-        if self.logs is not None:
-            return self.logs
-        limits = torch.finfo(self.probabilities.dtype)
-        top = self.probabilities.to(torch.promote_types(torch.float32, self.probabilities.dtype)).log()  # (N, K)
-        tail = self.tail.to(top.dtype).clamp_min(0).log().unsqueeze(1)  # (N, 1)
-        return torch.cat([top.clamp_min(math.log(limits.tiny) + math.log(limits.eps)), tail], dim=1)
-
     def select(self, positions: Tensor) -> Self:
-        logs = self.logs[positions] if self.logs is not None else None
-        return replace(
-            self,
-            ids=self.ids[positions],
-            probabilities=self.probabilities[positions],
-            tail=self.tail[positions],
-            logs=logs,
-        )
+        return replace(self, ids=self.ids[positions], logs=self.logs[positions])
 
     def reader(self, vocab_size: int, head_of: Callable[[Tensor], Head]) -> Callable[[slice], TeacherChunk]:
-        logs = self.class_logs
-        return lambda rows: (self.ids[rows], logs[rows])
+        return lambda rows: (self.ids[rows], self.logs[rows])
 
     @staticmethod
     def term(
@@ -103,6 +80,6 @@ class TopKTeacher(TeacherSignal):
     def loss(self, labels: Tensor, vocab_size: int) -> TeacherLoss:
         """Estimate the cross-entropy; the tail is spread evenly over its tokens."""
         hit = self.ids == labels.unsqueeze(1)  # (N, K)
-        others, logs = max(vocab_size - self.ids.shape[1], 1), finite(self.class_logs)
+        others, logs = max(vocab_size - self.ids.shape[1], 1), finite(self.logs)
         label_logs = torch.where(hit.any(1), (logs[:, :-1] * hit).sum(1), logs[:, -1] - math.log(others))
         return TeacherLoss(-label_logs.sum(), len(labels), len(labels))

@@ -131,12 +131,6 @@ class LayerDrop(nn.ModuleList):
         return (block for block, drop in zip(self.children(), dropped.tolist(), strict=True) if not drop)
 
 
-def count_parameters(shape: ModelShape) -> int:
-    """Exact number of parameters, tied weights counted once, without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Backbone(shape).parameters())
-
-
 def shape_from_config(config: GPT2Config, dropout: float = 0.0) -> ModelShape:
     """Return the sizes of a Hugging Face GPT-2 configuration."""
     return ModelShape(
@@ -182,11 +176,6 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
     del model
     release_freed_memory()  # transformers reads files in threads, whose arenas this thread does not reuse
     return backbone
-
-
-def from_hf(model: GPT2LMHeadModel, dropout: float = 0.0) -> Backbone:
-    """Copy a Hugging Face GPT-2 into a backbone."""
-    return backbone_from_state(_swap_layout(model.state_dict()), shape_from_config(model.config, dropout))
 
 
 def backbone_from_state(state: dict[str, Tensor], shape: ModelShape) -> Backbone:

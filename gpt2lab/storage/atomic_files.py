@@ -116,13 +116,12 @@ def add_filename_when_full(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def input_error_when_full(what: str, kept: str | Callable[[], str], where: str = "") -> Iterator[None]:
+def input_error_when_full(what: str, kept: str | Callable[[], str]) -> Iterator[None]:
     """Convert an error caused by a full disk into an InputError: what could not be written, what is still intact.
 
     Args:
         what: description of what the block writes; empty: the file name, see `add_filename_when_full`.
         kept: the following lines of the message; a function is called only when the disk is full.
-        where: folder to name if the file name is unknown.
 
     Raises:
         InputError: the disk or the quota is full.
@@ -132,7 +131,7 @@ def input_error_when_full(what: str, kept: str | Callable[[], str], where: str =
     except InputError:
         raise
     except Exception as error:
-        message = full_disk_message(error, what, where)
+        message = full_disk_message(error, what)
         if not message:
             raise
         raise InputError(f"{message}\n{kept if isinstance(kept, str) else kept()}") from error

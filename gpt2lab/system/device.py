@@ -73,20 +73,38 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: the CUDA allocator's on a GPU, otherwise the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the process was before exec
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if peak:
-            return int(peak[1]) * 1024
+    if peak := _process_status("VmHWM"):  # getrusage would count what the process was before exec
+        return peak
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def reset_peak_memory(device: torch.device) -> int:
+    """Reset the peak that `peak_memory_bytes` returns to the memory in use, and return it.
+
+    Source: proc_pid_clear_refs(5).
+
+    Raises:
+        OSError: the peak of a process cannot be reset, as on other systems than Linux and in some containers.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with Path("/proc/self/clear_refs").open("w") as file:
+            file.write("5")
+    return peak_memory_bytes(device)
+
+
 def resident_memory_bytes() -> int:
     """Resident set of this process now; its peak where the system does not report the current value."""
+    return _process_status("VmRSS") or peak_memory_bytes(torch.device("cpu"))
+
+
+def _process_status(name: str) -> int:
+    """Return a size in bytes that Linux reports about this process; 0 on other systems."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else peak_memory_bytes(torch.device("cpu"))
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def named_dtype(name: str | None) -> torch.dtype:

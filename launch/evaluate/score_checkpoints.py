@@ -209,8 +209,8 @@ class _Scorer:
     """Scores one checkpoint on the data, prepared with its tokenizer and objective."""
 
     def __init__(self, arguments: Arguments, spec: "RunSpec", device: "torch.device") -> None:
+        from gpt2lab.data.token_bytes import bytes_of_tokens
         from gpt2lab.data.tokenizer import load_tokenizer
-        from gpt2lab.evaluation.evaluation import bytes_of_tokens
         from launch.run.build import data_module
 
         self.arguments, self.config, self.device = arguments, spec.config, device

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gpt2lab.data.batch import Batch
+from gpt2lab.data.batch import Batch, Samples
 from gpt2lab.data.data_order import permute
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
 from gpt2lab.distillation.teacher import OnlineTeacher
-from gpt2lab.distillation.teacher_cache import CacheSide, Samples, cache_sides, temperature_of
+from gpt2lab.distillation.teacher_cache import CacheSide, cache_sides, temperature_of
 from gpt2lab.errors import InputError
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.settings import DataFacts

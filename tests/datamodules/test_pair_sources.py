@@ -83,7 +83,7 @@ def pairs_of(data: PairData) -> list[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def functions() -> list[dict[str, str]]:
     """The functions of every sixth file of the standard library."""
-    return list(function_rows(document.text for document in islice(stdlib_corpus().documents(), 0, None, 6)))
+    return [row for one in islice(stdlib_corpus().documents(), 0, None, 6) for row in function_rows(one.text)]
 
 
 def test_neither_code_nor_body_holds_the_docstring(functions):
@@ -122,7 +122,7 @@ def test_functions_that_cannot_be_split_are_skipped():
                 # why
                 return x
     """
-    (row,) = function_rows([textwrap.dedent(source), "this is no Python", "\0"])
+    (row,) = [row for text in (textwrap.dedent(source), "this is no Python", "\0") for row in function_rows(text)]
     assert row["name"] == "kept"
     assert row["summary"] == "First line."
     assert row["code"].splitlines() == [
@@ -241,7 +241,9 @@ def test_mo_catalogue_is_read_in_the_charset_of_its_header(tmp_path, caplog):
             strings += text + b"\0"
     head = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
     (tmp_path / "de.mo").write_bytes(head + struct.pack(f"<{len(table)}I", *table) + strings)
-    assert list(catalogue_rows([tmp_path / "de.mo"])) == [{"source": "Open", "target": "Öffnen"}]
+    assert list(catalogue_rows([tmp_path / "de.mo"])) == [
+        {"source": "Open", "target": "Öffnen", "file": str(tmp_path / "de.mo")}
+    ]
     assert not caplog.text
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from datamodules import pair_preparation
-from datamodules.pair_preparation import read_pairs, warn_of_truncation
+from datamodules.pair_preparation import read_pairs
 from datamodules.pairs import PairData
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
 from gpt2lab.errors import InputError
 from gpt2lab.model.attention_masks import causal_spans, spans_to_position_ids
 from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
+from gpt2lab.storage.damaged_files import warn_once
 from tests.conftest import ROOT
 
 LICENCE = ROOT / "LICENSE"
@@ -227,7 +228,7 @@ def test_pair_with_too_long_a_target_is_skipped_with_a_warning(tmp_path, words, 
     assert caplog.text.count("1 are skipped (target too long)") == 1
     data.prepare()
     assert caplog.text.count("1 are skipped (target too long)") == 1
-    warn_of_truncation.cache_clear()  # as in another process, where everything is prepared
+    warn_once.cache_clear()  # as in another process, where everything is prepared
     make(file, tmp_path / "cache", {"context": 100}).prepare()
     assert caplog.text.count("1 are skipped (target too long)") == 2
 

@@ -38,7 +38,8 @@ def stored(teacher: DenseTeacher, labels: Tensor, k: int, dtype: torch.dtype | N
     """Return the top-k record of the teacher at the targets, in this dtype."""
     p = (teacher.hidden @ teacher.weight.T)[labels != -100].softmax(1)
     top, ids = p.topk(k)
-    return TopKTeacher(ids, top.to(dtype or p.dtype).to(p.dtype), p.scatter(1, ids, 0.0).sum(1))
+    rounded, tail = top.to(dtype or p.dtype).to(p.dtype), p.scatter(1, ids, 0.0).sum(1, keepdim=True)
+    return TopKTeacher(ids, torch.cat([rounded, tail], 1).log())
 
 
 def both(k: int, dtype: torch.dtype, of_records: torch.dtype | None = None) -> tuple[dict[str, float], ...]:

@@ -79,16 +79,16 @@ def test_top_k_records_have_the_exact_tail(tmp_path, temperature) -> None:
     batch = samples.batch(np.array([7, 3, 31]), 0)
     signal, p = side.signal(batch), probabilities(batch, temperature)
     assert isinstance(signal, TopKTeacher)
-    torch.testing.assert_close(signal.probabilities, p.gather(1, signal.ids))
+    torch.testing.assert_close(signal.logs[:, :-1].exp(), p.gather(1, signal.ids))
     assert torch.equal(signal.ids[:, 0], p.argmax(1))
-    torch.testing.assert_close(signal.tail, 1 - p.topk(5).values.sum(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(signal.logs[:, -1].exp(), 1 - p.topk(5).values.sum(1), rtol=1e-4, atol=1e-6)
 
 
 def test_without_its_tail_a_record_sums_to_one(tmp_path) -> None:
     side, samples = written(tmp_path, TeacherCacheSettings("topk", k=5, tail=False))
     signal = side.signal(samples.batch(np.array([7]), 0))
-    torch.testing.assert_close(signal.probabilities.sum(1), torch.ones(len(signal.ids)))
-    assert not signal.tail.any()
+    torch.testing.assert_close(signal.logs[:, :-1].exp().sum(1), torch.ones(len(signal.ids)))
+    assert not signal.logs[:, -1].exp().any()
 
 
 def test_full_top_k_cache_gives_the_loss_of_the_online_teacher(tmp_path) -> None:

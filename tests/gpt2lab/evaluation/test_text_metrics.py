@@ -23,7 +23,7 @@ ZH_PREDICTIONS = ["打开文件出错。", "没有这个文件或目录", "不�
 @pytest.fixture(scope="module")
 def texts() -> tuple[list[str], list[str]]:
     """60 summaries of the standard library and imperfect predictions: truncated, of another text, one empty."""
-    rows = function_rows(document.text for document in stdlib_corpus().documents())
+    rows = (row for document in stdlib_corpus().documents() for row in function_rows(document.text))
     references = [row["summary"] for row in islice(rows, 60)]
     predictions = [
         text if number % 5 == 0 else text[: len(text) * 2 // 3] if number % 2 else references[number - 1]
@@ -107,7 +107,7 @@ def test_compiles_counts_valid_function_bodies():
 
 
 def test_every_body_of_the_standard_library_compiles():
-    rows = function_rows(document.text for document in stdlib_corpus().documents())
+    rows = (row for document in stdlib_corpus().documents() for row in function_rows(document.text))
     bodies = [row["body"] for row in islice(rows, 400)]
     assert text_metrics(["compiles"], bodies, bodies)["compiles"] > 99  # `nonlocal` needs an enclosing function
 

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.token_bytes import bytes_of_tokens
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
-from gpt2lab.evaluation.evaluation import bytes_of_tokens, score
+from gpt2lab.evaluation.evaluation import score
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape

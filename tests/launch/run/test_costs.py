@@ -17,7 +17,8 @@ MODULES = 80  # of the standard library, half a million tokens
 WRITE = """
 import json, sys
 from pathlib import Path
-from benchmarks.resident_memory import forget_peak, peak_resident_bytes
+from torch import device
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
 from launch.run import build
 from launch.run import fill_teacher_cache
 from launch.config import run_spec
@@ -27,9 +28,9 @@ spec = run_spec.load(Path(sys.argv[1]))
 spec = replace(spec, config=replace(spec.config, cache_dir=sys.argv[2], steps=int(sys.argv[3])))
 data = build.data_module(spec)
 facts = data.prepare()
-before = forget_peak()
+before = reset_peak_memory(device("cpu"))
 written = Path(fill_teacher_cache.fill(spec, data, facts), "train.bin").stat().st_blocks * 512
-print(json.dumps({"grown": peak_resident_bytes() - before, "written": written}))
+print(json.dumps({"grown": peak_memory_bytes(device("cpu")) - before, "written": written}))
 """
 
 
