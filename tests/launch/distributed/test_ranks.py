@@ -389,20 +389,14 @@ def test_rank_ends_if_rank_0_never_connects(cache: Path, tmp_path: Path, tiny: l
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("port_is_used", [False, True])
-def test_variables_of_an_ended_torchrun_are_named(
-    port_is_used: bool, cache: Path, tmp_path: Path, tiny: list[str]
-) -> None:
-    """The port is free, or that of a program that answers nothing."""
-    server = socket.create_server(("127.0.0.1", 0))
+def test_variables_of_an_ended_torchrun_are_named(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     variables |= {"TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    if not port_is_used:
-        server.close()
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process = conftest.started(cache, tmp_path, *tiny, **variables)
     _, stderr = process.communicate(timeout=300)
-    server.close()
     assert process.returncode == 2, stderr
     assert stderr.splitlines()[-1].endswith("unset TORCHELASTIC_RUN_ID."), stderr
 
