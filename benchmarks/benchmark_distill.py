@@ -32,7 +32,7 @@ from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 from launch.run.auto_settings import HEAD_COMPILE_STEPS, cpu_cores
 
-STEP_MEMORY = "+callbacks.step_memory._target_=benchmarks.step_memory.StepMemory"
+STEP_MEMORY = "+callbacks.step_memory._target_=benchmarks.step_times.StepMemory"
 # Loss → arguments of train.py, and the beta by which GKDTrainer knows it
 LOSSES = {
     "jsd": (["loss=jsd", "loss.beta=0.5"], 0.5),

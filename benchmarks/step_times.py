@@ -1,4 +1,4 @@
-"""StepTimes: callback that measures the phases of a training step; profile_step.py adds it to a run."""
+"""StepTimes and StepMemory: callbacks that measure training steps; benchmarks add them to runs of train.py."""
 
 import json
 import statistics
@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from gpt2lab.system.device import synchronize
+from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory, synchronize
 
 WARM_UP_STEPS = 10  # excluded: first use of memory, compilation
 PHASES = ("forward", "backward", "optimizer")
 DATA = "data"
+CPU = torch.device("cpu")
 
 
 class FetchClock(PassThroughProfiler):
@@ -49,8 +50,7 @@ class StepTimes(Callback):
     processes its loading. Steps with a validation, a checkpoint or samples are outliers, to which the median is robust.
     """
 
-    def __init__(self, run_dir: str) -> None:
-        self.file = Path(run_dir) / "step_times.json"
+    def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.current = dict.fromkeys((*PHASES, DATA), 0.0)
         self.marks: dict[str, float] = {}
@@ -91,7 +91,8 @@ class StepTimes(Callback):
         names = (*PHASES, DATA, "step")
         medians = {name: statistics.median(step[name] for step in timed) * 1e3 for name in names}
         outside = statistics.median(1 - sum(step[name] for name in PHASES) / step["step"] for step in timed)
-        self.file.write_text(json.dumps({**medians, "outside_share": outside, "steps": len(timed)}) + "\n")
+        found = {**medians, "outside_share": outside, "steps": len(timed)}
+        Path(trainer.default_root_dir, "step_times.json").write_text(json.dumps(found) + "\n")
 
     def _waited_for_data(self, seconds: float) -> None:
         self.current[DATA] += seconds
@@ -105,3 +106,25 @@ class StepTimes(Callback):
 
     def _add(self, phase: str) -> None:
         self.current[phase] += self._now() - self.marks.pop(phase)
+
+
+class StepMemory(Callback):
+    """Write <run_dir>/step_memory.json: resident bytes before the model is built, and their peak over the steps.
+
+    Callbacks are built after imports and data preparation, before the model. The last step is excluded, because it
+    includes validation, samples and the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.before = reset_peak_memory(CPU)
+        self.peak = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step < trainer.max_steps:
+            self.peak = peak_memory_bytes(CPU)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        found = {"before_model": self.before, "peak": self.peak}
+        Path(trainer.default_root_dir, "step_memory.json").write_text(json.dumps(found) + "\n")

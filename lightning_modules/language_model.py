@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
@@ -20,7 +21,6 @@ from gpt2lab import metric_names
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.data.document_groups import DOCUMENT_NATS, DOCUMENT_TARGETS, document_sums, warn_of_few_groups
 from gpt2lab.evaluation.document_losses import DocumentLosses
-from gpt2lab.losses.hidden_state_losses import hidden_state_distance
 from gpt2lab.losses.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
 from gpt2lab.losses.target_losses import target_losses
@@ -55,9 +55,19 @@ class DistillationTerm:
         return torch.full((), self.mixing, device=device)
 
     def hidden_distance(self, hidden: Tensor, teacher: TeacherSignal, kept: Tensor) -> Tensor:
-        """Weighted distances () of last hidden states, student's (N, D) and teacher's, over the kept positions."""
+        """Weighted sum () of two distances of last hidden states, student's (N, D) and teacher's, at kept positions.
+
+        They are 1 − cos, as in DistilBERT (arXiv 1910.01108), and the mean squared difference.
+        """
         mapped = hidden if self.projection is None else self.projection(hidden)
-        return hidden_state_distance(mapped, teacher.hidden_states, kept, self.loss)
+        total, ours, theirs = mapped.new_zeros(()), mapped.float(), teacher.hidden_states.float()  # (N, Dt)
+        if self.loss.hidden_cosine:
+            distances = 1 - F.cosine_similarity(ours, theirs, dim=1)
+            total = total + self.loss.hidden_cosine * torch.where(kept, distances, 0.0).sum()
+        if self.loss.hidden_mse:
+            squares = (ours - theirs).square().mean(1)
+            total = total + self.loss.hidden_mse * torch.where(kept, squares, 0.0).sum()
+        return total
 
 
 class LanguageModel(BackboneModule):
