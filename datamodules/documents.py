@@ -12,12 +12,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from datamodules.compressed_files import COMPRESSED_ENDINGS, open_decompressed
 from gpt2lab.errors import InputError
+from gpt2lab.storage.path_patterns import matching_paths
 
 log = logging.getLogger(__name__)
 
@@ -126,18 +126,14 @@ def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> 
     Raises:
         InputError: no such path, or no file of a known ending.
     """
-    given = Path(path).expanduser()
-    if given.is_file():
-        if file_ending(given, endings) is None:
-            raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_list_endings(endings)}.")
-        return [given]
+    given, found = Path(path).expanduser(), matching_paths(path)
+    if not found:
+        raise InputError(f"{key}={path}: no such file or folder.\nGive an existing file, folder or glob.")
+    if given.is_file() and file_ending(given, endings) is None:
+        raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_list_endings(endings)}.")
     if given.is_dir():
         found = _files_below(given)
-    elif has_magic(path):
-        found = [Path(name) for name in glob(str(given), recursive=True) if Path(name).is_file()]  # noqa: PTH207 — any root
-    else:
-        raise InputError(f"{key}={path}: no such file or folder.\nGive an existing file, folder or glob.")
-    files = sorted(file for file in found if file_ending(file, endings))
+    files = [file for file in found if file_ending(file, endings) and file.is_file()]
     if not files:
         raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_list_endings(endings)}.")
     return files
