@@ -150,7 +150,7 @@ def test_a_compressed_file_that_ends_early_is_refused(tmp_path: Path, ending: st
 def test_invalid_utf8_and_byte_order_marks_are_handled(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
-    assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["caf�\n"]
+    assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["café\n"]
     assert [doc.text for doc in file_documents(tmp_path / "marked.txt", "text", "stop")] == ["text\r\n"]
     (tmp_path / "odd.jsonl").write_text('{"text": "half \\ud83d pair"}\n')
     (tmp_path / "val.jsonl").write_bytes((tmp_path / "odd.jsonl").read_bytes())
