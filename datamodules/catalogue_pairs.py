@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from datamodules.text_decoding import decode
 from gpt2lab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,9 @@ def _po_pairs(file: Path) -> Iterator[tuple[str, str]]:
     entry: dict[str, str] = {}
     content = file.read_bytes()
     charset = PO_CHARSET.search(content)
-    text = content.decode(charset[1].decode() if charset and charset[1] != b"CHARSET" else "utf-8")
-    for line in [*text.splitlines(), 'msgid ""']:
+    declared = charset[1].decode() if charset and charset[1] != b"CHARSET" else ""
+    text = content.decode(declared) if declared else decode(content)[0]
+    for line in [*text.removeprefix("\ufeff").split("\n"), 'msgid ""']:
         match = PO_LINE.match(line)
         if match is None:
             if line.startswith("#,"):

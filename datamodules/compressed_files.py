@@ -14,6 +14,14 @@ from gpt2lab.errors import InputError
 COMPRESSED_ENDINGS = {".gz", ".zst"}
 
 
+def plain_ending(file: Path) -> str:
+    """Return a file's ending in lower case without that of compression: .jsonl of a.jsonl.gz."""
+    endings = [ending.lower() for ending in file.suffixes]
+    if endings and endings[-1] in COMPRESSED_ENDINGS:
+        endings.pop()
+    return endings[-1] if endings else ""
+
+
 @contextmanager
 def open_decompressed(file: Path) -> Iterator[IO[bytes]]:
     """Open a file as a binary stream of its decompressed content.

@@ -4,22 +4,21 @@ A corpus can be iterated repeatedly and has an identity that changes when its do
 """
 
 import hashlib
-import io
-import json
-import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.compressed_files import COMPRESSED_ENDINGS, open_decompressed
+from datamodules.compressed_files import COMPRESSED_ENDINGS, plain_ending
+from datamodules.record_files import file_records
+from datamodules.records import RecordFault, Row, value_text, warn_once
+from datamodules.text_decoding import open_text
 from gpt2lab.errors import InputError
-
-log = logging.getLogger(__name__)
+from gpt2lab.storage.path_patterns import matching_paths
 
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst"}
 RECORD_ENDINGS = {".jsonl", ".parquet"}
@@ -81,7 +80,12 @@ def _source_corpus(name: str, root: Path, found: list[Path]) -> Corpus:
 
     def documents() -> Iterator[Document]:
         for path in files:
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                with open_text(path, newline=None) as stream:
+                    text = stream.read()
+            except InputError as error:  # the user cannot fix an installed file
+                warn_once(f"{str(error).splitlines()[0].rstrip('.')}; the file is skipped")
+                continue
             if text.strip():
                 yield Document(path.relative_to(root).as_posix(), text)
 
@@ -95,7 +99,7 @@ def text_corpus(path: str, val_path: str, text_column: str, on_bad_line: str) ->
     not on its path. Files of `val_path` are never trained on.
 
     Raises:
-        InputError: no such path, no readable file, an invalid line, or a missing column.
+        InputError: no such path, no readable file, or an invalid record.
     """
     if not path:
         raise InputError("data=text needs path=FILE, FOLDER or GLOB, for example: data=text path='notes/*.md'")
@@ -126,18 +130,14 @@ def find_files(path: str, key: str, endings: frozenset[str] = KNOWN_ENDINGS) -> 
     Raises:
         InputError: no such path, or no file of a known ending.
     """
-    given = Path(path).expanduser()
-    if given.is_file():
-        if file_ending(given, endings) is None:
-            raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_list_endings(endings)}.")
-        return [given]
+    given, found = Path(path).expanduser(), matching_paths(path)
+    if not found:
+        raise InputError(f"{key}={path}: no such file or folder.\nGive an existing file, folder or glob.")
+    if given.is_file() and file_ending(given, endings) is None:
+        raise InputError(f"{key}={path}: unknown kind of file.\nKnown: {_list_endings(endings)}.")
     if given.is_dir():
         found = _files_below(given)
-    elif has_magic(path):
-        found = [Path(name) for name in glob(str(given), recursive=True) if Path(name).is_file()]  # noqa: PTH207 — any root
-    else:
-        raise InputError(f"{key}={path}: no such file or folder.\nGive an existing file, folder or glob.")
-    files = sorted(file for file in found if file_ending(file, endings))
+    files = [file for file in found if file_ending(file, endings) and file.is_file()]
     if not files:
         raise InputError(f"{key}={path}: no readable file among {len(found)}.\nKnown kinds: {_list_endings(endings)}.")
     return files
@@ -159,10 +159,7 @@ def total_size(files: list[Path]) -> int:
 
 def file_ending(file: Path, known: frozenset[str] = KNOWN_ENDINGS) -> str | None:
     """Return a file's ending without that of compression; None for an unknown one."""
-    endings = [ending.lower() for ending in file.suffixes]
-    if endings and endings[-1] in COMPRESSED_ENDINGS:
-        endings.pop()
-    ending = endings[-1] if endings else ""
+    ending = plain_ending(file)
     return ending if ending in known else None
 
 
@@ -192,48 +189,55 @@ def files_identity(files: list[Path], root: Path | None = None) -> str:
 
 
 def file_documents(file: Path, text_column: str, on_bad_line: str) -> Iterator[Document]:
-    """Yield the documents of a file: one per text file (a long one in pieces) or per record.
+    """Yield the documents of a file: one per text file or per record, a long one in pieces.
 
     Raises:
-        InputError: the file is unreadable, a line is invalid, or the column is missing.
+        InputError: the file is unreadable or not text, or a record is invalid and `on_bad_line` is stop.
     """
     if file_ending(file) not in RECORD_ENDINGS:
-        yield from _text_pieces(file)
+        with open_text(file) as stream:
+            yield from text_pieces(iter(partial(stream.read, PIECE_CHARACTERS), ""))
         return
-    for number, row in file_records(file, on_bad_line):
-        if text_column not in row:
-            raise InputError(
-                f"{file}:{number}: no column {text_column!r}.\nColumns found: {', '.join(map(str, row))}.\n"
-                "Name the text column: data.text_column=NAME"
-            )
-        yield from record_document(row[text_column])
+    for text in file_records(file, on_bad_line, partial(column_text, column=text_column)):
+        yield from record_document(text)
 
 
-def record_document(value: Any) -> Iterator[Document]:
-    """Yield the document of a record's text column; nothing for an empty one."""
-    text = str(value or "").encode("utf-8", "replace").decode()  # JSON may contain lone surrogates
-    if text.strip():
-        yield Document(text[:KEY_CHARACTERS], text)
+def column_text(row: Row, name: str, column: str) -> str:
+    """Return the text of a record's column.
+
+    Raises:
+        RecordFault: there is no such column, or its value is not text.
+    """
+    fix = "Name the text column: data.text_column=NAME"
+    if column not in row:
+        raise RecordFault(f"no column {column!r}", f".\nColumns found: {', '.join(row)}", fix)
+    try:
+        return value_text(row[column], name)
+    except RecordFault as fault:
+        raise RecordFault(f"{column!r} is {fault.reason}", fault.detail, fault.fix or fix) from fault
 
 
-def _text_pieces(file: Path) -> Iterator[Document]:
-    """Yield a text file in pieces; invalid UTF-8 becomes the replacement character, a byte order mark is dropped."""
-    with open_decompressed(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-        key, rest = "", ""
-        while block := text.read(PIECE_CHARACTERS):
-            rest += block
-            if len(rest) < PIECE_CHARACTERS:
-                continue
-            cut = _last_cut(rest) or (len(rest) if len(rest) >= LONGEST_PIECE else 0)
-            if not cut:
-                continue
-            piece, rest = rest[:cut], rest[cut:]
-            if key or piece.strip():
-                yield Document(key or piece[:KEY_CHARACTERS], piece, continues=bool(key))
-                key = key or piece[:KEY_CHARACTERS]
-        if rest and (key or rest.strip()):
-            yield Document(key or rest[:KEY_CHARACTERS], rest, continues=bool(key))
+def record_document(text: str) -> Iterator[Document]:
+    """Yield the document of a record in pieces; nothing for an empty one."""
+    return text_pieces(text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS))
+
+
+def text_pieces(blocks: Iterable[str]) -> Iterator[Document]:
+    """Yield a document, of which these are successive blocks, in pieces; nothing for one without visible text."""
+    key, rest = "", ""
+    for block in blocks:
+        rest += block
+        if len(rest) < PIECE_CHARACTERS:
+            continue
+        cut = _last_cut(rest) or (len(rest) if len(rest) >= LONGEST_PIECE else 0)
+        if not cut:
+            continue
+        piece, rest = rest[:cut], rest[cut:]
+        if key or piece.strip():
+            yield Document(key or piece[:KEY_CHARACTERS], piece, continues=bool(key))
+            key = key or piece[:KEY_CHARACTERS]
+    if rest and (key or rest.strip()):
+        yield Document(key or rest[:KEY_CHARACTERS], rest, continues=bool(key))
 
 
 def _last_cut(text: str) -> int:
@@ -243,46 +247,3 @@ def _last_cut(text: str) -> int:
     """
     line_end = text.rfind("\n", 0, -1)
     return len(text[:line_end].rstrip()) if line_end > 0 else 0
-
-
-def file_records(file: Path, on_bad_line: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number from 1, record) of a .jsonl or .parquet file.
-
-    Raises:
-        InputError: a line is not a JSON object and `on_bad_line` is stop, or a parquet file is unreadable.
-    """
-    if file_ending(file) == ".parquet":
-        yield from _parquet_records(file)
-        return
-    skipped = 0
-    with open_decompressed(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                problem = "" if isinstance(record, dict) else "not a JSON object"
-            except ValueError as error:
-                problem = f"invalid JSON ({error})"
-            if not problem:
-                yield number, record
-            elif on_bad_line == "stop":
-                raise InputError(f"{file}:{number}: {problem}.\nFix the line, or skip such lines: on_bad_line=skip")
-            else:
-                skipped += 1
-    if skipped:
-        log.warning("%s: skipped %d invalid lines", file, skipped)
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}).") from error

@@ -39,6 +39,7 @@ SOURCE_PROMPTS = (
     'import os\n\ndef read_lines(path):\n    """',
 )
 PROMPT_TOKENS, GAP_EVERY = 16, 5
+TEXT_FORMAT = 2  # changes when the same files yield other text
 VALIDATION_SEED = 0  # random choices of validation are the same in every run
 COUNTED_AT_A_TIME = 2**24
 
@@ -51,7 +52,8 @@ class LanguageModelingData(SampleDataModule):
         source: stdlib, packages, text, hub or bin.
         dataset, config, revision, split, val_split, streaming: for source hub.
         text_column: for source hub, and for record files.
-        path, val_path, val_fraction, on_bad_line: for files; bin takes a folder with train.bin and val.bin.
+        path, val_path, val_fraction: for files; bin takes a folder with train.bin and val.bin.
+        on_bad_line: stop or skip, for records of files and data sets.
         batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a window.
         objective: training objective; None: clm.
         packing: whether documents in one window do not attend to each other.
@@ -97,6 +99,7 @@ class LanguageModelingData(SampleDataModule):
         self.cache_dir = cache_folder(cache_dir)
         self.val_fraction = val_fraction
         self.path = path
+        self.on_bad_line = on_bad_line
         self.file_arguments = (path, val_path, text_column, on_bad_line)
 
     def prepare(self) -> DataFacts:
@@ -206,7 +209,7 @@ class LanguageModelingData(SampleDataModule):
         if self.source == "text":
             return text_corpus(*self.file_arguments)
         if self.source == "hub":
-            return hub_corpus(self.name, *self.hub_arguments)
+            return hub_corpus(self.name, *self.hub_arguments, self.on_bad_line)
         raise InputError(f"data.source={self.source}: not one of stdlib, packages, text, hub, bin.")
 
     def _token_folder(self) -> tuple[Path, str, dict[str, Any]]:
@@ -214,7 +217,7 @@ class LanguageModelingData(SampleDataModule):
         corpus = self.corpus()
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction={self.val_fraction}: not between 0 and 1; the default is 0.05.")
-        identity = {**corpus.identity, "val_fraction": self.val_fraction}
+        identity = {**corpus.identity, "val_fraction": self.val_fraction, "text": TEXT_FORMAT}
         # Lazy: with a full cache no text is read
         split = functools.cache(lambda: split_corpus(corpus, self.val_fraction))
 

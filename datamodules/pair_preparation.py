@@ -8,6 +8,7 @@ Step (3) encode: each side → a PairFile.
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.pair_sources import FILE, PairSource, Row, pair_text
+from datamodules.pair_sources import FILE, PairSource, pair_text
+from datamodules.records import RecordFault, Row
 from datamodules.token_preparation import HASHES, hash_text
 from gpt2lab.data.pair_file import PairFileWriter
 from gpt2lab.data.pair_template import PairTemplate, encode_pairs
@@ -39,18 +41,18 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
         sha256 of the pairs; hashes: the smallest and largest hash of a source text.
 
     Raises:
-        InputError: a column does not exist, or there is no pair.
+        InputError: a record is invalid, a column does not exist, or there is no pair.
     """
     digest, pairs, empty, smallest, largest = sha256(), 0, 0, HASHES, -1
     with (folder / "pairs.jsonl").open("wb") as file:
-        for row in tqdm(source.rows(), desc=f"{name}: pairs", unit=" pairs", disable=None):
-            source_text, target_text = _text(row, columns[0], "source"), _text(row, columns[1], "target")
+        texts = source.records(partial(_pair_of_row, columns=columns))
+        for source_text, target_text, row_file in tqdm(texts, desc=f"{name}: pairs", unit=" pairs", disable=None):
             if not source_text.strip() or not target_text.strip():
                 empty += 1
                 continue
             pair = {"source": source_text, "target": target_text}
             digest.update(_line(pair))  # independent of the files' paths
-            file.write(_line({**pair, FILE: str(row[FILE])} if row.get(FILE) else pair))
+            file.write(_line({**pair, FILE: row_file} if row_file else pair))
             pairs += 1
             smallest, largest = min(smallest, hash_text(source_text)), max(largest, hash_text(source_text))
     if pairs == 0:
@@ -67,17 +69,34 @@ def _line(content: dict[str, str]) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
-def _text(row: Row, column: str, key: str) -> str:
+def _pair_of_row(row: Row, name: str, columns: tuple[str, str]) -> tuple[str, str, str]:
+    """Return (source, target, file or "") of a row.
+
+    Raises:
+        RecordFault: a column does not exist or is not text.
+    """
+    source, target = _text(row, name, columns[0], "source"), _text(row, name, columns[1], "target")
+    return source, target, str(row.get(FILE) or "")
+
+
+def _text(row: Row, name: str, column: str, key: str) -> str:
+    fix = "Name two columns of text: source=NAME target=NAME"
     try:
-        text = pair_text(row, column)
+        return pair_text(row, column, name)
+    except RecordFault as fault:
+        names = _names(column, row.get(column))
+        detail = fault.detail if names == [column] else f"; its fields are {', '.join(names)}"
+        raise RecordFault(f"{key}={column} is {fault.reason}", detail, fault.fix or fix) from fault
     except KeyError:
-        names = [name for name, value in row.items() if not isinstance(value, dict)]
-        names += [f"{name}.{inner}" for name, value in row.items() if isinstance(value, dict) for inner in value]
-        raise InputError(
-            f"{key}={column}: the data have no such column.\n"
-            f"Columns found: {', '.join(names)}.\nName two of them: source=NAME target=NAME"
-        ) from None
-    return text.encode("utf-8", "replace").decode()  # JSON may contain lone surrogates
+        in_order = sorted(row, key=lambda outer: isinstance(row[outer], dict))  # columns with fields last
+        names = [name for outer in in_order for name in _names(outer, row[outer])]
+        found = f".\nColumns found: {', '.join(names)}"
+        raise RecordFault(f"{key}={column}: the data have no such column", found, fix) from None
+
+
+def _names(column: str, value: Any) -> list[str]:
+    """Return the names under which a column can be given: of an object those of its fields."""
+    return [f"{column}.{inner}" for inner in value] if isinstance(value, dict) else [column]
 
 
 def read_pairs(folder: Path) -> Iterator[tuple[str, str]]:

@@ -49,7 +49,8 @@ class PairData(SampleDataModule):
         metrics: scores of generated text (gpt2lab.evaluation.text_metrics); the first is the watched one.
         language: language of the catalogues.
         dataset, config, revision, split, val_split: data set on the Hub or in a local folder, used if `path` is empty.
-        path, val_path, on_bad_line: for files.
+        path, val_path: files.
+        on_bad_line: stop or skip, for records of files and data sets.
         val_fraction: share of the source texts held out without `val_path` and `val_split`.
         batch_sequences, accumulate, eval_batch_sequences: see SampleDataModule; a sample is a pair.
         objective: prefix_lm makes attention within prompts bidirectional; None: causal.
@@ -219,15 +220,17 @@ class PairData(SampleDataModule):
         dataset, config, revision, split, val_split = self.hub
         from_hub = bool(dataset) and not path
         if from_hub:
-            training = open_hub_source(dataset, config, revision, split)
+            training = open_hub_source(dataset, config, revision, split, on_bad_line)
         else:
             training = open_pair_source(self.reader, path, self.language, on_bad_line, self.columns)
         if val_path:
             return training, open_tables(val_path, "val_path", on_bad_line, self.columns)
-        return training, open_hub_source(dataset, config, revision, val_split) if from_hub and val_split else None
+        if from_hub and val_split:
+            return training, open_hub_source(dataset, config, revision, val_split, on_bad_line)
+        return training, None
 
     def _collect(self, source: PairSource) -> Path:
-        key = {"source": source.identity, "columns": self.columns, "format": 2}
+        key = {"source": source.identity, "columns": self.columns, "format": 3}
         return get_or_build(
             "pairs",
             self.name,

@@ -1,11 +1,10 @@
 """Configuration checks that need no data, model or device, and run before heavy imports; one function each."""
 
-import glob
-import os
 from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS
+from gpt2lab.storage.path_patterns import matching_paths
 from launch.checks import baseline, distillation, lightning_nodes, objective, resource_request, study_plan
 from launch.config import run_dir
 from launch.config.allowed_values import check_value
@@ -231,9 +230,9 @@ def check_files(config: RunConfig) -> None:
         raise InputError(f"data={config.groups['data']} needs path=…: {kind}.")
     for key in PATH_KEYS:
         given = str(value_of(config, key))
-        found = os.path.expanduser(given)  # noqa: PTH111 — a glob is no path
-        if given and not glob.glob(found, recursive=True):  # noqa: PTH207
-            raise InputError(f"{key}={given}: there is no such file or folder{_nearest_file(Path(found))}.")
+        if given and not matching_paths(given):
+            near = _nearest_file(Path(given).expanduser())
+            raise InputError(f"{key}={given}: there is no such file or folder{near}.")
 
 
 def _nearest_file(path: Path) -> str:

@@ -26,8 +26,9 @@ def _source(config: RunConfig) -> str:
 
 
 def _reads_files(config: RunConfig) -> bool:
-    tables = config.takes_pairs and (config.data.get("reader") == "tables" or bool(config.path))
-    return _source(config) == "text" or tables or bool(config.val_path)
+    given = bool(config.path) or bool(config.data.get("dataset"))
+    tables = config.takes_pairs and (config.data.get("reader", "tables") == "tables" or given)
+    return _source(config) in ("text", "hub") or tables or bool(config.val_path)
 
 
 def _splits_by_hash(config: RunConfig) -> bool:
@@ -62,7 +63,7 @@ CONDITIONS = {
         "data", lambda c: c.takes_pairs or _source(c) == "text", "data=text and pairs read it"
     ),
     "data split by hash": Condition("data", _splits_by_hash, "data without their own validation part read it"),
-    "data from files": Condition("data", _reads_files, "files of text or records read it"),
+    "data from files": Condition("data", _reads_files, "files and data sets read it"),
     "trained tokenizer": Condition("tokenizer", _trains_bpe, "only a tokenizer trained here reads it (tokenizer=bpe)"),
     "tokenizer=hub": Condition("tokenizer", lambda c: c.tokenizer.kind == "pretrained", "tokenizer=hub reads it"),
     "lora": Condition("task", _adapts, "LoRA reads it (task.lora.rank=8)"),

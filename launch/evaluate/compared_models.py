@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
+from gpt2lab.storage.path_patterns import matching_paths
 
 if TYPE_CHECKING:
     from gpt2lab.model.backbone import Backbone
@@ -43,7 +44,7 @@ def resolve_checkpoints(sources: str) -> list[NamedModel]:
     found: list[str] = []
     for source in [sources] if _exists(sources) else [part.strip() for part in sources.split(",")]:
         if any(sign in source for sign in "*?[") and not _exists(source):
-            matches = _folders(Path(source).expanduser())
+            matches = [str(path) for path in matching_paths(source) if path.is_dir()]
             if not matches:
                 raise InputError(f"checkpoint={source} matches no folder.\nGive a run directory, or another pattern.")
             found += matches
@@ -68,11 +69,6 @@ def _exists(source: str) -> bool:
         return Path(source).expanduser().exists()
     except OSError:  # a list of several sources may be too long for a path
         return False
-
-
-def _folders(pattern: Path) -> list[str]:
-    root = Path(pattern.anchor)
-    return sorted(str(path) for path in root.glob(str(pattern.relative_to(root))) if path.is_dir())
 
 
 def _resolve(key: str, source: str) -> NamedModel:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launch.config.run_spec import RunSpec
     from launch.config.schema import RunConfig
 
-DATA_KEYS = ("path", "val_path", "source", "target", "cache_dir")
+DATA_KEYS = ("path", "val_path", "on_bad_line", "source", "target", "cache_dir")
 
 
 @dataclass(frozen=True)

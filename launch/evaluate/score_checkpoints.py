@@ -41,6 +41,7 @@ class Arguments:
     data: str = key("value of the group data; by default that of the first run, else stdlib", "")
     path: str = same_key(DataKeys, "path", "")
     val_path: str = same_key(DataKeys, "val_path", "")
+    on_bad_line: str = same_key(DataKeys, "on_bad_line", "")
     source: str = same_key(DataKeys, "source", "")
     target: str = same_key(DataKeys, "target", "")
     context: int = key(

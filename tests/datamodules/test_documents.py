@@ -26,6 +26,8 @@ from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
 from gpt2lab.storage.prepared_cache import read_ledger
+from launch.checks.checks import check_files
+from tests.support.configurations import composed
 
 MODULES = ("argparse.py", "ast.py", "bisect.py", "calendar.py", "cgi.py", "cmd.py", "code.py", "codecs.py", "copy.py")
 SOURCES = [path.read_text() for name in MODULES if (path := Path(os.__file__).with_name(name)).is_file()]
@@ -148,7 +150,7 @@ def test_a_compressed_file_that_ends_early_is_refused(tmp_path: Path, ending: st
 def test_invalid_utf8_and_byte_order_marks_are_handled(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
-    assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["caf�\n"]
+    assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["café\n"]
     assert [doc.text for doc in file_documents(tmp_path / "marked.txt", "text", "stop")] == ["text\r\n"]
     (tmp_path / "odd.jsonl").write_text('{"text": "half \\ud83d pair"}\n')
     (tmp_path / "val.jsonl").write_bytes((tmp_path / "odd.jsonl").read_bytes())
@@ -163,6 +165,34 @@ def test_hidden_folders_broken_links_and_other_files_are_skipped(tmp_path: Path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "note.txt").write_text("seen")
     assert find_files(str(tmp_path), "path") == [tmp_path / "note.txt"]
+
+
+# path= below a folder → files found; "a[1]" and "[ab]" are folders and files that exist
+LITERAL = [
+    ("a[1].txt", ["a[1].txt"]),
+    ("a[12].txt", ["a1.txt"]),
+    ("[ab]", ["[ab]/x.txt", "[ab]/y[1].txt"]),
+    ("[ab]/*.txt", ["[ab]/x.txt", "[ab]/y[1].txt"]),
+    ("[ab]/y[1].txt", ["[ab]/y[1].txt"]),
+    ("[ab]/[xy]*", ["[ab]/x.txt", "[ab]/y[1].txt"]),
+    ("[a]*.txt", ["a1.txt", "a[1].txt"]),
+    ("**/y*.txt", ["[ab]/y[1].txt"]),
+    ("what?/*", ["what?/z.txt"]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "expected"), LITERAL)
+@pytest.mark.parametrize("base", ["", "in[0]"])
+def test_paths_that_exist_are_literal(
+    tmp_path: Path, monkeypatch, base: str, pattern: str, expected: list[str]
+) -> None:
+    for name in ("a1.txt", "a[1].txt", "[ab]/x.txt", "[ab]/y[1].txt", "what?/z.txt", "c.png"):
+        (tmp_path / base / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / base / name).write_text(name)
+    monkeypatch.chdir(tmp_path / base)
+    assert [str(file) for file in find_files(pattern, "path")] == expected
+    assert find_files(f"{tmp_path / base}/{pattern}", "path") == [tmp_path / base / name for name in expected]
+    check_files(composed("data=text", f"path={pattern}", f"val_path={tmp_path / base}/{pattern}"))
 
 
 @pytest.mark.slow

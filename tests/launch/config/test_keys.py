@@ -18,7 +18,7 @@ from launch.config.groups import CONF, default_of, default_values, group_of, gro
 from launch.config.help_lines import format_value
 from launch.config.help_text import EMPTY, heading, help_text, keys_of_group
 from launch.config.key_value_cli import describe
-from launch.config.known_keys import NODES, PLACES, known_keys
+from launch.config.known_keys import NODES, PLACES, HubKeys, known_keys
 from launch.config.plain_keys import SECTIONS
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import CONDITIONS
@@ -100,6 +100,14 @@ def test_every_field_of_a_group_has_its_default_in_conf(name: str) -> None:
     group, reader = name.split(".")[0], known_keys()[name].read_by.partition("=")[0]
     if group not in (*PLACES, "callbacks") and reader in ("", group):
         assert not [value for value, default in found.items() if default is MISSING]
+
+
+@pytest.mark.parametrize("preset", values("data"))
+def test_pairs_may_come_from_a_data_set(preset: str) -> None:
+    """`data=classify data.dataset=ORG/NAME` needs no `+`."""
+    found = keys_set_by("data", preset)
+    if found["data.kind"] == "pairs":
+        assert {f"data.{item.name}" for item in fields(HubKeys)} <= set(found)
 
 
 @pytest.mark.parametrize(("name", "default"), PYTHON_DEFAULTS, ids=[name for name, _ in PYTHON_DEFAULTS])

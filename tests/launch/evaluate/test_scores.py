@@ -156,7 +156,10 @@ def test_pattern_without_a_match_is_refused(evaluate_here) -> None:
 
 def test_checkpoint_lists_may_have_spaces_and_brackets(evaluate_here, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "1", models / "1[best]")
+    shutil.copytree(models / "1", models / "runs[a]" / "b")
     try:
+        done = evaluate_here("checkpoint=runs[a]/*", *RUNNING)
+        assert done.code == 0, done.stderr
         done = evaluate_here("checkpoint=1[best], 1[best]", *RUNNING)
         assert done.code == 0, done.stderr
         assert done.stdout.count("1[best]") == 6  # each by its name and source, and at the head of its column
@@ -165,6 +168,20 @@ def test_checkpoint_lists_may_have_spaces_and_brackets(evaluate_here, models: Pa
         assert "checkpoint=./none: there is no such folder" in many.stderr
     finally:
         shutil.rmtree(models / "1[best]")
+        shutil.rmtree(models / "runs[a]")
+
+
+def test_invalid_records_stop_an_evaluation_or_are_skipped(evaluate_here, models: Path, tmp_path: Path) -> None:
+    lines = (models / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "[lacks].jsonl").write_text("\n".join([*lines, '{"source": "only"}', *lines]))
+    pairs = ["data=pairs", f"path={tmp_path / '[lacks].jsonl'}", "val_path=val.jsonl", "texts=0"]
+    done = evaluate_here("checkpoint=1", *pairs)
+    assert done.code == 2
+    assert "[lacks].jsonl:9: target=target" in done.stderr
+    assert "on_bad_line=skip" in done.stderr
+    done = evaluate_here("checkpoint=1,2", *pairs, "on_bad_line=skip")
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("skipped 1 invalid lines") == 1
 
 
 def test_weights_that_are_not_finite_are_refused(evaluate_here, models: Path, tmp_path: Path) -> None:
