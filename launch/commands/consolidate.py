@@ -97,7 +97,7 @@ def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
     assert model.n_head is not None
     assert model.n_positions is not None
     shape = ModelShape(model.n_layer, model.n_head, embedding.shape[1], model.n_positions, embedding.shape[0])
-    return hf_from_state(inner, shape, spec.config.objective.name)
+    return hf_from_state(inner, shape, spec.config.objective.name, spec.config.pair_template)
 
 
 def _program(arguments: list[str]) -> None:
