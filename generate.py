@@ -2,6 +2,7 @@
 
     python generate.py checkpoint=runs/pretrain/nano-… prompt="def add(a, b):" sampling.temperature=0.5
     python generate.py checkpoint=RUN prompts=prompts.txt sampling=beam sampling.beams=4 json=written.json
+    python generate.py checkpoint=FINETUNED source="def add(a, b): …"   in the prompt template of the fine-tuning
     python generate.py checkpoint=RUN                                  reads prompts from the terminal, streams text
     python generate.py checkpoint=TEACHER draft=STUDENT prompt="import " sampling=greedy
     python generate.py checkpoint=TEACHER draft=STUDENT serve=true     playground page with both side by side
@@ -34,7 +35,7 @@ def main() -> None:
     if arguments.draft:
         texts = generator.speculate()
     else:
-        texts = generator.generate() if generator.prompts else generator.interact()
+        texts = generator.generate() if generator.given else generator.interact()
     if arguments.inspect:
         inspect_text(generator, texts[0])
     if arguments.json:

@@ -163,7 +163,10 @@ class LanguageModelingData(SampleDataModule):
         prompts = input_ids[:, :PROMPT_TOKENS].tolist()  # (≤ 3, ≤ PROMPT_TOKENS)
         if self.objective.kind.fills_masks:
             return [
-                MASK_PLACEHOLDER.join(tokenizer.decode(part) for part in _split_at_gaps(row[1:])) for row in prompts
+                MASK_PLACEHOLDER.join(
+                    tokenizer.decode(part, skip_special_tokens=True) for part in _split_at_gaps(row[1:])
+                )
+                for row in prompts
             ]
         return [tokenizer.decode(row, skip_special_tokens=True) for row in prompts]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 FILES = ("train.bin", "val.bin")
 DTYPE = np.dtype("<u2")
+LLM_C = np.array([20240520, 1], "<i4").tobytes()  # start of a file of llm.c: magic number and version
+LLM_C_HEADER = 1024  # bytes: 256 int32
 GPT2_VOCAB_SIZE = 50_257
 CHECKED = 2**20  # tokens at the start of train.bin whose range is checked; val.bin is checked completely
 
@@ -29,7 +32,7 @@ def bin_facts(folder: Path, choice: TokenizerChoice, cache_dir: Path) -> tuple[s
     If GPT-2's tokenizer is requested but unavailable, tokens are decoded to numbers and bytes are not counted.
 
     Raises:
-        InputError: a file is missing or not a uint16 file, or the tokenizer does not fit.
+        InputError: a file is missing, has a header or is not a uint16 file, or the tokenizer does not fit.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -38,10 +41,7 @@ def bin_facts(folder: Path, choice: TokenizerChoice, cache_dir: Path) -> tuple[s
             "Give the folder in which nanoGPT's prepare.py wrote train.bin and val.bin: path=FOLDER"
         )
     for name in FILES:
-        if (folder / name).stat().st_size % DTYPE.itemsize:
-            raise InputError(
-                f"{folder / name} has an odd number of bytes, so it does not contain uint16 tokens; write it again."
-            )
+        _check_layout(folder / name)
     if choice.kind != "pretrained":
         raise InputError("data=bin already contains tokens; name the tokenizer that made them: tokenizer=hub")
     tokenizer_folder, is_available = _tokenizer(choice, cache_dir)
@@ -60,6 +60,20 @@ def bin_facts(folder: Path, choice: TokenizerChoice, cache_dir: Path) -> tuple[s
         "val_bytes": count_bytes(val[1:], tokenizer) if is_available else 0,
         "hash": content_hash([_fingerprint(train), _fingerprint(val)])[:16],
     }
+
+
+def _check_layout(file: Path) -> None:
+    """Check that a file can consist of uint16 tokens alone."""
+    with file.open("rb") as stream:
+        has_header = stream.read(len(LLM_C)) == LLM_C
+    if has_header:
+        command = f"tail -c +{LLM_C_HEADER + 1} {shlex.quote(str(file))} > FOLDER/{file.name}"
+        raise InputError(
+            f"{file} begins with the header of llm.c; data=bin reads files of token ids alone, as nanoGPT's.\n"
+            f"Copy what follows the header: {command}"
+        )
+    if file.stat().st_size % DTYPE.itemsize:
+        raise InputError(f"{file} has an odd number of bytes, so it does not contain uint16 tokens; write it again.")
 
 
 def _tokenizer(choice: TokenizerChoice, cache_dir: Path) -> tuple[str, bool]:

@@ -18,6 +18,7 @@ TEXT_METRICS = Registry(
 )
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes
 DTYPES = tuple(ITEM_SIZES)
+PAIR_SIDES = ("prompt", "response")  # of a template of pairs
 SKEW = "loss=skew_kl,skew_reverse_kl"
 SAMPLED = "sampling=top_k,nucleus"
 DECODED = "sampling=greedy,top_k,nucleus,beam"
@@ -475,6 +476,7 @@ class TrainingSettings:
         objective: what the batches ask for; goes into the export, and decides how text is written.
         sampling: decoding of the samples and of the text that is scored.
         teacher_dtype: dtype of a teacher's weights, by its name in torch.
+        pair_template: templates of pairs, `prompt` and `response`, for the export; empty for running text.
     """
 
     shape: ModelShape
@@ -497,6 +499,7 @@ class TrainingSettings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     sampling: SamplingSettings = AUTO
     teacher_dtype: str = "float32"
+    pair_template: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class BackboneModule(lightning.LightningModule):
     def present_model(self) -> GPT2LMHeadModel:
         """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
         self.finite.check()
-        return self._plain_hf() if self.is_sharded else self.backbone.lm
+        return self._plain_hf(self._whole_state()) if self.is_sharded else self.backbone.lm
 
     def export_model(self) -> GPT2LMHeadModel:
         """Return the model as a `transformers` class, on the CPU in fp32: averaged weights if kept, LoRA merged.
@@ -108,7 +108,7 @@ class BackboneModule(lightning.LightningModule):
         Under FSDP every rank must call it.
         """
         with self.averaged_weights():
-            return self._plain_hf()
+            return self._plain_hf(self._whole_state())
 
     def export_on_first_rank(self) -> GPT2LMHeadModel | None:
         """Return `export_model` on the first rank, None on the others: a large model is whole on one rank only.
@@ -117,11 +117,11 @@ class BackboneModule(lightning.LightningModule):
         """
         with self.averaged_weights():
             state = self._whole_state(first_rank_only=True)
-            is_first = self.trainer.is_global_zero
-            return hf_from_state(state, self.backbone.shape, self.settings.objective.name) if is_first else None
+            return self._plain_hf(state) if self.trainer.is_global_zero else None
 
-    def _plain_hf(self) -> GPT2LMHeadModel:
-        return hf_from_state(self._whole_state(), self.backbone.shape, self.settings.objective.name)
+    def _plain_hf(self, state: dict[str, Tensor]) -> GPT2LMHeadModel:
+        settings = self.settings
+        return hf_from_state(state, self.backbone.shape, settings.objective.name, settings.pair_template)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Swap in the averaged weights for the context, if the run keeps an average."""

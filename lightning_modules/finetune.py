@@ -17,6 +17,7 @@ from gpt2lab.model.lora import merge_adapters
 from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.storage.damaged_files import warn_once
+from gpt2lab.storage.hub import hub_id
 from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
 
@@ -126,6 +127,6 @@ class FineTune(LanguageModel):
         config = self._lora_config()
         config.fan_in_fan_out = True
         config.inference_mode = True
-        config.base_model_name_or_path = self.settings.init
+        config.base_model_name_or_path = hub_id(self.settings.init)  # no path, which exists on this machine only
         config.save_pretrained(folder)
         return True

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from gpt2lab.data.tokenizer import PLAIN_TEXT, encode_texts
 from gpt2lab.errors import InputError
+from gpt2lab.storage.utf8 import check_text
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -52,7 +54,7 @@ def _check_side(side: str, text: str, field: str) -> None:
     if len(found) != 1:
         raise InputError(
             f"The {side} template {text!r} has {{{field}}} {len(found)} times; it must occur exactly once.\n"
-            f"Write for example data.{side}='" + ("{source}\\n\\nTL;DR:'" if side == "prompt" else " {target}'")
+            f"Write for example data.{side}=" + (r"$'{source}\n\nTL;DR:'" if side == "prompt" else "' {target}'")
         )
 
 
@@ -71,41 +73,52 @@ def encode_pairs(
     A pair fits if prompt and response have at most `context` + 1 tokens (the last token is only a target). If it does
     not, the end of the source is truncated, never the target or the template.
     """
-    prompts = _encode(tokenizer, [template.render_prompt(source) for source, _ in pairs])
-    responses = _encode(tokenizer, [template.render_response(target) for _, target in pairs])
+    prompts = encode_texts([template.render_prompt(source) for source, _ in pairs], tokenizer)
+    responses = encode_texts([template.render_response(target) for _, target in pairs], tokenizer)
     encoded: list[EncodedPair | None] = []
     for (source, _), prompt, response in zip(pairs, prompts, responses, strict=True):
         response.append(tokenizer.eos_token_id)
         limit = context + 1 - len(response)
         shortened = len(prompt) > limit
         if shortened:
-            prompt = _truncate_prompt(source, template, tokenizer, len(prompt), limit)
+            prompt = _truncate(source, template, tokenizer, len(prompt), limit)[1]
         encoded.append(EncodedPair(prompt, response, shortened) if prompt else None)
     return encoded
 
 
-def _truncate_prompt(
+def fit_prompt(source: str, template: PairTemplate, tokenizer: PreTrainedTokenizerFast, limit: int) -> str:
+    """Return the prompt of at most `limit` tokens with the longest beginning of the source.
+
+    Raises:
+        InputError: the template alone has more tokens.
+    """
+    prompt = template.render_prompt(source)
+    check_text(prompt, f"The prompt {prompt}")
+    length = len(encode_texts([prompt], tokenizer)[0])
+    if length <= limit:
+        return prompt
+    prompt, ids = _truncate(source, template, tokenizer, length, limit)
+    if not ids:
+        raise InputError(
+            f"The prompt template does not fit into {limit} tokens, even without a source.\nLower max_new_tokens."
+        )
+    return prompt
+
+
+def _truncate(
     source: str, template: PairTemplate, tokenizer: PreTrainedTokenizerFast, full_length: int, limit: int
-) -> list[int]:
-    """Return the prompt of at most `limit` tokens with the longest beginning of the source; [] if none fits."""
+) -> tuple[str, list[int]]:
+    """Return text and tokens of the prompt with the longest beginning of the source; ("", []) if none fits."""
     if limit < 1:
-        return []
+        return "", []
     # The text is truncated, not the ids, so that the prompt is the tokenization of its text.
-    ends = [end for _, end in tokenizer(source, return_offsets_mapping=True, **_PLAIN)["offset_mapping"]]
+    ends = [end for _, end in tokenizer(source, return_offsets_mapping=True, **PLAIN_TEXT)["offset_mapping"]]
     kept, length = len(ends), full_length
     while kept > 0:
         kept = max(kept - (length - limit), 0)
-        shortened = source[: ends[kept - 1]] if kept else ""
-        prompt = _encode(tokenizer, [template.render_prompt(shortened)])[0]
-        length = len(prompt)
+        prompt = template.render_prompt(source[: ends[kept - 1]] if kept else "")
+        ids = encode_texts([prompt], tokenizer)[0]
+        length = len(ids)
         if length <= limit:
-            return prompt
-    return []
-
-
-# "<|endoftext|>" in the data is ordinary text, not a special token.
-_PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, return_attention_mask=False, **_PLAIN)["input_ids"]
+            return prompt, ids
+    return "", []

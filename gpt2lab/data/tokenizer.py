@@ -1,5 +1,6 @@
 """Tokenizers: train a byte-level BPE, load a Hugging Face tokenizer, compare two."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,21 +12,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.hub import is_hub_id, require_hub
-from gpt2lab.storage.model_folder import TOKENIZER_FILES, has_tokenizer
+from gpt2lab.storage.model_folder import TOKENIZER_FILES, embedding_rows, has_tokenizer
 from gpt2lab.storage.prepared_cache import content_hash, get_or_build
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_TOKENS = 256
 BPE_TEXT = 256 * 2**20  # characters
+# Text is tokenized without the tokens that a tokenizer adds around it, and "<|endoftext|>" in it is ordinary text.
+PLAIN_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 LONG_WORD = re.compile(r"\w{512,}|[^\w\s]{512,}")  # encoded data; training time is quadratic in the length of a word
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """Load from a run directory, a folder with tokenizer files, or the Hub.
 
+    Added tokens for which the model in the same folder has no embedding are left out.
+
     Raises:
-        InputError: no tokenizer found, or it has no eos_token.
+        InputError: no tokenizer found, it has no eos_token, or it has more tokens than the model in the same folder.
     """
     folder = _find_tokenizer_folder(source)
     fix = (
@@ -43,11 +49,42 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         raise InputError(f"Cannot load the tokenizer {source}: {reason}\n{fix}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"The tokenizer {source} is not a fast tokenizer (no tokenizer.json); {fix}")
+    if folder is not None and (rows := embedding_rows(folder)):
+        tokenizer = _without_tokens_from(rows, tokenizer, folder)
     if tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {source} has no eos_token; add it to its tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _without_tokens_from(rows: int, tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer without the added tokens of id `rows` and above, such as a [PAD] that no text contains.
+
+    Raises:
+        InputError: other tokens, or the end-of-text token, have such ids too.
+    """
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    fix = "Give the tokenizer that the model was trained with, or resize the embedding: resize_token_embeddings()"
+    if not beyond <= {token["content"] for token in content["added_tokens"]}:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} tokens, but the model has {rows:,} embeddings.\n{fix}"
+        )
+    if tokenizer.eos_token in beyond:
+        raise InputError(f"{folder}: the model has no embedding for the eos_token {tokenizer.eos_token!r}.\n{fix}")
+    warn_once(f"{folder}: tokens without an embedding are left out of the tokenizer: {', '.join(sorted(beyond))}")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if token not in beyond}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        extra_special_tokens=[token for token in tokenizer.extra_special_tokens if token not in beyond],
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        add_prefix_space=tokenizer.add_prefix_space,
+        **named,
+    )
 
 
 def _find_tokenizer_folder(source: str) -> Path | None:
@@ -201,6 +238,11 @@ def describe_difference(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str
     """
     different = differing_tokens(load_tokenizer(str(folder)), tokenizer) if has_tokenizer(folder) else ""
     return f"\nThe two tokenizers have different ids, for example {different}." if different else ""
+
+
+def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Tokenize a few texts as TextEncoder does."""
+    return tokenizer(texts, return_attention_mask=False, **PLAIN_TEXT)["input_ids"]
 
 
 class TextEncoder:

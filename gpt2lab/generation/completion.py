@@ -8,10 +8,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.data.fim import make_fim_prompt
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER, SpecialTokens, find_special_tokens
+from gpt2lab.data.tokenizer import encode_texts
 from gpt2lab.errors import InputError
 from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.model.attention_masks import format_mask
 from gpt2lab.settings import OBJECTIVES, SamplingSettings
+from gpt2lab.storage.utf8 import check_text
 
 BATCH = 16  # prompts generated together
 SEEDS = 2**63
@@ -19,12 +21,13 @@ SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that seeds differ in the low 32 bits
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, objective: str) -> list[int]:
-    """Tokenize a prompt; <|mask|> is one masked token for mlm, and a gap of any length for fim.
+    """Tokenize a prompt as training text is; <|mask|> is one masked token for mlm, and a gap of any length for fim.
 
     Raises:
-        InputError: a gap for an objective without gaps, more than one for fim, none for mlm.
+        InputError: a gap for an objective without gaps, more than one for fim, none for mlm; or no valid UTF-8.
     """
-    parts = [_encode(part, tokenizer) for part in prompt.split(MASK_PLACEHOLDER)]
+    check_text(prompt, f"The prompt {prompt}")
+    parts = encode_texts(prompt.split(MASK_PLACEHOLDER), tokenizer)
     gaps = len(parts) - 1
     kind = OBJECTIVES[objective]
     if kind.fills_masks and gaps:
@@ -111,7 +114,3 @@ def fill_masks(model: GPT2LMHeadModel, prompt: Sequence[int], special: SpecialTo
         ids[0, gaps[best]] = tokens[best]
     model.train(was_training)
     return ids[0].tolist()
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text)["input_ids"] if text else []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gpt2lab.data.tokenizer import load_tokenizer
+from gpt2lab.data.tokenizer import encode_texts, load_tokenizer
 from gpt2lab.generation.completion import complete, prompt_ids
 from gpt2lab.model.backbone import Backbone, load_backbone
 from gpt2lab.settings import GREEDY, SamplingSettings
@@ -29,8 +29,7 @@ class TextModel:
 
     def encode(self, text: str) -> Tensor:
         """Return the token ids of a text (1, T), on the model's device."""
-        ids = self.tokenizer(text)["input_ids"]
-        return torch.tensor([ids], device=self.backbone.lm.device)
+        return torch.tensor(encode_texts([text], self.tokenizer), device=self.backbone.lm.device)
 
     def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hidden states (B·T, D) of token ids (B, T), and the head weight (V, D), as `lm_head_loss` takes.

@@ -193,14 +193,19 @@ def to_hf(backbone: Backbone) -> GPT2LMHeadModel:
     return hf_from_state(backbone.lm.state_dict(), backbone.shape)
 
 
-def hf_from_state(state: dict[str, Tensor], shape: ModelShape, objective: str = "clm") -> GPT2LMHeadModel:
+def hf_from_state(
+    state: dict[str, Tensor], shape: ModelShape, objective: str = "clm", pair_template: dict[str, str] | None = None
+) -> GPT2LMHeadModel:
     """Build the Hugging Face model from a state dict of `Backbone.lm`, for averaged or gathered weights.
 
     Args:
         objective: training objective, stored in the model's configuration.
+        pair_template: templates `prompt` and `response` of the pairs that it was trained on, stored there too.
     """
     config = _config(shape)
     config.objective = objective
+    if pair_template:
+        config.pair_template = pair_template
     config.activation_function = "gelu_new"
     config.use_cache = True
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -15,12 +16,19 @@ from torch import Tensor
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gpt2lab.data.special_tokens import find_special_tokens
+from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.errors import ExportError
-from gpt2lab.settings import OBJECTIVES
-from gpt2lab.storage.atomic_files import replaced_folder
+from gpt2lab.reports.model_card import model_card
+from gpt2lab.storage.atomic_files import replaced_folder, write_json
+from gpt2lab.storage.model_folder import read_pair_template
 
 TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a new one
+
+# Fields of tokenizer_config.json that describe this machine or the class in memory, not the tokenizer
+NOT_EXPORTED = (
+    *("name_or_path", "is_local", "local_files_only", "tokenizer_file", "special_tokens_map_file"),
+    *("backend", "auto_map", "processor_class", "extra_special_tokens"),
+)
 
 # Runs with transformers only: the project is not on the path. Logits come through a pipe, which needs no disk space.
 FRESH_PROCESS = """
@@ -64,8 +72,10 @@ def write_hf_folder(
     )
     with replaced_folder(folder) as scratch:
         _save_quietly(model, scratch)
-        tokenizer.save_pretrained(scratch)
-        card_text = _model_card(card, model.config.to_dict().get("objective", "clm"), tokenizer)
+        _save_tokenizer(tokenizer, scratch, model.config.n_positions)
+        stored = read_pair_template(scratch)
+        template = PairTemplate(**stored) if stored else None
+        card_text = model_card(card, model.config.to_dict().get("objective", "clm"), tokenizer, template)
         (scratch / "README.md").write_text(card_text, encoding="utf-8")
         if export_adapter is not None:
             export_adapter(scratch / "adapter")
@@ -121,6 +131,24 @@ def _save_quietly(model: GPT2LMHeadModel, folder: Path) -> None:
         transformers_logging.enable_progress_bar()
 
 
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, positions: int) -> None:
+    """Save tokenizer.json and a tokenizer_config.json that transformers 4 and 5 load alike, on any machine.
+
+    Version 5 names a class that version 4 lacks, and lists extra special tokens under another name.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = {name: value for name, value in json.loads(file.read_bytes()).items() if name not in NOT_EXPORTED}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions}
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # GPT-2 would add embeddings of token_type_ids
+    splitting = json.loads((folder / "tokenizer.json").read_bytes())["pre_tokenizer"] or {}
+    if "add_prefix_space" in splitting:  # version 4 overwrites it by the one in this file
+        config["add_prefix_space"] = splitting["add_prefix_space"]
+    if tokenizer.extra_special_tokens:
+        config["additional_special_tokens"] = list(tokenizer.extra_special_tokens)
+    write_json(file, config)
+
+
 def _environment() -> dict[str, str]:
     """Return the environment without the variables of a rank."""
     return {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
@@ -134,60 +162,3 @@ def _compare_tensors(model: GPT2LMHeadModel, file: Path) -> None:
     for name, tensor in expected.items():
         if not torch.equal(written[name], tensor):
             raise RuntimeError(f"{file}: tensor {name} differs from the one written.")
-
-
-def _model_card(card: dict[str, str], objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    facts = "\n".join(f"- {name}: {value}" for name, value in card.items() if name != "title")
-    return f"""---
-library_name: transformers
-pipeline_tag: {"fill-mask" if OBJECTIVES[objective].fills_masks else "text-generation"}
-tags: [gpt2]
----
-
-# {card.get("title", "GPT-2")}
-
-{facts}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-{_example(objective, tokenizer)}
-```
-"""
-
-
-def _example(objective: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return Python code that runs such a model with transformers only."""
-    kind = OBJECTIVES[objective]
-    if kind.fills_masks:
-        mask = find_special_tokens(tokenizer).mask
-        return f"""\
-import torch
-
-parts = [tokenizer(part)["input_ids"] for part in ("import ", "\\n")]
-ids = torch.tensor([[*parts[0], {mask}, *parts[1]]])  # {mask} is the mask token
-everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
-logits = model(ids, attention_mask=everything, use_cache=False).logits[0, len(parts[0])]
-print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
-    if kind.bidirectional_prompt:
-        return """\
-import torch
-
-ids = tokenizer("def add(a, b):", return_tensors="pt")["input_ids"]
-place = torch.arange(ids.shape[1])
-mask = (place <= place[:, None]) | (place < ids.shape[1] - 1)  # bidirectional in the prompt, except its last token
-logits = model(ids, attention_mask=mask[None, None], use_cache=False).logits[0, -1]
-print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
-    if kind.infills:
-        special = find_special_tokens(tokenizer)
-        return f"""\
-import torch
-
-before, after = (tokenizer(part)["input_ids"] for part in ("def add(a, b):\\n", "    return total\\n"))
-ids = torch.tensor([[{special.end_of_text}, {special.prefix}, *before, {special.suffix}, *after, {special.middle}]])
-print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0, ids.shape[1] :]))"""
-    return """\
-prompt = tokenizer("def add(a, b):", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"""

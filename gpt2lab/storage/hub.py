@@ -19,6 +19,14 @@ def is_hub_id(source: str) -> bool:
     return bool(source) and not looks_like_path and not Path(source).exists()
 
 
+def hub_id(source: str) -> str | None:
+    """Return the Hub id behind a source: itself, or that of a folder in the Hugging Face cache; None for others."""
+    if is_hub_id(source):
+        return source
+    folder = Path(source).parents[1].name if len(Path(source).parents) > 1 else ""  # of models--OWNER--NAME/snapshots/…
+    return folder.removeprefix("models--").replace("--", "/") if folder.startswith("models--") else None
+
+
 @functools.cache
 def hub_is_reachable() -> bool:
     """Whether a connection to the Hub (or HF_ENDPOINT) opens within 5 seconds; False if HF_HUB_OFFLINE is set.

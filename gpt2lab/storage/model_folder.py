@@ -1,18 +1,15 @@
 """Model folder: resolve init=, teacher= or checkpoint= to a folder with a GPT-2, and read its config.json."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
-from gpt2lab.settings import OBJECTIVES
+from gpt2lab.settings import OBJECTIVES, PAIR_SIDES
 from gpt2lab.storage.hub import is_hub_id, require_hub
+from gpt2lab.storage.stored_weights import UNREADABLE, check_no_adapter, check_weights
 from gpt2lab.storage.utf8 import check_text
 
-# Raised when a file has unexpected content, with any size and nesting depth
-UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError)
-UNREADABLE += (MemoryError, OverflowError, RecursionError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Key of config.json → supported values; gpt2lab/model/backbone.py does not implement GPT-2's other variants
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -22,6 +19,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "tie_word_embeddings": (True,),
     "n_inner": (None,),
+    "add_cross_attention": (False,),
 }
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
@@ -49,10 +47,9 @@ def resolve_model_folder(source: str, key: str) -> Path:
     check_text(str(folder.resolve()), f"{key}={source}: {folder.resolve()}")
     for candidate in (folder / "hf", folder):
         if (candidate / "config.json").is_file():
-            shape = read_shape(candidate)
-            _check_weights(candidate)
-            _check_size(candidate, shape)
+            check_weights(candidate, read_shape(candidate))
             return candidate.resolve()
+    check_no_adapter(folder)
     if (folder / ".metadata").is_file():
         raise InputError(
             f"{key}={source} is a sharded checkpoint.\n"
@@ -86,6 +83,16 @@ def read_shape(folder: Path) -> dict[str, int]:
         raise InputError(f"{folder} contains a {kind} model; give a GPT-2.")
     if min(shape.values()) < 1:
         raise InputError(f"{folder}/config.json has a size below 1: {shape}.\nGive a folder with a GPT-2 in it.")
+    if shape["n_embd"] % shape["n_head"]:
+        raise InputError(
+            f"{folder}/config.json has n_embd={shape['n_embd']}, which is not a multiple of n_head={shape['n_head']}.\n"
+            "Correct config.json, or give another folder."
+        )
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{folder}/config.json has quantization_config; quantized models are not supported.\n"
+            "Give the model that it was made from, or convert it in transformers: model.dequantize()"
+        )
     for key, values in SUPPORTED.items():
         given = config.get(key, values[0])
         if given not in values and not (key == "n_inner" and given == 4 * shape["n_embd"]):
@@ -96,10 +103,25 @@ def read_shape(folder: Path) -> dict[str, int]:
     return shape
 
 
+def embedding_rows(folder: Path) -> int | None:
+    """Return the vocabulary size of the GPT-2 in a folder; None if there is none, as in a folder of a tokenizer."""
+    try:
+        return read_shape(folder)["vocab_size"]
+    except InputError:
+        return None
+
+
 def read_objective(folder: Path) -> str:
     """Return the objective in a model folder's config.json; clm where it names none of ours."""
     name = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("objective", "clm"))
     return name if name in OBJECTIVES else "clm"
+
+
+def read_pair_template(folder: Path) -> dict[str, str]:
+    """Return the templates of a model trained on pairs, `prompt` and `response`; empty for other models."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pair_template")
+    is_template = isinstance(stored, dict) and all(isinstance(stored.get(side), str) for side in PAIR_SIDES)
+    return {side: stored[side] for side in PAIR_SIDES} if is_template else {}
 
 
 def parameter_count(shape: dict[str, Any]) -> int:
@@ -112,40 +134,6 @@ def parameter_count(shape: dict[str, Any]) -> int:
 def matmul_parameter_count(shape: dict[str, Any]) -> int:
     """Number of parameters in matrix products, for FLOP: all except the position embeddings."""
     return parameter_count(shape) - shape["n_positions"] * shape["n_embd"]
-
-
-def _check_weights(folder: Path) -> None:
-    """Check that the weights exist, have the length stated in their header, and are not an adapter of another model."""
-    if (folder / "adapter_config.json").is_file():  # transformers would load the base model and PEFT module it names
-        raise InputError(f"{folder} contains an adapter (adapter_config.json).\nGive a folder with the merged model.")
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            raise InputError(f"{folder} has a config.json but no weights (model.safetensors).\nGive a complete folder.")
-        return
-    try:
-        with file.open("rb") as stream:
-            (header_length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_length))
-        data = max(item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")
-        is_complete = file.stat().st_size == 8 + header_length + data
-    except UNREADABLE as error:
-        raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
-    if not is_complete:
-        raise InputError(f"{file} is truncated: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
-
-
-def _check_size(folder: Path, shape: dict[str, int]) -> None:
-    """Check that the weights have at least a byte per parameter, because config.json decides how much is allocated."""
-    stored = sum(
-        file.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)
-    )
-    parameters = parameter_count(shape)
-    if parameters > stored:
-        raise InputError(
-            f"{folder}/config.json describes {parameters:.3g} parameters, but the weights have {stored:,} bytes.\n"
-            "Give a complete folder."
-        )
 
 
 def _from_hub(source: str, key: str) -> Path:

@@ -1,14 +1,16 @@
-"""UTF-8 checks of arguments, paths and configuration values, before a run writes anything.
+"""UTF-8 checks of arguments, prompts, paths and configuration values, before a run writes anything.
 
 Text files and the libraries accept nothing else.
 """
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from gpt2lab.errors import InputError
 
+_surrogate = re.compile("[\ud800-\udfff]").search
 FOLDERS = ("GPT2LAB_CACHE", "HF_HOME", "HOME", "TMPDIR")  # environment variables
 
 
@@ -64,8 +66,11 @@ def check_text(text: str, what: str) -> None:
     Raises:
         InputError: it is not valid UTF-8.
     """
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
-        raise InputError(
-            f"{_printable(what)} is not valid UTF-8; configurations, reports and models are stored as UTF-8.\n"
-            "Rename the file or folder, or give another."
-        )
+    if not _surrogate(text):
+        return
+    place = _surrogate(what)
+    shown = f"{what[:80]}…{what[place.start() - 40 :]}" if place and place.start() > 160 else what
+    raise InputError(
+        f"{_printable(shown)} is not valid UTF-8; text, files and folders are read and stored as UTF-8.\n"
+        "Remove the invalid bytes or half a character (a lone surrogate), or rename the file or folder."
+    )

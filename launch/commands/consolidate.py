@@ -92,7 +92,8 @@ def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
     lora = spec.config.task.get("lora") or {}
     if lora.get("rank"):
         inner = merge_adapters(inner, lora["alpha"] / lora["rank"])
-    return hf_from_state(inner, spec.resolved.model.shape(embedding.shape[0]), spec.config.objective.name)
+    shape = spec.resolved.model.shape(embedding.shape[0])
+    return hf_from_state(inner, shape, spec.config.objective.name, spec.config.pair_template)
 
 
 def _program(arguments: list[str]) -> None:

@@ -61,9 +61,11 @@ class RunningTextKeys(HubKeys):
 class PairKeys(HubKeys):
     """Keys of data sets of pairs."""
 
-    prompt: str = key("template of the prompt, with {source} for the source column")
-    response: str = key("template of the response, with {target} for the target column")
-    metrics: list[str] = key("metrics of generated text, the first is watched", choices=TEXT_METRICS)
+    prompt: str = key("template of the prompt, with {source} for the source column", free_text=True)
+    response: str = key("template of the response, with {target} for the target column", free_text=True)
+    metrics: list[str] = key(
+        "metrics of generated text, the first is watched; task.text.metrics replaces them", choices=TEXT_METRICS
+    )
     reader: str = key(
         "source of the pairs: tables, Python functions or gettext catalogues",
         "tables",

@@ -22,6 +22,7 @@ from gpt2lab.keys import key
 from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import (
+    PAIR_SIDES,
     LossSettings,
     ModelShape,
     ObjectiveSettings,
@@ -176,6 +177,13 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     def takes_pairs(self) -> bool:
         """Whether the data are pairs of texts; then a batch counts sequences, not tokens."""
         return self.data.get("kind") == "pairs"
+
+    @property
+    def pair_template(self) -> dict[str, str]:
+        """Templates of both sides of pairs, which the exported model stores; empty for running text."""
+        sides = {side: str(self.data.get(side) or "") for side in PAIR_SIDES}
+        is_template = "{source}" in sides["prompt"] and "{target}" in sides["response"]
+        return sides if self.takes_pairs and is_template else {}
 
 
 def register() -> None:

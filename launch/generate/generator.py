@@ -1,6 +1,5 @@
 """Text generation of generate.py: prompts from the command line, a file or the terminal; speculative decoding."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
 from gpt2lab.errors import InputError
 from gpt2lab.keys import key, same_key
 from gpt2lab.settings import OBJECTIVES, SAMPLING_PRESETS, SamplingSettings
-from gpt2lab.storage.model_folder import read_objective, read_shape, resolve_model_folder
+from gpt2lab.storage.model_folder import read_objective, read_pair_template, read_shape, resolve_model_folder
 from launch.config.key_value_cli import group_key
 from launch.config.plain_keys import MachineKeys
+from launch.generate.prompts import given_prompts, stdin_lines
 from launch.logging_setup import configure_logging, silence_libraries
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Arguments:
 
     checkpoint: str = key("model: a run directory, a Hugging Face folder or a Hub id")
     prompt: str = key("text to continue; mlm and fim fill in <|mask|>; by default read from the terminal", "")
-    prompts: str = key("file of prompts: a .jsonl with `prompt` in each line, else one prompt per line", "")
+    source: str = key("text that the prompt template of a fine-tuned model is put around, in place of prompt=", "")
+    prompts: str = key("file of prompts: a .jsonl with `prompt` or `source` in each line, else one prompt per line", "")
     draft: str = key("draft model for speculative decoding, which is compared with plain decoding", "")
     max_new_tokens: int = key("maximum number of generated tokens", 128, within="[1, inf)")
     sampling: SamplingSettings = group_key(
@@ -91,9 +92,11 @@ class TextGenerator:
         folder = resolve_model_folder(arguments.checkpoint, "checkpoint")
         self.positions, self.objective = read_shape(folder)["n_positions"], read_objective(folder)
         self.kind = OBJECTIVES[self.objective]
-        self.prompts = [arguments.prompt] if arguments.prompt else _read_prompts(arguments.prompts)
-        self._check()
+        self.given = given_prompts(arguments.prompt, arguments.source, arguments.prompts)
+        template = read_pair_template(folder)
+        self._check(has_template=bool(template))
         configure_logging()  # the following imports take seconds, so arguments are checked first
+        from gpt2lab.data.pair_template import PairTemplate
         from gpt2lab.data.tokenizer import load_tokenizer
         from gpt2lab.system.device import resolve_device
 
@@ -101,34 +104,41 @@ class TextGenerator:
         self.device = resolve_device(arguments.accelerator)
         self.model = self._load(folder)
         self.tokenizer = load_tokenizer(str(folder))
+        self.template = PairTemplate(**template) if template else None
         self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
         self.sampling = arguments.sampling
 
     def generate(self) -> list[Text]:
         """Generate and print the texts of all prompts."""
-        return self._print_texts(self.prompts)
+        return self._print_texts(self._prompts())
 
     def interact(self) -> list[Text]:
-        """Read prompts from the terminal and continue each, until end of file (Ctrl-D)."""
+        """Read prompts from the terminal and continue each, until end of file (Ctrl-D).
+
+        Raises:
+            InputError: a prompt is invalid that does not come from a terminal.
+        """
         texts: list[Text] = []
-        if sys.stdin.isatty():
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
             print("Enter continues the prompt; Ctrl-D ends.", file=sys.stderr)
-        while True:
-            try:
-                prompt = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return texts
+            if self.template is not None:
+                print(f"source=TEXT puts a text into the template {self.template.prompt!r}.", file=sys.stderr)
+        for number, prompt in enumerate(stdin_lines(), 1):
             try:
                 texts += self._print_texts([prompt])
             except InputError as error:
+                if not is_terminal:
+                    raise InputError(f"Line {number} of the standard input: {error}") from error
                 print(f"error: {error}", file=sys.stderr)
+        return texts
 
     def speculate(self) -> list[Text]:
         """Generate and print the text of each prompt with speculative decoding, and its speed-up."""
         from gpt2lab.generation.speculative import speculate
 
         arguments, draft, texts = self.arguments, self.load_draft(), []
-        given = [(prompt, self._ids(prompt)) for prompt in self.prompts]
+        given = [(prompt, self._ids(prompt)) for prompt in self._prompts()]
         for number, (prompt, ids) in enumerate([given[0], *given]):
             found = speculate(
                 self.model,
@@ -216,6 +226,19 @@ class TextGenerator:
         """Whether tokens can be printed as they are generated: no beams, gaps or stop texts."""
         return self.sampling.beams == 1 and not self.kind.rewrites_text and not self.stop
 
+    def _prompts(self) -> list[str]:
+        """Return the prompts, each source within the template; as in training, the end of a long source is cut."""
+        return [self._filled(given.text) if given.is_source else given.text for given in self.given]
+
+    def _filled(self, source: str) -> str:
+        from gpt2lab.data.pair_template import fit_prompt
+
+        assert self.template is not None
+        prompt = fit_prompt(source, self.template, self.tokenizer, self.positions - self._new_positions)
+        if prompt != self.template.render_prompt(source):
+            print("A source is longer than the context of the model; its end is cut.", file=sys.stderr)
+        return prompt
+
     def _ids(self, prompt: str) -> list[int]:
         from gpt2lab.generation.completion import prompt_ids
 
@@ -246,11 +269,14 @@ class TextGenerator:
                 f"{self.positions} positions; give at most {self.positions - 1}."
             )
 
-    def _check(self) -> None:
+    def _check(self, has_template: bool) -> None:
         arguments = self.arguments
         self._check_positions()
-        if arguments.prompt and arguments.prompts:
-            raise InputError("prompt and prompts are both given.\nGive one of them.")
+        if not has_template and any(given.is_source for given in self.given):
+            raise InputError(
+                f"checkpoint={arguments.checkpoint} stores no prompt template for source=: only training on pairs "
+                "(task=finetune) does.\nGive the whole prompt: prompt=TEXT"
+            )
         if self.kind.fills_masks and arguments.sampling != PRESETS["auto"]:
             raise InputError("sampling= continues text, but objective=mlm fills masks.\nLeave sampling out.")
         if arguments.num_samples > 1 and (arguments.sampling.is_greedy or self.kind.fills_masks):
@@ -265,8 +291,8 @@ class TextGenerator:
                 f"draft supports causal models only, and this one was trained with objective={self.objective}.\n"
                 "Leave draft out."
             )
-        if arguments.draft and not self.prompts and not arguments.serve:
-            raise InputError("draft needs prompt= or prompts=.")
+        if arguments.draft and not self.given and not arguments.serve:
+            raise InputError("draft needs prompt= or prompts=, or source= of a fine-tuned model.")
         if arguments.port != PORT and not arguments.serve:
             raise InputError("port= needs serve=true.\nAdd serve=true, or leave port= out.")
 
@@ -283,23 +309,6 @@ class TextGenerator:
             )
         self.positions = min(self.positions, shape["n_positions"])
         self._check_positions()
-
-
-def _read_prompts(file: str) -> list[str]:
-    """Read the prompts of a file; none for an empty name."""
-    if not file:
-        return []
-    path = Path(file).expanduser()
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"prompts={file} cannot be read: {error}.\nGive a text file, or a .jsonl with `prompt`."
-        ) from error
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"prompts={file} contains no prompt.\nGive a text file, or a .jsonl with `prompt`.")
-    return prompts
 
 
 def _speedup_line(text: Text) -> str:

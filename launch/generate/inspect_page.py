@@ -22,9 +22,10 @@ def check_inspection(arguments: Arguments) -> None:
             if value:
                 raise InputError(f"{key}={value} is used with inspect=true only.\nAdd it, or leave {key} out.")
         return
-    if not arguments.prompt or arguments.num_samples > 1 or arguments.draft:
+    if not (arguments.prompt or arguments.source) or arguments.num_samples > 1 or arguments.draft:
         raise InputError(
-            "inspect=true shows one text of one model.\nGive prompt=, and leave out prompts, num_samples and draft."
+            "inspect=true shows one text of one model.\n"
+            "Give prompt= or source=, and leave out prompts, num_samples and draft."
         )
     if arguments.teacher:
         resolve_model_folder(arguments.teacher, "teacher")

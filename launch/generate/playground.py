@@ -65,26 +65,22 @@ class Playground:
             panels.append({"name": "both", "source": "", "about": ""})
         return {
             "panels": panels,
-            "prompt": arguments.prompt,
+            "prompt": arguments.source or arguments.prompt,
+            "template": self.generator.template.prompt if self.generator.template else "",
+            "templated": self.generator.template is not None and not arguments.prompt,
             "fills": MASK_PLACEHOLDER if self.generator.kind.infills else "",
             "positions": self.generator.positions,
             "settings": [self._setting(name) for name in SETTINGS],
         }
 
     def read(self, body: bytes) -> GenerationRequest:
-        """Parse a request: a JSON object with `prompt` and any of the settings.
+        """Parse a request: a JSON object with `prompt`, or `source` for the prompt template, and any of the settings.
 
         Raises:
-            InputError: the JSON is invalid, a value is out of range, or the prompt is empty or too long.
+            InputError: the JSON is invalid, a value is out of range, or the prompt is empty, too long or not UTF-8.
         """
         given = _parse_object(body)
-        prompt = given.pop("prompt", "")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError("There is no prompt. Write a text for the model to continue.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise InputError("The prompt contains half a character (a lone surrogate). Remove it.") from None
+        prompt = self._prompt(given)
         arguments = self._arguments(given)
         ids = prompt_ids(prompt, self.tokenizer, self.generator.objective)
         limit = self.generator.positions - arguments.max_new_tokens
@@ -94,6 +90,18 @@ class Playground:
                 f"{limit:,}. Shorten it, or lower max_new_tokens."
             )
         return GenerationRequest(prompt, ids, arguments.sampling, arguments.max_new_tokens, arguments.seed)
+
+    def _prompt(self, given: dict[str, Any]) -> str:
+        """Remove the prompt from a request and return it, with the template around a source."""
+        name, template = "source" if "source" in given else "prompt", self.generator.template
+        text = given.pop(name, "")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError("There is no prompt. Write a text for the model to continue.")
+        if name == "prompt":
+            return text
+        if template is None:
+            raise InputError("This model stores no prompt template for a source. Send the whole prompt as prompt.")
+        return template.render_prompt(text)
 
     def write(self, request: GenerationRequest, send: Send) -> None:
         """Generate the text of every panel, one after the other.
@@ -109,7 +117,7 @@ class Playground:
 
     def warm_up(self) -> None:
         """Generate a short text, because the first generation is slower than later ones."""
-        prompt = self.tokenizer.encode("a") or [self.tokenizer.eos_token_id]
+        prompt = prompt_ids("a", self.tokenizer, "clm") or [self.tokenizer.eos_token_id]
         tokens = min(8, self.max_new_tokens)
         self.write(GenerationRequest("a", prompt, SamplingSettings("warm_up"), tokens, seed=0), lambda event: None)
 
@@ -203,7 +211,7 @@ class Playground:
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        given = json.loads(body)
+        given = json.loads(body.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):

@@ -131,6 +131,7 @@ def training_settings(spec: PreparedSpec, facts: DataFacts, is_resumed: bool) ->
         objective=config.objective,
         sampling=config.sampling,
         teacher_dtype=spec.machine.precision.teacher or "float32",
+        pair_template=config.pair_template,
     )
 
 

@@ -19,6 +19,7 @@ from gpt2lab.settings import (
     TokenizerChoice,
     TrainingSettings,
 )
+from gpt2lab.storage.model_folder import read_pair_template
 from lightning_modules.distill import Distill
 from lightning_modules.finetune import FineTune
 from lightning_modules.language_model import LanguageModel
@@ -78,6 +79,8 @@ def test_load_from_checkpoint_gives_equal_logits(task, train_here: Train, tiny, 
     assert (logits_of(module) - exported(tmp_path / "run")).abs().max() <= 1e-5
     assert torch.equal(logits_of(module), logits_of(kind.load_from_checkpoint(file, map_location="cpu", strict=True)))
     assert module.generate(["def "], module.sampling_methods[0], 4) != [""]
+    template = {"prompt": "{source}\n\n", "response": "{target}"} if task == "finetune" else {}
+    assert read_pair_template(tmp_path / "run" / "hf") == stored["training"]["pair_template"] == template
     if isinstance(module, Distill):
         assert stored["teacher"] == str((teacher / "hf").resolve())
         assert module.teacher.signal(IDS).rows == IDS.numel()

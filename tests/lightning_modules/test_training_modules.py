@@ -292,6 +292,7 @@ def test_lora_trains_adapters_only_and_exports_merged_and_apart(tokenizer_folder
     assert not torch.equal(merged.transformer.h[0].mlp.c_fc.weight, base.transformer.h[0].mlp.c_fc.weight)
 
     assert module.export_adapter(tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     plain = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     ids = torch.arange(20)[None]

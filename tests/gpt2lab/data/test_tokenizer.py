@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules.token_bins import bin_facts
 from gpt2lab.data.tokenizer import (
     TextEncoder,
+    encode_texts,
     load_tokenizer,
     make_numbered_tokenizer,
     prepare_tokenizer,
@@ -148,6 +150,11 @@ def test_token_files_of_another_tokenizer_or_dtype_are_refused(folder: Path, tmp
     (tmp_path / "train.bin").write_bytes(b"odd")
     with pytest.raises(InputError, match="odd number of bytes"):
         bin_facts(tmp_path, choice, tmp_path / "cache")
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 100
+    (tmp_path / "train.bin").write_bytes(header.tobytes() + np.zeros(100, "<u2").tobytes())
+    with pytest.raises(InputError, match=r"train\.bin begins with the header of llm\.c(?s:.*)tail -c \+1025"):
+        bin_facts(tmp_path, choice, tmp_path / "cache")
 
 
 @pytest.mark.timeout(120, method="thread")  # instead of reading for an hour
@@ -157,6 +164,48 @@ def test_large_files_are_checked_by_samples(folder: Path, tmp_path: Path) -> Non
     np.zeros(100, dtype="<u2").tofile(tmp_path / "val.bin")
     facts = bin_facts(tmp_path, TokenizerChoice("pretrained", source=str(folder)), tmp_path / "cache")[1]
     assert facts["vocab_size"] == 400
+
+
+# Tokenizers of a model folder with fewer embeddings than tokens
+
+
+def with_pad(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+
+
+def with_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_tokens(["<user>", "<model>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+
+
+@pytest.mark.parametrize("add", [with_pad, with_words])
+def test_added_tokens_without_an_embedding_are_left_out(
+    add: Callable[[PreTrainedTokenizerFast], None], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = load_tokenizer(str(folder))
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 400}')
+    tokenizer = load_tokenizer(str(folder))
+    add(tokenizer)
+    names = set(tokenizer.get_vocab()) - set(before.get_vocab())
+    tokenizer.save_pretrained(folder)
+    loaded = load_tokenizer(str(folder))
+    assert tokenizer_hash(loaded) == tokenizer_hash(before)
+    assert loaded.pad_token == loaded.eos_token == "<|endoftext|>"
+    assert loaded.all_special_tokens == ["<|endoftext|>"]
+    assert all(name in caplog.text for name in names)
+    assert encode_texts(["a [PAD] <user> b"], loaded) == encode_texts(["a [PAD] <user> b"], before)
+
+
+def test_missing_embedding_of_a_needed_token_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 399}')
+    with pytest.raises(InputError, match="has 400 tokens, but the model has 399 embeddings"):
+        load_tokenizer(str(folder))
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 400}')
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"no embedding for the eos_token '<\|im_end\|>'"):
+        load_tokenizer(str(folder))
 
 
 def test_endless_word_does_not_stall_tokenizer_training() -> None:

@@ -17,6 +17,7 @@ import evaluate
 from gpt2lab.errors import InputError
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.model_folder import read_pair_template
 from gpt2lab.storage.report_json import read_report
 from gpt2lab.storage.sharded_checkpoint import is_sharded
 from launch.commands.consolidate import consolidate
@@ -297,6 +298,8 @@ def test_lora_adapters_are_merged_from_shards(train_process: Train, tiny: list[s
     exported, consolidated = weights(tmp_path / "run"), weights(consolidate(str(tmp_path / "run")))
     assert exported.keys() == consolidated.keys()
     assert all(torch.allclose(exported[name], consolidated[name], atol=1e-6) for name in exported)
+    templates = [read_pair_template(tmp_path / folder) for folder in ("run/hf", "run/consolidated/hf")]
+    assert templates == [{"prompt": "{source}\n\n", "response": "{target}"}] * 2
 
 
 @pytest.mark.slow
