@@ -32,8 +32,8 @@ class Arguments:
 
     checkpoint: str = key("model: a run directory, a Hugging Face folder or a Hub id")
     prompt: str = key("text to continue; mlm and fim fill in <|mask|>; by default read from the terminal", "")
-    source: str = key("text that the prompt template of a fine-tuned model is put around, in place of prompt=", "")
     prompts: str = key("file of prompts: a .jsonl with `prompt` or `source` in each line, else one prompt per line", "")
+    source: str = key("text that the prompt template of a fine-tuned model is put around, in place of prompt=", "")
     draft: str = key("draft model for speculative decoding, which is compared with plain decoding", "")
     max_new_tokens: int = key("maximum number of generated tokens", 128, within="[1, inf)")
     sampling: SamplingSettings = group_key(
