@@ -117,7 +117,7 @@ def test_installed_source_that_is_no_text_is_left_out(tmp_path, caplog, monkeypa
 def test_catalogue_without_charset_is_decoded_too(tmp_path):
     (tmp_path / "de.po").write_text('msgid "Open file"\nmsgstr "Datei öffnen\u2028Jetzt"\n', encoding="utf-16")
     rows = list(catalogue_rows([tmp_path / "de.po"]))
-    assert rows == [{"source": "Open file", "target": "Datei öffnen\u2028Jetzt"}]
+    assert rows == [{"source": "Open file", "target": "Datei öffnen\u2028Jetzt", "file": str(tmp_path / "de.po")}]
 
 
 BINARY = [
