@@ -57,11 +57,14 @@ class TrainingLoader(DataLoader[Batch]):
     """
 
     optimizer_step: Callable[[], int]  # step that is trained now
+    _is_restored = False  # whether a state was loaded since the last iteration
 
     def __iter__(self) -> Any:
         """Continue with the optimizer step; Lightning starts again where trainer.limit_train_batches ends its epoch."""
         assert isinstance(self.dataset, TrainingStream)
-        self.dataset.first_step = self.optimizer_step()
+        if not self._is_restored:
+            self.dataset.first_step = self.optimizer_step()
+        self._is_restored = False
         return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
@@ -71,7 +74,7 @@ class TrainingLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start from the optimizer step of a state."""
         assert isinstance(self.dataset, TrainingStream)
-        self.dataset.first_step = state["step"]
+        self.dataset.first_step, self._is_restored = state["step"], True
 
 
 class SequentialBatches(Dataset[Batch]):

@@ -31,12 +31,12 @@ def fits(config: RunConfig, inputs: Inputs, machine: Machine, devices: int, teac
 
 def state_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of weights, gradients, two optimizer moments, and the averaged weights, which are always fp32."""
-    return _bytes(config, inputs, machine, STATE)
+    return _bytes(config, replace(inputs, teacher=""), machine, STATE)
 
 
 def checkpoint_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:
     """Return bytes of the weights and two optimizer moments."""
-    return _bytes(config, inputs, machine, ("weights", "optimizer state"))
+    return _bytes(config, replace(inputs, teacher=""), machine, ("weights", "optimizer state"))
 
 
 def teacher_bytes(config: RunConfig, inputs: Inputs, machine: Machine) -> int:

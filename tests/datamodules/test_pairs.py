@@ -42,10 +42,11 @@ def pairs_file(tmp_path, words) -> Path:
 
 
 class Place:
-    """Rank, number of ranks and optimizer step, which a data module reads from its trainer."""
+    """Rank, number of ranks and optimizer step, which a data module reads from its trainer; no overfitting."""
 
     def __init__(self, rank: int, world: int, step: int = 0) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world, step
+        self.overfit_batches = 0
 
 
 def make(path: Path | str, cache: Path, changed: dict[str, object] | None = None) -> PairData:
