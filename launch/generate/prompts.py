@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -39,18 +40,24 @@ def given_prompts(prompt: str, source: str, file: str) -> list[Prompt]:
 def stdin_lines() -> Iterator[str]:
     r"""Yield the lines of a terminal or of standard input, which is UTF-8; only `\n` ends a line.
 
-    Bytes that are not UTF-8 become lone surrogates.
+    In a terminal, bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        InputError: a line is no text, elsewhere than in a terminal.
     """
     is_terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
         if not is_terminal:
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    while True:
+    for number in itertools.count(1):
         try:
-            yield input("> " if is_terminal else "").removesuffix("\r")
+            line = input("> " if is_terminal else "").removesuffix("\r")
         except EOFError:
             return
+        if not is_terminal:
+            _check_line(line, f"line {number} of the standard input")
+        yield line
 
 
 def _read_file(file: str) -> list[Prompt]:
@@ -64,14 +71,18 @@ def _read_file(file: str) -> list[Prompt]:
     for number, line in enumerate(text.split("\n"), 1):  # other line separators are text
         if line.strip():
             place = f"prompts={file}, line {number}"
-            check_text(line, f"{place}: {line}")
-            if "\0" in line:
-                raise InputError(f"{place} contains NUL characters: the file is UTF-16 or binary.\nSave it as UTF-8.")
             line = line.removesuffix("\r")
+            _check_line(line, place)
             prompts.append(_from_json(line, place) if path.suffix.lower() == ".jsonl" else Prompt(line))
     if not prompts:
         raise InputError(f"prompts={file} contains no prompt.\n{FORMS}")
     return prompts
+
+
+def _check_line(line: str, place: str) -> None:
+    check_text(line, f"{place}: {line}")
+    if "\0" in line:
+        raise InputError(f"{place} contains NUL characters: it is UTF-16 or binary.\nGive UTF-8 text.")
 
 
 def _from_json(line: str, place: str) -> Prompt:

@@ -95,6 +95,9 @@ def test_stdin_is_read_as_a_prompt_file_is(monkeypatch: pytest.MonkeyPatch) -> N
     content = b"\xef\xbb\xbf" + "naïve\u2028\x0c\u0085\r\n\r\nb".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
     assert list(stdin_lines()) == ["naïve\u2028\x0c\u0085", "", "b"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\0\n")))
+    with pytest.raises(InputError, match="line 2 of the standard input contains NUL"):
+        list(stdin_lines())
 
 
 def put(name: str, content: bytes) -> str:
