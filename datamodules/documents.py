@@ -15,9 +15,10 @@ from typing import Any
 
 from datamodules.compressed_files import COMPRESSED_ENDINGS, plain_ending
 from datamodules.record_files import file_records
-from datamodules.records import RecordFault, Row, value_text, warn_once
+from datamodules.records import RecordFault, Row, value_text
 from datamodules.text_decoding import open_text
 from gpt2lab.errors import InputError
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.path_patterns import matching_paths
 
 TEXT_ENDINGS = {".txt", ".md", ".py", ".rst"}

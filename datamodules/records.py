@@ -1,7 +1,5 @@
 """Records: rows of files and data sets, whose faults end the run with their place or are skipped and counted."""
 
-import functools
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -9,8 +7,7 @@ from typing import Any, TypeVar
 
 from datamodules.text_decoding import NotTextError, decode
 from gpt2lab.errors import InputError
-
-log = logging.getLogger(__name__)
+from gpt2lab.storage.damaged_files import warn_once
 
 RECORD_BYTES = 64 * 2**20  # maximum size of a record
 WHOLE_NUMBER = re.compile(r"-?\d+")
@@ -83,12 +80,6 @@ def sound_records(
 def unchanged(row: Row, name: str) -> Row:
     """Return the record; the conversion that converts nothing."""
     return row
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Log a message the first time; data are read several times while they are prepared."""
-    log.warning("%s", message)
 
 
 def value_text(value: Any, name: str = "") -> str:
