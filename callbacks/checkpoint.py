@@ -17,7 +17,7 @@ from callbacks.ending import is_pruned, run_status
 from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import outside_training_time
 from gpt2lab.data.batch import Batch
-from gpt2lab.errors import InputError
+from gpt2lab.errors import InputError, RunError
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
 from gpt2lab.storage.atomic_files import input_error_when_full
 from gpt2lab.storage.checkpoint_ledger import (
@@ -36,8 +36,6 @@ from gpt2lab.storage.tensor_file import read_checkpoint_file
 
 log = logging.getLogger(__name__)
 
-HOOKS_OF_VALIDATION = tuple(f"on_validation_{when}" for when in ("start", "epoch_start", "epoch_end"))
-HOOKS_OF_VALIDATION += ("on_validation_batch_start", "on_validation_batch_end")
 HOOKS_AFTER_A_STEP = ("on_train_batch_end", "on_validation_end")
 
 
@@ -58,7 +56,7 @@ class Checkpoint(lightning.Callback):
         self.every = every
         self.keep_last = keep_last
         self.verify_export = verify_export
-        self.saved_step = -1
+        self.saved_step = self.attempted_step = -1
         self.has_ended = False
         self.run_dir = Path()
 
@@ -99,19 +97,27 @@ class Checkpoint(lightning.Callback):
         self.has_ended = True
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        """Save a complete step after which an added callback raised an error; several ranks could not agree on it."""
+        """Save the last complete step of a run that fails; several ranks could not agree on it.
+
+        A step is complete once all callbacks of this project have seen it. One whose loss is not finite is not saved.
+        """
+        is_saved = trainer.global_step in (0, self.saved_step, self.attempted_step)
+        is_failure = isinstance(exception, Exception) and not isinstance(exception, RunError)
+        if is_saved or not is_failure or trainer.world_size > 1:
+            return
         callback, hook = _raising_callback(exception)
-        is_saved = trainer.global_step in (0, self.saved_step)
-        if not isinstance(exception, Exception) or trainer.world_size > 1 or is_saved or not _is_added(callback):
-            return
-        if hook in HOOKS_OF_VALIDATION:
+        is_after_step = hook in HOOKS_AFTER_A_STEP and _is_added(callback) and self._between_steps(trainer, callback)
+        if trainer.validating and not is_after_step:
             pl_module.abandon_validation()
-        elif not self._between_steps(trainer, callback):
+        elif pl_module.is_updating and not is_after_step:
             return
-        elif hook == "on_train_batch_end":
+        elif pl_module.is_updating:
             pl_module.validation_is_due = _validation_follows(trainer)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            self._save(trainer, pl_module)
+        try:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._save(trainer, pl_module)
+        except Exception as error:
+            log.warning("Step %d could not be saved either: %s", trainer.global_step, error)
 
     def _between_steps(self, trainer: Trainer, callback: lightning.Callback) -> bool:
         """Whether the step is complete and all callbacks of this project before the checkpoint have seen it."""
@@ -154,7 +160,8 @@ class Checkpoint(lightning.Callback):
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Save a checkpoint and the export; collective, rank 0 writes."""
-        step, scratch = trainer.global_step, scratch_file(self.run_dir, trainer.global_step)
+        self.attempted_step = step = trainer.global_step
+        scratch = scratch_file(self.run_dir, step)
         name = checkpoint_file(self.run_dir, step)
         with (
             outside_training_time(trainer),
@@ -240,13 +247,11 @@ def _validation_follows(trainer: Trainer) -> bool:
 
 
 def _raising_callback(error: BaseException) -> tuple[Any, str]:
-    """Return the callback that raised the error in a hook after a step, and the hook; otherwise (None, "")."""
+    """Return the callback that raised the error and the hook that it raised it in; otherwise (None, "")."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         values = frame.f_locals
         if frame.f_code is call._call_callback_hooks.__code__:
-            if values["hook_name"] in (*HOOKS_OF_VALIDATION, *HOOKS_AFTER_A_STEP):
-                return values["callback"], values["hook_name"]
-            return None, ""
+            return values["callback"], values["hook_name"]
     return None, ""
 
 

@@ -82,6 +82,7 @@ class LanguageModel(BackboneModule):
         self._step_indices: list[Tensor] = []
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self.validation_is_due = False  # after the last step: a stop kept it from being made or finished
+        self.is_updating = False  # from a change of the weights until all callbacks have seen the step
         self._validation_sums: dict[str, Tensor] = {}
         self.validation_documents: DocumentLosses | None = None  # of the last validation, on every rank
         self._gradient_norm = torch.zeros(())
@@ -233,6 +234,7 @@ class LanguageModel(BackboneModule):
         # With fp16 an overflowing gradient is normal: the scaler skips the step and lowers its scale.
         watched = self._step_sums[0] if self.trainer.precision == "16-mixed" else self._gradient_norm
         self.finite.note(watched, self.trainer.global_step + 1, self._step_indices)
+        self.is_updating = True
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -251,6 +253,7 @@ class LanguageModel(BackboneModule):
             return
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_indices = []
+        self.is_updating = False
 
     def on_train_end(self) -> None:
         self.finite.check()
@@ -354,6 +357,8 @@ class LanguageModel(BackboneModule):
         self.finite.check()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["validation_is_due"] = self.validation_is_due
+        if not self.is_updating:  # perhaps within the next step, or between the parts of a micro-batch
+            _settle(checkpoint, self.trainer.accumulate_grad_batches)
         if self.average is not None:
             checkpoint["weight_average"] = self.average.state(whole=not self.saves_shards)
             checkpoint["averaged"] = [name for name, _ in self.backbone.named_parameters()]
@@ -367,10 +372,24 @@ class LanguageModel(BackboneModule):
             return
         # Lightning counts micro-batches; a run may continue with another number of them in a step, and one that was
         # stopped within a step makes that step again from its first micro-batch.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress = _batch_progress(checkpoint)
         shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - progress["total"]["processed"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: count + shift for name, count in counts.items()})
+
+
+def _batch_progress(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Lightning's counts of micro-batches: of the whole run (total) and of its epoch (current)."""
+    progress: dict[str, dict[str, int]] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return progress
+
+
+def _settle(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Set all counts of micro-batches to the end of the last step, where a resumed run continues."""
+    progress = _batch_progress(checkpoint)
+    shift = checkpoint["global_step"] * accumulate - progress["total"]["processed"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), counts["processed"] + shift))
 
 
 def _head_rows(labels: Tensor, multiple: int) -> Tensor:

@@ -11,8 +11,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -39,6 +40,7 @@ SHUTDOWN_TIMEOUT = timedelta(minutes=30)  # rank 0 may still be saving after the
 SLURM_PORTS = 20_000  # a job's port is one of the 10,000 above this one, chosen by job id
 AGENT_TIMEOUT = timedelta(seconds=30)  # torchrun's agent serves its store before it starts a rank
 FIRST_WAIT = timedelta(seconds=10)  # for rank 0, before a message
+HANDSHAKE = timedelta(seconds=5)  # more than a connection's timeout, after which PyTorch itself raises an error
 SPEC_KEY = "gpt2lab/spec"
 WAIT_SLICE = timedelta(seconds=1)  # one blocking wait; Python handles signals between two
 
@@ -127,14 +129,16 @@ class Rendezvous:
         """Connect to the store of torchrun's agent."""
         from torch.distributed import DistNetworkError, TCPStore
 
+        refusal = (
+            f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']} is set, as torchrun does, but no torchrun "
+            f"answers at MASTER_ADDR:MASTER_PORT, {host}:{port}.\n"
+            "If torchrun did not start this process, unset TORCHELASTIC_RUN_ID."
+        )
         try:
-            return TCPStore(host, port, is_master=False, timeout=AGENT_TIMEOUT)
+            with _after(AGENT_TIMEOUT + HANDSHAKE, lambda: _end(exit_codes.USER_ERROR, f"error: {refusal}")):
+                return TCPStore(host, port, is_master=False, timeout=AGENT_TIMEOUT)
         except DistNetworkError as error:
-            raise InputError(
-                f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']} is set, as torchrun does, but no torchrun "
-                f"answers at MASTER_ADDR:MASTER_PORT, {host}:{port}.\n"
-                "If torchrun did not start this process, unset TORCHELASTIC_RUN_ID."
-            ) from error
+            raise InputError(refusal) from error
 
     def _own_store(self, host: str, port: int) -> "TCPStore":
         """Serve the store as rank 0, or connect to that of rank 0."""
@@ -143,17 +147,18 @@ class Rendezvous:
         if self.rank == 0:
             log.info("Rank 0 of %d waits for the other ranks at %s:%d.", self.world_size, host, port)
             return TCPStore(host, port, is_master=True, wait_for_workers=False)
+        timeout = timedelta(seconds=self._seconds)
+        waits = f"Rank {self.rank} waits for rank 0 at {host}:{port}."
+        reason = f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={self._seconds} seconds"
+        failure = f"The run failed: {reason}."
         try:
-            return TCPStore(host, port, is_master=False, timeout=FIRST_WAIT)
-        except DistNetworkError:
-            log.warning("Rank %d waits for rank 0 at %s:%d.", self.rank, host, port)
-        try:
-            return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._seconds))
+            with (
+                _after(FIRST_WAIT, lambda: print(waits, file=sys.stderr, flush=True)),
+                _after(timeout + HANDSHAKE, lambda: _end(exit_codes.FAILED, failure)),
+            ):
+                return TCPStore(host, port, is_master=False, timeout=timeout)
         except DistNetworkError as error:
-            reason = (
-                f"rank {self.rank} could not reach rank 0 at {host}:{port} for rank_timeout={self._seconds} seconds"
-            )
-            raise exit_codes.Exit(exit_codes.FAILED, f"The run failed: {reason}.") from error
+            raise exit_codes.Exit(exit_codes.FAILED, failure) from error
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -249,6 +254,24 @@ class Rendezvous:
             self._store.wait([f"gone/{rank}" for rank in range(1, self.world_size)], SHUTDOWN_TIMEOUT)
         else:
             self._store.set(f"gone/{self.rank}", "")
+
+
+@contextmanager
+def _after(timeout: timedelta, act: Callable[[], None]) -> Iterator[None]:
+    """Act once if the block takes longer: connecting to a TCPStore can neither be interrupted nor handle a signal."""
+    timer = threading.Timer(timeout.total_seconds(), act)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(code: int, message: str) -> None:
+    """End a process that connects to a server that never answers, for which TCPStore has no time limit."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def is_timeout(error: Exception) -> bool:

@@ -113,7 +113,7 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
     except RuntimeError as error:
         if not multi_node.is_lost_connection(error):
             raise
-        raise _lost_connection(error, rendezvous.rank, folder) from None
+        raise _lost_connection(error, rendezvous.rank, folder.absolute()) from None
     if rendezvous.rank == 0:
         print(closing_line(report, directory.path), flush=True)
     return report

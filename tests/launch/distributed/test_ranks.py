@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -375,28 +377,40 @@ def test_ranks_waiting_for_rank_0_log_it_and_time_out(
         assert times == list(range(1, max(len(times), 2) + 1)), logged
 
 
+@contextmanager
+def unanswered_port(server: str) -> Iterator[int]:
+    """A port that refuses connections, or whose server never answers, as that of another program may."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        if server == "silent":
+            yield port
+    if server == "absent":
+        yield port
+
+
 @pytest.mark.chaos
-def test_rank_ends_if_rank_0_never_connects(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+@pytest.mark.parametrize("server", ["absent", "silent"])
+def test_rank_ends_if_rank_0_never_connects(server: str, cache: Path, tmp_path: Path, tiny: list[str]) -> None:
     variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = conftest.started(cache, tmp_path, *tiny, "rank_timeout=5", **variables)
-    _, stderr = process.communicate(timeout=100)
+    with unanswered_port(server) as port:
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = conftest.started(cache, tmp_path, *tiny, "rank_timeout=12", **variables)
+        _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
-    message = f"The run failed: rank 1 could not reach rank 0 at 127.0.0.1:{port} for rank_timeout=5 seconds."
+    message = f"The run failed: rank 1 could not reach rank 0 at 127.0.0.1:{port} for rank_timeout=12 seconds."
     assert stderr.splitlines()[-1] == message, stderr
+    assert f"Rank 1 waits for rank 0 at 127.0.0.1:{port}." in stderr
 
 
 @pytest.mark.chaos
-def test_variables_of_an_ended_torchrun_are_named(cache: Path, tmp_path: Path, tiny: list[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+@pytest.mark.parametrize("server", ["absent", "silent"])
+def test_variables_of_an_ended_torchrun_are_named(server: str, cache: Path, tmp_path: Path, tiny: list[str]) -> None:
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     variables |= {"TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = conftest.started(cache, tmp_path, *tiny, **variables)
-    _, stderr = process.communicate(timeout=300)
+    with unanswered_port(server) as port:
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = conftest.started(cache, tmp_path, *tiny, **variables)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 2, stderr
     assert stderr.splitlines()[-1].endswith("unset TORCHELASTIC_RUN_ID."), stderr
 

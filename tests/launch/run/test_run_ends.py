@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 
+from datamodules.micro_batches import TrainingStream
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.report_json import read_report
 from lightning_modules.pretrain import Pretrain
@@ -170,6 +171,10 @@ def test_run_resumed_after_an_early_end_equals_unbroken_run(
         ("on_validation_epoch_end", 16, 8),
         pytest.param("on_validation_batch_start", 16, 8, marks=pytest.mark.slow),
         pytest.param("on_validation_end", 16, 8, marks=pytest.mark.slow),
+        pytest.param("on_train_batch_end", 13, 6, marks=pytest.mark.slow),
+        ("on_train_batch_start", 14, 7),
+        pytest.param("on_before_backward", 13, 6, marks=pytest.mark.slow),
+        ("on_before_optimizer_step", 13, 6),
     ],
 )
 def test_a_step_is_saved_before_an_added_callbacks_error(
@@ -187,10 +192,35 @@ def test_a_step_is_saved_before_an_added_callbacks_error(
     assert later[0] == later[1]
 
 
-def test_no_step_is_saved_where_it_is_not_complete(tmp_path: Path, cache: Path):
-    with pytest.raises(ValueError, match="a plot"):
-        tiny_run.train(tmp_path, cache, extra=[FailAfterStep("on_train_batch_end", 13)], every=1000)
-    assert newest_good_checkpoint(tmp_path) is None
+FAILING_PARTS: dict[str, tuple[type, str, int]] = {
+    "the data": (TrainingStream, "__getitem__", 6),
+    "a validation": (Pretrain, "validation_sums", 8),
+}
+
+
+@pytest.mark.parametrize("part", FAILING_PARTS)
+def test_a_step_is_saved_before_a_failure_of(
+    part: str, unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the data that vanishes, memory that is used up, a disk that is full: the run goes on from that step."""
+    kind, method, step = FAILING_PARTS[part]
+    run, (folder, expected), works = tmp_path / "run", unbroken, getattr(kind, method)
+
+    def fails(self: Any, *arguments: Any) -> Any:
+        if kind is not TrainingStream or arguments[0] >= 2 * step:
+            raise OSError("Input/output error")
+        return works(self, *arguments)
+
+    monkeypatch.setattr(kind, method, fails)
+    with pytest.raises(OSError, match="Input/output"):
+        tiny_run.train(run, cache, every=1000)
+    monkeypatch.undo()
+    newest = newest_good_checkpoint(run)
+    assert newest is not None
+    assert checkpoint_step(newest) == step
+    _, resumed = tiny_run.train(run, cache)
+    assert equal(resumed, expected)
+    assert metrics_without_clock(run) == metrics_without_clock(folder)
 
 
 LATER: dict[str, tuple[list[str], str, int]] = {
