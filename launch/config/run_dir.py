@@ -26,8 +26,8 @@ RUNS, STUDIES = Path("runs"), Path("studies")
 CONFIG = "config.yaml"
 HYDRA = ".hydra"
 SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html", "val_documents.json")
-LOGGER_FOLDERS = ("logs", "wandb", "tensorboard", "inspect", "lightning")  # lightning: of a ModelCheckpoint
-OWN_FILES = (folder_lock.NAME, CONFIG, HYDRA, *SIDE_FILES, "checkpoints", "hf", *LOGGER_FOLDERS)
+LOGGER_FOLDERS = ("wandb", "tensorboard", "lightning")  # lightning: of a ModelCheckpoint
+OWN_FILES = (folder_lock.NAME, CONFIG, HYDRA, *SIDE_FILES, "checkpoints", "hf", "logs", "inspect", *LOGGER_FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,10 @@ def _lock(folder: Path) -> FolderLock:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse a directory whose files to rewrite and delete are links to files elsewhere, such as another run's."""
+    """Refuse a directory whose files to rewrite and delete are links to files elsewhere, such as another run's.
+
+    Loggers only add files to their folders, which may be on another disk.
+    """
     for path in (folder / name for name in OWN_FILES if name not in LOGGER_FOLDERS):
         if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve()):
             continue

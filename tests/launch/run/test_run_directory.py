@@ -275,7 +275,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def test_links_to_another_runs_files_are_refused(tiny: list[str], train_here: Train, tmp_path: Path):
     assert train_here(*tiny, "steps=2", "checkpoint_every=1", "run_dir=first").code == 0
-    for name in ("checkpoints", "hf", "metrics.csv", "config.yaml"):
+    (tmp_path / "first" / "inspect").mkdir()
+    for name in ("checkpoints", "hf", "metrics.csv", "config.yaml", "inspect"):
         second = tmp_path / f"second-{name}"
         shutil.copytree(tmp_path / "first", second, symlinks=True)
         shutil.rmtree(second / name) if (second / name).is_dir() else (second / name).unlink()
