@@ -18,10 +18,22 @@ ENDLESS = 2**62
 
 
 class TrainingStream(Dataset[Batch]):
-    """Micro-batches of this rank from `first_step` on; item number = (step − first_step) · accumulate + part."""
+    """Micro-batches of this rank from `first_step` on; item number = (step − first_step) · accumulate + part.
+
+    Args:
+        repeated_steps: number of first steps whose batches are repeated; 0: all are different.
+    """
 
     def __init__(
-        self, samples: Samples, batch: int, accumulate: int, seed: int, rank: int, world: int, first_step: int
+        self,
+        samples: Samples,
+        batch: int,
+        accumulate: int,
+        seed: int,
+        rank: int,
+        world: int,
+        first_step: int,
+        repeated_steps: int = 0,
     ) -> None:
         self.samples = samples
         self.batch = batch
@@ -30,7 +42,7 @@ class TrainingStream(Dataset[Batch]):
         self.rank = rank
         self.world = world
         self.first_step = first_step
-        self.repeated_steps = 0  # number of first steps whose batches are repeated; 0: all are different
+        self.repeated_steps = repeated_steps
 
     def __len__(self) -> int:
         return ENDLESS
@@ -174,12 +186,10 @@ class SampleDataModule(lightning.LightningDataModule):
 
     def _stream(self) -> TrainingStream:
         rank, world, first_step = self._rank_and_step()
-        stream = TrainingStream(
-            self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step
+        repeated = int(self.trainer.overfit_batches) // self.accumulate if self.trainer is not None else 0
+        return TrainingStream(
+            self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step, repeated
         )
-        if self.trainer is not None:
-            stream.repeated_steps = int(self.trainer.overfit_batches) // self.accumulate
-        return stream
 
     def _sequential_loader(self, samples: Samples) -> DataLoader:
         rank, world, _ = self._rank_and_step()
