@@ -1,7 +1,7 @@
 """Language-modelling data: corpus → tokens on disk → windows → batches.
 
 Step (1) corpus: documents and an identity (documents.py, hub_documents.py).
-Step (2) split: by a hash of each document's key, or the corpus's separate validation documents.
+Step (2) split: by a hash of each document's text, or the corpus's separate validation documents.
 Step (3) tokenizer: trained on the training documents, or a given one.
 Step (4) tokens: both sides into flat files, once, in the cache.
 Step (5) batches: windows in the order of gpt2lab.data.data_order, a pure function of (seed, step).
@@ -39,7 +39,7 @@ SOURCE_PROMPTS = (
     'import os\n\ndef read_lines(path):\n    """',
 )
 PROMPT_TOKENS, GAP_EVERY = 16, 5
-TEXT_FORMAT = 2  # changes when the same files yield other text
+TEXT_FORMAT = 3  # changes when the same files yield other text or another split
 VALIDATION_SEED = 0  # random choices of validation are the same in every run
 COUNTED_AT_A_TIME = 2**24
 

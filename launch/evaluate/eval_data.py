@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launch.config.run_spec import RunSpec
     from launch.config.schema import RunConfig
 
-DATA_KEYS = ("path", "val_path", "on_bad_line", "source", "target", "cache_dir")
+DATA_KEYS = ("path", "val_path", "text_column", "on_bad_line", "source", "target", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
     else:
         config = _compose(data or "stdlib")
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
+    if text_column := values.pop("text_column", ""):
+        if "text_column" not in config.data:
+            raise InputError(f"text_column={text_column}: data={config.groups['data']} has no such key.\nLeave it out.")
+        config = replace(config, data={**config.data, "text_column": text_column})
     overrides = [f"{key}={value}" for key, value in values.items()]  # they take precedence over a preset
     invocation = replace(config.invocation, overrides=[*config.invocation.overrides, *overrides])
     config = replace(
