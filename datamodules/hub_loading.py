@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
@@ -46,7 +46,7 @@ def load_split(dataset: str, config: str, split: str, streaming: bool, revision:
         if is_saved(dataset):
             stored = datasets.load_from_disk(dataset)
             if isinstance(stored, datasets.DatasetDict) and split not in stored:
-                raise InputError(f"{dataset} has no split {split!r}; it has: {', '.join(stored)}.")
+                raise _no_split(dataset, split, stored)
             return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
         streaming = streaming and not _is_pattern(dataset)  # a stream is read later, without the links
         if revision == CONVERTED:
@@ -105,12 +105,8 @@ def _converted_files(dataset: str) -> list[str]:
         tree = huggingface_hub.get_cached_repo_tree(dataset, repo_type="dataset", revision=CONVERTED)
         return [entry.path for entry in tree]
     try:
-        entries = retried(
-            f"The data set {dataset}",
-            lambda: list(
-                huggingface_hub.list_repo_tree(dataset, recursive=True, revision=CONVERTED, repo_type="dataset")
-            ),
-        )
+        hub = huggingface_hub.HfApi()  # repeats this request itself
+        entries = list(hub.list_repo_tree(dataset, recursive=True, revision=CONVERTED, repo_type="dataset"))
     except RevisionNotFoundError as error:
         raise InputError(
             f"The data set {dataset} has a loading script, which `datasets` does not run, and the Hub has no parquet "
@@ -161,8 +157,13 @@ def _split_files(dataset: str, config: str, split: str, files: list[str]) -> lis
             f"The Hub's parquet conversion of the data set {dataset} is partial: its split {split} ends after 5 GB, "
             f"and `datasets` runs no loading scripts.\n{OTHER_DATA}"
         )
-    names = ", ".join(name.removeprefix(PARTIAL) for name in folders)
-    raise InputError(f"The data set {dataset} (config {config}) has no split {split!r}; it has: {names}.")
+    raise _no_split(f"{dataset} (config {config})", split, [name.removeprefix(PARTIAL) for name in folders])
+
+
+def _no_split(dataset: str, split: str, found: Iterable[str]) -> InputError:
+    return InputError(
+        f"The data set {dataset} has no split {split!r}; it has: {', '.join(found)}.\nGive data.split=NAME."
+    )
 
 
 def is_saved(dataset: str) -> bool:

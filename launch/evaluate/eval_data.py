@@ -66,7 +66,7 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
         plugins.load(own.plugins, permissions)
         config = replace(own, allow_targets=permissions)
     else:
-        config = _compose(data or "stdlib")
+        config = compose_data(data or "stdlib")
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     if text_column := values.pop("text_column", ""):
         if "text_column" not in config.data:
@@ -161,8 +161,12 @@ def _run_config(folder: Path) -> "RunConfig | None":
     return run_spec.load(file).config if folder.name == "hf" and file.is_file() else None
 
 
-def _compose(data: str) -> "RunConfig":
-    """Compose the defaults of conf/ with one value of the data group."""
+def compose_data(data: str) -> "RunConfig":
+    """Compose the defaults of conf/ with one value of the data group.
+
+    Raises:
+        InputError: no such value.
+    """
     from hydra import compose, initialize_config_dir
 
     from launch.config import schema
