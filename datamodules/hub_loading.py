@@ -50,7 +50,7 @@ def load_split(dataset: str, config: str, split: str, streaming: bool, revision:
             return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
         streaming = streaming and not _is_pattern(dataset)  # a stream is read later, without the links
         if revision == CONVERTED:
-            return _load_converted(dataset, config, split, streaming)
+            return _load_converted(dataset, config, split, streaming, revision)
         try:
             return retried(
                 f"The data set {dataset}",
@@ -61,12 +61,12 @@ def load_split(dataset: str, config: str, split: str, streaming: bool, revision:
         except Exception as error:
             if not is_hub_id(dataset) or not (str(error).startswith(NO_SCRIPTS) or _is_conversion_cached(dataset)):
                 raise
-            converted = _load_converted(dataset, config, split, streaming)
+            converted = _load_converted(dataset, config, split, streaming, revision)
             warn_once(f"The data set {dataset} has a loading script; the Hub's parquet conversion of it is read.")
             return converted
 
 
-def _load_converted(dataset: str, config: str, split: str, streaming: bool) -> Any:
+def _load_converted(dataset: str, config: str, split: str, streaming: bool, revision: str) -> Any:
     """Load a split of the Hub's parquet conversion; without streaming its files go to the Hugging Face cache.
 
     Raises:
@@ -75,6 +75,12 @@ def _load_converted(dataset: str, config: str, split: str, streaming: bool) -> A
     import datasets
     import huggingface_hub
 
+    if revision not in ("", "main", CONVERTED):
+        raise InputError(
+            f"The data set {dataset} has a loading script, which `datasets` does not run, and the Hub's parquet "
+            f"conversion is that of its main branch, not of data.revision={revision}.\n"
+            "Leave out data.revision, or name a revision without a script."
+        )
     files = _converted_files(dataset)
     config = _chosen_config(dataset, config, files)
     chosen = {name: _split_files(dataset, config, name, files) for name in _split_names(split)}
@@ -210,12 +216,12 @@ def load_errors(dataset: str, config: str, split: str) -> Iterator[None]:
 
 def _fix(dataset: str, error: BaseException) -> str:
     """Return what to do about an error of a library."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_token
     from huggingface_hub.errors import GatedRepoError
 
     page = f"{constants.ENDPOINT}/datasets/{dataset}"
     if "gated dataset" in str(error) or any(isinstance(one, GatedRepoError) for one in error_chain(error)):
-        if "HF_TOKEN" in os.environ:
+        if get_token():
             return f"The account of HF_TOKEN has no access: accept the conditions on {page}"
         return f"Accept the conditions on {page}, and set HF_TOKEN to a token of your account."
     if not is_hub_id(dataset):

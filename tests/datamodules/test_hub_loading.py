@@ -57,8 +57,8 @@ def fill(hub: Hub) -> Hub:
         hub.add(f"org/{name}", {"README.md": CARD, f"{name}.py": b"import datasets\n"})
         if files:
             hub.add(f"org/{name}", files, CONVERTED)
-    for name in ("gated", "gatedscript"):
-        hub.gated.add(f"org/{name}")
+    hub.sets["org/script"]["v1"] = hub.sets["org/script"]["main"]
+    hub.gated.add("org/gated")
     hub.add("org/gated", {"README.md": CARD, "train.jsonl": json.dumps({"text": STORIES[0]}).encode()})
     return hub
 
@@ -77,6 +77,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub_storage, "RETRY_AFTER", (0, 0, 0))
     with serving(fill(Hub())) as hub:
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -136,6 +137,7 @@ REFUSED = [
     ("bare", {}, "the Hub has no parquet conversion"),
     ("named", {}, "Allowed: de, en."),
     ("named", {"config": "fr"}, "data.config=fr does not exist"),
+    ("script", {"revision": "v1"}, "is that of its main branch, not of data.revision=v1"),
     ("script", {"split": "test"}, "has no split 'test'; it has: train, validation"),
     ("gated", {}, r"Accept the conditions on http://127.0.0.1:\d+/datasets/org/gated, and set HF_TOKEN"),
     ("missing", {}, "doesn't exist on the Hub or cannot be accessed"),
@@ -173,28 +175,32 @@ def test_cached_set_is_read_offline(hub: Hub, read: Read, monkeypatch, tmp_path:
 
 
 FAULTS = [
-    ("plain", [503, 500, "cut"], {}),
-    ("plain", [429], {}),
-    ("script", [503, "cut"], {}),
-    ("script", ["cut"], {"streaming": True}),
+    ("GET .parquet", "plain", [503, 500, "cut"], {}),
+    ("GET .parquet", "plain", [429, "reset"], {}),
+    ("HEAD README.md", "plain", [503, 500], {}),
+    ("HEAD README.md", "plain", ["reset"], {}),
+    ("HEAD .parquet", "plain", [502], {}),
+    ("GET .parquet", "script", [503, "cut"], {}),
+    ("HEAD .py", "script", [503], {}),
+    ("GET .parquet", "script", ["cut", "reset"], {"streaming": True}),
 ]
 
 
-@pytest.mark.parametrize(("name", "faults", "keys"), FAULTS)
-def test_broken_connection_is_retried(hub: Hub, read: Read, monkeypatch, caplog, name, faults, keys) -> None:
+@pytest.mark.parametrize(("requests", "name", "faults", "keys"), FAULTS)
+def test_broken_connection_is_retried(hub: Hub, read: Read, monkeypatch, requests, name, faults, keys) -> None:
     monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the libraries wait too
-    hub.faults, hub.faulty = list(faults), ".parquet"
+    method, ending = requests.split()
+    hub.faults, hub.faulty = list(faults), (method, ending)
     assert read(name, **keys) == STORIES
     assert hub.faults == []
-    retries = [text for text in caplog.messages if "next attempt in" in text]
-    assert len(retries) == sum(fault in (500, 503) for fault in faults)  # other faults are retried by the library
 
 
 def test_connection_that_stays_broken_ends_after_retries(hub: Hub, read: Read, caplog) -> None:
-    hub.faults, hub.faulty = [503] * 99, ".parquet"
+    hub.faults, hub.faulty = [503] * 99, ("GET", ".parquet")
     with pytest.raises(InputError, match=r"503.*\nCheck the name and the network"):
         read("plain")
     assert len(hub.faults) == 99 - 4
+    assert len([text for text in caplog.messages if "next attempt in" in text]) == 3
 
 
 def test_waiting_time_before_a_retry_doubles(monkeypatch) -> None:

@@ -27,15 +27,16 @@ class Hub:
     Attributes:
         sets: name → revision → path → content.
         gated: names of the sets that need TOKEN.
-        faults: the next downloads of a file fail in this way: a status, or "cut" after half of the content.
-        faulty: ending of the paths that `faults` affects.
+        faults: the next requests for a file fail in this way: a status, "reset" without an answer, or "cut" after half
+            of the content.
+        faulty: method and ending of the path of the requests that `faults` affects.
         requests: number of requests by method and path.
     """
 
     sets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     faults: list[int | str] = field(default_factory=list)
-    faulty: str = ""
+    faulty: tuple[str, str] = ("GET", "")
     requests: Counter[str] = field(default_factory=Counter)
     url: str = ""
 
@@ -94,8 +95,12 @@ class _Handler(BaseHTTPRequestHandler):
         sha = revision if re.fullmatch("[0-9a-f]{40}", revision) else commit(name, revision)
         if content is None:
             return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": sha})
-        fails = self.hub.faults and self.command == "GET" and path.endswith(self.hub.faulty)
+        method, ending = self.hub.faulty
+        fails = self.hub.faults and self.command == method and path.endswith(ending)
         fault = self.hub.faults.pop(0) if fails else None
+        if fault == "reset":
+            self.close_connection = True
+            return None
         if isinstance(fault, int):
             return self._refuse(fault, "")
         ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
