@@ -16,8 +16,9 @@ from datamodules.token_preparation import TRAIN, VAL
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 2**22  # distinct 13-grams of a side that are kept
-BLOCK = 2**19  # characters that are hashed, or 13-grams that are merged, in one call
+SAMPLE = 2**21  # distinct 13-grams of a side that are kept
+BLOCK = 2**17  # characters that are hashed in one call
+MERGED = 2**18  # 13-grams that are merged in one call
 BASE, MIXER = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9)  # odd
 SEPARATOR, LETTER, WORD = 0, 1, 2  # kinds of characters; one of the last kind is a word of its own
 IDEOGRAPHS = ((0x3040, 0x3100), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00))
@@ -36,7 +37,7 @@ class NgramOverlap:
     def __init__(self, sample: int = SAMPLE) -> None:
         self._sample = sample
         self._limit = np.uint64(2**64 - 1)  # largest hash that is kept
-        self._sides = {side: _Side() for side in (TRAIN, VAL)}
+        self._sides = {side: _Side(counts_occurrences=side == VAL) for side in (TRAIN, VAL)}
 
     def documents(self, found: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, Document]]:
         """Count documents with their sides while they are passed on."""
@@ -67,9 +68,10 @@ class NgramOverlap:
         for counts in self._sides.values():
             self._hash(counts)
             self._merge(counts)
-        train, val = self._sides[TRAIN].found, self._sides[VAL].found
-        occurrences = self._sides[VAL].occurrences[val <= self._limit]
-        is_known = np.isin(val[val <= self._limit], train, assume_unique=True)
+        train, val = self._sides[TRAIN], self._sides[VAL]
+        is_kept = val.found <= self._limit
+        occurrences = val.occurrences[is_kept]
+        is_known = np.isin(val.found[is_kept], train.found, assume_unique=True)
         return float(occurrences[is_known].sum() / occurrences.sum()) if len(occurrences) else None
 
     def _hash(self, counts: "_Side") -> None:
@@ -79,31 +81,46 @@ class NgramOverlap:
         counts.texts, counts.lengths, counts.characters = [], [], 0
         grams = _hash_13_grams(words)
         counts.pending.append(grams[(document[12:] == document[:-12]) & (grams <= self._limit)])
-        if sum(map(len, counts.pending)) >= BLOCK:
+        if sum(map(len, counts.pending)) >= MERGED:
             self._merge(counts)
 
     def _merge(self, counts: "_Side") -> None:
-        new, times = np.unique(np.concatenate([counts.found[:0], *counts.pending]), return_counts=True)
-        counts.pending = []
-        counts.found, place = np.unique(np.concatenate([counts.found, new]), return_inverse=True)
-        weights = np.concatenate([counts.occurrences, times])
-        counts.occurrences = np.bincount(place, weights, len(counts.found)).astype(np.int64)
+        counts.merge()
         while len(counts.found) > self._sample:
             self._limit //= np.uint64(2)
-            kept = counts.found <= self._limit
-            counts.found, counts.occurrences = counts.found[kept], counts.occurrences[kept]
+            counts.keep(self._limit)
 
 
 class _Side:
-    """13-grams of one side: sorted distinct hashes with their occurrences, and what is not merged into them yet."""
+    """13-grams of one side: sorted distinct hashes, of validation text with occurrences, and what is not merged yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts_occurrences: bool) -> None:
         self.found: Hashes = np.empty(0, np.uint64)
         self.occurrences = np.empty(0, np.int64)
         self.pending: list[Hashes] = []
         self.texts: list[str] = []
         self.lengths: list[tuple[int, int]] = []  # (number of the document, characters)
         self.characters = self.number = 0
+        self._counts_occurrences = counts_occurrences
+
+    def merge(self) -> None:
+        """Add the pending hashes to the distinct ones."""
+        hashes = np.concatenate([self.found, *self.pending])
+        order = np.argsort(hashes, kind="stable") if self._counts_occurrences else None
+        hashes = np.sort(hashes) if order is None else hashes[order]
+        is_first = np.ones(len(hashes), bool)
+        is_first[1:] = hashes[1:] != hashes[:-1]
+        if order is not None and len(hashes):
+            times = np.concatenate([self.occurrences, np.ones(len(hashes) - len(self.found), np.int64)])[order]
+            self.occurrences = np.add.reduceat(times, np.flatnonzero(is_first))
+        self.found, self.pending = hashes[is_first], []
+
+    def keep(self, limit: np.uint64) -> None:
+        """Drop the hashes above a limit."""
+        is_kept = self.found <= limit
+        self.found = self.found[is_kept]
+        if self._counts_occurrences:
+            self.occurrences = self.occurrences[is_kept]
 
 
 def log_share(name: str, share: float | None) -> None:
@@ -121,7 +138,7 @@ def _hash_words(text: str) -> tuple[Hashes, NDArray[np.int64]]:
     """
     characters = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     kinds = _kinds()[np.minimum(characters, OTHER_PLANES)]
-    padded = np.concatenate([[SEPARATOR], kinds, [SEPARATOR]])
+    padded = np.pad(kinds, 1)  # a SEPARATOR on both sides
     edges = (padded[1:] != padded[:-1]) | ((padded[1:] == WORD) & (padded[:-1] == WORD))
     positions = np.flatnonzero(edges)
     starts = positions[padded[1:][positions] != SEPARATOR]
