@@ -3,6 +3,7 @@
 A broken connection is retried (gpt2lab/storage/hub.py). With HF_HUB_OFFLINE=1 the Hugging Face cache is read.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -35,13 +36,13 @@ def load_split(dataset: str, config: str, split: str, streaming: bool, revision:
         InputError: the data set or split cannot be loaded.
     """
     import datasets
-    from huggingface_hub.utils import disable_progress_bars
+    import huggingface_hub
 
     if is_hub_id(dataset):
         require_hub(f"The data set {dataset}", NO_HUB)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     with loaded_folder(dataset) as source, load_errors(dataset, config, split):
         if is_saved(dataset):
             stored = datasets.load_from_disk(dataset)
@@ -51,19 +52,19 @@ def load_split(dataset: str, config: str, split: str, streaming: bool, revision:
         streaming = streaming and not _is_pattern(dataset)  # a stream is read later, without the links
         if revision == CONVERTED:
             return _load_converted(dataset, config, split, streaming, revision)
+        load = functools.partial(datasets.load_dataset, name=config or None, split=split, streaming=streaming)
         try:
-            return retried(
-                f"The data set {dataset}",
-                lambda: datasets.load_dataset(
-                    source, config or None, split=split, streaming=streaming, revision=revision or None
-                ),
-            )
+            return retried(f"The data set {dataset}", lambda: load(source, revision=revision or None))
         except Exception as error:
-            if not is_hub_id(dataset) or not (str(error).startswith(NO_SCRIPTS) or _is_conversion_cached(dataset)):
+            if not is_hub_id(dataset):
                 raise
-            converted = _load_converted(dataset, config, split, streaming, revision)
-            warn_once(f"The data set {dataset} has a loading script; the Hub's parquet conversion of it is read.")
-            return converted
+            if str(error).startswith(NO_SCRIPTS) or _is_cached(dataset, CONVERTED):
+                converted = _load_converted(dataset, config, split, streaming, revision)
+                warn_once(f"The data set {dataset} has a loading script; the Hub's parquet conversion of it is read.")
+                return converted
+            if _is_cached(dataset, revision or "main"):  # by `hf download`
+                return load(huggingface_hub.snapshot_download(dataset, repo_type="dataset", revision=revision or None))
+            raise
 
 
 def _load_converted(dataset: str, config: str, split: str, streaming: bool, revision: str) -> Any:
@@ -121,13 +122,15 @@ def _converted_files(dataset: str) -> list[str]:
     return [entry.path for entry in entries if entry.path.endswith(".parquet")]
 
 
-def _is_conversion_cached(dataset: str) -> bool:
-    """Whether the Hub is not to be reached, but the Hugging Face cache has the conversion of the data set."""
+def _is_cached(dataset: str, revision: str) -> bool:
+    """Whether HF_HUB_OFFLINE is set, and the Hugging Face cache has the list of the files of a revision."""
     import huggingface_hub
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
+    if not huggingface_hub.constants.is_offline_mode():
+        return False
     try:
-        return huggingface_hub.constants.is_offline_mode() and bool(_converted_files(dataset))
+        return bool(huggingface_hub.get_cached_repo_tree(dataset, repo_type="dataset", revision=revision))
     except CachedRepoTreeNotFoundError:
         return False
 

@@ -174,6 +174,14 @@ def test_cached_set_is_read_offline(hub: Hub, read: Read, monkeypatch, tmp_path:
     assert not hub.requests
 
 
+def test_set_of_hf_download_is_read_offline(hub: Hub, read: Read, monkeypatch) -> None:
+    huggingface_hub.HfApi().snapshot_download("org/plain", repo_type="dataset")
+    huggingface_hub.HfApi().snapshot_download("org/script", repo_type="dataset", revision=CONVERTED)
+    set_offline(monkeypatch, True)
+    assert read("plain") == read("plain", streaming=True) == STORIES
+    assert read("script") == read("script", streaming=True) == STORIES
+
+
 FAULTS = [
     ("GET .parquet", "plain", [503, 500, "cut"], {}),
     ("GET .parquet", "plain", [429, "reset"], {}),
