@@ -36,11 +36,16 @@ class Document:
     """Text with a key, whose hash determines the side of the training/validation split.
 
     A long document is split into pieces with the same key; `continues` marks all but the first.
+
+    Attributes:
+        key: the text or its beginning, so that equal texts are on the same side.
+        path: file of source code, relative to the corpus.
     """
 
     key: str
     text: str
     continues: bool = False
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def _source_corpus(name: str, root: Path, found: list[Path]) -> Corpus:
                 warn_once(f"{str(error).splitlines()[0].rstrip('.')}; the file is skipped")
                 continue
             if text.strip():
-                yield Document(path.relative_to(root).as_posix(), text)
+                yield Document(text, text, path=path.relative_to(root).as_posix())
 
     return Corpus(name, {"files": files_identity(files, root)}, documents, size=total_size(files))
 

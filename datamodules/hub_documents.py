@@ -1,28 +1,19 @@
 """Documents and records of a data set on the Hub, downloaded or streamed, or in a local folder."""
 
 import functools
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import has_magic
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datamodules.compressed_files import plain_ending
 from datamodules.delimited_records import DELIMITERS
 from datamodules.documents import Corpus, Document, column_text, files_identity, record_document
+from datamodules.hub_loading import is_saved, load_errors, load_split, loaded_folder
 from datamodules.record_files import ROWS, arrow_records, file_records
 from datamodules.records import Convert, Item, Labels, label_names, sound_records
 from gpt2lab.errors import InputError
-from gpt2lab.storage.hub import is_hub_id, require_hub
 
-NO_HUB = (
-    "Give a local data set folder (data.dataset=FOLDER), or use data without network: data=stdlib, data=text path=…"
-)
 READ_HERE = {".jsonl", ".parquet", ".txt", *DELIMITERS}  # kinds of local files with the reader of path=
 
 
@@ -98,12 +89,16 @@ def open_split(
             ),
             identity,
         )
-    rows = load_hub_split(dataset, config, split, streaming, revision)
+    rows = load_split(dataset, config, split, streaming, revision)
     labels = label_names(rows.features.to_dict()) if rows.features else {}
 
+    def tables() -> Iterator[Any]:
+        with load_errors(dataset, config, split):  # a stream is downloaded here
+            yield from rows.with_format("arrow").iter(ROWS)
+
     def records(convert: Convert[Item]) -> Iterator[Item]:
-        tables = rows.with_format("arrow").iter(ROWS)
-        return sound_records(f"{dataset} ({split})", arrow_records(tables, dataset, labels), on_bad_line, convert)
+        found = arrow_records(tables(), dataset, labels)
+        return sound_records(f"{dataset} ({split})", found, on_bad_line, convert)
 
     if not streaming and "files" not in identity:
         identity["fingerprint"] = rows._fingerprint
@@ -114,9 +109,9 @@ def _local_files(dataset: str, config: str, split: str) -> tuple[list[Path], Lab
     """Return the files of a split of a local folder and the names of their labels; None if `datasets` must read it."""
     import datasets
 
-    if not Path(dataset).is_dir() or _is_saved(dataset):
+    if not Path(dataset).is_dir() or is_saved(dataset):
         return None
-    with _loaded_folder(dataset) as folder, _load_errors(dataset, config, split):
+    with loaded_folder(dataset) as folder, load_errors(dataset, config, split):
         builder = datasets.load_dataset_builder(folder, config or None)
         data_files = (builder.config.data_files or {}).get(split, ())
         files = [Path(dataset, Path(file).relative_to(folder)) for file in data_files if Path(file).is_file()]
@@ -128,66 +123,3 @@ def _local_files(dataset: str, config: str, split: str) -> tuple[list[Path], Lab
         return None
     features = builder.info.features
     return files, label_names(features.to_dict()) if features else {}
-
-
-def load_hub_split(dataset: str, config: str, split: str, streaming: bool, revision: str = "") -> Any:
-    """Load a split of a `save_to_disk` folder, a folder of data files, or a Hub id (at a branch or commit).
-
-    Raises:
-        InputError: the data set or split cannot be loaded.
-    """
-    import datasets
-
-    if is_hub_id(dataset):
-        require_hub(f"The data set {dataset}", NO_HUB)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    with _loaded_folder(dataset) as source, _load_errors(dataset, config, split):
-        if _is_saved(dataset):
-            stored = datasets.load_from_disk(dataset)
-            if isinstance(stored, datasets.DatasetDict) and split not in stored:
-                raise InputError(f"{dataset} has no split {split!r}; it has: {', '.join(stored)}.")
-            return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
-        streaming = streaming and not _is_pattern(dataset)  # a stream is read later, without the links
-        return datasets.load_dataset(
-            source, config or None, split=split, streaming=streaming, revision=revision or None
-        )
-
-
-def _is_saved(dataset: str) -> bool:
-    """Whether it is a folder written by `save_to_disk`."""
-    return (Path(dataset) / "dataset_dict.json").is_file() or (Path(dataset) / "state.json").is_file()
-
-
-@contextmanager
-def _loaded_folder(dataset: str) -> Iterator[str]:
-    """Yield the Hub id, or the folder without symbolic links in its path.
-
-    Instead of a folder with `[`, `*` or `?`, which is a pattern for `datasets`, yield a copy that consists of links.
-    """
-    if _is_pattern(dataset):
-        with TemporaryDirectory() as scratch:
-            copy = Path(scratch).resolve() / "data"
-            yield str(shutil.copytree(Path(dataset).resolve(), copy, copy_function=os.symlink))
-    else:
-        yield str(Path(dataset).resolve()) if Path(dataset).is_dir() else dataset
-
-
-def _is_pattern(dataset: str) -> bool:
-    return Path(dataset).is_dir() and has_magic(str(Path(dataset).resolve()))
-
-
-@contextmanager
-def _load_errors(dataset: str, config: str, split: str) -> Iterator[None]:
-    import datasets
-
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"Cannot load the data set {dataset} (config {config or 'default'}, split {split}): {reason}\n"
-            f"Check the name and the network (HF_TOKEN for gated data).\n{NO_HUB}"
-        ) from error

@@ -1,7 +1,7 @@
 """Language-modelling data: corpus → tokens on disk → windows → batches.
 
 Step (1) corpus: documents and an identity (documents.py, hub_documents.py).
-Step (2) split: by a hash of each document's key, or the corpus's separate validation documents.
+Step (2) split: by a hash of each document's text, or the corpus's separate validation documents.
 Step (3) tokenizer: trained on the training documents, or a given one.
 Step (4) tokens: both sides into flat files, once, in the cache.
 Step (5) batches: windows in the order of gpt2lab.data.data_order, a pure function of (seed, step).
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.documents import Corpus, packages_corpus, stdlib_corpus, text_corpus
 from datamodules.hub_documents import hub_corpus
 from datamodules.micro_batches import SampleDataModule
+from datamodules.ngram_overlap import NgramOverlap, log_share
 from datamodules.token_bins import bin_facts
 from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
 from gpt2lab.data.document_groups import WindowDocuments
@@ -31,7 +32,7 @@ from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_
 from gpt2lab.data.windows import SlidingWindows, Windows
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.storage.prepared_cache import cache_folder, content_hash, get_or_build, read_ledger
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, find_prepared, get_or_build, read_ledger
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
@@ -39,7 +40,8 @@ SOURCE_PROMPTS = (
     'import os\n\ndef read_lines(path):\n    """',
 )
 PROMPT_TOKENS, GAP_EVERY = 16, 5
-TEXT_FORMAT = 2  # changes when the same files yield other text
+TEXT_FORMAT = 3  # changes when the same files yield other text or another split
+TOKEN_FORMAT = 3  # changes when the same tokens have other files or facts
 VALIDATION_SEED = 0  # random choices of validation are the same in every run
 COUNTED_AT_A_TIME = 2**24
 
@@ -143,6 +145,7 @@ class LanguageModelingData(SampleDataModule):
             train_tokens=len(train_file.tokens),
             val_tokens=int(self.val_samples.target_counts(np.arange(len(val_file))).sum()),
             val_bytes=facts["val_bytes"] if scores_all_text else 0,
+            val_overlap=facts.get("val_overlap"),
         )
 
     def text_bytes(self) -> int:
@@ -152,6 +155,18 @@ class LanguageModelingData(SampleDataModule):
             InputError: there is no text.
         """
         return 0 if self.source in ("bin", "hub") else self.corpus().size
+
+    def prepared_overlap(self) -> float | None:
+        """Share of the validation text's 13-grams that occur in the training text; None before the preparation.
+
+        Raises:
+            InputError: there is no text.
+        """
+        if self.source == "bin":
+            return None
+        key = {"data": self._identity(self.corpus()), "format": TOKEN_FORMAT}  # with any tokenizer
+        facts = find_prepared("tokens", self.name, key, self.cache_dir)
+        return facts["val_overlap"] if facts else None
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Return code prompts for Python source, else the beginnings of validation windows; with gaps for mlm."""
@@ -220,7 +235,7 @@ class LanguageModelingData(SampleDataModule):
         corpus = self.corpus()
         if not 0 < self.val_fraction < 1:
             raise InputError(f"val_fraction={self.val_fraction}: not between 0 and 1; the default is 0.05.")
-        identity = {**corpus.identity, "val_fraction": self.val_fraction, "text": TEXT_FORMAT}
+        identity = self._identity(corpus)
         # Lazy: with a full cache no text is read
         split = functools.cache(lambda: split_corpus(corpus, self.val_fraction))
 
@@ -235,8 +250,12 @@ class LanguageModelingData(SampleDataModule):
         tokenizer = load_tokenizer(tokenizer_folder)
 
         def build(folder: Path) -> dict[str, Any]:
-            sides = write_token_files(folder, split()(), tokenizer, self._progress("tokens", corpus.size))
+            overlap = NgramOverlap()
+            documents = overlap.documents(split()())
+            sides = write_token_files(folder, documents, tokenizer, self._progress("tokens", corpus.size))
+            log_share(self.name, overlap.share())
             return {
+                "val_overlap": overlap.share(),
                 "vocab_size": len(tokenizer),
                 "dtype": token_dtype(len(tokenizer)).str,
                 "val_bytes": sides[VAL]["bytes"],
@@ -244,9 +263,12 @@ class LanguageModelingData(SampleDataModule):
                 "hash": content_hash([sides[TRAIN]["sha256"], sides[VAL]["sha256"]])[:16],
             }
 
-        key = {"data": identity, "tokenizer": tokenizer_hash(tokenizer), "format": 2}
+        key = {"data": identity, "tokenizer": tokenizer_hash(tokenizer), "format": TOKEN_FORMAT}
         folder = get_or_build("tokens", self.name, key, build, self.cache_dir)
         return folder, tokenizer_folder, read_ledger(folder)
+
+    def _identity(self, corpus: Corpus) -> dict[str, Any]:
+        return {**corpus.identity, "val_fraction": self.val_fraction, "text": TEXT_FORMAT}
 
     def _progress(self, what: str, size: int) -> tqdm:
         """Return a progress bar, disabled if stderr is not a terminal."""

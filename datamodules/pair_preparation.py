@@ -45,7 +45,7 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
     """
     digest, pairs, empty, smallest, largest = sha256(), 0, 0, HASHES, -1
     with (folder / "pairs.jsonl").open("wb") as file:
-        texts = source.records(partial(_pair_of_row, columns=columns))
+        texts = source.records(partial(pair_of_row, columns=columns))
         for source_text, target_text, row_file in tqdm(texts, desc=f"{name}: pairs", unit=" pairs", disable=None):
             if not source_text.strip() or not target_text.strip():
                 empty += 1
@@ -69,7 +69,7 @@ def _line(content: dict[str, str]) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
-def _pair_of_row(row: Row, name: str, columns: tuple[str, str]) -> tuple[str, str, str]:
+def pair_of_row(row: Row, name: str, columns: tuple[str, str]) -> tuple[str, str, str]:
     """Return (source, target, file or "") of a row.
 
     Raises:
@@ -155,7 +155,7 @@ def split_by_files(folder: Path, val_folder: Path) -> tuple[Pairs, Pairs]:
 
 def encode_side(
     folder: Path,
-    pairs: Pairs,
+    pairs: Iterator[tuple[str, str, str]],
     template: PairTemplate,
     tokenizer: PreTrainedTokenizerFast,
     context: int,
@@ -171,10 +171,9 @@ def encode_side(
         InputError: no pair fits in the context.
     """
     counts = {"bytes": 0, "shortened": 0, "too_long": 0}
-    remaining = pairs()
     progress = tqdm(desc=f"{name}: {folder.name} tokens", unit=" pairs", disable=None)
     with progress, PairFileWriter(folder, len(tokenizer)) as writer:
-        while chunk := list(islice(remaining, CHUNK)):
+        while chunk := list(islice(pairs, CHUNK)):
             encoded = encode_pairs([pair[:2] for pair in chunk], template, tokenizer, context)
             for (source, target, file), tokens in zip(chunk, encoded, strict=True):
                 if tokens is None:

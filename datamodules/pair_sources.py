@@ -102,7 +102,7 @@ def _functions(path: str) -> PairSource:
         documents = corpus.documents
         return PairSource(
             corpus.identity,
-            _own_rows(lambda: ({**row, FILE: one.key} for one in documents() for row in function_rows(one.text))),
+            _own_rows(lambda: ({**row, FILE: one.path} for one in documents() for row in function_rows(one.text))),
         )
     files = find_files(path, "path", frozenset({".py"}))
     return PairSource(

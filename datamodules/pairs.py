@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.micro_batches import SampleDataModule
+from datamodules.ngram_overlap import NgramOverlap, log_share
 from datamodules.pair_batches import PairSamples
 from datamodules.pair_preparation import (
     SIDES,
@@ -132,14 +133,15 @@ class PairData(SampleDataModule):
         }
 
         def build(folder: Path) -> dict[str, Any]:
-            sides = dict(zip(SIDES, (training, validation), strict=True))
-            return {
-                side: encode_side(folder / side, sides[side], self.template, tokenizer, self.context, self.name)
-                for side in sides
-            }
+            overlap, facts = NgramOverlap(), {}
+            for side, pairs in zip(SIDES, (training, validation), strict=True):
+                found = overlap.pairs(side, pairs())
+                facts[side] = encode_side(folder / side, found, self.template, tokenizer, self.context, self.name)
+            log_share(self.name, overlap.share())
+            return {**facts, "val_overlap": overlap.share()}
 
         # The file layout does not change the pairs, so it is not part of the data hash.
-        folder = get_or_build("tokenized_pairs", self.name, {**key, "layout": 3}, build, self.cache_dir)
+        folder = get_or_build("tokenized_pairs", self.name, {**key, "layout": 4}, build, self.cache_dir)
         warn_of_truncation(folder, self.name, self.context)
         self.train_samples = self._open(folder / "train", tokenizer, with_references=False)
         self.val_samples = self._open(folder / "val", tokenizer, with_references=True)
@@ -154,6 +156,7 @@ class PairData(SampleDataModule):
             train_tokens=counts["train"]["targets"],
             val_tokens=counts["val"]["targets"],
             val_bytes=counts["val"]["bytes"],
+            val_overlap=counts["val_overlap"],
         )
 
     def train_dataloader(self) -> DataLoader:

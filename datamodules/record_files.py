@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 from datamodules import records
-from datamodules.compressed_files import plain_ending
+from datamodules.compressed_files import COMPRESSED_ENDINGS, open_decompressed, plain_ending
 from datamodules.delimited_records import DELIMITERS, Lines, delimited_records
 from datamodules.records import (
     Convert,
@@ -127,7 +129,7 @@ def _parquet_records(file: Path) -> Records:
     import pyarrow.parquet as pq
 
     try:
-        source = pq.ParquetFile(file)
+        source = pq.ParquetFile(_seekable(file))
         info = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         groups = (source.metadata.row_group(number) for number in range(source.metadata.num_row_groups))
         row_bytes = sum(group.total_byte_size for group in groups) // max(source.metadata.num_rows, 1)
@@ -137,6 +139,16 @@ def _parquet_records(file: Path) -> Records:
     except (pa.ArrowException, OSError) as error:
         fix = "\nRemove the file, or write it again."
         raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}).{fix}") from error
+
+
+def _seekable(file: Path) -> Path | IO[bytes]:
+    """Return the file, or a temporary file with its decompressed content, since .parquet is not read in order."""
+    if file.suffix.lower() not in COMPRESSED_ENDINGS:
+        return file
+    plain = TemporaryFile()  # noqa: SIM115  closed with its last reference
+    with open_decompressed(file) as stream:
+        shutil.copyfileobj(stream, plain)
+    return plain
 
 
 def arrow_records(tables: "Iterable[pa.Table]", name: str, labels: Labels) -> Records:

@@ -89,7 +89,7 @@ def value_text(value: Any, name: str = "") -> str:
         name: the file or data set, for a notice.
 
     Raises:
-        RecordFault: a list, an object, binary data, or longer than a record may be.
+        RecordFault: a list, an object, binary data, a lone surrogate, or longer than a record may be.
         Exception: the value is an exception.
     """
     if isinstance(value, Exception):
@@ -105,10 +105,15 @@ def value_text(value: Any, name: str = "") -> str:
             raise RecordFault(error.reason, f" ({error.detail})", fix="") from error
         if notice:
             warn_once(f"{name}: bytes that are not UTF-8 are read as Latin-1")
-    data = str(value).encode("utf-8", "replace")  # JSON may contain lone surrogates
-    if len(data) > RECORD_BYTES:
+    text = str(value)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:  # JSON may contain lone surrogates
+        found = f" (the lone surrogate \\u{ord(text[error.start]):x}, half of a character)"
+        raise RecordFault("invalid text", found) from error
+    if size > RECORD_BYTES:
         raise too_long()
-    return data.decode()
+    return text
 
 
 def too_long() -> RecordFault:

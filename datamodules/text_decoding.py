@@ -8,7 +8,6 @@ import codecs
 import functools
 import io
 import itertools
-import logging
 import re
 import tokenize
 import unicodedata
@@ -19,8 +18,7 @@ from pathlib import Path
 
 from datamodules.compressed_files import open_decompressed, plain_ending
 from gpt2lab.errors import InputError
-
-log = logging.getLogger(__name__)
+from gpt2lab.storage.damaged_files import warn_once
 
 UTF8 = "utf-8-sig"  # UTF-8 that may begin with a byte order mark
 BLOCK = 128 * 1024  # bytes read at a time
@@ -84,8 +82,10 @@ def open_text(file: Path, newline: str | None = "", records: bool = False) -> It
     """
     stat = file.stat() if file.exists() else None
     encoding = _file_encoding(file, records, stat and (stat.st_size, stat.st_mtime_ns))
+    if encoding.notice:
+        warn_once(f"{file}: {encoding.notice}. If that is wrong, convert it: iconv -f ENCODING -t UTF-8")
     with open_decompressed(file) as stream:
-        yield io.TextIOWrapper(stream, encoding, LATIN1_BYTES, newline)
+        yield io.TextIOWrapper(stream, encoding.name, LATIN1_BYTES, newline)
 
 
 def decode(data: bytes) -> tuple[str, str]:
@@ -99,8 +99,8 @@ def decode(data: bytes) -> tuple[str, str]:
 
 
 @functools.cache
-def _file_encoding(file: Path, records: bool, version: tuple[int, int] | None) -> str:
-    """Return the encoding of a file in this version (size, time); its notice is logged once.
+def _file_encoding(file: Path, records: bool, version: tuple[int, int] | None) -> Encoding:
+    """Return the encoding of a file in this version (size, time).
 
     Raises:
         InputError: the file is unreadable or not text.
@@ -111,12 +111,8 @@ def _file_encoding(file: Path, records: bool, version: tuple[int, int] | None) -
         except NotTextError as error:
             place = f"{file}:{error.line}" if error.line else str(file)
             raise InputError(f"{place}: {error}.\nRemove the file, or convert it to text in UTF-8.") from error
-    if not encoding.notice:
-        return encoding.name
-    if declared := _declared_encoding(file):
-        return declared
-    log.warning("%s: %s. If that is wrong, convert it: iconv -f ENCODING -t UTF-8", file, encoding.notice)
-    return encoding.name
+    declared = _declared_encoding(file) if encoding.notice else ""
+    return Encoding(declared) if declared else encoding
 
 
 def _declared_encoding(file: Path) -> str:

@@ -25,7 +25,7 @@ SplitDocuments = Callable[[], Iterator[tuple[str, Document]]]  # (side, document
 
 
 def split_corpus(corpus: Corpus, val_fraction: float) -> SplitDocuments:
-    """Assign each document to "train" or "val", as the corpus does or by a hash of the document's key.
+    """Assign each document to "train" or "val", as the corpus does or by a hash of the document's text.
 
     The hash does not depend on the run's seed, so runs with different seeds validate on the same text. Both sides have
     at least one document; a single document is cut, and its last `val_fraction` is the validation side.

@@ -455,6 +455,7 @@ class DataFacts:
     train_tokens: int
     val_tokens: int  # target tokens of the whole validation split
     val_bytes: int  # UTF-8 bytes of the text these targets spell, for bits per byte
+    val_overlap: float | None = None  # share of the validation text's 13-grams that occur in the training text
 
 
 @dataclass(frozen=True)

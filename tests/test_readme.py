@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 
 import evaluate
 import generate
@@ -134,6 +136,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
+def first_choice(override: str) -> str:
+    """Return an override of a sweep with its first value; a list, and a text with commas, is one value."""
+    try:
+        parsed = OverridesParser.create().parse_overrides([override])[0]
+    except OverrideParseException:  # free text
+        return override
+    if not parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={next(parsed.sweep_string_iterator())}"
+
+
+def test_first_job_of_a_sweep_keeps_lists_and_text_whole() -> None:
+    given = [
+        "model=nano,micro",
+        "data.metrics=[exact,rougeL]",
+        "optimizer.lr=1e-3,3e-3",
+        "seed=range(3,9)",
+        "name='a,b'",
+    ]
+    expected = ["model=nano", "data.metrics=[exact,rougeL]", "optimizer.lr=0.001", "seed=3", "name='a,b'"]
+    assert [first_choice(word) for word in given] == expected
+
+
 @pytest.mark.parametrize("command", commands("train.py"))
 def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path) -> None:
     words = shlex.split(command)
@@ -141,9 +166,9 @@ def test_a_train_command_of_the_pages_passes_the_checks(command: str, home: Path
         pytest.skip("resumes or prints; the rest of the command is elsewhere on the page")
     # For a sweep its first job is checked, for a search one at the lower bounds.
     words = [re.sub(r"interval\((.*),.*\)", r"\1", word) for word in words]
-    overrides = [word.split(",")[0] for word in words if word != "-m" and not word.startswith("hparams_search")]
-    config = composed(*overrides)
+    overrides = [word for word in words if word != "-m" and not word.startswith("hparams_search")]
     sweep = "sweep" if "-m" in words else ""
+    config = composed(*(map(first_choice, overrides) if sweep else overrides))
     config = replace(config, invocation=replace(config.invocation, sweep=sweep))
     if config.baseline:
         run = home / config.baseline

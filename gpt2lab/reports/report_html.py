@@ -130,6 +130,7 @@ def _tiles(report: dict[str, Any]) -> list[str]:
         *((name, report.get("metrics", {}).get(name), "{:.4f}") for name in _task_metrics(report)),
         ("parameters", report.get("parameters"), "{:,}"),
         ("steps", report.get("steps"), "{:,}"),
+        ("validation 13-grams also in training", (report.get("data") or {}).get("val_overlap"), "{:.1%}"),
         ("tokens seen", report.get("tokens_seen"), "{:,}"),
         ("tokens per second", report.get("tokens_per_second"), "{:,.0f}"),
         ("model FLOP utilisation", report.get("mfu"), "{:.1%}"),

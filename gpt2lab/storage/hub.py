@@ -1,15 +1,25 @@
-"""Hugging Face Hub: check within seconds whether it is reachable, instead of after minutes of retries."""
+"""Hugging Face Hub: check within seconds whether it is reachable, and repeat requests whose connection breaks."""
 
 import functools
+import logging
 import os
 import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from gpt2lab.errors import InputError
 
+log = logging.getLogger(__name__)
+
 TIMEOUT = 5.0  # seconds
+RETRY_AFTER = (1, 2, 4, 8, 16)  # seconds before each further attempt
+BUSY = {408, 429, 500, 502, 503, 504}  # statuses of a server that may answer later
+
+Result = TypeVar("Result")
 
 
 def is_hub_id(source: str) -> bool:
@@ -70,3 +80,48 @@ def require_hub(requested: str, instead: str) -> None:
         f"{instead}\n"
         "If it is already in the Hugging Face cache, set HF_HUB_OFFLINE=1 to use that copy."
     )
+
+
+def retried(what: str, request: Callable[[], Result]) -> Result:
+    """Return the result of a request, which is repeated after 1, 2, 4, 8 and 16 seconds if its connection breaks.
+
+    Args:
+        what: what is requested, for the log.
+
+    Raises:
+        Exception: any other error at once, and that of the last attempt.
+    """
+    for seconds in RETRY_AFTER:
+        try:
+            return request()
+        except Exception as error:
+            if not is_connection_fault(error):
+                raise
+            reason = str(error).strip().partition("\n")[0][:150] or type(error).__name__
+            log.warning("%s: the connection broke (%s); next attempt in %d seconds.", what, reason, seconds)
+            time.sleep(seconds)
+    return request()
+
+
+def is_connection_fault(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, is a broken connection or a busy server."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if constants.is_offline_mode():
+        return False
+    for one in error_chain(error):
+        if isinstance(one, HfHubHTTPError):
+            return one.response.status_code in BUSY
+        if isinstance(one, ConnectionError | TimeoutError | HTTPError):
+            return True
+    return False
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and the errors that caused it, each once."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__

@@ -75,6 +75,17 @@ def open_growing_folder(kind: str, name: str, key: dict[str, Any], what: str, ca
         yield folder
 
 
+def find_prepared(kind: str, name: str, key: dict[str, Any], cache_dir: Path) -> dict[str, Any] | None:
+    """Return the facts of a complete folder whose key contains these values; None if there is none."""
+    folder = cache_dir / kind
+    for found in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if found.name.startswith(f"{name}-") and is_prepared(found):
+            facts = read_ledger(found)
+            if key.items() <= facts["key"].items():
+                return facts
+    return None
+
+
 def is_prepared(folder: Path) -> bool:
     """Whether the folder has a ledger and its files have the recorded sizes."""
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launch.config.run_spec import RunSpec
     from launch.config.schema import RunConfig
 
-DATA_KEYS = ("path", "val_path", "on_bad_line", "source", "target", "cache_dir")
+DATA_KEYS = ("path", "val_path", "text_column", "on_bad_line", "source", "target", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,12 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
         plugins.load(own.plugins, permissions)
         config = replace(own, allow_targets=permissions)
     else:
-        config = _compose(data or "stdlib")
+        config = compose_data(data or "stdlib")
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
+    if text_column := values.pop("text_column", ""):
+        if "text_column" not in config.data:
+            raise InputError(f"text_column={text_column}: data={config.groups['data']} has no such key.\nLeave it out.")
+        config = replace(config, data={**config.data, "text_column": text_column})
     overrides = [f"{key}={value}" for key, value in values.items()]  # they take precedence over a preset
     invocation = replace(config.invocation, overrides=[*config.invocation.overrides, *overrides])
     config = replace(
@@ -157,8 +161,12 @@ def _run_config(folder: Path) -> "RunConfig | None":
     return run_spec.load(file).config if folder.name == "hf" and file.is_file() else None
 
 
-def _compose(data: str) -> "RunConfig":
-    """Compose the defaults of conf/ with one value of the data group."""
+def compose_data(data: str) -> "RunConfig":
+    """Compose the defaults of conf/ with one value of the data group.
+
+    Raises:
+        InputError: no such value.
+    """
     from hydra import compose, initialize_config_dir
 
     from launch.config import schema

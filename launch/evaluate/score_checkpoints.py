@@ -10,6 +10,7 @@ from gpt2lab.keys import key, same_key
 from gpt2lab.settings import AUTO, GREEDY, SAMPLING_PRESETS, SamplingSettings
 from launch.config import plugins
 from launch.config.key_value_cli import group_key
+from launch.config.known_keys import RunningTextKeys
 from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys
 from launch.config.targets import parse_permissions
 from launch.evaluate import compared_models, eval_data, lm_eval_harness
@@ -41,6 +42,7 @@ class Arguments:
     data: str = key("value of the group data; by default that of the first run, else stdlib", "")
     path: str = same_key(DataKeys, "path", "")
     val_path: str = same_key(DataKeys, "val_path", "")
+    text_column: str = same_key(RunningTextKeys, "text_column", "")
     on_bad_line: str = same_key(DataKeys, "on_bad_line", "")
     source: str = same_key(DataKeys, "source", "")
     target: str = same_key(DataKeys, "target", "")

@@ -214,7 +214,12 @@ def _report_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
         "task": spec.config.task_name,
         "model": spec.resolved.model_name,
         "init": {"source": spec.resolved.init, **spec.resolved.teacher_layers},
-        "data": {"name": facts.name, "hash": facts.hash, "tokens": facts.train_tokens},
+        "data": {
+            "name": facts.name,
+            "hash": facts.hash,
+            "tokens": facts.train_tokens,
+            "val_overlap": facts.val_overlap,
+        },
         "command": spec.config.invocation.command,
         "planned_memory_bytes": spec.prepared.planned_memory.get("peak"),
     }

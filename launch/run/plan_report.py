@@ -2,11 +2,13 @@
 
 import io
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from datamodules.language_modeling import LanguageModelingData
 from gpt2lab.data.token_file import token_dtype
 from gpt2lab.errors import InputError
 from gpt2lab.storage.model_folder import parameter_count
@@ -157,6 +159,8 @@ def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed
     kept = f"{files.kept} of {_on_disk(files.checkpoint)} and the exported model"
     table.add_row("checkpoints", _on_disk(files.left), f"{kept}; up to {_on_disk(files.most)} on the way")
     table.add_row("data", *_data_on_disk(spec, vocab_size))
+    if not config.takes_pairs:
+        table.add_row("overlap", *_overlap(spec))
     if sizes.cached_teacher:
         table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")
     return table
@@ -175,6 +179,15 @@ def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
         return "?", "made once in cache_dir; known when they are"
     size = text // BYTES_OF_A_TOKEN * token_dtype(vocab_size).itemsize
     return _on_disk(size), f"about, for {_on_disk(text)} of text; made once in cache_dir"
+
+
+def _overlap(spec: RunSpec) -> tuple[str, str]:
+    """Share of the validation text's 13-grams that occur in the training text, where the data are prepared."""
+    module, share = data_module(spec), None
+    with suppress(InputError):  # a plan may be made where the data are not
+        share = module.prepared_overlap() if isinstance(module, LanguageModelingData) else None
+    known = "" if share is not None else "; computed when the data are prepared"
+    return "?" if share is None else f"{share:.1%}", f"of the validation text's 13-grams occur in training text{known}"
 
 
 def _cache_bytes(config: RunConfig, vocab_size: int) -> int:

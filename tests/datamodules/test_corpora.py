@@ -125,17 +125,17 @@ def test_broken_lines_can_be_left_out(tmp_path: Path) -> None:
 
 def test_split_has_every_document_once_for_any_fraction() -> None:
     corpus = stdlib_corpus()
-    everything = sorted(document.key for document in corpus.documents())
+    everything = sorted(document.path for document in corpus.documents())
     for fraction in (1e-9, 0.05, 1 - 1e-9):
-        placed = [(side, document.key) for side, document in split_corpus(corpus, fraction)()]
-        assert sorted(key for _, key in placed) == everything
+        placed = [(side, document.path) for side, document in split_corpus(corpus, fraction)()]
+        assert sorted(path for _, path in placed) == everything
         assert {side for side, _ in placed} == {"train", "val"}
 
 
 def test_the_standard_library_comes_without_its_tests() -> None:
-    keys = [document.key for document in stdlib_corpus().documents()]
-    assert "textwrap.py" in keys
-    assert not any(key.startswith("test/") or "/tests/" in key for key in keys)
+    paths = [document.path for document in stdlib_corpus().documents()]
+    assert "textwrap.py" in paths
+    assert not any(path.startswith("test/") or "/tests/" in path for path in paths)
 
 
 # Tokens and windows

@@ -13,12 +13,13 @@ import zstandard
 from datamodules.documents import (
     PIECE_CHARACTERS,
     Corpus,
-    Document,
     file_documents,
     file_records,
     files_identity,
     find_files,
     packages_corpus,
+    stdlib_corpus,
+    text_corpus,
 )
 from datamodules.language_modeling import LanguageModelingData
 from datamodules.token_preparation import split_corpus
@@ -100,7 +101,8 @@ def test_single_document_is_split_at_its_end_for_validation(tmp_path: Path) -> N
 
 def test_split_is_equal_in_every_file_format(tmp_path: Path) -> None:
     rows = [{"text": source} for source in SOURCES]
-    for kind in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
+    kinds = ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "parquet.gz", "parquet.zst")
+    for kind in kinds:
         (tmp_path / kind).mkdir()
     for number, source in enumerate(SOURCES):
         (tmp_path / "txt" / f"{number}.txt").write_text(source)
@@ -111,19 +113,33 @@ def test_split_is_equal_in_every_file_format(tmp_path: Path) -> None:
         zstandard.compress(lines[:999]) + zstandard.compress(lines[999:])
     )
     pq.write_table(pa.table({"text": SOURCES}), tmp_path / "parquet" / "a.parquet")
+    table = (tmp_path / "parquet" / "a.parquet").read_bytes()
+    (tmp_path / "parquet.gz" / "a.parquet.gz").write_bytes(gzip.compress(table))
+    (tmp_path / "parquet.zst" / "a.parquet.zst").write_bytes(zstandard.compress(table))
     prepared = {
         (facts.hash, facts.val_bytes, facts.train_tokens)
-        for kind in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet")
+        for kind in kinds
         for facts in [text_data(tmp_path / kind, tmp_path / "cache", val_fraction=0.3).prepare()]
     }
     assert len(prepared) == 1
 
 
-def test_equal_texts_are_on_the_same_side_of_the_split() -> None:
-    corpus = Corpus("twice", {}, lambda: (Document(text, text) for text in SOURCES * 2))
+def text_folder(folder: Path) -> Corpus:
+    return text_corpus(str(folder), "", "text", "stop")
+
+
+@pytest.mark.parametrize("open_corpus", [text_folder, lambda _: stdlib_corpus(), lambda _: packages_corpus()])
+def test_equal_texts_are_on_the_same_side_of_the_split(tmp_path: Path, monkeypatch, open_corpus) -> None:
+    for copy in ("a", "b", "c"):
+        for number, source in enumerate(SOURCES):
+            file = tmp_path / copy / f"{number}.py"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(source)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: dict.fromkeys(("stdlib", "purelib"), str(tmp_path)))
     sides: dict[str, set[str]] = {}
-    for side, document in split_corpus(corpus, 0.4)():
+    for side, document in split_corpus(open_corpus(tmp_path), 0.4)():
         sides.setdefault(document.text, set()).add(side)
+    assert set.union(*sides.values()) == {"train", "val"}
     assert all(len(found) == 1 for found in sides.values())
 
 
@@ -152,10 +168,6 @@ def test_invalid_utf8_and_byte_order_marks_are_handled(tmp_path: Path) -> None:
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
     assert [doc.text for doc in file_documents(tmp_path / "latin.txt", "text", "stop")] == ["café\n"]
     assert [doc.text for doc in file_documents(tmp_path / "marked.txt", "text", "stop")] == ["text\r\n"]
-    (tmp_path / "odd.jsonl").write_text('{"text": "half \\ud83d pair"}\n')
-    (tmp_path / "val.jsonl").write_bytes((tmp_path / "odd.jsonl").read_bytes())
-    facts = text_data(tmp_path / "odd.jsonl", tmp_path / "cache", val_path=str(tmp_path / "val.jsonl"), context=2)
-    assert facts.prepare().val_bytes == len("half ? pair")
 
 
 def test_hidden_folders_broken_links_and_other_files_are_skipped(tmp_path: Path) -> None:
@@ -199,4 +211,4 @@ def test_paths_that_exist_are_literal(
 def test_the_installed_packages_are_a_corpus() -> None:
     corpus = packages_corpus()
     assert corpus.size > 50 * 2**20
-    assert any(document.key.startswith("datasets/") for document in corpus.documents())
+    assert any(document.path.startswith("datasets/") for document in corpus.documents())

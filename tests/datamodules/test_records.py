@@ -165,6 +165,7 @@ FAULTS = [
     ("a.jsonl", '{"source": "x", "target": "' + "y" * LONG + '"}', "longer than"),
     ("a.jsonl", '{"source": "x", "target": "' + "字" * (LONG // 3) + '"}', "longer than"),
     ("a.jsonl", "\0" * 500, "invalid JSON"),
+    ("a.jsonl", '{"source": "x", "target": "half \\ud83d pair"}', "invalid text"),
     ("a.jsonl.gz", '{"source": "a", "target"', "invalid JSON"),
     ("a.csv", "c", "1 fields, but the first line has 2"),
     ("a.csv", "c,d,e", "3 fields, but the first line has 2"),

@@ -253,6 +253,12 @@ def test_every_yaml_begins_with_its_description_and_command():
         assert not head[-1].isspace()
 
 
+@pytest.mark.parametrize(("data", "tokens"), [("openwebtext", 9.04e9), ("fineweb", 10e9), ("fineweb_edu", 10e9)])
+def test_large_presets_hold_out_about_ten_million_tokens(data: str, tokens: float):
+    assert composed(f"data={data}").val_fraction * tokens == pytest.approx(10e6, rel=0.05)
+    assert composed(f"data={data}", "val_fraction=0.3").val_fraction == 0.3
+
+
 def test_no_file_sets_the_mode_of_hydra():
     """`-m` alone chooses it, and hydra_cache.mode_of relies on that."""
     for file in CONF.rglob("*.yaml"):

@@ -92,6 +92,16 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
     assert f"Data: data=text path={tmp_path / 'train.txt'} context=" in done.stdout
 
 
+def test_text_column_names_the_scored_column(run: Path, tmp_path: Path, evaluate_here: Command) -> None:
+    for name, text in (("train", TEXT), ("val", TEXT[1000:4000])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "other", "body": text}))
+    words = [f"checkpoint={run}", "data=text", f"path={tmp_path / 'train.jsonl'}", "text_column=body"]
+    words += [f"val_path={tmp_path / 'val.jsonl'}", f"cache_dir={tmp_path / 'cache'}", f"json={tmp_path / 's.json'}"]
+    done = evaluate_here(*words)
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["tokens"] > 300
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -101,6 +111,7 @@ def test_the_loss_of_a_text_is_its_plain_cross_entropy(run: Path, tmp_path: Path
         (["context=1"], "a context of 2 to 32 tokens"),
         (["data=../task/pretrain"], "Allowed: "),
         (["data=stdlib", "path=README.md"], "data=stdlib does not read path"),
+        (["data=stdlib", "text_column=body"], "text_column=body: data=stdlib has no such key"),
         (["source=question"], "does not read source"),
         (["json=/proc/scores.json"], "json=/proc/scores.json"),
         (["contxt=16"], "did you mean context"),
