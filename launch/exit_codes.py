@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.storage.atomic_files import full_disk_message
 from gpt2lab.storage.damaged_files import warn_once
+from launch import standard_streams
 from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -44,6 +45,7 @@ class Exit(SystemExit):
 
 def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
     """Run `entry` and exit with its exit code, also when Ctrl-C arrives while the interpreter shuts down."""
+    standard_streams.protect()
     atexit.register(_ignore_signals)
     for number in SIGNALS:
         signal.signal(number, _exit_at_once)
@@ -57,6 +59,7 @@ def exit_code(entry: Callable[[], Any]) -> int:
     with handle_signals(_exit_at_once):
         try:
             entry()
+            sys.stdout.flush()  # an error of this, such as a full disk, has an exit code too
         except Exit as request:
             if request.message:
                 print(request.message, file=sys.stderr)

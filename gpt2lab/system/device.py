@@ -90,7 +90,7 @@ def reset_peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with Path("/proc/self/clear_refs").open("w") as file:
+        with Path("/proc/self/clear_refs").open("w", encoding="utf-8") as file:
             file.write("5")
     return peak_memory_bytes(device)
 
@@ -103,7 +103,7 @@ def resident_memory_bytes() -> int:
 def _process_status(name: str) -> int:
     """Return a size in bytes that Linux reports about this process; 0 on other systems."""
     status = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
@@ -191,5 +191,5 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return found.group(1) if found else platform.processor() or platform.machine()
