@@ -29,12 +29,17 @@ def main() -> None:
     score_files.write(results, arguments)
 
 
-def run() -> NoReturn:
-    """Print the help, or run the command line; exit with the exit code."""
+def command_line() -> None:
+    """Print the help, or run the command line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
-        sys.exit(0)
-    run_and_exit(main)
+        return
+    main()
+
+
+def run() -> NoReturn:
+    """Run the command line and exit with its exit code."""
+    run_and_exit(command_line)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def write_pairs(file: Path, pairs: int = 400) -> None:
         return "".join(random_state.choice("abcdefghij ") for _ in range(count))
 
     lines = [{"source": letters(random_state.randint(60, 240)), "target": letters(12)} for _ in range(pairs)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def keys(case: Case, folder: Path) -> list[str]:

@@ -92,7 +92,7 @@ class StepTimes(Callback):
         medians = {name: statistics.median(step[name] for step in timed) * 1e3 for name in names}
         outside = statistics.median(1 - sum(step[name] for name in PHASES) / step["step"] for step in timed)
         found = {**medians, "outside_share": outside, "steps": len(timed)}
-        Path(trainer.default_root_dir, "step_times.json").write_text(json.dumps(found) + "\n")
+        Path(trainer.default_root_dir, "step_times.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     def _waited_for_data(self, seconds: float) -> None:
         self.current[DATA] += seconds
@@ -127,4 +127,4 @@ class StepMemory(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         found = {"before_model": self.before, "peak": self.peak}
-        Path(trainer.default_root_dir, "step_memory.json").write_text(json.dumps(found) + "\n")
+        Path(trainer.default_root_dir, "step_memory.json").write_text(json.dumps(found) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch, Samples
 from gpt2lab.data.data_order import micro_batch_rows, step_samples
+from gpt2lab.system.socket_folder import shorten_for_multiprocessing
 
 ENDLESS = 2**62
 
@@ -150,6 +151,8 @@ class SampleDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
+        if self.workers:
+            shorten_for_multiprocessing()
         loader = TrainingLoader(self._stream(), batch_size=None, shuffle=False, num_workers=self.workers)
         loader.optimizer_step = lambda: self._rank_and_step()[2]
         return loader

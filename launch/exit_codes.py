@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.storage.atomic_files import full_disk_message
 from gpt2lab.storage.damaged_files import warn_once
+from launch import home_folder, standard_streams
 from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -44,6 +45,7 @@ class Exit(SystemExit):
 
 def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
     """Run `entry` and exit with its exit code, also when Ctrl-C arrives while the interpreter shuts down."""
+    standard_streams.protect()
     atexit.register(_ignore_signals)
     for number in SIGNALS:
         signal.signal(number, _exit_at_once)
@@ -56,7 +58,9 @@ def exit_code(entry: Callable[[], Any]) -> int:
     warn_once.cache_clear()
     with handle_signals(_exit_at_once):
         try:
+            home_folder.substitute_unwritable()
             entry()
+            sys.stdout.flush()  # an error of this, such as a full disk, has an exit code too
         except Exit as request:
             if request.message:
                 print(request.message, file=sys.stderr)
@@ -110,6 +114,8 @@ def as_input_error(error: Exception) -> InputError | None:
     if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # from a file name in the data
         text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
         return InputError(f"This file name is not valid UTF-8: {text!r}\nRename the file.")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+        return InputError("A path begins with ~, but that user has no home directory.\nWrite out the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return InputError(f"The name of this file or folder is too long: {error.filename}\nShorten it.")
     if isinstance(error, pickle.UnpicklingError):

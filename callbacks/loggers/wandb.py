@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
 INIT_TIMEOUT = 30  # seconds to wait for the server
+# Values of WANDB_MODE, in upper or lower case; `run` and `dryrun` are W&B's former names
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+MODES |= {"shared": "shared", "disabled": "disabled"}
+TRUE = ("y", "yes", "t", "true", "on", "1")  # of WANDB_DISABLED, as W&B reads its boolean variables
 
 
 class WeightsAndBiases(Logger):
@@ -31,7 +35,7 @@ class WeightsAndBiases(Logger):
     Args:
         project: W&B project; a run has the name of its run directory.
         group: name of the sweep, also a prefix of the run's name.
-        mode: auto, or W&B's online, offline or disabled; WANDB_MODE takes precedence.
+        mode: auto, or W&B's online, offline or disabled; WANDB_MODE and WANDB_DISABLED take precedence.
     """
 
     def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto", group: str = "") -> None:
@@ -100,25 +104,31 @@ class WeightsAndBiases(Logger):
         try:
             if self.run is None:
                 self.run = self._start()
-            action(self.run)
+            if self.run is None:
+                self._failed = True
+            else:
+                action(self.run)
         except Exception as error:  # no W&B error may end training
             self._failed = True
             log.warning("W&B is off for the rest of this run: %s", _first_line(error))
 
     def _start(self) -> Any:
-        wandb.setup(wandb.Settings(silent=True))  # login prints otherwise
-        mode = os.environ.get("WANDB_MODE") or (self._available_mode() if self.mode == "auto" else self.mode)
+        """Return a new W&B run; None if W&B is disabled."""
+        mode = self._chosen_mode()
+        if mode == "disabled":
+            log.info("W&B: disabled")
+            return None
         try:
             run = self._init(mode)
         except Exception as error:
-            if mode != "online":
+            if mode == "offline":
                 raise
             wandb.teardown()  # its service still has the run id
             log.warning("W&B is unreachable (%s); this run is logged offline.", _first_line(error))
             mode = "offline"
             run = self._init(mode)
-        offline = f"{mode} in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
-        log.info("W&B: %s", run.url if mode == "online" else offline)
+        offline = f"offline in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
+        log.info("W&B: %s", offline if mode == "offline" else run.url)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
@@ -135,6 +145,25 @@ class WeightsAndBiases(Logger):
             reinit="create_new",
             settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT, console="off"),
         )
+
+    def _chosen_mode(self) -> str:
+        """Return the mode that the environment sets, else `mode`, else the one of `wandb offline` or a login.
+
+        Raises:
+            ValueError: WANDB_MODE has no valid value.
+        """
+        if os.environ.get("WANDB_DISABLED", "").strip().lower() in TRUE:
+            return "disabled"
+        given = os.environ.get("WANDB_MODE", "").strip()
+        if given and given.lower() not in MODES:
+            raise ValueError(f"WANDB_MODE={given} is none of {', '.join(MODES)}")
+        if os.environ.pop("WANDB_MODE", ""):  # W&B reads lower case only
+            os.environ["WANDB_MODE"] = MODES[given.lower()]
+        settings = wandb.setup(wandb.Settings(silent=True)).settings  # login prints otherwise
+        if given or self.mode != "auto":
+            return MODES[given.lower()] if given else self.mode
+        stored = MODES[settings.mode]
+        return self._available_mode() if stored == "online" else stored
 
     @staticmethod
     def _available_mode() -> str:

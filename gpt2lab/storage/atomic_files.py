@@ -77,12 +77,15 @@ def can_write(folder: Path) -> bool:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, writer: str = "") -> Iterator[Path]:
     """Yield a scratch folder that replaces `folder` when the block ends; after an exception the old `folder` stays.
 
     On Linux the two folders are exchanged atomically; on other systems `folder` is missing for an instant.
+
+    Args:
+        writer: name of this process in that of the scratch folder, where another one may write the same folder.
     """
-    scratch = folder.with_name(f".{folder.name}.tmp")
+    scratch = folder.with_name(f".{folder.name}.{writer}tmp")
     if scratch.is_symlink():
         scratch.unlink()
     shutil.rmtree(scratch, ignore_errors=True)

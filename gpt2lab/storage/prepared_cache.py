@@ -1,18 +1,18 @@
 """Content-addressed cache of prepared data: built once under a lock, never used incomplete."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from gpt2lab.errors import InputError
-from gpt2lab.storage.atomic_files import input_error_when_full, replaced_folder, write_json
+from gpt2lab.storage.atomic_files import NO_SPACE, can_write, input_error_when_full, replaced_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def get_or_build(
     if is_prepared(folder):
         return folder
     full = "The incomplete folder is removed. Free some space, or use another cache folder: cache_dir=FOLDER"
-    with input_error_when_full(f"prepared data to {folder}", full), _lock(folder):
+    with input_error_when_full(f"prepared data to {folder}", full), _lock(folder) as is_locked:
         if not is_prepared(folder):
-            with replaced_folder(folder) as scratch:
+            with replaced_folder(folder, "" if is_locked else secrets.token_hex(4)) as scratch:
                 facts = build(scratch)
                 sizes = {str(file.relative_to(scratch)): file.stat().st_size for file in _files_in(scratch)}
                 write_json(scratch / LEDGER, {**facts, "key": key, "sizes": sizes})
@@ -59,7 +59,7 @@ def open_growing_folder(kind: str, name: str, key: dict[str, Any], what: str, ca
     """Yield the folder `<cache_dir>/<kind>/<name>-<hash of key>` to append to, locked for one process at a time.
 
     Unlike the folders of `get_or_build` it is never complete: its files record what they contain. key.json contains
-    `key`.
+    `key`. A folder that cannot be written is yielded as it is, for reading.
 
     Args:
         what: description of the data, for messages.
@@ -69,6 +69,10 @@ def open_growing_folder(kind: str, name: str, key: dict[str, Any], what: str, ca
     """
     folder = cache_dir / kind / f"{name}-{content_hash(key)[:12]}"
     full = "Written data is kept. Free some space and start again, or use another cache folder: cache_dir=FOLDER"
+    if folder.is_dir() and not can_write(folder):
+        with _input_error_when_unwritable(folder):
+            yield folder
+        return
     with input_error_when_full(f"{what} {folder}", full), _lock(folder):
         folder.mkdir(exist_ok=True)
         write_json(folder / "key.json", key)
@@ -91,7 +95,7 @@ def is_prepared(folder: Path) -> bool:
     try:
         sizes = read_ledger(folder)["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, NotADirectoryError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError):
         return False
 
 
@@ -101,29 +105,57 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[bool]:
     """Lock a folder of the cache for this process; wait for another process that has it.
+
+    Yields whether it is locked; where the file system has no locks, a warning is logged.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    with _input_error_when_unwritable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            yield _is_locked(descriptor, folder)
+        finally:
+            os.close(descriptor)
+
+
+def _is_locked(descriptor: int, folder: Path) -> bool:
+    """Lock an open file until it is closed; return False where that is not possible."""
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for another process that prepares %s", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        log.warning("%s: this file system cannot lock (%s). Prepare no data twice at once.", folder, error.strerror)
+        return False
+    return True
+
+
+@contextmanager
+def _input_error_when_unwritable(folder: Path) -> Iterator[None]:
+    """Convert an error of a file or folder in the cache into an InputError, except that of a full disk.
+
+    Args:
+        folder: a folder of the cache; files beside it count too.
 
     Raises:
         InputError: the cache cannot be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.warning("waiting for another process that prepares %s", folder)
-            lock.acquire()
-    except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        yield
+    except OSError as error:
+        cache, file = folder.parent.parent, Path(str(error.filename))
+        if error.errno in NO_SPACE or not (file.is_relative_to(cache) or cache.is_relative_to(file)):
+            raise
         raise InputError(
             f"Cannot write prepared data to {folder.parent}: {error.strerror}.\n"
             "Choose another folder: cache_dir=FOLDER, or the environment variable GPT2LAB_CACHE"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ import platform
 import re
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -64,8 +65,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache_dir: str | Path) 
         known_peaks = {}
     if key not in known_peaks:
         known_peaks[key] = _measure(device, dtype)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, known_peaks)
+        with suppress(OSError):  # a read-only cache: the next run measures again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, known_peaks)
     return known_peaks[key]
 
 
@@ -90,7 +92,7 @@ def reset_peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with Path("/proc/self/clear_refs").open("w") as file:
+        with Path("/proc/self/clear_refs").open("w", encoding="utf-8") as file:
             file.write("5")
     return peak_memory_bytes(device)
 
@@ -103,7 +105,7 @@ def resident_memory_bytes() -> int:
 def _process_status(name: str) -> int:
     """Return a size in bytes that Linux reports about this process; 0 on other systems."""
     status = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
@@ -191,5 +193,5 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return found.group(1) if found else platform.processor() or platform.machine()

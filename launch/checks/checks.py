@@ -4,6 +4,8 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS
+from gpt2lab.storage.hub import is_hub_id
+from gpt2lab.storage.model_folder import resolve_model_folder
 from gpt2lab.storage.path_patterns import matching_paths
 from launch.checks import baseline, distillation, lightning_nodes, objective, resource_request, study_plan
 from launch.config import run_dir
@@ -44,6 +46,7 @@ def check(config: RunConfig) -> None:
     check_model(config)
     check_batch(config)
     check_files(config)
+    check_model_folders(config)
     check_precision(config, config.accelerator)
     check_layer_drop(config)
     check_task_and_data(config)
@@ -233,6 +236,14 @@ def check_files(config: RunConfig) -> None:
         if given and not matching_paths(given):
             near = _nearest_file(Path(given).expanduser())
             raise InputError(f"{key}={given}: there is no such file or folder{near}.")
+
+
+def check_model_folders(config: RunConfig) -> None:
+    """Check the local models that `init` and `teacher` name; a Hub id is resolved later, since that may download it."""
+    teacher = config.teacher if config.task_name == "distill" else "latest"
+    for key, source in (("init", config.init if config.init_names_weights else "latest"), ("teacher", teacher)):
+        if source != "latest" and not is_hub_id(source):
+            resolve_model_folder(source, key)
 
 
 def _nearest_file(path: Path) -> str:

@@ -97,8 +97,11 @@ def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
 
 
 def _program(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
     check_process(arguments)
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+    if len(arguments) != 1:
         raise InputError("Give one run directory or checkpoint: python -m launch.commands.consolidate runs/pretrain/xl")
     logging_setup.configure_logging()
     folder = consolidate(arguments[0])

@@ -19,9 +19,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from gpt2lab.errors import InputError
 from gpt2lab.evaluation.document_losses import loss_difference, read_document_losses
 from gpt2lab.storage.report_json import read_report
+from launch.distributed import child_processes
 from launch.distributed.child_processes import IS_CHECKOUT, ROOT
+from launch.exit_codes import Exit, run_and_exit
 
 HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
 TRAIN = ("train.py",) if IS_CHECKOUT else ("-m", "gpt2lab_scripts.train")
@@ -82,7 +85,10 @@ def run_stage(stage: Stage, folder: Path, console: Console) -> int:
     command = [*TRAIN, *stage.arguments, f"run_dir={folder / stage.name}"]
     console.rule(f"[bold]{stage.title}")
     console.print("python " + shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    return subprocess.run([sys.executable, *command], cwd=HOME, check=False).returncode
+    environment = child_processes.environment()
+    process = subprocess.Popen([sys.executable, *command], cwd=HOME, env=environment, start_new_session=True)
+    with child_processes.forward_signals(lambda number: child_processes.send(number, [process.pid])):
+        return process.wait()
 
 
 def results_table(reports: dict[str, dict[str, Any]]) -> Table:
@@ -124,7 +130,7 @@ def _number(value: float | None, form: str) -> str:
 
 def show_samples(run: Path, console: Console) -> None:
     """Print the last greedy sample of the first prompts of a run."""
-    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {sample["prompt"]: sample for sample in lines if sample["method"] == "greedy"}
     for sample in list(last.values())[:PROMPT_COUNT]:
         console.rule(f"{run.name}, {sample['method']}", style="dim")
@@ -159,5 +165,16 @@ def run_demo(folder: Path, console: Console) -> int:
     return 0
 
 
+def _program(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    if arguments:
+        raise InputError(f"The demo has no arguments, but {arguments[0]} is given.\nLeave it out.")
+    code = run_demo(Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), Console())
+    if code:
+        raise Exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run_demo(Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), Console()))
+    run_and_exit(lambda: _program(sys.argv[1:]))

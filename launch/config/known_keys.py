@@ -136,7 +136,7 @@ class WandbKeys(LoggerKeys):
     group: str = key("group of the W&B run; by default the name of the sweep", "")
     project: str = key("W&B project", "gpt2-lab")
     mode: str = key(
-        "W&B mode; auto: online if logged in, else offline; the variable WANDB_MODE takes precedence",
+        "W&B mode; auto: online if logged in, else offline; WANDB_MODE and WANDB_DISABLED take precedence",
         "auto",
         choices=("auto", "online", "offline", "disabled"),
     )

@@ -95,12 +95,12 @@ def log_lost_connection(error: Exception, folder: Path) -> None:
 def has_user_error() -> bool:
     """Whether a rank has recorded a user error."""
     file = Path(os.environ[OUTCOME_FILE])
-    return file.exists() and json.loads(file.read_text())["code"] == exit_codes.USER_ERROR
+    return file.exists() and json.loads(file.read_text(encoding="utf-8"))["code"] == exit_codes.USER_ERROR
 
 
 def record_failure() -> None:
     """Write the time of this rank's failure: PyTorch rounds to seconds, and other ranks fail within the same second."""
-    Path(os.environ[HEARTBEATS], f"failed-{os.environ['RANK']}").write_text(str(time.time()))
+    Path(os.environ[HEARTBEATS], f"failed-{os.environ['RANK']}").write_text(str(time.time()), encoding="utf-8")
 
 
 def _root_cause(failures: list[ProcessFailure], scratch: Path) -> ProcessFailure | None:
@@ -123,7 +123,7 @@ def _attempt(spec: PreparedSpec, folder: Path) -> tuple[str, list[int], dict[str
     with tempfile.TemporaryDirectory(prefix="gpt2lab-ranks-") as scratch:
         failed, signals, late_message = _start_and_wait(spec, folder, Path(scratch))
         outcome_file = Path(scratch, OUTCOME)
-        outcome = json.loads(outcome_file.read_text()) if outcome_file.is_file() else None
+        outcome = json.loads(outcome_file.read_text(encoding="utf-8")) if outcome_file.is_file() else None
         if failed and not signals and outcome and outcome["code"] in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
             outcome = None  # PyTorch stopped rank 0 because another rank failed; no user stopped the run
         if outcome is None and not (failed or signals or late_message):

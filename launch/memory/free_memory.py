@@ -22,7 +22,7 @@ def free_bytes(accelerator: str) -> int | None:
 
 def host_free_bytes(meminfo: Path = MEMINFO, cgroups: tuple[tuple[Path, Path], ...] = CGROUP_FILES) -> int | None:
     """Minimum of MemAvailable and what remains of the cgroup limit; None if neither is known."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8")) if meminfo.exists() else None
     free = [int(found[1]) * 1024] if found else []
     for limit, usage in cgroups:
         limit_bytes = limit.read_text().strip() if limit.is_file() and usage.is_file() else "max"

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -59,6 +59,7 @@ def run_sweep(
     combinations: Sequence[list[str]],
     first: int = 0,
     created: Sequence[Path] = (),
+    searched: Sequence[str] = (),
 ) -> list[Job]:
     """Run every job that the source proposes, write sweep.csv and sweep.html after each, and print the final table.
 
@@ -70,9 +71,11 @@ def run_sweep(
             experiment that a search may choose.
         first: number of the first job.
         created: folders that were created for this sweep, innermost first; removed if no job can start.
+        searched: keys whose values a search chooses.
 
     Raises:
-        InputError: a key or a combination of jobs is not supported in a sweep, or the folder is in use.
+        InputError: a key or a combination of jobs is not supported in a sweep, the folder is in use, or all jobs have
+            the same error.
         exit_codes.Exit: a signal stopped the sweep, or jobs failed.
     """
     folder = Path(str(sweep_config.hydra.sweep.dir))
@@ -81,6 +84,10 @@ def run_sweep(
     with ExitStack() as held:
         try:
             _check_together(combinations, tasks, sweep_config)
+            known = [
+                Job(number, overrides, folder / str(number)) for number, overrides in enumerate(combinations, first)
+            ]
+            jobs.check_common_errors(known, _composer(loader, sweep_config), len(tasks) > 1, searched)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
             _check_folder(folder, combinations, first, isinstance(source, JobList))
@@ -216,13 +223,7 @@ def _prepare(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_t
         job.status = "failed"
         return None
 
-    def compose(overrides: list[str]) -> DictConfig:
-        tree = loader.load_sweep_config(sweep_config, overrides)
-        with open_dict(tree):
-            tree.hydra.job.num = job.number
-        return tree
-
-    config = jobs.prepare(job, compose, drops_unread=several_tasks)
+    config = jobs.prepare(job, _composer(loader, sweep_config, job.number), drops_unread=several_tasks)
     if config is None:
         return None
     config = replace(config, invocation=replace(config.invocation, trial=job.trial))
@@ -236,6 +237,18 @@ def _prepare(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_t
         jobs.record_end(job, exit_codes.FINISHED, "")
         return None
     return config
+
+
+def _composer(loader: ConfigLoader, sweep_config: DictConfig, number: int = 0) -> Callable[[list[str]], DictConfig]:
+    """Return a function that composes the configuration of a job from its overrides."""
+
+    def compose(overrides: list[str]) -> DictConfig:
+        tree = loader.load_sweep_config(sweep_config, overrides)
+        with open_dict(tree):
+            tree.hydra.job.num = number
+        return tree
+
+    return compose
 
 
 def _format_result(job: Job) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.report_json import read_report, watched_value
 from launch import exit_codes
@@ -35,12 +36,15 @@ class Job:
     trial: int | None = None  # Optuna trial number
 
 
-def prepare(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> RunConfig | None:
-    """Compose and check the configuration of a job; return None, and record the error, if it is invalid.
+def checked(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> RunConfig:
+    """Compose and check the configuration of a job.
 
     Args:
         compose: overrides → composed tree, with Hydra's own node.
         drops_unread: leave out keys that the job's task does not read, instead of rejecting them.
+
+    Raises:
+        InputError: it is invalid.
     """
     try:
         config = _to_config(job, compose(job.overrides), job.overrides)
@@ -52,9 +56,43 @@ def prepare(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: 
         input_error = exit_codes.as_input_error(error)
         if input_error is None:
             raise
-        job.status, job.error = "failed", " ".join(str(input_error).split("\n"))
-        return None
+        raise input_error from None
     return config
+
+
+def prepare(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: bool) -> RunConfig | None:
+    """Compose and check the configuration of a job; return None, and record the error, if it is invalid."""
+    try:
+        return checked(job, compose, drops_unread)
+    except InputError as error:
+        job.status, job.error = "failed", " ".join(str(error).split("\n"))
+        return None
+
+
+def check_common_errors(
+    jobs: Sequence[Job], compose: Callable[[list[str]], DictConfig], drops_unread: bool, searched: Iterable[str]
+) -> None:
+    """Check that the jobs do not all fail with the same error; usually the first is valid, and no other is composed.
+
+    Args:
+        searched: keys whose values a search chooses later; an error that names one is not common to all jobs.
+
+    Raises:
+        InputError: the error that all of them have.
+    """
+    common = ""
+    for job in jobs:
+        try:
+            checked(job, compose, drops_unread)
+        except InputError as error:
+            message = str(error).replace(str(job.folder), str(job.folder.parent / "N"))
+            if common not in ("", message) or any(key in message for key in searched):
+                return
+            common = message
+        else:
+            return
+    if common:
+        raise InputError(common)
 
 
 def single_run_command(overrides: Iterable[str]) -> str:

@@ -48,7 +48,7 @@ def run_search(loader: ConfigLoader, sweep_config: DictConfig, arguments: Sequen
     """
     search = Search(loader, sweep_config, arguments)
     with input_error_when_unusable(search.file):
-        run_sweep(loader, sweep_config, search, search.example_jobs())
+        run_sweep(loader, sweep_config, search, search.example_jobs(), searched=search.keys)
 
 
 class Search:
@@ -211,6 +211,11 @@ class Search:
                 "which cannot be compared.\nSearch them one after the other."
             )
         return metrics.pop() if metrics else metric_names.VAL_LOSS
+
+    @property
+    def keys(self) -> list[str]:
+        """Searched keys."""
+        return [dimension.key for dimension in self._dimensions]
 
     def example_jobs(self) -> list[list[str]]:
         """Overrides of example jobs: each choice of task and experiment, with one value of all other keys."""

@@ -369,10 +369,48 @@ def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path,
     assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
 
 
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        *(({"WANDB_MODE": given}, "online") for given in ("online", "run", "Online", " RUN ")),
+        *(({"WANDB_MODE": given}, "offline") for given in ("offline", "dryrun", "OFFLINE", "DryRun")),
+        *(({"WANDB_MODE": given}, "disabled") for given in ("disabled", "DISABLED")),
+        *(({"WANDB_DISABLED": given}, "disabled") for given in ("true", "TRUE", "1", "yes", "y", "t", "On")),
+        *(({"WANDB_DISABLED": given}, "offline") for given in ("false", "0", "no", "off", "")),
+        ({"WANDB_MODE": ""}, "offline"),
+        ({"WANDB_MODE": "offline", "WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_MODE": "disabled", "WANDB_DISABLED": "false"}, "disabled"),
+    ],
+    ids=lambda value: " ".join(f"{key}={given}" for key, given in value.items()) if isinstance(value, dict) else value,
+)
+def test_wandb_mode_is_read_in_every_spelling(variables, mode, tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, given in variables.items():
+        monkeypatch.setenv(name, given)
+    assert WeightsAndBiases(str(tmp_path), mode="offline")._chosen_mode() == mode
+
+
+@pytest.mark.parametrize("variable", ["WANDB_MODE=Disabled", "WANDB_DISABLED=1", "WANDB_MODE=DryRun"])
+def test_wandb_starts_no_run_that_was_not_requested(variable, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="callbacks")
+    monkeypatch.setattr(logging.getLogger("callbacks"), "propagate", True)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(*variable.split("="))
+    logger = WeightsAndBiases(str(tmp_path))
+    logger.log_hyperparams({"seed": 1})
+    logger.finalize("success")
+    is_offline = variable.endswith("DryRun")
+    assert bool(list((tmp_path / "wandb").glob("offline-run-*"))) == is_offline
+    assert (tmp_path / "wandb").exists() == is_offline
+    assert f"W&B: {'offline in' if is_offline else 'disabled'}" in caplog.text
+    assert "W&B is off" not in caplog.text
+
+
 def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     tiny_run.train(tmp_path, cache, steps=4, loggers=[WeightsAndBiases(str(tmp_path))])
-    assert "W&B is off" in caplog.text
+    assert "W&B is off for the rest of this run: WANDB_MODE=nonsense is none of online, run, offline" in caplog.text
     assert read_report(tmp_path)["status"] == "finished"
 
 

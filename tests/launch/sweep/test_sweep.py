@@ -47,11 +47,14 @@ def test_a_failed_job_does_not_stop_the_rest(jobs_here: None, train_here: Train,
 
 
 def test_the_error_of_a_job_process_reaches_the_table(train_here: Train, tiny: list[str], tmp_path: Path):
-    answer = train_here(*tiny, "-m", "init=no/such/run", "seed=1,2", "hydra.sweep.dir=swept")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "file.txt").touch()
+    keys = [key for key in tiny if not key.startswith("path=")]
+    answer = train_here(*keys, "-m", "path=empty", "seed=1,2", "hydra.sweep.dir=swept")
     assert answer.code == 1, answer.stderr
     table = rows(tmp_path / "swept")
     assert [row["status"] for row in table] == ["failed"] * 2
-    assert all("no such folder" in row["error"] for row in table)
+    assert all("no document with any text" in row["error"] for row in table)
 
 
 def test_a_key_of_one_task_is_dropped_for_the_other(
@@ -85,11 +88,35 @@ def test_sweep_over_tasks_needs_its_teacher(train_here: Train, tiny: list[str]):
     assert len(answer.stderr.strip().splitlines()) <= 5
 
 
-def test_error_common_to_all_jobs_is_refused_at_once(train_here: Train):
-    answer = train_here("-m", "model=nano,micro", "stpes=3")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stpes=3"], "did you mean steps?"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1.0 is out of range"),
+        (["optimizer=adamv"], "adamv"),
+        (["path=nowhere"], "path=nowhere: there is no such file"),
+        (["init=no/such/run"], "init=no/such/run: there is no such folder"),
+        (["task=distill", "teacher=no/such/run"], "teacher=no/such/run: there is no such folder"),
+        (["task=pretrain,distill", "teacher=no/such/run", "init=no/such/run"], "init=no/such/run"),
+        (["context=33"], "context=33"),
+        (["hparams_search=optuna", "optimizer.lr=interval(1e-4,1e-2)", "path=nowhere"], "path=nowhere"),
+        (["hparams_search=optuna", "optimizer.lr=interval(1e-4,1e-2)", "init=no/such/run"], "init=no/such/run"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_error_common_to_all_jobs_is_reported_once(
+    overrides: list[str], message: str, train_here: Train, tiny: list[str]
+):
+    """It is found before the first job, and the sweep leaves no folder behind."""
+    given = {override.partition("=")[0] for override in overrides}
+    keys = [key for key in tiny if key.partition("=")[0] not in given]
+    answer = train_here(*keys, "-m", "seed=1,2", *overrides, "hydra.sweep.dir=swept")
     assert answer.code == 2
-    assert "did you mean steps?" in answer.stderr
-    assert not list(Path.cwd().glob("sweeps*"))
+    assert answer.stderr.count(message) == 1
+    assert answer.stderr.startswith("error: ")
+    assert len(answer.stderr.splitlines()) <= 5
+    assert "job 0" not in answer.stdout
+    assert not Path("swept").exists()
 
 
 def test_run_dir_is_refused_in_a_sweep(train_here: Train):
