@@ -1,10 +1,11 @@
-"""GPU check: verify the project's claims about GPUs in about ten minutes: `make gpu-check`.
+"""GPU check: verify the project's claims about GPUs in about twenty minutes: `make gpu-check`.
 
     python -m benchmarks.gpu_check [--nanogpt /path/to/nanoGPT] [--trl-python PYTHON] [--only WORD,WORD]
 
 Attention kernels, packing and the LM-head loss; speed, MFU and memory of small and medium; precisions; FSDP on one GPU;
-resume after a kill; comparisons with nanoGPT, TRL and Liger, if available. The table is appended to
-benchmarks/RESULTS.md with date and device. Without a GPU nothing is checked and the exit code is 0.
+resume after a kill; bitwise equal runs with trainer.deterministic; comparisons with nanoGPT, TRL and Liger, if
+available. The table is appended to benchmarks/RESULTS.md with date and device. Without a GPU nothing is checked and the
+exit code is 0.
 """
 
 import argparse
@@ -46,6 +47,9 @@ def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
     yield Check("small, bf16, eager", speed("small", 16, "precision=bf16", "compile=false"))
     yield Check("precisions", gpu_runs.precisions)
     yield Check("resume after kill -9", gpu_runs.resume_after_a_kill)
+    yield Check("deterministic, compiled", gpu_runs.deterministic("compile=true"))
+    yield Check("deterministic, eager, packed documents", gpu_runs.deterministic("compile=false", "packing=true"))
+    yield Check("deterministic distillation", gpu_runs.deterministic_distillation)
     yield Check("FSDP on one GPU", gpu_runs.fsdp_on_one_gpu)
     yield Check("medium, bf16, compiled", speed("medium", 16, "precision=bf16", "compile=true"))
     recomputed = ("precision=bf16", "compile=false", "activation_checkpointing=true")

@@ -31,7 +31,8 @@ VOCABULARY = 50_257
 CONTEXT = 1024
 BATCH_TOKENS = 32 * CONTEXT
 SAME_LOSS = 0.02  # nats: FSDP compared with one device
-SAME_RESUMED = 1e-3  # nats: GPU kernels are not deterministic
+SAME_RESUMED = 1e-3  # nats: without trainer.deterministic GPU kernels are not
+DETERMINISTIC = "trainer.deterministic=true"
 LIMIT = 400  # seconds of one run
 
 
@@ -123,6 +124,41 @@ def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
     if not abs(loss - unbroken) < SAME_RESUMED:
         raise RuntimeError(f"val/loss {loss:.5f} resumed, {unbroken:.5f} uninterrupted")
     return f"val/loss differs from the uninterrupted run's by {abs(loss - unbroken):.1e}"
+
+
+def deterministic(*options: str, model: str = "mini") -> Callable[[Path], str]:
+    """Make a check that deterministic runs end with the same bytes, one of them killed (SIGKILL) and resumed.
+
+    They generate samples too: PyTorch has no deterministic algorithm for nucleus sampling on a GPU.
+    """
+
+    def run(folder: Path) -> str:
+        name = "-".join(["deterministic", *(option.split("/")[-1] for option in options)]).replace("=", "-")
+        usual = [*base(folder, model, 60), "micro_batch=16", "checkpoint_every=20", "callbacks=default", *options]
+        usual += ["callbacks.checkpoint.verify_export=false", "callbacks.samples.max_new_tokens=16", "sample_every=60"]
+        arguments = [*usual, DETERMINISTIC]
+        first, second, killed = (folder / f"{name}-{run}" for run in ("first", "second", "killed"))
+        usual_speed = train(folder / f"{name}-usual", usual, LIMIT)["tokens_per_second"]
+        speed = train(first, arguments, LIMIT)["tokens_per_second"]
+        train(second, arguments, LIMIT)
+        _kill_at_first_checkpoint([sys.executable, "train.py", *arguments, f"run_dir={killed}"], killed)
+        run_train([f"resume={killed}"], LIMIT)
+        for other in (second, killed):
+            for file in ("hf/model.safetensors", "samples.jsonl"):
+                if (first / file).read_bytes() != (other / file).read_bytes():
+                    raise RuntimeError(f"{file} of {other.name} and {first.name} differ")
+        return f"three runs bitwise equal, one after SIGKILL; {speed / usual_speed:.2f} × the usual tokens/s"
+
+    return run
+
+
+def deterministic_distillation(folder: Path, model: str = "mini") -> str:
+    """Check that deterministic distillation from a teacher with random weights ends with the same bytes."""
+    teacher = folder / "teacher"
+    torch.manual_seed(1)
+    to_hf(Backbone(ModelShape(6, 6, 384, CONTEXT, VOCABULARY))).save_pretrained(teacher)
+    options = ("task=distill", f"teacher={teacher}", "preflight=off", "compile=false")
+    return deterministic(*options, model=model)(folder)
 
 
 def precisions(folder: Path) -> str:

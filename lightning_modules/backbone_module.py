@@ -1,24 +1,28 @@
 """BackboneModule: a GPT-2 under Lightning: built in configure_model, gathered for export, and text generation."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gpt2lab.data.tokenizer import load_tokenizer
-from gpt2lab.generation.completion import complete, prompt_ids
-from gpt2lab.model.backbone import Backbone, hf_from_state, load_backbone
+from gpt2lab.generation.completion import complete, distinct_seed, prompt_ids
+from gpt2lab.model.backbone import Backbone, backbone_from_state, hf_from_state, load_backbone
 from gpt2lab.model.ema import WeightAverage
 from gpt2lab.plain_values import from_plain, to_plain
 from gpt2lab.settings import AUTO, GREEDY, NUCLEUS, TOP_K, SamplingSettings, TrainingSettings
-from gpt2lab.system.stop_request import StopRequest
+from gpt2lab.system.stop_request import Interrupted, StopRequest
 from lightning_modules.nan_guard import FiniteWatch
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
+
+Picklable = TypeVar("Picklable")
 
 FILL = SamplingSettings("fill")  # objective=mlm, which fills masks
 
@@ -97,11 +101,6 @@ class BackboneModule(lightning.LightningModule):
 
     # Export
 
-    def present_model(self) -> GPT2LMHeadModel:
-        """The model as `transformers` runs it, with the weights it has now. Under FSDP every rank must call it."""
-        self.finite.check()
-        return self._plain_hf(self._whole_state()) if self.is_sharded else self.backbone.lm
-
     def export_model(self) -> GPT2LMHeadModel:
         """Return the model as a `transformers` class, on the CPU in fp32: averaged weights if kept, LoRA merged.
 
@@ -128,14 +127,18 @@ class BackboneModule(lightning.LightningModule):
         self.finite.check()
         return self.average.applied() if self.average is not None else nullcontext()
 
-    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
+    def _whole_state(self, first_rank_only: bool = False, computes: bool = False) -> dict[str, Tensor]:
         """State dict of the inner GPT-2 with whole tensors, in the training layout.
 
         Args:
             first_rank_only: sharded weights are gathered there alone, on the CPU; the other ranks get nothing.
+            computes: sharded weights are gathered in the compute dtype, which takes less time and memory.
         """
-        if not self.is_sharded:
+        strategy = self.trainer.strategy if self.has_trainer else None
+        if not isinstance(strategy, ShardedStrategy):
             return self.backbone.lm.state_dict()
+        if computes:
+            return strategy.gather(self.backbone.lm)
         options = StateDictOptions(full_state_dict=True, cpu_offload=first_rank_only)
         state = get_model_state_dict(self.backbone, options=options)
         inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
@@ -147,8 +150,18 @@ class BackboneModule(lightning.LightningModule):
 
     # Text
 
+    def generation_model(self) -> GPT2LMHeadModel:
+        """Return the model that generates text, on this rank's device with the weights it has now.
+
+        Under FSDP it is a copy with whole weights in the compute dtype, and every rank must call this.
+        """
+        self.finite.check()
+        if not self.is_sharded:
+            return self.backbone.lm
+        return backbone_from_state(self._whole_state(computes=True), self.backbone.shape).lm
+
     def generate(self, prompts: Sequence[str], method: SamplingSettings, max_new_tokens: int) -> list[str]:
-        """Return completions of prompts; under mlm the prompts with gaps filled. Under FSDP every rank must call it."""
+        """Return completions of prompts; under mlm the prompts with gaps filled. Every rank must call it."""
         ids = [prompt_ids(prompt, self.tokenizer, self.settings.objective.name) for prompt in prompts]
         return self.generate_from_ids(ids, method, max_new_tokens)
 
@@ -167,25 +180,42 @@ class BackboneModule(lightning.LightningModule):
         max_new_tokens: int,
         row_seeds: Sequence[int] | None = None,
     ) -> list[str]:
-        """Generate text from token ids.
+        """Generate text from token ids. Each rank generates its share, and every rank receives all texts.
+
+        A text is the same on one rank and several (in fp32; rounding may change it in bf16).
 
         Args:
-            row_seeds: a seed for each prompt, so that its text is the same on one rank and several; None: the run's.
+            prompts: the same on every rank.
+            row_seeds: a seed for each prompt; None: from the run's seed and the prompt's place in the list.
 
         Raises:
-            Interrupted: on this rank alone; the caller then calls `stop_request.check`.
+            Interrupted: on every rank.
         """
-        self.finite.check()
-        model = self.export_model() if self.is_sharded else self.backbone.lm
-        completions = complete(
-            model,
-            self.tokenizer,
-            self.settings.objective.name,
-            prompts,
-            method,
-            max_new_tokens=max_new_tokens,
-            seed=self.settings.seed,
-            row_seeds=row_seeds,
-            streamer=self.stop_request.streamer(),
-        )
-        return [self.tokenizer.decode(completion) for completion in completions]
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.has_trainer else (0, 1)
+        seeds = row_seeds or [distinct_seed(self.settings.seed, place) for place in range(len(prompts))]
+        model, own = self.generation_model(), None
+        with suppress(Interrupted):
+            own = complete(
+                model,
+                self.tokenizer,
+                self.settings.objective.name,
+                prompts[rank::world],
+                method,
+                max_new_tokens=max_new_tokens,
+                row_seeds=seeds[rank::world],
+                streamer=self.stop_request.streamer(),
+            )
+        texts = [""] * len(prompts)
+        for other, completions in enumerate(self.from_ranks(own)):
+            if completions is None:
+                raise Interrupted
+            texts[other::world] = [self.tokenizer.decode(completion) for completion in completions]
+        return texts
+
+    def from_ranks(self, value: Picklable) -> list[Picklable]:
+        """Return every rank's value, in the order of the ranks; collective."""
+        if not self.has_trainer or self.trainer.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values

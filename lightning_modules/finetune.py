@@ -1,10 +1,9 @@
 """FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
 
 import math
-from contextlib import suppress
 from pathlib import Path
 
-import torch.distributed
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +17,6 @@ from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.hub import hub_id
-from gpt2lab.system.stop_request import Interrupted
 from lightning_modules.language_model import LanguageModel
 
 LORA_LAYERS = ["c_attn", "c_proj", "c_fc"]
@@ -43,9 +41,7 @@ class FineTune(LanguageModel):
         self.frozen_layers = frozen_layers
         if self.text.metrics and self.text.examples:
             self.watched_metric = f"val/{self.text.metrics[0]}"
-        self._prompts: list[list[int]] = []
-        self._references: list[str] = []
-        self._seeds: list[int] = []
+        self._examples: list[tuple[int, list[int], str]] = []  # place in the split, prompt, reference
 
     def build_backbone(self) -> Backbone:
         backbone = super().build_backbone()
@@ -62,7 +58,7 @@ class FineTune(LanguageModel):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._prompts, self._references, self._seeds = [], [], []
+        self._examples = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -71,24 +67,17 @@ class FineTune(LanguageModel):
         # By their place in the split, so that one rank and several score the same pairs.
         for row, place in enumerate(batch.indices.tolist()):
             if place < self.text.examples:
-                self._prompts.append(batch.input_ids[row, : int(batch.prompt_lengths[row])].tolist())
-                self._references.append(batch.references[row])
-                self._seeds.append(distinct_seed(self.settings.seed, place))
+                prompt = batch.input_ids[row, : int(batch.prompt_lengths[row])].tolist()
+                self._examples.append((place, prompt, batch.references[row]))
 
     def generated_metrics(self) -> dict[str, float]:
         if not self.text.metrics or not self.text.examples:
             return {}
-        completions: list[str] = []
-        with suppress(Interrupted):
-            method = self.settings.sampling.or_else(GREEDY)
-            completions = self.generate_from_ids(self._prompts, method, self.text.max_new_tokens, self._seeds)
-        self.stop_request.check()
-        pairs = list(zip(completions, self._references, strict=True))
-        if self.trainer.world_size > 1:
-            parts: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, pairs)
-            pairs = [pair for part in parts for pair in part]
-        predictions, references = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+        examples = sorted(example for of_rank in self.from_ranks(self._examples) for example in of_rank)
+        prompts, references = [prompt for _, prompt, _ in examples], [reference for *_, reference in examples]
+        seeds = [distinct_seed(self.settings.seed, place) for place, *_ in examples]
+        method = self.settings.sampling.or_else(GREEDY)
+        predictions = self.generate_from_ids(prompts, method, self.text.max_new_tokens, seeds)
         scores = text_metrics(self.text.metrics, predictions, references)
         for name in [name for name, value in scores.items() if math.isnan(value)]:
             texts = len(references)
@@ -107,9 +96,9 @@ class FineTune(LanguageModel):
             task_type="CAUSAL_LM",
         )
 
-    def _whole_state(self, first_rank_only: bool = False) -> dict[str, Tensor]:
+    def _whole_state(self, first_rank_only: bool = False, computes: bool = False) -> dict[str, Tensor]:
         """Return the state of the base class, with each adapter's product added to the weight it adapts."""
-        state = super()._whole_state(first_rank_only)
+        state = super()._whole_state(first_rank_only, computes)
         if not self.lora.rank:
             return state
         return merge_adapters(state, self.lora.alpha / self.lora.rank)

@@ -208,6 +208,7 @@ class LanguageModel(BackboneModule):
             self.settings.optimizer,
             fused=self.trainer.precision != "16-mixed",
             seed=self.settings.seed,
+            replicas=torch.distributed.group.WORLD if self.trainer.world_size > 1 and not self.is_sharded else None,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.settings.steps, self.settings.schedule)

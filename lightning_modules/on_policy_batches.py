@@ -11,7 +11,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-import torch.distributed
 
 from gpt2lab.data.batch import Batch
 from gpt2lab.data.data_order import micro_batch_rows
@@ -71,15 +70,12 @@ class StudentText:
 
     def _written(self, student: LanguageModel, step: int) -> list[list[GeneratedSequence]]:
         """Generate text for this rank's micro-batches; where it is kept for later steps, every rank keeps all of it."""
-        trainer, model = student.trainer, student.present_model()
+        trainer, model = student.trainer, student.generation_model()
         batches = [trainer.datamodule.training_batch(part) for part in range(trainer.accumulate_grad_batches)]
         written = [self.generator.generate(model, batch, step) for batch in batches]
         if self.keeps:
-            of_ranks: list[Any] = [written]
-            if trainer.world_size > 1:
-                of_ranks = [None] * trainer.world_size
-                torch.distributed.all_gather_object(of_ranks, written)
-            for parts in zip(*of_ranks, strict=True):  # in the order of the global batch, however it is shared out
+            # In the order of the global batch, for any number of ranks.
+            for parts in zip(*student.from_ranks(written), strict=True):
                 for part in parts:
                     self.buffer.add(part)
         return written

@@ -170,6 +170,8 @@ def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch,
     write_tokenizer(tmp_path / "tokenizer", 300)
     assert "tokens/s, MFU" in gpu_runs.speed("nano", 32, "precision=fp32", "compile=false", steps=20)(tmp_path)
     assert "by 0.0e+00" in gpu_runs.resume_after_a_kill(tmp_path, "nano")
+    assert "three runs bitwise equal" in gpu_runs.deterministic("compile=false", model="nano")(tmp_path)
+    assert "three runs bitwise equal" in gpu_runs.deterministic_distillation(tmp_path, "nano")
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.settings import LossSettings, TeacherCacheSettings
 from gpt2lab.storage.atomic_files import flush
+from gpt2lab.system.determinism import has_deterministic_cumsum
 from gpt2lab.system.device import widest_float
 
 LOGITS_AT_A_TIME = 2**24
@@ -236,6 +237,7 @@ def systematic_sample(probabilities: Tensor, n: int, numbers: NDArray[np.int64],
     device, dtype = probabilities.device, widest_float(probabilities.device)
     shift = torch.from_numpy(uniforms(numbers, seed)).to(device, dtype)  # (C,)
     points = (torch.arange(n, device=device) + shift.unsqueeze(1)) / n  # (C, n)
-    cumulative = probabilities.cumsum(1, dtype=dtype)
+    summed = probabilities if has_deterministic_cumsum(device) else probabilities.cpu()
+    cumulative = summed.cumsum(1, dtype=dtype).to(device)
     found = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
     return found.clamp_max(probabilities.shape[1] - 1)

@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.model.attention_masks import format_mask
 from gpt2lab.settings import SamplingSettings
+from gpt2lab.system.determinism import has_deterministic_cumsum
 
 
 def logits_processors(sampling: SamplingSettings, padding: Tensor | None = None) -> LogitsProcessorList:
@@ -98,10 +99,11 @@ def generate_ids(
     padding = torch.tensor([longest - len(prompt) for prompt in truncated], device=device)  # (B,)
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in truncated], device=device)  # (B, longest)
     stops = stopping_criteria(stop, tokenizer)
-    processors = logits_processors(sampling, padding)
+    choice_device = device if has_deterministic_cumsum(device) else torch.device("cpu")  # top_p and typical_p need it
+    processors = logits_processors(sampling, padding.to(choice_device))
     do_sample = not sampling.is_greedy
     if row_seeds is not None and do_sample:
-        processors.append(RowwiseSampling(row_seeds, device))
+        processors.append(RowwiseSampling(row_seeds, choice_device))
         do_sample = False
     vocab_size = vocab_size or model.config.vocab_size
     with generation_mode(model, seed=seed):
@@ -113,7 +115,7 @@ def generate_ids(
             decoder = Decoder(model, longest + max_new_tokens, padding)
             if bidirectional and longest > 1:
                 decoder.read(ids[:, :-1], bidirectional=True)
-            choice = TokenChoice(processors, vocab_size, do_sample)
+            choice = TokenChoice(processors, vocab_size, do_sample, choice_device)
             ids = _generate(decoder, ids, choice, stops, max_new_tokens, end_of_text, streamer)
     completions = ids[:, longest:].tolist()
     return [row[: row.index(end_of_text)] if end_of_text in row else row for row in completions]
@@ -142,15 +144,21 @@ def generation_mode(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Choice of a token from the first `vocab_size` logits."""
+    """Choice of a token from the first `vocab_size` logits.
+
+    Attributes:
+        device: where the choice is made; None: where the logits are.
+    """
 
     processors: LogitsProcessorList
     vocab_size: int
     do_sample: bool
+    device: torch.device | None = None
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Process the logits (B, V) after the tokens (B, S): (B, vocab_size)."""
-        return self.processors(ids, logits[:, : self.vocab_size].float())
+        device = self.device or logits.device
+        return self.processors(ids.to(device), logits[:, : self.vocab_size].to(device, torch.float32))
 
     def tokens(self, scores: Tensor) -> Tensor:
         """Choose tokens (B, 1) from scores (B, vocab_size)."""
@@ -176,7 +184,7 @@ def _generate(
         streamer.put(ids.cpu())
     while ids.shape[1] < longest:
         logits = decoder.read(ids[:, decoder.length :])[:, -1]  # (B, V)
-        tokens = choice.tokens(choice.scores(ids, logits)).where(open_rows, end_of_text)
+        tokens = choice.tokens(choice.scores(ids, logits)).to(ids.device).where(open_rows, end_of_text)
         ids = torch.cat([ids, tokens], 1)
         if streamer is not None:
             streamer.put(tokens[:, 0].cpu())

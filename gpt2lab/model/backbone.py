@@ -179,12 +179,11 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
 
 
 def backbone_from_state(state: dict[str, Tensor], shape: ModelShape) -> Backbone:
-    """Build a backbone on the CPU from a copy of `state`, a state dict of `Backbone.lm`."""
+    """Build a backbone of the tensors of `state`, a state dict of `Backbone.lm`, on their device and in their dtype."""
     with torch.device("meta"):
         backbone = Backbone(shape)
-    backbone = backbone.to_empty(device="cpu")
+    backbone.lm.load_state_dict(state, assign=True)
     backbone.lm.tie_weights()
-    backbone.lm.load_state_dict(state)
     return backbone
 
 

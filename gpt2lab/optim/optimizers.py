@@ -4,17 +4,20 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed import ProcessGroup
 
+from gpt2lab.optim.newton_schulz import orthogonalise_over_ranks
 from gpt2lab.optim.stochastic_rounding import RoundingAdam, is_bf16, round_stochastically, to_local
 from gpt2lab.settings import OPTIMIZERS, OptimizerSettings
 
-NEWTON_SCHULZ_STEPS = 5
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
-
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool, seed: int = 0
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: OptimizerSettings,
+    *,
+    fused: bool,
+    seed: int = 0,
+    replicas: ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer; weight decay applies to matrices and embeddings, never to biases or layer norms.
 
@@ -22,6 +25,7 @@ def build_optimizer(
         named_parameters: names as in `Backbone`; parameters without `requires_grad` are skipped.
         fused: one kernel per AdamW step; incompatible with fp16 gradient scaling combined with clipping.
         seed: for the stochastic rounding of bf16 weights.
+        replicas: process group of ranks with the same weights and gradients (DDP), between which Muon divides its work.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     hidden = [p for name, p in trained if settings.name == "muon" and is_hidden_matrix(name, p)]
@@ -46,6 +50,8 @@ def build_optimizer(
     is_decoupled = settings.name != "adam"
     optimizer = kind(groups, settings.lr, betas, settings.eps, fused=fused, decoupled_weight_decay=is_decoupled)
     optimizer.seed = seed
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.replicas = replicas
     return optimizer
 
 
@@ -57,12 +63,18 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 class MuonWithAdamW(RoundingAdam):
     """AdamW, except that parameter groups with a `momentum` are updated by Muon.
 
-    Muon: Nesterov momentum, orthogonalised by Newton–Schulz in bf16, scaled by 0.2 · sqrt(max(rows, columns)) so that
+    Muon: Nesterov momentum, orthogonalized by Newton–Schulz in bf16, scaled by 0.2 · sqrt(max(rows, columns)) so that
     an update has AdamW's typical RMS (`match_rms_adamw`) and both use the same learning rate. The merged QKV matrix
-    (3D, D) is orthogonalised as three matrices. Sharded (DTensor) momentum is gathered only for the orthogonalisation.
+    (3D, D) is orthogonalized as three matrices. Each rank orthogonalizes its share of them (newton_schulz.py).
 
     Source: Jordan et al. 2024; scale of Moonlight (arXiv 2502.16982), as in `torch.optim.Muon`.
+
+    Attributes:
+        replicas: process group of ranks with the same weights and gradients; None: there are none, or the parameters
+            are sharded (FSDP2).
     """
+
+    replicas: ProcessGroup | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all groups once; `closure` as in any PyTorch optimizer."""
@@ -83,50 +95,20 @@ class MuonWithAdamW(RoundingAdam):
 
     @torch.no_grad()
     def _muon_step(self, group: dict) -> None:
-        updates: dict[torch.Size, list[Tensor]] = {}  # matrices of equal shape are orthogonalised as one batch
-        full_updates = {}
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        updates = []
+        for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros(())  # AdamW's load_state_dict expects it in every state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov
-            full_updates[parameter] = update.full_tensor() if isinstance(update, DTensor) else update
-            for matrix in _split_qkv(full_updates[parameter]):
-                updates.setdefault(matrix.shape, []).append(matrix)
-        for shape, matrices in updates.items():
-            scale = 0.2 * max(shape) ** 0.5
-            for matrix, orthogonal in zip(matrices, orthogonalise(torch.stack(matrices)), strict=True):
-                matrix.copy_(orthogonal).mul_(scale)
-        for index, (parameter, update) in enumerate(full_updates.items()):
-            if isinstance(parameter, DTensor):
-                update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+            updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov
+        orthogonalise_over_ranks(updates, self.replicas)
+        for index, (parameter, update) in enumerate(zip(parameters, updates, strict=True)):
             weight = to_local(parameter).float() if is_bf16(parameter) else to_local(parameter)
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(to_local(update), alpha=-group["lr"])
             if is_bf16(parameter):
                 step = self.state[parameter]["step"].add_(1)
                 generator = self.make_generator(parameter, int(step), -1, index)
                 to_local(parameter).copy_(round_stochastically(weight, generator))
-
-
-def _split_qkv(update: Tensor) -> tuple[Tensor, ...]:
-    """Return views of the matrices to orthogonalise: three of a merged QKV (3D, D), otherwise the matrix itself."""
-    rows, columns = update.shape
-    return update.chunk(3) if rows == 3 * columns else (update,)
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Push the singular values of each matrix towards 1: (n, rows, columns) → the same shape, bf16."""
-    x = matrices.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x

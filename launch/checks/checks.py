@@ -39,6 +39,7 @@ def check(config: RunConfig) -> None:
     lightning_nodes.check(config)
     check_values(config)
     check_schedule(config)
+    check_deterministic(config)
     check_sweep_only(config)
     multi_node.check(config)
     resource_request.check(config)
@@ -53,6 +54,15 @@ def check(config: RunConfig) -> None:
     objective.check(config)
     distillation.check(config)
     baseline.check_run(config)
+
+
+def check_deterministic(config: RunConfig) -> None:
+    """Check that deterministic algorithms are not chosen by their speed."""
+    if config.trainer.get("deterministic") and config.trainer.get("benchmark"):
+        raise InputError(
+            "trainer.benchmark=true chooses algorithms by their measured speed, which differs between runs; "
+            "trainer.deterministic=true repeats them.\nGive one of the two."
+        )
 
 
 def check_plan(config: RunConfig) -> None:

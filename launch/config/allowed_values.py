@@ -17,9 +17,10 @@ def check_value(name: str, meaning: Key, given: Any, as_typed: str = "") -> None
     Raises:
         InputError: it is not allowed; the message lists the choices or the interval.
     """
-    if meaning.choices and str(given) not in meaning.choices:
-        near = nearest(str(given), meaning.choices)
-        raise InputError(f"{name}={given}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
+    written = str(given).lower() if isinstance(given, bool) else str(given)
+    if meaning.choices and written not in meaning.choices:
+        near = nearest(written, meaning.choices)
+        raise InputError(f"{name}={written}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
     if meaning.auto:
         _check_auto(name, meaning, given)
     elif meaning.within and not is_within(given, meaning.within):

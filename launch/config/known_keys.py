@@ -157,7 +157,11 @@ class TrainerKeys:
         "batches per validation: a number, or a share such as 0.5; null: all", None
     )
     overfit_batches: int | float = key("train on the same first micro-batches, a multiple of a step's; 0: off", 0.0)
-    deterministic: bool | str | None = key("true: deterministic algorithms only; warn: warn where there is none", None)
+    deterministic: bool | str | None = key(
+        "true: bitwise repeatable on a GPU too, by deterministic algorithms only; warn: others where there is none",
+        None,
+        choices=("true", "false", "warn"),
+    )
     benchmark: bool | None = key("cuDNN benchmark: search for the fastest algorithm", None)
     profiler: str | None = key("Lightning profiler", None, choices=("simple", "advanced", "pytorch"))
     detect_anomaly: bool = key("autograd anomaly detection: find the operation behind a NaN gradient", False)

@@ -24,7 +24,7 @@ CROSS_ENTROPY_TENSORS = 4.25
 DIVERGENCE_TENSORS = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25}
 OTHER_DIVERGENCE_TENSORS = 10.25
 COMPILED_TENSORS = 1.0
-NEWTON_SCHULZ_BYTES = 16  # per element of the matrices that Muon updates together: a third of them, of one shape
+NEWTON_SCHULZ_BYTES = 16  # per element of the matrices that a rank orthogonalizes together: a third, of one shape
 METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of METRIC_LOGITS, with a teacher and with a teacher cache
 
 
@@ -242,7 +242,9 @@ def _loss_tensors(sizes: RunSizes) -> float:
 def _optimizer_temporaries(sizes: RunSizes) -> int:
     """Updates of Muon's matrices and Newton–Schulz; fp32 chunks of bf16_true; the average of low-precision weights."""
     matrices, averaged = _muon_parameters(sizes), parameters(sizes.shape) * 4 if sizes.ema else 0
-    muon = matrices * sizes.weight_bytes + matrices // 3 * NEWTON_SCHULZ_BYTES
+    own, held = matrices // sizes.ranks, matrices // sizes.shards  # orthogonalized here; stored here
+    results = 2 * held // 3 if sizes.ranks == 1 else 2 * (held + own) if sizes.sharded else held  # in bf16, with copies
+    muon = held * sizes.weight_bytes + own // 3 * NEWTON_SCHULZ_BYTES + 2 * results
     rounded = (trained_parameters(sizes) - matrices) // sizes.shards if sizes.precision.is_bf16_true else 0
     return max(min(rounded, CHUNK_NUMEL) * WORK_BYTES, muon, averaged // sizes.shards if sizes.weight_bytes < 4 else 0)
 
@@ -270,6 +272,7 @@ def _validation(sizes: RunSizes) -> dict[str, int]:
 def _outside_training(sizes: RunSizes) -> dict[str, int]:
     """Terms of generation, of the export and of writing a teacher cache."""
     shape, w, c, texts = sizes.shape, sizes.weight_bytes, sizes.compute_bytes, sizes.prompts * sizes.generated_length
+    gathered = parameters(shape) * c if sizes.sharded and texts else 0  # weights, for the texts of one call
     key_values = 2 * shape.n_layer * shape.n_embd * w * texts
     logits = 3 * sizes.prompts * shape.vocab_size * 4  # raw, processed, and sorted or their softmax
     copies = max(2 if sizes.verified else 1, 2 if sizes.lora_rank else 1)  # in fp32
@@ -282,7 +285,7 @@ def _outside_training(sizes: RunSizes) -> dict[str, int]:
         head = positions * teacher.n_embd * c + work
         cache = parameters(teacher) * c + max(_forward_pass(sizes, teacher, positions, c), head)
     return {
-        "generation": key_values + logits + _forward_pass(sizes, shape, texts, w),
+        "generation": gathered + key_values + logits + _forward_pass(sizes, shape, texts, w),
         "export": 0 if sizes.on_gpu else parameters(shape) * 4 * copies,
         "teacher cache": cache,
     }

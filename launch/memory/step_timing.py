@@ -18,6 +18,7 @@ from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.storage.model_folder import matmul_parameter_count
+from gpt2lab.system.determinism import use_deterministic_algorithms
 from gpt2lab.system.device import flops_per_token, named_dtype, resident_memory_bytes, resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config import plugins
@@ -162,6 +163,7 @@ def _measure(sizes: RunSizes, spec: RunSpec) -> dict[str, float]:
     plugins.load(spec.config.plugins, spec.config.plugins)  # which the parent process was permitted to import
     torch.set_num_threads(spec.machine.threads)
     keep_freed_memory()
+    use_deterministic_algorithms(spec.config.trainer.get("deterministic"))
     return DummyStep(sizes, spec).measure()
 
 

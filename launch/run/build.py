@@ -310,12 +310,15 @@ def strategy(spec: PreparedSpec) -> Strategy | str:
     backend = "gloo" if machine.accelerator == "cpu" else "cpu:gloo,cuda:nccl" if settings.offload else None
     timeout = timedelta(seconds=config.rank_timeout + GRACE_SECONDS)
     if machine.strategy == "ddp":
-        find = str(settings.find_unused_parameters).lower()
+        find, is_deterministic = str(settings.find_unused_parameters).lower(), config.trainer.get("deterministic")
+        # A block that is skipped; and without it DDP rearranges its buckets after the first step of every start, which
+        # changes the order in which three ranks or more are summed.
+        finds = config.layer_drop > 0 or bool(is_deterministic) if find == "auto" else find == "true"
         return DDPStrategy(
             process_group_backend=backend,
             bucket_cap_mb=settings.bucket_cap_mb,
             gradient_as_bucket_view=settings.gradient_as_bucket_view,
-            find_unused_parameters=config.layer_drop > 0 if find == "auto" else find == "true",  # a skipped block
+            find_unused_parameters=finds,
             timeout=timeout,
         )
     if machine.strategy == "fsdp":

@@ -122,7 +122,7 @@ def _write(spec: RunSpec, missing: list[tuple[CacheSide, Samples, NDArray[np.int
 def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
     """Provide the teacher on one device in the run's precision, before a Trainer exists."""
     machine = spec.machine
-    set_up_process(machine)
+    set_up_process(spec)
     device, dtype = resolve_device(machine.accelerator), named_dtype(machine.precision.teacher)
     teacher = OnlineTeacher(spec.resolved.teacher, dtype)
     teacher.to(device, dtype)

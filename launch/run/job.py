@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpt2lab.system.determinism import fix_cublas_workspace
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
 from launch import exit_codes, logging_setup, rank_environment
 from launch.config import plugins, run_dir, run_spec
@@ -39,6 +40,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         exit_codes.Exit: stopped by a signal, after saving.
     """
     logging_setup.configure_logging(is_main=rank_environment.is_main_process())
+    fix_cublas_workspace(config.trainer.get("deterministic"))
     with closing(RunDirectory()) as directory:
         if rank_environment.is_cluster_rank():
             return _run_cluster_rank(config, directory)
@@ -105,6 +107,7 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
     else:
         spec, folder = rendezvous.receive()
         spec = with_permissions(spec, config.allow_targets)
+        fix_cublas_workspace(spec.config.trainer.get("deterministic"))
         directory = RunDirectory(given=folder)
         data, facts = prepared_data(spec)
     try:

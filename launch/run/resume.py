@@ -22,6 +22,7 @@ from gpt2lab.storage.checkpoint_ledger import (
     newest_good_checkpoint,
 )
 from gpt2lab.storage.report_json import read_report
+from gpt2lab.system.determinism import fix_cublas_workspace
 from launch.checks import checks, objective
 from launch.config import plugins, run_dir, run_spec
 from launch.config.known_keys import check_nodes, known_keys
@@ -98,6 +99,7 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
         return None
     newest = newest_good_checkpoint(folder)
     stored = run_spec.load(folder / run_dir.CONFIG)  # raises where the file is of another program
+    fix_cublas_workspace(stored.config.trainer.get("deterministic"))
     if newest is None:
         if checkpoint_files(folder) or read_report(folder).get("status") == "finished" or _had_checkpoints(folder):
             weights = f", or from its exported weights: init={shlex.quote(str(folder))}" * (folder / "hf").is_dir()

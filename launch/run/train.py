@@ -17,11 +17,12 @@ from callbacks.report import Report
 from gpt2lab.errors import ExportError, InputError
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.atomic_files import full_disk_message
+from gpt2lab.system.determinism import use_deterministic_algorithms
 from gpt2lab.system.heartbeat import Heartbeat
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch import exit_codes, rank_environment
 from launch.config.run_dir import RunDirectory, kept_checkpoint_message
-from launch.config.run_spec import Machine, PreparedSpec
+from launch.config.run_spec import PreparedSpec, RunSpec
 from launch.run import build, disk_space
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def train(
         InputError: configuration and data do not fit.
         exit_codes.Exit: a signal stopped the run.
     """
-    set_up_process(spec.machine)
+    set_up_process(spec)
     checkpoint = directory.newest_checkpoint()
     module = build.task_module(spec, facts, is_resumed=checkpoint is not None)
     with exit_codes.exit_on_signal(), disk_space.convert_full_disk(directory):
@@ -56,11 +57,12 @@ def train(
     return _outcome(trainer, folder)
 
 
-def set_up_process(machine: Machine) -> None:
-    """Set threads and memory allocation of this process."""
-    torch.set_num_threads(machine.threads)
-    if machine.accelerator == "cpu":
+def set_up_process(spec: RunSpec) -> None:
+    """Set threads, memory allocation and deterministic algorithms of this process."""
+    torch.set_num_threads(spec.machine.threads)
+    if spec.machine.accelerator == "cpu":
         keep_freed_memory()
+    use_deterministic_algorithms(spec.config.trainer.get("deterministic"))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from gpt2lab.storage.sharded_checkpoint import (
     OPTIMIZER,
@@ -84,6 +85,20 @@ class ShardedStrategy(ModelParallelStrategy):
                 fully_shard(norms, mesh=mesh, mp_policy=exact, offload_policy=offload)
             fully_shard(block, mesh=mesh, mp_policy=mixed if is_mixed else exact, offload_policy=offload)
         fully_shard(model, mesh=mesh, mp_policy=exact, offload_policy=offload)
+
+    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a state dict of whole tensors, on this rank's device in the compute dtype; collective.
+
+        Tensors are cast before they are gathered, one after the other. Tied weights are gathered once.
+        """
+        dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        whole: dict[Tensor, Tensor] = {}
+        state = model.state_dict(keep_vars=True)
+        for tensor in state.values():
+            if tensor not in whole:
+                part = tensor.detach().to(self.root_device, dtype)
+                whole[tensor] = part.full_tensor() if isinstance(part, DTensor) else part
+        return {name: whole[tensor] for name, tensor in state.items()}
 
     def model_to_device(self) -> None:
         if self.offloads:

@@ -16,9 +16,11 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.errors import InputError
+from gpt2lab.generation.completion import distinct_seed
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import (
     GREEDY,
+    TOP_K,
     LoraSettings,
     LossSettings,
     ModelShape,
@@ -156,6 +158,19 @@ def test_training_learns_to_count(tokenizer_folder) -> None:
     assert trainer.callback_metrics["val/loss"] < 0.5
     assert module.tokens_seen == 60 * 127
     assert module.generate(["w5 w6 w7 w8"], GREEDY, max_new_tokens=3) == ["w9 w10 w11"]
+
+
+def test_sampled_text_depends_on_the_place_of_its_prompt(tokenizer_folder) -> None:
+    """Not on the prompts generated with it, as ranks generate shares of them."""
+    module = Pretrain(settings(tokenizer_folder))
+    module.configure_model()
+    prompts = [f"w{number} w5" for number in range(5)]
+    whole = module.generate(prompts, TOP_K, max_new_tokens=8)
+    ids = [module.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    seeds = [distinct_seed(module.settings.seed, place) for place in range(5)]
+    for rank in range(2):
+        assert module.generate_from_ids(ids[rank::2], TOP_K, 8, seeds[rank::2]) == whole[rank::2]
+    assert len(set(module.generate(prompts[:1] * 5, TOP_K, max_new_tokens=8))) > 1, "each prompt has its own draws"
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gpt2lab.model.backbone import Backbone
-from gpt2lab.optim.optimizers import build_optimizer, orthogonalise
+from gpt2lab.optim.newton_schulz import orthogonalise
+from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import ModelShape, OptimizerSettings, ScheduleSettings
 

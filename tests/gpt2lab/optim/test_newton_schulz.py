@@ -1,0 +1,60 @@
+"""Several ranks divide Muon's matrices: the updates of one rank, a share of its work."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2lab.optim.newton_schulz import assign_owners, orthogonalise, orthogonalise_over_ranks, split_matrices
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(("layers", "width"), [(2, 32), (12, 768), (48, 1600)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_ranks_have_equal_shares_of_newton_schulz(layers: int, width: int, ranks: int) -> None:
+    """Each rank has as many matrices of each shape as the others, if that number divides; its cost always is near."""
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
+    matrices = split_matrices([torch.empty(shape, device="meta") for shape in shapes], ranks)
+    owned = assign_owners(matrices, ranks)
+    assert Counter(m for own in owned for m in own) == Counter(matrices), "every matrix once"
+    costs = [sum(matrix.cost for matrix in own) for own in owned]
+    assert max(costs) - min(costs) <= max(matrix.cost for matrix in matrices)
+    if layers % ranks == 0:
+        counts = [Counter((matrix.rows, matrix.columns) for matrix in own) for own in owned]
+        share = layers // ranks
+        assert counts == [{(width, width): 4 * share, (4 * width, width): share, (width, 4 * width): share}] * ranks
+
+
+def test_one_rank_orthogonalizes_merged_qkv_as_three() -> None:
+    updates = [torch.randn(96, 32), torch.randn(32, 128)]
+    qkv, wide = (update.clone() for update in updates)
+    orthogonalise_over_ranks(updates)
+    expected = torch.cat([orthogonalise(part[None])[0].float() * (0.2 * 32**0.5) for part in qkv.chunk(3)])
+    assert torch.equal(updates[0], expected)
+    assert torch.equal(updates[1], orthogonalise(wide[None])[0].float() * (0.2 * 128**0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_update_like_one_with_a_share_of_its_work(ranks: int, tmp_path: Path) -> None:
+    """Under ddp and fsdp, with the same gradients; three ranks do not divide the rows of any matrix."""
+    program = str(ROOT / "tests" / "support" / "muon_ranks.py")
+    files = [tmp_path / f"{rank}.json" for rank in range(ranks)]
+    started = [
+        subprocess.Popen([sys.executable, program, str(rank), str(ranks), str(tmp_path / "store"), str(file)])
+        for rank, file in enumerate(files)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0] * ranks
+    found = [json.loads(file.read_text()) for file in files]
+    for layout in found[0]:
+        assert max(of_rank[layout]["difference"] for of_rank in found) <= 1e-6, layout
+        done: Counter[str] = Counter()
+        for of_rank in found:
+            done.update(of_rank[layout]["own"])
+        assert done == found[0][layout]["all"], "every matrix on one rank only"
+        if ranks == 2:
+            assert all(of_rank[layout]["own"] == {s: n // 2 for s, n in done.items()} for of_rank in found), layout
