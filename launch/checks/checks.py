@@ -27,6 +27,7 @@ def check(config: RunConfig) -> None:
         InputError: the first invalid key or combination.
     """
     check_own_keys(config)
+    check_length(config)
     study_plan.check(config)
     check_plan(config)
     check_run_dir(config)
@@ -36,7 +37,8 @@ def check(config: RunConfig) -> None:
     check_nodes(config.target_nodes)
     lightning_nodes.check(config)
     check_values(config)
-    check_schedule(config)
+    if config.epochs is None:  # else `prepare` checks it, which counts the steps
+        check_schedule(config)
     check_sweep_only(config)
     multi_node.check(config)
     resource_request.check(config)
@@ -79,6 +81,15 @@ def check_own_keys(config: RunConfig) -> None:
             names = [f"{head}.{name}" for name in type(node).__dataclass_fields__]
             if key not in names:
                 raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
+
+
+def check_length(config: RunConfig) -> None:
+    """Check that the length of training is given once."""
+    given = given_keys(config.invocation.overrides)
+    if config.epochs is not None and {"steps", "epochs"} <= set(given):
+        raise InputError(
+            f"steps={config.steps} and epochs={config.epochs:g} both set the length of training.\nGive one of them."
+        )
 
 
 def check_values(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from launch.config.unused_keys import given_keys, without
 RESERVED = {
     "task": "it trains with task=pretrain and task=distill",
     "init": "study.inits lists the initializations to compare",
+    "epochs": "arms are compared at equal steps, so give steps",
     "baseline": "its runs without a teacher are the baseline",
 }
 STUDY_KEYS = ("experiment", "task", "init", "seed", "steps", "teacher", "name", "run_dir", "resume")

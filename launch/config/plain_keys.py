@@ -53,6 +53,9 @@ class TrainingKeys:
     """Length and size of the training."""
 
     steps: int = key("number of optimizer steps", within="[1, 1e9]", on_resume=True)
+    epochs: float | None = key(
+        "passes over the training data, instead of steps; null: steps counts", within="(0, 1e6]", on_resume=True
+    )
     batch_tokens: int = key("tokens per optimizer step, over all devices", within="[1, 1e9]", read_by="running text")
     batch_sequences: int = key("pairs per optimizer step, over all devices", within="[1, 1e6]", read_by="pairs")
     micro_batch: int | str = key(
@@ -78,6 +81,16 @@ class TrainingKeys:
         "optimizer steps between text samples", within=EVERY_STEPS, on_resume=True, read_by="callbacks=samples"
     )
     log_every: int = key("optimizer steps between logged training losses", within=EVERY_STEPS, on_resume=True)
+    export: str = key(
+        "weights in hf/, by which searches and sweeps rank the run: last, or best: of the best validation",
+        choices=("last", "best"),
+        read_by="callbacks=checkpoint",
+    )
+    early_stop_patience: int = key(
+        "validations without a better watched metric after which the run stops; 0: it never does",
+        within="[0, 1e9]",
+        on_resume=True,
+    )
     on_spike: str = key(
         "action on a spike of the training loss: log a warning, or stop: save and end the run",
         choices=("warn", "stop"),

@@ -80,13 +80,19 @@ def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSp
         return existing.spec, existing
     if folder is None:
         run_dir.check_run_folder(config)
-    config = with_absolute_paths(config)
+    config = with_fast_dev_run(with_absolute_paths(config))
     inputs = resolve.resolve_inputs(config)
     from launch.run import auto_settings
 
     logging_setup.silence_libraries()
     machine = auto_settings.choose_machine(config, inputs, auto_settings.free_memory(config))
     return RunSpec(config, run_spec.Resolved(**vars(inputs), machine=machine)), None
+
+
+def with_fast_dev_run(config: RunConfig) -> RunConfig:
+    """Return the configuration with the steps of trainer.fast_dev_run, which the schedule then follows."""
+    steps = int(config.trainer.get("fast_dev_run") or 0)
+    return replace(config, steps=steps, epochs=None) if steps else config
 
 
 def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Prepare: makes the data of a resolved run, and what follows from them; once, in the process that starts the run."""
 
+import logging
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,8 @@ from launch.config.run_spec import Prepared, PreparedSpec, RunSpec
 from launch.distributed import multi_node
 from launch.run import auto_settings, disk_space, resolve, resume
 from launch.run.resume import Existing
+
+log = logging.getLogger(__name__)
 
 
 def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFacts, PreparedSpec]:
@@ -38,6 +42,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     data = build.data_module(spec)
     facts = data.prepare()
     resume.check_data(existing, facts.hash)
+    spec = _with_steps(spec, len(data.train_samples), existing)
     vocab_size = resolve.vocabulary(spec, facts)
     checks.check_heads(spec.resolved.model.n_embd or 0, spec.resolved.model.n_head or 1)
     compile_head = stored.compile_head if stored else auto_settings.compiling_the_head_pays(spec)
@@ -58,6 +63,27 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     if spec.config.task_name == "distill":
         facts, prepared = _prepare_teacher(spec, prepared, data, facts)
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
+
+
+def _with_steps(spec: RunSpec, samples: int, existing: Existing | None) -> RunSpec:
+    """Return the run with the steps of its epochs, which schedule, plan and compile then follow.
+
+    Args:
+        samples: of the training data, which an epoch sees once each; the last step may begin the next epoch.
+
+    Raises:
+        InputError: the warm-up does not fit, or a resumed run has completed more.
+    """
+    config = spec.config
+    if config.epochs is None:
+        return spec
+    steps = max(1, math.ceil(round(config.epochs * samples / config.global_batch_rows, 6)))
+    config = replace(config, steps=steps)
+    log.info("epochs=%g: %d steps of %d of %d sequences", config.epochs, steps, config.global_batch_rows, samples)
+    checks.check_schedule(config)
+    if existing is not None:
+        resume.check_steps(existing, config)
+    return replace(spec, config=config)
 
 
 def _prepare_teacher(spec: RunSpec, prepared: Prepared, data: Any, facts: DataFacts) -> tuple[DataFacts, Prepared]:

@@ -37,7 +37,7 @@ from gpt2lab.settings import ModelShape, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_json, write_text
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.model_folder import read_shape
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import is_finished, read_report
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
 from launch.checks.study_plan import PlannedRun, steps_in_the_same_time
@@ -120,7 +120,7 @@ class Study:
         overrides = study_plan.run_overrides(planned, self.config, self.teacher, self.tokenizer)
         overrides = [*overrides, "resume=auto"]  # resumes a run that was interrupted with this study
         job = self.runs[planned] = Job(len(self.runs) + 1, overrides, self.folder / planned.name)
-        if read_report(job.folder).get("status") == "finished":
+        if is_finished(read_report(job.folder)):
             job.status = "finished"
             print(f"run {job.number}: {planned.name} has finished already", flush=True)
             return self._report(planned)
