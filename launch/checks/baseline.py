@@ -26,6 +26,18 @@ def check_run(config: RunConfig) -> None:
     if config.baseline is None:
         return
     _loss(config.baseline)
+    if not config.is_unsized:
+        check_context(config)
+
+
+def check_context(config: RunConfig) -> None:
+    """Check that the baseline run has the context length of this one.
+
+    Raises:
+        InputError: it has another.
+    """
+    if config.baseline is None:
+        return
     theirs = run_spec.load(_folder(config.baseline) / "config.yaml").config
     if theirs.context != config.context:
         raise InputError(

@@ -10,7 +10,7 @@ from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
 from launch.config.known_keys import check_nodes, known_keys
-from launch.config.schema import RunConfig, optional_value, value_of
+from launch.config.schema import ModelKeys, RunConfig, optional_value, value_of
 from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.distributed import multi_node
 
@@ -37,14 +37,15 @@ def check(config: RunConfig) -> None:
     check_nodes(config.target_nodes)
     lightning_nodes.check(config)
     check_values(config)
-    if config.epochs is None:  # else `prepare` checks it, which counts the steps
+    if not config.is_unsized and config.epochs is None:  # else they are counted later
         check_schedule(config)
     check_sweep_only(config)
     multi_node.check(config)
     resource_request.check(config)
     check_init(config)
     check_model(config)
-    check_batch(config)
+    if not config.is_unsized:
+        check_batch(config)
     check_files(config)
     check_precision(config, config.accelerator)
     check_layer_drop(config)
@@ -81,6 +82,15 @@ def check_own_keys(config: RunConfig) -> None:
             names = [f"{head}.{name}" for name in type(node).__dataclass_fields__]
             if key not in names:
                 raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
+
+
+def check_sizes(config: RunConfig, model: ModelKeys) -> None:
+    """Repeat the checks that depend on sizes which were unknown: those of init, and defaults by size."""
+    if config.epochs is None:
+        check_schedule(config)
+    if model.n_positions is not None:
+        check_context(config.context, model.n_positions, "the model's")
+    baseline.check_context(config)
 
 
 def check_length(config: RunConfig) -> None:

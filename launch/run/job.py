@@ -17,10 +17,11 @@ from typing import Any
 
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
 from launch import exit_codes, logging_setup, rank_environment
+from launch.checks import checks
 from launch.config import plugins, run_dir, run_spec
 from launch.config.run_dir import RunDirectory
 from launch.config.run_spec import PreparedSpec, RunSpec
-from launch.config.schema import RunConfig, with_absolute_paths
+from launch.config.schema import RunConfig, with_absolute_paths, with_size_defaults, with_steps
 from launch.distributed import child_processes, multi_node
 from launch.run import disk_space, resolve, resume
 from launch.run.resume import Existing
@@ -85,6 +86,9 @@ def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSp
     from launch.run import auto_settings
 
     logging_setup.silence_libraries()
+    config = with_size_defaults(config, inputs.model, auto_settings.chosen_accelerator(config) == "gpu")
+    checks.check_sizes(config, inputs.model)
+    resolve.check_teacher_context(config, inputs.teacher)
     machine = auto_settings.choose_machine(config, inputs, auto_settings.free_memory(config))
     return RunSpec(config, run_spec.Resolved(**vars(inputs), machine=machine)), None
 
@@ -92,7 +96,7 @@ def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSp
 def with_fast_dev_run(config: RunConfig) -> RunConfig:
     """Return the configuration with the steps of trainer.fast_dev_run, which the schedule then follows."""
     steps = int(config.trainer.get("fast_dev_run") or 0)
-    return replace(config, steps=steps, epochs=None) if steps else config
+    return replace(with_steps(config, steps), epochs=None) if steps else config
 
 
 def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:

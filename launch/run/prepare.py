@@ -1,7 +1,6 @@
 """Prepare: makes the data of a resolved run, and what follows from them; once, in the process that starts the run."""
 
 import logging
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from gpt2lab.settings import DataFacts
 from launch import logging_setup
 from launch.checks import baseline, checks
 from launch.config.run_spec import Prepared, PreparedSpec, RunSpec
+from launch.config.schema import steps_of_epochs, with_size_defaults, with_steps
 from launch.distributed import multi_node
 from launch.run import auto_settings, disk_space, resolve, resume
 from launch.run.resume import Existing
@@ -69,7 +69,7 @@ def _with_steps(spec: RunSpec, samples: int, existing: Existing | None) -> RunSp
     """Return the run with the steps of its epochs, which schedule, plan and compile then follow.
 
     Args:
-        samples: of the training data, which an epoch sees once each; the last step may begin the next epoch.
+        samples: of the training data, each of which an epoch uses once.
 
     Raises:
         InputError: the warm-up does not fit, or a resumed run has completed more.
@@ -77,8 +77,10 @@ def _with_steps(spec: RunSpec, samples: int, existing: Existing | None) -> RunSp
     config = spec.config
     if config.epochs is None:
         return spec
-    steps = max(1, math.ceil(round(config.epochs * samples / config.global_batch_rows, 6)))
-    config = replace(config, steps=steps)
+    steps = steps_of_epochs(config, samples)
+    config = with_steps(config, steps)
+    if existing is None or existing.checkpoint is None:
+        config = with_size_defaults(config, spec.resolved.model, spec.machine.accelerator == "gpu")  # the warm-up
     log.info("epochs=%g: %d steps of %d of %d sequences", config.epochs, steps, config.global_batch_rows, samples)
     checks.check_schedule(config)
     if existing is not None:
