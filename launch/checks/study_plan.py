@@ -142,14 +142,14 @@ def _tokenizer_overrides(tokenizer: TokenizerChoice) -> list[str]:
     return ["tokenizer=hub", override("tokenizer.source", tokenizer.source)]
 
 
-def steps_in_the_same_time(steps: int, seconds: float, allowed: float) -> int:
+def steps_in_the_same_time(steps: float, seconds: float, allowed: float) -> int:
     """Number of steps that take `allowed` seconds, at least `steps`.
 
     Args:
         steps: steps that took `seconds`.
         allowed: time limit in seconds.
     """
-    return max(steps, round(steps * allowed / seconds))
+    return max(round(steps), round(steps * allowed / seconds))
 
 
 def training_seconds(report: dict[str, Any]) -> float:

@@ -77,7 +77,13 @@ def _run_arms(study: "Study") -> None:
     factor = {arm: rates.get(arm, baseline).factor for arm in study_plan.arms(config)}
     equal = [_run_arm(study, arm, TOKENS, config.steps, factor[arm]) for arm in study_plan.arms(config)]
     longer = [
-        _run_arm(study, ce.arm, TIME, steps_in_the_same_time(ce.steps, ce.seconds, kd.seconds), factor[ce.arm])
+        _run_arm(
+            study,
+            ce.arm,
+            TIME,
+            steps_in_the_same_time(ce.made_steps or ce.steps, ce.seconds, kd.seconds),
+            factor[ce.arm],
+        )
         for ce, kd in zip(equal[::2], equal[1::2], strict=True)
         if ce.seconds and kd.seconds
     ]
@@ -299,7 +305,8 @@ def _run_arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> 
     losses = {seed: _finite(report.get("val_loss")) for seed, report in reports.items()}
     stored = {seed: read_document_losses(study.runs[run].folder) for seed, run in planned.items()}
     documents = {seed: one for seed, one in stored.items() if one is not None}
-    return arm_result(arm, budget, steps, losses, seconds, documents)
+    made = [report["steps"] for report in reports.values() if report]
+    return arm_result(arm, budget, steps, losses, seconds, documents, median(made) if made else None)
 
 
 def _finite(loss: float | None) -> float | None:
