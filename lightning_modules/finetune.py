@@ -1,7 +1,7 @@
 """FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
 
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class FineTune(LanguageModel):
         """Write `adapter_model.safetensors` and `adapter_config.json` for a plain GPT-2, whose Conv1D is transposed."""
         if not self.lora.rank:
             return False
-        with self.averaged_weights():
+        with self.averaged_weights() if stored is None else nullcontext():
             weights = super()._whole_state() if stored is None else stored_weights(stored)
             whole = {name: tensor.clone() for name, tensor in weights.items() if ".lora_" in name}
         state = get_peft_model_state_dict(self.backbone.lm, state_dict=whole)

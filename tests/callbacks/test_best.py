@@ -23,7 +23,7 @@ from gpt2lab.storage.checkpoint_ledger import checkpoint_folder, newest_good_che
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from launch.config.run_dir import finished_runs
-from tests.conftest import ROOT, Answer, Train, environment
+from tests.conftest import ROOT, Answer, Distil, Train, environment, needs_two_cores
 
 # The rate is so high that the loss rises after a few steps, and the best validation is neither the first nor the last.
 RISING = ("optimizer=adamw", "optimizer.lr=0.2", "schedule=constant", "schedule.warmup_steps=6", "steps=16")
@@ -132,6 +132,10 @@ def test_best_export_is_the_same_after_a_power_cut(
     assert answer.code == 0, answer.stderr
     assert exported(tmp_path / "run") == exported(tmp_path / "whole" / "run")
     assert read_report(tmp_path / "run")["best_step"] == read_report(tmp_path / "whole" / "run")["best_step"]
+    shutil.rmtree(tmp_path / "run" / "hf")  # comes from the kept checkpoint again
+    answer = train_here("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert exported(tmp_path / "run") == exported(tmp_path / "whole" / "run")
 
 
 @pytest.mark.chaos
@@ -206,3 +210,66 @@ def test_sweeps_rank_by_the_best_validation(
         for trial in trials:  # the pruner compares the best value so far
             reported = list(trial.intermediate_values.values())
             assert reported == sorted(reported, reverse=True)
+
+
+@pytest.mark.slow
+def test_adapters_of_the_best_validation_come_back(
+    run: Any, train_here: Train, tiny: list[str], sources: Path, tmp_path: Path
+):
+    """Fine-tuning exports its best by default; LoRA's merged weights and adapter are those of the checkpoint."""
+    run("steps=20", "optimizer.lr=1e-2", "run_dir=base")
+    lines = [line.strip() for file in sorted(sources.glob("*.py")) for line in file.open() if " = " in line]
+    pairs = [line.split(" = ", 1) for line in lines if "\t" not in line and '"' not in line]
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"{one}\t{other}\n" for one, other in pairs))
+    shape = ("model.n", "data=", "path=", "batch_tokens", "vocab_size")
+    keys = [key for key in tiny if not key.startswith(shape)]
+    keys += ["task=finetune", "data=pairs", "path=pairs.tsv", "init=base", "batch_sequences=8", "task.lora.rank=2"]
+    keys += ["ema=0.3", "task.text.examples=8", "task.text.max_new_tokens=8", *RISING[2:-1], "optimizer.lr=0.05"]
+    answer = train_here(*keys, "run_dir=tuned")
+    assert answer.code == 0, answer.stderr
+    before, report = exported(tmp_path / "tuned"), read_report(tmp_path / "tuned")
+    watched = series(read_metrics(tmp_path / "tuned"), report["watched_metric"])
+    assert report["watched_metric"] == "val/rougeL"
+    assert report["best_step"] == max(watched, key=lambda row: (row[1], -row[0]))[0]
+    assert any("adapter" in name for name in before)
+    shutil.rmtree(tmp_path / "tuned" / "hf")
+    answer = train_here("resume=tuned")
+    assert answer.code == 0, answer.stderr
+    assert exported(tmp_path / "tuned") == before
+
+
+@pytest.mark.slow
+@needs_two_cores
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_stop_early_together_and_keep_the_best(
+    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
+):
+    keys = [*tiny, *STOPPING, "export=best", "ema=0.3", "devices=2", f"strategy={strategy}", "run_dir=run"]
+    answer = train_process(*keys)
+    assert answer.code == 0, answer.stderr
+    folder, report = tmp_path / "run", read_report(tmp_path / "run")
+    assert (report["status"], report["best_step"]) == ("stopped early", best_of(folder)[0])
+    assert read_step(folder / "hf") == report["best_step"] < report["steps"] < 40
+    before = exported(folder)
+    shutil.rmtree(folder / "hf")
+    answer = train_process("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert exported(folder) == before
+    assert read_report(folder)["status"] == "stopped early"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jobs_here")
+def test_studies_rank_by_the_best_validation(distil: Distil, train_here: Train, tiny: list[str], tmp_path: Path):
+    distil()  # makes the teacher
+    keys = ("experiment=distill_study", "teacher=teacher", "study.seeds=1", "study.lr_factors=[1]", "run_dir=study")
+    answer = train_here(*tiny, *keys, "study.inits=[scratch]", *RISING, "export=best", "early_stop_patience=2")
+    assert answer.code == 0, answer.stderr
+    arms = json.loads((tmp_path / "study" / "study.json").read_text())["arms"]
+    with (tmp_path / "study" / "study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 2
+    for row in rows:
+        assert float(row["val_loss"]) == best_of(tmp_path / "study" / row["folder"])[1]
+    assert {row["status"] for row in rows} == {"finished"}
+    assert any(arm["made_steps"] < arm["steps"] for arm in arms)
