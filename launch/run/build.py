@@ -182,7 +182,7 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     nodes = {f"callbacks.{name}": node for name, node in config.callbacks.items() if node is not None}
     callbacks = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
     best = Best(config.early_stop_patience, exports_best=config.export == "best", data_hash=facts.hash)
-    callbacks = _with_best(_states_first(callbacks), best)
+    callbacks = _states_first(_with_best(callbacks, best))
     for callback in callbacks:
         if isinstance(callback, Report):
             callback.facts = _report_facts(spec, facts)

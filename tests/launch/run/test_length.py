@@ -62,13 +62,12 @@ def test_steps_and_epochs_together_are_refused(words: tuple[str, ...], train_her
     assert "steps=10 and epochs=2 both set the length of training" in answer.stderr
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_fast_dev_run_has_a_schedule_of_its_steps(steps: int, train_here: Train, tiny: list[str], tmp_path: Path):
-    rates: list[float] = []
     given: Any = "true" if steps == 1 else steps
     answer = train_here(*tiny, *SHORT, f"trainer.fast_dev_run={given}", "micro_batch=4", "steps=500", "run_dir=run")
     assert answer.code == 0, answer.stderr
-    assert (read_report(tmp_path / "run")["steps"], spec_of(tmp_path / "run").config.steps) == (steps, steps), rates
+    assert (read_report(tmp_path / "run")["steps"], spec_of(tmp_path / "run").config.steps) == (steps, steps)
     assert read_report(tmp_path / "run")["status"] == "finished"
 
 
