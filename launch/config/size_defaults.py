@@ -145,8 +145,8 @@ def _steps(facts: Facts, given: Mapping[str, Any]) -> tuple[int, str]:
     row = facts.size
     if facts.pairs:
         if not row.tokens or not facts.on_gpu:
-            on_gpus = f" on a CPU; on GPUs {STEPS_OF_PAIRS:,}" if row.tokens else ""
-            return NANO.steps, f"{row.name}{on_gpus}: a try-out"
+            elsewhere = f" on a CPU; on GPUs {STEPS_OF_PAIRS:,}" if row.tokens else ""
+            return NANO.steps, f"{row.name}{elsewhere}: a try-out"
         return STEPS_OF_PAIRS, f"{row.name}: about three epochs of 5,000 pairs in batches of 16"
     on_gpus = max(round(row.tokens / int(given["batch_tokens"])), 1) if row.tokens else row.steps
     why = CHINCHILLA if row.tokens else row.practice if row.steps != NANO.steps else "a try-out"
