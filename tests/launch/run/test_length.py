@@ -1,6 +1,7 @@
 """Length of training: epochs, trainer.max_time and trainer.fast_dev_run; the schedule follows the resulting steps."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from launch.config import run_spec
 from launch.config.run_spec import PreparedSpec
+from launch.run import job
 from tests.conftest import Train
+from tests.support.configurations import composed
 
 SHORT = ("log_every=1", "validate_every=1000", "checkpoint_every=1000", "callbacks.checkpoint.verify_export=false")
 
@@ -81,3 +84,9 @@ def test_a_run_out_of_time_is_resumed_with_more(train_here: Train, tiny: list[st
     assert (read_report(tmp_path / "run")["steps"], read_report(tmp_path / "run")["status"]) == (3, "finished")
     answer = train_here("resume=run", "trainer.profiler=simple")
     assert answer.code == 2
+
+
+def test_steps_replace_the_epochs_of_a_recipe():
+    recipe = replace(composed("steps=7"), epochs=3.0)
+    assert job.with_given_length(recipe).epochs is None
+    assert job.with_given_length(replace(composed(), epochs=3.0)).epochs == 3.0
