@@ -46,6 +46,7 @@ def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
     yield Check("small, bf16, compiled", speed("small", 16, "precision=bf16", "compile=true"))
     yield Check("small, bf16, eager", speed("small", 16, "precision=bf16", "compile=false"))
     yield Check("precisions", gpu_runs.precisions)
+    yield Check("distillation, medium to small, default values", gpu_runs.distil_with_defaults)
     yield Check("resume after kill -9", gpu_runs.resume_after_a_kill)
     yield Check("deterministic, compiled", gpu_runs.deterministic("compile=true"))
     yield Check("deterministic, eager, packed documents", gpu_runs.deterministic("compile=false", "packing=true"))

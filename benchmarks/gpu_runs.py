@@ -23,6 +23,7 @@ from benchmarks.benchmark_precisions import EXACT, OTHERS
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
 from benchmarks.train_command import ROOT, bin_data, run_train, train
+from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
@@ -95,6 +96,21 @@ def compare_with_trl(trl_python: str) -> Callable[[Path], str]:
         return f"{sides[0]}; TRL {theirs['trl']} {sides[1]}: {ratios}"
 
     return run
+
+
+def distil_with_defaults(folder: Path) -> str:
+    """Check the command of docs/distillation.md, task=distill model=small with a medium teacher, for 20 steps."""
+    teacher = folder / "random-medium"
+    torch.manual_seed(1)
+    model = to_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY)))
+    model.transformer.wte.weight.data.mul_(0.1)  # almost uniform predictions: better than the student's at its start
+    model.save_pretrained(teacher)
+    load_tokenizer(str(folder / "tokenizer")).save_pretrained(teacher)
+    report = _train_once(folder / "defaults", ["task=distill", "model=small", f"teacher={teacher}", "steps=20"])
+    if not report["train_loss"] < 12:
+        raise RuntimeError(f"training loss {report['train_loss']}")
+    used = report["peak_memory_bytes"] / 2**30
+    return f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, {used:.1f} GiB"
 
 
 def fsdp_on_one_gpu(folder: Path) -> str:

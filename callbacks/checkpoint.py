@@ -3,6 +3,8 @@
 import logging
 import tempfile
 import traceback
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer import call
 from transformers import GPT2LMHeadModel
 
+from callbacks.best import find_best
 from callbacks.ending import is_pruned, run_status
 from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError, RunError
+from gpt2lab.metric_names import VALIDATION_PREFIX
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.reports.model_card import STEPS, read_step
 from gpt2lab.storage.atomic_files import input_error_when_full
 from gpt2lab.storage.checkpoint_ledger import (
     checkpoint_file,
@@ -26,11 +31,13 @@ from gpt2lab.storage.checkpoint_ledger import (
     commit_checkpoint,
     delete_checkpoint,
     drop_checkpoints_after,
+    is_intact,
     recovery_hint,
     scratch_file,
 )
 from gpt2lab.storage.metrics_csv import drop_metrics_after
 from gpt2lab.storage.model_folder import resolve_model_folder
+from gpt2lab.storage.report_json import FINISHED
 from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
 from gpt2lab.storage.tensor_file import read_checkpoint_file
 
@@ -44,7 +51,8 @@ class Checkpoint(lightning.Callback):
 
     A step with a validation is saved after it; a run that is being stopped also saves before it. A pruned run is not
     saved at its end. The run directory's Hugging Face folder `hf` is written before the checkpoint is added to the
-    ledger, so it is never older than the checkpoint.
+    ledger, so it is never older than the checkpoint. Under export=best it holds the weights of the best validation so
+    far, whose checkpoint is saved and kept; a resumed run writes it again if the killed one left a later one.
 
     Args:
         every: steps between checkpoints.
@@ -75,6 +83,7 @@ class Checkpoint(lightning.Callback):
         if trainer.is_global_zero:
             drop_checkpoints_after(self.run_dir, trainer.global_step)
             drop_metrics_after(self.run_dir, trainer.global_step)
+            self._restore_best(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -127,14 +136,16 @@ class Checkpoint(lightning.Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Verify the final export, also if a resumed run has no steps left."""
         folder = self.run_dir / "hf"
-        if run_status(trainer) != "finished":
+        if run_status(trainer) not in FINISHED:
             return
         if self.saved_step != trainer.global_step:  # a time limit of 0 ends a fit before `on_train_start`
             self._save(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        if not self._has_valid_export():
+        is_damaged = not self._has_valid_export()
+        if is_damaged:
             log.warning("%s is missing or damaged and is written again.", folder)
+        if not self._restore_best(trainer, pl_module, is_damaged) and is_damaged:
             self._export(trainer, pl_module)
         if self.verify_export:
             model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
@@ -156,13 +167,18 @@ class Checkpoint(lightning.Callback):
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         due = step % self.every == 0 or step == trainer.max_steps or trainer.should_stop
-        return due and step != self.saved_step
+        return (due or self._exported_step(trainer) == step) and step != self.saved_step
+
+    def _exported_step(self, trainer: Trainer) -> int | None:
+        """Step of the best validation, whose weights are exported; None: the last weights are."""
+        best = find_best(trainer)
+        return best.step if best.exports_best else None
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Save a checkpoint and the export; collective, rank 0 writes."""
         self.attempted_step = step = trainer.global_step
         scratch = scratch_file(self.run_dir, step)
-        name = checkpoint_file(self.run_dir, step)
+        name, best_step = checkpoint_file(self.run_dir, step), self._exported_step(trainer)
         with (
             outside_training_time(trainer),
             input_error_when_full(f"the checkpoint of step {step}, {name}", lambda: recovery_hint(self.run_dir)),
@@ -172,33 +188,64 @@ class Checkpoint(lightning.Callback):
                 delete_checkpoint(scratch)
             try:
                 trainer.save_checkpoint(scratch, weights_only=False)
-                with input_error_when_full(f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)):
-                    self._export(trainer, pl_module)
+                if best_step in (None, step):
+                    self._export_or_explain(trainer, pl_module)
                 if trainer.is_global_zero:
-                    commit_checkpoint(self.run_dir, step, self.keep_last)
+                    commit_checkpoint(self.run_dir, step, self.keep_last, best_step)
             finally:
                 if trainer.is_global_zero:
                     delete_checkpoint(scratch)
             trainer.strategy.barrier("checkpoint recorded")
         self.saved_step = step
 
+    def _export_or_explain(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        with input_error_when_full(f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)):
+            self._export(trainer, pl_module)
+
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write `hf` from the weights that are in memory; collective."""
         model = pl_module.export_on_first_rank()
         if model is not None:
-            scores = {n: f"{float(v):.4f}" for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
-            card = {
-                "title": self.run_dir.name,
-                "parameters": f"{model.num_parameters():,}",
-                "steps": str(trainer.global_step),
-                "target tokens trained on": f"{pl_module.tokens_seen:,}",
-                **scores,
-                "trained with": "gpt2-lab",
-            }
+            card = self._card(model, trainer.global_step, pl_module.tokens_seen, trainer.callback_metrics)
             write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
         elif pl_module.is_sharded:
             # Gathering the adapter is collective
             with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.run_dir) as unused:
                 pl_module.export_adapter(Path(unused))
+
+    def _restore_best(self, trainer: Trainer, pl_module: lightning.LightningModule, is_damaged: bool = False) -> bool:
+        """Write `hf` from the checkpoint of the best validation if it is damaged or of another step; on rank 0 only.
+
+        A run that was killed between an export and its checkpoint has left the weights of a later step.
+
+        Returns:
+            Whether the folder was written.
+        """
+        best, folder = find_best(trainer), self.run_dir / "hf"
+        if not best.exports_best or best.step is None or (read_step(folder) == best.step and not is_damaged):
+            return False
+        file = checkpoint_file(self.run_dir, best.step)
+        if not is_intact(self.run_dir, file):
+            log.warning("%s is not of the best step %d, whose checkpoint is missing or damaged.", folder, best.step)
+            return False
+        stored = trainer.strategy.checkpoint_io.load_checkpoint(file)
+        model = pl_module.stored_model(stored)
+        card = self._card(model, best.step, stored["tokens_seen"], best.metrics)
+        adapter = partial(pl_module.export_adapter, stored=stored)
+        write_hf_folder(model, pl_module.tokenizer, folder, card, adapter)
+        return True
+
+    def _card(self, model: GPT2LMHeadModel, step: int, tokens_seen: int, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Return the facts of the model card."""
+        scores = {name: f"{float(value):.4f}" for name, value in metrics.items() if name.startswith(VALIDATION_PREFIX)}
+        return {
+            "title": self.run_dir.name,
+            "parameters": f"{model.num_parameters():,}",
+            STEPS: str(step),
+            "target tokens trained on": f"{tokens_seen:,}",
+            **scores,
+            "trained with": "gpt2-lab",
+        }
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):

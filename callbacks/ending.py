@@ -4,19 +4,23 @@ from typing import Literal
 
 from lightning import Trainer
 
+from callbacks.best import find_best
 from callbacks.interrupt import Interrupt
 from callbacks.pruning import Pruning
 
 
-def run_status(trainer: Trainer) -> Literal["finished", "stopped", "pruned"]:
+def run_status(trainer: Trainer) -> Literal["finished", "stopped early", "stopped", "pruned"]:
     """Return the status of a run whose fit ended without an error.
 
-    A fit that ends early by itself (early stopping, a time limit, a callback that sets `trainer.should_stop`) is
-    finished; one that is ended by a signal or a loss spike is stopped and can be resumed.
+    A fit that ends early by itself (a time limit, an added callback that sets `trainer.should_stop`) is finished, by
+    early_stop_patience it is stopped early, which counts as finished; one that is ended by a signal or a loss spike is
+    stopped and can be resumed.
     """
     if is_pruned(trainer):
         return "pruned"
-    return "stopped" if stop_reason(trainer) else "finished"
+    if stop_reason(trainer):
+        return "stopped"
+    return "stopped early" if find_best(trainer).has_stopped else "finished"
 
 
 def stop_reason(trainer: Trainer) -> str:

@@ -1,5 +1,7 @@
 """Pruning: report the watched metric to a search's Optuna study after each validation, and stop pruned trials.
 
+Under export=best it reports the best value so far, by which the trial is ranked in the end.
+
 Rank 0 accesses the study and broadcasts the decision. If the study cannot be read or written, a warning is logged once
 and the job continues without pruning.
 """
@@ -11,6 +13,7 @@ from typing import Any
 import lightning
 from lightning import Trainer
 
+from callbacks.best import find_best
 from gpt2lab.analysis.optuna_storage import load_study
 from gpt2lab.errors import InputError
 
@@ -55,7 +58,8 @@ class TrialReports(lightning.Callback):
         import optuna
 
         try:
-            self._trial.report(float(trainer.callback_metrics[watched]), step)
+            value = find_best(trainer).value_so_far(watched, float(trainer.callback_metrics[watched]))
+            self._trial.report(value, step)
             self._reported.add(step)
         except optuna.exceptions.StorageInternalError as error:
             self._disable(error)

@@ -3,18 +3,17 @@
 import logging
 import shlex
 import time
-from dataclasses import replace
 from typing import Any
 
 import lightning
 from lightning import Trainer
 
+from callbacks.best import find_best
 from callbacks.checkpoint import is_complete
 from callbacks.ending import run_status, stop_reason
 from gpt2lab.errors import ExportError
-from gpt2lab.evaluation.document_losses import write_document_losses
 from gpt2lab.reports.run_report import build_report, write_report
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.system import device
 
 log = logging.getLogger(__name__)
@@ -47,14 +46,8 @@ class Report(lightning.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._has_trained = True
 
-    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        losses = pl_module.validation_documents
-        if trainer.is_global_zero and losses is not None and not trainer.sanity_checking:
-            known = self.facts.get("data", {}).get("hash", "")
-            write_document_losses(trainer.default_root_dir, replace(losses, data=known))
-
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if run_status(trainer) == "finished" and trainer.global_step < trainer.max_steps:
+        if run_status(trainer) in FINISHED and trainer.global_step < trainer.max_steps:
             log.info("Training ended early, after step %d of %d.", trainer.global_step, trainer.max_steps)
         self._write(trainer, pl_module, run_status(trainer))
 
@@ -73,6 +66,7 @@ class Report(lightning.Callback):
     def _write(self, trainer: Trainer, pl_module: lightning.LightningModule, status: str, error: str = "") -> None:
         if not trainer.is_global_zero:
             return
+        best = find_best(trainer)
         facts = {
             **self.facts,
             "parameters": sum(p.numel() for p in pl_module.backbone.parameters()) if pl_module.is_built else None,
@@ -83,9 +77,12 @@ class Report(lightning.Callback):
             "peak_memory_bytes": device.peak_memory_bytes(trainer.strategy.root_device),
             "stopped_by": stop_reason(trainer),
             "watched_metric": pl_module.watched_metric,
+            "best_step": best.step,
+            "export": "best" if best.exports_best else "last",
             **pl_module.facts_for_report(),
         }
-        self.content = build_report(trainer.default_root_dir, status, facts, error)
+        exported_step = best.step if best.exports_best else None
+        self.content = build_report(trainer.default_root_dir, status, facts, error, exported_step)
         try:
             write_report(trainer.default_root_dir, self.content)
         except OSError as reason:

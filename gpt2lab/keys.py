@@ -21,6 +21,8 @@ class Key:
         read_by: the group value that reads it, "optimizer=muon" or "teacher_cache=topk,sampled", or a name in
             launch/config/unused_keys.py; empty: every run.
         on_resume: whether a resumed run may be given another value.
+        by_size: whether `auto`, its default, stands for a value by the size of the model
+            (launch/config/size_defaults.py).
         of_machine: whether it decides where a run computes; a resumed run then chooses anew for its machine.
         free_text: whether its value is text as typed, whatever Hydra's grammar makes of it.
     """
@@ -33,6 +35,7 @@ class Key:
     on_resume: bool = False
     of_machine: bool = False
     free_text: bool = False
+    by_size: bool = False
 
 
 def key(
@@ -47,9 +50,10 @@ def key(
     on_resume: bool = False,
     of_machine: bool = False,
     free_text: bool = False,
+    by_size: bool = False,
 ) -> Any:
     """Declare a dataclass field that is a configuration key; the arguments are those of `Key`."""
-    meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text)
+    meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text, by_size)
     return dataclasses.field(default=default, default_factory=factory, metadata={METADATA: meaning})
 
 

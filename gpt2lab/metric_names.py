@@ -1,5 +1,10 @@
 """The names under which metrics are logged, written to metrics.csv, shown on W&B and reported."""
 
+import math
+
+VALIDATION_PREFIX = "val/"
+MEASURED_BY_VALIDATION = (VALIDATION_PREFIX, "distill/")  # prefixes of these metrics
+
 TRAIN_LOSS = "train/loss"  # cross-entropy, nats per target token, also in distillation
 TRAIN_OBJECTIVE = "train/objective"  # the loss that distillation minimizes
 VAL_LOSS = "val/loss"  # cross-entropy, nats per target token
@@ -56,3 +61,10 @@ LOWER_IS_BETTER = (TRAIN_LOSS, TRAIN_OBJECTIVE, VAL_LOSS, VAL_PERPLEXITY, VAL_BI
 def lower_is_better(watched: str) -> bool:
     """Whether lower values of the watched metric are better."""
     return watched in LOWER_IS_BETTER
+
+
+def is_better(watched: str, value: float, known: float | None) -> bool:
+    """Whether a value of the watched metric is finite and better than the best known one, if there is one."""
+    if not math.isfinite(value):
+        return False
+    return known is None or (value < known if lower_is_better(watched) else value > known)

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.generation.completion import complete, distinct_seed, prompt_ids
 from gpt2lab.model.backbone import Backbone, backbone_from_state, hf_from_state, load_backbone
-from gpt2lab.model.ema import WeightAverage
+from gpt2lab.model.ema import WeightAverage, stored_weights
 from gpt2lab.plain_values import from_plain, to_plain
 from gpt2lab.settings import AUTO, GREEDY, NUCLEUS, TOP_K, SamplingSettings, TrainingSettings
 from gpt2lab.system.stop_request import Interrupted, StopRequest
@@ -118,6 +118,14 @@ class BackboneModule(lightning.LightningModule):
             state = self._whole_state(first_rank_only=True)
             return self._plain_hf(state) if self.trainer.is_global_zero else None
 
+    def stored_model(self, checkpoint: dict[str, Any]) -> GPT2LMHeadModel:
+        """Return what `export_model` returned when a checkpoint was saved; on one rank."""
+        return self._plain_hf(self._exported_state(stored_weights(checkpoint)))
+
+    def _exported_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of the inner GPT-2 as it is exported, for tasks that train other weights than these."""
+        return state
+
     def _plain_hf(self, state: dict[str, Tensor]) -> GPT2LMHeadModel:
         settings = self.settings
         return hf_from_state(state, self.backbone.shape, settings.objective.name, settings.pair_template)
@@ -144,8 +152,12 @@ class BackboneModule(lightning.LightningModule):
         inner = {name: tensor for name, tensor in state.items() if name.startswith("lm.")}
         return {name.removeprefix("lm."): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
 
-    def export_adapter(self, folder: Path) -> bool:
-        """Write a PEFT adapter into `folder`, for tasks that train one; return whether there is one."""
+    def export_adapter(self, folder: Path, stored: dict[str, Any] | None = None) -> bool:
+        """Write a PEFT adapter into `folder`, for tasks that train one; return whether there is one.
+
+        Args:
+            stored: checkpoint whose adapter it is; None: that of the present weights.
+        """
         return False
 
     # Text

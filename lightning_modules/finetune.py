@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -12,6 +13,7 @@ from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.text_metrics import text_metrics
 from gpt2lab.generation.completion import distinct_seed
 from gpt2lab.model.backbone import Backbone
+from gpt2lab.model.ema import stored_weights
 from gpt2lab.model.lora import merge_adapters
 from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
@@ -98,17 +100,18 @@ class FineTune(LanguageModel):
 
     def _whole_state(self, first_rank_only: bool = False, computes: bool = False) -> dict[str, Tensor]:
         """Return the state of the base class, with each adapter's product added to the weight it adapts."""
-        state = super()._whole_state(first_rank_only, computes)
-        if not self.lora.rank:
-            return state
-        return merge_adapters(state, self.lora.alpha / self.lora.rank)
+        return self._exported_state(super()._whole_state(first_rank_only, computes))
 
-    def export_adapter(self, folder: Path) -> bool:
+    def _exported_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return merge_adapters(state, self.lora.alpha / self.lora.rank) if self.lora.rank else state
+
+    def export_adapter(self, folder: Path, stored: dict[str, Any] | None = None) -> bool:
         """Write `adapter_model.safetensors` and `adapter_config.json` for a plain GPT-2, whose Conv1D is transposed."""
         if not self.lora.rank:
             return False
-        with self.averaged_weights():
-            whole = {name: tensor.clone() for name, tensor in super()._whole_state().items() if ".lora_" in name}
+        with self.averaged_weights() if stored is None else nullcontext():
+            weights = super()._whole_state() if stored is None else stored_weights(stored)
+            whole = {name: tensor.clone() for name, tensor in weights.items() if ".lora_" in name}
         state = get_peft_model_state_dict(self.backbone.lm, state_dict=whole)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in state.items()}

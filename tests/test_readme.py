@@ -1,5 +1,6 @@
 """README and docs: every command on them is accepted by train.py, evaluate.py, generate.py or make; links resolve."""
 
+import math
 import re
 import shlex
 import subprocess
@@ -8,14 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 import evaluate
 import generate
+from gpt2lab.data.tokenizer import load_tokenizer
+from gpt2lab.model.backbone import Backbone, to_hf
+from gpt2lab.reports.hf_folder import write_hf_folder
+from gpt2lab.settings import ModelShape, TokenizerChoice
+from gpt2lab.storage.report_json import read_report
 from launch.checks import checks
 from launch.config import run_spec
 from launch.config.key_value_cli import parse
+from launch.run import build
+from tests.conftest import Train
 from tests.support.configurations import composed, prepared, resolved
 from tests.support.extending import forgetting_plugins, write_examples
 
@@ -231,3 +240,33 @@ def test_every_link_has_a_target() -> None:
             file = page.parent / target if target else page
             assert file.exists(), f"{page.name} → {target}"
             assert not anchor or anchor in anchors(file), f"{page.name} → {target}#{anchor}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_small_is_distilled_from_medium_by_the_pages_command(train_process: Train, tmp_path: Path) -> None:
+    """The command as it is written, for 20 steps; the teacher has random weights."""
+    (command,) = [line for line in commands("train.py") if line.startswith("task=distill model=small teacher=runs/")]
+    folder = tmp_path / command.rpartition("=")[2] / "hf"
+    write_random_teacher(folder)
+    answer = train_process(*shlex.split(command), "steps=20", "run_dir=run")
+    assert answer.code == 0, answer.stderr
+    report = read_report(tmp_path / "run")
+    assert (report["steps"], report["teacher"]["source"]) == (20, str(folder.resolve()))
+    assert report["train_loss"] < math.log(VOCABULARY)
+    config = run_spec.load(tmp_path / "run" / "config.yaml").config
+    assert (config.context, config.optimizer.lr, config.optimizer.weight_decay) == (1024, 6e-4, 0.1)
+
+
+VOCABULARY = 4096
+
+
+def write_random_teacher(folder: Path) -> None:
+    """Write a GPT-2 medium whose predictions are almost uniform, and so better than a student's at its start."""
+    choice = TokenizerChoice("bpe", vocab_size=VOCABULARY)
+    spec = resolved(composed("accelerator=cpu", "model=medium"), tokenizer=choice)
+    facts = build.data_module(spec).prepare()
+    torch.manual_seed(1)
+    model = to_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY)))
+    model.transformer.wte.weight.data.mul_(0.1)
+    write_hf_folder(model, load_tokenizer(facts.tokenizer_folder), folder, {})

@@ -35,7 +35,8 @@ class ArmResult:
         budget: what compared arms have in common: TOKENS or TIME.
         losses: seed → validation loss, nats per token; None for a failed run.
         seconds: median training time of a run; None if none finished.
-        documents: seed → last validation by document.
+        documents: seed → validation of the exported weights by document.
+        made_steps: median steps of a run, fewer than `steps` where it stopped early; None if none finished.
         document_error: standard error of the mean loss over seeds, between documents: the uncertainty from the choice
             of validation text. The summary's sd is that between seeds; the two are never added.
     """
@@ -47,6 +48,7 @@ class ArmResult:
     summary: Summary
     seconds: float | None
     documents: dict[int, DocumentLosses] = field(default_factory=dict, repr=False)
+    made_steps: float | None = None
 
     @property
     def document_error(self) -> float | None:
@@ -124,10 +126,11 @@ def arm_result(
     losses: dict[int, float | None],
     seconds: float | None,
     documents: dict[int, DocumentLosses] | None = None,
+    made_steps: float | None = None,
 ) -> ArmResult:
     """Build an ArmResult with mean and standard deviation over the finished runs."""
     finished = [loss for loss in losses.values() if loss is not None]
-    return ArmResult(arm, budget, steps, losses, summary(finished), seconds, documents or {})
+    return ArmResult(arm, budget, steps, losses, summary(finished), seconds, documents or {}, made_steps)
 
 
 def contrasts(arms: list[ArmResult]) -> list[Contrast]:

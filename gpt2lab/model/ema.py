@@ -1,7 +1,8 @@
 """Exponential moving average (EMA) of weights, swapped in for validation and export."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,17 @@ class WeightAverage:
             if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
                 saved = distribute_tensor(saved, mine.device_mesh, mine.placements)
             mine.copy_(saved)
+
+
+def stored_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict of `Backbone.lm` in a whole checkpoint: its averaged weights if it has an average."""
+    prefix = "backbone.lm."
+    state = dict(checkpoint["state_dict"])
+    dtype = state[f"{prefix}transformer.wte.weight"].dtype  # averages may be in fp32
+    for name, average in zip(checkpoint.get("averaged", []), checkpoint.get("weight_average", []), strict=True):
+        state[f"backbone.{name}"] = average.to(dtype)
+    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {**weights, "lm_head.weight": weights["transformer.wte.weight"]}  # tied
 
 
 def _detach(parameter: Tensor) -> Tensor:

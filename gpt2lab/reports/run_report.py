@@ -18,19 +18,24 @@ PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "tok
 WARM_UP_INTERVALS = 1  # log intervals excluded from the median speed: compilation, caches
 
 
-def build_report(run_dir: str | Path, status: str, facts: dict[str, Any], error: str = "") -> dict[str, Any]:
+def build_report(
+    run_dir: str | Path, status: str, facts: dict[str, Any], error: str = "", exported_step: int | None = None
+) -> dict[str, Any]:
     """Build the report from the caller's facts and the last values in metrics.csv, which a resumed run continues.
 
     `val_loss_error` is the standard error of val_loss between documents, `val_documents` the number of their groups.
 
     Args:
-        status: finished, stopped, pruned or failed.
+        status: finished, stopped early, stopped, pruned or failed.
         facts: task, model, parameters, tokens_seen, seconds, data, command, … in the order of the report.
         error: error message of a failed run.
+        exported_step: step of the exported weights, whose validation is reported; None: the last one is.
     """
     rows = read_metrics(run_dir)
     names = [name for name in rows[0] if name != "step"] if rows else []
     last = {name: series(rows, name)[-1][1] for name in names if series(rows, name)}
+    measured = [name for name in names if name.startswith(metric_names.MEASURED_BY_VALIDATION)]
+    last |= {name: value for name in measured for step, value in series(rows, name) if step == exported_step}
     by_document = read_document_losses(run_dir)
     report: dict[str, Any] = {"status": status, **({"error": error} if error else {}), **facts}
     report |= {

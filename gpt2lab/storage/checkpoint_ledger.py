@@ -1,6 +1,6 @@
 """Checkpoints of a run (files or folders of shards) and the ledger with their sizes and checksums.
 
-    <run>/checkpoints/step-000200.ckpt, index.json (the ledger), last (a symlink to the newest checkpoint)
+    <run>/checkpoints/step-000200.ckpt, index.json (the ledger), last and best (symlinks to checkpoints)
 
 A checkpoint is valid once the ledger lists it with its size and SHA-256. The ledger is written after the file, so the
 newest listed checkpoint is complete, whenever a process is killed. If the ledger is lost, a checkpoint is verified by
@@ -87,8 +87,12 @@ def _parse_entry(item: Any) -> Entry | None:
     return entry if name and int(name[1]) == entry.step else None
 
 
-def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int) -> Path:
-    """Rename the scratch file of `step` to a checkpoint and list it; keep the newest `keep_last`, delete the rest."""
+def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int, best_step: int | None = None) -> Path:
+    """Rename the scratch file of `step` to a checkpoint and list it; keep the newest `keep_last`, delete the rest.
+
+    Args:
+        best_step: step whose checkpoint is kept too, and which `best` then leads to.
+    """
     folder = checkpoint_folder(run_dir)
     scratch = scratch_file(run_dir, step)
     if scratch.is_dir():
@@ -98,13 +102,19 @@ def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int) -> Path:
     path = checkpoint_file(run_dir, step)
     entry = _make_entry(scratch, path.name, step)
     # The run was resumed from a checkpoint before later ones, which are obsolete.
-    kept = [*(old for old in read_entries(run_dir) if old.step < step), entry][-keep_last:]
+    listed = [*(old for old in read_entries(run_dir) if old.step < step), entry]
+    best = next((one for one in listed if one.step == best_step), None)
+    kept = [one for one in listed if one is best or one in listed[-keep_last:]]
     if path.is_dir() or scratch.is_dir():
         delete_checkpoint(path)  # rename cannot replace a folder that is not empty
     scratch.replace(path)
     flush(folder)
     write_json(folder / LEDGER, {"checkpoints": [asdict(entry) for entry in kept]})
     point_symlink(folder / "last", entry.file)
+    if best is None:
+        (folder / "best").unlink(missing_ok=True)
+    else:
+        point_symlink(folder / "best", best.file)
     named = {entry.file for entry in kept}
     scratch_files = [path for path in folder.glob(".step-*") if SCRATCH_NAME.fullmatch(path.name)]
     for stray in [*checkpoint_files(run_dir), *scratch_files]:
@@ -140,6 +150,12 @@ def newest_good_checkpoint(run_dir: str | Path) -> Path | None:
     if not is_sound:
         warn_once(f"{folder / LEDGER} is damaged, and its folder contains no intact checkpoint.")
     return None
+
+
+def is_intact(run_dir: str | Path, path: Path) -> bool:
+    """Whether a checkpoint of the run has the bytes that were written."""
+    entry = next((one for one in read_entries(run_dir) if one.file == path.name), None)
+    return (entry is not None and _is_as_written(path.parent, entry)) or _has_valid_checksums(path)
 
 
 def _warn_of_ledger(path: Path, entry: Entry | None, is_as_listed: bool, is_sound: bool) -> None:

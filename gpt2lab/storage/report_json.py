@@ -13,6 +13,12 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("metrics", "data", "teacher"), (dict,)),
     **dict.fromkeys(("seconds", "tokens_per_second", "val_loss"), (int, float, type(None))),
 }
+FINISHED = ("finished", "stopped early")  # statuses of a complete run
+
+
+def is_finished(report: dict[str, Any]) -> bool:
+    """Whether the run of a report is complete: it made all its steps, or stopped for lack of improvement."""
+    return report.get("status") in FINISHED
 
 
 def read_report(run_dir: str | Path) -> dict[str, Any]:
@@ -47,6 +53,6 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def watched_value(report: dict[str, Any]) -> float | None:
-    """Return the last value of the watched metric; None without one."""
+    """Return the value of the watched metric of the exported weights; None without one."""
     value = report.get("metrics", {}).get(report.get("watched_metric"))
     return float(value) if isinstance(value, int | float) else None

@@ -8,6 +8,7 @@ from typing import Any
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
+from gpt2lab.storage.report_json import is_finished
 from launch.config import run_spec
 from launch.config.schema import ModelKeys, RunConfig
 
@@ -25,6 +26,18 @@ def check_run(config: RunConfig) -> None:
     if config.baseline is None:
         return
     _loss(config.baseline)
+    if not config.is_unsized:
+        check_context(config)
+
+
+def check_context(config: RunConfig) -> None:
+    """Check that the baseline run has the context length of this one.
+
+    Raises:
+        InputError: it has another.
+    """
+    if config.baseline is None:
+        return
     theirs = run_spec.load(_folder(config.baseline) / "config.yaml").config
     if theirs.context != config.context:
         raise InputError(
@@ -63,7 +76,7 @@ def baseline_loss(config: RunConfig, model: ModelKeys, facts: DataFacts) -> floa
 def _loss(given: str) -> float:
     """val_loss of a finished run."""
     report = _report(given)
-    if report.get("status") != "finished":
+    if not is_finished(report):
         raise InputError(f"baseline={given} has not finished: report.json has status={report.get('status')}.\n{HINT}")
     loss = report.get("val_loss")
     if not isinstance(loss, float) or not math.isfinite(loss):

@@ -12,7 +12,7 @@ from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
 from launch.config.known_keys import check_nodes, known_keys
-from launch.config.schema import RunConfig, optional_value, value_of
+from launch.config.schema import ModelKeys, RunConfig, optional_value, value_of
 from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.distributed import multi_node
 
@@ -29,6 +29,7 @@ def check(config: RunConfig) -> None:
         InputError: the first invalid key or combination.
     """
     check_own_keys(config)
+    check_length(config)
     study_plan.check(config)
     check_plan(config)
     check_run_dir(config)
@@ -38,14 +39,16 @@ def check(config: RunConfig) -> None:
     check_nodes(config.target_nodes)
     lightning_nodes.check(config)
     check_values(config)
-    check_schedule(config)
+    if not config.is_unsized and config.epochs is None:  # else they are counted later
+        check_schedule(config)
     check_deterministic(config)
     check_sweep_only(config)
     multi_node.check(config)
     resource_request.check(config)
     check_init(config)
     check_model(config)
-    check_batch(config)
+    if not config.is_unsized:
+        check_batch(config)
     check_files(config)
     check_model_folders(config)
     check_precision(config, config.accelerator)
@@ -92,6 +95,24 @@ def check_own_keys(config: RunConfig) -> None:
             names = [f"{head}.{name}" for name in type(node).__dataclass_fields__]
             if key not in names:
                 raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
+
+
+def check_sizes(config: RunConfig, model: ModelKeys) -> None:
+    """Repeat the checks that depend on sizes which were unknown: those of init, and defaults by size."""
+    if config.epochs is None:
+        check_schedule(config)
+    if model.n_positions is not None:
+        check_context(config.context, model.n_positions, "the model's")
+    baseline.check_context(config)
+
+
+def check_length(config: RunConfig) -> None:
+    """Check that the length of training is given once."""
+    given = given_keys(config.invocation.overrides)
+    if config.epochs is not None and {"steps", "epochs"} <= set(given):
+        raise InputError(
+            f"steps={config.steps} and epochs={config.epochs:g} both set the length of training.\nGive one of them."
+        )
 
 
 def check_values(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from launch.config.unused_keys import given_keys, without
 RESERVED = {
     "task": "it trains with task=pretrain and task=distill",
     "init": "study.inits lists the initializations to compare",
+    "epochs": "arms are compared at equal steps, so give steps",
     "baseline": "its runs without a teacher are the baseline",
 }
 STUDY_KEYS = ("experiment", "task", "init", "seed", "steps", "teacher", "name", "run_dir", "resume")
@@ -141,14 +142,14 @@ def _tokenizer_overrides(tokenizer: TokenizerChoice) -> list[str]:
     return ["tokenizer=hub", override("tokenizer.source", tokenizer.source)]
 
 
-def steps_in_the_same_time(steps: int, seconds: float, allowed: float) -> int:
+def steps_in_the_same_time(steps: float, seconds: float, allowed: float) -> int:
     """Number of steps that take `allowed` seconds, at least `steps`.
 
     Args:
         steps: steps that took `seconds`.
         allowed: time limit in seconds.
     """
-    return max(steps, round(steps * allowed / seconds))
+    return max(round(steps), round(steps * allowed / seconds))
 
 
 def training_seconds(report: dict[str, Any]) -> float:

@@ -78,21 +78,14 @@ def _resolve(path: Path) -> tuple[Path, Path]:
 def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
     """Build the Hugging Face model from a consolidated checkpoint."""
     from gpt2lab.model.backbone import hf_from_state
+    from gpt2lab.model.ema import stored_weights
     from gpt2lab.model.lora import merge_adapters
 
-    state = dict(content["state_dict"])
-    if "weight_average" in content:
-        averages = zip(content["averaged"], content["weight_average"], strict=True)
-        dtype = content["state_dict"]["backbone.lm.transformer.wte.weight"].dtype  # averages may be in fp32
-        state |= {f"backbone.{name}": average.to(dtype) for name, average in averages}
-    prefix = "backbone.lm."
-    inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    embedding = inner["transformer.wte.weight"]  # (V, D)
-    inner["lm_head.weight"] = embedding
+    inner = stored_weights(content)
     lora = spec.config.task.get("lora") or {}
     if lora.get("rank"):
         inner = merge_adapters(inner, lora["alpha"] / lora["rank"])
-    shape = spec.resolved.model.shape(embedding.shape[0])
+    shape = spec.resolved.model.shape(inner["lm_head.weight"].shape[0])
     return hf_from_state(inner, shape, spec.config.objective.name, spec.config.pair_template)
 
 

@@ -37,7 +37,7 @@ def format_allowed(meaning: Key) -> str:
     if meaning.auto and not meaning.within:
         return "auto, true, false"
     interval = format_interval(meaning.within) if meaning.within else ""
-    return f"auto, or {interval}" if meaning.auto else interval
+    return f"auto, or {interval}" if meaning.auto or meaning.by_size else interval
 
 
 def format_interval(interval: str) -> str:

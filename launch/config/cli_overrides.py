@@ -16,7 +16,7 @@ from hydra.errors import OverrideParseException
 from gpt2lab.errors import InputError
 from gpt2lab.storage.utf8 import check_process
 from launch.config import literal_text, run_dir
-from launch.config.did_you_mean import nearest
+from launch.config.did_you_mean import elsewhere, nearest
 from launch.config.groups import groups, values
 from launch.config.known_keys import known_keys
 from launch.config.targets import parse_permissions
@@ -106,14 +106,20 @@ def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
+def _near_flag(flag: str) -> str:
+    """Suggestion with the most similar flag, or the key that the flag would be."""
+    key = flag.lstrip("-").replace("-", "_")
+    if key in known_keys() or key in groups():
+        return f" (did you mean {key}=…?)"
+    return nearest(key, known_keys()) if elsewhere(key) else nearest(flag, FLAGS)
+
+
 def _check_flags(arguments: list[str]) -> None:
     """Reject unknown flags, for which Hydra prints its whole usage."""
     for argument in arguments:
         flag = argument.split("=")[0]
         if argument.startswith("-") and flag not in FLAGS:
-            raise InputError(
-                f"There is no flag {flag}{nearest(flag, FLAGS)}. Keys are given as key=value, without dashes."
-            )
+            raise InputError(f"There is no flag {flag}{_near_flag(flag)}. Keys are given as key=value, without dashes.")
     for flag, value in pairwise([*arguments, ""]):
         if flag in FLAGS_WITH_VALUE and (not value or value.startswith("-")):
             raise InputError(f"{flag} needs a value, for example --cfg {CFG_VALUES[0]}.")

@@ -13,7 +13,7 @@ from omegaconf.errors import (
 )
 
 from gpt2lab.errors import InputError
-from launch.config.did_you_mean import nearest
+from launch.config.did_you_mean import elsewhere, nearest, parts
 from launch.config.groups import groups, values
 from launch.config.known_keys import known_keys, owned_trainer_argument
 from launch.config.literal_text import unresolved_error
@@ -67,7 +67,7 @@ def _missing_value(error: MissingConfigException) -> InputError:
 
 def _syntax_error(error: OverrideParseException) -> InputError:
     if "=" not in error.override:
-        known = [*groups(), *(name for name in known_keys() if "." not in name)]
+        known = [*groups(), *known_keys()]
         return InputError(f"{error.override} is not key=value{nearest(error.override, known)}.")
     key = error.override.split("=")[0]
     reason = str(error.message).splitlines()[0]
@@ -103,10 +103,12 @@ def _unknown_key(cause: OmegaConfBaseException) -> InputError:
         known += groups()
     if refusal := owned_trainer_argument(given):
         return InputError(refusal)
-    suggestion = _same_ending(given) or _near_sibling(given, known)
+    suggestion = _same_ending(given) or _from_elsewhere(given) or _near_sibling(given, known)
     suggestion = suggestion or ("" if prefix else nearest(given, known_keys()))
     lines = [f"There is no key {given}{suggestion}."]
-    if prefix and known:
+    if meant := parts(_from_elsewhere(given) and elsewhere(given)):
+        lines += [f"{key}: {known_keys()[key].text}." for key in meant]
+    elif prefix and known:
         lines.append(f"Allowed: {', '.join(known)}.")
     elif not suggestion:
         lines.append("All keys: python train.py --cfg job. All groups: python train.py --help.")
@@ -126,6 +128,11 @@ def _near_sibling(given: str, known: list[str]) -> str:
     suggestion = nearest(given.rpartition(".")[2], by_ending)
     ending = suggestion.removeprefix(" (did you mean ").removesuffix("?)")
     return f" (did you mean {by_ending[ending]}?)" if suggestion else ""
+
+
+def _from_elsewhere(given: str) -> str:
+    """Suggestion for a key by its name in another library."""
+    return f" (did you mean {elsewhere(given)}?)" if elsewhere(given) and not _same_ending(given) else ""
 
 
 def _same_ending(given: str) -> str:

@@ -146,7 +146,9 @@ class WandbKeys(LoggerKeys):
 class TrainerKeys:
     """Arguments of lightning.Trainer for the user to set."""
 
-    max_time: str | None = key("DD:HH:MM:SS after which the run saves and stops", None)
+    max_time: str | None = key(
+        "DD:HH:MM:SS after which the run saves and stops; earlier parts of a resumed run count", None, on_resume=True
+    )
     fast_dev_run: bool | int = key(
         "true or N: run one or N training and validation batches, to try a configuration", False
     )
@@ -176,8 +178,8 @@ TRAINER_ARGUMENTS = {
     "precision": "precision",
     "logger": "logger",
     "callbacks": "callbacks.NAME._target_",
-    "max_epochs": "steps",
-    "min_epochs": "steps",
+    "max_epochs": "epochs",
+    "min_epochs": "epochs",
     "max_steps": "steps",
     "min_steps": "steps",
     "val_check_interval": "validate_every",

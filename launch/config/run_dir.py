@@ -18,6 +18,7 @@ from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_check
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_shape
+from gpt2lab.storage.report_json import is_finished
 from launch.config import run_spec
 from launch.config.run_spec import PreparedSpec
 from launch.config.schema import RunConfig
@@ -335,7 +336,7 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
         folder = file.parent
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(report, dict) and report.get("status") == "finished":
+            if isinstance(report, dict) and is_finished(report):
                 runs.append(FinishedRun(folder, run_spec.load(folder / CONFIG), read_shape(folder / "hf")))
         except (OSError, ValueError):
             continue

@@ -16,8 +16,8 @@ from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import PrecisionSettings, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.utf8 import check_values
-from launch.config import literal_text
-from launch.config.schema import ModelKeys, RunConfig
+from launch.config import literal_text, size_defaults
+from launch.config.schema import ModelKeys, RunConfig, value_of
 
 Kind = TypeVar("Kind", bound="RunConfig | RunSpec")
 
@@ -190,4 +190,18 @@ def from_yaml(kind: type[Kind], text: str, where: str) -> Kind:
         raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
     assert isinstance(spec, kind)
     check_values(values)
+    _check_sizes(spec.config if isinstance(spec, RunSpec) else spec, where)
     return spec
+
+
+def _check_sizes(config: RunConfig, where: str) -> None:
+    """Check the types of the keys that OmegaConf leaves to the size of the model.
+
+    Raises:
+        InputError: a value has the wrong type.
+    """
+    try:
+        for name in size_defaults.TYPES:
+            size_defaults.check_type(name, value_of(config, name))
+    except InputError as error:
+        raise InputError(f"Cannot read the configuration {where}: {error}") from error

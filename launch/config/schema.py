@@ -5,6 +5,7 @@ into a frozen `RunConfig`, and the tree goes no further. A key appears in three 
 field (plain_keys.py, multirun_settings.py, known_keys.py, gpt2lab/settings.py), and the code that uses it.
 """
 
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ from gpt2lab.settings import (
     TokenizerKeys,
 )
 from gpt2lab.storage.utf8 import check_values
-from launch.config import plugins
+from launch.config import machine, plugins, size_defaults
 from launch.config.literal_text import is_interpolated, override, unresolved_error
 from launch.config.multirun_settings import LauncherSettings, SearchSettings, StudySettings
 from launch.config.plain_keys import DISTILL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
@@ -78,6 +79,7 @@ class Invocation:
     command: str = ""
     sweep: str = ""  # name of the sweep that this run is a job of
     references: dict[str, str] = field(default_factory=dict)  # argument → key that it follows: ${sample_every}
+    auto_keys: list[str] = field(default_factory=list)  # those left to the size of the model
     trial: int | None = None  # its number in the study beside it, which may prune it
     hydra: str = ""  # Hydra's own configuration as YAML, for .hydra/hydra.yaml
 
@@ -149,6 +151,11 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
         return self.init not in ("scratch", TEACHER_LAYERS)
 
     @property
+    def is_unsized(self) -> bool:
+        """Whether defaults by size wait for the sizes of init."""
+        return self.model.n_layer is None and bool(self.invocation.auto_keys)
+
+    @property
     def lora_rank(self) -> int:
         """Rank of the adapters that are trained instead of the weights; 0: none."""
         lora = self.task.get("lora")
@@ -216,6 +223,7 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
     found = [find_references(unresolved[group], group) for group in GROUPS]
     references = {place: text for group in found for place, text in group.items()}
     literal = {given: _with_value(given, config, references) for given in overrides if is_interpolated(given)}
+    config, auto_keys = _typed_sizes(config)
     permitted = [*config.allow_targets, *foreign_targets(config.target_nodes), *config.plugins]  # composed now
     plugins.load(config.plugins, permitted)
     composed = replace(
@@ -228,9 +236,74 @@ def from_hydra(tree: DictConfig, hydra: Any, command: str) -> RunConfig:
             sweep=sweep,
             hydra=OmegaConf.to_yaml(hydra),
             references=references,
+            auto_keys=auto_keys,
         ),
     )
-    return with_references(composed)
+    return with_references(with_size_defaults(composed, config.model, _may_have_gpu(config)))
+
+
+def _typed_sizes(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Return the configuration with checked types of the keys that may be `auto`, and those that are.
+
+    Raises:
+        InputError: a value has the wrong type.
+    """
+    given = {name: value_of(config, name) for name in size_defaults.TYPES}
+    left = [name for name, value in given.items() if value == size_defaults.AUTO]
+    typed = {name: size_defaults.check_type(name, value) for name, value in given.items() if name not in left}
+    warmup = [size_defaults.WARMUP] if config.schedule.warmup_steps is None else []
+    return _with_values(config, typed), [*left, *warmup]
+
+
+def _may_have_gpu(config: RunConfig) -> bool:
+    """Whether the run may find a GPU here, without importing torch; it is known once the run starts."""
+    return config.accelerator == "gpu" or (config.accelerator == "auto" and machine.DRIVER.exists())
+
+
+def explain_sizes(config: RunConfig, model: ModelKeys, on_gpu: bool) -> dict[str, tuple[Any, str]]:
+    """Return key → (value, where it comes from) of the keys that are left to the size of the model.
+
+    Args:
+        model: its sizes, with those of init; unknown ones are null.
+    """
+    facts = size_defaults.Facts(
+        layers=model.n_layer or 0,
+        width=model.n_embd or 0,
+        positions=model.n_positions or 0,
+        on_gpu=on_gpu,
+        optimizer=config.optimizer.name,
+        from_weights=config.init_names_weights,
+        lora=config.lora_rank > 0,
+        pairs=config.takes_pairs,
+    )
+    given = [name for name in size_defaults.RULES if name not in config.invocation.auto_keys]
+    return size_defaults.default_values(facts, {name: value_of(config, name) for name in given})
+
+
+def with_size_defaults(config: RunConfig, model: ModelKeys, on_gpu: bool) -> RunConfig:
+    """Return the configuration with the values of `explain_sizes`."""
+    found = explain_sizes(config, model, on_gpu)
+    return with_references(_with_values(config, {name: value for name, (value, _) in found.items()}))
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """Return the configuration with steps that are counted and not left to the size of the model."""
+    left = [name for name in config.invocation.auto_keys if name != "steps"]
+    return replace(config, steps=steps, invocation=replace(config.invocation, auto_keys=left))
+
+
+def steps_of_epochs(config: RunConfig, samples: float) -> int:
+    """Return the steps of `epochs` passes over so many training samples; the last may begin the next pass."""
+    assert config.epochs is not None
+    return max(1, math.ceil(round(config.epochs * samples / config.global_batch_rows, 6)))
+
+
+def _with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with other values of keys, at most one group deep."""
+    for name, value in values.items():
+        group, _, key_ = name.rpartition(".")
+        config = replace(config, **({group: replace(vars(config)[group], **{key_: value})} if group else {name: value}))
+    return config
 
 
 def from_composed(tree: DictConfig, command: str = "") -> RunConfig:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from omegaconf import OmegaConf
 
+from gpt2lab.keys import METADATA
+
 Settings = TypeVar("Settings")
 
 
@@ -18,6 +20,8 @@ def composable(kind: type) -> type:
     for item in fields(kind):
         hint: Any = hints[item.name]
         hint = composable(cast(type, hint)) if is_dataclass(hint) else hint
+        if METADATA in item.metadata and item.metadata[METADATA].by_size:
+            hint = Any  # auto, until the size of the model is known
         default: Any = item.default_factory
         if default is not MISSING and is_dataclass(default):
             default = composable(cast(type, default))

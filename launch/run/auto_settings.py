@@ -45,7 +45,7 @@ def choose_machine(config: RunConfig, inputs: Inputs, free: int | None = None) -
     Raises:
         InputError: a GPU is given where there is none, more devices than there are, or fp16 on a CPU.
     """
-    accelerator = _accelerator(config)
+    accelerator = chosen_accelerator(config)
     devices = _devices(config, accelerator)
     precision = _precision(config, accelerator)
     machine = Machine(
@@ -74,7 +74,7 @@ def choose_machine(config: RunConfig, inputs: Inputs, free: int | None = None) -
 def free_memory(config: RunConfig) -> int | None:
     """Return the free bytes of a device of the run's kind, or of the host's memory where that is a CPU."""
     planned = config.planned_device_bytes
-    return free_bytes(_accelerator(config)) if planned is None else planned
+    return free_bytes(chosen_accelerator(config)) if planned is None else planned
 
 
 def _largest_that_fits(config: RunConfig, inputs: Inputs, machine: Machine, free: int | None) -> int:
@@ -135,7 +135,12 @@ def has_compiler() -> bool:
     return shutil.which(compiler) is not None and Path(sysconfig.get_paths()["include"], "Python.h").is_file()
 
 
-def _accelerator(config: RunConfig) -> str:
+def chosen_accelerator(config: RunConfig) -> str:
+    """Return cpu, gpu or mps.
+
+    Raises:
+        InputError: the given one is not there.
+    """
     available = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config.accelerator == "auto":
         return "gpu" if available["gpu"] else "mps" if available["mps"] else "cpu"

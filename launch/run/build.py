@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from callbacks.best import Best
 from callbacks.checkpoint import Checkpoint, StreamingCheckpointIO
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning, TrialReports
@@ -180,7 +181,8 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     config = _in_folder(spec, folder)
     nodes = {f"callbacks.{name}": node for name, node in config.callbacks.items() if node is not None}
     callbacks = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
-    callbacks = _states_first(callbacks)
+    best = Best(config.early_stop_patience, exports_best=config.export == "best", data_hash=facts.hash)
+    callbacks = _states_first(_with_best(callbacks, best))
     for callback in callbacks:
         if isinstance(callback, Report):
             callback.facts = _report_facts(spec, facts)
@@ -202,6 +204,12 @@ def _states_first(callbacks: list[lightning.Callback]) -> list[lightning.Callbac
     place = next((number for number, one in enumerate(callbacks) if isinstance(one, Checkpoint)), len(callbacks))
     moved = [one for one in callbacks[place:] if _is_foreign(one) and type(one).state_dict is not NO_STATE]
     return [*callbacks[:place], *moved, *(one for one in callbacks[place:] if one not in moved)]
+
+
+def _with_best(callbacks: list[lightning.Callback], best: Best) -> list[lightning.Callback]:
+    """Insert Best before Checkpoint, which saves its state and exports the best weights."""
+    place = next((number for number, one in enumerate(callbacks) if isinstance(one, Checkpoint)), len(callbacks))
+    return [*callbacks[:place], best, *callbacks[place:]]
 
 
 def _is_foreign(callback: lightning.Callback) -> bool:
@@ -281,6 +289,7 @@ def trainer(
         arguments["profiler"] = PROFILERS[given.pop("profiler")](dirpath=folder, filename="profile")  # fit-profile.txt
     made = instantiate(given, "trainer", config.allow_targets, folder, arguments)
     made.strategy.checkpoint_io = StreamingCheckpointIO(folder)
+    made.fit_loop.epoch_loop.max_steps = config.steps  # Lightning's fast_dev_run has set it to micro-batches
     return made
 
 

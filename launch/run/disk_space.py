@@ -91,10 +91,11 @@ def run_files(spec: RunSpec, vocab_size: int) -> RunFiles:
     parts = memory_plan(sizes).parts
     embedding = sizes.shape.vocab_size * sizes.shape.n_embd * sizes.weight_bytes
     tied = embedding if spec.machine.strategy == "fsdp" else 0  # written as the LM head too
-    saves = math.ceil(config.steps / config.checkpoint_every)
+    is_best = config.export == "best"  # whose checkpoint is kept too, and saved at any validation
+    saves = math.ceil(config.steps / min(config.checkpoint_every, config.validate_every if is_best else math.inf))
     callback = config.callbacks.get("checkpoint")
     return RunFiles(
         checkpoint=sum(parts[name] for name in IN_A_CHECKPOINT) + tied,
-        kept=min(callback.get("keep_last", 2), saves) if callback else 0,
+        kept=min(callback.get("keep_last", 2) + is_best, saves) if callback else 0,
         export=4 * (parameters(sizes.shape) + lora_parameters(sizes)),
     )

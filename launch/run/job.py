@@ -18,10 +18,12 @@ from typing import Any
 from gpt2lab.system.determinism import fix_cublas_workspace
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
 from launch import exit_codes, logging_setup, rank_environment
+from launch.checks import checks
 from launch.config import plugins, run_dir, run_spec
 from launch.config.run_dir import RunDirectory
 from launch.config.run_spec import PreparedSpec, RunSpec
-from launch.config.schema import RunConfig, with_absolute_paths
+from launch.config.schema import RunConfig, with_absolute_paths, with_size_defaults, with_steps
+from launch.config.unused_keys import given_keys
 from launch.distributed import child_processes, multi_node
 from launch.run import disk_space, resolve, resume
 from launch.run.resume import Existing
@@ -33,7 +35,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Resolve a configuration, prepare its data and train; with plan=true only print what that takes.
 
     Returns:
-        The report, and `watched`, the last value of the metric that the run is judged by.
+        The report, and `watched`, the value of the metric that the run is judged by, for the exported weights.
 
     Raises:
         InputError: invalid configuration or input; then no run directory is left behind.
@@ -82,13 +84,27 @@ def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSp
         return existing.spec, existing
     if folder is None:
         run_dir.check_run_folder(config)
-    config = with_absolute_paths(config)
+    config = with_given_length(with_absolute_paths(config))
     inputs = resolve.resolve_inputs(config)
     from launch.run import auto_settings
 
     logging_setup.silence_libraries()
+    config = with_size_defaults(config, inputs.model, auto_settings.chosen_accelerator(config) == "gpu")
+    checks.check_sizes(config, inputs.model)
+    resolve.check_teacher_context(config, inputs.teacher)
     machine = auto_settings.choose_machine(config, inputs, auto_settings.free_memory(config))
     return RunSpec(config, run_spec.Resolved(**vars(inputs), machine=machine)), None
+
+
+def with_given_length(config: RunConfig) -> RunConfig:
+    """Return the configuration with the steps of trainer.fast_dev_run, or without the epochs of a recipe.
+
+    The learning rate schedule then follows the steps that are trained.
+    """
+    if steps := int(config.trainer.get("fast_dev_run") or 0):
+        return replace(with_steps(config, steps), epochs=None)
+    given = given_keys(config.invocation.overrides)
+    return replace(config, epochs=None) if "steps" in given and "epochs" not in given else config
 
 
 def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +15,10 @@ from gpt2lab.errors import InputError
 from gpt2lab.storage.model_folder import parameter_count
 from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import sharding
+from launch.config import size_defaults
 from launch.config.run_spec import RunSpec
-from launch.config.schema import RunConfig
+from launch.config.schema import RunConfig, explain_sizes, steps_of_epochs, value_of, with_steps
+from launch.config.unused_keys import given_keys
 from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import MemoryPlan, memory_plan
 from launch.memory.memory_terms import RunSizes, trained_parameters
@@ -58,6 +61,7 @@ def plan_report(spec: RunSpec) -> str:
     Raises:
         InputError: the named tokenizer cannot be loaded.
     """
+    spec, is_estimated = _with_estimated_steps(spec)
     config, machine = spec.config, spec.machine
     vocab_size, compiled_head = expected_vocabulary(config, spec.resolved), auto_settings.compiling_the_head_pays(spec)
     sizes = run_sizes(config, spec.resolved, machine, vocab_size, compiled_head)
@@ -71,6 +75,7 @@ def plan_report(spec: RunSpec) -> str:
         speed = measure_speed(sizes, spec, free) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(_facts(spec, sizes, vocab_size))
+    console.print(_defaults(spec, vocab_size, is_estimated))
     console.print(_memory(spec, sizes, plan, room))
     console.print(_memory_options(spec, sizes, plan))
     console.print(_time_and_disk(spec, sizes, vocab_size, speed))
@@ -108,6 +113,55 @@ def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
     strategy = "single device" if machine.strategy == "auto" else f"strategy={machine.strategy}"
     table.add_row("devices", devices, f"{strategy}; {split}")
     return table
+
+
+def _with_estimated_steps(spec: RunSpec) -> tuple[RunSpec, bool]:
+    """Return the run with the estimated steps of its epochs, and whether they could be estimated before preparation."""
+    config = spec.config
+    if config.epochs is None:
+        return spec, False
+    try:
+        text = 0 if config.takes_pairs else data_module(spec).text_bytes()
+    except InputError:  # a plan may be made where the data are not
+        text = 0
+    if not text:
+        return spec, False
+    samples = text / BYTES_OF_A_TOKEN * (1 - config.val_fraction) / config.context
+    return replace(spec, config=with_steps(config, steps_of_epochs(config, samples))), True
+
+
+def _defaults(spec: RunSpec, vocab_size: int, is_estimated: bool) -> Table:
+    """Return the keys whose default follows the size of the model, each with where its value comes from.
+
+    Args:
+        is_estimated: whether the steps are those of epochs of data that are not prepared yet.
+    """
+    config, table = spec.config, _table("\nDefaults by size of the model", "", "", "from")
+    by_size = explain_sizes(config, spec.resolved.model, spec.machine.accelerator == "gpu")
+    sources = {key: source for key, (_, source) in by_size.items()}
+    if config.epochs is not None:
+        about = "at most, since the data are not prepared" if is_estimated else "UNKNOWN until the data are prepared"
+        sources["steps"] = f"epochs={config.epochs:g}: {about}"
+    for key in size_defaults.RULES:
+        if key == "batch_tokens" and config.takes_pairs:
+            table.add_row("batch_sequences", f"{config.batch_sequences:,}", _given(config, "batch_sequences"))
+            continue
+        value = value_of(config, key)
+        text = f"{value:,}" if isinstance(value, int) else "null" if value is None else f"{value:g}"
+        table.add_row(key, text, sources.get(key) or _given(config, key))
+    is_compiled = auto_settings.compile_pays(spec, vocab_size)
+    gain = "saves time within this run" if is_compiled else "would take longer than it saves"
+    source = _given(config, "compile") if config.compile != size_defaults.AUTO else f"size, steps and device: {gain}"
+    table.add_row("compile", str(is_compiled).lower(), source)
+    return table
+
+
+def _given(config: RunConfig, key: str) -> str:
+    """Return where the value of a key comes from that does not follow the size."""
+    if key in given_keys(config.invocation.overrides):
+        return "given"
+    experiment = config.groups.get("experiment", "none")
+    return "conf/" if experiment == "none" else f"conf/, experiment={experiment}"
 
 
 def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) -> Table:

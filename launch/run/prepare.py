@@ -1,5 +1,6 @@
 """Prepare: makes the data of a resolved run, and what follows from them; once, in the process that starts the run."""
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,16 @@ from gpt2lab.settings import DataFacts
 from launch import logging_setup
 from launch.checks import baseline, checks
 from launch.config.run_spec import Prepared, PreparedSpec, RunSpec
+from launch.config.schema import RunConfig, steps_of_epochs, with_size_defaults, with_steps
 from launch.distributed import multi_node
 from launch.run import auto_settings, disk_space, resolve, resume
 from launch.run.resume import Existing
+
+log = logging.getLogger(__name__)
+
+MOST_PASSES = (
+    16  # after four a pass is worth less than new text, after 16 little (Muennighoff et al., arXiv 2305.16264)
+)
 
 
 def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFacts, PreparedSpec]:
@@ -38,6 +46,8 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     data = build.data_module(spec)
     facts = data.prepare()
     resume.check_data(existing, facts.hash)
+    spec = _with_steps(spec, len(data.train_samples), existing)
+    _warn_of_repeated_data(spec.config, len(data.train_samples))
     vocab_size = resolve.vocabulary(spec, facts)
     checks.check_heads(spec.resolved.model.n_embd or 0, spec.resolved.model.n_head or 1)
     compile_head = stored.compile_head if stored else auto_settings.compiling_the_head_pays(spec)
@@ -58,6 +68,41 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     if spec.config.task_name == "distill":
         facts, prepared = _prepare_teacher(spec, prepared, data, facts)
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
+
+
+def _with_steps(spec: RunSpec, samples: int, existing: Existing | None) -> RunSpec:
+    """Return the run with the steps of its epochs, which schedule, plan and compile then follow.
+
+    Args:
+        samples: of the training data, each of which an epoch uses once.
+
+    Raises:
+        InputError: the warm-up does not fit, or a resumed run has completed more.
+    """
+    config = spec.config
+    if config.epochs is None:
+        return spec
+    steps = steps_of_epochs(config, samples)
+    config = with_steps(config, steps)
+    if existing is None or existing.checkpoint is None:
+        config = with_size_defaults(config, spec.resolved.model, spec.machine.accelerator == "gpu")  # the warm-up
+    log.info("epochs=%g: %d steps of %d of %d sequences", config.epochs, steps, config.global_batch_rows, samples)
+    checks.check_schedule(config)
+    if existing is not None:
+        resume.check_steps(existing, config)
+    return replace(spec, config=config)
+
+
+def _warn_of_repeated_data(config: RunConfig, samples: int) -> None:
+    """Log a warning where the default number of steps repeats the training data too often."""
+    passes = config.steps * config.global_batch_rows / samples
+    if "steps" in config.invocation.auto_keys and passes > MOST_PASSES:
+        log.warning(
+            "steps=%d, the default for this size, are %.0f passes over the training data. "
+            "Give more data, fewer steps, or early_stop_patience= with export=best.",
+            config.steps,
+            passes,
+        )
 
 
 def _prepare_teacher(spec: RunSpec, prepared: Prepared, data: Any, facts: DataFacts) -> tuple[DataFacts, Prepared]:

@@ -124,17 +124,28 @@ def _teacher_folder(config: RunConfig, model: ModelKeys) -> str:
 
 def _check_teacher(config: RunConfig, teacher: str) -> None:
     """The teacher reads the student's windows; with loss=uld it has a tokenizer, and longer windows are cut."""
-    positions, is_uld = read_shape(Path(teacher))["n_positions"], config.loss.name == "uld"
-    if not is_uld and config.context > positions:
-        raise InputError(
-            f"context={config.context} is longer than the {positions} positions of the teacher {teacher}.\n"
-            f"Lower context to {positions}, or name a teacher with more positions."
-        )
+    check_teacher_context(config, teacher)
     print(f"teacher: {teacher}", file=sys.stderr)
-    if is_uld and not has_tokenizer(Path(teacher)):
+    if config.loss.name == "uld" and not has_tokenizer(Path(teacher)):
         raise InputError(
             f"loss=uld runs the teacher on its own tokens, but {teacher} holds no tokenizer.\n"
             "Put its tokenizer.json there."
+        )
+
+
+def check_teacher_context(config: RunConfig, teacher: str) -> None:
+    """Check that the teacher has positions for the student's windows; with loss=uld longer ones are cut.
+
+    Args:
+        teacher: its folder; "" without one.
+    """
+    if not teacher or config.loss.name == "uld":
+        return
+    positions = read_shape(Path(teacher))["n_positions"]
+    if config.context > positions:
+        raise InputError(
+            f"context={config.context} is longer than the {positions} positions of the teacher {teacher}.\n"
+            f"Lower context to {positions}, or name a teacher with more positions."
         )
 
 

@@ -21,7 +21,7 @@ from gpt2lab.storage.checkpoint_ledger import (
     checkpoint_step,
     newest_good_checkpoint,
 )
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import is_finished, read_report
 from gpt2lab.system.determinism import fix_cublas_workspace
 from launch.checks import checks, objective
 from launch.config import plugins, run_dir, run_spec
@@ -101,7 +101,7 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
     stored = run_spec.load(folder / run_dir.CONFIG)  # raises where the file is of another program
     fix_cublas_workspace(stored.config.trainer.get("deterministic"))
     if newest is None:
-        if checkpoint_files(folder) or read_report(folder).get("status") == "finished" or _had_checkpoints(folder):
+        if checkpoint_files(folder) or is_finished(read_report(folder)) or _had_checkpoints(folder):
             weights = f", or from its exported weights: init={shlex.quote(str(folder))}" * (folder / "hf").is_dir()
             raise InputError(
                 f"The run in {folder} has no whole checkpoint to continue from.\n"
@@ -117,12 +117,24 @@ def existing_run(config: RunConfig, folder: Path | None) -> Existing | None:
         checks.check_values(read)
     _check_teacher(stored)
     spec = _changed(stored, config)
-    if newest and spec.config.steps < checkpoint_step(newest):
+    existing = Existing(folder, spec, stored, newest)
+    if spec.config.epochs is None:  # else `prepare` checks it, which counts the steps
+        check_steps(existing, spec.config)
+    return existing
+
+
+def check_steps(existing: Existing, config: RunConfig) -> None:
+    """Check that a resumed run has not completed more steps than it is given.
+
+    Raises:
+        InputError: it has.
+    """
+    completed = checkpoint_step(existing.checkpoint) if existing.checkpoint else 0
+    if config.steps < completed:
+        given = f"steps={config.steps}" if config.epochs is None else f"epochs={config.epochs:g} ({config.steps} steps)"
         raise InputError(
-            f"steps={spec.config.steps}: the run in {folder} has completed {checkpoint_step(newest)}.\n"
-            "Give more than that."
+            f"{given}: the run in {existing.folder} has completed {completed} steps.\nGive more than that."
         )
-    return Existing(folder, spec, stored, newest)
 
 
 def _had_checkpoints(folder: Path) -> bool:
@@ -137,6 +149,10 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     if is_cluster_rank() and (config.devices, config.num_nodes) != (stored.machine.devices, stored.machine.num_nodes):
         given |= {"devices", "num_nodes"}  # as torchrun or srun started the ranks
     values = {name: vars(config)[name] for name in given}
+    if "steps" in given:
+        values["epochs"] = None  # in which its length was given before
+    if "trainer.max_time" in given_keys(config.invocation.overrides):
+        values["trainer"] = {**stored.config.trainer, "max_time": config.trainer["max_time"]}
     if "sampling" in given:
         values["sampling"] = _changed_sampling(stored.config, config)
     of_machine = {name for name in given if known_keys()[name].of_machine}
@@ -229,7 +245,7 @@ def _check_changes(config: RunConfig, stored: PreparedSpec, folder: Path) -> Non
     overrides, started_with = config.invocation.overrides, set(stored.config.invocation.overrides)
     changeable = changeable_keys()
     for override, key in zip(overrides, given_keys(overrides), strict=True):
-        if key.split(".")[0] in (*changeable, *LOCATION_KEYS) or override in started_with:
+        if {key, key.split(".")[0]} & {*changeable, *LOCATION_KEYS} or override in started_with:
             continue
         raise InputError(
             f"{override} cannot be changed when a run is continued: {folder} continues with its own config.yaml.\n"

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 
+from callbacks.best import find_best
 from callbacks.checkpoint import is_complete
 from callbacks.interrupt import Interrupt, StoppedNowError
 from callbacks.progress_marks import ProgressMarks
@@ -37,7 +38,7 @@ def train(
         heartbeat: of one rank of several.
 
     Returns:
-        The report, and `watched`, the last value of the metric that the run is judged by.
+        The report, and `watched`, the value of the metric that the run is judged by, for the exported weights.
 
     Raises:
         InputError: configuration and data do not fit.
@@ -109,5 +110,6 @@ def _outcome(trainer: lightning.Trainer, folder: Path) -> dict[str, Any]:
         )
         raise exit_codes.Exit(codes.get(reason, exit_codes.FAILED), message if trainer.is_global_zero else "")
     metric = trainer.lightning_module.watched_metric
-    metrics = {**report.get("metrics", {}), **trainer.callback_metrics}  # a run with no step left has only the former
+    # A run with no step left has only the former
+    metrics = {**report.get("metrics", {}), **find_best(trainer).exported_metrics(trainer)}
     return {"watched_metric": metric, **report, "watched": float(metrics[metric]) if metric in metrics else None}

@@ -37,7 +37,7 @@ from gpt2lab.settings import ModelShape, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_json, write_text
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.model_folder import read_shape
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import is_finished, read_report
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
 from launch.checks.study_plan import PlannedRun, steps_in_the_same_time
@@ -77,7 +77,13 @@ def _run_arms(study: "Study") -> None:
     factor = {arm: rates.get(arm, baseline).factor for arm in study_plan.arms(config)}
     equal = [_run_arm(study, arm, TOKENS, config.steps, factor[arm]) for arm in study_plan.arms(config)]
     longer = [
-        _run_arm(study, ce.arm, TIME, steps_in_the_same_time(ce.steps, ce.seconds, kd.seconds), factor[ce.arm])
+        _run_arm(
+            study,
+            ce.arm,
+            TIME,
+            steps_in_the_same_time(ce.made_steps or ce.steps, ce.seconds, kd.seconds),
+            factor[ce.arm],
+        )
         for ce, kd in zip(equal[::2], equal[1::2], strict=True)
         if ce.seconds and kd.seconds
     ]
@@ -120,7 +126,7 @@ class Study:
         overrides = study_plan.run_overrides(planned, self.config, self.teacher, self.tokenizer)
         overrides = [*overrides, "resume=auto"]  # resumes a run that was interrupted with this study
         job = self.runs[planned] = Job(len(self.runs) + 1, overrides, self.folder / planned.name)
-        if read_report(job.folder).get("status") == "finished":
+        if is_finished(read_report(job.folder)):
             job.status = "finished"
             print(f"run {job.number}: {planned.name} has finished already", flush=True)
             return self._report(planned)
@@ -299,7 +305,8 @@ def _run_arm(study: Study, arm: Arm, budget: str, steps: int, factor: float) -> 
     losses = {seed: _finite(report.get("val_loss")) for seed, report in reports.items()}
     stored = {seed: read_document_losses(study.runs[run].folder) for seed, run in planned.items()}
     documents = {seed: one for seed, one in stored.items() if one is not None}
-    return arm_result(arm, budget, steps, losses, seconds, documents)
+    made = [report["steps"] for report in reports.values() if report]
+    return arm_result(arm, budget, steps, losses, seconds, documents, median(made) if made else None)
 
 
 def _finite(loss: float | None) -> float | None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
 from gpt2lab.storage.folder_lock import FolderLock
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import is_finished, read_report
 from launch import exit_codes
 from launch.config import machine, run_dir, run_spec
 from launch.config.groups import experiment_keys, values
@@ -233,7 +233,8 @@ def _prepare(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_t
     if without(stored, CHANGEABLE_ON_RESUME) != without(config.invocation.overrides, CHANGEABLE_ON_RESUME):
         job.status, job.error = "failed", f"{job.folder} contains another job; resume a sweep with the same command"
         return None
-    if read_report(job.folder).get("status") in ("finished", "pruned"):
+    report = read_report(job.folder)
+    if is_finished(report) or report.get("status") == "pruned":
         jobs.record_end(job, exit_codes.FINISHED, "")
         return None
     return config

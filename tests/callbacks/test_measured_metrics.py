@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -86,8 +87,8 @@ def test_a_row_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pyt
     """The power fails just after the checkpoint of step 4 is in the ledger."""
     tiny_run.train(tmp_path / "unbroken", tmp_path / "cache", steps=6)
 
-    def failing(run_dir: Path, step: int, keep_last: int) -> Path:
-        path = commit_checkpoint(run_dir, step, keep_last)
+    def failing(*arguments: Any) -> Path:
+        path = commit_checkpoint(*arguments)
         raise RuntimeError(f"power cut after {path}")
 
     with monkeypatch.context() as patch:
