@@ -41,14 +41,16 @@ class Best(lightning.Callback):
         self.step: int | None = None
         self.metrics: dict[str, float] = {}
         self.validations_since = 0
+        self.validated_step = -1
         self.has_stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "metrics": self.metrics, "validations_since": self.validations_since}
+        counts = {"validations_since": self.validations_since, "validated_step": self.validated_step}
+        return {"step": self.step, "metrics": self.metrics, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.metrics = state_dict["step"], state_dict["metrics"]
-        self.validations_since = state_dict["validations_since"]
+        self.validations_since, self.validated_step = state_dict["validations_since"], state_dict["validated_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_without_improvement(trainer)  # a run that was stopped early is resumed with the same patience
@@ -62,8 +64,9 @@ class Best(lightning.Callback):
         value = trainer.strategy.broadcast(measured.get(watched, math.nan), src=0)  # all ranks must stop together
         if is_better(watched, value, self.metrics.get(watched)):
             self.step, self.metrics, self.validations_since = trainer.global_step, measured, 0
-        else:
+        elif self.validated_step != trainer.global_step:  # else repeated after a failure within the validation
             self.validations_since += 1
+        self.validated_step = trainer.global_step
         if not self.exports_best or self.step in (None, trainer.global_step):
             self._write_documents(trainer, pl_module)
         self._stop_without_improvement(trainer)

@@ -1,6 +1,7 @@
 """FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import callbacks.checkpoint
+from callbacks.best import find_best
 from gpt2lab.analysis.optuna_storage import STUDY_FILE, load_study
 from gpt2lab.evaluation.document_losses import read_document_losses
 from gpt2lab.model.backbone import load_backbone
@@ -179,6 +180,23 @@ def test_early_stop_counts_as_finished_and_over_a_resume(run: Any, train_here: T
     assert answer.code == 0, answer.stderr
     halves = read_report(tmp_path / "halves")
     assert (halves["status"], halves["steps"]) == ("finished", last + 1)
+
+
+def test_a_validation_repeated_after_a_failure_counts_once(
+    run: Any, tiny: list[str], train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, trainer: Any, *_unused: Any) -> None:
+        if find_best(trainer).validations_since == 1:
+            raise OSError("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.checkpoint.Checkpoint, "on_validation_end", fails)
+        answer = train_here(*tiny, *STOPPING, "run_dir=run")
+    assert "Input/output error" in answer.stderr
+    assert read_entries(tmp_path / "run")[-1].step == validations(tmp_path / "run")[-1][0]
+    answer = train_here("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert validations(tmp_path / "run")[-1][0] == best_of(tmp_path / "run")[0] + 4
 
 
 @pytest.mark.usefixtures("jobs_here")
