@@ -119,6 +119,8 @@ def as_input_error(error: Exception) -> InputError | None:
     if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # from a file name in the data
         text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
         return InputError(f"This file name is not valid UTF-8: {text!r}\nRename the file.")
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        return InputError("The working directory no longer exists.\nChange to another one: cd FOLDER")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
         return InputError("A path begins with ~, but that user has no home directory.\nWrite out the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -135,6 +137,14 @@ def as_input_error(error: Exception) -> InputError | None:
 
         return to_input_error(error)
     return None
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109 — Path.cwd() of a deleted folder raises another error
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager

@@ -99,6 +99,22 @@ def test_a_path_of_an_unknown_user_is_refused(train_here: Train, tiny: list[str]
     assert answer.stderr == "error: A path begins with ~, but that user has no home directory.\nWrite out the path.\n"
 
 
+@pytest.mark.parametrize("keys", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
+def test_a_working_directory_that_cannot_be_used_is_refused(
+    keys: list[str], train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir("/proc")
+    answer = train_here(*tiny, *keys)
+    assert answer.code == 2
+    assert answer.stderr.splitlines()[0].endswith(": . cannot be written to.")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    answer = train_here(*tiny, *keys)
+    assert answer.stderr == "error: The working directory no longer exists.\nChange to another one: cd FOLDER\n"
+
+
 @pytest.mark.slow
 def test_a_run_without_a_home_trains(cache: Path, tmp_path: Path, tiny: list[str]):
     keys = [key for key in tiny if not key.startswith("logger")]
