@@ -15,6 +15,9 @@ from gpt2lab.storage.atomic_files import can_write
 # Environment variable → the folder that a library uses without it, below the home directory
 FOLDERS = {"GPT2LAB_CACHE": ".cache/gpt2lab", "HF_HOME": ".cache/huggingface", "WANDB_CACHE_DIR": ".cache/wandb"}
 FOLDERS |= {"WANDB_CONFIG_DIR": ".config/wandb", "WANDB_DATA_DIR": ".local/share/wandb", "TRITON_HOME": "."}
+# Environment variable → the one of the XDG standard that its library reads too
+XDG = {"HF_HOME": "XDG_CACHE_HOME", "WANDB_CACHE_DIR": "XDG_CACHE_HOME"}
+XDG |= {"WANDB_CONFIG_DIR": "XDG_CONFIG_HOME", "WANDB_DATA_DIR": "XDG_DATA_HOME"}
 READ_ONLY = ("HF_HOME", "WANDB_CONFIG_DIR")  # useful even so: downloaded models, a login
 
 
@@ -34,7 +37,7 @@ def substitute_unwritable() -> None:
     missing = {
         name: folder
         for name, folder in FOLDERS.items()
-        if name not in os.environ and not (name in READ_ONLY and (home / folder).is_dir())
+        if not {name, XDG.get(name)} & set(os.environ) and not (name in READ_ONLY and (home / folder).is_dir())
     }
     missing = {name: folder for name, folder in missing.items() if not _can_create(home / folder)}
     if not missing:

@@ -75,6 +75,14 @@ def test_a_read_only_home_is_still_read(tmp_path: Path):
     assert (hub, found_home) == (str(home / ".cache" / "huggingface"), str(home)), "models that were downloaded earlier"
 
 
+def test_folders_that_are_given_have_no_substitute(tmp_path: Path):
+    given = {"HOME": "/proc/none", "GPT2LAB_CACHE": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    ended = run((), tmp_path, **given)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    cache, hub, _ = ended.stdout.splitlines()
+    assert (cache, hub) == (given["GPT2LAB_CACHE"], f"{given['XDG_CACHE_HOME']}/huggingface")
+
+
 def test_a_writable_home_is_used_without_a_message(tmp_path: Path):
     ended = run((), tmp_path, HOME=str(tmp_path / "home"))
     assert (ended.returncode, ended.stderr) == (0, "")
