@@ -7,6 +7,7 @@ import getpass
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from gpt2lab.errors import InputError
@@ -64,8 +65,9 @@ def _can_create(folder: Path) -> bool:
 def _own_temporary_folder() -> Path:
     """Create a folder for temporary files that only this user can use, or return the one of an earlier run."""
     folder = Path(temporary_folder(), f"gpt2lab-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+    with suppress(FileExistsError):  # also of a file or a link
+        folder.mkdir(mode=0o700)
+    if not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise InputError(
             f"{folder} belongs to another user.\nSet the environment variable HOME to a folder that you can write."
         )

@@ -75,6 +75,15 @@ def test_a_read_only_home_is_still_read(tmp_path: Path):
     assert (hub, found_home) == (str(home / ".cache" / "huggingface"), str(home)), "models that were downloaded earlier"
 
 
+def test_a_link_in_place_of_the_substitute_is_refused(tmp_path: Path):
+    """Another user may have created it in a shared folder."""
+    (tmp_path / f"gpt2lab-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    ended = run((), tmp_path, HOME="/proc/none")
+    assert ended.returncode == 2
+    assert "belongs to another user" in ended.stderr
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_folders_that_are_given_have_no_substitute(tmp_path: Path):
     given = {"HOME": "/proc/none", "GPT2LAB_CACHE": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
     ended = run((), tmp_path, **given)
