@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.storage.atomic_files import full_disk_message
 from gpt2lab.storage.damaged_files import warn_once
+from gpt2lab.system.out_of_memory import out_of_memory_reason
 from launch import home_folder, standard_streams
 from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
@@ -111,9 +112,15 @@ def as_input_error(error: Exception) -> InputError | None:
         return error
     if full := full_disk_message(error):
         return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
+    if memory := out_of_memory_reason(error):
+        return InputError(
+            f"Out of memory: {memory}.\nUse a smaller model, context or max_new_tokens, or precision=bf16."
+        )
     if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # from a file name in the data
         text = error.object[max(error.start - 60, 0) : error.end + 60].encode("utf-8", "backslashreplace").decode()
         return InputError(f"This file name is not valid UTF-8: {text!r}\nRename the file.")
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        return InputError("The working directory no longer exists.\nChange to another one: cd FOLDER")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
         return InputError("A path begins with ~, but that user has no home directory.\nWrite out the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -130,6 +137,14 @@ def as_input_error(error: Exception) -> InputError | None:
 
         return to_input_error(error)
     return None
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109 — Path.cwd() of a deleted folder raises another error
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager

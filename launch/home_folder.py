@@ -7,6 +7,7 @@ import getpass
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from gpt2lab.errors import InputError
@@ -15,6 +16,9 @@ from gpt2lab.storage.atomic_files import can_write
 # Environment variable → the folder that a library uses without it, below the home directory
 FOLDERS = {"GPT2LAB_CACHE": ".cache/gpt2lab", "HF_HOME": ".cache/huggingface", "WANDB_CACHE_DIR": ".cache/wandb"}
 FOLDERS |= {"WANDB_CONFIG_DIR": ".config/wandb", "WANDB_DATA_DIR": ".local/share/wandb", "TRITON_HOME": "."}
+# Environment variable → the one of the XDG standard that its library reads too
+XDG = {"HF_HOME": "XDG_CACHE_HOME", "WANDB_CACHE_DIR": "XDG_CACHE_HOME"}
+XDG |= {"WANDB_CONFIG_DIR": "XDG_CONFIG_HOME", "WANDB_DATA_DIR": "XDG_DATA_HOME"}
 READ_ONLY = ("HF_HOME", "WANDB_CONFIG_DIR")  # useful even so: downloaded models, a login
 
 
@@ -34,7 +38,7 @@ def substitute_unwritable() -> None:
     missing = {
         name: folder
         for name, folder in FOLDERS.items()
-        if name not in os.environ and not (name in READ_ONLY and (home / folder).is_dir())
+        if not {name, XDG.get(name)} & set(os.environ) and not (name in READ_ONLY and (home / folder).is_dir())
     }
     missing = {name: folder for name, folder in missing.items() if not _can_create(home / folder)}
     if not missing:
@@ -61,8 +65,9 @@ def _can_create(folder: Path) -> bool:
 def _own_temporary_folder() -> Path:
     """Create a folder for temporary files that only this user can use, or return the one of an earlier run."""
     folder = Path(temporary_folder(), f"gpt2lab-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+    with suppress(FileExistsError):  # also of a file or a link
+        folder.mkdir(mode=0o700)
+    if not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise InputError(
             f"{folder} belongs to another user.\nSet the environment variable HOME to a folder that you can write."
         )

@@ -30,6 +30,7 @@ FLAGS_WITH_VALUE += ("-cd", "--package", "-p")
 INFO = ("--info", "-i")  # whose value may be left out
 FLAGS: tuple[str, ...] = (*FLAGS_WITH_VALUE, *INFO, "--help", "-h", "--hydra-help", "--version", "--resolve")
 FLAGS += ("--multirun", "-m", "--shell-completion", "-sc")
+SWEEPS = "sweeps"  # parent of the default hydra.sweep.dir, conf/train.yaml
 CFG_VALUES = ("job", "hydra", "all")  # values of --cfg
 INFO_VALUES = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -50,6 +51,9 @@ def quote_free_text(arguments: list[str]) -> list[str]:
     for argument in arguments:
         _check_override(argument)
     sweeping = is_multirun(arguments)
+    if sweeping and not {"--cfg", "-c", *INFO} & set(arguments):
+        given = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
+        run_dir.check_creatable(Path([SWEEPS, *given][-1]).expanduser(), "hydra.sweep.dir")
     flags, overrides = _split_flags(arguments)
     overrides = _without_plus(overrides)
     if sweeping and not {"-m", "--multirun", "--cfg", "-c"} & set(flags):
@@ -80,8 +84,6 @@ def _check_override(argument: str) -> None:
         raise InputError(f"{argument}: Hydra's plugins are selected by launcher=processes.\nLeave it out.")
     if name == "hydra.run.dir":
         raise InputError(f"{argument}: a run's folder is set by run_dir=FOLDER or name=NAME.")
-    if name == "hydra.sweep.dir":
-        run_dir.check_creatable(Path(value).expanduser(), "hydra.sweep.dir")
     if not equals or name not in groups():
         return
     if "/" in value:

@@ -1,4 +1,4 @@
-"""Child processes: their PYTHONPATH, their end with the parent process, and signal forwarding to them."""
+"""Child processes: where they import modules from, their end with the parent process, and signal forwarding to them."""
 
 import ctypes
 import os
@@ -16,10 +16,21 @@ _PR_SET_PDEATHSIG = 1
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment, with a PYTHONPATH on which `python -m` finds the project from any folder."""
+    """Return this process's environment, with the module search path of child processes (`module_path`)."""
+    return {**os.environ, **module_path()}
+
+
+def module_path() -> dict[str, str]:
+    """Return the variables that decide where a child process of any kind imports modules from.
+
+    They are the project, then PYTHONPATH, then what is installed. The working directory is not among them: a user's
+    `callbacks/` or `random.py` there would replace a module of this project or of the standard library. So empty
+    entries of PYTHONPATH, which stand for that folder, are left out.
+    """
     checkout = str(ROOT) if IS_CHECKOUT else ""  # site-packages would come before the standard library
-    python_path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": python_path}
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    entries = dict.fromkeys(entry for entry in [checkout, *given] if entry)
+    return {"PYTHONPATH": os.pathsep.join(entries), "PYTHONSAFEPATH": "1"}
 
 
 def die_with_parent(parent: int) -> None:

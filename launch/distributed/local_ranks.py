@@ -202,7 +202,7 @@ def _start_and_wait(spec: PreparedSpec, folder: Path, scratch: Path) -> tuple[Pr
         OUTCOME_FILE: str(scratch / OUTCOME),
         HEARTBEATS: str(scratch),
         "OMP_NUM_THREADS": str(spec.machine.threads),
-        "PYTHONPATH": child_processes.environment()["PYTHONPATH"],
+        **child_processes.module_path(),
     }
     allowed = ("--allow-targets", ",".join(spec.config.allow_targets))
     arguments = ("-P", "-m", "launch.run.job", str(folder / "config.yaml"), str(os.getpid()), "--rank", *allowed)

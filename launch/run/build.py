@@ -33,6 +33,7 @@ from launch.config.schema import RunConfig, with_references
 from launch.config.targets import OWN_PACKAGES, call, check_arguments, instantiate, target_class
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
+from launch.run import memory_limit
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
@@ -82,7 +83,7 @@ def data_module(spec: RunSpec) -> Any:
         "tokenizer": spec.resolved.tokenizer,
         "context": config.context,
         "batch_sequences": config.global_batch_rows,
-        "eval_batch_sequences": machine.largest_micro_batch,
+        "eval_batch_sequences": memory_limit.validation_batch(spec),
         "accumulate": machine.accumulate,
         "seed": config.seed,
         "workers": config.workers,

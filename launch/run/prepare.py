@@ -13,7 +13,7 @@ from launch.checks import baseline, checks
 from launch.config.run_spec import Prepared, PreparedSpec, RunSpec
 from launch.config.schema import RunConfig, steps_of_epochs, with_size_defaults, with_steps
 from launch.distributed import multi_node
-from launch.run import auto_settings, disk_space, resolve, resume
+from launch.run import auto_settings, disk_space, memory_limit, resolve, resume
 from launch.run.resume import Existing
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     disk_space.check(spec, vocab_size, existing.folder if existing else None)
     warn_of_little_memory(spec, plan)
     if spec.config.task_name == "distill":
-        facts, prepared = _prepare_teacher(spec, prepared, data, facts)
+        with memory_limit.convert_out_of_memory(spec):
+            facts, prepared = _prepare_teacher(spec, prepared, data, facts)
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
 
 

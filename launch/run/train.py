@@ -24,7 +24,7 @@ from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch import exit_codes, rank_environment
 from launch.config.run_dir import RunDirectory, kept_checkpoint_message
 from launch.config.run_spec import PreparedSpec, RunSpec
-from launch.run import build, disk_space
+from launch.run import build, disk_space, memory_limit
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ def train(
             if heartbeat is not None:
                 callbacks.insert(0, ProgressMarks(heartbeat))
             trainer = build.trainer(spec, folder, callbacks, build.loggers(spec, folder))
-            _fit(trainer, module, data, checkpoint)
+            with memory_limit.convert_out_of_memory(spec, folder):
+                _fit(trainer, module, data, checkpoint)
     return _outcome(trainer, folder)
 
 

@@ -84,13 +84,11 @@ def run_sweep(
     with ExitStack() as held:
         try:
             _check_together(combinations, tasks, sweep_config)
-            known = [
-                Job(number, overrides, folder / str(number)) for number, overrides in enumerate(combinations, first)
-            ]
-            jobs.check_common_errors(known, _composer(loader, sweep_config), len(tasks) > 1, searched)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
             _check_folder(folder, combinations, first, isinstance(source, JobList))
+            known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
+            jobs.check_common_errors(known, _composer(loader, sweep_config), len(tasks) > 1, searched)
             executor = _executor(sweep_config, folder)
         except InputError:
             held.close()

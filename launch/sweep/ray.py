@@ -1,25 +1,32 @@
 """RayJobs: executor that runs each job as an actor of a Ray cluster; the actors end with this process."""
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.system.socket_folder import short_folder
 from launch import exit_codes
 from launch.checks import resource_request
 from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import RunConfig
+from launch.distributed import child_processes
 from launch.sweep.cluster_task import ClusterTask
 from launch.sweep.executor import Executor
 from launch.sweep.job_process import JobProcess
 
 # Prefixes of environment variables that are copied to workers
-FORWARDED_VARIABLES = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY", "PYTHONPATH")
+FORWARDED_VARIABLES = ("GPT2LAB_", "HF_", "WANDB_", "OMP_WAIT_POLICY")
 # For a cluster started here: no usage statistics, normal priority of workers, no warning about hidden GPUs
 RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Folder that Ray puts on the module search path of its workers: the working directory may contain a `random.py`
+MODULES = child_processes.ROOT if child_processes.IS_CHECKOUT else Path(sys.prefix)
+SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store") + 5  # below RAY_TMPDIR
 NO_RESTART = {"max_restarts": 0, "max_task_retries": 0}  # runs resume from their run directory, not through Ray
 
 
@@ -100,16 +107,19 @@ class RayJobs(Executor):
             raise InputError("launcher=ray needs Ray.\nInstall it: .venv/bin/pip install 'ray>=2.50'")
         for name, value in RAY_VARIABLES.items():
             os.environ.setdefault(name, value)
+        if launcher.address == "local":
+            os.environ.setdefault("RAY_TMPDIR", short_folder(SOCKET))
         import ray
 
         previous = signal.getsignal(signal.SIGTERM)  # Ray replaces this handler
         try:
-            ray.init(
-                address=launcher.address,
-                include_dashboard=False if launcher.address == "local" else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with contextlib.chdir(MODULES):
+                ray.init(
+                    address=launcher.address,
+                    include_dashboard=False if launcher.address == "local" else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"launcher.address={launcher.address}: no Ray cluster found ({str(error).splitlines()[0]}).\n"
@@ -135,6 +145,7 @@ class RayJobs(Executor):
             num_cpus=request["CPU"], num_gpus=request["GPU"], memory=memory, max_concurrency=2, **NO_RESTART
         )
         environment = {key: value for key, value in os.environ.items() if key.startswith(FORWARDED_VARIABLES)}
+        environment |= child_processes.module_path()
         worker: Any = actor.remote(environment)
         return RayJob(worker, worker.run.remote(ClusterTask(config, output, errors)))
 

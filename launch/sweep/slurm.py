@@ -271,8 +271,7 @@ def _environment(is_local: bool) -> Iterator[None]:
 
     A local job also ignores SIGINT: this process forwards a Ctrl-C, which would otherwise reach the job twice.
     """
-    python_path = {"PYTHONPATH": child_processes.environment()["PYTHONPATH"], "PYTHONSAFEPATH": "1"}
-    changed = {**python_path, "SUBMITIT_PREEMPT_SIGNAL": "USR2"}
+    changed = {**child_processes.module_path(), "SUBMITIT_PREEMPT_SIGNAL": "USR2"}
     previous = {key: os.environ.get(key) for key in changed}
     os.environ |= changed
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_local else None

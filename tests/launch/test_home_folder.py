@@ -75,6 +75,23 @@ def test_a_read_only_home_is_still_read(tmp_path: Path):
     assert (hub, found_home) == (str(home / ".cache" / "huggingface"), str(home)), "models that were downloaded earlier"
 
 
+def test_a_link_in_place_of_the_substitute_is_refused(tmp_path: Path):
+    """Another user may have created it in a shared folder."""
+    (tmp_path / f"gpt2lab-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    ended = run((), tmp_path, HOME="/proc/none")
+    assert ended.returncode == 2
+    assert "belongs to another user" in ended.stderr
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_folders_that_are_given_have_no_substitute(tmp_path: Path):
+    given = {"HOME": "/proc/none", "GPT2LAB_CACHE": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    ended = run((), tmp_path, **given)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    cache, hub, _ = ended.stdout.splitlines()
+    assert (cache, hub) == (given["GPT2LAB_CACHE"], f"{given['XDG_CACHE_HOME']}/huggingface")
+
+
 def test_a_writable_home_is_used_without_a_message(tmp_path: Path):
     ended = run((), tmp_path, HOME=str(tmp_path / "home"))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -97,6 +114,22 @@ def test_a_path_of_an_unknown_user_is_refused(train_here: Train, tiny: list[str]
     answer = train_here(*keys, "path=~no-such-user/text")
     assert answer.code == 2
     assert answer.stderr == "error: A path begins with ~, but that user has no home directory.\nWrite out the path.\n"
+
+
+@pytest.mark.parametrize("keys", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
+def test_a_working_directory_that_cannot_be_used_is_refused(
+    keys: list[str], train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir("/proc")
+    answer = train_here(*tiny, *keys)
+    assert answer.code == 2
+    assert answer.stderr.splitlines()[0].endswith(": . cannot be written to.")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    answer = train_here(*tiny, *keys)
+    assert answer.stderr == "error: The working directory no longer exists.\nChange to another one: cd FOLDER\n"
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from launch.standard_streams import READER_GONE
 from tests.conftest import ROOT, environment, started
 
 TEXT = "step 4 · val 5.5 ± 0.1 … é 日 \ud800"
-HELP = ("train.py", "evaluate.py", "generate.py", "-m launch.commands.demo", "-m launch.commands.consolidate")
+HELP = ["train.py", "evaluate.py", "generate.py"]
+HELP += [f"-m launch.commands.{path.stem}" for path in sorted((ROOT / "launch" / "commands").glob("[a-z]*.py"))]
 
 
 def printed(text: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
