@@ -89,7 +89,7 @@ class TrainingKeys:
     )
     log_every: int = key("optimizer steps between logged training losses", within=EVERY_STEPS, on_resume=True)
     export: str = key(
-        "weights in hf/, by which sweeps rank the run; best: those of the best validation (default of finetune)",
+        "weights in hf/, by which sweeps rank the run; best: of the best validation (default of finetune)",
         choices=("last", "best"),
         read_by="callbacks=checkpoint",
     )
