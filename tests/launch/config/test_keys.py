@@ -218,8 +218,8 @@ def test_help_on_a_group_has_its_values_and_defaults() -> None:
     text = help_text(["--help", "optimizer"])
     assert all(f"optimizer={value}" in text for value in values("optimizer"))
     assert "optimizer.lr=auto" in text
-    assert "optimizer.lr=1e-3" in help_text(["--help", "optimizer=adamw"])
-    assert "optimizer.lr=1e-3" in help_text(["optimizer=adamw", "--help", "optimizer"])
+    assert "optimizer.beta2=0.999" in help_text(["--help", "optimizer=adam"])
+    assert "optimizer.beta2=0.999" in help_text(["optimizer=adam", "--help", "optimizer"])
 
 
 @pytest.mark.parametrize("name", [*PLAIN_KEYS, *GROUP_KEYS])
