@@ -80,9 +80,11 @@ class OptimizerSettings:
     """Under muon the hidden matrices use Muon and everything else AdamW at `adamw_lr`."""
 
     name: str = key("name of the optimizer", choices=OPTIMIZERS)
-    lr: float = key("peak learning rate", within="(0, inf)", by_size=True)
+    lr: float = key("peak learning rate; auto: by the size of the model", within="(0, inf)", by_size=True)
     weight_decay: float = key(
-        "weight decay; Muon and AdamW: decoupled, on matrices only; Adam: L2", within="[0, inf)", by_size=True
+        "weight decay, auto by size; Muon and AdamW: decoupled, on matrices only; Adam: L2",
+        within="[0, inf)",
+        by_size=True,
     )
     beta1: float = key("decay of the first moment in Adam and AdamW", 0.9, within="[0, 1)")
     beta2: float = key("decay of the second moment in Adam and AdamW", 0.95, within="[0, 1)")

@@ -52,18 +52,23 @@ class DistillationKeys:
 class TrainingKeys:
     """Length and size of the training."""
 
-    steps: int = key("number of optimizer steps", within="[1, 1e9]", on_resume=True, by_size=True)
+    steps: int = key(
+        "number of optimizer steps; auto: by the size of the model", within="[1, 1e9]", on_resume=True, by_size=True
+    )
     epochs: float | None = key(
         "passes over the training data, instead of steps; null: steps counts", within="(0, 1e6]", on_resume=True
     )
     batch_tokens: int = key(
-        "tokens per optimizer step, over all devices", within="[1, 1e9]", read_by="running text", by_size=True
+        "tokens per optimizer step, over all devices; auto: by size",
+        within="[1, 1e9]",
+        read_by="running text",
+        by_size=True,
     )
     batch_sequences: int = key("pairs per optimizer step, over all devices", within="[1, 1e6]", read_by="pairs")
     micro_batch: int | str = key(
         "sequences per device and forward pass; auto: by free memory", within="[1, 1e6]", auto=True, of_machine=True
     )
-    context: int = key("sequence length in tokens", within="[2, 1e6]", by_size=True)
+    context: int = key("sequence length in tokens; auto: by size", within="[2, 1e6]", by_size=True)
     packing: bool = key("pack documents or pairs into shared rows, without attention between them")
     label_smoothing: float = key("label smoothing of the training loss; validation has none", within="[0, 1)")
     z_loss: float = key("weight of logsumexp² of the logits in the training loss; PaLM's is 1e-4", within="[0, inf)")
@@ -84,7 +89,7 @@ class TrainingKeys:
     )
     log_every: int = key("optimizer steps between logged training losses", within=EVERY_STEPS, on_resume=True)
     export: str = key(
-        "weights in hf/, by which sweeps rank the run; best: those of the best validation (default of finetune)",
+        "weights in hf/, by which sweeps rank the run; best: of the best validation (default of finetune)",
         choices=("last", "best"),
         read_by="callbacks=checkpoint",
     )

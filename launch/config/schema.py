@@ -266,6 +266,7 @@ def explain_sizes(config: RunConfig, model: ModelKeys, on_gpu: bool) -> dict[str
     Args:
         model: its sizes, with those of init; unknown ones are null.
     """
+    lora = config.task.get("lora")  # its types are checked later
     facts = size_defaults.Facts(
         layers=model.n_layer or 0,
         width=model.n_embd or 0,
@@ -273,7 +274,7 @@ def explain_sizes(config: RunConfig, model: ModelKeys, on_gpu: bool) -> dict[str
         on_gpu=on_gpu,
         optimizer=config.optimizer.name,
         from_weights=config.init_names_weights,
-        lora=config.lora_rank > 0,
+        lora=isinstance(lora, dict) and bool(lora.get("rank")),
         pairs=config.takes_pairs,
     )
     given = [name for name in size_defaults.RULES if name not in config.invocation.auto_keys]

@@ -81,7 +81,7 @@ LORA_LR, DECAY_FROM_WEIGHTS, DECAY = 2e-4, 0.01, 0.1
 
 @dataclass(frozen=True)
 class Facts:
-    """What the defaults depend on.
+    """Facts of a run that the defaults depend on.
 
     Attributes:
         layers, width, positions: of the model; 0: unknown.

@@ -217,9 +217,9 @@ def test_help_names_every_group_value_and_plain_key(train_here: Train) -> None:
 def test_help_on_a_group_has_its_values_and_defaults() -> None:
     text = help_text(["--help", "optimizer"])
     assert all(f"optimizer={value}" in text for value in values("optimizer"))
-    assert "optimizer.lr=3e-3" in text
-    assert "optimizer.lr=1e-3" in help_text(["--help", "optimizer=adamw"])
-    assert "optimizer.lr=1e-3" in help_text(["optimizer=adamw", "--help", "optimizer"])
+    assert "optimizer.lr=auto" in text
+    assert "optimizer.beta2=0.999" in help_text(["--help", "optimizer=adam"])
+    assert "optimizer.beta2=0.999" in help_text(["optimizer=adam", "--help", "optimizer"])
 
 
 @pytest.mark.parametrize("name", [*PLAIN_KEYS, *GROUP_KEYS])

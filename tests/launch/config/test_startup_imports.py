@@ -16,7 +16,7 @@ HEAVY |= {"submitit", "numpy", "scipy", "sympy", "triton", "optuna", "sqlalchemy
 COMMANDS = [
     ("train.py --help", 0, "--cfg job"),
     ("train.py -h", 0, "--cfg job"),
-    ("train.py --help optimizer", 0, "optimizer.lr=3e-3"),
+    ("train.py --help optimizer", 0, "optimizer.lr=auto"),
     ("train.py --help stpes", 2, "did you mean steps?"),
     ("train.py --cfg job", 0, "batch_tokens:"),
     ("train.py modle=small", 2, "no key modle"),
