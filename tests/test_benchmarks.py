@@ -152,6 +152,15 @@ def test_the_scaling_benchmark_runs(cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_benchmark_of_two_ranks_measures_text_and_muon(cache: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.benchmark_ranks", "--model=nano", "--prompts=3", "--tokens=4"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    (row,) = cells(ended.stdout)
+    assert row[:3] == ["nano", "bf16", "fsdp"]
+    assert all(float(value) >= 0 for value in row[3:])
+
+
+@pytest.mark.slow
 def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.benchmark_sweep_overhead", "--tiny", "--rounds=1", "--jobs=2"]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)

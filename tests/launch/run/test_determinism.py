@@ -1,6 +1,7 @@
 """trainer.deterministic=true: set in every process before CUDA starts; runs repeat bitwise, also after SIGKILL."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import NUCLEUS, ModelShape
+from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.system import determinism
 from launch.run import build
-from tests.conftest import ROOT, Train, environment
+from tests.conftest import ROOT, Distil, Train, environment
 from tests.launch.run.test_resume import assert_same_end, finish, kill_after_step
 from tests.support.configurations import composed, prepared, resolved
 
@@ -93,6 +95,42 @@ def test_tokens_may_be_chosen_on_another_device(monkeypatch: pytest.MonkeyPatch)
         given = {"max_new_tokens": 8, "end_of_text": 0, "row_seeds": [1, 2]}
         texts.append(generate_ids(lm, [[5, 6], [7]], NUCLEUS, **given))
     assert texts[0] == texts[1]
+
+
+DISTILLED: tuple[tuple[str, ...], ...] = (
+    ("loss=jsd",),
+    ("loss=taid", "packing=true"),
+    ("teacher_cache=topk", "teacher_cache.k=8"),
+    ("teacher_cache=sampled", "teacher_cache.n=8"),
+    ("sequences=gkd", "sequences.lmbda=1", "sequences.max_new_tokens=8"),
+)
+PRETRAINED = tuple((f"objective={name}", "packing=true") for name in ("clm", "prefix_lm", "mlm", "fim"))
+PRETRAINED += (("objective=sampled_softmax", "objective.negatives=50"), ("layer_drop=0.5",), ("precision=bf16_true",))
+SAMPLED = ("callbacks=default", "callbacks.checkpoint.verify_export=false", "callbacks.samples.max_new_tokens=6")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [*DISTILLED, *PRETRAINED], ids=" ".join)
+def test_every_task_trains_with_deterministic_algorithms(
+    keys: tuple[str, ...],
+    distil: Distil,
+    train_here: Train,
+    tiny: list[str],
+    reset_algorithms: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch then fills new memory with NaN, so a loss that reads any of it would not be finite."""
+    monkeypatch.setenv(determinism.CUBLAS_VARIABLE, ":4096:8")
+    given = (*keys, *SAMPLED, DETERMINISTIC, "compile=false", "run_dir=run")
+    if keys in DISTILLED:
+        distil(*given, "preflight=off", without=("callbacks",))
+    else:
+        own = [key for key in tiny if not key.startswith(("callbacks", keys[0].split("=")[0]))]
+        answer = train_here(*own, *given, "steps=4")
+        assert answer.code == 0, answer.stderr
+    losses = [float(row[name]) for row in read_metrics("run") for name in ("train/loss", "val/loss") if row.get(name)]
+    assert losses
+    assert all(map(math.isfinite, losses))
 
 
 PROCESSES = {
