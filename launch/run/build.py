@@ -94,6 +94,7 @@ def data_module(spec: RunSpec) -> Any:
         "target": config.target,
         "objective": config.objective,
         "packing": config.packing,
+        "validate_tokens": config.most_validated,
     }
     node = {key: value for key, value in config.data.items() if key not in READ_BEFORE_IT_IS_BUILT}
     # A preset names its own columns and files; a key given on the command line goes before them.

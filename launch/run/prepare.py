@@ -41,7 +41,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     vocab_size = resolve.vocabulary(spec, facts)
     checks.check_heads(spec.resolved.model.n_embd or 0, spec.resolved.model.n_head or 1)
     compile_head = stored.compile_head if stored else auto_settings.compiling_the_head_pays(spec)
-    target_share = facts.val_tokens / (len(data.val_samples) * spec.config.context)
+    target_share = facts.val_tokens / (len(data.val_rows) * spec.config.context)
     plan = planned_memory(spec, vocab_size, compile_head, target_share)
     prepared = Prepared(
         data_hash=facts.hash,
