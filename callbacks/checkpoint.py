@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from callbacks.ending import is_pruned, run_status
 from callbacks.loggers.protocols import TakesModels
-from callbacks.throughput import outside_training_time
+from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
@@ -131,15 +131,19 @@ class Checkpoint(lightning.Callback):
             log.warning("%s is missing or damaged and is written again.", folder)
             self._export(trainer, pl_module)
         if self.verify_export:
-            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-            length = min(model.config.n_positions, 64)
-            ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
-            with torch.no_grad():
-                difference = verify_in_fresh_process(folder, ids, model(ids).logits)
-            log.info("%s loads with transformers only; largest difference of logits %.1e", folder, difference)
+            with outside_training_time(trainer, EXPORT):
+                self._verify(folder)
         for logger in trainer.loggers:
             if isinstance(logger, TakesModels):
                 logger.log_model(folder)
+
+    def _verify(self, folder: Path) -> None:
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+        length = min(model.config.n_positions, 64)
+        ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
+        with torch.no_grad():
+            difference = verify_in_fresh_process(folder, ids, model(ids).logits)
+        log.info("%s loads with transformers only; largest difference of logits %.1e", folder, difference)
 
     def _has_valid_export(self) -> bool:
         try:
@@ -157,7 +161,7 @@ class Checkpoint(lightning.Callback):
         step, scratch = trainer.global_step, scratch_file(self.run_dir, trainer.global_step)
         name = checkpoint_file(self.run_dir, step)
         with (
-            outside_training_time(trainer),
+            outside_training_time(trainer, SAVE),
             input_error_when_full(f"the checkpoint of step {step}, {name}", lambda: recovery_hint(self.run_dir)),
         ):
             checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
@@ -176,6 +180,10 @@ class Checkpoint(lightning.Callback):
         self.saved_step = step
 
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        with outside_training_time(trainer, EXPORT):
+            self._write_export(trainer, pl_module)
+
+    def _write_export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         model = pl_module.export_on_first_rank()
         if model is not None:
             scores = {n: f"{float(v):.4f}" for n, v in trainer.callback_metrics.items() if n.startswith("val/")}

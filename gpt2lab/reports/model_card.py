@@ -1,6 +1,8 @@
 """Model card: README.md of an exported model, with Python code that runs it with transformers only."""
 
 import json
+import re
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,6 +10,7 @@ from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.data.special_tokens import find_special_tokens
 from gpt2lab.settings import OBJECTIVES
 
+STEPS = "steps"  # fact of the card: optimizer steps of the exported weights
 SOURCE = "def add(a, b):\n    return a + b"
 
 
@@ -39,6 +42,17 @@ tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.f
 {_example(objective, tokenizer, template)}
 ```
 """
+
+
+def read_step(folder: Path) -> int | None:
+    """Return the optimizer step of a folder's weights from its card; None if that names none."""
+    try:
+        found = re.search(
+            rf"^- {STEPS}: (\d{{1,18}})$", (folder / "README.md").read_text("utf-8"), re.ASCII | re.MULTILINE
+        )
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(found[1]) if found else None
 
 
 def _pair_facts(template: PairTemplate | None) -> str:

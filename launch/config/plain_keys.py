@@ -73,6 +73,7 @@ class TrainingKeys:
         "most tokens of a validation, a fixed sample of the validation split; full: the whole split",
         within="[1, inf)",
         word=FULL,
+        on_resume=False,  # a curve, a best model and a sweep compare losses on one part of the split
     )
     checkpoint_every: int = key("optimizer steps between checkpoints", within=EVERY_STEPS, on_resume=True)
     checkpoint_format: str = key(

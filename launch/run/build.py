@@ -19,6 +19,7 @@ from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning, TrialReports
 from callbacks.report import Report
 from callbacks.same_settings import SameSettings
+from callbacks.throughput import PREPARE, Throughput
 from datamodules.micro_batches import SampleDataModule
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
@@ -185,6 +186,8 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     for callback in callbacks:
         if isinstance(callback, Report):
             callback.facts = _report_facts(spec, facts)
+        if isinstance(callback, Throughput):
+            callback.seconds[PREPARE] = spec.prepared.seconds
     callbacks.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
     if config.invocation.trial is None:
         return callbacks

@@ -30,6 +30,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     from launch.run import build
     from launch.run.plan_report import planned_memory, warn_of_little_memory
 
+    started = time.monotonic()
     logging_setup.silence_libraries()  # of Lightning, which the imports above bring
     stored = existing.stored.prepared if existing else None
     is_resumed = existing is not None and existing.checkpoint is not None
@@ -57,6 +58,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     warn_of_little_memory(spec, plan)
     if spec.config.task_name == "distill":
         facts, prepared = _prepare_teacher(spec, prepared, data, facts)
+    prepared = replace(prepared, seconds=round(time.monotonic() - started, 2))
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
 
 

@@ -13,8 +13,12 @@ from datamodules.micro_batches import SampleDataModule
 from datamodules.pairs import PairData
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.data_order import validation_rows
+from gpt2lab.data.tokenizer import load_tokenizer
+from gpt2lab.errors import InputError
 from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
+from launch.evaluate import eval_data
 from tests.conftest import Command, Train
+from tests.support.configurations import composed
 
 LIMIT = 2000
 COMMON: dict[str, Any] = {
@@ -30,8 +34,9 @@ COMMON: dict[str, Any] = {
 def made(sources: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SampleDataModule]:
     """Prepare running text or pairs, the same files each time, with changed arguments."""
     pairs = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
-    lines = [line.strip() for line in (sources / "textwrap.py").read_text().splitlines()]
-    pairs.write_text("source\ttarget\n" + "".join(f"{number}\t{line}\n" for number, line in enumerate(lines) if line))
+    lines = [line.strip() for file in sorted(sources.glob("*.py")) for line in file.read_text().splitlines()]
+    short = [f"{number}\t{line}\n" for number, line in enumerate(lines) if 4 < len(line) < 40 and line.isprintable()]
+    pairs.write_text("source\ttarget\n" + "".join(short))
 
     def make(kind: str, **changes: Any) -> SampleDataModule:
         given = {**COMMON, "cache_dir": str(cache), "val_fraction": 0.3, **changes}
@@ -72,8 +77,6 @@ def test_tokens_and_bytes_are_those_that_are_validated(made: Callable[..., Any],
     assert [place for batch in batches for place in batch.places.tolist()] == list(range(len(data.val_rows)))
     assert data.facts.val_tokens == sum(batch.target_tokens for batch in batches)
     labels = [row[row != IGNORE_INDEX] for batch in batches for row in batch.labels]
-    from gpt2lab.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(data.facts.tokenizer_folder)
     texts = [tokenizer.decode(row, skip_special_tokens=True).encode(errors="surrogateescape") for row in labels]
     assert data.facts.val_bytes == pytest.approx(sum(map(len, texts)), abs=2 * len(texts)), "characters cut by windows"
@@ -90,11 +93,32 @@ def test_objectives_validate_on_the_same_windows(made: Callable[..., Any], objec
     assert data.facts.val_tokens == data.val_samples.target_counts(data.val_rows).sum()
 
 
-def test_leaving_out_samples_does_not_change_the_order_of_the_rest() -> None:
+def test_leaving_out_samples_keeps_the_order_of_the_rest() -> None:
     numbers, tokens = np.arange(1000), np.random.default_rng(0).integers(1, 50, 1000)
     kept = np.delete(numbers, slice(0, 1000, 7))
     before, after = validation_rows(numbers, tokens, 5000), kept[validation_rows(kept, tokens[kept], 5000)]
     assert set(before) - set(after) <= set(numbers[::7])
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_checkpoints_with_other_tokenizers_score_the_same_text(made: Callable[..., Any], kind: str) -> None:
+    def modules() -> list[SampleDataModule]:
+        sizes = (300, 340)
+        return [made(kind, validate_tokens=LIMIT, tokenizer=TokenizerChoice("bpe", vocab_size=size)) for size in sizes]
+
+    config = composed(f"validate_tokens={LIMIT}")
+    compared = modules()
+    if kind == "pairs":
+        eval_data.keep_common_pairs([data.sides(all_text=False) for data in compared], 32)  # type: ignore[attr-defined]
+    eval_data.choose_rows(compared, config, same_text=kind == "pairs")
+    numbers = [data.val_samples.numbered_tokens()[0][data.val_rows].tolist() for data in compared]
+    if kind == "pairs":
+        assert numbers[0] == numbers[1]
+        assert not compared[0].validates_all
+    else:
+        assert all(data.validates_all for data in compared)
+        with pytest.raises(InputError, match="validate_tokens=full"):
+            eval_data.choose_rows(modules(), config, same_text=False, is_given=True)
 
 
 def test_evaluate_scores_what_the_run_validated(
