@@ -1,6 +1,7 @@
 """The exported weights of a complete run are scored once, on a larger part of the validation split."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from callbacks.final_score import FinalScore
 from gpt2lab.storage.report_json import read_report
-from tests.conftest import Command, Train, needs_two_cores
+from tests.conftest import Command, Train, needs_two_cores, started
 
 WORDS = ("steps=4", "validate_every=4", "threads=1", "seed=1")
 SMALL = "validate_tokens=640"
@@ -89,6 +90,32 @@ def test_a_score_lost_by_a_kill_is_computed_once(
     longer = report_of(train_here("resume=killed", "steps=6"), "killed")
     assert longer["full_val_loss"] != unbroken["full_val_loss"]
     assert len(scores) == 3
+
+
+class KillWhileScoring(lightning.Callback):
+    """Ends this process by SIGKILL when the score begins, if KILL_WHILE_SCORING is set."""
+
+    def setup(self, *_unused: Any, **_named: Any) -> None:
+        if os.environ.get("KILL_WHILE_SCORING"):
+            logging.getLogger("callbacks.final_score").addFilter(self._kill)
+
+    def _kill(self, record: logging.LogRecord) -> bool:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+@pytest.mark.slow
+def test_resume_adds_the_score_after_a_sigkill(train_here: Train, tiny: list[str], cache: Path, tmp_path: Path) -> None:
+    words = [*tiny, *WORDS, SMALL, f"+callbacks.kill._target_={__name__}.KillWhileScoring"]
+    killed = started(cache, tmp_path, *words, "run_dir=killed", KILL_WHILE_SCORING="1")
+    _, stderr = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, stderr
+    report = read_report("killed")
+    assert (report["status"], report.get("full_val_loss")) == ("finished", None)
+    again = report_of(train_here("resume=killed", f"allow_targets=[{__name__}]"), "killed")
+    unbroken = report_of(train_here(*words, "run_dir=unbroken"), "unbroken")
+    assert again["full_val_loss"] == unbroken["full_val_loss"]
+    assert again["full_val_loss_error"] == unbroken["full_val_loss_error"]
 
 
 class Stop(lightning.Callback):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config
 
+from gpt2lab.errors import InputError
 from launch.config.run_spec import RunSpec
 from launch.config.schema import ModelKeys
 from launch.memory.memory_plan import memory_plan
@@ -77,3 +78,33 @@ def test_gpu_commands_train_for_most_of_their_compute(command: str, models: dict
     limit = rank_memory_limit(spec.machine, int(80e9), 0)
     assert limit is not None
     assert memory_plan(sizes).peak <= limit
+
+
+KEYS = ("accelerator=cpu", "steps=1000", "batch_tokens=256", "context=32", "validate_tokens=3200")
+
+
+def cost_of(*words: str, split: int | None = None) -> tuple[run_cost.RunCost, RunSpec]:
+    spec = resolved(composed(*KEYS, *words))
+    sizes = run_sizes(spec.config, spec.resolved, spec.machine, 300)
+    return run_cost.run_cost(spec, sizes, disk_space.run_files(spec, 300), split), spec
+
+
+def test_the_time_of_a_plan_has_every_phase() -> None:
+    """Ten validations, samplings and saves of 1,000 steps of 256 tokens, at 100 tokens a second."""
+    cost, spec = cost_of("callbacks.final_score.tokens=32000")
+    files, seconds = disk_space.run_files(spec, 300), cost.seconds(100.0, decoding=0.5)
+    assert seconds["train"] == pytest.approx(2_560)
+    validation, samples = (10 * 3200 + 32_000) / 3 / 100, 10 * 9 * (32 + 48) / 3 / 100
+    assert seconds["validate"] == pytest.approx(validation)
+    assert seconds["sample"] == pytest.approx(samples + 10 * 3 * 48 * 0.5)
+    assert seconds["save"] == pytest.approx(10 * files.checkpoint / run_cost.DISK_BYTES)
+    assert seconds["export"] == pytest.approx(20 * files.export / run_cost.DISK_BYTES + run_cost.VERIFY_SECONDS)
+    assert cost.training_share == pytest.approx(2_560 / (2_560 + validation + samples))
+
+
+def test_a_small_split_limits_what_a_plan_validates() -> None:
+    assert cost_of(split=320)[0].seconds(100.0, 0.0)["validate"] == pytest.approx(10 * 320 / 3 / 100)
+    whole = cost_of("validate_tokens=full", split=6400)[0]
+    assert whole.seconds(100.0, 0.0)["validate"] == pytest.approx(10 * 6400 / 3 / 100)
+    with pytest.raises(InputError, match="known once the data are prepared"):
+        cost_of("validate_tokens=full")
