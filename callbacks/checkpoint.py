@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel
 from callbacks.best import find_best
 from callbacks.ending import is_pruned, run_status
 from callbacks.loggers.protocols import TakesModels
-from callbacks.throughput import outside_training_time
+from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.metric_names import VALIDATION_PREFIX
@@ -148,15 +148,19 @@ class Checkpoint(lightning.Callback):
         if not self._restore_best(trainer, pl_module, is_damaged) and is_damaged:
             self._export(trainer, pl_module)
         if self.verify_export:
-            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-            length = min(model.config.n_positions, 64)
-            ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
-            with torch.no_grad():
-                difference = verify_in_fresh_process(folder, ids, model(ids).logits)
-            log.info("%s loads with transformers only; largest difference of logits %.1e", folder, difference)
+            with outside_training_time(trainer, EXPORT):
+                self._verify(folder)
         for logger in trainer.loggers:
             if isinstance(logger, TakesModels):
                 logger.log_model(folder)
+
+    def _verify(self, folder: Path) -> None:
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+        length = min(model.config.n_positions, 64)
+        ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size  # (2, T) any fixed ids
+        with torch.no_grad():
+            difference = verify_in_fresh_process(folder, ids, model(ids).logits)
+        log.info("%s loads with transformers only; largest difference of logits %.1e", folder, difference)
 
     def _has_valid_export(self) -> bool:
         try:
@@ -180,7 +184,7 @@ class Checkpoint(lightning.Callback):
         scratch = scratch_file(self.run_dir, step)
         name, best_step = checkpoint_file(self.run_dir, step), self._exported_step(trainer)
         with (
-            outside_training_time(trainer),
+            outside_training_time(trainer, SAVE),
             input_error_when_full(f"the checkpoint of step {step}, {name}", lambda: recovery_hint(self.run_dir)),
         ):
             checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
@@ -204,6 +208,10 @@ class Checkpoint(lightning.Callback):
 
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Write `hf` from the weights that are in memory; collective."""
+        with outside_training_time(trainer, EXPORT):
+            self._write_export(trainer, pl_module)
+
+    def _write_export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         model = pl_module.export_on_first_rank()
         if model is not None:
             card = self._card(model, trainer.global_step, pl_module.tokens_seen, trainer.callback_metrics)

@@ -16,7 +16,7 @@ from lightning import Trainer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from callbacks.loggers.tensorboard import TensorBoard
-from callbacks.throughput import outside_training_time
+from callbacks.throughput import VALIDATE, outside_training_time
 from gpt2lab.data.special_tokens import find_special_tokens
 from gpt2lab.generation.completion import fill_masks, prompt_ids
 from gpt2lab.reports.embedding_projector import write_projector
@@ -63,7 +63,7 @@ class Inspect(lightning.Callback):
                 file.unlink()
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        with outside_training_time(trainer), torch.no_grad():
+        with outside_training_time(trainer, VALIDATE), torch.no_grad():
             # Exporting a sharded model is collective
             if pl_module.is_sharded or trainer.is_global_zero:
                 model = pl_module.export_model()

@@ -6,8 +6,8 @@ from typing import Any
 import lightning
 from lightning import Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as EtaColumn
 
+from callbacks.remaining_time import remaining_seconds
 from callbacks.terminal import console, show
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
@@ -33,9 +33,9 @@ class ProgressBar(lightning.Callback):
         if not trainer.is_global_zero or not console.is_terminal:
             return
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[numbers]}"))
-        times = (TimeElapsedColumn(), TextColumn("ETA"), EtaColumn(compact=True))
+        times = (TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
         self._bar = Progress(*columns, *times, console=console, auto_refresh=False, expand=True)
-        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, numbers="")
+        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, numbers="", eta="")
         self._bar.start()
 
     def on_train_batch_start(
@@ -73,13 +73,17 @@ class ProgressBar(lightning.Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             if time.monotonic() - self._drawn > REFRESH or step == total:
-                self._bar.update(self._task, numbers=_numbers(trainer))  # reading them synchronizes the GPU
+                # Reading both synchronizes the GPU
+                self._bar.update(self._task, numbers=_numbers(trainer), eta=self._eta(trainer))
                 self._bar.refresh()
                 self._drawn = time.monotonic()
         elif step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total:
-            seconds = (time.monotonic() - self._started) / (step - self._first_step) * (total - step)
-            eta = f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
-            show("  ".join(part for part in (f"step {step}/{total}", _numbers(trainer), f"ETA {eta}") if part))
+            show("  ".join(part for part in (f"step {step}/{total}", _numbers(trainer), self._eta(trainer)) if part))
+
+    def _eta(self, trainer: Trainer) -> str:
+        """Format the time until the run has ended."""
+        seconds = remaining_seconds(trainer, self._first_step, time.monotonic() - self._started)
+        return f"ETA {seconds // 60:.0f}:{seconds % 60:02.0f}"
 
     def _close(self) -> None:
         if self._bar is not None:

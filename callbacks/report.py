@@ -11,6 +11,7 @@ from lightning import Trainer
 from callbacks.best import find_best
 from callbacks.checkpoint import is_complete
 from callbacks.ending import run_status, stop_reason
+from callbacks.throughput import find_throughput
 from gpt2lab.errors import ExportError
 from gpt2lab.reports.run_report import build_report, write_report
 from gpt2lab.storage.report_json import FINISHED, read_report
@@ -24,11 +25,13 @@ class Report(lightning.Callback):
 
     Attributes:
         facts: facts from outside the training: task, model, data, command.
+        score: score of the exported weights (final_score.py); empty without one.
         content: the written report.
     """
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
+        self.score: dict[str, Any] = {}
         self.content: dict[str, Any] = {}
         self._earlier_seconds = 0.0
         self._start = time.monotonic()
@@ -49,36 +52,41 @@ class Report(lightning.Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if run_status(trainer) in FINISHED and trainer.global_step < trainer.max_steps:
             log.info("Training ended early, after step %d of %d.", trainer.global_step, trainer.max_steps)
-        self._write(trainer, pl_module, run_status(trainer))
+        self.write(trainer, pl_module, run_status(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Write the status of training; a failure after the last state was saved does not change it."""
         is_later = isinstance(exception, Exception | SystemExit) and not isinstance(exception, ExportError)
         if is_later and is_complete(trainer):
-            self._write(trainer, pl_module, run_status(trainer))
+            self.write(trainer, pl_module, run_status(trainer))
             return
         if not self._has_trained and read_report(trainer.default_root_dir):
             return  # a resumed run failed before training: keep the earlier report
         stopped = stop_reason(trainer) != "" or isinstance(exception, SystemExit)  # a signal outside training
         error = "" if stopped else f"{type(exception).__name__}: {exception}"
-        self._write(trainer, pl_module, "stopped" if stopped else "failed", error)
+        self.write(trainer, pl_module, "stopped" if stopped else "failed", error)
 
-    def _write(self, trainer: Trainer, pl_module: lightning.LightningModule, status: str, error: str = "") -> None:
+    def write(self, trainer: Trainer, pl_module: lightning.LightningModule, status: str, error: str = "") -> None:
+        """Write both files, on the first rank."""
         if not trainer.is_global_zero:
             return
-        best = find_best(trainer)
+        best, throughput = find_best(trainer), find_throughput(trainer)
+        phases = throughput.seconds_by_phase() if throughput is not None else {}
         facts = {
             **self.facts,
             "parameters": sum(p.numel() for p in pl_module.backbone.parameters()) if pl_module.is_built else None,
             "steps": trainer.global_step,
             "tokens_seen": pl_module.tokens_seen,
             "seconds": round(self._seconds(), 2),
+            "seconds_by_phase": {name: round(value, 2) for name, value in phases.items()},
             # not pl_module's: at the end of the fit Lightning has moved it to the CPU
             "peak_memory_bytes": device.peak_memory_bytes(trainer.strategy.root_device),
             "stopped_by": stop_reason(trainer),
             "watched_metric": pl_module.watched_metric,
             "best_step": best.step,
             "export": "best" if best.exports_best else "last",
+            "val_tokens": pl_module.settings.val_tokens,
+            **self.score,
             **pl_module.facts_for_report(),
         }
         exported_step = best.step if best.exports_best else None

@@ -10,7 +10,7 @@ from lightning import Trainer
 from callbacks.interrupt import Interrupt
 from callbacks.loggers.protocols import TakesSamples
 from callbacks.terminal import show
-from callbacks.throughput import outside_training_time
+from callbacks.throughput import SAMPLE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
 from gpt2lab.system.stop_request import Interrupted, is_urgent
@@ -42,7 +42,8 @@ class Samples(lightning.Callback):
         if trainer.is_global_zero:
             drop_samples_after(trainer.default_root_dir, trainer.global_step)
         if self._due_step == trainer.global_step:
-            self._sample(trainer, pl_module)
+            with outside_training_time(trainer, SAMPLE):
+                self._sample(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -51,7 +52,7 @@ class Samples(lightning.Callback):
         due = step % self.every == 0 or step == trainer.max_steps
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not due:
             return
-        with outside_training_time(trainer):
+        with outside_training_time(trainer, SAMPLE):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

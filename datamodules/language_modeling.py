@@ -23,7 +23,8 @@ from datamodules.hub_documents import hub_corpus
 from datamodules.micro_batches import SampleDataModule
 from datamodules.ngram_overlap import NgramOverlap, log_share
 from datamodules.token_bins import bin_facts
-from datamodules.token_preparation import TRAIN, VAL, split_corpus, write_token_files
+from datamodules.token_preparation import TRAIN, VAL, count_bytes, split_corpus, write_token_files
+from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.document_groups import WindowDocuments
 from gpt2lab.data.objectives import Objective
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER, find_special_tokens
@@ -44,6 +45,7 @@ TEXT_FORMAT = 3  # changes when the same files yield other text or another split
 TOKEN_FORMAT = 3  # changes when the same tokens have other files or facts
 VALIDATION_SEED = 0  # random choices of validation are the same in every run
 COUNTED_AT_A_TIME = 2**24
+WINDOWS_AT_A_TIME = 1024
 
 
 class LanguageModelingData(SampleDataModule):
@@ -56,7 +58,8 @@ class LanguageModelingData(SampleDataModule):
         text_column: for source hub, and for record files.
         path, val_path, val_fraction: for files; bin takes a folder with train.bin and val.bin.
         on_bad_line: stop or skip, for records of files and data sets.
-        batch_sequences, accumulate, eval_batch_sequences: as for SampleDataModule; a sample is a window.
+        batch_sequences, accumulate, eval_batch_sequences, validate_tokens: as for SampleDataModule; a sample is a
+            window.
         objective: training objective; None: clm.
         packing: whether documents in one window do not attend to each other.
     """
@@ -89,8 +92,9 @@ class LanguageModelingData(SampleDataModule):
         eval_batch_sequences: int = 16,
         objective: ObjectiveSettings | None = None,
         packing: bool = False,
+        validate_tokens: int | None = None,
     ) -> None:
-        super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences)
+        super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences, validate_tokens)
         self.name: str = name
         self.objective = objective or ObjectiveSettings()
         self.packing = packing
@@ -134,19 +138,33 @@ class LanguageModelingData(SampleDataModule):
             for side, file in (("validation", val_file), ("training", train_file))
         )
         self.val_samples = Windows(val_file, val_objective, val_documents)
+        self.val_rows = self.validation_rows(self.validate_tokens)
         whole_file = TokenFile(folder / "train.bin", dtype, self.context, keep_short=True)
         self.all_train_samples = Windows(whole_file, val_objective, train_documents)
-        scores_all_text = self.objective.kind.scores_all_text
         return DataFacts(
             name=self.name,
             hash=facts["hash"],
             tokenizer_folder=tokenizer_folder,
             vocab_size=self._vocab_size,
             train_tokens=len(train_file.tokens),
-            val_tokens=int(self.val_samples.target_counts(np.arange(len(val_file))).sum()),
-            val_bytes=facts["val_bytes"] if scores_all_text else 0,
+            val_tokens=int(self.val_samples.target_counts(self.val_rows).sum()),
+            val_bytes=self._validated_bytes(val_file, facts["val_bytes"], tokenizer_folder),
             val_overlap=facts.get("val_overlap"),
         )
+
+    def _validated_bytes(self, file: TokenFile, of_split: int, tokenizer_folder: str) -> int:
+        """Return the UTF-8 bytes of the validated targets; 0 if unknown.
+
+        Args:
+            of_split: bytes of the whole split; 0 if unknown.
+        """
+        if not self.objective.kind.scores_all_text or not of_split:
+            return 0
+        if self.validates_all:
+            return of_split
+        tokenizer, starts = load_tokenizer(tokenizer_folder), range(0, len(self.val_rows), WINDOWS_AT_A_TIME)
+        labels = (file.read(self.val_rows[start : start + WINDOWS_AT_A_TIME])[1].numpy() for start in starts)
+        return sum(count_bytes(part[part != IGNORE_INDEX], tokenizer) for part in labels)
 
     def text_bytes(self) -> int:
         """Approximate size of both sides of the split in bytes; 0 if unknown before reading.
@@ -199,11 +217,12 @@ class LanguageModelingData(SampleDataModule):
         return self._sequential_loader(self.all_train_samples)
 
     def sliding_batches(self, stride: int, all_text: bool) -> list[SlidingWindows]:
-        """Return overlapping windows (windows.py) of the validation text, and with `all_text` of the training text."""
+        """Return overlapping windows (windows.py) of a validation, or with `all_text` of both sides of the split."""
         assert isinstance(self.val_samples, Windows)
         sides = [self.val_samples, self.all_train_samples] if all_text else [self.val_samples]
         size = self.eval_batch_sequences
-        return [SlidingWindows(side.file.tokens, self.context, stride, size, side.documents) for side in sides]
+        limit = None if all_text else self.validate_tokens
+        return [SlidingWindows(side.file.tokens, self.context, stride, size, side.documents, limit) for side in sides]
 
     def _objective(self, tokenizer_folder: str, seed: int) -> Objective:
         needs_special = self.objective.kind.rewrites_text

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from gpt2lab.data.batch import IGNORE_INDEX, Batch, Samples
-from gpt2lab.data.data_order import micro_batch_rows, step_samples
+from gpt2lab.data.batch import IGNORE_INDEX, Batch, Samples, ValidationSamples
+from gpt2lab.data.data_order import micro_batch_rows, step_samples, validation_rows
 from gpt2lab.system.socket_folder import shorten_for_multiprocessing
 
 ENDLESS = 2**62
@@ -91,27 +91,33 @@ class TrainingLoader(DataLoader[Batch]):
 
 
 class SequentialBatches(Dataset[Batch]):
-    """Batches of all samples in order; rank r takes batches r, r + world, …
+    """Batches of the samples `rows`, by default all, in order; rank r takes batches r, r + world, …
 
     All ranks have the same number of batches, because the forward of a sharded model is collective. If necessary the
     last ranks end with an empty batch: one row of ignored labels and target_tokens 0.
     """
 
-    def __init__(self, samples: Samples, batch: int, rank: int, world: int) -> None:
+    def __init__(
+        self, samples: Samples, batch: int, rank: int, world: int, rows: NDArray[np.int64] | None = None
+    ) -> None:
         self.samples = samples
+        self.rows = np.arange(len(samples), dtype=np.int64) if rows is None else rows
         self.batch = batch
         self.rank = rank
         self.world = world
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // (self.batch * self.world))
+        return -(-len(self.rows) // (self.batch * self.world))
 
     def __getitem__(self, number: int) -> Batch:
         if number >= len(self):
             raise IndexError(number)
         first = (self.rank + number * self.world) * self.batch
-        rows = np.arange(first, min(first + self.batch, len(self.samples)), dtype=np.int64)
-        return self.samples.batch(rows, int(self.samples.target_counts(rows).sum())) if len(rows) else self._filler()
+        rows = self.rows[first : first + self.batch]
+        if not len(rows):
+            return self._filler()
+        batch = self.samples.batch(rows, int(self.samples.target_counts(rows).sum()))
+        return replace(batch, places=torch.arange(first, first + len(rows)))
 
     def _filler(self) -> Batch:
         filler = self.samples.batch(np.zeros(1, dtype=np.int64), 0)
@@ -120,6 +126,7 @@ class SequentialBatches(Dataset[Batch]):
             filler,
             labels=torch.full_like(filler.labels, IGNORE_INDEX),
             indices=none,
+            places=none,
             prompt_lengths=None if filler.prompt_lengths is None else none,
             references=None if filler.references is None else [],
             documents=None if filler.documents is None else none,
@@ -133,14 +140,25 @@ class SampleDataModule(lightning.LightningDataModule):
         batch_sequences: samples of the global batch of one optimizer step.
         accumulate: micro-batches of one step on each rank.
         eval_batch_sequences: samples of one validation batch.
+        validate_tokens: most tokens of a validation; None: the whole split.
+
+    Attributes:
+        val_rows: validated samples of `val_samples`, ascending; `prepare` sets it.
     """
 
     kind: Literal["text", "pairs"]  # as in conf/data/*.yaml
     train_samples: Samples
-    val_samples: Samples
+    val_samples: ValidationSamples
+    val_rows: NDArray[np.int64]
 
     def __init__(
-        self, batch_sequences: int, accumulate: int, seed: int, workers: int, eval_batch_sequences: int
+        self,
+        batch_sequences: int,
+        accumulate: int,
+        seed: int,
+        workers: int,
+        eval_batch_sequences: int,
+        validate_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.batch_sequences = batch_sequences
@@ -148,6 +166,7 @@ class SampleDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.workers = workers
         self.eval_batch_sequences = eval_batch_sequences
+        self.validate_tokens = validate_tokens
 
     def train_dataloader(self) -> DataLoader:
         """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
@@ -162,8 +181,27 @@ class SampleDataModule(lightning.LightningDataModule):
         return self._stream()[part]
 
     def val_dataloader(self) -> DataLoader:
-        """Load the validation split once, distributed over the ranks."""
-        return self._sequential_loader(self.val_samples)
+        """Load the validated samples once, distributed over the ranks."""
+        return self.scoring_dataloader(self.val_rows)
+
+    def scoring_dataloader(self, rows: NDArray[np.int64]) -> DataLoader:
+        """Load the validation samples `rows` once, distributed over the ranks."""
+        return self._sequential_loader(self.val_samples, rows)
+
+    def validation_rows(self, limit: int | None) -> NDArray[np.int64]:
+        """Return the rows (n,), ascending, of a fixed sample of the validation split.
+
+        They depend on the data only, not on seed, devices or batches.
+
+        Args:
+            limit: most tokens of the sample; None: the whole split.
+        """
+        return validation_rows(*self.val_samples.numbered_tokens(), limit)
+
+    @property
+    def validates_all(self) -> bool:
+        """Whether a validation reads the whole split."""
+        return len(self.val_rows) == len(self.val_samples)
 
     def train_eval_dataloader(self) -> DataLoader:
         """Load the training split once in file order, for evaluation."""
@@ -194,11 +232,10 @@ class SampleDataModule(lightning.LightningDataModule):
             self.train_samples, self.batch_sequences, self.accumulate, self.seed, rank, world, first_step, repeated
         )
 
-    def _sequential_loader(self, samples: Samples) -> DataLoader:
+    def _sequential_loader(self, samples: Samples, rows: NDArray[np.int64] | None = None) -> DataLoader:
         rank, world, _ = self._rank_and_step()
-        return DataLoader(
-            SequentialBatches(samples, self.eval_batch_sequences, rank, world), batch_size=None, shuffle=False
-        )
+        batches = SequentialBatches(samples, self.eval_batch_sequences, rank, world, rows)
+        return DataLoader(batches, batch_size=None, shuffle=False)
 
     def _rank_and_step(self) -> tuple[int, int, int]:
         """Return (rank, number of ranks, optimizer step to start from)."""

@@ -24,6 +24,10 @@ class PairSamples:
     def __len__(self) -> int:
         return len(self.file)
 
+    def numbered_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (number, tokens of prompt and response) of each of the S pairs, (S,) both."""
+        return self.file.numbers.astype(np.int64), self.file.lengths
+
     def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         return self.file.target_counts(rows)
 

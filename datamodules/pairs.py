@@ -53,7 +53,7 @@ class PairData(SampleDataModule):
         path, val_path: files.
         on_bad_line: stop or skip, for records of files and data sets.
         val_fraction: share of the source texts held out without `val_path` and `val_split`.
-        batch_sequences, accumulate, eval_batch_sequences: see SampleDataModule; a sample is a pair.
+        batch_sequences, accumulate, eval_batch_sequences, validate_tokens: see SampleDataModule; a sample is a pair.
         objective: prefix_lm makes attention within prompts bidirectional; None: causal.
         packing: whether several training pairs share a row, without attending to each other.
 
@@ -96,8 +96,9 @@ class PairData(SampleDataModule):
         eval_batch_sequences: int = 16,
         objective: ObjectiveSettings | None = None,
         packing: bool = False,
+        validate_tokens: int | None = None,
     ) -> None:
-        super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences)
+        super().__init__(batch_sequences, accumulate, seed, workers, eval_batch_sequences, validate_tokens)
         self.name: str = name
         self.objective = objective or ObjectiveSettings()
         self.packing = packing
@@ -145,6 +146,7 @@ class PairData(SampleDataModule):
         warn_of_truncation(folder, self.name, self.context)
         self.train_samples = self._open(folder / "train", tokenizer, with_references=False)
         self.val_samples = self._open(folder / "val", tokenizer, with_references=True)
+        self.val_rows = self.validation_rows(self.validate_tokens)
         self._vocab_size = len(tokenizer)
         counts = read_ledger(folder)
         self._all_pairs = {side: counts[side]["pairs"] + counts[side]["too_long"] for side in SIDES}
@@ -154,10 +156,15 @@ class PairData(SampleDataModule):
             tokenizer_folder=tokenizer_folder,
             vocab_size=self._vocab_size,
             train_tokens=counts["train"]["targets"],
-            val_tokens=counts["val"]["targets"],
-            val_bytes=counts["val"]["bytes"],
+            val_tokens=int(self.val_samples.target_counts(self.val_rows).sum()),
+            val_bytes=counts["val"]["bytes"] if self.validates_all else self._response_bytes(self.val_rows),
             val_overlap=counts["val_overlap"],
         )
+
+    def _response_bytes(self, rows: NDArray[np.int64]) -> int:
+        """Return the UTF-8 bytes of the responses of the validation pairs `rows`."""
+        targets = self.val_samples.file.texts(rows)[1]
+        return sum(len(self.template.render_response(target).encode()) for target in targets)
 
     def train_dataloader(self) -> DataLoader:
         """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
@@ -191,18 +198,16 @@ class PairData(SampleDataModule):
         return ((source, target) for source, target, _ in self._split()[0]())
 
     def val_texts(self, count: int) -> tuple[list[str], list[str]]:
-        """Return original (sources, targets) of the first validation pairs."""
-        rows = np.arange(min(count, len(self.val_samples)))
-        return self.val_samples.file.texts(rows)
+        """Return original (sources, targets) of the first validated pairs."""
+        return self.val_samples.file.texts(self.val_rows[:count])
 
     def val_groups(self, count: int) -> list[int]:
-        """Return the document group of each of the first validation pairs."""
-        return self.val_samples.file.pair_groups(np.arange(min(count, len(self.val_samples)))).tolist()
+        """Return the document group of each of the first validated pairs."""
+        return self.val_samples.file.pair_groups(self.val_rows[:count]).tolist()
 
     def val_prompts(self, count: int) -> list[list[int]]:
-        """Return the token ids of the first validation pairs' prompts."""
-        rows = range(min(count, len(self.val_samples)))
-        sequences = (self.val_samples.file.sequence(row) for row in rows)
+        """Return the token ids of the first validated pairs' prompts."""
+        sequences = (self.val_samples.file.sequence(row) for row in self.val_rows[:count].tolist())
         return [tokens[:length].tolist() for tokens, length in sequences]
 
     def _split(self) -> tuple[Pairs, Pairs, dict[str, Any]]:

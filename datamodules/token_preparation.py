@@ -154,7 +154,7 @@ class _TokenWriter:
         self._buffer, self._characters = [], 0
 
 
-def count_bytes(tokens: NDArray[np.unsignedinteger], tokenizer: PreTrainedTokenizerFast) -> int:
+def count_bytes(tokens: NDArray[np.integer], tokenizer: PreTrainedTokenizerFast) -> int:
     """Count the UTF-8 bytes of the tokens of a byte-level tokenizer."""
     lengths, together = bytes_of_tokens(tokenizer).numpy(), 2**20
     return sum(int(lengths[tokens[start : start + together]].sum()) for start in range(0, len(tokens), together))

@@ -18,6 +18,7 @@ class Key:
         choices: allowed values; of a list, of each item.
         within: allowed numbers, an interval as in mathematics: "[0, 1)" holds 0 and not 1. Of a list, of each item.
         auto: whether `auto` is allowed too, and is resolved to a value when a run starts.
+        word: a word that is allowed besides whole numbers.
         read_by: the group value that reads it, "optimizer=muon" or "teacher_cache=topk,sampled", or a name in
             launch/config/unused_keys.py; empty: every run.
         on_resume: whether a resumed run may be given another value.
@@ -36,6 +37,7 @@ class Key:
     of_machine: bool = False
     free_text: bool = False
     by_size: bool = False
+    word: str = ""
 
 
 def key(
@@ -51,9 +53,10 @@ def key(
     of_machine: bool = False,
     free_text: bool = False,
     by_size: bool = False,
+    word: str = "",
 ) -> Any:
     """Declare a dataclass field that is a configuration key; the arguments are those of `Key`."""
-    meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text, by_size)
+    meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text, by_size, word)
     return dataclasses.field(default=default, default_factory=factory, metadata={METADATA: meaning})
 
 

@@ -457,7 +457,7 @@ class DataFacts:
     tokenizer_folder: str
     vocab_size: int
     train_tokens: int
-    val_tokens: int  # target tokens of the whole validation split
+    val_tokens: int  # target tokens of a validation
     val_bytes: int  # UTF-8 bytes of the text these targets spell, for bits per byte
     val_overlap: float | None = None  # share of the validation text's 13-grams that occur in the training text
 
@@ -475,7 +475,7 @@ class TrainingSettings:
         compile_head: compile the work on each chunk of the LM-head loss.
         ema: decay of the averaged weights used for validation and export; 0 is off.
         layer_drop: probability with which a training pass leaves out a block; 0 is off.
-        val_tokens, val_bytes: targets of the validation split and the UTF-8 bytes they spell, for bits per byte.
+        val_tokens, val_bytes: targets of a validation and the UTF-8 bytes they spell, for bits per byte.
         log_every: optimizer steps between two logged training losses.
         cross_entropy: label smoothing and z-loss of the training loss; validation has neither.
         objective: what the batches ask for; goes into the export, and decides how text is written.

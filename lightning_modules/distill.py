@@ -28,6 +28,7 @@ from gpt2lab.plain_values import from_plain
 from gpt2lab.settings import LossSettings, SequenceSettings, TeacherCacheSettings, TrainingSettings
 from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
 from gpt2lab.system.device import named_dtype
+from gpt2lab.system.run_time import forward_share
 from lightning_modules.distill_preflight import Preflight
 from lightning_modules.language_model import DistillationTerm, LanguageModel
 from lightning_modules.on_policy_batches import StudentText
@@ -214,6 +215,14 @@ class Distill(LanguageModel):
         self.mixing.load(checkpoint["taid"])
         if self.student_text is not None:
             self.student_text.load(checkpoint["student_text"])
+
+    def forward_share(self) -> float:
+        if self.cache:
+            return super().forward_share()
+        sizes = (
+            sum(weight.numel() for weight in model.parameters()) for model in (self.backbone, self.teacher.backbone)
+        )
+        return forward_share(*sizes)
 
     def live_teacher(self) -> tuple[GPT2LMHeadModel | None, str]:
         if self.cache or self.shard_teacher or self.alignment is not None:

@@ -67,8 +67,8 @@ class FineTune(LanguageModel):
         super().validation_step(batch, batch_idx)
         assert batch.prompt_lengths is not None
         assert batch.references is not None
-        # By their place in the split, so that one rank and several score the same pairs.
-        for row, place in enumerate(batch.indices.tolist()):
+        # By their place in the validation, so that one rank and several score the same pairs.
+        for row, place in enumerate((batch.indices if batch.places is None else batch.places).tolist()):
             if place < self.text.examples:
                 prompt = batch.input_ids[row, : int(batch.prompt_lengths[row])].tolist()
                 self._examples.append((place, prompt, batch.references[row]))

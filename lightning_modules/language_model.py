@@ -25,10 +25,12 @@ from gpt2lab.losses.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.losses.sampled_softmax import NegativeSampler, log_uniform, sampled_softmax_loss, unigram
 from gpt2lab.losses.target_losses import target_losses
 from gpt2lab.losses.teacher_signal import TeacherSignal
+from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.system.device import seed_random_state, widest_float
+from gpt2lab.system.run_time import forward_share
 from lightning_modules.backbone_module import BackboneModule
 
 ROWS_MULTIPLE = 64  # of the LM head's rows; oneDNN keeps memory for each number of rows in bf16
@@ -99,15 +101,19 @@ class LanguageModel(BackboneModule):
         return {metric_names.TRAIN_LOSS: cross_entropy}
 
     def validation_sums(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch's targets, of any shape; they are added over the whole split and over ranks."""
+        """Sums over the batch's targets, of any shape; they are added over the whole validation and over ranks."""
+        return self.cross_entropy_sums(self.backbone, batch)
+
+    def cross_entropy_sums(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Loss sums () over the batch's targets, and by document where those are known, of any weights."""
         kept = batch.labels != IGNORE_INDEX  # (B, T)
 
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
             vocab_size, compiled = len(self.tokenizer), self.settings.compile_head
             return target_losses(hidden[kept], weight, batch.labels[kept], vocab_size, compiled)
 
-        nats = self.backbone(batch.input_ids, head, batch.spans)  # (targets,)
-        sums = {metric_names.VAL_LOSS: nats.to(widest_float(self.device)).sum()}
+        nats = backbone(batch.input_ids, head, batch.spans)  # (targets,)
+        sums = {metric_names.VAL_LOSS: nats.to(widest_float(nats.device)).sum()}
         return sums if batch.documents is None else {**sums, **document_sums(nats, batch.documents)}
 
     def after_step(self) -> None:
@@ -116,6 +122,10 @@ class LanguageModel(BackboneModule):
     def validation_figures(self, sums: dict[str, Tensor], targets: float) -> dict[str, float]:
         """Figures by metric name, val/loss among them, from the sums over the whole split's targets."""
         return {name: value.item() / targets for name, value in sums.items()}
+
+    def forward_share(self) -> float:
+        """Return the cost of a validation, as a share of a training step on the same tokens."""
+        return forward_share(1)
 
     def live_teacher(self) -> tuple[GPT2LMHeadModel | None, str]:
         """Return a loaded teacher with this model's tokenizer, and its source, for pages that show both models."""

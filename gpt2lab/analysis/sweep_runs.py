@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 SEED = "seed"
 UNFINISHED = ("waiting", "running")
-DATA_KEYS = ("data", "path", "val_path", "val_fraction", "source", "target")  # change what is measured
+DATA_KEYS = (
+    "data",
+    "path",
+    "val_path",
+    "val_fraction",
+    "validate_tokens",
+    "source",
+    "target",
+)  # change what is measured
 TOKEN_KEYS = ("tokenizer", "vocab_size")  # change what a token is, and with it a loss of each token
 # objectives whose targets are not all next tokens
 OWN_TARGETS = [name for name, kind in OBJECTIVES.items() if kind.rewrites_text]

@@ -34,6 +34,7 @@ class Batch:
     spans: Tensor | None = None  # (B, T, 2) int64, attention spans (attention_masks.py); None: causal
     few_targets: bool = False  # whether many positions have no target, so that skipping them in the head is faster
     on_policy: bool = False  # whether the student generated the text, so that its labels carry no information
+    places: Tensor | None = None  # (B,) int64, in a validation: the place of each sample among those that it reads
     documents: Tensor | None = None  # (targets,) int64, row by row: the document group of each, for standard errors
 
     def spans_on(self, device: torch.device) -> Tensor | None:
@@ -52,6 +53,14 @@ class Samples(Protocol):
 
     def batch(self, rows: NDArray[np.int64], target_tokens: int, keys: NDArray[np.int64] | None = None) -> Batch:
         """Collate the samples `rows`, at least one; without `keys` the batch contains document groups."""
+        ...
+
+
+class ValidationSamples(Samples, Protocol):
+    """Samples that can be validated in part."""
+
+    def numbered_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (number, tokens read) of each of the S samples, (S,) both; the number identifies the sample."""
         ...
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEISTEL_ROUNDS = 6
+VALIDATION_SEED = 0x5EED_0F_7E57  # of the order of validation samples: the same for every run
 
 
 def step_samples(step: int, batch: int, size: int, seed: int) -> NDArray[np.int64]:
@@ -46,6 +47,24 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64
     for key in keys:
         left, right = right, left ^ (mix(right + key) & mask)
     return (left << shift) | right
+
+
+def validation_rows(numbers: NDArray[np.int64], tokens: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """Return the rows (n,), ascending, of a prefix of the fixed order of all validation samples.
+
+    The order follows from the samples' numbers alone, so a larger limit adds samples, and leaving out others does not
+    change the order of the rest.
+
+    Args:
+        numbers: (S,) number of each sample.
+        tokens: (S,) tokens of each sample.
+        limit: most tokens of the prefix, which has at least one sample; None: all samples.
+    """
+    if limit is None or tokens.sum() <= limit:
+        return np.arange(len(numbers), dtype=np.int64)
+    order = np.argsort(uniforms(numbers, VALIDATION_SEED), kind="stable")
+    count = np.searchsorted(np.cumsum(tokens[order]), limit, side="right")
+    return np.sort(order[: max(int(count), 1)])
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -99,6 +99,11 @@ class PairFile:
     def numbers(self) -> NDArray[np.int64]:
         return self._index["number"]
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt and response of each pair, (pairs,)."""
+        return (self._index["prompt"] + self._index["response"]).astype(np.int64)
+
     def keep(self, numbers: NDArray[np.int64]) -> None:
         """Drop all pairs except those with these numbers."""
         self._index = self._index[np.isin(self.numbers, numbers)]

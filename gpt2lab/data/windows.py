@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
+from gpt2lab.data.data_order import validation_rows
 from gpt2lab.data.document_groups import WindowDocuments
 from gpt2lab.data.objectives import Objective
 from gpt2lab.data.token_file import TokenFile
@@ -27,6 +28,11 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.file)
+
+    def numbered_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (number, tokens) of each of the S windows, (S,) both."""
+        numbers = np.arange(len(self), dtype=np.int64)
+        return numbers, self.file.target_counts(numbers)
 
     def target_counts(self, rows: NDArray[np.int64], keys: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Number of targets in each of the windows `rows` (B,)."""
@@ -56,6 +62,7 @@ class SlidingWindows(Dataset[Batch]):
         stride: 1 to T.
         batch: windows per batch.
         documents: document groups of the text; batches then contain those of their targets.
+        limit: most targets, in a fixed sample of the windows; None: all.
     """
 
     def __init__(
@@ -65,25 +72,32 @@ class SlidingWindows(Dataset[Batch]):
         stride: int,
         batch: int,
         documents: WindowDocuments | None = None,
+        limit: int | None = None,
     ) -> None:
         self.tokens, self.stride, self.batch, self.documents = tokens, stride, batch, documents
         self.context = min(context, len(tokens) - 1)
-        self.windows = 1 + -(-(len(tokens) - 1 - self.context) // stride)
+        numbers = np.arange(1 + -(-(len(tokens) - 1 - self.context) // stride), dtype=np.int64)
+        self.windows = validation_rows(numbers, self.context - self._scored_before(numbers), limit)
 
     def __len__(self) -> int:
-        return -(-self.windows // self.batch)
+        return -(-len(self.windows) // self.batch)
 
     def __getitem__(self, number: int) -> Batch:
         if number >= len(self):
             raise IndexError(number)
-        rows = np.arange(number * self.batch, min((number + 1) * self.batch, self.windows))
-        last = len(self.tokens) - 1 - self.context
-        starts = np.minimum(rows * self.stride, last)  # (B,) the last window ends with the text
+        rows = self.windows[number * self.batch : (number + 1) * self.batch]
+        starts = self._starts(rows)
         read = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)  # (B, T + 1)
         labels = torch.from_numpy(read[:, 1:].copy())
-        scored = np.minimum((rows - 1) * self.stride, last) + self.context - starts  # (B,) scored by earlier windows
-        scored[rows == 0] = 0
-        labels[torch.from_numpy(np.arange(self.context) < scored[:, None])] = IGNORE_INDEX
+        labels[torch.from_numpy(np.arange(self.context) < self._scored_before(rows)[:, None])] = IGNORE_INDEX
         input_ids, kept = torch.from_numpy(read[:, :-1].copy()), labels != IGNORE_INDEX
         groups = self.documents.target_groups(starts, input_ids, kept) if self.documents is not None else None
         return Batch(input_ids, labels, int(kept.sum()), torch.from_numpy(rows), documents=groups)
+
+    def _starts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Position of each window's first token; the last window ends with the text."""
+        return np.minimum(rows * self.stride, len(self.tokens) - 1 - self.context)
+
+    def _scored_before(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of each window's first targets that earlier windows score."""
+        return np.where(rows == 0, 0, self._starts(rows - 1) + self.context - self._starts(rows))

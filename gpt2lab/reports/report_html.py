@@ -124,6 +124,8 @@ def _tiles(report: dict[str, Any]) -> list[str]:
     shown = [
         ("validation loss", report.get("val_loss"), "{:.4f}"),
         ("its standard error, between documents", report.get("val_loss_error"), "{:.4f}"),
+        (f"validation loss on {report.get('full_val_tokens') or 0:,} tokens", report.get("full_val_loss"), "{:.4f}"),
+        ("its standard error", report.get("full_val_loss_error"), "{:.4f}"),
         ("perplexity", report.get("val_perplexity"), "{:,.2f}"),
         ("bits per byte", report.get("bits_per_byte"), "{:.4f}"),
         ("training loss", report.get("train_loss"), "{:.4f}"),

@@ -70,6 +70,12 @@ def baseline_loss(config: RunConfig, model: ModelKeys, facts: DataFacts) -> floa
         raise InputError(
             f"baseline={config.baseline} was trained on other data (hash {theirs}, this run's {facts.hash}).\n{HINT}"
         )
+    validated = _report(config.baseline).get("val_tokens", facts.val_tokens)
+    if validated != facts.val_tokens:
+        raise InputError(
+            f"baseline={config.baseline} was validated on {validated} tokens, this run is on {facts.val_tokens}: their "
+            f"losses cannot be compared.\nGive both the same validate_tokens."
+        )
     return _loss(config.baseline)
 
 

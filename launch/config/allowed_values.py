@@ -23,6 +23,8 @@ def check_value(name: str, meaning: Key, given: Any, as_typed: str = "") -> None
         raise InputError(f"{name}={written}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
     if meaning.auto:
         _check_auto(name, meaning, given)
+    elif meaning.word:
+        _check_word(name, meaning, given)
     elif meaning.within and not is_within(given, meaning.within):
         finite = " and finite" if not math.isfinite(given) else ""
         raise InputError(
@@ -37,7 +39,8 @@ def format_allowed(meaning: Key) -> str:
     if meaning.auto and not meaning.within:
         return "auto, true, false"
     interval = format_interval(meaning.within) if meaning.within else ""
-    return f"auto, or {interval}" if meaning.auto or meaning.by_size else interval
+    word = "auto" if meaning.auto or meaning.by_size else meaning.word
+    return f"{word}, or {interval}" if word else interval
 
 
 def format_interval(interval: str) -> str:
@@ -49,6 +52,14 @@ def format_interval(interval: str) -> str:
     if high != math.inf:
         ends.append(f"below {high}" if interval.endswith(")") else f"at most {high}")
     return " and ".join(ends) or "a number"
+
+
+def _check_word(name: str, meaning: Key, given: Any) -> None:
+    """Check a key that is a whole number or one word."""
+    is_number = isinstance(given, int) and not isinstance(given, bool)
+    if given != meaning.word and not (is_number and is_within(given, meaning.within)):
+        allowed = format_interval(meaning.within)
+        raise InputError(f"{name}={given} is neither {meaning.word} nor a whole number: {allowed}.")
 
 
 def _check_auto(name: str, meaning: Key, given: Any) -> None:

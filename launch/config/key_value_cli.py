@@ -33,7 +33,7 @@ def group_key(text: str, presets: Mapping[str, Any]) -> Any:
 
 
 def parse(words: Sequence[str], kind: type[Arguments]) -> Arguments:
-    """Parse `key=value` words into an arguments dataclass with str, bool, int and float fields, and groups.
+    """Parse `key=value` words into an arguments dataclass with str, bool, int, float and int | str fields, and groups.
 
     Raises:
         InputError: a word has no `=`, a key is unknown, repeated, missing or not read, a value has the wrong type or is
@@ -99,6 +99,8 @@ def _typed(key: str, field: dataclasses.Field, text: str) -> str | int | float:
         if text.lower() not in ("true", "false"):
             raise InputError(f"{key}={text} is not true or false; for example {key}=true.")
         return text.lower() == "true"
+    if field.type == int | str:
+        return int(text) if text.isdecimal() else text
     assert field.type in (int, float)
     try:
         return field.type(text)

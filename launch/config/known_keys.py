@@ -123,6 +123,13 @@ class CheckpointKeys:
 
 
 @dataclass(frozen=True)
+class FinalScoreKeys:
+    """Keys of callbacks.final_score."""
+
+    tokens: int = key("most tokens on which the exported weights are scored after training", within="[1, inf)")
+
+
+@dataclass(frozen=True)
 class LoggerKeys:
     """Keys of every logger."""
 
@@ -213,6 +220,7 @@ PLACES: dict[str, dict[str, type]] = {
     "callbacks.final_validation": {"callbacks.final_validation.FinalValidation": NoKeys},
     "callbacks.inspect": {"callbacks.inspection.Inspect": InspectKeys},
     "callbacks.checkpoint": {"callbacks.checkpoint.Checkpoint": CheckpointKeys},
+    "callbacks.final_score": {"callbacks.final_score.FinalScore": FinalScoreKeys},
     "callbacks.report": {"callbacks.report.Report": NoKeys},
     "logger": {
         "callbacks.loggers.metrics_csv.MetricsCsv": NoKeys,

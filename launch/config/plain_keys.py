@@ -6,6 +6,7 @@ from gpt2lab.keys import key
 
 DISTILL = "task=distill"
 EVERY_STEPS = "[1, inf)"
+FULL = "full"  # of validate_tokens
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class TrainingKeys:
     activation_checkpointing: bool = key("recompute activations in the backward pass: less memory, a third more time")
     compile: bool | str = key("torch.compile; auto: if it saves time within the run", auto=True)
     validate_every: int = key("optimizer steps between validations", within=EVERY_STEPS, on_resume=True)
+    validate_tokens: int | str = key(
+        "most tokens of a validation, a fixed sample of the validation split; full: the whole split",
+        within="[1, inf)",
+        word=FULL,
+        on_resume=False,  # a curve, a best model and a sweep compare losses on one part of the split
+    )
     checkpoint_every: int = key("optimizer steps between checkpoints", within=EVERY_STEPS, on_resume=True)
     checkpoint_format: str = key(
         "single: one file; sharded: one file per rank (strategy=fsdp); auto: by size",

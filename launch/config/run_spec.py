@@ -98,6 +98,7 @@ class Prepared:
         teacher_text: folder with the text that the teacher generated, where students train on that.
         teacher_cache: folder with the stored distributions of the teacher.
         teacher_seconds: time this run spent on letting the teacher generate or fill its cache, once for all students.
+        seconds: time that the preparation took when the run was started or last resumed.
     """
 
     data_hash: str
@@ -109,6 +110,7 @@ class Prepared:
     teacher_text: str = ""
     teacher_cache: str = ""
     teacher_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from gpt2lab.storage.utf8 import check_values
 from launch.config import machine, plugins, size_defaults
 from launch.config.literal_text import is_interpolated, override, unresolved_error
 from launch.config.multirun_settings import LauncherSettings, SearchSettings, StudySettings
-from launch.config.plain_keys import DISTILL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
+from launch.config.plain_keys import DISTILL, FULL, DataKeys, DistillationKeys, MachineKeys, RunKeys, TrainingKeys
 from launch.config.references import GROUPS, find_references, follow_references
 from launch.config.structured import composable, frozen
 from launch.config.targets import foreign_targets
@@ -169,6 +169,11 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
             return VAL_LOSS
         metrics = text.get("metrics") or self.data.get("metrics")
         return f"val/{metrics[0]}" if metrics else VAL_LOSS
+
+    @property
+    def most_validated(self) -> int | None:
+        """Most tokens of a validation; None: the whole split."""
+        return None if self.validate_tokens == FULL else int(self.validate_tokens)
 
     @property
     def global_batch_rows(self) -> int:

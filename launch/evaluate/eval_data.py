@@ -11,6 +11,7 @@ from launch.config.did_you_mean import nearest
 from launch.config.groups import CONF, values
 
 if TYPE_CHECKING:
+    from datamodules.micro_batches import SampleDataModule
     from gpt2lab.data.pair_file import PairFile
     from launch.config.run_spec import RunSpec
     from launch.config.schema import RunConfig
@@ -41,12 +42,12 @@ class SkippedPairs:
         )
 
 
-def data_config(data: str, given: dict[str, str], folder: Path, context: int, permissions: list[str]) -> "RunConfig":
+def data_config(data: str, given: dict[str, Any], folder: Path, context: int, permissions: list[str]) -> "RunConfig":
     """Return the configuration of the data to score: the run's configuration, or conf/data, with the given keys.
 
     Args:
         data: a value of conf/data; empty: the data of the run, otherwise stdlib.
-        given: values of `DATA_KEYS`; empty ones are ignored.
+        given: values of `DATA_KEYS` and of validate_tokens, by default that of the run; empty ones are ignored.
         folder: Hugging Face folder of the checkpoint whose run configuration is used.
         context: tokens of a window; 0: that of the run, or 0 without a run.
         permissions: packages whose classes the run's configuration may instantiate (`allow_targets`).
@@ -72,6 +73,8 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
         if "text_column" not in config.data:
             raise InputError(f"text_column={text_column}: data={config.groups['data']} has no such key.\nLeave it out.")
         config = replace(config, data={**config.data, "text_column": text_column})
+    if own is not None:
+        values.setdefault("validate_tokens", own.validate_tokens)
     overrides = [f"{key}={value}" for key, value in values.items()]  # they take precedence over a preset
     invocation = replace(config.invocation, overrides=[*config.invocation.overrides, *overrides])
     config = replace(
@@ -84,10 +87,39 @@ def data_config(data: str, given: dict[str, str], folder: Path, context: int, pe
     return config
 
 
-def describe_data(config: "RunConfig") -> str:
-    """Format data, path and context as key=value."""
+def choose_rows(
+    modules: "list[SampleDataModule]", config: "RunConfig", same_text: bool, *, is_given: bool = False
+) -> None:
+    """Choose the scored part of the validation split, the same texts for every checkpoint.
+
+    Args:
+        modules: data of each checkpoint.
+        config: of the data; `validate_tokens` limits the part.
+        same_text: whether a part of these samples has the same text for every checkpoint.
+        is_given: whether the limit was given on the command line.
+
+    Raises:
+        InputError: it was given, and tokenizers differ.
+    """
+    limit = config.most_validated
+    if not same_text and not all(module.validates_all for module in modules):
+        if is_given and limit is not None:
+            raise InputError(
+                f"validate_tokens={limit}: these checkpoints divide the text into different tokens, so a part of the "
+                "windows has\nanother text for each. Leave it out, or give validate_tokens=full."
+            )
+        limit = None
+    rows = modules[0].validation_rows(limit)
+    for module in modules:
+        module.validate_tokens = limit
+        module.val_rows = rows if same_text else module.validation_rows(limit)
+
+
+def describe_data(config: "RunConfig", module: "SampleDataModule") -> str:
+    """Format data, path, context and, where only a part is scored, its size as key=value."""
     path = f" path={config.path}" if config.path else ""
-    return f"data={config.groups['data']}{path} context={config.context}"
+    part = "" if module.validates_all else f" validate_tokens={module.validate_tokens}"
+    return f"data={config.groups['data']}{path} context={config.context}{part}"
 
 
 def checkpoint_spec(config: "RunConfig", folder: Path, tokenizer: str) -> "RunSpec":

@@ -11,7 +11,7 @@ from gpt2lab.settings import AUTO, GREEDY, SAMPLING_PRESETS, SamplingSettings
 from launch.config import plugins
 from launch.config.key_value_cli import group_key
 from launch.config.known_keys import RunningTextKeys
-from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys
+from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys, TrainingKeys
 from launch.config.targets import parse_permissions
 from launch.evaluate import compared_models, eval_data, lm_eval_harness
 from launch.evaluate.compared_models import NamedModel
@@ -53,6 +53,7 @@ class Arguments:
         "sliding window: tokens scored per window, the others are context; 0: no overlap", 0, within="[0, inf)"
     )
     split: str = key("data that is scored: the validation split, or all", "val", choices=("val", "all"))
+    validate_tokens: int | str = same_key(TrainingKeys, "validate_tokens", "")
     texts: int = key("number of prompts whose completions are scored by text metrics; pairs", 64, within="[0, inf)")
     metrics: str = key("text metrics, separated by commas; pairs; by default those of the run or of the data", "")
     max_new_tokens: int = key(
@@ -157,7 +158,10 @@ def evaluate(arguments: Arguments) -> Results:
     if scorers[0].has_pairs:
         sides = [scorer.data.sides(arguments.split == "all") for scorer in scorers]
         left_out = eval_data.keep_common_pairs(sides, specs[0].config.context)
-    described = eval_data.describe_data(specs[0].config)
+    modules = [scorer.data for scorer in scorers]
+    same_text = scorers[0].has_pairs or len({scorer.facts.hash for scorer in scorers}) == 1
+    eval_data.choose_rows(modules, specs[0].config, same_text, is_given=bool(arguments.validate_tokens))
+    described = eval_data.describe_data(specs[0].config, modules[0])
     results = Results([], {}, left_out, specs[0].config.context, described, scorers[0].sampling)
     tasks = lm_eval_harness.find_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
     loaded = [compared_models.load(other) for other in others]
@@ -178,9 +182,12 @@ def _specs(arguments: Arguments, checkpoints: list[NamedModel], others: list[Nam
     own_packages = parse_permissions(arguments.plugins, "plugins")
     permissions = [*parse_permissions(arguments.allow_targets), *own_packages]
     plugins.load(own_packages, permissions)
+    given["validate_tokens"] = "full" if arguments.split == "all" else arguments.validate_tokens
     shared = eval_data.data_config(arguments.data, given, checkpoints[0].folder, arguments.context, permissions)
     positions = min(model.positions for model in checkpoints)
     context = min(shared.context or positions, positions) if not arguments.context else arguments.context
+    if arguments.split == "all" and arguments.validate_tokens:
+        raise InputError("split=all scores all of the data, so nothing reads validate_tokens.\nLeave one of them out.")
     shared = replace(shared, context=context)
     compared_models.check_context([*checkpoints, *others], shared.context)
     if arguments.stride > shared.context:

@@ -9,7 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -40,10 +42,12 @@ class Speed:
     Attributes:
         tokens_per_second: None if it was not measured.
         note: how it was measured, or why not.
+        decoding_seconds: time of a forward pass of one token of each text that is generated at once.
     """
 
     tokens_per_second: float | None
     note: str
+    decoding_seconds: float = 0.0
 
 
 def measure_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
@@ -79,7 +83,7 @@ def measure_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
     communication = ", without communication" if sizes.ranks > 1 else ""
     trained = ", training all weights" if sizes.lora_rank or sizes.frozen_layers else ""
     note = f"measured: {STEPS} micro-batches of {rows} × {sizes.length} random tokens, eager{trained}{communication}"
-    return Speed(micro_batches * rows * sizes.length / step_seconds, note)
+    return Speed(micro_batches * rows * sizes.length / step_seconds, note, seconds["decoding"])
 
 
 def affordable_rows(sizes: RunSizes, flop: float) -> int:
@@ -125,6 +129,7 @@ class DummyStep:
             teacher = Backbone(sizes.teacher).to(self.device, named_dtype(precision.teacher))
             self.teacher = teacher.eval().requires_grad_(False)
         self.loss = spec.config.loss if self.teacher else None
+        self.texts = max(sizes.prompts, 1)
         ids = torch.randint(sizes.shape.vocab_size, (sizes.rows, sizes.length + 1), device=self.device)
         self.inputs, self.labels = ids[:, :-1], ids[:, 1:].flatten()  # (B, T), (B·T,)
 
@@ -146,11 +151,23 @@ class DummyStep:
             return None
         return self.teacher(self.inputs, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
 
+    @torch.no_grad()
+    def decoding(self) -> None:
+        """Run the forward pass of the first token of each text."""
+        tokens = self.inputs[:1, :1].expand(self.texts, 1)  # (texts, 1)
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.uses_autocast):
+            self.student(tokens, lambda hidden, weight: hidden @ weight.T.to(hidden.dtype))
+
     def measure(self) -> dict[str, float]:
-        """Return median seconds of a micro-batch and of an optimizer step, after one warm-up of each."""
-        times: dict[str, list[float]] = {"micro_batch": [], "optimizer": []}
+        """Return median seconds of a micro-batch, an optimizer step and a decoded token, after a warm-up of each."""
+        works: dict[str, Callable[[], Any]] = {
+            "micro_batch": self.micro_batch,
+            "optimizer": self.optimizer.step,
+            "decoding": self.decoding,
+        }
+        times: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(1 + STEPS):
-            for name, work in (("micro_batch", self.micro_batch), ("optimizer", self.optimizer.step)):
+            for name, work in works.items():
                 start = time.perf_counter()
                 work()
                 synchronize(self.device)

@@ -20,6 +20,7 @@ from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.pruning import Pruning, TrialReports
 from callbacks.report import Report
 from callbacks.same_settings import SameSettings
+from callbacks.throughput import PREPARE, Throughput
 from datamodules.micro_batches import SampleDataModule
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
@@ -96,6 +97,7 @@ def data_module(spec: RunSpec) -> Any:
         "target": config.target,
         "objective": config.objective,
         "packing": config.packing,
+        "validate_tokens": config.most_validated,
     }
     node = {key: value for key, value in config.data.items() if key not in READ_BEFORE_IT_IS_BUILT}
     # A preset names its own columns and files; a key given on the command line goes before them.
@@ -187,6 +189,8 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     for callback in callbacks:
         if isinstance(callback, Report):
             callback.facts = _report_facts(spec, facts)
+        if isinstance(callback, Throughput):
+            callback.seconds[PREPARE] = spec.prepared.seconds
     callbacks.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
     if config.invocation.trial is None:
         return callbacks

@@ -51,7 +51,7 @@ def fill(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
         max_targets = config.sequences.max_new_tokens if config.sequences.name == "seqkd" else None
         requested = {
             "train": (data.train_samples, training_rows(config, len(data.train_samples)), max_targets),
-            "val": (data.val_samples, np.arange(len(data.val_samples)), None),
+            "val": (data.val_samples, data.val_rows, None),
         }
         missing: list[tuple[CacheSide, Samples, NDArray[np.int64]]] = []
         for name, (samples, rows, most) in requested.items():

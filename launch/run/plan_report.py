@@ -2,6 +2,7 @@
 
 import io
 import logging
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,20 @@ from launch.memory.memory_plan import MemoryPlan, memory_plan
 from launch.memory.memory_terms import RunSizes, trained_parameters
 from launch.memory.run_sizes import expected_vocabulary, rank_memory_limit, run_sizes
 from launch.memory.step_timing import Speed, measure_speed
-from launch.run import auto_settings, disk_space
+from launch.run import auto_settings, disk_space, run_cost
 from launch.run.build import data_module
 
 log = logging.getLogger(__name__)
 
 WIDTH = 110
-BYTES_OF_A_TOKEN = 3  # of text, at least: 3.0 to 4.5 of English and of source code, with 4,096 to 50,257 entries
+PHASES = {  # of RunCost → name of its row
+    "prepare": "preparation",
+    "train": "training",
+    "validate": "validation",
+    "sample": "samples",
+    "save": "saving",
+    "export": "export",
+}
 SECONDS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
@@ -126,7 +134,7 @@ def _with_estimated_steps(spec: RunSpec) -> tuple[RunSpec, bool]:
         text = 0
     if not text:
         return spec, False
-    samples = text / BYTES_OF_A_TOKEN * (1 - config.val_fraction) / config.context
+    samples = text / run_cost.BYTES_OF_A_TOKEN * (1 - config.val_fraction) / config.context
     return replace(spec, config=with_steps(config, steps_of_epochs(config, samples))), True
 
 
@@ -202,14 +210,9 @@ def _memory_options(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan) -> Table:
 
 def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed) -> Table:
     config, table = spec.config, _table("\nTime and disk", "", "", "")
-    if speed.tokens_per_second is None:
-        table.add_row("tokens/s", "?", f"not measured: {speed.note}")
-    else:
-        rate = speed.tokens_per_second * spec.machine.world_size
-        seconds = config.steps * config.global_batch_rows * config.context / rate
-        table.add_row("tokens/s", f"{rate:,.0f}", speed.note)
-        table.add_row("training", _duration(seconds), "without validation, samples and checkpoints")
     files = disk_space.run_files(spec, vocab_size)
+    for row in _cost_rows(spec, sizes, files, speed):
+        table.add_row(*row)
     kept = f"{files.kept} of {_on_disk(files.checkpoint)} and the exported model"
     table.add_row("checkpoints", _on_disk(files.left), f"{kept}; up to {_on_disk(files.most)} on the way")
     table.add_row("data", *_data_on_disk(spec, vocab_size))
@@ -218,6 +221,32 @@ def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed
     if sizes.cached_teacher:
         table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")
     return table
+
+
+def _cost_rows(
+    spec: RunSpec, sizes: RunSizes, files: disk_space.RunFiles, speed: Speed
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of speed, of the time of each phase, and of the share of the compute that trains."""
+    rate = (speed.tokens_per_second or 0.0) * spec.machine.world_size
+    yield "tokens/s", f"{rate:,.0f}" if rate else "?", speed.note if rate else f"not measured: {speed.note}"
+    try:
+        cost = run_cost.run_cost(spec, sizes, files, *_split_tokens(spec))
+    except InputError as error:
+        yield "time", "?", str(error)
+        return
+    seconds = cost.seconds(rate, speed.decoding_seconds) if rate else {}
+    for phase, work in cost.phases.items():
+        yield PHASES[phase], _duration(seconds[phase]) if rate else "?", work.text
+    if rate:
+        yield "in all", _duration(sum(seconds.values())), ""
+    yield "compute", f"{cost.training_share:.1%}", "of it trains; the rest validates and generates text"
+
+
+def _split_tokens(spec: RunSpec) -> tuple[int | None, int]:
+    try:
+        return run_cost.split_tokens(spec)
+    except InputError:  # a plan may be made where the data are not
+        return None, 0
 
 
 def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
@@ -231,7 +260,7 @@ def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
         return "?", str(error).splitlines()[0]
     if not text:
         return "?", "made once in cache_dir; known when they are"
-    size = text // BYTES_OF_A_TOKEN * token_dtype(vocab_size).itemsize
+    size = text // run_cost.BYTES_OF_A_TOKEN * token_dtype(vocab_size).itemsize
     return _on_disk(size), f"about, for {_on_disk(text)} of text; made once in cache_dir"
 
 

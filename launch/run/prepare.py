@@ -38,6 +38,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     from launch.run import build
     from launch.run.plan_report import planned_memory, warn_of_little_memory
 
+    started = time.monotonic()
     logging_setup.silence_libraries()  # of Lightning, which the imports above bring
     stored = existing.stored.prepared if existing else None
     is_resumed = existing is not None and existing.checkpoint is not None
@@ -51,7 +52,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     vocab_size = resolve.vocabulary(spec, facts)
     checks.check_heads(spec.resolved.model.n_embd or 0, spec.resolved.model.n_head or 1)
     compile_head = stored.compile_head if stored else auto_settings.compiling_the_head_pays(spec)
-    target_share = facts.val_tokens / (len(data.val_samples) * spec.config.context)
+    target_share = facts.val_tokens / (len(data.val_rows) * spec.config.context)
     plan = planned_memory(spec, vocab_size, compile_head, target_share)
     prepared = Prepared(
         data_hash=facts.hash,
@@ -68,6 +69,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     if spec.config.task_name == "distill":
         with memory_limit.convert_out_of_memory(spec):
             facts, prepared = _prepare_teacher(spec, prepared, data, facts)
+    prepared = replace(prepared, seconds=round(time.monotonic() - started, 2))
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
 
 

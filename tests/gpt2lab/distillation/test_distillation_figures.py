@@ -209,6 +209,7 @@ def test_baseline_that_is_not_comparable_is_refused(
     assert "no val_loss" in refused(*distill, f"baseline={changed(val_loss=None)}")
     other_data = changed(data={"name": "text", "hash": "0" * 16, "tokens": 5})
     assert "other data (hash 0000000000000000" in refused(*distill, f"baseline={other_data}")
+    assert "was validated on 5 tokens" in refused(*distill, f"baseline={changed(val_tokens=5)}")
     assert "context=32, this run has context=16" in refused(*distill, "baseline=runs/pretrain/scratch", "context=16")
     larger = "another model: {'n_layer': 2, 'n_head': 2, 'n_embd': 32}, this run's student {'n_layer': 3,"
     assert larger in refused(*distill, "baseline=runs/pretrain/scratch", "model.n_layer=3")

@@ -1,0 +1,49 @@
+"""Remaining time of a run: its steps, validations, samples, checkpoints, exports and final score."""
+
+from lightning import Trainer
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.final_score import FinalScore
+from callbacks.samples import Samples
+from callbacks.throughput import EXPORT, SAMPLE, SAVE, TRAIN, VALIDATE, find_throughput
+from gpt2lab.system.run_time import count_events
+
+
+def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> float:
+    """Estimate the seconds until the run has ended, from the measured phases.
+
+    A validation that is not measured yet is estimated from the speed of training; samples and checkpoints that are not
+    measured yet are left out.
+
+    Args:
+        first_step: step at which the run was started or resumed; at least one step has followed.
+        elapsed: seconds since then, which are all that is known without the callback Throughput.
+    """
+    step, last, clock = trainer.global_step, trainer.max_steps, find_throughput(trainer)
+    if clock is None:
+        return elapsed / (step - first_step) * (last - step)
+    clock.seconds_by_phase()  # counts the time until now
+    per_step = clock.seconds[TRAIN] / (step - first_step)
+    per_validation = clock.mean(VALIDATE) or per_step * _steps_of_a_validation(trainer)
+    validations = count_events(step, last, max(int(trainer.val_check_batch) // trainer.accumulate_grad_batches, 1))
+    seconds = per_step * (last - step) + per_validation * (validations + _validations_of_the_score(trainer))
+    for callback in trainer.callbacks:
+        if isinstance(callback, Samples):
+            seconds += (clock.mean(SAMPLE) or 0.0) * count_events(step, last, callback.every)
+        if isinstance(callback, Checkpoint):
+            per_save = (clock.mean(SAVE) or 0.0) + (clock.mean(EXPORT) or 0.0)
+            seconds += per_save * count_events(step, last, callback.every)
+    return seconds
+
+
+def _steps_of_a_validation(trainer: Trainer) -> float:
+    """Return the cost of a validation in training steps."""
+    share = trainer.lightning_module.forward_share()
+    return share * len(trainer.datamodule.val_rows) / trainer.datamodule.batch_sequences
+
+
+def _validations_of_the_score(trainer: Trainer) -> float:
+    """Return the cost of the final score in validations; 0 where a validation reads all that it would."""
+    validated = len(trainer.datamodule.val_rows)
+    scored = [len(callback.rows(trainer)) for callback in trainer.callbacks if isinstance(callback, FinalScore)]
+    return sum(rows / validated for rows in scored if rows > validated)

@@ -1,0 +1,96 @@
+"""A run's time is divided into phases, from which the progress bar estimates what is left of all of them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+
+from callbacks.remaining_time import remaining_seconds
+from callbacks.samples import Samples
+from gpt2lab.storage.report_json import read_report
+from gpt2lab.system.run_time import count_events, forward_share
+from tests.conftest import Train
+from tests.support import tiny_run
+
+STEPS, BATCH, SAMPLE, SAVE = 16, 1_000, 1_000_000_000, 1_000_000  # seconds; a micro-batch takes one
+
+
+class Clock(lightning.Callback):
+    """Moves the clock by what a run does, and estimates before each step what is left."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.batches = 0  # of all validations
+        self.estimates: dict[int, tuple[float, float]] = {}  # step → (time, estimate of the rest)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.estimates[step] = (self.now, remaining_seconds(trainer, 0, elapsed=0.0))
+        self.now += 1
+
+    def on_validation_batch_start(self, *_unused: Any) -> None:
+        self.batches += 1
+        self.now += BATCH
+
+    def on_save_checkpoint(self, *_unused: Any) -> None:
+        self.now += SAVE
+
+
+class TimedSamples(Samples):
+    """Samples that take SAMPLE seconds."""
+
+    clock: Clock
+
+    def _sample(self, trainer: Any, pl_module: Any) -> None:
+        self.clock.now += SAMPLE
+
+
+def test_phases_and_remaining_time_count_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, samples = Clock(), TimedSamples(every=4, prompts=[], max_new_tokens=2)
+    samples.clock = clock
+    monkeypatch.setattr("callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    tiny_run.train(tmp_path / "run", tmp_path / "cache", steps=STEPS, extra=[clock, samples])
+    phases = read_report(tmp_path / "run")["seconds_by_phase"]
+    training = STEPS * tiny_run.ACCUMULATE
+    assert phases == {
+        "prepare": 0,
+        "train": training,
+        "validate": clock.batches * BATCH,
+        "sample": 4 * SAMPLE,
+        "save": 4 * SAVE,
+        "export": 0,
+    }
+    measured = range(8, STEPS)  # once each phase was measured
+    rests = {step: clock.now - at for step, (at, _) in clock.estimates.items()}
+    assert {step: clock.estimates[step][1] for step in measured} == {step: rests[step] for step in measured}
+    before = clock.estimates[3][1]
+    assert before > (STEPS - 3) * tiny_run.ACCUMULATE, "a validation that is not measured yet is estimated"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "every", "count"),
+    [(0, 300, 100, 3), (0, 250, 100, 3), (200, 250, 100, 1), (100, 200, 100, 1), (99, 100, 100, 1), (100, 100, 100, 0)],
+)
+def test_events_are_every_so_many_steps_and_after_the_last(first: int, last: int, every: int, count: int) -> None:
+    assert count_events(first, last, every) == count
+
+
+def test_forward_passes_are_a_third_of_a_step_without_a_teacher() -> None:
+    assert forward_share(5.0) == pytest.approx(1 / 3)
+    assert forward_share(1.0, teacher=3.0) == pytest.approx(4 / 6)
+
+
+def test_report_adds_the_phases_of_a_resumed_run(train_here: Train, tiny: list[str]) -> None:
+    def phases(*words: str) -> dict[str, float]:
+        assert train_here(*words).code == 0
+        return dict(read_report("run")["seconds_by_phase"])
+
+    words = ("callbacks=default", "callbacks.progress=null", "callbacks.checkpoint.verify_export=false")
+    first = phases(*tiny, *words, "callbacks.samples.max_new_tokens=2", "steps=2", "threads=1", "run_dir=run")
+    assert list(first) == ["prepare", "train", "validate", "sample", "save", "export"]
+    assert all(seconds > 0 for seconds in first.values())
+    longer = phases("resume=run", "steps=4")
+    assert all(longer[name] > first[name] for name in ("prepare", "train", "validate", "sample"))
