@@ -56,7 +56,7 @@ def _protected(stream: Any) -> Any:
     stream.flush()
     descriptor = _Descriptor(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(descriptor),
+        descriptor if stream.write_through else io.BufferedWriter(descriptor),  # write_through: `python -u`
         encoding=stream.encoding,
         errors=stream.errors if stream.errors in ("replace", "ignore", "xmlcharrefreplace") else PROTECTED,
         line_buffering=stream.line_buffering,

@@ -49,6 +49,17 @@ def test_text_that_a_terminal_cannot_show_is_replaced(variables: dict[str, str])
         assert line.endswith("\\ud800\n")
 
 
+@pytest.mark.parametrize(("unbuffered", "expected"), [("", (b"", b"one\n")), ("1", (b"one\ntwo", b"one\ntwo"))])
+def test_buffering_is_that_of_the_interpreter(unbuffered: str, expected: tuple[bytes, bytes]):
+    """By default lines of stderr are written at once; with `python -u`, which torchrun uses, everything is."""
+    program = "import os, sys; from launch import exit_codes\n"
+    program += "show = lambda: [print('one\\ntwo', end='', file=file) for file in (sys.stdout, sys.stderr)]\n"
+    program += "exit_codes.run_and_exit(lambda: (show(), os._exit(0)))"
+    variables = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=variables, capture_output=True, timeout=120)
+    assert (ended.stdout, ended.stderr[: len(expected[1])]) == expected
+
+
 @pytest.mark.parametrize("command", HELP)
 def test_help_whose_reader_is_gone_ends_with_code_0(command: str):
     """The command is like `train.py --help | head -0`."""
