@@ -45,7 +45,7 @@ class StopRequest:
             raise Interrupted
 
     def streamer(self) -> BaseStreamer:
-        """Return a streamer that interrupts generation on this rank only; its caller then calls `check`."""
+        """Return a streamer that interrupts generation on this rank only; its caller then informs the other ranks."""
         return _InterruptingStreamer(self)
 
 

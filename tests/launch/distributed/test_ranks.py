@@ -49,17 +49,22 @@ def test_two_ranks_have_the_losses_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", 0), ("fsdp", 0), ("fsdp", 2)])
 def test_two_ranks_score_pairs_like_one_with_an_empty_rank(
-    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
+    strategy: str, lora: int, train_process: Train, tiny: list[str], tmp_path: Path
 ):
-    """Twelve validation pairs fit into the first rank's one batch; the other generates nothing, and both continue."""
+    """Twelve validation pairs fit into the first rank's one batch; both generate a share of its text."""
     lines = [f"{number}\t{number * 7} and {number * 11}" for number in range(240)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *lines]) + "\n")
     keys = [key for key in tiny if not key.startswith(("data=", "path=", "batch_tokens", "val_fraction", "callbacks"))]
     keys += ["task=finetune", "init=scratch", "model=nano", "data=pairs", f"path={tmp_path / 'pairs.tsv'}"]
     keys += ["batch_sequences=8", "steps=4", "validate_every=2", "sample_every=2", "log_every=1", "optimizer=adamw"]
-    keys += ["task.text.examples=5", "task.text.max_new_tokens=8", "callbacks.samples.max_new_tokens=8"]
+    keys += [
+        f"task.lora.rank={lora}",
+        "task.text.examples=5",
+        "task.text.max_new_tokens=8",
+        "callbacks.samples.max_new_tokens=8",
+    ]
     assert train_process(*keys, "devices=1", "run_dir=one").code == 0
     answer = train_process(*keys, "devices=2", f"strategy={strategy}", "run_dir=two")
     assert answer.code == 0, answer.stderr

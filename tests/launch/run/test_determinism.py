@@ -156,7 +156,9 @@ def test_deterministic_reaches_every_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [("devices=1",), ("devices=2", "strategy=ddp"), ("devices=2", "strategy=fsdp")])
+@pytest.mark.parametrize(
+    "strategy", [("devices=1",), ("devices=2", "strategy=ddp"), ("devices=2", "strategy=fsdp")], ids=" ".join
+)
 def test_deterministic_runs_repeat_bitwise_after_sigkill(
     strategy: tuple[str, ...], cache: Path, tiny: list[str], tmp_path: Path
 ) -> None:
