@@ -32,6 +32,7 @@ NAMES_ELSEWHERE = {
     "export": "load_best_model_at_end save_best save_best_only",
     "validate_every": "eval_steps eval_interval eval_every eval_strategy evaluation_strategy validation_steps "
     "val_check_interval val_interval val_every",
+    "validate_tokens": "eval_iters eval_tokens val_tokens max_eval_samples max_eval_batches val_max_steps",
     "checkpoint_every": "save_steps save_every save_interval save_strategy checkpoint_interval ckpt_every",
     "callbacks.checkpoint.keep_last": "save_total_limit save_top_k keep_checkpoints",
     "sample_every": "sample_interval generate_every",

@@ -19,6 +19,7 @@ GIVEN = [
     ("max_epochs=3", "epochs"),
     ("num_train_epochs=3", "epochs"),
     ("max_iters=100", "steps"),
+    ("eval_iters=20", "validate_tokens"),
     ("patience=3", "early_stop_patience"),
     ("warmup_ratio=0.1", "schedule.warmup_steps"),
     ("schedule.warmup_iters=10", "schedule.warmup_steps"),
