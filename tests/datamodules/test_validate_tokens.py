@@ -146,6 +146,26 @@ def test_evaluate_scores_what_the_run_validated(
     assert "Leave one of them out" in refused.stderr
 
 
+@pytest.mark.slow
+def test_generated_text_is_scored_on_validated_pairs(
+    train_here: Train, evaluate_here: Command, tiny: list[str], made: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert train_here(*tiny, "steps=1", "threads=1", "run_dir=start").code == 0
+    words = ("task=finetune", "init=start", "data=pairs", f"path={made('pairs').files[0]}", "context=32", "steps=2")
+    words += ("val_fraction=0.3", "precision=fp32", "logger=none", "callbacks=minimal", "batch_sequences=8")
+    text = ("task.text.metrics=[chrf]", "task.text.examples=6", "task.text.max_new_tokens=8", "threads=1")
+    done = train_here(*words, *text, f"validate_tokens={LIMIT}", "run_dir=run")
+    assert done.code == 0, done.stderr
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    scored = evaluate_here(
+        "checkpoint=run", "texts=6", "metrics=chrf", "max_new_tokens=8", "seed=1337", "json=out.json"
+    )
+    assert scored.code == 0, scored.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["tokens"] == report["val_tokens"]
+    assert found["texts"]["chrf"]["value"] == pytest.approx(report["metrics"]["val/chrf"], abs=1e-3)
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "half", "1.5", "true", "null", "full_split"])
 def test_other_values_of_validate_tokens_are_refused(train_here: Train, given: str) -> None:
     answer = train_here(f"validate_tokens={given}", "plan=true")
