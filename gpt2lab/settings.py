@@ -131,7 +131,7 @@ class StrategySettings:
         "store gradients in the buckets: no second copy", True, read_by="strategy=auto,ddp"
     )
     find_unused_parameters: str = key(
-        "search each backward pass for weights without a gradient; auto: with layer_drop or trainer.deterministic",
+        "search for weights without a gradient; auto: with layer_drop or trainer.deterministic",
         "auto",
         auto=True,
         read_by="strategy=auto,ddp",

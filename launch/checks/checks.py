@@ -50,7 +50,6 @@ def check(config: RunConfig) -> None:
     if not config.is_unsized:
         check_batch(config)
     check_files(config)
-    check_model_folders(config)
     check_precision(config, config.accelerator)
     check_layer_drop(config)
     check_task_and_data(config)

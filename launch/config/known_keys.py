@@ -167,7 +167,7 @@ class TrainerKeys:
     )
     overfit_batches: int | float = key("train on the same first micro-batches, a multiple of a step's; 0: off", 0.0)
     deterministic: bool | str | None = key(
-        "true: bitwise repeatable on a GPU too, by deterministic algorithms only; warn: others where there is none",
+        "true: bitwise repeatable, by deterministic algorithms only; warn: others where there is none",
         None,
         choices=("true", "false", "warn"),
     )

@@ -52,6 +52,7 @@ def checked(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: 
             read = without(job.overrides, unread_keys(config))
             config = _to_config(job, compose(read), read)
         checks.check(config)
+        checks.check_model_folders(config)
     except Exception as error:
         input_error = exit_codes.as_input_error(error)
         if input_error is None:

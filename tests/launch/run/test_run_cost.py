@@ -22,7 +22,7 @@ from tests.test_readme import PAGES, commands
 
 # Published sizes of models that the commands name, (layers, heads, width)
 PUBLISHED = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-xl": (48, 25, 1600)}
-ALIASES = {"./teacher-gpt2-1.5B": "gpt2-xl", "MiniLLM/init-gpt2-120M": "gpt2"}
+ALIASES = {"./teacher-gpt2-1.5B": "gpt2-xl", "MiniLLM/init-gpt2-120M": "gpt2", "runs/pretrain/medium": "gpt2-medium"}
 VOCABULARY = 50_257
 GPU_SECTION = (ROOT / "README.md").read_text().partition("## GPUs and clusters")[2].partition("\n## ")[0]
 FOR_GPUS = re.compile(
