@@ -82,13 +82,17 @@ class ProgressBar(lightning.Callback):
 
     def _eta(self, trainer: Trainer) -> str:
         """Format the time until the run has ended."""
-        seconds = remaining_seconds(trainer, self._first_step, time.monotonic() - self._started)
-        return f"ETA {seconds // 60:.0f}:{seconds % 60:02.0f}"
+        return format_eta(remaining_seconds(trainer, self._first_step, time.monotonic() - self._started))
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def format_eta(seconds: float) -> str:
+    """Format a time as minutes and seconds."""
+    return "ETA {}:{:02}".format(*divmod(round(seconds), 60))
 
 
 def _numbers(trainer: Trainer) -> str:

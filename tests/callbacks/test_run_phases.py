@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 import pytest
 
+from callbacks.progress import format_eta
 from callbacks.remaining_time import remaining_seconds
 from callbacks.samples import Samples
 from gpt2lab.storage.report_json import read_report
@@ -94,3 +95,8 @@ def test_report_adds_the_phases_of_a_resumed_run(train_here: Train, tiny: list[s
     assert all(seconds > 0 for seconds in first.values())
     longer = phases("resume=run", "steps=4")
     assert all(longer[name] > first[name] for name in ("prepare", "train", "validate", "sample"))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (3599.5, "60:00"), (61.2, "1:01")])
+def test_seconds_of_the_eta_are_below_sixty(seconds: float, text: str) -> None:
+    assert format_eta(seconds) == f"ETA {text}"
