@@ -207,12 +207,12 @@ def test_generation_and_loss_have_separate_temperatures(distil: Distil, tmp_path
 def test_resume_repeats_student_text_and_replay_buffer(
     keys: tuple[str, ...], distil: Distil, train_here: Train, tmp_path: Path
 ) -> None:
-    every = ("steps=16", "checkpoint_every=8", "micro_batch=4")
+    every = ("steps=8", "checkpoint_every=4", "micro_batch=4")
     distil(*keys, *every, "run_dir=unbroken")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
-    (tmp_path / "broken" / "checkpoints" / "step-000016.ckpt").unlink()
+    (tmp_path / "broken" / "checkpoints" / "step-000008.ckpt").unlink()
     assert train_here("resume=broken").code == 0
-    state = torch.load(tmp_path / "broken" / "checkpoints" / "step-000016.ckpt", weights_only=True)["student_text"]
+    state = torch.load(tmp_path / "broken" / "checkpoints" / "step-000008.ckpt", weights_only=True)["student_text"]
     assert len(state["buffer"]) == (16 if keys == REPLAY else 0)
     assert torch.equal(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
 

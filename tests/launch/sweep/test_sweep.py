@@ -50,11 +50,11 @@ def test_the_error_of_a_job_process_reaches_the_table(train_here: Train, tiny: l
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "file.txt").touch()
     keys = [key for key in tiny if not key.startswith("path=")]
-    answer = train_here(*keys, "-m", "path=empty", "seed=1,2", "hydra.sweep.dir=swept")
+    answer = train_here(*keys, "-m", "path=empty", "hydra.sweep.dir=swept")
     assert answer.code == 1, answer.stderr
     table = rows(tmp_path / "swept")
-    assert [row["status"] for row in table] == ["failed"] * 2
-    assert all("no document with any text" in row["error"] for row in table)
+    assert [row["status"] for row in table] == ["failed"]
+    assert "no document with any text" in table[0]["error"]
 
 
 def test_a_key_of_one_task_is_dropped_for_the_other(
