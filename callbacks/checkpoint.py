@@ -193,7 +193,10 @@ class Checkpoint(lightning.Callback):
             try:
                 trainer.save_checkpoint(scratch, weights_only=False)
                 if best_step in (None, step):
-                    self._export_or_explain(trainer, pl_module)
+                    with input_error_when_full(
+                        f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)
+                    ):
+                        self._export(trainer, pl_module)
                 if trainer.is_global_zero:
                     commit_checkpoint(self.run_dir, step, self.keep_last, best_step)
             finally:
@@ -202,24 +205,17 @@ class Checkpoint(lightning.Callback):
             trainer.strategy.barrier("checkpoint recorded")
         self.saved_step = step
 
-    def _export_or_explain(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        with input_error_when_full(f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)):
-            self._export(trainer, pl_module)
-
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Write `hf` from the weights that are in memory; collective."""
         with outside_training_time(trainer, EXPORT):
-            self._write_export(trainer, pl_module)
-
-    def _write_export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        model = pl_module.export_on_first_rank()
-        if model is not None:
-            card = self._card(model, trainer.global_step, pl_module.tokens_seen, trainer.callback_metrics)
-            write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
-        elif pl_module.is_sharded:
-            # Gathering the adapter is collective
-            with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.run_dir) as unused:
-                pl_module.export_adapter(Path(unused))
+            model = pl_module.export_on_first_rank()
+            if model is not None:
+                card = self._card(model, trainer.global_step, pl_module.tokens_seen, trainer.callback_metrics)
+                write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, pl_module.export_adapter)
+            elif pl_module.is_sharded:
+                # Gathering the adapter is collective
+                with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.run_dir) as unused:
+                    pl_module.export_adapter(Path(unused))
 
     def _restore_best(self, trainer: Trainer, pl_module: lightning.LightningModule, is_damaged: bool = False) -> bool:
         """Write `hf` from the checkpoint of the best validation if it is damaged or of another step; on rank 0 only.

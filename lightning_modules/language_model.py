@@ -368,8 +368,9 @@ class LanguageModel(BackboneModule):
         self.finite.check()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["validation_is_due"] = self.validation_is_due
-        if not self.is_updating:  # perhaps within the next step, or between the parts of a micro-batch
-            _settle(checkpoint, self.trainer.accumulate_grad_batches)
+        if not self.is_updating:  # perhaps within a micro-batch of the next step
+            for counts in _batch_counts(checkpoint):
+                counts.update(dict.fromkeys(("ready", "started", "completed"), counts["processed"]))
         if self.average is not None:
             checkpoint["weight_average"] = self.average.state(whole=not self.saves_shards)
             checkpoint["averaged"] = [name for name, _ in self.backbone.named_parameters()]
@@ -383,24 +384,16 @@ class LanguageModel(BackboneModule):
             return
         # Lightning counts micro-batches; a run may continue with another number of them in a step, and one that was
         # stopped within a step makes that step again from its first micro-batch.
-        progress = _batch_progress(checkpoint)
-        shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - progress["total"]["processed"]
-        for counts in (progress["total"], progress["current"]):
+        total, current = _batch_counts(checkpoint)
+        shift = checkpoint["global_step"] * self.trainer.accumulate_grad_batches - total["processed"]
+        for counts in (total, current):
             counts.update({name: count + shift for name, count in counts.items()})
 
 
-def _batch_progress(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Lightning's counts of micro-batches: of the whole run (total) and of its epoch (current)."""
-    progress: dict[str, dict[str, int]] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return progress
-
-
-def _settle(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Set all counts of micro-batches to the end of the last step, where a resumed run continues."""
-    progress = _batch_progress(checkpoint)
-    shift = checkpoint["global_step"] * accumulate - progress["total"]["processed"]
-    for counts in (progress["total"], progress["current"]):
-        counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), counts["processed"] + shift))
+def _batch_counts(checkpoint: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Lightning's counts of micro-batches, of the whole run and of its epoch."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return progress["total"], progress["current"]
 
 
 def _head_rows(labels: Tensor, multiple: int) -> Tensor:
