@@ -88,8 +88,9 @@ def run_sweep(
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
             _check_folder(folder, combinations, first, isinstance(source, JobList))
             known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
-            jobs.check_common_errors(known, _composer(loader, sweep_config), len(tasks) > 1, searched)
             executor = _executor(sweep_config, folder)
+            check = partial(jobs.checked, compose=_composer(loader, sweep_config), drops_unread=len(tasks) > 1)
+            jobs.check_common_errors(known, check, searched, executor)
         except InputError:
             held.close()
             if created:
