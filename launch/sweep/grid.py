@@ -228,9 +228,13 @@ def _prepare(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_t
     config = replace(config, invocation=replace(config.invocation, trial=job.trial))
     if config.resume is None or not (job.folder / "config.yaml").is_file():
         return config
-    stored = run_spec.load(job.folder / "config.yaml").config.invocation.overrides
-    if without(stored, CHANGEABLE_ON_RESUME) != without(config.invocation.overrides, CHANGEABLE_ON_RESUME):
+    stored = run_spec.load(job.folder / "config.yaml").config.invocation
+    if without(stored.overrides, CHANGEABLE_ON_RESUME) != without(config.invocation.overrides, CHANGEABLE_ON_RESUME):
         job.status, job.error = "failed", f"{job.folder} contains another job; resume a sweep with the same command"
+        return None
+    if stored.continued_with:
+        continued = f"{job.folder} was continued separately with {shlex.join(stored.continued_with)}"
+        job.status, job.error = "failed", f"{continued}: it does not compare with the other jobs"
         return None
     report = read_report(job.folder)
     if is_finished(report) or report.get("status") == "pruned":

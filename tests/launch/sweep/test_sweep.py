@@ -172,6 +172,11 @@ def test_sweep_does_not_overwrite_another_one(jobs_here: None, train_here: Train
     longer = train_here(*sweep, "seed=1,2", "resume=auto")
     assert longer.code == 0, longer.stderr
     assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished"] * 2
+    assert train_here("resume=swept/0", "steps=4").code == 0
+    assert train_here(*sweep, "seed=1,2", "resume=auto").code == 1
+    first, second = rows(tmp_path / "swept")
+    assert (first["status"], second["status"]) == ("failed", "finished")
+    assert "swept/0 was continued separately with steps=4" in first["error"]
 
 
 @pytest.mark.slow
