@@ -50,6 +50,7 @@ class SweepRun:
         data: hash of its data.
         curve: (step, value) of that metric.
         documents: its last validation by document; None without one.
+        name: name to show; empty for a job, which has its number.
     """
 
     number: int
@@ -64,6 +65,7 @@ class SweepRun:
     data: str
     curve: list[tuple[int, float]]
     documents: DocumentLosses | None = None
+    name: str = ""
 
     @property
     def outcome(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gpt2lab.reports.inspection import LONGEST_MAP, LONGEST_STRIP, Inspection, Reading, inspect_reading, nearest
-from gpt2lab.reports.report_html import STYLE
+from gpt2lab.reports.page import STYLE
 from gpt2lab.reports.token_display import token_texts, with_signs
 from gpt2lab.storage.atomic_files import write_text
 

@@ -1,183 +1,223 @@
-"""report.html of a run: metrics, loss curve and samples in a single file without scripts, fonts or network."""
+"""report.html of a run: headline numbers, curves, text, lineage, time, configuration, and the next commands."""
 
-import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from gpt2lab import metric_names
+from gpt2lab.reports.charts import plots, tools
+from gpt2lab.reports.number_format import duration, loss, significant
+from gpt2lab.reports.page import command, render_page, section
+from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
+from gpt2lab.reports.run_texts import Example, examples_html, samples_html
 from gpt2lab.reports.samples_jsonl import Sample
-from gpt2lab.storage.metrics_csv import series
+from gpt2lab.storage.report_json import is_finished
 
-Points = list[tuple[int, float]]
-
-WIDTH, HEIGHT = 860, 340
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48  # margins of the plot, in pixels
-SHOWN_SAMPLES = 12
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #66707d; --line: #dde2e8; --paper: #fff; --panel: #f6f8fa;
-  --train: #7a9cc6; --val: #c2410c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #98a2b0; --line: #333c48; --paper: #14181e;
-  --panel: #1c222b; --train: #6f9ad3; --val: #fb923c; } }
-body { margin: 0 auto; max-width: 900px; padding: 32px 20px 64px; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 36px 0 12px; }
-.status { color: var(--soft); margin: 4px 0 24px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
-.tile { background: var(--panel); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); }
-svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
-.grid { stroke: var(--line); } .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.train { stroke: var(--train); } .val { stroke: var(--val); } circle.val { fill: var(--val); }
-a { color: var(--train); }
-table { border-collapse: collapse; width: 100%; } td { border-top: 1px solid var(--line); padding: 6px 8px 6px 0;
-  vertical-align: top; overflow-wrap: anywhere; } td:first-child { color: var(--soft); width: 180px; }
-.figures td:first-child { white-space: nowrap; }
-.figures td:nth-child(2) { text-align: right; padding-right: 20px; font-variant-numeric: tabular-nums; }
-pre { background: var(--panel); border-radius: 8px; padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 13px/1.45 ui-monospace, monospace; margin: 6px 0 18px; max-height: 300px; overflow-y: auto; }
-pre b { color: var(--val); font-weight: 600; }
-.error { border-left: 4px solid var(--val); }
-"""
+RUNNING = "running"
+RELOAD_SECONDS = 30
+PHASE_COLOURS = {
+    "train": "train",
+    "validate": "val",
+    "sample": "teacher",
+    "prepare": "soft",
+    "save": "tie",
+    "export": "baseline",
+}
 
 
-def render(
-    title: str, report: dict[str, Any], rows: list[dict[str, str]], samples: list[Sample], inside: Sequence[str] = ()
-) -> str:
-    """Render the page.
+@dataclass(frozen=True)
+class RunFiles:
+    """Contents of a run directory besides its report.
 
-    Args:
-        report: content of report.json.
+    Attributes:
         rows: content of metrics.csv.
-        samples: all samples; those of the newest step are shown.
-        inside: paths of inspection pages to link to.
+        examples: validation pairs with the generated text (fine-tuning).
+        inside: paths of inspection pages.
+        files: paths of the other files and folders to link to.
+        config: text of config.yaml.
+        pages: source of a teacher or an initialization → path of its report.html.
+        folder: the run directory as typed in commands.
     """
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    samples: Sequence[Sample] = ()
+    examples: Sequence[Example] = ()
+    inside: Sequence[str] = ()
+    files: Sequence[str] = ()
+    config: str = ""
+    pages: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
+
+
+def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
+    """Render the page from the content of report.json and the run's other files."""
     error = f'<pre class="error">{escape(str(report["error"]))}</pre>' if report.get("error") else ""
-    status = " · ".join(str(report[key]) for key in ("status", "task", "model") if report.get(key))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1><p class="status">{escape(status)}</p>{error}
-<div class="tiles">{"".join(_tiles(report))}</div>
-<h2>Loss</h2>{loss_curve(series(rows, metric_names.TRAIN_LOSS), series(rows, metric_names.VAL_LOSS))}
-{_distillation(report.get("metrics") or {})}<h2>Samples</h2>{_samples(samples)}
-{_inside(inside)}<h2>Facts</h2><table>{"".join(_facts(report))}</table>
-</body></html>
-"""
-
-
-def loss_curve(train: Points, val: Points) -> str:
-    """Render an inline SVG with axes, ticks and legend; points are (step, nats per token)."""
-    points = [(step, value) for step, value in [*train, *val] if math.isfinite(value)]
-    if not points:
-        return "<p>No loss was logged.</p>"
-    x_ticks = ticks(0, max(step for step, _ in points), 8)
-    y_ticks = ticks(min(value for _, value in points), max(value for _, value in points), 6)
-    (x_low, x_high), (y_low, y_high) = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
-
-    def x(step: float) -> float:
-        return round(LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="training and validation loss over steps">']
-    parts += step_axes([(x(tick), tick) for tick in x_ticks], [(y(tick), tick) for tick in y_ticks])
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">nats per token</text>')
-    for name, curve in (("train", train), ("val", val)):
-        path = " ".join(f"{x(step)},{y(value)}" for step, value in curve if math.isfinite(value))
-        parts.append(f'<polyline class="curve {name}" points="{path}"/>')
-    parts += [f'<circle class="val" cx="{x(s)}" cy="{y(v)}" r="3"/>' for s, v in val if math.isfinite(v)]
-    for row, (name, label) in enumerate((("train", "training"), ("val", "validation"))):
-        height = TOP + 14 + 20 * row
-        parts.append(f'<line class="curve {name}" x1="{WIDTH - 130}" x2="{WIDTH - 106}" y1="{height}" y2="{height}"/>')
-        parts.append(f'<text x="{WIDTH - 98}" y="{height + 4}">{label}</text>')
-    return "".join([*parts, "</svg>"])
-
-
-def step_axes(x_ticks: list[tuple[float, float]], y_ticks: list[tuple[float, float]]) -> list[str]:
-    """Render grid and tick labels of a curve over optimizer steps, from (pixel, value) of the ticks."""
-    parts = []
-    for at, tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{tick:g}</text>')
-    for at, tick in x_ticks:
-        parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return [*parts, f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>']
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Return about `count` round numbers that enclose [low, high]."""
-    span = high - low or abs(high) or 1.0
-    rough = span / count
-    magnitude = 10 ** math.floor(math.log10(rough))
-    step = magnitude * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+    is_running = report.get("status") == RUNNING
+    words = [str(report[key]) for key in ("status", "task", "model") if report.get(key)]
+    words += [f"step {report['steps']:,}"] if report.get("steps") is not None else []
+    status = escape(" · ".join(words)) + " · this page is rewritten at validations and reloads itself" * is_running
+    events = _events(report)
+    curves = plots([loss_chart(run.rows, report, events), *side_charts(run.rows)])
+    distillation = _distillation(report.get("metrics") or {}) + plots(distillation_charts(run.rows))
+    body = [
+        error,
+        f'<div class="tiles">{"".join(_tiles(report))}</div>',
+        section(
+            "Curves",
+            tools([run_clock(run.rows)], True) + curves if curves else "<p>No loss was logged.</p>",
+        ),
+        section("The student against its teacher", distillation),
+        section("Validation examples", examples_html(run.examples)),
+        section("Samples", samples_html(run.samples)),
+        section("Events", "".join(f"<div>step {step:,.0f}: {escape(text)}</div>" for step, text in events)),
+        section("Lineage", _lineage(title, report, run.pages)),
+        section("Time", _phases(report.get("seconds_by_phase") or {})),
+        section("Inside the model", _links({Path(page).stem: page for page in run.inside})),
+        section("Next", _next(report, run.folder)),
+        section("Files", _links({path: path for path in run.files})),
+        section("Configuration", _configuration(report, run.config)),
+    ]
+    return render_page(title, title, status, "".join(body), RELOAD_SECONDS if is_running else 0)
 
 
 def _tiles(report: dict[str, Any]) -> list[str]:
-    shown = [
-        ("validation loss", report.get("val_loss"), "{:.4f}"),
-        ("its standard error, between documents", report.get("val_loss_error"), "{:.4f}"),
-        (f"validation loss on {report.get('full_val_tokens') or 0:,} tokens", report.get("full_val_loss"), "{:.4f}"),
-        ("its standard error", report.get("full_val_loss_error"), "{:.4f}"),
-        ("perplexity", report.get("val_perplexity"), "{:,.2f}"),
-        ("bits per byte", report.get("bits_per_byte"), "{:.4f}"),
-        ("training loss", report.get("train_loss"), "{:.4f}"),
-        *((name, report.get("metrics", {}).get(name), "{:.4f}") for name in _task_metrics(report)),
-        ("parameters", report.get("parameters"), "{:,}"),
-        ("steps", report.get("steps"), "{:,}"),
-        ("validation 13-grams also in training", (report.get("data") or {}).get("val_overlap"), "{:.1%}"),
-        ("tokens seen", report.get("tokens_seen"), "{:,}"),
-        ("tokens per second", report.get("tokens_per_second"), "{:,.0f}"),
-        ("model FLOP utilisation", report.get("mfu"), "{:.1%}"),
-        ("peak memory", report.get("peak_memory_bytes") and report["peak_memory_bytes"] / 1e9, "{:.2f} GB"),
-        ("seconds", report.get("seconds"), "{:,.0f}"),
+    def with_error(name: str) -> Callable[[float], str]:
+        error = report.get(f"{name}_error")
+        return lambda value: loss(value) + (f" ± {error:.3f}" if isinstance(error, int | float) else "")
+
+    full = f"validation loss on {report.get('full_val_tokens') or 0:,} tokens"
+    shown: list[tuple[str, str, Callable[[float], str]]] = [
+        ("validation loss, ± between documents", "val_loss", with_error("val_loss")),
+        (full, "full_val_loss", with_error("full_val_loss")),
+        ("perplexity", "val_perplexity", significant),
+        ("bits per byte", "bits_per_byte", loss),
+        ("training loss", "train_loss", loss),
+        ("parameters", "parameters", "{:,}".format),
+        ("tokens seen", "tokens_seen", "{:,}".format),
+        ("tokens per second", "tokens_per_second", significant),
+        ("model FLOP utilisation", "mfu", "{:.1%}".format),
+        ("peak memory", "peak_memory_bytes", lambda value: f"{significant(value / 1e9)} GB"),
+        ("time", "seconds", duration),
     ]
+    values = [(label, report.get(name), form) for label, name, form in shown]
+    metrics = report.get("metrics") or {}
+    values[5:5] = [(name, metrics.get(name), significant) for name in _task_metrics(metrics)]
+    overlap = (report.get("data") or {}).get("val_overlap")
+    values.append(("validation 13-grams also in training", overlap, "{:.1%}".format))
     return [
-        f'<div class="tile"><b>{form.format(value)}</b><span>{escape(label)}</span></div>'
-        for label, value, form in shown
-        if value is not None
+        f'<div class="tile" title="{value}"><b>{form(value)}</b><span>{escape(label)}</span></div>'
+        for label, value, form in values
+        if isinstance(value, int | float)
     ]
 
 
-def _task_metrics(report: dict[str, Any]) -> list[str]:
+def _task_metrics(metrics: Mapping[str, Any]) -> list[str]:
     """Return the names of metrics on generated text (fine-tuning only)."""
-    common = {metric_names.VAL_LOSS, metric_names.VAL_PERPLEXITY, metric_names.VAL_BITS_PER_BYTE}
-    names = report.get("metrics", {})
-    return [name for name in names if name.startswith("val/") and name not in common]
+    return [
+        name
+        for name in metrics
+        if name.startswith(metric_names.VALIDATION_PREFIX) and name not in metric_names.LOWER_IS_BETTER
+    ]
 
 
 def _distillation(metrics: dict[str, Any]) -> str:
     """Render the distillation metrics with their meaning; empty for a run without a teacher."""
     rows = [
-        f"<tr><td>{escape(label)}</td><td>{metrics[name]:.4f}</td><td>{escape(meaning)}</td></tr>"
+        f'<tr><td class="name">{escape(label)}</td><td class="number">{significant(metrics[name])}</td>'
+        f'<td class="text">{escape(meaning)}</td></tr>'
         for name, (label, meaning) in {**metric_names.DISTILLATION, **metric_names.BETWEEN_TOKENIZERS}.items()
         if name in metrics
     ]
-    return f'<h2>The student against its teacher</h2><table class="figures">{"".join(rows)}</table>\n' if rows else ""
+    return f'<div class="scroll"><table class="grid">{"".join(rows)}</table></div>' if rows else ""
 
 
-def _samples(samples: list[Sample]) -> str:
-    if not samples:
-        return "<p>No samples were written.</p>"
-    newest = [sample for sample in samples if sample.step == samples[-1].step][:SHOWN_SAMPLES]
-    blocks = [
-        f"<div>{escape(s.method)}, step {s.step}</div><pre><b>{escape(s.prompt)}</b>{escape(s.written)}</pre>"
-        for s in newest
-    ]
-    return "".join(blocks)
+def _events(report: dict[str, Any]) -> list[tuple[float, str]]:
+    """Return (step, text) of resumes, loss spikes, the exported step, and an early end."""
+    found = [(float(step), str(text)) for step, text in report.get("events") or []]
+    if report.get("export") == "best" and report.get("best_step"):
+        found.append((float(report["best_step"]), "best validation, exported"))
+    if report.get("stopped_by"):
+        found.append((float(report.get("steps") or 0), f"stopped by {report['stopped_by']}"))
+    if report.get("error"):
+        found.append((float(report.get("steps") or 0), "failed"))
+    return sorted(found)
 
 
-def _inside(pages: Sequence[str]) -> str:
-    """Render links to the inspection pages."""
-    links = " · ".join(f'<a href="{escape(page)}">{escape(Path(page).stem)}</a>' for page in pages)
-    return f"<h2>Inside the model</h2><p>{links}</p>\n" if pages else ""
+def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, str]) -> str:
+    data, init, teacher = (report.get(key) or {} for key in ("data", "init", "teacher"))
+    steps = []
+    if data:
+        steps.append(
+            ("data", str(data.get("name", "")), f"{data.get('tokens') or 0:,} tokens, hash {data.get('hash')}")
+        )
+    if teacher:
+        value = teacher.get("val_loss")
+        steps.append(("teacher", str(teacher.get("source", "")), f"validation loss {loss(value)}" if value else ""))
+    if init:
+        layers = ", ".join(f"{key} {value}" for key, value in init.items() if key != "source")
+        steps.append(("initialization", str(init.get("source", "")), layers))
+    steps.append(("this run", title, str(report.get("model", ""))))
+    items = "".join(
+        f"<li><small>{kind}</small>{_linked(name, pages)}<small>{escape(more)}</small></li>"
+        for kind, name, more in steps
+    )
+    return f'<ol class="line">{items}</ol>'
+
+
+def _linked(name: str, pages: Mapping[str, str]) -> str:
+    shown = escape(name)
+    return f'<a href="{escape(pages[name])}">{shown}</a>' if name in pages else shown
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    """Render the time by phase as one bar with a legend."""
+    whole = sum(seconds.values())
+    if not whole:
+        return ""
+    longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+    colours = {name: f"background:var(--{PHASE_COLOURS.get(name, 'line')})" for name in seconds}
+    bar = "".join(
+        f'<i style="width:{100 * value / whole:.2f}%;{colours[name]}" title="{escape(name)} {duration(value)}"></i>'
+        for name, value in longest_first
+    )
+    key = "".join(
+        f'<li><i style="{colours[name]}"></i>{escape(name)} {duration(value)} ({value / whole:.0%})</li>'
+        for name, value in longest_first
+    )
+    return f'<div class="phases">{bar}</div><ul class="key">{key}</ul>'
+
+
+def _links(pages: Mapping[str, str]) -> str:
+    return " · ".join(f'<a href="{escape(page)}">{escape(name)}</a>' for name, page in pages.items())
+
+
+def _next(report: dict[str, Any], folder: str) -> str:
+    """Render the commands that use or continue the run."""
+    if not folder or report.get("status") == RUNNING:
+        return ""
+    run = shlex.quote(folder)
+    lines = {
+        "Generate text": f'python generate.py checkpoint={run} prompt="…"',
+        "Evaluate": f"python evaluate.py checkpoint={run}",
+        "Playground in the browser": f"python generate.py checkpoint={run} serve=true",
+    }
+    if not is_finished(report):
+        lines = {"Resume": f"python train.py resume={run}", **lines}
+    elif report.get("steps"):
+        lines["Train longer"] = f"python train.py resume={run} steps={2 * report['steps']}"
+    return "".join(f"<div>{title}</div>{command(text)}" for title, text in lines.items())
+
+
+def _configuration(report: dict[str, Any], config: str) -> str:
+    again = f"<div>The command of this run</div>{command(str(report['command']))}" if report.get("command") else ""
+    facts = f'<div class="scroll"><table class="grid">{"".join(_facts(report))}</table></div>'
+    folded = {"config.yaml": f'<pre class="long">{escape(config)}</pre>' if config else "", "report.json": facts}
+    return again + "".join(
+        f"<details><summary>{name}</summary>{content}</details>" for name, content in folded.items() if content
+    )
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
@@ -188,5 +228,5 @@ def _facts(report: dict[str, Any]) -> list[str]:
         for inner, leaf in nested:
             name = f"{key}.{inner}" if inner else key
             text = "" if leaf is None else f"{leaf:.6g}" if isinstance(leaf, float) else str(leaf)
-            rows.append(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>")
+            rows.append(f'<tr><td class="name">{escape(name)}</td><td class="text">{escape(text)}</td></tr>')
     return rows

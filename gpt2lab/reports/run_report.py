@@ -1,5 +1,6 @@
 """Report of a run: report.json with facts and final metrics, and report.html; also written for a failed run."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -9,12 +10,23 @@ from typing import Any
 
 from gpt2lab import metric_names
 from gpt2lab.evaluation.document_losses import read_document_losses
-from gpt2lab.reports.report_html import render
+from gpt2lab.reports.report_html import RunFiles, render
+from gpt2lab.reports.run_texts import read_examples
 from gpt2lab.reports.samples_jsonl import read_samples
 from gpt2lab.storage.atomic_files import write_json, write_text
 from gpt2lab.storage.metrics_csv import read_metrics, series
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "datasets", "tokenizers", "wandb", "peft")
+LINKED = (
+    "metrics.csv",
+    "samples.jsonl",
+    "val_examples.json",
+    "report.json",
+    "config.yaml",
+    "hf",
+    "checkpoints",
+    "logs",
+)
 WARM_UP_INTERVALS = 1  # log intervals excluded from the median speed: compilation, caches
 
 
@@ -55,11 +67,42 @@ def build_report(
 
 
 def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
-    """Write report.json, then report.html with the run's loss curve and samples."""
+    """Write report.json, then report.html."""
+    write_json(Path(run_dir) / "report.json", report)
+    write_page(run_dir, report)
+
+
+def write_page(run_dir: str | Path, report: dict[str, Any]) -> None:
+    """Write report.html with the run's curves, texts and links to its other files."""
     folder = Path(run_dir)
-    write_json(folder / "report.json", report)
-    inside = sorted(page.relative_to(folder).as_posix() for page in folder.glob("inspect/step-*.html"))
-    write_text(folder / "report.html", render(folder.name, report, read_metrics(folder), read_samples(folder), inside))
+    config = folder / "config.yaml"
+    run = RunFiles(
+        rows=read_metrics(folder),
+        samples=read_samples(folder),
+        examples=read_examples(folder),
+        inside=sorted(page.relative_to(folder).as_posix() for page in folder.glob("inspect/step-*.html")),
+        files=[name for name in LINKED if (folder / name).exists()],
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        pages=_pages_of_sources(folder, report),
+        folder=_as_typed(folder),
+    )
+    write_text(folder / "report.html", render(folder.name, report, run))
+
+
+def _pages_of_sources(folder: Path, report: dict[str, Any]) -> dict[str, str]:
+    """Return the relative path of report.html of each run that is the teacher or the initialization."""
+    nodes = [report.get("teacher"), report.get("init")]
+    sources = [str(node["source"]) for node in nodes if isinstance(node, dict) and node.get("source")]
+    found = {source: Path(source).expanduser().absolute() for source in sources}
+    runs = {source: path.parent if path.name == "hf" else path for source, path in found.items()}
+    pages = {source: run / "report.html" for source, run in runs.items() if (run / "report.html").is_file()}
+    return {source: Path(os.path.relpath(page, folder.absolute())).as_posix() for source, page in pages.items()}
+
+
+def _as_typed(folder: Path) -> str:
+    """Return the path relative to the current folder if it is below it."""
+    whole, here = folder.absolute(), Path.cwd()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 
 
 def git_state() -> dict[str, Any] | None:

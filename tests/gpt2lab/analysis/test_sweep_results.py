@@ -24,6 +24,7 @@ from gpt2lab.storage.report_json import read_report
 from launch.sweep import results
 from launch.sweep.jobs import Job
 from tests.support.chromium import PROGRAM, Browser
+from tests.support.pages import charts_of
 
 REPETITIONS = 1500
 # Sampling error of a share of 5 % in so many simulations: three standard errors above it are chance in 1 of 700 cases.
@@ -218,7 +219,7 @@ def test_the_csv_has_the_command_that_runs_each_job_again(tmp_path: Path):
 class Page(HTMLParser):
     """Checks that elements are closed in order, and collects the text and the links of a page."""
 
-    VOID = ("meta", "br", "line", "circle", "path", "rect", "polygon", "polyline")
+    VOID = ("meta", "br", "link")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -230,7 +231,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.links += [value or "" for name, value in attrs if name in ("href", "src") and value != "data:,"]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -258,14 +259,10 @@ def test_the_page_shows_every_setting_and_needs_no_network(tmp_path: Path):
     assert 'http-equiv="refresh"' not in text
     assert "python train.py steps=40 optimizer.lr=1e-4 model=nano seed=1" in text
     of_winner = [tag for tag, attributes in page.found if attributes.get("data-s") == "0"]
-    assert of_winner == ["tr", "g", "path", "path", "path"], "its row, its mean, two curves, and its line over the keys"
-    assert len(text) < 60_000
-
-
-def drawn(page: str, label: str) -> tuple[str, list[tuple[str, dict[str, str | None]]]]:
-    """Return the one plot of this name and its elements."""
-    (plot,) = re.findall(f'<svg [^>]*aria-label="{label}">.*?</svg>', page, re.DOTALL)
-    return plot, Page(plot).found
+    assert of_winner == ["tr", "div"], "its row of the table, and of the means"
+    drawn = [sum(line["setting"] == 0 for line in chart["lines"]) for chart in charts_of(text)]
+    assert drawn == [2, 1, 1, 1], "two curves, its line over the keys, and a dot for each key"
+    assert len(text) < 120_000
 
 
 def test_page_has_a_bar_per_key_and_a_line_per_job(tmp_path: Path):
@@ -277,29 +274,49 @@ def test_page_has_a_bar_per_key_and_a_line_per_job(tmp_path: Path):
     results.write(tmp_path, swept(tmp_path, dict(zip(words, losses, strict=True))))
     page = (tmp_path / "sweep.html").read_text()
 
-    plot, elements = drawn(page, "importance of each key")
-    assert re.findall(">(optimizer.lr|model)</text>", plot) == ["optimizer.lr", "model"], "what matters most is on top"
-    bars = [attributes for tag, attributes in elements if tag == "rect"]
-    assert [bar["class"] for bar in bars] == ["share", "share chance"]
-    axis = [float(attributes["x1"] or 0) for tag, attributes in elements if attributes.get("class") == "grid"]
-    assert float(bars[0]["width"] or 0) > 0.95 * (max(axis) - min(axis))
-    assert float(bars[1]["width"] or 0) == 0
+    bars = re.findall(
+        r'<div class="row( chance)?"><span>([^<]*)</span>.*?class="share" style="left:0;width:(.*?)%"', page
+    )
+    assert [(key, bool(pale)) for pale, key, _ in bars] == [("optimizer.lr", False), ("model", True)], "largest first"
+    assert float(bars[0][2]) > 95
+    assert float(bars[1][2]) == 0
 
-    plot, elements = drawn(page, "settings as lines over their keys")
-    assert len([tag for tag, attributes in elements if attributes.get("class") == "axis"]) == 3
-    lines = [attributes for tag, attributes in elements if tag == "path"]
-    assert sorted(line["data-s"] or "" for line in lines) == ["0", "1", "2", "3", "4", "5"]
-    points = [(line["d"] or "M")[1:].split() for line in lines]
-    heights = [[float(point.split(",")[1]) for point in line] for line in points]  # from the top
-    titles = re.findall("<title>lr=(.+?) model=(.+?): ", plot)
-    assert sorted(titles) == sorted(grid)
-    at = dict(zip(titles, heights, strict=True))
+    (chart,) = [chart for chart in charts_of(page) if chart["kind"] == "parallel"]
+    assert [name for name, _ in chart["axes"]] == ["optimizer.lr", "model", "val/loss"]
+    assert sorted(line["setting"] for line in chart["lines"]) == [0, 1, 2, 3, 4, 5]
+    found = [re.match("lr=(.+?) model=(.+?): ", line["name"]) for line in chart["lines"]]
+    names = [match.groups() for match in found if match]
+    at = dict(zip(names, ([height for _, height in line["points"]] for line in chart["lines"]), strict=True))
+    assert sorted(at) == sorted(grid)
     for (lr, model), (_, of_model, _) in at.items():
         assert at[lr, "nano"][0] == at[lr, "micro"][0], "settings with the same value meet on its axis"
         assert of_model == at["1e-4", model][1]
-    assert at["1e-4", "nano"][0] > at["1e-3", "nano"][0] > at["1e-2", "nano"][0], "the largest value is on top"
+    assert at["1e-4", "nano"][0] < at["1e-3", "nano"][0] < at["1e-2", "nano"][0], "the largest value is on top"
     by_loss = [setting for _, setting in sorted(zip(losses, grid, strict=True))]
-    assert sorted(at, key=lambda setting: at[setting][2]) == by_loss, "the best is on top"
+    assert sorted(at, key=lambda setting: -at[setting][2]) == by_loss, "the best is on top"
+    ends = [text for _, text in chart["axes"][-1][1]]
+    assert ends == ["3.920", "3.500"], "the ends of the axis are values of runs"
+
+
+def test_outlier_is_at_the_edge_and_keeps_its_number(tmp_path: Path):
+    values = {f"optimizer.lr={lr}": loss for lr, loss in (("1e-4", 3.5), ("1e-3", 3.6), ("1e-2", 3.7), ("1", 9.9))}
+    results.write(tmp_path, swept(tmp_path, {**values, "optimizer.lr=2e-3": 3.55, "optimizer.lr=0.000123456": 3.8}))
+    page = (tmp_path / "sweep.html").read_text()
+    (chart,) = [chart for chart in charts_of(page) if chart["kind"] == "parallel"]
+    assert [text for _, text in chart["axes"][-1][1]] == ["≥ 3.800", "3.500"]
+    assert '<span class="value">9.9000</span>' in page
+    assert "lr=0.000123<" in page, "three significant digits"
+    few = tmp_path / "few"
+    results.write(few, swept(few, {"optimizer.lr=1": 3.5, "optimizer.lr=2": 3.6, "optimizer.lr=3": 4.1}))
+    (chart,) = [one for one in charts_of((few / "sweep.html").read_text()) if one["kind"] == "parallel"]
+    assert [text for _, text in chart["axes"][-1][1]] == ["4.100", "3.500"], "the worst of three is no outlier"
+
+
+def test_failed_sweep_names_its_jobs_and_is_over(tmp_path: Path):
+    results.write(tmp_path, [job(tmp_path, 0, "model=nano", None)])
+    page = (tmp_path / "sweep.html").read_text()
+    assert "No run has a result." in page
+    assert "job\N{NO-BREAK SPACE}0 (failed)</a>" in page
 
 
 def test_key_without_effect_has_no_importance():
@@ -375,8 +392,9 @@ def test_pointing_at_a_setting_shows_it_in_every_plot(tmp_path: Path):
         browser.open((tmp_path / "sweep.html").as_uri())
         browser.point("tr[data-s='1'] td.number")
         browser.wait("document.body.classList.contains('hot')")
-        assert browser.value("[...document.querySelectorAll('.on')].every(element => element.dataset.s == 1)")
-        assert browser.value("new Set([...document.querySelectorAll('.on')].map(e => e.closest('svg'))).size") == 5
+        assert browser.value("[...document.querySelectorAll('.on')].map(one => one.dataset.s)") == ["1"] * 3
+        marked = browser.value("[...document.querySelectorAll('figure.plot')].map(one => one.dataset.on)")
+        assert marked == ["1", "1", "1"], "curves, keys and results, slice"
         assert not [event for event in browser.events if event.get("method") == "Runtime.exceptionThrown"]
     finally:
         browser.close()

@@ -1,17 +1,22 @@
 """The files of a run directory: written atomically, resumed without duplicates, readable after a crash."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpt2lab.errors import InputError
-from gpt2lab.reports.report_html import render, ticks
+from gpt2lab.reports.number_format import override_value, significant
+from gpt2lab.reports.report_html import RunFiles, render
+from gpt2lab.reports.row_plot import round_ticks
 from gpt2lab.reports.run_report import build_report, write_report
+from gpt2lab.reports.run_texts import Example
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after, read_samples
 from gpt2lab.storage.atomic_files import input_error_when_full, replaced_folder, write_text
 from gpt2lab.storage.checkpoint_ledger import (
@@ -23,6 +28,7 @@ from gpt2lab.storage.checkpoint_ledger import (
 )
 from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics, series
 from gpt2lab.storage.report_json import read_report
+from tests.support.pages import charts_of
 
 
 def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
@@ -242,21 +248,44 @@ def test_report_of_a_failed_run_has_its_error_and_progress(tmp_path):
 def test_html_report_is_self_contained_with_curve_and_samples():
     rows = [{"step": str(s), "train/loss": str(9 / s), "val/loss": str(10 / s)} for s in (1, 2, 3)]
     samples = [Sample(3, "if x<", "1: pass", "greedy"), Sample(3, "import <|mask|>, re", "import os, re", "fill")]
-    page = render("run", {"status": "finished", "val_loss": 3.3}, rows, samples)
-    assert "</b>\n→ import os, re</pre>" in page, "a filled gap does not run on from its prompt"
-    assert "http" not in page
-    assert "<script" not in page
-    assert page.count("<polyline") == 2
-    assert "if x&lt;</b>1: pass" in page
+    page = render("run", {"status": "finished", "val_loss": 3.3}, RunFiles(rows, samples))
+    assert "</span>\n→ import os, re</pre>" in page, "a filled gap does not run on from its prompt"
+    assert not re.search(r'(?:src|href)="(?!data:,)', page), "nothing is loaded"
+    assert [line["name"] for line in charts_of(page)[0]["lines"]] == ["training", "validation"]
+    assert charts_of(page)[0]["lines"][1]["points"] == [[1, 10], [2, 5], [3, 3.333333]]
+    assert "if x&lt;</span>1: pass" in page
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 300), (3.9, 8.3), (0, 0), (2.5, 2.5), (0, 1), (1e-5, 3e-5), (0, 10**6)])
-def test_ticks_are_round_few_and_enclose_the_values(low, high):
-    marks = ticks(low, high, 6)
-    assert marks[0] <= low
-    assert marks[-1] >= high
+HOSTILE = "</script><script>alert(1)</script><!--"
+
+
+def test_html_report_escapes_every_text(tmp_path):
+    report = {"status": HOSTILE, "task": HOSTILE, "error": HOSTILE, "command": HOSTILE, "metrics": {HOSTILE: 1.0}}
+    report |= {"teacher": {"source": HOSTILE, "val_loss": 3.0}, "data": {"name": HOSTILE, "hash": HOSTILE}}
+    report |= {"seconds_by_phase": {HOSTILE: 1.0}, "events": [[2, HOSTILE]], "stopped_by": HOSTILE, "steps": 3}
+    rows = [{"step": "1", "train/loss": "nan", f"val/{HOSTILE}": "1"}, {"step": "2", "train/loss": "3", "val/x": "inf"}]
+    example = Example(HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1.0)
+    run = RunFiles(rows, [Sample(1, HOSTILE * 20, HOSTILE, HOSTILE)], [example], [HOSTILE], [HOSTILE], HOSTILE)
+    page = render(HOSTILE, report, replace(run, pages={HOSTILE: HOSTILE}, folder=HOSTILE))
+    assert "<script>alert" not in page
+    assert "<!--" not in page
+    assert charts_of(page)[0]["levels"] == [["teacher", 3, "teacher"]]
+    assert charts_of(page)[0]["lines"][0]["points"] == [[2, 3]], "NaN is no point"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 300), (3.9, 8.3), (-1e-9, 1e-9), (2.5, 2.6), (1e-5, 3e-5), (0, 10**6)])
+def test_ticks_are_round_few_and_inside_the_axis(low, high):
+    marks = round_ticks(low, high)
+    assert low <= marks[0] < marks[-1] <= high
     assert 2 <= len(marks) <= 9
     assert len({f"{mark:g}" for mark in marks}) == len(marks)
+
+
+def test_numbers_on_pages_have_three_significant_digits():
+    shown = [significant(value) for value in (3.98765, 0.0123456, 12345.6, 999.96, 0, -2.5, 1.23456e-5, 1234567.8)]
+    assert shown == ["3.99", "0.0123", "12,300", "1,000", "0", "−2.50", "1.23e-5", "1.23e6"]
+    values = {"0.00031234567": "0.000312", "1e-3": "1e-3", "3.14159e-05": "3.14e-5", "nano": "nano", "0.1": "0.1"}
+    assert {value: override_value(value) for value in values} == values
 
 
 def test_writing_a_text_leaves_no_scratch_file(tmp_path):

@@ -236,8 +236,10 @@ def test_the_table_warns_of_a_learning_rate_at_the_edge():
 def test_the_page_shows_every_run_and_verdict():
     results = found_results()
     page = render("mine", results)
-    assert page.count('<circle class="run"') == 14
-    assert page.count('<line class="interval"') == len(results.contrasts)
+    intervals, runs = page.split("<h2>Every run</h2>")
+    assert runs.count('class="dot"') == 14
+    assert intervals.count('class="span"') == len(results.contrasts)
+    assert "below 0 the first is better" in intervals
     assert all(contrast.verdict in page for contrast in results.contrasts)
     assert "killed &amp; &lt;gone&gt;" in page
 

@@ -1,0 +1,86 @@
+"""Texts of a run: samples by step, and validation examples as input, output, reference and score."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+
+from gpt2lab.reports.number_format import significant
+from gpt2lab.reports.samples_jsonl import Sample
+from gpt2lab.storage.atomic_files import write_text
+
+FILE = "val_examples.json"
+SHOWN_STEPS = 12  # sampled steps on the page, evenly spaced, the newest included
+LONG_PROMPT = 240  # characters; a longer one is folded
+
+
+@dataclass(frozen=True)
+class Example:
+    """One validation pair with the text generated for it; `score` is that of the metric, None without one per text."""
+
+    prompt: str
+    output: str
+    reference: str
+    metric: str
+    score: float | None
+
+
+def write_examples(run_dir: str | Path, examples: Sequence[Example]) -> None:
+    """Write the examples of the last validation."""
+    text = json.dumps([asdict(example) for example in examples], ensure_ascii=False, indent=1)
+    write_text(Path(run_dir) / FILE, text + "\n")
+
+
+def read_examples(run_dir: str | Path) -> list[Example]:
+    """Read the examples of the last validation; empty if there are none, or if the file is damaged."""
+    try:
+        content = json.loads((Path(run_dir) / FILE).read_text(encoding="utf-8"))
+        found = [Example(**one) for one in content]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
+    texts = (text for one in found for text in (one.prompt, one.output, one.reference, one.metric))
+    scores = (one.score for one in found if one.score is not None)
+    is_valid = all(isinstance(text, str) for text in texts) and all(isinstance(score, int | float) for score in scores)
+    return found if is_valid else []
+
+
+def examples_html(examples: Sequence[Example]) -> str:
+    """Render the examples; empty without one."""
+    return "".join(
+        '<div class="pair"><dl>'
+        f'<dt>input</dt><dd class="prompt">{_folded(one.prompt)}</dd>'
+        f'<dt>output</dt><dd class="answer">{escape(one.output) or "(empty)"}</dd>'
+        f"<dt>reference</dt><dd>{escape(one.reference)}</dd>"
+        + (f"<dt>{escape(one.metric)}</dt><dd>{significant(one.score)}</dd>" if one.score is not None else "")
+        + "</dl></div>"
+        for one in examples
+    )
+
+
+def samples_html(samples: Sequence[Sample]) -> str:
+    """Render the samples by step, the newest open."""
+    steps = sorted({sample.step for sample in samples}, reverse=True)
+    if not steps:
+        return "<p>No samples were written.</p>"
+    shown = steps[:: -(-len(steps) // SHOWN_STEPS)]
+    parts = []
+    for step in shown:
+        texts = "".join(_sample(sample) for sample in samples if sample.step == step)
+        opened = " open" * (step == steps[0])
+        parts.append(f'<details{opened}><summary>step {step:,}</summary><div class="texts">{texts}</div></details>')
+    left_out = len(steps) - len(shown)
+    return "".join(parts) + (f"<p>{left_out} more steps are in samples.jsonl.</p>" if left_out else "")
+
+
+def _sample(sample: Sample) -> str:
+    prompt = f'<span class="prompt">{_folded(sample.prompt)}</span>'
+    return f"<div><small>{escape(sample.method)}</small><pre>{prompt}{escape(sample.written)}</pre></div>"
+
+
+def _folded(text: str) -> str:
+    """Render a text, the beginning of a long one folded."""
+    if len(text) <= LONG_PROMPT:
+        return escape(text)
+    head, tail = escape(text[:-LONG_PROMPT]), escape(text[-LONG_PROMPT:])
+    return f"<details><summary>… {len(text) - LONG_PROMPT:,} characters before</summary>{head}</details>{tail}"
