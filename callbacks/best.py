@@ -13,6 +13,7 @@ from lightning import Trainer
 
 from gpt2lab.evaluation.document_losses import write_document_losses
 from gpt2lab.metric_names import MEASURED_BY_VALIDATION, is_better
+from gpt2lab.reports.run_texts import write_examples
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Best(lightning.Callback):
             self.validations_since += 1
         self.validated_step = trainer.global_step
         if not self.exports_best or self.step in (None, trainer.global_step):
-            self._write_documents(trainer, pl_module)
+            self._write_validation(trainer, pl_module)
         self._stop_without_improvement(trainer)
 
     def value_so_far(self, watched: str, value: float) -> float:
@@ -81,10 +82,12 @@ class Best(lightning.Callback):
         latest = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return {**latest, **self.metrics} if self.exports_best else latest
 
-    def _write_documents(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def _write_validation(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         losses = pl_module.validation_documents
         if trainer.is_global_zero and losses is not None:
             write_document_losses(trainer.default_root_dir, replace(losses, data=self.data_hash))
+        if trainer.is_global_zero and pl_module.validation_examples:
+            write_examples(trainer.default_root_dir, pl_module.validation_examples)
 
     def _stop_without_improvement(self, trainer: Trainer) -> None:
         is_over = self.patience and self.validations_since >= self.patience

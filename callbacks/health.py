@@ -54,14 +54,16 @@ class Health(lightning.Callback):
             raise InputError(f"on_spike={on_spike} is unknown; give warn or stop.")
         self.on_spike = on_spike
         self.detector = SpikeDetector()
+        self.spikes: list[tuple[int, float]] = []  # (step, loss)
         self._spike_step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self.detector.recent), "spike_step": self._spike_step}
+        return {"losses": list(self.detector.recent), "spike_step": self._spike_step, "spikes": self.spikes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.detector.recent.extend(state_dict["losses"])
         self._spike_step = state_dict["spike_step"]
+        self.spikes = [(step, loss) for step, loss in state_dict["spikes"]]
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if self._spike_step == trainer.global_step:  # detected just before the checkpoint was saved
@@ -79,6 +81,7 @@ class Health(lightning.Callback):
         if not self.detector.is_spike(loss):
             return
         recent = median(self.detector.recent)
+        self.spikes.append((step, loss))
         log.warning("Loss spike at step %d: train/loss %.3f, recent median %.3f.", step, loss, recent)
         if not trainer.should_stop:
             self._spike_step = step

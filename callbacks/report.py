@@ -1,8 +1,9 @@
-"""Report: write report.json and report.html at the end of a run, however it ends."""
+"""Report: write report.json and report.html at the end of a run, however it ends; the page also during training."""
 
 import logging
 import shlex
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning
@@ -11,11 +12,15 @@ from lightning import Trainer
 from callbacks.best import find_best
 from callbacks.checkpoint import is_complete
 from callbacks.ending import run_status, stop_reason
+from callbacks.health import Health
 from callbacks.throughput import find_throughput
 from gpt2lab.errors import ExportError
-from gpt2lab.reports.run_report import build_report, write_report
+from gpt2lab.reports.report_html import RUNNING
+from gpt2lab.reports.run_report import build_report, write_page, write_report
 from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.system import device
+
+PAGE_SECONDS = 20.0  # between two pages of a run that trains
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +39,33 @@ class Report(lightning.Callback):
         self.score: dict[str, Any] = {}
         self.content: dict[str, Any] = {}
         self._earlier_seconds = 0.0
-        self._start = time.monotonic()
+        self._resumed: list[int] = []  # steps
+        self._start = self._written = time.monotonic()
         self._has_trained = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "resumed": self._resumed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._earlier_seconds = state_dict["seconds"]
+        self._resumed = list(state_dict["resumed"])
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._start = time.monotonic()
+        self._start = self._written = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._has_trained = True
+        if trainer.global_step:
+            self._resumed.append(trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Rewrite the page of a run that trains, at most every PAGE_SECONDS."""
+        if not trainer.is_global_zero or time.monotonic() - self._written < PAGE_SECONDS:
+            return
+        report = self._report(trainer, pl_module, RUNNING)
+        with suppress(OSError):  # a full disk ends the run where it loses something
+            write_page(trainer.default_root_dir, report)
+        self._written = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if run_status(trainer) in FINISHED and trainer.global_step < trainer.max_steps:
@@ -70,6 +88,17 @@ class Report(lightning.Callback):
         """Write both files, on the first rank."""
         if not trainer.is_global_zero:
             return
+        self.content = self._report(trainer, pl_module, status, error)
+        try:
+            write_report(trainer.default_root_dir, self.content)
+        except OSError as reason:
+            if not error:  # otherwise the error that ended the run is printed
+                fix = f"python train.py resume={shlex.quote(trainer.default_root_dir)} writes it"
+                log.warning("The report of this run could not be written: %s. %s.", reason, fix)
+
+    def _report(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, status: str, error: str = ""
+    ) -> dict[str, Any]:
         best, throughput = find_best(trainer), find_throughput(trainer)
         phases = throughput.seconds_by_phase() if throughput is not None else {}
         facts = {
@@ -82,6 +111,7 @@ class Report(lightning.Callback):
             # not pl_module's: at the end of the fit Lightning has moved it to the CPU
             "peak_memory_bytes": device.peak_memory_bytes(trainer.strategy.root_device),
             "stopped_by": stop_reason(trainer),
+            "events": self._events(trainer),
             "watched_metric": pl_module.watched_metric,
             "best_step": best.step,
             "export": "best" if best.exports_best else "last",
@@ -90,13 +120,13 @@ class Report(lightning.Callback):
             **pl_module.facts_for_report(),
         }
         exported_step = best.step if best.exports_best else None
-        self.content = build_report(trainer.default_root_dir, status, facts, error, exported_step)
-        try:
-            write_report(trainer.default_root_dir, self.content)
-        except OSError as reason:
-            if not error:  # otherwise the error that ended the run is printed
-                fix = f"python train.py resume={shlex.quote(trainer.default_root_dir)} writes it"
-                log.warning("The report of this run could not be written: %s. %s.", reason, fix)
+        return build_report(trainer.default_root_dir, status, facts, error, exported_step)
+
+    def _events(self, trainer: Trainer) -> list[tuple[int, str]]:
+        """Return (step, what happened) of resumes and loss spikes."""
+        health = [callback for callback in trainer.callbacks if isinstance(callback, Health)]
+        spikes = [(step, f"loss spike, {loss:.3g}") for callback in health for step, loss in callback.spikes]
+        return sorted([*((step, "resumed") for step in self._resumed), *spikes])
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start

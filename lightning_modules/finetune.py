@@ -11,17 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2lab.data.batch import Batch
-from gpt2lab.evaluation.text_metrics import text_metrics
+from gpt2lab.evaluation.text_metrics import per_text_scores, text_metrics
 from gpt2lab.generation.completion import distinct_seed
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.ema import stored_weights
 from gpt2lab.model.lora import merge_adapters
 from gpt2lab.plain_values import from_plain
+from gpt2lab.reports.run_texts import Example
 from gpt2lab.settings import GREEDY, LoraSettings, TextMetricSettings, TrainingSettings
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.hub import hub_id
 from lightning_modules.language_model import LanguageModel
 
+SHOWN_EXAMPLES = 12  # in the run's report
 LORA_LAYERS = ["c_attn", "c_proj", "c_fc"]
 
 
@@ -82,11 +84,20 @@ class FineTune(LanguageModel):
         method = self.settings.sampling.or_else(GREEDY)
         predictions = self.generate_from_ids(prompts, method, self.text.max_new_tokens, seeds)
         scores = text_metrics(self.text.metrics, predictions, references)
+        self.validation_examples = self._shown_examples(prompts, predictions, references)
         for name in [name for name, value in scores.items() if math.isnan(value)]:
             texts = len(references)
             warn_once(f"val/{name} is not logged: none of the {texts} validation texts has anything of the kind")
             del scores[name]
         return {f"val/{name}": value for name, value in scores.items()}
+
+    def _shown_examples(self, prompts: list[list[int]], predictions: list[str], references: list[str]) -> list[Example]:
+        """Return the first examples, with the score of the first metric if that is a mean over texts."""
+        shown, metric = slice(SHOWN_EXAMPLES), self.text.metrics[0]
+        scores = per_text_scores([metric], predictions[shown], references[shown]).get(metric)
+        inputs = [self.tokenizer.decode(prompt) for prompt in prompts[shown]]
+        rows = zip(inputs, predictions, references, scores or [None] * len(inputs), strict=False)
+        return [Example(given, output, reference, metric, score) for given, output, reference, score in rows]
 
     # LoRA
 

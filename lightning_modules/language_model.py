@@ -28,6 +28,7 @@ from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
+from gpt2lab.reports.run_texts import Example
 from gpt2lab.settings import LossSettings, TrainingSettings
 from gpt2lab.system.device import seed_random_state, widest_float
 from gpt2lab.system.run_time import forward_share
@@ -87,6 +88,7 @@ class LanguageModel(BackboneModule):
         self.is_updating = False  # from a change of the weights until all callbacks have seen the step
         self._validation_sums: dict[str, Tensor] = {}
         self.validation_documents: DocumentLosses | None = None  # of the last validation, on every rank
+        self.validation_examples: list[Example] = []  # generated in the last validation, on every rank
         self._gradient_norm = torch.zeros(())
         self._measured: dict[str, list[str]] = {}  # kind of metrics → names of those measured last
 

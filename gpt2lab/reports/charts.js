@@ -220,9 +220,9 @@ function draw(entry) {
   entry.lines = [null, ...spec.lines.flatMap(line => weight > 0 && line.is_smoothed ? [line, line] : [line])];
   const plugins = [{hooks: {ready: pinch, draw: plot => spec.kind === 'parallel' ? drawParallel(plot, spec) : drawEvents(plot, spec)}}];
   if (spec.names_nearest) plugins.push(tip(entry));
-  entry.plot = new uPlot({
+  entry.plot = figure.plot = new uPlot({
     width: figure.clientWidth, height: HEIGHTS[spec.is_wide && isCurve ? 'wide' : spec.kind],
-    padding: spec.kind === 'parallel' ? [14, 56, 44, 56] : [10, 14, 0, 0], plugins,
+    padding: spec.kind === 'parallel' ? [14, 56, 44, 60] : [10, 20, 0, 0], plugins,
     scales: scales(spec, isLogX, isLogY), series: styles(spec, weight), axes: axes(spec),
     legend: {show: !spec.names_nearest}, focus: {alpha: spec.names_nearest ? .15 : 1},
     cursor: {dataIdx: nearestIndex, focus: {prox: spec.names_nearest ? 24 : -1}, drag: {x: spec.kind === 'curves', y: false},

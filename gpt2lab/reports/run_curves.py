@@ -11,13 +11,14 @@ Rows = Sequence[dict[str, str]]
 
 MOST_POINTS = 2000  # of one line; a longer one is thinned
 SIDE_CHARTS = {
+    names.TRAIN_OBJECTIVE: "distillation loss",
     names.LEARNING_RATE: "learning rate",
     names.GRAD_NORM: "gradient norm",
     names.TOKENS_PER_SECOND: "target tokens per second",
     names.MFU: "model FLOP utilisation",
     names.MEMORY_GB: "peak memory, GB",
 }
-SMOOTHED = (names.GRAD_NORM, names.TOKENS_PER_SECOND, names.MFU)
+SMOOTHED = (names.TRAIN_OBJECTIVE, names.GRAD_NORM, names.TOKENS_PER_SECOND, names.MFU)
 # title → {metric: (name of the line, colour)}
 DISTILLATION_CHARTS = {
     "divergence, nats": {
@@ -68,7 +69,6 @@ def loss_chart(rows: list[dict[str, str]], report: Mapping[str, Any], events: Se
     """Return training and validation loss, with the losses of teacher and baseline as horizontal lines."""
     lines = [
         Line("training", thinned(series(rows, names.TRAIN_LOSS)), "train", is_smoothed=True),
-        Line("objective", thinned(series(rows, names.TRAIN_OBJECTIVE)), "soft", is_smoothed=True),
         Line("validation", thinned(series(rows, names.VAL_LOSS)), "val", is_bold=True),
     ]
     levels = [

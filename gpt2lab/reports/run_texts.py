@@ -27,7 +27,7 @@ class Example:
 
 
 def write_examples(run_dir: str | Path, examples: Sequence[Example]) -> None:
-    """Write the examples of the last validation."""
+    """Write the examples of the validation that the report shows."""
     text = json.dumps([asdict(example) for example in examples], ensure_ascii=False, indent=1)
     write_text(Path(run_dir) / FILE, text + "\n")
 

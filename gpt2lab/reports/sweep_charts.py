@@ -16,7 +16,7 @@ CURVE_POINTS = 100
 FAR = 5.0  # outliers: gap to the best above so many times that of the third quartile; at the edge of the axes
 BEGINNING = 0.2  # share of a run whose losses do not affect the axis
 MAX_LABELS = 6  # numbers beside an axis
-MAX_LETTERS = 18  # of a text beside an axis
+MAX_LETTERS = 12  # of a text beside an axis
 MARGIN = 0.04  # share of a vertical axis left free at both ends
 COLOURS = {"best": "val", "tie": "tie", "": "train"}
 

@@ -30,6 +30,7 @@ from gpt2lab.reports.sweep_charts import (
 )
 
 RELOAD_SECONDS = 30
+MAX_KEYS = 8  # shown as columns and axes; runs that differ in more are compared by name
 NOTE = (
     "± of a mean: half its 95 % interval, over seeds. A setting behind the best by more than its ± is worse, the "
     "others tie. A seed affects all settings alike, so differences are more precise than means."
@@ -43,18 +44,27 @@ DOCUMENTS_NOTE = (
 def render(title: str, results: SweepResults) -> str:
     """Render the page; it reloads itself until all runs have ended."""
     shared = f"<br>All: <code>{escape(' '.join(results.shared))}</code>" if results.shared else ""
-    status = f"{len(results.runs)} runs: {escape(_counts(results))}{shared}"
+    status = f"{len(results.runs)} runs: {escape(counts(results))}{shared}"
     body = results_html(results) + section("Failed", _failures(results.runs))
     return render_page(title, f"Sweep {title}", status, body, 0 if results.is_over else RELOAD_SECONDS)
 
 
-def results_html(results: SweepResults) -> str:
-    """Render verdicts, the table of settings, and the charts of each group of comparable settings."""
-    numbers = {setting.name: number for number, setting in enumerate(results.settings)}
+def results_html(results: SweepResults, has_curves: bool = True) -> str:
+    """Render verdicts, the table of settings, and the charts of each group of comparable settings.
+
+    Args:
+        has_curves: whether to draw the learning curves.
+    """
+    numbers = setting_numbers(results)
     verdicts = "".join(_verdict(group, results) for group in results.groups)
     nothing = "No run has a result." if results.is_over else "No run has finished yet."
-    shown = "".join(_plots(group, results, numbers) for group in results.groups)
+    shown = "".join(_plots(group, results, numbers, has_curves) for group in results.groups)
     return (verdicts or f"<p>{nothing}</p>") + section("Settings", _table(results, numbers)) + shown
+
+
+def setting_numbers(results: SweepResults) -> dict[str, int]:
+    """Return the number of each setting, by which the page highlights it."""
+    return {setting.name: number for number, setting in enumerate(results.settings)}
 
 
 def setting_label(setting: Setting) -> str:
@@ -65,9 +75,15 @@ def setting_label(setting: Setting) -> str:
     )
 
 
-def _counts(results: SweepResults) -> str:
-    counts = {run.outcome: sum(one.outcome == run.outcome for one in results.runs) for run in results.runs}
-    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+def _shown_keys(results: SweepResults) -> list[str]:
+    """Return the varied keys; none if there are too many for columns and axes."""
+    return results.keys if len(results.keys) <= MAX_KEYS else []
+
+
+def counts(results: SweepResults) -> str:
+    """Return how many runs have which outcome."""
+    found = {run.outcome: sum(one.outcome == run.outcome for one in results.runs) for run in results.runs}
+    return ", ".join(f"{count} {outcome}" for outcome, count in found.items())
 
 
 def _verdict(group: SettingGroup, results: SweepResults) -> str:
@@ -81,7 +97,8 @@ def _verdict(group: SettingGroup, results: SweepResults) -> str:
 
 
 def _table(results: SweepResults, numbers: dict[str, int]) -> str:
-    names = list(short_names(results.keys).values())
+    keys = _shown_keys(results)
+    names = list(short_names(keys).values())
     metrics = list(dict.fromkeys(group.metric for group in results.groups))
     has_gaps = any(group.comparison.gaps for group in results.groups)
     has_documents = any(format_document_error(group, setting) for group in results.groups for setting in group.settings)
@@ -102,7 +119,7 @@ def _table(results: SweepResults, numbers: dict[str, int]) -> str:
     rows = ""
     for setting in results.settings:
         group = group_of.get(setting.name)
-        rows += _row(setting, group, numbers[setting.name], len(metrics) > 1, has_gaps, has_documents)
+        rows += _row(setting, group, keys, numbers[setting.name], len(metrics) > 1, has_gaps, has_documents)
     note = (f"<p>{NOTE}</p>" if has_gaps else "") + (f"<p>{DOCUMENTS_NOTE}</p>" if has_documents else "")
     return f'<div class="scroll"><table class="grid settings"><tr>{head}</tr>{rows}</table></div>{note}'
 
@@ -110,6 +127,7 @@ def _table(results: SweepResults, numbers: dict[str, int]) -> str:
 def _row(
     setting: Setting,
     group: SettingGroup | None,
+    keys: Sequence[str],
     number: int,
     names_metric: bool,
     has_gaps: bool,
@@ -120,7 +138,7 @@ def _row(
     seconds = "" if setting.seconds is None else duration(setting.seconds)
     cells = [
         f'<td class="standing">{standing}</td>',
-        *(_cell(value) for value in setting.overrides.values()),
+        *(_cell(setting.overrides[key]) for key in keys),
         f'<td class="number">{escape(metric)}{format_value(setting)}</td>',
         *[f'<td class="number">{format_document_error(group, setting)}</td>'] * has_documents,
         *[f'<td class="number">{format_gap(group, setting)}</td>'] * has_gaps,
@@ -147,16 +165,16 @@ def _link(run: SweepRun) -> str:
     return f'<a{href} title="{escape(tooltip)}">{escape(shown)}</a>'
 
 
-def _plots(group: SettingGroup, results: SweepResults, numbers: dict[str, int]) -> str:
+def _plots(group: SettingGroup, results: SweepResults, numbers: dict[str, int], has_curves: bool) -> str:
     of = f" of {group.metric} {group.condition}".rstrip() if len(results.groups) > 1 else ""
     how = (numbers, setting_label)
     parts = [section(("Means" if results.has_seeds else "Values") + of, means_plot(group, *how))]
     if group.comparison.gaps:
         parts.append(section(f"Behind the best{of}", gap_plot(group, *how)))
-    if curves := curves_chart(group, results.settings, *how):
+    if has_curves and (curves := curves_chart(group, results.settings, *how)):
         parts.append(section(f"Learning curves{of}", plots([curves])))
-    if len(group.settings) > 1:
-        keys = [key for key in results.keys if len({setting.overrides[key] for setting in group.settings}) > 1]
+    if len(group.settings) > 2 and _shown_keys(results):
+        keys = [key for key in _shown_keys(results) if len({setting.overrides[key] for setting in group.settings}) > 1]
         parts.append(section(f"Keys and results{of}", plots([parallel_chart(group, keys, *how)])))
         parts.append(section(f"Slices{of}", plots(slice_charts(group, keys, *how))))
         parts.append(section(f"Importance of keys{of}", importance_bars(group, keys)))

@@ -60,10 +60,11 @@ def find_runs(root: Path) -> list[ListedRun]:
     if not root.is_dir():
         raise InputError(f"root={root}: there is no such folder.\nGive the folder that contains the run directories.")
     folders = [file.parent for file in root.glob(f"**/{CONFIG}") if ".hydra" not in file.parts]
-    return sorted(map(_read, folders), key=lambda run: run.age)
+    return sorted(map(read_run, folders), key=lambda run: run.age)
 
 
-def _read(folder: Path) -> ListedRun:
+def read_run(folder: Path) -> ListedRun:
+    """Return a run directory's state."""
     report, rows = read_report(folder), read_metrics(folder)
     status = _status(folder, report)
     is_done = is_finished(report) or report.get("status") == "pruned"

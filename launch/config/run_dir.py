@@ -26,7 +26,8 @@ from launch.config.schema import RunConfig
 RUNS, STUDIES = Path("runs"), Path("studies")
 CONFIG = "config.yaml"
 HYDRA = ".hydra"
-SIDE_FILES = ("metrics.csv", "samples.jsonl", "report.json", "report.html", "val_documents.json")
+SIDE_FILES: tuple[str, ...] = ("metrics.csv", "samples.jsonl", "report.json", "report.html")
+SIDE_FILES += ("val_documents.json", "val_examples.json")
 LOGGER_FOLDERS = ("wandb", "tensorboard", "lightning")  # lightning: of a ModelCheckpoint
 OWN_FILES = (folder_lock.NAME, CONFIG, HYDRA, *SIDE_FILES, "checkpoints", "hf", "logs", "inspect", *LOGGER_FOLDERS)
 

@@ -182,6 +182,8 @@ def test_loss_spike_stops_the_run_only_if_configured(cache, tmp_path, caplog):
         trainer, _ = tiny_run.train(run_dir, cache, extra=[interrupt, health])
         assert "Loss spike at step" in caplog.text
         report = read_report(run_dir)
+        assert [text.partition(",")[0] for _, text in report["events"]] == ["loss spike"] * len(health.spikes)
+        assert health.spikes[0][0] == report["events"][0][0]
         if action == "warn":
             assert (report["status"], report["steps"]) == ("finished", 12)
         else:

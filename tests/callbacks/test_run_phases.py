@@ -11,10 +11,12 @@ import pytest
 from callbacks.progress import format_eta
 from callbacks.remaining_time import remaining_seconds
 from callbacks.samples import Samples
+from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.storage.report_json import read_report
 from gpt2lab.system.run_time import count_events, forward_share
 from tests.conftest import Train
 from tests.support import tiny_run
+from tests.support.pages import charts_of
 
 STEPS, BATCH, SAMPLE, SAVE = 16, 1_000, 1_000_000_000, 1_000_000  # seconds; a micro-batch takes one
 
@@ -101,8 +103,19 @@ def test_report_adds_the_phases_of_a_resumed_run(
     first = phases(*tiny, *words, "callbacks.samples.max_new_tokens=2", "steps=2", "threads=1", "run_dir=run")
     assert list(first) == ["prepare", "train", "validate", "sample", "save", "export"]
     assert all(seconds > 0 for seconds in first.values())
-    longer = phases("resume=run", "steps=4")
+    pages: list[str] = []
+    monkeypatch.setattr("callbacks.report.PAGE_SECONDS", -1.0)  # between two pages of a run that trains
+    monkeypatch.setattr(
+        "callbacks.report.write_page", lambda run, report: pages.append(render("run", report, RunFiles()))
+    )
+    longer = phases("resume=run", "steps=4", "validate_every=1")
     assert all(longer[name] > first[name] for name in ("prepare", "train", "validate", "sample"))
+    assert read_report("run")["events"] == [[2, "resumed"]]
+    assert len(pages) == 2
+    assert all("running · pretrain" in page and 'http-equiv="refresh"' in page for page in pages)
+    finished = Path("run/report.html").read_text()
+    assert 'http-equiv="refresh"' not in finished
+    assert charts_of(finished)[0]["events"] == [[2, "resumed"]]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (3599.5, "60:00"), (61.2, "1:01")])

@@ -15,6 +15,7 @@ from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.data_order import validation_rows
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.errors import InputError
+from gpt2lab.reports.run_texts import read_examples
 from gpt2lab.settings import ObjectiveSettings, TokenizerChoice
 from launch.evaluate import eval_data
 from tests.conftest import Command, Train
@@ -157,6 +158,11 @@ def test_generated_text_is_scored_on_validated_pairs(
     done = train_here(*words, *text, f"validate_tokens={LIMIT}", "run_dir=run")
     assert done.code == 0, done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
+    examples = read_examples(tmp_path / "run")
+    assert [(one.metric, one.score, bool(one.prompt and one.reference)) for one in examples] == [
+        ("chrf", None, True)
+    ] * 6
+    assert "<h2>Validation examples</h2>" in (tmp_path / "run/report.html").read_text()
     scored = evaluate_here(
         "checkpoint=run", "texts=6", "metrics=chrf", "max_new_tokens=8", "seed=1337", "json=out.json"
     )

@@ -386,7 +386,9 @@ def test_values_over_several_magnitudes_use_a_log_axis():
 
 @pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
 def test_pointing_at_a_setting_shows_it_in_every_plot(tmp_path: Path):
-    results.write(tmp_path, swept(tmp_path, {"model=nano": [3.5, 3.6], "model=micro": [3.9, 4.1]}))
+    results.write(
+        tmp_path, swept(tmp_path, {"model=nano": [3.5, 3.6], "model=micro": [3.9, 4.1], "model=mini": [5, 5]})
+    )
     browser = Browser(tmp_path / "browser")
     try:
         browser.open((tmp_path / "sweep.html").as_uri())

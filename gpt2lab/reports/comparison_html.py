@@ -1,0 +1,73 @@
+"""Comparison of runs on one page: verdict, final values with intervals, overlaid curves, configuration differences."""
+
+from collections.abc import Sequence
+from html import escape
+
+from gpt2lab import metric_names as names
+from gpt2lab.analysis.sweep_runs import SEED, SweepResults
+from gpt2lab.reports.charts import Chart, Line, plots, tools
+from gpt2lab.reports.page import render_page, section
+from gpt2lab.reports.run_curves import SIDE_CHARTS, run_clock, thinned
+from gpt2lab.reports.sweep_html import counts, results_html, setting_numbers
+from gpt2lab.storage.metrics_csv import series
+
+COLOURS = 8  # of lines, c0 to c7 in page.css; more runs are named at the pointer instead of in a legend
+CURVES = {names.VAL_LOSS: "val/loss, nats per target token", names.TRAIN_LOSS: "train/loss, nats per target token"}
+
+Rows = list[dict[str, str]]
+
+
+def render(title: str, results: SweepResults, rows: Sequence[Rows]) -> str:
+    """Render the page.
+
+    Args:
+        rows: content of metrics.csv of each run, in the order of `results.runs`.
+    """
+    status = f"{len(results.runs)} runs: {escape(counts(results))}"
+    body = results_html(results, has_curves=False) + section("Curves", _curves(results, rows))
+    return render_page(title, title, status, body + section("Configuration differences", _differences(results)))
+
+
+def _curves(results: SweepResults, rows: Sequence[Rows]) -> str:
+    setting_of = {
+        run.number: number
+        for setting, number in zip(results.settings, setting_numbers(results).values(), strict=True)
+        for run in setting.runs
+    }
+    charts = []
+    watched = {group.metric: group.metric for group in results.groups}
+    for metric, title in {**watched, **CURVES, **SIDE_CHARTS}.items():
+        lines = [
+            Line(
+                run.name,
+                thinned(series(own, metric)),
+                f"c{index % COLOURS}",
+                is_smoothed=metric != names.VAL_LOSS,
+                setting=setting_of[run.number],
+                clock=index,
+            )
+            for index, (run, own) in enumerate(zip(results.runs, rows, strict=True))
+        ]
+        shown = [line for line in lines if line.points]
+        charts.append(Chart(title, shown, is_wide=metric in {**watched, **CURVES}, names_nearest=len(shown) > COLOURS))
+    drawn = plots(charts)
+    return tools([run_clock(own) for own in rows], True) + drawn if drawn else ""
+
+
+def _differences(results: SweepResults) -> str:
+    """Render the keys in which the runs differ, a column per run."""
+    keys = dict.fromkeys(key for run in results.runs for key in run.overrides)
+    varied = [key for key in keys if len({run.overrides.get(key) for run in results.runs}) > 1]
+    ordered = sorted(varied, key=lambda key: (key != SEED, key))
+    head = "".join(f"<th>{escape(run.name)}</th>" for run in results.runs)
+    body = "".join(
+        f'<tr><td class="name">{escape(key)}</td>'
+        + "".join(f"<td>{escape(run.overrides.get(key, '–'))}</td>" for run in results.runs)
+        + "</tr>"
+        for key in ordered
+    )
+    return (
+        f'<div class="scroll"><table class="grid"><tr><th></th>{head}</tr>{body}</table></div>'
+        if body
+        else ("<p>The configurations are equal.</p>")
+    )

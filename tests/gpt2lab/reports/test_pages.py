@@ -1,0 +1,116 @@
+"""Pages of results in Chromium: no horizontal scrolling, no small text, no errors, hover and zoom, at three widths."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2lab.reports import page
+from tests.support.chromium import PROGRAM, Browser
+from tests.support.pages import result_pages
+
+needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
+SMALLEST = 11  # pixels
+LARGEST_PAGE = 2_000_000  # bytes, of a run
+SMALL_TEXTS = f"""[...document.querySelectorAll('body *')].filter(one => one.offsetParent
+  && [...one.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
+  && parseFloat(getComputedStyle(one).fontSize) < {SMALLEST}).map(one => one.outerHTML.slice(0, 80))"""
+STACKED = """[...document.querySelectorAll('.number, .value, .tile b')].filter(one => one.offsetParent
+  && one.textContent.length > 3 && one.getBoundingClientRect().width < 20).map(one => one.textContent)"""
+UPLOT = {  # SHA-256 of the files in the npm package uplot 1.6.32
+    "uplot.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
+    "uplot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    found = Browser(tmp_path_factory.mktemp("browser"))
+    yield found
+    found.close()
+
+
+def show(browser: Browser, file: Path, width: int, scheme: str = "light") -> None:
+    device = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.call("Emulation.setDeviceMetricsOverride", device)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.call("Emulation.setEmulatedMedia", {"features": features})
+    browser.events.clear()
+    browser.open(file.as_uri())
+
+
+def faults(browser: Browser, width: int) -> dict[str, Any]:
+    """Return what is wrong with the shown page; empty if nothing is."""
+    scripts = "document.querySelectorAll('figure.plot').length - document.querySelectorAll('figure.plot canvas').length"
+    found = {
+        "scrolls by": browser.value(f"Math.max(document.documentElement.scrollWidth - {width}, 0)"),
+        "small": browser.value(SMALL_TEXTS),
+        "stacked digits": browser.value(STACKED),
+        "charts that are not drawn": browser.value(scripts),
+    }
+    methods = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
+    found["errors"] = [event for event in browser.events if event.get("method") in methods]
+    return {name: value for name, value in found.items() if value}
+
+
+def drag(browser: Browser, selector: str, start: float, end: float) -> None:
+    """Drag over an element, from and to a share of its width."""
+    box = browser.value(
+        f"(() => {{ const one = document.querySelector({selector!r}); one.scrollIntoView({{block: 'center'}});"
+        "const {x, y, width, height} = one.getBoundingClientRect(); return {x, y, width, height}; })()"
+    )
+    y = box["y"] + box["height"] / 2
+    for kind, share in (("mouseMoved", start), ("mousePressed", start), ("mouseMoved", end), ("mouseReleased", end)):
+        button = {"button": "left", "buttons": 1, "clickCount": 1} if kind != "mouseMoved" or share == end else {}
+        place = {"type": kind, "x": box["x"] + share * box["width"], "y": y}
+        browser.call("Input.dispatchMouseEvent", {**place, **button})
+
+
+@needs_chromium
+def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "run.html").write_text(result_pages()["run"])
+    show(browser, tmp_path / "run.html", 390)
+    assert faults(browser, 390) == {}
+    plot = "document.querySelector('figure.plot').plot"
+    assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max]") == [10, 400]
+    drag(browser, "figure.plot .u-over", 0.25, 0.75)
+    low, high = browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max]")
+    assert 50 < low < 150 < 250 < high < 350
+    assert "validation" in browser.value("document.querySelector('figure.plot .u-legend').innerText")
+    select = "document.getElementById('x-axis')"
+    browser.value(f"{select}.value = 'seconds'; {select}.dispatchEvent(new Event('input'))")
+    assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max]") == [5, 200], (
+        "5,000 tokens each 10 steps at 1,000/s"
+    )
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_every_width(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+    for name, text in result_pages().items():
+        (tmp_path / f"{name}.html").write_text(text)
+        show(browser, tmp_path / f"{name}.html", width, scheme)
+        assert (name, faults(browser, width)) == (name, {})
+        assert browser.value("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 30)"
+        )
+
+
+def test_every_page_is_small_and_runs_no_text_of_a_user() -> None:
+    for name, text in result_pages().items():
+        assert len(text.encode()) < LARGEST_PAGE, name
+        assert "<script>alert" not in text, name
+        assert "<!--" not in text, name
+
+
+def test_the_chart_library_is_unchanged_and_has_its_licence() -> None:
+    folder = Path(page.__file__).parent
+    for name, digest in UPLOT.items():
+        header, _, content = (folder / name).read_text().partition("*/\n")
+        assert "MIT" in header
+        assert hashlib.sha256(content.removesuffix("\n" * name.endswith(".css")).encode()).hexdigest() == digest
+    assert "Permission is hereby granted" in page.render_page("", "", "", page.PLOT)
