@@ -1,6 +1,7 @@
 """Varied keys: values of one key in a sweep, as positions on an axis and as levels of a factor."""
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -8,6 +9,8 @@ import numpy as np
 
 LOG_SPAN = 10.0 * (1 - 1e-9)  # from a factor of 10 on (up to rounding) the axis is logarithmic
 MOST_LEVELS = 5  # more distinct numbers are binned
+NUMBER = re.compile(r"[+-]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?")
+MOST_DIGITS = 7  # characters of a round number that is shown in full
 FOOT = 0.12  # share of a numeric axis reserved for runs without a value
 
 
@@ -61,3 +64,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Map each key to its last part if that is unique: `optimizer.lr` → `lr`."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+
+
+def override_value(text: str) -> str:
+    """Format the value of an override: a number with more digits has three significant ones."""
+    if not NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        return text
+    shorter = f"{float(text):.3g}".replace("e-0", "e-").replace("e+0", "e")
+    return shorter if len(shorter) < len(text) and (float(shorter) != float(text) or len(text) > MOST_DIGITS) else text

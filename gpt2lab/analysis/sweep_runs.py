@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from gpt2lab import metric_names
 from gpt2lab.analysis.setting_comparison import Comparison, compare, mean_interval
-from gpt2lab.analysis.sweep_axes import short_names
+from gpt2lab.analysis.sweep_axes import override_value, short_names
 from gpt2lab.evaluation.document_losses import DocumentLosses, loss_difference, mean_losses
 from gpt2lab.settings import OBJECTIVES
 
@@ -86,6 +86,12 @@ class Setting:
     overrides: dict[str, str]
     name: str
     runs: list[SweepRun]
+
+    @property
+    def label(self) -> str:
+        """Its name with three significant digits of each number."""
+        words = (word.partition("=") for word in self.name.split(" "))
+        return " ".join(f"{key}{equals}{override_value(value)}" for key, equals, value in words)
 
     @cached_property
     def values(self) -> list[tuple[str, float]]:
@@ -252,7 +258,7 @@ def summarize(group: SettingGroup) -> str:
     """Return one sentence with the winner or the ties, and the evidence."""
     best, settings = group.best, group.settings
     seeds = f", mean of {len(best.values)}" if len(best.values) > 1 else ""
-    leader = f"{best.name} ({group.metric} {format_value(best)}{seeds})"
+    leader = f"{best.label} ({group.metric} {format_value(best)}{seeds})"
     lost = f" {best.lost} of its {len(best.runs)} runs gave no value." if best.lost else ""
     if len(settings) == 1:
         return f"Only one setting has a value: {leader}.{lost}"
@@ -263,7 +269,7 @@ def summarize(group: SettingGroup) -> str:
         one_each = all(len(setting.values) == 1 for setting in settings)
         why = "one seed each" if one_each else "too few seeds in common"
         return f"Best seen: {leader}. With {why} this may be chance: sweep over seed=1,2,3 too.{lost}"
-    others = [setting.name for setting in settings[1:] if setting.name in group.comparison.ties]
+    others = [setting.label for setting in settings[1:] if setting.name in group.comparison.ties]
     named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
     worse = len(settings) - 1 - len(others)
     rest = f"; {worse} setting{'s are' if worse > 1 else ' is'} worse" if worse else ""

@@ -8,6 +8,7 @@ const clocks = JSON.parse(document.getElementById('clocks')?.textContent ?? '[]'
 const control = id => document.getElementById(id);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
 const FONT = '12px system-ui, sans-serif';
+const INCREMENTS = Array.from({length: 39}, (_, index) => [1, 2, 5][index % 3] * 10 ** Math.floor(index / 3));
 const HEIGHTS = {curves: 190, slices: 190, parallel: 320, wide: 320};
 
 function number(value) {
@@ -95,7 +96,7 @@ function data(spec, weight) {
 function axes(spec) {
   const plain = {stroke: colour('soft'), font: FONT, grid: {stroke: colour('line'), width: 1}, ticks: {show: false}};
   if (spec.kind === 'parallel') return [{show: false}, {show: false}];
-  const x = {...plain, size: 34, values: (_, splits) => splits.map(axisNumber)};
+  const x = {...plain, size: 34, incrs: INCREMENTS, values: (_, splits) => splits.map(axisNumber)};
   if (spec.x_ticks.length) {
     x.splits = () => spec.x_ticks.map(tick => tick[0]);
     x.values = plot => apart(plot, spec.x_ticks);

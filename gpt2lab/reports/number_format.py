@@ -1,9 +1,8 @@
 """Figures on pages: three significant digits in tables and on axes; commands keep the full value."""
 
 import math
-import re
 
-_LONG_NUMBER = re.compile(r"[+-]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?")
+from gpt2lab.analysis.sweep_axes import NUMBER, override_value
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -24,18 +23,10 @@ def loss(value: float) -> str:
     return f"{value:.3f}"
 
 
-def override_value(text: str) -> str:
-    """Format the value of an override: a number with more digits has three significant ones."""
-    if not _LONG_NUMBER.fullmatch(text) or not math.isfinite(float(text)):
-        return text
-    shorter = f"{float(text):.3g}".replace("e-0", "e-").replace("e+0", "e")
-    return shorter if len(shorter) < len(text) and float(shorter) != float(text) else text
-
-
 def tick_text(text: str) -> str:
     """Format the value of an override beside an axis: as short as three significant digits permit."""
     shorter = override_value(text)
-    if not _LONG_NUMBER.fullmatch(text) or not 0 < abs(float(text)) < 1e-2:
+    if not NUMBER.fullmatch(text) or not 0 < abs(float(text)) < 1e-2:
         return shorter
     mantissa, exponent = f"{float(text):.2e}".split("e")
     return min(shorter, f"{float(mantissa):g}e{int(exponent)}", key=len)

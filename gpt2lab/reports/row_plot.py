@@ -9,6 +9,7 @@ from gpt2lab.reports.number_format import significant
 
 MARGIN = 0.04  # share of the range left free at both ends
 TICKS = 4
+EDGE = 4  # percent of the axis
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,19 @@ def row_plot(label: str, axis: str, rows: Sequence[Row], zero: bool = False, end
             f'<span class="track">{"".join(marks)}</span><span class="value">{escape(row.text)}</span></div>'
         )
     ticks = "".join(
-        f'<i class="tick" style="left:{at(tick)}%">{significant(tick)}</i>' for tick in round_ticks(low, high)
+        f'<i class="tick{_edge(at(tick))}" style="left:{at(tick)}%">{significant(tick)}</i>'
+        for tick in round_ticks(low, high)
     )
     scale = f'<div class="row axis"><span></span><span class="track">{ticks}</span><span></span></div>'
     return (
         f'<div class="rows" role="img" aria-label="{escape(label)}">{"".join(parts)}{scale}'
         f'<div class="row axis"><span></span><span>{escape(axis)}</span><span></span></div></div>'
     )
+
+
+def _edge(percent: float) -> str:
+    """Return the CSS class that keeps a label within the axis."""
+    return " low" if percent < EDGE else " high" if percent > 100 - EDGE else ""
 
 
 def share_bars(label: str, rows: Sequence[tuple[str, float, str, bool]]) -> str:

@@ -1,7 +1,7 @@
 """Charts of a sweep or comparison: settings with their intervals, curves, parallel coordinates, slices, importances."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gpt2lab import metric_names
 from gpt2lab.analysis.hyperparameter_importance import Importance, importances
@@ -42,7 +42,7 @@ def limits(group: SettingGroup) -> tuple[float, float]:
     return sign * values[0], sign * worst
 
 
-def means_plot(group: SettingGroup, numbers: dict[str, int], label: Callable[[Setting], str]) -> str:
+def means_plot(group: SettingGroup, numbers: dict[str, int]) -> str:
     """Plot one row per setting: its runs as dots, their mean and its interval."""
     low, high = sorted(limits(group))
     margin = (high - low or abs(high) or 1.0) * 0.5  # an interval from two runs can be wider than the range of values
@@ -52,14 +52,14 @@ def means_plot(group: SettingGroup, numbers: dict[str, int], label: Callable[[Se
         ends += [min(max(end, low - margin), high + margin) for end in span or ()]
         dots = [(value, f"seed {seed}: " * bool(seed) + f"{value:.4f}") for seed, value in setting.values]
         mean = setting.mean[0] if setting.mean is not None and len(setting.values) > 1 else None
-        rows.append(Row(label(setting), dots, span, mean, format_value(setting), _attributes(group, setting, numbers)))
+        rows.append(Row(setting.label, dots, span, mean, format_value(setting), _attributes(group, setting, numbers)))
     left_out = len(group.settings) - len(rows)
     more = f"<p>{left_out} worse settings are not drawn.</p>" if left_out else ""
     axis = f"{group.metric} ({better(group.metric)})"
     return row_plot("every setting's runs, their mean and interval", axis, rows, ends=ends) + more
 
 
-def gap_plot(group: SettingGroup, numbers: dict[str, int], label: Callable[[Setting], str]) -> str:
+def gap_plot(group: SettingGroup, numbers: dict[str, int]) -> str:
     """Plot the gap of each setting to the best; if its bar includes 0, the two tie."""
     gaps = group.comparison.gaps
     best, worst = limits(group)
@@ -70,14 +70,12 @@ def gap_plot(group: SettingGroup, numbers: dict[str, int], label: Callable[[Sett
         ends += [min(max(end, -reach), reach) for end in span]
         text = f"{significant(gap)} ± {significant(margin)}"
         attributes = _attributes(group, setting, numbers)
-        rows.append(Row(label(setting), [(gap, f"{gap:.4f}")], span, None, text, attributes))
+        rows.append(Row(setting.label, [(gap, f"{gap:.4f}")], span, None, text, attributes))
     axis = f"{group.metric}, worse than the best (← better)"
     return row_plot("how much worse than the best each setting is", axis, rows, zero=True, ends=ends)
 
 
-def curves_chart(
-    group: SettingGroup, settings: Sequence[Setting], numbers: dict[str, int], label: Callable[[Setting], str]
-) -> Chart | None:
+def curves_chart(group: SettingGroup, settings: Sequence[Setting], numbers: dict[str, int]) -> Chart | None:
     """Plot the metric over steps, a line per run; None if no run has two points.
 
     Args:
@@ -94,7 +92,7 @@ def curves_chart(
     kept = [value for value in late if (value <= far if is_lower else value >= far)]
     lines = [  # the best comes last, on top
         Line(
-            f"{run.number}: {label(setting)}" if not run.name else run.name,
+            f"{run.number}: {setting.label}" if not run.name else run.name,
             _thin(run.curve),
             COLOURS[rank(group, setting)],
             is_dashed=run.value is None,
@@ -107,9 +105,7 @@ def curves_chart(
     return Chart(f"{group.metric} over steps", lines, y_range=(min(ends), max(ends)), is_wide=True, names_nearest=True)
 
 
-def parallel_chart(
-    group: SettingGroup, keys: Sequence[str], numbers: dict[str, int], label: Callable[[Setting], str]
-) -> Chart:
+def parallel_chart(group: SettingGroup, keys: Sequence[str], numbers: dict[str, int]) -> Chart:
     """Plot an axis per key and one for the metric (better on top), with a line per setting."""
     best, worst = limits(group)
     columns = [VariedKey([setting.overrides.get(key, "") for setting in group.settings]) for key in keys]
@@ -119,7 +115,7 @@ def parallel_chart(
         share = (setting.mean[0] - worst) / (best - worst) if best != worst else 0.5
         is_cut |= share < 0
         heights = [*(column.positions[number] for column in columns), min(max(share, 0.0), 1.0)]
-        name = f"{label(setting)}: {setting.mean[0]:.4f}"
+        name = f"{setting.label}: {setting.mean[0]:.4f}"
         points = [(float(place), MARGIN + (1 - 2 * MARGIN) * height) for place, height in enumerate(heights)]
         kind = rank(group, setting)
         lines.append(Line(name, points, COLOURS[kind], is_bold=kind == "best", setting=numbers[setting.name]))
@@ -131,9 +127,7 @@ def parallel_chart(
     return Chart(title, lines[::-1], "parallel", axes=placed, is_wide=True, names_nearest=True)
 
 
-def slice_charts(
-    group: SettingGroup, keys: Sequence[str], numbers: dict[str, int], label: Callable[[Setting], str]
-) -> list[Chart]:
+def slice_charts(group: SettingGroup, keys: Sequence[str], numbers: dict[str, int]) -> list[Chart]:
     """Plot the metric over the values of each key, a dot per setting."""
     best, worst = limits(group)
     charts = []
@@ -143,7 +137,7 @@ def slice_charts(
         for setting, position in zip(group.settings, column.positions, strict=True):
             assert setting.mean is not None
             value = min(max(setting.mean[0], min(best, worst)), max(best, worst))
-            name, kind = f"{label(setting)}: {setting.mean[0]:.4f}", rank(group, setting)
+            name, kind = f"{setting.label}: {setting.mean[0]:.4f}", rank(group, setting)
             lines.append(Line(name, [(position, value)], COLOURS[kind], setting=numbers[setting.name]))
         charts.append(
             Chart(f"{group.metric} over {key}", lines[::-1], "slices", x_ticks=_labels(column), names_nearest=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from gpt2lab.analysis.sweep_axes import short_names
+from gpt2lab.analysis.sweep_axes import override_value, short_names
 from gpt2lab.analysis.sweep_runs import (
     SEED,
     Setting,
@@ -17,7 +17,7 @@ from gpt2lab.analysis.sweep_runs import (
     summarize,
 )
 from gpt2lab.reports.charts import plots
-from gpt2lab.reports.number_format import duration, override_value
+from gpt2lab.reports.number_format import duration
 from gpt2lab.reports.page import command, render_page, section
 from gpt2lab.reports.sweep_charts import (
     curves_chart,
@@ -65,14 +65,6 @@ def results_html(results: SweepResults, has_curves: bool = True) -> str:
 def setting_numbers(results: SweepResults) -> dict[str, int]:
     """Return the number of each setting, by which the page highlights it."""
     return {setting.name: number for number, setting in enumerate(results.settings)}
-
-
-def setting_label(setting: Setting) -> str:
-    """Return the name of a setting with three significant digits of each number."""
-    return " ".join(
-        f"{key}{equals}{override_value(value)}"
-        for key, equals, value in (word.partition("=") for word in setting.name.split(" "))
-    )
 
 
 def _shown_keys(results: SweepResults) -> list[str]:
@@ -167,16 +159,15 @@ def _link(run: SweepRun) -> str:
 
 def _plots(group: SettingGroup, results: SweepResults, numbers: dict[str, int], has_curves: bool) -> str:
     of = f" of {group.metric} {group.condition}".rstrip() if len(results.groups) > 1 else ""
-    how = (numbers, setting_label)
-    parts = [section(("Means" if results.has_seeds else "Values") + of, means_plot(group, *how))]
+    parts = [section(("Means" if results.has_seeds else "Values") + of, means_plot(group, numbers))]
     if group.comparison.gaps:
-        parts.append(section(f"Behind the best{of}", gap_plot(group, *how)))
-    if has_curves and (curves := curves_chart(group, results.settings, *how)):
+        parts.append(section(f"Behind the best{of}", gap_plot(group, numbers)))
+    if has_curves and (curves := curves_chart(group, results.settings, numbers)):
         parts.append(section(f"Learning curves{of}", plots([curves])))
     if len(group.settings) > 2 and _shown_keys(results):
         keys = [key for key in _shown_keys(results) if len({setting.overrides[key] for setting in group.settings}) > 1]
-        parts.append(section(f"Keys and results{of}", plots([parallel_chart(group, keys, *how)])))
-        parts.append(section(f"Slices{of}", plots(slice_charts(group, keys, *how))))
+        parts.append(section(f"Keys and results{of}", plots([parallel_chart(group, keys, numbers)])))
+        parts.append(section(f"Slices{of}", plots(slice_charts(group, keys, numbers))))
         parts.append(section(f"Importance of keys{of}", importance_bars(group, keys)))
     return "".join(parts)
 

@@ -135,7 +135,7 @@ def _settings(found: SweepResults) -> str:
         numbers = ",".join(str(run.number) for run in setting.runs)
         standing = group.status_of(setting) if group else ""
         behind = format_gap(group, setting)
-        lines.append((standing, format_value(setting), behind, setting.statuses, seconds, numbers, setting.name))
+        lines.append((standing, format_value(setting), behind, setting.statuses, seconds, numbers, setting.label))
     return (
         _aligned(lines)
         + "\n± of a value: half its 95 % interval; behind the best by more than its ±: worse, else a tie"
@@ -148,7 +148,7 @@ def _by_document(found: SweepResults) -> list[str]:
     for group in found.groups:
         for setting in group.settings[1 : NAMED + 1]:
             difference = group.by_document(setting)
-            lines += [f"  {setting.name} − {group.best.name}: {difference}"] if difference else []
+            lines += [f"  {setting.label} − {group.best.label}: {difference}"] if difference else []
     return ["", "Paired by document, without the error between seeds", *lines] if lines else []
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gpt2lab.analysis.sweep_axes import override_value
 from gpt2lab.errors import InputError
-from gpt2lab.reports.number_format import override_value, significant
+from gpt2lab.reports.number_format import significant
 from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.reports.row_plot import round_ticks
 from gpt2lab.reports.run_report import build_report, write_report
