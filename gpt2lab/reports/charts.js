@@ -72,7 +72,7 @@ function styles(spec, weight) {
   const style = (line, more) => ({
     label: line.name, stroke: colour(line.colour), width: line.is_bold ? 2.5 : 1.5, spanGaps: true,
     dash: line.is_dashed ? [5, 4] : undefined, value: (plot, v, s, i) => number(i == null ? plot.data[s].findLast(one => one != null) : v),
-    points: {size: 6, fill: colour(line.colour), show: spec.kind === 'slices' || (spec.kind === 'curves' && line.points.length < 40)}, ...more,
+    points: {size: 6, fill: colour(line.colour), show: spec.kind === 'slices' || (spec.kind === 'curves' && line.points.length < 40 && spec.lines.length <= 12)}, ...more,
   });
   for (const line of spec.lines) {
     const isSmooth = weight > 0 && line.is_smoothed;
@@ -116,11 +116,12 @@ function apart(plot, ticks) {
 }
 
 function scales(spec, isLogX, isLogY) {
-  const whole = (plot) => plot.scales.x.min === plot.data[0][0] && plot.scales.x.max === plot.data[0].at(-1);
+  const values = spec.lines.flatMap(line => line.points.map(point => point[1]));
+  const lowest = values.reduce((a, b) => Math.min(a, b)), highest = values.reduce((a, b) => Math.max(a, b));
   const around = (low, high) => uPlot.rangeNum(low ?? 0, high ?? 1, .08, false);
   const y = {distr: isLogY ? 3 : 1};
   if (spec.kind === 'parallel') y.range = () => [0, 1];
-  else if (!isLogY) y.range = (plot, low, high) => spec.y_range && whole(plot) ? around(...spec.y_range) : around(low, high);
+  else if (!isLogY) y.range = (_, low, high) => spec.y_range && low === lowest && high === highest ? around(...spec.y_range) : around(low, high);
   const x = {time: false, distr: isLogX ? 3 : 1};
   if (spec.kind === 'slices') x.range = () => [-.08, 1.08];
   return {x, y};

@@ -90,7 +90,7 @@ def tools(clocks: Sequence[Mapping[str, Sequence[float]]], has_smoothing: bool) 
     Args:
         clocks: of each run the lists `steps`, `tokens` and `seconds`; those that every run has can be chosen.
     """
-    names = [name for name in ("steps", "tokens", "seconds") if clocks and all(clock.get(name) for clock in clocks)]
+    names = ["steps", *(name for name in ("tokens", "seconds") if all(clock.get(name) for clock in clocks))]
     options = "".join(f'<option value="{name}">{STEPS if name == "steps" else name}</option>' for name in names)
     smoothing = '<label>smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.02" value="0"></label>'
     return (

@@ -11,6 +11,7 @@ from gpt2lab.reports.run_curves import SIDE_CHARTS, run_clock, thinned
 from gpt2lab.reports.sweep_html import counts, results_html, setting_numbers
 from gpt2lab.storage.metrics_csv import series
 
+MOST_POINTS = 300  # of one line
 COLOURS = 8  # of lines, c0 to c7 in page.css; more runs are named at the pointer instead of in a legend
 CURVES = {names.VAL_LOSS: "val/loss, nats per target token", names.TRAIN_LOSS: "train/loss, nats per target token"}
 
@@ -40,7 +41,7 @@ def _curves(results: SweepResults, rows: Sequence[Rows]) -> str:
         lines = [
             Line(
                 run.name,
-                thinned(series(own, metric)),
+                thinned(series(own, metric), MOST_POINTS),
                 f"c{index % COLOURS}",
                 is_smoothed=metric != names.VAL_LOSS,
                 setting=setting_of[run.number],

@@ -6,10 +6,10 @@ from gpt2lab.analysis.sweep_axes import NUMBER, override_value
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Format with significant digits: 0.0123, 4.56, 1,230, 3.00e-05; whole numbers below 1,000,000 in full."""
+    """Format with significant digits: 0.0123, 4.56, 1,230, 3.00e-05; integers below 1,000,000 in full."""
     if not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 1e6:
+    if value == 0 or (isinstance(value, int) and abs(value) < 1e6):
         return f"{int(value):,}".replace("-", "−")
     if not 1e-3 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")

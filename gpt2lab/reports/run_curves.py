@@ -9,7 +9,7 @@ from gpt2lab.storage.metrics_csv import STEP, series
 
 Rows = Sequence[dict[str, str]]
 
-MOST_POINTS = 2000  # of one line; a longer one is thinned
+MOST_POINTS = 1000  # of one line; a longer one is thinned
 SIDE_CHARTS = {
     names.TRAIN_OBJECTIVE: "distillation loss",
     names.LEARNING_RATE: "learning rate",
@@ -46,22 +46,19 @@ def run_clock(rows: Rows) -> dict[str, list[float]]:
     Seconds follow from tokens and speed, so they exclude validation, samples and saves.
     """
     known = [row for row in rows if row.get(names.TOKENS) and row.get(names.TOKENS_PER_SECOND)]
-    steps: list[float] = []
-    tokens: list[float] = []
-    seconds: list[float] = []
-    before = 0.0
+    clock = [(0.0, 0.0, 0.0)]
     for row in known:
-        here, speed = float(row[names.TOKENS]), float(row[names.TOKENS_PER_SECOND])
-        seconds.append((seconds[-1] if seconds else 0.0) + (max(here - before, 0.0) / speed if speed else 0.0))
-        steps.append(float(row[STEP]))
-        tokens.append(here)
-        before = here
-    return {"steps": steps, "tokens": tokens, "seconds": seconds}
+        _, before, time = clock[-1]
+        tokens, speed = float(row[names.TOKENS]), float(row[names.TOKENS_PER_SECOND])
+        clock.append((float(row[STEP]), tokens, time + (max(tokens - before, 0.0) / speed if speed else 0.0)))
+    kept = clock[1 :: -(-len(clock) // MOST_POINTS)] if known else []
+    kept += clock[-1:] if known and kept[-1] != clock[-1] else []
+    return {name: [row[column] for row in kept] for column, name in enumerate(("steps", "tokens", "seconds"))}
 
 
-def thinned(points: Points) -> Points:
-    """Return at most about MOST_POINTS points, the last one included."""
-    every = -(-len(points) // MOST_POINTS)
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """Return at most about `most` points, the last one included."""
+    every = -(-len(points) // most)
     return points if every < 2 else [*points[:-1:every], points[-1]]
 
 
@@ -93,6 +90,6 @@ def side_charts(rows: list[dict[str, str]]) -> list[Chart]:
 def distillation_charts(rows: list[dict[str, str]]) -> list[Chart]:
     """Return the distillation metrics over time."""
     return [
-        Chart(title, [Line(label, series(rows, name), colour) for name, (label, colour) in group.items()])
+        Chart(title, [Line(label, thinned(series(rows, name)), colour) for name, (label, colour) in group.items()])
         for title, group in DISTILLATION_CHARTS.items()
     ]

@@ -16,12 +16,13 @@ def render(title: str, results: StudyResults) -> str:
     seeds = ", ".join(map(str, results.seeds))
     verdicts = "".join(
         f'<tr><td class="name">{escape(contrast.budget)}</td><td class="name">{escape(contrast.title)}</td>'
-        f"<td>{escape(contrast.verdict)}</td><td>{escape(str(contrast.by_document or ''))}</td></tr>"
+        f'<td class="words">{escape(contrast.verdict)}</td>'
+        f'<td class="words">{escape(str(contrast.by_document or ""))}</td></tr>'
         for contrast in results.contrasts
     )
     body = [
         *(f'<pre class="error">{escape(run)}</pre>' for run in results.failed_runs),
-        section("Verdicts", _table(("budget", "comparison", "over seeds", "over documents"), verdicts)),
+        section("Verdicts", _table(("budget", "comparison", "over seeds", "over documents"), verdicts, " stack")),
         section("Differences, with their intervals", _intervals(results.contrasts)),
         section("Every run", _dots(results.arms)),
         section("Errors of the mean losses", _table(ERRORS, _errors(results.arms))),
@@ -31,10 +32,10 @@ def render(title: str, results: StudyResults) -> str:
     return render_page(title, f"Is it the teacher? {title}", status, "".join(body))
 
 
-def _table(names: tuple[str, ...], rows: str) -> str:
-    """Render a table; empty without rows."""
+def _table(names: tuple[str, ...], rows: str, kind: str = "") -> str:
+    """Render a table; empty without rows. Of the kind " stack", the cells of a row are below one another on a phone."""
     head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<div class="scroll"><table class="grid"><tr>{head}</tr>{rows}</table></div>' if rows else ""
+    return f'<div class="scroll"><table class="grid{kind}"><tr>{head}</tr>{rows}</table></div>' if rows else ""
 
 
 def _dots(arms: list[ArmResult]) -> str:

@@ -7,9 +7,10 @@ from gpt2lab import metric_names
 from gpt2lab.analysis.hyperparameter_importance import Importance, importances
 from gpt2lab.analysis.sweep_axes import VariedKey
 from gpt2lab.analysis.sweep_runs import Setting, SettingGroup, format_value
-from gpt2lab.reports.charts import Chart, Line, Points
+from gpt2lab.reports.charts import Chart, Line
 from gpt2lab.reports.number_format import significant, tick_text
 from gpt2lab.reports.row_plot import Row, row_plot, share_bars
+from gpt2lab.reports.run_curves import thinned
 
 SHOWN_ROWS = 40  # settings in the plot of means
 CURVE_POINTS = 100
@@ -93,7 +94,7 @@ def curves_chart(group: SettingGroup, settings: Sequence[Setting], numbers: dict
     lines = [  # the best comes last, on top
         Line(
             f"{run.number}: {setting.label}" if not run.name else run.name,
-            _thin(run.curve),
+            thinned(run.curve, CURVE_POINTS),
             COLOURS[rank(group, setting)],
             is_dashed=run.value is None,
             is_bold=rank(group, setting) == "best",
@@ -173,11 +174,6 @@ def _interval(setting: Setting) -> tuple[float, float] | None:
         return None
     mean, half = setting.mean
     return mean - half, mean + half
-
-
-def _thin(curve: Points) -> Points:
-    every = math.ceil(len(curve) / CURVE_POINTS)
-    return curve if every < 2 else [*curve[:-1:every], curve[-1]]
 
 
 def _labels(axis: VariedKey) -> list[tuple[float, str]]:

@@ -39,7 +39,7 @@ def metrics(steps: int = 40) -> list[dict[str, str]]:
     return rows
 
 
-def run_page() -> str:
+def run_page(steps: int = 40) -> str:
     report: dict[str, Any] = {
         "status": "stopped",
         "task": "distill",
@@ -65,7 +65,9 @@ def run_page() -> str:
     report["metrics"] = {"val/rougeL": 12.345, **dict.fromkeys(DISTILLATION, 0.123456)}
     samples = [Sample(step, f"def {LONG}", LONG, "greedy") for step in (100, 200)]
     example = Example("x = 1\n" * 200, HOSTILE, LONG, "rougeL", 41.23456)
-    run = report_html.RunFiles(metrics(), samples, [example], ["inspect/step-1.html"], ["metrics.csv"], f"path: {LONG}")
+    run = report_html.RunFiles(
+        metrics(steps), samples, [example], ["inspect/step-1.html"], ["metrics.csv"], f"path: {LONG}"
+    )
     return report_html.render(f"run {HOSTILE}", report, run)
 
 
