@@ -44,12 +44,17 @@ class Exit(SystemExit):
         return self.message
 
 
+def exit_on_early_signal() -> None:
+    """Exit on a signal from now on, without a traceback; for a program's first lines, as its imports take seconds."""
+    for number in SIGNALS:
+        signal.signal(number, _exit_at_once)
+
+
 def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
     """Run `entry` and exit with its exit code, also when Ctrl-C arrives while the interpreter shuts down."""
     standard_streams.protect()
     atexit.register(_ignore_signals)
-    for number in SIGNALS:
-        signal.signal(number, _exit_at_once)
+    exit_on_early_signal()
     sys.exit(exit_code(entry))
 
 

@@ -15,9 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch import exit_codes
+
+if __name__ == "__main__":
+    exit_codes.exit_on_early_signal()
+
 from gpt2lab.system.determinism import fix_cublas_workspace
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
-from launch import exit_codes, logging_setup, rank_environment
+from launch import logging_setup, rank_environment
 from launch.checks import checks
 from launch.config import plugins, run_dir, run_spec
 from launch.config.run_dir import RunDirectory
