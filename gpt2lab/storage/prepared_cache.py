@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import NO_SPACE, can_write, input_error_when_full, replaced_folder, write_json
+from gpt2lab.storage.stored_weights import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,12 @@ def find_prepared(kind: str, name: str, key: dict[str, Any], cache_dir: Path) ->
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether the folder has a ledger and its files have the recorded sizes."""
+    """Whether the folder has a whole ledger and its files have the recorded sizes."""
     try:
-        sizes = read_ledger(folder)["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, KeyError, ValueError):
+        ledger = read_ledger(folder)
+        are_whole = all((folder / name).stat().st_size == size for name, size in ledger["sizes"].items())
+        return are_whole and isinstance(ledger["key"], dict)
+    except UNREADABLE:
         return False
 
 

@@ -15,6 +15,7 @@ from gpt2lab.reports import side_files
 from gpt2lab.storage import folder_lock
 from gpt2lab.storage.atomic_files import can_write, flush
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.damaged_files import read_file
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_shape
@@ -335,10 +336,10 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
     for file in sorted(root.glob("**/report.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         folder = file.parent
         try:
-            report = json.loads(file.read_text(encoding="utf-8"))
+            report = json.loads(read_file(file))
             if isinstance(report, dict) and is_finished(report):
                 runs.append(FinishedRun(folder, run_spec.load(folder / CONFIG), read_shape(folder / "hf")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
     return runs
 

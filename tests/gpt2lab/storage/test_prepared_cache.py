@@ -12,7 +12,7 @@ import pytest
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import can_write
-from gpt2lab.storage.prepared_cache import get_or_build, is_prepared, open_growing_folder
+from gpt2lab.storage.prepared_cache import find_prepared, get_or_build, is_prepared, open_growing_folder
 
 CODES = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.ESTALE)
 
@@ -41,6 +41,19 @@ def test_a_cache_without_locks_is_used(
         assert (folder / "key.json").is_file()
     assert f"cannot lock ({os.strerror(code)})" in caplog.text
     assert not list(tmp_path.rglob("*tmp")), "the scratch folder has become the prepared one"
+
+
+LEDGERS = ("", "[]", "null", "7", "[" * 100_000, "\udcff")
+LEDGERS += ('{"sizes": null}', '{"sizes": []}', '{"sizes": {}, "key": null}')
+
+
+@pytest.mark.parametrize("ledger", LEDGERS, ids=lambda text: text[:20])
+def test_a_folder_with_a_damaged_ledger_is_prepared_again(ledger: str, tmp_path: Path):
+    folder = prepare(tmp_path)
+    (folder / "ledger.json").write_bytes(os.fsencode(ledger))
+    assert find_prepared("tokens", "text", {"seed": 1}, tmp_path) is None
+    assert is_prepared(prepare(tmp_path))
+    assert find_prepared("tokens", "text", {"seed": 1}, tmp_path) is not None
 
 
 @pytest.mark.parametrize("cache", ["/proc/none", "/proc/none/below", "/dev/null", "/dev/null/none", "/sys/none"])

@@ -78,6 +78,7 @@ EVERY: dict[str, Damage] = {
     "a folder": other(lambda file: file.mkdir()),
     "a link to nothing": other(lambda file: file.symlink_to("/nowhere/at/all")),
     "a pipe": other(os.mkfifo),
+    "unreadable": other(lambda file: file.symlink_to("/proc/self/mem")),  # for root too
     "read-only": lambda file: file.chmod(0o444),
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
@@ -165,7 +166,8 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     make_run(tmp_path)
     expected = read_metrics(tmp_path), read_samples(tmp_path)
     {**EVERY, **OWN[file]}[damage](tmp_path / file)
-    was = tmp_path.joinpath(file).read_bytes() if tmp_path.joinpath(file).is_file() else None
+    is_lost = damage == "missing" or damaged_files.is_unreadable(tmp_path / file)
+    was = None if is_lost else (tmp_path / file).read_bytes()
 
     newest = newest_good_checkpoint(tmp_path)
     assert newest is not None
@@ -201,7 +203,8 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     assert (rows[-1]["step"], samples[-1].step) == ("5", 5)
     spared = 4 if (file, damage) in HARMLESS and damage not in ("missing", "empty") else 3
     for name, left in (("metrics.csv", rows), ("samples.jsonl", samples)):
-        whole_is_lost = ("zeroed", "a folder", "a pipe", "a link to nothing", "missing", "empty", "an invalid header")
+        whole_is_lost = ("zeroed", "a folder", "a pipe", "unreadable", "a link to nothing", "missing", "empty")
+        whole_is_lost += ("an invalid header",)
         assert len(left) - 1 >= (4 if name != file else 0 if damage in whole_is_lost else spared - 1)
     assert read_report(tmp_path)["status"] == "finished"
     assert [one.step for one in read_entries(tmp_path)] == [2, 4]

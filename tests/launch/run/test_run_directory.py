@@ -24,7 +24,7 @@ from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.report_json import read_report
 from launch import rank_environment
 from launch.config import run_spec
-from launch.config.run_dir import RunDirectory
+from launch.config.run_dir import RunDirectory, finished_runs
 from launch.config.run_spec import PreparedSpec
 from launch.run import resume
 from tests.conftest import ROOT, Train, environment, started
@@ -323,6 +323,13 @@ def test_links_within_a_run_or_to_its_whole_directory_work(tiny: list[str], trai
     answer = train_here("resume=second", "steps=3")
     assert answer.code == 0, answer.stderr
     assert read_entries(tmp_path / "first")[-1].step == 3
+
+
+def test_a_damaged_report_is_no_finished_run(tmp_path: Path):
+    for name, make in (("nested", lambda file: file.write_text("[" * 100_000)), ("folder", lambda file: file.mkdir())):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "report.json")
+    assert finished_runs(tmp_path) == []
 
 
 def test_a_second_sweep_or_study_in_a_folder_is_refused(tiny: list[str], train_here: Train, tmp_path: Path):
