@@ -130,6 +130,8 @@ def as_input_error(error: Exception) -> InputError | None:
         return InputError("A path begins with ~, but that user has no home directory.\nWrite out the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return InputError(f"The name of this file or folder is too long: {error.filename}\nShorten it.")
+    if isinstance(error, PermissionError) and error.filename:
+        return InputError(f"{error.strerror}: {error.filename}\nChange its permissions, or give another path.")
     if isinstance(error, pickle.UnpicklingError):
         from gpt2lab.storage.tensor_file import unreadable_message
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from launch import exit_codes
 from tests.conftest import ROOT, Train, started
 from tests.launch.sweep.test_sweep_on_ranks import marked
 from tests.support.stop_signal import stop_keys
@@ -153,6 +154,11 @@ def test_a_signal_before_training_leaves_nothing_behind(
     _, stderr = process.communicate(timeout=HANG)
     assert (process.returncode, "Traceback" in stderr) == (code, False), stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_path_without_permission_is_a_user_error():
+    error = exit_codes.as_input_error(PermissionError(13, "Permission denied", "other/run"))
+    assert str(error).splitlines()[0] == "Permission denied: other/run"
 
 
 def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], train_here: Train):
