@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel
 
 from callbacks.best import find_best
 from callbacks.ending import is_pruned, run_status
+from callbacks.interrupt import StoppedNowError
 from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
@@ -39,11 +40,15 @@ from gpt2lab.storage.metrics_csv import drop_metrics_after
 from gpt2lab.storage.model_folder import resolve_model_folder
 from gpt2lab.storage.report_json import FINISHED
 from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
-from gpt2lab.storage.tensor_file import read_checkpoint_file
+from gpt2lab.storage.tensor_file import read_checkpoint_file, without_objects
 
 log = logging.getLogger(__name__)
 
 HOOKS_AFTER_A_STEP = ("on_train_batch_end", "on_validation_end")
+HOOKS_OF_A_SAVE = {
+    call._call_callbacks_state_dict.__code__: "state_dict",
+    call._call_callbacks_on_save_checkpoint.__code__: "on_save_checkpoint",
+}
 
 
 class Checkpoint(lightning.Callback):
@@ -111,8 +116,7 @@ class Checkpoint(lightning.Callback):
         A step is complete once all callbacks of this project have seen it. One whose loss is not finite is not saved.
         """
         is_saved = trainer.global_step in (0, self.saved_step, self.attempted_step)
-        is_failure = isinstance(exception, Exception) and not isinstance(exception, RunError)
-        if is_saved or not is_failure or trainer.world_size > 1:
+        if is_saved or isinstance(exception, RunError | StoppedNowError) or trainer.world_size > 1:
             return
         callback, hook = _raising_callback(exception)
         is_after_step = hook in HOOKS_AFTER_A_STEP and _is_added(callback) and self._between_steps(trainer, callback)
@@ -191,7 +195,7 @@ class Checkpoint(lightning.Callback):
             if trainer.is_global_zero:
                 delete_checkpoint(scratch)
             try:
-                trainer.save_checkpoint(scratch, weights_only=False)
+                failure = _save_without_failing(trainer, scratch)
                 if best_step in (None, step):
                     with input_error_when_full(
                         f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)
@@ -204,6 +208,8 @@ class Checkpoint(lightning.Callback):
                     delete_checkpoint(scratch)
             trainer.strategy.barrier("checkpoint recorded")
         self.saved_step = step
+        if failure is not None:
+            raise failure
 
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Write `hf` from the weights that are in memory; collective."""
@@ -265,7 +271,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("wb") as file:
-            torch.save(checkpoint, file)
+            torch.save(without_objects(checkpoint), file)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return read_whole(Path(path)) if is_sharded(Path(path)) else read_checkpoint_file(Path(path))
@@ -297,13 +303,34 @@ def _validation_follows(trainer: Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def _save_without_failing(trainer: Trainer, file: Path) -> Exception | None:
+    """Save a checkpoint without the state of added callbacks that fail to give it; return the first such error."""
+    callbacks, failure = trainer.callbacks, None
+    try:
+        while True:
+            try:
+                trainer.save_checkpoint(file, weights_only=False)
+                return failure
+            except Exception as error:
+                callback, hook = _raising_callback(error)
+                if hook not in HOOKS_OF_A_SAVE.values() or not _is_added(callback):
+                    raise
+                log.warning("Step %d is saved without the state of %s.", trainer.global_step, type(callback).__name__)
+                trainer.callbacks = [one for one in trainer.callbacks if one is not callback]
+                failure = failure or error
+    finally:
+        trainer.callbacks = callbacks
+
+
 def _raising_callback(error: BaseException) -> tuple[Any, str]:
     """Return the callback that raised the error and the hook that it raised it in; otherwise (None, "")."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        values = frame.f_locals
+    found: tuple[Any, str] = None, ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # a hook of ours may call the hooks of a save
         if frame.f_code is call._call_callback_hooks.__code__:
-            return values["callback"], values["hook_name"]
-    return None, ""
+            found = frame.f_locals["callback"], frame.f_locals["hook_name"]
+        elif frame.f_code in HOOKS_OF_A_SAVE:
+            found = frame.f_locals["callback"], HOOKS_OF_A_SAVE[frame.f_code]
+    return found
 
 
 def _is_added(callback: lightning.Callback | None) -> bool:

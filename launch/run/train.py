@@ -12,6 +12,7 @@ import torch
 
 from callbacks.best import find_best
 from callbacks.checkpoint import is_complete
+from callbacks.ending import stop_reason
 from callbacks.interrupt import Interrupt, StoppedNowError
 from callbacks.progress_marks import ProgressMarks
 from callbacks.report import Report
@@ -88,9 +89,13 @@ def _fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         raise exit_codes.Exit(exit_codes.INTERRUPTED, "Stopped at once, without saving.") from None
     except ExportError:
         raise
-    except (Exception, exit_codes.Exit) as error:
+    except (Exception, SystemExit) as error:
         if not is_complete(trainer):
-            raise
+            if isinstance(error, exit_codes.Exit | Exception):
+                raise
+            if stop_reason(trainer):  # Lightning exits after a KeyboardInterrupt that a callback has raised
+                return
+            raise exit_codes.Exit(exit_codes.FAILED, f"A callback has ended the program: {error!r}.") from None
         reason = full_disk_message(error) or f"{type(error).__name__}: {error}"
         log.warning("Training is complete and saved, but a later step failed: %s", reason.partition("\n")[0])
 

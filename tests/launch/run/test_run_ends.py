@@ -175,6 +175,7 @@ def test_run_resumed_after_an_early_end_equals_unbroken_run(
         ("on_train_batch_start", 14, 7),
         pytest.param("on_before_backward", 13, 6, marks=pytest.mark.slow),
         ("on_before_optimizer_step", 13, 6),
+        ("on_save_checkpoint", 24, 12),
     ],
 )
 def test_a_step_is_saved_before_an_added_callbacks_error(
@@ -190,6 +191,36 @@ def test_a_step_is_saved_before_an_added_callbacks_error(
     assert equal(resumed, expected)
     later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, folder)]
     assert later[0] == later[1]
+
+
+class Exits(lightning.Callback):
+    """Raises an exception that is no error after three steps; has a state that no checkpoint can hold."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"folder": Path("plots")}
+
+    def on_train_batch_end(self, trainer: Any, *_unused: Any) -> None:
+        if trainer.global_step == 3:
+            raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[self.kind]("the plot is enough")
+
+
+@pytest.mark.parametrize(("kind", "code"), [("KeyboardInterrupt", 130), ("SystemExit", 1)])
+def test_a_step_is_saved_before_a_callback_ends_the_program(
+    kind: str, code: int, tmp_path: Path, tiny: list[str], train_here: Train
+):
+    own = ("steps=5", "checkpoint_every=1000", UNVERIFIED, "run_dir=run", f"{OURS}.Exits", f"{KEY}.kind={kind}")
+    answer = train_here(*tiny, *own)
+    assert answer.code == code, answer.stderr
+    assert answer.stderr.strip().splitlines()[-1].endswith("Continue with: python train.py resume=run")
+    assert "Traceback" not in answer.stderr
+    assert "Checkpoints do not contain the state of Exits" in answer.stderr
+    newest = newest_good_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert checkpoint_step(newest) == 3
+    assert train_here("resume=run", "allow_targets=[tests]").code == 0
 
 
 FAILING_PARTS: dict[str, tuple[type, str, int]] = {
