@@ -97,6 +97,9 @@ class Checkpoint(lightning.Callback):
         is_stopped = trainer.should_stop and trainer.global_step < trainer.max_steps  # a cluster may kill it soon
         if between_steps and self._is_due(trainer) and (is_stopped or not _validation_follows(trainer)):
             self._save(trainer, pl_module)
+        if between_steps and pl_module.logger_error is not None and trainer.world_size == 1:  # raised by the module
+            pl_module.validation_is_due = _validation_follows(trainer)
+            self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         # A checkpoint saved before the validation lacks its results, which some tasks depend on.

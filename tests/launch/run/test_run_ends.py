@@ -92,8 +92,11 @@ class FailingLogger(Logger):
     """Cannot be closed, as W&B without a network or TensorBoard on a full disk."""
 
     name = version = "failing"
+    fails_from = 1000
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step is not None and step >= self.fails_from:
+            raise OSError("the server has gone away")
 
     def log_hyperparams(self, params: Any, *_unused: Any) -> None: ...
 
@@ -191,6 +194,22 @@ def test_a_step_is_saved_before_an_added_callbacks_error(
     assert equal(resumed, expected)
     later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, folder)]
     assert later[0] == later[1]
+
+
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 8])
+def test_a_step_is_saved_before_an_added_loggers_error(
+    step: int, unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path
+):
+    run, (folder, expected), logger = tmp_path / "run", unbroken, FailingLogger()
+    logger.fails_from = step
+    with pytest.raises(OSError, match="gone away"):
+        tiny_run.train(run, cache, loggers=[logger], every=1000)
+    newest = newest_good_checkpoint(run)
+    assert newest is not None
+    assert checkpoint_step(newest) == step
+    _, resumed = tiny_run.train(run, cache)
+    assert equal(resumed, expected)
+    assert metrics_without_clock(run) == metrics_without_clock(folder)
 
 
 class Exits(lightning.Callback):
