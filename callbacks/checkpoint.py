@@ -23,7 +23,7 @@ from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.metric_names import VALIDATION_PREFIX
-from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.reports.hf_folder import holds_model, verify_in_fresh_process, write_hf_folder
 from gpt2lab.reports.model_card import STEPS, read_step
 from gpt2lab.storage.atomic_files import input_error_when_full
 from gpt2lab.storage.checkpoint_ledger import (
@@ -38,7 +38,7 @@ from gpt2lab.storage.checkpoint_ledger import (
 )
 from gpt2lab.storage.metrics_csv import drop_metrics_after
 from gpt2lab.storage.model_folder import resolve_model_folder
-from gpt2lab.storage.report_json import FINISHED
+from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
 from gpt2lab.storage.tensor_file import read_checkpoint_file, without_objects
 
@@ -149,11 +149,8 @@ class Checkpoint(lightning.Callback):
             self._save(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        is_damaged = not self._has_valid_export()
-        if is_damaged:
-            log.warning("%s is missing or damaged and is written again.", folder)
-        if not self._restore_best(trainer, pl_module, is_damaged) and is_damaged:
-            self._export(trainer, pl_module)
+        self._restore_best(trainer, pl_module)
+        self._repair_export(trainer, pl_module)
         if self.verify_export:
             with outside_training_time(trainer, EXPORT):
                 self._verify(folder)
@@ -226,27 +223,45 @@ class Checkpoint(lightning.Callback):
                 with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.run_dir) as unused:
                     pl_module.export_adapter(Path(unused))
 
-    def _restore_best(self, trainer: Trainer, pl_module: lightning.LightningModule, is_damaged: bool = False) -> bool:
-        """Write `hf` from the checkpoint of the best validation if it is damaged or of another step; on rank 0 only.
+    def _restore_best(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write `hf` from the checkpoint of the best validation if it is of another step; on rank 0 only.
 
         A run that was killed between an export and its checkpoint has left the weights of a later step.
-
-        Returns:
-            Whether the folder was written.
         """
         best, folder = find_best(trainer), self.run_dir / "hf"
-        if not best.exports_best or best.step is None or (read_step(folder) == best.step and not is_damaged):
-            return False
+        if not best.exports_best or best.step is None or read_step(folder) == best.step:
+            return
         file = checkpoint_file(self.run_dir, best.step)
         if not is_intact(self.run_dir, file):
             log.warning("%s is not of the best step %d, whose checkpoint is missing or damaged.", folder, best.step)
-            return False
+            return
         stored = trainer.strategy.checkpoint_io.load_checkpoint(file)
+        self._export_stored(pl_module, stored, best.step, best.metrics)
+
+    def _repair_export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write `hf` again if it is missing or damaged; on rank 0 only.
+
+        A process that had a step to make has written it; another one compares it with its checkpoint.
+        """
+        step, folder, is_valid = self._exported_step(trainer), self.run_dir / "hf", self._has_valid_export()
+        metrics = find_best(trainer).metrics if step is not None else read_report(self.run_dir).get("metrics", {})
+        step = trainer.global_step if step is None else step
+        file = checkpoint_file(self.run_dir, step)
+        if (is_valid and self.attempted_step >= 0) or not is_intact(self.run_dir, file):
+            return
+        stored = trainer.strategy.checkpoint_io.load_checkpoint(file)
+        if is_valid and holds_model(folder, pl_module.stored_model(stored), pl_module.tokenizer):
+            return
+        log.warning("%s is missing or damaged and is written again.", folder)
+        self._export_stored(pl_module, stored, step, metrics)
+
+    def _export_stored(
+        self, pl_module: lightning.LightningModule, stored: dict[str, Any], step: int, metrics: Mapping[str, Any]
+    ) -> None:
         model = pl_module.stored_model(stored)
-        card = self._card(model, best.step, stored["tokens_seen"], best.metrics)
+        card = self._card(model, step, stored["tokens_seen"], metrics)
         adapter = partial(pl_module.export_adapter, stored=stored)
-        write_hf_folder(model, pl_module.tokenizer, folder, card, adapter)
-        return True
+        write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, adapter)
 
     def _card(self, model: GPT2LMHeadModel, step: int, tokens_seen: int, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Return the facts of the model card."""

@@ -260,7 +260,14 @@ def test_a_run_with_every_side_file_damaged_is_continued(tmp_path: Path, tiny: l
     assert read_report(run)["status"] == "finished"
     answer = train_here("resume=runs/pretrain/mine")
     assert (answer.code, "damaged" in answer.stderr) == (0, False), answer.stderr
-    (run / "hf" / "model.safetensors").write_bytes(unbroken[:1000])
-    answer = train_here("resume=runs/pretrain/mine")
-    assert (answer.code, answer.stderr.count("is missing or damaged and is written again")) == (0, 1), answer.stderr
-    assert (run / "hf" / "model.safetensors").read_bytes() == unbroken
+    whole = {path: path.read_bytes() for path in (run / "hf").iterdir()}
+    for name, content in (
+        ("model.safetensors", unbroken[:1000]),
+        ("model.safetensors", unbroken[:-100] + bytes(100)),
+        ("tokenizer.json", b""),
+        ("generation_config.json", b"["),
+    ):
+        (run / "hf" / name).write_bytes(content)
+        answer = train_here("resume=runs/pretrain/mine")
+        assert (answer.code, answer.stderr.count("is missing or damaged and is written again")) == (0, 1), answer.stderr
+        assert {path: path.read_bytes() for path in (run / "hf").iterdir()} == whole
