@@ -204,9 +204,9 @@ class RunDirectory:
     def restart(self, spec: PreparedSpec) -> None:
         """Restart a run that has no checkpoint: delete its metrics and samples."""
         assert self.path is not None
+        side_files.repair(self.path)
         run_spec.save(spec, self.path / CONFIG)
         run_spec.save_for_hydra(spec.config, self.path / HYDRA)
-        side_files.repair(self.path)
         for name in SIDE_FILES:
             (self.path / name).unlink(missing_ok=True)
 

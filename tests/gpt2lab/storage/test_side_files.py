@@ -218,7 +218,7 @@ def test_lost_rows_are_named_by_their_steps(tmp_path: Path, caplog: pytest.LogCa
     assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "2", "4"]
 
 
-@pytest.mark.parametrize("file", ["last", "logs", "wandb", "hf"])
+@pytest.mark.parametrize("file", ["last", "logs", "wandb", ".hydra", "report.html", "hf"])
 def test_file_or_folder_of_another_kind_is_replaced(tmp_path: Path, file: str):
     make_run(tmp_path)
     path = checkpoint_folder(tmp_path) / file if file == "last" else tmp_path / file
@@ -228,6 +228,10 @@ def test_file_or_folder_of_another_kind_is_replaced(tmp_path: Path, file: str):
         torch.save({"global_step": 6}, scratch_file(tmp_path, 6))
         commit_checkpoint(tmp_path, 6, 2)
         assert path.resolve().name == "step-000006.ckpt"
+    elif file == "report.html":
+        path.unlink()
+        path.mkdir()
+        repair(tmp_path)
     else:
         path.write_text("mine")
         repair(tmp_path)

@@ -391,6 +391,9 @@ def test_restart_uses_the_present_data(tiny: list[str], train_here: Train, tmp_p
     for folder in ("checkpoints", "hf"):  # as before the first save
         shutil.rmtree(f"run/{folder}")
     Path("run/report.json").unlink()
+    shutil.rmtree("run/.hydra")
+    for file in ("run/.hydra", "run/checkpoints"):
+        Path(file).write_text("no folder")
     answer = train_here("resume=run")
     assert answer.code == 0, answer.stderr
     assert run_spec.load(Path("run/config.yaml")).prepared.data_hash == read_report("run")["data"]["hash"]
