@@ -121,8 +121,8 @@ class Checkpoint(lightning.Callback):
         is_saved = trainer.global_step in (0, self.saved_step, self.attempted_step)
         if is_saved or isinstance(exception, RunError | StoppedNowError) or trainer.world_size > 1:
             return
-        callback, hook = _raising_callback(exception)
-        is_after_step = hook in HOOKS_AFTER_A_STEP and _is_added(callback) and self._between_steps(trainer, callback)
+        callback, hook = raising_callback(exception)
+        is_after_step = hook in HOOKS_AFTER_A_STEP and is_added(callback) and self._between_steps(trainer, callback)
         if trainer.validating and not is_after_step:
             pl_module.abandon_validation()
         elif pl_module.is_updating and not is_after_step:
@@ -138,7 +138,7 @@ class Checkpoint(lightning.Callback):
     def _between_steps(self, trainer: Trainer, callback: lightning.Callback) -> bool:
         """Whether the step is complete and all callbacks of this project before the checkpoint have seen it."""
         skipped = trainer.callbacks[trainer.callbacks.index(callback) : trainer.callbacks.index(self)]
-        return trainer.fit_loop.epoch_loop._accumulated_batches_reached() and all(map(_is_added, skipped))
+        return trainer.fit_loop.epoch_loop._accumulated_batches_reached() and all(map(is_added, skipped))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Verify the final export, also if a resumed run has no steps left."""
@@ -330,8 +330,8 @@ def _save_without_failing(trainer: Trainer, file: Path) -> Exception | None:
                 trainer.save_checkpoint(file, weights_only=False)
                 return failure
             except Exception as error:
-                callback, hook = _raising_callback(error)
-                if hook not in HOOKS_OF_A_SAVE.values() or not _is_added(callback):
+                callback, hook = raising_callback(error)
+                if hook not in HOOKS_OF_A_SAVE.values() or not is_added(callback):
                     raise
                 log.warning("Step %d is saved without the state of %s.", trainer.global_step, type(callback).__name__)
                 trainer.callbacks = [one for one in trainer.callbacks if one is not callback]
@@ -340,7 +340,7 @@ def _save_without_failing(trainer: Trainer, file: Path) -> Exception | None:
         trainer.callbacks = callbacks
 
 
-def _raising_callback(error: BaseException) -> tuple[Any, str]:
+def raising_callback(error: BaseException) -> tuple[Any, str]:
     """Return the callback that raised the error and the hook that it raised it in; otherwise (None, "")."""
     found: tuple[Any, str] = None, ""
     for frame, _ in traceback.walk_tb(error.__traceback__):  # a hook of ours may call the hooks of a save
@@ -351,5 +351,5 @@ def _raising_callback(error: BaseException) -> tuple[Any, str]:
     return found
 
 
-def _is_added(callback: lightning.Callback | None) -> bool:
+def is_added(callback: lightning.Callback | None) -> bool:
     return callback is not None and type(callback).__module__.partition(".")[0] not in ("callbacks", "launch")

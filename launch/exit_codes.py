@@ -116,7 +116,7 @@ def as_input_error(error: Exception) -> InputError | None:
     if isinstance(error, InputError):
         return error
     if full := full_disk_message(error):
-        return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
+        return InputError(f"{full}\nFree some space, or set run_dir=, cache_dir= or TMPDIR to another disk.")
     if memory := out_of_memory_reason(error):
         return InputError(
             f"Out of memory: {memory}.\nUse a smaller model, context or max_new_tokens, or precision=bf16."

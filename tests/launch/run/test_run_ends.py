@@ -1,5 +1,6 @@
 """The end of a run: every end of a fit saves the last state; later failures do not make it a failed run."""
 
+import builtins
 import json
 import os
 import signal
@@ -213,28 +214,34 @@ def test_a_step_is_saved_before_an_added_loggers_error(
 
 
 class Exits(lightning.Callback):
-    """Raises an exception that is no error after three steps; has a state that no checkpoint can hold."""
+    """Raises an exception after three steps, and one more; has a state that no checkpoint can hold."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def on_exception(self, *_unused: Any) -> None:
+        if self.kind == "ValueError":
+            raise RuntimeError("no notice could be sent")
 
     def state_dict(self) -> dict[str, Any]:
         return {"folder": Path("plots")}
 
     def on_train_batch_end(self, trainer: Any, *_unused: Any) -> None:
         if trainer.global_step == 3:
-            raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[self.kind]("the plot is enough")
+            raise vars(builtins)[self.kind]("the plot is enough")
 
 
-@pytest.mark.parametrize(("kind", "code"), [("KeyboardInterrupt", 130), ("SystemExit", 1)])
+@pytest.mark.parametrize(("kind", "code"), [("KeyboardInterrupt", 130), ("SystemExit", 1), ("ValueError", 1)])
 def test_a_step_is_saved_before_a_callback_ends_the_program(
     kind: str, code: int, tmp_path: Path, tiny: list[str], train_here: Train
 ):
     own = ("steps=5", "checkpoint_every=1000", UNVERIFIED, "run_dir=run", f"{OURS}.Exits", f"{KEY}.kind={kind}")
     answer = train_here(*tiny, *own)
     assert answer.code == code, answer.stderr
-    assert answer.stderr.strip().splitlines()[-1].endswith("Continue with: python train.py resume=run")
-    assert "Traceback" not in answer.stderr
+    last = "RuntimeError: no notice could be sent" if kind == "ValueError" else "python train.py resume=run"
+    assert answer.stderr.strip().splitlines()[-1].endswith(last)
+    assert ("Traceback" in answer.stderr) == (kind == "ValueError")
+    assert read_report(tmp_path / "run")["status"] == ("failed" if kind == "ValueError" else "stopped")
     assert "Checkpoints do not contain the state of Exits" in answer.stderr
     newest = newest_good_checkpoint(tmp_path / "run")
     assert newest is not None
