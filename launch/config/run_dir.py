@@ -344,10 +344,11 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
     return runs
 
 
-def kept_checkpoint_message(folder: Path, reached: int | None = None) -> str:
+def kept_checkpoint_message(folder: Path, planned: int, reached: int | None = None) -> str:
     """Return a message with the newest checkpoint of an interrupted run, the lost steps and the resume command.
 
     Args:
+        planned: steps of the whole run.
         reached: step after which the run ended; None: unknown, at least the last one in metrics.csv.
     """
     newest, rows = newest_good_checkpoint(folder), read_metrics(folder)
@@ -358,7 +359,7 @@ def kept_checkpoint_message(folder: Path, reached: int | None = None) -> str:
     if last > step:
         lost = f"steps {step + 1} to {last}{' or later' if reached is None else ''} are lost"
     else:
-        lost = "steps after it are lost" if reached is None else "no step is lost"
+        lost = "steps after it are lost" if reached is None and step < planned else "no step is lost"
     return (
         f"The newest checkpoint is of step {step}; {lost}. "
         f"Continue with: python train.py resume={shlex.quote(str(folder))}"

@@ -137,7 +137,7 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
     except RuntimeError as error:
         if not multi_node.is_lost_connection(error):
             raise
-        raise _lost_connection(error, rendezvous.rank, folder.absolute()) from None
+        raise _lost_connection(error, rendezvous.rank, folder.absolute(), spec.config.steps) from None
     if rendezvous.rank == 0:
         print(closing_line(report, directory.path), flush=True)
     return report
@@ -149,7 +149,7 @@ def with_permissions(spec: PreparedSpec, allow_targets: list[str]) -> PreparedSp
     return replace(spec, config=replace(spec.config, allow_targets=allow_targets))
 
 
-def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.Exit:
+def _lost_connection(error: Exception, rank: int, folder: Path, planned: int) -> exit_codes.Exit:
     """The end of a rank that torchrun or srun has started, after another one has ended."""
     from launch.distributed import local_ranks
 
@@ -157,7 +157,7 @@ def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.Ex
     if rank > 1:  # rank 0 or, where that is the one that ended, rank 1 prints it
         return exit_codes.Exit(exit_codes.FAILED)
     failure = f"The run failed: rank {rank} lost its connection to a rank that ended; see {folder / local_ranks.LOGS}."
-    return exit_codes.Exit(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder)}\n{failure}")
+    return exit_codes.Exit(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder, planned)}\n{failure}")
 
 
 def closing_line(report: dict[str, Any], folder: Path | None) -> str:

@@ -77,7 +77,7 @@ def _discarding_untrained(directory: RunDirectory, module: lightning.LightningMo
         if module.global_step == 0:
             directory.discard()
         elif isinstance(error, exit_codes.Exit) and rank_environment.is_main_process() and directory.path is not None:
-            error.message += f" {kept_checkpoint_message(directory.path, module.global_step)}"
+            error.message += f" {kept_checkpoint_message(directory.path, module.settings.steps, module.global_step)}"
         raise
 
 

@@ -18,13 +18,13 @@ import pytest
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage import folder_lock
-from gpt2lab.storage.checkpoint_ledger import read_entries
+from gpt2lab.storage.checkpoint_ledger import commit_checkpoint, read_entries, scratch_file
 from gpt2lab.storage.folder_lock import FolderLock
-from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics
 from gpt2lab.storage.report_json import read_report
 from launch import rank_environment
 from launch.config import run_spec
-from launch.config.run_dir import RunDirectory, finished_runs
+from launch.config.run_dir import RunDirectory, finished_runs, kept_checkpoint_message
 from launch.config.run_spec import PreparedSpec
 from launch.run import resume
 from tests.conftest import ROOT, Train, environment, started
@@ -323,6 +323,19 @@ def test_links_within_a_run_or_to_its_whole_directory_work(tiny: list[str], trai
     answer = train_here("resume=second", "steps=3")
     assert answer.code == 0, answer.stderr
     assert read_entries(tmp_path / "first")[-1].step == 3
+
+
+def test_lost_steps_are_those_after_the_checkpoint(tmp_path: Path):
+    metrics = MetricsFile(tmp_path)
+    metrics.write(4, {"train/loss": 3.0})
+    (tmp_path / "checkpoints").mkdir()
+    scratch_file(tmp_path, 4).write_bytes(b"checkpoint")
+    commit_checkpoint(tmp_path, 4, 2)
+    assert "of step 4; steps after it are lost" in kept_checkpoint_message(tmp_path, planned=6)
+    assert "of step 4; no step is lost" in kept_checkpoint_message(tmp_path, planned=4)
+    assert "of step 4; no step is lost" in kept_checkpoint_message(tmp_path, planned=6, reached=4)
+    metrics.write(5, {"train/loss": 3.0})
+    assert "of step 4; steps 5 to 5 or later are lost" in kept_checkpoint_message(tmp_path, planned=6)
 
 
 def test_a_damaged_report_is_no_finished_run(tmp_path: Path):
