@@ -210,6 +210,23 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     assert [one.step for one in read_entries(tmp_path)] == [2, 4]
 
 
+@pytest.mark.parametrize("damage", ["missing", "empty", "a folder", "cut within a line", "a link to nothing"])
+def test_metrics_damaged_during_a_run_continue(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    metrics = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"train/loss": 3 + 1 / step, "tokens": 1e9})
+    before = read_metrics(tmp_path)
+    EVERY[damage](metrics.path)
+    metrics.write(3, {"val/loss": 2.5})
+    metrics.write(4, {"train/loss": 3.0, "tokens": 2e9})
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows[-2:]] == ["3", "4"]
+    assert (rows[-2]["train/loss"], rows[-2]["val/loss"]) == (before[-1]["train/loss"], "2.5")
+    assert len(rows) == (4 if damage == "cut within a line" else 2)
+    assert "was removed or changed by another program" in caplog.text
+    assert (tmp_path / "metrics.csv.damaged").is_symlink() or damage != "a link to nothing"
+
+
 def test_lost_rows_are_named_by_their_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     make_run(tmp_path)
     change("\n3,", "\n\0,")(tmp_path / "metrics.csv")
