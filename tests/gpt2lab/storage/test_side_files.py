@@ -283,10 +283,8 @@ def test_a_run_with_every_side_file_damaged_is_continued(tmp_path: Path, tiny: l
     assert (answer.code, "damaged" in answer.stderr) == (0, False), answer.stderr
     whole = {path: path.read_bytes() for path in (run / "hf").iterdir()}
     for name, content in (
-        ("model.safetensors", unbroken[:1000]),
         ("model.safetensors", unbroken[:-100] + bytes(100)),
         ("tokenizer.json", b""),
-        ("generation_config.json", b"["),
     ):
         (run / "hf" / name).write_bytes(content)
         answer = train_here("resume=runs/pretrain/mine")
