@@ -349,10 +349,13 @@ def test_a_second_sweep_or_study_in_a_folder_is_refused(tiny: list[str], train_h
     folder = tmp_path / "swept"
     folder.mkdir()
     with held(folder) as (owner, _):
+        train_here("-m", *tiny, "seed=1,2", f"hydra.sweep.dir={folder}")
+        assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+        (folder / "multirun.yaml").write_text("of the first sweep")
         refused = train_here("-m", *tiny, "seed=1,2", f"hydra.sweep.dir={folder}")
     assert refused.code == 2
     assert f"process {owner.pid} on {socket.gethostname()} holds it" in refused.stderr
-    assert folder.is_dir()
+    assert (folder / "multirun.yaml").read_text() == "of the first sweep"
 
 
 # A start that was killed
