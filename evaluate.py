@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from launch.config.key_value_cli import describe, parse
 from launch.evaluate import score_files, score_tables
 from launch.evaluate.score_checkpoints import Arguments, evaluate
+from launch.version import version_text
 
 
 def main() -> None:
@@ -34,9 +35,12 @@ def main() -> None:
 
 
 def command_line() -> None:
-    """Print the help, or run the command line."""
+    """Print the help or the version, or run the command line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
+        return
+    if "--version" in sys.argv[1:]:
+        print(version_text())
         return
     main()
 

@@ -22,6 +22,7 @@ from launch.checks import checks
 from launch.config import cli_overrides, schema
 from launch.config.groups import CONF
 from launch.config.help_text import help_text
+from launch.version import version_text
 
 schema.register()
 
@@ -50,6 +51,9 @@ def command_line() -> None:
     """Run `main` through Hydra, with free text on the command line quoted."""
     if {"--help", "-h"} & set(sys.argv):
         print(help_text(sys.argv[1:]))
+        return
+    if "--version" in sys.argv:
+        print(version_text())
         return
     sys.argv[1:] = cli_overrides.quote_free_text(sys.argv[1:])
     main()

@@ -160,7 +160,7 @@ def exit_on_signal() -> Iterator[None]:
 
     def raise_exit(number: int, _frame: FrameType | None) -> None:
         if not _is_failing(number):
-            raise Exit(signal_exit_code(number), _stop_message(number))
+            raise Exit(signal_exit_code(number), stop_message(number))
 
     with handle_signals(raise_exit):
         yield
@@ -177,7 +177,7 @@ def _exit_at_once(number: int, _frame: FrameType | None) -> None:
     if _is_failing(number):
         return
     if not is_spawned_rank():  # a rank's parent process prints the cause
-        os.write(sys.stderr.fileno(), f"{_stop_message(number)}\n".encode())
+        os.write(sys.stderr.fileno(), f"{stop_message(number)}\n".encode())
     os._exit(signal_exit_code(number))
 
 
@@ -189,5 +189,6 @@ def _is_failing(number: int) -> bool:
     return number != signal.SIGINT and sys.exception() is not None
 
 
-def _stop_message(number: int) -> str:
+def stop_message(number: int) -> str:
+    """Return the message after a signal that left nothing to resume."""
     return f"Stopped by {signal.Signals(number).name}."

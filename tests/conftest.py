@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,31 @@ class JobHere:
     ended = wait
 
 
+class StartCheckHere:
+    """The check of the starts of a sweep's jobs, made in this process."""
+
+    def __init__(self, configs: Sequence[Any], _slot: Any) -> None:
+        from launch.run import job
+
+        self._error = job.common_start_error(configs)
+
+    def signal(self, number: int) -> None:
+        """Do nothing: the check has ended."""
+
+    def wait(self) -> tuple[int, str]:
+        return 0, self._error
+
+
 @pytest.fixture
-def jobs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def start_check_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the starts of a sweep's jobs is made in this process."""
+    from launch.sweep import job_process
+
+    monkeypatch.setattr(job_process, "StartCheck", StartCheckHere)
+
+
+@pytest.fixture
+def jobs_here(start_check_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of sweeps and studies run in this process, one after the other."""
     from launch.sweep import job_process, jobs
 

@@ -80,6 +80,7 @@ class Invocation:
     sweep: str = ""  # name of the sweep that this run is a job of
     references: dict[str, str] = field(default_factory=dict)  # argument → key that it follows: ${sample_every}
     auto_keys: list[str] = field(default_factory=list)  # those left to the size of the model
+    continued_with: list[str] = field(default_factory=list)  # overrides by which a resume changed the run's length
     trial: int | None = None  # its number in the study beside it, which may prune it
     hydra: str = ""  # Hydra's own configuration as YAML, for .hydra/hydra.yaml
 

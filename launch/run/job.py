@@ -4,12 +4,14 @@ python -m launch.run.job FILE PARENT          a job of a sweep, FILE its configu
                                                   --cores 0,1 keeps it and its ranks to these cores
                                                   --allow-targets a,b.C passes on the permissions of who starts it
 python -m launch.run.job FILE PARENT --rank   one rank of a run on several devices, FILE its config.yaml
+python -m launch.run.job FILE PARENT --check  find a user error that all configurations in FILE's folder share
 """
 
 import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +77,28 @@ def _run_here(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
         report = train(spec, data, facts, directory)
     print(closing_line(report, directory.path), flush=True)
     return report
+
+
+def common_start_error(configs: Sequence[RunConfig]) -> str:
+    """Return the user error that ends all of these runs before their first step; empty: one starts, or errors differ.
+
+    Inputs are resolved and the text is prepared as by a run, without a run directory and without a teacher's work.
+    """
+    from launch.run.prepare import prepare_text
+
+    logging_setup.configure_logging(is_main=False)  # the runs themselves log notices
+    common = ""
+    for config in configs:
+        try:
+            with closing(RunDirectory()) as directory:
+                prepare_text(resume_or_resolve(replace(config, resume=None), directory)[0], None)
+        except Exception as error:
+            message = str(exit_codes.as_input_error(error) or "")
+            if message and common in ("", message):
+                common = message
+                continue
+        return ""
+    return common
 
 
 def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSpec, Existing | None]:
@@ -221,13 +245,23 @@ def _run_for_a_sweep(file: Path, allow_targets: list[str]) -> None:
         raise
 
 
+def _check_starts(file: Path, allow_targets: list[str]) -> None:
+    """Write the user error that all configurations in the file's folder share, if there is one."""
+    texts = {one: one.read_text(encoding="utf-8") for one in sorted(file.parent.glob("*.yaml"))}
+    configs = [run_spec.from_yaml(RunConfig, text, str(one)) for one, text in texts.items()]
+    for config in configs:
+        plugins.load(config.plugins, allow_targets)
+    common = common_start_error([replace(config, allow_targets=allow_targets) for config in configs])
+    file.with_name(exit_codes.ERROR_FILE).write_text(common, encoding="utf-8")
+
+
 def _program(file: str, parent: str, *flags: str) -> None:
     child_processes.die_with_parent(int(parent))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, exit_codes.SIGNALS)  # Ray blocks some in all that it starts
     if "--cores" in flags:  # before torch counts them
         os.sched_setaffinity(0, [int(core) for core in flags[flags.index("--cores") + 1].split(",")])
     permitted = flags[flags.index("--allow-targets") + 1] if "--allow-targets" in flags else ""
-    start = _run_rank if "--rank" in flags else _run_for_a_sweep
+    start = {"--rank": _run_rank, "--check": _check_starts}.get(next(iter(flags), ""), _run_for_a_sweep)
     start(Path(file), [target for target in permitted.split(",") if target])
 
 

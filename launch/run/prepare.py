@@ -24,7 +24,7 @@ MOST_PASSES = (
 
 
 def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFacts, PreparedSpec]:
-    """Prepare the data, and let the teacher generate text or fill its cache where the run trains on that.
+    """Prepare the text, and let the teacher generate text or fill its cache where the run trains on that.
 
     Args:
         existing: the run in an existing directory, which keeps its choices.
@@ -35,10 +35,21 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     Raises:
         InputError: data, teacher, tokenizer and disk do not fit the run.
     """
+    started = time.monotonic()
+    data, facts, spec = prepare_text(spec, existing)
+    prepared = spec.prepared
+    if spec.config.task_name == "distill":
+        with memory_limit.convert_out_of_memory(spec):
+            facts, prepared = _prepare_teacher(spec, prepared, data, facts)
+    prepared = replace(prepared, seconds=round(time.monotonic() - started, 2))
+    return data, facts, replace(spec, prepared=prepared)
+
+
+def prepare_text(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFacts, PreparedSpec]:
+    """Prepare the text and check that the run fits it; arguments, results and errors as for `prepare_data`."""
     from launch.run import build
     from launch.run.plan_report import planned_memory, warn_of_little_memory
 
-    started = time.monotonic()
     logging_setup.silence_libraries()  # of Lightning, which the imports above bring
     stored = existing.stored.prepared if existing else None
     is_resumed = existing is not None and existing.checkpoint is not None
@@ -66,10 +77,6 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     )
     disk_space.check(spec, vocab_size, existing.folder if existing else None)
     warn_of_little_memory(spec, plan)
-    if spec.config.task_name == "distill":
-        with memory_limit.convert_out_of_memory(spec):
-            facts, prepared = _prepare_teacher(spec, prepared, data, facts)
-    prepared = replace(prepared, seconds=round(time.monotonic() - started, 2))
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
 
 

@@ -27,7 +27,7 @@ from launch.checks import checks, objective
 from launch.config import plugins, run_dir, run_spec
 from launch.config.known_keys import check_nodes, known_keys
 from launch.config.run_spec import PreparedSpec, RunSpec
-from launch.config.schema import RunConfig, with_references
+from launch.config.schema import Invocation, RunConfig, optional_value, with_references
 from launch.config.targets import check_targets
 from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.rank_environment import is_cluster_rank
@@ -36,6 +36,7 @@ from launch.run.resolve import weights_hash
 log = logging.getLogger(__name__)
 
 LOCATION_KEYS = ("resume", "run_dir", "name", "launcher", "n_jobs", "plugins", "allow_targets")
+LENGTH_KEYS = ("steps", "epochs", "early_stop_patience", "trainer.max_time")
 RECHOSEN_KEYS = ("micro_batch", "threads", "checkpoint_format")  # on another machine, unless given
 
 
@@ -160,6 +161,7 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
         chosen = vars(stored.machine)
         kept = {name: chosen[name] for name in ("accelerator", "devices", "precision")}
         values = {**kept, **dict.fromkeys(RECHOSEN_KEYS, "auto"), **values, "strategy": _strategy(stored, config)}
+    values["invocation"] = _continued(stored.config, config)
     changed = with_references(replace(stored.config, **values, allow_targets=config.allow_targets))
     if "steps" in given:
         checks.check_schedule(changed)
@@ -169,6 +171,17 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
 
     machine = choose_machine(changed, stored.resolved, free_memory(changed))
     return RunSpec(changed, replace(stored.resolved, machine=machine))
+
+
+def _continued(stored: RunConfig, config: RunConfig) -> Invocation:
+    """Return the stored invocation with the overrides by which the run gets another length."""
+    overrides = config.invocation.overrides
+    changes = [
+        override
+        for override, key in zip(overrides, given_keys(overrides), strict=True)
+        if key in LENGTH_KEYS and optional_value(config, key) != optional_value(stored, key)
+    ]
+    return replace(stored.invocation, continued_with=[*stored.invocation.continued_with, *changes])
 
 
 def _changed_sampling(stored: RunConfig, config: RunConfig) -> SamplingSettings:

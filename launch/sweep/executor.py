@@ -1,6 +1,7 @@
 """Executor: base class of what starts the jobs of a sweep, here, on SLURM or on Ray; limits how many run at once."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +51,10 @@ class Executor(ABC):
         Raises:
             InputError: the cluster rejects the job.
         """
+
+    def common_error(self, configs: Sequence[RunConfig]) -> str:
+        """Return the user error with which all of these runs would end before their first step; "" if none is known."""
+        return ""  # other machines may have other files and devices
 
     @abstractmethod
     def close(self) -> None:

@@ -88,8 +88,9 @@ def run_sweep(
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
             _check_folder(folder, combinations, first, isinstance(source, JobList))
             known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
-            jobs.check_common_errors(known, _composer(loader, sweep_config), len(tasks) > 1, searched)
             executor = _executor(sweep_config, folder)
+            check = partial(jobs.checked, compose=_composer(loader, sweep_config), drops_unread=len(tasks) > 1)
+            jobs.check_common_errors(known, check, searched, executor)
         except InputError:
             held.close()
             if created:
@@ -227,9 +228,13 @@ def _prepare(job: Job, loader: ConfigLoader, sweep_config: DictConfig, several_t
     config = replace(config, invocation=replace(config.invocation, trial=job.trial))
     if config.resume is None or not (job.folder / "config.yaml").is_file():
         return config
-    stored = run_spec.load(job.folder / "config.yaml").config.invocation.overrides
-    if without(stored, CHANGEABLE_ON_RESUME) != without(config.invocation.overrides, CHANGEABLE_ON_RESUME):
+    stored = run_spec.load(job.folder / "config.yaml").config.invocation
+    if without(stored.overrides, CHANGEABLE_ON_RESUME) != without(config.invocation.overrides, CHANGEABLE_ON_RESUME):
         job.status, job.error = "failed", f"{job.folder} contains another job; resume a sweep with the same command"
+        return None
+    if stored.continued_with:
+        continued = f"{job.folder} was continued separately with {shlex.join(stored.continued_with)}"
+        job.status, job.error = "failed", f"{continued}: it does not compare with the other jobs"
         return None
     report = read_report(job.folder)
     if is_finished(report) or report.get("status") == "pruned":

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import IO
 
 from gpt2lab.storage.atomic_files import write_text
+from launch import exit_codes
 from launch.config import run_spec
 from launch.config.machine import Slot
 from launch.config.schema import RunConfig
@@ -30,18 +32,30 @@ class JobProcess:
     def __init__(
         self, config: RunConfig, slot: Slot | None = None, output: Path | None = None, errors: Path | None = None
     ) -> None:
-        slot = slot or Slot()
+        self._start([config], slot or Slot(), output, errors)
+
+    def _start(
+        self,
+        configs: Sequence[RunConfig],
+        slot: Slot,
+        output: Path | None = None,
+        errors: Path | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
         self._outcome: tuple[int, str] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="gpt2lab-job-")
-        self._file = Path(self._scratch.name, "config.yaml")
-        write_text(self._file, run_spec.to_yaml(config))
+        files = [Path(self._scratch.name, f"config-{number:05}.yaml") for number in range(len(configs))]
+        for file, config in zip(files, configs, strict=True):
+            write_text(file, run_spec.to_yaml(config))
+        self._file = files[0]
         cores = [] if slot.cores is None else ["--cores", ",".join(map(str, slot.cores))]
-        allowed = ["--allow-targets", ",".join(config.allow_targets)]  # the YAML does not contain them
+        allowed = ["--allow-targets", ",".join(configs[0].allow_targets)]  # the YAML does not contain them
+        program = [sys.executable, "-P", "-m", "launch.run.job", str(self._file), str(os.getpid())]
         with ExitStack() as opened:
             stdout, stderr = (opened.enter_context(_open_for_append(file)) for file in (output, errors or output))
             self._process = subprocess.Popen(
                 # -P: a folder `callbacks` in the working directory must not shadow this project's package.
-                [sys.executable, "-P", "-m", "launch.run.job", str(self._file), str(os.getpid()), *cores, *allowed],
+                [*program, *flags, *cores, *allowed],
                 env={**child_processes.environment(), **slot.environment()},
                 stdout=stdout,
                 stderr=stderr,
@@ -70,6 +84,18 @@ class JobProcess:
         return self._outcome
 
 
+class StartCheck(JobProcess):
+    """A subprocess that finds a user error shared by all of these runs before their first step; its outcome's message.
+
+    Args:
+        configs: checked configurations.
+        slot: CPU cores and GPUs that a run may use.
+    """
+
+    def __init__(self, configs: Sequence[RunConfig], slot: Slot) -> None:
+        self._start(configs, slot, flags=["--check"])
+
+
 def _open_for_append(file: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     if file is None:
         return nullcontext()
@@ -96,6 +122,15 @@ class LocalJobs(Executor):
         files = (output, errors) if self.is_parallel else ()
         job = self._slots[slot] = JobProcess(config, slot, *files)
         return job
+
+    def common_error(self, configs: Sequence[RunConfig]) -> str:
+        """Return the error in a subprocess, so that this one needs neither torch nor a GPU."""
+        check = StartCheck(configs, next(iter(self._slots)))
+        with child_processes.forward_signals(check.signal) as signals:
+            code, error = check.wait()
+        if signals:
+            raise exit_codes.Exit(exit_codes.signal_exit_code(signals[-1]), exit_codes.stop_message(signals[-1]))
+        return error if code == exit_codes.FINISHED else ""
 
     def close(self) -> None:
         """No resources to release."""

@@ -16,10 +16,11 @@ from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.report_json import read_report, watched_value
 from launch import exit_codes
 from launch.checks import checks
-from launch.config import schema
+from launch.config import run_dir, schema
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import unread_keys, without
 from launch.distributed import child_processes
+from launch.sweep.executor import Executor
 from launch.sweep.job_process import JobProcess
 
 
@@ -71,11 +72,12 @@ def prepare(job: Job, compose: Callable[[list[str]], DictConfig], drops_unread: 
 
 
 def check_common_errors(
-    jobs: Sequence[Job], compose: Callable[[list[str]], DictConfig], drops_unread: bool, searched: Iterable[str]
+    jobs: Sequence[Job], check: Callable[[Job], RunConfig], searched: Iterable[str], executor: Executor
 ) -> None:
-    """Check that the jobs do not all fail with the same error; usually the first is valid, and no other is composed.
+    """Check that the jobs do not all fail with the same error; usually the first starts, and no other is composed.
 
     Args:
+        check: composes and checks the configuration of a job; raises InputError.
         searched: keys whose values a search chooses later; an error that names one is not common to all jobs.
 
     Raises:
@@ -84,16 +86,31 @@ def check_common_errors(
     common = ""
     for job in jobs:
         try:
-            checked(job, compose, drops_unread)
+            config = check(job)
         except InputError as error:
             message = str(error).replace(str(job.folder), str(job.folder.parent / "N"))
-            if common not in ("", message) or any(key in message for key in searched):
+            if common not in ("", message):
                 return
             common = message
         else:
-            return
-    if common:
+            if common or any((job.folder / run_dir.CONFIG).exists() for job in jobs):
+                return  # resumed: they started before
+            common = _common_start_error(config, jobs[1:], check, executor)
+            break
+    if common and not any(key in common for key in searched):
         raise InputError(common)
+
+
+def _common_start_error(
+    first: RunConfig, others: Sequence[Job], check: Callable[[Job], RunConfig], executor: Executor
+) -> str:
+    """Return the error with which all jobs end after their configuration was checked, such as text that is empty."""
+    if not (error := executor.common_error([first])) or not others:
+        return error
+    try:
+        return executor.common_error([first, *map(check, others)])
+    except InputError:
+        return ""
 
 
 def single_run_command(overrides: Iterable[str]) -> str:

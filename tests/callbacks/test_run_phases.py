@@ -1,5 +1,6 @@
 """A run's time is divided into phases, from which the progress bar estimates what is left of all of them."""
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +85,14 @@ def test_forward_passes_are_a_third_of_a_step_without_a_teacher() -> None:
     assert forward_share(1.0, teacher=3.0) == pytest.approx(4 / 6)
 
 
-def test_report_adds_the_phases_of_a_resumed_run(train_here: Train, tiny: list[str]) -> None:
+def test_report_adds_the_phases_of_a_resumed_run(
+    train_here: Train, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count()  # each reading of the clock is a second later
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds), monotonic=lambda: next(seconds))
+    monkeypatch.setattr("callbacks.throughput.time", clock)
+    monkeypatch.setattr("launch.run.prepare.time", clock)
+
     def phases(*words: str) -> dict[str, float]:
         assert train_here(*words).code == 0
         return dict(read_report("run")["seconds_by_phase"])

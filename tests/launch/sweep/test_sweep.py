@@ -24,6 +24,26 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.fixture
+def empty_text(tmp_path: Path) -> str:
+    """An override that names a folder without any text."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "file.txt").touch()
+    return "path=empty"
+
+
+@pytest.mark.slow
+def test_error_common_to_all_starts_is_found_in_one_process(
+    train_process: Train, tiny: list[str], empty_text: str, tmp_path: Path
+):
+    keys = [key for key in tiny if not key.startswith("path=")]
+    answer = train_process(*keys, "-m", empty_text, "seed=1,2,3", "hydra.sweep.dir=swept")
+    assert (answer.code, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("error: ")
+    assert answer.stderr.count("no document with any text") == 1
+    assert not (tmp_path / "swept").exists()
+
+
 def test_a_failed_job_does_not_stop_the_rest(jobs_here: None, train_here: Train, tiny: list[str], tmp_path: Path):
     """Two jobs are invalid; the other two are trained, each in a separate folder."""
     sweep = ["-m", "steps=2", "optimizer=adamw,adamv", "init=scratch,no/such/run", "hydra.sweep.dir=swept"]
@@ -46,15 +66,16 @@ def test_a_failed_job_does_not_stop_the_rest(jobs_here: None, train_here: Train,
     assert "data=text" not in lines[start + 1], "what all jobs share is no news"
 
 
-def test_the_error_of_a_job_process_reaches_the_table(train_here: Train, tiny: list[str], tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "file.txt").touch()
+def test_the_error_of_a_job_process_reaches_the_table(
+    start_check_here: None, train_here: Train, tiny: list[str], empty_text: str, tmp_path: Path
+):
     keys = [key for key in tiny if not key.startswith("path=")]
-    answer = train_here(*keys, "-m", "path=empty", "hydra.sweep.dir=swept")
+    answer = train_here(*keys, "-m", empty_text, "devices=1,64", "n_jobs=2", "hydra.sweep.dir=swept")
     assert answer.code == 1, answer.stderr
     table = rows(tmp_path / "swept")
-    assert [row["status"] for row in table] == ["failed"]
+    assert [row["status"] for row in table] == ["failed"] * 2
     assert "no document with any text" in table[0]["error"]
+    assert "devices=64" in table[1]["error"]
 
 
 def test_a_key_of_one_task_is_dropped_for_the_other(
@@ -74,8 +95,8 @@ def test_a_key_of_one_task_is_dropped_for_the_other(
 @pytest.mark.slow
 def test_the_task_of_a_job_may_come_from_its_experiment(train_process: Train, tiny: list[str], tmp_path: Path):
     """A key read by distillation alone is no error in pretraining."""
-    sweep = ["-m", "steps=2", "experiment=none,distilgpt2_owt", "teacher=missing/run", "hydra.sweep.dir=swept"]
-    assert train_process(*tiny, *sweep).code == 1
+    sweep = ["-m", "steps=2", "experiment=none,distilgpt2_owt", "teacher=missing/run", "schedule.warmup_steps=1"]
+    assert train_process(*tiny, *sweep, "hydra.sweep.dir=swept").code == 1
     first, second = rows(tmp_path / "swept")
     assert first["status"] == "finished", first["error"]
     assert "missing/run" in second["error"]
@@ -99,13 +120,21 @@ def test_sweep_over_tasks_needs_its_teacher(train_here: Train, tiny: list[str]):
         (["task=distill", "teacher=no/such/run"], "teacher=no/such/run: there is no such folder"),
         (["task=pretrain,distill", "teacher=no/such/run", "init=no/such/run"], "init=no/such/run"),
         (["context=33"], "context=33"),
+        (["path=empty"], "no document with any text"),
+        (["devices=64", "batch_tokens=2048"], "devices=64: there are"),
+        (["hparams_search=optuna", "optimizer.lr=interval(1e-4,1e-2)", "path=empty"], "no document with any text"),
         (["hparams_search=optuna", "optimizer.lr=interval(1e-4,1e-2)", "path=nowhere"], "path=nowhere"),
         (["hparams_search=optuna", "optimizer.lr=interval(1e-4,1e-2)", "init=no/such/run"], "init=no/such/run"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
 def test_error_common_to_all_jobs_is_reported_once(
-    overrides: list[str], message: str, train_here: Train, tiny: list[str]
+    overrides: list[str],
+    message: str,
+    start_check_here: None,
+    train_here: Train,
+    tiny: list[str],
+    empty_text: str,
 ):
     """It is found before the first job, and the sweep leaves no folder behind."""
     given = {override.partition("=")[0] for override in overrides}
@@ -143,6 +172,11 @@ def test_sweep_does_not_overwrite_another_one(jobs_here: None, train_here: Train
     longer = train_here(*sweep, "seed=1,2", "resume=auto")
     assert longer.code == 0, longer.stderr
     assert [row["status"] for row in rows(tmp_path / "swept")] == ["finished"] * 2
+    assert train_here("resume=swept/0", "steps=4").code == 0
+    assert train_here(*sweep, "seed=1,2", "resume=auto").code == 1
+    first, second = rows(tmp_path / "swept")
+    assert (first["status"], second["status"]) == ("failed", "finished")
+    assert "swept/0 was continued separately with steps=4" in first["error"]
 
 
 @pytest.mark.slow
