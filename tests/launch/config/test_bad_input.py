@@ -31,6 +31,12 @@ BEFORE_ANY_IMPORT = [
     ("trainer.deterministic=ture", "Allowed: true, false, warn"),
     ("trainer.deterministic=1", "Allowed: true, false, warn"),
     ("trainer.deterministic=true trainer.benchmark=true", "Give one of the two"),
+    ("trainer.max_time=1h", "Give DD:HH:MM:SS"),
+    ("trainer.max_time=5", "Give DD:HH:MM:SS"),
+    ("resume=run trainer.max_time=08:00:00", "Give DD:HH:MM:SS"),  # before the run stores it
+    ("validate_tokens=1e6", "validate_tokens=1000000.0 is neither full nor a whole number"),
+    ("micro_batch=1.5", "micro_batch=1.5 is neither auto nor a whole number"),
+    ("compile=1.5", "Allowed: auto, true, false"),
     ("invocation.trial=3", "no key invocation.trial"),
     ("model=smal", "(did you mean small?)"),
     ("task=distil", "(did you mean distill?)"),
