@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from callbacks.final_score import FinalScore
 from callbacks.health import Health, SpikeDetector
 from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
 from callbacks.loggers.tensorboard import TensorBoard
@@ -33,6 +35,7 @@ from gpt2lab.storage.report_json import read_report
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
 from tests.support import tiny_run
+from tests.support.offline_wandb import records
 
 
 @pytest.fixture(autouse=True)
@@ -356,7 +359,7 @@ def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path,
     for steps in (4, 8):
         logger = WeightsAndBiases(str(tmp_path))
         logger.log_hyperparams({"seed": 1, "model": {"n_layer": 2}})
-        tiny_run.train(tmp_path, cache, steps=steps, extra=[samples], loggers=[logger])
+        tiny_run.train(tmp_path, cache, steps=steps, extra=[samples, FinalScore()], loggers=[logger])
         ids.append(logger.version)
         assert logger.run is None  # closed: the next job in this process starts its own
     assert "W&B is off" not in caplog.text
@@ -367,6 +370,9 @@ def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path,
     tables = [json.loads(path.read_text()) for path in (tmp_path / "wandb").rglob("*.table.json")]
     assert tables
     assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
+    written = [record.summary.update for file in (tmp_path / "wandb").rglob("*.wandb") for record in records(file)]
+    scores = {float(one.value_json) for update in written for one in update if one.key == "full_val_loss"}
+    assert read_report(tmp_path)["full_val_loss"] in scores
 
 
 @pytest.mark.parametrize(
@@ -417,6 +423,8 @@ def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplo
 def test_tensorboard_is_written_in_addition_to_metrics_csv(cache, tmp_path):
     logger = TensorBoard(str(tmp_path))
     logger.log_hyperparams({"seed": 1})
-    tiny_run.train(tmp_path, cache, steps=4, loggers=[logger])
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[logger])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (score,) = events.Scalars("full_val_loss")
+    assert (score.step, score.value) == (4, pytest.approx(read_report(tmp_path)["full_val_loss"]))
     assert read_metrics(tmp_path)
