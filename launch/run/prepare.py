@@ -36,7 +36,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
         InputError: data, teacher, tokenizer and disk do not fit the run.
     """
     from launch.run import build
-    from launch.run.plan_report import planned_memory, warn_of_little_memory
+    from launch.run.plan_report import planned_memory, warn_of_little_memory, warn_of_long_validation
 
     started = time.monotonic()
     logging_setup.silence_libraries()  # of Lightning, which the imports above bring
@@ -66,6 +66,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     )
     disk_space.check(spec, vocab_size, existing.folder if existing else None)
     warn_of_little_memory(spec, plan)
+    warn_of_long_validation(spec, vocab_size, int(data.val_samples.numbered_tokens()[1].sum()))
     if spec.config.task_name == "distill":
         with memory_limit.convert_out_of_memory(spec):
             facts, prepared = _prepare_teacher(spec, prepared, data, facts)
