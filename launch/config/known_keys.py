@@ -243,6 +243,10 @@ KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
     str: ((str,), object),
     bool: ((bool,), object),
     str | None: ((str, type(None)), object),
+    bool | None: ((bool, type(None)), object),
+    bool | int: ((bool, int), object),
+    int | float: ((int, float), object),
+    int | float | None: ((int, float, type(None)), object),
     list[str]: ((list,), str),
 }
 
@@ -343,7 +347,7 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if is_dataclass(hint):
         return typed_settings(cast(type, hint), value, place)
     allowed, item = KINDS.get(hint, ((object,), object))
-    fits = isinstance(value, allowed) and not (isinstance(value, bool) and hint in (int, float))
+    fits = isinstance(value, allowed) and not (isinstance(value, bool) and not {bool, object} & {*allowed})
     if not fits or (isinstance(value, list) and not all(isinstance(one, item) for one in value)):
         raise InputError(f"{place}={value} is not of type {formatannotation(hint)}.")
     return value

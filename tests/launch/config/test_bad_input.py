@@ -31,6 +31,10 @@ BEFORE_ANY_IMPORT = [
     ("trainer.deterministic=ture", "Allowed: true, false, warn"),
     ("trainer.deterministic=1", "Allowed: true, false, warn"),
     ("trainer.deterministic=true trainer.benchmark=true", "Give one of the two"),
+    ("trainer.fast_dev_run=yes", "not of type bool | int"),
+    ("trainer.limit_val_batches=all", "not of type int | float | None"),
+    ("trainer.overfit_batches=true", "not of type int | float"),
+    ("callbacks.checkpoint=null export=best", "the callback checkpoint reads it"),
     ("trainer.max_time=1h", "Give DD:HH:MM:SS"),
     ("trainer.max_time=5", "Give DD:HH:MM:SS"),
     ("resume=run trainer.max_time=08:00:00", "Give DD:HH:MM:SS"),  # before the run stores it
