@@ -89,6 +89,8 @@ class Checkpoint(lightning.Callback):
             drop_checkpoints_after(self.run_dir, trainer.global_step)
             drop_metrics_after(self.run_dir, trainer.global_step)
             self._restore_best(trainer, pl_module)
+        if trainer.strategy.broadcast(self._lacks_best(trainer)):
+            find_best(trainer).forget()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -150,6 +152,8 @@ class Checkpoint(lightning.Callback):
         if not trainer.is_global_zero:
             return
         self._restore_best(trainer, pl_module)
+        if self._lacks_best(trainer):
+            find_best(trainer).forget()
         self._repair_export(trainer, pl_module)
         if self.verify_export:
             with outside_training_time(trainer, EXPORT):
@@ -233,7 +237,11 @@ class Checkpoint(lightning.Callback):
             return
         file = checkpoint_file(self.run_dir, best.step)
         if not is_intact(self.run_dir, file):
-            log.warning("%s is not of the best step %d, whose checkpoint is missing or damaged.", folder, best.step)
+            log.warning(
+                "%s is not of the best step %d, whose checkpoint is missing or damaged; later validations decide.",
+                folder,
+                best.step,
+            )
             return
         stored = trainer.strategy.checkpoint_io.load_checkpoint(file)
         self._export_stored(pl_module, stored, best.step, best.metrics)
@@ -262,6 +270,11 @@ class Checkpoint(lightning.Callback):
         card = self._card(model, step, stored["tokens_seen"], metrics)
         adapter = partial(pl_module.export_adapter, stored=stored)
         write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, adapter)
+
+    def _lacks_best(self, trainer: Trainer) -> bool:
+        """Whether `hf` is not of the best validation, whose checkpoint is lost."""
+        best_step = self._exported_step(trainer)
+        return best_step is not None and read_step(self.run_dir / "hf") != best_step
 
     def _card(self, model: GPT2LMHeadModel, step: int, tokens_seen: int, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Return the facts of the model card."""
