@@ -183,7 +183,7 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
 
 
 def _check_loaded(folder: Path, model: GPT2LMHeadModel, info: dict[str, Any]) -> None:
-    """Raise an InputError for weights that transformers initialized at random, and for an output head of its own."""
+    """Raise an InputError for weights that are missing or not finite, and for an output head of its own."""
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{folder} lacks weights required by its config.json: {missing}.\nGive a complete model.")
@@ -192,6 +192,12 @@ def _check_loaded(folder: Path, model: GPT2LMHeadModel, info: dict[str, Any]) ->
         raise InputError(
             f"{folder}: {name} has the shape {list(theirs)}; its config.json describes {list(ours)}.\n"
             "Give a complete GPT-2 with tied embeddings."
+        )
+    infinite = [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]
+    if infinite:
+        raise InputError(
+            f"{folder}: {infinite[0]} has values that are NaN or infinite, as after a training that diverged.\n"
+            "Give another model."
         )
     if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
         raise InputError(

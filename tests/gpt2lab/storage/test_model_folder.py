@@ -140,6 +140,10 @@ NOT_LOADED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "output head": (tensors(lambda t: t.update({HEAD: t["transformer.wte.weight"] * 3})), "an output head of its own"),
     "larger output head": (tensors(lambda t: t.update({HEAD: torch.ones(301, 16)})), f"{HEAD} has the shape [301, 16]"),
     "narrow layer": (tensors(lambda t: t.update({QUERY: torch.ones(16, 40)})), f"{QUERY} has the shape [16, 40]"),
+    "diverged": (
+        tensors(lambda t: t["transformer.ln_f.bias"].fill_(float("nan"))),
+        "ln_f.bias has values that are NaN",
+    ),
     "lost tensor": (tensors(lambda t: t.pop("transformer.ln_f.bias")), "lacks weights required by its config.json"),
 }
 
