@@ -16,8 +16,12 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from launch.exit_codes import exit_on_early_signal, run_and_exit
+
+if __name__ == "__main__":
+    exit_on_early_signal()
+
 from launch.config.key_value_cli import check_output_file, describe, parse
-from launch.exit_codes import run_and_exit
 from launch.generate.generator import Arguments, TextGenerator
 from launch.generate.inspect_page import check_inspection, inspect_text
 from launch.version import version_text

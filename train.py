@@ -9,11 +9,15 @@ from typing import NoReturn
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, which launch.exit_codes prints in a few lines
 
+from launch import exit_codes
+
+if __name__ == "__main__":
+    exit_codes.exit_on_early_signal()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch import exit_codes
 from launch.checks import checks
 from launch.config import cli_overrides, schema
 from launch.config.groups import CONF

@@ -80,6 +80,11 @@ class WeightsAndBiases(Logger):
         self._guarded(lambda run: run.log({"samples": wandb.Table(columns=columns, data=rows), "step": step}))
 
     @rank_zero_only
+    def log_score(self, score: dict[str, float], step: int) -> None:
+        """Add the score to the summary, by which W&B's tables sort runs."""
+        self._guarded(lambda run: run.summary.update(score))
+
+    @rank_zero_only
     def log_model(self, folder: Path) -> None:
         """Log the folder as an artifact; immutable, so that its files are not copied first."""
 

@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from callbacks.final_score import FinalScore
 from callbacks.health import Health, SpikeDetector
 from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
 from callbacks.loggers.tensorboard import TensorBoard
@@ -371,6 +373,15 @@ def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path,
     assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
 
 
+def test_wandb_has_the_final_score_in_the_summary(cache, tmp_path, monkeypatch):
+    run = SimpleNamespace(summary={}, log=lambda values: None, finish=lambda exit_code: None)
+    logger = WeightsAndBiases(str(tmp_path))
+    monkeypatch.setattr(logger, "_start", lambda: run)
+    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[logger])
+    names = ("full_val_loss", "full_val_tokens")  # too few documents for an error
+    assert run.summary == {name: read_report(tmp_path)[name] for name in names}
+
+
 @pytest.mark.parametrize(
     ("variables", "mode"),
     [
@@ -419,6 +430,8 @@ def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplo
 def test_tensorboard_is_written_in_addition_to_metrics_csv(cache, tmp_path):
     logger = TensorBoard(str(tmp_path))
     logger.log_hyperparams({"seed": 1})
-    tiny_run.train(tmp_path, cache, steps=4, loggers=[logger])
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[logger])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (score,) = events.Scalars("full_val_loss")
+    assert (score.step, score.value) == (4, pytest.approx(read_report(tmp_path)["full_val_loss"]))
     assert read_metrics(tmp_path)
