@@ -30,27 +30,21 @@ def render(title: str, results: SweepResults, rows: Sequence[Rows]) -> str:
 
 
 def _curves(results: SweepResults, rows: Sequence[Rows]) -> str:
-    setting_of = {
-        run.number: number
-        for setting, number in zip(results.settings, setting_numbers(results).values(), strict=True)
-        for run in setting.runs
-    }
-    charts = []
+    setting_of = {run.number: setting for setting in results.settings for run in setting.runs}
+    numbers, is_few = setting_numbers(results), len(rows) <= COLOURS
     watched = {group.metric: group.metric for group in results.groups}
+    charts = []
     for metric, title in {**watched, **CURVES, **SIDE_CHARTS}.items():
-        lines = [
-            Line(
-                run.name,
-                thinned(series(own, metric), MOST_POINTS),
-                f"c{index % COLOURS}",
-                is_smoothed=metric != names.VAL_LOSS,
-                setting=setting_of[run.number],
-                clock=index,
-            )
-            for index, (run, own) in enumerate(zip(results.runs, rows, strict=True))
-        ]
+        lines = []
+        for index, (run, own) in enumerate(zip(results.runs, rows, strict=True)):
+            setting = setting_of[run.number]
+            number = numbers[setting.name]
+            name = run.name if is_few else f"{run.name}: {setting.label}"
+            colour = f"c{(index if is_few else number) % COLOURS}"  # of many runs, those of a setting share it
+            points = thinned(series(own, metric), MOST_POINTS)
+            lines.append(Line(name, points, colour, metric != names.VAL_LOSS, setting=number, clock=index))
         shown = [line for line in lines if line.points]
-        charts.append(Chart(title, shown, is_wide=metric in {**watched, **CURVES}, names_nearest=len(shown) > COLOURS))
+        charts.append(Chart(title, shown, is_wide=metric in {**watched, **CURVES}, names_nearest=not is_few))
     drawn = plots(charts)
     return tools([run_clock(own) for own in rows], True) + drawn if drawn else ""
 

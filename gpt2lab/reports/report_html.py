@@ -76,7 +76,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         section("Lineage", _lineage(title, report, run.pages)),
         section("Time", _phases(report.get("seconds_by_phase") or {})),
         section("Inside the model", _links({Path(page).stem: page for page in run.inside})),
-        section("Next", _next(report, run.folder)),
+        section("Next", _next(report, run)),
         section("Files", _links({path: path for path in run.files})),
         section("Configuration", _configuration(report, run.config)),
     ]
@@ -194,20 +194,20 @@ def _links(pages: Mapping[str, str]) -> str:
     return " · ".join(f'<a href="{escape(page)}">{escape(name)}</a>' for name, page in pages.items())
 
 
-def _next(report: dict[str, Any], folder: str) -> str:
+def _next(report: dict[str, Any], run: RunFiles) -> str:
     """Render the commands that use or continue the run."""
-    if not folder or report.get("status") == RUNNING:
+    status, folder = report.get("status"), shlex.quote(run.folder)
+    if not run.folder or status == RUNNING:
         return ""
-    run = shlex.quote(folder)
-    lines = {
-        "Generate text": f'python generate.py checkpoint={run} prompt="…"',
-        "Evaluate": f"python evaluate.py checkpoint={run}",
-        "Playground in the browser": f"python generate.py checkpoint={run} serve=true",
-    }
-    if not is_finished(report):
-        lines = {"Resume": f"python train.py resume={run}", **lines}
-    elif report.get("steps"):
-        lines["Train longer"] = f"python train.py resume={run} steps={2 * report['steps']}"
+    lines = {}
+    if not is_finished(report) and status != "pruned":
+        lines["Resume"] = f"python train.py resume={folder}"
+    if "hf" in run.files:
+        lines["Generate text"] = f'python generate.py checkpoint={folder} prompt="…"'
+        lines["Evaluate"] = f"python evaluate.py checkpoint={folder}"
+        lines["Playground in the browser"] = f"python generate.py checkpoint={folder} serve=true"
+    if status == "finished" and report.get("steps"):
+        lines["Train longer"] = f"python train.py resume={folder} steps={2 * report['steps']}"
     return "".join(f"<div>{title}</div>{command(text)}" for title, text in lines.items())
 
 
