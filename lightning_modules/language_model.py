@@ -79,6 +79,7 @@ class LanguageModel(BackboneModule):
         super().__init__(training)
         self.negatives: NegativeSampler | None = None  # with objective=sampled_softmax
         self.tokens_seen = 0
+        self.elapsed: Callable[[], float] = lambda: 0.0  # seconds of the run until now; the report measures them
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
@@ -303,8 +304,9 @@ class LanguageModel(BackboneModule):
         self.drop_measured(kind)
         self._measured[kind] = list(values)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        row = {**values, metric_names.TOKENS: float(self.tokens_seen), metric_names.SECONDS: round(self.elapsed(), 2)}
         for logger in self.trainer.loggers if to_loggers else []:
-            logger.log_metrics(values, step)
+            logger.log_metrics(row, step)
 
     def drop_measured(self, kind: str) -> None:
         """Remove metrics of this kind from `trainer.callback_metrics`."""

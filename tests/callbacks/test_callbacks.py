@@ -2,7 +2,6 @@
 
 import html
 import inspect
-import json
 import logging
 import math
 import os
@@ -33,6 +32,7 @@ from gpt2lab.storage.report_json import read_report
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
 from tests.support import tiny_run
+from tests.support.offline_wandb import assert_one_complete_run
 
 
 @pytest.fixture(autouse=True)
@@ -316,7 +316,7 @@ def test_an_error_in_training_is_reported(cache, tmp_path):
 
 
 def metrics_without_clock(run_dir: Path) -> list[dict[str, str]]:
-    timed = {"tokens_per_second", "mfu", "memory_gb"}
+    timed = {"tokens_per_second", "mfu", "memory_gb", "seconds"}
     return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(run_dir)]
 
 
@@ -348,25 +348,20 @@ def test_run_killed_after_its_last_save_gets_report_and_export(plain, cache, tmp
 # Loggers
 
 
-def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path, monkeypatch, caplog):
+def test_wandb_offline_has_metrics_and_samples_of_a_resumed_run(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     samples = Samples(every=4, prompts=["def f("], max_new_tokens=4)
     ids = []
     for steps in (4, 8):
-        logger = WeightsAndBiases(str(tmp_path))
+        logger = WeightsAndBiases(str(tmp_path), log_model="final")
         logger.log_hyperparams({"seed": 1, "model": {"n_layer": 2}})
         tiny_run.train(tmp_path, cache, steps=steps, extra=[samples], loggers=[logger])
-        ids.append(logger.version)
-        assert logger.run is None  # closed: the next job in this process starts its own
+        ids.append(logger.run_id())
+        assert logger.experiment.disabled  # closed: the next job in this process starts its own
     assert "W&B is off" not in caplog.text
     assert ids[0] == ids[1]
-    folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2
-    assert all(list(folder.glob("*.wandb")) for folder in folders)
-    tables = [json.loads(path.read_text()) for path in (tmp_path / "wandb").rglob("*.table.json")]
-    assert tables
-    assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
+    assert_one_complete_run(tmp_path)
 
 
 @pytest.mark.parametrize(
