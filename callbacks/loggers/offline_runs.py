@@ -7,17 +7,49 @@ replaces these once it is complete, so no interruption loses anything, and a sec
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifact, with_samples
 from callbacks.loggers.wandb_file import read_records, read_rows
 from gpt2lab.reports.samples_jsonl import Sample, read_samples
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
 
-SAMPLES = "samples"
 ASIDE = "merging.tmp"
 WRITE_SECONDS, POLL_SECONDS = 20, 0.05
+
+
+def merge(
+    run_dir: Path, start: Callable[[Path], Any], params: dict[str, Any], model: Path | None, exit_code: int
+) -> bool:
+    """Merge the offline runs into one, unless it is one and complete; return whether there was anything to merge.
+
+    Args:
+        start: starts an offline W&B run in a folder.
+        params: the configuration of the run.
+        model: folder of the model that is logged as an artifact.
+    """
+    if not offline_folders(run_dir) or is_complete(run_dir):
+        return False
+    run = start(aside_folder(run_dir))
+    files = Path(run.dir)
+    try:
+        define_metrics(run)
+        run.config.update(params)
+        table = None
+        for step, values, samples in merged_rows(run_dir):
+            table = with_samples(table, samples)
+            run.log({STEP: step, **values, **({SAMPLES: table} if samples else {})})
+        for copy in copy_media(run_dir, files):
+            run.save(copy, base_path=files, policy="now")
+        if model is not None:
+            log_artifact(run, model)
+    finally:
+        run.finish(exit_code=exit_code)
+    wait_until_written(files.parent)
+    replace_folders(run_dir, files.parent)
+    return True
 
 
 def offline_folders(run_dir: Path) -> list[Path]:

@@ -23,11 +23,21 @@ class TakesModels(Protocol):
         """Log the exported model in the folder."""
 
 
+@runtime_checkable
+class TakesPages(Protocol):
+    """Logger of HTML pages: W&B."""
+
+    def log_page(self, name: str, file: Path, step: int) -> None:
+        """Log a page of this step."""
+
+
 @dataclass(frozen=True)
 class RunLabels:
     """Names by which a logger lists a run.
 
     Attributes:
+        data: name and hash of the prepared data.
+        models: folders of the models that the run starts from: its teacher, and its initial weights.
         is_requested: whether the user chose or configured the logger, so that its messages are of interest.
     """
 
@@ -35,6 +45,8 @@ class RunLabels:
     job_type: str = ""
     group: str = ""
     tags: tuple[str, ...] = ()
+    data: tuple[str, str] | None = None
+    models: tuple[str, ...] = ()
     is_requested: bool = True
 
 

@@ -18,18 +18,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.loggers.bounded_calls import CALL_SECONDS, SERVICE_EXIT, BoundedCalls, end_service, first_line
-from callbacks.loggers.offline_runs import (
-    SAMPLES,
-    aside_folder,
-    copy_media,
-    is_complete,
-    merged_rows,
-    offline_folders,
-    replace_folders,
-    wait_until_written,
-)
+from callbacks.loggers.offline_runs import merge, wait_until_written
 from callbacks.loggers.protocols import RunLabels
-from gpt2lab import metric_names
+from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifact, use_inputs, with_samples
+from callbacks.loggers.wandb_mode import chosen_mode
 from gpt2lab.reports.samples_jsonl import Sample
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.damaged_files import set_aside
@@ -42,10 +34,6 @@ RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
 INIT_SECONDS = 30  # to wait for the server
 FINISH_SECONDS = 30  # for the rest of the data at the end of an online run
 UPLOAD_SECONDS = 600  # the same with a model
-# Values of WANDB_MODE, in upper or lower case; `run` and `dryrun` are W&B's former names
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
-MODES |= {"shared": "shared", "disabled": "disabled"}
-TRUE = ("y", "yes", "t", "true", "on", "1")  # of WANDB_DISABLED, as W&B reads its boolean variables
 # Methods of a W&B run that pass data to its service, which callbacks of other projects call
 METHODS: tuple[str, ...] = ("define_metric", "watch", "unwatch", "alert", "write_logs", "mark_preempting")
 FILE_METHODS: tuple[str, ...] = ("log_artifact", "use_artifact", "link_artifact", "upsert_artifact", "finish_artifact")
@@ -90,7 +78,8 @@ class WeightsAndBiases(WandbLogger):
         self.labels = RunLabels(self.run_dir.name)
         self._row: dict[str, Any] = {}
         self._step = 0
-        self._samples = _sample_table()
+        self._logged_step = -1  # last one that a resumed run logged before
+        self._samples: wandb.Table | None = None
         self._params: dict[str, Any] = {}
 
     def set_labels(self, labels: RunLabels) -> None:
@@ -143,14 +132,19 @@ class WeightsAndBiases(WandbLogger):
     @rank_zero_only
     def log_samples(self, samples: list[Sample], step: int) -> None:
         self._begin_row(step)
-        self.calls.call(lambda: _add_samples(self._samples, samples), None)
+        self._samples = self.calls.call(lambda: with_samples(self._samples, samples), None)
         self._row[SAMPLES] = self._samples
 
     @rank_zero_only
     def log_model(self, folder: Path) -> None:
         if self.logs_model:
             run = self.experiment
-            self.calls.call(lambda: _log_artifact(run, folder), None, UPLOAD_SECONDS)
+            self.calls.call(lambda: log_artifact(run, folder), None, UPLOAD_SECONDS)
+
+    @rank_zero_only
+    def log_page(self, name: str, file: Path, step: int) -> None:
+        """Log an HTML page, such as one with maps of attention and losses."""
+        self.log_metrics({name: self.calls.call(lambda: wandb.Html(str(file)), None)}, step)
 
     @rank_zero_only
     def save(self) -> None:
@@ -171,39 +165,14 @@ class WeightsAndBiases(WandbLogger):
             self.calls.call(lambda: self.merge_offline_runs(self._params), False, UPLOAD_SECONDS)
 
     def merge_offline_runs(self, params: dict[str, Any]) -> bool:
-        """Merge the offline runs of the run directory into one, unless it is one and complete (offline_runs.py).
+        """Merge the offline runs of the run directory; return whether there was anything to merge.
 
         Args:
             params: the configuration of the run.
-
-        Returns:
-            Whether there was anything to merge.
         """
-        run_dir = self.run_dir
-        if not offline_folders(run_dir) or is_complete(run_dir):
-            return False
-        run = self._init("offline", aside_folder(run_dir))
-        folder, is_finished = Path(run.dir), read_report(run_dir).get("status") in FINISHED
-        try:
-            self._replay(run, params)
-            for copy in copy_media(run_dir, folder):
-                run.save(copy, base_path=folder, policy="now")
-            if self.logs_model and is_finished:
-                _log_artifact(run, run_dir / "hf")
-        finally:
-            run.finish(exit_code=0 if is_finished else 1)
-        wait_until_written(folder.parent)
-        replace_folders(run_dir, folder.parent)
-        return True
-
-    def _replay(self, run: Any, params: dict[str, Any]) -> None:
-        """Log the configuration, the rows of metrics.csv and the samples."""
-        _define_metrics(run)
-        run.config.update(params)
-        table = _sample_table()
-        for step, values, samples in merged_rows(self.run_dir):
-            _add_samples(table, samples)
-            run.log({STEP: step, **values, **({SAMPLES: table} if samples else {})})
+        is_finished = read_report(self.run_dir).get("status") in FINISHED
+        model = self.run_dir / "hf" if self.logs_model and is_finished else None
+        return merge(self.run_dir, lambda folder: self._init("offline", folder), params, model, 0 if is_finished else 1)
 
     def _begin_row(self, step: int) -> None:
         if step != self._step:
@@ -212,12 +181,13 @@ class WeightsAndBiases(WandbLogger):
 
     def _log_row(self) -> None:
         row, self._row = self._row, {}
-        if row:
+        if row and self._step > self._logged_step:
             self.experiment.log(row)
 
     def _start(self) -> Any:
         """Return a new W&B run; None if W&B is disabled."""
-        mode = self._chosen_mode()
+        logging.raiseExceptions = False  # no tracebacks of W&B's log file on a full disk
+        mode = chosen_mode(self.mode)
         is_shown = self.labels.is_requested or mode == "online"
         self.calls.is_quiet = not is_shown
         if mode == "disabled":
@@ -234,6 +204,10 @@ class WeightsAndBiases(WandbLogger):
             run = self._init(mode, self.run_dir)
         offline = f"offline in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
         log.log(logging.INFO if is_shown else logging.DEBUG, "W&B: %s", offline if mode == "offline" else run.url)
+        if mode == "online":
+            use_inputs(run, self.labels)
+            # The server keeps the steps that a resumed run repeats
+            self._logged_step = int(run.summary.get(STEP, 0)) if run.resumed else 0
         return self._prepared(run)
 
     def _init(self, mode: Any, folder: Path) -> Any:
@@ -262,7 +236,7 @@ class WeightsAndBiases(WandbLogger):
 
     def _prepared(self, run: Any) -> Any:
         """Define the metrics of a new run, and bound the methods that other callbacks call."""
-        _define_metrics(run)
+        define_metrics(run)
         for name in METHODS + FILE_METHODS:
             seconds = UPLOAD_SECONDS if name in FILE_METHODS else CALL_SECONDS
             setattr(run, name, self._bounded(getattr(run, name), seconds))
@@ -279,32 +253,6 @@ class WeightsAndBiases(WandbLogger):
     def _bounded(self, method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         """Return the method as one that returns None when it fails or takes too long."""
         return lambda *given, **named: self.calls.call(lambda: method(*given, **named), None, seconds)
-
-    def _chosen_mode(self) -> str:
-        """Return the mode that the environment sets, else `mode`, else the one of `wandb offline` or a login.
-
-        Raises:
-            ValueError: WANDB_MODE has no valid value.
-        """
-        given = os.environ.pop("WANDB_MODE", "").strip()  # W&B reads lower case only
-        if given.lower() in MODES:
-            os.environ["WANDB_MODE"] = MODES[given.lower()]
-        if os.environ.get("WANDB_DISABLED", "").strip().lower() in TRUE:
-            return "disabled"
-        if given and given.lower() not in MODES:
-            raise ValueError(f"WANDB_MODE={given} is none of {', '.join(MODES)}")
-        if given or self.mode != "auto":
-            return MODES[given.lower()] if given else self.mode
-        settings = wandb.setup(wandb.Settings(silent=True)).settings  # login prints otherwise
-        stored = MODES[settings.mode]
-        return self._available_mode() if stored == "online" else stored
-
-    @staticmethod
-    def _available_mode() -> str:
-        try:
-            return "online" if wandb.login(prompt=False, verify=False) else "offline"
-        except (wandb.Error, OSError, ValueError):
-            return "offline"
 
 
 def _no_run() -> Any:
@@ -323,30 +271,3 @@ def _finish(run: Any, exit_code: int) -> bool:
         end_service()
         return False
     return True
-
-
-def _define_metrics(run: Any) -> None:
-    """Plot everything over `step`, and show the best value of metrics that have one beside the last."""
-    run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP)
-    if "WANDB_SWEEP_ID" in os.environ:  # whose search reads plain values
-        return
-    for name, best in metric_names.summaries().items():
-        run.define_metric(name, step_metric=STEP, summary=f"{best},last")
-
-
-def _sample_table() -> wandb.Table:
-    return wandb.Table(columns=["step", "method", "prompt", "completion"], log_mode="INCREMENTAL")
-
-
-def _add_samples(table: wandb.Table, samples: list[Sample]) -> None:
-    for sample in samples:
-        table.add_data(sample.step, sample.method, sample.prompt, sample.completion)
-
-
-def _log_artifact(run: Any, folder: Path) -> None:
-    """Log the folder of a model; immutable, so that its files are not copied first."""
-    artifact = wandb.Artifact(f"model-{run.id}", type="model")
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
-        artifact.add_file(str(file), name=str(file.relative_to(folder)), policy="immutable")
-    run.log_artifact(artifact)

@@ -23,6 +23,8 @@ def run_labels(spec: PreparedSpec, folder: Path) -> RunLabels:
         job_type=config.task_name,
         group=config.invocation.sweep or (folder.parent.name if is_in_study else ""),
         tags=tuple(dict.fromkeys(_tags(config, spec.resolved.model_name))),
+        data=(config.groups["data"], spec.prepared.data_hash),
+        models=tuple(dict.fromkeys(folder for folder in _models(spec) if folder)),
         is_requested=any(key.split(".")[0] == "logger" for key in given) or bool(os.environ.get("WANDB_MODE")),
     )
 
@@ -54,3 +56,8 @@ def _parts(config: RunConfig, model: str) -> list[str]:
 def _tags(config: RunConfig, model: str) -> list[str]:
     loss = config.loss.name if config.task_name == "distill" else config.objective.name
     return [config.task_name, model, config.groups["data"], loss]
+
+
+def _models(spec: PreparedSpec) -> list[str]:
+    resolved = spec.resolved
+    return [resolved.teacher, resolved.init if resolved.init_names_weights else ""]

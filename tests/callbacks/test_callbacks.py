@@ -21,6 +21,7 @@ from callbacks.health import Health, SpikeDetector
 from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
 from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.loggers.wandb import WeightsAndBiases
+from callbacks.loggers.wandb_mode import chosen_mode
 from callbacks.samples import Samples
 from gpt2lab.errors import InputError
 from gpt2lab.model.backbone import to_hf
@@ -378,12 +379,12 @@ def test_wandb_offline_has_metrics_and_samples_of_a_resumed_run(cache, tmp_path,
     ],
     ids=lambda value: " ".join(f"{key}={given}" for key, given in value.items()) if isinstance(value, dict) else value,
 )
-def test_wandb_mode_is_read_in_every_spelling(variables, mode, tmp_path, monkeypatch):
+def test_wandb_mode_is_read_in_every_spelling(variables, mode, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     for name, given in variables.items():
         monkeypatch.setenv(name, given)
-    assert WeightsAndBiases(str(tmp_path), mode="offline")._chosen_mode() == mode
+    assert chosen_mode("offline") == mode
 
 
 @pytest.mark.parametrize("variable", ["WANDB_MODE=Disabled", "WANDB_DISABLED=1", "WANDB_MODE=DryRun"])

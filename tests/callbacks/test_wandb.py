@@ -1,7 +1,10 @@
 """W&B never ends or delays a run, and the offline runs of one run directory become one with all that was logged."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ from callbacks.loggers.offline_runs import is_complete, offline_folders, wait_un
 from callbacks.loggers.wandb import WeightsAndBiases
 from callbacks.loggers.wandb_file import read_rows
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
-from gpt2lab.storage.metrics_csv import drop_metrics_after
+from gpt2lab.storage.metrics_csv import drop_metrics_after, read_metrics
+from tests.conftest import ROOT, started
 from tests.support.offline_wandb import assert_one_complete_run, files_in, runs_in
+from tests.support.wandb_server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +178,7 @@ def test_offline_runs_become_one_with_the_rows_of_metrics_csv(sessions: list[dic
 
 @pytest.mark.parametrize(
     "interrupted",
-    ["callbacks.loggers.wandb.copy_media", "pathlib.Path.rename", "callbacks.loggers.offline_runs._delete"],
+    ["callbacks.loggers.offline_runs.copy_media", "pathlib.Path.rename", "callbacks.loggers.offline_runs._delete"],
 )
 def test_an_interrupted_merge_loses_nothing_and_is_repeated(
     interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,6 +196,53 @@ def test_an_interrupted_merge_loses_nothing_and_is_repeated(
     assert logger.merge_offline_runs({})
     assert len(offline_folders(tmp_path)) == 1
     assert_one_complete_run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("behaviour", "words", "message"),
+    [
+        ("answers", [], "W&B: http://127.0.0.1"),
+        ("silent", [], "this run is logged offline."),
+        ("stops", [], "W&B has not received the whole run in time; `wandb sync"),
+        ("answers", ["stop"], "W&B is off for the rest of this run: no response within"),
+        ("", ["stop"], "W&B is off for the rest of this run: no response within"),
+    ],
+)
+def test_no_server_and_no_service_keeps_a_process_running(
+    behaviour: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    if behaviour:
+        monkeypatch.delenv("WANDB_MODE")
+        monkeypatch.setenv("WANDB_BASE_URL", Server(behaviour).url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "5", *words]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    assert "finished" in ended.stdout
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_and_resumed_is_one_offline_run(cache: Path, tiny: list[str], tmp_path: Path):
+    keys = [key for key in tiny if not key.startswith("logger")]
+    keys += ["logger=wandb", "log_every=1", "validate_every=5", "checkpoint_every=5", "callbacks=default", "steps=400"]
+    keys += ["callbacks.samples.max_new_tokens=2", "sample_every=10", "compile=false", "threads=1", "run_dir=run"]
+    for command in (keys, ["resume=run"]):
+        process = started(cache, tmp_path, *command)
+        before = len(read_metrics(tmp_path / "run"))
+        while len(read_metrics(tmp_path / "run")) < before + 12:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+    step = int(read_metrics(tmp_path / "run")[-1]["step"])
+    ended = started(cache, tmp_path, "resume=run", f"steps={step + 7}")
+    _, errors = ended.communicate()
+    assert ended.returncode == 0, errors
+    assert_one_complete_run(tmp_path / "run")
 
 
 def interrupt(*_unused: Any) -> Any:
