@@ -25,6 +25,7 @@ from callbacks.loggers.wandb_mode import chosen_mode
 from callbacks.samples import Samples
 from gpt2lab.errors import InputError
 from gpt2lab.model.backbone import to_hf
+from gpt2lab.reports.dashboard_views import PRETRAIN
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
 from gpt2lab.reports.samples_jsonl import read_samples
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
@@ -412,7 +413,8 @@ def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplo
 
 def test_tensorboard_is_written_in_addition_to_metrics_csv(cache, tmp_path):
     logger = TensorBoard(str(tmp_path))
-    logger.log_hyperparams({"seed": 1})
+    logger.log_hyperparams({"seed": 1, "task": "pretrain"})
     tiny_run.train(tmp_path, cache, steps=4, loggers=[logger])
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    (file,) = (tmp_path / "tensorboard").glob("events.*")
+    assert all(panel.question.encode() in file.read_bytes() for panel in PRETRAIN.panels if panel.x == "step")
     assert read_metrics(tmp_path)
