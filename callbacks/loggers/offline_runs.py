@@ -25,12 +25,14 @@ def merge(
 ) -> bool:
     """Merge the offline runs into one, unless it is one and complete; return whether there was anything to merge.
 
+    Without a metrics.csv they are left as they are.
+
     Args:
         start: starts an offline W&B run in a folder.
         params: the configuration of the run.
         model: folder of the model that is logged as an artifact.
     """
-    if not offline_folders(run_dir) or is_complete(run_dir):
+    if not offline_folders(run_dir) or not read_metrics(run_dir) or is_complete(run_dir):
         return False
     run = start(aside_folder(run_dir))
     files = Path(run.dir)
@@ -119,7 +121,7 @@ def wait_until_written(folder: Path) -> None:
         TimeoutError: it has not within `WRITE_SECONDS`.
     """
     for _ in range(int(WRITE_SECONDS / POLL_SECONDS)):
-        if any(record.HasField("exit") for file in folder.glob("*.wandb") for record in read_records(file)):
+        if any(record.HasField("exit") for file in folder.glob("*.wandb") for record in read_records(file, 2)):
             return
         time.sleep(POLL_SECONDS)
     raise TimeoutError(f"{folder} was not written completely within {WRITE_SECONDS} seconds")

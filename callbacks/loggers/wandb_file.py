@@ -16,9 +16,16 @@ BLOCK, HEADER, PIECE = 32_768, 7, 7  # bytes; PIECE: checksum, length and kind b
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def read_records(file: Path) -> Iterator[Any]:
-    """Yield all whole records, the newest last; the file of a killed process may end within one."""
-    data, parts, at = file.read_bytes(), b"", HEADER
+def read_records(file: Path, last_blocks: int | None = None) -> Iterator[Any]:
+    """Yield all whole records, the newest last; the file of a killed process may end within one.
+
+    Args:
+        last_blocks: read so many blocks from the end only.
+    """
+    data = file.read_bytes()
+    skipped = 0 if last_blocks is None else max(0, len(data) // BLOCK - last_blocks) * BLOCK
+    parts: bytes | None = None  # of the present record; none of one that begins in a skipped block
+    at = max(skipped, HEADER)
     while data.startswith(b":W&B") and at + PIECE <= len(data):
         if BLOCK - at % BLOCK < PIECE:  # too short for a piece: filled with zeros
             at += BLOCK - at % BLOCK
@@ -27,9 +34,12 @@ def read_records(file: Path) -> Iterator[Any]:
         end = at + PIECE + length
         if kind not in (WHOLE, FIRST, MIDDLE, LAST) or end > len(data):
             return
-        parts = (b"" if kind in (WHOLE, FIRST) else parts) + data[at + PIECE : end]
+        if kind in (WHOLE, FIRST):
+            parts = b""
+        if parts is not None:
+            parts += data[at + PIECE : end]
         at = end
-        if kind in (WHOLE, LAST):
+        if kind in (WHOLE, LAST) and parts is not None:
             try:
                 yield Record.FromString(parts)
             except DecodeError:

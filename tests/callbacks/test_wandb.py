@@ -1,6 +1,7 @@
 """W&B never ends or delays a run, and the offline runs of one run directory become one with all that was logged."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import wandb
 
+import wandb
 from callbacks.loggers.bounded_calls import BoundedCalls
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.loggers.offline_runs import is_complete, offline_folders, wait_until_written
@@ -176,6 +177,15 @@ def test_offline_runs_become_one_with_the_rows_of_metrics_csv(sessions: list[dic
     assert {run.run_id for run in runs_in(tmp_path)} == {logger.run_id()}
 
 
+def test_offline_runs_without_metrics_csv_are_left_as_they_are(tmp_path: Path):
+    log_session(tmp_path, 1, 3)
+    log_session(tmp_path, 2, 4)
+    (tmp_path / "metrics.csv").unlink()
+    before = files_in(tmp_path)
+    assert not WeightsAndBiases(str(tmp_path)).merge_offline_runs({})
+    assert files_in(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "interrupted",
     ["callbacks.loggers.offline_runs.copy_media", "pathlib.Path.rename", "callbacks.loggers.offline_runs._delete"],
@@ -226,6 +236,21 @@ def test_no_server_and_no_service_keeps_a_process_running(
 
 
 @pytest.mark.slow
+def test_an_online_run_omits_the_steps_that_the_server_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", Server("resumes").url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-id").write_text("abc")
+    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "30"]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    (file,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert [row["step"] for row in read_rows(file)][:2] == [4, 5]
+
+
+@pytest.mark.slow
 def test_a_run_killed_twice_and_resumed_is_one_offline_run(cache: Path, tiny: list[str], tmp_path: Path):
     keys = [key for key in tiny if not key.startswith("logger")]
     keys += ["logger=wandb", "log_every=1", "validate_every=5", "checkpoint_every=5", "callbacks=default", "steps=400"]
@@ -243,6 +268,12 @@ def test_a_run_killed_twice_and_resumed_is_one_offline_run(cache: Path, tiny: li
     _, errors = ended.communicate()
     assert ended.returncode == 0, errors
     assert_one_complete_run(tmp_path / "run")
+    server = Server("answers")
+    login = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    command = [sys.executable, "-m", "wandb", "sync", str(files_in(tmp_path / "run")[0].parent)]
+    synced = subprocess.run(command, env={**os.environ, **login}, capture_output=True, text=True, timeout=180)
+    assert "Finished syncing" in synced.stderr, synced.stderr
+    assert "file_stream" in server.queries
 
 
 def interrupt(*_unused: Any) -> Any:

@@ -1,7 +1,8 @@
 """Stand-in for W&B's server on this machine: enough of GraphQL and of the stream of files for a run to start.
 
-As a program: python tests/support/wandb_server.py answers|silent|stops prints its port. `answers` responds to all
-requests, `silent` accepts connections and never responds, `stops` does so after the first rows of a run have arrived.
+As a program: python tests/support/wandb_server.py BEHAVIOUR prints its port. It `answers` requests; or `resumes`, and
+has the first three steps of a run; or is `silent`: it accepts connections and never responds; or `stops`: it is silent
+after the first rows of a run have arrived.
 """
 
 import json
@@ -13,6 +14,16 @@ from typing import Any
 RUN = {"id": "cnVu", "name": "run", "displayName": "run", "historyLineCount": 0, "config": "{}"}
 RUN |= {"project": {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}, "sweepName": None}
 USER = {"id": "u", "entity": "entity", "username": "user", "email": "", "flags": "{}", "teams": {"edges": []}}
+
+RESUMED = {
+    **RUN,
+    "summaryMetrics": '{"step": 3, "_step": 2}',
+    "historyTail": '["{\\"_step\\": 2}"]',
+    "eventsTail": "[]",
+}
+RESUMED |= {"wandbConfig": '{"t": 1}', "historyLineCount": 3, "logLineCount": 0, "eventsLineCount": 0, "tags": []}
+ARTIFACT: dict[str, Any] = {"id": "a", "state": "COMMITTED"}
+ARTIFACT["artifactSequence"] = {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}
 
 
 class Server(ThreadingHTTPServer):
@@ -45,7 +56,9 @@ class Server(ThreadingHTTPServer):
             return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": []}}
         if "serverInfo" in query:
             return {"serverInfo": {"features": [], "cliVersionInfo": {}}}
-        return {"model": {"bucket": None}}
+        if "createArtifact(" in query:
+            return {"createArtifact": {"artifact": ARTIFACT}}
+        return {"model": {"bucket": RESUMED if self.behaviour == "resumes" else None}}
 
 
 class Handler(BaseHTTPRequestHandler):
