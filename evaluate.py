@@ -15,10 +15,15 @@ agreement, calibration, and the speed-up with the student as draft model. Figure
 import sys
 from typing import NoReturn
 
+from launch.exit_codes import exit_on_early_signal, run_and_exit
+
+if __name__ == "__main__":
+    exit_on_early_signal()
+
 from launch.config.key_value_cli import describe, parse
 from launch.evaluate import score_files, score_tables
 from launch.evaluate.score_checkpoints import Arguments, evaluate
-from launch.exit_codes import run_and_exit
+from launch.version import version_text
 
 
 def main() -> None:
@@ -30,9 +35,12 @@ def main() -> None:
 
 
 def command_line() -> None:
-    """Print the help, or run the command line."""
+    """Print the help or the version, or run the command line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
+        return
+    if "--version" in sys.argv[1:]:
+        print(version_text())
         return
     main()
 

@@ -16,10 +16,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from launch.exit_codes import exit_on_early_signal, run_and_exit
+
+if __name__ == "__main__":
+    exit_on_early_signal()
+
 from launch.config.key_value_cli import check_output_file, describe, parse
-from launch.exit_codes import run_and_exit
 from launch.generate.generator import Arguments, TextGenerator
 from launch.generate.inspect_page import check_inspection, inspect_text
+from launch.version import version_text
 
 
 def main() -> None:
@@ -45,9 +50,12 @@ def main() -> None:
 
 
 def command_line() -> None:
-    """Print the help, or run the command line."""
+    """Print the help or the version, or run the command line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe(Arguments)}")
+        return
+    if "--version" in sys.argv[1:]:
+        print(version_text())
         return
     main()
 

@@ -9,15 +9,20 @@ from typing import NoReturn
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, which launch.exit_codes prints in a few lines
 
+from launch import exit_codes
+
+if __name__ == "__main__":
+    exit_codes.exit_on_early_signal()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from launch import exit_codes
 from launch.checks import checks
 from launch.config import cli_overrides, schema
 from launch.config.groups import CONF
 from launch.config.help_text import help_text
+from launch.version import version_text
 
 schema.register()
 
@@ -46,6 +51,9 @@ def command_line() -> None:
     """Run `main` through Hydra, with free text on the command line quoted."""
     if {"--help", "-h"} & set(sys.argv):
         print(help_text(sys.argv[1:]))
+        return
+    if "--version" in sys.argv:
+        print(version_text())
         return
     sys.argv[1:] = cli_overrides.quote_free_text(sys.argv[1:])
     main()

@@ -29,6 +29,7 @@ from gpt2lab.settings import ModelShape
 
 ACCELERATOR = "gpu"
 VOCABULARY = 50_257
+MEDIUM = 24, 16, 1024  # layers, heads, width
 CONTEXT = 1024
 BATCH_TOKENS = 32 * CONTEXT
 SAME_LOSS = 0.02  # nats: FSDP compared with one device
@@ -81,7 +82,7 @@ def compare_with_trl(trl_python: str) -> Callable[[Path], str]:
     def run(folder: Path) -> str:
         teacher = folder / "medium"
         torch.manual_seed(1)
-        to_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY))).save_pretrained(teacher)
+        to_hf(Backbone(ModelShape(*MEDIUM, CONTEXT, VOCABULARY))).save_pretrained(teacher)
         keys = ["task=distill", f"teacher={teacher}", "preflight=off", "loss=jsd", "loss.beta=0.5"]
         keys += ["loss.hard_weight=0", "optimizer=adamw", "precision=bf16"]
         keys += ["micro_batch=8", f"batch_tokens={8 * CONTEXT}"]
@@ -98,15 +99,23 @@ def compare_with_trl(trl_python: str) -> Callable[[Path], str]:
     return run
 
 
-def distil_with_defaults(folder: Path) -> str:
-    """Check the command of docs/distillation.md, task=distill model=small with a medium teacher, for 20 steps."""
+def distil_with_defaults(
+    folder: Path, *options: str, model: str = "small", teacher_shape: tuple[int, int, int] = MEDIUM
+) -> str:
+    """Check the command of docs/distillation.md, task=distill model=small with a medium teacher, for 20 steps.
+
+    The teacher has random weights, which the preflight would refuse.
+
+    Args:
+        options: further keys of train.py.
+        teacher_shape: its layers, heads and width.
+    """
     teacher = folder / "random-medium"
     torch.manual_seed(1)
-    model = to_hf(Backbone(ModelShape(24, 16, 1024, 1024, VOCABULARY)))
-    model.transformer.wte.weight.data.mul_(0.1)  # almost uniform predictions: better than the student's at its start
-    model.save_pretrained(teacher)
+    to_hf(Backbone(ModelShape(*teacher_shape, CONTEXT, VOCABULARY))).save_pretrained(teacher)
     load_tokenizer(str(folder / "tokenizer")).save_pretrained(teacher)
-    report = _train_once(folder / "defaults", ["task=distill", "model=small", f"teacher={teacher}", "steps=20"])
+    usual = ["task=distill", f"model={model}", f"teacher={teacher}", "steps=20"]
+    report = _train_once(folder / "defaults", [*usual, "preflight=off", *options])
     if not report["train_loss"] < 12:
         raise RuntimeError(f"training loss {report['train_loss']}")
     used = report["peak_memory_bytes"] / 2**30

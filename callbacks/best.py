@@ -12,7 +12,7 @@ import lightning
 from lightning import Trainer
 
 from gpt2lab.evaluation.document_losses import write_document_losses
-from gpt2lab.metric_names import MEASURED_BY_VALIDATION, is_better
+from gpt2lab.metric_names import MEASURED_BY_VALIDATION, VAL_LOSS, is_better
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class Best(lightning.Callback):
         self.step, self.metrics = state_dict["step"], state_dict["metrics"]
         self.validations_since, self.validated_step = state_dict["validations_since"], state_dict["validated_step"]
 
+    def forget(self) -> None:
+        """Start again without a best validation; the weights of the known one are lost."""
+        self.step, self.metrics, self.validations_since = None, {}, 0
+
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_without_improvement(trainer)  # a run that was stopped early is resumed with the same patience
 
@@ -61,8 +65,8 @@ class Best(lightning.Callback):
         watched = str(pl_module.watched_metric)
         latest = trainer.callback_metrics.items()
         measured = {name: float(value) for name, value in latest if name.startswith(MEASURED_BY_VALIDATION)}
-        value = trainer.strategy.broadcast(measured.get(watched, math.nan), src=0)  # all ranks must stop together
-        if is_better(watched, value, self.metrics.get(watched)):
+        values = tuple(measured.get(name, math.nan) for name in (watched, VAL_LOSS))
+        if self._is_better(watched, *trainer.strategy.broadcast(values, src=0)):  # all ranks must stop together
             self.step, self.metrics, self.validations_since = trainer.global_step, measured, 0
         elif self.validated_step != trainer.global_step:  # else repeated after a failure within the validation
             self.validations_since += 1
@@ -70,6 +74,13 @@ class Best(lightning.Callback):
         if not self.exports_best or self.step in (None, trainer.global_step):
             self._write_documents(trainer, pl_module)
         self._stop_without_improvement(trainer)
+
+    def _is_better(self, watched: str, value: float, loss: float) -> bool:
+        """Whether a validation is better than the best one; between equal scores of text the loss decides."""
+        known = self.metrics.get(watched)
+        return is_better(watched, value, known) or (
+            value == known and is_better(VAL_LOSS, loss, self.metrics[VAL_LOSS])
+        )
 
     def value_so_far(self, watched: str, value: float) -> float:
         """Return the value by which a search ranks the run now: the best one if that is exported."""

@@ -17,12 +17,13 @@ from transformers import GPT2LMHeadModel
 
 from callbacks.best import find_best
 from callbacks.ending import is_pruned, run_status
+from callbacks.interrupt import StoppedNowError
 from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError, RunError
 from gpt2lab.metric_names import VALIDATION_PREFIX
-from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
+from gpt2lab.reports.hf_folder import holds_model, verify_in_fresh_process, write_hf_folder
 from gpt2lab.reports.model_card import STEPS, read_step
 from gpt2lab.storage.atomic_files import input_error_when_full
 from gpt2lab.storage.checkpoint_ledger import (
@@ -37,13 +38,17 @@ from gpt2lab.storage.checkpoint_ledger import (
 )
 from gpt2lab.storage.metrics_csv import drop_metrics_after
 from gpt2lab.storage.model_folder import resolve_model_folder
-from gpt2lab.storage.report_json import FINISHED
+from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
-from gpt2lab.storage.tensor_file import read_checkpoint_file
+from gpt2lab.storage.tensor_file import read_checkpoint_file, without_objects
 
 log = logging.getLogger(__name__)
 
 HOOKS_AFTER_A_STEP = ("on_train_batch_end", "on_validation_end")
+HOOKS_OF_A_SAVE = {
+    call._call_callbacks_state_dict.__code__: "state_dict",
+    call._call_callbacks_on_save_checkpoint.__code__: "on_save_checkpoint",
+}
 
 
 class Checkpoint(lightning.Callback):
@@ -84,6 +89,8 @@ class Checkpoint(lightning.Callback):
             drop_checkpoints_after(self.run_dir, trainer.global_step)
             drop_metrics_after(self.run_dir, trainer.global_step)
             self._restore_best(trainer, pl_module)
+        if trainer.strategy.broadcast(self._lacks_best(trainer)):
+            find_best(trainer).forget()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -91,6 +98,9 @@ class Checkpoint(lightning.Callback):
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_stopped = trainer.should_stop and trainer.global_step < trainer.max_steps  # a cluster may kill it soon
         if between_steps and self._is_due(trainer) and (is_stopped or not _validation_follows(trainer)):
+            self._save(trainer, pl_module)
+        if between_steps and pl_module.logger_error is not None and trainer.world_size == 1:  # raised by the module
+            pl_module.validation_is_due = _validation_follows(trainer)
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
@@ -111,11 +121,10 @@ class Checkpoint(lightning.Callback):
         A step is complete once all callbacks of this project have seen it. One whose loss is not finite is not saved.
         """
         is_saved = trainer.global_step in (0, self.saved_step, self.attempted_step)
-        is_failure = isinstance(exception, Exception) and not isinstance(exception, RunError)
-        if is_saved or not is_failure or trainer.world_size > 1:
+        if is_saved or isinstance(exception, RunError | StoppedNowError) or trainer.world_size > 1:
             return
-        callback, hook = _raising_callback(exception)
-        is_after_step = hook in HOOKS_AFTER_A_STEP and _is_added(callback) and self._between_steps(trainer, callback)
+        callback, hook = raising_callback(exception)
+        is_after_step = hook in HOOKS_AFTER_A_STEP and is_added(callback) and self._between_steps(trainer, callback)
         if trainer.validating and not is_after_step:
             pl_module.abandon_validation()
         elif pl_module.is_updating and not is_after_step:
@@ -131,7 +140,7 @@ class Checkpoint(lightning.Callback):
     def _between_steps(self, trainer: Trainer, callback: lightning.Callback) -> bool:
         """Whether the step is complete and all callbacks of this project before the checkpoint have seen it."""
         skipped = trainer.callbacks[trainer.callbacks.index(callback) : trainer.callbacks.index(self)]
-        return trainer.fit_loop.epoch_loop._accumulated_batches_reached() and all(map(_is_added, skipped))
+        return trainer.fit_loop.epoch_loop._accumulated_batches_reached() and all(map(is_added, skipped))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Verify the final export, also if a resumed run has no steps left."""
@@ -142,11 +151,10 @@ class Checkpoint(lightning.Callback):
             self._save(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        is_damaged = not self._has_valid_export()
-        if is_damaged:
-            log.warning("%s is missing or damaged and is written again.", folder)
-        if not self._restore_best(trainer, pl_module, is_damaged) and is_damaged:
-            self._export(trainer, pl_module)
+        self._restore_best(trainer, pl_module)
+        if self._lacks_best(trainer):
+            find_best(trainer).forget()
+        self._repair_export(trainer, pl_module)
         if self.verify_export:
             with outside_training_time(trainer, EXPORT):
                 self._verify(folder)
@@ -191,7 +199,7 @@ class Checkpoint(lightning.Callback):
             if trainer.is_global_zero:
                 delete_checkpoint(scratch)
             try:
-                trainer.save_checkpoint(scratch, weights_only=False)
+                failure = _save_without_failing(trainer, scratch)
                 if best_step in (None, step):
                     with input_error_when_full(
                         f"the export {self.run_dir / 'hf'}", lambda: recovery_hint(self.run_dir)
@@ -204,6 +212,8 @@ class Checkpoint(lightning.Callback):
                     delete_checkpoint(scratch)
             trainer.strategy.barrier("checkpoint recorded")
         self.saved_step = step
+        if failure is not None:
+            raise failure
 
     def _export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Write `hf` from the weights that are in memory; collective."""
@@ -217,27 +227,54 @@ class Checkpoint(lightning.Callback):
                 with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.run_dir) as unused:
                     pl_module.export_adapter(Path(unused))
 
-    def _restore_best(self, trainer: Trainer, pl_module: lightning.LightningModule, is_damaged: bool = False) -> bool:
-        """Write `hf` from the checkpoint of the best validation if it is damaged or of another step; on rank 0 only.
+    def _restore_best(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write `hf` from the checkpoint of the best validation if it is of another step; on rank 0 only.
 
         A run that was killed between an export and its checkpoint has left the weights of a later step.
-
-        Returns:
-            Whether the folder was written.
         """
         best, folder = find_best(trainer), self.run_dir / "hf"
-        if not best.exports_best or best.step is None or (read_step(folder) == best.step and not is_damaged):
-            return False
+        if not best.exports_best or best.step is None or read_step(folder) == best.step:
+            return
         file = checkpoint_file(self.run_dir, best.step)
         if not is_intact(self.run_dir, file):
-            log.warning("%s is not of the best step %d, whose checkpoint is missing or damaged.", folder, best.step)
-            return False
+            log.warning(
+                "%s is not of the best step %d, whose checkpoint is missing or damaged; later validations decide.",
+                folder,
+                best.step,
+            )
+            return
         stored = trainer.strategy.checkpoint_io.load_checkpoint(file)
+        self._export_stored(pl_module, stored, best.step, best.metrics)
+
+    def _repair_export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write `hf` again if it is missing or damaged; on rank 0 only.
+
+        A process that had a step to make has written it; another one compares it with its checkpoint.
+        """
+        step, folder, is_valid = self._exported_step(trainer), self.run_dir / "hf", self._has_valid_export()
+        metrics = find_best(trainer).metrics if step is not None else read_report(self.run_dir).get("metrics", {})
+        step = trainer.global_step if step is None else step
+        file = checkpoint_file(self.run_dir, step)
+        if (is_valid and self.attempted_step >= 0) or not is_intact(self.run_dir, file):
+            return
+        stored = trainer.strategy.checkpoint_io.load_checkpoint(file)
+        if is_valid and holds_model(folder, pl_module.stored_model(stored), pl_module.tokenizer):
+            return
+        log.warning("%s is missing or damaged and is written again.", folder)
+        self._export_stored(pl_module, stored, step, metrics)
+
+    def _export_stored(
+        self, pl_module: lightning.LightningModule, stored: dict[str, Any], step: int, metrics: Mapping[str, Any]
+    ) -> None:
         model = pl_module.stored_model(stored)
-        card = self._card(model, best.step, stored["tokens_seen"], best.metrics)
+        card = self._card(model, step, stored["tokens_seen"], metrics)
         adapter = partial(pl_module.export_adapter, stored=stored)
-        write_hf_folder(model, pl_module.tokenizer, folder, card, adapter)
-        return True
+        write_hf_folder(model, pl_module.tokenizer, self.run_dir / "hf", card, adapter)
+
+    def _lacks_best(self, trainer: Trainer) -> bool:
+        """Whether `hf` is not of the best validation, whose checkpoint is lost."""
+        best_step = self._exported_step(trainer)
+        return best_step is not None and read_step(self.run_dir / "hf") != best_step
 
     def _card(self, model: GPT2LMHeadModel, step: int, tokens_seen: int, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Return the facts of the model card."""
@@ -265,7 +302,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("wb") as file:
-            torch.save(checkpoint, file)
+            torch.save(without_objects(checkpoint), file)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return read_whole(Path(path)) if is_sharded(Path(path)) else read_checkpoint_file(Path(path))
@@ -297,14 +334,35 @@ def _validation_follows(trainer: Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
-def _raising_callback(error: BaseException) -> tuple[Any, str]:
+def _save_without_failing(trainer: Trainer, file: Path) -> Exception | None:
+    """Save a checkpoint without the state of added callbacks that fail to give it; return the first such error."""
+    callbacks, failure = trainer.callbacks, None
+    try:
+        while True:
+            try:
+                trainer.save_checkpoint(file, weights_only=False)
+                return failure
+            except Exception as error:
+                callback, hook = raising_callback(error)
+                if hook not in HOOKS_OF_A_SAVE.values() or not is_added(callback):
+                    raise
+                log.warning("Step %d is saved without the state of %s.", trainer.global_step, type(callback).__name__)
+                trainer.callbacks = [one for one in trainer.callbacks if one is not callback]
+                failure = failure or error
+    finally:
+        trainer.callbacks = callbacks
+
+
+def raising_callback(error: BaseException) -> tuple[Any, str]:
     """Return the callback that raised the error and the hook that it raised it in; otherwise (None, "")."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        values = frame.f_locals
+    found: tuple[Any, str] = None, ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # a hook of ours may call the hooks of a save
         if frame.f_code is call._call_callback_hooks.__code__:
-            return values["callback"], values["hook_name"]
-    return None, ""
+            found = frame.f_locals["callback"], frame.f_locals["hook_name"]
+        elif frame.f_code in HOOKS_OF_A_SAVE:
+            found = frame.f_locals["callback"], HOOKS_OF_A_SAVE[frame.f_code]
+    return found
 
 
-def _is_added(callback: lightning.Callback | None) -> bool:
+def is_added(callback: lightning.Callback | None) -> bool:
     return callback is not None and type(callback).__module__.partition(".")[0] not in ("callbacks", "launch")

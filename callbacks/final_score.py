@@ -12,7 +12,9 @@ from lightning.fabric.utilities import move_data_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
+from callbacks.best import find_best
 from callbacks.ending import run_status
+from callbacks.loggers.protocols import TakesScores
 from callbacks.progress_marks import ProgressMarks
 from callbacks.report import Report
 from callbacks.throughput import VALIDATE, outside_training_time
@@ -58,6 +60,8 @@ class FinalScore(lightning.Callback):
         reports = [callback for callback in trainer.callbacks if isinstance(callback, Report)]
         if not reports or run_status(trainer) in ("stopped", "pruned") or trainer.fast_dev_run:
             return
+        if not (Path(trainer.default_root_dir) / "hf").is_dir():
+            return  # without the callback Checkpoint nothing is exported
         rows = self.rows(trainer)
         known = self._known(trainer, rows) if trainer.is_global_zero else {}
         score = trainer.strategy.broadcast(known)
@@ -66,6 +70,10 @@ class FinalScore(lightning.Callback):
             with outside_training_time(trainer, VALIDATE):
                 score = self._score(trainer, pl_module, rows)
         reports[0].score = score
+        values = {name: value for name, value in score.items() if value is not None}
+        for logger in trainer.loggers:
+            if isinstance(logger, TakesScores):
+                logger.log_score(values, trainer.global_step)
 
     def _known(self, trainer: Trainer, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Return the score that is known already: of an earlier end of the run, or of a validation of these rows."""
@@ -73,7 +81,8 @@ class FinalScore(lightning.Callback):
         reads_all = isinstance(limit, float) and limit == 1.0
         validates_them = len(rows) <= len(data.val_rows) and reads_all  # both are prefixes of one order
         tokens = int(data.val_samples.target_counts(data.val_rows if validates_them else rows).sum())
-        if (self._stored.get("steps"), self._stored.get(TOKENS)) == (trainer.global_step, tokens):
+        scored = tuple(self._stored.get(name) for name in ("steps", "best_step", TOKENS))
+        if scored == (trainer.global_step, find_best(trainer).step, tokens):
             return {name: self._stored.get(name) for name in (LOSS, ERROR, TOKENS)}
         if not validates_them:
             return {}

@@ -1,6 +1,9 @@
 """Remaining time of a run: its steps, validations, samples, checkpoints, exports and final score."""
 
-from lightning import Trainer
+import math
+
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.final_score import FinalScore
@@ -13,27 +16,36 @@ def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> floa
     """Estimate the seconds until the run has ended, from the measured phases.
 
     A validation that is not measured yet is estimated from the speed of training; samples and checkpoints that are not
-    measured yet are left out.
+    measured yet are left out. With trainer.max_time it is at most the time that is left, with the work after the stop.
 
     Args:
         first_step: step at which the run was started or resumed; at least one step has followed.
         elapsed: seconds since then, which are all that is known without the callback Throughput.
     """
     step, last, clock = trainer.global_step, trainer.max_steps, find_throughput(trainer)
+    limit = min((left for left in map(_time_left, trainer.callbacks) if left is not None), default=math.inf)
     if clock is None:
-        return elapsed / (step - first_step) * (last - step)
+        return min(elapsed / (step - first_step) * (last - step), limit)
     clock.seconds_by_phase()  # counts the time until now
     per_step = clock.seconds[TRAIN] / (step - first_step)
     per_validation = clock.mean(VALIDATE) or per_step * _steps_of_a_validation(trainer)
     validations = count_events(step, last, max(int(trainer.val_check_batch) // trainer.accumulate_grad_batches, 1))
-    seconds = per_step * (last - step) + per_validation * (validations + _validations_of_the_score(trainer))
+    score = _validations_of_the_score(trainer)
+    seconds = per_step * (last - step) + per_validation * (validations + score)
+    limit += per_validation * (1 + score)
     for callback in trainer.callbacks:
         if isinstance(callback, Samples):
             seconds += (clock.mean(SAMPLE) or 0.0) * count_events(step, last, callback.every)
         if isinstance(callback, Checkpoint):
             per_save = (clock.mean(SAVE) or 0.0) + (clock.mean(EXPORT) or 0.0)
             seconds += per_save * count_events(step, last, callback.every)
-    return seconds
+            limit += per_save
+    return min(seconds, limit)
+
+
+def _time_left(callback: Callback) -> float | None:
+    """Return the seconds until a time limit stops the run; None if the callback is none."""
+    return callback.time_remaining() if isinstance(callback, Timer) else None
 
 
 def _steps_of_a_validation(trainer: Trainer) -> float:

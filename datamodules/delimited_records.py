@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 from datamodules import records
 from datamodules.records import RecordFault, Records, Row, ambiguous_columns
+from gpt2lab.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FIELD = r'(?:"(?:[^"]++|"")*+"|[^",\r\n]*+)'  # quotes only around a field and, doubled, within it
+SHORT_LINE = 16  # characters as which a shorter line counts, since each line of a record is an object in memory
 WHOLE_RECORD = re.compile(rf"{FIELD}(?:,{FIELD})*+[\r\n]*")
 
 Lines = Iterator[tuple[int, str | RecordFault]]  # with their ends and numbers
@@ -30,24 +32,35 @@ def delimited_records(lines: Lines, name: str, delimiter: str, header: bool) -> 
     names: list[str] = []
     ambiguous: Row = {}
     for number, fields in reader:
+        if not isinstance(fields, RecordFault) and "\0" in "".join(fields):
+            fields = RecordFault("a NUL byte")
         if isinstance(fields, RecordFault):
             if header and not names:
                 raise fields.input_error(f"{name}:{number}: ", "; this is the header")
             yield number, fields
-            continue
-        if "\0" in "".join(fields):
-            yield number, RecordFault("a NUL byte")
             continue
         if not names:
             reader.columns = len(fields)
             names = fields if header else [str(column) for column in range(1, len(fields) + 1)]
             ambiguous = ambiguous_columns(names, f"{name}:{number}")
             if header:
+                _check_delimiter(names, delimiter, f"{name}:{number}")
                 continue
         if len(fields) == len(names):
             yield number, dict(zip(names, fields, strict=True)) | ambiguous
         else:
             yield number, RecordFault(f"{len(fields)} fields, but the first line has {len(names)}")
+
+
+def _check_delimiter(names: list[str], delimiter: str, place: str) -> None:
+    """Raise an InputError for a header without the delimiter, but with another one."""
+    other = next((one for one in ";\t|," if len(names) == 1 and one != delimiter and one in names[0]), "")
+    if other:
+        kinds = ", ".join(f"{ending} by {one!r}" for ending, one in DELIMITERS.items())
+        raise InputError(
+            f"{place}: the header {names[0]!r} is separated by {other!r}, not by {delimiter!r}.\n"
+            f"Columns are separated by the ending of the file: {kinds}. Rename or convert the file."
+        )
 
 
 class _Reader:
@@ -97,7 +110,7 @@ class _Reader:
                 taken.append(following)
                 if isinstance(following[1], RecordFault):
                     raise following[1]
-                size += len(following[1])
+                size += max(len(following[1]), SHORT_LINE)
                 if size > records.RECORD_BYTES:
                     raise records.too_long()
                 yield following[1]

@@ -16,6 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
+import yaml
+
 from gpt2lab.errors import InputError
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.hub import error_chain, is_hub_id, require_hub, retried
@@ -26,6 +28,14 @@ NO_SCRIPTS = "Dataset scripts are no longer supported"  # beginning of the error
 NO_HUB = (
     "Give a local data set folder (data.dataset=FOLDER), or use data without network: data=stdlib, data=text path=…"
 )
+HUB_ADDRESS = re.compile(r"(?:https?://[^/]+/|hf://)?datasets/([^/]+/[^/@?#]+)")
+NO_CONFIG = "Config name is missing."
+FIXES = {  # words of an error of `datasets` → what to do
+    rf"^{NO_CONFIG}|^BuilderConfig ": "Give data.config=NAME.",
+    r"^(Unknown|Bad) split|^Split name|^Unrecognized instruction|^Instruction |^Percent slice": "Give data.split=NAME; "
+    "a part such as train[:10%] needs data.streaming=false.",
+    r"^Revision ": "Give data.revision=NAME: a branch, a tag or a commit.",
+}
 OTHER_DATA = "Use other data, such as data=fineweb_edu, or download its files and give them: data=text path=FILES"
 
 
@@ -204,21 +214,36 @@ def load_errors(dataset: str, config: str, split: str) -> Iterator[None]:
     import datasets
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
+    of_files = (yaml.YAMLError, StopIteration)  # a README.md with invalid options; an empty file
     known = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, CachedRepoTreeNotFoundError)
     try:
         yield
     except InputError:
         raise
-    except known as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except (*known, *of_files) as error:
         raise InputError(
-            f"Cannot load the data set {dataset} (config {config or 'default'}, split {split}): {reason}\n"
+            f"Cannot load the data set {dataset} (config {config or 'default'}, split {split}): {_reason(error)}\n"
             f"{_fix(dataset, error)}"
         ) from error
 
 
+def _reason(error: BaseException) -> str:
+    """Return the reason for an error of a library in one line: that of its cause where it only names the step."""
+    import datasets
+
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    if isinstance(error, StopIteration):
+        return "a file contains no data"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    count = 2 if lines[0] == NO_CONFIG else 1  # the second line lists those that exist
+    return " ".join(line.strip() for line in lines[:count])[:200]
+
+
 def _fix(dataset: str, error: BaseException) -> str:
     """Return what to do about an error of a library."""
+    import datasets
+    import pyarrow
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import GatedRepoError
 
@@ -227,6 +252,13 @@ def _fix(dataset: str, error: BaseException) -> str:
         if get_token():
             return f"The account of HF_TOKEN has no access: accept the conditions on {page}"
         return f"Accept the conditions on {page}, and set HF_TOKEN to a token of your account."
+    if (found := HUB_ADDRESS.match(dataset)) and not Path(dataset).exists():
+        return f"Give its Hub id: data.dataset={found[1]}"
+    for words, fix in FIXES.items():
+        if re.search(words, str(error)):
+            return fix
+    if isinstance(error, datasets.exceptions.DatasetGenerationError | pyarrow.ArrowInvalid | StopIteration):
+        return f"Its files are damaged, or of another format. {OTHER_DATA}"
     if not is_hub_id(dataset):
         return f"Check the folder and its files.\n{NO_HUB}"
     if constants.is_offline_mode():

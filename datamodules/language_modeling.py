@@ -33,7 +33,7 @@ from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_
 from gpt2lab.data.windows import SlidingWindows, Windows
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
-from gpt2lab.storage.prepared_cache import cache_folder, content_hash, find_prepared, get_or_build, read_ledger
+from gpt2lab.storage.prepared_cache import cache_folder, content_hash, get_or_build, read_ledger
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
@@ -173,18 +173,6 @@ class LanguageModelingData(SampleDataModule):
             InputError: there is no text.
         """
         return 0 if self.source in ("bin", "hub") else self.corpus().size
-
-    def prepared_overlap(self) -> float | None:
-        """Share of the validation text's 13-grams that occur in the training text; None before the preparation.
-
-        Raises:
-            InputError: there is no text.
-        """
-        if self.source == "bin":
-            return None
-        key = {"data": self._identity(self.corpus()), "format": TOKEN_FORMAT}  # with any tokenizer
-        facts = find_prepared("tokens", self.name, key, self.cache_dir)
-        return facts["val_overlap"] if facts else None
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Return code prompts for Python source, else the beginnings of validation windows; with gaps for mlm."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from datamodules import records
 from datamodules.compressed_files import COMPRESSED_ENDINGS, open_decompressed, plain_ending
 from datamodules.delimited_records import DELIMITERS, Lines, delimited_records
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DROPPED = 2**16  # characters that are read at a time of a line above the maximum size
+UNREADABLE = (ValueError, OverflowError, LookupError)  # errors of a value: invalid UTF-8, a date, a time zone
 ROWS = 256  # rows of an Arrow table that are Python objects at a time
 
 
@@ -130,15 +133,23 @@ def _parquet_records(file: Path) -> Records:
 
     try:
         source = pq.ParquetFile(_seekable(file))
-        info = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        labels = _stored_labels((source.schema_arrow.metadata or {}).get(b"huggingface", b""))
         groups = (source.metadata.row_group(number) for number in range(source.metadata.num_row_groups))
         row_bytes = sum(group.total_byte_size for group in groups) // max(source.metadata.num_rows, 1)
         batches = source.iter_batches(max(1, min(ROWS, records.RECORD_BYTES // max(row_bytes, 1))))
         tables = (pa.Table.from_batches([batch]) for batch in batches)
-        yield from arrow_records(tables, str(file), label_names(info.get("features") or {}))
+        yield from arrow_records(tables, str(file), labels)
     except (pa.ArrowException, OSError) as error:
         fix = "\nRemove the file, or write it again."
         raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}).{fix}") from error
+
+
+def _stored_labels(info: bytes) -> Labels:
+    """Return the names of labels in what `datasets` stores with a table; none in what other programs do."""
+    try:
+        return label_names(json.loads(info)["info"]["features"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def _seekable(file: Path) -> Path | IO[bytes]:
@@ -168,15 +179,18 @@ def _arrow_rows(table: "pa.Table") -> Iterator[Row]:
     import pyarrow as pa
 
     for position, field in enumerate(table.schema):
-        if pa.types.is_float16(field.type) or pa.types.is_float32(field.type):  # 0.1, not 0.10000000149011612
-            digits = table.column(position).cast(pa.string()).cast(pa.float64())
-            table = table.set_column(position, field.name, digits)
+        numbers = table.column(position)
+        if pa.types.is_float16(field.type):  # 0.1, not 0.0999755859375
+            digits = [None if number is None else str(np.float16(number)) for number in numbers.to_pylist()]
+            table = table.set_column(position, field.name, pa.array(digits, pa.string()))
+        elif pa.types.is_float32(field.type):  # 0.1, not 0.10000000149011612
+            table = table.set_column(position, field.name, numbers.cast(pa.string()).cast(pa.float64()))
     rows = max(1, min(ROWS, len(table) * records.RECORD_BYTES // max(table.nbytes, 1)))
     for start in range(0, len(table), rows):
         part = table.slice(start, rows)
         try:
             yield from part.to_pylist()
-        except (ValueError, OverflowError):
+        except UNREADABLE:
             columns = list(zip(part.schema.names, part.columns, strict=True))
             yield from ({name: _arrow_value(column, row) for name, column in columns} for row in range(len(part)))
 
@@ -184,6 +198,6 @@ def _arrow_rows(table: "pa.Table") -> Iterator[Row]:
 def _arrow_value(column: "pa.ChunkedArray", row: int) -> Any:
     try:
         return column[row].as_py()
-    except (ValueError, OverflowError) as error:
+    except UNREADABLE as error:
         is_text = isinstance(error, UnicodeDecodeError)
         return RecordFault("invalid UTF-8" if is_text else f"a value that cannot be read ({error})")

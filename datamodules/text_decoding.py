@@ -1,7 +1,7 @@
 """Text of files and byte strings: detects the encoding, decompresses and decodes.
 
-The encoding is that of the byte order mark, else UTF-16 where the bytes are such text, else UTF-8, else Latin-1, with a
-notice. Latin-1 is read as its superset Windows-1252. Data with NUL or many control bytes are binary.
+The encoding is that of the byte order mark, else UTF-16 or UTF-32 where the bytes are such text, else UTF-8, else
+Latin-1, with a notice. Latin-1 is read as its superset Windows-1252. Data with NUL or many control bytes are binary.
 """
 
 import codecs
@@ -32,7 +32,8 @@ MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
 CONTROLS = bytes({*range(32), 127} - {*b"\a\b\t\n\v\f\r\x1b"})  # not in text, as for file(1)
 HIGH = bytes(range(128, 256))
 VISIBLE = bytes(range(32, 127))
-SAMPLE = 8192  # bytes in which UTF-16 is recognised
+WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+SAMPLE = 8192  # bytes in which they are recognised
 INVALID = re.compile("[\udc80-\udcff]")  # undecodable bytes under surrogateescape
 LATIN1_BYTES = "latin-1-bytes"  # error handler
 BINARY = "binary data, not text"
@@ -138,7 +139,7 @@ def detect_encoding(blocks: Iterator[bytes], records: bool = False) -> Encoding:
     """
     head = next(blocks, b"")
     marked = next((name for mark, name in MARKS if head.startswith(mark)), "")
-    name = marked or _unmarked_utf16(head[:SAMPLE]) or UTF8
+    name = marked or _unmarked(head[:SAMPLE]) or UTF8
     if records and name == UTF8:
         _refuse_binary_lines(head)
     decoder = codecs.getincrementaldecoder(name)()
@@ -177,22 +178,36 @@ def _refuse_binary_lines(head: bytes) -> None:
         raise NotTextError(BINARY, f"control bytes in {odd} of the first {len(lines)} lines")
 
 
-def _unmarked_utf16(head: bytes) -> str:
-    """Return utf-16-le or utf-16-be if bytes without a byte order mark are such text, else an empty string."""
-    nuls, controls, visible = head.count(0), _count(head, CONTROLS), _count(head, VISIBLE)
-    has_other_controls = _many(controls - nuls, len(head))
-    if not (nuls or has_other_controls) or (visible * 10 > len(head) * 7 and not has_other_controls):
-        return ""  # 8-bit text, perhaps with NUL bytes
-    letters: dict[str, int] = {}
-    for name in ("utf-16-le", "utf-16-be"):
+def _unmarked(head: bytes) -> str:
+    """Return the name of UTF-16 or UTF-32 if bytes without a byte order mark are such text, else an empty string.
+
+    The wrong byte order mixes scripts, and its letters are from many blocks of 256.
+    """
+    if not _may_be_wide(head):
+        return ""
+    readings: dict[str, tuple[int, ...]] = {}
+    for name in WIDE:
         try:
             text = codecs.getincrementaldecoder(name)().decode(head)
         except UnicodeDecodeError:
             continue
         unprintable = sum(unicodedata.category(one) in ("Cc", "Cn", "Co") and not one.isspace() for one in text)
-        if not _many(unprintable, len(text)):
-            letters[name] = sum(one.isascii() for one in text)
-    return max(letters, key=letters.__getitem__, default="")
+        scripts = {unicodedata.name(one, "").split(" ")[0] for one in text if one.isalpha()}
+        blocks = {ord(one) // 256 for one in text}
+        if text and not _many(unprintable, len(text)):
+            readings[name] = (name in WIDE[2:], unprintable, len(scripts), len(blocks), -sum(map(str.isascii, text)))
+    return min(readings, key=readings.__getitem__, default="")
+
+
+def _may_be_wide(head: bytes) -> bool:
+    """Whether bytes are neither 8-bit text, perhaps with NUL bytes, nor UTF-8."""
+    nuls, controls, visible, high = head.count(0), *(_count(head, kind) for kind in (CONTROLS, VISIBLE, HIGH))
+    try:
+        is_utf8 = high > 0 and bool(codecs.getincrementaldecoder("utf-8")().decode(head, len(head) < SAMPLE))
+    except UnicodeDecodeError:
+        is_utf8 = False
+    has_other_controls = _many(controls - nuls, len(head))
+    return not is_utf8 and (has_other_controls or (nuls > 0 and visible * 10 <= len(head) * 7))
 
 
 def _count(data: bytes, kind: bytes) -> int:

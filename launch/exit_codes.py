@@ -44,12 +44,17 @@ class Exit(SystemExit):
         return self.message
 
 
+def exit_on_early_signal() -> None:
+    """Exit on a signal from now on, without a traceback; for a program's first lines, as its imports take seconds."""
+    for number in SIGNALS:
+        signal.signal(number, _exit_at_once)
+
+
 def run_and_exit(entry: Callable[[], Any]) -> NoReturn:
     """Run `entry` and exit with its exit code, also when Ctrl-C arrives while the interpreter shuts down."""
     standard_streams.protect()
     atexit.register(_ignore_signals)
-    for number in SIGNALS:
-        signal.signal(number, _exit_at_once)
+    exit_on_early_signal()
     sys.exit(exit_code(entry))
 
 
@@ -111,7 +116,7 @@ def as_input_error(error: Exception) -> InputError | None:
     if isinstance(error, InputError):
         return error
     if full := full_disk_message(error):
-        return InputError(f"{full}\nFree some space, or set run_dir= and cache_dir= to another disk.")
+        return InputError(f"{full}\nFree some space, or set run_dir=, cache_dir= or TMPDIR to another disk.")
     if memory := out_of_memory_reason(error):
         return InputError(
             f"Out of memory: {memory}.\nUse a smaller model, context or max_new_tokens, or precision=bf16."
@@ -125,6 +130,8 @@ def as_input_error(error: Exception) -> InputError | None:
         return InputError("A path begins with ~, but that user has no home directory.\nWrite out the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return InputError(f"The name of this file or folder is too long: {error.filename}\nShorten it.")
+    if isinstance(error, PermissionError) and error.filename:
+        return InputError(f"{error.strerror}: {error.filename}\nChange its permissions, or give another path.")
     if isinstance(error, pickle.UnpicklingError):
         from gpt2lab.storage.tensor_file import unreadable_message
 

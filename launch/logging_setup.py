@@ -34,6 +34,12 @@ class _CurrentStderr(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
+def announce(work: str) -> None:
+    """Print what a program begins to do, if it runs in a terminal, where it would be silent for seconds."""
+    if sys.stderr.isatty():
+        print(work, file=sys.stderr, flush=True)
+
+
 def configure_logging(is_main: bool = True) -> None:
     """Set the log levels, warning filters and environment variables that control output.
 

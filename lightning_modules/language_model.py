@@ -86,6 +86,7 @@ class LanguageModel(BackboneModule):
         self.step_targets = 0  # of the global batch of the step at work, or of the last one
         self.validation_is_due = False  # after the last step: a stop kept it from being made or finished
         self.is_updating = False  # from a change of the weights until all callbacks have seen the step
+        self.logger_error: Exception | None = None  # of an added logger within a step, raised once that is saved
         self._validation_sums: dict[str, Tensor] = {}
         self.validation_documents: DocumentLosses | None = None  # of the last validation, on every rank
         self._gradient_norm = torch.zeros(())
@@ -266,6 +267,8 @@ class LanguageModel(BackboneModule):
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_indices = []
         self.is_updating = False
+        if self.logger_error is not None:
+            raise self.logger_error
 
     def on_train_end(self) -> None:
         self.finite.check()
@@ -306,7 +309,13 @@ class LanguageModel(BackboneModule):
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         row = {**values, metric_names.TOKENS: float(self.tokens_seen), metric_names.SECONDS: round(self.elapsed(), 2)}
         for logger in self.trainer.loggers if to_loggers else []:
-            logger.log_metrics(row, step)
+            try:
+                logger.log_metrics(row, step)
+            except Exception as error:
+                is_added = type(logger).__module__.partition(".")[0] != "callbacks"
+                if not (is_added and self.is_updating):  # a step without its row in metrics.csv is made again
+                    raise
+                self.logger_error = self.logger_error or error
 
     def drop_measured(self, kind: str) -> None:
         """Remove metrics of this kind from `trainer.callback_metrics`."""

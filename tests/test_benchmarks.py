@@ -181,6 +181,9 @@ def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch,
     assert "by 0.0e+00" in gpu_runs.resume_after_a_kill(tmp_path, "nano")
     assert "three runs bitwise equal" in gpu_runs.deterministic("compile=false", model="nano")(tmp_path)
     assert "three runs bitwise equal" in gpu_runs.deterministic_distillation(tmp_path, "nano")
+    tiny = ("context=32", "batch_tokens=1024", "validate_tokens=640", "callbacks.final_score=null")
+    distilled = gpu_runs.distil_with_defaults(tmp_path, *tiny, model="nano", teacher_shape=(3, 2, 160))
+    assert "tokens/s, MFU" in distilled
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import psutil
+
 import wandb
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class BoundedCalls:
         if found:
             return found[0]
         if not errors:
-            kill_service()
+            ending = threading.Thread(target=end_service, daemon=True)
+            ending.start()
+            ending.join(KILLED_SECONDS)
             thread.join(KILLED_SECONDS)
             self.fail(f"no response within {seconds:g} seconds")
         else:

@@ -15,8 +15,10 @@ from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifac
 from callbacks.loggers.wandb_file import read_records, read_rows
 from gpt2lab.reports.samples_jsonl import Sample, read_samples
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
+from gpt2lab.storage.report_json import read_report
 
 ASIDE = "merging.tmp"
+SCORE = ("full_val_loss", "full_val_loss_error", "full_val_tokens")  # of report.json, in the summary of a run
 WRITE_SECONDS, POLL_SECONDS = 20, 0.05
 
 
@@ -43,6 +45,8 @@ def merge(
         for step, values, samples in merged_rows(run_dir):
             table = with_samples(table, samples)
             run.log({STEP: step, **values, **({SAMPLES: table} if samples else {})})
+        report = read_report(run_dir)
+        run.summary.update({name: report[name] for name in SCORE if report.get(name) is not None})
         for copy in copy_media(run_dir, files):
             run.save(copy, base_path=files, policy="now")
         if model is not None:

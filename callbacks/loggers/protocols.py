@@ -16,6 +16,14 @@ class TakesSamples(Protocol):
 
 
 @runtime_checkable
+class TakesScores(Protocol):
+    """Logger of the score of the exported model: W&B and TensorBoard."""
+
+    def log_score(self, score: dict[str, float], step: int) -> None:
+        """Log the score of the model in `hf/` after the last step."""
+
+
+@runtime_checkable
 class TakesModels(Protocol):
     """Logger of exported models: W&B."""
 

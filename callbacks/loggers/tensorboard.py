@@ -39,6 +39,10 @@ class TensorBoard(TensorBoardLogger):
         self._guarded(lambda: super(TensorBoard, self).log_metrics(metrics, step))
 
     @rank_zero_only
+    def log_score(self, score: dict[str, float], step: int) -> None:
+        self.log_metrics(score, step)
+
+    @rank_zero_only
     def log_samples(self, samples: list[Sample], step: int) -> None:
         text = "\n\n".join(f"**{s.method}**\n```\n{s.prompt}{s.written}\n```" for s in samples)
         self._guarded(lambda: self.experiment.add_text("samples", text, step))

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+import wandb
 from callbacks.loggers.bounded_calls import CALL_SECONDS, SERVICE_EXIT, BoundedCalls, end_service, first_line
 from callbacks.loggers.offline_runs import merge, wait_until_written
 from callbacks.loggers.protocols import RunLabels
@@ -134,6 +134,12 @@ class WeightsAndBiases(WandbLogger):
         self._begin_row(step)
         self._samples = self.calls.call(lambda: with_samples(self._samples, samples), None)
         self._row[SAMPLES] = self._samples
+
+    @rank_zero_only
+    def log_score(self, score: dict[str, float], step: int) -> None:
+        """Add the score to the summary, by which W&B's tables sort runs."""
+        run = self.experiment
+        self.calls.call(lambda: run.summary.update(score), None)
 
     @rank_zero_only
     def log_model(self, folder: Path) -> None:

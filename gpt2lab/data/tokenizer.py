@@ -45,7 +45,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
             folder or source, local_files_only=folder is not None, trust_remote_code=False
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"Cannot load the tokenizer {source}: {reason}\n{fix}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"The tokenizer {source} is not a fast tokenizer (no tokenizer.json); {fix}")

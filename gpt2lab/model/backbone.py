@@ -8,7 +8,8 @@ is PyTorch's fused tanh GELU. `to_hf` reverts both for export.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -154,7 +155,12 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
         # config.json could name kernels or code on the Hub; only the sizes are read from it.
         config = _config(ModelShape(**read_shape(folder)))
         model, info = GPT2LMHeadModel.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by their names
+            trust_remote_code=False,
         )
     except LOAD_ERRORS as error:
         pickles = sorted(folder.glob("pytorch_model*.bin"))
@@ -164,9 +170,7 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
             f"Cannot load a GPT-2 from {folder}: {str(error).splitlines()[0]}\n"
             "Give a run directory, a Hugging Face folder with config.json and model.safetensors, or a Hub id."
         ) from error
-    if info["missing_keys"]:  # transformers initializes them at random
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise InputError(f"{folder} lacks weights required by its config.json: {missing}.\nGive a complete model.")
+    _check_loaded(folder, model, info)
     shape = shape_from_config(model.config, dropout)
     with torch.device("meta"):
         backbone = Backbone(shape)
@@ -176,6 +180,30 @@ def load_backbone(source: str, dropout: float = 0.0, dtype: torch.dtype = torch.
     del model
     release_freed_memory()  # transformers reads files in threads, whose arenas this thread does not reuse
     return backbone
+
+
+def _check_loaded(folder: Path, model: GPT2LMHeadModel, info: dict[str, Any]) -> None:
+    """Raise an InputError for weights that are missing or not finite, and for an output head of its own."""
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InputError(f"{folder} lacks weights required by its config.json: {missing}.\nGive a complete model.")
+    if info["mismatched_keys"]:
+        name, theirs, ours = min(info["mismatched_keys"])
+        raise InputError(
+            f"{folder}: {name} has the shape {list(theirs)}; its config.json describes {list(ours)}.\n"
+            "Give a complete GPT-2 with tied embeddings."
+        )
+    infinite = [name for name, weights in model.named_parameters() if not torch.isfinite(weights).all()]
+    if infinite:
+        raise InputError(
+            f"{folder}: {infinite[0]} has values that are NaN or infinite, as after a training that diverged.\n"
+            "Give another model."
+        )
+    if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+        raise InputError(
+            f"{folder} has an output head of its own: lm_head.weight differs from the token embeddings.\n"
+            "Give a GPT-2 with tied embeddings, as OpenAI's."
+        )
 
 
 def backbone_from_state(state: dict[str, Tensor], shape: ModelShape) -> Backbone:

@@ -11,17 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from gpt2lab.data.pair_template import PairTemplate
+from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
 from gpt2lab.errors import ExportError
 from gpt2lab.reports.model_card import model_card
 from gpt2lab.storage.atomic_files import replaced_folder, write_json
-from gpt2lab.storage.model_folder import read_pair_template
+from gpt2lab.storage.model_folder import read_objective, read_pair_template
+from gpt2lab.storage.stored_weights import UNREADABLE
 
+DAMAGED: tuple[type[Exception], ...] = (RuntimeError, SafetensorError, *UNREADABLE)
 TOLERANCE = 1e-5  # largest absolute difference of logits between this process and a new one
 
 # Fields of tokenizer_config.json that describe this machine or the class in memory, not the tokenizer
@@ -82,6 +86,22 @@ def write_hf_folder(
         for weights in scratch.rglob("*.safetensors"):  # safetensors ignores the umask: readable by the owner only
             weights.chmod((scratch / "README.md").stat().st_mode)
         _compare_tensors(model, scratch / "model.safetensors")
+
+
+def holds_model(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a folder that `write_hf_folder` has written still holds this model and tokenizer.
+
+    Adapters may have been merged on another device, with other rounding.
+    """
+    try:
+        _compare_tensors(model, folder / "model.safetensors", rounding=TOLERANCE)
+        GenerationConfig.from_pretrained(folder)
+        stored = load_tokenizer(str(folder)), read_objective(folder), read_pair_template(folder)
+    except DAMAGED:
+        return False
+    config = model.config.to_dict()
+    expected = tokenizer, config.get("objective", "clm"), config.get("pair_template", {})
+    return tokenizer_hash(stored[0]) == tokenizer_hash(expected[0]) and stored[1:] == expected[1:]
 
 
 def verify_in_fresh_process(folder: Path, input_ids: Tensor, logits: Tensor) -> float:
@@ -154,11 +174,11 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
 
 
-def _compare_tensors(model: GPT2LMHeadModel, file: Path) -> None:
+def _compare_tensors(model: GPT2LMHeadModel, file: Path, rounding: float = 0.0) -> None:
     written = load_file(file)
     expected = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied to wte
     if written.keys() != expected.keys():
         raise RuntimeError(f"{file} differs from the model in {sorted(written.keys() ^ expected.keys())[:3]}.")
     for name, tensor in expected.items():
-        if not torch.equal(written[name], tensor):
+        if not torch.allclose(written[name], tensor, rtol=rounding, atol=rounding):
             raise RuntimeError(f"{file}: tensor {name} differs from the one written.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
 from gpt2lab.storage.atomic_files import add_filename_when_full, write_text
-from gpt2lab.storage.damaged_files import is_not_file, read_lines, set_aside_damaged_lines, warn_once
+from gpt2lab.storage.damaged_files import is_unreadable, read_lines, set_aside_damaged_lines, warn_once
 
 FILE = "samples.jsonl"
 _STEP_OF_LINE = re.compile(r'\{"step": (\d{1,18}),', re.ASCII)
@@ -42,8 +42,8 @@ def read_samples(run_dir: str | Path) -> list[Sample]:
     path = Path(run_dir) / FILE
     samples, damaged = _scan(path)
     is_cut = len(damaged) == 1 and damaged[0][0] == len(samples) and _STEP_OF_LINE.match(damaged[0][1])
-    if is_not_file(path) or (damaged and not is_cut):
-        warn_once(f"{path} is damaged: {len(damaged)} lines are skipped.")
+    if is_unreadable(path) or (damaged and not is_cut):
+        warn_once(f"{path} is damaged: {len(damaged) or 'all'} lines are skipped.")
     return samples
 
 

@@ -102,7 +102,7 @@ def commit_checkpoint(run_dir: str | Path, step: int, keep_last: int, best_step:
     path = checkpoint_file(run_dir, step)
     entry = _make_entry(scratch, path.name, step)
     # The run was resumed from a checkpoint before later ones, which are obsolete.
-    listed = [*(old for old in read_entries(run_dir) if old.step < step), entry]
+    listed = [*(old for old in read_entries(run_dir) if old.step < step and (folder / old.file).exists()), entry]
     best = next((one for one in listed if one.step == best_step), None)
     kept = [one for one in listed if one is best or one in listed[-keep_last:]]
     if path.is_dir() or scratch.is_dir():

@@ -29,9 +29,18 @@ def warn_once(message: str) -> None:
     log.warning(message)
 
 
-def is_not_file(path: Path) -> bool:
-    """Whether the path exists and is not a file: a folder, a pipe or a broken link."""
-    return os.path.lexists(path) and not path.is_file()
+def is_unreadable(path: Path) -> bool:
+    """Whether the path exists and is not a file that can be read: a folder, a pipe, a broken link, another user's."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                file.read(1)
+            return False
+    except OSError:
+        pass
+    return True
 
 
 def is_not_folder(path: Path) -> bool:
@@ -43,20 +52,21 @@ def read_file(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        OSError: no such file, or not a file; a pipe would be waited for without end.
+        OSError: no such file, or not a readable one; a pipe would be waited for without end.
         UnicodeDecodeError: the file is not UTF-8.
     """
-    if is_not_file(path):
-        raise OSError(f"{path} is not a file")
+    if is_unreadable(path):
+        raise OSError(f"{path} is not a file that can be read")
     return path.read_text(encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, including a last one without a line end; empty for a missing file.
+    """Return the lines of a text file, including a last one without a line end; empty without a readable file.
 
     Bytes that are not UTF-8 become lone surrogates.
     """
-    text = path.read_bytes().decode("utf-8", errors="surrogateescape") if path.is_file() else ""
+    is_text = os.path.lexists(path) and not is_unreadable(path)
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape") if is_text else ""
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -77,8 +87,9 @@ def set_aside_damaged_lines(
     """
     own = [(before, pattern.match(line)) for before, line in damaged]
     lost = [before for before, found in own if found is None or int(found[1]) <= step]
-    if is_not_file(path):
-        log.warning("%s is not a file. It was renamed to %s, and its rows are lost.", path, set_aside(path).name)
+    if is_unreadable(path):
+        what = "%s is not a file that can be read. It was renamed to %s, and its rows are lost."
+        log.warning(what, path, set_aside(path).name)
         return True
     if not lost:
         return False

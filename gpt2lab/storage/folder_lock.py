@@ -79,6 +79,21 @@ class FolderLock:
         self.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock on a folder; nothing is changed there."""
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in HELD
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _open_lock_file(path: Path, keys: str) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)

@@ -5,12 +5,15 @@ Lightning's CSVLogger deletes older files when a run is resumed; this one append
 
 import csv
 import io
+import logging
 import re
 from itertools import pairwise
 from pathlib import Path
 
 from gpt2lab.storage.atomic_files import add_filename_when_full, write_text
-from gpt2lab.storage.damaged_files import is_not_file, read_lines, set_aside_damaged_lines, warn_once
+from gpt2lab.storage.damaged_files import is_unreadable, read_lines, set_aside_damaged_lines, warn_once
+
+log = logging.getLogger(__name__)
 
 STEP = "step"
 _STEP_OF_LINE = re.compile(r"(\d{1,18}),", re.ASCII)  # Python refuses numbers of thousands of digits
@@ -27,7 +30,7 @@ class MetricsFile:
         self.columns: list[str] = []
         self._row: dict[str, str] = {}
         self._row_start = 0  # byte offset of the newest row
-        self._open = False
+        self._size = -1  # bytes after the last write; -1: not opened yet
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write `metrics` of `step`. Steps must not decrease within one process."""
@@ -36,8 +39,13 @@ class MetricsFile:
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         values = {name: _number(float(value)) for name, value in metrics.items()}
-        if not self._open:
+        if self._size < 0:
             self._resume_at(step)
+        elif not self.path.is_file() or self.path.stat().st_size != self._size:
+            log.warning("%s was removed or changed by another program; its valid rows are kept.", self.path)
+            written = self._row if self._row.get(STEP) == str(step) else {}
+            self._resume_at(step)
+            values = {**written, **values}
         if self._row.get(STEP) != str(step):
             self._row = {STEP: str(step)}
             self._row_start = self.path.stat().st_size if self.path.exists() else 0
@@ -49,14 +57,16 @@ class MetricsFile:
                 file.seek(self._row_start)
                 file.write(_line(self._row, self.columns))
                 file.truncate()
+        self._size = self.path.stat().st_size
 
     def _resume_at(self, step: int) -> None:
-        self._open = True
+        self._row = {}
         repair_metrics(self.path.parent, step)
         rows = [row for row in read_metrics(self.path.parent) if int(row[STEP]) <= step]
         self.columns = list(rows[0]) if rows else []
         if self.path.exists():
             self._rewrite(rows)
+        self._size = self.path.stat().st_size if self.path.exists() else 0
         if rows and int(rows[-1][STEP]) == step:
             self._row = {name: value for name, value in rows[-1].items() if value}
             self._row_start = self.path.stat().st_size - len(_line(self._row, self.columns))
@@ -78,8 +88,8 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, str]]:
     path = Path(run_dir) / "metrics.csv"
     rows, damaged = _scan(path)
     is_cut = len(damaged) == 1 and damaged[0][0] == len(rows) and _STEP_OF_LINE.match(damaged[0][1])
-    if is_not_file(path) or (damaged and not is_cut):
-        warn_once(f"{path} is damaged: {len(damaged)} lines are skipped.")
+    if is_unreadable(path) or (damaged and not is_cut):
+        warn_once(f"{path} is damaged: {len(damaged) or 'all'} lines are skipped.")
     return rows
 
 

@@ -76,7 +76,9 @@ def read_shape(folder: Path) -> dict[str, int]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
         defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
-        shape = {name: int(config.get(name, default)) for name, default in defaults.items()}
+        shape = {name: config.get(name, default) for name, default in defaults.items()}
+        if wrong := [f"{name}={size!r}" for name, size in shape.items() if type(size) is not int]:
+            raise ValueError(f"{', '.join(wrong)} is no whole number")
     except UNREADABLE as error:
         raise InputError(f"Cannot read {folder}/config.json: {error}\nGive a folder with a GPT-2 in it.") from error
     if kind != "gpt2":

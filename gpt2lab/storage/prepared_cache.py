@@ -8,15 +8,22 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import NO_SPACE, can_write, input_error_when_full, replaced_folder, write_json
+from gpt2lab.storage.stored_weights import UNREADABLE
 
 log = logging.getLogger(__name__)
 
 LEDGER = "ledger.json"
+_BUILDS = ContextVar("builds", default=True)
+
+
+class NotPreparedError(Exception):
+    """Data are not in the cache."""
 
 
 def cache_folder(configured: str | None = None) -> Path:
@@ -40,10 +47,13 @@ def get_or_build(
 
     Raises:
         InputError: the cache cannot be written, no space is left, or whatever `build` raises.
+        NotPreparedError: it is to be built, within `without_building`.
     """
     folder = cache_dir / kind / f"{name}-{content_hash(key)[:12]}"
     if is_prepared(folder):
         return folder
+    if not _BUILDS.get():
+        raise NotPreparedError(str(folder))
     full = "The incomplete folder is removed. Free some space, or use another cache folder: cache_dir=FOLDER"
     with input_error_when_full(f"prepared data to {folder}", full), _lock(folder) as is_locked:
         if not is_prepared(folder):
@@ -79,23 +89,23 @@ def open_growing_folder(kind: str, name: str, key: dict[str, Any], what: str, ca
         yield folder
 
 
-def find_prepared(kind: str, name: str, key: dict[str, Any], cache_dir: Path) -> dict[str, Any] | None:
-    """Return the facts of a complete folder whose key contains these values; None if there is none."""
-    folder = cache_dir / kind
-    for found in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if found.name.startswith(f"{name}-") and is_prepared(found):
-            facts = read_ledger(found)
-            if key.items() <= facts["key"].items():
-                return facts
-    return None
+@contextmanager
+def without_building() -> Iterator[None]:
+    """Let `get_or_build` raise NotPreparedError in this block instead of building."""
+    token = _BUILDS.set(False)
+    try:
+        yield
+    finally:
+        _BUILDS.reset(token)
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether the folder has a ledger and its files have the recorded sizes."""
+    """Whether the folder has a whole ledger and its files have the recorded sizes."""
     try:
-        sizes = read_ledger(folder)["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, KeyError, ValueError):
+        ledger = read_ledger(folder)
+        are_whole = all((folder / name).stat().st_size == size for name, size in ledger["sizes"].items())
+        return are_whole and isinstance(ledger["key"], dict)
+    except UNREADABLE:
         return False
 
 

@@ -28,7 +28,12 @@ from torch.futures import Future
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import system_errors_behind
-from gpt2lab.storage.tensor_file import input_error_when_unreadable, read_tensor_file, unreadable_message
+from gpt2lab.storage.tensor_file import (
+    input_error_when_unreadable,
+    read_tensor_file,
+    unreadable_message,
+    without_objects,
+)
 
 METADATA, REST = ".metadata", "rest.pt"
 # Classes allowed in `.metadata`, besides torch's dtypes: module → names
@@ -126,7 +131,7 @@ def write_shards(checkpoint: Checkpoint, folder: Path, rank: int) -> None:
     Raises:
         RuntimeError: on every rank, with the error of the rank that failed as cause.
     """
-    rest = dict(checkpoint)
+    rest = without_objects(checkpoint)
     (optimizer,) = rest[OPTIMIZER]
     tensors = {STATE: rest.pop(STATE), OPTIMIZER: optimizer["state"]}
     rest[OPTIMIZER] = [{"param_groups": optimizer["param_groups"]}]

@@ -14,6 +14,7 @@ UNREADABLE += (MemoryError, OverflowError, RecursionError)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one file, or shards listed in FILE.index.json
 ADAPTER = "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # in safetensors, in PyTorch
+LFS_POINTER = b"version https://git-lfs"
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of old GPT-2 files, which are not loaded
 
 Tensors = dict[str, tuple[str, list[int]]]  # name → (dtype, shape)
@@ -31,6 +32,7 @@ def check_weights(folder: Path, shape: dict[str, int]) -> None:
         raise InputError(f"{folder} has a config.json but no weights ({WEIGHTS[0]}).\nGive a complete folder.")
     tensors: Tensors = {}
     for file in files:
+        _check_fetched(file)
         tensors |= _safetensors_header(file) if file.suffix == ".safetensors" else _pickled_tensors(file)
     for name, (dtype, _) in tensors.items():
         if ".crossattention." in name:
@@ -68,7 +70,7 @@ def _check_sizes(folder: Path, shape: dict[str, int], tensors: Tensors) -> None:
     try:
         found = _sizes({name.removeprefix("transformer."): size for name, (_, size) in tensors.items()})
     except UNREADABLE as error:
-        raise InputError(f"{folder} lacks weights of a GPT-2: {error}.\nGive a complete model.") from error
+        raise InputError(f"{folder} lacks weights of a plain GPT-2: {error}.\nGive a complete model.") from error
     described = {**shape, "n_inner": 4 * shape["n_embd"]}
     wrong = [name for name, size in found.items() if described[name] != size]
     if wrong:
@@ -82,6 +84,8 @@ def _check_sizes(folder: Path, shape: dict[str, int], tensors: Tensors) -> None:
 def _sizes(tensors: dict[str, list[int]]) -> dict[str, int]:
     """Return the sizes of a GPT-2 with tensors of these shapes; the number of heads does not show in them."""
     (vocab_size, n_embd), (n_positions, _) = tensors["wte.weight"], tensors["wpe.weight"]
+    if (head := tensors.get("lm_head.weight", [vocab_size, n_embd])) != [vocab_size, n_embd]:
+        raise ValueError(f"lm_head.weight has the shape {head}, unlike wte.weight with {[vocab_size, n_embd]}")
     n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     n_inner = tensors["h.0.mlp.c_fc.weight"][1]
     sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_positions": n_positions, "vocab_size": vocab_size}
@@ -105,6 +109,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def _check_fetched(file: Path) -> None:
+    """Raise an InputError for the pointer that Git leaves instead of a large file."""
+    with file.open("rb") as stream:
+        is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+    if is_pointer:
+        raise InputError(f"{file} is a pointer of Git LFS, not the weights.\nFetch them: git lfs pull")
+
+
 def _safetensors_header(file: Path) -> Tensors:
     """Return the tensors of a file; its length must be the one stated in its header."""
     try:
@@ -115,9 +127,14 @@ def _safetensors_header(file: Path) -> Tensors:
         tensors = {name: (item["dtype"], item["shape"]) for name, item in header.items()}
         is_complete = file.stat().st_size == 8 + header_length + max(i["data_offsets"][1] for i in header.values())
     except UNREADABLE as error:
-        raise InputError(f"Cannot read {file}: {error}\nIt is damaged; give another folder.") from error
+        reason = str(error) or "it is no safetensors file"
+        raise InputError(f"Cannot read {file}: {reason}\nIt is damaged; give another folder.") from error
     if not is_complete:
-        raise InputError(f"{file} is truncated: {file.stat().st_size} bytes.\nCopy it again, or give another folder.")
+        size = file.stat().st_size
+        raise InputError(
+            f"{file} is truncated or damaged: its {size} bytes are not those of its header.\n"
+            "Copy it again, or give another folder."
+        )
     return tensors
 
 

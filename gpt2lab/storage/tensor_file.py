@@ -1,10 +1,13 @@
 """Tensor file: read tensors and plain values written by torch.save, without running code from the file.
 
-Files are loaded with `weights_only=True`. A damaged file, or one with other objects, raises an InputError.
+Files are loaded with `weights_only=True`. A damaged file, or one with other objects, raises an InputError; a checkpoint
+is written without such objects.
 """
 
+import io
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +16,14 @@ from typing import Any
 import torch
 
 from gpt2lab.errors import InputError
+from gpt2lab.storage.damaged_files import warn_once
 
 UNREADABLE: tuple[type[Exception], ...] = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError),
     *(TypeError, AttributeError, ImportError, OverflowError, RecursionError),
 )
 CHECKPOINT_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")  # Lightning's
+CALLBACKS = "callbacks"  # Lightning's: callback → state
 
 
 def read_tensor_file(path: Path, mmap: bool = False) -> Any:
@@ -42,6 +47,40 @@ def read_checkpoint_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}.\nGive another run.")
     return checkpoint
+
+
+def without_objects(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint without what `read_tensor_file` refuses, such as NumPy arrays in the state of a callback.
+
+    One such object would make the whole checkpoint unreadable.
+    """
+    states = checkpoint.get(CALLBACKS, {})
+    kept = {key: value for key, value in checkpoint.items() if key in (*CHECKPOINT_KEYS, CALLBACKS) or _is_kept(value)}
+    kept_states = {key: state for key, state in states.items() if _is_kept(state)}
+    for name in [*(states.keys() - kept_states.keys()), *(checkpoint.keys() - kept.keys())]:
+        warn_once(
+            f"Checkpoints do not contain the state of {name}: it has objects other than tensors and plain values, "
+            "which are not read back. A resumed run starts without it."
+        )
+    return {**kept, CALLBACKS: kept_states} if states else kept
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a value comes back from a file that is loaded with `weights_only=True`."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        return all(_is_kept(one) for item in value.items() for one in item)
+    if kind in (list, tuple):
+        return all(map(_is_kept, value))
+    if value is None or kind in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor):
+        return True
+    try:
+        file = io.BytesIO()
+        torch.save(value, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

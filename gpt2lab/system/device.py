@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.atomic_files import write_json
+from gpt2lab.storage.damaged_files import read_file
 
 # Dense matrix products with bf16 or fp16 inputs, FLOP/s, from data sheets (without sparsity).
 GPU_PEAKS = {
@@ -59,16 +60,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache_dir: str | Path) 
                 return GPU_PEAKS[known]
     key = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}"
     file = Path(cache_dir) / "device_peaks.json"
-    try:
-        known_peaks = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        known_peaks = {}
+    known_peaks = _measured_peaks(file)
     if key not in known_peaks:
         known_peaks[key] = _measure(device, dtype)
         with suppress(OSError):  # a read-only cache: the next run measures again
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, known_peaks)
     return known_peaks[key]
+
+
+def _measured_peaks(file: Path) -> dict[str, float]:
+    """Read the peaks measured earlier; a damaged file has none."""
+    try:
+        stored = json.loads(read_file(file))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    values = stored.items() if isinstance(stored, dict) else ()
+    return {key: float(value) for key, value in values if type(value) in (int, float) and value > 0}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

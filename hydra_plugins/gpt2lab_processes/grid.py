@@ -20,10 +20,19 @@ class GridSweeper(BasicSweeper):
     """Sweep over every combination of the comma-separated values."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the base's sweep; add the file name to a full-disk error of its multirun.yaml."""
+        """Run the base's sweep, which first writes multirun.yaml; a refused sweep leaves that file as it was."""
         assert self.config is not None
-        with add_filename_when_full(Path(str(self.config.hydra.sweep.dir), "multirun.yaml")):
-            return super().sweep(arguments)
+        file = Path(str(self.config.hydra.sweep.dir), "multirun.yaml")
+        before = file.read_bytes() if file.is_file() else None
+        try:
+            with add_filename_when_full(file):  # a full disk
+                return super().sweep(arguments)
+        except InputError:
+            if before is not None:
+                file.write_bytes(before)
+            elif not file.with_name("sweep.csv").exists():
+                file.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts
+from gpt2lab.storage.damaged_files import read_file
 from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
 from gpt2lab.storage.report_json import is_finished
 from launch.config import run_spec
@@ -93,8 +94,8 @@ def _loss(given: str) -> float:
 def _report(given: str) -> dict[str, Any]:
     file = _folder(given) / "report.json"
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        report = json.loads(read_file(file))
+    except (OSError, ValueError, RecursionError) as error:
         reason = "no report.json" if not file.exists() else f"a report.json that cannot be read ({error})"
         raise InputError(f"baseline={given} has {reason}.\n{HINT}") from error
     if not isinstance(report, dict):

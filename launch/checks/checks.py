@@ -1,5 +1,6 @@
 """Configuration checks that need no data, model or device, and run before heavy imports; one function each."""
 
+import re
 from pathlib import Path
 
 from gpt2lab.errors import InputError
@@ -11,11 +12,12 @@ from launch.checks import baseline, distillation, lightning_nodes, objective, re
 from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
-from launch.config.known_keys import check_nodes, known_keys
+from launch.config.known_keys import check_nodes, known_keys, unknown_key
 from launch.config.schema import ModelKeys, RunConfig, optional_value, value_of
 from launch.config.unused_keys import check_unused_keys, given_keys
 from launch.distributed import multi_node
 
+DURATION = re.compile(r"\d{1,6}:\d\d:\d\d:\d\d", re.ASCII)  # as Lightning reads it
 # Keys whose value is a number of generated tokens
 GENERATION_KEYS = ("task.text.max_new_tokens", "callbacks.samples.max_new_tokens")
 # Keys whose value, if given, must be an existing path
@@ -88,12 +90,12 @@ def check_own_keys(config: RunConfig) -> None:
         head, _, rest = key.partition(".")
         known = RunConfig.__dataclass_fields__
         if head == "invocation" or (head not in known and override.startswith("+")):
-            raise InputError(f"There is no key {key}{nearest(key, known)}.\nAll keys: python train.py --cfg job.")
+            raise unknown_key(key, [])
         node = value_of(config, head) if rest and override.startswith("+") else {}
         if not isinstance(node, dict):
             names = [f"{head}.{name}" for name in type(node).__dataclass_fields__]
             if key not in names:
-                raise InputError(f"There is no key {key}{nearest(key, names)}.\nAllowed: {', '.join(names)}.")
+                raise unknown_key(key, names)
 
 
 def check_sizes(config: RunConfig, model: ModelKeys) -> None:
@@ -106,7 +108,10 @@ def check_sizes(config: RunConfig, model: ModelKeys) -> None:
 
 
 def check_length(config: RunConfig) -> None:
-    """Check that the length of training is given once."""
+    """Check that the length of training is given once, and the limit of its time as a duration."""
+    limit = config.trainer.get("max_time")
+    if limit is not None and not (isinstance(limit, str) and DURATION.fullmatch(limit)):
+        raise InputError(f"trainer.max_time={limit} is no duration.\nGive DD:HH:MM:SS: 00:08:00:00 are eight hours.")
     given = given_keys(config.invocation.overrides)
     if config.epochs is not None and {"steps", "epochs"} <= set(given):
         raise InputError(

@@ -13,9 +13,10 @@ from omegaconf.errors import (
 )
 
 from gpt2lab.errors import InputError
-from launch.config.did_you_mean import elsewhere, nearest, parts
+from launch.config.allowed_values import check_value
+from launch.config.did_you_mean import nearest
 from launch.config.groups import groups, values
-from launch.config.known_keys import known_keys, owned_trainer_argument
+from launch.config.known_keys import known_keys, owned_trainer_argument, unknown_key
 from launch.config.literal_text import unresolved_error
 
 UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, GrammarParseError)
@@ -82,6 +83,11 @@ def _wrong_type(error: BaseException, cause: ValidationError) -> InputError:
     message = str(cause).splitlines()[0]
     key = cause.full_key or str(error).rpartition(" ")[2]
     value = re.search(r"Value '(.*?)'", message)
+    if value and "Union" in message:
+        try:
+            check_value(key, known_keys()[key], value[1])
+        except InputError as refusal:
+            return refusal
     allowed = {"Integer": "a whole number", "Float": "a number", "Bool": "true or false", "String": "text"}
     kind = next((words for name, words in allowed.items() if name.lower() in message.lower()), "")
     if value and kind:
@@ -103,16 +109,7 @@ def _unknown_key(cause: OmegaConfBaseException) -> InputError:
         known += groups()
     if refusal := owned_trainer_argument(given):
         return InputError(refusal)
-    suggestion = _same_ending(given) or _from_elsewhere(given) or _near_sibling(given, known)
-    suggestion = suggestion or ("" if prefix else nearest(given, known_keys()))
-    lines = [f"There is no key {given}{suggestion}."]
-    if meant := parts(_from_elsewhere(given) and elsewhere(given)):
-        lines += [f"{key}: {known_keys()[key].text}." for key in meant]
-    elif prefix and known:
-        lines.append(f"Allowed: {', '.join(known)}.")
-    elif not suggestion:
-        lines.append("All keys: python train.py --cfg job. All groups: python train.py --help.")
-    return InputError("\n".join(lines))
+    return unknown_key(given, known)
 
 
 def _unknown_group(message: str) -> InputError:
@@ -120,22 +117,3 @@ def _unknown_group(message: str) -> InputError:
     given = quoted[-1] if quoted else message
     name = re.split(r"[@/=]", given)[0]
     return InputError(f"There is no group or key {given}{nearest(name, [*groups(), *known_keys()])}.")
-
-
-def _near_sibling(given: str, known: list[str]) -> str:
-    """Suggestion by the last part of the key, since all siblings share the rest."""
-    by_ending = {key.rpartition(".")[2]: key for key in known}
-    suggestion = nearest(given.rpartition(".")[2], by_ending)
-    ending = suggestion.removeprefix(" (did you mean ").removesuffix("?)")
-    return f" (did you mean {by_ending[ending]}?)" if suggestion else ""
-
-
-def _from_elsewhere(given: str) -> str:
-    """Suggestion for a key by its name in another library."""
-    return f" (did you mean {elsewhere(given)}?)" if elsewhere(given) and not _same_ending(given) else ""
-
-
-def _same_ending(given: str) -> str:
-    ending = given.rpartition(".")[2]
-    match = next((key for key in known_keys() if key.rpartition(".")[2] == ending), None)
-    return f" (did you mean {match}?)" if match else ""

@@ -4,6 +4,7 @@ A node's keys are declared here, beside `RunConfig`, so that a misspelt one is r
 Lightning and PyTorch, is imported.
 """
 
+import difflib
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from inspect import formatannotation
@@ -12,7 +13,8 @@ from typing import Any, cast, get_type_hints
 from gpt2lab.errors import InputError
 from gpt2lab.keys import Key, key, keys_of
 from gpt2lab.settings import TEXT_METRICS, LoraSettings, TextMetricSettings
-from launch.config.did_you_mean import nearest
+from launch.config.did_you_mean import elsewhere, nearest, parts
+from launch.config.groups import groups, keys_set_by, values
 from launch.config.schema import RunConfig
 
 
@@ -246,6 +248,10 @@ KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
     str: ((str,), object),
     bool: ((bool,), object),
     str | None: ((str, type(None)), object),
+    bool | None: ((bool, type(None)), object),
+    bool | int: ((bool, int), object),
+    int | float: ((int, float), object),
+    int | float | None: ((int, float, type(None)), object),
     list[str]: ((list,), str),
 }
 
@@ -270,6 +276,8 @@ def check_nodes(nodes: dict[str, Any]) -> None:
         InputError: an unknown or missing key, or a value of the wrong type.
     """
     for place, node in nodes.items():
+        if not isinstance(node, dict) and elsewhere(place):
+            raise unknown_key(place, [])
         if not isinstance(node, dict) or "_target_" not in node:
             what = "is no callback" if place.startswith("callbacks.") else "has no _target_, the class to build"
             raise InputError(f"{place}={node} {what}.\nGive its keys, {place}.KEY=VALUE, or null to leave it out.")
@@ -287,6 +295,39 @@ def owned_trainer_argument(name: str) -> str:
     return f"{name} is set by this project.\nUse the key {instead} instead." if instead else ""
 
 
+def unknown_key(given: str, siblings: list[str]) -> InputError:
+    """Return the error for a key that does not exist, with the most similar of its siblings and of all other keys.
+
+    Args:
+        siblings: existing keys beside it.
+    """
+    prefix, _, ending = given.rpartition(".")
+    if owners := _values_with(given):
+        return InputError(f"There is no key {given} here.\nIt is read with {' or '.join(owners)}.")
+    same = next((key for key in known_keys() if key.rpartition(".")[2] == ending), "")
+    meant = "" if same else elsewhere(given)
+    by_ending = {key.rpartition(".")[2]: key for key in siblings}
+    near = same or meant or by_ending.get(next(iter(difflib.get_close_matches(ending, by_ending, n=1)), ""), "")
+    suggestion = "" if prefix else nearest(given, known_keys())
+    lines = [f"There is no key {given}{f' (did you mean {near}?)' if near else suggestion}."]
+    if meant:
+        lines += [f"{key}: {known_keys()[key].text}." for key in parts(meant)]
+    elif prefix and siblings:
+        lines.append(f"Allowed: {', '.join(siblings)}.")
+    elif not near and not suggestion:
+        lines.append("All keys: python train.py --cfg job. All groups: python train.py --help.")
+    return InputError("\n".join(lines))
+
+
+def _values_with(given: str) -> list[str]:
+    """Return the values of a key's group that have it, or keys within it."""
+    group = given.split(".")[0]
+    names = {value: keys_set_by(group, value) for value in values(group)} if group in groups() else {}
+    return [
+        f"{group}={value}" for value, keys in names.items() if any(f"{key}.".startswith(f"{given}.") for key in keys)
+    ]
+
+
 def typed_settings(kind: type, values: Any, place: str) -> Any:
     """Return a settings dataclass made of a dictionary of the configuration.
 
@@ -298,8 +339,7 @@ def typed_settings(kind: type, values: Any, place: str) -> Any:
         raise InputError(f"{place}={values}: give its keys, {', '.join(f'{place}.{name}' for name in items)}.")
     for name in values:
         if name not in items:
-            near = nearest(f"{place}.{name}", (f"{place}.{one}" for one in items))
-            raise InputError(f"There is no key {place}.{name}{near}.\nAllowed: {', '.join(items) or 'no keys'}.")
+            raise unknown_key(f"{place}.{name}", [f"{place}.{one}" for one in items])
     required = [name for name, item in items.items() if item.default is MISSING and item.default_factory is MISSING]
     missing = [name for name in required if name not in values]
     if missing:
@@ -312,7 +352,7 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if is_dataclass(hint):
         return typed_settings(cast(type, hint), value, place)
     allowed, item = KINDS.get(hint, ((object,), object))
-    fits = isinstance(value, allowed) and not (isinstance(value, bool) and hint in (int, float))
+    fits = isinstance(value, allowed) and not (isinstance(value, bool) and not {bool, object} & {*allowed})
     if not fits or (isinstance(value, list) and not all(isinstance(one, item) for one in value)):
         raise InputError(f"{place}={value} is not of type {formatannotation(hint)}.")
     return value

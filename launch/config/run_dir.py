@@ -15,6 +15,7 @@ from gpt2lab.reports import side_files
 from gpt2lab.storage import folder_lock
 from gpt2lab.storage.atomic_files import can_write, flush
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.damaged_files import read_file
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
 from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.model_folder import read_shape
@@ -203,9 +204,9 @@ class RunDirectory:
     def restart(self, spec: PreparedSpec) -> None:
         """Restart a run that has no checkpoint: delete its metrics and samples."""
         assert self.path is not None
+        side_files.repair(self.path)
         run_spec.save(spec, self.path / CONFIG)
         run_spec.save_for_hydra(spec.config, self.path / HYDRA)
-        side_files.repair(self.path)
         for name in SIDE_FILES:
             (self.path / name).unlink(missing_ok=True)
 
@@ -335,18 +336,19 @@ def finished_runs(root: Path = RUNS) -> list[FinishedRun]:
     for file in sorted(root.glob("**/report.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         folder = file.parent
         try:
-            report = json.loads(file.read_text(encoding="utf-8"))
+            report = json.loads(read_file(file))
             if isinstance(report, dict) and is_finished(report):
                 runs.append(FinishedRun(folder, run_spec.load(folder / CONFIG), read_shape(folder / "hf")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
     return runs
 
 
-def kept_checkpoint_message(folder: Path, reached: int | None = None) -> str:
+def kept_checkpoint_message(folder: Path, planned: int, reached: int | None = None) -> str:
     """Return a message with the newest checkpoint of an interrupted run, the lost steps and the resume command.
 
     Args:
+        planned: steps of the whole run.
         reached: step after which the run ended; None: unknown, at least the last one in metrics.csv.
     """
     newest, rows = newest_good_checkpoint(folder), read_metrics(folder)
@@ -357,7 +359,7 @@ def kept_checkpoint_message(folder: Path, reached: int | None = None) -> str:
     if last > step:
         lost = f"steps {step + 1} to {last}{' or later' if reached is None else ''} are lost"
     else:
-        lost = "steps after it are lost" if reached is None else "no step is lost"
+        lost = "steps after it are lost" if reached is None and step < planned else "no step is lost"
     return (
         f"The newest checkpoint is of step {step}; {lost}. "
         f"Continue with: python train.py resume={shlex.quote(str(folder))}"

@@ -3,9 +3,10 @@
 import dataclasses
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
 
 from gpt2lab.keys import METADATA
 
@@ -33,12 +34,17 @@ def frozen(kind: type[Settings], node: Any) -> Settings:
     """Return the frozen dataclass of a composed node.
 
     Raises:
-        OmegaConfBaseException: an interpolation leads nowhere, or a value is missing.
+        OmegaConfBaseException: an interpolation leads nowhere, a value is missing, or a list of plain values has a
+            list or dictionary in it.
     """
     return _frozen(kind, OmegaConf.to_object(node))
 
 
 def _frozen(kind: Any, value: Any) -> Any:
+    if get_origin(kind) in (list, dict) and get_args(kind)[-1] in (str, int, float):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, list | dict):  # OmegaConf accepts them
+                raise ValidationError(f"{item} is not of type {get_args(kind)[-1].__name__}")
     if not is_dataclass(kind):
         return value
     hints = get_type_hints(kind)

@@ -103,7 +103,7 @@ def _reading(read_by: str, config: RunConfig) -> tuple[str, bool, str]:
     if read_by in CONDITIONS:
         is_read = CONDITIONS[read_by].holds(config)
     elif group == "callbacks":
-        is_read = values[0] in config.callbacks
+        is_read = config.callbacks.get(values[0]) is not None
     else:
         settings = vars(config).get(group)
         chosen = vars(settings)["name"] if is_dataclass(settings) else config.groups[group]

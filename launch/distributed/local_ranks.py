@@ -64,7 +64,7 @@ def run(spec: PreparedSpec, directory: RunDirectory) -> dict[str, Any]:
             _discard_untrained(directory)
         code = exit_codes.signal_exit_code(signals[-1]) if signals else exit_codes.FAILED
         if (folder / "config.yaml").is_file():
-            print(run_dir.kept_checkpoint_message(folder), file=sys.stderr)
+            print(run_dir.kept_checkpoint_message(folder, spec.config.steps), file=sys.stderr)
         raise exit_codes.Exit(code, f"The run in {folder} failed: {reason}.")
     if outcome["code"] == exit_codes.USER_ERROR:
         _discard_untrained(directory)

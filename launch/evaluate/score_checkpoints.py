@@ -15,7 +15,7 @@ from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys, TrainingKey
 from launch.config.targets import parse_permissions
 from launch.evaluate import compared_models, eval_data, lm_eval_harness
 from launch.evaluate.compared_models import NamedModel
-from launch.logging_setup import configure_logging, silence_libraries
+from launch.logging_setup import announce, configure_logging, silence_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,8 @@ def evaluate(arguments: Arguments) -> Results:
     checkpoints = compared_models.resolve_checkpoints(arguments.checkpoint)
     others = compared_models.resolve_models({key: vars(arguments)[key] for key in ("teacher", "baseline")})
     specs = _specs(arguments, checkpoints, others)
-    configure_logging()  # the following imports take seconds, so arguments are checked first
+    configure_logging()
+    announce(f"Loading {arguments.checkpoint} …")  # the following imports take seconds: arguments are checked first
     from gpt2lab.data.document_groups import warn_of_few_groups
     from gpt2lab.evaluation.evaluation import paired_difference
     from gpt2lab.evaluation.jackknife import TOKENS

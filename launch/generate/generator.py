@@ -14,7 +14,7 @@ from gpt2lab.storage.model_folder import read_objective, read_pair_template, rea
 from launch.config.key_value_cli import group_key
 from launch.config.plain_keys import MachineKeys
 from launch.generate.prompts import given_prompts, stdin_lines
-from launch.logging_setup import configure_logging, silence_libraries
+from launch.logging_setup import announce, configure_logging, silence_libraries
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -95,7 +95,8 @@ class TextGenerator:
         self.given = given_prompts(arguments.prompt, arguments.source, arguments.prompts)
         template = read_pair_template(folder)
         self._check(has_template=bool(template))
-        configure_logging()  # the following imports take seconds, so arguments are checked first
+        configure_logging()
+        announce(f"Loading {arguments.checkpoint} …")  # the following imports take seconds: arguments are checked first
         from gpt2lab.data.pair_template import PairTemplate
         from gpt2lab.data.tokenizer import load_tokenizer
         from gpt2lab.system.device import resolve_device
@@ -121,7 +122,7 @@ class TextGenerator:
         texts: list[Text] = []
         is_terminal = sys.stdin.isatty()
         if is_terminal:
-            print("Enter continues the prompt; Ctrl-D ends.", file=sys.stderr)
+            print("Enter continues the prompt, \\ and Enter begins a new line of it; Ctrl-D ends.", file=sys.stderr)
             if self.template is not None:
                 print(f"source=TEXT puts a text into the template {self.template.prompt!r}.", file=sys.stderr)
         for number, prompt in enumerate(stdin_lines(), 1):

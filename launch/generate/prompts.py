@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,16 @@ def given_prompts(prompt: str, source: str, file: str) -> list[Prompt]:
 def stdin_lines() -> Iterator[str]:
     r"""Yield the lines of a terminal or of standard input, which is UTF-8; only `\n` ends a line.
 
-    In a terminal, bytes that are not UTF-8 become lone surrogates.
+    A terminal has line editing and a history (arrow keys), and a line that ends with a backslash continues in the next
+    one. Its bytes that are not UTF-8 become lone surrogates.
 
     Raises:
         InputError: a line is no text, elsewhere than in a terminal.
     """
     is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # Python can be built without it
+            import readline  # noqa: F401 — input() uses it once it is imported
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
         if not is_terminal:
@@ -53,6 +58,8 @@ def stdin_lines() -> Iterator[str]:
     for number in itertools.count(1):
         try:
             line = input("> " if is_terminal else "").removesuffix("\r")
+            while is_terminal and line.endswith("\\"):
+                line = f"{line[:-1]}\n{input('… ')}"
         except EOFError:
             return
         if not is_terminal:

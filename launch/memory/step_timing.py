@@ -1,9 +1,11 @@
 """Step timing: measures tokens per second of a few dummy steps on random tokens, in a subprocess.
 
-python -m launch.memory.step_timing   reads pickled sizes and run from stdin; prints seconds of a micro-batch and a step
+python -m launch.memory.step_timing PARENT
+    reads pickled sizes and run from stdin, prints seconds of a micro-batch and a step; it ends with process PARENT
 """
 
 import json
+import os
 import pickle
 import statistics
 import subprocess
@@ -12,6 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from launch.distributed import child_processes
+
+if __name__ == "__main__":  # the imports below take seconds
+    child_processes.die_with_parent(int(sys.argv[1]))
 
 import torch
 
@@ -25,7 +32,6 @@ from gpt2lab.system.device import flops_per_token, named_dtype, resident_memory_
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.config import plugins
 from launch.config.run_spec import RunSpec
-from launch.distributed import child_processes
 from launch.memory.memory_plan import largest_that_fits, memory_plan
 from launch.memory.memory_terms import RunSizes
 
@@ -65,7 +71,7 @@ def measure_speed(sizes: RunSizes, spec: RunSpec, free: int | None) -> Speed:
         return Speed(None, "one device has too little free memory to train the whole model")
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "launch.memory.step_timing"],
+            [sys.executable, "-P", "-m", "launch.memory.step_timing", str(os.getpid())],
             env=child_processes.environment(),
             input=pickle.dumps((replace(sizes, rows=rows), spec)),
             capture_output=True,

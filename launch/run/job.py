@@ -17,9 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch import exit_codes
+
+if __name__ == "__main__":
+    exit_codes.exit_on_early_signal()
+
 from gpt2lab.system.determinism import fix_cublas_workspace
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
-from launch import exit_codes, logging_setup, rank_environment
+from launch import logging_setup, rank_environment
 from launch.checks import checks
 from launch.config import plugins, run_dir, run_spec
 from launch.config.run_dir import RunDirectory
@@ -156,7 +161,7 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
     except RuntimeError as error:
         if not multi_node.is_lost_connection(error):
             raise
-        raise _lost_connection(error, rendezvous.rank, folder.absolute()) from None
+        raise _lost_connection(error, rendezvous.rank, folder.absolute(), spec.config.steps) from None
     if rendezvous.rank == 0:
         print(closing_line(report, directory.path), flush=True)
     return report
@@ -168,7 +173,7 @@ def with_permissions(spec: PreparedSpec, allow_targets: list[str]) -> PreparedSp
     return replace(spec, config=replace(spec.config, allow_targets=allow_targets))
 
 
-def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.Exit:
+def _lost_connection(error: Exception, rank: int, folder: Path, planned: int) -> exit_codes.Exit:
     """The end of a rank that torchrun or srun has started, after another one has ended."""
     from launch.distributed import local_ranks
 
@@ -176,7 +181,7 @@ def _lost_connection(error: Exception, rank: int, folder: Path) -> exit_codes.Ex
     if rank > 1:  # rank 0 or, where that is the one that ended, rank 1 prints it
         return exit_codes.Exit(exit_codes.FAILED)
     failure = f"The run failed: rank {rank} lost its connection to a rank that ended; see {folder / local_ranks.LOGS}."
-    return exit_codes.Exit(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder)}\n{failure}")
+    return exit_codes.Exit(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder, planned)}\n{failure}")
 
 
 def closing_line(report: dict[str, Any], folder: Path | None) -> str:

@@ -3,14 +3,11 @@
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.language_modeling import LanguageModelingData
 from gpt2lab.data.token_file import token_dtype
 from gpt2lab.errors import InputError
 from gpt2lab.storage.model_folder import parameter_count
@@ -18,7 +15,7 @@ from gpt2lab.system.device import resident_memory_bytes
 from launch.checks import sharding
 from launch.config import size_defaults
 from launch.config.run_spec import RunSpec
-from launch.config.schema import RunConfig, explain_sizes, steps_of_epochs, value_of, with_steps
+from launch.config.schema import RunConfig, explain_sizes, value_of
 from launch.config.unused_keys import given_keys
 from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import MemoryPlan, memory_plan
@@ -27,10 +24,12 @@ from launch.memory.run_sizes import expected_vocabulary, rank_memory_limit, run_
 from launch.memory.step_timing import Speed, measure_speed
 from launch.run import auto_settings, disk_space, run_cost
 from launch.run.build import data_module
+from launch.run.plan_data import PreparedData, find_prepared, with_counted_steps
 
 log = logging.getLogger(__name__)
 
 WIDTH = 110
+LONG_VALIDATION, LONG_GPU_VALIDATION = {"cpu": 3e11}, 3e15  # FLOP that take some ten seconds
 PHASES = {  # of RunCost → name of its row
     "prepare": "preparation",
     "train": "training",
@@ -63,13 +62,35 @@ def warn_of_little_memory(spec: RunSpec, plan: MemoryPlan) -> None:
         )
 
 
+def warn_of_long_validation(spec: RunSpec, vocab_size: int, split: int) -> None:
+    """Log a warning where validation takes long, and more compute than training.
+
+    Args:
+        split: tokens of the validation split.
+    """
+    config, accelerator = spec.config, spec.machine.accelerator
+    sizes = run_sizes(config, spec.resolved, spec.machine, vocab_size)
+    phases = run_cost.run_cost(spec, sizes, disk_space.run_files(spec, vocab_size), split).phases
+    train, validate = phases["train"], phases["validate"]
+    is_limited = config.trainer.get("fast_dev_run") or config.trainer.get("limit_val_batches")
+    if is_limited or validate.flops < max(train.flops, LONG_VALIDATION.get(accelerator, LONG_GPU_VALIDATION)):
+        return
+    log.warning(
+        "Validation takes %.1f times the compute of training (%s).\n%s",
+        validate.flops / train.flops,
+        validate.text,
+        run_cost.LESS_VALIDATION,
+    )
+
+
 def plan_report(spec: RunSpec) -> str:
     """Return the whole plan of a resolved run, as text for the terminal.
 
     Raises:
         InputError: the named tokenizer cannot be loaded.
     """
-    spec, is_estimated = _with_estimated_steps(spec)
+    data = find_prepared(spec)
+    spec, steps_of = with_counted_steps(spec, data)
     config, machine = spec.config, spec.machine
     vocab_size, compiled_head = expected_vocabulary(config, spec.resolved), auto_settings.compiling_the_head_pays(spec)
     sizes = run_sizes(config, spec.resolved, machine, vocab_size, compiled_head)
@@ -83,10 +104,10 @@ def plan_report(spec: RunSpec) -> str:
         speed = measure_speed(sizes, spec, free) if fits else Speed(None, "the run does not fit")
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     console.print(_facts(spec, sizes, vocab_size))
-    console.print(_defaults(spec, vocab_size, is_estimated))
+    console.print(_defaults(spec, vocab_size, steps_of))
     console.print(_memory(spec, sizes, plan, room))
     console.print(_memory_options(spec, sizes, plan))
-    console.print(_time_and_disk(spec, sizes, vocab_size, speed))
+    console.print(_time_and_disk(spec, sizes, vocab_size, speed, data))
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -123,33 +144,17 @@ def _facts(spec: RunSpec, sizes: RunSizes, vocab_size: int) -> Table:
     return table
 
 
-def _with_estimated_steps(spec: RunSpec) -> tuple[RunSpec, bool]:
-    """Return the run with the estimated steps of its epochs, and whether they could be estimated before preparation."""
-    config = spec.config
-    if config.epochs is None:
-        return spec, False
-    try:
-        text = 0 if config.takes_pairs else data_module(spec).text_bytes()
-    except InputError:  # a plan may be made where the data are not
-        text = 0
-    if not text:
-        return spec, False
-    samples = text / run_cost.BYTES_OF_A_TOKEN * (1 - config.val_fraction) / config.context
-    return replace(spec, config=with_steps(config, steps_of_epochs(config, samples))), True
-
-
-def _defaults(spec: RunSpec, vocab_size: int, is_estimated: bool) -> Table:
+def _defaults(spec: RunSpec, vocab_size: int, steps_of: str) -> Table:
     """Return the keys whose default follows the size of the model, each with where its value comes from.
 
     Args:
-        is_estimated: whether the steps are those of epochs of data that are not prepared yet.
+        steps_of: how the steps of epochs were found; "" without epochs.
     """
     config, table = spec.config, _table("\nDefaults by size of the model", "", "", "from")
     by_size = explain_sizes(config, spec.resolved.model, spec.machine.accelerator == "gpu")
     sources = {key: source for key, (_, source) in by_size.items()}
-    if config.epochs is not None:
-        about = "at most, since the data are not prepared" if is_estimated else "UNKNOWN until the data are prepared"
-        sources["steps"] = f"epochs={config.epochs:g}: {about}"
+    if steps_of:
+        sources["steps"] = steps_of
     for key in size_defaults.RULES:
         if key == "batch_tokens" and config.takes_pairs:
             table.add_row("batch_sequences", f"{config.batch_sequences:,}", _given(config, "batch_sequences"))
@@ -208,29 +213,34 @@ def _memory_options(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan) -> Table:
     return table
 
 
-def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed) -> Table:
+def _time_and_disk(spec: RunSpec, sizes: RunSizes, vocab_size: int, speed: Speed, data: PreparedData | None) -> Table:
     config, table = spec.config, _table("\nTime and disk", "", "", "")
     files = disk_space.run_files(spec, vocab_size)
-    for row in _cost_rows(spec, sizes, files, speed):
+    validation = (data.validation_tokens, 0) if data is not None else _split_tokens(spec)
+    for row in _cost_rows(spec, sizes, files, speed, validation):
         table.add_row(*row)
     kept = f"{files.kept} of {_on_disk(files.checkpoint)} and the exported model"
     table.add_row("checkpoints", _on_disk(files.left), f"{kept}; up to {_on_disk(files.most)} on the way")
     table.add_row("data", *_data_on_disk(spec, vocab_size))
     if not config.takes_pairs:
-        table.add_row("overlap", *_overlap(spec))
+        table.add_row("overlap", *_overlap(data))
     if sizes.cached_teacher:
         table.add_row("teacher cache", _on_disk(_cache_bytes(config, vocab_size)), "at most, for training")
     return table
 
 
 def _cost_rows(
-    spec: RunSpec, sizes: RunSizes, files: disk_space.RunFiles, speed: Speed
+    spec: RunSpec, sizes: RunSizes, files: disk_space.RunFiles, speed: Speed, validation: tuple[int | None, int]
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield the rows of speed, of the time of each phase, and of the share of the compute that trains."""
+    """Yield the rows of speed, of the time of each phase, and of the share of the compute that trains.
+
+    Args:
+        validation: as from `run_cost.split_tokens`.
+    """
     rate = (speed.tokens_per_second or 0.0) * spec.machine.world_size
     yield "tokens/s", f"{rate:,.0f}" if rate else "?", speed.note if rate else f"not measured: {speed.note}"
     try:
-        cost = run_cost.run_cost(spec, sizes, files, *_split_tokens(spec))
+        cost = run_cost.run_cost(spec, sizes, files, *validation)
     except InputError as error:
         yield "time", "?", str(error)
         return
@@ -238,8 +248,11 @@ def _cost_rows(
     for phase, work in cost.phases.items():
         yield PHASES[phase], _duration(seconds[phase]) if rate else "?", work.text
     if rate:
-        yield "in all", _duration(sum(seconds.values())), ""
+        limit = spec.config.trainer.get("max_time")
+        yield "in all", _duration(sum(seconds.values())), f"trainer.max_time={limit} may end it before" if limit else ""
     yield "compute", f"{cost.training_share:.1%}", "of it trains; the rest validates and generates text"
+    if cost.training_share < 0.5:
+        yield "", "", run_cost.LESS_VALIDATION
 
 
 def _split_tokens(spec: RunSpec) -> tuple[int | None, int]:
@@ -264,11 +277,9 @@ def _data_on_disk(spec: RunSpec, vocab_size: int) -> tuple[str, str]:
     return _on_disk(size), f"about, for {_on_disk(text)} of text; made once in cache_dir"
 
 
-def _overlap(spec: RunSpec) -> tuple[str, str]:
+def _overlap(data: PreparedData | None) -> tuple[str, str]:
     """Share of the validation text's 13-grams that occur in the training text, where the data are prepared."""
-    module, share = data_module(spec), None
-    with suppress(InputError):  # a plan may be made where the data are not
-        share = module.prepared_overlap() if isinstance(module, LanguageModelingData) else None
+    share = data.overlap if data is not None else None
     known = "" if share is not None else "; computed when the data are prepared"
     return "?" if share is None else f"{share:.1%}", f"of the validation text's 13-grams occur in training text{known}"
 

@@ -48,7 +48,7 @@ def prepare_data(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
 def prepare_text(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFacts, PreparedSpec]:
     """Prepare the text and check that the run fits it; arguments, results and errors as for `prepare_data`."""
     from launch.run import build
-    from launch.run.plan_report import planned_memory, warn_of_little_memory
+    from launch.run.plan_report import planned_memory, warn_of_little_memory, warn_of_long_validation
 
     logging_setup.silence_libraries()  # of Lightning, which the imports above bring
     stored = existing.stored.prepared if existing else None
@@ -77,6 +77,7 @@ def prepare_text(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     )
     disk_space.check(spec, vocab_size, existing.folder if existing else None)
     warn_of_little_memory(spec, plan)
+    warn_of_long_validation(spec, vocab_size, int(data.val_samples.numbered_tokens()[1].sum()))
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
 
 

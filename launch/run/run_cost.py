@@ -23,6 +23,7 @@ FORWARD, FROZEN = 1 / 3, 2 / 3  # shares of a training step's FLOP: a forward pa
 SAMPLING_METHODS = 3  # of sampling=auto
 # Assumed: of a disk, of text that is tokenized, and to load the export in a new process
 DISK_BYTES, PREPARED_BYTES, VERIFY_SECONDS = 5e8, 1.2e6, 10.0
+LESS_VALIDATION = "Fewer tokens: validate_tokens=N; no score of the export at the end: callbacks.final_score=null"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import lightning
 import torch
 
 from callbacks.best import find_best
-from callbacks.checkpoint import is_complete
+from callbacks.checkpoint import is_added, is_complete, raising_callback
+from callbacks.ending import stop_reason
 from callbacks.interrupt import Interrupt, StoppedNowError
 from callbacks.progress_marks import ProgressMarks
 from callbacks.report import Report
@@ -76,7 +77,7 @@ def _discarding_untrained(directory: RunDirectory, module: lightning.LightningMo
         if module.global_step == 0:
             directory.discard()
         elif isinstance(error, exit_codes.Exit) and rank_environment.is_main_process() and directory.path is not None:
-            error.message += f" {kept_checkpoint_message(directory.path, module.global_step)}"
+            error.message += f" {kept_checkpoint_message(directory.path, module.settings.steps, module.global_step)}"
         raise
 
 
@@ -88,11 +89,26 @@ def _fit(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         raise exit_codes.Exit(exit_codes.INTERRUPTED, "Stopped at once, without saving.") from None
     except ExportError:
         raise
-    except (Exception, exit_codes.Exit) as error:
+    except (Exception, SystemExit) as error:
+        _call_later_callbacks(trainer, error)
         if not is_complete(trainer):
-            raise
+            if isinstance(error, exit_codes.Exit | Exception):
+                raise
+            if stop_reason(trainer):  # Lightning exits after a KeyboardInterrupt that a callback has raised
+                return
+            raise exit_codes.Exit(exit_codes.FAILED, f"A callback has ended the program: {error!r}.") from None
         reason = full_disk_message(error) or f"{type(error).__name__}: {error}"
         log.warning("Training is complete and saved, but a later step failed: %s", reason.partition("\n")[0])
+
+
+def _call_later_callbacks(trainer: lightning.Trainer, error: BaseException) -> None:
+    """Let the callbacks save and report which come after an added one that has failed in `on_exception`."""
+    callback, hook = raising_callback(error)
+    if hook != "on_exception" or error.__context__ is None:
+        return
+    for later in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
+        if not is_added(later):
+            later.on_exception(trainer, trainer.lightning_module, error.__context__)
 
 
 def _outcome(trainer: lightning.Trainer, folder: Path) -> dict[str, Any]:

@@ -3,18 +3,20 @@
 import csv
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import callbacks.checkpoint
-from callbacks.best import find_best
+from callbacks.best import Best, find_best
 from gpt2lab.analysis.optuna_storage import STUDY_FILE, load_study
 from gpt2lab.evaluation.document_losses import read_document_losses
 from gpt2lab.model.backbone import load_backbone
@@ -84,6 +86,50 @@ def test_hf_holds_the_weights_of_the_best_validation(ema: str, run: Any, train_h
     assert answer.code == 0, answer.stderr
     assert read_report(folder)["steps"] == 18
     assert read_report(folder)["best_step"] == best_of(folder)[0] == read_step(folder / "hf")
+
+
+def test_report_describes_hf_after_the_best_checkpoint_is_lost(run: Any, train_here: Train, tmp_path: Path):
+    run(*BEST, "run_dir=run")
+    folder = tmp_path / "run"
+    (checkpoint_folder(folder) / "best").resolve().unlink()
+    shutil.rmtree(folder / "hf")
+    for words in ((), ("steps=18",), ("steps=20",)):
+        answer = train_here("resume=run", *words)
+        assert answer.code == 0, answer.stderr
+        report = read_report(folder)
+        losses = dict(validations(folder))
+        assert report["val_loss"] == losses[read_step(folder / "hf")]
+        assert report["full_val_loss"] == report["val_loss"]
+    assert report["best_step"] == read_step(folder / "hf") == min((18, 20), key=lambda step: losses[step])
+    assert (checkpoint_folder(folder) / "best").resolve().is_file()
+
+
+def validated(best: Best, step: int, metrics: dict[str, float]) -> None:
+    """Let a validation of a run that watches val/exact end."""
+    strategy = SimpleNamespace(broadcast=lambda value, src: value)
+    measured = {name: torch.tensor(value) for name, value in metrics.items()}
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, callback_metrics=measured, strategy=strategy, global_step=step, is_global_zero=False
+    )
+    best.on_validation_end(trainer, SimpleNamespace(watched_metric="val/exact", validation_documents=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "best_step"),
+    [
+        ([(0.0, 4.0), (0.0, 3.0), (0.0, 3.5)], 2),  # scores of text are often equal: the loss decides
+        ([(0.1, 4.0), (0.0, 3.0)], 1),
+        ([(0.0, 3.0), (0.1, 4.0), (0.1, 4.0)], 2),
+        ([(math.nan, 3.0), (0.0, 4.0), (0.0, math.nan)], 2),
+        ([(math.nan, 3.0), (math.nan, 2.0)], None),
+    ],
+)
+def test_loss_decides_between_equal_scores_of_text(rows: list[tuple[float, float]], best_step: int | None):
+    best = Best(exports_best=True)
+    for step, (score, loss) in enumerate(rows, 1):
+        validated(best, step, {"val/exact": score, "val/loss": loss})
+    assert best.step == best_step
+    assert best.validations_since == len(rows) - (best_step or 0)
 
 
 OTHER_MOMENTS = ("before export", "after commit")
@@ -244,7 +290,8 @@ def test_adapters_of_the_best_validation_come_back(
     before, report = exported(tmp_path / "tuned"), read_report(tmp_path / "tuned")
     watched = series(read_metrics(tmp_path / "tuned"), report["watched_metric"])
     assert report["watched_metric"] == "val/rougeL"
-    assert report["best_step"] == max(watched, key=lambda row: (row[1], -row[0]))[0]
+    losses = dict(validations(tmp_path / "tuned"))
+    assert report["best_step"] == max(watched, key=lambda row: (row[1], -losses[row[0]]))[0]
     assert any("adapter" in name for name in before)
     shutil.rmtree(tmp_path / "tuned" / "hf")
     answer = train_here("resume=tuned")

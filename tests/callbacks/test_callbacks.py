@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from callbacks.final_score import FinalScore
 from callbacks.health import Health, SpikeDetector
 from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
 from callbacks.loggers.tensorboard import TensorBoard
@@ -34,7 +36,7 @@ from gpt2lab.storage.report_json import read_report
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
 from tests.support import tiny_run
-from tests.support.offline_wandb import assert_one_complete_run
+from tests.support.offline_wandb import assert_one_complete_run, summary_in
 
 
 @pytest.fixture(autouse=True)
@@ -366,6 +368,13 @@ def test_wandb_offline_has_metrics_and_samples_of_a_resumed_run(cache, tmp_path,
     assert_one_complete_run(tmp_path)
 
 
+def test_wandb_has_the_final_score_in_the_summary(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[WeightsAndBiases(str(tmp_path))])
+    names = ("full_val_loss", "full_val_tokens")  # too few documents for an error
+    assert summary_in(tmp_path).items() >= {name: read_report(tmp_path)[name] for name in names}.items()
+
+
 @pytest.mark.parametrize(
     ("variables", "mode"),
     [
@@ -414,7 +423,10 @@ def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplo
 def test_tensorboard_is_written_in_addition_to_metrics_csv(cache, tmp_path):
     logger = TensorBoard(str(tmp_path))
     logger.log_hyperparams({"seed": 1, "task": "pretrain"})
-    tiny_run.train(tmp_path, cache, steps=4, loggers=[logger])
+    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[logger])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (score,) = events.Scalars("full_val_loss")
+    assert (score.step, score.value) == (4, pytest.approx(read_report(tmp_path)["full_val_loss"]))
     (file,) = (tmp_path / "tensorboard").glob("events.*")
     assert all(panel.question.encode() in file.read_bytes() for panel in PRETRAIN.panels if panel.x == "step")
     assert read_metrics(tmp_path)

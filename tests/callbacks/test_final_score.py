@@ -132,6 +132,7 @@ class Stop(lightning.Callback):
         pytest.param([f"+callbacks.stop._target_={__name__}.Stop", SMALL], 75, id="a stopped run"),
         pytest.param(["validate_tokens=full"], 0, id="a validation of the whole split"),
         pytest.param(["callbacks.final_score=null", SMALL], 0, id="without the callback"),
+        pytest.param(["callbacks.checkpoint=null", SMALL], 0, id="without an export"),
     ],
 )
 def test_nothing_is_scored_where_it_is_not_needed(

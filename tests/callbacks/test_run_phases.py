@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import pytest
+from lightning.pytorch.callbacks import Timer
 
 from callbacks.progress import format_eta
 from callbacks.remaining_time import remaining_seconds
@@ -108,3 +109,9 @@ def test_report_adds_the_phases_of_a_resumed_run(
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (3599.5, "60:00"), (61.2, "1:01")])
 def test_seconds_of_the_eta_are_below_sixty(seconds: float, text: str) -> None:
     assert format_eta(seconds) == f"ETA {text}"
+
+
+def test_eta_ends_with_the_time_limit() -> None:
+    trainer: Any = SimpleNamespace(global_step=10, max_steps=1000, callbacks=[Timer("00:00:01:00")])
+    assert remaining_seconds(trainer, 0, elapsed=1.0) == 60
+    assert remaining_seconds(trainer, 0, elapsed=0.1) == pytest.approx(9.9)

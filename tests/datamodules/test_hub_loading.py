@@ -57,6 +57,13 @@ def fill(hub: Hub) -> Hub:
         hub.add(f"org/{name}", {"README.md": CARD, f"{name}.py": b"import datasets\n"})
         if files:
             hub.add(f"org/{name}", files, CONVERTED)
+    whole = "data/train-00000-of-00001.parquet"
+    hub.add("org/cut", {"README.md": CARD, whole: parquet(STORIES)[:99]})
+    hub.add("org/json", {"README.md": CARD, "train.jsonl": b'{"text": "a"}\n{"text": \n'})
+    hub.add("org/zero", {"README.md": CARD, "train.jsonl": b""})
+    hub.add("org/card", {"README.md": b"---\nconfigs: [\n---\n", whole: parquet(STORIES)})
+    both = "\n".join(f"- config_name: {name}\n  data_files: {whole}" for name in ("de", "en"))
+    hub.add("org/two", {"README.md": f"---\nconfigs:\n{both}\n---\n".encode(), whole: parquet(STORIES)})
     hub.sets["org/script"]["v1"] = hub.sets["org/script"]["main"]
     hub.gated.add("org/gated")
     hub.add("org/gated", {"README.md": CARD, "train.jsonl": json.dumps({"text": STORIES[0]}).encode()})
@@ -140,6 +147,15 @@ REFUSED = [
     ("script", {"revision": "v1"}, "is that of its main branch, not of data.revision=v1"),
     ("script", {"split": "test"}, "has no split 'test'; it has: train, validation"),
     ("gated", {}, r"Accept the conditions on http://127.0.0.1:\d+/datasets/org/gated, and set HF_TOKEN"),
+    ("plain", {"split": "nope"}, r"'train'.*\nGive data.split=NAME"),
+    ("plain", {"split": "train[:1]", "streaming": True}, "data.streaming=false"),
+    ("plain", {"config": "nope"}, r"'default'.*\nGive data.config=NAME"),
+    ("plain", {"revision": "v9"}, r"Revision 'v9' doesn't exist.*\nGive data.revision=NAME"),
+    ("two", {}, r"available configs: \['de', 'en'\]\nGive data.config=NAME"),
+    ("cut", {}, r"not a parquet file.*\nIts files are damaged"),
+    ("json", {}, r"JSON parse error.*\nIts files are damaged"),
+    ("zero", {}, r"a file contains no data\nIts files are damaged"),
+    ("card", {}, "parsing a flow node"),
     ("missing", {}, "doesn't exist on the Hub or cannot be accessed"),
 ]
 
@@ -150,6 +166,13 @@ def test_data_set_that_cannot_be_read_ends_with_the_reason(hub: Hub, read: Read,
         read(name, **keys)
     assert f"org/{name}" in str(caught.value)
     assert 2 <= len(str(caught.value).splitlines()) <= 4
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co/datasets/org/plain", "datasets/org/plain"])
+def test_address_of_a_data_set_names_its_id(address: str, tmp_path: Path) -> None:
+    corpus = text_data(tmp_path, tmp_path / "cache", source="hub", dataset=address).corpus()
+    with pytest.raises(InputError, match=r"Give its Hub id: data.dataset=org/plain$"):
+        list(corpus.documents())
 
 
 def test_gated_set_is_read_with_the_token(hub: Hub, read: Read, monkeypatch) -> None:

@@ -22,12 +22,15 @@ WESTERN = "Die Brücke über die Isar.\r\nGrüße aus Köln\n"
 CHINESE = "河上有一座桥。\n他们在桥上等了一个小时，然后回家了。\n" * 9
 RUSSIAN = "Окно в доме у реки.\nЛампа стоит на камне.\n"
 KOREAN = "강가의 집에 창문이 있다.\n다리 위에서 한 시간을 기다렸다.\n"
+QUOTED = "「你好」、「再見」。"
+EMOJI = "😀😁🎉"
+WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 ENCODED = [
     *(
         (GERMAN, encoding)
         for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252")
     ),
-    *((text, encoding) for text in (CHINESE, RUSSIAN, KOREAN) for encoding in ("utf-16-le", "utf-16-be", "utf-8")),
+    *((text, encoding) for text in (GERMAN, CHINESE, RUSSIAN, KOREAN, QUOTED, EMOJI) for encoding in ("utf-8", *WIDE)),
     (WESTERN, "latin-1"),
 ]
 
@@ -127,6 +130,8 @@ def test_catalogue_without_charset_is_decoded_too(tmp_path):
 BINARY = [
     ("stray NUL", b"The lamp\ncounts\0the stone\n", 2),
     ("NUL between words", b"name\0value\0" * 99, 1),
+    ("NUL in Russian UTF-8", f"{RUSSIAN}\0{RUSSIAN}".encode(), 3),
+    ("token ids of 32 bits", b"".join(number.to_bytes(4, "little") for number in range(0, 50000, 7)), 0),
     ("program", Path(sys.executable).resolve().read_bytes()[: 2**16], 0),
     ("compressed", gzip.compress(CHINESE.encode() * 3), 0),
     ("parquet", b"", 0),

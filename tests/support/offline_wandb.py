@@ -18,6 +18,13 @@ def files_in(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
+def summary_in(run_dir: Path) -> dict[str, Any]:
+    """Return the plain values of the summary of the only offline run in a run directory."""
+    (file,) = files_in(run_dir)
+    updates = [item for record in read_records(file) if record.HasField("summary") for item in record.summary.update]
+    return {item.key: json.loads(item.value_json) for item in updates if item.key}
+
+
 def assert_one_complete_run(run_dir: Path) -> None:
     """Check that there is one offline folder, with the rows of metrics.csv and the samples of samples.jsonl."""
     (file,) = files_in(run_dir)

@@ -76,7 +76,13 @@ def both(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
     return change
 
 
+def write(name: str, content: bytes, keep: bool = False) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(((folder / name).read_bytes() if keep else b"") + content)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 QUANTIZED = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+HEAD = "lm_head.weight"
 CROSS = "transformer.h.0.crossattention.c_attn.weight"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cross-attention": (config(add_cross_attention=True), "has add_cross_attention=True, a variant"),
@@ -104,7 +110,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vocab_size": (config(vocab_size=200), "has vocab_size=200, but the weights have vocab_size=300"),
     "vocab_size, pickle": (both(config(vocab_size=200), as_pickle), "but the weights have vocab_size=300"),
     "vocab_size, shards": (both(config(vocab_size=200), as_shards), "but the weights have vocab_size=300"),
-    "no embedding": (tensors(lambda t: t.pop("transformer.wte.weight")), "lacks weights of a GPT-2: 'wte.weight'"),
+    "no embedding": (
+        tensors(lambda t: t.pop("transformer.wte.weight")),
+        "lacks weights of a plain GPT-2: 'wte.weight'",
+    ),
+    "size as text": (config(n_layer="2"), "n_layer='2' is no whole number"),
+    "size with a fraction": (config(n_positions=32.5), "n_positions=32.5 is no whole number"),
+    "pointer of Git LFS": (write("model.safetensors", POINTER), "is a pointer of Git LFS"),
+    "pointer of Git LFS, pickle": (both(as_pickle, write("pytorch_model.bin", POINTER)), "is a pointer of Git LFS"),
+    "text as weights": (write("model.safetensors", b"no weights at all"), "it is no safetensors file"),
+    "bytes after the weights": (write("model.safetensors", b"x", keep=True), "is truncated or damaged"),
     "lost shard": (both(as_shards, lambda folder: (folder / "a.safetensors").unlink()), "lacks a.safetensors"),
 }
 
@@ -119,6 +134,28 @@ def test_unfit_model_folder_is_refused_with_the_reason(kind: str, folder: Path) 
     assert reason in message
     assert str(folder) in message
     assert len(message.splitlines()) == 2
+
+
+NOT_LOADED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "output head": (tensors(lambda t: t.update({HEAD: t["transformer.wte.weight"] * 3})), "an output head of its own"),
+    "larger output head": (tensors(lambda t: t.update({HEAD: torch.ones(301, 16)})), f"{HEAD} has the shape [301, 16]"),
+    "narrow layer": (tensors(lambda t: t.update({QUERY: torch.ones(16, 40)})), f"{QUERY} has the shape [16, 40]"),
+    "diverged": (
+        tensors(lambda t: t["transformer.ln_f.bias"].fill_(float("nan"))),
+        "ln_f.bias has values that are NaN",
+    ),
+    "lost tensor": (tensors(lambda t: t.pop("transformer.ln_f.bias")), "lacks weights required by its config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_LOADED)
+def test_weights_that_the_model_has_no_use_for_are_refused(kind: str, folder: Path) -> None:
+    change, reason = NOT_LOADED[kind]
+    change(folder)
+    with pytest.raises(InputError) as caught:
+        load_backbone(str(folder))
+    assert reason in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize(

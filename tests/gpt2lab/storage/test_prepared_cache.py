@@ -43,6 +43,18 @@ def test_a_cache_without_locks_is_used(
     assert not list(tmp_path.rglob("*tmp")), "the scratch folder has become the prepared one"
 
 
+LEDGERS = ("", "[]", "null", "7", "[" * 100_000, "\udcff")
+LEDGERS += ('{"sizes": null}', '{"sizes": []}', '{"sizes": {}, "key": null}')
+
+
+@pytest.mark.parametrize("ledger", LEDGERS, ids=lambda text: text[:20])
+def test_a_folder_with_a_damaged_ledger_is_prepared_again(ledger: str, tmp_path: Path):
+    folder = prepare(tmp_path)
+    (folder / "ledger.json").write_bytes(os.fsencode(ledger))
+    assert not is_prepared(folder)
+    assert is_prepared(prepare(tmp_path))
+
+
 @pytest.mark.parametrize("cache", ["/proc/none", "/proc/none/below", "/dev/null", "/dev/null/none", "/sys/none"])
 def test_a_cache_that_cannot_be_written_is_refused(cache: str):
     with pytest.raises(InputError, match=f"Cannot write prepared data to {cache}/tokens: .*\n.*cache_dir=FOLDER"):

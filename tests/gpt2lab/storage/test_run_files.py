@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from gpt2lab.errors import InputError
 from gpt2lab.reports.report_html import render, ticks
@@ -23,6 +26,7 @@ from gpt2lab.storage.checkpoint_ledger import (
 )
 from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics, series
 from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.tensor_file import CHECKPOINT_KEYS, read_checkpoint_file, without_objects
 
 
 def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
@@ -32,6 +36,17 @@ def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
 
 
 # Checkpoints
+
+
+def test_a_checkpoint_is_written_without_what_is_not_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    kept = {"number": 1, "nested": [(1.5, None, b"x"), OrderedDict(a=torch.ones(1))], "type": torch.half, "set": {1}}
+    lost = {"array": np.ones(2), "path": Path("x"), "function": lambda: 1, "inner": [{"a": defaultdict(list)}]}
+    required = dict.fromkeys(CHECKPOINT_KEYS, 0)
+    written = without_objects({**required, **kept, **lost, "callbacks": {**kept, **lost}})
+    assert (written.keys(), written["callbacks"].keys()) == ({*required, *kept, "callbacks"}, kept.keys())
+    torch.save(written, tmp_path / "file")
+    assert read_checkpoint_file(tmp_path / "file")["callbacks"] == kept
+    assert all(f"state of {name}:" in caplog.text for name in lost)
 
 
 def test_newest_checkpoint_is_found_and_the_last_two_are_kept(tmp_path):

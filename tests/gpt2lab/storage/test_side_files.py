@@ -78,6 +78,7 @@ EVERY: dict[str, Damage] = {
     "a folder": other(lambda file: file.mkdir()),
     "a link to nothing": other(lambda file: file.symlink_to("/nowhere/at/all")),
     "a pipe": other(os.mkfifo),
+    "unreadable": other(lambda file: file.symlink_to("/proc/self/mem")),  # for root too
     "read-only": lambda file: file.chmod(0o444),
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
@@ -165,7 +166,8 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     make_run(tmp_path)
     expected = read_metrics(tmp_path), read_samples(tmp_path)
     {**EVERY, **OWN[file]}[damage](tmp_path / file)
-    was = tmp_path.joinpath(file).read_bytes() if tmp_path.joinpath(file).is_file() else None
+    is_lost = damage == "missing" or damaged_files.is_unreadable(tmp_path / file)
+    was = None if is_lost else (tmp_path / file).read_bytes()
 
     newest = newest_good_checkpoint(tmp_path)
     assert newest is not None
@@ -201,10 +203,28 @@ def test_a_damaged_side_file_is_repaired_with_one_warning(
     assert (rows[-1]["step"], samples[-1].step) == ("5", 5)
     spared = 4 if (file, damage) in HARMLESS and damage not in ("missing", "empty") else 3
     for name, left in (("metrics.csv", rows), ("samples.jsonl", samples)):
-        whole_is_lost = ("zeroed", "a folder", "a pipe", "a link to nothing", "missing", "empty", "an invalid header")
+        whole_is_lost = ("zeroed", "a folder", "a pipe", "unreadable", "a link to nothing", "missing", "empty")
+        whole_is_lost += ("an invalid header",)
         assert len(left) - 1 >= (4 if name != file else 0 if damage in whole_is_lost else spared - 1)
     assert read_report(tmp_path)["status"] == "finished"
     assert [one.step for one in read_entries(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "a folder", "cut within a line", "a link to nothing"])
+def test_metrics_damaged_during_a_run_continue(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    metrics = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"train/loss": 3 + 1 / step, "tokens": 1e9})
+    before = read_metrics(tmp_path)
+    EVERY[damage](metrics.path)
+    metrics.write(3, {"val/loss": 2.5})
+    metrics.write(4, {"train/loss": 3.0, "tokens": 2e9})
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows[-2:]] == ["3", "4"]
+    assert (rows[-2]["train/loss"], rows[-2]["val/loss"]) == (before[-1]["train/loss"], "2.5")
+    assert len(rows) == (4 if damage == "cut within a line" else 2)
+    assert "was removed or changed by another program" in caplog.text
+    assert (tmp_path / "metrics.csv.damaged").is_symlink() or damage != "a link to nothing"
 
 
 def test_lost_rows_are_named_by_their_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -215,7 +235,7 @@ def test_lost_rows_are_named_by_their_steps(tmp_path: Path, caplog: pytest.LogCa
     assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "2", "4"]
 
 
-@pytest.mark.parametrize("file", ["last", "logs", "wandb", "hf"])
+@pytest.mark.parametrize("file", ["last", "logs", "wandb", ".hydra", "report.html", "hf"])
 def test_file_or_folder_of_another_kind_is_replaced(tmp_path: Path, file: str):
     make_run(tmp_path)
     path = checkpoint_folder(tmp_path) / file if file == "last" else tmp_path / file
@@ -225,6 +245,10 @@ def test_file_or_folder_of_another_kind_is_replaced(tmp_path: Path, file: str):
         torch.save({"global_step": 6}, scratch_file(tmp_path, 6))
         commit_checkpoint(tmp_path, 6, 2)
         assert path.resolve().name == "step-000006.ckpt"
+    elif file == "report.html":
+        path.unlink()
+        path.mkdir()
+        repair(tmp_path)
     else:
         path.write_text("mine")
         repair(tmp_path)
@@ -257,7 +281,12 @@ def test_a_run_with_every_side_file_damaged_is_continued(tmp_path: Path, tiny: l
     assert read_report(run)["status"] == "finished"
     answer = train_here("resume=runs/pretrain/mine")
     assert (answer.code, "damaged" in answer.stderr) == (0, False), answer.stderr
-    (run / "hf" / "model.safetensors").write_bytes(unbroken[:1000])
-    answer = train_here("resume=runs/pretrain/mine")
-    assert (answer.code, answer.stderr.count("is missing or damaged and is written again")) == (0, 1), answer.stderr
-    assert (run / "hf" / "model.safetensors").read_bytes() == unbroken
+    whole = {path: path.read_bytes() for path in (run / "hf").iterdir()}
+    for name, content in (
+        ("model.safetensors", unbroken[:-100] + bytes(100)),
+        ("tokenizer.json", b""),
+    ):
+        (run / "hf" / name).write_bytes(content)
+        answer = train_here("resume=runs/pretrain/mine")
+        assert (answer.code, answer.stderr.count("is missing or damaged and is written again")) == (0, 1), answer.stderr
+        assert {path: path.read_bytes() for path in (run / "hf").iterdir()} == whole

@@ -1,6 +1,8 @@
 """Devices: what is measured of them, and with how much work."""
 
 import inspect
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +17,16 @@ def test_peak_is_measured_with_small_products_if_they_are_slow(monkeypatch: pyte
     with FlopCounterMode(display=False) as counter:
         assert inspect.unwrap(device._measure)(torch.device("cpu"), torch.float32) > 0
     assert counter.get_total_flops() == 2 * 256**3
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"7", b"\xff", b"[" * 100_000, b'{"KEY": "x"}'])
+def test_a_damaged_file_of_peaks_is_measured_again(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_measure", lambda *_: 7.0)
+    file, cpu = tmp_path / "device_peaks.json", (torch.device("cpu"), torch.float32)
+    device.peak_flops(*cpu, tmp_path)
+    (key,) = json.loads(file.read_text())
+    file.write_bytes(content.replace(b"KEY", key.encode()))
+    assert device.peak_flops(*cpu, tmp_path) == 7.0
+    assert json.loads(file.read_text()) == {key: 7.0}

@@ -267,3 +267,16 @@ def test_a_stored_configuration_of_another_kind_is_refused():
         with pytest.raises(exit_codes.InputError):
             run_spec.from_yaml(PreparedSpec, text, "here")
     assert yaml.safe_load(literal_text.to_yaml({"a": "b"})) == {"a": "b"}
+
+
+def test_a_list_among_stored_texts_is_refused():
+    stored = yaml.safe_load(run_spec.to_yaml(composed("data=pairs")))
+    invocation: dict[str, object] = {"overrides": [{"a": 1}], "references": {"a": {"b": "c"}}, "groups": {"a": ["b"]}}
+    for changed in (
+        {"plugins": [["a"]]},
+        {"launcher": {**stored["launcher"], "setup": [["a"]]}},
+        {"study": {**stored["study"], "lr_factors": [[1.0]]}},
+        *({"invocation": {**stored["invocation"], key: value}} for key, value in invocation.items()),
+    ):
+        with pytest.raises(exit_codes.InputError, match=r"Cannot read the configuration here: .* is not of type"):
+            run_spec.from_yaml(RunConfig, yaml.safe_dump({**stored, **changed}), "here")

@@ -35,6 +35,15 @@ GIVEN = [
     ("+batch_size=8", "batch_tokens or batch_sequences"),
     ("+learning_rate=1e-3", "optimizer.lr"),
     ("--learning-rate=1e-3", "optimizer.lr"),
+    ("+trainer.learning_rate=1e-3", "optimizer.lr"),
+    ("+optimizer.learning_rate=1e-3", "optimizer.lr"),
+    ("+trainer.num_train_epochs=3", "epochs"),
+    ("+schedule.warmup_ratio=0.1", "schedule.warmup_steps"),
+    ("+task.patience=3", "early_stop_patience"),
+    ("+data.batch_size=8", "batch_tokens or batch_sequences"),
+    ("+callbacks.patience=3", "early_stop_patience"),
+    ("+trainer.steps=3", "steps"),
+    ("+model.lr=1", "optimizer.lr"),
     ("--per_device_train_batch_size=8", "micro_batch"),
 ]
 
@@ -57,3 +66,17 @@ def test_keys_named_for_other_libraries_exist():
 def test_a_flag_of_a_key_is_refused_with_the_key():
     with pytest.raises(InputError, match=r"no flag --steps \(did you mean steps=…\?\)"):
         quote_free_text(["--steps=3"])
+
+
+@pytest.mark.parametrize(
+    ("given", "reader"),
+    [
+        ("task.lora.rank=8", "task=finetune"),
+        ("+task.lora.rank=8", "task=finetune"),
+        ("data.language=de", "data=translate"),
+        ("callbacks.inspect.tokens=8", "callbacks=inspect"),
+    ],
+)
+def test_a_key_of_another_value_names_that_value(given: str, reader: str, train_here: Train):
+    answer = train_here(given)
+    assert (answer.code, f"It is read with {reader}." in answer.stderr) == (2, True), answer.stderr

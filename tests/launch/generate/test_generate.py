@@ -26,6 +26,7 @@ from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from launch import exit_codes
 from launch.generate.generator import Arguments, TextGenerator
+from launch.generate.prompts import stdin_lines
 from tests.conftest import ROOT, command_here
 
 
@@ -219,6 +220,18 @@ def test_text_is_streamed_to_a_terminal(
     (text,) = json.loads((tmp_path / "written.json").read_text())
     assert shown[-1].rstrip("\n") == ("import" + text["completion"]).rstrip("\n")
     assert pieces == 0 if stop else pieces > 1, "the prompt, and then text before its last token"
+
+
+def test_prompt_in_a_terminal_is_edited_and_has_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    keyboard, terminal = pty.openpty()
+    with os.fdopen(terminal, "r+b", buffering=0) as raw:
+        stdin, stdout = os.fdopen(os.dup(raw.fileno())), os.fdopen(os.dup(raw.fileno()), "w")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        os.write(keyboard, b"def f():\\\n    return 1\n" + b"import\n" + b"\x04")
+        assert list(stdin_lines()) == ["def f():\n    return 1", "import"]
+    assert "readline" in sys.modules
+    os.close(keyboard)
 
 
 def test_in_bf16_text_is_that_of_a_bf16_model(write: Write, checkpoint: Path) -> None:

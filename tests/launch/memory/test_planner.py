@@ -152,7 +152,7 @@ def test_planned_time_is_all_tokens_at_the_speed_of_all_devices(
     keys = ("accelerator=cpu", "steps=36000", "batch_tokens=256", "context=32", f"devices={devices}")
     spec = resolved(composed(*keys))
     sizes = run_sizes(spec.config, spec.resolved, spec.machine, 300)
-    table = plan_report._time_and_disk(spec, sizes, 300, Speed(100.0, "measured"))
+    table = plan_report._time_and_disk(spec, sizes, 300, Speed(100.0, "measured"), None)
     cells = dict(zip(*(column._cells for column in table.columns[:2]), strict=True))
     assert cells["training"] == shown
     assert cells["tokens/s"] == str(100 * devices)

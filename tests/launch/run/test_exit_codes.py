@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from launch import exit_codes
 from tests.conftest import ROOT, Train, started
 from tests.launch.sweep.test_sweep_on_ranks import marked
 from tests.support.stop_signal import stop_keys
@@ -119,13 +120,13 @@ def test_ctrl_c_at_interpreter_shutdown_has_an_exit_code(tmp_path: Path):
     assert "Traceback" not in stderr
 
 
-# Python imports this at its start: the import of lightning, once begun, lasts until a signal comes.
+# Python imports this at its start: the import of the package, once begun, lasts until a signal comes.
 LONG_IMPORT = """
-import sys, time
+import os, sys, time
 
 class Waits:
     def find_spec(self, name, path=None, target=None):
-        if name == "lightning" and "torch" in sys.modules:
+        if name == os.environ["PACKAGE"] and (name == "hydra" or "torch" in sys.modules):
             print("importing", flush=True)
             time.sleep(1000)
 
@@ -134,20 +135,30 @@ sys.meta_path.insert(0, Waits())
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("package", "number", "code"),
+    [
+        ("hydra", signal.SIGINT, 130),
+        ("lightning", signal.SIGTERM, 75),
+        pytest.param("lightning", signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_before_training_leaves_nothing_behind(
-    number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str]
+    package: str, number: int, code: int, cache: Path, tmp_path: Path, tiny: list[str]
 ):
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "sitecustomize.py").write_text(LONG_IMPORT)
-    process = started(cache, tmp_path, *tiny, "run_dir=run", PYTHONPATH=str(tmp_path / "planted"))
+    process = started(cache, tmp_path, *tiny, "run_dir=run", PYTHONPATH=str(tmp_path / "planted"), PACKAGE=package)
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
-    process.communicate(timeout=HANG)
-    assert process.returncode == code
+    _, stderr = process.communicate(timeout=HANG)
+    assert (process.returncode, "Traceback" in stderr) == (code, False), stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_path_without_permission_is_a_user_error():
+    error = exit_codes.as_input_error(PermissionError(13, "Permission denied", "other/run"))
+    assert str(error).splitlines()[0] == "Permission denied: other/run"
 
 
 def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], train_here: Train):

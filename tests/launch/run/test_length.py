@@ -12,9 +12,9 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from launch.config import run_spec
 from launch.config.run_spec import PreparedSpec
-from launch.run import job
+from launch.run import build, job, plan_data
 from tests.conftest import Train
-from tests.support.configurations import composed
+from tests.support.configurations import composed, resolved
 
 SHORT = ("log_every=1", "validate_every=1000", "checkpoint_every=1000", "callbacks.checkpoint.verify_export=false")
 
@@ -63,6 +63,25 @@ def test_steps_and_epochs_together_are_refused(words: tuple[str, ...], train_her
     answer = train_here(*words)
     assert answer.code == 2
     assert "steps=10 and epochs=2 both set the length of training" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "before"), [("text", "at most"), ("pairs", "UNKNOWN until the data are prepared, by")]
+)
+def test_a_plan_counts_the_steps_of_epochs_in_prepared_data(data: str, before: str, sources: Path, tmp_path: Path):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("source\ttarget\n" + "".join(f"question {number}\tanswer\n" for number in range(90)))
+    path = {"text": sources, "pairs": pairs}[data]
+    keys = ("epochs=3", "context=32", "val_fraction=0.3", f"cache_dir={tmp_path / 'cache'}", "accelerator=cpu")
+    spec = resolved(composed(*keys, f"data={data}", f"path={path}"))
+    assert plan_data.find_prepared(spec) is None
+    assert before in plan_data.with_counted_steps(spec, None)[1]
+    assert not (tmp_path / "cache").exists()
+    module = build.data_module(spec)
+    module.prepare()
+    counted, note = plan_data.with_counted_steps(spec, plan_data.find_prepared(spec))
+    assert counted.config.steps == math.ceil(3 * len(module.train_samples) / spec.config.global_batch_rows)
+    assert note == "epochs=3: counted in the prepared data"
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])

@@ -15,7 +15,7 @@ from launch.config.run_spec import RunSpec
 from launch.config.schema import ModelKeys
 from launch.memory.memory_plan import memory_plan
 from launch.memory.run_sizes import rank_memory_limit, run_sizes
-from launch.run import disk_space, run_cost
+from launch.run import disk_space, plan_report, run_cost
 from tests.conftest import ROOT
 from tests.support.configurations import composed, resolved
 from tests.test_readme import PAGES, commands
@@ -108,3 +108,26 @@ def test_a_small_split_limits_what_a_plan_validates() -> None:
     assert whole.seconds(100.0, 0.0)["validate"] == pytest.approx(10 * 6400 / 3 / 100)
     with pytest.raises(InputError, match="known once the data are prepared"):
         cost_of("validate_tokens=full")
+
+
+SHORT = ("model=nano", "accelerator=cpu", "steps=40", "batch_tokens=512", "context=256")
+
+
+@pytest.mark.parametrize(
+    ("words", "split", "warns"),
+    [
+        ((), 4_000_000, True),
+        ((), 400_000, True),
+        ((), 100_000, False),  # takes longer than the training, but seconds
+        (("steps=4000", "validate_every=4000"), 2_000_000, False),
+        (("validate_tokens=10000",), 4_000_000, True),  # the score at the end reads them
+        (("validate_tokens=10000", "callbacks.final_score=null"), 4_000_000, False),
+        (("trainer.fast_dev_run=2",), 4_000_000, False),
+    ],
+)
+def test_validation_that_takes_longer_than_training_is_a_warning(words, split: int, warns: bool, monkeypatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(plan_report.log, "warning", lambda text, *values: messages.append(text % values))
+    plan_report.warn_of_long_validation(resolved(composed(*SHORT, *words)), 4096, split)
+    assert bool(messages) == warns
+    assert all("callbacks.final_score=null" in message for message in messages)

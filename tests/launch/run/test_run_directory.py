@@ -18,13 +18,13 @@ import pytest
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage import folder_lock
-from gpt2lab.storage.checkpoint_ledger import read_entries
+from gpt2lab.storage.checkpoint_ledger import commit_checkpoint, read_entries, scratch_file
 from gpt2lab.storage.folder_lock import FolderLock
-from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.metrics_csv import MetricsFile, read_metrics
 from gpt2lab.storage.report_json import read_report
 from launch import rank_environment
 from launch.config import run_spec
-from launch.config.run_dir import RunDirectory
+from launch.config.run_dir import RunDirectory, finished_runs, kept_checkpoint_message
 from launch.config.run_spec import PreparedSpec
 from launch.run import resume
 from tests.conftest import ROOT, Train, environment, started
@@ -325,14 +325,37 @@ def test_links_within_a_run_or_to_its_whole_directory_work(tiny: list[str], trai
     assert read_entries(tmp_path / "first")[-1].step == 3
 
 
+def test_lost_steps_are_those_after_the_checkpoint(tmp_path: Path):
+    metrics = MetricsFile(tmp_path)
+    metrics.write(4, {"train/loss": 3.0})
+    (tmp_path / "checkpoints").mkdir()
+    scratch_file(tmp_path, 4).write_bytes(b"checkpoint")
+    commit_checkpoint(tmp_path, 4, 2)
+    assert "of step 4; steps after it are lost" in kept_checkpoint_message(tmp_path, planned=6)
+    assert "of step 4; no step is lost" in kept_checkpoint_message(tmp_path, planned=4)
+    assert "of step 4; no step is lost" in kept_checkpoint_message(tmp_path, planned=6, reached=4)
+    metrics.write(5, {"train/loss": 3.0})
+    assert "of step 4; steps 5 to 5 or later are lost" in kept_checkpoint_message(tmp_path, planned=6)
+
+
+def test_a_damaged_report_is_no_finished_run(tmp_path: Path):
+    for name, make in (("nested", lambda file: file.write_text("[" * 100_000)), ("folder", lambda file: file.mkdir())):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "report.json")
+    assert finished_runs(tmp_path) == []
+
+
 def test_a_second_sweep_or_study_in_a_folder_is_refused(tiny: list[str], train_here: Train, tmp_path: Path):
     folder = tmp_path / "swept"
     folder.mkdir()
     with held(folder) as (owner, _):
+        train_here("-m", *tiny, "seed=1,2", f"hydra.sweep.dir={folder}")
+        assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+        (folder / "multirun.yaml").write_text("of the first sweep")
         refused = train_here("-m", *tiny, "seed=1,2", f"hydra.sweep.dir={folder}")
     assert refused.code == 2
     assert f"process {owner.pid} on {socket.gethostname()} holds it" in refused.stderr
-    assert folder.is_dir()
+    assert (folder / "multirun.yaml").read_text() == "of the first sweep"
 
 
 # A start that was killed
@@ -384,6 +407,9 @@ def test_restart_uses_the_present_data(tiny: list[str], train_here: Train, tmp_p
     for folder in ("checkpoints", "hf"):  # as before the first save
         shutil.rmtree(f"run/{folder}")
     Path("run/report.json").unlink()
+    shutil.rmtree("run/.hydra")
+    for file in ("run/.hydra", "run/checkpoints"):
+        Path(file).write_text("no folder")
     answer = train_here("resume=run")
     assert answer.code == 0, answer.stderr
     assert run_spec.load(Path("run/config.yaml")).prepared.data_hash == read_report("run")["data"]["hash"]

@@ -1,5 +1,6 @@
 """The end of a run: every end of a fit saves the last state; later failures do not make it a failed run."""
 
+import builtins
 import json
 import os
 import signal
@@ -92,8 +93,11 @@ class FailingLogger(Logger):
     """Cannot be closed, as W&B without a network or TensorBoard on a full disk."""
 
     name = version = "failing"
+    fails_from = 1000
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step is not None and step >= self.fails_from:
+            raise OSError("the server has gone away")
 
     def log_hyperparams(self, params: Any, *_unused: Any) -> None: ...
 
@@ -175,6 +179,7 @@ def test_run_resumed_after_an_early_end_equals_unbroken_run(
         ("on_train_batch_start", 14, 7),
         pytest.param("on_before_backward", 13, 6, marks=pytest.mark.slow),
         ("on_before_optimizer_step", 13, 6),
+        ("on_save_checkpoint", 24, 12),
     ],
 )
 def test_a_step_is_saved_before_an_added_callbacks_error(
@@ -190,6 +195,58 @@ def test_a_step_is_saved_before_an_added_callbacks_error(
     assert equal(resumed, expected)
     later = [[row for row in metrics_without_clock(each) if int(row["step"]) > step] for each in (run, folder)]
     assert later[0] == later[1]
+
+
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 8])
+def test_a_step_is_saved_before_an_added_loggers_error(
+    step: int, unbroken: tuple[Path, Pretrain], tmp_path: Path, cache: Path
+):
+    run, (folder, expected), logger = tmp_path / "run", unbroken, FailingLogger()
+    logger.fails_from = step
+    with pytest.raises(OSError, match="gone away"):
+        tiny_run.train(run, cache, loggers=[logger], every=1000)
+    newest = newest_good_checkpoint(run)
+    assert newest is not None
+    assert checkpoint_step(newest) == step
+    _, resumed = tiny_run.train(run, cache)
+    assert equal(resumed, expected)
+    assert metrics_without_clock(run) == metrics_without_clock(folder)
+
+
+class Exits(lightning.Callback):
+    """Raises an exception after three steps, and one more; has a state that no checkpoint can hold."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_exception(self, *_unused: Any) -> None:
+        if self.kind == "ValueError":
+            raise RuntimeError("no notice could be sent")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"folder": Path("plots")}
+
+    def on_train_batch_end(self, trainer: Any, *_unused: Any) -> None:
+        if trainer.global_step == 3:
+            raise vars(builtins)[self.kind]("the plot is enough")
+
+
+@pytest.mark.parametrize(("kind", "code"), [("KeyboardInterrupt", 130), ("SystemExit", 1), ("ValueError", 1)])
+def test_a_step_is_saved_before_a_callback_ends_the_program(
+    kind: str, code: int, tmp_path: Path, tiny: list[str], train_here: Train
+):
+    own = ("steps=5", "checkpoint_every=1000", UNVERIFIED, "run_dir=run", f"{OURS}.Exits", f"{KEY}.kind={kind}")
+    answer = train_here(*tiny, *own)
+    assert answer.code == code, answer.stderr
+    last = "RuntimeError: no notice could be sent" if kind == "ValueError" else "python train.py resume=run"
+    assert answer.stderr.strip().splitlines()[-1].endswith(last)
+    assert ("Traceback" in answer.stderr) == (kind == "ValueError")
+    assert read_report(tmp_path / "run")["status"] == ("failed" if kind == "ValueError" else "stopped")
+    assert "Checkpoints do not contain the state of Exits" in answer.stderr
+    newest = newest_good_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert checkpoint_step(newest) == 3
+    assert train_here("resume=run", "allow_targets=[tests]").code == 0
 
 
 FAILING_PARTS: dict[str, tuple[type, str, int]] = {
