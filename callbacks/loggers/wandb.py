@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from wandb.sdk.lib.noop_run import init_noop_run
 
 import wandb
 from callbacks.loggers.bounded_calls import CALL_SECONDS, SERVICE_EXIT, BoundedCalls, end_service, first_line
@@ -165,7 +166,7 @@ class WeightsAndBiases(WandbLogger):
         self._experiment = _no_run()  # later calls must not start a second run
         code = 0 if status in ("success", "finished") else 1
         folder = Path(run.dir).parent
-        if not self.calls.call(lambda: _finish(run, code), True, UPLOAD_SECONDS + 10):
+        if not self.calls.call(lambda: _finish(run, code), True, self._finish_seconds() + 10):
             log.warning("W&B has not received the whole run in time; `wandb sync %s` uploads it.", folder)
         elif run.offline:
             self.calls.call(lambda: self.merge_offline_runs(self._params), False, UPLOAD_SECONDS)
@@ -219,7 +220,7 @@ class WeightsAndBiases(WandbLogger):
     def _init(self, mode: Any, folder: Path) -> Any:
         labels = self.labels
         settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, console="off")
-        settings.finish_timeout = UPLOAD_SECONDS if self.logs_model else FINISH_SECONDS
+        settings.finish_timeout = self._finish_seconds()
         settings.finish_timeout_raises = True
         is_new = not (self.run_dir / "wandb" / "run-id").exists() and "WANDB_RUN_ID" not in os.environ
         run = wandb.init(
@@ -234,11 +235,14 @@ class WeightsAndBiases(WandbLogger):
             dir=folder,
             resume=None if is_new else "allow",  # which requests the state of the run from the server
             mode=mode,
-            reinit="create_new" if wandb.run is not None else "default",
+            reinit="default" if wandb.run is None or wandb.run.disabled else "create_new",
             settings=settings,
         )
         SERVICE_EXIT.register()
         return run
+
+    def _finish_seconds(self) -> int:
+        return UPLOAD_SECONDS if self.logs_model else FINISH_SECONDS
 
     def _prepared(self, run: Any) -> Any:
         """Define the metrics of a new run, and bound the methods that other callbacks call."""
@@ -262,8 +266,9 @@ class WeightsAndBiases(WandbLogger):
 
 
 def _no_run() -> Any:
-    """Return a W&B run whose methods do nothing, which starts no service."""
-    return wandb.init(mode="disabled", settings=wandb.Settings(silent=True))
+    """Return a W&B run whose methods do nothing; it starts no service and reads no settings, which may be invalid."""
+    settings = wandb.Settings(mode="disabled", run_id="none", run_name="none", project="none", entity="none")
+    return init_noop_run(settings=settings, config={})
 
 
 def _finish(run: Any, exit_code: int) -> bool:

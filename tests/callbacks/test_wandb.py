@@ -80,8 +80,15 @@ def use_as_other_callbacks_do(logger: WeightsAndBiases) -> None:
     logger.experiment.log({"late": 1})
 
 
-def file_instead_of_folder(run_dir: Path) -> None:
+def file_instead_of_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_dir / "wandb").write_text("")
+
+
+def invalid_settings(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_unused: Any) -> None:
+        raise ValueError("WANDB_BASE_URL is no URL")
+
+    monkeypatch.setattr(wandb, "init", init)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +98,12 @@ def file_instead_of_folder(run_dir: Path) -> None:
         ("disabled", None, ""),
         ("nonsense", None, "WANDB_MODE=nonsense is none of online, run, offline, dryrun, shared, disabled"),
         ("offline", file_instead_of_folder, "File exists"),
+        ("offline", invalid_settings, "WANDB_BASE_URL is no URL"),
     ],
 )
 def test_calls_of_other_callbacks_work_whatever_wandb_does(
     mode: str,
-    before: Callable[[Path], None] | None,
+    before: Callable[[Path, pytest.MonkeyPatch], None] | None,
     warning: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -103,7 +111,7 @@ def test_calls_of_other_callbacks_work_whatever_wandb_does(
 ):
     monkeypatch.setenv("WANDB_MODE", mode)
     if before:
-        before(tmp_path)
+        before(tmp_path, monkeypatch)
     use_as_other_callbacks_do(WeightsAndBiases(str(tmp_path)))
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("callbacks")]
     assert [text for text in warnings if "W&B is off" in text] == [
