@@ -11,7 +11,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 # A process for each core and a thread for each process: twice as fast on two cores as one process with two threads.
 IN_PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-all check format bench chaos docs gpu-check clean
+.PHONY: help setup demo test test-all check format bench chaos docs wandb-merge gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ chaos: $(READY_DEV) ## tests that kill processes and damage files, in an hour
 
 docs: $(READY) ## rewrite docs/reference.md from conf/
 	@$(PYTHON_IN_VENV) -m docs.build_reference
+
+wandb-merge: $(READY) ## one offline W&B run of a run that was killed and resumed (RUN=DIR), for wandb sync
+	@$(PYTHON_IN_VENV) -m launch.commands.wandb_merge $(RUN)
 
 gpu-check: $(READY) ## what a CPU cannot show; 10 minutes on one GPU, appends to benchmarks/RESULTS.md (NANOGPT=, TRL_PYTHON=)
 	@$(PYTHON_IN_VENV) -m benchmarks.gpu_check $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")

@@ -1,6 +1,6 @@
 """Inspect: write a page about the model's attention and losses on a fixed text at every validation.
 
-inspect/step-000200.html                     attention, loss of every token, comparison with an online teacher
+inspect/step-000200.html, and in W&B         attention, loss of every token, comparison with an online teacher
 inspect/projector, or tensorboard            token embeddings for TensorBoard's projector
 """
 
@@ -15,6 +15,7 @@ import torch
 from lightning import Trainer
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from callbacks.loggers.protocols import TakesPages
 from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.throughput import VALIDATE, outside_training_time
 from gpt2lab.data.special_tokens import find_special_tokens
@@ -90,6 +91,9 @@ class Inspect(lightning.Callback):
                 teacher_name=source,
                 most=self.tokens,
             )
+            for logger in trainer.loggers:
+                if isinstance(logger, TakesPages):
+                    logger.log_page(f"inspect/text {number}", self.folder / name, step)
         if self.projector:
             has_tensorboard = any(isinstance(logger, TensorBoard) for logger in trainer.loggers)
             folder = self.folder.with_name("tensorboard") if has_tensorboard else self.folder / "projector"

@@ -53,6 +53,7 @@ class Report(lightning.Callback):
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._start = time.monotonic()
         self._page_due = self._start + PAGE_SECONDS
+        pl_module.elapsed = self._seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._has_trained = True

@@ -1,6 +1,7 @@
 """Samples: generate text during training, for samples.jsonl, the terminal and the loggers."""
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +13,10 @@ from callbacks.loggers.protocols import TakesSamples
 from callbacks.terminal import show
 from callbacks.throughput import SAMPLE, outside_training_time
 from gpt2lab.data.batch import Batch
+from gpt2lab.evaluation.text_metrics import text_score
+from gpt2lab.metric_names import VALIDATION_PREFIX
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
+from gpt2lab.settings import TEXT_METRICS
 from gpt2lab.system.stop_request import Interrupted, is_urgent
 
 
@@ -30,6 +34,7 @@ class Samples(lightning.Callback):
         self.every = every
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
+        self._references: list[str] = []
         self._due_step = -1  # step with interrupted samples, which the resumed run generates
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +65,7 @@ class Samples(lightning.Callback):
         step, samples = trainer.global_step, []
         if not self.prompts:
             self.prompts = trainer.datamodule.sample_prompts(pl_module.tokenizer)
+            self._references = trainer.datamodule.sample_references(pl_module.tokenizer)
         for method in pl_module.sampling_methods:  # on every rank: generation with a sharded model is collective
             completions: list[str] = []
             with suppress(Interrupted):
@@ -69,10 +75,21 @@ class Samples(lightning.Callback):
                 self._due_step = step
                 self._stop(trainer, pl_module, reason)
                 return
-            samples += [Sample(step, p, c, method.label) for p, c in zip(self.prompts, completions, strict=True)]
+            samples += self._scored(step, method.label, completions, pl_module.watched_metric)
         self._due_step = -1
         if trainer.is_global_zero:
             self._show(trainer, samples)
+
+    def _scored(self, step: int, method: str, completions: list[str], watched: str) -> list[Sample]:
+        """Return the samples of one method; those with a reference have the watched metric as score, if it is one."""
+        samples, name = [], watched.removeprefix(VALIDATION_PREFIX)
+        references: Sequence[str | None] = self._references or [None] * len(completions)
+        for prompt, completion, reference in zip(self.prompts, completions, references, strict=True):
+            score = None
+            if reference is not None and name in TEXT_METRICS:
+                score = text_score(name, completion, reference)
+            samples.append(Sample(step, prompt, completion, method, reference, score))
+        return samples
 
     def _stop(self, trainer: Trainer, pl_module: lightning.LightningModule, reason: str) -> None:
         for callback in trainer.callbacks:

@@ -221,6 +221,10 @@ class SampleDataModule(lightning.LightningDataModule):
         """Return a few prompts for samples during training."""
         raise NotImplementedError
 
+    def sample_references(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """Return the reference text of each of these prompts; empty for data without any."""
+        return []
+
     def token_counts(self) -> NDArray[np.int64]:
         """Count how often each token is a training target: (V,)."""
         raise NotImplementedError

@@ -178,11 +178,22 @@ class PairData(SampleDataModule):
 
     def sample_prompts(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Return the first three different validation prompts."""
+        return list(self._samples(tokenizer))
+
+    def sample_references(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        return list(self._samples(tokenizer).values())
+
+    def _samples(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+        """Return prompt → reference of the first three different validation prompts."""
         batch = self.val_samples.batch(np.arange(min(len(self.val_samples), 16)), 0)
         assert batch.prompt_lengths is not None
+        assert batch.references is not None
         lengths = batch.prompt_lengths.tolist()
         prompts = [tokenizer.decode(batch.input_ids[row, :length]) for row, length in enumerate(lengths)]
-        return list(dict.fromkeys(prompts))[:3]
+        first: dict[str, str] = {}
+        for prompt, reference in zip(prompts, batch.references, strict=True):
+            first.setdefault(prompt, reference)
+        return dict(list(first.items())[:3])
 
     def token_counts(self) -> NDArray[np.int64]:
         """Count how often each token is a target of the training pairs: (V,)."""

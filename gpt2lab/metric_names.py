@@ -2,6 +2,8 @@
 
 import math
 
+from gpt2lab.settings import TEXT_METRICS
+
 VALIDATION_PREFIX = "val/"
 MEASURED_BY_VALIDATION = (VALIDATION_PREFIX, "distill/")  # prefixes of these metrics
 
@@ -13,6 +15,7 @@ VAL_BITS_PER_BYTE = "val/bits_per_byte"
 LEARNING_RATE = "lr"
 GRAD_NORM = "grad_norm"
 TOKENS = "tokens"
+SECONDS = "seconds"  # since the run was started, without interruptions
 TOKENS_PER_SECOND = "tokens_per_second"
 MFU = "mfu"
 MEMORY_GB = "memory_gb"
@@ -54,6 +57,10 @@ BETWEEN_TOKENIZERS = {
     ),
     DISTILL_MATCHED: ("matched targets", "share of the targets whose first byte also begins a teacher token"),
 }
+# Of distillation: whether lower values are better; entropies and the teacher's own metrics are not judged
+DISTILL_LOWER = (DISTILL_KL, DISTILL_REVERSE_KL, DISTILL_TVD, DISTILL_ECE, DISTILL_ULD)
+DISTILL_HIGHER: tuple[str, ...] = (DISTILL_TOP1_AGREEMENT, DISTILL_TOP5_AGREEMENT)
+DISTILL_HIGHER += (DISTILL_ACCEPTANCE, DISTILL_GAP_CLOSED, DISTILL_MATCHED)
 # All other validation metrics are scores of generated text, for which higher is better
 LOWER_IS_BETTER = (TRAIN_LOSS, TRAIN_OBJECTIVE, VAL_LOSS, VAL_PERPLEXITY, VAL_BITS_PER_BYTE)
 
@@ -61,6 +68,12 @@ LOWER_IS_BETTER = (TRAIN_LOSS, TRAIN_OBJECTIVE, VAL_LOSS, VAL_PERPLEXITY, VAL_BI
 def lower_is_better(watched: str) -> bool:
     """Whether lower values of the watched metric are better."""
     return watched in LOWER_IS_BETTER
+
+
+def summaries() -> dict[str, str]:
+    """Return the metrics whose best value a logger shows beside the last one: name → min or max."""
+    lower = dict.fromkeys((*LOWER_IS_BETTER, *DISTILL_LOWER), "min")
+    return lower | dict.fromkeys((*DISTILL_HIGHER, *(f"{VALIDATION_PREFIX}{name}" for name in TEXT_METRICS)), "max")
 
 
 def is_better(watched: str, value: float, known: float | None) -> bool:

@@ -80,6 +80,7 @@ class LanguageModel(BackboneModule):
         super().__init__(training)
         self.negatives: NegativeSampler | None = None  # with objective=sampled_softmax
         self.tokens_seen = 0
+        self.elapsed: Callable[[], float] = lambda: 0.0  # seconds of the run until now; the report measures them
         self.watched_metric = metric_names.VAL_LOSS
         self._step_sums = torch.zeros(2)  # objective and cross-entropy of this step's micro-batches, on this rank
         self._step_indices: list[Tensor] = []
@@ -308,9 +309,10 @@ class LanguageModel(BackboneModule):
         self.drop_measured(kind)
         self._measured[kind] = list(values)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        row = {**values, metric_names.TOKENS: float(self.tokens_seen), metric_names.SECONDS: round(self.elapsed(), 2)}
         for logger in self.trainer.loggers if to_loggers else []:
             try:
-                logger.log_metrics(values, step)
+                logger.log_metrics(row, step)
             except Exception as error:
                 is_added = type(logger).__module__.partition(".")[0] != "callbacks"
                 if not (is_added and self.is_updating):  # a step without its row in metrics.csv is made again

@@ -1,5 +1,6 @@
 """Logger protocols: optional methods of loggers, checked instead of their classes, whose libraries load slowly."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -28,3 +29,38 @@ class TakesModels(Protocol):
 
     def log_model(self, folder: Path) -> None:
         """Log the exported model in the folder."""
+
+
+@runtime_checkable
+class TakesPages(Protocol):
+    """Logger of HTML pages: W&B."""
+
+    def log_page(self, name: str, file: Path, step: int) -> None:
+        """Log a page of this step."""
+
+
+@dataclass(frozen=True)
+class RunLabels:
+    """Names by which a logger lists a run.
+
+    Attributes:
+        data: name and hash of the prepared data.
+        models: folders of the models that the run starts from: its teacher, and its initial weights.
+        is_requested: whether the user chose or configured the logger, so that its messages are of interest.
+    """
+
+    name: str
+    job_type: str = ""
+    group: str = ""
+    tags: tuple[str, ...] = ()
+    data: tuple[str, str] | None = None
+    models: tuple[str, ...] = ()
+    is_requested: bool = True
+
+
+@runtime_checkable
+class TakesLabels(Protocol):
+    """Logger that lists runs by labels: W&B."""
+
+    def set_labels(self, labels: RunLabels) -> None:
+        """Set the labels, before anything is logged."""

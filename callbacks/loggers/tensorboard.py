@@ -1,4 +1,4 @@
-"""TensorBoard: metrics, configuration and sample texts under `<run_dir>/tensorboard`.
+"""TensorBoard: metrics, configuration, sample texts and the view of the task under `<run_dir>/tensorboard`.
 
 After an error with its files a warning is logged once, and training continues without them.
 """
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
+from gpt2lab.reports.dashboard_views import STEP, VIEWS, View
 from gpt2lab.reports.samples_jsonl import Sample
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ class TensorBoard(TensorBoardLogger):
     def log_hyperparams(self, params: dict[str, Any], *_unused: Any) -> None:
         text = f"```json\n{json.dumps(params, indent=2, default=str)}\n```"
         self._guarded(lambda: self.experiment.add_text("config", text))
+        layout = next((_layout(view) for view in VIEWS if view.task and view.task == params.get("task")), None)
+        if layout is not None:
+            self._guarded(lambda: self.experiment.add_custom_scalars(layout))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -60,6 +64,14 @@ class TensorBoard(TensorBoardLogger):
         except OSError as error:
             self._failed = True
             log.warning("TensorBoard is off for the rest of this run: %s", error)
+
+
+def _layout(view: View) -> dict[str, dict[str, list[Any]]]:
+    """Return a view for TensorBoard's tab Custom Scalars, whose horizontal axis is the step."""
+    return {
+        section: {panel.question: ["Multiline", list(panel.metrics)] for panel in panels if panel.x == STEP}
+        for section, panels in view.sections.items()
+    }
 
 
 def _not_of_writers(failure: threading.ExceptHookArgs) -> None:

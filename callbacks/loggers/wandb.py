@@ -1,59 +1,113 @@
 """WeightsAndBiases: one W&B run per job, online if this machine is logged in, else offline, without prompts.
 
-After any W&B error a warning is logged once, and training continues without it.
+After any W&B error a warning is logged once, and training continues without it. No call takes longer than its limit
+(bounded_calls.py), so neither a server nor W&B's service delays a run or the end of its process.
 """
 
 import logging
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from wandb.sdk.lib.noop_run import init_noop_run
 
+import wandb
+from callbacks.loggers.bounded_calls import CALL_SECONDS, SERVICE_EXIT, BoundedCalls, end_service, first_line
+from callbacks.loggers.offline_runs import merge, wait_until_written
+from callbacks.loggers.protocols import RunLabels
+from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifact, use_inputs, with_samples
+from callbacks.loggers.wandb_mode import chosen_mode
 from gpt2lab.reports.samples_jsonl import Sample
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.damaged_files import set_aside
+from gpt2lab.storage.metrics_csv import STEP
+from gpt2lab.storage.report_json import FINISHED, read_report
 
 log = logging.getLogger(__name__)
 
 RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
-INIT_TIMEOUT = 30  # seconds to wait for the server
-# Values of WANDB_MODE, in upper or lower case; `run` and `dryrun` are W&B's former names
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
-MODES |= {"shared": "shared", "disabled": "disabled"}
-TRUE = ("y", "yes", "t", "true", "on", "1")  # of WANDB_DISABLED, as W&B reads its boolean variables
+INIT_SECONDS = 30  # to wait for the server
+FINISH_SECONDS = 30  # for the rest of the data at the end of an online run
+UPLOAD_SECONDS = 600  # the same with a model
+# Methods of a W&B run that pass data to its service, which callbacks of other projects call
+METHODS: tuple[str, ...] = ("define_metric", "watch", "unwatch", "alert", "write_logs", "mark_preempting")
+FILE_METHODS: tuple[str, ...] = ("log_artifact", "use_artifact", "link_artifact", "upsert_artifact", "finish_artifact")
+FILE_METHODS += ("log_model", "use_model", "save", "log_code", "finish")
 
 
-class WeightsAndBiases(Logger):
-    """Logger that writes to `<run_dir>/wandb`. The run id is stored there, so a resumed job continues the W&B run.
+class WeightsAndBiases(WandbLogger):
+    """Lightning's WandbLogger in `<run_dir>/wandb`, without failures or delays of training.
+
+    Metrics of one step form one row, which is logged when the next step begins. The run id is stored in the folder, so
+    a resumed job continues the W&B run.
 
     Args:
-        project: W&B project; a run has the name of its run directory.
-        group: name of the sweep, also a prefix of the run's name.
+        project: W&B project.
         mode: auto, or W&B's online, offline or disabled; WANDB_MODE and WANDB_DISABLED take precedence.
+        group: group of the run; empty: that of the labels.
+        job_type: kind of the run; empty: that of the labels.
+        tags: added to those of the labels.
+        log_model: none, or final: log the exported model as an artifact when the run is finished.
     """
 
-    def __init__(self, run_dir: str, project: str = "gpt2-lab", mode: str = "auto", group: str = "") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        run_dir: str,
+        project: str = "gpt2-lab",
+        mode: str = "auto",
+        group: str = "",
+        entity: str = "",
+        tags: Sequence[str] | None = None,
+        notes: str = "",
+        job_type: str = "",
+        log_model: str = "none",
+    ) -> None:
+        super().__init__(save_dir=run_dir, project=project)
+        self._experiment: Any = None
         self.run_dir = Path(run_dir)
-        self.project = project
-        self.group = group
         self.mode = mode
-        self.run: Any = None
-        self._failed = False
+        self.group, self.entity, self.notes, self.job_type = group, entity, notes, job_type
+        self.tags = tuple(tags or ())
+        self.logs_model = log_model != "none"
+        self.calls = BoundedCalls()
+        self.labels = RunLabels(self.run_dir.name)
+        self._row: dict[str, Any] = {}
+        self._step = 0
+        self._logged_step = -1  # last one that a resumed run logged before
+        self._samples: wandb.Table | None = None
+        self._params: dict[str, Any] = {}
+
+    def set_labels(self, labels: RunLabels) -> None:
+        self.labels = labels
+        self.calls.is_quiet = not labels.is_requested
 
     @property
     def name(self) -> str:
-        return f"{self.group}-{self.run_dir.name}" if self.group else self.run_dir.name
+        """Folder below the run directory where a ModelCheckpoint without `dirpath` writes `checkpoints/`."""
+        return "lightning"
 
     @property
     def version(self) -> str:
-        """The W&B run id."""
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, which is started at the first use; one that does nothing if W&B is disabled or has failed."""
+        if self._experiment is None:
+            self._experiment = self.calls.call(self._start, None, 2 * INIT_SECONDS + 10) or _no_run()
+        elif self.calls.failure and not self._experiment.disabled:
+            self._experiment = _no_run()
+        return self._experiment
+
+    def run_id(self) -> str:
+        """Return the stored id of the W&B run; a new one is stored first."""
         file = self.run_dir / "wandb" / "run-id"
         known = file.read_bytes().decode(errors="replace") if file.is_file() else ""
         if known and RUN_ID.fullmatch(known):
@@ -61,122 +115,170 @@ class WeightsAndBiases(Logger):
         if os.path.lexists(file):
             log.warning("%s is damaged, so a new W&B run is started; it was renamed to %s.", file, set_aside(file).name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, secrets.token_hex(4))
+        given = os.environ.get("WANDB_RUN_ID", "")  # by the agent of a W&B sweep
+        write_text(file, given if RUN_ID.fullmatch(given) else secrets.token_hex(4))
         return file.read_text()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any]) -> None:
-        self._guarded(lambda run: run.config.update(params, allow_val_change=True))
+        self._params.update(params)
+        run = self.experiment
+        self.calls.call(lambda: run.config.update(params, allow_val_change=True), None)
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        values = {name: value for name, value in metrics.items() if name != "epoch"}
-        self._guarded(lambda run: run.log({**values, "step": step}))
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self._begin_row(self._step if step is None else step)
+        self._row.update({name: value for name, value in metrics.items() if name != "epoch"})
 
     @rank_zero_only
     def log_samples(self, samples: list[Sample], step: int) -> None:
-        rows = [[sample.step, sample.method, sample.prompt, sample.completion] for sample in samples]
-        columns = ["step", "method", "prompt", "completion"]
-        self._guarded(lambda run: run.log({"samples": wandb.Table(columns=columns, data=rows), "step": step}))
+        self._begin_row(step)
+        self._samples = self.calls.call(lambda: with_samples(self._samples, samples), None)
+        self._row[SAMPLES] = self._samples
 
     @rank_zero_only
     def log_score(self, score: dict[str, float], step: int) -> None:
         """Add the score to the summary, by which W&B's tables sort runs."""
-        self._guarded(lambda run: run.summary.update(score))
+        run = self.experiment
+        self.calls.call(lambda: run.summary.update(score), None)
 
     @rank_zero_only
     def log_model(self, folder: Path) -> None:
-        """Log the folder as an artifact; immutable, so that its files are not copied first."""
+        if self.logs_model:
+            run = self.experiment
+            self.calls.call(lambda: log_artifact(run, folder), None, UPLOAD_SECONDS)
 
-        def attach(run: Any) -> None:
-            artifact = wandb.Artifact(f"model-{self.version}", type="model")
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):  # add_dir would print
-                artifact.add_file(str(file), name=str(file.relative_to(folder)), policy="immutable")
-            run.log_artifact(artifact)
+    @rank_zero_only
+    def log_page(self, name: str, file: Path, step: int) -> None:
+        """Log an HTML page, such as one with maps of attention and losses."""
+        self.log_metrics({name: self.calls.call(lambda: wandb.Html(str(file)), None)}, step)
 
-        self._guarded(attach)
+    @rank_zero_only
+    def save(self) -> None:
+        """Do nothing: rows are logged when they are complete."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self.run is not None:
-            self._guarded(lambda run: run.finish(exit_code=0 if status in ("success", "finished") else 1))
-            self.run, self._failed = None, True  # later calls must not start a second run
-
-    def _guarded(self, action: Callable[[Any], Any]) -> None:
-        """Call `action` with the W&B run, which is started at the first use."""
-        if self._failed:
+        self._log_row()
+        run = self._experiment
+        if run is None or run.disabled:
             return
-        try:
-            if self.run is None:
-                self.run = self._start()
-            if self.run is None:
-                self._failed = True
-            else:
-                action(self.run)
-        except Exception as error:  # no W&B error may end training
-            self._failed = True
-            log.warning("W&B is off for the rest of this run: %s", _first_line(error))
+        self._experiment = _no_run()  # later calls must not start a second run
+        code = 0 if status in ("success", "finished") else 1
+        folder = Path(run.dir).parent
+        if not self.calls.call(lambda: _finish(run, code), True, self._finish_seconds() + 10):
+            log.warning("W&B has not received the whole run in time; `wandb sync %s` uploads it.", folder)
+        elif run.offline:
+            self.calls.call(lambda: self.merge_offline_runs(self._params), False, UPLOAD_SECONDS)
+
+    def merge_offline_runs(self, params: dict[str, Any]) -> bool:
+        """Merge the offline runs of the run directory; return whether there was anything to merge.
+
+        Args:
+            params: the configuration of the run.
+        """
+        is_finished = read_report(self.run_dir).get("status") in FINISHED
+        model = self.run_dir / "hf" if self.logs_model and is_finished else None
+        return merge(self.run_dir, lambda folder: self._init("offline", folder), params, model, 0 if is_finished else 1)
+
+    def _begin_row(self, step: int) -> None:
+        if step != self._step:
+            self._log_row()
+            self._step = step
+
+    def _log_row(self) -> None:
+        row, self._row = self._row, {}
+        if row and self._step > self._logged_step:
+            self.experiment.log(row)
 
     def _start(self) -> Any:
         """Return a new W&B run; None if W&B is disabled."""
-        mode = self._chosen_mode()
+        logging.raiseExceptions = False  # no tracebacks of W&B's log file on a full disk
+        mode = chosen_mode(self.mode)
+        is_shown = self.labels.is_requested or mode == "online"
+        self.calls.is_quiet = not is_shown
         if mode == "disabled":
-            log.info("W&B: disabled")
+            log.log(logging.INFO if is_shown else logging.DEBUG, "W&B: disabled")
             return None
         try:
-            run = self._init(mode)
+            run = self._init(mode, self.run_dir)
         except Exception as error:
             if mode == "offline":
                 raise
-            wandb.teardown()  # its service still has the run id
-            log.warning("W&B is unreachable (%s); this run is logged offline.", _first_line(error))
+            end_service()  # which still has the run id
+            log.warning("W&B is unreachable (%s); this run is logged offline.", first_line(error))
             mode = "offline"
-            run = self._init(mode)
+            run = self._init(mode, self.run_dir)
         offline = f"offline in {self.run_dir / 'wandb'}; `wandb sync` uploads it"
-        log.info("W&B: %s", offline if mode == "offline" else run.url)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+        log.log(logging.INFO if is_shown else logging.DEBUG, "W&B: %s", offline if mode == "offline" else run.url)
+        if mode == "online":
+            use_inputs(run, self.labels)
+            # The server keeps the steps that a resumed run repeats
+            self._logged_step = int(run.summary.get(STEP, 0)) if run.resumed else 0
+        return self._prepared(run)
+
+    def _init(self, mode: Any, folder: Path) -> Any:
+        labels = self.labels
+        settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, console="off")
+        settings.finish_timeout = self._finish_seconds()
+        settings.finish_timeout_raises = True
+        is_new = not (self.run_dir / "wandb" / "run-id").exists() and "WANDB_RUN_ID" not in os.environ
+        run = wandb.init(
+            entity=self.entity or None,
+            project=os.environ.get("WANDB_PROJECT", self._project),
+            name=os.environ.get("WANDB_NAME", labels.name),
+            group=self.group or labels.group or None,
+            job_type=self.job_type or labels.job_type or None,
+            tags=list(dict.fromkeys([*labels.tags, *self.tags])) or None,
+            notes=self.notes or None,
+            id=self.run_id(),
+            dir=folder,
+            resume=None if is_new else "allow",  # which requests the state of the run from the server
+            mode=mode,
+            reinit="default" if wandb.run is None or wandb.run.disabled else "create_new",
+            settings=settings,
+        )
+        SERVICE_EXIT.register()
         return run
 
-    def _init(self, mode: Any) -> Any:
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", self.project),
-            name=self.name,
-            group=self.group or None,
-            id=self.version,
-            dir=self.run_dir,
-            resume="allow",
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT, console="off"),
-        )
+    def _finish_seconds(self) -> int:
+        return UPLOAD_SECONDS if self.logs_model else FINISH_SECONDS
 
-    def _chosen_mode(self) -> str:
-        """Return the mode that the environment sets, else `mode`, else the one of `wandb offline` or a login.
+    def _prepared(self, run: Any) -> Any:
+        """Define the metrics of a new run, and bound the methods that other callbacks call."""
+        define_metrics(run)
+        for name in METHODS + FILE_METHODS:
+            seconds = UPLOAD_SECONDS if name in FILE_METHODS else CALL_SECONDS
+            setattr(run, name, self._bounded(getattr(run, name), seconds))
+        log_row = run.log
 
-        Raises:
-            ValueError: WANDB_MODE has no valid value.
-        """
-        if os.environ.get("WANDB_DISABLED", "").strip().lower() in TRUE:
-            return "disabled"
-        given = os.environ.get("WANDB_MODE", "").strip()
-        if given and given.lower() not in MODES:
-            raise ValueError(f"WANDB_MODE={given} is none of {', '.join(MODES)}")
-        if os.environ.pop("WANDB_MODE", ""):  # W&B reads lower case only
-            os.environ["WANDB_MODE"] = MODES[given.lower()]
-        settings = wandb.setup(wandb.Settings(silent=True)).settings  # login prints otherwise
-        if given or self.mode != "auto":
-            return MODES[given.lower()] if given else self.mode
-        stored = MODES[settings.mode]
-        return self._available_mode() if stored == "online" else stored
+        def log_at_step(data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+            self.calls.call(lambda: log_row({STEP: self._step, **data}, step, commit), None)
 
-    @staticmethod
-    def _available_mode() -> str:
-        try:
-            return "online" if wandb.login(prompt=False, verify=False) else "offline"
-        except (wandb.Error, OSError, ValueError):
-            return "offline"
+        run.log = log_at_step
+        if wandb.run is run:
+            wandb.log = log_at_step
+        return run
+
+    def _bounded(self, method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        """Return the method as one that returns None when it fails or takes too long."""
+        return lambda *given, **named: self.calls.call(lambda: method(*given, **named), None, seconds)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _no_run() -> Any:
+    """Return a W&B run whose methods do nothing; it starts no service and reads no settings, which may be invalid."""
+    settings = wandb.Settings(mode="disabled", run_id="none", run_name="none", project="none", entity="none")
+    return init_noop_run(settings=settings, config={})
+
+
+def _finish(run: Any, exit_code: int) -> bool:
+    """Finish the run; return whether its server or, offline, its folder has all of it."""
+    folder = Path(run.dir).parent
+    try:
+        run.finish(exit_code=exit_code)
+        if run.offline:
+            wait_until_written(folder)
+    except TimeoutError:
+        end_service()
+        return False
+    return True

@@ -73,6 +73,12 @@ def per_text_scores(
     return values
 
 
+def text_score(name: str, prediction: str, reference: str) -> float | None:
+    """Score one text; None where the metric does not apply to it."""
+    values = per_text_scores([name], [prediction], [reference])
+    return values[name][0] if name in values else corpus_score(name, [prediction], [reference])
+
+
 def mean_or_nan(values: Sequence[float | None]) -> float:
     """Return the mean of the known values; NaN if there is none."""
     known = [value for value in values if value is not None]

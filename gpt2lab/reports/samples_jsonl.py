@@ -1,8 +1,11 @@
-"""samples.jsonl: text generated during training, one JSON object per line: step, prompt, completion, method."""
+"""samples.jsonl: text generated during training, one JSON object per line: step, prompt, completion, method.
+
+Samples of pairs also have their reference, and their score if there is a metric of generated text.
+"""
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from gpt2lab.data.special_tokens import MASK_PLACEHOLDER
@@ -19,6 +22,8 @@ class Sample:
     prompt: str
     completion: str
     method: str
+    reference: str | None = None
+    score: float | None = None
 
     @property
     def written(self) -> str:
@@ -78,13 +83,16 @@ def _scan(path: Path) -> tuple[list[Sample], list[tuple[int, str]]]:
 def _parse(line: str) -> Sample | None:
     try:
         content = json.loads(line)
-        sample = Sample(*(content[field.name] for field in fields(Sample)))
+        needed = {field.name: content[field.name] for field in fields(Sample) if field.default is MISSING}
+        sample = Sample(**needed, reference=content.get("reference"), score=content.get("score"))
         _line(sample).encode()
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    texts = (sample.prompt, sample.completion, sample.method)
-    return sample if type(sample.step) is int and all(isinstance(text, str) for text in texts) else None
+    texts = (sample.prompt, sample.completion, sample.method, sample.reference or "")
+    is_valid = type(sample.step) is int and isinstance(sample.score, int | float | None)
+    return sample if is_valid and all(isinstance(text, str) for text in texts) else None
 
 
 def _line(sample: Sample) -> str:
-    return json.dumps(asdict(sample), ensure_ascii=False) + "\n"
+    content = {name: value for name, value in asdict(sample).items() if value is not None}
+    return json.dumps(content, ensure_ascii=False) + "\n"

@@ -85,7 +85,7 @@ def run_stage(stage: Stage, folder: Path, console: Console) -> int:
     command = [*TRAIN, *stage.arguments, f"run_dir={folder / stage.name}"]
     console.rule(f"[bold]{stage.title}")
     console.print("python " + shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    environment = child_processes.environment()
+    environment = {"WANDB_RUN_GROUP": folder.name, **child_processes.environment()}
     process = subprocess.Popen([sys.executable, *command], cwd=HOME, env=environment, start_new_session=True)
     with child_processes.forward_signals(lambda number: child_processes.send(number, [process.pid])):
         return process.wait()

@@ -142,8 +142,13 @@ class LoggerKeys:
 class WandbKeys(LoggerKeys):
     """Keys of logger=wandb."""
 
-    group: str = key("group of the W&B run; by default the name of the sweep", "")
+    group: str = key("group of the W&B run; by default the name of the sweep or study", "")
     project: str = key("W&B project", "gpt2-lab")
+    entity: str = key("W&B user or team that owns the project; empty: that of the login", "")
+    tags: list[str] = key("tags of the W&B run, in addition to its task, model, data and loss", factory=list)
+    notes: str = key("notes on the W&B run", "", free_text=True)
+    job_type: str = key("kind of the W&B run; empty: its task", "")
+    log_model: str = key("model logged as an artifact when the run is finished: hf/", "none", choices=("none", "final"))
     mode: str = key(
         "W&B mode; auto: online if logged in, else offline; WANDB_MODE and WANDB_DISABLED take precedence",
         "auto",

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from callbacks.best import Best
 from callbacks.checkpoint import Checkpoint, StreamingCheckpointIO
 from callbacks.loggers.metrics_csv import MetricsCsv
+from callbacks.loggers.protocols import TakesLabels
 from callbacks.pruning import Pruning, TrialReports
 from callbacks.report import Report
 from callbacks.same_settings import SameSettings
@@ -29,12 +30,13 @@ from gpt2lab.settings import CrossEntropySettings, DataFacts, TrainingSettings
 from gpt2lab.storage.prepared_cache import cache_folder
 from gpt2lab.system.heartbeat import GRACE_SECONDS
 from launch.config.known_keys import typed_settings
-from launch.config.run_spec import PreparedSpec, RunSpec, as_dict, to_yaml
+from launch.config.run_spec import PreparedSpec, RunSpec, to_yaml
 from launch.config.schema import RunConfig, with_references
 from launch.config.targets import OWN_PACKAGES, call, check_arguments, instantiate, target_class
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
 from launch.run import memory_limit
+from launch.run.labels import run_labels, searchable_values
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
@@ -239,13 +241,19 @@ def _report_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
 
 
 def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:
-    """Return metrics.csv's logger, then the configured ones, with the whole specification as hyper-parameters."""
+    """Return the loggers, with the whole specification as hyper-parameters.
+
+    W&B is the first, for `trainer.logger.experiment` of callbacks of other projects; then that of metrics.csv.
+    """
     config = _in_folder(spec, folder)
     nodes = {where: node for where, node in config.logger_nodes.items() if node["_target_"] != METRICS_CSV}
     chosen = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
-    chosen.insert(0, MetricsCsv(str(folder)))
+    labelled = [logger for logger in chosen if isinstance(logger, TakesLabels)]
+    for logger in labelled:
+        logger.set_labels(run_labels(spec, folder))
+    chosen = [*labelled, MetricsCsv(str(folder)), *(logger for logger in chosen if logger not in labelled)]
     for logger in chosen:
-        logger.log_hyperparams(as_dict(spec))
+        logger.log_hyperparams(searchable_values(spec))
     return chosen
 
 

@@ -2,7 +2,6 @@
 
 import html
 import inspect
-import json
 import logging
 import math
 import os
@@ -24,9 +23,11 @@ from callbacks.health import Health, SpikeDetector
 from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
 from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.loggers.wandb import WeightsAndBiases
+from callbacks.loggers.wandb_mode import chosen_mode
 from callbacks.samples import Samples
 from gpt2lab.errors import InputError
 from gpt2lab.model.backbone import to_hf
+from gpt2lab.reports.dashboard_views import PRETRAIN
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
 from gpt2lab.reports.samples_jsonl import read_samples
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
@@ -35,6 +36,7 @@ from gpt2lab.storage.report_json import read_report
 from gpt2lab.system import device
 from lightning_modules.pretrain import Pretrain
 from tests.support import tiny_run
+from tests.support.offline_wandb import assert_one_complete_run, summary_in
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +322,7 @@ def test_an_error_in_training_is_reported(cache, tmp_path):
 
 
 def metrics_without_clock(run_dir: Path) -> list[dict[str, str]]:
-    timed = {"tokens_per_second", "mfu", "memory_gb"}
+    timed = {"tokens_per_second", "mfu", "memory_gb", "seconds"}
     return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(run_dir)]
 
 
@@ -352,34 +354,27 @@ def test_run_killed_after_its_last_save_gets_report_and_export(plain, cache, tmp
 # Loggers
 
 
-def test_wandb_offline_has_metrics_samples_model_and_one_run_id(cache, tmp_path, monkeypatch, caplog):
+def test_wandb_offline_has_metrics_and_samples_of_a_resumed_run(cache, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     samples = Samples(every=4, prompts=["def f("], max_new_tokens=4)
     ids = []
     for steps in (4, 8):
-        logger = WeightsAndBiases(str(tmp_path))
+        logger = WeightsAndBiases(str(tmp_path), log_model="final")
         logger.log_hyperparams({"seed": 1, "model": {"n_layer": 2}})
         tiny_run.train(tmp_path, cache, steps=steps, extra=[samples], loggers=[logger])
-        ids.append(logger.version)
-        assert logger.run is None  # closed: the next job in this process starts its own
+        ids.append(logger.run_id())
+        assert logger.experiment.disabled  # closed: the next job in this process starts its own
     assert "W&B is off" not in caplog.text
     assert ids[0] == ids[1]
-    folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2
-    assert all(list(folder.glob("*.wandb")) for folder in folders)
-    tables = [json.loads(path.read_text()) for path in (tmp_path / "wandb").rglob("*.table.json")]
-    assert tables
-    assert all(table["columns"] == ["step", "method", "prompt", "completion"] for table in tables)
+    assert_one_complete_run(tmp_path)
 
 
 def test_wandb_has_the_final_score_in_the_summary(cache, tmp_path, monkeypatch):
-    run = SimpleNamespace(summary={}, log=lambda values: None, finish=lambda exit_code: None)
-    logger = WeightsAndBiases(str(tmp_path))
-    monkeypatch.setattr(logger, "_start", lambda: run)
-    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[logger])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[WeightsAndBiases(str(tmp_path))])
     names = ("full_val_loss", "full_val_tokens")  # too few documents for an error
-    assert run.summary == {name: read_report(tmp_path)[name] for name in names}
+    assert summary_in(tmp_path).items() >= {name: read_report(tmp_path)[name] for name in names}.items()
 
 
 @pytest.mark.parametrize(
@@ -396,12 +391,12 @@ def test_wandb_has_the_final_score_in_the_summary(cache, tmp_path, monkeypatch):
     ],
     ids=lambda value: " ".join(f"{key}={given}" for key, given in value.items()) if isinstance(value, dict) else value,
 )
-def test_wandb_mode_is_read_in_every_spelling(variables, mode, tmp_path, monkeypatch):
+def test_wandb_mode_is_read_in_every_spelling(variables, mode, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     for name, given in variables.items():
         monkeypatch.setenv(name, given)
-    assert WeightsAndBiases(str(tmp_path), mode="offline")._chosen_mode() == mode
+    assert chosen_mode("offline") == mode
 
 
 @pytest.mark.parametrize("variable", ["WANDB_MODE=Disabled", "WANDB_DISABLED=1", "WANDB_MODE=DryRun"])
@@ -429,9 +424,11 @@ def test_wandb_failure_at_start_is_a_warning(cache, tmp_path, monkeypatch, caplo
 
 def test_tensorboard_is_written_in_addition_to_metrics_csv(cache, tmp_path):
     logger = TensorBoard(str(tmp_path))
-    logger.log_hyperparams({"seed": 1})
+    logger.log_hyperparams({"seed": 1, "task": "pretrain"})
     tiny_run.train(tmp_path, cache, steps=4, extra=[FinalScore()], loggers=[logger])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (score,) = events.Scalars("full_val_loss")
     assert (score.step, score.value) == (4, pytest.approx(read_report(tmp_path)["full_val_loss"]))
+    (file,) = (tmp_path / "tensorboard").glob("events.*")
+    assert all(panel.question.encode() in file.read_bytes() for panel in PRETRAIN.panels if panel.x == "step")
     assert read_metrics(tmp_path)

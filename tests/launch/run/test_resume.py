@@ -20,7 +20,7 @@ from gpt2lab.storage.metrics_csv import read_metrics
 from gpt2lab.storage.report_json import read_report
 from tests.conftest import ROOT, started
 
-TIMED = {"tokens_per_second", "mfu", "memory_gb"}
+TIMED = {"tokens_per_second", "mfu", "memory_gb", "seconds"}
 
 
 @pytest.fixture(scope="module")

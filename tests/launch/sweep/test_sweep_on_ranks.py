@@ -104,7 +104,7 @@ def check_one_run_each(swept: Path, ranks: list[int]) -> None:
         hashes.add(own)
         found += runs_in(folder)
     assert len(hashes) == len(ranks)
-    assert [run.display_name for run in found] == [f"{swept.name}-{job}" for job in range(len(ranks))]
+    assert [run.display_name.rpartition("-")[2] for run in found] == [f"job{job}" for job in range(len(ranks))]
     assert {run.run_group for run in found} == {swept.name}
     assert len({run.run_id for run in found}) == len(ranks)
 

@@ -1,0 +1,160 @@
+"""Offline W&B runs of one run directory: one folder for each start of the run, merged into one for `wandb sync`.
+
+metrics.csv and samples.jsonl hold what a run logged, each step once however often it was killed and resumed. The merged
+folder is written aside from them; the values that callbacks of other projects logged are taken from the old folders. It
+replaces these once it is complete, so no interruption loses anything, and a second merge finds nothing to do.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifact, with_samples
+from callbacks.loggers.wandb_file import read_records, read_rows
+from gpt2lab.reports.samples_jsonl import Sample, read_samples
+from gpt2lab.storage.metrics_csv import STEP, read_metrics
+from gpt2lab.storage.report_json import read_report
+
+ASIDE = "merging.tmp"
+SCORE = ("full_val_loss", "full_val_loss_error", "full_val_tokens")  # of report.json, in the summary of a run
+WRITE_SECONDS, POLL_SECONDS = 20, 0.05
+
+
+def merge(
+    run_dir: Path, start: Callable[[Path], Any], params: dict[str, Any], model: Path | None, exit_code: int
+) -> bool:
+    """Merge the offline runs into one, unless it is one and complete; return whether there was anything to merge.
+
+    Without a metrics.csv they are left as they are.
+
+    Args:
+        start: starts an offline W&B run in a folder.
+        params: the configuration of the run.
+        model: folder of the model that is logged as an artifact.
+    """
+    if not offline_folders(run_dir) or not read_metrics(run_dir) or is_complete(run_dir):
+        return False
+    run = start(aside_folder(run_dir))
+    files = Path(run.dir)
+    try:
+        define_metrics(run)
+        run.config.update(params)
+        table = None
+        for step, values, samples in merged_rows(run_dir):
+            table = with_samples(table, samples)
+            run.log({STEP: step, **values, **({SAMPLES: table} if samples else {})})
+        report = read_report(run_dir)
+        run.summary.update({name: report[name] for name in SCORE if report.get(name) is not None})
+        for copy in copy_media(run_dir, files):
+            run.save(copy, base_path=files, policy="now")
+        if model is not None:
+            log_artifact(run, model)
+    finally:
+        run.finish(exit_code=exit_code)
+    wait_until_written(files.parent)
+    replace_folders(run_dir, files.parent)
+    return True
+
+
+def offline_folders(run_dir: Path) -> list[Path]:
+    """Return the folders of offline runs, the oldest first."""
+    return sorted(folder for folder in (run_dir / "wandb").glob("offline-run-*") if folder.is_dir())
+
+
+def is_complete(run_dir: Path) -> bool:
+    """Whether one folder has the rows of metrics.csv and the samples, each step once and in order."""
+    folders = offline_folders(run_dir)
+    files = [file for folder in folders for file in folder.glob("*.wandb")]
+    if len(folders) != 1 or len(files) != 1:
+        return False
+    rows = read_rows(files[0])
+    steps = [row.get(STEP) for row in rows]
+    sampled = {sample.step for sample in read_samples(run_dir)}
+    if any(steps.count(step) != 1 for step in sampled):
+        return False
+    logged = [row for row in rows if any(name in row for name in _columns(run_dir))]
+    wanted = read_metrics(run_dir)
+    return [row.get(STEP) for row in logged] == [int(row[STEP]) for row in wanted] and all(
+        name in row for row, values in zip(logged, wanted, strict=True) for name, value in values.items() if value
+    )
+
+
+def merged_rows(run_dir: Path) -> Iterator[tuple[int, dict[str, Any], list[Sample]]]:
+    """Yield (step, values, samples) of every step in order."""
+    rows: dict[int, dict[str, Any]] = {}
+    samples: dict[int, list[Sample]] = {}
+    for texts in read_metrics(run_dir):
+        rows[int(texts[STEP])] = {name: float(text) for name, text in texts.items() if text and name != STEP}
+    for sample in read_samples(run_dir):
+        samples.setdefault(sample.step, []).append(sample)
+    last = max([*rows, *samples], default=0)
+    known = {STEP, SAMPLES, *_columns(run_dir)}
+    others: dict[int, dict[str, Any]] = {}
+    for file in (file for folder in offline_folders(run_dir) for file in folder.glob("*.wandb")):
+        for row in read_rows(file):
+            added = {name: value for name, value in row.items() if name not in known}
+            if added and isinstance(row.get(STEP), int) and row[STEP] <= last:
+                others.setdefault(row[STEP], {}).update(added)
+    for step in sorted({*rows, *samples, *others}):
+        yield step, {**others.get(step, {}), **rows.get(step, {})}, samples.get(step, [])
+
+
+def _columns(run_dir: Path) -> set[str]:
+    return {name for row in read_metrics(run_dir)[:1] for name in row} - {STEP}
+
+
+def copy_media(run_dir: Path, files: Path) -> list[Path]:
+    """Copy images and tables of the old folders, which their rows name, except samples; return the copies."""
+    copies = []
+    for folder in offline_folders(run_dir):
+        for file in (path for path in (folder / "files" / "media").rglob("*") if path.is_file()):
+            copy = files / file.relative_to(folder / "files")
+            if not file.name.startswith(f"{SAMPLES}_") and not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+                copies.append(copy)
+    return copies
+
+
+def wait_until_written(folder: Path) -> None:
+    """Wait until W&B's service has written the last record of a finished run, after `finish` has returned.
+
+    Raises:
+        TimeoutError: it has not within `WRITE_SECONDS`.
+    """
+    for _ in range(int(WRITE_SECONDS / POLL_SECONDS)):
+        if any(record.HasField("exit") for file in folder.glob("*.wandb") for record in read_records(file, 2)):
+            return
+        time.sleep(POLL_SECONDS)
+    raise TimeoutError(f"{folder} was not written completely within {WRITE_SECONDS} seconds")
+
+
+def aside_folder(run_dir: Path) -> Path:
+    """Return an empty folder for the merged run; one of a merge that was interrupted is removed."""
+    aside = run_dir / "wandb" / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def replace_folders(run_dir: Path, merged: Path) -> None:
+    """Move the merged folder to those it replaces, then delete them."""
+    old = offline_folders(run_dir)
+    target = run_dir / "wandb" / merged.name
+    while target.exists():  # of the same second
+        target = target.with_name(f"{target.name}-merged")
+    merged.rename(target)
+    for folder in old:
+        _delete(folder)
+    for link in (path for path in (run_dir / "wandb").iterdir() if path.is_symlink() and not path.exists()):
+        link.unlink()
+    latest = run_dir / "wandb" / "latest-run"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(target.name)
+    shutil.rmtree(run_dir / "wandb" / ASIDE, ignore_errors=True)
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder)

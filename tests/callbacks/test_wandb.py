@@ -1,0 +1,289 @@
+"""W&B never ends or delays a run, and the offline runs of one run directory become one with all that was logged."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wandb
+from callbacks.loggers.bounded_calls import BoundedCalls
+from callbacks.loggers.metrics_csv import MetricsCsv
+from callbacks.loggers.offline_runs import is_complete, offline_folders, wait_until_written
+from callbacks.loggers.wandb import WeightsAndBiases
+from callbacks.loggers.wandb_file import read_rows
+from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
+from gpt2lab.storage.metrics_csv import drop_metrics_after, read_metrics
+from tests.conftest import ROOT, started
+from tests.support.offline_wandb import assert_one_complete_run, files_in, runs_in
+from tests.support.wandb_server import Server
+
+
+@pytest.fixture(autouse=True)
+def warnings_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher, which other tests run in this process, does not propagate log lines to the root logger."""
+    monkeypatch.setattr(logging.getLogger("callbacks"), "propagate", True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def fail() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def end() -> None:
+    raise SystemExit(1)
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        (fail, "[Errno 28] No space left on device"),
+        (end, "1"),
+        (threading.Event().wait, "no response within 0.1 seconds"),
+    ],
+)
+def test_a_wandb_call_ends_in_time_with_one_warning(
+    action: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("callbacks.loggers.bounded_calls.KILLED_SECONDS", 0.1)
+    monkeypatch.setattr("callbacks.loggers.bounded_calls.end_service", lambda: None)  # that of other tests
+    calls = BoundedCalls()
+    assert calls.call(action, "otherwise", seconds=0.1) == "otherwise"
+    assert calls.call(lambda: "not called", "otherwise") == "otherwise"
+    assert [record.getMessage() for record in caplog.records] == [f"W&B is off for the rest of this run: {reason}"]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def use_as_other_callbacks_do(logger: WeightsAndBiases) -> None:
+    model = torch.nn.Linear(2, 2)
+    logger.watch(model, log="all", log_freq=1)
+    model(torch.ones(1, 2)).sum().backward()
+    logger.log_hyperparams({"seed": 1})
+    logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=1)
+    logger.experiment.log({"mine": 1.0})
+    wandb.log({"mine too": 1.0})
+    logger.log_table("table", columns=["a"], data=[["b"]], step=2)
+    logger.log_image("image", [np.zeros((4, 4, 3), np.uint8)], step=2)
+    logger.experiment.config.update({"added": 1})
+    logger.experiment.summary["best"] = 3
+    logger.experiment.log_artifact(wandb.Artifact("a", type="b"))
+    logger.experiment.define_metric("mine")
+    logger.finalize("success")
+    logger.experiment.log({"late": 1})
+
+
+def file_instead_of_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_dir / "wandb").write_text("")
+
+
+def invalid_settings(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_unused: Any) -> None:
+        raise ValueError("WANDB_BASE_URL is no URL")
+
+    monkeypatch.setattr(wandb, "init", init)
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "warning"),
+    [
+        ("offline", None, ""),
+        ("disabled", None, ""),
+        ("nonsense", None, "WANDB_MODE=nonsense is none of online, run, offline, dryrun, shared, disabled"),
+        ("offline", file_instead_of_folder, "File exists"),
+        ("offline", invalid_settings, "WANDB_BASE_URL is no URL"),
+    ],
+)
+def test_calls_of_other_callbacks_work_whatever_wandb_does(
+    mode: str,
+    before: Callable[[Path, pytest.MonkeyPatch], None] | None,
+    warning: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    if before:
+        before(tmp_path, monkeypatch)
+    use_as_other_callbacks_do(WeightsAndBiases(str(tmp_path)))
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("callbacks")]
+    assert [text for text in warnings if "W&B is off" in text] == [
+        text for text in warnings if warning and warning in text
+    ]
+    assert bool(warning) == any("W&B is off" in text for text in warnings)
+    files = files_in(tmp_path)
+    assert len(files) == (1 if mode == "offline" and not before else 0)
+    for file in files:
+        logged = {name: row["step"] for row in read_rows(file) for name in row}
+        assert {"train/loss": 1, "mine": 1, "mine too": 1, "table": 2, "image": 2}.items() <= logged.items()
+
+
+def log_session(run_dir: Path, first: int, last: int, is_killed: bool = True, without_wandb: int = 0) -> None:
+    """Log steps `first` to `last` like a run that was resumed from the step before; what W&B has of a killed run ends
+    with a whole row.
+
+    Args:
+        without_wandb: last steps that W&B misses.
+    """
+    drop_metrics_after(run_dir, first - 1)
+    drop_samples_after(run_dir, first - 1)
+    logger, rows = WeightsAndBiases(str(run_dir)), MetricsCsv(str(run_dir))
+    logger.log_hyperparams({"seed": 1, "model": {"n_layer": 2}})
+    for step in range(first, last + 1):
+        loggers = [rows, *([logger] if step <= last - without_wandb else [])]
+        for one in loggers:
+            one.log_metrics({"train/loss": 5 / step, "tokens": 10.0 * step}, step)
+        if step % 2 == 0:
+            samples = [Sample(step, "def f(", f"x{step}", "greedy"), Sample(step, "def f(", "y", "top_k")]
+            append_samples(run_dir, samples)
+            for one in loggers:
+                one.log_metrics({"val/loss": 6 / step}, step)
+            if logger in loggers:
+                logger.log_samples(samples, step)
+        logger.experiment.log({"mine": step})
+    if is_killed:
+        logger._log_row()
+        folder = Path(logger.experiment.dir).parent
+        logger._experiment.finish()
+        wait_until_written(folder)
+    else:
+        logger.finalize("success")
+
+
+SESSIONS: dict[str, list[dict[str, Any]]] = {
+    "once": [{"first": 1, "last": 5}],
+    "killed twice": [{"first": 1, "last": 5}, {"first": 4, "last": 8}, {"first": 7, "last": 9}],
+    "killed before the first row": [{"first": 1, "last": 0}, {"first": 1, "last": 0}, {"first": 1, "last": 4}],
+    "rows missing": [{"first": 1, "last": 6, "without_wandb": 3}],
+}
+
+
+@pytest.mark.parametrize("sessions", SESSIONS.values(), ids=SESSIONS)
+def test_offline_runs_become_one_with_the_rows_of_metrics_csv(sessions: list[dict[str, Any]], tmp_path: Path):
+    for session in sessions[:-1]:
+        log_session(tmp_path, **session)
+    assert len(files_in(tmp_path)) == len(sessions) - 1
+    log_session(tmp_path, **sessions[-1], is_killed=False)
+    (file,) = files_in(tmp_path)
+    last = sessions[-1]["last"]
+    mine = [row["mine"] for row in read_rows(file) if "mine" in row]
+    if len(sessions) > 1 or "without_wandb" in sessions[0]:
+        assert_one_complete_run(tmp_path)
+    if "without_wandb" not in sessions[0]:
+        assert mine == list(range(1, last + 1)), "what other callbacks logged"
+    before = file.stat().st_mtime_ns
+    logger = WeightsAndBiases(str(tmp_path))
+    assert not logger.merge_offline_runs({})
+    assert files_in(tmp_path) == [file]
+    assert file.stat().st_mtime_ns == before
+    assert {run.run_id for run in runs_in(tmp_path)} == {logger.run_id()}
+
+
+def test_offline_runs_without_metrics_csv_are_left_as_they_are(tmp_path: Path):
+    log_session(tmp_path, 1, 3)
+    log_session(tmp_path, 2, 4)
+    (tmp_path / "metrics.csv").unlink()
+    before = files_in(tmp_path)
+    assert not WeightsAndBiases(str(tmp_path)).merge_offline_runs({})
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "interrupted",
+    ["callbacks.loggers.offline_runs.copy_media", "pathlib.Path.rename", "callbacks.loggers.offline_runs._delete"],
+)
+def test_an_interrupted_merge_loses_nothing_and_is_repeated(
+    interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log_session(tmp_path, 1, 4)
+    log_session(tmp_path, 3, 6)
+    before = {file: file.read_bytes() for file in files_in(tmp_path)}
+    logger = WeightsAndBiases(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupted, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logger.merge_offline_runs({})
+    assert {file: file.read_bytes() for file in before} == before
+    assert not is_complete(tmp_path)
+    assert logger.merge_offline_runs({})
+    assert len(offline_folders(tmp_path)) == 1
+    assert_one_complete_run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("behaviour", "words", "message"),
+    [
+        ("answers", [], "W&B: http://127.0.0.1"),
+        ("silent", [], "this run is logged offline."),
+        ("stops", [], "W&B has not received the whole run in time; `wandb sync"),
+        ("answers", ["stop"], "W&B is off for the rest of this run: no response within"),
+        ("", ["stop"], "W&B is off for the rest of this run: no response within"),
+    ],
+)
+def test_no_server_and_no_service_keeps_a_process_running(
+    behaviour: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    if behaviour:
+        monkeypatch.delenv("WANDB_MODE")
+        monkeypatch.setenv("WANDB_BASE_URL", Server(behaviour).url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "5", *words]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    assert "finished" in ended.stdout
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_an_online_run_omits_the_steps_that_the_server_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", Server("resumes").url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-id").write_text("abc")
+    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "30"]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    (file,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert [row["step"] for row in read_rows(file)][:2] == [4, 5]
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_and_resumed_is_one_offline_run(cache: Path, tiny: list[str], tmp_path: Path):
+    keys = [key for key in tiny if not key.startswith("logger")]
+    keys += ["logger=wandb", "log_every=1", "validate_every=5", "checkpoint_every=5", "callbacks=default", "steps=400"]
+    keys += ["callbacks.samples.max_new_tokens=2", "sample_every=10", "compile=false", "threads=1", "run_dir=run"]
+    for command in (keys, ["resume=run"]):
+        process = started(cache, tmp_path, *command)
+        before = len(read_metrics(tmp_path / "run"))
+        while len(read_metrics(tmp_path / "run")) < before + 12:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+    step = int(read_metrics(tmp_path / "run")[-1]["step"])
+    ended = started(cache, tmp_path, "resume=run", f"steps={step + 7}")
+    _, errors = ended.communicate()
+    assert ended.returncode == 0, errors
+    assert_one_complete_run(tmp_path / "run")
+    server = Server("answers")
+    login = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    command = [sys.executable, "-m", "wandb", "sync", str(files_in(tmp_path / "run")[0].parent)]
+    synced = subprocess.run(command, env={**os.environ, **login}, capture_output=True, text=True, timeout=180)
+    assert "Finished syncing" in synced.stderr, synced.stderr
+    assert "file_stream" in server.queries
+
+
+def interrupt(*_unused: Any) -> Any:
+    raise KeyboardInterrupt

@@ -1,0 +1,58 @@
+"""Dashboards: each panel answers a question with metrics that are logged, in W&B and in TensorBoard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2lab.errors import InputError
+from gpt2lab.reports.dashboard_views import MOST_PANELS, VIEWS, View, metrics_logged
+from launch.commands import dashboards
+
+pytest.importorskip("wandb_workspaces")
+
+
+def names_in(value: Any, keys: tuple[str, ...]) -> set[str]:
+    """Return the texts below these keys anywhere in serialized panels."""
+    if isinstance(value, dict):
+        own = [given for key, given in value.items() if key in keys]
+        texts = {text for given in own for text in (given if isinstance(given, list) else [given])}
+        inner = [names_in(item, keys) for item in value.values()]
+        return {text for text in texts if isinstance(text, str)}.union(*inner)
+    return set().union(*(names_in(item, keys) for item in value)) if isinstance(value, list) else set()
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.name)
+def test_every_panel_is_a_question_about_logged_metrics(view: View):
+    assert 0 < len(view.panels) <= MOST_PANELS
+    for panel in view.panels:
+        assert panel.question.endswith("?")
+        assert {panel.x, *panel.metrics} <= metrics_logged(), panel.question
+    assert len({panel.question for panel in view.panels}) == len(view.panels)
+
+
+def test_serialized_views_have_all_panels_and_their_runs(tmp_path: Path):
+    dashboards._program(["entity=team", "project=lab", f"json={tmp_path / 'views.json'}"])
+    saved = json.loads((tmp_path / "views.json").read_text())
+    assert [content["displayName"] for content in saved] == [view.name for view in VIEWS]
+    for content, view in zip(saved, VIEWS, strict=True):
+        text = json.dumps(content)
+        assert all(panel.question in text for panel in view.panels)
+        assert all(section in text for section in view.sections)
+        assert not view.task or view.task in text
+        lines = names_in(content, ("metrics", "xAxis"))
+        assert {name for panel in view.panels if panel.kind == "line" for name in panel.metrics} <= lines
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "entity and project are needed"),
+        (["entity=team"], "entity and project are needed"),
+        (["entity=team", "projekt=lab"], "There is no key projekt"),
+    ],
+)
+def test_dashboards_of_no_project_are_refused(words: list[str], message: str):
+    with pytest.raises(InputError, match=message):
+        dashboards._program(words)
