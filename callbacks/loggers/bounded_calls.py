@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import TypeVar
 
 import psutil
-
 import wandb
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.sdk.lib.noop_run import init_noop_run
 
-import wandb
 from callbacks.loggers.bounded_calls import CALL_SECONDS, SERVICE_EXIT, BoundedCalls, end_service, first_line
 from callbacks.loggers.offline_runs import merge, wait_until_written
 from callbacks.loggers.protocols import RunLabels

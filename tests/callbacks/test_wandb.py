@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 import wandb
+
 from callbacks.loggers.bounded_calls import BoundedCalls
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.loggers.offline_runs import is_complete, offline_folders, wait_until_written
