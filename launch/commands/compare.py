@@ -28,6 +28,7 @@ from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.config.run_dir import CONFIG
 from launch.exit_codes import run_and_exit
 
+WORK = ("task", "data", "steps", "batch_tokens", "model")  # runs that differ in these did not do the same work
 COMPARED = (*FINISHED, "stopped")  # statuses whose value is compared
 # Keys that name, place or watch a run without changing what it trains
 NOT_COMPARED: tuple[str, ...] = (
@@ -160,7 +161,14 @@ def main() -> None:
     for group in results.groups:
         apart = f"{group.metric} {group.condition}: " if len(results.groups) > 1 else ""
         print(f"{apart}{summarize(group)}\n  {group.best_command}")
+    print(f"The runs differ in {', '.join(_differences(results)) or 'nothing that is compared'}.")
     print(arguments.out)
+
+
+def _differences(results: SweepResults) -> list[str]:
+    """Return the keys in which the runs differ, which explain the verdict: first those of the amount of work."""
+    keys = dict.fromkeys(name for run in results.runs for name in run.overrides)
+    return sorted(keys, key=lambda name: name not in WORK)
 
 
 if __name__ == "__main__":

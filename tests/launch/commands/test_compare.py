@@ -40,6 +40,7 @@ def test_comparison_pairs_documents_and_names_differences(
     main()
     printed, page = capsys.readouterr().out, out.read_text()
     assert printed.startswith("Best seen: optimizer=adamw teacher=runs/teacher (val/loss 3.5500)")
+    assert "The runs differ in " in printed
     assert "python train.py 'name=<b>distilled'" in printed or "python train.py name=<b>distilled" in printed
     assert "0.2500 (0.2500 … 0.2500)" in page, "the difference, paired by document"
     assert "&lt;b&gt;distilled" in page
