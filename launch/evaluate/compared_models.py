@@ -131,14 +131,8 @@ def load(model: NamedModel) -> "Backbone":
     """Load the weights of a model.
 
     Raises:
-        InputError: not all weights are finite.
+        InputError: as `load_backbone`.
     """
     from gpt2lab.model.backbone import load_backbone
 
-    backbone = load_backbone(str(model.folder))
-    if not all(parameter.isfinite().all() for parameter in backbone.parameters()):
-        raise InputError(
-            f"{model.key}={model.source}: not all of its weights are finite.\n"
-            "Its training has diverged; give an earlier checkpoint, or another model."
-        )
-    return backbone
+    return load_backbone(str(model.folder))

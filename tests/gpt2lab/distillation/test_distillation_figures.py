@@ -109,7 +109,7 @@ def test_validations_log_the_figures_and_the_report_has_them(in_project: Path) -
     page = Path("runs/distill/student/report.html").read_text()
     assert "The student against its teacher" in page
     for label, says in metric_names.DISTILLATION.values():
-        assert f"<td>{label}</td>" in page
+        assert f'<td class="name">{label}</td>' in page
         assert says.replace("'", "&#x27;") in page
     assert "The student against" not in Path("runs/pretrain/teacher/report.html").read_text()
 
