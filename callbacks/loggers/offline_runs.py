@@ -7,6 +7,7 @@ replaces these once it is complete, so no interruption loses anything, and a sec
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,12 @@ def is_complete(run_dir: Path) -> bool:
     files = [file for folder in folders for file in folder.glob("*.wandb")]
     if len(folders) != 1 or len(files) != 1:
         return False
-    rows = read_rows(files[0])
-    steps = [row.get(STEP) for row in rows]
-    sampled = {sample.step for sample in read_samples(run_dir)}
-    if any(steps.count(step) != 1 for step in sampled):
+    rows, wanted = read_rows(files[0]), read_metrics(run_dir)
+    count = Counter(row.get(STEP) for row in rows)
+    if any(count[sample.step] != 1 for sample in read_samples(run_dir)):
         return False
-    logged = [row for row in rows if any(name in row for name in _columns(run_dir))]
-    wanted = read_metrics(run_dir)
+    columns = _columns(wanted)
+    logged = [row for row in rows if columns & row.keys()]
     return [row.get(STEP) for row in logged] == [int(row[STEP]) for row in wanted] and all(
         name in row for row, values in zip(logged, wanted, strict=True) for name, value in values.items() if value
     )
@@ -85,12 +85,13 @@ def merged_rows(run_dir: Path) -> Iterator[tuple[int, dict[str, Any], list[Sampl
     """Yield (step, values, samples) of every step in order."""
     rows: dict[int, dict[str, Any]] = {}
     samples: dict[int, list[Sample]] = {}
-    for texts in read_metrics(run_dir):
+    metrics = read_metrics(run_dir)
+    for texts in metrics:
         rows[int(texts[STEP])] = {name: float(text) for name, text in texts.items() if text and name != STEP}
     for sample in read_samples(run_dir):
         samples.setdefault(sample.step, []).append(sample)
     last = max([*rows, *samples], default=0)
-    known = {STEP, SAMPLES, *_columns(run_dir)}
+    known = {STEP, SAMPLES, *_columns(metrics)}
     others: dict[int, dict[str, Any]] = {}
     for file in (file for folder in offline_folders(run_dir) for file in folder.glob("*.wandb")):
         for row in read_rows(file):
@@ -101,8 +102,8 @@ def merged_rows(run_dir: Path) -> Iterator[tuple[int, dict[str, Any], list[Sampl
         yield step, {**others.get(step, {}), **rows.get(step, {})}, samples.get(step, [])
 
 
-def _columns(run_dir: Path) -> set[str]:
-    return {name for row in read_metrics(run_dir)[:1] for name in row} - {STEP}
+def _columns(metrics: list[dict[str, str]]) -> set[str]:
+    return {name for row in metrics[:1] for name in row} - {STEP}
 
 
 def copy_media(run_dir: Path, files: Path) -> list[Path]:
