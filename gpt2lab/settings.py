@@ -1,8 +1,10 @@
 """Settings: frozen, typed values that travel from the configuration into the code. Imports nothing heavy."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gpt2lab.errors import InputError
 from gpt2lab.keys import key
 from gpt2lab.registry import Registry
 
@@ -22,6 +24,7 @@ PAIR_SIDES = ("prompt", "response")  # of a template of pairs
 SKEW = "loss=skew_kl,skew_reverse_kl"
 SAMPLED = "sampling=top_k,nucleus"
 DECODED = "sampling=greedy,top_k,nucleus,beam"
+MOST_PROFILED = 100  # steps; the events of a step take megabytes of memory
 MIN_TEMPERATURE = 1e-3  # decoding is greedy below it; logits would overflow
 
 
@@ -525,3 +528,19 @@ class TextMetricSettings:
     )
     examples: int = key("validation pairs that are scored on generated text; 0: none", within="[0, inf)")
     max_new_tokens: int = key("maximum number of generated tokens per validation pair", within="[1, inf)")
+
+
+def profiled_steps(given: str) -> range:
+    """Return the numbers of the steps of "START:COUNT": the COUNT steps that follow step START.
+
+    Raises:
+        InputError: it is not written like this, or COUNT is not 1 to 100.
+    """
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", given, re.ASCII)
+    if match is None or not 1 <= int(match[2]) <= MOST_PROFILED:
+        raise InputError(
+            f"profile={given} is not START:COUNT, with a COUNT of 1 to {MOST_PROFILED}.\n"
+            "Give profile=20:3 to profile the three steps after step 20."
+        )
+    start, count = int(match[1]), int(match[2])
+    return range(start + 1, start + count + 1)

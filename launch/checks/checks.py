@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gpt2lab.errors import InputError
 from gpt2lab.model.student_shape import TEACHER_LAYERS
+from gpt2lab.settings import profiled_steps
 from gpt2lab.storage.hub import is_hub_id
 from gpt2lab.storage.model_folder import resolve_model_folder
 from gpt2lab.storage.path_patterns import matching_paths
@@ -44,6 +45,7 @@ def check(config: RunConfig) -> None:
     if not config.is_unsized and config.epochs is None:  # else they are counted later
         check_schedule(config)
     check_deterministic(config)
+    check_profile(config)
     check_sweep_only(config)
     multi_node.check(config)
     resource_request.check(config)
@@ -66,6 +68,23 @@ def check_deterministic(config: RunConfig) -> None:
         raise InputError(
             "trainer.benchmark=true chooses algorithms by their measured speed, which differs between runs; "
             "trainer.deterministic=true repeats them.\nGive one of the two."
+        )
+
+
+def check_profile(config: RunConfig) -> None:
+    """Check that profile names steps that the run has, and that PyTorch's profiler is started once."""
+    if config.profile is None:
+        return
+    steps = profiled_steps(config.profile)
+    if config.trainer.get("profiler") == "pytorch":
+        raise InputError(
+            f"profile={config.profile} and trainer.profiler=pytorch both need PyTorch's profiler, which runs once in a "
+            "process.\nGive one of the two."
+        )
+    if config.epochs is None and not config.is_unsized and steps.start > config.steps:
+        raise InputError(
+            f"profile={config.profile} begins after the last step, {config.steps}.\n"
+            f"Give profile={max(config.steps - len(steps), 0)}:{len(steps)}, or more steps."
         )
 
 

@@ -116,6 +116,13 @@ class InspectKeys:
 
 
 @dataclass(frozen=True)
+class ProfileKeys:
+    """Keys of callbacks.profile."""
+
+    steps: str | None = key("START:COUNT, the steps to profile; null: none", None, free_text=True)
+
+
+@dataclass(frozen=True)
 class CheckpointKeys:
     """Keys of callbacks.checkpoint."""
 
@@ -225,6 +232,8 @@ PLACES: dict[str, dict[str, type]] = {
     "callbacks.progress": {"callbacks.progress.ProgressBar": NoKeys},
     "callbacks.samples": {"callbacks.samples.Samples": SamplesKeys},
     "callbacks.final_validation": {"callbacks.final_validation.FinalValidation": NoKeys},
+    "callbacks.layer_stats": {"callbacks.layer_stats.LayerStats": NoKeys},
+    "callbacks.profile": {"callbacks.profile.Profile": ProfileKeys},
     "callbacks.inspect": {"callbacks.inspection.Inspect": InspectKeys},
     "callbacks.checkpoint": {"callbacks.checkpoint.Checkpoint": CheckpointKeys},
     "callbacks.final_score": {"callbacks.final_score.FinalScore": FinalScoreKeys},

@@ -111,6 +111,12 @@ class TrainingKeys:
         on_resume=True,
         read_by="callbacks=health",
     )
+    profile: str | None = key(
+        "START:COUNT: profile the COUNT steps after step START, into profile/; null: none",
+        on_resume=True,
+        read_by="callbacks=profile",
+        free_text=True,
+    )
 
 
 @dataclass(frozen=True)

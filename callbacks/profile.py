@@ -1,0 +1,98 @@
+"""Profile: record what PyTorch does in some steps of the training, for `profile=START:COUNT`.
+
+profile/trace-rank0.json.gz         every operation and GPU kernel, for https://ui.perfetto.dev or chrome://tracing
+profile/operations-rank0.txt        the operations with the most time, and those that allocate the most memory
+profile/memory-rank0.pickle         on a GPU: every allocation, for https://pytorch.org/memory_viz
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import Trainer
+from torch.profiler import ProfilerActivity
+
+from gpt2lab.data.batch import Batch
+from gpt2lab.settings import profiled_steps
+from gpt2lab.storage.atomic_files import input_error_when_full
+
+log = logging.getLogger(__name__)
+
+FOLDER = "profile"
+MOST_ALLOCATIONS = 200_000  # of the memory snapshot
+ROWS = 30  # operations of each table
+
+
+class Profile(lightning.Callback):
+    """Profile some steps, from their first micro-batch to the end of the last; second callback, after Throughput.
+
+    Args:
+        steps: "START:COUNT" as in `profiled_steps`; None: no step.
+    """
+
+    def __init__(self, steps: str | None) -> None:
+        self.steps = profiled_steps(steps) if steps is not None else range(0)
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.steps and trainer.global_step >= self.steps.start:
+            log.warning("Nothing is profiled: the run starts at step %d, after the first one.", trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0
+        if self.steps and is_first and trainer.global_step + 1 == self.steps.start:
+            self._start(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        is_last = trainer.global_step >= self.steps.stop - 1
+        if is_last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._finish(trainer, pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._finish(trainer, pl_module.device)
+
+    def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.profiler = None
+
+    def _start(self, device: torch.device) -> None:
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+        self.profiler = torch.profiler.profile(
+            activities=activities, record_shapes=True, profile_memory=True, acc_events=True
+        )
+        self.profiler.start()
+
+    def _finish(self, trainer: Trainer, device: torch.device) -> None:
+        """Write the files, if steps have been recorded."""
+        if self.profiler is None:
+            return
+        profiler, self.profiler = self.profiler, None
+        profiler.stop()
+        folder, rank = Path(trainer.default_root_dir) / FOLDER, f"rank{trainer.global_rank}"
+        with input_error_when_full(f"the profile {folder}", "Free some space, or leave out profile."):
+            folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
+            (folder / f"operations-{rank}.txt").write_text(_tables(profiler, device))
+            if device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+        log.info("profile of steps %d to %d: %s", self.steps.start, trainer.global_step, folder)
+
+
+def _tables(profiler: torch.profiler.profile, device: torch.device) -> str:
+    """Return two tables of operations: by time, and by the memory that they allocate."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    averages = profiler.key_averages()
+    by_time = averages.table(sort_by=f"self_{kind}_time_total", row_limit=ROWS, max_name_column_width=60)
+    by_memory = averages.table(sort_by=f"self_{kind}_memory_usage", row_limit=ROWS, max_name_column_width=60)
+    return f"By time\n{by_time}\nBy allocated memory\n{by_memory}\n"

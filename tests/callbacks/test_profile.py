@@ -1,0 +1,81 @@
+"""profile=START:COUNT and callbacks=layer_stats: what they write, and that training is unchanged."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import Train, needs_two_cores
+
+
+def steps_in(trace: Path) -> int:
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    return sum(event.get("name", "").startswith("Optimizer.step") for event in events)
+
+
+@pytest.mark.parametrize(("given", "steps"), [("0:1", 1), ("2:3", 3), ("7:20", 1)])
+def test_profile_records_the_given_steps(given: str, steps: int, train_here: Train, tiny: list[str], tmp_path: Path):
+    train_here(*tiny, "steps=8", "name=run", f"profile={given}")
+    folder = tmp_path / "runs/pretrain/run/profile"
+    assert steps_in(folder / "trace-rank0.json.gz") == steps
+    tables = (folder / "operations-rank0.txt").read_text()
+    assert "By time" in tables
+    assert "By allocated memory" in tables
+    assert "aten::" in tables
+
+
+def test_profile_and_layer_stats_keep_the_weights(train_here: Train, tiny: list[str], tmp_path: Path):
+    train_here(*tiny, "steps=6", "name=plain")
+    train_here(*tiny, "steps=6", "name=watched", "profile=2:2", "callbacks=layer_stats", "log_every=2")
+    plain, watched = (
+        load_file(tmp_path / f"runs/pretrain/{name}/hf/model.safetensors") for name in ("plain", "watched")
+    )
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("profile=3",), "profile=3 is not START:COUNT"),
+        (("profile=3:0",), "is not START:COUNT, with a COUNT of 1 to 100"),
+        (("profile=3:1000",), "COUNT of 1 to 100"),
+        (("profile=-1:2",), "is not START:COUNT"),
+        (("profile=8:2",), "begins after the last step, 8"),
+        (("profile=1:2", "trainer.profiler=pytorch"), "runs once in a process"),
+        (("profile=1:2", "callbacks.profile=null"), "does not read profile"),
+    ],
+)
+def test_steps_that_cannot_be_profiled_are_refused(
+    words: tuple[str, ...], message: str, train_here: Train, tiny: list[str]
+):
+    answer = train_here(*tiny, "steps=8", *words)
+    assert answer.code == 2
+    assert message in answer.stderr
+
+
+ONE, TWO_RANKS = ("micro_batch=1",), ("devices=2", "accelerator=cpu")
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        ONE,
+        pytest.param((*TWO_RANKS, "strategy=ddp"), marks=[pytest.mark.slow, needs_two_cores]),
+        pytest.param((*TWO_RANKS, "strategy=fsdp"), marks=[pytest.mark.slow, needs_two_cores]),
+    ],
+    ids=["one", "ddp", "fsdp"],
+)
+def test_layer_stats_add_up_to_the_gradient_norm(
+    machine: tuple[str, ...], train_here: Train, tiny: list[str], tmp_path: Path
+):
+    train_here(*tiny, "steps=4", "name=run", "callbacks=layer_stats", "log_every=2", *machine)
+    rows = [row for row in csv.DictReader((tmp_path / "runs/pretrain/run/metrics.csv").open()) if row["step"] == "4"]
+    row = {name: float(value) for part in rows for name, value in part.items() if value}
+    layers = ["embeddings", "block_00", "block_01", "final_norm"]
+    norms = [row[f"layers/grad_norm/{layer}"] for layer in layers]
+    assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(row["grad_norm"], rel=1e-4)
+    assert all(0 < row[f"layers/update_ratio/{layer}"] < 1 for layer in layers)
