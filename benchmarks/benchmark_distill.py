@@ -1,4 +1,4 @@
-"""Distillation step of train.py, compared with TRL's GKDTrainer, a cached teacher, and cross-entropy only.
+"""Distillation step of train.py, compared with TRL's, a cached teacher, and cross-entropy only.
 
     python -m benchmarks.benchmark_distill --trl-python /path/to/environment/bin/python        (make bench TRL_PYTHON=…)
 
@@ -42,8 +42,10 @@ LOSSES = {
 DISTILLATION, CROSS_ENTROPY = "train.py, distillation", "train.py, cross-entropy alone"
 CACHED = "train.py, forward KL to a cached teacher"
 TRL_PRECISIONS = ("fp32", "bf16")
+LOOPS = {"gkd": "GKDTrainer", "chunked": "TRL's chunked loss", "compiled": "TRL's chunked loss, models compiled"}
 TRL_SIDES = {
-    f"GKDTrainer {precision}{', freed memory reused' if keep else ''}": (precision, keep)
+    f"{title} {precision}{', freed memory reused' if keep else ''}": (loop, precision, keep)
+    for loop, title in LOOPS.items()
     for precision in TRL_PRECISIONS
     for keep in (False, True)
 }
@@ -66,6 +68,7 @@ class Sizes:
     rounds: int
     threads: int
     trl_precisions: tuple[str, ...] = TRL_PRECISIONS
+    trl_loops: tuple[str, ...] = tuple(LOOPS)
 
     @property
     def targets(self) -> int:
@@ -139,9 +142,9 @@ class Bench:
             CROSS_ENTROPY: partial(self.ours, ["task=pretrain"]),
         }
         if self.trl_python is not None:
-            for name, (precision, keep) in TRL_SIDES.items():
-                if precision in self.sizes.trl_precisions:
-                    found[name] = partial(self.trl, precision, keep)
+            for name, (loop, precision, keep) in TRL_SIDES.items():
+                if precision in self.sizes.trl_precisions and loop in self.sizes.trl_loops:
+                    found[name] = partial(self.trl, loop, precision, keep)
         return found
 
     def ours(self, task: list[str]) -> Measured:
@@ -156,27 +159,33 @@ class Bench:
         memory = json.loads((run_dir / "step_memory.json").read_text())
         return Measured(json.loads((run_dir / "step_times.json").read_text())["step"], **memory)
 
-    def trl(self, precision: str, keep_freed_memory: bool) -> Measured:
-        """Measure GKDTrainer in its environment, with the same teacher, corpus and number of target tokens."""
+    def trl(self, loop: str, precision: str, keep_freed_memory: bool) -> Measured:
+        """Measure TRL in its environment, with the same teacher, corpus and number of target tokens."""
         sizes, student = self.sizes, self.sizes.student
-        given = {"corpus": self.corpus, "tokenizer": self.tokenizer, "teacher": self.teacher, "precision": precision}
+        given = {
+            "loop": loop,
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer,
+            "teacher": self.teacher,
+            "precision": precision,
+        }
         given |= {"layers": student.n_layer, "heads": student.n_head, "width": student.n_embd, "beta": self.beta}
         given |= {"context": sizes.context, "batch": sizes.batch, "steps": sizes.trl_steps, "threads": sizes.threads}
         found = trl_step(str(self.trl_python), given, ["--keep-freed-memory"] if keep_freed_memory else [])
         if found["targets"] != sizes.targets:
-            raise RuntimeError(f"GKDTrainer has {found['targets']} target tokens per step, train.py {sizes.targets}.")
+            raise RuntimeError(f"TRL has {found['targets']} target tokens per step, train.py {sizes.targets}.")
         return Measured(found["milliseconds"], found["before_model"], found["peak"])
 
 
 def trl_step(
     python: str, options: Mapping[str, Any], flags: Sequence[str] = (), timeout: float | None = None
 ) -> dict[str, Any]:
-    """Run trl_gkd_step.py with these options in an environment with TRL and return what it prints.
+    """Run trl_step.py with these options in an environment with TRL and return what it prints.
 
     Raises:
         RuntimeError: it failed.
     """
-    command = [python, "-m", "benchmarks.trl_gkd_step", *flags]
+    command = [python, "-m", "benchmarks.trl_step", *flags]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     ended = subprocess.run(
@@ -223,6 +232,7 @@ def main() -> None:
     parser.add_argument("--loss", choices=LOSSES, default="jsd", help="the divergence, without labels (default: jsd)")
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--trl-precisions", choices=TRL_PRECISIONS, nargs="+", default=TRL_PRECISIONS)
+    parser.add_argument("--trl-loops", choices=LOOPS, nargs="+", default=tuple(LOOPS))
     parser.add_argument("--vocabularies", type=int, nargs="+", default=FULL.vocabularies)
     parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
@@ -230,7 +240,7 @@ def main() -> None:
     if trl_python is not None and not trl_python.is_file():
         parser.error(f"--trl-python {trl_python}: no such file")
     full = replace(FULL, vocabularies=tuple(options.vocabularies), rounds=options.rounds)
-    full = replace(full, trl_precisions=tuple(options.trl_precisions))
+    full = replace(full, trl_precisions=tuple(options.trl_precisions), trl_loops=tuple(options.trl_loops))
     sizes = TINY if options.tiny else full
     transformers_logging.disable_progress_bar()
     # Absolute but not resolved: Python finds its environment through the symlink.

@@ -1,10 +1,13 @@
-"""Training step of TRL's GKDTrainer, for comparison; run it in an environment with TRL.
+"""Training step of TRL's distillation, for comparison; run it in an environment with TRL.
 
-    /path/to/trl-environment/bin/python -m benchmarks.trl_gkd_step --corpus DIR --tokenizer DIR --teacher DIR …
+    /path/to/trl-environment/bin/python -m benchmarks.trl_step --loop gkd --corpus DIR --tokenizer DIR --teacher DIR …
+
+    gkd        GKDTrainer as a plain trainer; a sequence has one prompt token, its minimum, and `context` targets
+    chunked    the loss of DistillationTrainer, which holds no logits of the whole batch, in a loop of a dozen lines
+    compiled   the same with both models compiled
 
 Prints one JSON object: {"milliseconds", "before_model", "peak", "targets", "trl"}; on a GPU the peak is its
-allocator's. The student is a GPT-2 with random weights. A sequence has one prompt token, the trainer's minimum, and
-`context` target tokens.
+allocator's. The student is a GPT-2 with random weights.
 """
 
 import argparse
@@ -68,27 +71,20 @@ def settings(options: argparse.Namespace, folder: str) -> GKDConfig:
     )
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the median step after the first quarter, and resident bytes before the model is built and at the peak."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    rows = dataset(options.corpus, options.context, options.batch * options.steps)
-    before_model = reset_peak_memory(torch.device("cpu"))
+def build_models(options: argparse.Namespace, tokenizer: Any) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
+    """Return a student with random weights and the teacher."""
     torch.manual_seed(0)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"n_layer": options.layers, "n_head": options.heads, "n_embd": options.width, "n_positions": 1024}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = GPT2Config(vocab_size=len(tokenizer), use_cache=False, **sizes, **dropout, **ends)
-    student = GPT2LMHeadModel(config)
-    teacher_dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    teacher = GPT2LMHeadModel.from_pretrained(options.teacher, dtype=teacher_dtype)
-    ended: list[float] = []  # as in step_times.py, a step is the time between the ends of two optimizer steps
+    student = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), use_cache=False, **sizes, **dropout, **ends))
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    return student, GPT2LMHeadModel.from_pretrained(options.teacher, dtype=dtype)
 
-    def stepped(*_unused: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        ended.append(time.perf_counter())
 
-    register_optimizer_step_post_hook(stepped)
+def train_gkd(options: argparse.Namespace, tokenizer: Any, rows: Dataset) -> int:
+    """Train with GKDTrainer and return the target tokens of a step."""
+    student, teacher = build_models(options, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GKDTrainer(
             model=student,
@@ -98,8 +94,51 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             processing_class=tokenizer,
         )
         batch = next(iter(trainer.get_train_dataloader()))
-        targets = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         trainer.train()
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def train_chunked(options: argparse.Namespace, tokenizer: Any, rows: Dataset) -> int:
+    """Train with the chunked loss of DistillationTrainer, in bf16 by autocast, and return the targets of a step."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, teacher = (model.to(device) for model in build_models(options, tokenizer))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    bodies = [student.transformer, teacher.eval().transformer]
+    if options.loop == "compiled":
+        bodies = [torch.compile(body) for body in bodies]
+    heads = student.lm_head.weight, teacher.lm_head.weight
+    ids = torch.tensor(rows["input_ids"])[:, :-1].split(options.batch)
+    mask = torch.ones(options.batch, options.context, device=device)
+    for batch in ids:
+        inputs = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            hidden = bodies[0](inputs, use_cache=False)[0]
+            with torch.no_grad():
+                target = bodies[1](inputs, use_cache=False)[0]
+            loss, *_ = _chunked_divergence_loss(hidden, target, *heads, mask, options.beta)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return options.batch * options.context
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the median step after the first quarter, and resident bytes before the model is built and at the peak."""
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    rows = dataset(options.corpus, options.context, options.batch * options.steps)
+    before_model = reset_peak_memory(torch.device("cpu"))
+    ended: list[float] = []  # as in step_times.py, a step is the time between the ends of two optimizer steps
+
+    def stepped(*_unused: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(stepped)
+    targets = (train_gkd if options.loop == "gkd" else train_chunked)(options, tokenizer, rows)
     seconds = np.diff(ended)
     return {
         "milliseconds": statistics.median(seconds[len(seconds) // 4 :].tolist()) * 1e3,
@@ -112,6 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loop", choices=("gkd", "chunked", "compiled"), default="gkd")
     for name in ("corpus", "tokenizer", "teacher"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     for name in ("layers", "heads", "width", "context", "batch", "steps", "threads"):
