@@ -10,14 +10,13 @@ from typing import Any
 from gpt2lab import metric_names
 from gpt2lab.reports.charts import plots, tools
 from gpt2lab.reports.number_format import duration, loss, significant
-from gpt2lab.reports.page import command, render_page, section
+from gpt2lab.reports.page import Unfinished, command, render_page, section
 from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
 from gpt2lab.reports.run_texts import Example, examples_html, samples_html
 from gpt2lab.reports.samples_jsonl import Sample
 from gpt2lab.storage.report_json import is_finished
 
 RUNNING = "running"
-RELOAD_SECONDS = 30
 PHASE_COLOURS = {
     "train": "train",
     "validate": "val",
@@ -40,6 +39,7 @@ class RunFiles:
         config: text of config.yaml.
         pages: source of a teacher or an initialization → path of its report.html.
         folder: the run directory as typed in commands.
+        patience: of a run that trains: seconds until the next page is late.
     """
 
     rows: list[dict[str, str]] = field(default_factory=list)
@@ -50,6 +50,7 @@ class RunFiles:
     config: str = ""
     pages: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
+    patience: float = 0.0
 
 
 def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
@@ -80,7 +81,12 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         section("Files", _links({path: path for path in run.files})),
         section("Configuration", _configuration(report, run.config)),
     ]
-    return render_page(title, title, status, "".join(body), RELOAD_SECONDS if is_running else 0)
+    unfinished = Unfinished(run.patience, _resume_command(run.folder)) if is_running else None
+    return render_page(title, title, status, "".join(body), unfinished)
+
+
+def _resume_command(folder: str) -> str:
+    return f"python train.py resume={shlex.quote(folder)}" if folder else ""
 
 
 def _tiles(report: dict[str, Any]) -> list[str]:
@@ -201,7 +207,7 @@ def _next(report: dict[str, Any], run: RunFiles) -> str:
         return ""
     lines = {}
     if not is_finished(report) and status != "pruned":
-        lines["Resume"] = f"python train.py resume={folder}"
+        lines["Resume"] = _resume_command(run.folder)
     if "hf" in run.files:
         lines["Generate text"] = f'python generate.py checkpoint={folder} prompt="…"'
         lines["Evaluate"] = f"python evaluate.py checkpoint={folder}"

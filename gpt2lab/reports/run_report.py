@@ -72,8 +72,12 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
     write_page(run_dir, report)
 
 
-def write_page(run_dir: str | Path, report: dict[str, Any]) -> None:
-    """Write report.html with the run's curves, texts and links to its other files."""
+def write_page(run_dir: str | Path, report: dict[str, Any], patience: float = 0.0) -> None:
+    """Write report.html with the run's curves, texts and links to its other files.
+
+    Args:
+        patience: of a run that trains: seconds until the next page is late.
+    """
     folder = Path(run_dir)
     config = folder / "config.yaml"
     run = RunFiles(
@@ -85,6 +89,7 @@ def write_page(run_dir: str | Path, report: dict[str, Any]) -> None:
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         pages=_pages_of_sources(folder, report),
         folder=_as_typed(folder),
+        patience=patience,
     )
     write_text(folder / "report.html", render(folder.name, report, run))
 

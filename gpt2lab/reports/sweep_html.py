@@ -18,7 +18,7 @@ from gpt2lab.analysis.sweep_runs import (
 )
 from gpt2lab.reports.charts import plots
 from gpt2lab.reports.number_format import duration
-from gpt2lab.reports.page import command, render_page, section
+from gpt2lab.reports.page import Unfinished, command, render_page, section
 from gpt2lab.reports.sweep_charts import (
     curves_chart,
     gap_plot,
@@ -29,7 +29,7 @@ from gpt2lab.reports.sweep_charts import (
     slice_charts,
 )
 
-RELOAD_SECONDS = 30
+LONGEST_JOB = 3600.0  # seconds, of a sweep of which no job has ended
 MAX_KEYS = 8  # shown as columns and axes; runs that differ in more are compared by name
 NOTE = (
     "± of a mean: half its 95 % interval, over seeds. A setting behind the best by more than its ± is worse, the "
@@ -46,7 +46,9 @@ def render(title: str, results: SweepResults) -> str:
     shared = f"<br>All: <code>{escape(' '.join(results.shared))}</code>" if results.shared else ""
     status = f"{len(results.runs)} runs: {escape(counts(results))}{shared}"
     body = results_html(results) + section("Failed", _failures(results.runs))
-    return render_page(title, f"Sweep {title}", status, body, 0 if results.is_over else RELOAD_SECONDS)
+    longest = max((run.seconds for run in results.runs if run.seconds), default=LONGEST_JOB)
+    unfinished = None if results.is_over else Unfinished(60 + 3 * longest)
+    return render_page(title, f"Sweep {title}", status, body, unfinished)
 
 
 def results_html(results: SweepResults, has_curves: bool = True) -> str:

@@ -3,24 +3,15 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gpt2lab.reports import page
-from tests.support.chromium import PROGRAM, Browser
+from tests.support.chromium import PROGRAM, Browser, faults, show_file
 from tests.support.pages import result_pages, run_page
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
-SMALLEST = 11  # pixels
 LARGEST_PAGE = 2_000_000  # bytes, of a run
-SMALL_TEXTS = f"""[...document.querySelectorAll('body *')].filter(one => one.offsetParent
-  && [...one.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
-  && parseFloat(getComputedStyle(one).fontSize) < {SMALLEST}).map(one => one.outerHTML.slice(0, 80))"""
-STACKED = """[...document.querySelectorAll('.number, .value, .tile b, td, .row > span:first-child')]
-  .filter(one => one.offsetParent && one.textContent.length > 3)
-  .filter(one => one.getBoundingClientRect().width < 5 * Math.min(one.textContent.length, 12))
-  .map(one => one.textContent)"""
 UPLOT = {  # SHA-256 of the files in the npm package uplot 1.6.32
     "uplot.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
     "uplot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
@@ -32,29 +23,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found = Browser(tmp_path_factory.mktemp("browser"))
     yield found
     found.close()
-
-
-def show(browser: Browser, file: Path, width: int, scheme: str = "light") -> None:
-    device = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.call("Emulation.setDeviceMetricsOverride", device)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.call("Emulation.setEmulatedMedia", {"features": features})
-    browser.events.clear()
-    browser.open(file.as_uri())
-
-
-def faults(browser: Browser, width: int) -> dict[str, Any]:
-    """Return what is wrong with the shown page; empty if nothing is."""
-    scripts = "document.querySelectorAll('figure.plot').length - document.querySelectorAll('figure.plot canvas').length"
-    found = {
-        "scrolls by": browser.value(f"Math.max(document.documentElement.scrollWidth - {width}, 0)"),
-        "small": browser.value(SMALL_TEXTS),
-        "stacked letters": browser.value(STACKED),
-        "charts that are not drawn": browser.value(scripts),
-    }
-    methods = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
-    found["errors"] = [event for event in browser.events if event.get("method") in methods]
-    return {name: value for name, value in found.items() if value}
 
 
 def drag(browser: Browser, selector: str, start: float, end: float) -> None:
@@ -73,7 +41,7 @@ def drag(browser: Browser, selector: str, start: float, end: float) -> None:
 @needs_chromium
 def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "run.html").write_text(result_pages()["run"])
-    show(browser, tmp_path / "run.html", 390)
+    show_file(browser, tmp_path / "run.html", 390)
     assert faults(browser, 390) == {}
     plot = "document.querySelector('figure.plot').plot"
     assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max]") == [10, 400]
@@ -95,7 +63,7 @@ def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> No
 def test_every_page_fits_every_width(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
     for name, text in result_pages().items():
         (tmp_path / f"{name}.html").write_text(text)
-        show(browser, tmp_path / f"{name}.html", width, scheme)
+        show_file(browser, tmp_path / f"{name}.html", width, scheme)
         assert (name, faults(browser, width)) == (name, {})
         assert browser.value("getComputedStyle(document.body).backgroundColor") == (
             "rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 30)"
