@@ -10,13 +10,14 @@ from typing import Any
 from gpt2lab import metric_names
 from gpt2lab.reports.charts import plots, tools
 from gpt2lab.reports.number_format import duration, loss, significant
-from gpt2lab.reports.page import Unfinished, command, render_page, section
+from gpt2lab.reports.page import age, command, render_page, section
 from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
 from gpt2lab.reports.run_texts import Example, examples_html, samples_html
 from gpt2lab.reports.samples_jsonl import Sample
 from gpt2lab.storage.report_json import is_finished
 
 RUNNING = "running"
+RELOAD_SECONDS = 30
 PHASE_COLOURS = {
     "train": "train",
     "validate": "val",
@@ -64,6 +65,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
     curves = plots([loss_chart(run.rows, report, events), *side_charts(run.rows)])
     distillation = _distillation(report.get("metrics") or {}) + plots(distillation_charts(run.rows))
     body = [
+        age(run.patience, _resume_command(run.folder)) if is_running else "",
         error,
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         section(
@@ -81,8 +83,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         section("Files", _links({path: path for path in run.files})),
         section("Configuration", _configuration(report, run.config)),
     ]
-    unfinished = Unfinished(run.patience, _resume_command(run.folder)) if is_running else None
-    return render_page(title, title, status, "".join(body), unfinished)
+    return render_page(title, title, status, "".join(body), RELOAD_SECONDS if is_running else 0)
 
 
 def _resume_command(folder: str) -> str:

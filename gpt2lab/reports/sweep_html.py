@@ -18,7 +18,7 @@ from gpt2lab.analysis.sweep_runs import (
 )
 from gpt2lab.reports.charts import plots
 from gpt2lab.reports.number_format import duration
-from gpt2lab.reports.page import Unfinished, command, render_page, section
+from gpt2lab.reports.page import age, command, render_page, section
 from gpt2lab.reports.sweep_charts import (
     curves_chart,
     gap_plot,
@@ -29,6 +29,7 @@ from gpt2lab.reports.sweep_charts import (
     slice_charts,
 )
 
+RELOAD_SECONDS = 30
 LONGEST_JOB = 3600.0  # seconds, of a sweep of which no job has ended
 MAX_KEYS = 8  # shown as columns and axes; runs that differ in more are compared by name
 NOTE = (
@@ -47,8 +48,8 @@ def render(title: str, results: SweepResults) -> str:
     status = f"{len(results.runs)} runs: {escape(counts(results))}{shared}"
     body = results_html(results) + section("Failed", _failures(results.runs))
     longest = max((run.seconds for run in results.runs if run.seconds), default=LONGEST_JOB)
-    unfinished = None if results.is_over else Unfinished(60 + 3 * longest)
-    return render_page(title, f"Sweep {title}", status, body, unfinished)
+    top = "" if results.is_over else age(60 + 3 * longest)
+    return render_page(title, f"Sweep {title}", status, top + body, 0 if results.is_over else RELOAD_SECONDS)
 
 
 def results_html(results: SweepResults, has_curves: bool = True) -> str:

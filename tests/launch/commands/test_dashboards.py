@@ -48,9 +48,10 @@ def test_serialized_views_have_all_panels_and_their_runs(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "entity and project are needed"),
-        (["entity=team"], "entity and project are needed"),
-        (["entity=team", "projekt=lab"], "There is no key projekt"),
+        ([], "entity= is missing.*\nproject= is missing"),
+        (["entity=team"], "project= is missing"),
+        (["entity=team", "projekt=lab"], r"There is no key projekt \(did you mean project\?\)"),
+        (["entity=team", "project=lab", "json=/nowhere/views.json"], "json=/nowhere/views.json cannot be written"),
     ],
 )
 def test_dashboards_of_no_project_are_refused(words: list[str], message: str):

@@ -37,6 +37,7 @@ from tests.support.chromium import PROGRAM, Browser, faults
 
 PROMPT = "def add(a, b):\n    return"
 POSITIONS = 256
+CLIPBOARD = ["clipboardReadWrite", "clipboardSanitizedWrite"]
 HANG = 200  # seconds until a request counts as hanging
 
 
@@ -519,7 +520,7 @@ def test_playground_fits_every_width_and_folds_its_settings_on_a_phone(
     assert server.stdout is not None
     address = server.stdout.readline().split()[1]
     origin = address.rstrip("/")
-    browser.call("Browser.grantPermissions", {"origin": origin, "permissions": ["clipboardReadWrite"]})
+    browser.call("Browser.grantPermissions", {"origin": origin, "permissions": CLIPBOARD})
     for width in (390, 768, 1440):
         browser.resize(width)
         browser.events.clear()
