@@ -1,8 +1,8 @@
 """Offline W&B runs of one run directory: one folder for each start of the run, merged into one for `wandb sync`.
 
 metrics.csv and samples.jsonl hold what a run logged, each step once however often it was killed and resumed. The merged
-folder is written aside from them; the values and artifacts that callbacks of other projects logged are taken from the old
-folders. It replaces these once it is complete, so no interruption loses anything, and a second merge finds nothing to do.
+folder is written aside from them; values and artifacts of other projects' callbacks are taken from the old folders. It
+replaces these once it is complete, so no interruption loses anything, and a second merge finds nothing to do.
 """
 
 import json
@@ -88,7 +88,7 @@ def is_complete(run_dir: Path) -> bool:
 
 
 def merged_rows(run_dir: Path) -> Iterator[tuple[int, dict[str, Any], list[Sample]]]:
-    """Yield (step, values, samples) of every step in order: one row, and another one for a name logged again at a step."""
+    """Yield (step, values, samples) in order: one row for a step, and another one where a name was logged again."""
     rows: dict[int, dict[str, Any]] = {}
     samples: dict[int, list[Sample]] = {}
     metrics = read_metrics(run_dir)

@@ -29,20 +29,20 @@ def render(title: str, results: SweepResults, rows: Sequence[Rows]) -> str:
     """
     status = f"{len(results.runs)} runs: {escape(counts(results))}"
     notes = "".join(f"<p>{escape(note)}</p>" for note in work_notes(results, rows))
-    body = section("Unequal work", notes) + results_html(results, has_curves=False)
+    body = notes + results_html(results, is_comparison=True)
     body += section("Curves", _curves(results, rows))
     return render_page(title, title, status, body + section("Configuration differences", _differences(results)))
 
 
 def work_notes(results: SweepResults, rows: Sequence[Rows]) -> list[str]:
-    """Return what the verdicts do not compare: runs on other data, and numbers of tokens, with the values at equal ones.
+    """Return what the verdicts ignore: other data, and unequal numbers of tokens, with the values at equal ones.
 
     Args:
         rows: as in `render`.
     """
     notes = []
     if len(results.groups) > 1:
-        notes.append("Runs with another metric, data or tokenizer are not compared with each other.")
+        notes.append("Runs with another metric, validation data or tokenizer are not compared with each other.")
     for group in results.groups:
         runs = [run for setting in group.settings for run in setting.runs if run.value is not None]
         clocks = [run_clock(rows[results.runs.index(run)]) for run in runs]
@@ -55,8 +55,9 @@ def work_notes(results: SweepResults, rows: Sequence[Rows]) -> list[str]:
         ordered = sorted(known, reverse=not names.lower_is_better(group.metric))
         shown = ", ".join(f"{name} {loss(value)}" for value, name in ordered) or "not measured"
         notes.append(
-            f"The runs trained on {least:,.0f} to {most:,.0f} tokens, so the verdict compares unequal work. {group.metric} "
-            f"of each after {least:,.0f} tokens: {shown}. Longer runs had not lowered their learning rate as far there."
+            f"The runs trained on {least:,.0f} to {most:,.0f} tokens, so the verdict compares unequal work. "
+            f"{group.metric} of each after {least:,.0f} tokens: {shown}. Longer runs had not lowered their learning "
+            "rate as far there."
         )
     return notes
 

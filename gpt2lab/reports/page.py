@@ -56,8 +56,8 @@ def age(patience: float, resume: str = "") -> str:
     again = f"<div>Resume it:</div>{command(resume)}" if resume else ""
     return (
         f'{AGE} data-time="{now:.0f}" data-patience="{patience:.0f}"><p class="status">last update {shown}<span></span>'
-        "</p><div hidden><p>It was probably killed: <code>python -m launch.commands.list_runs</code> prints whether it is "
-        f"active.</p>{again}</div></div>"
+        "</p><div hidden><p>It was probably killed: <code>python -m launch.commands.list_runs</code> prints whether it "
+        f"is active.</p>{again}</div></div>"
     )
 
 

@@ -38,7 +38,7 @@ class RunFiles:
         inside: paths of inspection pages.
         files: paths of the other files and folders to link to.
         config: text of config.yaml.
-        pages: source of a teacher or an initialization → path of its report.html.
+        pages: source of a teacher or an initialization that is a run → (path of its report.html, folder as typed).
         folder: the run directory as typed in commands.
         patience: of a run that trains: seconds until the next page is late.
     """
@@ -49,7 +49,7 @@ class RunFiles:
     inside: Sequence[str] = ()
     files: Sequence[str] = ()
     config: str = ""
-    pages: Mapping[str, str] = field(default_factory=dict)
+    pages: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     folder: str = ""
     patience: float = 0.0
 
@@ -153,7 +153,7 @@ def _events(report: dict[str, Any]) -> list[tuple[float, str]]:
     return sorted(found)
 
 
-def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, str]) -> str:
+def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, tuple[str, str]]) -> str:
     data, init, teacher = (report.get(key) or {} for key in ("data", "init", "teacher"))
     steps = []
     if data:
@@ -174,9 +174,11 @@ def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, str]) -> st
     return f'<ol class="line">{items}</ol>'
 
 
-def _linked(name: str, pages: Mapping[str, str]) -> str:
-    shown = escape(name)
-    return f'<a href="{escape(pages[name])}">{shown}</a>' if name in pages else shown
+def _linked(name: str, pages: Mapping[str, tuple[str, str]]) -> str:
+    if name not in pages:
+        return escape(name)
+    page, folder = pages[name]
+    return f'<a href="{escape(page)}">{escape(folder)}</a>'
 
 
 def _phases(seconds: Mapping[str, float]) -> str:

@@ -94,14 +94,17 @@ def write_page(run_dir: str | Path, report: dict[str, Any], patience: float = 0.
     write_text(folder / "report.html", render(folder.name, report, run))
 
 
-def _pages_of_sources(folder: Path, report: dict[str, Any]) -> dict[str, str]:
-    """Return the relative path of report.html of each run that is the teacher or the initialization."""
+def _pages_of_sources(folder: Path, report: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return of each run that is the teacher or the initialization the relative path of report.html, and its folder."""
     nodes = [report.get("teacher"), report.get("init")]
     sources = [str(node["source"]) for node in nodes if isinstance(node, dict) and node.get("source")]
     found = {source: Path(source).expanduser().absolute() for source in sources}
     runs = {source: path.parent if path.name == "hf" else path for source, path in found.items()}
-    pages = {source: run / "report.html" for source, run in runs.items() if (run / "report.html").is_file()}
-    return {source: Path(os.path.relpath(page, folder.absolute())).as_posix() for source, page in pages.items()}
+    return {
+        source: (Path(os.path.relpath(run / "report.html", folder.absolute())).as_posix(), _as_typed(run))
+        for source, run in runs.items()
+        if (run / "report.html").is_file()
+    }
 
 
 def _as_typed(folder: Path) -> str:

@@ -14,6 +14,7 @@ from gpt2lab.storage.atomic_files import write_text
 FILE = "val_examples.json"
 SHOWN_STEPS = 12  # sampled steps on the page, evenly spaced, the newest included
 LONG_PROMPT = 240  # characters; a longer one is folded
+SHOWN_EXAMPLES = 6  # before the rest is folded
 MOST_LINES = 14  # of a generated text; the rest is folded
 REPEATED = re.compile(r"(([^\n]*)\n)\1{3,}")  # a line at least four times in a row
 
@@ -49,12 +50,18 @@ def read_examples(run_dir: str | Path) -> list[Example]:
 
 
 def examples_html(examples: Sequence[Example]) -> str:
-    """Render the examples; empty without one."""
+    """Render the examples, all but the first few folded; empty without one."""
+    shown, folded = map(_pairs, (examples[:SHOWN_EXAMPLES], examples[SHOWN_EXAMPLES:]))
+    more = f"<details><summary>{len(examples) - SHOWN_EXAMPLES} more</summary>{folded}</details>" if folded else ""
+    return shown + more
+
+
+def _pairs(examples: Sequence[Example]) -> str:
     return "".join(
         '<div class="pair"><dl>'
         f'<dt>input</dt><dd class="prompt">{_folded(one.prompt)}</dd>'
-        f'<dt>output</dt><dd class="answer">{_shortened(one.output) or "(empty)"}</dd>'
-        f"<dt>reference</dt><dd>{_shortened(one.reference)}</dd>"
+        f'<dt>output</dt><dd class="answer">{_shortened(one.output.strip()) or "(empty)"}</dd>'
+        f"<dt>reference</dt><dd>{_shortened(one.reference.strip())}</dd>"
         + (f"<dt>{escape(one.metric)}</dt><dd>{significant(one.score)}</dd>" if one.score is not None else "")
         + "</dl></div>"
         for one in examples
@@ -82,7 +89,7 @@ def _sample(sample: Sample) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Render a generated text; repeated lines are shown once with their number, and the end of a tall text is folded."""
+    """Render a generated text; repeated lines are shown once with their number, the end of a tall text is folded."""
     parts, start = [], 0
     for found in REPEATED.finditer(text):
         times = len(found[0]) // len(found[1])

@@ -8,21 +8,25 @@ from gpt2lab.reports.page import render_page, section
 from gpt2lab.reports.row_plot import Row, row_plot
 
 ERRORS = ("arm", "mean", "sd over seeds", "standard error between documents")
+VERDICTS = ("budget", "comparison", "over seeds", "over documents")
+NUMBERS = (*ERRORS[1:], "validation loss", "learning rate")  # columns
 
 
 def render(title: str, results: StudyResults) -> str:
     """Render the page."""
     teacher = "" if results.teacher_loss is None else f", validation loss {results.teacher_loss:.4f}"
     seeds = ", ".join(map(str, results.seeds))
+    has_documents = any(contrast.by_document for contrast in results.contrasts)
     verdicts = "".join(
         f'<tr><td class="name">{escape(contrast.budget)}</td><td class="name">{escape(contrast.title)}</td>'
         f'<td class="words">{escape(contrast.verdict)}</td>'
-        f'<td class="words">{escape(str(contrast.by_document or ""))}</td></tr>'
+        + f'<td class="words">{escape(str(contrast.by_document or ""))}</td>' * has_documents
+        + "</tr>"
         for contrast in results.contrasts
     )
     body = [
         *(f'<pre class="error">{escape(run)}</pre>' for run in results.failed_runs),
-        section("Verdicts", _table(("budget", "comparison", "over seeds", "over documents"), verdicts, " stack")),
+        section("Verdicts", _table(VERDICTS[: 3 + has_documents], verdicts, " stack")),
         section("Differences, with their intervals", _intervals(results.contrasts)),
         section("Every run", _dots(results.arms)),
         section("Errors of the mean losses", _table(ERRORS, _errors(results.arms))),
@@ -34,7 +38,7 @@ def render(title: str, results: StudyResults) -> str:
 
 def _table(names: tuple[str, ...], rows: str, kind: str = "") -> str:
     """Render a table; empty without rows. Of the kind " stack", the cells of a row are below one another on a phone."""
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "".join(f'<th class="{"number" if name in NUMBERS else ""}">{name}</th>' for name in names)
     return f'<div class="scroll"><table class="grid{kind}"><tr>{head}</tr>{rows}</table></div>' if rows else ""
 
 
@@ -82,8 +86,9 @@ def _intervals(contrasts: list[Contrast]) -> str:
 
 def _rates(results: StudyResults) -> str:
     return "".join(
-        f'<tr><td class="name">{escape(rates.arm)}</td><td>{rate:.3g}{", chosen" * (rate == rates.chosen)}</td>'
-        f"<td>{'failed' if loss is None else f'{loss:.4f}'}</td></tr>"
+        f'<tr><td class="name">{escape(rates.arm)}</td>'
+        f'<td class="number">{rate:.3g}{", chosen" * (rate == rates.chosen)}</td>'
+        f'<td class="number">{"failed" if loss is None else f"{loss:.4f}"}</td></tr>'
         for rates in results.learning_rates
         for rate, loss in rates.losses.items()
     )

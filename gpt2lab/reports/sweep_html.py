@@ -52,17 +52,17 @@ def render(title: str, results: SweepResults) -> str:
     return render_page(title, f"Sweep {title}", status, top + body, 0 if results.is_over else RELOAD_SECONDS)
 
 
-def results_html(results: SweepResults, has_curves: bool = True) -> str:
+def results_html(results: SweepResults, is_comparison: bool = False) -> str:
     """Render verdicts, the table of settings, and the charts of each group of comparable settings.
 
     Args:
-        has_curves: whether to draw the learning curves.
+        is_comparison: of runs by name, whose page has its own curves and table of keys.
     """
     numbers = setting_numbers(results)
     verdicts = "".join(_verdict(group, results) for group in results.groups)
     nothing = "No run has a result." if results.is_over else "No run has finished yet."
-    shown = "".join(_plots(group, results, numbers, has_curves) for group in results.groups)
-    return (verdicts or f"<p>{nothing}</p>") + section("Settings", _table(results, numbers)) + shown
+    shown = "".join(_plots(group, results, numbers, not is_comparison) for group in results.groups)
+    return (verdicts or f"<p>{nothing}</p>") + section("Settings", _table(results, numbers, is_comparison)) + shown
 
 
 def setting_numbers(results: SweepResults) -> dict[str, int]:
@@ -91,9 +91,9 @@ def _verdict(group: SettingGroup, results: SweepResults) -> str:
     )
 
 
-def _table(results: SweepResults, numbers: dict[str, int]) -> str:
-    keys = _shown_keys(results)
-    names = list(short_names(keys).values())
+def _table(results: SweepResults, numbers: dict[str, int], is_comparison: bool) -> str:
+    keys = [] if is_comparison else _shown_keys(results)
+    names = list(short_names(keys).values()) or ["setting"]
     metrics = list(dict.fromkeys(group.metric for group in results.groups))
     has_gaps = any(group.comparison.gaps for group in results.groups)
     has_documents = any(format_document_error(group, setting) for group in results.groups for setting in group.settings)
@@ -133,7 +133,7 @@ def _row(
     seconds = "" if setting.seconds is None else duration(setting.seconds)
     cells = [
         f'<td class="standing">{standing}</td>',
-        *(_cell(setting.overrides[key]) for key in keys),
+        *([_cell(setting.overrides[key]) for key in keys] or [f'<td class="setting">{escape(setting.label)}</td>']),
         f'<td class="number">{escape(metric)}{format_value(setting)}</td>',
         *[f'<td class="number">{format_document_error(group, setting)}</td>'] * has_documents,
         *[f'<td class="number">{format_gap(group, setting)}</td>'] * has_gaps,

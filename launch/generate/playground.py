@@ -30,7 +30,11 @@ FIELDS = {field.name: field for kind in (SamplingSettings, Arguments) for field 
 MAX_NEW_TOKENS = 512  # unless the command line sets more
 MAX_VALUE_LENGTH = 40  # characters of a number
 MAX_EXAMPLES = 4  # example prompts
-EXAMPLES = ("def add(a, b):\n    return", "The history of the city begins", "Once upon a time")  # of a model without samples
+EXAMPLES = (
+    "def add(a, b):\n    return",
+    "The history of the city begins",
+    "Once upon a time",
+)  # of a model without samples
 
 Event = dict[str, Any]  # for JSON
 Send = Callable[[Event], None]
