@@ -8,7 +8,7 @@ from gpt2lab import metric_names as names
 from gpt2lab.analysis.sweep_runs import SEED, SweepResults
 from gpt2lab.reports.charts import Chart, Line, plots, tools
 from gpt2lab.reports.number_format import loss
-from gpt2lab.reports.page import render_page, section
+from gpt2lab.reports.page import render_page, section, table
 from gpt2lab.reports.run_curves import SIDE_CHARTS, run_clock, thinned, value_at
 from gpt2lab.reports.sweep_html import counts, results_html, setting_numbers
 from gpt2lab.storage.metrics_csv import series
@@ -87,15 +87,8 @@ def _differences(results: SweepResults) -> str:
     keys = dict.fromkeys(key for run in results.runs for key in run.overrides)
     varied = [key for key in keys if len({run.overrides.get(key) for run in results.runs}) > 1]
     ordered = sorted(varied, key=lambda key: (key != SEED, key))
-    head = "".join(f"<th>{escape(run.name)}</th>" for run in results.runs)
-    body = "".join(
-        f'<tr><td class="name">{escape(key)}</td>'
-        + "".join(f"<td>{escape(run.overrides.get(key, '–'))}</td>" for run in results.runs)
-        + "</tr>"
-        for key in ordered
-    )
-    return (
-        f'<div class="scroll"><table class="grid"><tr><th></th>{head}</tr>{body}</table></div>'
-        if body
-        else ("<p>The configurations are equal.</p>")
-    )
+    if not ordered:
+        return "<p>The configurations are equal.</p>"
+    columns = [("", "name"), *((run.name, "") for run in results.runs)]
+    rows = [("", [escape(key), *(escape(run.overrides.get(key, "–")) for run in results.runs)]) for key in ordered]
+    return table(columns, rows)

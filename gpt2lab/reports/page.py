@@ -5,6 +5,7 @@ itself and shows the time since its last update, from which a reader sees that a
 """
 
 import time
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def age(patience: float, resume: str = "") -> str:
         "</p><div hidden><p>It was probably killed: <code>python -m launch.commands.list_runs</code> prints whether it "
         f"is active.</p>{again}</div></div>"
     )
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[str]]], kind: str = "") -> str:
+    """Render a table; on a phone each row is a block whose cells have the names of their columns.
+
+    Args:
+        columns: (name, CSS class).
+        rows: (HTML attributes, HTML of each cell).
+        kind: further CSS class.
+    """
+    head = "".join(f'<th class="{of}">{escape(name)}</th>' for name, of in columns)
+    body = ""
+    for attributes, cells in rows:
+        named = zip(columns, cells, strict=True)
+        own = "".join(f'<td class="{of}" data-name="{escape(name)}">{cell}</td>' for (name, of), cell in named)
+        body += f"<tr {attributes}>{own}</tr>"
+    return f'<div class="scroll"><table class="grid blocks {kind}"><tr>{head}</tr>{body}</table></div>'
 
 
 def command(text: str) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2lab.reports import page
+from gpt2lab.reports import page, report_html, run_texts
+from gpt2lab.reports.samples_jsonl import Sample
 from tests.support.chromium import PROGRAM, Browser, faults, show_file
-from tests.support.pages import result_pages, run_page
+from tests.support.pages import metrics, result_pages, run_page
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
 LARGEST_PAGE = 2_000_000  # bytes, of a run
@@ -54,6 +55,48 @@ def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> No
     assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max]") == [5, 200], (
         "5,000 tokens each 10 steps at 1,000/s"
     )
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_controls_smooth_and_stretch_the_curves_and_survive_a_reload(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "run.html").write_text(run_page())
+    show_file(browser, tmp_path / "run.html", 1440)
+    plot = "document.querySelector('figure.plot').plot"
+    last = browser.value(f"{plot}.data[1].at(-1)")
+    for name, change in (("log-x", "checked = true"), ("log-y", "checked = true"), ("smoothing", "value = 0.9")):
+        control = f"document.getElementById('{name}')"
+        browser.value(f"{control}.{change}; {control}.dispatchEvent(new Event('input'))")
+    for _ in range(2):
+        assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max, {plot}.scales.x.distr]") == [10, 400, 3]
+        assert browser.value(f"{plot}.scales.y.distr") == 3
+        labels = browser.value(f"{plot}.series.map(one => one.label)")
+        assert labels[1:4] == ["training", "training, smoothed", "validation"]
+        assert browser.value(f"{plot}.data[2].at(-1)") > last, "the average of falling values lies above the last"
+        assert faults(browser, 1440) == {}
+        show_file(browser, tmp_path / "run.html", 1440)
+
+
+@needs_chromium
+def test_page_of_a_killed_run_shows_its_age_and_how_to_resume_it(browser: Browser, tmp_path: Path) -> None:
+    report = {"status": "running", "task": "pretrain", "model": "nano", "steps": 10}
+    for name, patience, is_late in (("late", -1.0, True), ("current", 1e6, False)):
+        run = report_html.RunFiles(metrics(10), folder="runs/pretrain/a b", patience=patience)
+        (tmp_path / f"{name}.html").write_text(report_html.render(name, report, run))
+        show_file(browser, tmp_path / f"{name}.html", 390)
+        assert faults(browser, 390) == {}
+        shown = browser.value("document.body.innerText")
+        assert "last update" in shown
+        assert ("later than expected" in shown) == is_late
+        assert ("python train.py resume='runs/pretrain/a b'" in shown) == is_late
+
+
+def test_tall_texts_are_folded_and_repeated_lines_counted() -> None:
+    lines = "\n".join(f"line {number}" for number in range(40))
+    page = run_texts.samples_html([Sample(1, "def f(", "\n" * 50 + "x = 1", "greedy"), Sample(1, "a", lines, "top_k")])
+    assert page.count("\n") < 60
+    assert "50 times" in page
+    assert "26 more lines</summary>line 14" in page
 
 
 @needs_chromium
