@@ -197,7 +197,7 @@ def test_offline_runs_become_one_with_the_rows_of_metrics_csv(sessions: list[dic
     assert {run.run_id for run in runs_in(tmp_path)} == {logger.run_id()}
 
 
-def test_merged_run_keeps_artifacts_and_repeated_rows_of_other_callbacks(tmp_path: Path):
+def test_merged_run_keeps_what_other_callbacks_logged(tmp_path: Path):
     note, run_dir = tmp_path / "note.txt", tmp_path / "run"
     note.write_text("written by another callback")
     for first, last in ((1, 3), (3, 4)):

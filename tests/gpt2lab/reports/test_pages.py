@@ -59,7 +59,7 @@ def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> No
 
 @needs_chromium
 @pytest.mark.slow
-def test_controls_smooth_and_stretch_the_curves_and_survive_a_reload(browser: Browser, tmp_path: Path) -> None:
+def test_controls_change_the_curves_and_survive_a_reload(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "run.html").write_text(run_page())
     show_file(browser, tmp_path / "run.html", 1440)
     plot = "document.querySelector('figure.plot').plot"
@@ -78,7 +78,8 @@ def test_controls_smooth_and_stretch_the_curves_and_survive_a_reload(browser: Br
 
 
 @needs_chromium
-def test_page_of_a_killed_run_shows_its_age_and_how_to_resume_it(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_page_of_a_killed_run_shows_how_to_resume_it(browser: Browser, tmp_path: Path) -> None:
     report = {"status": "running", "task": "pretrain", "model": "nano", "steps": 10}
     for name, patience, is_late in (("late", -1.0, True), ("current", 1e6, False)):
         run = report_html.RunFiles(metrics(10), folder="runs/pretrain/a b", patience=patience)

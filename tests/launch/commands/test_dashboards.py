@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from docs import build_reference
 from gpt2lab.errors import InputError
 from gpt2lab.reports.dashboard_views import MOST_PANELS, VIEWS, View, metrics_logged
 from launch.commands import dashboards
@@ -57,3 +58,9 @@ def test_serialized_views_have_all_panels_and_their_runs(tmp_path: Path):
 def test_dashboards_of_no_project_are_refused(words: list[str], message: str):
     with pytest.raises(InputError, match=message):
         dashboards._program(words)
+
+
+def test_documentation_lists_the_panels_of_the_code():
+    text = build_reference.DASHBOARDS.read_text()
+    assert build_reference.with_panels(text) == text, "run: make docs"
+    assert all(panel.question in text for view in VIEWS for panel in view.panels)

@@ -514,9 +514,7 @@ def test_examples_are_the_prompts_of_the_run_without_template(folders: dict[str,
 
 @pytest.mark.slow
 @pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
-def test_playground_fits_every_width_and_folds_its_settings_on_a_phone(
-    server: subprocess.Popen[str], browser: Browser
-) -> None:
+def test_playground_fits_every_width_and_folds_its_settings(server: subprocess.Popen[str], browser: Browser) -> None:
     assert server.stdout is not None
     address = server.stdout.readline().split()[1]
     origin = address.rstrip("/")
