@@ -1,4 +1,4 @@
-"""Write docs/reference.md from conf/ and the fields that declare the keys, and the panels of dashboards in docs/wandb.md.
+"""Write docs/reference.md from conf/ and the declarations of keys, and the dashboards' panels in docs/wandb.md.
 
 python -m docs.build_reference            rewrite them (make docs)
 python -m docs.build_reference --check    exit code 1 if one is out of date

@@ -10,7 +10,7 @@ from typing import Any
 from gpt2lab import metric_names
 from gpt2lab.reports.charts import plots, tools
 from gpt2lab.reports.number_format import duration, loss, significant
-from gpt2lab.reports.page import age, command, render_page, section
+from gpt2lab.reports.page import age, command, render_page, section, table
 from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
 from gpt2lab.reports.run_texts import Example, examples_html, samples_html
 from gpt2lab.reports.samples_jsonl import Sample
@@ -221,12 +221,25 @@ def _next(report: dict[str, Any], run: RunFiles) -> str:
 
 
 def _configuration(report: dict[str, Any], config: str) -> str:
-    again = f"<div>The command of this run</div>{command(str(report['command']))}" if report.get("command") else ""
+    given = str(report.get("command") or "")
+    again = f"<div>The command of this run</div>{command(given)}{_given_keys(given)}" if given else ""
     facts = f'<div class="scroll"><table class="grid">{"".join(_facts(report))}</table></div>'
     folded = {"config.yaml": f'<pre class="long">{escape(config)}</pre>' if config else "", "report.json": facts}
     return again + "".join(
         f"<details><summary>{name}</summary>{content}</details>" for name, content in folded.items() if content
     )
+
+
+def _given_keys(given: str) -> str:
+    """Render the keys that the command sets; all others have their defaults."""
+    try:
+        words = [word.partition("=") for word in shlex.split(given)]
+    except ValueError:
+        return ""
+    rows = [
+        ("", [f"<code>{escape(key)}</code>", f"<code>{escape(value)}</code>"]) for key, is_key, value in words if is_key
+    ]
+    return table([("key set by the command", "name"), ("value", "")], rows) if rows else ""
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
