@@ -40,6 +40,13 @@ def render_page(title: str, heading: str, status: str, body: str, reload_seconds
 """
 
 
+def shown_path(path: str | Path) -> str:
+    """Return the path of a run as typed in a command: relative to the current folder if below it, without its `hf/`."""
+    whole, here = Path(path).absolute(), Path.cwd()
+    run = whole.parent if whole.name == "hf" else whole
+    return str(run.relative_to(here)) if run.is_relative_to(here) else str(path)
+
+
 def section(title: str, content: str) -> str:
     """Render a section; empty without content."""
     return f"<h2>{escape(title)}</h2>{content}\n" if content else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from gpt2lab import metric_names
 from gpt2lab.evaluation.document_losses import read_document_losses
+from gpt2lab.reports.page import shown_path
 from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.reports.run_texts import read_examples
 from gpt2lab.reports.samples_jsonl import read_samples
@@ -88,7 +89,7 @@ def write_page(run_dir: str | Path, report: dict[str, Any], patience: float = 0.
         files=[name for name in LINKED if (folder / name).exists()],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         pages=_pages_of_sources(folder, report),
-        folder=_as_typed(folder),
+        folder=shown_path(folder.absolute()),
         patience=patience,
     )
     write_text(folder / "report.html", render(folder.name, report, run))
@@ -101,16 +102,10 @@ def _pages_of_sources(folder: Path, report: dict[str, Any]) -> dict[str, tuple[s
     found = {source: Path(source).expanduser().absolute() for source in sources}
     runs = {source: path.parent if path.name == "hf" else path for source, path in found.items()}
     return {
-        source: (Path(os.path.relpath(run / "report.html", folder.absolute())).as_posix(), _as_typed(run))
+        source: (Path(os.path.relpath(run / "report.html", folder.absolute())).as_posix(), shown_path(run))
         for source, run in runs.items()
         if (run / "report.html").is_file()
     }
-
-
-def _as_typed(folder: Path) -> str:
-    """Return the path relative to the current folder if it is below it."""
-    whole, here = folder.absolute(), Path.cwd()
-    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 
 
 def git_state() -> dict[str, Any] | None:

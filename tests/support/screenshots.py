@@ -73,7 +73,7 @@ def opened(browser: Browser, name: str, source: str) -> Iterator[None]:
     try:
         assert server.stdout is not None
         browser.open(server.stdout.readline().split()[1])
-        browser.wait("document.querySelector('#examples button')")
+        browser.wait("document.querySelector('#examples button') !== null")
         browser.click("#examples button")
         browser.click("#write")
         browser.wait("document.querySelector('#status').innerText.startsWith('Done')")
