@@ -115,7 +115,7 @@ def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, where)
         else:
             text = "null" if value is None else str(value)
-            yield where, text.rpartition(".")[2] if name == "_target_" else text
+            yield where, text.rpartition(".")[2].lower() if name == "_target_" else text
 
 
 def _as_sweep_run(number: int, folder: Path, name: str, overrides: dict[str, str], out: Path) -> SweepRun:

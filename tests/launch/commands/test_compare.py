@@ -40,8 +40,8 @@ def test_comparison_pairs_documents_and_names_differences(
     out = tmp_path / "page.html"
     monkeypatch.setattr(sys, "argv", ["compare", str(first), str(second), f"out={out}"])
     main()
-    printed, page = capsys.readouterr().out, out.read_text()
-    assert printed.startswith("Best seen: optimizer=adamw teacher=runs/teacher (val/loss 3.5500)")
+    printed, page = capsys.readouterr().out, out.read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert printed.startswith("Best seen: <b>distilled (val/loss 3.5500)")
     assert "The runs differ in " in printed
     assert "python train.py 'name=<b>distilled'" in printed or "python train.py name=<b>distilled" in printed
     assert "0.2500 (0.2500 … 0.2500)" in page, "the difference, paired by document"
