@@ -36,7 +36,6 @@ class Picture:
 PICTURES = {
     "run": Picture(),
     "phone": Picture(390, 1100, "dark", 1.0),
-    "finetuning": Picture(),
     "comparison": Picture(height=1500, scale=0.75),
     "sweep": Picture(height=2300, scale=0.7),
     "study": Picture(scheme="dark"),
