@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gpt2lab.reports import page, report_html, run_texts
+from gpt2lab.analysis.sweep_runs import group_runs
+from gpt2lab.reports import page, report_html, run_texts, sweep_html
 from gpt2lab.reports.samples_jsonl import Sample
 from tests.support.chromium import PROGRAM, Browser, faults, show_file
-from tests.support.pages import metrics, result_pages, run_page
+from tests.support.pages import metrics, result_pages, run_page, sweep_runs
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
 LARGEST_PAGE = 2_000_000  # bytes, of a run
@@ -90,6 +92,15 @@ def test_page_of_a_killed_run_shows_how_to_resume_it(browser: Browser, tmp_path:
         assert "last update" in shown
         assert ("later than expected" in shown) == is_late
         assert ("python train.py resume='runs/pretrain/a b'" in shown) == is_late
+
+
+def test_unfinished_sweep_shows_when_it_was_updated() -> None:
+    runs = sweep_runs()
+    waiting = replace(runs[0], number=12, status="waiting", error="")
+    text = sweep_html.render("sweep", group_runs([*runs, waiting], []))
+    assert 'http-equiv="refresh"' in text
+    assert 'data-patience="244"' in text, "a minute and three times the longest job"
+    assert page.AGE not in sweep_html.render("sweep", group_runs(runs, []))
 
 
 def test_tall_texts_are_folded_and_repeated_lines_counted() -> None:
