@@ -16,7 +16,7 @@ SHOWN_STEPS = 12  # sampled steps on the page, evenly spaced, the newest include
 LONG_PROMPT = 240  # characters; a longer one is folded
 SHOWN_EXAMPLES = 6  # before the rest is folded
 MOST_LINES = 14  # of a generated text; the rest is folded
-REPEATED = re.compile(r"(([^\n]*)\n)\1{3,}")  # a line at least four times in a row
+REPEATED = re.compile(r"^(([^\n]*)\n)\1{3,}", re.MULTILINE)  # a line at least four times in a row
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def test_unfinished_sweep_shows_when_it_was_updated() -> None:
 
 def test_tall_texts_are_folded_and_repeated_lines_counted() -> None:
     lines = "\n".join(f"line {number}" for number in range(40))
+    assert "times" not in run_texts.samples_html([Sample(1, "a", "x = 1\n1\n1\n1\n2", "greedy")])
     page = run_texts.samples_html([Sample(1, "def f(", "\n" * 50 + "x = 1", "greedy"), Sample(1, "a", lines, "top_k")])
     assert page.count("\n") < 60
     assert "50 times" in page
