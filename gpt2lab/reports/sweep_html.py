@@ -94,7 +94,7 @@ def _verdict(group: SettingGroup, results: SweepResults) -> str:
 
 def _table(results: SweepResults, numbers: dict[str, int], is_comparison: bool) -> str:
     keys = [] if is_comparison else _shown_keys(results)
-    names = [(name, "key") for name in short_names(keys).values()] or [("setting", "setting")]
+    names = [(name, "") for name in short_names(keys).values()] or [("setting", "setting")]
     metrics = list(dict.fromkeys(group.metric for group in results.groups))
     has_gaps = any(group.comparison.gaps for group in results.groups)
     has_documents = any(format_document_error(group, setting) for group in results.groups for setting in group.settings)

@@ -13,6 +13,8 @@ from typing import Any
 import aiohttp
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OUT_OF_ROW = """[...document.querySelectorAll('.grid td')]
+  .filter(one => one.offsetParent && getComputedStyle(one).display !== 'table-cell').map(one => one.textContent)"""
 PATIENCE = 60.0  # seconds, on a busy machine
 SMALLEST = 11  # pixels
 SMALL_TEXTS = f"""[...document.querySelectorAll('body *')].filter(one => one.offsetParent
@@ -164,6 +166,7 @@ def faults(browser: Browser, width: int) -> dict[str, Any]:
         "small": browser.value(SMALL_TEXTS),
         "stacked letters": browser.value(STACKED),
         "charts that are not drawn": browser.value(scripts),
+        "cells out of their row": browser.value(OUT_OF_ROW) if width > 800 else [],
     }
     methods = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
     found["errors"] = [event for event in browser.events if event.get("method") in methods]
