@@ -24,12 +24,12 @@ from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_los
 from gpt2lab.model.backbone import Backbone, load_backbone
 from gpt2lab.reports.model_card import read_step
 from gpt2lab.storage.metrics_csv import read_metrics, series
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import FINAL_SCORE, read_report
 from gpt2lab.system.device import widest_float
 
 log = logging.getLogger(__name__)
 
-LOSS, ERROR, TOKENS = "full_val_loss", "full_val_loss_error", "full_val_tokens"
+LOSS, ERROR, TOKENS = FINAL_SCORE
 
 
 class FinalScore(lightning.Callback):

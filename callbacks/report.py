@@ -21,6 +21,7 @@ from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.system import device
 
 PAGE_SECONDS = 20.0  # between two pages of a run that trains
+LATE = 4  # times the time between two pages, after which the next one is late
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Report(lightning.Callback):
         self.content: dict[str, Any] = {}
         self._earlier_seconds = 0.0
         self._resumed: list[int] = []  # steps
-        self._start = self._page_due = time.monotonic()
+        self._start = self._page_due = self._page_end = time.monotonic()
         self._has_trained = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class Report(lightning.Callback):
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._start = time.monotonic()
-        self._page_due = self._start + PAGE_SECONDS
+        self._page_due, self._page_end = self._start + PAGE_SECONDS, self._start
         pl_module.elapsed = self._seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
@@ -67,8 +68,8 @@ class Report(lightning.Callback):
             return
         report = self._report(trainer, pl_module, RUNNING)
         with suppress(OSError):  # a full disk ends the run where it loses something
-            write_page(trainer.default_root_dir, report)
-        end = time.monotonic()
+            write_page(trainer.default_root_dir, report, LATE * (start - self._page_end))
+        end = self._page_end = time.monotonic()
         self._page_due = end + max(PAGE_SECONDS, 50 * (end - start))
 
     def on_fit_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

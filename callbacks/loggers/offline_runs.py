@@ -1,10 +1,12 @@
 """Offline W&B runs of one run directory: one folder for each start of the run, merged into one for `wandb sync`.
 
 metrics.csv and samples.jsonl hold what a run logged, each step once however often it was killed and resumed. The merged
-folder is written aside from them; the values that callbacks of other projects logged are taken from the old folders. It
+folder is written aside from them; values and artifacts of other projects' callbacks are taken from the old folders. It
 replaces these once it is complete, so no interruption loses anything, and a second merge finds nothing to do.
 """
 
+import json
+import logging
 import shutil
 import time
 from collections import Counter
@@ -12,14 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
+
 from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifact, with_samples
 from callbacks.loggers.wandb_file import read_records, read_rows
 from gpt2lab.reports.samples_jsonl import Sample, read_samples
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.storage.report_json import FINAL_SCORE, read_report
 
+log = logging.getLogger(__name__)
 ASIDE = "merging.tmp"
-SCORE = ("full_val_loss", "full_val_loss_error", "full_val_tokens")  # of report.json, in the summary of a run
+OWN_TYPES = ("run_table", "job", "code", "wandb-run-incremental-table")  # of artifacts that W&B creates itself
 WRITE_SECONDS, POLL_SECONDS = 20, 0.05
 
 
@@ -46,8 +51,10 @@ def merge(
         for step, values, samples in merged_rows(run_dir):
             table = with_samples(table, samples)
             run.log({STEP: step, **values, **({SAMPLES: table} if samples else {})})
+        for artifact, aliases in foreign_artifacts(run_dir):
+            run.log_artifact(artifact, aliases=aliases)
         report = read_report(run_dir)
-        run.summary.update({name: report[name] for name in SCORE if report.get(name) is not None})
+        run.summary.update({name: report[name] for name in FINAL_SCORE if report.get(name) is not None})
         for copy in copy_media(run_dir, files):
             run.save(copy, base_path=files, policy="now")
         if model is not None:
@@ -66,9 +73,8 @@ def offline_folders(run_dir: Path) -> list[Path]:
 
 def is_complete(run_dir: Path) -> bool:
     """Whether one folder has the rows of metrics.csv and the samples, each step once and in order."""
-    folders = offline_folders(run_dir)
-    files = [file for folder in folders for file in folder.glob("*.wandb")]
-    if len(folders) != 1 or len(files) != 1:
+    files = _files(run_dir)
+    if len(offline_folders(run_dir)) != 1 or len(files) != 1:
         return False
     rows, wanted = read_rows(files[0]), read_metrics(run_dir)
     count = Counter(row.get(STEP) for row in rows)
@@ -82,7 +88,7 @@ def is_complete(run_dir: Path) -> bool:
 
 
 def merged_rows(run_dir: Path) -> Iterator[tuple[int, dict[str, Any], list[Sample]]]:
-    """Yield (step, values, samples) of every step in order."""
+    """Yield (step, values, samples) in order: one row for a step, and another one where a name was logged again."""
     rows: dict[int, dict[str, Any]] = {}
     samples: dict[int, list[Sample]] = {}
     metrics = read_metrics(run_dir)
@@ -92,14 +98,60 @@ def merged_rows(run_dir: Path) -> Iterator[tuple[int, dict[str, Any], list[Sampl
         samples.setdefault(sample.step, []).append(sample)
     last = max([*rows, *samples], default=0)
     known = {STEP, SAMPLES, *_columns(metrics)}
-    others: dict[int, dict[str, Any]] = {}
-    for file in (file for folder in offline_folders(run_dir) for file in folder.glob("*.wandb")):
-        for row in read_rows(file):
-            added = {name: value for name, value in row.items() if name not in known}
-            if added and isinstance(row.get(STEP), int) and row[STEP] <= last:
-                others.setdefault(row[STEP], {}).update(added)
-    for step in sorted({*rows, *samples, *others}):
-        yield step, {**others.get(step, {}), **rows.get(step, {})}, samples.get(step, [])
+    others: dict[int, list[dict[str, Any]]] = {}
+    for file in _files(run_dir):
+        for step, own in _foreign_rows(file, known).items():
+            names = {name for row in own for name in row}
+            earlier = {name: value for row in others.get(step, []) for name, value in row.items() if name not in names}
+            others[step] = [{**earlier, **own[0]}, *own[1:]] if step <= last else []
+    for step in sorted({*rows, *samples, *(step for step, own in others.items() if own)}):
+        first, *more = others.get(step) or [{}]
+        yield step, {**first, **rows.get(step, {})}, samples.get(step, [])
+        yield from ((step, row, []) for row in more)
+
+
+def _foreign_rows(file: Path, known: set[str]) -> dict[int, list[dict[str, Any]]]:
+    """Return step → rows of other names than the known ones; a row has all until a name is logged again."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in read_rows(file):
+        added = {name: value for name, value in row.items() if name not in known}
+        if not added or not isinstance(row.get(STEP), int):
+            continue
+        own = found.setdefault(row[STEP], [])
+        if own and not own[-1].keys() & added.keys():
+            own[-1].update(added)
+        else:
+            own.append(added)
+    return found
+
+
+def foreign_artifacts(run_dir: Path) -> Iterator[tuple[Any, list[str]]]:
+    """Yield (artifact, aliases) of those that callbacks of other projects logged, each version once.
+
+    The exported model and tables are logged anew by the merge.
+    """
+    seen = set()
+    for record in (record for file in _files(run_dir) for record in read_records(file) if record.HasField("artifact")):
+        stored = record.artifact
+        is_own = stored.type in OWN_TYPES or (stored.type, stored.name) == ("model", f"model-{stored.run_id}")
+        if is_own or (stored.name, stored.digest) in seen:
+            continue
+        seen.add((stored.name, stored.digest))
+        artifact = wandb.Artifact(stored.name, stored.type, stored.description, json.loads(stored.metadata or "{}"))
+        try:
+            for content in stored.manifest.contents:
+                if content.ref:
+                    artifact.add_reference(content.ref, content.path, checksum=False)
+                else:
+                    artifact.add_file(content.local_path, content.path, policy="immutable")
+        except (OSError, ValueError) as error:
+            log.warning("The artifact %s is missing in the merged W&B run: %s", stored.name, error)
+            continue
+        yield artifact, [alias for alias in stored.aliases if alias != "latest"]
+
+
+def _files(run_dir: Path) -> list[Path]:
+    return [file for folder in offline_folders(run_dir) for file in folder.glob("*.wandb")]
 
 
 def _columns(metrics: list[dict[str, str]]) -> set[str]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,13 @@ MOST_LEVELS = 5  # more distinct numbers are binned
 NUMBER = re.compile(r"[+-]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?")
 MOST_DIGITS = 7  # characters of a round number that is shown in full
 FOOT = 0.12  # share of a numeric axis reserved for runs without a value
+
+
+def varied_values(given: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return of each run its values of the keys in which the runs differ."""
+    keys = dict.fromkeys(key for own in given for key in own)
+    varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
+    return [{key: own[key] for key in varied if key in own} for own in given]
 
 
 class VariedKey:

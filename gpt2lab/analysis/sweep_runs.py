@@ -35,7 +35,7 @@ DATA_KEYS = (
 TOKEN_KEYS = ("tokenizer", "vocab_size")  # change what a token is, and with it a loss of each token
 # objectives whose targets are not all next tokens
 OWN_TARGETS = [name for name, kind in OBJECTIVES.items() if kind.rewrites_text]
-MOST_KEYS = 4  # in the name of a setting; runs with a name that differ in more keys keep it
+MOST_KEYS = 4  # in the name of a setting; runs that differ in more keys have their names, as has a single named run
 NAMED = 4  # maximum number of settings named in the summary
 
 
@@ -228,7 +228,8 @@ def group_runs(runs: Sequence[SweepRun], shared: list[str]) -> SweepResults:
 
 
 def _setting(overrides: dict[str, str], short: Mapping[str, str], runs: list[SweepRun]) -> Setting:
-    named = [run.name for run in runs if run.name] if len(overrides) > MOST_KEYS else []
+    has_many, is_named = len(overrides) > MOST_KEYS, len(runs) == 1 and not runs[0].name.isdecimal()
+    named = [run.name for run in runs if run.name] if has_many or is_named else []
     name = ", ".join(named) or shlex.join(f"{short[key]}={value}" for key, value in overrides.items() if value)
     return Setting(overrides, name or ("the default" if overrides else "the one setting"), runs)
 

@@ -123,6 +123,7 @@ function scales(spec, isLogX, isLogY) {
   if (spec.kind === 'parallel') y.range = () => [0, 1];
   else if (!isLogY) y.range = (_, low, high) => spec.y_range && low === lowest && high === highest ? around(...spec.y_range) : around(low, high);
   const x = {time: false, distr: isLogX ? 3 : 1};
+  if (isLogX) x.range = (_, low, high) => [low ?? 1, high > low ? high : 10 * (low ?? 1)]; // not to the next power of ten
   if (spec.kind === 'slices') x.range = () => [-.08, 1.08];
   return {x, y};
 }
@@ -256,9 +257,22 @@ document.addEventListener('mouseover', event => {
   mark(own ? Number(own.dataset.s) : null);
 });
 
+// The controls keep their values when the page reloads itself
+const CONTROLS = ['x-axis', 'log-x', 'log-y', 'smoothing'], key = 'controls of ' + location.pathname;
+function keep() {
+  const values = CONTROLS.map(control).map(one => one && [one.value, one.checked]);
+  try { sessionStorage.setItem(key, JSON.stringify(values)); } catch { /* no storage */ }
+}
+function restore() {
+  let values = null;
+  try { values = JSON.parse(sessionStorage.getItem(key)); } catch { /* no storage */ }
+  CONTROLS.map(control).forEach((one, index) => { if (one && values?.[index]) [one.value, one.checked] = values[index]; });
+}
+
 const all = () => figures.forEach(draw);
+restore();
 all();
-for (const id of ['x-axis', 'log-x', 'log-y', 'smoothing']) control(id)?.addEventListener('input', all);
+for (const id of CONTROLS) control(id)?.addEventListener('input', () => { keep(); all(); });
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', all);
 const observer = new ResizeObserver(entries => entries.forEach(({target}) => {
   const entry = figures.find(one => one.figure === target);

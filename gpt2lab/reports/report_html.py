@@ -10,7 +10,7 @@ from typing import Any
 from gpt2lab import metric_names
 from gpt2lab.reports.charts import plots, tools
 from gpt2lab.reports.number_format import duration, loss, significant
-from gpt2lab.reports.page import command, render_page, section
+from gpt2lab.reports.page import age, command, render_page, section, table
 from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
 from gpt2lab.reports.run_texts import Example, examples_html, samples_html
 from gpt2lab.reports.samples_jsonl import Sample
@@ -38,8 +38,9 @@ class RunFiles:
         inside: paths of inspection pages.
         files: paths of the other files and folders to link to.
         config: text of config.yaml.
-        pages: source of a teacher or an initialization → path of its report.html.
+        pages: source of a teacher or an initialization that is a run → (path of its report.html, folder as typed).
         folder: the run directory as typed in commands.
+        patience: of a run that trains: seconds until the next page is late.
     """
 
     rows: list[dict[str, str]] = field(default_factory=list)
@@ -48,8 +49,9 @@ class RunFiles:
     inside: Sequence[str] = ()
     files: Sequence[str] = ()
     config: str = ""
-    pages: Mapping[str, str] = field(default_factory=dict)
+    pages: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     folder: str = ""
+    patience: float = 0.0
 
 
 def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
@@ -63,6 +65,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
     curves = plots([loss_chart(run.rows, report, events), *side_charts(run.rows)])
     distillation = _distillation(report.get("metrics") or {}) + plots(distillation_charts(run.rows))
     body = [
+        age(run.patience, _resume_command(run.folder)) if is_running else "",
         error,
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         section(
@@ -81,6 +84,10 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         section("Configuration", _configuration(report, run.config)),
     ]
     return render_page(title, title, status, "".join(body), RELOAD_SECONDS if is_running else 0)
+
+
+def _resume_command(folder: str) -> str:
+    return f"python train.py resume={shlex.quote(folder)}" if folder else ""
 
 
 def _tiles(report: dict[str, Any]) -> list[str]:
@@ -146,7 +153,7 @@ def _events(report: dict[str, Any]) -> list[tuple[float, str]]:
     return sorted(found)
 
 
-def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, str]) -> str:
+def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, tuple[str, str]]) -> str:
     data, init, teacher = (report.get(key) or {} for key in ("data", "init", "teacher"))
     steps = []
     if data:
@@ -167,9 +174,11 @@ def _lineage(title: str, report: dict[str, Any], pages: Mapping[str, str]) -> st
     return f'<ol class="line">{items}</ol>'
 
 
-def _linked(name: str, pages: Mapping[str, str]) -> str:
-    shown = escape(name)
-    return f'<a href="{escape(pages[name])}">{shown}</a>' if name in pages else shown
+def _linked(name: str, pages: Mapping[str, tuple[str, str]]) -> str:
+    if name not in pages:
+        return escape(name)
+    page, folder = pages[name]
+    return f'<a href="{escape(page)}">{escape(folder)}</a>'
 
 
 def _phases(seconds: Mapping[str, float]) -> str:
@@ -201,7 +210,7 @@ def _next(report: dict[str, Any], run: RunFiles) -> str:
         return ""
     lines = {}
     if not is_finished(report) and status != "pruned":
-        lines["Resume"] = f"python train.py resume={folder}"
+        lines["Resume"] = _resume_command(run.folder)
     if "hf" in run.files:
         lines["Generate text"] = f'python generate.py checkpoint={folder} prompt="…"'
         lines["Evaluate"] = f"python evaluate.py checkpoint={folder}"
@@ -212,12 +221,25 @@ def _next(report: dict[str, Any], run: RunFiles) -> str:
 
 
 def _configuration(report: dict[str, Any], config: str) -> str:
-    again = f"<div>The command of this run</div>{command(str(report['command']))}" if report.get("command") else ""
+    given = str(report.get("command") or "")
+    again = f"<div>The command of this run</div>{command(given)}{_given_keys(given)}" if given else ""
     facts = f'<div class="scroll"><table class="grid">{"".join(_facts(report))}</table></div>'
     folded = {"config.yaml": f'<pre class="long">{escape(config)}</pre>' if config else "", "report.json": facts}
     return again + "".join(
         f"<details><summary>{name}</summary>{content}</details>" for name, content in folded.items() if content
     )
+
+
+def _given_keys(given: str) -> str:
+    """Render the keys that the command sets; all others have their defaults."""
+    try:
+        words = [word.partition("=") for word in shlex.split(given)]
+    except ValueError:
+        return ""
+    rows = [
+        ("", [f"<code>{escape(key)}</code>", f"<code>{escape(value)}</code>"]) for key, is_key, value in words if is_key
+    ]
+    return table([("key set by the command", "name"), ("value", "")], rows) if rows else ""
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

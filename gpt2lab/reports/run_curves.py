@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gpt2lab import metric_names as names
 from gpt2lab.reports.charts import Chart, Line, Points
 from gpt2lab.storage.metrics_csv import STEP, series
@@ -54,6 +56,18 @@ def run_clock(rows: Rows) -> dict[str, list[float]]:
     kept = clock[1 :: -(-len(clock) // MOST_POINTS)] if known else []
     kept += clock[-1:] if known and kept[-1] != clock[-1] else []
     return {name: [row[column] for row in kept] for column, name in enumerate(("steps", "tokens", "seconds"))}
+
+
+def value_at(curve: Points, clock: Mapping[str, Sequence[float]], tokens: float) -> float | None:
+    """Return the value of a curve over steps after so many tokens, between its points by linear interpolation.
+
+    None before its first point.
+    """
+    if not curve or not clock["steps"]:
+        return None
+    steps, values = zip(*curve, strict=True)
+    step = float(np.interp(tokens, clock["tokens"], clock["steps"]))
+    return float(np.interp(step, steps, values)) if step >= steps[0] else None
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gpt2lab import metric_names
 from gpt2lab.evaluation.document_losses import read_document_losses
+from gpt2lab.reports.page import shown_path
 from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.reports.run_texts import read_examples
 from gpt2lab.reports.samples_jsonl import read_samples
@@ -72,8 +73,12 @@ def write_report(run_dir: str | Path, report: dict[str, Any]) -> None:
     write_page(run_dir, report)
 
 
-def write_page(run_dir: str | Path, report: dict[str, Any]) -> None:
-    """Write report.html with the run's curves, texts and links to its other files."""
+def write_page(run_dir: str | Path, report: dict[str, Any], patience: float = 0.0) -> None:
+    """Write report.html with the run's curves, texts and links to its other files.
+
+    Args:
+        patience: of a run that trains: seconds until the next page is late.
+    """
     folder = Path(run_dir)
     config = folder / "config.yaml"
     run = RunFiles(
@@ -84,25 +89,23 @@ def write_page(run_dir: str | Path, report: dict[str, Any]) -> None:
         files=[name for name in LINKED if (folder / name).exists()],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         pages=_pages_of_sources(folder, report),
-        folder=_as_typed(folder),
+        folder=shown_path(folder.absolute()),
+        patience=patience,
     )
     write_text(folder / "report.html", render(folder.name, report, run))
 
 
-def _pages_of_sources(folder: Path, report: dict[str, Any]) -> dict[str, str]:
-    """Return the relative path of report.html of each run that is the teacher or the initialization."""
+def _pages_of_sources(folder: Path, report: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return of each run that is the teacher or the initialization the relative path of report.html, and its folder."""
     nodes = [report.get("teacher"), report.get("init")]
     sources = [str(node["source"]) for node in nodes if isinstance(node, dict) and node.get("source")]
     found = {source: Path(source).expanduser().absolute() for source in sources}
     runs = {source: path.parent if path.name == "hf" else path for source, path in found.items()}
-    pages = {source: run / "report.html" for source, run in runs.items() if (run / "report.html").is_file()}
-    return {source: Path(os.path.relpath(page, folder.absolute())).as_posix() for source, page in pages.items()}
-
-
-def _as_typed(folder: Path) -> str:
-    """Return the path relative to the current folder if it is below it."""
-    whole, here = folder.absolute(), Path.cwd()
-    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
+    return {
+        source: (Path(os.path.relpath(run / "report.html", folder.absolute())).as_posix(), shown_path(run))
+        for source, run in runs.items()
+        if (run / "report.html").is_file()
+    }
 
 
 def git_state() -> dict[str, Any] | None:

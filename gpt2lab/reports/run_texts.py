@@ -1,6 +1,7 @@
 """Texts of a run: samples by step, and validation examples as input, output, reference and score."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -13,6 +14,9 @@ from gpt2lab.storage.atomic_files import write_text
 FILE = "val_examples.json"
 SHOWN_STEPS = 12  # sampled steps on the page, evenly spaced, the newest included
 LONG_PROMPT = 240  # characters; a longer one is folded
+SHOWN_EXAMPLES = 6  # before the rest is folded
+MOST_LINES = 14  # of a generated text; the rest is folded
+REPEATED = re.compile(r"^(([^\n]*)\n)\1{3,}", re.MULTILINE)  # a line at least four times in a row
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,18 @@ def read_examples(run_dir: str | Path) -> list[Example]:
 
 
 def examples_html(examples: Sequence[Example]) -> str:
-    """Render the examples; empty without one."""
+    """Render the examples, all but the first few folded; empty without one."""
+    shown, folded = map(_pairs, (examples[:SHOWN_EXAMPLES], examples[SHOWN_EXAMPLES:]))
+    more = f"<details><summary>{len(examples) - SHOWN_EXAMPLES} more</summary>{folded}</details>" if folded else ""
+    return shown + more
+
+
+def _pairs(examples: Sequence[Example]) -> str:
     return "".join(
         '<div class="pair"><dl>'
         f'<dt>input</dt><dd class="prompt">{_folded(one.prompt)}</dd>'
-        f'<dt>output</dt><dd class="answer">{escape(one.output) or "(empty)"}</dd>'
-        f"<dt>reference</dt><dd>{escape(one.reference)}</dd>"
+        f'<dt>output</dt><dd class="answer">{_shortened(one.output.strip()) or "(empty)"}</dd>'
+        f"<dt>reference</dt><dd>{_shortened(one.reference.strip())}</dd>"
         + (f"<dt>{escape(one.metric)}</dt><dd>{significant(one.score)}</dd>" if one.score is not None else "")
         + "</dl></div>"
         for one in examples
@@ -75,7 +85,21 @@ def samples_html(samples: Sequence[Sample]) -> str:
 
 def _sample(sample: Sample) -> str:
     prompt = f'<span class="prompt">{_folded(sample.prompt)}</span>'
-    return f"<div><small>{escape(sample.method)}</small><pre>{prompt}{escape(sample.written)}</pre></div>"
+    return f"<div><small>{escape(sample.method)}</small><pre>{prompt}{_shortened(sample.written)}</pre></div>"
+
+
+def _shortened(text: str) -> str:
+    """Render a generated text; repeated lines are shown once with their number, the end of a tall text is folded."""
+    parts, start = [], 0
+    for found in REPEATED.finditer(text):
+        times = len(found[0]) // len(found[1])
+        parts += [escape(text[start : found.start(0)]), escape(found[2]), f'<i class="times"> ↵ {times} times</i>\n']
+        start = found.end(0)
+    lines = "".join([*parts, escape(text[start:])]).split("\n")
+    if len(lines) <= MOST_LINES + 1:
+        return "\n".join(lines)
+    head, tail = "\n".join(lines[:MOST_LINES]), "\n".join(lines[MOST_LINES:])
+    return f"{head}\n<details><summary>… {len(lines) - MOST_LINES:,} more lines</summary>{tail}</details>"
 
 
 def _folded(text: str) -> str:

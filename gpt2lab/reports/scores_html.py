@@ -1,5 +1,6 @@
 """Page of scores: one panel per metric with a dot and an interval for each model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -18,18 +19,24 @@ class Bar:
     high: float
 
 
-def render(title: str, panels: dict[tuple[str, str], list[Bar]]) -> str:
-    """Render the page.
+@dataclass(frozen=True)
+class Panel:
+    """One metric of all models; `direction` is which one is better, if any is."""
 
-    Args:
-        panels: (name of a metric, meaning) → its values by model.
-    """
-    body = "".join(section(name, _panel(meaning, bars)) for (name, meaning), bars in panels.items() if bars)
+    name: str
+    meaning: str
+    direction: str
+    bars: Sequence[Bar]
+
+
+def render(title: str, panels: Sequence[Panel]) -> str:
+    """Render the page."""
+    body = "".join(section(panel.name, _rows(panel)) for panel in panels if panel.bars)
     status = f"{escape(title)}<br>Dots: the score; bars: its 95 % interval"
     return render_page(title, "Scores", status, body)
 
 
-def _panel(meaning: str, bars: list[Bar]) -> str:
+def _rows(panel: Panel) -> str:
     rows = [
         Row(
             bar.name,
@@ -37,6 +44,6 @@ def _panel(meaning: str, bars: list[Bar]) -> str:
             (bar.low, bar.high),
             text=f"{significant(bar.value)} ({significant(bar.low)} … {significant(bar.high)})",
         )
-        for bar in bars
+        for bar in panel.bars
     ]
-    return row_plot(meaning, meaning, rows)
+    return row_plot(panel.meaning, panel.meaning + f" ({panel.direction})" * bool(panel.direction), rows)

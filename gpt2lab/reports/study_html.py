@@ -4,38 +4,45 @@ from html import escape
 
 from gpt2lab.analysis.study_results import TIME, ArmResult, Contrast, StudyResults
 from gpt2lab.reports.number_format import loss
-from gpt2lab.reports.page import render_page, section
+from gpt2lab.reports.page import render_page, section, shown_path, table
 from gpt2lab.reports.row_plot import Row, row_plot
 
-ERRORS = ("arm", "mean", "sd over seeds", "standard error between documents")
+ERRORS = [
+    ("arm", "name"),
+    *((name, "number") for name in ("mean", "sd over seeds", "standard error between documents")),
+]
+RATES = [("arm", "name"), ("learning rate", "number"), ("validation loss", "number")]
+VERDICTS = ("budget", "comparison", "over seeds", "over documents")
 
 
 def render(title: str, results: StudyResults) -> str:
     """Render the page."""
     teacher = "" if results.teacher_loss is None else f", validation loss {results.teacher_loss:.4f}"
     seeds = ", ".join(map(str, results.seeds))
+    has_documents = any(contrast.by_document for contrast in results.contrasts)
     verdicts = "".join(
         f'<tr><td class="name">{escape(contrast.budget)}</td><td class="name">{escape(contrast.title)}</td>'
         f'<td class="words">{escape(contrast.verdict)}</td>'
-        f'<td class="words">{escape(str(contrast.by_document or ""))}</td></tr>'
+        + f'<td class="words">{escape(str(contrast.by_document or ""))}</td>' * has_documents
+        + "</tr>"
         for contrast in results.contrasts
     )
     body = [
         *(f'<pre class="error">{escape(run)}</pre>' for run in results.failed_runs),
-        section("Verdicts", _table(("budget", "comparison", "over seeds", "over documents"), verdicts, " stack")),
+        section("Verdicts", _verdicts(verdicts, has_documents)),
         section("Differences, with their intervals", _intervals(results.contrasts)),
         section("Every run", _dots(results.arms)),
-        section("Errors of the mean losses", _table(ERRORS, _errors(results.arms))),
-        section("Learning rates", _table(("arm", "learning rate", "validation loss"), _rates(results))),
+        section("Errors of the mean losses", table(ERRORS, _errors(results.arms))),
+        section("Learning rates", table(RATES, rates) if (rates := _rates(results)) else ""),
     ]
-    status = f"Teacher {escape(results.teacher)}{teacher}<br>Seeds {seeds}"
+    status = f"Teacher {escape(shown_path(results.teacher))}{teacher}<br>Seeds {seeds}"
     return render_page(title, f"Is it the teacher? {title}", status, "".join(body))
 
 
-def _table(names: tuple[str, ...], rows: str, kind: str = "") -> str:
-    """Render a table; empty without rows. Of the kind " stack", the cells of a row are below one another on a phone."""
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<div class="scroll"><table class="grid{kind}"><tr>{head}</tr>{rows}</table></div>' if rows else ""
+def _verdicts(rows: str, has_documents: bool) -> str:
+    """Render the table of verdicts, whose cells are below one another on a phone; empty without rows."""
+    head = "".join(f"<th>{name}</th>" for name in VERDICTS[: 3 + has_documents])
+    return f'<div class="scroll"><table class="grid stack"><tr>{head}</tr>{rows}</table></div>' if rows else ""
 
 
 def _dots(arms: list[ArmResult]) -> str:
@@ -54,13 +61,13 @@ def _dots(arms: list[ArmResult]) -> str:
     return row_plot("validation loss of every run", "validation loss, nats per token (← better)", rows)
 
 
-def _errors(arms: list[ArmResult]) -> str:
-    """Render the error between seeds and between documents of each arm."""
-    rows = ""
+def _errors(arms: list[ArmResult]) -> list[tuple[str, list[str]]]:
+    """Return rows with the error between seeds and between documents of each arm."""
+    rows = []
     for arm in arms:
         values = (arm.summary.mean, arm.summary.sd, arm.document_error)
-        cells = "".join(f'<td class="number">{"" if value is None else f"{value:.4f}"}</td>' for value in values)
-        rows += f'<tr><td class="name">{escape(arm.arm.name)}, {arm.steps:,} steps</td>{cells}</tr>'
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        rows.append(("", [f"{escape(arm.arm.name)}, {arm.steps:,} steps", *cells]))
     return rows
 
 
@@ -80,10 +87,16 @@ def _intervals(contrasts: list[Contrast]) -> str:
     return row_plot("difference of every comparison, with its interval", axis, rows, zero=True)
 
 
-def _rates(results: StudyResults) -> str:
-    return "".join(
-        f'<tr><td class="name">{escape(rates.arm)}</td><td>{rate:.3g}{", chosen" * (rate == rates.chosen)}</td>'
-        f"<td>{'failed' if loss is None else f'{loss:.4f}'}</td></tr>"
+def _rates(results: StudyResults) -> list[tuple[str, list[str]]]:
+    return [
+        (
+            "",
+            [
+                escape(rates.arm),
+                f"{rate:.3g}{', chosen' * (rate == rates.chosen)}",
+                "failed" if loss is None else f"{loss:.4f}",
+            ],
+        )
         for rates in results.learning_rates
         for rate, loss in rates.losses.items()
-    )
+    ]

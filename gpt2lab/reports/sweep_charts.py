@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from gpt2lab import metric_names
 from gpt2lab.analysis.hyperparameter_importance import Importance, importances
-from gpt2lab.analysis.sweep_axes import VariedKey
+from gpt2lab.analysis.sweep_axes import VariedKey, short_names
 from gpt2lab.analysis.sweep_runs import Setting, SettingGroup, format_value
 from gpt2lab.reports.charts import Chart, Line
 from gpt2lab.reports.number_format import significant, tick_text
@@ -31,6 +31,11 @@ def rank(group: SettingGroup, setting: Setting) -> str:
 def better(metric: str) -> str:
     """Return which direction of a metric is better, as an axis label."""
     return "← better" if metric_names.lower_is_better(metric) else "better →"
+
+
+def _upward(metric: str) -> str:
+    """Return the name of a metric with its better direction on a vertical axis."""
+    return f"{metric} ({'↓' if metric_names.lower_is_better(metric) else '↑'} better)"
 
 
 def limits(group: SettingGroup) -> tuple[float, float]:
@@ -103,7 +108,9 @@ def curves_chart(group: SettingGroup, settings: Sequence[Setting], numbers: dict
         for setting, run in runs
     ]
     ends = [best, far, *kept]
-    return Chart(f"{group.metric} over steps", lines, y_range=(min(ends), max(ends)), is_wide=True, names_nearest=True)
+    return Chart(
+        f"{_upward(group.metric)} over steps", lines, y_range=(min(ends), max(ends)), is_wide=True, names_nearest=True
+    )
 
 
 def parallel_chart(group: SettingGroup, keys: Sequence[str], numbers: dict[str, int]) -> Chart:
@@ -122,9 +129,11 @@ def parallel_chart(group: SettingGroup, keys: Sequence[str], numbers: dict[str, 
         lines.append(Line(name, points, COLOURS[kind], is_bold=kind == "best", setting=numbers[setting.name]))
     edge = ("≥ " if metric_names.lower_is_better(group.metric) else "≤ ") * is_cut
     result = [(0.0, edge + significant(worst, 4)), (1.0, significant(best, 4))] if best != worst else []
-    axes = [(key, _labels(column)) for key, column in zip(keys, columns, strict=True)] + [(group.metric, result)]
+    short = short_names(list(keys))
+    axes = [(short[key], _labels(column)) for key, column in zip(keys, columns, strict=True)]
+    axes.append((group.metric, result))
     placed = [(name, [(MARGIN + (1 - 2 * MARGIN) * at, text) for at, text in marks]) for name, marks in axes]
-    title = "settings as lines over their keys"
+    title = f"settings as lines over their keys, the best {group.metric} on top"
     return Chart(title, lines[::-1], "parallel", axes=placed, is_wide=True, names_nearest=True)
 
 
@@ -141,7 +150,13 @@ def slice_charts(group: SettingGroup, keys: Sequence[str], numbers: dict[str, in
             name, kind = f"{setting.label}: {setting.mean[0]:.4f}", rank(group, setting)
             lines.append(Line(name, [(position, value)], COLOURS[kind], setting=numbers[setting.name]))
         charts.append(
-            Chart(f"{group.metric} over {key}", lines[::-1], "slices", x_ticks=_labels(column), names_nearest=True)
+            Chart(
+                f"{_upward(group.metric)} over {key}",
+                lines[::-1],
+                "slices",
+                x_ticks=_labels(column),
+                names_nearest=True,
+            )
         )
     return charts
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from itertools import compress
 
 from gpt2lab.analysis.sweep_axes import override_value, short_names
 from gpt2lab.analysis.sweep_runs import (
@@ -18,7 +19,7 @@ from gpt2lab.analysis.sweep_runs import (
 )
 from gpt2lab.reports.charts import plots
 from gpt2lab.reports.number_format import duration
-from gpt2lab.reports.page import command, render_page, section
+from gpt2lab.reports.page import age, command, render_page, section, table
 from gpt2lab.reports.sweep_charts import (
     curves_chart,
     gap_plot,
@@ -30,6 +31,7 @@ from gpt2lab.reports.sweep_charts import (
 )
 
 RELOAD_SECONDS = 30
+LONGEST_JOB = 3600.0  # seconds, of a sweep of which no job has ended
 MAX_KEYS = 8  # shown as columns and axes; runs that differ in more are compared by name
 NOTE = (
     "± of a mean: half its 95 % interval, over seeds. A setting behind the best by more than its ± is worse, the "
@@ -46,20 +48,22 @@ def render(title: str, results: SweepResults) -> str:
     shared = f"<br>All: <code>{escape(' '.join(results.shared))}</code>" if results.shared else ""
     status = f"{len(results.runs)} runs: {escape(counts(results))}{shared}"
     body = results_html(results) + section("Failed", _failures(results.runs))
-    return render_page(title, f"Sweep {title}", status, body, 0 if results.is_over else RELOAD_SECONDS)
+    longest = max((run.seconds for run in results.runs if run.seconds), default=LONGEST_JOB)
+    top = "" if results.is_over else age(60 + 3 * longest)
+    return render_page(title, f"Sweep {title}", status, top + body, 0 if results.is_over else RELOAD_SECONDS)
 
 
-def results_html(results: SweepResults, has_curves: bool = True) -> str:
+def results_html(results: SweepResults, is_comparison: bool = False) -> str:
     """Render verdicts, the table of settings, and the charts of each group of comparable settings.
 
     Args:
-        has_curves: whether to draw the learning curves.
+        is_comparison: of runs by name, whose page has its own curves and table of keys.
     """
     numbers = setting_numbers(results)
     verdicts = "".join(_verdict(group, results) for group in results.groups)
     nothing = "No run has a result." if results.is_over else "No run has finished yet."
-    shown = "".join(_plots(group, results, numbers, has_curves) for group in results.groups)
-    return (verdicts or f"<p>{nothing}</p>") + section("Settings", _table(results, numbers)) + shown
+    shown = "".join(_plots(group, results, numbers, not is_comparison) for group in results.groups)
+    return (verdicts or f"<p>{nothing}</p>") + section("Settings", _table(results, numbers, is_comparison)) + shown
 
 
 def setting_numbers(results: SweepResults) -> dict[str, int]:
@@ -88,63 +92,54 @@ def _verdict(group: SettingGroup, results: SweepResults) -> str:
     )
 
 
-def _table(results: SweepResults, numbers: dict[str, int]) -> str:
-    keys = _shown_keys(results)
-    names = list(short_names(keys).values())
+def _table(results: SweepResults, numbers: dict[str, int], is_comparison: bool) -> str:
+    keys = [] if is_comparison else _shown_keys(results)
+    names = [(name, "") for name in short_names(keys).values()] or [("setting", "setting")]
     metrics = list(dict.fromkeys(group.metric for group in results.groups))
     has_gaps = any(group.comparison.gaps for group in results.groups)
     has_documents = any(format_document_error(group, setting) for group in results.groups for setting in group.settings)
-    head = "".join(
-        f"<th{kind}>{escape(name)}</th>"
-        for name, kind in [
-            ("", ""),
-            *((name, "") for name in names),
-            (metrics[0] if len(metrics) == 1 else "value", ' class="number"'),
-            *[("± documents", ' class="number"')] * has_documents,
-            *[("behind the best", ' class="number"')] * has_gaps,
-            *[("behind, by document", ' class="number"')] * has_documents,
-            ("time", ' class="number"'),
-            ("runs", ""),
-        ]
-    )
+    columns = [
+        ("", "standing"),
+        *names,
+        (metrics[0] if len(metrics) == 1 else "value", "number"),
+        ("± documents", "number"),
+        ("behind the best", "number"),
+        ("behind, by document", "number interval"),
+        ("time", "number"),
+        ("runs", "runs"),
+    ]
+    left_out = {"± documents", "behind, by document"} if not has_documents else set()
+    left_out |= {"behind the best"} if not has_gaps else set()
+    is_shown = [name not in left_out for name, _ in columns]
     group_of = {setting.name: group for group in results.groups for setting in group.settings}
-    rows = ""
+    rows = []
     for setting in results.settings:
         group = group_of.get(setting.name)
-        rows += _row(setting, group, keys, numbers[setting.name], len(metrics) > 1, has_gaps, has_documents)
+        own = rank(group, setting) if group else ""
+        cells = compress(_cells(setting, group, keys, len(metrics) > 1), is_shown)
+        rows.append((f'data-s="{numbers[setting.name]}" class="{own}"', list(cells)))
     note = (f"<p>{NOTE}</p>" if has_gaps else "") + (f"<p>{DOCUMENTS_NOTE}</p>" if has_documents else "")
-    return f'<div class="scroll"><table class="grid settings"><tr>{head}</tr>{rows}</table></div>{note}'
+    return table(list(compress(columns, is_shown)), rows, "settings") + note
 
 
-def _row(
-    setting: Setting,
-    group: SettingGroup | None,
-    keys: Sequence[str],
-    number: int,
-    names_metric: bool,
-    has_gaps: bool,
-    has_documents: bool,
-) -> str:
-    standing = group.status_of(setting) if group else ""
+def _cells(setting: Setting, group: SettingGroup | None, keys: Sequence[str], names_metric: bool) -> list[str]:
+    """Render all cells of a setting, in the order of the columns."""
     metric = f"{group.metric} " if group and names_metric else ""
-    seconds = "" if setting.seconds is None else duration(setting.seconds)
-    cells = [
-        f'<td class="standing">{standing}</td>',
-        *(_cell(setting.overrides[key]) for key in keys),
-        f'<td class="number">{escape(metric)}{format_value(setting)}</td>',
-        *[f'<td class="number">{format_document_error(group, setting)}</td>'] * has_documents,
-        *[f'<td class="number">{format_gap(group, setting)}</td>'] * has_gaps,
-        *[f'<td class="number">{format_document_difference(group, setting)}</td>'] * has_documents,
-        f'<td class="number">{seconds}</td>',
-        f'<td class="runs">{" ".join(_link(run) for run in setting.runs)}</td>',
+    return [
+        group.status_of(setting) if group else "",
+        *([_value(setting.overrides[key]) for key in keys] or [escape(setting.label)]),
+        escape(metric) + format_value(setting),
+        format_document_error(group, setting),
+        format_gap(group, setting),
+        format_document_difference(group, setting).replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"),
+        "" if setting.seconds is None else duration(setting.seconds),
+        f"<span>{' '.join(_link(run) for run in setting.runs)}</span>",
     ]
-    own = rank(group, setting) if group else ""
-    return f'<tr data-s="{number}" class="{own}">{"".join(cells)}</tr>'
 
 
-def _cell(value: str) -> str:
+def _value(value: str) -> str:
     """Render the value of an override, in full as tooltip."""
-    return f'<td title="{escape(value)}">{escape(override_value(value)) or "–"}</td>'
+    return f'<span title="{escape(value)}">{escape(override_value(value)) or "–"}</span>'
 
 
 def _link(run: SweepRun) -> str:

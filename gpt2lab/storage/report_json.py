@@ -14,6 +14,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seconds", "tokens_per_second", "val_loss", "full_val_loss"), (int, float, type(None))),
 }
 FINISHED = ("finished", "stopped early")  # statuses of a complete run
+# Of the exported model after training: its loss, the standard error between documents, the number of tokens
+FINAL_SCORE = ("full_val_loss", "full_val_loss_error", "full_val_tokens")
 
 
 def is_finished(report: dict[str, Any]) -> bool:

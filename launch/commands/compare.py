@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
+from gpt2lab.analysis.sweep_axes import varied_values
 from gpt2lab.analysis.sweep_runs import SweepResults, SweepRun, group_runs, summarize
 from gpt2lab.errors import InputError
 from gpt2lab.evaluation.document_losses import read_document_losses
 from gpt2lab.keys import key
-from gpt2lab.reports.comparison_html import render
+from gpt2lab.reports.comparison_html import render, work_notes
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import FINISHED, read_report
@@ -61,8 +62,8 @@ class Arguments:
     out: str = key("HTML page to write", "compare.html")
 
 
-def compare_runs(folders: Sequence[Path], out: Path) -> SweepResults:
-    """Write the page and return the results.
+def compare_runs(folders: Sequence[Path], out: Path) -> tuple[SweepResults, list[str]]:
+    """Write the page; return the results, and notes on runs that did unequal work.
 
     Raises:
         InputError: a folder contains no run, or there are fewer than two runs.
@@ -72,11 +73,12 @@ def compare_runs(folders: Sequence[Path], out: Path) -> SweepResults:
         raise InputError("Give at least two run directories, or the folder of a sweep.")
     names = Counter(run.name for run in runs)
     shown = [run.name if names[run.name] == 1 else str(run) for run in runs]
-    numbered = enumerate(zip(runs, shown, _varied(list(map(_configuration, runs))), strict=True))
+    numbered = enumerate(zip(runs, shown, varied_values(list(map(_configuration, runs))), strict=True))
     found = [_as_sweep_run(number, run, name, own, out) for number, (run, name, own) in numbered]
     results = group_runs(found, [])
-    write_text(out, render("Comparison", results, list(map(read_metrics, runs))))
-    return results
+    rows = list(map(read_metrics, runs))
+    write_text(out, render("Comparison", results, rows))
+    return results, work_notes(results, rows)
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -113,14 +115,7 @@ def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, where)
         else:
             text = "null" if value is None else str(value)
-            yield where, text.rpartition(".")[2] if name == "_target_" else text
-
-
-def _varied(configurations: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Return of each configuration the keys in which they differ."""
-    keys = dict.fromkeys(name for one in configurations for name in one)
-    varied = [name for name in keys if len({one.get(name) for one in configurations}) > 1]
-    return [{name: one.get(name, "") for name in varied} for one in configurations]
+            yield where, text.rpartition(".")[2].lower() if name == "_target_" else text
 
 
 def _as_sweep_run(number: int, folder: Path, name: str, overrides: dict[str, str], out: Path) -> SweepRun:
@@ -157,10 +152,11 @@ def main() -> None:
     arguments = parse([word for word in words if "=" in word], Arguments)
     check_output_file(arguments.out, "out")
     folders = [Path(word).expanduser() for word in words if "=" not in word]
-    results = compare_runs(folders, Path(arguments.out))
+    results, notes = compare_runs(folders, Path(arguments.out))
     for group in results.groups:
         apart = f"{group.metric} {group.condition}: " if len(results.groups) > 1 else ""
         print(f"{apart}{summarize(group)}\n  {group.best_command}")
+    print("".join(f"{note}\n" for note in notes), end="")
     print(f"The runs differ in {', '.join(_differences(results)) or 'nothing that is compared'}.")
     print(arguments.out)
 

@@ -9,19 +9,29 @@ gpt2lab/reports/dashboard_views.py.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.keys import key
 from gpt2lab.reports.dashboard_views import SWEEP, VIEWS, Panel, View
 from gpt2lab.storage.atomic_files import write_text
-from gpt2lab.storage.utf8 import check_process
 from launch import logging_setup
+from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.exit_codes import run_and_exit
 
-KEYS = ("entity", "project", "json")
 # Values of the configuration that sweeps compare
 SEARCHED = ("config.optimizer.lr", "batch_tokens", "model", "loss", "config.loss.temperature", "seed")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of the command."""
+
+    entity: str = key("user or team that owns the project")
+    project: str = key("W&B project in which the views are saved")
+    json: str = key("file for the views, which are then not saved in the project", "")
 
 
 def workspaces(entity: str, project: str) -> list[Any]:
@@ -76,33 +86,19 @@ def _best(metric: str) -> str:
     return f"{metric}.{summaries()[metric]}"
 
 
-def _arguments(words: list[str]) -> dict[str, str]:
-    """Parse key=value arguments.
-
-    Raises:
-        InputError: an unknown key, or no entity or project.
-    """
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    unknown = [key for key in given if key not in KEYS]
-    if unknown or not (given.get("entity") and given.get("project")):
-        problem = f"There is no key {unknown[0]}." if unknown else "entity and project are needed."
-        raise InputError(f"{problem}\nGive: python -m launch.commands.dashboards entity=TEAM project=gpt2-lab")
-    return given
-
-
 def _program(words: list[str]) -> None:
     if {"-h", "--help"} & set(words):
-        print(__doc__)
+        print(f"{__doc__}\n{describe(Arguments)}")
         return
-    check_process(words)
-    given = _arguments(words)
+    given = parse(words, Arguments)
+    check_output_file(given.json)
     logging_setup.configure_logging()
     try:
-        views = workspaces(given["entity"], given["project"])
+        views = workspaces(given.entity, given.project)
     except ModuleNotFoundError as error:
         raise InputError(f'{error}.\nInstall it: pip install "wandb-workspaces==0.4.13"') from None
-    if given.get("json"):
-        write_text(Path(given["json"]), json.dumps([serialized(view) for view in views], indent=1))
+    if given.json:
+        write_text(Path(given.json), json.dumps([serialized(view) for view in views], indent=1))
         return
     import wandb
 
@@ -110,7 +106,7 @@ def _program(words: list[str]) -> None:
         raise InputError(
             "Saving dashboards needs a login to W&B.\nRun wandb login, or write the views to a file: json=FILE"
         )
-    for view in [*views, report(given["entity"], given["project"])]:
+    for view in [*views, report(given.entity, given.project)]:
         print(view.save().url, flush=True)
 
 

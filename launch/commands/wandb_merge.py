@@ -7,6 +7,7 @@ rows are those of metrics.csv and samples.jsonl. Then `wandb sync RUN_DIR/wandb/
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from gpt2lab.errors import InputError
@@ -33,16 +34,13 @@ def merge(folder: Path) -> bool:
     from launch.config.targets import instantiate
     from launch.run.labels import run_labels, searchable_values
 
-    directory = RunDirectory()
-    directory.open(folder)
-    try:
+    with closing(RunDirectory()) as directory:
+        directory.open(folder)
         node = {**nodes[0], "run_dir": str(folder)} if nodes else {"_target_": WANDB, "run_dir": str(folder)}
         logger = instantiate(node, "logger", [], folder)
         assert isinstance(logger, WeightsAndBiases)
         logger.set_labels(run_labels(spec, folder))
         return logger.merge_offline_runs(searchable_values(spec))
-    finally:
-        directory.close()
 
 
 def _program(arguments: list[str]) -> None:

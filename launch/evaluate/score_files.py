@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2lab.errors import InputError
 from gpt2lab.metric_names import DISTILLATION
 from launch.config.key_value_cli import check_output_file
-from launch.evaluate.score_rows import COUNTS, Row, differences, label, score_rows
+from launch.evaluate.score_rows import COUNTS, Row, differences, direction, label, score_rows
 
 if TYPE_CHECKING:
     from launch.evaluate.score_checkpoints import Arguments, Results, Scored
@@ -37,17 +37,21 @@ def write(results: "Results", arguments: "Arguments") -> None:
     if arguments.csv:
         write_text(Path(arguments.csv), to_csv(rows))
     if arguments.plot:
-        from gpt2lab.reports.scores_html import Bar, render
+        from gpt2lab.reports.scores_html import Bar, Panel, render
 
         names = dict.fromkeys(name for row in rows for name in row.figures)
-        panels = {
-            label(name): [
-                Bar(row.name, row.figures[name].value, *row.figures[name].bounds) for row in rows if name in row.figures
-            ]
+        panels = [
+            Panel(
+                *label(name), direction(name), [Bar(row.name, *_ends(row, name)) for row in rows if name in row.figures]
+            )
             for name in names
             if name not in COUNTS
-        }
+        ]
         write_text(Path(arguments.plot), render(", ".join(row.name for row in rows), panels))
+
+
+def _ends(row: Row, name: str) -> tuple[float, float, float]:
+    return row.figures[name].value, *row.figures[name].bounds
 
 
 def to_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list[dict[str, Any]]:

@@ -4,7 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpt2lab.metric_names import DISTILL_ECE, DISTILL_TEACHER_ECE, DISTILL_TEACHER_LOSS, DISTILLATION
+from gpt2lab.metric_names import (
+    DISTILL_ECE,
+    DISTILL_ENTROPY_STUDENT,
+    DISTILL_ENTROPY_TEACHER,
+    DISTILL_LOWER,
+    DISTILL_TEACHER_ECE,
+    DISTILL_TEACHER_LOSS,
+    DISTILLATION,
+)
 
 if TYPE_CHECKING:
     from gpt2lab.evaluation.bootstrap import TextScore
@@ -15,7 +23,10 @@ if TYPE_CHECKING:
 DUPLICATES = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # same as `loss` and `ece` of the two models
 
 INTERVAL = "_interval"  # suffix of the 95 % interval of a difference, which has its own line in tables
+MEMORY = "decode_memory_gb_"  # prefix
 COUNTS = ("tokens", "bytes")  # exact numbers, which are not plotted
+NOT_JUDGED = (DISTILL_ENTROPY_STUDENT, DISTILL_ENTROPY_TEACHER)
+LOWER = ("loss", "perplexity", "bits_per_byte", "ece", *DISTILL_LOWER)  # lower is better, also of their differences
 
 # name: (label, explanation); metric_names.DISTILLATION has those that compare with a teacher
 LABELS = {
@@ -44,6 +55,14 @@ LABELS = {
     "speedup": ("implied speed-up", "of the teacher with this model as draft"),
     **{name: text for name, text in DISTILLATION.items() if name not in DUPLICATES},
 }
+
+
+def direction(name: str) -> str:
+    """Return which direction of a figure is better, for an axis; empty for one that is not judged."""
+    if name in NOT_JUDGED:
+        return ""
+    is_lower = name.partition("_minus_")[0] in LOWER or name.startswith(MEMORY)
+    return "← better" if is_lower else "better →"
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ def label(name: str) -> tuple[str, str]:
     if name.startswith("decode_tokens_per_second_"):
         batch = name.rpartition("_")[2]
         return f"tokens/s, batch {batch}", "greedy decoding"
-    if name.startswith("decode_memory_gb_"):
+    if name.startswith(MEMORY):
         return f"memory, batch {name.rpartition('_')[2]}", "GB of weights and decoding"
     if name.endswith(INTERVAL):
         return "95 % interval", "of this difference"

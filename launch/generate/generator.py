@@ -90,6 +90,7 @@ class TextGenerator:
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         folder = resolve_model_folder(arguments.checkpoint, "checkpoint")
+        self.folder = folder
         self.positions, self.objective = read_shape(folder)["n_positions"], read_objective(folder)
         self.kind = OBJECTIVES[self.objective]
         self.given = given_prompts(arguments.prompt, arguments.source, arguments.prompts)

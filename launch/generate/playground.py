@@ -14,6 +14,7 @@ from gpt2lab.generation.completion import prompt_ids
 from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import speculative_ids
 from gpt2lab.keys import METADATA, bounds
+from gpt2lab.reports.samples_jsonl import read_samples
 from gpt2lab.reports.token_probabilities import Rounds, chances, pieces
 from gpt2lab.settings import SamplingSettings
 from launch.config.did_you_mean import nearest
@@ -28,6 +29,12 @@ SETTINGS = (*SAMPLING, "max_new_tokens", "seed")
 FIELDS = {field.name: field for kind in (SamplingSettings, Arguments) for field in dataclasses.fields(kind)}
 MAX_NEW_TOKENS = 512  # unless the command line sets more
 MAX_VALUE_LENGTH = 40  # characters of a number
+MAX_EXAMPLES = 4  # example prompts
+EXAMPLES = (
+    "def add(a, b):\n    return",
+    "The history of the city begins",
+    "Once upon a time",
+)  # of a model without samples
 
 Event = dict[str, Any]  # for JSON
 Send = Callable[[Event], None]
@@ -68,10 +75,21 @@ class Playground:
             "prompt": arguments.source or arguments.prompt,
             "template": self.generator.template.prompt if self.generator.template else "",
             "templated": self.generator.template is not None and not arguments.prompt,
+            "examples": self._examples(),
             "fills": MASK_PLACEHOLDER if self.generator.kind.infills else "",
             "positions": self.generator.positions,
             "settings": [self._setting(name) for name in SETTINGS],
         }
+
+    def _examples(self) -> list[dict[str, Any]]:
+        """Return example prompts: those of the samples of the model's run, as sources where it has a template."""
+        run_dir, template = self.generator.folder.parent, self.generator.template
+        usual = (f"def add(a, b):{MASK_PLACEHOLDER}    return total",) if self.generator.kind.infills else EXAMPLES
+        prompts = list(dict.fromkeys(sample.prompt for sample in read_samples(run_dir))) or list(usual)
+        before, after = template.prompt.split("{source}") if template else ("", "")
+        sources = [prompt for prompt in prompts if template and prompt.startswith(before) and prompt.endswith(after)]
+        found = [prompt[len(before) : len(prompt) - len(after)] for prompt in sources] or prompts
+        return [{"text": text, "templated": bool(sources)} for text in found[:MAX_EXAMPLES]]
 
     def read(self, body: bytes) -> GenerationRequest:
         """Parse a request: a JSON object with `prompt`, or `source` for the prompt template, and any of the settings.

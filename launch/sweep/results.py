@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gpt2lab.analysis.sweep_axes import varied_values
 from gpt2lab.analysis.sweep_runs import NAMED, SweepResults, SweepRun, format_gap, format_value, group_runs, summarize
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
 from gpt2lab.reports.sweep_html import render
@@ -82,9 +83,7 @@ def _read(folder: Path, mtime: int) -> tuple[dict[str, Any], list[tuple[int, flo
 def _varied_keys(planned: Sequence[Job]) -> list[dict[str, str]]:
     """Return for each job its overrides of the keys in which the jobs differ, as {key: value}."""
     given = [{given_keys([one])[0]: one.partition("=")[2] for one in job.overrides} for job in planned]
-    keys = dict.fromkeys(key for own in given for key in own)
-    varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
-    return [{key: own[key] for key in varied if key in own} for own in given]
+    return varied_values(given)
 
 
 def _shared_overrides(planned: Sequence[Job]) -> list[str]:

@@ -107,7 +107,8 @@ def test_report_adds_the_phases_of_a_resumed_run(
     pages: list[str] = []
     monkeypatch.setattr("callbacks.report.PAGE_SECONDS", -1e9)  # between two pages of a run that trains
     monkeypatch.setattr(
-        "callbacks.report.write_page", lambda run, report: pages.append(render("run", report, RunFiles()))
+        "callbacks.report.write_page",
+        lambda run, report, patience: pages.append(render("run", report, RunFiles(patience=patience))),
     )
     longer = phases("resume=run", "steps=4", "validate_every=1")
     assert all(longer[name] > first[name] for name in ("prepare", "train", "validate", "sample"))

@@ -19,7 +19,7 @@ from callbacks.loggers.bounded_calls import BoundedCalls
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.loggers.offline_runs import is_complete, offline_folders, wait_until_written
 from callbacks.loggers.wandb import WeightsAndBiases
-from callbacks.loggers.wandb_file import read_rows
+from callbacks.loggers.wandb_file import read_records, read_rows
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
 from gpt2lab.storage.metrics_csv import drop_metrics_after, read_metrics
 from tests.conftest import ROOT, started
@@ -125,12 +125,20 @@ def test_calls_of_other_callbacks_work_whatever_wandb_does(
         assert {"train/loss": 1, "mine": 1, "mine too": 1, "table": 2, "image": 2}.items() <= logged.items()
 
 
-def log_session(run_dir: Path, first: int, last: int, is_killed: bool = True, without_wandb: int = 0) -> None:
+def log_session(
+    run_dir: Path,
+    first: int,
+    last: int,
+    is_killed: bool = True,
+    without_wandb: int = 0,
+    run: Callable[[Any], None] = lambda run: None,
+) -> None:
     """Log steps `first` to `last` like a run that was resumed from the step before; what W&B has of a killed run ends
     with a whole row.
 
     Args:
         without_wandb: last steps that W&B misses.
+        run: called with the W&B run at the first step.
     """
     drop_metrics_after(run_dir, first - 1)
     drop_samples_after(run_dir, first - 1)
@@ -147,7 +155,10 @@ def log_session(run_dir: Path, first: int, last: int, is_killed: bool = True, wi
                 one.log_metrics({"val/loss": 6 / step}, step)
             if logger in loggers:
                 logger.log_samples(samples, step)
-        logger.experiment.log({"mine": step})
+        if step == first:
+            run(logger.experiment)
+        if logger in loggers:
+            logger.experiment.log({"mine": step})
     if is_killed:
         logger._log_row()
         folder = Path(logger.experiment.dir).parent
@@ -184,6 +195,30 @@ def test_offline_runs_become_one_with_the_rows_of_metrics_csv(sessions: list[dic
     assert files_in(tmp_path) == [file]
     assert file.stat().st_mtime_ns == before
     assert {run.run_id for run in runs_in(tmp_path)} == {logger.run_id()}
+
+
+def test_merged_run_keeps_what_other_callbacks_logged(tmp_path: Path):
+    note, run_dir = tmp_path / "note.txt", tmp_path / "run"
+    note.write_text("written by another callback")
+    for first, last in ((1, 3), (3, 4)):
+        log_session(run_dir, first, last, run=lambda run: log_as_others_do(run, note))
+    assert WeightsAndBiases(str(run_dir)).merge_offline_runs({})
+    (file,) = files_in(run_dir)
+    rows = [(row["step"], row["loss of a batch"]) for row in read_rows(file) if "loss of a batch" in row]
+    assert rows == [(1, 0.5), (1, 0.25), (3, 0.5), (3, 0.25)]
+    artifacts = [record.artifact for record in read_records(file) if record.HasField("artifact")]
+    (kept,) = [artifact for artifact in artifacts if artifact.name == "notes"]
+    assert (kept.type, sorted(kept.aliases), kept.metadata) == ("text", ["best", "latest"], '{"k":1}')
+    assert [content.path for content in kept.manifest.contents] == ["a/note.txt"]
+    assert Path(kept.manifest.contents[0].local_path).read_text() == note.read_text()
+
+
+def log_as_others_do(run: Any, note: Path) -> None:
+    for value in (0.5, 0.25):
+        run.log({"loss of a batch": value})
+    artifact = wandb.Artifact("notes", type="text", metadata={"k": 1})
+    artifact.add_file(str(note), name="a/note.txt")
+    run.log_artifact(artifact, aliases=["best"])
 
 
 def test_offline_runs_without_metrics_csv_are_left_as_they_are(tmp_path: Path):

@@ -13,7 +13,17 @@ from typing import Any
 import aiohttp
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OUT_OF_ROW = """[...document.querySelectorAll('.grid td')]
+  .filter(one => one.offsetParent && getComputedStyle(one).display !== 'table-cell').map(one => one.textContent)"""
 PATIENCE = 60.0  # seconds, on a busy machine
+SMALLEST = 11  # pixels
+SMALL_TEXTS = f"""[...document.querySelectorAll('body *')].filter(one => one.offsetParent
+  && [...one.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
+  && parseFloat(getComputedStyle(one).fontSize) < {SMALLEST}).map(one => one.outerHTML.slice(0, 80))"""
+STACKED = """[...document.querySelectorAll('.number, .value, .tile b, td, .row > span:first-child')]
+  .filter(one => one.offsetParent && one.textContent.length > 3)
+  .filter(one => one.getBoundingClientRect().width < 5 * Math.min(one.textContent.length, 12))
+  .map(one => one.textContent)"""
 
 
 class Browser:
@@ -92,6 +102,13 @@ class Browser:
             time.sleep(0.05)
         return value
 
+    def resize(self, width: int, scheme: str = "light") -> None:
+        """Show pages as on a device of this width; a narrow one is a phone."""
+        device = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", device)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", {"features": features})
+
     def open(self, address: str) -> None:
         self.call("Page.navigate", {"url": address})
         self.wait("document.readyState === 'complete'")
@@ -133,3 +150,24 @@ class Browser:
     def _kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def show_file(browser: Browser, file: Path, width: int, scheme: str = "light") -> None:
+    browser.resize(width, scheme)
+    browser.events.clear()
+    browser.open(file.as_uri())
+
+
+def faults(browser: Browser, width: int) -> dict[str, Any]:
+    """Return what is wrong with the shown page; empty if nothing is."""
+    scripts = "document.querySelectorAll('figure.plot').length - document.querySelectorAll('figure.plot canvas').length"
+    found = {
+        "scrolls by": browser.value(f"Math.max(document.documentElement.scrollWidth - {width}, 0)"),
+        "small": browser.value(SMALL_TEXTS),
+        "stacked letters": browser.value(STACKED),
+        "charts that are not drawn": browser.value(scripts),
+        "cells out of their row": browser.value(OUT_OF_ROW) if width > 800 else [],
+    }
+    methods = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
+    found["errors"] = [event for event in browser.events if event.get("method") in methods]
+    return {name: value for name, value in found.items() if value}

@@ -111,6 +111,6 @@ def result_pages() -> dict[str, str]:
         "run": run_page(),
         "sweep": sweep_html.render(LONG, results),
         "study": study_page(),
-        "scores": scores_html.render(LONG, {("loss", "nats per token"): bars}),
+        "scores": scores_html.render(LONG, [scores_html.Panel("loss", "nats per token", "← better", bars)]),
         "comparison": comparison_html.render("Comparison", results, [metrics()] * 12),
     }

@@ -282,7 +282,7 @@ def test_page_has_a_bar_per_key_and_a_line_per_job(tmp_path: Path):
     assert float(bars[1][2]) == 0
 
     (chart,) = [chart for chart in charts_of(page) if chart["kind"] == "parallel"]
-    assert [name for name, _ in chart["axes"]] == ["optimizer.lr", "model", "val/loss"]
+    assert [name for name, _ in chart["axes"]] == ["lr", "model", "val/loss"]
     assert sorted(line["setting"] for line in chart["lines"]) == [0, 1, 2, 3, 4, 5]
     found = [re.match("lr=(.+?) model=(.+?): ", line["name"]) for line in chart["lines"]]
     names = [match.groups() for match in found if match]

@@ -50,7 +50,7 @@ from gpt2lab.settings import ModelShape
 from launch import exit_codes
 from tests.conftest import Train
 from tests.support import tiny_run
-from tests.support.chromium import PROGRAM, Browser
+from tests.support.chromium import PROGRAM, Browser, faults
 
 SOURCE = Path(bisect.__file__).read_text()
 TOKENIZER = train_bpe(iter([SOURCE]), 300)
@@ -314,11 +314,10 @@ def test_page_shows_figures_and_maps_that_follow_the_pointer(tmp_path: Path) -> 
         row = browser.value(pixels)
         assert len(set(row[:21])) > 1
         assert set(row[21:]) == {"0,0,0,0"}
-        for width in (1400, 390):
-            window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 400}
-            browser.call("Emulation.setDeviceMetricsOverride", window)
-            assert browser.value("document.documentElement.scrollWidth") <= width
-        assert not [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
+        for width in (1440, 768, 390):
+            for scheme in ("light", "dark"):
+                browser.resize(width, scheme)
+                assert faults(browser, width) == {}
     finally:
         browser.close()
 

@@ -2,25 +2,19 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gpt2lab.reports import page
-from tests.support.chromium import PROGRAM, Browser
-from tests.support.pages import result_pages, run_page
+from gpt2lab.analysis.sweep_runs import group_runs
+from gpt2lab.reports import page, report_html, run_texts, sweep_html
+from gpt2lab.reports.samples_jsonl import Sample
+from tests.support.chromium import PROGRAM, Browser, faults, show_file
+from tests.support.pages import metrics, result_pages, run_page, sweep_runs
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: apt install chromium")
-SMALLEST = 11  # pixels
 LARGEST_PAGE = 2_000_000  # bytes, of a run
-SMALL_TEXTS = f"""[...document.querySelectorAll('body *')].filter(one => one.offsetParent
-  && [...one.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())
-  && parseFloat(getComputedStyle(one).fontSize) < {SMALLEST}).map(one => one.outerHTML.slice(0, 80))"""
-STACKED = """[...document.querySelectorAll('.number, .value, .tile b, td, .row > span:first-child')]
-  .filter(one => one.offsetParent && one.textContent.length > 3)
-  .filter(one => one.getBoundingClientRect().width < 5 * Math.min(one.textContent.length, 12))
-  .map(one => one.textContent)"""
 UPLOT = {  # SHA-256 of the files in the npm package uplot 1.6.32
     "uplot.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
     "uplot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
@@ -32,29 +26,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found = Browser(tmp_path_factory.mktemp("browser"))
     yield found
     found.close()
-
-
-def show(browser: Browser, file: Path, width: int, scheme: str = "light") -> None:
-    device = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.call("Emulation.setDeviceMetricsOverride", device)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.call("Emulation.setEmulatedMedia", {"features": features})
-    browser.events.clear()
-    browser.open(file.as_uri())
-
-
-def faults(browser: Browser, width: int) -> dict[str, Any]:
-    """Return what is wrong with the shown page; empty if nothing is."""
-    scripts = "document.querySelectorAll('figure.plot').length - document.querySelectorAll('figure.plot canvas').length"
-    found = {
-        "scrolls by": browser.value(f"Math.max(document.documentElement.scrollWidth - {width}, 0)"),
-        "small": browser.value(SMALL_TEXTS),
-        "stacked letters": browser.value(STACKED),
-        "charts that are not drawn": browser.value(scripts),
-    }
-    methods = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
-    found["errors"] = [event for event in browser.events if event.get("method") in methods]
-    return {name: value for name, value in found.items() if value}
 
 
 def drag(browser: Browser, selector: str, start: float, end: float) -> None:
@@ -73,7 +44,7 @@ def drag(browser: Browser, selector: str, start: float, end: float) -> None:
 @needs_chromium
 def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "run.html").write_text(result_pages()["run"])
-    show(browser, tmp_path / "run.html", 390)
+    show_file(browser, tmp_path / "run.html", 390)
     assert faults(browser, 390) == {}
     plot = "document.querySelector('figure.plot').plot"
     assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max]") == [10, 400]
@@ -90,12 +61,65 @@ def test_run_page_fits_a_phone_and_zooms(browser: Browser, tmp_path: Path) -> No
 
 @needs_chromium
 @pytest.mark.slow
+def test_controls_change_the_curves_and_survive_a_reload(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "run.html").write_text(run_page())
+    show_file(browser, tmp_path / "run.html", 1440)
+    plot = "document.querySelector('figure.plot').plot"
+    last = browser.value(f"{plot}.data[1].at(-1)")
+    for name, change in (("log-x", "checked = true"), ("log-y", "checked = true"), ("smoothing", "value = 0.9")):
+        control = f"document.getElementById('{name}')"
+        browser.value(f"{control}.{change}; {control}.dispatchEvent(new Event('input'))")
+    for _ in range(2):
+        assert browser.value(f"[{plot}.scales.x.min, {plot}.scales.x.max, {plot}.scales.x.distr]") == [10, 400, 3]
+        assert browser.value(f"{plot}.scales.y.distr") == 3
+        labels = browser.value(f"{plot}.series.map(one => one.label)")
+        assert labels[1:4] == ["training", "training, smoothed", "validation"]
+        assert browser.value(f"{plot}.data[2].at(-1)") > last, "the average of falling values lies above the last"
+        assert faults(browser, 1440) == {}
+        show_file(browser, tmp_path / "run.html", 1440)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_page_of_a_killed_run_shows_how_to_resume_it(browser: Browser, tmp_path: Path) -> None:
+    report = {"status": "running", "task": "pretrain", "model": "nano", "steps": 10}
+    for name, patience, is_late in (("late", -1.0, True), ("current", 1e6, False)):
+        run = report_html.RunFiles(metrics(10), folder="runs/pretrain/a b", patience=patience)
+        (tmp_path / f"{name}.html").write_text(report_html.render(name, report, run))
+        show_file(browser, tmp_path / f"{name}.html", 390)
+        assert faults(browser, 390) == {}
+        shown = browser.value("document.body.innerText")
+        assert "last update" in shown
+        assert ("later than expected" in shown) == is_late
+        assert ("python train.py resume='runs/pretrain/a b'" in shown) == is_late
+
+
+def test_unfinished_sweep_shows_when_it_was_updated() -> None:
+    runs = sweep_runs()
+    waiting = replace(runs[0], number=12, status="waiting", error="")
+    text = sweep_html.render("sweep", group_runs([*runs, waiting], []))
+    assert 'http-equiv="refresh"' in text
+    assert 'data-patience="244"' in text, "a minute and three times the longest job"
+    assert page.AGE not in sweep_html.render("sweep", group_runs(runs, []))
+
+
+def test_tall_texts_are_folded_and_repeated_lines_counted() -> None:
+    lines = "\n".join(f"line {number}" for number in range(40))
+    assert "times" not in run_texts.samples_html([Sample(1, "a", "x = 1\n1\n1\n1\n2", "greedy")])
+    page = run_texts.samples_html([Sample(1, "def f(", "\n" * 50 + "x = 1", "greedy"), Sample(1, "a", lines, "top_k")])
+    assert page.count("\n") < 60
+    assert "50 times" in page
+    assert "26 more lines</summary>line 14" in page
+
+
+@needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 768, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits_every_width(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
     for name, text in result_pages().items():
         (tmp_path / f"{name}.html").write_text(text)
-        show(browser, tmp_path / f"{name}.html", width, scheme)
+        show_file(browser, tmp_path / f"{name}.html", width, scheme)
         assert (name, faults(browser, width)) == (name, {})
         assert browser.value("getComputedStyle(document.body).backgroundColor") == (
             "rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 30)"

@@ -282,7 +282,7 @@ def test_html_report_escapes_every_text(tmp_path):
     rows = [{"step": "1", "train/loss": "nan", f"val/{HOSTILE}": "1"}, {"step": "2", "train/loss": "3", "val/x": "inf"}]
     example = Example(HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1.0)
     run = RunFiles(rows, [Sample(1, HOSTILE * 20, HOSTILE, HOSTILE)], [example], [HOSTILE], [HOSTILE], HOSTILE)
-    page = render(HOSTILE, report, replace(run, pages={HOSTILE: HOSTILE}, folder=HOSTILE))
+    page = render(HOSTILE, report, replace(run, pages={HOSTILE: (HOSTILE, HOSTILE)}, folder=HOSTILE))
     assert "<script>alert" not in page
     assert "<!--" not in page
     assert charts_of(page)[0]["levels"] == [["teacher", 3, "teacher"]]

@@ -1,5 +1,6 @@
 """compare: one page for any runs, with intervals, overlaid curves and configuration differences."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.evaluation.document_losses import DocumentLosses, write_document_losses
 from gpt2lab.reports.run_report import build_report, write_report
 from gpt2lab.storage.metrics_csv import MetricsFile
+from gpt2lab.storage.report_json import read_report
 from launch.commands.compare import compare_runs, main
 from tests.support.pages import charts_of
 
@@ -38,8 +40,8 @@ def test_comparison_pairs_documents_and_names_differences(
     out = tmp_path / "page.html"
     monkeypatch.setattr(sys, "argv", ["compare", str(first), str(second), f"out={out}"])
     main()
-    printed, page = capsys.readouterr().out, out.read_text()
-    assert printed.startswith("Best seen: optimizer=adamw teacher=runs/teacher (val/loss 3.5500)")
+    printed, page = capsys.readouterr().out, out.read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert printed.startswith("Best seen: <b>distilled (val/loss 3.5500)")
     assert "The runs differ in " in printed
     assert "python train.py 'name=<b>distilled'" in printed or "python train.py name=<b>distilled" in printed
     assert "0.2500 (0.2500 … 0.2500)" in page, "the difference, paired by document"
@@ -51,7 +53,7 @@ def test_comparison_pairs_documents_and_names_differences(
         ("<b>distilled", [[10, 3.55], [20, 3.55]]),
     ]
     keys = page.partition("<h2>Configuration differences</h2>")[2]
-    assert 'class="name">optimizer</td><td>muon</td><td>adamw</td>' in keys
+    assert re.findall(r">([^<>]+)</td>", keys)[:3] == ["optimizer", "muon", "adamw"]
     assert "optimizer.lr" not in keys
     assert 'href="scratch/report.html"' in page
 
@@ -59,14 +61,34 @@ def test_comparison_pairs_documents_and_names_differences(
 def test_seeds_of_one_configuration_are_one_setting(tmp_path: Path) -> None:
     for number, (seed, lr, loss) in enumerate([(1, 1e-3, 0.0), (2, 1e-3, 0.01), (1, 1e-2, 0.5), (2, 1e-2, 0.52)]):
         stored(tmp_path / "sweep" / str(number), loss, seed=seed, optimizer={"name": "muon", "lr": lr})
-    results = compare_runs([tmp_path / "sweep"], tmp_path / "page.html")
+    results, notes = compare_runs([tmp_path / "sweep"], tmp_path / "page.html")
+    assert notes == []
     assert [setting.name for setting in results.settings] == ["lr=0.001", "lr=0.01"]
     assert results.groups[0].comparison.winner == "lr=0.001"
 
 
 def test_losses_on_other_data_are_not_compared(tmp_path: Path) -> None:
     runs = [stored(tmp_path / "a", 0.0), stored(tmp_path / "b", 0.1, data="other")]
-    assert [len(group.settings) for group in compare_runs(runs, tmp_path / "page.html").groups] == [1, 1]
+    results, notes = compare_runs(runs, tmp_path / "page.html")
+    assert [len(group.settings) for group in results.groups] == [1, 1]
+    assert notes[0].startswith("Runs with another metric, validation data or tokenizer are not compared")
+
+
+def test_runs_of_unequal_length_are_compared_at_equal_tokens(tmp_path: Path) -> None:
+    short, long = stored(tmp_path / "short", 0.0), tmp_path / "long"
+    stored(long, 0.0, steps=60)
+    file = MetricsFile(long)
+    for step, value in ((10, 4.5), (20, 4.0), (40, 3.0), (60, 2.0)):
+        file.write(step, {"train/loss": 4, "val/loss": value, "tokens": step * 9, "tokens_per_second": 5})
+    write_report(long, build_report(long, "finished", {**read_report(long), "steps": 60}))
+    file = MetricsFile(short)
+    for step in (10, 20):
+        file.write(step, {"train/loss": 4, "val/loss": 3.9, "tokens": step * 9, "tokens_per_second": 5})
+    _, notes = compare_runs([short, long], tmp_path / "page.html")
+    assert len(notes) == 1
+    assert "trained on 180 to 540 tokens" in notes[0]
+    assert "after 180 tokens: short 3.900, long 4.000" in notes[0]
+    assert notes[0] in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

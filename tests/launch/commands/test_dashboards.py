@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+from callbacks.loggers.tensorboard import TensorBoard
+from docs import build_reference
 from gpt2lab.errors import InputError
-from gpt2lab.reports.dashboard_views import MOST_PANELS, VIEWS, View, metrics_logged
+from gpt2lab.reports.dashboard_views import DISTILL, MOST_PANELS, STEP, VIEWS, View, metrics_logged
 from launch.commands import dashboards
 
 pytest.importorskip("wandb_workspaces")
@@ -48,11 +52,29 @@ def test_serialized_views_have_all_panels_and_their_runs(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "entity and project are needed"),
-        (["entity=team"], "entity and project are needed"),
-        (["entity=team", "projekt=lab"], "There is no key projekt"),
+        ([], "entity= is missing.*\nproject= is missing"),
+        (["entity=team"], "project= is missing"),
+        (["entity=team", "projekt=lab"], r"There is no key projekt \(did you mean project\?\)"),
+        (["entity=team", "project=lab", "json=/nowhere/views.json"], "json=/nowhere/views.json cannot be written"),
     ],
 )
 def test_dashboards_of_no_project_are_refused(words: list[str], message: str):
     with pytest.raises(InputError, match=message):
         dashboards._program(words)
+
+
+def test_documentation_lists_the_panels_of_the_code():
+    text = build_reference.DASHBOARDS.read_text()
+    assert build_reference.with_panels(text) == text, "run: make docs"
+    assert all(panel.question in text for view in VIEWS for panel in view.panels)
+
+
+def test_tensorboard_has_the_sections_of_the_task(tmp_path: Path):
+    logger = TensorBoard(str(tmp_path))
+    logger.log_hyperparams({"task": "distill"})
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(DISTILL.sections)
+    charts = {chart.title: tuple(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert charts == {panel.question: panel.metrics for panel in DISTILL.panels if panel.x == STEP}

@@ -25,6 +25,7 @@ from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import speculative_ids
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
+from gpt2lab.reports.samples_jsonl import Sample, append_samples
 from gpt2lab.reports.token_probabilities import Chance, IncrementalDecoder, Rounds, chances, pieces
 from gpt2lab.settings import BEAM, GREEDY, ModelShape, SamplingSettings
 from launch.generate import serve
@@ -32,10 +33,11 @@ from launch.generate.generator import Arguments, TextGenerator
 from launch.generate.playground import Playground
 from launch.generate.playground_server import MAX_WAITING, Site
 from tests.conftest import ROOT
-from tests.support.chromium import PROGRAM, Browser
+from tests.support.chromium import PROGRAM, Browser, faults
 
 PROMPT = "def add(a, b):\n    return"
 POSITIONS = 256
+CLIPBOARD = ["clipboardReadWrite", "clipboardSanitizedWrite"]
 HANG = 200  # seconds until a request counts as hanging
 
 
@@ -495,3 +497,45 @@ def test_browser_shows_three_texts_and_ctrl_c_ends_the_server(server: subprocess
     server.send_signal(signal.SIGINT)
     _, stderr = server.communicate(timeout=30)
     assert (server.returncode, stderr.strip()) == (130, "The playground has ended.")
+
+
+def test_examples_are_the_prompts_of_the_run_without_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    run_dir, prompt = tmp_path / "run", "def add(a, b):\n    return a + b"
+    shutil.copytree(folders["model"], run_dir)
+    model = Playground(TextGenerator(Arguments(str(run_dir), serve=True)))
+    assert {"text": "def add(a, b):\n    return", "templated": False} in model.facts()["examples"]
+    append_samples(run_dir, [Sample(step, f"Code:\n{prompt}\nSummary:", "Add.", "greedy") for step in (1, 2)])
+    config = json.loads((run_dir / "hf" / "config.json").read_text())
+    template = {"prompt": "Code:\n{source}\nSummary:", "response": " {target}"}
+    (run_dir / "hf" / "config.json").write_text(json.dumps({**config, "pair_template": template}))
+    tuned = Playground(TextGenerator(Arguments(str(run_dir), serve=True)))
+    assert tuned.facts()["examples"] == [{"text": prompt, "templated": True}]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PROGRAM is None, reason="needs a browser: apt install chromium")
+def test_playground_fits_every_width_and_folds_its_settings(server: subprocess.Popen[str], browser: Browser) -> None:
+    assert server.stdout is not None
+    address = server.stdout.readline().split()[1]
+    origin = address.rstrip("/")
+    browser.call("Browser.grantPermissions", {"origin": origin, "permissions": CLIPBOARD})
+    for width in (390, 768, 1440):
+        browser.resize(width)
+        browser.events.clear()
+        browser.open(address)
+        browser.wait("document.querySelectorAll('.panel').length === 3")
+        assert browser.value("document.querySelector('#temperature').checkVisibility()") == (width > 600)
+        if width < 600:
+            assert "temperature 0.8" in browser.value("document.querySelector('#controls-summary').innerText")
+            browser.click("#controls-summary")
+            assert browser.value("document.querySelector('#temperature').checkVisibility()")
+        assert faults(browser, width) == {}
+        browser.click("#examples button")
+        browser.type("#max_new_tokens", "12")
+        browser.click("#write")
+        browser.wait("document.querySelector('#status').innerText.startsWith('Done')")
+        assert faults(browser, width) == {}
+        browser.click("#panel-model .copy")
+        browser.wait("document.querySelector('#panel-model .copy').innerText === 'Copied'")
+        text = "[...document.querySelectorAll('#panel-model pre > span')].map((one) => one.textContent).join('')"
+        assert browser.value("navigator.clipboard.readText()") == browser.value(text)
