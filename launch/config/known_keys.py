@@ -47,6 +47,9 @@ class HubKeys:
     revision: str = key("branch or commit; empty: the latest at the first preparation", "")
     split: str = key("name of the training split", "train")
     val_split: str = key("name of the validation split; empty: a part of the training split, by hash", "")
+    languages: list[str] = key(
+        "languages of the text, for the model card: ISO 639 codes, or code", factory=list, free_text=True
+    )
     default_tokenizer: str | None = key("tokenizer of tokenizer=auto without teacher and init: bpe, or a Hub id", None)
 
 
