@@ -90,11 +90,16 @@ def is_better(watched: str, value: float, known: float | None) -> bool:
 def logged() -> list[str]:
     """Return the names of all metrics that a run can log, except for those of benchmarks, which the harness names."""
     constants = [value for name, value in globals().items() if name.isupper() and isinstance(value, str)]
-    return [*(name for name in constants if name not in PREFIXES), *(f"{VALIDATION_PREFIX}{one}" for one in TEXT_METRICS)]
+    return [
+        *(name for name in constants if name not in PREFIXES),
+        *(f"{VALIDATION_PREFIX}{one}" for one in TEXT_METRICS),
+    ]
 
 
 def benchmark_scores(metrics: Mapping[str, float]) -> dict[tuple[str, str], tuple[float, float | None]]:
     """Return (task, metric) → (value, standard error) of the benchmarks among the metrics."""
     names = [name for name in metrics if name.startswith(BENCHMARK_PREFIX) and not name.endswith(STANDARD_ERROR)]
     parts = {name: name.removeprefix(BENCHMARK_PREFIX).rpartition("/") for name in names}
-    return {(task, metric): (metrics[name], metrics.get(name + STANDARD_ERROR)) for name, (task, _, metric) in parts.items()}
+    return {
+        (task, metric): (metrics[name], metrics.get(name + STANDARD_ERROR)) for name, (task, _, metric) in parts.items()
+    }

@@ -66,9 +66,10 @@ def scores(facts: Mapping[str, Any]) -> list[Score]:
     metrics, found = facts.get("metrics") or {}, []
     loss, error = metrics.get(metric_names.VAL_LOSS), facts.get("val_loss_error")
     for name, (kind, text) in LOSSES.items():
-        if name in metrics:
-            slope = {"loss": 1.0, "perplexity": metrics[name], "bits_per_byte": metrics[name] / (loss or math.inf)}[kind]
-            found.append(Score(kind, text, metrics[name], error * slope if error else None))
+        value = metrics.get(name)
+        if value is not None:
+            slope = {"loss": 1.0, "perplexity": value}.get(kind, value / (loss or math.inf))
+            found.append(Score(kind, text, value, error * slope if error else None))
     if facts.get("full_val_loss") is not None and facts.get("full_val_tokens") != facts.get("val_tokens"):
         kind, text = LOSSES[metric_names.VAL_LOSS]
         whole, tokens = facts["full_val_loss"], int(facts.get("full_val_tokens") or 0)
@@ -77,7 +78,8 @@ def scores(facts: Mapping[str, Any]) -> list[Score]:
     for name, value in metrics.items():
         score = name.removeprefix(metric_names.VALIDATION_PREFIX)
         if name.startswith(metric_names.VALIDATION_PREFIX) and name not in LOSSES:
-            found.append(Score(*TEXT_SCORES.get(score, (score, score)), value, errors.get(name)))
+            kind, text = TEXT_SCORES.get(score, (score, score))
+            found.append(Score(kind, text, value, errors.get(name)))
     for (task, metric), (value, error) in metric_names.benchmark_scores(metrics).items():
         found.append(Score(metric, metric, value, error, benchmark=task))
     return [score for score in found if math.isfinite(score.value)]
@@ -98,6 +100,9 @@ def metadata(facts: Mapping[str, Any], objective: str) -> ModelCardData:
     """
     task, base = facts.get("task", ""), base_model(facts)
     tags = [*TAGS, *([TASK_TAGS[task]] if task in TASK_TAGS else []), *(["lora"] if facts.get("is_lora") else [])]
+    relation: dict[str, Any] = {}
+    if base and not _takes_teacher_layers(facts):
+        relation["base_model_relation"] = "finetune"  # the Hub's others are adapter, merge and quantized
     results = [_result(score, facts, objective) for score in scores(facts)]
     return ModelCardData(
         language=languages(facts) or None,
@@ -107,8 +112,7 @@ def metadata(facts: Mapping[str, Any], objective: str) -> ModelCardData:
         tags=tags,
         datasets=[one["id"] for one in facts.get("datasets") or []] or None,
         base_model=base,
-        # The other relations of the Hub are adapter, merge and quantized, none of which this model is
-        **({"base_model_relation": "finetune"} if base and not _takes_teacher_layers(facts) else {}),
+        **relation,
         metrics=list(dict.fromkeys(one.metric_type for one in results)) or None,
         model_name=facts.get("title", "GPT-2"),
         eval_results=results or None,
@@ -163,6 +167,4 @@ def _result(score: Score, facts: Mapping[str, Any], objective: str) -> EvalResul
     name = f"{data.get('name', NO_DATASET)}, validation split{f', hash {one}' if (one := data.get('hash')) else ''}"
     origin = {f"dataset_{key}": hub[0].get(key) or None for key in ("config", "revision")} if hub else {}
     metric = f"{score.name}, {score.tokens:,} tokens" if score.tokens else score.name
-    return EvalResult(
-        task, hub[0]["id"] if hub else NO_DATASET, name, score.kind, value, metric_name=metric, **origin
-    )
+    return EvalResult(task, hub[0]["id"] if hub else NO_DATASET, name, score.kind, value, metric_name=metric, **origin)

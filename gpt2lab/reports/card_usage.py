@@ -33,8 +33,8 @@ def _template_facts(template: PairTemplate | None, objective: str) -> str:
     if template is None:
         return ""
     mask = (
-        "Prompts of different length are padded on the left,\nand the attention mask hides the padding. Training had no "
-        "padding, so any token serves as it."
+        "Prompts of different length are padded on the left,\nand the attention mask hides the padding. Training "
+        "had no padding, so any token serves as it."
     )
     if OBJECTIVES[objective].bidirectional_prompt:
         mask = "The attention mask is bidirectional\nin the prompt."

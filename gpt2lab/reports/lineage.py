@@ -42,8 +42,7 @@ def read_ancestor(role: Role, folder: str, weights_hash: str = "", generations: 
     path = Path(folder)
     run = path.parent if path.name == "hf" else path
     report = read_report(run)
-    source = report.get("hub")
-    repository = hub_id(folder) or (source.get("repository") if isinstance(source, dict) else None)
+    repository = hub_id(folder) or report.get("hub", {}).get("repository")
     inner = ancestors_of(report, generations - 1) if generations else ()
     return Ancestor(role, repository or run.name, repository, report, _metadata(path), weights_hash, inner)
 

@@ -86,7 +86,9 @@ def _data(facts: Mapping[str, Any], are_pairs: bool) -> str:
         "name": data.get("name", ""),
         "tokens for training": _count(data.get("tokens")),
         "hash": f"`{data.get('hash')}`, the first 16 digits of the SHA-256 of "
-        + ("the pairs, template, tokenizer and context" if are_pairs else "the tokens of training and validation split"),
+        + (
+            "the pairs, template, tokenizer and context" if are_pairs else "the tokens of training and validation split"
+        ),
         "overlap": _overlap(data.get("val_overlap")),
     }
     hub = [
@@ -122,7 +124,7 @@ def without_local_paths(command: str) -> str:
         here = Path.cwd()
         if not path.startswith("/") or len(Path(path).parts) < 2:
             return path
-        return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else f"…/{Path(path).name}"
+        return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else f".../{Path(path).name}"
 
     words = []
     for word in shlex.split(command):
@@ -208,10 +210,9 @@ def _limitations(facts: Mapping[str, Any], template: PairTemplate | None) -> str
         )
     if facts.get("n_positions"):
         limits.append(f"A prompt and its continuation have at most {facts['n_positions']:,} tokens together.")
-    spoken = languages(facts)
+    spoken = ", ".join(languages(facts))
     limits.append(
-        f"Its text is that of {name}{f' ({chr(44).join(spoken)})' if spoken else ''}: other subjects and languages are "
-        "not covered."
+        f"It was trained on {name}{f' ({spoken})' if spoken else ''}: other subjects and languages are not covered."
     )
     if template is not None:
         limits.append("It answers prompts of the template above. Other prompts are not what it was trained for.")

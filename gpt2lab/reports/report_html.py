@@ -174,6 +174,7 @@ def _linked(name: str, pages: Mapping[str, str]) -> str:
 
 def _phases(seconds: Mapping[str, float]) -> str:
     """Render the time by phase as one bar with a legend."""
+    seconds = {name: value for name, value in seconds.items() if value}
     whole = sum(seconds.values())
     if not whole:
         return ""

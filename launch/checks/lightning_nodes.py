@@ -23,6 +23,7 @@ CONFLICTING = {
     "TQDMProgressBar": "callbacks.progress",
 }
 
+
 def check(config: RunConfig) -> None:
     """Check the callbacks and loggers of Lightning before it is imported.
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from gpt2lab.optim.schedules import warmup_steps
 from gpt2lab.reports.lineage import ancestors_of
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.hub import is_hub_id
@@ -81,7 +82,7 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "stored teacher": config.teacher_cache.name if distills and config.teacher_cache.name != "none" else "",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}, "
         f"weight decay {config.optimizer.weight_decay:g}",
-        "schedule": f"{config.schedule.name}, {config.schedule.warmup_steps} steps of warm-up",
+        "schedule": f"{config.schedule.name}, {warmup_steps(config.steps, config.schedule)} steps of warm-up",
         "batch": rows,
         "steps": str(config.steps),
         "exported weights": {"last": "of the last step", "best": "of the best validation"}[config.export],

@@ -91,6 +91,7 @@ def run_sweep(
             executor = _executor(sweep_config, folder)
             check = partial(jobs.checked, compose=_composer(loader, sweep_config), drops_unread=len(tasks) > 1)
             jobs.check_common_errors(known, check, searched, executor)
+            _check_uploads(known, check, isinstance(source, JobList))
         except InputError:
             held.close()
             if created:
@@ -186,6 +187,23 @@ def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_co
         raise InputError(
             "A sweep over task=pretrain,distill needs teacher=: a job cannot use the model of another job.\n"
             "Give teacher=RUN_DIR (or a model folder or Hub id), or run the two one after the other."
+        )
+
+
+def _check_uploads(known: Sequence[Job], check: Callable[[Job], RunConfig], is_grid: bool) -> None:
+    """Check that each job uploads its model to another repository or branch.
+
+    Raises:
+        InputError: two jobs have the same.
+    """
+    if "hub.push" not in {key for job in known for key in given_keys(job.overrides)}:
+        return
+    uploads = [check(job).hub for job in known] if is_grid else []
+    places = [(hub.push, hub.revision) for hub in uploads if hub.push is not None]
+    if not is_grid or len(set(places)) < len(places):
+        raise InputError(
+            "hub.push: several jobs of the sweep would upload their models to one repository.\n"
+            "Name what differs, hub.push='USER/NAME-${seed}', or upload the best: hf upload USER/NAME RUN/hf"
         )
 
 
