@@ -29,7 +29,7 @@ def card_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
         **report_facts(spec, facts),
         "n_positions": resolved.model.n_positions,
         "recipe": recipe(spec),
-        "languages": _languages(config),
+        "languages": stated_languages(config),
         "license": config.hub.license,
         "datasets": _hub_data(config),
         "repository": config.hub.push,
@@ -96,7 +96,7 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _languages(config: RunConfig) -> list[str]:
+def stated_languages(config: RunConfig) -> list[str]:
     """Return the languages of the data; empty where a preset reads other text than its own and none are given."""
     given = set(given_keys(config.invocation.overrides))
     is_other = given & OTHER_TEXT and "data.languages" not in given
