@@ -36,12 +36,12 @@ class Benchmarks(lightning.Callback):
 
     Args:
         tasks: names of tasks or groups.
-        path: folder with further task files; empty: none.
         limit: maximum number of examples per task; 0: all.
+        path: folder with further task files; empty: none.
         batch_size: examples per forward pass.
     """
 
-    def __init__(self, every: int, tasks: list[str], path: str = "", limit: int = 0, batch_size: int = 16) -> None:
+    def __init__(self, every: int, tasks: list[str], limit: int, path: str = "", batch_size: int = 16) -> None:
         self.every = every
         self.tasks = list(tasks)
         self.path = path

@@ -112,8 +112,9 @@ def _recipe(facts: Mapping[str, Any]) -> str:
         parts.append(f"```bash\n{without_local_paths(command)}\n```")
     versions = facts.get("versions") or {}
     if versions:
-        names = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "lightning", "transformers"))
-        parts.append(f"Software: {names}.")
+        names = [f"{name} {versions[name]}" for name in ("python", "torch", "lightning", "transformers")]
+        names += [f"gpt2-lab {git['commit'][:12]}"] if (git := facts.get("git")) else []
+        parts.append(f"Software: {', '.join(names)}.")
     return "\n\n".join(parts)
 
 

@@ -122,7 +122,7 @@ class BenchmarkKeys:
 
     every: int = key("steps between benchmarks", within="[1, inf)")
     tasks: list[str] = key("tasks or groups of tasks of lm-evaluation-harness")
-    limit: int = key("maximum number of examples per task; 0: all", 0, within="[0, inf)")
+    limit: int = key("maximum number of examples per task; 0: all", within="[0, inf)")
     path: str = key("folder with your own task files; empty: none", "", free_text=True)
     batch_size: int = key("examples per forward pass of a benchmark", 16, within="[1, inf)")
 

@@ -189,10 +189,11 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     callbacks = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
     best = Best(config.early_stop_patience, exports_best=config.export == "best", data_hash=facts.hash)
     callbacks = _states_first(_with_best(callbacks, best))
-    card = card_facts(spec, facts)
+    known = report_facts(spec, facts)
+    card = card_facts(spec, known)
     for callback in callbacks:
         if isinstance(callback, Report):
-            callback.facts, callback.card = report_facts(spec, facts), card
+            callback.facts, callback.card = known, card
         if isinstance(callback, Checkpoint):
             callback.card = card
         if isinstance(callback, Throughput):

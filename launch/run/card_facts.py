@@ -1,5 +1,6 @@
 """Card facts: what the model card of a run states of its data, recipe and lineage, known before training starts."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,14 @@ from launch.config.run_spec import PreparedSpec
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import given_keys
 
+FROM_REPORT = ("task", "model", "init", "data", "command")
 OTHER_TEXT = {"path", "data.dataset", "data.config"}  # keys by which a preset reads other text than its own
 
 
-def card_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
-    """Return the fields of the card besides those that training measures; names are those of report.json and:
+def card_facts(spec: PreparedSpec, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the card besides those that training measures.
+
+    Names are those of report.json, of which `report` has at least what `report_facts` returns, and:
 
     recipe: setting → value; languages, license, datasets: of the configuration; repository: the upload's;
     ancestors: teacher and initial weights (gpt2lab/reports/lineage.py); benchmark_limit: examples of each task.
@@ -26,7 +30,7 @@ def card_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
     ancestors = tuple(replace(one, weights_hash=hashes.get(one.role, "")) for one in ancestors_of(sources))
     benchmarks = config.callbacks.get("benchmarks") or {}
     return {
-        **report_facts(spec, facts),
+        **{name: report[name] for name in FROM_REPORT if name in report},
         "n_positions": resolved.model.n_positions,
         "recipe": recipe(spec),
         "languages": stated_languages(config),
