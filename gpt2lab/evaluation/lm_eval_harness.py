@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -102,17 +102,18 @@ def run_tasks(
     Args:
         tokenizer: the harness adds a padding token to it.
         limit: maximum number of examples per task; 0: all.
-        on_batch: called before every forward pass or generation; without it, progress bars are shown.
+        on_batch: called before every forward pass; without it, progress bars are shown.
 
     Raises:
         InputError: a task cannot be run.
     """
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
     try:
-        with _random_state_kept(), redirect_stderr(StringIO()) if on_batch else nullcontext():
+        with _random_state_kept(), _watched(model, on_batch):
             found = lm_eval.simple_evaluate(
-                _harness_model(model, tokenizer, batch_size, on_batch),
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=tasks.requested,
                 limit=limit or None,
                 bootstrap_iters=BOOTSTRAP_SAMPLES,
@@ -133,27 +134,18 @@ def run_tasks(
     }
 
 
-def _harness_model(
-    model: "GPT2LMHeadModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    batch_size: int,
-    on_batch: Callable[[], None] | None,
-) -> Any:
-    """Return the harness's wrapper of a model, which calls `on_batch` before each use of the model."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Watched(HFLM):
-        def _model_call(self, *arguments: Any, **keywords: Any) -> Any:
-            if on_batch is not None:
-                on_batch()
-            return super()._model_call(*arguments, **keywords)
-
-        def _model_generate(self, *arguments: Any, **keywords: Any) -> Any:
-            if on_batch is not None:
-                on_batch()
-            return super()._model_generate(*arguments, **keywords)
-
-    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+@contextmanager
+def _watched(model: "GPT2LMHeadModel", on_batch: Callable[[], None] | None) -> Iterator[None]:
+    """Call `on_batch` before each forward pass of the model, and show no progress bars; without it, change nothing."""
+    if on_batch is None:
+        yield
+        return
+    hook = model.register_forward_pre_hook(lambda module, inputs: on_batch())
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -242,7 +242,7 @@ def _license(facts: Mapping[str, Any]) -> str:
     if inherited_from:
         return f"{known}, the license of {inherited_from}, whose weights this model continues. The data has its own."
     if known:
-        return f"{known}, stated by whoever trained the model. The data has its own license."
+        return f"{known}, stated by the author of the model. The data has its own license."
     return (
         "No license is stated: neither the author nor a base model gives one. The data has its own license, which may "
         "restrict the use of the model."
