@@ -12,19 +12,23 @@ FOLDER = "path/to/this/folder"
 SOURCES = ("def add(a, b):\n    return a + b", "def name(self):\n    return self._name")
 
 
-def usage(source: str, objective: str, tokenizer: PreTrainedTokenizerBase, template: PairTemplate | None) -> str:
+def usage(
+    source: str, revision: str, objective: str, tokenizer: PreTrainedTokenizerBase, template: PairTemplate | None
+) -> str:
     """Return the section.
 
     Args:
         source: repository on the Hub, or FOLDER.
+        revision: branch of the repository; empty: its main one.
         template: prompt template of a model trained on pairs; None: a model that continues text.
     """
+    given = f'folder, revision="{revision}"' if revision else "folder"
     return f"""{_template_facts(template, objective)}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{source}"
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+tokenizer, model = AutoTokenizer.from_pretrained({given}), AutoModelForCausalLM.from_pretrained({given})
 {example(objective, tokenizer, template)}
 ```"""
 
@@ -33,8 +37,8 @@ def _template_facts(template: PairTemplate | None, objective: str) -> str:
     if template is None:
         return ""
     mask = (
-        "Prompts of different length are padded on the left,\nand the attention mask hides the padding. Training "
-        "had no padding, so any token serves as it."
+        "Prompts of different length are padded on the left,\nand the attention mask hides the padding. Any token "
+        "can be the padding, since it is hidden."
     )
     if OBJECTIVES[objective].bidirectional_prompt:
         mask = "The attention mask is bidirectional\nin the prompt."

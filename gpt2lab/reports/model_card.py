@@ -42,7 +42,7 @@ def model_card(
     """
     title, source = facts.get("title", "GPT-2"), facts.get("repository") or FOLDER
     sections = {
-        "Use": usage(source, objective, tokenizer, template),
+        "Use": usage(source, facts.get("revision") or "", objective, tokenizer, template),
         "Data": _data(facts, template is not None),
         "Recipe": _recipe(facts),
         "Evaluation": _evaluation(facts),

@@ -12,6 +12,7 @@ from launch.config.run_spec import PreparedSpec
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import given_keys
 
+MAIN = "main"  # branch that is loaded where none is named
 FROM_REPORT = ("task", "model", "init", "data", "command")
 OTHER_TEXT = {"path", "data.dataset", "data.config"}  # keys by which a preset reads other text than its own
 
@@ -21,8 +22,8 @@ def card_facts(spec: PreparedSpec, report: Mapping[str, Any]) -> dict[str, Any]:
 
     Names are those of report.json, of which `report` has at least what `report_facts` returns, and:
 
-    recipe: setting → value; languages, license, datasets: of the configuration; repository: the upload's;
-    ancestors: teacher and initial weights (gpt2lab/reports/lineage.py); benchmark_limit: examples of each task.
+    recipe: setting → value; languages, license, datasets: of the configuration; repository, revision, title: the
+    upload's; ancestors: teacher and initial weights (gpt2lab/reports/lineage.py); benchmark_limit: examples of each task.
     """
     config, resolved = spec.config, spec.resolved
     sources = {"teacher": {"source": resolved.teacher}, "init": {"source": resolved.init}}
@@ -37,6 +38,8 @@ def card_facts(spec: PreparedSpec, report: Mapping[str, Any]) -> dict[str, Any]:
         "license": config.hub.license,
         "datasets": _hub_data(config),
         "repository": config.hub.push,
+        "revision": config.hub.revision if config.hub.push and config.hub.revision != MAIN else "",
+        **({"title": config.hub.push.partition("/")[2]} if config.hub.push else {}),
         "ancestors": ancestors,
         "is_lora": config.lora_rank > 0,
         "benchmark_limit": benchmarks.get("limit"),

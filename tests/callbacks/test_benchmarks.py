@@ -14,6 +14,7 @@ from gpt2lab.metric_names import benchmark_scores
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from tests.conftest import Command, Train, needs_two_cores
+from tests.support.stop_signal import stop_keys
 
 TASK = """
 task: tiny_completion
@@ -95,6 +96,21 @@ def test_two_ranks_log_the_benchmarks_of_one(
         assert ended.code == 0, ended.stderr
         found[devices] = series(read_metrics(tmp_path / str(devices)), ACCURACY)
     assert found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_benchmark_ended_by_a_signal_is_repeated_on_resume(
+    train_here: Train, tiny: list[str], tasks: Path, tmp_path: Path
+) -> None:
+    keys = [*tiny, *RUN, *BENCHMARKS, f"callbacks.benchmarks.path={tasks}", "log_every=1"]
+    assert train_here(*keys, "run_dir=whole").code == 0
+    stopped = train_here(*keys, "run_dir=run", *stop_keys(steps=3))
+    assert stopped.code == 75, stopped.stderr
+    assert [step for step, _ in series(read_metrics(tmp_path / "run"), ACCURACY)] == [2]
+    resumed = train_here("resume=run", "allow_targets=[tests]")
+    assert resumed.code == 0, resumed.stderr
+    whole, found = (series(read_metrics(tmp_path / name), ACCURACY) for name in ("whole", "run"))
+    assert found == whole
 
 
 ERRORS = [

@@ -46,6 +46,8 @@ def test_finished_run_is_uploaded_as_it_is_in_hf(push: Train, online: Uploads, t
     assert ModelCard(card).data.license == "mit"
     assert ModelCard(card).data.language == ["code", "en"]
     assert 'folder = "user/tiny"' in card
+    assert 'from_pretrained(folder, revision="v1")' in card
+    assert "# tiny" in card
     uploaded = read_report(tmp_path / "run")["hub"]
     assert uploaded == {
         "repository": "user/tiny",
