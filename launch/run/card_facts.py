@@ -22,8 +22,8 @@ def card_facts(spec: PreparedSpec, report: Mapping[str, Any]) -> dict[str, Any]:
 
     Names are those of report.json, of which `report` has at least what `report_facts` returns, and:
 
-    recipe: setting → value; languages, license, datasets: of the configuration; repository, revision, title: the
-    upload's; ancestors: teacher and initial weights (gpt2lab/reports/lineage.py); benchmark_limit: examples of each task.
+    recipe: setting → value; languages, license, datasets: of the configuration; repository, revision, title: of the
+    upload; ancestors: teacher and initial weights (gpt2lab/reports/lineage.py); benchmark_limit: examples of a task.
     """
     config, resolved = spec.config, spec.resolved
     sources = {"teacher": {"source": resolved.teacher}, "init": {"source": resolved.init}}
