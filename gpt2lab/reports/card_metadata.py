@@ -160,9 +160,10 @@ def _result(score: Score, facts: Mapping[str, Any], objective: str) -> EvalResul
     """Return the entry of the model-index."""
     task = "fill-mask" if OBJECTIVES[objective].fills_masks else "text-generation"
     value = float(f"{score.value:.6g}")
-    if score.benchmark:
+    if score.benchmark:  # huggingface_hub merges results that have neither another type nor another configuration
         name = f"{score.benchmark} (lm-evaluation-harness)"
-        return EvalResult(task, NO_DATASET, name, score.kind, value, metric_name=score.name)
+        config = score.benchmark
+        return EvalResult(task, NO_DATASET, name, score.kind, value, metric_name=score.name, dataset_config=config)
     data, hub = facts.get("data") or {}, facts.get("datasets") or []
     name = f"{data.get('name', NO_DATASET)}, validation split{f', hash {one}' if (one := data.get('hash')) else ''}"
     origin = {f"dataset_{key}": hub[0].get(key) or None for key in ("config", "revision")} if hub else {}

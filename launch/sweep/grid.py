@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,8 +90,8 @@ def run_sweep(
             known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
             executor = _executor(sweep_config, folder)
             check = partial(jobs.checked, compose=_composer(loader, sweep_config), drops_unread=len(tasks) > 1)
-            jobs.check_common_errors(known, check, searched, executor)
             _check_uploads(known, check, isinstance(source, JobList))
+            jobs.check_common_errors(known, check, searched, executor)
         except InputError:
             held.close()
             if created:
@@ -198,8 +198,11 @@ def _check_uploads(known: Sequence[Job], check: Callable[[Job], RunConfig], is_g
     """
     if "hub.push" not in {key for job in known for key in given_keys(job.overrides)}:
         return
-    uploads = [check(job).hub for job in known] if is_grid else []
-    places = [(hub.push, hub.revision) for hub in uploads if hub.push is not None]
+    places = []
+    for job in known if is_grid else []:
+        with suppress(InputError):  # of this job alone; it fails with it
+            hub = check(job).hub
+            places += [(hub.push, hub.revision)] if hub.push is not None else []
     if not is_grid or len(set(places)) < len(places):
         raise InputError(
             "hub.push: several jobs of the sweep would upload their models to one repository.\n"

@@ -43,7 +43,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._answer({"id": "user/model", "sha": OID, "siblings": [], "private": False, "tags": []})
+        if "/api/repos/create" in self.uploads.refused:
+            return self._answer({"error": "not found"}, 404)
+        return self._answer({"id": "user/model", "sha": OID, "siblings": [], "private": False, "tags": []})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -85,7 +85,7 @@ def test_scores_are_in_the_index_and_their_errors_in_the_text(tokenizer: Any) ->
         loss, *_, benchmark = index.values()
         assert loss.dataset_type == ("ORG/NAME" if datasets else "unknown")
         assert "hash 0123456789abcdef" in loss.dataset_name
-        assert benchmark.dataset_type == "unknown"
+        assert (benchmark.dataset_type, benchmark.dataset_name) == ("unknown", "x (lm-evaluation-harness)")
         for row in ("| 2 | ± 0.050 |", "| 7.389 | ± 0.37 |", "| 1 | ± 0.025 |", "| 2.1 | ± 0.010 | 5,000 tokens"):
             assert row in card.text
 
@@ -177,3 +177,28 @@ def test_card_of_a_run_has_its_errors_recipe_and_step(train_here: Train, tiny: l
     assert "learning rate 0.0123" in card.text
     assert "optimizer.lr=0.0123" in card.text
     assert str(tmp_path) not in card.content
+
+
+def test_card_of_a_fine_tuned_run_has_its_lineage_and_runs(
+    train_here: Train, tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = ("callbacks.checkpoint.verify_export=false", "logger=none", "callbacks=minimal", "precision=fp32")
+    assert train_here(*tiny, *short, "steps=2", "run_dir=base", "data.languages=[code,en]").code == 0
+    rows = [f"value = {number}\tThe value is {number}." for number in range(40)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *rows]))
+    keys = ("task=finetune", "init=base", "data=pairs", "path=pairs.tsv", "context=32", "batch_sequences=8")
+    keys += ("val_fraction=0.3", "task.lora.rank=2", "task.text.max_new_tokens=8", "steps=2", "run_dir=tuned")
+    ended = train_here(*keys, *short)
+    assert ended.code == 0, ended.stderr
+    card = ModelCard.load(tmp_path / "tuned" / "hf" / "README.md")
+    assert card.data.language == ["code", "en"]
+    assert "lora" in card.data.tags
+    assert "| ROUGE-L | " in card.text
+    report = json.loads((tmp_path / "tuned" / "report.json").read_text())
+    assert report["metric_errors"].keys() == {"val/rougeL"}
+    base = json.loads((tmp_path / "base" / "report.json").read_text())
+    assert f"initial weights: **base**, pretrain on text (hash `{base['data']['hash']}`)" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    capfd.readouterr()
+    exec(compile(code.replace("path/to/this/folder", str(tmp_path / "tuned" / "hf")), "card", "exec"), {})
+    assert len(capfd.readouterr().out.strip().splitlines()) >= 2
