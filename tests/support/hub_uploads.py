@@ -53,6 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         status = next((code for ending, code in self.uploads.refused.items() if path.endswith(ending)), 200)
         if status == 0:
             self.uploads.released.wait()
+            self.close_connection = True
+            return None
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             status = 401
         if status != 200:
