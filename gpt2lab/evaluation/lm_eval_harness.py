@@ -1,5 +1,6 @@
 """Zero-shot tasks of EleutherAI's lm-evaluation-harness (optional package lm-eval) on a loaded model."""
 
+import functools
 import importlib.util
 import logging
 import random
@@ -51,6 +52,7 @@ def check(tasks: str, objective: str, key: str = "lm_eval") -> None:
         raise InputError(f"{key} supports causal models only; the objective of this one is {objective}.")
 
 
+@functools.cache  # the harness reads thousands of files to know its tasks, and a run needs them twice
 def find_tasks(tasks: str, folder: str, key: str = "lm_eval", path_key: str = "lm_eval_path") -> TaskSet:
     """Find the tasks and load their data, before any model is scored.
 

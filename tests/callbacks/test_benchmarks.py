@@ -53,6 +53,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return series(rows, "train/loss") + series(rows, "val/loss")
 
 
+@pytest.mark.slow
 def test_benchmarks_are_logged_and_leave_training_as_it_is(
     train_here: Train, evaluate_here: Command, tiny: list[str], tasks: Path, tmp_path: Path
 ) -> None:
@@ -115,14 +116,18 @@ def test_benchmark_ended_by_a_signal_is_repeated_on_resume(
 
 ERRORS = [
     (["callbacks.benchmarks.tasks=[]"], "callbacks.benchmarks.tasks is empty"),
-    (["callbacks.benchmarks.tasks=[tiny_completoin]"], "callbacks.benchmarks.tasks=tiny_completoin: no such task"),
-    (["callbacks.benchmarks.tasks=[lambada_openai]"], "callbacks.benchmarks.tasks=lambada_openai: the data of this"),
     (["callbacks.benchmarks.path=/nowhere/at/all"], "callbacks.benchmarks.path=/nowhere/at/all: there is no such"),
     (["objective=mlm"], "causal models only"),
 ]
+OF_HARNESS = [  # whose import takes seconds
+    (["callbacks.benchmarks.tasks=[tiny_completoin]"], "callbacks.benchmarks.tasks=tiny_completoin: no such task"),
+    (["callbacks.benchmarks.tasks=[lambada_openai]"], "callbacks.benchmarks.tasks=lambada_openai: the data of this"),
+]
 
 
-@pytest.mark.parametrize(("words", "message"), ERRORS)
+@pytest.mark.parametrize(
+    ("words", "message"), [*ERRORS, *(pytest.param(*case, marks=pytest.mark.slow) for case in OF_HARNESS)]
+)
 def test_tasks_that_cannot_be_run_end_before_training(
     words: list[str], message: str, train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
