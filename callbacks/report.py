@@ -22,6 +22,7 @@ from gpt2lab.reports.model_card import FILE, STEPS, read_step, write_card
 from gpt2lab.reports.report_html import RUNNING
 from gpt2lab.reports.run_report import build_report, write_page, write_report
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
+from gpt2lab.storage.model_folder import parameter_count, read_shape
 from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.system import device
 
@@ -119,6 +120,7 @@ class Report(lightning.Callback):
         measured = {name: float(value) for row in rows for name, value in row.items() if value and name != STEP}
         seen = {"tokens_seen": int(measured[TOKENS])} if TOKENS in measured else {}
         facts = {"title": folder.parent.name, **self.content, **self.card, **seen, STEPS: step, "metrics": measured}
+        facts["parameters"] = parameter_count(read_shape(folder))  # adapters are merged
         try:
             write_card(folder, facts, pl_module.tokenizer)
         except OSError as reason:

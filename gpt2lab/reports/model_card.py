@@ -19,6 +19,7 @@ from gpt2lab.storage.model_folder import read_objective, read_pair_template
 
 STEPS = "steps"  # fact of the card: optimizer steps of the exported weights
 FILE = "README.md"
+TRAINED = {"pretrain": "pretrained", "distill": "distilled", "finetune": "fine-tuned"}  # by task
 OPTIMAL_TOKENS = 20  # for each parameter, Hoffmann et al. 2022
 FEW_DOCUMENTS = 30
 
@@ -170,7 +171,7 @@ def _lineage(facts: Mapping[str, Any], title: str) -> str:
     data = facts.get("data") or {}
     if not (data or ancestors):
         return ""
-    lines = [f"- **{title}**, {facts.get('task') or 'trained'} on {_named_data(data)}"]
+    lines = [f"- **{title}**, {TRAINED.get(facts.get('task', ''), 'trained')} on {_named_data(data)}"]
     return "\n".join([*lines, *_ancestor_lines(ancestors, 1)])
 
 
@@ -180,7 +181,9 @@ def _ancestor_lines(ancestors: Sequence[Ancestor], depth: int) -> list[str]:
         report, loss = one.report, one.report.get("val_loss")
         name = f"[{one.name}](https://huggingface.co/{one.repository})" if one.repository else one.name
         known = [
-            f"{report['task']} on {_named_data(report.get('data') or {})}" if report.get("task") else "",
+            f"{TRAINED[report['task']]} on {_named_data(report.get('data') or {})}"
+            if report.get("task") in TRAINED
+            else "",
             f"{report['parameters']:,} parameters" if report.get("parameters") else "",
             f"{report['tokens_seen']:,} target tokens" if report.get("tokens_seen") else "",
             f"validation loss {loss:.3f}" if isinstance(loss, int | float) else "",
@@ -206,7 +209,7 @@ def _limitations(facts: Mapping[str, Any], template: PairTemplate | None) -> str
         share = tokens / parameters
         few = f", fewer than the {OPTIMAL_TOKENS} of compute-optimal training (arXiv 2203.15556)"
         limits.append(
-            f"It has {parameters:,} parameters and was trained here on {significant(share)} target tokens for each"
+            f"It has {parameters:,} parameters, trained here on {significant(share)} target tokens for each of them"
             f"{few if share < OPTIMAL_TOKENS and not facts.get('ancestors') else ''}."
         )
     if facts.get("n_positions"):

@@ -89,7 +89,7 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "stored teacher": config.teacher_cache.name if distills and config.teacher_cache.name != "none" else "",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}, "
         f"weight decay {config.optimizer.weight_decay:g}",
-        "schedule": f"{config.schedule.name}, {warmup_steps(config.steps, config.schedule)} steps of warm-up",
+        "schedule": f"{config.schedule.name}, warm-up of {warmup_steps(config.steps, config.schedule)} steps",
         "batch": rows,
         "steps": str(config.steps),
         "exported weights": {"last": "of the last step", "best": "of the best validation"}[config.export],

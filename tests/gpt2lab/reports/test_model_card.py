@@ -191,13 +191,14 @@ def test_card_of_a_fine_tuned_run_has_its_lineage_and_runs(
     ended = train_here(*keys, *short)
     assert ended.code == 0, ended.stderr
     card = ModelCard.load(tmp_path / "tuned" / "hf" / "README.md")
+    base = json.loads((tmp_path / "base" / "report.json").read_text())
     assert card.data.language == ["code", "en"]
     assert "lora" in card.data.tags
     assert "| ROUGE-L | " in card.text
+    assert f"- parameters: {base['parameters']:,}\n" in card.text  # adapters are merged
     report = json.loads((tmp_path / "tuned" / "report.json").read_text())
     assert report["metric_errors"].keys() == {"val/rougeL"}
-    base = json.loads((tmp_path / "base" / "report.json").read_text())
-    assert f"initial weights: **base**, pretrain on text (hash `{base['data']['hash']}`)" in card.text
+    assert f"initial weights: **base**, pretrained on text (hash `{base['data']['hash']}`)" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     capfd.readouterr()
     exec(compile(code.replace("path/to/this/folder", str(tmp_path / "tuned" / "hf")), "card", "exec"), {})
