@@ -113,7 +113,7 @@ def validated(best: Best, step: int, metrics: dict[str, float]) -> None:
     )
     best.on_validation_end(
         trainer, SimpleNamespace(watched_metric="val/exact", validation_documents=None, validation_errors={})
-    )  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(
