@@ -17,7 +17,8 @@ def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> floa
     """Estimate the seconds until the run has ended, from the measured phases.
 
     A validation that is not measured yet is estimated from the speed of training; samples, benchmarks and checkpoints
-    that are not measured yet are left out. With trainer.max_time it is at most the time that is left, with the work after the stop.
+    that are not measured yet are left out. With trainer.max_time it is at most the time that is left, with the work
+    after the stop.
 
     Args:
         first_step: step at which the run was started or resumed; at least one step has followed.
