@@ -31,6 +31,7 @@ class Best(lightning.Callback):
     Attributes:
         step: optimizer step of the best validation; None before the first one with a finite value.
         metrics: metrics of that validation.
+        errors: standard errors of scores of generated text, at the validation of the exported weights.
         validations_since: number of validations after it.
         has_stopped: whether the run was stopped for lack of improvement.
     """
@@ -41,16 +42,17 @@ class Best(lightning.Callback):
         self.data_hash = data_hash
         self.step: int | None = None
         self.metrics: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
         self.validations_since = 0
         self.validated_step = -1
         self.has_stopped = False
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"validations_since": self.validations_since, "validated_step": self.validated_step}
-        return {"step": self.step, "metrics": self.metrics, **counts}
+        return {"step": self.step, "metrics": self.metrics, "errors": self.errors, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self.metrics = state_dict["step"], state_dict["metrics"]
+        self.step, self.metrics, self.errors = (state_dict[name] for name in ("step", "metrics", "errors"))
         self.validations_since, self.validated_step = state_dict["validations_since"], state_dict["validated_step"]
 
     def forget(self) -> None:
@@ -94,7 +96,7 @@ class Best(lightning.Callback):
         return {**latest, **self.metrics} if self.exports_best else latest
 
     def _write_validation(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        losses = pl_module.validation_documents
+        losses, self.errors = pl_module.validation_documents, pl_module.validation_errors
         if trainer.is_global_zero and losses is not None:
             write_document_losses(trainer.default_root_dir, replace(losses, data=self.data_hash))
         if trainer.is_global_zero and pl_module.validation_examples:

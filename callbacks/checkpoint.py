@@ -22,7 +22,7 @@ from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import InputError, RunError
-from gpt2lab.metric_names import VALIDATION_PREFIX
+from gpt2lab.metric_names import MEASURED_BY_VALIDATION
 from gpt2lab.reports.hf_folder import holds_model, verify_in_fresh_process, write_hf_folder
 from gpt2lab.reports.model_card import STEPS, read_step
 from gpt2lab.storage.atomic_files import input_error_when_full
@@ -63,6 +63,9 @@ class Checkpoint(lightning.Callback):
         every: steps between checkpoints.
         keep_last: number of checkpoints to keep.
         verify_export: whether to load the final export in a new process and compare logits.
+
+    Attributes:
+        card: facts of the model card that are known before training.
     """
 
     def __init__(self, every: int, keep_last: int = 2, verify_export: bool = True) -> None:
@@ -72,6 +75,7 @@ class Checkpoint(lightning.Callback):
         self.saved_step = self.attempted_step = -1
         self.has_ended = False
         self.run_dir = Path()
+        self.card: Mapping[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self.run_dir = Path(trainer.default_root_dir)
@@ -276,17 +280,11 @@ class Checkpoint(lightning.Callback):
         best_step = self._exported_step(trainer)
         return best_step is not None and read_step(self.run_dir / "hf") != best_step
 
-    def _card(self, model: GPT2LMHeadModel, step: int, tokens_seen: int, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Return the facts of the model card."""
-        scores = {name: f"{float(value):.4f}" for name, value in metrics.items() if name.startswith(VALIDATION_PREFIX)}
-        return {
-            "title": self.run_dir.name,
-            "parameters": f"{model.num_parameters():,}",
-            STEPS: str(step),
-            "target tokens trained on": f"{tokens_seen:,}",
-            **scores,
-            "trained with": "gpt2-lab",
-        }
+    def _card(self, model: GPT2LMHeadModel, step: int, tokens_seen: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts of the model card; Report adds the errors of the scores at the end."""
+        measured = {name: float(value) for name, value in metrics.items() if name.startswith(MEASURED_BY_VALIDATION)}
+        facts = {"parameters": model.num_parameters(), STEPS: step, "tokens_seen": tokens_seen, "metrics": measured}
+        return {"title": self.run_dir.name, **self.card, **facts}
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):

@@ -1,22 +1,24 @@
-"""Remaining time of a run: its steps, validations, samples, checkpoints, exports and final score."""
+"""Remaining time of a run: its steps, validations, samples, benchmarks, checkpoints, exports and final score."""
 
 import math
 
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
+from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import Checkpoint
 from callbacks.final_score import FinalScore
 from callbacks.samples import Samples
-from callbacks.throughput import EXPORT, SAMPLE, SAVE, TRAIN, VALIDATE, find_throughput
+from callbacks.throughput import BENCHMARK, EXPORT, SAMPLE, SAVE, TRAIN, VALIDATE, find_throughput
 from gpt2lab.system.run_time import count_events
 
 
 def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> float:
     """Estimate the seconds until the run has ended, from the measured phases.
 
-    A validation that is not measured yet is estimated from the speed of training; samples and checkpoints that are not
-    measured yet are left out. With trainer.max_time it is at most the time that is left, with the work after the stop.
+    A validation that is not measured yet is estimated from the speed of training; samples, benchmarks and checkpoints
+    that are not measured yet are left out. With trainer.max_time it is at most the time that is left, with the work
+    after the stop.
 
     Args:
         first_step: step at which the run was started or resumed; at least one step has followed.
@@ -36,6 +38,8 @@ def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> floa
     for callback in trainer.callbacks:
         if isinstance(callback, Samples):
             seconds += (clock.mean(SAMPLE) or 0.0) * count_events(step, last, callback.every)
+        if isinstance(callback, Benchmarks):
+            seconds += (clock.mean(BENCHMARK) or 0.0) * count_events(step, last, callback.every)
         if isinstance(callback, Checkpoint):
             per_save = (clock.mean(SAVE) or 0.0) + (clock.mean(EXPORT) or 0.0)
             seconds += per_save * count_events(step, last, callback.every)

@@ -3,7 +3,9 @@
 import logging
 import shlex
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -15,8 +17,12 @@ from callbacks.ending import run_status, stop_reason
 from callbacks.health import Health
 from callbacks.throughput import find_throughput
 from gpt2lab.errors import ExportError
+from gpt2lab.metric_names import TOKENS
+from gpt2lab.reports.model_card import FILE, STEPS, read_step, write_card
 from gpt2lab.reports.report_html import RUNNING
 from gpt2lab.reports.run_report import build_report, write_page, write_report
+from gpt2lab.storage.metrics_csv import STEP, read_metrics
+from gpt2lab.storage.model_folder import parameter_count, read_shape
 from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.system import device
 
@@ -31,12 +37,14 @@ class Report(lightning.Callback):
 
     Attributes:
         facts: facts from outside the training: task, model, data, command.
+        card: facts of the model card that are known before training.
         score: score of the exported weights (final_score.py); empty without one.
         content: the written report.
     """
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
+        self.card: Mapping[str, Any] = {}
         self.score: dict[str, Any] = {}
         self.content: dict[str, Any] = {}
         self._earlier_seconds = 0.0
@@ -76,6 +84,8 @@ class Report(lightning.Callback):
         if run_status(trainer) in FINISHED and trainer.global_step < trainer.max_steps:
             log.info("Training ended early, after step %d of %d.", trainer.global_step, trainer.max_steps)
         self.write(trainer, pl_module, run_status(trainer))
+        if trainer.is_global_zero and run_status(trainer) in FINISHED:
+            self._write_card(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Write the status of training; a failure after the last state was saved does not change it."""
@@ -101,6 +111,22 @@ class Report(lightning.Callback):
                 fix = f"python train.py resume={shlex.quote(trainer.default_root_dir)} writes it"
                 log.warning("The report of this run could not be written: %s. %s.", reason, fix)
 
+    def _write_card(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the model card of `hf/` again, with the scores of its step and their errors."""
+        folder = Path(trainer.default_root_dir) / "hf"
+        step = read_step(folder)
+        if step is None:
+            return
+        rows = [row for row in read_metrics(trainer.default_root_dir) if int(row[STEP]) == step]
+        measured = {name: float(value) for row in rows for name, value in row.items() if value and name != STEP}
+        seen = {"tokens_seen": int(measured[TOKENS])} if TOKENS in measured else {}
+        facts = {"title": folder.parent.name, **self.content, **self.card, **seen, STEPS: step, "metrics": measured}
+        facts["parameters"] = parameter_count(read_shape(folder))  # adapters are merged
+        try:
+            write_card(folder, facts, pl_module.tokenizer)
+        except OSError as reason:
+            log.warning("The model card %s could not be completed: %s.", folder / FILE, reason)
+
     def _report(
         self, trainer: Trainer, pl_module: lightning.LightningModule, status: str, error: str = ""
     ) -> dict[str, Any]:
@@ -121,6 +147,7 @@ class Report(lightning.Callback):
             "best_step": best.step,
             "export": "best" if best.exports_best else "last",
             "val_tokens": pl_module.settings.val_tokens,
+            "metric_errors": best.errors,
             **self.score,
             **pl_module.facts_for_report(),
         }

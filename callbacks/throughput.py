@@ -20,7 +20,8 @@ MATMUL_DTYPES = {
     "16-mixed": torch.float16,
 }
 PREPARE, TRAIN, VALIDATE, SAMPLE, SAVE, EXPORT = "prepare", "train", "validate", "sample", "save", "export"
-PHASES = (PREPARE, TRAIN, VALIDATE, SAMPLE, SAVE, EXPORT)
+BENCHMARK = "benchmark"
+PHASES = (PREPARE, TRAIN, VALIDATE, SAMPLE, BENCHMARK, SAVE, EXPORT)
 
 
 class Throughput(lightning.Callback):

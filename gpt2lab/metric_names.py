@@ -1,10 +1,14 @@
 """The names under which metrics are logged, written to metrics.csv, shown on W&B and reported."""
 
 import math
+from collections.abc import Mapping
 
 from gpt2lab.settings import TEXT_METRICS
 
 VALIDATION_PREFIX = "val/"
+BENCHMARK_PREFIX = "benchmarks/"  # benchmarks/TASK/METRIC of lm-evaluation-harness
+STANDARD_ERROR = "_stderr"  # ending of the standard error of a benchmark's metric, as the harness names it
+PREFIXES = (VALIDATION_PREFIX, BENCHMARK_PREFIX, STANDARD_ERROR)  # constants here that are no metric
 MEASURED_BY_VALIDATION = (VALIDATION_PREFIX, "distill/")  # prefixes of these metrics
 
 TRAIN_LOSS = "train/loss"  # cross-entropy, nats per target token, also in distillation
@@ -81,3 +85,21 @@ def is_better(watched: str, value: float, known: float | None) -> bool:
     if not math.isfinite(value):
         return False
     return known is None or (value < known if lower_is_better(watched) else value > known)
+
+
+def logged() -> list[str]:
+    """Return the names of all metrics that a run can log, except for those of benchmarks, which the harness names."""
+    constants = [value for name, value in globals().items() if name.isupper() and isinstance(value, str)]
+    return [
+        *(name for name in constants if name not in PREFIXES),
+        *(f"{VALIDATION_PREFIX}{one}" for one in TEXT_METRICS),
+    ]
+
+
+def benchmark_scores(metrics: Mapping[str, float]) -> dict[tuple[str, str], tuple[float, float | None]]:
+    """Return (task, metric) → (value, standard error) of the benchmarks among the metrics."""
+    names = [name for name in metrics if name.startswith(BENCHMARK_PREFIX) and not name.endswith(STANDARD_ERROR)]
+    parts = {name: name.removeprefix(BENCHMARK_PREFIX).rpartition("/") for name in names}
+    return {
+        (task, metric): (metrics[name], metrics.get(name + STANDARD_ERROR)) for name, (task, _, metric) in parts.items()
+    }

@@ -432,6 +432,18 @@ PLAIN_CROSS_ENTROPY = CrossEntropySettings()
 
 
 @dataclass(frozen=True)
+class HubSettings:
+    """Model card and upload of a finished run to the Hugging Face Hub."""
+
+    push: str | None = key("USER/NAME: model repository to which hf/ is uploaded after training; null: none", None)
+    private: bool = key("create the repository as private", False, read_by="upload")
+    revision: str = key("branch of the upload; it is created if it does not exist", "main", read_by="upload")
+    license: str | None = key(
+        "license of the model, for its card: mit, apache-2.0, …; null: that of the initial weights, if known", None
+    )
+
+
+@dataclass(frozen=True)
 class TokenizerKeys:
     """Keys of the group tokenizer."""
 

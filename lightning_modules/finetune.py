@@ -1,6 +1,5 @@
 """FineTune: a pretrained model learns responses to prompts, by all weights or LoRA, scored on generated text."""
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2lab.data.batch import Batch
-from gpt2lab.evaluation.text_metrics import per_text_scores, text_metrics
+from gpt2lab.evaluation.bootstrap import text_scores
+from gpt2lab.evaluation.text_metrics import per_text_scores
 from gpt2lab.generation.completion import distinct_seed
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.ema import stored_weights
@@ -83,13 +83,16 @@ class FineTune(LanguageModel):
         seeds = [distinct_seed(self.settings.seed, place) for place, *_ in examples]
         method = self.settings.sampling.or_else(GREEDY)
         predictions = self.generate_from_ids(prompts, method, self.text.max_new_tokens, seeds)
-        scores = text_metrics(self.text.metrics, predictions, references)
+        groups = self.trainer.datamodule.val_groups(self.text.examples)
+        documents = [groups[place] for place, *_ in examples]
+        scores = text_scores(self.text.metrics, predictions, references, groups=documents)
         self.validation_examples = self._shown_examples(prompts, predictions, references)
-        for name in [name for name, value in scores.items() if math.isnan(value)]:
+        for name in [name for name, score in scores.items() if score.value is None]:
             texts = len(references)
             warn_once(f"val/{name} is not logged: none of the {texts} validation texts has anything of the kind")
-            del scores[name]
-        return {f"val/{name}": value for name, value in scores.items()}
+        known = {f"val/{name}": (score.value, score.standard_error) for name, score in scores.items()}
+        self.validation_errors = {name: error for name, (_, error) in known.items() if error is not None}
+        return {name: value for name, (value, _) in known.items() if value is not None}
 
     def _shown_examples(self, prompts: list[list[int]], predictions: list[str], references: list[str]) -> list[Example]:
         """Return the first examples, with the score of the first metric if that is a mean over texts."""

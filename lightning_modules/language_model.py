@@ -90,6 +90,7 @@ class LanguageModel(BackboneModule):
         self.logger_error: Exception | None = None  # of an added logger within a step, raised once that is saved
         self._validation_sums: dict[str, Tensor] = {}
         self.validation_documents: DocumentLosses | None = None  # of the last validation, on every rank
+        self.validation_errors: dict[str, float] = {}  # standard errors of its scores of generated text
         self.validation_examples: list[Example] = []  # generated in the last validation, on every rank
         self._gradient_norm = torch.zeros(())
         self._measured: dict[str, list[str]] = {}  # kind of metrics → names of those measured last

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -131,6 +132,8 @@ def test_the_pages_show_commands_of_each_program(program: str) -> None:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make the files that the pages name."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")  # for hub.push
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "notes").mkdir()
     (tmp_path / "nanoGPT/data/openwebtext").mkdir(parents=True)
     (tmp_path / "notes/a.md").write_text("a")

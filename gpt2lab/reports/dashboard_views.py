@@ -140,5 +140,4 @@ VIEWS = (PRETRAIN, DISTILL, FINETUNE, SWEEP)
 
 def metrics_logged() -> set[str]:
     """Return the names of all metrics that runs of this project log."""
-    constants = {value for name, value in vars(names).items() if name.isupper() and isinstance(value, str)}
-    return {STEP, *constants - {names.VALIDATION_PREFIX}, *_text(*names.TEXT_METRICS)}
+    return {STEP, *names.logged()}

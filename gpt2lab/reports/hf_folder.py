@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,10 +18,9 @@ from torch import Tensor
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash
 from gpt2lab.errors import ExportError
-from gpt2lab.reports.model_card import model_card
+from gpt2lab.reports.model_card import FILE, write_card
 from gpt2lab.storage.atomic_files import replaced_folder, write_json
 from gpt2lab.storage.model_folder import read_objective, read_pair_template
 from gpt2lab.storage.stored_weights import UNREADABLE
@@ -56,14 +56,14 @@ def write_hf_folder(
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    card: dict[str, str],
+    card: Mapping[str, Any],
     export_adapter: Callable[[Path], bool] | None = None,
 ) -> None:
     """Write `folder`, replacing an existing one atomically.
 
     Args:
         model: GPT-2 in the layout of transformers, on the CPU.
-        card: facts for the model card, in order; "title" becomes its heading.
+        card: facts of the model card (model_card.py).
         export_adapter: writes a PEFT adapter into the given folder and returns whether there is one.
 
     Raises:
@@ -77,14 +77,11 @@ def write_hf_folder(
     with replaced_folder(folder) as scratch:
         _save_quietly(model, scratch)
         _save_tokenizer(tokenizer, scratch, model.config.n_positions)
-        stored = read_pair_template(scratch)
-        template = PairTemplate(**stored) if stored else None
-        card_text = model_card(card, model.config.to_dict().get("objective", "clm"), tokenizer, template)
-        (scratch / "README.md").write_text(card_text, encoding="utf-8")
+        write_card(scratch, card, tokenizer)
         if export_adapter is not None:
             export_adapter(scratch / "adapter")
         for weights in scratch.rglob("*.safetensors"):  # safetensors ignores the umask: readable by the owner only
-            weights.chmod((scratch / "README.md").stat().st_mode)
+            weights.chmod((scratch / FILE).stat().st_mode)
         _compare_tensors(model, scratch / "model.safetensors")
 
 

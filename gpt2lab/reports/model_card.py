@@ -1,126 +1,266 @@
-"""Model card: README.md of an exported model, with Python code that runs it with transformers only."""
+"""Model card: README.md of an exported model, with its data, recipe, scores, lineage, limitations and use."""
 
-import json
 import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
 from gpt2lab.data.pair_template import PairTemplate
-from gpt2lab.data.special_tokens import find_special_tokens
-from gpt2lab.settings import OBJECTIVES
+from gpt2lab.reports.card_metadata import Score, card_license, distillation_scores, languages, metadata, scores
+from gpt2lab.reports.card_usage import FOLDER, usage
+from gpt2lab.reports.lineage import Ancestor
+from gpt2lab.reports.number_format import duration, significant
+from gpt2lab.storage.atomic_files import write_text
+from gpt2lab.storage.model_folder import read_objective, read_pair_template
 
 STEPS = "steps"  # fact of the card: optimizer steps of the exported weights
-SOURCE = "def add(a, b):\n    return a + b"
+FILE = "README.md"
+TRAINED = {"pretrain": "pretrained", "distill": "distilled", "finetune": "fine-tuned"}  # by task
+OPTIMAL_TOKENS = 20  # for each parameter, Hoffmann et al. 2022
+FEW_DOCUMENTS = 30
+
+
+def write_card(folder: Path, facts: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the card of the model in a Hugging Face folder; arguments as for `model_card`."""
+    stored = read_pair_template(folder)
+    template = PairTemplate(**stored) if stored else None
+    write_text(folder / FILE, model_card(facts, read_objective(folder), tokenizer, template))
 
 
 def model_card(
-    card: dict[str, str], objective: str, tokenizer: PreTrainedTokenizerBase, template: PairTemplate | None
+    facts: Mapping[str, Any], objective: str, tokenizer: PreTrainedTokenizerBase, template: PairTemplate | None
 ) -> str:
-    """Return the text of the card.
+    """Return the text of the card; sections without a fact are left out.
 
     Args:
-        card: facts in order; "title" becomes the heading.
+        facts: content of report.json as far as it is known, with the fields of launch/run/card_facts.py; "title"
+            becomes the heading.
         template: prompt template of a model trained on pairs; None: a model that continues text.
     """
-    facts = "\n".join(f"- {name}: {value}" for name, value in card.items() if name != "title")
-    return f"""---
-library_name: transformers
-pipeline_tag: {"fill-mask" if OBJECTIVES[objective].fills_masks else "text-generation"}
-tags: [gpt2]
----
-
-# {card.get("title", "GPT-2")}
-
-{facts}
-{_pair_facts(template)}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-{_example(objective, tokenizer, template)}
-```
-"""
+    title, source = facts.get("title", "GPT-2"), facts.get("repository") or FOLDER
+    sections = {
+        "Use": usage(source, facts.get("revision") or "", objective, tokenizer, template),
+        "Data": _data(facts, template is not None),
+        "Recipe": _recipe(facts),
+        "Evaluation": _evaluation(facts),
+        "Lineage": _lineage(facts, title),
+        "Limitations": _limitations(facts, template),
+        "License": _license(facts),
+    }
+    written = [f"## {name}\n\n{text.strip()}" for name, text in sections.items() if text]
+    body = "\n\n".join([f"# {title}", _summary(facts), *written])
+    header = metadata(facts, objective).to_yaml()
+    return str(ModelCard(f"---\n{header}\n---\n\n{body}\n"))  # parses the metadata, and raises if it is not valid
 
 
 def read_step(folder: Path) -> int | None:
     """Return the optimizer step of a folder's weights from its card; None if that names none."""
     try:
-        found = re.search(
-            rf"^- {STEPS}: (\d{{1,18}})$", (folder / "README.md").read_text("utf-8"), re.ASCII | re.MULTILINE
-        )
+        found = re.search(rf"^- {STEPS}: (\d{{1,18}})$", (folder / FILE).read_text("utf-8"), re.ASCII | re.MULTILINE)
     except (OSError, UnicodeDecodeError):
         return None
     return int(found[1]) if found else None
 
 
-def _pair_facts(template: PairTemplate | None) -> str:
-    if template is None:
+def _summary(facts: Mapping[str, Any]) -> str:
+    """Return the list of main facts; `read_step` reads its line of steps."""
+    named = {
+        "parameters": _count(facts.get("parameters")),
+        STEPS: str(facts[STEPS]) if facts.get(STEPS) is not None else "",
+        "target tokens trained on": _count(facts.get("tokens_seen")),
+        "languages": ", ".join(languages(facts)),
+        "time": duration(facts["seconds"]) if facts.get("seconds") else "",
+        "trained with": "gpt2-lab",
+    }
+    return _list(f"{name}: {value}" for name, value in named.items() if value)
+
+
+def _data(facts: Mapping[str, Any], are_pairs: bool) -> str:
+    data, datasets = facts.get("data") or {}, facts.get("datasets") or []
+    if not data:
         return ""
-    return f"""
-The model was trained on pairs of a source and a target text, in these templates; the response ends with end-of-text:
+    named = {
+        "name": data.get("name", ""),
+        "tokens for training": _count(data.get("tokens")),
+        "hash": f"`{data.get('hash')}`, the first 16 digits of the SHA-256 of "
+        + (
+            "the pairs, template, tokenizer and context" if are_pairs else "the tokens of training and validation split"
+        ),
+        "overlap": _overlap(data.get("val_overlap")),
+    }
+    hub = [
+        f"Hub data set: [{one['id']}](https://huggingface.co/datasets/{one['id']})"
+        + "".join(f", {key} `{one[key]}`" for key in ("config", "split", "revision") if one.get(key))
+        for one in datasets
+    ]
+    return _list([*(f"{name}: {value}" for name, value in named.items() if value), *hub])
 
-- prompt: `{_literal(template.prompt)}`
-- response: `{_literal(template.response)}`
 
-In the code below, replace `source` by a text like those that the model was trained on.
-"""
-
-
-def _literal(text: str) -> str:
-    """Return a Python string literal on one line, without backticks, which Markdown would read."""
-    return json.dumps(text, ensure_ascii=False).replace("`", "\\x60")
+def _overlap(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{share:.1%} of the 13-grams of the validation text also occur in the training text"
 
 
-def _example(objective: str, tokenizer: PreTrainedTokenizerBase, template: PairTemplate | None) -> str:
-    """Return Python code that runs such a model with transformers only.
+def _recipe(facts: Mapping[str, Any]) -> str:
+    recipe, command = facts.get("recipe") or {}, str(facts.get("command") or "")
+    parts = [_table(("setting", "value"), recipe.items())] if recipe else []
+    if command:
+        parts.append(f"```bash\n{without_local_paths(command)}\n```")
+    versions = facts.get("versions") or {}
+    if versions:
+        names = [f"{name} {versions[name]}" for name in ("python", "torch", "lightning", "transformers")]
+        names += [f"gpt2-lab {git['commit'][:12]}"] if (git := facts.get("git")) else []
+        parts.append(f"Software: {', '.join(names)}.")
+    return "\n\n".join(parts)
 
-    As in training, text is tokenized without special tokens.
-    """
-    kind = OBJECTIVES[objective]
-    if kind.fills_masks:
-        mask = find_special_tokens(tokenizer).mask
-        return f"""\
-import torch
 
-parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("import ", "\\n")]
-ids = torch.tensor([[*parts[0], {mask}, *parts[1]]])  # {mask} is the mask token
-everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
-logits = model(ids, attention_mask=everything, use_cache=False).logits[0, len(parts[0])]
-print([tokenizer.decode(token) for token in logits.topk(5).indices])"""
-    if kind.infills:
-        special = find_special_tokens(tokenizer)
-        return f"""\
-import torch
+def without_local_paths(command: str) -> str:
+    """Return a command whose absolute paths are relative to the working folder, or reduced to their last name."""
 
-texts = ("def add(a, b):\\n", "    return total\\n")
-parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-ids = [{special.end_of_text}, {special.prefix}, *parts[0], {special.suffix}, *parts[1], {special.middle}]
-output = model.generate(torch.tensor([ids]), max_new_tokens=20)
-print(tokenizer.decode(output[0, len(ids) :]))"""
-    prompt = 'prompt = "def add(a, b):"'
+    def public(path: str) -> str:
+        here = Path.cwd()
+        if not path.startswith("/") or len(Path(path).parts) < 2:
+            return path
+        return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else f".../{Path(path).name}"
+
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.partition("=")
+        words.append(f"{key}{equals}{','.join(map(public, value.split(',')))}" if equals else public(word))
+    return shlex.join(words)
+
+
+def _evaluation(facts: Mapping[str, Any]) -> str:
+    found, against_teacher = scores(facts), distillation_scores(facts)
+    parts = []
+    if found:
+        tokens, documents = facts.get("val_tokens"), facts.get("val_documents")
+        parts.append(_table(("score", "value", "standard error", "on"), (_row(one, facts) for one in found)))
+        if tokens:
+            where = f" in {documents:,} groups of documents" if documents else ""
+            parts.append(
+                f"The validation split has {tokens:,} target tokens{where}. Standard errors are those of the sampling "
+                "of documents (jackknife; bootstrap for scores of generated text); they do not include that of the "
+                "training."
+            )
+    if against_teacher:
+        parts.append(
+            "Against the teacher, on the validation split:\n\n"
+            + _table(("score", "value"), ((one.name, significant(one.value)) for one in against_teacher))
+        )
+    return "\n\n".join(parts)
+
+
+def _row(score: Score, facts: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    where = score.benchmark
+    if not where and score.tokens:
+        where = f"{score.tokens:,} tokens of the validation split"
+    if score.benchmark and facts.get("benchmark_limit"):
+        where = f"{score.benchmark}, the first {facts['benchmark_limit']:,} examples"
+    error = "" if score.error is None else f"± {significant(score.error, 2)}"
+    return score.name, f"{score.value:.4g}", error, where or "validation split"
+
+
+def _lineage(facts: Mapping[str, Any], title: str) -> str:
+    ancestors: Sequence[Ancestor] = facts.get("ancestors") or ()
+    data = facts.get("data") or {}
+    if not (data or ancestors):
+        return ""
+    lines = [f"- **{title}**, {TRAINED.get(facts.get('task', ''), 'trained')} on {_named_data(data)}"]
+    return "\n".join([*lines, *_ancestor_lines(ancestors, 1)])
+
+
+def _ancestor_lines(ancestors: Sequence[Ancestor], depth: int) -> list[str]:
+    lines = []
+    for one in ancestors:
+        report, loss = one.report, one.report.get("val_loss")
+        name = f"[{one.name}](https://huggingface.co/{one.repository})" if one.repository else one.name
+        known = [
+            f"{TRAINED[report['task']]} on {_named_data(report.get('data') or {})}"
+            if report.get("task") in TRAINED
+            else "",
+            f"{report['parameters']:,} parameters" if report.get("parameters") else "",
+            f"{report['tokens_seen']:,} target tokens" if report.get("tokens_seen") else "",
+            f"validation loss {loss:.3f}" if isinstance(loss, int | float) else "",
+            f"sha256 of the weights `{one.weights_hash[:16]}…`" if one.weights_hash else "",
+        ]
+        facts = "".join(f", {fact}" for fact in known if fact)
+        lines.append(f"{'  ' * depth}- {one.role}: **{name}**{facts}")
+        lines += _ancestor_lines(one.ancestors, depth + 1)
+    return lines
+
+
+def _named_data(data: Mapping[str, Any]) -> str:
+    return f"{data.get('name', 'unknown data')} (hash `{data['hash']}`)" if data.get("hash") else "unknown data"
+
+
+def _limitations(facts: Mapping[str, Any], template: PairTemplate | None) -> str:
+    """Return what follows from size, training, data and evaluation."""
+    data, parameters, tokens = (facts.get(name) for name in ("data", "parameters", "tokens_seen"))
+    if not data:
+        return ""
+    limits, overlap, name = [], data.get("val_overlap"), data.get("name", "")
+    if parameters and tokens:
+        share = tokens / parameters
+        few = f", fewer than the {OPTIMAL_TOKENS} of compute-optimal training (arXiv 2203.15556)"
+        limits.append(
+            f"It has {parameters:,} parameters, trained here on {significant(share)} target tokens for each of them"
+            f"{few if share < OPTIMAL_TOKENS and not facts.get('ancestors') else ''}."
+        )
+    if facts.get("n_positions"):
+        limits.append(f"A prompt and its continuation have at most {facts['n_positions']:,} tokens together.")
+    spoken = ", ".join(languages(facts))
+    limits.append(
+        f"It was trained on {name}{f' ({spoken})' if spoken else ''}: other subjects and languages are not covered."
+    )
     if template is not None:
-        prompt = f'source = {_literal(SOURCE)}\nprompt = {_literal(template.prompt)}.replace("{{source}}", source)'
-    return f"{prompt}\n{BIDIRECTIONAL if kind.bidirectional_prompt else CAUSAL}"
+        limits.append("It answers prompts of the template above. Other prompts are not what it was trained for.")
+    else:
+        limits.append("It continues text. It was not trained to follow instructions.")
+    limits.append(
+        "Nothing was done to make its text true, safe or free of bias, and it can repeat training text word for word."
+    )
+    limits.append(_meaning_of_scores(overlap, facts.get("val_documents")))
+    if any(one.role == "teacher" for one in facts.get("ancestors") or ()):
+        limits.append("It was trained to imitate its teacher, with the errors of that model.")
+    return _list(limits)
 
 
-CAUSAL = """\
-inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-length = inputs["input_ids"].shape[1]
-output = model.generate(**inputs, max_new_tokens=min(64, model.config.n_positions - length), do_sample=False)
-print(prompt + tokenizer.decode(output[0, length:], skip_special_tokens=True))"""
+def _meaning_of_scores(overlap: float | None, documents: int | None) -> str:
+    text = "Scores on the validation split are of text like the training text, not of general ability"
+    text += f"; {overlap:.1%} of its 13-grams also occur in the training text" if overlap else ""
+    few = documents and documents < FEW_DOCUMENTS
+    return text + (f". It has {documents} groups of documents only, so its standard errors are rough." if few else ".")
 
-BIDIRECTIONAL = """\
-import torch
 
-ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-length = ids.shape[1]
-for _ in range(min(64, model.config.n_positions - length)):
-    place = torch.arange(ids.shape[1])
-    mask = (place <= place[:, None]) | (place < length - 1)  # bidirectional in the prompt, except its last token
-    token = model(ids, attention_mask=mask[None, None], use_cache=False).logits[0, -1].argmax()
-    if token == tokenizer.eos_token_id:
-        break
-    ids = torch.cat([ids, token.view(1, 1)], 1)
-print(prompt + tokenizer.decode(ids[0, length:]))"""
+def _license(facts: Mapping[str, Any]) -> str:
+    known, inherited_from = card_license(facts)
+    if not facts.get("data"):
+        return ""
+    if inherited_from:
+        return f"{known}, the license of {inherited_from}, whose weights this model continues. The data has its own."
+    if known:
+        return f"{known}, stated by the author of the model. The data has its own license."
+    return (
+        "No license is stated: neither the author nor a base model gives one. The data has its own license, which may "
+        "restrict the use of the model."
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""

@@ -114,10 +114,14 @@ def _tiles(report: dict[str, Any]) -> list[str]:
     values[5:5] = [(name, metrics.get(name), significant) for name in _task_metrics(metrics)]
     overlap = (report.get("data") or {}).get("val_overlap")
     values.append(("validation 13-grams also in training", overlap, "{:.1%}".format))
+    tiles = [(label, value, form(value)) for label, value, form in values if isinstance(value, int | float)]
+    for (task, metric), (value, error) in metric_names.benchmark_scores(metrics).items():
+        tiles.append(
+            (f"{task}, {metric}", value, significant(value) + (f" ± {significant(error, 2)}" if error else ""))
+        )
     return [
-        f'<div class="tile" title="{value}"><b>{form(value)}</b><span>{escape(label)}</span></div>'
-        for label, value, form in values
-        if isinstance(value, int | float)
+        f'<div class="tile" title="{value}"><b>{text}</b><span>{escape(label)}</span></div>'
+        for label, value, text in tiles
     ]
 
 
@@ -183,6 +187,7 @@ def _linked(name: str, pages: Mapping[str, tuple[str, str]]) -> str:
 
 def _phases(seconds: Mapping[str, float]) -> str:
     """Render the time by phase as one bar with a legend."""
+    seconds = {name: value for name, value in seconds.items() if value}
     whole = sum(seconds.values())
     if not whole:
         return ""

@@ -92,9 +92,11 @@ def loss_chart(rows: list[dict[str, str]], report: Mapping[str, Any], events: Se
 
 
 def side_charts(rows: list[dict[str, str]]) -> list[Chart]:
-    """Return learning rate, gradient norm, throughput, memory, and scores of generated text."""
-    logged = [name for name in rows[0] if name.startswith(names.VALIDATION_PREFIX)] if rows else []
-    scores = {name: name for name in logged if name not in names.LOWER_IS_BETTER}
+    """Return learning rate, gradient norm, throughput, memory, scores of generated text, and benchmarks."""
+    prefixes = (names.VALIDATION_PREFIX, names.BENCHMARK_PREFIX)
+    logged = [name for name in rows[0] if name.startswith(prefixes)] if rows else []
+    hidden = (*names.LOWER_IS_BETTER, *(name for name in logged if name.endswith(names.STANDARD_ERROR)))
+    scores = {name: name for name in logged if name not in hidden}
     return [
         Chart(title, [Line(title, thinned(series(rows, name)), "val" if name in scores else "train", name in SMOOTHED)])
         for name, title in {**scores, **SIDE_CHARTS}.items()

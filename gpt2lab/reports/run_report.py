@@ -49,6 +49,10 @@ def build_report(
     last = {name: series(rows, name)[-1][1] for name in names if series(rows, name)}
     measured = [name for name in names if name.startswith(metric_names.MEASURED_BY_VALIDATION)]
     last |= {name: value for name in measured for step, value in series(rows, name) if step == exported_step}
+    if exported_step is not None:  # benchmarks of the exported weights only: they may be measured at other steps
+        last = {name: value for name, value in last.items() if not name.startswith(metric_names.BENCHMARK_PREFIX)}
+        benchmarks = [name for name in names if name.startswith(metric_names.BENCHMARK_PREFIX)]
+        last |= {name: value for name in benchmarks for step, value in series(rows, name) if step == exported_step}
     by_document = read_document_losses(run_dir)
     report: dict[str, Any] = {"status": status, **({"error": error} if error else {}), **facts}
     report |= {

@@ -22,7 +22,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
 }
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
-HUB_FILES += ["merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
+HUB_FILES += ["README.md", "merges.txt", "tokenizer_config.json", *TOKENIZER_FILES]
 
 
 def resolve_model_folder(source: str, key: str) -> Path:

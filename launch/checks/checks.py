@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 from gpt2lab.errors import InputError
+from gpt2lab.evaluation import lm_eval_harness
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import profiled_steps
 from gpt2lab.storage.hub import is_hub_id
 from gpt2lab.storage.model_folder import resolve_model_folder
 from gpt2lab.storage.path_patterns import matching_paths
-from launch.checks import baseline, distillation, lightning_nodes, objective, resource_request, study_plan
+from launch.checks import baseline, distillation, hub, lightning_nodes, objective, resource_request, study_plan
 from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
@@ -36,6 +37,7 @@ def check(config: RunConfig) -> None:
     study_plan.check(config)
     check_plan(config)
     check_run_dir(config)
+    hub.check(config)
     if config.resume not in (None, "auto"):
         return  # the run uses its stored configuration; launch.run.resume checks the keys that may change
     check_unused_keys(config)
@@ -58,6 +60,7 @@ def check(config: RunConfig) -> None:
     check_layer_drop(config)
     check_task_and_data(config)
     objective.check(config)
+    check_benchmarks(config)
     distillation.check(config)
     baseline.check_run(config)
 
@@ -328,6 +331,20 @@ def check_task_and_data(config: RunConfig) -> None:
         raise InputError(
             f"task=finetune trains on pairs of prompt and response; data={config.groups['data']} has none.\n"
             "Use data=pairs (or summarize, complete, …), or continue pretraining: task=pretrain init=… data=…"
+        )
+
+
+def check_benchmarks(config: RunConfig) -> None:
+    """Check the tasks of callbacks=benchmarks: their package, the objective and the folder of task files."""
+    node = config.callbacks.get("benchmarks")
+    if node is None:
+        return
+    if not node["tasks"]:
+        raise InputError("callbacks.benchmarks.tasks is empty.\nGive tasks, such as [hellaswag,lambada_openai].")
+    lm_eval_harness.check(",".join(node["tasks"]), config.objective.name, "callbacks.benchmarks.tasks")
+    if node.get("path") and not Path(node["path"]).expanduser().is_dir():
+        raise InputError(
+            f"callbacks.benchmarks.path={node['path']}: there is no such folder.\nGive one with task files (.yaml)."
         )
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from gpt2lab import metric_names
 from gpt2lab.errors import InputError
-from gpt2lab.settings import TEXT_METRICS
 from launch.config.did_you_mean import nearest
 from launch.config.schema import RunConfig
 from launch.config.targets import foreign_targets
@@ -23,7 +22,6 @@ CONFLICTING = {
     "RichProgressBar": "callbacks.progress",
     "TQDMProgressBar": "callbacks.progress",
 }
-METRICS = [value for name, value in vars(metric_names).items() if name.isupper() and isinstance(value, str)]
 
 
 def check(config: RunConfig) -> None:
@@ -47,8 +45,8 @@ def check(config: RunConfig) -> None:
 
 def _check_monitor(place: str, node: dict[str, Any]) -> None:
     monitor = node.get("monitor")
-    metrics = [*METRICS, *(f"val/{name}" for name in TEXT_METRICS)]
-    if monitor is None or monitor in metrics:
+    metrics = metric_names.logged()
+    if monitor is None or monitor in metrics or str(monitor).startswith(metric_names.BENCHMARK_PREFIX):
         return
     near = nearest(str(monitor), metrics) or nearest(str(monitor).replace("_", "/", 1), metrics)
     raise InputError(f"{place}.monitor={monitor}: no such metric{near}.\nThe columns of metrics.csv are the metrics.")

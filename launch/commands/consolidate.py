@@ -40,7 +40,9 @@ def consolidate(given: str) -> Path:
     from gpt2lab.data.tokenizer import load_tokenizer
     from gpt2lab.reports.hf_folder import write_hf_folder
     from gpt2lab.storage.atomic_files import flush, input_error_when_full
+    from gpt2lab.storage.report_json import read_report
     from gpt2lab.storage.sharded_checkpoint import is_sharded, read_whole
+    from launch.run.card_facts import card_facts
 
     if not is_sharded(checkpoint):
         raise InputError(f"{checkpoint} is a single file already; its Hugging Face folder is {run}/hf.")
@@ -52,7 +54,8 @@ def consolidate(given: str) -> Path:
         torch.save(content, temporary)
         flush(temporary)
         temporary.replace(folder / checkpoint.name)
-        card = {"title": run.name, "steps": str(content["global_step"]), "trained with": "gpt2-lab"}
+        measured = {"title": run.name, "steps": content["global_step"], "tokens_seen": content["tokens_seen"]}
+        card = {**card_facts(spec, read_report(run)), **measured}
         write_hf_folder(_hf_model(spec, content), load_tokenizer(str(run)), folder / "hf", card)
     return folder
 

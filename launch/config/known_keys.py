@@ -47,6 +47,7 @@ class HubKeys:
     revision: str = key("branch or commit; empty: the latest at the first preparation", "")
     split: str = key("name of the training split", "train")
     val_split: str = key("name of the validation split; empty: a part of the training split, by hash", "")
+    languages: list[str] = key("languages of the text, for the model card: ISO 639 codes, or code", factory=list)
     default_tokenizer: str | None = key("tokenizer of tokenizer=auto without teacher and init: bpe, or a Hub id", None)
 
 
@@ -120,6 +121,17 @@ class ProfileKeys:
     """Keys of callbacks.profile."""
 
     steps: str | None = key("START:COUNT, the steps to profile; null: none", None, free_text=True)
+
+
+@dataclass(frozen=True)
+class BenchmarkKeys:
+    """Keys of callbacks.benchmarks."""
+
+    every: int = key("steps between benchmarks", within="[1, inf)")
+    tasks: list[str] = key("tasks or groups of tasks of lm-evaluation-harness")
+    limit: int = key("maximum number of examples per task; 0: all", within="[0, inf)")
+    path: str = key("folder with your own task files; empty: none", "", free_text=True)
+    batch_size: int = key("examples per forward pass of a benchmark", 16, within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,7 @@ PLACES: dict[str, dict[str, type]] = {
     "callbacks.layer_stats": {"callbacks.layer_stats.LayerStats": NoKeys},
     "callbacks.profile": {"callbacks.profile.Profile": ProfileKeys},
     "callbacks.inspect": {"callbacks.inspection.Inspect": InspectKeys},
+    "callbacks.benchmarks": {"callbacks.benchmarks.Benchmarks": BenchmarkKeys},
     "callbacks.checkpoint": {"callbacks.checkpoint.Checkpoint": CheckpointKeys},
     "callbacks.final_score": {"callbacks.final_score.FinalScore": FinalScoreKeys},
     "callbacks.report": {"callbacks.report.Report": NoKeys},

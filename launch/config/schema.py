@@ -24,6 +24,7 @@ from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import (
     PAIR_SIDES,
+    HubSettings,
     LossSettings,
     ModelShape,
     ObjectiveSettings,
@@ -102,6 +103,7 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     schedule: ScheduleSettings = key("learning rate schedule")
     callbacks: dict[str, Any] = key("Lightning callbacks by name; null leaves one out")
     logger: dict[str, Any] = key("logger in addition to metrics.csv")
+    hub: HubSettings = key("model card and upload to the Hugging Face Hub", on_resume=True)
     trainer: dict[str, Any] = key("arguments of lightning.Trainer that this project does not set itself")
     precision: PrecisionSettings = key("dtypes of weights and matrix products")
     strategy: StrategySettings = key("parallel training on several devices", of_machine=True)

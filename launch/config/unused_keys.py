@@ -66,6 +66,7 @@ CONDITIONS = {
     "data from files": Condition("data", _reads_files, "files and data sets read it"),
     "trained tokenizer": Condition("tokenizer", _trains_bpe, "only a tokenizer trained here reads it (tokenizer=bpe)"),
     "tokenizer=hub": Condition("tokenizer", lambda c: c.tokenizer.kind == "pretrained", "tokenizer=hub reads it"),
+    "upload": Condition("hub", lambda c: c.hub.push is not None, "an upload reads it (hub.push=USER/NAME)"),
     "lora": Condition("task", _adapts, "LoRA reads it (task.lora.rank=8)"),
     "no lora": Condition("task", lambda c: not c.lora_rank, "training without LoRA reads it (task.lora.rank=0)"),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
+from gpt2lab.evaluation import lm_eval_harness
 from gpt2lab.keys import key, same_key
 from gpt2lab.settings import AUTO, GREEDY, SAMPLING_PRESETS, SamplingSettings
 from launch.config import plugins
@@ -13,7 +14,7 @@ from launch.config.key_value_cli import group_key
 from launch.config.known_keys import RunningTextKeys
 from launch.config.plain_keys import DataKeys, MachineKeys, RunKeys, TrainingKeys
 from launch.config.targets import parse_permissions
-from launch.evaluate import compared_models, eval_data, lm_eval_harness
+from launch.evaluate import compared_models, eval_data
 from launch.evaluate.compared_models import NamedModel
 from launch.logging_setup import announce, configure_logging, silence_libraries
 

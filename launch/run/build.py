@@ -36,13 +36,14 @@ from launch.config.targets import OWN_PACKAGES, call, check_arguments, instantia
 from launch.config.unused_keys import given_keys
 from launch.rank_environment import is_rank
 from launch.run import memory_limit
+from launch.run.card_facts import card_facts, report_facts
 from launch.run.labels import run_labels, searchable_values
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
 METRICS_CSV = "callbacks.loggers.metrics_csv.MetricsCsv"
 NO_STATE = lightning.Callback.state_dict
-READ_BEFORE_IT_IS_BUILT = ("kind", "default_tokenizer")  # keys of conf/data/*.yaml
+READ_BEFORE_IT_IS_BUILT = ("kind", "default_tokenizer", "languages")  # keys of conf/data/*.yaml
 PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 BLOCKS_OF_A_PASS = 12  # compiled as one graph, which takes some three seconds for each; larger models need it less
 
@@ -188,9 +189,13 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     callbacks = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
     best = Best(config.early_stop_patience, exports_best=config.export == "best", data_hash=facts.hash)
     callbacks = _states_first(_with_best(callbacks, best))
+    known = report_facts(spec, facts)
+    card = card_facts(spec, known)
     for callback in callbacks:
         if isinstance(callback, Report):
-            callback.facts = _report_facts(spec, facts)
+            callback.facts, callback.card = known, card
+        if isinstance(callback, Checkpoint):
+            callback.card = card
         if isinstance(callback, Throughput):
             callback.seconds[PREPARE] = spec.prepared.seconds
     callbacks.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))
@@ -221,23 +226,6 @@ def _with_best(callbacks: list[lightning.Callback], best: Best) -> list[lightnin
 
 def _is_foreign(callback: lightning.Callback) -> bool:
     return type(callback).__module__.split(".")[0] not in OWN_PACKAGES
-
-
-def _report_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
-    """Return what report.json contains of the command and of the prepared data."""
-    return {
-        "task": spec.config.task_name,
-        "model": spec.resolved.model_name,
-        "init": {"source": spec.resolved.init, **spec.resolved.teacher_layers},
-        "data": {
-            "name": facts.name,
-            "hash": facts.hash,
-            "tokens": facts.train_tokens,
-            "val_overlap": facts.val_overlap,
-        },
-        "command": spec.config.invocation.command,
-        "planned_memory_bytes": spec.prepared.planned_memory.get("peak"),
-    }
 
 
 def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:

@@ -75,8 +75,17 @@ def _run_here(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
         from launch.run.train import train
 
         report = train(spec, data, facts, directory)
+    _upload(spec, directory)
     print(closing_line(report, directory.path), flush=True)
     return report
+
+
+def _upload(spec: RunSpec, directory: RunDirectory) -> None:
+    """Upload the model to the Hub if that is requested; a failure does not fail the run."""
+    if spec.config.hub.push is not None and directory.path is not None:
+        from launch.run.hub_upload import upload_finished
+
+        upload_finished(spec.config.hub, directory.path)
 
 
 def common_start_error(configs: Sequence[RunConfig]) -> str:
@@ -163,6 +172,7 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
             raise
         raise _lost_connection(error, rendezvous.rank, folder.absolute(), spec.config.steps) from None
     if rendezvous.rank == 0:
+        _upload(spec, directory)
         print(closing_line(report, directory.path), flush=True)
     return report
 

@@ -18,6 +18,8 @@ from launch.run.resume import Existing
 
 log = logging.getLogger(__name__)
 
+BENCHMARKS = "callbacks.benchmarks.Benchmarks"
+
 MOST_PASSES = (
     16  # after four a pass is worth less than new text, after 16 little (Muennighoff et al., arXiv 2305.16264)
 )
@@ -55,6 +57,7 @@ def prepare_text(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     is_resumed = existing is not None and existing.checkpoint is not None
     if existing is not None and is_resumed:
         side_files.repair(existing.folder)
+    _check_benchmarks(spec.config)
     data = build.data_module(spec)
     facts = data.prepare()
     resume.check_data(existing, facts.hash)
@@ -79,6 +82,20 @@ def prepare_text(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     warn_of_little_memory(spec, plan)
     warn_of_long_validation(spec, vocab_size, int(data.val_samples.numbered_tokens()[1].sum()))
     return data, facts, PreparedSpec(spec.config, spec.resolved, prepared)
+
+
+def _check_benchmarks(config: RunConfig) -> None:
+    """Load the data of callbacks=benchmarks, so that a task without data ends the run before anything is prepared.
+
+    Raises:
+        InputError: an unknown task, or its data cannot be loaded.
+    """
+    node = config.callbacks.get("benchmarks")
+    if node is not None and node["_target_"] == BENCHMARKS:
+        from gpt2lab.evaluation.lm_eval_harness import find_tasks
+
+        place = "callbacks.benchmarks"
+        find_tasks(",".join(node["tasks"]), str(node.get("path") or ""), f"{place}.tasks", f"{place}.path")
 
 
 def _with_steps(spec: RunSpec, samples: int, existing: Existing | None) -> RunSpec:

@@ -156,6 +156,8 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
         values["trainer"] = {**stored.config.trainer, "max_time": config.trainer["max_time"]}
     if "sampling" in given:
         values["sampling"] = _changed_sampling(stored.config, config)
+    if "hub" in given:
+        values["hub"] = _with_given_keys("hub", stored.config.hub, config)
     of_machine = {name for name in given if known_keys()[name].of_machine}
     if of_machine:
         chosen = vars(stored.machine)

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,6 +90,7 @@ def run_sweep(
             known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
             executor = _executor(sweep_config, folder)
             check = partial(jobs.checked, compose=_composer(loader, sweep_config), drops_unread=len(tasks) > 1)
+            _check_uploads(known, check, isinstance(source, JobList))
             jobs.check_common_errors(known, check, searched, executor)
         except InputError:
             held.close()
@@ -186,6 +187,26 @@ def _check_together(combinations: Sequence[list[str]], tasks: set[str], sweep_co
         raise InputError(
             "A sweep over task=pretrain,distill needs teacher=: a job cannot use the model of another job.\n"
             "Give teacher=RUN_DIR (or a model folder or Hub id), or run the two one after the other."
+        )
+
+
+def _check_uploads(known: Sequence[Job], check: Callable[[Job], RunConfig], is_grid: bool) -> None:
+    """Check that each job uploads its model to another repository or branch.
+
+    Raises:
+        InputError: two jobs have the same.
+    """
+    if "hub.push" not in {key for job in known for key in given_keys(job.overrides)}:
+        return
+    places = []
+    for job in known if is_grid else []:
+        with suppress(InputError):  # of this job alone; it fails with it
+            hub = check(job).hub
+            places += [(hub.push, hub.revision)] if hub.push is not None else []
+    if not is_grid or len(set(places)) < len(places):
+        raise InputError(
+            "hub.push: several jobs of the sweep would upload their models to one repository.\n"
+            "Name what differs, hub.push='USER/NAME-${seed}', or upload the best: hf upload USER/NAME RUN/hf"
         )
 
 

@@ -111,7 +111,9 @@ def validated(best: Best, step: int, metrics: dict[str, float]) -> None:
     trainer: Any = SimpleNamespace(
         sanity_checking=False, callback_metrics=measured, strategy=strategy, global_step=step, is_global_zero=False
     )
-    best.on_validation_end(trainer, SimpleNamespace(watched_metric="val/exact", validation_documents=None))  # type: ignore[arg-type]
+    best.on_validation_end(
+        trainer, SimpleNamespace(watched_metric="val/exact", validation_documents=None, validation_errors={})
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_phases_and_remaining_time_count_everything(tmp_path: Path, monkeypatch:
         "train": training,
         "validate": clock.batches * BATCH,
         "sample": 4 * SAMPLE,
+        "benchmark": 0,
         "save": 4 * SAVE,
         "export": 0,
     }

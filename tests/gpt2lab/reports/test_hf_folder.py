@@ -18,8 +18,8 @@ from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe
 from gpt2lab.generation.text_model import load_model
 from gpt2lab.model.backbone import Backbone, hf_from_state
+from gpt2lab.reports.card_usage import SOURCES
 from gpt2lab.reports.hf_folder import write_hf_folder
-from gpt2lab.reports.model_card import SOURCE
 from gpt2lab.settings import ModelShape
 
 POSITIONS = 64
@@ -120,8 +120,10 @@ def test_card_example_writes_text_by_the_template(run: Callable[[str, Path], str
         folder = export(given, tmp_path / str(number), objective, stored)
         code = (folder / "README.md").read_text().split("```python\n")[1].split("\n```\n")[0]
         program += code.replace("path/to/this/folder", str(folder)) + "\n"
-        prompt = PairTemplate(**stored).render_prompt(SOURCE) if stored else "def add(a, b):"
+        sources = SOURCES if objective == "clm" else SOURCES[:1]
+        prompts = [PairTemplate(**stored).render_prompt(one) for one in sources] if stored else ["def add(a, b):"]
         model = load_model(folder)
-        length = model.encode(prompt).shape[1]
-        expected += prompt + model.generate([prompt], max_new_tokens=min(64, POSITIONS - length))[0] + "\n"
+        length = max(model.encode(prompt).shape[1] for prompt in prompts)
+        for prompt in prompts:
+            expected += prompt + model.generate([prompt], max_new_tokens=min(64, POSITIONS - length))[0] + "\n"
     assert run(program, tmp_path) == expected

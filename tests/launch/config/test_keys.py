@@ -34,7 +34,7 @@ COMMAND_LINES = {"evaluate.py": EvaluateArguments, "generate.py": GenerateArgume
 ARGUMENTS = [(program, *item) for program, kind in COMMAND_LINES.items() for item in keys_of(kind)]
 COMMENTED = ("experiment", "callbacks", "logger")  # groups that have comments beside keys in their files
 NEUTRAL = ("", None, [])  # Python default of an optional key
-READ_BEFORE = ("kind", "default_tokenizer")  # keys of data that are no argument of its class
+READ_BEFORE = ("kind", "default_tokenizer", "languages")  # keys of data that are no argument of its class
 
 
 def field_defaults(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
