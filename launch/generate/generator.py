@@ -96,7 +96,7 @@ class TextGenerator:
         template = read_pair_template(folder)
         self._check(has_template=bool(template))
         configure_logging()
-        announce(f"Loading {arguments.checkpoint} …")  # the following imports take seconds: arguments are checked first
+        announce(f"Loading {arguments.checkpoint}")  # the following imports take seconds: arguments are checked first
         from gpt2lab.data.pair_template import PairTemplate
         from gpt2lab.data.tokenizer import load_tokenizer
         from gpt2lab.system.device import resolve_device
