@@ -8,6 +8,7 @@ from lightning import Trainer
 
 from callbacks.remaining_time import remaining_seconds
 from callbacks.shown_phases import ShowsPhases, shows_phases
+from callbacks.throughput import TRAIN, find_throughput
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
 from gpt2lab.system.terminal import REFRESH, Phase, console, format_time, is_live, show
@@ -25,7 +26,9 @@ class ProgressBar(lightning.Callback, ShowsPhases):
         self._started = 0.0
         self._first_step = 0
         self._shown_step = 0
-        self._measured = 0.0
+        self._drawn = 0.0
+        self._is_measured = False
+        self._trained = 0.0  # seconds until the measured steps
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._started, self._first_step = time.monotonic(), trainer.global_step
@@ -73,24 +76,34 @@ class ProgressBar(lightning.Callback, ShowsPhases):
         self._close()
 
     def _show(self, trainer: Trainer) -> None:
+        """Show the newest step. The first one is not measured: it compiles, and loads libraries."""
         step, total = trainer.global_step, trainer.max_steps
         self._shown_step = step
         if self._training is None:
             return
         self._training.done = step
+        if not self._is_measured and step < total:
+            self._is_measured = True
+            throughput = find_throughput(trainer)
+            self._started, self._first_step = time.monotonic(), step
+            self._trained = throughput.seconds[TRAIN] if throughput is not None else 0.0
+            return
         if step == self._first_step + MEASURED_STEPS and total - step > MEASURED_STEPS:
-            left = format_time(remaining_seconds(trainer, self._first_step, time.monotonic() - self._started))
-            show(f"The run takes about {left} more, by its first {MEASURED_STEPS} steps.")
-        if time.monotonic() - self._measured > REFRESH or step == total:
+            show(f"The run takes about {self._left(trainer)} more, by its first {MEASURED_STEPS} steps.")
+        if time.monotonic() - self._drawn > REFRESH or step == total:
             # Reading the numbers synchronizes the GPU
-            self._measured = time.monotonic()
-            self._training.numbers = _numbers(trainer)
-            self._training.remaining = remaining_seconds(trainer, self._first_step, self._measured - self._started)
+            self._training.numbers, self._training.remaining = _numbers(trainer), self._remaining(trainer)
             self._training.refresh(at_once=True)
+            self._drawn = time.monotonic()
         is_due = step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total
         if is_due and not is_live(console().file):
-            left = format_time(remaining_seconds(trainer, self._first_step, time.monotonic() - self._started))
-            show("  ".join([f"step {step}/{total}", *_numbers(trainer), f"ETA {left}"]))
+            show("  ".join([f"step {step}/{total}", *_numbers(trainer), f"ETA {self._left(trainer)}"]))
+
+    def _remaining(self, trainer: Trainer) -> float:
+        return remaining_seconds(trainer, self._first_step, time.monotonic() - self._started, self._trained)
+
+    def _left(self, trainer: Trainer) -> str:
+        return format_time(self._remaining(trainer))
 
     def _close(self) -> None:
         for phase in (self._validation, self._training):

@@ -20,7 +20,6 @@ from gpt2lab.errors import InputError, RunError
 from gpt2lab.storage.atomic_files import full_disk_message
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.system.out_of_memory import out_of_memory_reason
-from gpt2lab.system.terminal import end_line
 from launch import home_folder, standard_streams
 from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
@@ -178,7 +177,8 @@ def _exit_at_once(number: int, _frame: FrameType | None) -> None:
     if _is_failing(number):
         return
     if not is_spawned_rank():  # a rank's parent process prints the cause
-        os.write(sys.stderr.fileno(), end_line() + f"{stop_message(number)}\n".encode())
+        has_echo = number == signal.SIGINT and sys.stderr.isatty()  # ^C, behind which the message would begin
+        os.write(sys.stderr.fileno(), b"\n" * has_echo + f"{stop_message(number)}\n".encode())
     os._exit(signal_exit_code(number))
 
 

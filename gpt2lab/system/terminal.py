@@ -143,7 +143,7 @@ class Phase:
             words = self._words(numbers, has_clock)
         separator = "  " if cell_len("  ".join(words)) <= width else " "
         room = min(width - cell_len(separator.join(words)) - len(separator), WIDEST_BAR)
-        line = Text(words[0], no_wrap=True, overflow="ellipsis", end="")
+        line = Text(words[0], no_wrap=True, overflow="ellipsis")
         if self.total and room >= NARROWEST_BAR:
             filled = min(int(room * self.done / self.total), room)
             line.append(separator).append("━" * filled, "cyan").append("─" * (room - filled), "dim")
@@ -205,7 +205,7 @@ class _Display:
             live.stop()
             if phase.seconds >= KEPT_SECONDS:
                 phase.has_ended = True
-                live.console.print(phase.line(live.console.width).append("\n"), end="")
+                live.console.print(phase)
         if phase in self._phases:  # with those inside it, which an exception may have left
             del self._phases[self._phases.index(phase) :]
         self.draw(time.monotonic(), at_once=True)
@@ -233,11 +233,6 @@ class _Display:
 
 
 _display = _Display()
-
-
-def end_line() -> bytes:
-    """Return what must precede a message that is written past the display: a line end below a bar."""
-    return b"\n" if _display.is_live else b""
 
 
 def track(items: Iterable[Item], title: str, total: float | None = None, unit: str = "") -> Iterator[Item]:

@@ -47,9 +47,7 @@ def show_end(spec: PreparedSpec, report: dict[str, Any], folder: Path) -> None:
         return
     _show_panel(title, _results(report, folder))
     commands = next_commands.next_commands(spec, report, folder)
-    if commands:
-        width = max(map(len, commands)) + 2
-        show("\n".join(["Next:", *(f"  {f'{name}:':<{width}}{command}" for name, command in commands.items())]))
+    show("\n".join(f"{name}:\n  {command}" for name, command in commands.items()))
 
 
 def _show_panel(title: str, rows: Rows) -> None:
@@ -123,7 +121,7 @@ def _results(report: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     if report.get("val_perplexity") is not None:
         bits = f", {report['bits_per_byte']:.3f} bits per byte" if report.get("bits_per_byte") is not None else ""
         rows.append(("perplexity", f"{report['val_perplexity']:.2f}{bits}"))
-    if report.get("full_val_loss") is not None:
+    if report.get("full_val_loss") not in (None, report["watched"]):
         error = f" ± {report['full_val_loss_error']:.4f}" if report.get("full_val_loss_error") is not None else ""
         rows.append(("final score", f"{report['full_val_loss']:.4f}{error} on {report['full_val_tokens']:,} tokens"))
     if report.get("tokens_per_second"):

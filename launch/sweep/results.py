@@ -81,10 +81,20 @@ def _read(folder: Path, mtime: int) -> tuple[dict[str, Any], list[tuple[int, flo
 
 def _varied_keys(planned: Sequence[Job]) -> list[dict[str, str]]:
     """Return for each job its overrides of the keys in which the jobs differ, as {key: value}."""
-    given = [{given_keys([one])[0]: one.partition("=")[2] for one in job.overrides} for job in planned]
-    keys = dict.fromkeys(key for own in given for key in own)
-    varied = [key for key in keys if len({own.get(key) for own in given}) > 1]
+    varied = varied_keys([job.overrides for job in planned])
+    given = [_given(job.overrides) for job in planned]
     return [{key: own[key] for key in varied if key in own} for own in given]
+
+
+def varied_keys(combinations: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys in which the combinations of overrides differ."""
+    given = [_given(overrides) for overrides in combinations]
+    keys = dict.fromkeys(key for own in given for key in own)
+    return [key for key in keys if len({own.get(key) for own in given}) > 1]
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    return {given_keys([one])[0]: one.partition("=")[2] for one in overrides}
 
 
 def _shared_overrides(planned: Sequence[Job]) -> list[str]:
