@@ -97,6 +97,7 @@ def _program(words: list[str]) -> None:
     check_process(words)
     given = _arguments(words)
     logging_setup.configure_logging()
+    logging_setup.announce("Building the views")
     try:
         views = workspaces(given["entity"], given["project"])
     except ModuleNotFoundError as error:

@@ -207,11 +207,15 @@ class TextGenerator:
         if len(prompts) == self.arguments.num_samples == 1 and sys.stdout.isatty() and self._can_stream:
             from transformers import TextStreamer
 
+            ids = [self._ids(prompts[0])]  # which may print a notice
             print(prompts[0], end="", flush=True)
-            return self._generate(prompts, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))
+            return self._generate(
+                prompts, ids, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            )
         wanted = [prompt for prompt in prompts for _ in range(self.arguments.num_samples)]
+        ids = [self._ids(prompt) for prompt in wanted]
         with Phase("generate", len(wanted), "texts") as phase:
-            texts = self._generate(wanted, on_texts=phase.advance)
+            texts = self._generate(wanted, ids, on_texts=phase.advance)
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
                 print(f"--- {number} of {len(texts)}")
@@ -221,13 +225,13 @@ class TextGenerator:
     def _generate(
         self,
         prompts: list[str],
+        ids: list[list[int]],
         streamer: "BaseStreamer | None" = None,
         on_texts: Callable[[int], None] | None = None,
     ) -> list[Text]:
         from gpt2lab.generation.completion import complete
         from gpt2lab.system.device import synchronize
 
-        ids = [self._ids(prompt) for prompt in prompts]
         begin = time.perf_counter()
         completions = complete(
             self.model,
