@@ -135,7 +135,7 @@ class Phase:
 
         numbers, has_clock = list(self.numbers), True
         words = self._words()
-        while cell_len("  ".join(words)) > width and (has_clock or numbers):
+        while cell_len(" ".join(words)) > width and (has_clock or numbers):
             if has_clock:
                 has_clock = False
             else:

@@ -209,9 +209,8 @@ class TextGenerator:
 
             ids = [self._ids(prompts[0])]  # which may print a notice
             print(prompts[0], end="", flush=True)
-            return self._generate(
-                prompts, ids, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            )
+            streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            return self._generate(prompts, ids, streamer)
         wanted = [prompt for prompt in prompts for _ in range(self.arguments.num_samples)]
         ids = [self._ids(prompt) for prompt in wanted]
         with Phase("generate", len(wanted), "texts") as phase:
