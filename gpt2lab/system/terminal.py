@@ -121,7 +121,7 @@ class Phase:
             _display.draw(now, at_once)
         elif self.prints_lines and _display.shows(self) and now - self._printed > LINE_SECONDS:
             self._printed = now
-            print("  ".join(self._words()), file=sys.stderr, flush=True)
+            error_console().print("  ".join(self._words()), soft_wrap=True)
 
     @property
     def seconds(self) -> float:

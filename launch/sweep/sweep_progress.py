@@ -1,5 +1,6 @@
 """Sweep progress: position and setting of each job of a sweep, best result so far, and remaining time."""
 
+import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ class SweepProgress:
 
     def _best(self) -> list[str]:
         """Return the best result so far; jobs with different metrics are not compared."""
-        found = [(job, read_report(job.folder).get("watched_metric", "")) for job in self._jobs if job.watched]
+        ended = [job for job in self._jobs if job.watched is not None and math.isfinite(job.watched)]
+        found = [(job, read_report(job.folder).get("watched_metric", "")) for job in ended]
         if len(metrics := {metric for _, metric in found}) != 1:
             return []
         metric = metrics.pop()
