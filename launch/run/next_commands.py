@@ -24,7 +24,8 @@ def next_commands(spec: PreparedSpec, report: dict[str, Any], folder: Path) -> d
     if (folder / "hf").is_dir():
         commands |= _uses(spec, run)
         commands |= _trainings(spec, run)
-    if report.get("status") == "finished" and spec.config.epochs is None and "max_time" not in spec.config.trainer:
+    is_bounded = spec.config.epochs is not None or spec.config.trainer.get("max_time")
+    if report.get("status") == "finished" and not is_bounded:
         commands["train longer"] = f"python train.py resume={run} steps={2 * spec.config.steps}"
     return commands
 
