@@ -23,31 +23,37 @@ Rows = Sequence[tuple[str, str]]
 
 
 def show_start(spec: PreparedSpec, facts: DataFacts, folder: Path, checkpoint: Path | None) -> None:
-    """Print the facts of a run; of a job of a sweep only those in which jobs may differ unnoticed.
+    """Print the facts of a run; of a run of a sweep or study only its teacher and directory.
 
     Args:
         checkpoint: the checkpoint that it is resumed from.
     """
-    rows = [*_what(spec, facts), *_how(spec), *_cost(spec)] if not spec.config.invocation.sweep else _teacher(spec)
+    is_one_of_many = _is_one_of_many(spec, folder)
+    rows = _teacher(spec) if is_one_of_many else [*_what(spec, facts), *_how(spec), *_cost(spec)]
     if checkpoint is not None:
         rows.append(("resumed", f"after step {checkpoint_step(checkpoint):,}"))
     rows.append(("run", str(folder)))
-    if spec.config.invocation.sweep:
+    if is_one_of_many:
         show("\n".join(f"{name}: {text}" for name, text in rows))
         return
     _show_panel(f"{spec.config.task_name} {spec.resolved.model_name}", rows)
 
 
 def show_end(spec: PreparedSpec, report: dict[str, Any], folder: Path) -> None:
-    """Print score, time and page of a run, and the commands that use it; of a job of a sweep one line."""
+    """Print score, time and page of a run, and the commands that use it; of a run of a sweep or study one line."""
     score = f"{report['watched_metric']} {report['watched']:.4f}" if report["watched"] is not None else ""
     title = ": ".join(part for part in (report.get("status", "finished"), score) if part)
-    if spec.config.invocation.sweep:
+    if _is_one_of_many(spec, folder):
         show(f"{title} · {folder}/report.html")
         return
     _show_panel(title, _results(report, folder))
     commands = next_commands.next_commands(spec, report, folder)
     show("\n".join(f"{name}:\n  {command}" for name, command in commands.items()))
+
+
+def _is_one_of_many(spec: PreparedSpec, folder: Path) -> bool:
+    """Whether the run is part of a sweep or a study, which prints the results of all."""
+    return bool(spec.config.invocation.sweep) or (folder.parent / "study.json").is_file()
 
 
 def _show_panel(title: str, rows: Rows) -> None:
