@@ -106,9 +106,18 @@ def _how(spec: PreparedSpec) -> list[tuple[str, str]]:
     positions = config.steps * rows * config.context
     return [
         ("device", f"{machine.world_size} × {machine.accelerator}{threads}{strategy}{compiled}"),
-        ("precision", machine.precision.name),
+        ("precision", _precision(spec)),
         ("steps", f"{config.steps:,} of {rows} × {config.context} tokens, {positions:,} in all"),
     ]
+
+
+def _precision(spec: PreparedSpec) -> str:
+    """Return the precision, and the reason for it under precision=auto."""
+    chosen = spec.machine.precision.name
+    if spec.config.precision.name != "auto":
+        return chosen
+    does = "multiplies" if chosen == "bf16" else "does not multiply"
+    return f"{chosen}: this {spec.machine.accelerator.upper()} {does} bf16 in hardware"
 
 
 def _cost(spec: PreparedSpec) -> list[tuple[str, str]]:

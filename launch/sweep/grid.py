@@ -103,8 +103,7 @@ def run_sweep(
             raise
         keys = [*searched] or results.varied_keys(combinations)
         progress = SweepProgress(source.total, keys, executor.max_jobs, has_bar=executor.is_parallel)
-        with progress.bar if progress.has_bar else nullcontext():
-            return _run_jobs(loader, sweep_config, source, executor, first, len(tasks) > 1, progress)
+        return _run_jobs(loader, sweep_config, source, executor, first, len(tasks) > 1, progress)
 
 
 def _run_jobs(
@@ -140,7 +139,8 @@ def _run_jobs(
             show(f"{progress.name(job)} {job.status}: {progress.result(job)}")
 
     try:
-        stopped = JobQueue(source, executor, create_job, prepare, on_change, progress.wait).run()
+        with progress.bar if progress.has_bar else nullcontext():
+            stopped = JobQueue(source, executor, create_job, prepare, on_change, progress.wait).run()
     except Exception:
         print(f"After fixing this, continue with: {_resume_command(folder)}", file=sys.stderr, flush=True)
         raise
