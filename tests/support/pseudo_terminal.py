@@ -41,6 +41,7 @@ class PseudoTerminal:
         )
         os.close(terminal)
         self.shown = ""
+        self._waited = 0  # characters up to the end of the last text that was waited for
 
     def type(self, keys: str) -> None:
         """Press keys; \\x03 is Ctrl-C."""
@@ -48,9 +49,9 @@ class PseudoTerminal:
 
     def wait_for(self, text: str) -> None:
         """Wait until a text is shown after all that was waited for before."""
-        begin = len(self.shown)
-        while text not in self.shown[begin:]:
+        while text not in self.shown[self._waited :]:
             assert self._read(), f"{text!r} is not shown:\n{self.shown}"
+        self._waited = self.shown.index(text, self._waited) + len(text)
 
     def end(self) -> int:
         """Wait for the end; return the exit code."""

@@ -214,13 +214,14 @@ def test_text_is_streamed_to_a_terminal(
     with monkeypatch.context() as on_a_terminal, os.fdopen(terminal, "w") as stdout:
         on_a_terminal.setattr(sys, "stdout", stdout)
         generate_command.main()
-        pieces = len(shown) - 1
+        early = shown[1:]
         stdout.flush()
         look()
     os.close(screen)
     (text,) = json.loads((tmp_path / "written.json").read_text())
     assert shown[-1].rstrip("\n").endswith(("import" + text["completion"]).rstrip("\n"))
-    assert pieces == 0 if stop else pieces > 1, "the prompt, and then text before its last token"
+    written_early = sum("import" in part for part in early)
+    assert written_early == 0 if stop else written_early > 1, "the prompt, and then text before its last token"
 
 
 def test_prompt_in_a_terminal_is_edited_and_has_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +310,7 @@ def test_ctrl_c_ends_the_text_and_at_the_prompt_the_program(tmp_path: Path) -> N
     shown.wait_for("> ")
     for keys in ("import os\n", "\x1b[A\n"):  # then the same prompt, from the history
         shown.type(keys)
-        shown.wait_for("import os\r\nimport os")
+        shown.wait_for("\r\nimport os")
         shown.type("\x03")
         shown.wait_for("\r\nThis text was stopped. Ctrl-D ends the program.\r\n")
         shown.wait_for("> ")
