@@ -96,7 +96,7 @@ def test_next_commands_work_when_pasted(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Models are evaluated and generate text; trainings are resolved, and one is resumed."""
-    answer = distil("callbacks=default", "callbacks.final_score=null", "run_dir=my run")
+    answer = distil("callbacks=default", "callbacks.final_score=null", "run_dir=run")
     commands = {name.rstrip(":"): command for name, command in commands_of(answer.stdout).items()}
     assert set(commands) == {"evaluate", "generate text", "playground", "speculative", "fine-tune", "train longer"}
     generate_here = command_here("generate.py", generate.main, monkeypatch, capfd)
@@ -110,7 +110,7 @@ def test_next_commands_work_when_pasted(
     with closing(RunDirectory()) as directory:
         job.resume_or_resolve(composed(*words["fine-tune"]), directory)
     assert train_here(*words["train longer"]).code == 0
-    assert json.loads(Path("my run/report.json").read_text())["steps"] == 8
+    assert json.loads(Path("run/report.json").read_text())["steps"] == 8
 
 
 def test_facts_are_plain_lines_once_without_a_terminal(train_here: Train, tiny: list[str]) -> None:
@@ -125,9 +125,9 @@ def test_facts_are_plain_lines_once_without_a_terminal(train_here: Train, tiny: 
 
 @pytest.mark.parametrize("columns", [60, 100])
 @pytest.mark.slow
-def test_run_fits_a_terminal_of_any_width(columns: int, tiny: list[str], tmp_path: Path, cache: Path) -> None:
+def test_run_fits_a_terminal_of_any_width(columns: int, tiny: list[str], tmp_path: Path) -> None:
     words = [*tiny, "callbacks=default", "steps=60", "log_every=5", "run_dir=run"]
-    variables = {"GPT2LAB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    variables = {"GPT2LAB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     shown = PseudoTerminal([sys.executable, str(ROOT / "train.py"), *words], columns, tmp_path, **variables)
     assert shown.end() == 0, shown.shown
     bars = [line for line in shown.lines if line.startswith(("train ", "validate ", "prepare ", "export "))]
