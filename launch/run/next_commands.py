@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from gpt2lab.storage.model_folder import read_shape
 from gpt2lab.storage.report_json import is_finished
 from launch.config.groups import CONF
 from launch.config.run_spec import PreparedSpec
@@ -13,6 +14,8 @@ from launch.config.unused_keys import given_keys
 
 DATA_KEYS = ("path", "val_path", "val_fraction", "on_bad_line", "source", "target", "cache_dir", "objective", "packing")
 CODE_PROMPT = '"import "'
+DEFAULT_LENGTH = 128  # max_new_tokens of generate.py
+SHORTEST_PAIRS = 256  # positions for a function and its summary
 PAIRS = "summarize"  # data of the suggested fine-tuning, which every machine has
 
 
@@ -39,18 +42,19 @@ def shown_model(folder: str) -> str:
 
 def _uses(spec: PreparedSpec, run: str) -> dict[str, str]:
     """Commands that read the exported model."""
-    kind, teacher = spec.config.objective.kind, spec.resolved.teacher
+    kind, teacher, own = spec.config.objective.kind, spec.resolved.teacher, spec.resolved.model.n_positions or 0
     shares_tokenizer = teacher and spec.config.loss.name != "uld"
     against = f" teacher={shlex.quote(shown_model(teacher))}" if shares_tokenizer else ""
     commands = {
         "evaluate": f"python evaluate.py checkpoint={run}{against}",
-        "generate text": f"python generate.py checkpoint={run}",
+        "generate text": f"python generate.py checkpoint={run}{_length(own)}",
     }
     if not kind.fills_masks:
-        commands["playground"] = f"python generate.py checkpoint={run} serve=true"
+        commands["playground"] = f"python generate.py checkpoint={run}{_length(own)} serve=true"
     if shares_tokenizer and kind.is_causal and not spec.config.takes_pairs:
-        teacher_of = shlex.quote(shown_model(teacher))
-        commands["speculative"] = f"python generate.py checkpoint={teacher_of} draft={run} prompt={CODE_PROMPT}"
+        both = f"checkpoint={shlex.quote(shown_model(teacher))} draft={run}"
+        length = _length(min(own, read_shape(Path(teacher))["n_positions"]))
+        commands["speculative"] = f"python generate.py {both}{length} prompt={CODE_PROMPT}"
     return commands
 
 
@@ -62,11 +66,16 @@ def _trainings(spec: PreparedSpec, run: str) -> dict[str, str]:
         data = shlex.join([f"data={config.groups['data']}", *_given_data(spec)])
         words = f"model={student} teacher={run} {data} context={config.context}"
         commands["distill"] = f"python train.py task=distill {words}"
-    if config.task_name in ("pretrain", "distill") and config.objective.name == "clm":
-        positions = spec.resolved.model.n_positions or 0
+    positions = spec.resolved.model.n_positions or 0
+    if config.task_name != "finetune" and config.objective.name == "clm" and positions >= SHORTEST_PAIRS:
         limit = f" context={positions}" if positions < 512 else ""
         commands["fine-tune"] = f"python train.py task=finetune init={run} data={PAIRS}{limit}"
     return commands
+
+
+def _length(positions: int) -> str:
+    """Return the argument for text that fits, where the default length does not."""
+    return f" max_new_tokens={positions // 2}" if positions <= DEFAULT_LENGTH else ""
 
 
 def _given_data(spec: PreparedSpec) -> list[str]:

@@ -70,6 +70,7 @@ def test_next_commands_of_every_kind_of_run_compose(kind: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     Path("a folder").mkdir()
     (tmp_path / "a run" / "hf").mkdir(parents=True)
+    monkeypatch.setattr(next_commands, "read_shape", lambda folder: {"n_positions": 1024})
     spec = prepared(resolved(composed(*words)))
     commands = next_commands.next_commands(spec, FINISHED, Path("a run"))
     assert set(commands) == expected
@@ -96,7 +97,8 @@ def test_next_commands_work_when_pasted(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Models are evaluated and generate text; trainings are resolved, and one is resumed."""
-    answer = distil("callbacks=default", "callbacks.final_score=null", "run_dir=run")
+    longer = ("model.n_positions=256", "callbacks=default", "callbacks.final_score=null")
+    answer = distil(*longer, "run_dir=run", without=("model.n_positions",))
     commands = {name.rstrip(":"): command for name, command in commands_of(answer.stdout).items()}
     assert set(commands) == {"evaluate", "generate text", "playground", "speculative", "fine-tune", "train longer"}
     generate_here = command_here("generate.py", generate.main, monkeypatch, capfd)
@@ -105,8 +107,8 @@ def test_next_commands_work_when_pasted(
     words = {name: shlex.split(command)[2:] for name, command in commands.items()}
     assert evaluate_here(*words["evaluate"]).code == 0
     for name in ("generate text", "playground"):
-        assert generate_here(*words[name]).code == 0
-    assert generate_here(*words["speculative"], "max_new_tokens=4").code == 0
+        assert generate_here(*words[name]).code == 0, name
+    assert generate_here(*words["speculative"]).code == 0
     with closing(RunDirectory()) as directory:
         job.resume_or_resolve(composed(*words["fine-tune"]), directory)
     assert train_here(*words["train longer"]).code == 0
@@ -158,3 +160,12 @@ def test_job_of_a_sweep_prints_one_line_at_its_end(jobs_here: None, train_here: 
     lines = answer.stdout.splitlines()
     assert sum(line.startswith("finished: val/loss") for line in lines) == 2
     assert "evaluate:" not in lines
+
+
+def test_models_of_few_positions_get_texts_that_fit(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    spec = prepared(resolved(composed("model=nano", "model.n_positions=64", "context=32")))
+    commands = next_commands.next_commands(spec, FINISHED, tmp_path)
+    assert commands["generate text"] == f"python generate.py checkpoint={tmp_path} max_new_tokens=32"
+    assert "max_new_tokens=32" in commands["playground"]
+    assert "fine-tune" not in commands
