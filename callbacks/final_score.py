@@ -1,6 +1,5 @@
 """FinalScore: score the exported weights once after training, on a larger part of the validation split."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from gpt2lab.system.device import widest_float
 from gpt2lab.system.terminal import Phase
-
-log = logging.getLogger(__name__)
 
 LOSS, ERROR, TOKENS = "full_val_loss", "full_val_loss_error", "full_val_tokens"
 
@@ -98,7 +95,6 @@ class FinalScore(lightning.Callback):
         self, trainer: Trainer, pl_module: lightning.LightningModule, loader: Any, phase: Phase
     ) -> dict[str, Any]:
         """Score the batches, distributed over the ranks, in the precision of a validation."""
-        log.info("scoring the exported weights on up to %s tokens", f"{self.tokens:,}")
         device, backbone = trainer.strategy.root_device, self._exported(trainer, pl_module)
         sums: dict[str, Tensor] = {"targets": torch.zeros((), dtype=widest_float(device), device=device)}
         marks = [callback.heartbeat for callback in trainer.callbacks if isinstance(callback, ProgressMarks)]

@@ -100,7 +100,7 @@ def _how(spec: PreparedSpec) -> list[tuple[str, str]]:
     """Rows of device, precision and steps."""
     config, machine = spec.config, spec.machine
     strategy = f", strategy={machine.strategy}" if machine.strategy != "auto" else ""
-    threads = f", {machine.threads} threads" if machine.accelerator == "cpu" else ""
+    threads = f", {machine.threads} thread{'s' * (machine.threads > 1)}" if machine.accelerator == "cpu" else ""
     compiled = ", compiled" if spec.prepared.compile else ""
     rows = config.global_batch_rows
     positions = config.steps * rows * config.context
