@@ -103,11 +103,11 @@ class Samples(lightning.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TakesSamples):
                 logger.log_samples(samples, step)
-        show(_shown(samples))
+        show(shown_sample(samples))
 
 
-def _shown(samples: Sequence[Sample]) -> str:
-    """Format the first sample by nucleus sampling, or by the last method without it, as it is written."""
+def shown_sample(samples: Sequence[Sample]) -> str:
+    """Return the first sample by nucleus sampling, or by the last method without it, as it is written."""
     of_nucleus = [sample for sample in samples if sample.method.startswith("nucleus")]
     method = (of_nucleus or samples)[-1].method
     sample = next(one for one in samples if one.method == method)
