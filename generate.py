@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from launch.exit_codes import exit_on_early_signal, run_and_exit
+from launch.exit_codes import INTERRUPTED, Exit, exit_on_early_signal, run_and_exit
 
 if __name__ == "__main__":
     exit_on_early_signal()
@@ -47,6 +47,8 @@ def main() -> None:
         from gpt2lab.storage.atomic_files import write_json
 
         write_json(Path(arguments.json), [text.facts for text in texts])
+    if generator.was_interrupted:
+        raise Exit(INTERRUPTED)
 
 
 def command_line() -> None:

@@ -22,6 +22,7 @@ from launch.checks import checks
 from launch.config import cli_overrides, schema
 from launch.config.groups import CONF
 from launch.config.help_text import help_text
+from launch.logging_setup import announce
 from launch.version import version_text
 
 schema.register()
@@ -33,6 +34,7 @@ def main(tree: DictConfig) -> float | None:
     with exit_codes.exit_on_error():
         config = schema.from_hydra(tree, HydraConfig.get(), command=cli_overrides.shell_command())
         checks.check(config)
+        announce(f"Loading PyTorch to {'plan' if config.plan else 'start'} task={config.task_name}")
         if config.is_study:
             from launch.sweep.distill_study import run_study
 

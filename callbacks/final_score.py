@@ -1,6 +1,5 @@
 """FinalScore: score the exported weights once after training, on a larger part of the validation split."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from gpt2lab.reports.model_card import read_step
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import FINAL_SCORE, read_report
 from gpt2lab.system.device import widest_float
-
-log = logging.getLogger(__name__)
+from gpt2lab.system.terminal import Phase
 
 LOSS, ERROR, TOKENS = FINAL_SCORE
 
@@ -67,8 +65,9 @@ class FinalScore(lightning.Callback):
         score = trainer.strategy.broadcast(known)
         if not score:
             reports[0].write(trainer, pl_module, run_status(trainer))
-            with outside_training_time(trainer, VALIDATE):
-                score = self._score(trainer, pl_module, rows)
+            loader = trainer.datamodule.scoring_dataloader(rows)
+            with outside_training_time(trainer, VALIDATE, "final score", len(loader)) as phase:
+                score = self._score(trainer, pl_module, loader, phase)
         reports[0].score = score
         values = {name: value for name, value in score.items() if value is not None}
         for logger in trainer.loggers:
@@ -92,20 +91,22 @@ class FinalScore(lightning.Callback):
         error = documents.standard_error if documents is not None else None
         return {LOSS: losses[step], ERROR: error, TOKENS: tokens} if step in losses else {}
 
-    def _score(self, trainer: Trainer, pl_module: lightning.LightningModule, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """Score the rows, distributed over the ranks, in the precision of a validation."""
-        log.info("scoring the exported weights on up to %s tokens", f"{self.tokens:,}")
+    def _score(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, loader: Any, phase: Phase
+    ) -> dict[str, Any]:
+        """Score the batches, distributed over the ranks, in the precision of a validation."""
         device, backbone = trainer.strategy.root_device, self._exported(trainer, pl_module)
         sums: dict[str, Tensor] = {"targets": torch.zeros((), dtype=widest_float(device), device=device)}
         marks = [callback.heartbeat for callback in trainer.callbacks if isinstance(callback, ProgressMarks)]
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            for number, batch in enumerate(trainer.datamodule.scoring_dataloader(rows), 1):
+            for number, batch in enumerate(loader, 1):
                 for heartbeat in marks:
                     heartbeat.mark(f"scoring the exported weights, in batch {number}")
                 batch = move_data_to_device(batch, device)
                 found = pl_module.cross_entropy_sums(backbone, batch)
                 for name, value in {**found, "targets": torch.tensor(float(batch.target_tokens))}.items():
                     sums[name] = sums.get(name, 0) + value.to(device, widest_float(device))
+                phase.advance()
         whole = {name: pl_module.over_ranks(value) for name, value in sums.items()}
         error = None
         if DOCUMENT_NATS in whole:

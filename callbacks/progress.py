@@ -5,45 +5,50 @@ from typing import Any
 
 import lightning
 from lightning import Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from callbacks.remaining_time import remaining_seconds
-from callbacks.terminal import console, show
+from callbacks.shown_phases import ShowsPhases, shows_phases
+from callbacks.throughput import TRAIN, find_throughput
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
+from gpt2lab.system.terminal import REFRESH, Phase, console, format_time, is_live, show
 
-REFRESH = 0.25  # seconds; drawn between steps, not in a thread that would compete with them
 LINES = 10  # per run, if the output is not a terminal
+MEASURED_STEPS = 10  # the time of the run is estimated after so many
 
 
-class ProgressBar(lightning.Callback):
-    """Progress bar or lines, printed by rank 0 only."""
+class ProgressBar(lightning.Callback, ShowsPhases):
+    """Progress bars of training and validation, or lines, printed by rank 0 only."""
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._training: Phase | None = None
+        self._validation: Phase | None = None
         self._started = 0.0
         self._first_step = 0
         self._shown_step = 0
         self._drawn = 0.0
+        self._is_measured = False
+        self._trained = 0.0  # seconds until the measured steps
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._started, self._first_step = time.monotonic(), trainer.global_step
         self._shown_step = trainer.global_step
-        if not trainer.is_global_zero or not console.is_terminal:
-            return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[numbers]}"))
-        times = (TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
-        self._bar = Progress(*columns, *times, console=console, auto_refresh=False, expand=True)
-        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, numbers="", eta="")
-        self._bar.start()
+        if shows_phases(trainer):
+            self._training = Phase("train", trainer.max_steps, prints_lines=False)
+            self._training.done = trainer.global_step
+            self._training.__enter__()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Show the previous step, which is logged and validated only now."""
-        if trainer.is_global_zero and trainer.global_step > self._shown_step:
+        if trainer.global_step > self._shown_step:
             self._show(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._training is not None:
+            self._validation = Phase("validate", trainer.num_val_batches[0])
+            self._validation.__enter__()
 
     def on_validation_batch_end(
         self,
@@ -54,13 +59,16 @@ class ProgressBar(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._bar is not None and time.monotonic() - self._drawn > REFRESH:
-            self._bar.update(self._task, numbers=f"validating {batch_idx + 1}/{trainer.num_val_batches[0]}")
-            self._bar.refresh()
-            self._drawn = time.monotonic()
+        if self._validation is not None:
+            self._validation.advance()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._validation is not None:
+            self._validation.__exit__()
+            self._validation = None
 
     def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step > self._shown_step:
+        if trainer.global_step > self._shown_step:
             self._show(trainer)
         self._close()
 
@@ -68,34 +76,43 @@ class ProgressBar(lightning.Callback):
         self._close()
 
     def _show(self, trainer: Trainer) -> None:
+        """Show the newest step. The first one is not measured: it compiles, and loads libraries."""
         step, total = trainer.global_step, trainer.max_steps
         self._shown_step = step
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-            if time.monotonic() - self._drawn > REFRESH or step == total:
-                # Reading both synchronizes the GPU
-                self._bar.update(self._task, numbers=_numbers(trainer), eta=self._eta(trainer))
-                self._bar.refresh()
-                self._drawn = time.monotonic()
-        elif step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total:
-            show("  ".join(part for part in (f"step {step}/{total}", _numbers(trainer), self._eta(trainer)) if part))
+        if self._training is None:
+            return
+        self._training.done = step
+        if not self._is_measured and step < total:
+            self._is_measured = True
+            throughput = find_throughput(trainer)
+            self._started, self._first_step = time.monotonic(), step
+            self._trained = throughput.seconds[TRAIN] if throughput is not None else 0.0
+            return
+        if step == self._first_step + MEASURED_STEPS and total - step > MEASURED_STEPS:
+            show(f"The run takes about {self._left(trainer)} more, by its first {MEASURED_STEPS} steps.")
+        if time.monotonic() - self._drawn > REFRESH or step == total:
+            # Reading the numbers synchronizes the GPU
+            self._training.numbers, self._training.remaining = _numbers(trainer), self._remaining(trainer)
+            self._training.refresh(at_once=True)
+            self._drawn = time.monotonic()
+        is_due = step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total
+        if is_due and not is_live(console().file):
+            show("  ".join([f"step {step}/{total}", *_numbers(trainer), f"ETA {self._left(trainer)}"]))
 
-    def _eta(self, trainer: Trainer) -> str:
-        """Format the time until the run has ended."""
-        return format_eta(remaining_seconds(trainer, self._first_step, time.monotonic() - self._started))
+    def _remaining(self, trainer: Trainer) -> float:
+        return remaining_seconds(trainer, self._first_step, time.monotonic() - self._started, self._trained)
+
+    def _left(self, trainer: Trainer) -> str:
+        return format_time(self._remaining(trainer))
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        for phase in (self._validation, self._training):
+            if phase is not None:
+                phase.__exit__()
+        self._training = self._validation = None
 
 
-def format_eta(seconds: float) -> str:
-    """Format a time as minutes and seconds."""
-    return "ETA {}:{:02}".format(*divmod(round(seconds), 60))
-
-
-def _numbers(trainer: Trainer) -> str:
+def _numbers(trainer: Trainer) -> list[str]:
     """Format the newest logged values."""
     logged = trainer.callback_metrics
     shown = (
@@ -103,4 +120,4 @@ def _numbers(trainer: Trainer) -> str:
         (metric_names.VAL_LOSS, "val {:.3f}"),
         (metric_names.TOKENS_PER_SECOND, "{:,.0f} tok/s"),
     )
-    return "  ".join(form.format(float(logged[name])) for name, form in shown if name in logged)
+    return [form.format(float(logged[name])) for name, form in shown if name in logged]

@@ -13,7 +13,7 @@ from callbacks.throughput import BENCHMARK, EXPORT, SAMPLE, SAVE, TRAIN, VALIDAT
 from gpt2lab.system.run_time import count_events
 
 
-def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> float:
+def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float, trained: float = 0.0) -> float:
     """Estimate the seconds until the run has ended, from the measured phases.
 
     A validation that is not measured yet is estimated from the speed of training; samples, benchmarks and checkpoints
@@ -21,15 +21,16 @@ def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float) -> floa
     after the stop.
 
     Args:
-        first_step: step at which the run was started or resumed; at least one step has followed.
+        first_step: step after which steps are measured; at least one has followed.
         elapsed: seconds since then, which are all that is known without the callback Throughput.
+        trained: seconds of training in this process up to `first_step`, by that callback.
     """
     step, last, clock = trainer.global_step, trainer.max_steps, find_throughput(trainer)
     limit = min((left for left in map(_time_left, trainer.callbacks) if left is not None), default=math.inf)
     if clock is None:
         return min(elapsed / (step - first_step) * (last - step), limit)
     clock.seconds_by_phase()  # counts the time until now
-    per_step = clock.seconds[TRAIN] / (step - first_step)
+    per_step = (clock.seconds[TRAIN] - trained) / (step - first_step)
     per_validation = clock.mean(VALIDATE) or per_step * _steps_of_a_validation(trainer)
     validations = count_events(step, last, max(int(trainer.val_check_batch) // trainer.accumulate_grad_batches, 1))
     score = _validations_of_the_score(trainer)

@@ -1,6 +1,5 @@
 """Samples: generate text during training, for samples.jsonl, the terminal and the loggers."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,7 +9,6 @@ from lightning import Trainer
 
 from callbacks.interrupt import Interrupt
 from callbacks.loggers.protocols import TakesSamples
-from callbacks.terminal import show
 from callbacks.throughput import SAMPLE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.text_metrics import text_score
@@ -18,6 +16,9 @@ from gpt2lab.metric_names import VALIDATION_PREFIX
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
 from gpt2lab.settings import TEXT_METRICS
 from gpt2lab.system.stop_request import Interrupted, is_urgent
+from gpt2lab.system.terminal import printable, show
+
+SHOWN_PROMPT, SHOWN_TEXT = 200, 600  # characters on the terminal
 
 
 class Samples(lightning.Callback):
@@ -102,4 +103,14 @@ class Samples(lightning.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TakesSamples):
                 logger.log_samples(samples, step)
-        show(f"step {step} · {samples[0].method} · {json.dumps(samples[0].prompt + samples[0].written)[:200]}")
+        show(shown_sample(samples))
+
+
+def shown_sample(samples: Sequence[Sample]) -> str:
+    """Return the first sample by nucleus sampling, or by the last method without it, as it is written."""
+    of_nucleus = [sample for sample in samples if sample.method.startswith("nucleus")]
+    method = (of_nucleus or samples)[-1].method
+    sample = next(one for one in samples if one.method == method)
+    prompt = sample.prompt if len(sample.prompt) <= SHOWN_PROMPT else f"… {sample.prompt[-SHOWN_PROMPT:]}"
+    text = sample.written if len(sample.written) <= SHOWN_TEXT else f"{sample.written[:SHOWN_TEXT]} …"
+    return printable(f"— sample of step {sample.step}, {method}\n{prompt}{text}")

@@ -9,10 +9,12 @@ import lightning
 import torch
 from lightning import Trainer
 
+from callbacks.shown_phases import shown_phase
 from gpt2lab import metric_names
 from gpt2lab.data.batch import Batch
 from gpt2lab.storage.prepared_cache import cache_folder
 from gpt2lab.system import device
+from gpt2lab.system.terminal import Phase
 
 MATMUL_DTYPES = {
     "bf16-mixed": torch.bfloat16,
@@ -136,8 +138,16 @@ def find_throughput(trainer: Trainer) -> Throughput | None:
 
 
 @contextmanager
-def outside_training_time(trainer: Trainer, phase: str) -> Iterator[None]:
-    """Count the block's time in a phase, if the run measures them."""
+def outside_training_time(trainer: Trainer, phase: str, title: str = "", total: int | None = None) -> Iterator[Phase]:
+    """Show a phase, and count the block's time in it, if the run measures them.
+
+    Args:
+        title: name on the terminal; that of the phase by default.
+        total: amount of work; None: unknown.
+    """
     throughput = find_throughput(trainer)
-    with throughput.during(phase) if throughput is not None else nullcontext():
-        yield
+    with (
+        shown_phase(trainer, title or phase, total) as shown,
+        throughput.during(phase) if throughput is not None else nullcontext(),
+    ):
+        yield shown

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.documents import Corpus, packages_corpus, stdlib_corpus, text_corpus
@@ -34,6 +33,7 @@ from gpt2lab.data.windows import SlidingWindows, Windows
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
 from gpt2lab.storage.prepared_cache import cache_folder, content_hash, get_or_build, read_ledger
+from gpt2lab.system.terminal import Phase
 
 SOURCE_PROMPTS = (
     "def add(a, b):\n",
@@ -249,7 +249,7 @@ class LanguageModelingData(SampleDataModule):
         def training_texts() -> Iterator[str]:
             with self._progress("tokenizer", corpus.size) as progress:
                 for side, document in split()():
-                    progress.update(len(document.text))
+                    progress.advance(len(document.text.encode(errors="surrogateescape")))
                     if side == TRAIN:
                         yield document.text
 
@@ -277,9 +277,9 @@ class LanguageModelingData(SampleDataModule):
     def _identity(self, corpus: Corpus) -> dict[str, Any]:
         return {**corpus.identity, "val_fraction": self.val_fraction, "text": TEXT_FORMAT}
 
-    def _progress(self, what: str, size: int) -> tqdm:
-        """Return a progress bar, disabled if stderr is not a terminal."""
-        return tqdm(desc=f"{self.name}: {what}", total=size or None, unit="B", unit_scale=True, disable=None)
+    def _progress(self, what: str, size: int) -> Phase:
+        """Return the progress of reading the text, of which `size` bytes are known; 0: unknown."""
+        return Phase(f"prepare {self.name}: {what}", size or None, "B")
 
 
 def _split_at_gaps(tokens: list[int]) -> list[list[int]]:

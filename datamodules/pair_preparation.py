@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.pair_sources import FILE, PairSource, pair_text
@@ -25,6 +24,7 @@ from gpt2lab.data.pair_template import PairTemplate, encode_pairs
 from gpt2lab.errors import InputError
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.prepared_cache import read_ledger
+from gpt2lab.system.terminal import Phase, track
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def collect_pairs(folder: Path, source: PairSource, columns: tuple[str, str], na
     digest, pairs, empty, smallest, largest = sha256(), 0, 0, HASHES, -1
     with (folder / "pairs.jsonl").open("wb") as file:
         texts = source.records(partial(pair_of_row, columns=columns))
-        for source_text, target_text, row_file in tqdm(texts, desc=f"{name}: pairs", unit=" pairs", disable=None):
+        for source_text, target_text, row_file in track(texts, f"prepare {name}: read", unit="pairs"):
             if not source_text.strip() or not target_text.strip():
                 empty += 1
                 continue
@@ -171,7 +171,7 @@ def encode_side(
         InputError: no pair fits in the context.
     """
     counts = {"bytes": 0, "shortened": 0, "too_long": 0}
-    progress = tqdm(desc=f"{name}: {folder.name} tokens", unit=" pairs", disable=None)
+    progress = Phase(f"prepare {name}: {folder.name} tokens", unit="pairs")
     with progress, PairFileWriter(folder, len(tokenizer)) as writer:
         while chunk := list(islice(pairs, CHUNK)):
             encoded = encode_pairs([pair[:2] for pair in chunk], template, tokenizer, context)
@@ -184,7 +184,7 @@ def encode_side(
                 writer.add(number, tokens.prompt, tokens.response, reference, group)
                 counts["shortened"] += tokens.shortened
                 counts["bytes"] += len(template.render_response(target).encode())
-            progress.update(len(chunk))
+            progress.advance(len(chunk))
     counts |= {"pairs": writer.pairs, "targets": writer.response_tokens}
     _check_side(counts, name, SIDES[folder.name], context)
     return counts

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.micro_batches import SampleDataModule
@@ -37,6 +36,7 @@ from gpt2lab.data.tokenizer import load_tokenizer, prepare_tokenizer, tokenizer_
 from gpt2lab.errors import InputError
 from gpt2lab.settings import DataFacts, ObjectiveSettings, TokenizerChoice
 from gpt2lab.storage.prepared_cache import cache_folder, content_hash, get_or_build, read_ledger
+from gpt2lab.system.terminal import track
 
 
 class PairData(SampleDataModule):
@@ -259,7 +259,7 @@ class PairData(SampleDataModule):
         )
 
     def _texts(self, pairs: Pairs) -> Iterator[str]:
-        for source, target, _ in tqdm(pairs(), f"{self.name}: tokenizer", unit=" pairs", disable=None):
+        for source, target, _ in track(pairs(), f"prepare {self.name}: tokenizer", unit="pairs"):
             yield from (source, target)
 
     def _open(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *, with_references: bool) -> PairSamples:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.documents import Corpus, Document
@@ -16,6 +15,7 @@ from gpt2lab.data.token_bytes import bytes_of_tokens
 from gpt2lab.data.token_file import token_dtype
 from gpt2lab.data.tokenizer import TextEncoder
 from gpt2lab.errors import InputError
+from gpt2lab.system.terminal import Phase
 
 CHUNK_CHARACTERS = 2**21  # tokenized in one call
 HASHES = 2**64
@@ -84,7 +84,7 @@ def hash_text(text: str) -> int:
 
 
 def write_token_files(
-    folder: Path, documents: Iterable[tuple[str, Document]], tokenizer: PreTrainedTokenizerFast, progress: tqdm
+    folder: Path, documents: Iterable[tuple[str, Document]], tokenizer: PreTrainedTokenizerFast, progress: Phase
 ) -> dict[str, dict[str, Any]]:
     """Write folder/train.bin and folder/val.bin in one pass, with memory independent of the corpus size.
 
@@ -105,7 +105,7 @@ def write_token_files(
 class _TokenWriter:
     """Writer of a token file: end-of-text before each document, so that every byte of text is a target."""
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, progress: tqdm) -> None:
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, progress: Phase) -> None:
         self._file = path.open("wb")
         self._encode = TextEncoder(tokenizer)
         self._end_of_text = tokenizer.eos_token_id
@@ -150,7 +150,7 @@ class _TokenWriter:
         self.tokens += len(ids)
         written = sum(len(text.encode()) for text in texts)
         self.bytes += written
-        self._progress.update(written)
+        self._progress.advance(written)
         self._buffer, self._characters = [], 0
 
 

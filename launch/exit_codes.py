@@ -177,7 +177,8 @@ def _exit_at_once(number: int, _frame: FrameType | None) -> None:
     if _is_failing(number):
         return
     if not is_spawned_rank():  # a rank's parent process prints the cause
-        os.write(sys.stderr.fileno(), f"{stop_message(number)}\n".encode())
+        has_echo = number == signal.SIGINT and sys.stderr.isatty()  # ^C, behind which the message would begin
+        os.write(sys.stderr.fileno(), b"\n" * has_echo + f"{stop_message(number)}\n".encode())
     os._exit(signal_exit_code(number))
 
 

@@ -37,7 +37,7 @@ class _CurrentStderr(logging.Handler):
 def announce(work: str) -> None:
     """Print what a program begins to do, if it runs in a terminal, where it would be silent for seconds."""
     if sys.stderr.isatty():
-        print(work, file=sys.stderr, flush=True)
+        print(f"{work} …", file=sys.stderr, flush=True)
 
 
 def configure_logging(is_main: bool = True) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe, as in `python train.py | head`; a terminal that was closed
 ASCII_FORMS = {"·": "|", "…": "...", "±": "+/-", "−": "-", "–": "-", "—": "-", "×": "x", "─": "-", "→": "->"}
-ASCII_FORMS |= {"≤": "<=", "≥": ">=", "≈": "~", "█": "#", "²": "^2"}
+ASCII_FORMS |= {"≤": "<=", "≥": ">=", "≈": "~", "█": "#", "━": "#", "²": "^2"}
 PROTECTED = "ascii-forms"  # name of the error handler
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from statistics import median
 
-from tqdm import tqdm
-
 from gpt2lab.evaluation.text_metrics import mostly_han
+from gpt2lab.system.terminal import track
 
 COPY, FIRST_WORDS, COMMONEST, WORD_TABLE = "copy", "first words", "commonest", "word table"
 MOST_PAIRS = 100_000  # training pairs of a baseline
@@ -54,9 +53,7 @@ def word_table(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     probabilities: dict[str, dict[str, float]] = {}
     for number in range(ROUNDS):
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for words, target_words in tqdm(
-            texts, f"word table, round {number + 1} of {ROUNDS}", unit=" pairs", disable=None
-        ):
+        for words, target_words in track(texts, f"word table, round {number + 1} of {ROUNDS}", len(texts), "pairs"):
             for target_word in target_words:
                 # In the first round all translations are equally probable.
                 shares = [probabilities[word].get(target_word, 0.0) if probabilities else 1.0 for word in words]

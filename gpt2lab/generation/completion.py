@@ -1,6 +1,6 @@
 """Completion of prompts according to the training objective: text after a prompt, or in its gaps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -59,6 +59,7 @@ def complete(
     row_seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     streamer: BaseStreamer | None = None,
+    on_texts: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens after each prompt; for mlm the prompt with its gaps filled.
 
@@ -68,12 +69,13 @@ def complete(
         row_seeds: a seed for each prompt instead, so that its completion does not depend on the batch.
         stop: strings that end a completion.
         streamer: receives the tokens of a single prompt as they are generated.
+        on_texts: receives the number of texts of each batch that is complete.
     """
     if OBJECTIVES[objective].fills_masks:
         return [fill_masks(model, prompt, find_special_tokens(tokenizer)) for prompt in prompts]
     completions: list[list[int]] = []
     for start in range(0, len(prompts), BATCH):
-        completions += generate_ids(
+        batch = generate_ids(
             model,
             prompts[start : start + BATCH],
             sampling,
@@ -87,6 +89,9 @@ def complete(
             stop=stop,
             tokenizer=tokenizer,
         )
+        completions += batch
+        if on_texts is not None:
+            on_texts(len(batch))
     return completions
 
 

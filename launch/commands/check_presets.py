@@ -20,6 +20,7 @@ from rich.text import Text
 
 from gpt2lab.errors import InputError
 from gpt2lab.storage.utf8 import check_process
+from gpt2lab.system.terminal import track
 from launch import logging_setup
 from launch.config.groups import values
 from launch.config.schema import RunConfig
@@ -109,7 +110,8 @@ def _program(arguments: list[str]) -> None:
         print(__doc__)
         return
     logging_setup.configure_logging()
-    checked = [one for preset in arguments or values("data") for one in check_preset(preset)]
+    presets = arguments or values("data")
+    checked = [one for preset in track(presets, "presets", len(presets)) for one in check_preset(preset)]
     _print(checked)
     failed = sorted({one.preset for one in checked if one.result == UNREADABLE})
     if failed:

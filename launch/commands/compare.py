@@ -28,6 +28,7 @@ from launch.commands.list_runs import read_run
 from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.config.run_dir import CONFIG
 from launch.exit_codes import run_and_exit
+from launch.logging_setup import announce
 
 WORK = ("task", "data", "steps", "batch_tokens", "model")  # runs that differ in these did not do the same work
 COMPARED = (*FINISHED, "stopped")  # statuses whose value is compared
@@ -152,6 +153,7 @@ def main() -> None:
     arguments = parse([word for word in words if "=" in word], Arguments)
     check_output_file(arguments.out, "out")
     folders = [Path(word).expanduser() for word in words if "=" not in word]
+    announce("Reading the runs")
     results, notes = compare_runs(folders, Path(arguments.out))
     for group in results.groups:
         apart = f"{group.metric} {group.condition}: " if len(results.groups) > 1 else ""

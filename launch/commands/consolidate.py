@@ -100,6 +100,7 @@ def _program(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise InputError("Give one run directory or checkpoint: python -m launch.commands.consolidate runs/pretrain/xl")
     logging_setup.configure_logging()
+    logging_setup.announce(f"Reading {arguments[0]}")
     folder = consolidate(arguments[0])
     print(f"{folder}/hf")
 

@@ -93,6 +93,7 @@ def _program(words: list[str]) -> None:
     given = parse(words, Arguments)
     check_output_file(given.json)
     logging_setup.configure_logging()
+    logging_setup.announce("Building the views")
     try:
         views = workspaces(given.entity, given.project)
     except ModuleNotFoundError as error:

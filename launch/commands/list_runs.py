@@ -21,6 +21,7 @@ from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step
 from gpt2lab.storage.folder_lock import is_locked
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
 from gpt2lab.storage.report_json import is_finished, read_report, watched_value
+from gpt2lab.system.terminal import track
 from launch.config.key_value_cli import describe, parse
 from launch.config.run_dir import CONFIG, RUNS
 from launch.exit_codes import run_and_exit
@@ -60,7 +61,7 @@ def find_runs(root: Path) -> list[ListedRun]:
     if not root.is_dir():
         raise InputError(f"root={root}: there is no such folder.\nGive the folder that contains the run directories.")
     folders = [file.parent for file in root.glob(f"**/{CONFIG}") if ".hydra" not in file.parts]
-    return sorted(map(read_run, folders), key=lambda run: run.age)
+    return sorted(map(read_run, track(folders, "read", len(folders), "runs")), key=lambda run: run.age)
 
 
 def read_run(folder: Path) -> ListedRun:

@@ -53,6 +53,7 @@ def _program(arguments: list[str]) -> None:
     logging_setup.configure_logging()
     for given in arguments:
         folder = Path(given).expanduser()
+        logging_setup.announce(f"Reading {folder}/wandb")
         merged = "merged" if merge(folder) else "one complete run already"
         print(f"{folder}/wandb: {merged}; upload it with: wandb sync {folder}/wandb/offline-run-*", flush=True)
 

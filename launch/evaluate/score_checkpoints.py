@@ -9,6 +9,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.evaluation import lm_eval_harness
 from gpt2lab.keys import key, same_key
 from gpt2lab.settings import AUTO, GREEDY, SAMPLING_PRESETS, SamplingSettings
+from gpt2lab.system.terminal import Phase, track
 from launch.config import plugins
 from launch.config.key_value_cli import group_key
 from launch.config.known_keys import RunningTextKeys
@@ -142,7 +143,7 @@ def evaluate(arguments: Arguments) -> Results:
     others = compared_models.resolve_models({key: vars(arguments)[key] for key in ("teacher", "baseline")})
     specs = _specs(arguments, checkpoints, others)
     configure_logging()
-    announce(f"Loading {arguments.checkpoint} …")  # the following imports take seconds: arguments are checked first
+    announce(f"Loading {arguments.checkpoint}")  # the following imports take seconds: arguments are checked first
     from gpt2lab.data.document_groups import warn_of_few_groups
     from gpt2lab.evaluation.evaluation import paired_difference
     from gpt2lab.evaluation.jackknife import TOKENS
@@ -166,15 +167,18 @@ def evaluate(arguments: Arguments) -> Results:
     described = eval_data.describe_data(specs[0].config, modules[0])
     results = Results([], {}, left_out, specs[0].config.context, described, scorers[0].sampling)
     tasks = lm_eval_harness.find_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
-    loaded = [compared_models.load(other) for other in others]
-    for model, scorer in zip(checkpoints, scorers, strict=True):
+    loaded = [compared_models.load(other) for other in track(others, "load the compared models", len(others))]
+    for number, (model, scorer) in enumerate(zip(checkpoints, scorers, strict=True), 1):
+        if len(checkpoints) > 1:
+            scorer.label = f"{number}/{len(checkpoints)} {Path(model.source).name}: "
         results.checkpoints.append(scorer.score(model, loaded, tasks))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
             newest.minus_first = paired_difference(newest.score, first.score)
         warn_of_few_groups(newest.score.sums[TOKENS])
         if not results.baselines and results.checkpoints[0].texts:
-            results.baselines = scorer.baselines()
+            with Phase("baselines without a model"):
+                results.baselines = scorer.baselines()
     return results
 
 
@@ -218,7 +222,13 @@ def _specs(arguments: Arguments, checkpoints: list[NamedModel], others: list[Nam
 
 
 class _Scorer:
-    """Scores one checkpoint on the data, prepared with its tokenizer and objective."""
+    """Scores one checkpoint on the data, prepared with its tokenizer and objective.
+
+    Attributes:
+        label: name of the checkpoint before that of a phase on the terminal, if there are several.
+    """
+
+    label = ""
 
     def __init__(self, arguments: Arguments, spec: "RunSpec", device: "torch.device") -> None:
         from gpt2lab.data.token_bytes import bytes_of_tokens
@@ -254,6 +264,7 @@ class _Scorer:
         if self.arguments.decode:
             found.speeds = self._measure_speeds(backbone)
         if tasks is not None:
+            announce(f"{self.label}lm_eval={self.arguments.lm_eval}")  # which shows its own progress
             found.zero_shot = lm_eval_harness.run_tasks(
                 backbone.lm, self.tokenizer, tasks, self.arguments.lm_eval_limit
             )
@@ -316,15 +327,18 @@ class _Scorer:
 
         prompts = self.data.val_prompts(self.arguments.texts)
         default = self.config.task.get("text", {}).get("max_new_tokens", 64)
-        completions = complete(
-            backbone.lm,
-            self.tokenizer,
-            self.config.objective.name,
-            prompts,
-            self.sampling,
-            max_new_tokens=self.arguments.max_new_tokens or min(default, backbone.shape.n_positions // 2),
-            row_seeds=[distinct_seed(self.arguments.seed, number) for number in range(len(prompts))],  # as validation
-        )
+        # Seeds as in validation
+        with Phase(f"{self.label}generate", len(prompts), "texts") as phase:
+            completions = complete(
+                backbone.lm,
+                self.tokenizer,
+                self.config.objective.name,
+                prompts,
+                self.sampling,
+                max_new_tokens=self.arguments.max_new_tokens or min(default, backbone.shape.n_positions // 2),
+                row_seeds=[distinct_seed(self.arguments.seed, number) for number in range(len(prompts))],
+                on_texts=phase.advance,
+            )
         _, references = self.data.val_texts(self.arguments.texts)
         decoded = [self.tokenizer.decode(completion) for completion in completions]
         return text_scores(self._metrics, decoded, references, groups=self.data.val_groups(self.arguments.texts))
@@ -349,13 +363,11 @@ class _Scorer:
                 end_of_text=self.tokenizer.eos_token_id,
                 vocab_size=len(self.tokenizer),
             )
-            for batch in BATCH_SIZES
+            for batch in track(BATCH_SIZES, f"{self.label}decoding speed", len(BATCH_SIZES))
         ]
 
     def _batches(self) -> Iterator[Any]:
-        """Iterate once over all batches of the split, with a progress bar in a terminal."""
-        from tqdm import tqdm
-
+        """Iterate once over all batches of the split, and show the progress."""
         from gpt2lab.data.document_groups import MOST_GROUPS
         from gpt2lab.data.pair_file import share_groups
 
@@ -368,10 +380,10 @@ class _Scorer:
         if self.has_pairs and all_text:
             share_groups([file for file, _ in self.data.sides(all_text)])
         total = sum(len(loader) for loader in loaders)
-        with tqdm(total=total, desc="evaluating", unit="batch", disable=None, leave=False) as bar:
+        with Phase(f"{self.label}score", total, "batches") as phase:
             for number, loader in enumerate(loaders):
                 for batch in loader:
                     # The loaders have separate documents, except pairs: one document may have pairs in both.
                     batch.documents += 0 if self.has_pairs else number * MOST_GROUPS
                     yield batch
-                    bar.update()
+                    phase.advance()

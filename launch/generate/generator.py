@@ -1,7 +1,9 @@
 """Text generation of generate.py: prompts from the command line, a file or the terminal; speculative decoding."""
 
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from gpt2lab.errors import InputError
 from gpt2lab.keys import key, same_key
 from gpt2lab.settings import OBJECTIVES, SAMPLING_PRESETS, SamplingSettings
 from gpt2lab.storage.model_folder import read_objective, read_pair_template, read_shape, resolve_model_folder
+from gpt2lab.system.terminal import Phase
 from launch.config.key_value_cli import group_key
 from launch.config.plain_keys import MachineKeys
 from launch.generate.prompts import given_prompts, stdin_lines
@@ -97,7 +100,7 @@ class TextGenerator:
         template = read_pair_template(folder)
         self._check(has_template=bool(template))
         configure_logging()
-        announce(f"Loading {arguments.checkpoint} …")  # the following imports take seconds: arguments are checked first
+        announce(f"Loading {arguments.checkpoint}")  # the following imports take seconds: arguments are checked first
         from gpt2lab.data.pair_template import PairTemplate
         from gpt2lab.data.tokenizer import load_tokenizer
         from gpt2lab.system.device import resolve_device
@@ -109,30 +112,50 @@ class TextGenerator:
         self.template = PairTemplate(**template) if template else None
         self.stop = tuple(part for part in arguments.stop.split(SEPARATOR) if part)
         self.sampling = arguments.sampling
+        self.was_interrupted = False  # by Ctrl-C at the prompt
 
     def generate(self) -> list[Text]:
         """Generate and print the texts of all prompts."""
         return self._print_texts(self._prompts())
 
     def interact(self) -> list[Text]:
-        """Read prompts from the terminal and continue each, until end of file (Ctrl-D).
+        """Read prompts from the terminal and continue each, until end of file (Ctrl-D) or Ctrl-C at the prompt.
 
         Raises:
             InputError: a prompt is invalid that does not come from a terminal.
         """
+        if sys.stdin.isatty():
+            return self._converse()
         texts: list[Text] = []
-        is_terminal = sys.stdin.isatty()
-        if is_terminal:
-            print("Enter continues the prompt, \\ and Enter begins a new line of it; Ctrl-D ends.", file=sys.stderr)
-            if self.template is not None:
-                print(f"source=TEXT puts a text into the template {self.template.prompt!r}.", file=sys.stderr)
         for number, prompt in enumerate(stdin_lines(), 1):
             try:
                 texts += self._print_texts([prompt])
             except InputError as error:
-                if not is_terminal:
-                    raise InputError(f"Line {number} of the standard input: {error}") from error
-                print(f"error: {error}", file=sys.stderr)
+                raise InputError(f"Line {number} of the standard input: {error}") from error
+        return texts
+
+    def _converse(self) -> list[Text]:
+        """Continue prompts typed at the terminal. Ctrl-C ends a text that is being generated, at the prompt all."""
+        texts: list[Text] = []
+        note = "Enter continues the prompt, \\ and Enter begins a new line of it; Ctrl-C stops a text, Ctrl-D ends."
+        print(note, file=sys.stderr)
+        if self.template is not None:
+            print(f"source=TEXT puts a text into the template {self.template.prompt!r}.", file=sys.stderr)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            for prompt in stdin_lines():
+                try:
+                    texts += self._print_texts([prompt])
+                except InputError as error:
+                    print(f"error: {error}", file=sys.stderr)
+                except KeyboardInterrupt:
+                    print("\nThis text was stopped. Ctrl-D ends the program.", file=sys.stderr)
+            print("\nEnded by Ctrl-D.", file=sys.stderr)
+        except KeyboardInterrupt:
+            self.was_interrupted = True
+            print("\nEnded by Ctrl-C.", file=sys.stderr)
+        finally:
+            signal.signal(signal.SIGINT, before)
         return texts
 
     def speculate(self) -> list[Text]:
@@ -185,20 +208,30 @@ class TextGenerator:
         if len(prompts) == self.arguments.num_samples == 1 and sys.stdout.isatty() and self._can_stream:
             from transformers import TextStreamer
 
+            ids = [self._ids(prompts[0])]  # which may print a notice
             print(prompts[0], end="", flush=True)
-            return self._generate(prompts, TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))
-        texts = self._generate([prompt for prompt in prompts for _ in range(self.arguments.num_samples)])
+            streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            return self._generate(prompts, ids, streamer)
+        wanted = [prompt for prompt in prompts for _ in range(self.arguments.num_samples)]
+        ids = [self._ids(prompt) for prompt in wanted]
+        with Phase("generate", len(wanted), "texts") as phase:
+            texts = self._generate(wanted, ids, on_texts=phase.advance)
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
                 print(f"--- {number} of {len(texts)}")
             print(self._full_text(text))
         return texts
 
-    def _generate(self, prompts: list[str], streamer: "BaseStreamer | None" = None) -> list[Text]:
+    def _generate(
+        self,
+        prompts: list[str],
+        ids: list[list[int]],
+        streamer: "BaseStreamer | None" = None,
+        on_texts: Callable[[int], None] | None = None,
+    ) -> list[Text]:
         from gpt2lab.generation.completion import complete
         from gpt2lab.system.device import synchronize
 
-        ids = [self._ids(prompt) for prompt in prompts]
         begin = time.perf_counter()
         completions = complete(
             self.model,
@@ -210,6 +243,7 @@ class TextGenerator:
             seed=self.arguments.seed,
             stop=self.stop,
             streamer=streamer,
+            on_texts=on_texts,
         )
         synchronize(self.device)
         seconds = round(time.perf_counter() - begin, 3)

@@ -222,8 +222,6 @@ def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
     if accelerator == "gpu":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     chosen = "bf16" if has_bf16 else "fp16" if accelerator == "gpu" else "fp32"
-    has = "multiplies bf16 in hardware" if has_bf16 else "does not multiply bf16 in hardware"
-    log.info("precision=%s: this %s %s", chosen, accelerator.upper(), has)
     return precision_named(chosen)
 
 

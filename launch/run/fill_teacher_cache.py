@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from gpt2lab.data.batch import Batch, Samples
 from gpt2lab.data.data_order import permute
@@ -24,6 +23,7 @@ from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, open_growing_folder
 from gpt2lab.system.device import named_dtype, resolve_device
+from gpt2lab.system.terminal import Phase
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
 from launch.run.train import set_up_process
@@ -106,7 +106,7 @@ def _write(spec: RunSpec, missing: list[tuple[CacheSide, Samples, NDArray[np.int
     log.info("the teacher reads %d sequences, once for all students", total)
     with (
         working_teacher(spec) as teacher,
-        tqdm(total=total, desc="teacher cache", unit="sequence", disable=None) as progress,
+        Phase("teacher cache", total, "sequences") as progress,
     ):
         device = teacher.backbone.lm.device
 
@@ -130,9 +130,9 @@ def working_teacher(spec: RunSpec) -> Iterator[OnlineTeacher]:
         yield teacher
 
 
-def batches(samples: Samples, rows: NDArray[np.int64], size: int, progress: tqdm) -> Iterator[Batch]:
+def batches(samples: Samples, rows: NDArray[np.int64], size: int, progress: Phase) -> Iterator[Batch]:
     """Yield the samples `rows` in micro-batches of `size`."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         yield samples.batch(part, 0)
-        progress.update(len(part))
+        progress.advance(len(part))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.distillation.generation_batches import TextGenerator
@@ -15,6 +14,7 @@ from gpt2lab.distillation.teacher_generations import TeacherGenerations
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.prepared_cache import cache_folder, content_hash, open_growing_folder
+from gpt2lab.system.terminal import Phase
 from launch.config.run_spec import RunSpec
 from launch.config.schema import RunConfig
 from launch.run.fill_teacher_cache import batches, teacher_key, training_rows, working_teacher
@@ -43,7 +43,7 @@ def write(spec: RunSpec, data: Any, facts: DataFacts) -> Path:
         log.info("the teacher writes %d sequences, once for all students", len(missing))
         with (
             working_teacher(spec) as teacher,
-            tqdm(total=len(missing), desc="teacher writes", unit="sequence", disable=None) as progress,
+            Phase("teacher text", len(missing), "sequences") as progress,
         ):
             parts = batches(data.train_samples, missing, spec.machine.largest_micro_batch, progress)
             text.write(parts, teacher.backbone.lm)

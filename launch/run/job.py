@@ -76,7 +76,7 @@ def _run_here(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
 
         report = train(spec, data, facts, directory)
     _upload(spec, directory)
-    print(closing_line(report, directory.path), flush=True)
+    show_end(spec, report, directory)
     return report
 
 
@@ -173,7 +173,7 @@ def _run_cluster_rank(config: RunConfig, directory: RunDirectory) -> dict[str, A
         raise _lost_connection(error, rendezvous.rank, folder.absolute(), spec.config.steps) from None
     if rendezvous.rank == 0:
         _upload(spec, directory)
-        print(closing_line(report, directory.path), flush=True)
+        show_end(spec, report, directory)
     return report
 
 
@@ -194,10 +194,12 @@ def _lost_connection(error: Exception, rank: int, folder: Path, planned: int) ->
     return exit_codes.Exit(exit_codes.FAILED, f"{run_dir.kept_checkpoint_message(folder, planned)}\n{failure}")
 
 
-def closing_line(report: dict[str, Any], folder: Path | None) -> str:
-    """Return the last line on the terminal: the run's score and its directory."""
-    score = f"{report['watched_metric']} {report['watched']:.4f} · " if report["watched"] is not None else ""
-    return f"{report.get('status', 'finished')}: {score}{folder}/report.html"
+def show_end(spec: PreparedSpec, report: dict[str, Any], directory: RunDirectory) -> None:
+    """Print the results of a run and the next commands."""
+    from launch.run import run_panels
+
+    assert directory.path is not None
+    run_panels.show_end(spec, report, directory.path)
 
 
 def _run_rank(file: Path, allow_targets: list[str]) -> None:

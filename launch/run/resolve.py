@@ -64,7 +64,6 @@ def _init_folder(config: RunConfig) -> str:
         return str(resolve_model_folder(config.init, "init"))
     for run in run_dir.finished_runs():
         if run.spec.config.task_name in ("pretrain", "distill"):
-            print(f"init: {run.folder}", file=sys.stderr)
             return str((run.folder / "hf").resolve())
     raise InputError(
         "init=latest: there is no finished pretrain or distill run under runs/ to start from.\n"
@@ -125,7 +124,6 @@ def _teacher_folder(config: RunConfig, model: ModelKeys) -> str:
 def _check_teacher(config: RunConfig, teacher: str) -> None:
     """The teacher reads the student's windows; with loss=uld it has a tokenizer, and longer windows are cut."""
     check_teacher_context(config, teacher)
-    print(f"teacher: {teacher}", file=sys.stderr)
     if config.loss.name == "uld" and not has_tokenizer(Path(teacher)):
         raise InputError(
             f"loss=uld runs the teacher on its own tokens, but {teacher} holds no tokenizer.\n"

@@ -25,7 +25,7 @@ from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch import exit_codes, rank_environment
 from launch.config.run_dir import RunDirectory, kept_checkpoint_message
 from launch.config.run_spec import PreparedSpec, RunSpec
-from launch.run import build, disk_space, memory_limit
+from launch.run import build, disk_space, memory_limit, run_panels
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ def train(
     module = build.task_module(spec, facts, is_resumed=checkpoint is not None)
     with exit_codes.exit_on_signal(), disk_space.convert_full_disk(directory):
         folder = directory.enter(spec, is_resumed=checkpoint is not None)
+        if rank_environment.is_main_process():
+            run_panels.show_start(spec, facts, folder, checkpoint)
         with _discarding_untrained(directory, module):
             callbacks = build.callbacks(spec, folder, facts)
             if heartbeat is not None:

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from gpt2lab.storage.atomic_files import write_json, write_text
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.model_folder import read_shape
 from gpt2lab.storage.report_json import is_finished, read_report
+from gpt2lab.system.terminal import format_time, show
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
 from launch.checks.study_plan import PlannedRun, steps_in_the_same_time
@@ -114,6 +116,7 @@ class Study:
     teacher_hash: str
     tokenizer: TokenizerChoice
     runs: dict[PlannedRun, Job] = field(default_factory=dict)
+    durations: list[float] = field(default_factory=list)  # seconds of the runs of this process
 
     def run(self, planned: PlannedRun) -> dict[str, Any]:
         """Execute a run unless it has finished before; return its report, empty if it failed.
@@ -130,8 +133,12 @@ class Study:
             job.status = "finished"
             print(f"run {job.number}: {planned.name} has finished already", flush=True)
             return self._report(planned)
-        print(f"run {job.number} of about {self._expected()}: {planned.name}", flush=True)
+        left = self._remaining_seconds()
+        eta = "" if left is None else f"  ETA {format_time(left)}"
+        show(f"run {job.number} of about {self._expected()}: {planned.name}{eta}")
+        begin = time.monotonic()
         stopped = jobs.run(job, partial(compose, "train", return_hydra_config=True), drops_unread=True)
+        self.durations.append(time.monotonic() - begin)
         jobs.write_csv(self.folder / "study.csv", COLUMNS, map(self._row, self.runs))
         if job.error:
             print(f"run {job.number} failed: {job.error}", file=sys.stderr, flush=True)
@@ -180,6 +187,11 @@ class Study:
         study, arms = self.config.study, 2 * len(self.config.study.inits)
         searched = (len(study.lr_factors) - 1) * len(study_plan.tuned_arms(self.config))
         return searched + study.seeds * (arms + arms // 2)
+
+    def _remaining_seconds(self) -> float | None:
+        """Estimate the time of this run and the later ones; None before one has ended."""
+        left = max(self._expected() - len(self.runs) + 1, 1)
+        return fmean(self.durations) * left if self.durations else None
 
     def _row(self, planned: PlannedRun) -> dict[str, Any]:
         job, report = self.runs[planned], self._report(planned)

@@ -29,13 +29,13 @@ class Executor(ABC):
     is_parallel = True  # whether several jobs run at once, so that their output goes to files
 
     def __init__(self, max_jobs: int, logs: Path) -> None:
-        self._max_jobs, self._logs = max_jobs, logs
+        self.max_jobs, self._logs = max_jobs, logs
         self._running: list[RunningJob] = []
 
     def has_free_slot(self) -> bool:
         """Whether another job may start now."""
         self._running = [job for job in self._running if job.ended() is None]
-        return len(self._running) < self._max_jobs
+        return len(self._running) < self.max_jobs
 
     def start(self, config: RunConfig, number: int) -> RunningJob:
         """Start a job of a sweep."""

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.report_json import is_finished, read_report
+from gpt2lab.system.terminal import show
 from launch import exit_codes
 from launch.config import machine, run_dir, run_spec
 from launch.config.groups import experiment_keys, values
@@ -24,11 +25,13 @@ from launch.config.multirun_settings import LauncherSettings
 from launch.config.schema import STUDY, RunConfig
 from launch.config.structured import frozen
 from launch.config.unused_keys import given_keys, without
+from launch.logging_setup import announce
 from launch.sweep import jobs, remote_run, results
 from launch.sweep.executor import Executor
 from launch.sweep.job_process import LocalJobs
 from launch.sweep.job_queue import JobList, JobQueue, Proposal, Source
 from launch.sweep.jobs import Job
+from launch.sweep.sweep_progress import SweepProgress
 
 CHANGEABLE_ON_RESUME = (  # keys that may differ when a sweep is resumed
     "resume",
@@ -78,6 +81,7 @@ def run_sweep(
             the same error.
         exit_codes.Exit: a signal stopped the sweep, or jobs failed.
     """
+    announce(f"Checking the jobs of {sweep_config.hydra.sweep.dir}")
     folder = Path(str(sweep_config.hydra.sweep.dir))
     tasks = {_task_of(overrides, sweep_config) for overrides in combinations}
     created = [*created] or run_dir.missing_folders(folder)
@@ -98,7 +102,9 @@ def run_sweep(
                 (folder / "multirun.yaml").unlink(missing_ok=True)  # written by Hydra
                 run_dir.remove_empty(created)
             raise
-        return _run_jobs(loader, sweep_config, source, executor, first, several_tasks=len(tasks) > 1)
+        keys = [*searched] or results.varied_keys(combinations)
+        progress = SweepProgress(source.total, keys, executor.max_jobs, has_bar=executor.is_parallel)
+        return _run_jobs(loader, sweep_config, source, executor, first, len(tasks) > 1, progress)
 
 
 def _run_jobs(
@@ -108,6 +114,7 @@ def _run_jobs(
     executor: Executor,
     first: int,
     several_tasks: bool,
+    progress: SweepProgress,
 ) -> list[Job]:
     folder = Path(str(sweep_config.hydra.sweep.dir))
     started: list[Job] = []
@@ -116,7 +123,7 @@ def _run_jobs(
         number = first + len(started) if proposal.trial is None else proposal.trial
         job = Job(number, proposal.overrides, folder / str(number), error=proposal.failed, trial=proposal.trial)
         started.append(job)
-        print(f"job {number}: {shlex.join(job.overrides)}", flush=True)
+        progress.create(job)
         return job
 
     prepare = partial(_prepare, loader=loader, sweep_config=sweep_config, several_tasks=several_tasks)
@@ -126,20 +133,22 @@ def _run_jobs(
             results.write(folder, started)
         except OSError as error:  # such as a full disk: running jobs continue, and the next change writes again
             print(f"The sweep's results could not be written: {error}", file=sys.stderr, flush=True)
+        progress.change(job)
         if job.error:
-            print(f"job {job.number} {job.status}: {job.error}", file=sys.stderr, flush=True)
+            print(f"{progress.name(job)} {job.status}: {job.error}", file=sys.stderr, flush=True)
         elif executor.is_parallel and job.status != "running":
-            print(f"job {job.number} {job.status}: {_format_result(job)}", flush=True)
+            show(f"{progress.name(job)} {job.status}: {progress.result(job)}")
 
     try:
-        stopped = JobQueue(source, executor, create_job, prepare, on_change).run()
+        with progress.bar if progress.has_bar else nullcontext():
+            stopped = JobQueue(source, executor, create_job, prepare, on_change, progress.wait).run()
     except Exception:
         print(f"After fixing this, continue with: {_resume_command(folder)}", file=sys.stderr, flush=True)
         raise
     finally:
         executor.close()
         if started:
-            print(results.format_results(folder, started), flush=True)
+            show(results.format_results(folder, started))
     jobs.check_all_finished(started, stopped, "sweep", f"Continue with: {_resume_command(folder)}")
     return started
 
@@ -274,13 +283,6 @@ def _composer(loader: ConfigLoader, sweep_config: DictConfig, number: int = 0) -
         return tree
 
     return compose
-
-
-def _format_result(job: Job) -> str:
-    """Watched metric and seconds of a finished job."""
-    report = read_report(job.folder)
-    value = "" if job.watched is None else f"{report['watched_metric']} {job.watched:.4f}, "
-    return f"{value}{report.get('seconds', 0):.0f} s"
 
 
 def _resume_command(folder: Path) -> str:

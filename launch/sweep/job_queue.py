@@ -41,6 +41,10 @@ class Proposal:
 class Source(Protocol):
     """Source of jobs: a grid, or a search that depends on earlier results (ask-and-tell interface)."""
 
+    @property
+    def total(self) -> int:
+        """Number of jobs, of a search at most."""
+
     def ask(self) -> Proposal | None:
         """Return the next job, or None after the last one."""
 
@@ -53,6 +57,7 @@ class JobList:
 
     def __init__(self, combinations: Sequence[list[str]]) -> None:
         self._left = [Proposal(overrides) for overrides in combinations]
+        self.total = len(self._left)
 
     def ask(self) -> Proposal | None:
         return self._left.pop(0) if self._left else None
@@ -70,6 +75,7 @@ class JobQueue:
         prepare: composes and checks its configuration; returns None for a job that it has recorded as failed or as
             already finished.
         on_change: called after a job has started or ended.
+        on_wait: called from time to time while jobs run.
     """
 
     source: Source
@@ -77,6 +83,7 @@ class JobQueue:
     create_job: Callable[[Proposal], Job]
     prepare: Callable[[Job], RunConfig | None]
     on_change: Callable[[Job], None]
+    on_wait: Callable[[], None] = lambda: None
     running: list[tuple[Job, RunningJob]] = field(default_factory=list)
     exhausted: bool = False
     errors: list[Exception] = field(default_factory=list)
@@ -99,6 +106,7 @@ class JobQueue:
                         self.start_next()
                         continue
                 if self.running:
+                    self.on_wait()
                     time.sleep(POLL_SECONDS)
         if self.errors:
             raise self.errors[0]

@@ -27,6 +27,7 @@ from launch.checks import checks
 from launch.config import schema
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import deciding_groups, given_keys, unread_keys, without
+from launch.logging_setup import announce
 from launch.sweep import search_space
 from launch.sweep.grid import CHANGEABLE_ON_RESUME, run_sweep
 from launch.sweep.job_queue import Proposal
@@ -46,6 +47,7 @@ def run_search(loader: ConfigLoader, sweep_config: DictConfig, arguments: Sequen
         InputError: the search space or the settings are invalid, or the folder contains another search.
         exit_codes.Exit: a signal stopped the search, or jobs failed.
     """
+    announce("Checking the search space")
     search = Search(loader, sweep_config, arguments)
     with input_error_when_unusable(search.file):
         run_sweep(loader, sweep_config, search, search.example_jobs(), searched=search.keys)
@@ -211,6 +213,11 @@ class Search:
                 "which cannot be compared.\nSearch them one after the other."
             )
         return metrics.pop() if metrics else metric_names.VAL_LOSS
+
+    @property
+    def total(self) -> int:
+        """Number of trials at most."""
+        return self.settings.n_trials
 
     @property
     def keys(self) -> list[str]:

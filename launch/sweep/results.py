@@ -82,8 +82,17 @@ def _read(folder: Path, mtime: int) -> tuple[dict[str, Any], list[tuple[int, flo
 
 def _varied_keys(planned: Sequence[Job]) -> list[dict[str, str]]:
     """Return for each job its overrides of the keys in which the jobs differ, as {key: value}."""
-    given = [{given_keys([one])[0]: one.partition("=")[2] for one in job.overrides} for job in planned]
-    return varied_values(given)
+    return varied_values([_given(job.overrides) for job in planned])
+
+
+def varied_keys(combinations: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys in which the combinations of overrides differ."""
+    values = varied_values([_given(overrides) for overrides in combinations])
+    return [*dict.fromkeys(key for own in values for key in own)]
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    return {given_keys([one])[0]: one.partition("=")[2] for one in overrides}
 
 
 def _shared_overrides(planned: Sequence[Job]) -> list[str]:

@@ -24,12 +24,12 @@ from callbacks.interrupt import SAME_KEY_PRESS, Interrupt, StoppedNowError
 from callbacks.loggers.tensorboard import TensorBoard
 from callbacks.loggers.wandb import WeightsAndBiases
 from callbacks.loggers.wandb_mode import chosen_mode
-from callbacks.samples import Samples
+from callbacks.samples import Samples, shown_sample
 from gpt2lab.errors import InputError
 from gpt2lab.model.backbone import to_hf
 from gpt2lab.reports.dashboard_views import PRETRAIN
 from gpt2lab.reports.hf_folder import verify_in_fresh_process, write_hf_folder
-from gpt2lab.reports.samples_jsonl import read_samples
+from gpt2lab.reports.samples_jsonl import Sample, read_samples
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint, read_entries
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
@@ -103,6 +103,20 @@ def test_sampling_writes_every_method_and_keeps_the_weights(plain, cache, tmp_pa
     beginning = html.escape(written[0].prompt.strip().splitlines()[0])
     assert beginning
     assert beginning in (tmp_path / "report.html").read_text()
+
+
+SHOWN = {
+    "nucleus of three": (["greedy", "top_k", "nucleus top_p=0.9"], "nucleus top_p=0.9"),
+    "the only method": (["beam"], "beam"),
+    "the last without nucleus": (["greedy", "top_k"], "top_k"),
+}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_terminal_shows_a_sample_as_it_is_written(kind):
+    methods, expected = SHOWN[kind]
+    texts = [Sample(7, "x" * 300 + prompt, '\n\tof \x1b[2J"é"', name) for name in methods for prompt in "ab"]
+    assert shown_sample(texts) == f'— sample of step 7, {expected}\n… {"x" * 199}a\n\tof �[2J"é"'
 
 
 # Throughput and memory

@@ -9,12 +9,12 @@ import lightning
 import pytest
 from lightning.pytorch.callbacks import Timer
 
-from callbacks.progress import format_eta
 from callbacks.remaining_time import remaining_seconds
 from callbacks.samples import Samples
 from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.storage.report_json import read_report
 from gpt2lab.system.run_time import count_events, forward_share
+from gpt2lab.system.terminal import format_time
 from tests.conftest import Train
 from tests.support import tiny_run
 from tests.support.pages import charts_of
@@ -121,9 +121,9 @@ def test_report_adds_the_phases_of_a_resumed_run(
     assert charts_of(finished)[0]["events"] == [[2, "resumed"]]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (3599.5, "60:00"), (61.2, "1:01")])
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (3599.5, "1:00:00"), (61.2, "1:01")])
 def test_seconds_of_the_eta_are_below_sixty(seconds: float, text: str) -> None:
-    assert format_eta(seconds) == f"ETA {text}"
+    assert format_time(seconds) == text
 
 
 def test_eta_ends_with_the_time_limit() -> None:
