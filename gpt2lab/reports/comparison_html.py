@@ -25,11 +25,12 @@ def render(title: str, results: SweepResults, rows: Sequence[Rows]) -> str:
         rows: content of metrics.csv of each run, in the order of `results.runs`.
     """
     status = f"{len(results.runs)} runs: {escape(counts(results))}"
-    body = results_html(results, has_curves=False) + section("Curves", _curves(results, rows))
+    body = results_html(results, has_curves=False) + section("Curves", curves(results, rows))
     return render_page(title, title, status, body + section("Configuration differences", _differences(results)))
 
 
-def _curves(results: SweepResults, rows: Sequence[Rows]) -> str:
+def curves(results: SweepResults, rows: Sequence[Rows]) -> str:
+    """Render the overlaid curves of all runs; empty before any has a value. Arguments as in `render`."""
     setting_of = {run.number: setting for setting in results.settings for run in setting.runs}
     numbers, is_few = setting_numbers(results), len(rows) <= COLOURS
     watched = {group.metric: group.metric for group in results.groups}

@@ -73,7 +73,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> SweepResults:
     names = Counter(run.name for run in runs)
     shown = [run.name if names[run.name] == 1 else str(run) for run in runs]
     numbered = enumerate(zip(runs, shown, _varied(list(map(_configuration, runs))), strict=True))
-    found = [_as_sweep_run(number, run, name, own, out) for number, (run, name, own) in numbered]
+    found = [as_sweep_run(number, run, name, own, out) for number, (run, name, own) in numbered]
     results = group_runs(found, [])
     write_text(out, render("Comparison", results, list(map(read_metrics, runs))))
     return results
@@ -123,7 +123,8 @@ def _varied(configurations: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return [{name: one.get(name, "") for name in varied} for one in configurations]
 
 
-def _as_sweep_run(number: int, folder: Path, name: str, overrides: dict[str, str], out: Path) -> SweepRun:
+def as_sweep_run(number: int, folder: Path, name: str, overrides: dict[str, str], out: Path) -> SweepRun:
+    """Return a run directory's state as a job of a sweep, for the page `out`."""
     listed, report = read_run(folder), read_report(folder)
     has_value = listed.status in COMPARED and listed.value is not None and math.isfinite(listed.value)
     page = os.path.relpath(folder / "report.html", out.absolute().parent)
