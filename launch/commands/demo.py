@@ -4,8 +4,8 @@
     make demo DATA=FOLDER            python -m launch.commands.demo path=FOLDER
     make demo-quick                  python -m launch.commands.demo quick=true
 
-Each stage is a train.py or evaluate.py command, which is printed before it runs. All runs and the page with all of them,
-demo.html, are in runs/demo. Stages that are finished there are not run again, an interrupted one is resumed.
+Each stage is a train.py or evaluate.py command, which is printed before it runs. All runs and their
+page, demo.html, are in runs/demo. Stages that are finished there are not run again, an interrupted one is resumed.
 """
 
 import shlex
@@ -25,10 +25,9 @@ from launch.commands import demo_results
 from launch.commands.demo_clock import STEPS, Clock, in_minutes
 from launch.commands.demo_page import DemoPage
 from launch.commands.demo_stages import (
-    FINETUNED,
     FULL,
     QUICK,
-    RUNNING_TEXT,
+    TRAINED,
     Sizes,
     Stage,
     best_student,
@@ -143,9 +142,7 @@ def print_results(folder: Path, page: DemoPage, console: Console) -> None:
     """Print tables, samples and next commands of a finished demo."""
     whole = HOME / folder
     console.print()
-    console.print(
-        demo_results.results_table(demo_results.results_rows(whole, (*RUNNING_TEXT, FINETUNED)), console.width)
-    )
+    console.print(demo_results.results_table(demo_results.results_rows(whole, TRAINED), console.width))
     console.print("Loss, paired by document:")
     for line in [*demo_results.comparison(whole), demo_results.SPLIT_NOTE]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -173,13 +170,12 @@ def main() -> None:
         return
     arguments, console = parse(words, Arguments), Console()
     sizes = QUICK if arguments.quick else FULL
-    data, identity = ("data=stdlib",), ""
+    data: tuple[str, ...] = ("data=stdlib",)
+    identity = ""
     if arguments.path:
         identity = read_text(arguments.path, sizes)
         data = ("data=text", f"path={Path(arguments.path).expanduser().absolute()}")
-        console.print(
-            "Teacher and students train on your text; the fine-tuning keeps the standard library's functions."
-        )
+        console.print("Teacher and students train on your text; fine-tuning keeps the standard library's functions.")
     code = run_demo(choose_folder(HOME, sizes, data, identity), sizes, data, console)
     if code:
         raise Exit(code)

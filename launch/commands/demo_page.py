@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from gpt2lab.analysis.sweep_runs import group_runs
@@ -11,7 +10,7 @@ from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.metrics_csv import read_metrics
 from launch.commands import demo_results
 from launch.commands.compare import as_sweep_run
-from launch.commands.demo_stages import FINETUNED, RUNNING_TEXT, Stage, best_student
+from launch.commands.demo_stages import FINETUNED, TRAINED, Stage, best_student
 from launch.config.run_dir import CONFIG
 
 FILE = "demo.html"
@@ -62,15 +61,13 @@ class DemoPage:
         ]
         answers = demo_results.summary_scores(self.whole)
         states = {run.overrides["stage"]: run.status for run in runs} | ({running: "running"} if running else {})
-        rows = demo_results.results_rows(
-            self.whole, [name for name in self._names if name in (*RUNNING_TEXT, FINETUNED)]
-        )
+        rows = demo_results.results_rows(self.whole, TRAINED)
         return DemoContent(
             stages=[{"stage": row["stage"], "state": states.get(row["stage"], "waiting"), **row} for row in rows],
             links={run.overrides["stage"]: run.page for run in runs if run.page},
             notes=[*demo_results.comparison(self.whole), demo_results.SPLIT_NOTE],
             scores=demo_results.score_rows(answers) if answers else [],
-            results=group_runs([replace(run, name=_described(run.overrides["stage"])) for run in runs], []),
+            results=group_runs(runs, []),
             rows=[read_metrics(self.whole / name) for name in begun],
             samples=demo_results.sample_columns(self.whole),
             commands=demo_results.next_commands(self._folder, best_student(self.whole)) if is_over else {},

@@ -138,7 +138,7 @@ def print_summary_scores(answers: Answers, console: Console) -> None:
 
 
 def sample_columns(folder: Path, method: str = "nucleus") -> dict[str, dict[str, str]]:
-    """Return the newest samples of teacher, best student and scratch: prompt → stage → text, prompts all of them have."""
+    """Return the newest samples of teacher, best student and scratch: prompt → stage → text."""
     found = {name: _newest(read_samples(folder / name), method) for name in (TEACHER, best_student(folder), SCRATCH)}
     found = {name: texts for name, texts in found.items() if texts}
     prompts = [prompt for prompt in next(iter(found.values()), {}) if all(prompt in texts for texts in found.values())]

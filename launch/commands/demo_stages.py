@@ -12,6 +12,7 @@ from launch.distributed.child_processes import IS_CHECKOUT
 TEACHER, SCRATCH, DISTILLED, FROM_LAYERS = "teacher", "scratch", "distilled", "from_layers"
 FINETUNED, SCORES = "finetuned", "scores"
 RUNNING_TEXT = (TEACHER, SCRATCH, DISTILLED, FROM_LAYERS)  # their losses are on the same targets
+TRAINED = (*RUNNING_TEXT, FINETUNED)
 STUDENTS = (DISTILLED, FROM_LAYERS)
 PLAN, SCORES_FILE = "demo.json", "scores.json"
 
@@ -53,7 +54,7 @@ FULL = Sizes(
     running_text=(),
     finetuning=(),
     texts=400,
-    characters=300_000,
+    characters=200_000,
     seconds={
         TEACHER: (240, 0.6),
         SCRATCH: (40, 0.13),
@@ -68,11 +69,11 @@ QUICK = Sizes(
     teacher=("model=nano",),
     student=("model=nano", "model.n_layer=1", "model.n_embd=64"),
     steps=(40, 30, 30),
-    shared=("context=128", "callbacks.samples.max_new_tokens=24"),
+    shared=("context=128", "callbacks.samples.max_new_tokens=24", "callbacks.final_score=null"),
     running_text=("batch_tokens=1024", "validate_tokens=8192"),
     finetuning=("batch_sequences=8", "validate_tokens=8192", "task.text.examples=16", "task.text.max_new_tokens=24"),
     texts=32,
-    characters=50_000,
+    characters=40_000,
     seconds={
         TEACHER: (25, 0.05),
         SCRATCH: (11, 0.03),
