@@ -9,6 +9,7 @@ from gpt2lab.reports.comparison_html import Rows, curves
 from gpt2lab.reports.page import command, render_page, section
 
 RELOAD_SECONDS = 15
+WORDS = ("stage", "state", "model", "summary")  # columns without numbers
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def _grid(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Render a table whose cells are HTML; the columns after the second have numbers."""
-    kinds = ["" if number < 2 else ' class="number"' for number in range(len(head))]
+    """Render a table whose cells are HTML, numbers to the right."""
+    kinds = ["" if name in WORDS else ' class="number"' for name in head]
     names = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, kinds, strict=True))
     lines = "".join(
         f"<tr>{''.join(f'<td{kind}>{cell}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>" for row in rows

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from launch.distributed.child_processes import IS_CHECKOUT
 COMPARED = ((DISTILLED, SCRATCH), (FROM_LAYERS, SCRATCH), (FROM_LAYERS, DISTILLED), (FROM_LAYERS, TEACHER))
 SHOWN_PROMPTS, SHOWN_EXAMPLES = 2, 3
 SHOWN_LINES = 12  # of a sample
-WIDE = 75  # columns of a terminal in which the whole table fits
+WIDE = 80  # columns of a terminal in which the whole table fits
 SPLIT_NOTE = (
     "The intervals cover validation documents, not seeds; for seeds run python train.py experiment=distill_study."
 )
@@ -62,7 +62,7 @@ def results_rows(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
         rows.append(
             {
                 "stage": name,
-                "model": str(report.get("model", "")),
+                "model": _model(report),
                 "loss": _number(report.get("val_loss"), ".3f"),
                 "± docs": _number(report.get("val_loss_error"), ".3f"),
                 "gap closed": "" if share is None else f"{share[0]:.0%} ± {share[1] or 0:.0%}".replace("%", " %"),
@@ -199,6 +199,11 @@ def next_commands(folder: Path, student: str) -> dict[str, str]:
         ),
         "Own data: your file or folder in place of docs": own,
     }
+
+
+def _model(report: Mapping[str, Any]) -> str:
+    parameters = report.get("parameters")
+    return f"{report.get('model', '')} {parameters / 1e6:.1f}M" if parameters else ""
 
 
 def _number(value: float | None, form: str) -> str:

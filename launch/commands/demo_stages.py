@@ -67,7 +67,7 @@ FULL = Sizes(
 QUICK = Sizes(
     name="demo-quick",
     teacher=("model=nano",),
-    student=("model=nano", "model.n_layer=1", "model.n_embd=64"),
+    student=("model=nano", "model.n_layer=1", "model.n_embd=64", "model.n_head=1"),
     steps=(40, 30, 30),
     shared=("context=128", "callbacks.samples.max_new_tokens=24", "callbacks.final_score=null"),
     running_text=("batch_tokens=1024", "validate_tokens=8192"),
