@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gpt2lab.analysis.sweep_runs import group_runs
@@ -38,7 +39,8 @@ class DemoPage:
     def update(self, running: str) -> None:
         """Rewrite the page if it is due, during the stage `running`."""
         if time.monotonic() >= self._due:
-            self.write(running)
+            with suppress(OSError):  # a full disk ends the stage, where it loses something
+                self.write(running)
 
     def write(self, running: str = "", ended: str = "") -> None:
         """Write the page now.

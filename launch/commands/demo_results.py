@@ -29,11 +29,12 @@ from launch.commands.demo_stages import (
     best_student,
 )
 from launch.distributed.child_processes import IS_CHECKOUT
+from launch.evaluate.score_rows import label
 
 COMPARED = ((DISTILLED, SCRATCH), (FROM_LAYERS, SCRATCH), (FROM_LAYERS, DISTILLED), (FROM_LAYERS, TEACHER))
 SHOWN_PROMPTS, SHOWN_EXAMPLES = 2, 3
 SHOWN_LINES = 12  # of a sample
-WIDE = 80  # columns of a terminal in which the whole table fits
+WIDE = 78  # columns of a terminal in which the whole table fits
 SPLIT_NOTE = (
     "The intervals cover validation documents, not seeds; for seeds run python train.py experiment=distill_study."
 )
@@ -45,7 +46,7 @@ class Answers:
 
     Attributes:
         rows: (whose, score ± error, fine-tuned minus it with its 95 % interval or "").
-        count: scored summaries.
+        metric: name of the score.
     """
 
     rows: list[tuple[str, str, str]]
@@ -66,7 +67,6 @@ def results_rows(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
                 "loss": _number(report.get("val_loss"), ".3f"),
                 "± docs": _number(report.get("val_loss_error"), ".3f"),
                 "gap closed": "" if share is None else f"{share[0]:.0%} ± {share[1] or 0:.0%}".replace("%", " %"),
-                "perplexity": _number(report.get("val_perplexity"), ".1f"),
                 "bits/byte": _number(report.get("bits_per_byte"), ".3f"),
                 "tokens/s": _number(report.get("tokens_per_second"), ",.0f"),
                 "seconds": _number(report.get("seconds"), ".0f"),
@@ -76,12 +76,12 @@ def results_rows(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
 
 
 def results_table(rows: Sequence[dict[str, str]], width: int) -> Table:
-    """Return the table for the terminal, without speed and perplexity on a narrow one."""
-    left_out = () if width >= WIDE else ("perplexity", "tokens/s")
+    """Return the table for the terminal, on a narrow one without what follows from other columns."""
+    left_out = () if width >= WIDE else ("bits/byte", "tokens/s")
     table = Table(title="Trained models", box=SIMPLE_HEAD, padding=0, title_justify="left")
     columns = [column for column in rows[0] if column not in left_out]
     for column in columns:
-        table.add_column(column, justify="left" if column in ("stage", "model") else "right")
+        table.add_column(column, justify="left" if column in ("stage", "model") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     return table
@@ -123,7 +123,7 @@ def _with_error(score: dict[str, Any]) -> str:
 
 def score_rows(answers: Answers) -> list[tuple[str, str, str]]:
     """Return the rows of the table of summaries, the head first."""
-    return [("summary", answers.metric, f"{FINETUNED} minus it, 95 % interval"), *answers.rows]
+    return [("summary", label(answers.metric)[0], f"{FINETUNED} minus it, 95 % interval"), *answers.rows]
 
 
 def print_summary_scores(answers: Answers, console: Console) -> None:
