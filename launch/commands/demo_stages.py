@@ -57,12 +57,12 @@ FULL = Sizes(
     texts=400,
     characters=200_000,
     seconds={
-        TEACHER: (150, 0.38),
-        SCRATCH: (30, 0.1),
-        DISTILLED: (52, 0.2),
-        FROM_LAYERS: (52, 0.2),
-        FINETUNED: (65, 0.11),
-        SCORES: (20, 0),
+        TEACHER: (130, 0.29),
+        SCRATCH: (32, 0.085),
+        DISTILLED: (52, 0.176),
+        FROM_LAYERS: (54, 0.176),
+        FINETUNED: (58, 0.076),
+        SCORES: (18, 0),
     },
 )
 QUICK = Sizes(
