@@ -1,4 +1,8 @@
-"""Clock of the demo: estimates its remaining time after ten steps of the first stage, and again after each stage."""
+"""Clock of the demo: estimates its remaining time after ten steps of the first stage, and again after each stage.
+
+Rule: every part of the demo has a usual time. After ten steps, each part is taken to need as many times its usual time as
+these steps did; after a stage, as many times as the stages so far did.
+"""
 
 import math
 import time
@@ -7,10 +11,6 @@ from collections.abc import Sequence
 from launch.commands.demo_stages import Stage
 
 STEPS = 10  # of the first stage that runs, before the first estimate
-RULE = (
-    "Rule: every part of the demo has a usual time, and takes as many times that as these steps did; after each stage, "
-    "as the stages so far did."
-)
 
 
 class Clock:
@@ -34,8 +34,8 @@ class Clock:
         """Return one line with the estimated total time, from the measured steps of the first stage."""
         total = self.seconds + remaining_seconds(stage, self._stages, seconds_per_step / stage.step_seconds)
         return (
-            f"Estimate: about {in_minutes(total)} in total, after {STEPS} steps of {seconds_per_step:.2f} s "
-            f"(usual: {stage.step_seconds:.2f} s). {RULE}"
+            f"Estimate: about {in_minutes(total)} in total: {STEPS} steps took {seconds_per_step:.2f} s each, "
+            f"usually {stage.step_seconds:.2f} s, and the rest is taken to be slower or faster alike."
         )
 
     def end_stage(self, stage: Stage, seconds: float, is_whole: bool) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from gpt2lab.errors import InputError
 from gpt2lab.evaluation.document_losses import DocumentLosses, share_of_gap
+from gpt2lab.reports import demo_html
 from gpt2lab.reports.samples_jsonl import Sample, append_samples
 from gpt2lab.storage.report_json import read_report
 from launch.commands import demo, demo_results
@@ -25,6 +27,7 @@ from launch.commands.demo_stages import FULL, QUICK, TRAINED, choose_folder, rea
 from launch.exit_codes import exit_code
 from tests.conftest import ROOT
 from tests.launch.commands.test_compare import stored
+from tests.support.chromium import PROGRAM, Browser
 
 DATA = ("data=stdlib",)
 
@@ -65,7 +68,9 @@ def test_estimate_scales_the_usual_times_by_the_measured_step(tmp_path: Path) ->
     usual = sum(stage.seconds for stage in plan[1:]) + (plan[0].steps - 10) * plan[0].step_seconds
     assert remaining_seconds(plan[0], plan, 2.0) == pytest.approx(2 * usual)
     line = Clock(plan).first_estimate(plan[0], 2 * plan[0].step_seconds)
-    assert line.startswith(f"Estimate: about {in_minutes(2 * usual)} in total, after 10 steps of ")
+    assert line.startswith(
+        f"Estimate: about {in_minutes(2 * usual)} in total: 10 steps took 0.58 s each, usually 0.29 s"
+    )
 
 
 def test_estimate_is_corrected_by_the_stages_that_ended(tmp_path: Path) -> None:
@@ -181,6 +186,29 @@ def test_page_shows_all_runs_and_reloads_until_the_end(folder: Path) -> None:
     content = (folder / "demo.html").read_text()
     assert 'http-equiv="refresh"' not in content
     assert "make demo DATA=docs" in content
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="needs Chromium")
+def test_open_page_follows_the_demo(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = DemoPage(folder.parent, Path(folder.name), stages(Path(folder.name), FULL, DATA))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_html, "RELOAD_SECONDS", 1)
+        page.write("from_layers")
+        browser = Browser(tmp_path_factory.mktemp("browser"))
+        try:
+            browser.open(page.address)
+            assert _shows(browser, "from_layers is running")
+            page.write("finetuned")
+            assert _shows(browser, "finetuned is running")
+        finally:
+            browser.close()
+
+
+def _shows(browser: Browser, text: str) -> bool:
+    for _ in range(50):
+        with suppress(AssertionError):  # while the page reloads, it has no content
+            return bool(browser.wait(f"document.body.innerText.includes({text!r})"))
+    return False
 
 
 def paste(command: str) -> subprocess.Popen[str]:
