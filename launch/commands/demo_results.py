@@ -155,7 +155,7 @@ def print_samples(folder: Path, console: Console) -> None:
     for prompt, texts in list(sample_columns(folder).items())[:SHOWN_PROMPTS]:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=True)
         console.rule("nucleus samples after this prompt", style="dim")
-        console.print(prompt, style="bold", markup=False, highlight=False)
+        console.print(prompt.rstrip("\n"), style="bold", markup=False, highlight=False)
         for name in texts:
             table.add_column(name, ratio=1, overflow="fold")
         table.add_row(*(_shortened(text) for text in texts.values()))
