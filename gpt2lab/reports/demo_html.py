@@ -79,7 +79,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _samples(samples: Mapping[str, Mapping[str, str]]) -> str:
     """Render the continuations of each prompt, a column per model."""
     return "".join(
-        f"<h3>after</h3><pre>{escape(prompt)}</pre>"
+        f"<h3>Prompt</h3><pre>{escape(prompt)}</pre>"
         '<div class="texts three">'
         + "".join(f"<div><small>{escape(name)}</small><pre>{escape(text)}</pre></div>" for name, text in texts.items())
         + "</div>"

@@ -57,11 +57,11 @@ FULL = Sizes(
     texts=400,
     characters=200_000,
     seconds={
-        TEACHER: (130, 0.29),
-        SCRATCH: (32, 0.085),
-        DISTILLED: (52, 0.176),
-        FROM_LAYERS: (54, 0.176),
-        FINETUNED: (58, 0.076),
+        TEACHER: (136, 0.29),
+        SCRATCH: (34, 0.085),
+        DISTILLED: (62, 0.176),
+        FROM_LAYERS: (64, 0.176),
+        FINETUNED: (64, 0.076),
         SCORES: (18, 0),
     },
 )
@@ -165,7 +165,7 @@ def stages(folder: Path, sizes: Sizes, data: tuple[str, ...], start: str = FROM_
 
 def _lengths(steps: int) -> tuple[str, ...]:
     quarter = steps // 4
-    return (f"steps={steps}", f"validate_every={steps // 2}", f"checkpoint_every={quarter}", f"sample_every={steps}")
+    return (f"steps={steps}", f"validate_every={quarter}", f"checkpoint_every={quarter}", f"sample_every={steps}")
 
 
 def best_student(whole: Path) -> str:
