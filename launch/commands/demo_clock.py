@@ -46,7 +46,7 @@ class Clock:
         """
         if is_whole:
             self._usual, self._measured = self._usual + stage.seconds, self._measured + seconds
-        later = self._stages[self._stages.index(stage) + 1 :]
+        later = _later(stage, self._stages)
         if not later or not self._usual:
             return ""
         left = sum(one.seconds for one in later) * self._measured / self._usual
@@ -55,8 +55,12 @@ class Clock:
 
 def remaining_seconds(stage: Stage, stages: Sequence[Stage], slower: float) -> float:
     """Return the seconds left after STEPS steps of `stage`, each part `slower` times its usual time."""
-    later = sum(one.seconds for one in stages[stages.index(stage) + 1 :])
+    later = sum(one.seconds for one in _later(stage, stages))
     return slower * (stage.step_seconds * (stage.steps - STEPS) + later)
+
+
+def _later(stage: Stage, stages: Sequence[Stage]) -> Sequence[Stage]:
+    return stages[[one.name for one in stages].index(stage.name) + 1 :]
 
 
 def in_minutes(seconds: float) -> str:

@@ -79,6 +79,8 @@ def test_estimate_is_corrected_by_the_stages_that_ended(tmp_path: Path) -> None:
     assert clock.end_stage(plan[0], 5.0, is_whole=False) == "", "a resumed stage measures nothing"
     left = 3 * sum(stage.seconds for stage in plan[2:])
     assert f"About {in_minutes(left)} left" in clock.end_stage(plan[1], 3 * plan[1].seconds, is_whole=True)
+    other_start = stages(tmp_path, FULL, DATA, "distilled")[4]
+    assert "finetuned took 9 s" in clock.end_stage(other_start, 9.0, is_whole=True)
     assert clock.end_stage(plan[-1], 1.0, is_whole=True) == ""
 
 
