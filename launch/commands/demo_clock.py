@@ -1,7 +1,7 @@
 """Clock of the demo: estimates its remaining time after ten steps of the first stage, and again after each stage.
 
-Rule: every part of the demo has a usual time. After ten steps, each part is taken to need as many times its usual time as
-these steps did; after a stage, as many times as the stages so far did.
+Rule: every part of the demo has a usual time. After ten steps, each part is taken to need as many times its usual time
+as these steps did; after a stage, as many times as the stages so far did.
 """
 
 import math
