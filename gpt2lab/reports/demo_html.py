@@ -41,7 +41,7 @@ class DemoContent:
 def render(title: str, status: str, content: DemoContent) -> str:
     """Render the page; it reloads itself until the demo is over."""
     body = [
-        section("Stages", _stages(content) + "".join(f"<p>{escape(note)}</p>" for note in content.notes)),
+        section("Stages", f"{_stages(content)}<p>{'<br>'.join(map(escape, content.notes))}</p>"),
         section("Summaries of Python functions", _grid(content.scores)),
         section("Curves", curves(content.results, content.rows) if content.rows else ""),
         section("Samples side by side", _samples(content.samples)),

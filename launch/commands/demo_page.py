@@ -51,7 +51,7 @@ class DemoPage:
         """
         begin = time.monotonic()
         status = ended or f"{running or 'The first stage'} is running · this page reloads itself"
-        write_text(self.whole / FILE, render(f"Demo {self._folder.name}", status, self._content(running, bool(ended))))
+        write_text(self.whole / FILE, render(f"Demo in {self._folder}", status, self._content(running, bool(ended))))
         end = time.monotonic()
         self._due = end + max(PAGE_SECONDS, 50 * (end - begin))
 
