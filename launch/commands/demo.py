@@ -32,6 +32,7 @@ from launch.commands.demo_stages import (
     Stage,
     best_student,
     choose_folder,
+    demo_command,
     read_text,
     stages,
 )
@@ -91,7 +92,7 @@ def run_demo(folder: Path, sizes: Sizes, data: tuple[str, ...], console: Console
         stage = next(one for one in stages(folder, sizes, data, best_student(whole)) if one.name == name)
         code = _run_watched(stage, folder, console, page, clock, is_first=name == left[0])
         if code:
-            _print_stop(stage, code, left[left.index(name) :], sizes, console)
+            _print_stop(stage, code, left[left.index(name) :], demo_command(sizes, data), console)
             page.write(ended=f"{name} ended with exit code {code}")
             return code
     page.write(ended="All stages are finished")
@@ -128,11 +129,11 @@ def _seconds_per_step(run: Path) -> float | None:
     return float(row[TOKENS]) / int(row[STEP]) / float(row[TOKENS_PER_SECOND])
 
 
-def _print_stop(stage: Stage, code: int, left: Sequence[str], sizes: Sizes, console: Console) -> None:
+def _print_stop(stage: Stage, code: int, left: Sequence[str], again: str, console: Console) -> None:
     later = f"; {', '.join(left[1:])} did not start" if left[1:] else ""
     console.print(
         f"\nThe demo stopped: stage {stage.name} ended with exit code {code}{later}.\n"
-        f"make {sizes.name} with the same DATA continues: finished stages are kept, this one is resumed.",
+        f"Continue with: {again}\nFinished stages are kept, and this one is resumed.",
         highlight=False,
         soft_wrap=True,
     )

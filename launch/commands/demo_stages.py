@@ -1,6 +1,7 @@
 """Stages of the demo: the command, title and usual time of each, in order; and what the reader's text needs."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +167,15 @@ def stages(folder: Path, sizes: Sizes, data: tuple[str, ...], start: str = FROM_
 def _lengths(steps: int) -> tuple[str, ...]:
     quarter = steps // 4
     return (f"steps={steps}", f"validate_every={quarter}", f"checkpoint_every={quarter}", f"sample_every={steps}")
+
+
+def demo_command(sizes: Sizes, data: tuple[str, ...]) -> str:
+    """Return the command that starts or continues this demo."""
+    path = next((shlex.quote(word.removeprefix("path=")) for word in data if word.startswith("path=")), "")
+    if IS_CHECKOUT:
+        return f"make {sizes.name}" + (f" DATA={path}" if path else "")
+    quick = " quick=true" if sizes.name == QUICK.name else ""
+    return f"python -m launch.commands.demo{quick}" + (f" path={path}" if path else "")
 
 
 def best_student(whole: Path) -> str:

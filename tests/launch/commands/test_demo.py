@@ -53,10 +53,10 @@ def test_better_student_is_fine_tuned(tmp_path: Path) -> None:
 def test_failing_stage_names_what_remains_and_how_to_continue(tmp_path: Path) -> None:
     output = io.StringIO()
     sizes = replace(QUICK, steps=(-1, 1, 1))
-    assert demo.run_demo(tmp_path, sizes, DATA, Console(file=output, width=200)) == 2
+    assert demo.run_demo(tmp_path, sizes, ("data=text", "path=my notes"), Console(file=output, width=200)) == 2
     printed = output.getvalue()
     assert "stage teacher ended with exit code 2; scratch, distilled, from_layers, finetuned, scores did" in printed
-    assert "make demo-quick with the same DATA continues" in printed
+    assert "Continue with: make demo-quick DATA='my notes'" in printed
     assert printed.startswith(f"All runs on one page, updated while they train: {tmp_path.as_uri()}/demo.html")
     page = (tmp_path / "demo.html").read_text()
     assert "teacher ended with exit code 2" in page
