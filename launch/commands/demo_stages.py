@@ -45,8 +45,8 @@ class Sizes:
     seconds: dict[str, tuple[float, float]]
 
 
-# (seconds of the stage, of one of its first steps) on two idle CPU cores with bf16 instructions. Only their ratios matter: the
-# estimate scales them by what it measures.
+# (seconds of the stage, of one of its first steps) on two idle CPU cores with bf16 instructions. Only their ratios
+# matter: the estimate scales them by what it measures.
 FULL = Sizes(
     name="demo",
     teacher=("model=micro",),
