@@ -11,7 +11,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 # A process for each core and a thread for each process: twice as fast on two cores as one process with two threads.
 IN_PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-all check format bench chaos docs wandb-merge gpu-check clean
+.PHONY: help setup demo demo-quick test test-all check format bench chaos docs wandb-merge gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,8 +26,11 @@ $(READY_DEV): $(READY) requirements-dev.txt
 	@./setup.sh dev
 	@touch $@
 
-demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, then one table
-	@$(PYTHON_IN_VENV) -m launch.commands.demo
+demo: $(READY) ## pretrain, distil and fine-tune on this machine in minutes, on one page (DATA=your file or folder)
+	@$(PYTHON_IN_VENV) -m launch.commands.demo $(if $(DATA),path="$(DATA)")
+
+demo-quick: $(READY) ## the same with tiny models in a minute (DATA=)
+	@$(PYTHON_IN_VENV) -m launch.commands.demo quick=true $(if $(DATA),path="$(DATA)")
 
 test: $(READY_DEV) ## the tests that run in minutes
 	@$(IN_PARALLEL) -m "not slow and not chaos"

@@ -10,7 +10,7 @@ Clustered Data.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ SACREBLEU_METRICS = ("bleu", "chrf")
 
 @dataclass(frozen=True)
 class TextScore:
-    """Score from 0 to 100 with its error.
+    """Score from 0 to 100, or difference of two, with its error.
 
     Attributes:
         value: None where the metric applies to no text, as where no reference has a placeholder.
@@ -53,34 +53,66 @@ def text_scores(
     Raises:
         ValueError: no text, or the numbers of predictions and references differ.
     """
+    found = _resampled_scores(list(names), predictions, references, seed, groups)
+    return {name: _interval(*one) for name, one in found.items()}
+
+
+def text_differences(
+    names: Iterable[str],
+    predictions: list[str],
+    others: list[str],
+    references: list[str],
+    seed: int = 0,
+    groups: Sequence[int] | None = None,
+) -> dict[str, TextScore]:
+    """Return the score of `predictions` minus that of `others` by metric name, paired by document.
+
+    Both are scored on the same resampled documents, so that their difficulty cancels. Arguments as in `text_scores`.
+    """
     names = list(names)
+    ours, theirs = (_resampled_scores(names, texts, references, seed, groups) for texts in (predictions, others))
+    differences = {}
+    for name, (score, resampled, _) in ours.items():
+        other, other_resampled, _ = theirs[name]
+        apart = [mine - its for mine, its in zip(resampled, other_resampled, strict=True)]
+        differences[name] = _interval(None if score is None or other is None else score - other, apart)
+    return differences
+
+
+def _resampled_scores(
+    names: list[str], predictions: list[str], references: list[str], seed: int, groups: Sequence[int] | None
+) -> dict[str, tuple[float | None, list[float], str]]:
+    """Return (score, scores of the resamples, signature) by metric name.
+
+    The resamples depend on the names, references, seed and groups only.
+    """
     values = per_text_scores(names, predictions, references)
     documents = _texts_of_documents(groups if groups is not None else range(len(references)))
     generator = np.random.default_rng(seed)
-    scores = {}
+    scores: dict[str, tuple[float | None, list[float], str]] = {}
     for name in names:
         if name in SACREBLEU_METRICS:
-            scores[name] = _sacrebleu_score(name, predictions, references, documents, generator)
+            scores[name] = _sacrebleu_scores(name, predictions, references, documents, generator)
         elif name in values:
-            scores[name] = _mean_score(values[name], documents, generator)
+            scores[name] = _mean_scores(values[name], documents, generator)
         else:
             resampled = [
                 macro_f1([predictions[n] for n in texts], [references[n] for n in texts])
                 for texts in _resample(documents, generator)
             ]
-            scores[name] = _interval(macro_f1(predictions, references), resampled)
+            scores[name] = macro_f1(predictions, references), resampled, ""
     return scores
 
 
-def _mean_score(
+def _mean_scores(
     values: Sequence[float | None], documents: list[NDArray[np.int64]], generator: np.random.Generator
-) -> TextScore:
-    """Score of a metric that is a mean over texts."""
+) -> tuple[float | None, list[float], str]:
+    """Score a metric that is a mean over texts."""
     known = np.array([np.nan if value is None else value for value in values])
     if np.isnan(known).all():
-        return TextScore(None, None, None, None)
+        return None, [], ""
     resampled = [known[texts] for texts in _resample(documents, generator)]
-    return _interval(mean_or_nan(values), [float(np.nanmean(one)) for one in resampled if not np.isnan(one).all()])
+    return mean_or_nan(values), [float(np.nanmean(one)) for one in resampled if not np.isnan(one).all()], ""
 
 
 def _texts_of_documents(groups: Sequence[int]) -> list[NDArray[np.int64]]:
@@ -98,25 +130,24 @@ def _resample(documents: list[NDArray[np.int64]], generator: np.random.Generator
     return [np.concatenate([documents[number] for number in one]) for one in numbers]
 
 
-def _interval(value: float, resampled: list[float]) -> TextScore:
-    if not resampled:
-        return TextScore(value, None, None, None)
+def _interval(value: float | None, resampled: list[float], signature: str = "") -> TextScore:
+    if value is None or not resampled:
+        return TextScore(value, None, None, None, signature)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return TextScore(value, float(np.std(resampled)), float(low), float(high))
+    return TextScore(value, float(np.std(resampled)), float(low), float(high), signature)
 
 
-def _sacrebleu_score(
+def _sacrebleu_scores(
     name: str,
     predictions: list[str],
     references: list[str],
     documents: list[NDArray[np.int64]],
     generator: np.random.Generator,
-) -> TextScore:
-    """Score of a corpus metric; resamples are scored from the sums of each text's statistics."""
+) -> tuple[float, list[float], str]:
+    """Score a corpus metric; resamples are scored from the sums of each text's statistics."""
     metric = sacrebleu_metric(name, references)
     statistics = metric._extract_corpus_statistics(predictions, [references])  # per text
     resampled = [
         metric._aggregate_and_compute([statistics[n] for n in texts]).score for texts in _resample(documents, generator)
     ]
-    score = _interval(metric._aggregate_and_compute(statistics).score, resampled)
-    return replace(score, signature=str(metric.get_signature()))
+    return metric._aggregate_and_compute(statistics).score, resampled, str(metric.get_signature())

@@ -107,3 +107,31 @@ def loss_difference(first: DocumentLosses | None, second: DocumentLosses | None)
 
     ours, theirs = (torch.tensor(one.nats, dtype=torch.float64) for one in (first, second))
     return paired_mean_difference(ours, theirs, torch.tensor(first.targets))
+
+
+def share_of_gap(
+    student: DocumentLosses | None, scratch: DocumentLosses | None, teacher: DocumentLosses | None
+) -> tuple[float, float | None] | None:
+    """Return (share of the gap between scratch and teacher that the student closes, its error between documents).
+
+    None unless all have the same targets and the teacher is better than scratch.
+    """
+    if student is None or scratch is None or teacher is None:
+        return None
+    if not (student.same_targets(scratch) and student.same_targets(teacher)):
+        return None
+    import torch
+
+    from gpt2lab.evaluation.distillation_metrics import gap_closed
+    from gpt2lab.evaluation.jackknife import TOKENS, Figures, Sums, standard_errors, total
+
+    named = {"scratch": scratch, "student": student, "teacher": teacher}
+    sums = {name: torch.tensor(one.nats, dtype=torch.float64) for name, one in named.items()}
+    sums[TOKENS] = torch.tensor(student.targets)
+
+    def share(found: Sums) -> Figures:
+        closed = gap_closed(*((found[name] / found[TOKENS]).item() for name in named))
+        return {} if closed is None else {"share": closed}
+
+    whole = share(total(sums)).get("share")
+    return None if whole is None else (whole, standard_errors(sums, share).get("share"))

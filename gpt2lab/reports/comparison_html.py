@@ -30,7 +30,7 @@ def render(title: str, results: SweepResults, rows: Sequence[Rows]) -> str:
     status = f"{len(results.runs)} runs: {escape(counts(results))}"
     notes = "".join(f"<p>{escape(note)}</p>" for note in work_notes(results, rows))
     body = notes + results_html(results, is_comparison=True)
-    body += section("Curves", _curves(results, rows))
+    body += section("Curves", curves(results, rows))
     return render_page(title, title, status, body + section("Configuration differences", _differences(results)))
 
 
@@ -62,7 +62,8 @@ def work_notes(results: SweepResults, rows: Sequence[Rows]) -> list[str]:
     return notes
 
 
-def _curves(results: SweepResults, rows: Sequence[Rows]) -> str:
+def curves(results: SweepResults, rows: Sequence[Rows]) -> str:
+    """Render the overlaid curves of all runs; empty before any has a value. Arguments as in `render`."""
     setting_of = {run.number: setting for setting in results.settings for run in setting.runs}
     numbers, is_few = setting_numbers(results), len(rows) <= COLOURS
     watched = {group.metric: group.metric for group in results.groups}

@@ -75,7 +75,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> tuple[SweepResults, list
     names = Counter(run.name for run in runs)
     shown = [run.name if names[run.name] == 1 else str(run) for run in runs]
     numbered = enumerate(zip(runs, shown, varied_values(list(map(_configuration, runs))), strict=True))
-    found = [_as_sweep_run(number, run, name, own, out) for number, (run, name, own) in numbered]
+    found = [as_sweep_run(number, run, name, own, out) for number, (run, name, own) in numbered]
     results = group_runs(found, [])
     rows = list(map(read_metrics, runs))
     write_text(out, render("Comparison", results, rows))
@@ -119,7 +119,8 @@ def _flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, st
             yield where, text.rpartition(".")[2].lower() if name == "_target_" else text
 
 
-def _as_sweep_run(number: int, folder: Path, name: str, overrides: dict[str, str], out: Path) -> SweepRun:
+def as_sweep_run(number: int, folder: Path, name: str, overrides: dict[str, str], out: Path) -> SweepRun:
+    """Return a run directory's state as a job of a sweep, for the page `out`."""
     listed, report = read_run(folder), read_report(folder)
     has_value = listed.status in COMPARED and listed.value is not None and math.isfinite(listed.value)
     page = os.path.relpath(folder / "report.html", out.absolute().parent)

@@ -1,180 +1,186 @@
-"""Demo: pretrains a teacher, distills it, compares with training from scratch and fine-tunes, all through train.py.
+"""Demo: pretrains a teacher, distills it in two ways, compares with training from scratch and fine-tunes the result.
 
-    make demo        or        python -m launch.commands.demo
+    make demo                  or    python -m launch.commands.demo
+    make demo DATA=FOLDER            python -m launch.commands.demo path=FOLDER
+    make demo-quick                  python -m launch.commands.demo quick=true
 
-Each stage is a train.py command, which is printed before it runs. All runs are in runs/demo-<time>.
+Each stage is a train.py or evaluate.py command, which is printed before it runs. All runs and their
+page, demo.html, are in runs/demo. Stages that are finished there are not run again, an interrupted one is resumed.
 """
 
-import json
-import math
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from gpt2lab.errors import InputError
-from gpt2lab.evaluation.document_losses import loss_difference, read_document_losses
-from gpt2lab.storage.report_json import read_report
+from gpt2lab.keys import key
+from gpt2lab.metric_names import TOKENS, TOKENS_PER_SECOND
+from gpt2lab.storage.metrics_csv import STEP, read_metrics
+from launch.commands import demo_results
+from launch.commands.demo_clock import STEPS, Clock, in_minutes
+from launch.commands.demo_page import DemoPage
+from launch.commands.demo_stages import (
+    FULL,
+    QUICK,
+    TRAINED,
+    Sizes,
+    Stage,
+    best_student,
+    choose_folder,
+    demo_command,
+    read_text,
+    stages,
+)
+from launch.config.key_value_cli import describe, parse
+from launch.config.run_dir import CONFIG
 from launch.distributed import child_processes
 from launch.distributed.child_processes import IS_CHECKOUT, ROOT
 from launch.exit_codes import Exit, run_and_exit
 
 HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
-TRAIN = ("train.py",) if IS_CHECKOUT else ("-m", "gpt2lab_scripts.train")
-
-# Optimizer steps of each stage; the demo takes four minutes on two CPU cores with bf16 instructions
-TEACHER_STEPS = 320
-STUDENT_STEPS = 200
-FINETUNE_STEPS = 120
-
-PROMPT_COUNT = 3
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One command of the demo.
+class Arguments:
+    """Arguments of the command."""
 
-    Attributes:
-        name: name of its run directory.
-        title: heading on the terminal.
-        arguments: arguments of train.py.
-    """
-
-    name: str
-    title: str
-    arguments: tuple[str, ...]
+    path: str = key("your text in place of the standard library's source code: a file, folder or glob", "")
+    quick: bool = key("the same stages with tiny models, in a minute", False)
 
 
-def stages(folder: Path) -> list[Stage]:
-    """Return the four commands; the two students differ only in the teacher (same seed, weights, batches, schedule)."""
-    student = ("model=nano", "data=stdlib", *_lengths(STUDENT_STEPS))
-    teacher = folder / "teacher"
-    return [
-        Stage(
-            "teacher",
-            "Pretraining a teacher (micro) on the standard library's source code",
-            ("task=pretrain", "model=micro", "data=stdlib", *_lengths(TEACHER_STEPS)),
-        ),
-        Stage("distilled", "Distilling it into a student (nano)", ("task=distill", *student, f"teacher={teacher}")),
-        Stage(
-            "scratch",
-            "Training the same student without the teacher, on the same batches",
-            ("task=pretrain", *student),
-        ),
-        Stage(
-            "finetuned",
-            "Fine-tuning the distilled student: function body to summary line",
-            ("task=finetune", "data=summarize", f"init={folder / 'distilled'}", *_lengths(FINETUNE_STEPS)),
-        ),
-    ]
-
-
-def _lengths(steps: int) -> tuple[str, ...]:
-    return (f"steps={steps}", f"validate_every={steps // 2}", f"checkpoint_every={steps}", f"sample_every={steps}")
-
-
-def run_stage(stage: Stage, folder: Path, console: Console) -> int:
-    """Run one command with its output on the terminal; return its exit code."""
-    command = [*TRAIN, *stage.arguments, f"run_dir={folder / stage.name}"]
-    console.rule(f"[bold]{stage.title}")
-    console.print("python " + shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    environment = {"WANDB_RUN_GROUP": folder.name, **child_processes.environment()}
-    process = subprocess.Popen([sys.executable, *command], cwd=HOME, env=environment, start_new_session=True)
-    with child_processes.forward_signals(lambda number: child_processes.send(number, [process.pid])):
-        return process.wait()
-
-
-def results_table(reports: dict[str, dict[str, Any]]) -> Table:
-    """Return a table with one row per stage, from its report.json."""
-    table = Table(title="Trained models", box=SIMPLE_HEAD, padding=0)  # fits into 80 columns
-    for column in ("stage", "model", "loss", "± docs", "perplexity", "bits/byte", "ROUGE-L", "tokens/s", "seconds"):
-        table.add_column(column, justify="left" if column in ("stage", "model") else "right")
-    for name, report in reports.items():
-        table.add_row(
-            name,
-            str(report["model"]),
-            _number(report.get("val_loss"), ".3f"),
-            _number(report.get("val_loss_error"), ".3f"),
-            _number(report.get("val_perplexity"), ".1f"),
-            _number(report.get("bits_per_byte"), ".3f"),
-            _number(report["metrics"].get("val/rougeL"), ".3f"),
-            _number(report.get("tokens_per_second"), ",.0f"),
-            _number(report.get("seconds"), ".0f"),
-        )
-    return table
-
-
-def comparison(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
-    """Format the difference in loss between the distilled student and the one from scratch, paired by document."""
-    runs = ("distilled", "scratch")
-    ours, theirs = (reports[run]["val_loss"] for run in runs)
-    difference = loss_difference(*(read_document_losses(folder / run) for run in runs))
-    found = f"{ours - theirs:+.3f} nats".replace("-", "−") if difference is None else str(difference)
-    return (
-        f"At equal tokens, loss of the distilled student minus that of the student from scratch: {found}.\n"
-        "The interval covers validation documents, not seeds; for seeds run python train.py "
-        "experiment=distill_study."
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None or not math.isfinite(value) else format(value, form)
-
-
-def show_samples(run: Path, console: Console) -> None:
-    """Print the last greedy sample of the first prompts of a run."""
-    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = {sample["prompt"]: sample for sample in lines if sample["method"] == "greedy"}
-    for sample in list(last.values())[:PROMPT_COUNT]:
-        console.rule(f"{run.name}, {sample['method']}", style="dim")
-        console.print(sample["prompt"], style="bold", markup=False, highlight=False, end="")
-        console.print(sample["completion"], markup=False, highlight=False)
-
-
-def run_demo(folder: Path, console: Console) -> int:
-    """Run all stages and print the results; return the exit code of the first stage that fails, else 0.
+def run_stage(stage: Stage, folder: Path, console: Console, watch: Callable[[], None]) -> int:
+    """Run one command with its output on the terminal; return its exit code.
 
     Args:
-        folder: parent of the run directories, relative to the checkout or, when installed, to the working directory.
+        watch: called about twice a second meanwhile.
     """
-    begin = time.monotonic()
-    plan = stages(folder)
-    for number, stage in enumerate(plan, 1):
-        code = run_stage(stage, folder, console)
+    console.rule(f"[bold]{stage.title}")
+    console.print("python " + shlex.join(stage.command), style="dim", markup=False, highlight=False, soft_wrap=True)
+    environment = {"WANDB_RUN_GROUP": folder.name, **child_processes.environment()}
+    process = subprocess.Popen([sys.executable, *stage.command], cwd=HOME, env=environment, start_new_session=True)
+    with child_processes.forward_signals(lambda number: child_processes.send(number, [process.pid])):
+        while True:
+            try:
+                return process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                watch()
+
+
+def run_demo(folder: Path, sizes: Sizes, data: tuple[str, ...], console: Console) -> int:
+    """Run the stages that are not finished and print the results; return the exit code of one that fails, else 0.
+
+    Args:
+        folder: parent of the run directories, relative to HOME.
+        data: keys of the text.
+    """
+    whole, plan = HOME / folder, stages(folder, sizes, data)
+    page = DemoPage(HOME, folder, plan)
+    page.write()
+    console.print(f"All runs on one page, updated while they train: {page.address}", highlight=False, soft_wrap=True)
+    left = [stage.name for stage in plan if not stage.is_done(whole)]
+    done = [stage.name for stage in plan if stage.name not in left]
+    if done:
+        console.print(f"Finished before and not run again: {', '.join(done)}. To train anew, remove {folder}.")
+    clock = Clock([stage for stage in plan if stage.name in left])
+    for name in left:
+        stage = next(one for one in stages(folder, sizes, data, best_student(whole)) if one.name == name)
+        code = _run_watched(stage, folder, console, page, clock, is_first=name == left[0])
         if code:
-            console.print(
-                f"\nThe demo stopped: stage {number} of {len(plan)}, {stage.name}, ended with exit code {code}."
-            )
+            _print_stop(stage, code, left[left.index(name) :], demo_command(sizes, data), console)
+            page.write(ended=f"{name} ended with exit code {code}")
             return code
-    reports = {stage.name: read_report(HOME / folder / stage.name) for stage in plan}
-    console.print()
-    console.print(results_table(reports))
-    console.print(comparison(HOME / folder, reports), highlight=False, soft_wrap=True)
-    show_samples(HOME / folder / "finetuned", console)
-    console.rule()
-    console.print(f"{time.monotonic() - begin:.0f} seconds in total. Reports:", highlight=False)
-    for stage in plan:
-        console.print(f"  {folder / stage.name / 'report.html'}", highlight=False, soft_wrap=True)
+    page.write(ended="All stages are finished")
+    print_results(folder, page, console)
+    console.print(f"{in_minutes(clock.seconds)} in total.", highlight=False)
     return 0
 
 
-def _program(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+def _run_watched(stage: Stage, folder: Path, console: Console, page: DemoPage, clock: Clock, is_first: bool) -> int:
+    """Run one stage while its page is updated and the time left is estimated."""
+    run = HOME / folder / stage.name
+    is_whole, begin, printed = not (run / CONFIG).is_file(), time.monotonic(), False
+
+    def watch() -> None:
+        nonlocal printed
+        page.update(stage.name)
+        if is_first and is_whole and not printed and (seconds := _seconds_per_step(run)):
+            printed = True
+            # above the progress bar of the stage, which is drawn again below
+            console.file.write("\r\033[2K" if console.is_terminal else "")
+            console.print(clock.first_estimate(stage, seconds), style="bold", highlight=False)
+
+    code = run_stage(stage, folder, console, watch)
+    if not code and (line := clock.end_stage(stage, time.monotonic() - begin, is_whole)):
+        console.print(line, style="bold", highlight=False)
+    return code
+
+
+def _seconds_per_step(run: Path) -> float | None:
+    """Return the mean of the first STEPS steps of a run; None before they are logged."""
+    row = next((row for row in read_metrics(run) if int(row[STEP]) >= STEPS), None)
+    if row is None or not row.get(TOKENS_PER_SECOND) or not float(row[TOKENS_PER_SECOND]):
+        return None
+    return float(row[TOKENS]) / int(row[STEP]) / float(row[TOKENS_PER_SECOND])
+
+
+def _print_stop(stage: Stage, code: int, left: Sequence[str], again: str, console: Console) -> None:
+    later = f"; {', '.join(left[1:])} did not start" if left[1:] else ""
+    console.print(
+        f"\nThe demo stopped: stage {stage.name} ended with exit code {code}{later}.\n"
+        f"Continue with: {again}\nFinished stages are kept, and this one is resumed.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_results(folder: Path, page: DemoPage, console: Console) -> None:
+    """Print tables, samples and next commands of a finished demo."""
+    whole = HOME / folder
+    console.print()
+    console.print(demo_results.results_table(demo_results.results_rows(whole, TRAINED), console.width))
+    console.print("Loss, paired by document:")
+    for line in [*demo_results.comparison(whole), demo_results.SPLIT_NOTE]:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print()
+    answers = demo_results.summary_scores(whole)
+    if answers:
+        demo_results.print_summary_scores(answers, console)
+    demo_results.print_samples(whole, console)
+    demo_results.print_examples(whole, console)
+    console.rule("next")
+    for title, command in demo_results.next_commands(folder, best_student(whole)).items():
+        console.print(f"{title}\n  {command}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Page of all runs\n  {page.address}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the demo.
+
+    Raises:
+        InputError: invalid arguments, or too little text.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\n{describe(Arguments)}")
         return
-    if arguments:
-        raise InputError(f"The demo has no arguments, but {arguments[0]} is given.\nLeave it out.")
-    code = run_demo(Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), Console())
+    arguments, console = parse(words, Arguments), Console()
+    sizes = QUICK if arguments.quick else FULL
+    data: tuple[str, ...] = ("data=stdlib",)
+    identity = ""
+    if arguments.path:
+        identity = read_text(arguments.path, sizes)
+        data = ("data=text", f"path={Path(arguments.path).expanduser().absolute()}")
+        console.print("Teacher and students train on your text; fine-tuning keeps the standard library's functions.")
+    code = run_demo(choose_folder(HOME, sizes, data, identity), sizes, data, console)
     if code:
         raise Exit(code)
 
 
 if __name__ == "__main__":
-    run_and_exit(lambda: _program(sys.argv[1:]))
+    run_and_exit(main)

@@ -98,6 +98,7 @@ class Scored:
             differ; None if they did not score the same bytes.
         minus_teacher, minus_baseline: difference of the loss, paired by document.
         texts: text metrics of the completions, for pairs.
+        minus_answers: difference of `texts` to those of trivial answers without a model, by the name of the answer.
         speeds: decoding speed by batch size.
         zero_shot: {task/metric: (value, standard error)}.
     """
@@ -109,6 +110,7 @@ class Scored:
     minus_teacher: "DocumentDifference | None" = None
     minus_baseline: "DocumentDifference | None" = None
     texts: "dict[str, TextScore]" = field(default_factory=dict)
+    minus_answers: "dict[str, dict[str, TextScore]]" = field(default_factory=dict)
     speeds: "list[DecodingSpeed]" = field(default_factory=list)
     zero_shot: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
@@ -167,18 +169,19 @@ def evaluate(arguments: Arguments) -> Results:
     described = eval_data.describe_data(specs[0].config, modules[0])
     results = Results([], {}, left_out, specs[0].config.context, described, scorers[0].sampling)
     tasks = lm_eval_harness.find_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
+    answers = scorers[0].trivial_answers()
+    if answers:
+        with Phase("baselines without a model"):
+            results.baselines = {name: scorers[0].score_texts(texts) for name, texts in answers.items()}
     loaded = [compared_models.load(other) for other in track(others, "load the compared models", len(others))]
     for number, (model, scorer) in enumerate(zip(checkpoints, scorers, strict=True), 1):
         if len(checkpoints) > 1:
             scorer.label = f"{number}/{len(checkpoints)} {Path(model.source).name}: "
-        results.checkpoints.append(scorer.score(model, loaded, tasks))
+        results.checkpoints.append(scorer.score(model, loaded, tasks, answers))
         first, newest = results.checkpoints[0], results.checkpoints[-1]
         if newest is not first:
             newest.minus_first = paired_difference(newest.score, first.score)
         warn_of_few_groups(newest.score.sums[TOKENS])
-        if not results.baselines and results.checkpoints[0].texts:
-            with Phase("baselines without a model"):
-                results.baselines = scorer.baselines()
     return results
 
 
@@ -250,17 +253,24 @@ class _Scorer:
             raise InputError(f"{unread[0]}= is for pairs, but these data are running text.\nLeave it out.")
 
     def score(
-        self, model: NamedModel, others: "list[Backbone]", tasks: "lm_eval_harness.TaskSet | None" = None
+        self,
+        model: NamedModel,
+        others: "list[Backbone]",
+        tasks: "lm_eval_harness.TaskSet | None",
+        answers: dict[str, list[str]],
     ) -> Scored:
         """Compute all requested results of a checkpoint.
 
         Args:
             others: [], [teacher] or [teacher, baseline].
+            answers: `trivial_answers`, which the completions are compared with; empty: none are scored.
         """
         backbone = compared_models.load(model)
         found = self._compare(others, backbone, model.source)
-        if self.has_pairs and self.arguments.texts and self._metrics:
-            found.texts = self._score_texts(backbone)
+        if answers:
+            completions = self._completions(backbone)
+            found.texts = self.score_texts(completions)
+            found.minus_answers = {name: self._difference(completions, texts) for name, texts in answers.items()}
         if self.arguments.decode:
             found.speeds = self._measure_speeds(backbone)
         if tasks is not None:
@@ -270,22 +280,34 @@ class _Scorer:
             )
         return found
 
-    def baselines(self) -> "dict[str, dict[str, TextScore]]":
-        """Return text metrics of trivial answers without a model, by name."""
-        from gpt2lab.evaluation.bootstrap import text_scores
+    def trivial_answers(self) -> dict[str, list[str]]:
+        """Return answers without a model to the scored prompts, by name; empty where no texts are scored."""
+        if not (self.has_pairs and self.arguments.texts and self._metrics):
+            return {}
         from gpt2lab.evaluation.text_baselines import text_baselines
 
+        sources, _ = self.data.val_texts(self.arguments.texts)
         answers = text_baselines(self._metrics, self.data.training_pairs())
-        sources, references = self.data.val_texts(self.arguments.texts)
-        return {
-            name: text_scores(
-                self._metrics,
-                [answer(source) for source in sources],
-                references,
-                groups=self.data.val_groups(self.arguments.texts),
-            )
-            for name, answer in answers.items()
-        }
+        return {name: [answer(source) for source in sources] for name, answer in answers.items()}
+
+    def score_texts(self, texts: list[str]) -> "dict[str, TextScore]":
+        """Return text metrics of one text per scored prompt."""
+        from gpt2lab.evaluation.bootstrap import text_scores
+
+        return text_scores(self._metrics, texts, self._references, groups=self._groups)
+
+    def _difference(self, texts: list[str], others: list[str]) -> "dict[str, TextScore]":
+        from gpt2lab.evaluation.bootstrap import text_differences
+
+        return text_differences(self._metrics, texts, others, self._references, groups=self._groups)
+
+    @property
+    def _references(self) -> list[str]:
+        return self.data.val_texts(self.arguments.texts)[1]
+
+    @property
+    def _groups(self) -> list[int]:
+        return self.data.val_groups(self.arguments.texts)
 
     @property
     def _metrics(self) -> list[str]:
@@ -321,8 +343,7 @@ class _Scorer:
             found.minus_baseline = paired_difference(comparison.student, comparison.baseline)
         return found
 
-    def _score_texts(self, backbone: "Backbone") -> "dict[str, TextScore]":
-        from gpt2lab.evaluation.bootstrap import text_scores
+    def _completions(self, backbone: "Backbone") -> list[str]:
         from gpt2lab.generation.completion import complete, distinct_seed
 
         prompts = self.data.val_prompts(self.arguments.texts)
@@ -339,9 +360,7 @@ class _Scorer:
                 row_seeds=[distinct_seed(self.arguments.seed, number) for number in range(len(prompts))],
                 on_texts=phase.advance,
             )
-        _, references = self.data.val_texts(self.arguments.texts)
-        decoded = [self.tokenizer.decode(completion) for completion in completions]
-        return text_scores(self._metrics, decoded, references, groups=self.data.val_groups(self.arguments.texts))
+        return [self.tokenizer.decode(completion) for completion in completions]
 
     def _measure_speeds(self, backbone: "Backbone") -> "list[DecodingSpeed]":
         import numpy as np

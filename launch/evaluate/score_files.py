@@ -12,6 +12,7 @@ from launch.config.key_value_cli import check_output_file
 from launch.evaluate.score_rows import COUNTS, Row, differences, direction, label, score_rows
 
 if TYPE_CHECKING:
+    from gpt2lab.evaluation.bootstrap import TextScore
     from launch.evaluate.score_checkpoints import Arguments, Results, Scored
 
 
@@ -64,10 +65,7 @@ def to_json(results: "Results", arguments: "Arguments") -> dict[str, Any] | list
     for content in objects:
         content |= {"sampling": results.sampling.label} if "texts" in content else {}
     if results.baselines:
-        answers = {
-            name: {metric: asdict(score) for metric, score in scores.items()}
-            for name, scores in results.baselines.items()
-        }
+        answers = {name: _as_objects(scores) for name, scores in results.baselines.items()}
         for content in objects:
             content["baselines"] = answers
     return objects[0] if len(objects) == 1 else objects
@@ -113,7 +111,11 @@ def _to_object(scored: "Scored", arguments: "Arguments") -> dict[str, Any]:
     for name, found in differences(scored).items():
         content[name] = asdict(found)
     if scored.texts:
-        content["texts"] = {name: asdict(score) for name, score in scored.texts.items()}
+        content["texts"] = _as_objects(scored.texts)
+        content["texts_minus"] = {
+            answer: {name: asdict(one) for name, one in scores.items()}
+            for answer, scores in scored.minus_answers.items()
+        }
     if scored.speeds:
         content["decoding"] = [asdict(speed) for speed in scored.speeds]
     if scored.zero_shot:
@@ -121,3 +123,7 @@ def _to_object(scored: "Scored", arguments: "Arguments") -> dict[str, Any]:
             name: {"value": value, "standard_error": error} for name, (value, error) in scored.zero_shot.items()
         }
     return content
+
+
+def _as_objects(scores: "dict[str, TextScore]") -> dict[str, Any]:
+    return {name: asdict(score) for name, score in scores.items()}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DUPLICATES = (DISTILL_TEACHER_LOSS, DISTILL_ECE, DISTILL_TEACHER_ECE)  # same as `loss` and `ece` of the two models
 
+MINUS = "_minus_"  # between a figure and what is subtracted
 INTERVAL = "_interval"  # suffix of the 95 % interval of a difference, which has its own line in tables
 MEMORY = "decode_memory_gb_"  # prefix
 COUNTS = ("tokens", "bytes")  # exact numbers, which are not plotted
@@ -143,6 +144,9 @@ def label(name: str) -> tuple[str, str]:
         return f"memory, batch {name.rpartition('_')[2]}", "GB of weights and decoding"
     if name.endswith(INTERVAL):
         return "95 % interval", "of this difference"
+    if name not in LABELS and MINUS in name:
+        metric, _, answer = name.partition(MINUS)
+        return f"{label(metric)[0]} − {answer.replace('_', ' ')}", "paired by document"
     return LABELS.get(name, (name, "zero-shot"))
 
 
@@ -170,6 +174,9 @@ def _figures(scored: "Scored") -> dict[str, Figure]:
         name: Figure(one.value, one.standard_error, one.low, one.high) for name, one in differences(scored).items()
     }
     found |= _text_figures(scored.texts)
+    for answer, scores in scored.minus_answers.items():
+        watched = dict(list(scores.items())[:1])
+        found |= {f"{name}{MINUS}{answer.replace(' ', '_')}": one for name, one in _text_figures(watched).items()}
     for speed in scored.speeds:
         found[f"decode_tokens_per_second_{speed.batch}"] = Figure(speed.tokens_per_second, speed.standard_error)
         if speed.memory_bytes is not None and speed.memory_standard_error is not None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gpt2lab.metric_names import DISTILL_ACCEPTANCE, DISTILL_GAP_CLOSED, DISTILLATION
-from launch.evaluate.score_rows import INTERVAL, Figure, Interval, Row, label, score_rows
+from launch.evaluate.score_rows import INTERVAL, MINUS, Figure, Interval, Row, label, score_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ def with_intervals(row: Row) -> Row:
     figures = dict[str, Figure]()
     for name, one in row.figures.items():
         figures[name] = one
-        if "_minus_" in name and one.low is not None:
+        if MINUS in name and one.low is not None:
             figures[f"{name}{INTERVAL}"] = Interval(one.value, one.standard_error, one.low, one.high)
     return Row(row.name, figures)
 

@@ -8,7 +8,7 @@ from typing import Any
 from gpt2lab.analysis.study_results import KD, LAYERS, SCRATCH, TOKENS, Arm, StudyResults, arm_result, contrasts
 from gpt2lab.analysis.sweep_runs import SweepRun, group_runs
 from gpt2lab.metric_names import DISTILLATION
-from gpt2lab.reports import comparison_html, report_html, scores_html, study_html, sweep_html
+from gpt2lab.reports import comparison_html, demo_html, report_html, scores_html, study_html, sweep_html
 from gpt2lab.reports.run_texts import Example
 from gpt2lab.reports.samples_jsonl import Sample
 
@@ -103,6 +103,23 @@ def study_page() -> str:
     return study_html.render(LONG, StudyResults([1, 2, 3], LONG, 2.9, [], arms, contrasts(arms), [HOSTILE]))
 
 
+def demo_page() -> str:
+    stages = [{"stage": name, "state": "finished", "model": "nano 0.9M", "loss": "3.123"} for name in (LONG, HOSTILE)]
+    texts = dict.fromkeys(("teacher", LONG, HOSTILE), f"    return {LONG}\n{HOSTILE}\n" * 5)
+    content = demo_html.DemoContent(
+        stages=stages,
+        links={LONG: "teacher/report.html"},
+        notes=[f"{LONG} − {HOSTILE}: −0.4000 nats"],
+        scores=[("summary", "ROUGE-L"), (HOSTILE, "20.3 ± 1.1")],
+        results=group_runs(sweep_runs(), []),
+        rows=[metrics()] * 12,
+        samples={f"def {LONG}(a):": texts},
+        commands={"Own data": f"make demo DATA={LONG}"},
+        is_over=True,
+    )
+    return demo_html.render(f"Demo {HOSTILE}", HOSTILE, content)
+
+
 def result_pages() -> dict[str, str]:
     """Return one page of each kind."""
     results = group_runs(sweep_runs(), [f"path={LONG}"])
@@ -113,4 +130,5 @@ def result_pages() -> dict[str, str]:
         "study": study_page(),
         "scores": scores_html.render(LONG, [scores_html.Panel("loss", "nats per token", "← better", bars)]),
         "comparison": comparison_html.render("Comparison", results, [metrics()] * 12),
+        "demo": demo_page(),
     }

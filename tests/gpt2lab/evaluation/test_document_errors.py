@@ -35,7 +35,7 @@ from gpt2lab.settings import ObjectiveSettings
 from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.metrics_csv import MetricsFile
 from gpt2lab.storage.report_json import read_report
-from launch.commands import demo
+from launch.commands import demo_results
 from launch.sweep import results, study_table
 from launch.sweep.jobs import Job
 from tests.conftest import SHRUNK, Answer, Command, Train
@@ -251,8 +251,7 @@ def _stored(folder: Path, apart: float, data: str = "abc") -> DocumentLosses:
 
 
 def _demo(folder: Path) -> str:
-    reports = {name: read_report(folder / name) for name in ("distilled", "scratch")}
-    return demo.comparison(folder, reports)
+    return "\n".join(demo_results.comparison(folder))
 
 
 def _sweep(folder: Path) -> str:

@@ -8,7 +8,7 @@ import torch
 from sacrebleu.metrics import CHRF
 
 from gpt2lab.data.document_groups import WindowDocuments, document_sums
-from gpt2lab.evaluation.bootstrap import text_scores
+from gpt2lab.evaluation.bootstrap import text_differences, text_scores
 from gpt2lab.evaluation.document_losses import DocumentLosses
 from gpt2lab.evaluation.jackknife import TOKENS, GroupedSums, Sums, interval_factor, mean_error, standard_errors
 from gpt2lab.evaluation.text_metrics import text_metrics
@@ -90,6 +90,17 @@ def test_values_are_those_without_an_interval_and_lie_in_it() -> None:
         low, high = found[name].low, found[name].high
         assert low - 1e-9 <= found[name].value <= high + 1e-9
     assert "nc:6" in found["chrf"].signature
+
+
+@pytest.mark.parametrize("name", ["rougeL", "bleu", "chrf", "exact", "f1"])
+def test_difference_of_texts_is_paired_by_document(name: str) -> None:
+    better = [*REFERENCES[:30], *PREDICTIONS[30:]]
+    found = text_differences([name], better, PREDICTIONS, REFERENCES)[name]
+    ours, theirs = (text_scores([name], texts, REFERENCES)[name] for texts in (better, PREDICTIONS))
+    assert found.value == pytest.approx(ours.value - theirs.value)
+    assert 0 < found.low < found.value < found.high
+    same = text_differences([name], PREDICTIONS, PREDICTIONS, REFERENCES, groups=[n // 4 for n in range(48)])[name]
+    assert same.value == same.low == same.high == 0
 
 
 def test_single_text_has_no_interval() -> None:

@@ -274,6 +274,9 @@ def test_pairs_are_scored_together_with_model_free_baselines(evaluate_here, tmp_
     assert sorted(scores["baselines"]) == ["copy", "first words", "word table"]
     # “call it” against “it was called”: one word of two and of three, whose harmonic mean is 2/5
     assert scores["baselines"]["copy"]["rougeL"]["value"] == pytest.approx(40)
+    apart = scores["texts"]["rougeL"]["value"] - 40
+    assert scores["texts_minus"]["copy"]["rougeL"]["value"] == pytest.approx(apart)
+    assert "ROUGE-L − copy" in done.stdout
     assert "word table" in done.stdout
     assert "ROUGE-L" in done.stdout
     assert f"chrF: {scores['texts']['chrf']['signature']}" in done.stdout
