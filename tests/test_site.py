@@ -15,6 +15,7 @@ pytest.importorskip("mkdocs")
 from docs import run_tutorials, site_hooks
 
 NOTEBOOKS = run_tutorials.NOTEBOOKS
+LOADED = re.compile(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*\shref=\"?https?:")  # from a server
 MOST_BYTES = 300_000  # of a notebook with its outputs
 
 
@@ -42,7 +43,9 @@ def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     for page in tmp_path.rglob("*.html"):
-        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*\shref=\"?https?:", page.read_text())
+        loaded = re.findall(
+            r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*\shref=\"?https?:", page.read_text()
+        )
         assert not loaded, page
         assert 'class="mermaid"' not in page.read_text(), "Material loads mermaid from a server"
     index = json.loads((tmp_path / "search/search_index.json").read_text())
