@@ -7,12 +7,14 @@ composes and checks every command.
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SHRUNK, Answer, Command, Train, command_here
+from tests.conftest import SHRUNK, Answer, Command, Train, command_here, environment
 from tests.support.extending import forgetting_plugins, write_examples
 from tests.test_readme import PAGES, ROOT, commands, first_choice
 
@@ -20,9 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # Reasons for which a command is composed and checked, but not run.
 COMPOSED_ONLY = {
-    "a data set or model of the Hub": r"=gpt2\b|=gpt2-|fineweb|=hub\b|=xsum|data\.dataset=|lm_eval=|_owt|_dolly",
+    "a data set or model of the Hub": r"=gpt2\b|fineweb|=hub\b|=xsum|data\.dataset=|lm_eval=|_owt|_dolly|_presets",
     "GPUs, several devices or a cluster": r"accelerator=gpu|devices=|launcher=|model=(small|medium|xl)|/big",
-    "a server that stays": r"serve=true",
+    "a login, or a server that stays": r"serve=true|dashboards",
     "a run, sweep or study made earlier": r"resume=|THE SAME|sweeps/|runs/demo-|runs/translate|/translate|draft",
     "a search or study of many runs": r"hparams_search=|experiment=distill_study",
     "a file or package of yours": r"nanoGPT/|mypkg|my_conf",
@@ -80,7 +82,8 @@ def at_home(
     train_here: Train, tmp_path: Path, sources: Path, stored_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The files and runs that the pages name, in the working directory."""
-    (tmp_path / "notes").mkdir()
+    for folder in ("notes", "sweeps"):
+        (tmp_path / folder).mkdir()
     text = (sources / "textwrap.py").read_text()
     for name in ("notes/a.md", "notes.txt", "heldout.txt"):
         (tmp_path / name).write_text(text)
@@ -149,6 +152,14 @@ def test_a_generate_command_of_the_pages_runs(
     run: Callable[..., Answer] = command_here("generate.py", generate.main, monkeypatch, capfd)
     ended = run(*shlex.split(command), "max_new_tokens=4")
     assert ended.code == 0, ended.stderr
+
+
+@pytest.mark.parametrize("command", [each for each in runnable("-m") if each.startswith("launch.commands")])
+def test_a_module_of_the_pages_runs(command: str, at_home: Path, cache: Path) -> None:
+    words = [sys.executable, "-m", *shlex.split(command)]
+    inherited = {**environment(cache), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(words, cwd=at_home, env=inherited, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_convention_of_what_runs_is_on_the_front_page() -> None:
