@@ -33,26 +33,33 @@ MOST_LINES = 24
 COLUMNS = "100"
 
 
+def working_copy() -> Path:
+    """Return a new folder with links to the files of the repository; runs are written to it."""
+    folder = Path(tempfile.mkdtemp())
+    for file in ROOT.iterdir():
+        if file.name not in ("runs", "sweeps", "studies"):
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
 def run_commands(commands: str, folder: Path) -> str:
-    """Return the output of a block of commands, run in a folder; `python train.py` is that of the repository.
+    """Return the output of a block of commands, run in a folder from `working_copy`.
 
     Raises:
         RuntimeError: a command failed; the message has its output.
     """
-    script = re.sub(r"python (\w+\.py)", rf"python {ROOT}/\1", commands)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": COLUMNS, "WANDB_MODE": "disabled"}
     ended = subprocess.run(
-        ["bash", "-ec", script],
+        ["bash", "-ec", commands],
         cwd=folder,
-        env=environment,
+        env={**os.environ, "PATH": path, "COLUMNS": COLUMNS, "WANDB_MODE": "disabled"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     if ended.returncode:
         raise RuntimeError(f"{commands}{ended.stdout}")
-    return ended.stdout.replace(f"{ROOT}/", "").replace(f"{folder}/", "")
+    return ended.stdout.replace(f"{folder}/", "")
 
 
 def renewed(page: str, run: Callable[[str], str]) -> str:
@@ -104,7 +111,7 @@ def main(arguments: list[str]) -> int:
         print(f"Unknown arguments {' '.join(arguments)}; allowed: tutorials or notebooks", file=sys.stderr)
         return 2
     if "notebooks" not in arguments:
-        folder = Path(tempfile.mkdtemp())
+        folder = working_copy()
         for page in TUTORIALS:
             page.write_text(renewed(page.read_text(), lambda commands: run_commands(commands, folder)))
             for html, picture in PICTURE.findall(page.read_text()):

@@ -55,16 +55,17 @@ def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_tutorials_run_in_their_order(tmp_path: Path) -> None:
+def test_the_tutorials_run_in_their_order() -> None:
     """Every command as it is written, with fewer steps and texts."""
+    folder = run_tutorials.working_copy()
 
     def run(commands: str) -> str:
-        return run_tutorials.run_commands(re.sub(r"\b(steps|texts)=\d+", r"\1=4", commands), tmp_path)
+        return run_tutorials.run_commands(re.sub(r"\b(steps|texts)=\d+", r"\1=4", commands), folder)
 
     for page in run_tutorials.TUTORIALS:
         new = run_tutorials.renewed(page.read_text(), run)
         assert len(run_tutorials.COMMANDS.findall(new)) == len(run_tutorials.COMMANDS.findall(page.read_text()))
-        assert all((tmp_path / html).is_file() for html, _ in run_tutorials.PICTURE.findall(new))
+        assert all((folder / html).is_file() for html, _ in run_tutorials.PICTURE.findall(new))
 
 
 def test_stored_notebooks_have_outputs_and_are_small() -> None:
