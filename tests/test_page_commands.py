@@ -4,6 +4,7 @@
 composes and checks every command.
 """
 
+import io
 import re
 import shlex
 import shutil
@@ -31,9 +32,19 @@ COMPOSED_ONLY = {
     "output of a moment": r"--help|--version|--cfg",
 }
 MODEL = [key for key in SHRUNK if key.startswith("model.")]
-USUAL = {key.partition("=")[0]: key for key in SHRUNK if not key.startswith("model.")}
-SHORT = ["steps=2", "validate_every=2", "checkpoint_every=2", "schedule.warmup_steps=1", "seed=1", "preflight=off"]
-PAIRS = ["task.text.examples=2", "task.text.max_new_tokens=4", "batch_sequences=4"]
+USUAL = [key for key in SHRUNK if not key.startswith("model.")]
+SHORT = ["steps=2", "validate_every=2", "checkpoint_every=2", "schedule.warmup_steps=1", "run_dir=run"]
+TEXT_OF_PAIRS = ["task.text.examples=2", "task.text.max_new_tokens=4"]
+LEFT_OUT = ("name", "n_jobs")  # a run of that name exists; one job
+# Keys that another key of the command rules out.
+RULED_OUT = {
+    "val_path": ("val_fraction",),
+    "logger.": ("logger",),
+    "sampling": ("callbacks",),
+    "epochs": ("steps",),
+    "trainer.fast_dev_run": ("schedule.warmup_steps",),
+}
+SMALLER = {"epochs": "epochs=1", "task.frozen_layers": "task.frozen_layers=1"}
 
 
 def measurements_left_out(program: str) -> list[str]:
@@ -52,23 +63,27 @@ def runnable(program: str) -> list[str]:
 def tiny_words(command: str, sources: Path) -> list[str]:
     """Return the words of a command with a tiny model, little text and two steps; of a sweep its first job."""
     words = [first_choice(word) for word in shlex.split(command) if word != "-m"]
-    given = {word.partition("=")[0] for word in words}
-    task = next((word for word in words if word.startswith("task=")), "task=pretrain")
-    own_model = "init" not in given and task != "task=finetune"
-    pairs = task == "task=finetune" or bool(re.search(r"data=(summarize|pairs|classify|translate)", command))
-    short = [*SHORT, *(MODEL if own_model else []), *(PAIRS if pairs else [])]
-    usual = dict(USUAL)
+    words = [SMALLER.get(name_of(word), word) for word in words if name_of(word) not in LEFT_OUT]
+    pairs = bool(re.search(r"task=finetune|data=(summarize|pairs|classify|translate)", command))
+    added = [*SHORT, *(["batch_sequences=4", "context=32", "precision=fp32"] if pairs else USUAL)]
     if pairs:
-        usual = {name: key for name, key in usual.items() if name not in ("data", "batch_tokens", "val_fraction")}
-    if task != "task=distill":
-        short.remove("preflight=off")
-    if not any(word.startswith(("data=", "path=")) for word in words) and "data" in usual:
-        short.append(f"path={sources}")
-    short = [word for word in short if not (word.startswith("batch_sequences") and "batch_sequences" in given)]
-    replaced = {word.partition("=")[0] for word in short} | ({"vocab_size", "context", "batch_tokens"} & given)
-    kept = [word for word in words if word.partition("=")[0] not in replaced]
-    names = {word.partition("=")[0] for word in kept}
-    return [*kept, *(key for name, key in usual.items() if name not in names), *short]
+        added += ["callbacks=minimal", "logger=none", *(TEXT_OF_PAIRS if "task=finetune" in words else [])]
+    if "task=finetune" not in words and "model=auto" not in words:
+        added += MODEL
+    if "task=distill" in words:
+        added += ["preflight=off", "teacher=runs/pretrain/teacher"]
+    if not re.search(r"\bpath=|data=(stdlib|classify|translate)", command):
+        added.append(f"path={sources}")
+    ruled_out = {key for given, keys in RULED_OUT.items() for word in words if word.startswith(given) for key in keys}
+    short = {name_of(word) for word in SHORT}
+    words = [word for word in words if name_of(word) not in short]
+    given_names = {name_of(word) for word in words} | ruled_out
+    return [*words, *(word for word in added if name_of(word) not in given_names)]
+
+
+def name_of(word: str) -> str:
+    """Return the key of an override."""
+    return word.partition("=")[0]
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +139,8 @@ def make_runs(train_here: Train, sources: Path) -> None:
         [*text, "run_dir=runs/distill/student", "task=distill", "teacher=runs/pretrain/teacher", "preflight=off"],
         [
             *("task=finetune", "data=summarize", f"path={sources}", "init=runs/distill/student", "context=32"),
-            *("precision=fp32", "callbacks=minimal", "logger=none", "steps=2", "run_dir=runs/finetune/summary", *PAIRS),
+            *("precision=fp32", "callbacks=minimal", "logger=none", "steps=2", "run_dir=runs/finetune/summary"),
+            *("batch_sequences=4", *TEXT_OF_PAIRS),
         ],
     ):
         ended = train_here(*words)
@@ -149,6 +165,7 @@ def test_a_generate_command_of_the_pages_runs(
 ) -> None:
     import generate
 
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import os\n"))  # of a command without a prompt
     run: Callable[..., Answer] = command_here("generate.py", generate.main, monkeypatch, capfd)
     ended = run(*shlex.split(command), "max_new_tokens=4")
     assert ended.code == 0, ended.stderr
