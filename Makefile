@@ -64,8 +64,10 @@ bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/pa
 chaos: $(READY_DEV) ## tests that kill processes and damage files, in an hour
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m chaos
 
-docs: $(READY) ## rewrite docs/reference.md from conf/
+docs: $(READY_DEV) ## rewrite docs/reference.md from conf/, then build the site: build/site/index.html
 	@$(PYTHON_IN_VENV) -m docs.build_reference
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo "Open build/site/index.html"
 
 wandb-merge: $(READY) ## one offline W&B run of a run that was killed and resumed (RUN=DIR), for wandb sync
 	@$(PYTHON_IN_VENV) -m launch.commands.wandb_merge $(RUN)

@@ -141,6 +141,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "reviews.csv").write_text("text,label\na,b\n")
     (tmp_path / "pairs.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "gpt2lab").symlink_to(ROOT / "gpt2lab")
     write_examples(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
