@@ -161,7 +161,7 @@ def _row(score: Score, facts: Mapping[str, Any]) -> tuple[str, str, str, str]:
     if not where and score.tokens:
         where = f"{score.tokens:,} tokens of the validation split"
     if score.benchmark and facts.get("benchmark_limit"):
-        where = f"{score.benchmark}, the first {facts['benchmark_limit']:,} examples"
+        where = f"{score.benchmark}, at most {facts['benchmark_limit']:,} examples"
     error = "" if score.error is None else f"± {significant(score.error, 2)}"
     return score.name, f"{score.value:.4g}", error, where or "validation split"
 

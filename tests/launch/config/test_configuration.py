@@ -85,6 +85,8 @@ def fits(row: dict[str, str]) -> bool:
         return False
     if row["objective"] in ("mlm", "fim") and not is_running_text:
         return False
+    if row["callbacks"] == "benchmarks" and row["objective"] in ("mlm", "prefix_lm"):
+        return False
     if row["task"] == "distill" and row["objective"] != "clm":
         drawn_anew = is_running_text and row["objective"] != "sampled_softmax" and row["teacher_cache"] != "none"
         on_other_text = row["sequences"] != "data" or row["loss"] == "uld"
@@ -149,6 +151,8 @@ def with_every_value(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 KINDS = {group: [value for value in values if ALIKE[group][value]] for group, values in GROUPS.items()}
 INVALID: set[Pair] = {
     (("data", "pairs"), ("objective", "fim")),
+    (("callbacks", "benchmarks"), ("objective", "mlm")),
+    (("callbacks", "benchmarks"), ("objective", "prefix_lm")),
     (("data", "pairs"), ("objective", "mlm")),
     (("data", "stdlib"), ("task", "finetune")),
     (("launcher", "ray"), ("precision", "fp16")),
