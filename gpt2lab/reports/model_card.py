@@ -13,7 +13,7 @@ from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.reports.card_metadata import Score, card_license, distillation_scores, languages, metadata, scores
 from gpt2lab.reports.card_usage import FOLDER, usage
 from gpt2lab.reports.lineage import Ancestor
-from gpt2lab.reports.number_format import duration, significant
+from gpt2lab.reports.number_format import significant
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.model_folder import read_objective, read_pair_template
 
@@ -73,7 +73,6 @@ def _summary(facts: Mapping[str, Any]) -> str:
         STEPS: str(facts[STEPS]) if facts.get(STEPS) is not None else "",
         "target tokens trained on": _count(facts.get("tokens_seen")),
         "languages": ", ".join(languages(facts)),
-        "time": duration(facts["seconds"]) if facts.get("seconds") else "",
         "trained with": "gpt2-lab",
     }
     return _list(f"{name}: {value}" for name, value in named.items() if value)

@@ -263,6 +263,7 @@ NODES = {target: kind for kinds in PLACES.values() for target, kind in kinds.ite
 EXPERIMENT = Key("recipe: values of many groups and keys at once, which the command line overrides")
 
 
+SURELY_MISSPELT = 0.85  # similarity to a key beside it from which that is meant, not a key elsewhere with this name
 # Type of a key → classes of its value, and of a list's items
 KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
     int: ((int,), object),
@@ -326,10 +327,12 @@ def unknown_key(given: str, siblings: list[str]) -> InputError:
     prefix, _, ending = given.rpartition(".")
     if owners := _values_with(given):
         return InputError(f"There is no key {given} here.\nIt is read with {' or '.join(owners)}.")
-    same = next((key for key in known_keys() if key.rpartition(".")[2] == ending), "")
-    meant = "" if same else elsewhere(given)
+    meant = elsewhere(given)
     by_ending = {key.rpartition(".")[2]: key for key in siblings}
-    near = same or meant or by_ending.get(next(iter(difflib.get_close_matches(ending, by_ending, n=1)), ""), "")
+    sibling = by_ending.get(next(iter(difflib.get_close_matches(ending, by_ending, n=1)), ""), "")
+    same = next((key for key in known_keys() if key.rpartition(".")[2] == ending), "")
+    is_misspelt = difflib.SequenceMatcher(None, ending, sibling.rpartition(".")[2]).ratio() > SURELY_MISSPELT
+    near = meant or (sibling if is_misspelt else "") or same or sibling
     suggestion = "" if prefix else nearest(given, known_keys())
     lines = [f"There is no key {given}{f' (did you mean {near}?)' if near else suggestion}."]
     if meant:

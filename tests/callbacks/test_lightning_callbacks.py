@@ -135,8 +135,8 @@ def test_a_callback_is_added_with_and_without_a_plus(plus: str):
         (f"{ADDED}.EarlyStopping", "missing a required argument: 'monitor'"),
         (f"{ADDED}.Timer +callbacks.my._partial_=true", "_partial_ is not supported"),
         ("callbacks.my.duration=3", "no key callbacks.my"),
-        ("callbacks=samples", "Allowed: default, inspect, minimal"),
-        ("callbacks=parts/samples", "Allowed: default, inspect, minimal"),
+        ("callbacks=samples", "Allowed: benchmarks, default, inspect, layer_stats, minimal"),
+        ("callbacks=parts/samples", "Allowed: benchmarks, default, inspect, layer_stats, minimal"),
         ("logger.x._target_=lightning.pytorch.loggers.CSVLogger logger.x.save_dr=x", "did you mean save_dir?"),
     ],
 )

@@ -27,6 +27,7 @@ from datamodules.pairs import PairData
 from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.errors import InputError
 from gpt2lab.settings import TokenizerChoice
+from launch.run.build import READ_BEFORE_IT_IS_BUILT
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf" / "data"
@@ -65,8 +66,7 @@ def make(file: Path | str, cache: Path, changed: dict[str, object] | None = None
 def preset(name: str, cache: Path, changed: dict[str, object] | None = None) -> PairData:
     """A preset of conf/data, with its own keys, as the launcher builds it."""
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
-    own = ("_target_", "kind", "default_tokenizer")
-    keys = {key: value for key, value in content["data"].items() if key not in own}
+    keys = {key: value for key, value in content["data"].items() if key not in ("_target_", *READ_BEFORE_IT_IS_BUILT)}
     return make("", cache, {**keys, "source": content["source"], "target": content["target"], **(changed or {})})
 
 

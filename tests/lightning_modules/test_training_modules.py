@@ -79,6 +79,9 @@ class CountingData(lightning.LightningDataModule):
             references[rows] if references else None,
         )
 
+    def val_groups(self, count: int) -> list[int]:
+        return list(range(count))
+
     def train_dataloader(self) -> "CountingStream":
         return CountingStream(self, self.trainer.global_step)
 

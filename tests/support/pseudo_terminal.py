@@ -53,6 +53,14 @@ class PseudoTerminal:
             assert self._read(), f"{text!r} is not shown:\n{self.shown}"
         self._waited = self.shown.index(text, self._waited) + len(text)
 
+    def interrupt_until(self, text: str) -> None:
+        """Press Ctrl-C until a text is shown; readline misses one between showing its prompt and waiting for keys."""
+        while text not in self.shown[self._waited :]:
+            self.type("\x03")
+            while text not in self.shown[self._waited :] and select.select([self._keyboard], [], [], 5)[0]:
+                assert self._read(), f"{text!r} is not shown:\n{self.shown}"
+        self._waited = self.shown.index(text, self._waited) + len(text)
+
     def end(self) -> int:
         """Wait for the end; return the exit code."""
         while self._read():

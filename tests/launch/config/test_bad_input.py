@@ -114,7 +114,7 @@ BEFORE_ANY_IMPORT = [
     ("strategy=fsdp strategy.bucket_cap_mb=50", "only strategy=auto and strategy=ddp read it"),
     ("strategy.bucket_cap_mb=0", "at least 1"),
     ("strategy.find_unused_parameters=perhaps", "auto, true, false"),
-    ("callbacks=parts/samples", "Allowed: default, inspect, minimal"),
+    ("callbacks=parts/samples", "Allowed: benchmarks, default, inspect, layer_stats, minimal"),
     ("callbacks.my._target_=lightning.pytorch.callbacks.StochasticWeightAveraging", "Use ema=0.999"),
     ("callbacks.my._target_=lightning.pytorch.callbacks.EarlyStopping callbacks.my.monitor=val_loss", "val/loss?"),
     ("hydra/launcher=basic", "launcher=processes"),

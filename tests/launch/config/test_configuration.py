@@ -20,7 +20,7 @@ from launch.checks import checks
 from launch.config import run_dir, run_spec
 from launch.config.run_spec import PreparedSpec, RunSpec
 from launch.config.schema import ModelKeys, RunConfig
-from launch.run import auto_settings, build, resolve
+from launch.run import auto_settings, build, resolve, run_panels
 from tests.conftest import ROOT, SHRUNK, Train
 from tests.support.configurations import BPE, composed, prepared, resolved
 
@@ -313,14 +313,13 @@ def test_automatic_precision_follows_the_cpu(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_automatic_precision_logs_its_choice_and_reason(
+def test_automatic_precision_is_shown_with_its_reason(
     has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(auto_settings, "cpu_has_bf16", lambda: has_bf16)
     logging_setup.configure_logging()
-    assert resolved(composed("precision=auto", "accelerator=cpu", "devices=1")).machine.precision.name == precision
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"precision={precision}: this CPU" in line
+    spec = resolved(composed("precision=auto", "accelerator=cpu", "devices=1"))
+    assert run_panels._precision(spec).startswith(f"{precision}: this CPU")
     resolved(composed("precision=fp32", "accelerator=cpu", "devices=1"))
     assert capsys.readouterr().err == ""
     resolved(composed("precision=bf16_true", "accelerator=cpu", "devices=1"))

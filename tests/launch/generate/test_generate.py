@@ -314,8 +314,7 @@ def test_ctrl_c_ends_the_text_and_at_the_prompt_the_program(tmp_path: Path) -> N
         shown.type("\x03")
         shown.wait_for("\r\nThis text was stopped. Ctrl-D ends the program.\r\n")
         shown.wait_for("> ")
-    shown.type("\x03")
-    shown.wait_for("\r\nEnded by Ctrl-C.\r\n")
+    shown.interrupt_until("\r\nEnded by Ctrl-C.\r\n")
     assert shown.end() == exit_codes.INTERRUPTED
     assert "Traceback" not in shown.shown
     assert json.loads(written.read_text()) == []

@@ -186,8 +186,8 @@ def test_finished_run_prints_its_loss_in_one_line(tiny: list[str], train_here: T
     assert answer.code == 0, answer.stderr
     report = json.loads(Path("runs/pretrain/mine/report.json").read_text())
     assert report["val_loss"] > 0, "the last step is validated though 1000 does not divide 2"
-    last = answer.stdout.strip().splitlines()[-1]
-    assert last == f"finished: val/loss {report['val_loss']:.4f} · runs/pretrain/mine/report.html"
+    lines = answer.stdout.splitlines()
+    assert lines.count(f"finished: val/loss {report['val_loss']:.4f}") == 1
 
 
 def test_resume_auto_starts_and_then_continues(tiny: list[str], train_here: Train):
