@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -44,9 +45,10 @@ def best_of(run: Path) -> tuple[int, float]:
 
 
 def exported(run: Path) -> dict[str, str]:
-    """Return the hash of each file of hf/."""
-    files = [path for path in (run / "hf").rglob("*") if path.is_file()]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Return the hash of each file of hf/, of the card without the command, which names the run directory."""
+    files = {str(path.relative_to(run)): path.read_bytes() for path in (run / "hf").rglob("*") if path.is_file()}
+    files["hf/README.md"] = re.sub(rb"\bpython \S*train\.py .*", b"", files["hf/README.md"])
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def without_card(files: dict[str, str]) -> dict[str, str]:
