@@ -68,13 +68,16 @@ FULL = Sizes(
 )
 QUICK = Sizes(
     name="demo-quick",
-    teacher=("model=nano",),
+    teacher=("model=nano", UNVERIFIED),
     student=("model=nano", "model.n_layer=1", "model.n_embd=64", "model.n_head=1"),
     steps=(40, 30, 30),
-    shared=("context=128", "callbacks.samples.max_new_tokens=24", "callbacks.final_score=null"),
+    shared=("context=128", "callbacks.samples.max_new_tokens=24", "callbacks.final_score=null", "logger=csv"),
     running_text=("batch_tokens=1024", "validate_tokens=8192"),
-    finetuning=("batch_sequences=8", "validate_tokens=8192", "task.text.examples=16", "task.text.max_new_tokens=24"),
-    texts=32,
+    finetuning=(
+        *("batch_sequences=8", "validate_tokens=8192", UNVERIFIED),
+        *("task.text.examples=16", "task.text.max_new_tokens=24"),
+    ),
+    texts=16,
     characters=40_000,
     seconds={
         TEACHER: (14, 0.1),

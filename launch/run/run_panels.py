@@ -18,6 +18,7 @@ from launch.run import auto_settings, earlier_run, next_commands
 
 WIDEST = 100  # columns of a panel
 MEASURED_LATER = "known after the first steps"
+OVERVIEWS = ("study.json", "demo.html")  # beside the runs of a command that shows the results of all
 
 Rows = Sequence[tuple[str, str]]
 
@@ -52,8 +53,8 @@ def show_end(spec: PreparedSpec, report: dict[str, Any], folder: Path) -> None:
 
 
 def _is_one_of_many(spec: PreparedSpec, folder: Path) -> bool:
-    """Whether the run is part of a sweep or a study, which prints the results of all."""
-    return bool(spec.config.invocation.sweep) or (folder.parent / "study.json").is_file()
+    """Whether the run is part of a sweep, a study or the demo, which prints the results of all."""
+    return bool(spec.config.invocation.sweep) or any((folder.parent / name).is_file() for name in OVERVIEWS)
 
 
 def _show_panel(title: str, rows: Rows) -> None:
