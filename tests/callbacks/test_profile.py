@@ -20,7 +20,10 @@ def steps_in(trace: Path) -> int:
     return sum(not any(first < start and end < last for first, last in ends) for start, end in ends)
 
 
-@pytest.mark.parametrize(("given", "steps"), [("0:1", 1), ("2:3", 3), ("7:20", 1)])
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [pytest.param("0:1", 1, marks=pytest.mark.slow), ("2:3", 3), pytest.param("7:20", 1, marks=pytest.mark.slow)],
+)
 def test_profile_records_the_given_steps(given: str, steps: int, train_here: Train, tiny: list[str], tmp_path: Path):
     train_here(*tiny, "steps=8", "name=run", f"profile={given}")
     folder = tmp_path / "runs/pretrain/run/profile"

@@ -320,6 +320,7 @@ def test_ctrl_c_ends_the_text_and_at_the_prompt_the_program(tmp_path: Path) -> N
     assert json.loads(written.read_text()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_d_at_the_prompt_ends_with_its_message(checkpoint: Path) -> None:
     shown = PseudoTerminal([sys.executable, "generate.py", f"checkpoint={checkpoint}", "max_new_tokens=4"], 60, ROOT)
     shown.wait_for("> ")

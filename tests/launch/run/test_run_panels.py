@@ -89,6 +89,7 @@ def commands_of(output: str) -> dict[str, str]:
     return {name: command.strip() for name, command in pairs if command.startswith("  python ")}
 
 
+@pytest.mark.slow
 def test_next_commands_work_when_pasted(
     train_here: Train,
     evaluate_here: Command,
@@ -140,6 +141,7 @@ def test_run_fits_a_terminal_of_any_width(columns: int, tiny: list[str], tmp_pat
     assert {len(line) for line in boxes} == {min(columns, 100)}
 
 
+@pytest.mark.slow
 def test_time_is_estimated_from_an_earlier_run_of_the_same_kind(
     train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
