@@ -89,7 +89,7 @@ class ProgressBar(lightning.Callback, ShowsPhases):
             self._trained = throughput.seconds[TRAIN] if throughput is not None else 0.0
             return
         if step == self._first_step + MEASURED_STEPS and total - step > MEASURED_STEPS:
-            show(f"The run takes about {self._left(trainer)} more, by its first {MEASURED_STEPS} steps.")
+            show(f"About {self._left(trainer)} left, at the speed of the first {MEASURED_STEPS} steps.")
         if time.monotonic() - self._drawn > REFRESH or step == total:
             # Reading the numbers synchronizes the GPU
             self._training.numbers, self._training.remaining = _numbers(trainer), self._remaining(trainer)

@@ -44,6 +44,7 @@ from launch.exit_codes import Exit, run_and_exit
 
 HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
 POLL_SECONDS = 0.5
+ABOVE_BARS = "\n\n"  # end of a line that is printed while another process draws up to two bars
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def _run_watched(stage: Stage, folder: Path, console: Console, page: DemoPage, c
         page.update(stage.name)
         if is_first and is_whole and not printed and (seconds := _seconds_per_step(run)):
             printed = True
-            # above the progress bar of the stage, which is drawn again below
+            # Above the bars of the stage, which are drawn again below: of two, the second one overwrites the empty line
             console.file.write("\r\033[2K" if console.is_terminal else "")
-            console.print(clock.first_estimate(stage, seconds), style="bold", highlight=False)
+            console.print(clock.first_estimate(stage, seconds), style="bold", highlight=False, end=ABOVE_BARS)
 
     code = run_stage(stage, folder, console, watch)
     if not code and (line := clock.end_stage(stage, time.monotonic() - begin, is_whole)):
