@@ -35,7 +35,7 @@ class ProgressBar(lightning.Callback, ShowsPhases):
         self._shown_step = trainer.global_step
         if shows_phases(trainer):
             self._training = Phase("train", trainer.max_steps, prints_lines=False)
-            self._training.done = trainer.global_step
+            self._training.done = self._training.begun_at = trainer.global_step
             self._training.__enter__()
 
     def on_train_batch_start(
