@@ -45,7 +45,9 @@ from launch.exit_codes import Exit, run_and_exit
 
 HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
 POLL_SECONDS = 0.5
-QUICK_NOTE = "The models of demo-quick have trained for seconds: losses, texts and scores show only that each stage works."
+QUICK_NOTE = (
+    "The models of demo-quick have trained for seconds: their losses and texts show only that each stage works."
+)
 ABOVE_BARS = "\n\n"  # end of a line that is printed while another process draws up to two bars
 
 
