@@ -74,7 +74,7 @@ def _what(spec: PreparedSpec, facts: DataFacts) -> list[tuple[str, str]]:
     """Rows of model, data, initial weights and teacher."""
     config, inputs = spec.config, spec.resolved
     sizes = inputs.model
-    shape = f"{_count(sizes.n_layer, 'layer')} of {sizes.n_embd}, {_count(sizes.n_head, 'head')}"
+    shape = f"{_count(sizes.n_layer or 0, 'layer')} of {sizes.n_embd}, {_count(sizes.n_head or 0, 'head')}"
     total = parameter_count({**vars(sizes), "vocab_size": spec.prepared.vocab_size})
     rows = [
         ("model", f"{total:,} parameters: {shape}"),
