@@ -28,10 +28,13 @@ def test_developers_install_both_lists_in_order(target: str):
     assert setups == ["setup.sh", "setup.sh dev"]
 
 
-@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "generate.py"])
+@pytest.mark.parametrize(
+    "program", ["train.py", "evaluate.py", "generate.py", "launch/commands/list_runs.py", "launch/commands/compare.py"]
+)
 def test_program_without_packages_names_the_environment(program: str, tmp_path: Path):
     venv.create(tmp_path, symlinks=True, with_pip=False)
-    command = [str(tmp_path / "bin" / "python"), program, "checkpoint=none"]
+    words = ["-m", program.removesuffix(".py").replace("/", ".")] if "/" in program else [program]
+    command = [str(tmp_path / "bin" / "python"), *words, "checkpoint=none"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={}, check=False)
     assert ended.returncode == 2
     first, second = ended.stderr.splitlines()

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.exit_codes import exit_without_packages, run_and_exit
+
+if __name__ == "__main__":
+    exit_without_packages()
+
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +29,6 @@ from gpt2lab.storage.report_json import is_finished, read_report, watched_value
 from gpt2lab.system.terminal import track
 from launch.config.key_value_cli import describe, parse
 from launch.config.run_dir import CONFIG, RUNS
-from launch.exit_codes import run_and_exit
 
 RUNNING, INTERRUPTED, UNSAVED, UNSTARTED = "running", "interrupted", "no checkpoint", "not started"
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
