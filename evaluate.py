@@ -15,10 +15,11 @@ agreement, calibration, and the speed-up with the student as draft model. Figure
 import sys
 from typing import NoReturn
 
-from launch.exit_codes import exit_on_early_signal, run_and_exit
+from launch.exit_codes import exit_on_early_signal, exit_without_packages, run_and_exit
 
 if __name__ == "__main__":
     exit_on_early_signal()
+    exit_without_packages()
 
 from launch.config.key_value_cli import describe, parse
 from launch.evaluate import score_files, score_tables

@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from launch.exit_codes import INTERRUPTED, Exit, exit_on_early_signal, run_and_exit
+from launch.exit_codes import INTERRUPTED, Exit, exit_on_early_signal, exit_without_packages, run_and_exit
 
 if __name__ == "__main__":
     exit_on_early_signal()
+    exit_without_packages()
 
 from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.generate.generator import Arguments, TextGenerator

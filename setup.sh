@@ -87,4 +87,4 @@ fi
 : >"$log"
 install_torch
 quiet_pip "the other pinned packages" -r requirements.txt -c requirements-lock.txt
-echo "Ready. Next: make demo, or .venv/bin/python train.py --help"
+echo "Ready. Next: make demo, or source .venv/bin/activate and python train.py --help"

@@ -13,6 +13,7 @@ from launch import exit_codes
 
 if __name__ == "__main__":
     exit_codes.exit_on_early_signal()
+    exit_codes.exit_without_packages()
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

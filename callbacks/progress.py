@@ -35,7 +35,7 @@ class ProgressBar(lightning.Callback, ShowsPhases):
         self._shown_step = trainer.global_step
         if shows_phases(trainer):
             self._training = Phase("train", trainer.max_steps, prints_lines=False)
-            self._training.done = trainer.global_step
+            self._training.done = self._training.begun_at = trainer.global_step
             self._training.__enter__()
 
     def on_train_batch_start(
@@ -89,7 +89,7 @@ class ProgressBar(lightning.Callback, ShowsPhases):
             self._trained = throughput.seconds[TRAIN] if throughput is not None else 0.0
             return
         if step == self._first_step + MEASURED_STEPS and total - step > MEASURED_STEPS:
-            show(f"The run takes about {self._left(trainer)} more, by its first {MEASURED_STEPS} steps.")
+            show(f"About {self._left(trainer)} left, at the speed of the first {MEASURED_STEPS} steps.")
         if time.monotonic() - self._drawn > REFRESH or step == total:
             # Reading the numbers synchronizes the GPU
             self._training.numbers, self._training.remaining = _numbers(trainer), self._remaining(trainer)

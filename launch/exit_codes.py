@@ -6,6 +6,7 @@ saving, can be resumed · 130 Ctrl-C.
 
 import atexit
 import errno
+import importlib.util
 import os
 import pickle
 import signal
@@ -25,6 +26,7 @@ from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+PACKAGES = ("hydra", "lightning", "torch", "transformers")  # imported by every program
 ERROR_FILE = "error.txt"  # message of a failed job, for the sweep that started it
 
 
@@ -48,6 +50,18 @@ def exit_on_early_signal() -> None:
     """Exit on a signal from now on, without a traceback; for a program's first lines, as its imports take seconds."""
     for number in SIGNALS:
         signal.signal(number, _exit_at_once)
+
+
+def exit_without_packages() -> None:
+    """Exit with a short message if this Python lacks the packages, as in a shell where .venv is not activated."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"error: {sys.executable} has no package {', '.join(missing)}.\n"
+            "Activate the environment: source .venv/bin/activate (make setup creates it).",
+            file=sys.stderr,
+        )
+        sys.exit(USER_ERROR)
 
 
 def run_and_exit(entry: Callable[[], Any]) -> NoReturn:

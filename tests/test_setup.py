@@ -1,6 +1,8 @@
-"""make: what each target installs before it runs."""
+"""Setup: what each target of make installs before it runs, and the message of programs without the packages."""
 
 import subprocess
+import venv
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,17 @@ def test_users_do_not_install_development_packages(target: str):
 def test_developers_install_both_lists_in_order(target: str):
     setups = [line.rpartition("./")[2] for line in planned(target) if "setup.sh" in line]
     assert setups == ["setup.sh", "setup.sh dev"]
+
+
+@pytest.mark.parametrize(
+    "program", ["train.py", "evaluate.py", "generate.py", "launch/commands/list_runs.py", "launch/commands/compare.py"]
+)
+def test_program_without_packages_names_the_environment(program: str, tmp_path: Path):
+    venv.create(tmp_path, symlinks=True, with_pip=False)
+    words = ["-m", program.removesuffix(".py").replace("/", ".")] if "/" in program else [program]
+    command = [str(tmp_path / "bin" / "python"), *words, "checkpoint=none"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={}, check=False)
+    assert ended.returncode == 2
+    first, second = ended.stderr.splitlines()
+    assert "has no package hydra, lightning, torch, transformers" in first
+    assert "source .venv/bin/activate" in second

@@ -112,10 +112,10 @@ def warn_of_few_groups(targets: Tensor) -> None:
     if 1 < groups < FEWEST_GROUPS:
         warn_once(
             f"The standard errors come from {groups} documents, fewer than {FEWEST_GROUPS}: they are rough. "
-            "Validate on more documents."
+            "Raise validate_tokens, or validate on more documents."
         )
     elif largest > LARGEST_SHARE:
         warn_once(
             f"One of {groups} document groups has {largest:.0%} of the targets: the standard errors are rough. "
-            "Validate on more documents of its length."
+            "Raise validate_tokens, or validate on more documents of its length."
         )

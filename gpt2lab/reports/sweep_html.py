@@ -146,7 +146,7 @@ def _link(run: SweepRun) -> str:
     """Render the run's number or name as a link to its report, with seed and value as tooltip."""
     seed = f"seed {run.overrides[SEED]}, " if SEED in run.overrides else ""
     tooltip = seed + (run.outcome if run.value is None else f"{run.value:.4f}")
-    shown = run.name or f"job\N{NO-BREAK SPACE}{run.number}"
+    shown = run.name or f"folder\N{NO-BREAK SPACE}{run.number}"
     shown += "" if run.value is not None else f" ({run.outcome})"
     href = f' href="{escape(run.page)}"' if run.page else ""
     return f'<a{href} title="{escape(tooltip)}">{escape(shown)}</a>'
@@ -169,7 +169,7 @@ def _plots(group: SettingGroup, results: SweepResults, numbers: dict[str, int], 
 
 def _failures(runs: Sequence[SweepRun]) -> str:
     return "".join(
-        f"<div>job {run.number}: {escape(' '.join(f'{key}={value}' for key, value in run.overrides.items()))}, "
+        f"<div>folder {run.number}: {escape(' '.join(f'{key}={value}' for key, value in run.overrides.items()))}, "
         f'{escape(run.status)}</div><pre class="error">{escape(run.error)}</pre>'
         for run in runs
         if run.error

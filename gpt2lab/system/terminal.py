@@ -88,6 +88,7 @@ class Phase:
 
     Attributes:
         done: finished amount of work.
+        begun_at: amount of work that was finished before the phase began, as in a resumed run.
         numbers: newest figures, the most important first.
         remaining: seconds that are left; None: estimated from the rate.
         has_ended: whether the phase is shown for the last time, without an ETA.
@@ -96,6 +97,7 @@ class Phase:
     def __init__(self, title: str, total: float | None = None, unit: str = "", *, prints_lines: bool = True) -> None:
         self.title, self.total, self.unit, self.prints_lines = title, total, unit, prints_lines
         self.done: float = 0
+        self.begun_at: float = 0
         self.numbers: list[str] = []
         self.remaining: float | None = None
         self.has_ended = False
@@ -171,9 +173,10 @@ class Phase:
         return f"{self.done:,.0f}{unit}" if self.done else ""
 
     def _remaining(self) -> float | None:
-        if self.remaining is not None or not self.total or not self.done:
+        worked = self.done - self.begun_at
+        if self.remaining is not None or not self.total or not worked:
             return self.remaining
-        return self.seconds * max(self.total - self.done, 0) / self.done
+        return self.seconds * max(self.total - self.done, 0) / worked
 
 
 class _Display:

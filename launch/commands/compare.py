@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.exit_codes import exit_without_packages, run_and_exit
+
+if __name__ == "__main__":
+    exit_without_packages()
+
 import yaml
 
 from gpt2lab.analysis.sweep_axes import varied_values
@@ -27,7 +32,6 @@ from gpt2lab.storage.report_json import FINISHED, read_report
 from launch.commands.list_runs import read_run
 from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.config.run_dir import CONFIG
-from launch.exit_codes import run_and_exit
 from launch.logging_setup import announce
 
 WORK = ("task", "data", "steps", "batch_tokens", "model")  # runs that differ in these did not do the same work

@@ -8,6 +8,7 @@ Each stage is a train.py or evaluate.py command, which is printed before it runs
 page, demo.html, are in runs/demo. Stages that are finished there are not run again, an interrupted one is resumed.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -44,6 +45,10 @@ from launch.exit_codes import Exit, run_and_exit
 
 HOME = ROOT if IS_CHECKOUT else Path.cwd()  # parent of the runs
 POLL_SECONDS = 0.5
+QUICK_NOTE = (
+    "The models of demo-quick have trained for seconds: their losses and texts show only that each stage works."
+)
+ABOVE_BARS = "\n\n"  # end of a line that is printed while another process draws up to two bars
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ def run_demo(folder: Path, sizes: Sizes, data: tuple[str, ...], console: Console
             return code
     page.write(ended="All stages are finished")
     print_results(folder, page, console)
+    if sizes == QUICK:
+        console.print(QUICK_NOTE, highlight=False)
     console.print(f"{in_minutes(clock.seconds)} in total.", highlight=False)
     return 0
 
@@ -111,9 +118,9 @@ def _run_watched(stage: Stage, folder: Path, console: Console, page: DemoPage, c
         page.update(stage.name)
         if is_first and is_whole and not printed and (seconds := _seconds_per_step(run)):
             printed = True
-            # above the progress bar of the stage, which is drawn again below
+            # Above the bars of the stage, which are drawn again below: of two, the second one overwrites the empty line
             console.file.write("\r\033[2K" if console.is_terminal else "")
-            console.print(clock.first_estimate(stage, seconds), style="bold", highlight=False)
+            console.print(clock.first_estimate(stage, seconds), style="bold", highlight=False, end=ABOVE_BARS)
 
     code = run_stage(stage, folder, console, watch)
     if not code and (line := clock.end_stage(stage, time.monotonic() - begin, is_whole)):
@@ -146,7 +153,7 @@ def print_results(folder: Path, page: DemoPage, console: Console) -> None:
     console.print(demo_results.results_table(demo_results.results_rows(whole, TRAINED), console.width))
     console.print("Loss, paired by document:")
     for line in [*demo_results.comparison(whole), demo_results.SPLIT_NOTE]:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False)
     console.print()
     answers = demo_results.summary_scores(whole)
     if answers:
@@ -154,6 +161,8 @@ def print_results(folder: Path, page: DemoPage, console: Console) -> None:
     demo_results.print_samples(whole, console)
     demo_results.print_examples(whole, console)
     console.rule("next")
+    if IS_CHECKOUT and not os.environ.get("VIRTUAL_ENV"):
+        console.print("Activate the environment first, once per shell\n  source .venv/bin/activate", highlight=False)
     for title, command in demo_results.next_commands(folder, best_student(whole)).items():
         console.print(f"{title}\n  {command}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Page of all runs\n  {page.address}", highlight=False, soft_wrap=True)

@@ -35,7 +35,7 @@ class Clock:
         total = self.seconds + remaining_seconds(stage, self._stages, seconds_per_step / stage.step_seconds)
         return (
             f"Estimate: about {in_minutes(total)} in total: {STEPS} steps took {seconds_per_step:.2f} s each, "
-            f"usually {stage.step_seconds:.2f} s, and the rest is taken to be slower or faster alike."
+            f"on an idle machine of two cores {stage.step_seconds:.2f} s."
         )
 
     def end_stage(self, stage: Stage, seconds: float, is_whole: bool) -> str:

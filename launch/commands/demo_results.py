@@ -172,7 +172,7 @@ def print_examples(folder: Path, console: Console) -> None:
     console.rule("summaries by the fine-tuned student", style="dim")
     for one in read_examples(folder / FINETUNED)[:SHOWN_EXAMPLES]:
         console.print(one.prompt.strip().splitlines()[0], style="bold", markup=False, highlight=False)
-        console.print(f"  student    {one.output.strip()}", markup=False, highlight=False)
+        console.print(f"  student    {one.output.strip() or '(empty)'}", markup=False, highlight=False)
         console.print(f"  docstring  {one.reference.strip()}", markup=False, highlight=False)
 
 

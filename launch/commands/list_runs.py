@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.exit_codes import exit_without_packages, run_and_exit
+
+if __name__ == "__main__":
+    exit_without_packages()
+
 from rich.console import Console
 from rich.table import Table
 
@@ -24,9 +29,8 @@ from gpt2lab.storage.report_json import is_finished, read_report, watched_value
 from gpt2lab.system.terminal import track
 from launch.config.key_value_cli import describe, parse
 from launch.config.run_dir import CONFIG, RUNS
-from launch.exit_codes import run_and_exit
 
-RUNNING, INTERRUPTED, UNSTARTED = "running", "interrupted", "not started"
+RUNNING, INTERRUPTED, UNSAVED, UNSTARTED = "running", "interrupted", "no checkpoint", "not started"
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 STEPS = re.compile(r"^ {2}steps: (\d+)$", re.MULTILINE)  # of the run, in config.yaml
 
@@ -67,7 +71,7 @@ def find_runs(root: Path) -> list[ListedRun]:
 def read_run(folder: Path) -> ListedRun:
     """Return a run directory's state."""
     report, rows = read_report(folder), read_metrics(folder)
-    status = _status(folder, report)
+    status = _status(folder, report, has_steps=bool(rows))
     is_done = is_finished(report) or report.get("status") == "pruned"
     command = f"python train.py resume={shlex.quote(str(folder))}" if not is_done and status != RUNNING else ""
     changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()) if path.exists())
@@ -84,14 +88,16 @@ def read_run(folder: Path) -> ListedRun:
     )
 
 
-def _status(folder: Path, report: dict[str, Any]) -> str:
+def _status(folder: Path, report: dict[str, Any], *, has_steps: bool) -> str:
     """Return the status of the report, unless the run is active, or was resumed and killed after it."""
     if is_locked(folder):
         return RUNNING
     checkpoints = checkpoint_files(folder)
     if report.get("status") and not any(checkpoint_step(file) > report.get("steps", 0) for file in checkpoints):
         return str(report["status"])
-    return INTERRUPTED if checkpoints else UNSTARTED
+    if checkpoints:
+        return INTERRUPTED
+    return UNSAVED if has_steps else UNSTARTED
 
 
 def format_runs(runs: list[ListedRun]) -> Table:

@@ -92,16 +92,20 @@ class Figure:
     def __str__(self) -> str:
         if self.standard_error is None:
             return f"{self.value:,.0f}" if float(self.value).is_integer() else f"{self.value:.4f}"
-        # Two significant digits of the error, and the same decimals of the value
-        digits = 4 if not self.standard_error else min(max(1 - math.floor(math.log10(self.standard_error)), 0), 6)
-        return f"{self.value:,.{digits}f} ± {self.standard_error:,.{digits}f}"
+        return f"{self.value:,.{self.decimals}f} ± {self.standard_error:,.{self.decimals}f}"
+
+    @property
+    def decimals(self) -> int:
+        """Decimals that leave two significant digits of the standard error, also for value and interval."""
+        return min(max(1 - math.floor(math.log10(self.standard_error)), 0), 6) if self.standard_error else 4
 
 
 class Interval(Figure):
     """A figure that is printed as its 95 % interval."""
 
     def __str__(self) -> str:
-        return "{:.4f} … {:.4f}".format(*self.bounds)
+        low, high = self.bounds
+        return f"{low:.{self.decimals}f} … {high:.{self.decimals}f}"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def print_tables(results: "Results", arguments: "Arguments") -> None:
     names = [row.name for row in rows[: len(results.checkpoints)]]
     groups = results.checkpoints[0].score.groups
     if groups > 1:
-        console.print(f"± standard error, between {groups:,} documents or groups of them.", highlight=False)
+        console.print(f"± standard error, from {groups:,} documents or groups of documents.", highlight=False)
     if results.left_out is not None and results.left_out.left_out:
         console.print(results.left_out.summary(names, results.context), highlight=False, markup=False, soft_wrap=True)
     if len({scored.score.bytes for scored in results.checkpoints}) > 1:

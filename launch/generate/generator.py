@@ -351,8 +351,8 @@ def _speedup_line(text: Text) -> str:
     """One line with the measurements of speculative decoding."""
     found = text.measured
     return (
-        f"{text.tokens} tokens in {text.seconds:.2f} s, plain in {found['plain_seconds']:.2f} s: "
-        f"{found['speedup']:.2f} × (implied {found['predicted_speedup']:.2f}) · "
+        f"{text.tokens} tokens in {text.seconds:.2f} s, without draft in {found['plain_seconds']:.2f} s: "
+        f"{found['speedup']:.2f} × as fast (predicted {found['predicted_speedup']:.2f} ×) · "
         f"{found['tokens_per_call']:.2f} tokens per call · acceptance {found['acceptance']:.2f} · "
         f"cost ratio {found['cost_ratio']:.3f} · verification costs {found['look_ratio']:.2f} steps"
     )

@@ -119,6 +119,8 @@ def resume_or_resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunSp
     if existing is not None:
         if existing.checkpoint:
             resume.warn_of_other_masks(existing)
+        elif not config.plan:
+            log.warning("%s has no checkpoint: the run begins again at step 0.", existing.folder)
         return existing.spec, existing
     if folder is None:
         run_dir.check_run_folder(config)

@@ -75,7 +75,7 @@ def _what(spec: PreparedSpec, facts: DataFacts) -> list[tuple[str, str]]:
     """Rows of model, data, initial weights and teacher."""
     config, inputs = spec.config, spec.resolved
     sizes = inputs.model
-    shape = f"{sizes.n_layer} layers of {sizes.n_embd}, {sizes.n_head} heads"
+    shape = f"{_count(sizes.n_layer or 0, 'layer')} of {sizes.n_embd}, {_count(sizes.n_head or 0, 'head')}"
     total = parameter_count({**vars(sizes), "vocab_size": spec.prepared.vocab_size})
     rows = [
         ("model", f"{total:,} parameters: {shape}"),
@@ -86,6 +86,10 @@ def _what(spec: PreparedSpec, facts: DataFacts) -> list[tuple[str, str]]:
     if config.objective.name != "clm":
         rows.append(("objective", config.objective.name))
     return [*rows, *_teacher(spec)]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _teacher(spec: PreparedSpec) -> list[tuple[str, str]]:
@@ -101,7 +105,7 @@ def _how(spec: PreparedSpec) -> list[tuple[str, str]]:
     """Rows of device, precision and steps."""
     config, machine = spec.config, spec.machine
     strategy = f", strategy={machine.strategy}" if machine.strategy != "auto" else ""
-    threads = f", {machine.threads} thread{'s' * (machine.threads > 1)}" if machine.accelerator == "cpu" else ""
+    threads = f", {_count(machine.threads, 'thread')}" if machine.accelerator == "cpu" else ""
     compiled = ", compiled" if spec.prepared.compile else ""
     rows = config.global_batch_rows
     positions = config.steps * rows * config.context

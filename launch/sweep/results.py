@@ -120,7 +120,7 @@ def _command(job: Job, report: dict[str, Any]) -> str:
 def _jobs(planned: Sequence[Job]) -> str:
     """One line per job, with the overrides in which the jobs differ."""
     shared = _shared_overrides(planned)
-    lines = [("job", "status", "watched", "value", "seconds", "overrides")]
+    lines = [("folder", "status", "watched", "value", "seconds", "overrides")]
     for job in planned:
         row = _row(job, {})
         value = "" if job.watched is None else f"{job.watched:.4f}"
@@ -134,7 +134,15 @@ def _settings(found: SweepResults) -> str:
     """One line per setting, best first."""
     metrics = {group.metric for group in found.groups}
     lines = [
-        ("", metrics.pop() if len(metrics) == 1 else "value", "behind the best", "runs", "seconds", "jobs", "setting")
+        (
+            "",
+            metrics.pop() if len(metrics) == 1 else "value",
+            "behind the best",
+            "runs",
+            "seconds",
+            "folders",
+            "setting",
+        )
     ]
     group_of = {setting.name: group for group in found.groups for setting in group.settings}
     for setting in found.settings:

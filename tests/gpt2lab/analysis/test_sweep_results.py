@@ -316,7 +316,7 @@ def test_failed_sweep_names_its_jobs_and_is_over(tmp_path: Path):
     results.write(tmp_path, [job(tmp_path, 0, "model=nano", None)])
     page = (tmp_path / "sweep.html").read_text()
     assert "No run has a result." in page
-    assert "job\N{NO-BREAK SPACE}0 (failed)</a>" in page
+    assert "folder\N{NO-BREAK SPACE}0 (failed)</a>" in page
 
 
 def test_key_without_effect_has_no_importance():

@@ -55,6 +55,15 @@ def test_narrow_line_keeps_numbers_and_drops_the_bar(width: int, monkeypatch: py
     assert cell_len(line.plain) <= width
 
 
+def test_eta_of_a_resumed_phase_counts_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Phase, "seconds", 10.0)
+    phase = Phase("train", 60)
+    phase.done = phase.begun_at = 20
+    assert "ETA" not in phase.line(100).plain
+    phase.done = 25
+    assert phase.line(100).plain.endswith("ETA 1:10")
+
+
 COUNTS = {
     (0, 5, ""): "0/5",
     (1200, 5000, "pairs"): "1,200/5,000 pairs",

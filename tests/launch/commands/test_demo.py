@@ -69,8 +69,29 @@ def test_estimate_scales_the_usual_times_by_the_measured_step(tmp_path: Path) ->
     assert remaining_seconds(plan[0], plan, 2.0) == pytest.approx(2 * usual)
     line = Clock(plan).first_estimate(plan[0], 2 * plan[0].step_seconds)
     assert line.startswith(
-        f"Estimate: about {in_minutes(2 * usual)} in total: 10 steps took 0.58 s each, usually 0.29 s"
+        f"Estimate: about {in_minutes(2 * usual)} in total: 10 steps took 0.58 s each, on an idle machine"
     )
+
+
+@pytest.mark.parametrize("bars", [1, 2])
+def test_estimate_is_not_overwritten_by_bars_of_a_stage(bars: int) -> None:
+    """The stage moves up by its bars, less one, and erases each row before it draws them again."""
+    rows = ("Estimate: about 4 min in total" + demo.ABOVE_BARS).split("\n")
+    kept = rows[: len(rows) - bars]
+    assert kept[0].startswith("Estimate: about 4 min")
+
+
+@pytest.mark.parametrize(("active", "is_printed"), [("", True), ("/clone/.venv", False)])
+def test_end_names_the_environment_to_activate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, active: str, is_printed: bool
+) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", active)
+    output = io.StringIO()
+    page = DemoPage(folder.parent, Path(folder.name), stages(Path(folder.name), FULL, DATA))
+    monkeypatch.setattr(demo, "HOME", folder.parent)
+    demo.print_results(Path(folder.name), page, Console(file=output, width=100))
+    assert ("source .venv/bin/activate" in output.getvalue()) == is_printed
+    assert max(map(len, output.getvalue().partition("nucleus")[0].splitlines())) <= 100
 
 
 def test_estimate_is_corrected_by_the_stages_that_ended(tmp_path: Path) -> None:

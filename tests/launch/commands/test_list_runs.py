@@ -25,10 +25,12 @@ def test_list_names_status_step_score_and_resume_command(
     train_here: Train, tiny: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train_here(*tiny, "steps=4", "run_dir=runs/finished").code == 0
-    for name in ("interrupted", "not started", "in use"):
+    for name in ("interrupted", "no checkpoint", "not started", "in use"):
         shutil.copytree("runs/finished", f"runs/{name}")
         Path(f"runs/{name}/report.json").unlink()
-    shutil.rmtree("runs/not started/checkpoints")
+    for name in ("no checkpoint", "not started"):
+        shutil.rmtree(f"runs/{name}/checkpoints")
+    Path("runs/not started/metrics.csv").unlink()
     command = [sys.executable, "-c", HOLD, str(Path("runs/in use").absolute())]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -38,10 +40,12 @@ def test_list_names_status_step_score_and_resume_command(
     assert {name: run.status for name, run in found.items()} == {
         "finished": "finished",
         "interrupted": "interrupted",
+        "no checkpoint": "no checkpoint",
         "not started": "not started",
         "in use": "running",
     }
-    assert {(run.step, run.steps) for run in found.values()} == {(4, 4)}
+    assert {(run.step, run.steps) for name, run in found.items() if name != "not started"} == {(4, 4)}
+    assert found["not started"].step == 0
     assert found["finished"].metric == "val/loss"
     assert found["finished"].value is not None
     monkeypatch.setattr(sys, "argv", ["list_runs"])

@@ -412,6 +412,7 @@ def test_restart_uses_the_present_data(tiny: list[str], train_here: Train, tmp_p
         Path(file).write_text("no folder")
     answer = train_here("resume=run")
     assert answer.code == 0, answer.stderr
+    assert "run has no checkpoint: the run begins again at step 0." in answer.stdout + answer.stderr
     assert run_spec.load(Path("run/config.yaml")).prepared.data_hash == read_report("run")["data"]["hash"]
 
 
