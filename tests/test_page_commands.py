@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # Reasons for which a command is composed and checked, but not run.
 COMPOSED_ONLY = {
-    "a data set or model of the Hub": r"=gpt2\b|fineweb|=hub\b|=xsum|data\.dataset=|lm_eval=|lambada|_owt|_dolly|_presets",
+    "a data set or model of the Hub": r"=gpt2\b|fineweb|=hub\b|=xsum|\.dataset=|lm_eval=|lambada|_owt|_dolly|_presets",
     "GPUs, several devices or a cluster": r"accelerator=gpu|devices=|launcher=|model=(small|medium|xl)|/big",
     "a login, or a server that stays": r"serve=true|dashboards",
     "a run, sweep or study made earlier": r"resume=|THE SAME|sweeps/|runs/demo-|runs/translate|/translate|draft",
