@@ -72,6 +72,8 @@ def tiny_words(command: str, sources: Path) -> list[str]:
         added += MODEL
     if "task=distill" in words:
         added += ["preflight=off", "teacher=runs/pretrain/teacher"]
+    if "sequences=" in command:
+        added.append("sequences.max_new_tokens=8")
     if not re.search(r"\bpath=|data=(stdlib|classify|translate)", command):
         added.append(f"path={sources}")
     ruled_out = {key for given, keys in RULED_OUT.items() for word in words if word.startswith(given) for key in keys}
