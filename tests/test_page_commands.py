@@ -44,7 +44,7 @@ RULED_OUT = {
     "epochs": ("steps",),
     "trainer.fast_dev_run": ("schedule.warmup_steps",),
 }
-SMALLER = {"epochs": "epochs=1", "task.frozen_layers": "task.frozen_layers=1"}
+SMALLER = {"epochs": "epochs=1", "profile": "profile=1:1", "task.frozen_layers": "task.frozen_layers=1"}
 
 
 def measurements_left_out(program: str) -> list[str]:

@@ -40,7 +40,7 @@ def test_links_for_github_become_links_of_the_site(page: str, link: str, expecte
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    inherited = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # as in the Makefile: of the theme's future, not of our pages
+    inherited = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # as in the Makefile: not of our pages
     built = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
