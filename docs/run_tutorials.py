@@ -94,7 +94,7 @@ def store_picture(html: Path, picture: Path) -> None:
 
 
 def run_notebook(file: Path) -> nbformat.NotebookNode:
-    """Return the notebook with the outputs of a new run, which its own folder is the working directory of.
+    """Return the notebook with the outputs of a new run in its own folder, without stderr: warnings and bars.
 
     Raises:
         CellExecutionError: a cell raised an error.
@@ -103,6 +103,8 @@ def run_notebook(file: Path) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(file.parent)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # its times
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 

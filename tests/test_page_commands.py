@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # Reasons for which a command is composed and checked, but not run.
 COMPOSED_ONLY = {
-    "a data set or model of the Hub": r"=gpt2\b|fineweb|=hub\b|=xsum|data\.dataset=|lm_eval=|_owt|_dolly|_presets",
+    "a data set or model of the Hub": r"=gpt2\b|fineweb|=hub\b|=xsum|\.dataset=|lm_eval=|lambada|_owt|_dolly|_presets",
     "GPUs, several devices or a cluster": r"accelerator=gpu|devices=|launcher=|model=(small|medium|xl)|/big",
     "a login, or a server that stays": r"serve=true|dashboards",
     "a run, sweep or study made earlier": r"resume=|THE SAME|sweeps/|runs/demo-|runs/translate|/translate|draft",
@@ -44,7 +44,7 @@ RULED_OUT = {
     "epochs": ("steps",),
     "trainer.fast_dev_run": ("schedule.warmup_steps",),
 }
-SMALLER = {"epochs": "epochs=1", "task.frozen_layers": "task.frozen_layers=1"}
+SMALLER = {"epochs": "epochs=1", "profile": "profile=1:1", "task.frozen_layers": "task.frozen_layers=1"}
 
 
 def measurements_left_out(program: str) -> list[str]:
@@ -72,6 +72,8 @@ def tiny_words(command: str, sources: Path) -> list[str]:
         added += MODEL
     if "task=distill" in words:
         added += ["preflight=off", "teacher=runs/pretrain/teacher"]
+    if "sequences=" in command:
+        added.append("sequences.max_new_tokens=8")
     if not re.search(r"\bpath=|data=(stdlib|classify|translate)", command):
         added.append(f"path={sources}")
     ruled_out = {key for given, keys in RULED_OUT.items() for word in words if word.startswith(given) for key in keys}
@@ -120,6 +122,7 @@ def at_home(
         ("RUN", "pretrain/teacher"),
         ("TEACHER_RUN", "pretrain/teacher"),
         ("STUDENT_RUN", "distill/student"),
+        ("runs/pretrain/first", "pretrain/teacher"),
     ):
         shutil.copytree(tmp_path / "runs" / run, tmp_path / name)
     shutil.copytree(tmp_path / "runs/finetune/summary", tmp_path / "runs/finetune/RUN")
