@@ -52,12 +52,13 @@ class Best(lightning.Callback):
         return {"step": self.step, "metrics": self.metrics, "errors": self.errors, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self.metrics, self.errors = (state_dict[name] for name in ("step", "metrics", "errors"))
+        self.step, self.metrics = state_dict["step"], state_dict["metrics"]
+        self.errors = state_dict.get("errors", {})  # older checkpoints have none
         self.validations_since, self.validated_step = state_dict["validations_since"], state_dict["validated_step"]
 
     def forget(self) -> None:
         """Start again without a best validation; the weights of the known one are lost."""
-        self.step, self.metrics, self.validations_since = None, {}, 0
+        self.step, self.metrics, self.errors, self.validations_since = None, {}, {}, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_without_improvement(trainer)  # a run that was stopped early is resumed with the same patience

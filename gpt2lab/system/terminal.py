@@ -239,7 +239,9 @@ _display = _Display()
 
 
 def track(items: Iterable[Item], title: str, total: float | None = None, unit: str = "") -> Iterator[Item]:
-    """Yield the items, and show how many there were."""
+    """Yield the items, and show how many there were; nothing is shown of a total of 0."""
+    if total == 0:
+        return
     with Phase(title, total, unit) as phase:
         for item in items:
             yield item

@@ -30,6 +30,7 @@ from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import FINISHED, read_report
 from launch.commands.list_runs import read_run
+from launch.config import run_spec
 from launch.config.key_value_cli import check_output_file, describe, parse
 from launch.config.run_dir import CONFIG
 from launch.logging_setup import announce
@@ -104,10 +105,11 @@ def _configuration(folder: Path) -> dict[str, str]:
     """
     try:
         stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        config = stored["config"].items()
+        config = stored["config"]
+        run_spec.add_new_keys(config)
+        content = {name: value for name, value in config.items() if name not in NOT_COMPARED}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         raise InputError(f"{folder / CONFIG} is damaged or of another version, so the run is not compared.") from None
-    content = {name: value for name, value in config if name not in NOT_COMPARED}
     data = read_report(folder).get("data", {})
     return {**dict(_flat(content)), "data": f"{data.get('name', '')} {data.get('hash', '')}".strip()}
 

@@ -26,11 +26,12 @@ from gpt2lab.storage.checkpoint_ledger import checkpoint_files, checkpoint_step
 from gpt2lab.storage.folder_lock import is_locked
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
 from gpt2lab.storage.report_json import is_finished, read_report, watched_value
-from gpt2lab.system.terminal import track
+from gpt2lab.system.terminal import is_live, track
 from launch.config.key_value_cli import describe, parse
 from launch.config.run_dir import CONFIG, RUNS
 
 RUNNING, INTERRUPTED, UNSAVED, UNSTARTED = "running", "interrupted", "no checkpoint", "not started"
+UNWRAPPED = 10_000  # columns of a pipe or file, whose reader expects a run in one line
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 STEPS = re.compile(r"^ {2}steps: (\d+)$", re.MULTILINE)  # of the run, in config.yaml
 
@@ -134,7 +135,7 @@ def main() -> None:
     if not runs:
         print(f"There are no runs in {arguments.root}.")
         return
-    Console(highlight=False).print(format_runs(runs))
+    Console(highlight=False, width=None if is_live(sys.stdout) else UNWRAPPED).print(format_runs(runs))
     commands = [run.resume_command for run in runs if run.resume_command]
     if commands:
         print("\n".join(["", "Unfinished runs continue with:", *(f"  {command}" for command in commands)]))

@@ -4,9 +4,9 @@
 (launch/run/prepare.py). Both are frozen: a step that finds something out returns a new one.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +16,7 @@ from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import PrecisionSettings, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.utf8 import check_values
-from launch.config import literal_text, size_defaults
+from launch.config import groups, literal_text, size_defaults
 from launch.config.schema import ModelKeys, RunConfig, value_of
 
 Kind = TypeVar("Kind", bound="RunConfig | RunSpec")
@@ -186,7 +186,9 @@ def from_yaml(kind: type[Kind], text: str, where: str) -> Kind:
             raise TypeError(f"it holds {type(values).__name__}, not keys and values")
         if kind is PreparedSpec and "config" not in values:
             raise TypeError("it has another layout, without the parts config, resolved and prepared")
-        values.get("config", values)["allow_targets"] = []
+        config = values.get("config", values)
+        config["allow_targets"] = []
+        add_new_keys(config)
         spec = literal_text.to_dataclass(kind, values)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
@@ -194,6 +196,19 @@ def from_yaml(kind: type[Kind], text: str, where: str) -> Kind:
     check_values(values)
     _check_sizes(spec.config if isinstance(spec, RunSpec) else spec, where)
     return spec
+
+
+def add_new_keys(config: dict[str, Any]) -> None:
+    """Add keys and groups that the program which wrote the file did not have, with their defaults."""
+    kinds = get_type_hints(RunConfig)
+    for name, default in groups.plain_defaults().items():
+        if name not in size_defaults.TYPES:
+            config.setdefault(name, default)
+    for name, value in groups.default_values().items():
+        if is_dataclass(kinds.get(name)) and name not in config:
+            config[name] = {key.partition(".")[2]: default for key, default in groups.keys_set_by(name, value).items()}
+            if isinstance(invocation := config.get("invocation"), dict):
+                invocation.setdefault("groups", {}).setdefault(name, value)
 
 
 def _check_sizes(config: RunConfig, where: str) -> None:

@@ -167,6 +167,9 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     changed = with_references(replace(stored.config, **values, allow_targets=config.allow_targets))
     if "steps" in given:
         checks.check_schedule(changed)
+    if "profile" in given:
+        checks.check_profile(changed)
+    check_unused_keys(replace(changed, invocation=replace(changed.invocation, overrides=config.invocation.overrides)))
     if not of_machine:
         return RunSpec(changed, stored.resolved)
     from launch.run.auto_settings import choose_machine, free_memory  # imports torch

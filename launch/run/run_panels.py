@@ -16,7 +16,7 @@ from launch.config.run_spec import PreparedSpec
 from launch.memory.run_sizes import rank_memory_limit
 from launch.run import auto_settings, earlier_run, next_commands
 
-WIDEST = 100  # columns of a panel
+NARROWEST, WIDEST = 40, 100  # columns of a panel
 MEASURED_LATER = "known after the first steps"
 OVERVIEWS = ("study.json", "demo.html")  # beside the runs of a command that shows the results of all
 
@@ -58,9 +58,9 @@ def _is_one_of_many(spec: PreparedSpec, folder: Path) -> bool:
 
 
 def _show_panel(title: str, rows: Rows) -> None:
-    """Print a box in a terminal, elsewhere plain lines."""
+    """Print a box in a terminal, elsewhere and in a narrow one plain lines."""
     width = max((len(name) for name, _ in rows), default=0)
-    if not is_live(console().file):
+    if not is_live(console().file) or console().width < NARROWEST:
         show("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]))
         return
     table = Table.grid(padding=(0, 2, 0, 0))

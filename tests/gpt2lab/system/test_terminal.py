@@ -85,6 +85,12 @@ def test_control_characters_of_a_sample_are_not_sent() -> None:
     assert printable("a\x1b[31m\tb\n\x07é\x9b2J") == "a�[31m\tb\n�é�2J"
 
 
+def test_phase_without_work_is_not_shown() -> None:
+    program = "from gpt2lab.system.terminal import track; print(list(track([], 'load', 0)))"
+    shown = PseudoTerminal([sys.executable, "-c", program], 80, ROOT)
+    assert (shown.end(), shown.shown) == (0, "[]\r\n")
+
+
 def in_terminal(columns: int, **variables: str) -> PseudoTerminal:
     shown = PseudoTerminal([sys.executable, "-c", PROGRAM], columns, ROOT, **variables)
     assert shown.end() == 0, shown.shown

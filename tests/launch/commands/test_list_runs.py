@@ -66,3 +66,14 @@ def test_a_missing_folder_is_named() -> None:
 )
 def test_age_is_in_its_largest_unit(seconds: float, text: str) -> None:
     assert format_age(seconds) == text
+
+
+def test_piped_list_has_each_run_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("a long name " * 12).strip()
+    folder.mkdir()
+    (folder / "config.yaml").write_text("config:\n  steps: 4\n")
+    monkeypatch.setattr(sys, "argv", ["list_runs", f"root={tmp_path}"])
+    main()
+    assert any(line.startswith(f"{folder}  not started") for line in capfd.readouterr().out.splitlines())

@@ -141,6 +141,15 @@ def test_run_fits_a_terminal_of_any_width(columns: int, tiny: list[str], tmp_pat
     assert {len(line) for line in boxes} == {min(columns, 100)}
 
 
+@pytest.mark.parametrize(("columns", "has_box"), [(20, False), (60, True)])
+def test_narrow_terminal_gets_whole_words_without_a_box(columns: int, has_box: bool) -> None:
+    program = "from launch.run.run_panels import _show_panel; _show_panel('title', [('model', '37,120 parameters')])"
+    shown = PseudoTerminal([sys.executable, "-c", program], columns, ROOT)
+    assert shown.end() == 0, shown.shown
+    assert "37,120 parameters" in shown.shown
+    assert ("╭" in shown.shown) == has_box
+
+
 @pytest.mark.slow
 def test_time_is_estimated_from_an_earlier_run_of_the_same_kind(
     train_here: Train, tiny: list[str], tmp_path: Path

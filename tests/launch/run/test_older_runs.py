@@ -1,0 +1,62 @@
+"""Runs of an older version: what their files lack takes its default, and a resume reads only what the run reads."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
+from gpt2lab.storage.report_json import read_report
+from launch.commands.compare import _configuration
+from launch.config import run_spec
+from tests.conftest import Train
+
+NEW = ("profile", "hub")  # keys and groups that older programs did not have
+
+
+def make_older(run: Path) -> None:
+    """Remove from a run what the newest versions have added to config.yaml and to checkpoints."""
+    stored: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    config = stored["config"]
+    for name in NEW:
+        del config[name]
+    del config["invocation"]["groups"]["hub"], config["data"]["languages"], config["callbacks"]["profile"]
+    config["invocation"]["references"] = {
+        place: key for place, key in config["invocation"]["references"].items() if "profile" not in place
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    checkpoint = newest_good_checkpoint(run)
+    assert checkpoint is not None
+    state = torch.load(checkpoint, weights_only=True)
+    (best,) = [part for part in state["callbacks"].values() if "errors" in part]
+    del best["errors"]
+    torch.save(state, checkpoint)
+
+
+REFUSED = {
+    "profile=3:1": "does not read profile",  # its callbacks have no profiler
+    "hub.private=true": "hub=default does not read hub.private",
+    "sample_every=1": "does not read sample_every",
+}
+
+
+def test_run_of_an_older_version_is_resumed(train_here: Train, tiny: list[str], tmp_path: Path) -> None:
+    words = (*tiny, "steps=2", "callbacks.checkpoint.verify_export=false", "run_dir=run")
+    assert train_here(*words).code == 0
+    newer = _configuration(tmp_path / "run")
+    make_older(tmp_path / "run")
+    assert run_spec.load(tmp_path / "run" / "config.yaml").config.hub.revision == "main"
+    older = _configuration(tmp_path / "run")
+    assert older == {
+        name: newer[name] for name in newer if not name.startswith(("data.languages", "callbacks.profile"))
+    }
+    for word, message in REFUSED.items():
+        answer = train_here("resume=run", "steps=4", word)
+        assert answer.code == 2, word
+        assert message in answer.stderr
+    answer = train_here("resume=run", "steps=4")
+    assert answer.code == 0, answer.stderr
+    assert read_report(tmp_path / "run")["steps"] == 4
+    answer = train_here("resume=run", "steps=5", "profile=9:1")
+    assert "begins after the last step, 5" in answer.stderr
