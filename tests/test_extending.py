@@ -81,6 +81,7 @@ def check_distillation(run: Path) -> None:
     assert report["data"]["name"] == "text"
 
 
+@pytest.mark.slow
 def test_functions_and_classes_of_the_page_train(train_here: Train, teacher: Path):
     ended = train_here(*distillation(), "run_dir=run")
     assert ended.code == 0, ended.stderr

@@ -218,8 +218,8 @@ def test_models_are_paired_by_document(evaluate_here, folder: Path) -> None:
     by_byte = third["bits_per_byte_minus_first"]  # other tokens of the same documents
     assert by_byte["value"] == pytest.approx(third["bits_per_byte"] - first["bits_per_byte"], rel=1e-6)
     assert by_byte["groups"] == found["groups"] == len(DOCUMENTS)
-    assert f"{found['low']:.4f} … {found['high']:.4f}" in done.stdout
-    assert f"{by_byte['low']:.4f} … {by_byte['high']:.4f}" in done.stdout
+    assert f"{found['low']:.3f} … {found['high']:.3f}" in done.stdout
+    assert f"{by_byte['low']:.2f} … {by_byte['high']:.2f}" in done.stdout
 
 
 def test_the_report_has_the_error_that_evaluate_prints(

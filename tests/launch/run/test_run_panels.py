@@ -141,7 +141,7 @@ def test_run_fits_a_terminal_of_any_width(columns: int, tiny: list[str], tmp_pat
     assert {len(line) for line in boxes} == {min(columns, 100)}
 
 
-@pytest.mark.parametrize(("columns", "has_box"), [(20, False), (60, True)])
+@pytest.mark.parametrize(("columns", "has_box"), [(20, False), pytest.param(60, True, marks=pytest.mark.slow)])
 def test_narrow_terminal_gets_whole_words_without_a_box(columns: int, has_box: bool) -> None:
     program = "from launch.run.run_panels import _show_panel; _show_panel('title', [('model', '37,120 parameters')])"
     shown = PseudoTerminal([sys.executable, "-c", program], columns, ROOT)

@@ -60,7 +60,7 @@ def test_a_failed_job_does_not_stop_the_rest(jobs_here: None, train_here: Train,
     assert not (tmp_path / "swept" / "1").exists()
     assert not (tmp_path / "runs").exists()
     lines = answer.stdout.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("job  status"))
+    start = next(number for number, line in enumerate(lines) if line.startswith("folder  status"))
     assert "optimizer=adamw init=scratch" in lines[start + 1]
     assert "finished" in lines[start + 1]
     assert "data=text" not in lines[start + 1], "what all jobs share is no news"
