@@ -20,13 +20,14 @@ from pathlib import Path
 from rich.console import Console
 
 from gpt2lab.keys import key
-from gpt2lab.metric_names import TOKENS, TOKENS_PER_SECOND
+from gpt2lab.metric_names import SECONDS
 from gpt2lab.storage.metrics_csv import STEP, read_metrics
 from launch.commands import demo_results
 from launch.commands.demo_clock import STEPS, Clock, in_minutes
 from launch.commands.demo_page import DemoPage
 from launch.commands.demo_stages import (
     FULL,
+    LOGGED_EVERY,
     QUICK,
     TRAINED,
     Sizes,
@@ -129,11 +130,10 @@ def _run_watched(stage: Stage, folder: Path, console: Console, page: DemoPage, c
 
 
 def _seconds_per_step(run: Path) -> float | None:
-    """Return the mean of the first STEPS steps of a run; None before they are logged."""
-    row = next((row for row in read_metrics(run) if int(row[STEP]) >= STEPS), None)
-    if row is None or not row.get(TOKENS_PER_SECOND) or not float(row[TOKENS_PER_SECOND]):
-        return None
-    return float(row[TOKENS]) / int(row[STEP]) / float(row[TOKENS_PER_SECOND])
+    """Return the mean of steps 6 to 10 of a run, since the first ones compile; None before they are logged."""
+    ends = {int(row[STEP]): float(row[SECONDS]) for row in read_metrics(run)}
+    first, last = STEPS - LOGGED_EVERY, STEPS
+    return (ends[last] - ends[first]) / LOGGED_EVERY if first in ends and last in ends else None
 
 
 def _print_stop(stage: Stage, code: int, left: Sequence[str], again: str, console: Console) -> None:

@@ -34,7 +34,7 @@ class Clock:
         """Return one line with the estimated total time, from the measured steps of the first stage."""
         total = self.seconds + remaining_seconds(stage, self._stages, seconds_per_step / stage.step_seconds)
         return (
-            f"Estimate: about {in_minutes(total)} in total: {STEPS} steps took {seconds_per_step:.2f} s each, "
+            f"Estimate: about {in_minutes(total)} in total: after {STEPS} steps, one took {seconds_per_step:.2f} s, "
             f"on an idle machine of two cores {stage.step_seconds:.2f} s."
         )
 

@@ -16,6 +16,7 @@ RUNNING_TEXT = (TEACHER, SCRATCH, DISTILLED, FROM_LAYERS)  # their losses are on
 TRAINED = (*RUNNING_TEXT, FINETUNED)
 STUDENTS = (DISTILLED, FROM_LAYERS)
 UNVERIFIED = "callbacks.checkpoint.verify_export=false"  # saves seconds; the other two models are verified
+LOGGED_EVERY = 5  # steps
 PLAN, SCORES_FILE = "demo.json", "scores.json"
 
 
@@ -169,7 +170,8 @@ def stages(folder: Path, sizes: Sizes, data: tuple[str, ...], start: str = FROM_
 
 def _lengths(steps: int) -> tuple[str, ...]:
     quarter = steps // 4
-    return (f"steps={steps}", f"validate_every={quarter}", f"checkpoint_every={quarter}", f"sample_every={steps}")
+    often = (f"validate_every={quarter}", f"checkpoint_every={quarter}", f"sample_every={steps}")
+    return (f"steps={steps}", *often, f"log_every={LOGGED_EVERY}")
 
 
 def demo_command(sizes: Sizes, data: tuple[str, ...]) -> str:

@@ -69,7 +69,7 @@ def test_estimate_scales_the_usual_times_by_the_measured_step(tmp_path: Path) ->
     assert remaining_seconds(plan[0], plan, 2.0) == pytest.approx(2 * usual)
     line = Clock(plan).first_estimate(plan[0], 2 * plan[0].step_seconds)
     assert line.startswith(
-        f"Estimate: about {in_minutes(2 * usual)} in total: 10 steps took 0.58 s each, on an idle machine"
+        f"Estimate: about {in_minutes(2 * usual)} in total: after 10 steps, one took 0.58 s, on an idle"
     )
 
 
@@ -296,3 +296,11 @@ def _check_commands(commands: list[str]) -> None:
             process.send_signal(signal.SIGINT)
         printed, _ = process.communicate()
         assert process.returncode in ((0, 130) if is_server else (0,)), printed
+
+
+def test_estimate_leaves_out_the_steps_that_compile(tmp_path: Path) -> None:
+    rows = {5: 41.0, 10: 42.0, 15: 99.0}
+    for shown, found in {(): None, (5,): None, (5, 10): 0.2, (5, 10, 15): 0.2}.items():
+        lines = [f"{step},{rows[step]}" for step in shown]
+        (tmp_path / "metrics.csv").write_text("\n".join(["step,seconds", *lines, ""]))
+        assert demo._seconds_per_step(tmp_path) == found
