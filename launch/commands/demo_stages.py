@@ -31,7 +31,7 @@ class Sizes:
         shared: further keys of every training; those of running text.
         texts: validation pairs whose summaries are scored.
         characters: least text that it can train on.
-        seconds: usual time of each stage by name, and of one step of each training (`idle_seconds`).
+        seconds: usual time of each stage by name, and of one of its first steps.
     """
 
     name: str

@@ -14,19 +14,9 @@ from gpt2lab.metric_names import benchmark_scores
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from tests.conftest import Command, Train, needs_two_cores
+from tests.support.lm_eval_task import TASK
 from tests.support.stop_signal import stop_keys
 
-TASK = """
-task: tiny_completion
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}]
-"""
 ACCURACY = "benchmarks/tiny_completion/acc"
 RUN = ("steps=6", "validate_every=3", "callbacks.checkpoint.verify_export=false", "model.dropout=0.1", "ema=0.5")
 RUN += ("optimizer.lr=0.01", "micro_batch=4", "seed=3")

@@ -33,6 +33,7 @@ from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from tests.conftest import SHRUNK, Command
+from tests.support.lm_eval_task import TASK
 
 TEXT = Path(json.__file__).read_text()
 CONTEXT = 32
@@ -397,19 +398,6 @@ def test_compiles_is_equal_in_validation_and_evaluate(evaluate_here, train_here,
     done = evaluate_here(f"checkpoint={tmp_path / 'run'}", f"json={tmp_path / 'scores.json'}")
     assert done.code == 0, done.stderr
     assert json.loads((tmp_path / "scores.json").read_text())["texts"]["compiles"]["value"] > 90
-
-
-TASK = """
-task: tiny_completion
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}]
-"""
 
 
 ROLLING = """
