@@ -51,7 +51,7 @@ def text_scores(
         groups: (N,) document group of each text; None: every text is a document.
 
     Raises:
-        ValueError: no text, or the numbers of predictions and references differ.
+        ValueError: an unknown name, no text, or the numbers of predictions and references differ.
     """
     found = _resampled_scores(list(names), predictions, references, seed, groups)
     return {name: _interval(*one) for name, one in found.items()}

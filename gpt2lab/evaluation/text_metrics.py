@@ -24,10 +24,12 @@ PLACEHOLDER = re.compile(
 )
 
 
-def text_metrics(names: Iterable[str], predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Score `predictions` (N texts) against one reference each; NaN where a metric applies to no text.
+def per_text_scores(
+    names: Iterable[str], predictions: list[str], references: list[str]
+) -> dict[str, list[float | None]]:
+    """Score each text, for the metrics that are a mean over texts; None where a metric does not apply to a text.
 
-    torchmetrics, which takes seconds to import, is imported here only.
+    torchmetrics, which takes seconds to import, is imported for ROUGE only.
 
     Raises:
         ValueError: an unknown name, no text, or the numbers of predictions and references differ.
@@ -36,21 +38,6 @@ def text_metrics(names: Iterable[str], predictions: list[str], references: list[
     unknown = sorted(set(names) - set(TEXT_METRICS))
     if unknown:
         raise ValueError(f"unknown text metric {unknown[0]!r}; allowed: {', '.join(TEXT_METRICS)}.")
-    values = per_text_scores(names, predictions, references)
-    return {
-        name: mean_or_nan(values[name]) if name in values else corpus_score(name, predictions, references)
-        for name in names
-    }
-
-
-def per_text_scores(
-    names: Iterable[str], predictions: list[str], references: list[str]
-) -> dict[str, list[float | None]]:
-    """Score each text, for the metrics that are a mean over texts; None where a metric does not apply to a text.
-
-    Raises:
-        ValueError: no text, or the numbers of predictions and references differ.
-    """
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} references: give the same number, at least one."

@@ -11,8 +11,8 @@ from gpt2lab.data.document_groups import WindowDocuments, document_sums
 from gpt2lab.evaluation.bootstrap import text_differences, text_scores
 from gpt2lab.evaluation.document_losses import DocumentLosses
 from gpt2lab.evaluation.jackknife import TOKENS, GroupedSums, Sums, interval_factor, mean_error, standard_errors
-from gpt2lab.evaluation.text_metrics import text_metrics
 from gpt2lab.generation.decoding_speed import median_with_error
+from tests.support.text_values import text_metrics
 
 
 def mean_of(sums: Sums) -> dict[str, float]:

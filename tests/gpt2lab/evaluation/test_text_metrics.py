@@ -13,7 +13,8 @@ from torchmetrics.functional.text import chrf_score, sacre_bleu_score
 from datamodules.documents import stdlib_corpus
 from datamodules.function_pairs import function_rows
 from gpt2lab.evaluation.bootstrap import text_scores
-from gpt2lab.evaluation.text_metrics import PLACEHOLDER, TEXT_METRICS, text_metrics
+from gpt2lab.evaluation.text_metrics import PLACEHOLDER, TEXT_METRICS
+from tests.support.text_values import text_metrics
 
 OF_TEXT = tuple(name for name in TEXT_METRICS if name not in ("compiles", "placeholders"))
 ZH_REFERENCES = ["打开文件时出错。", "没有这样的文件或目录", "无法创建临时文件"]

@@ -28,12 +28,12 @@ from gpt2lab.evaluation.evaluation import (
 )
 from gpt2lab.evaluation.jackknife import TOKENS
 from gpt2lab.evaluation.paired_statistics import t_quantile
-from gpt2lab.evaluation.text_metrics import text_metrics
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import ModelShape
 from tests.conftest import SHRUNK, Command
 from tests.support.lm_eval_task import TASK
+from tests.support.text_values import text_metrics
 
 TEXT = Path(json.__file__).read_text()
 CONTEXT = 32
