@@ -72,7 +72,7 @@ docs: $(READY_DEV) ## rewrite docs/reference.md from conf/, then build the site:
 wandb-merge: $(READY) ## one offline W&B run of a run that was killed and resumed (RUN=DIR), for wandb sync
 	@$(PYTHON_IN_VENV) -m launch.commands.wandb_merge $(RUN)
 
-gpu-check: $(READY) ## what a CPU cannot show; 20 minutes on one GPU, appends to benchmarks/RESULTS.md (NANOGPT=, TRL_PYTHON=)
+gpu-check: $(READY) ## what a CPU cannot show; 12 minutes on one GPU, appends to benchmarks/RESULTS.md (NANOGPT=, TRL_PYTHON=)
 	@$(PYTHON_IN_VENV) -m benchmarks.gpu_check $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")
 
 clean: ## remove .venv and tool caches; runs, sweeps and prepared data stay

@@ -1,103 +1,151 @@
-"""GPU check: verify the project's claims about GPUs in about twenty minutes: `make gpu-check`.
+"""GPU check: verify the project's claims about GPUs, unattended and in limited time: `make gpu-check`.
 
-    python -m benchmarks.gpu_check [--nanogpt /path/to/nanoGPT] [--trl-python PYTHON] [--only WORD,WORD]
+    python -m benchmarks.gpu_check [--minutes 12] [--nanogpt /path/to/nanoGPT] [--trl-python PYTHON] [--only WORD,WORD]
 
-Attention kernels, packing and the LM-head loss; speed, MFU and memory of small and medium; precisions; FSDP on one GPU;
-resume after a kill; bitwise equal runs with trainer.deterministic; comparisons with nanoGPT, TRL and Liger, if
-available. The table is appended to benchmarks/RESULTS.md with date and device. Without a GPU nothing is checked and the
-exit code is 0.
+A ranked list: speed beside nanoGPT with a profile, distillation beside TRL, the LM-head loss beside PyTorch, TRL and
+Liger, determinism, medium, distillation at GPT-2 size, fp16 and the playground; then attention kernels, precisions,
+FSDP and resume. Each row is appended to benchmarks/RESULTS.md as soon as it is known. A check that would not end within
+the minutes is not started, and every run of one is ended in time.
+
+    python -m benchmarks.gpu_check --rehearse       every check that needs no GPU, with tiny models on the CPU
+
+Without a GPU nothing else is checked and the exit code is 0.
 """
 
 import argparse
+import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_runs
+from benchmarks import gpu_kernels, gpu_proofs, gpu_runs
 from benchmarks.benchmark_training_step import find_model_file
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.gpu_runs import GPU, REHEARSAL, Bench
 from benchmarks.train_command import ROOT
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+TABLE_HEAD = "| check | | result | s |\n|---|---|---|--:|\n"
 
 
 @dataclass(frozen=True)
 class Check:
+    """A claim to verify.
+
+    Attributes:
+        run: returns the result as text; raises if the claim is violated.
+        seconds: that it takes on an H200, about; it is started if so much time is left.
+    """
+
     name: str
-    run: Callable[[Path], str]  # folder for runs → result; raises if the claim is violated
+    run: Callable[[Bench], str]
+    seconds: int
+    needs_gpu: bool = False
 
 
-def checks(nanogpt: Path | None, trl_python: str | None) -> Iterator[Check]:
-    yield Check("flash attention", lambda _: gpu_kernels.flash_attention())
-    yield Check("packed documents", lambda _: gpu_kernels.packing(prefix=False))
-    yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True))
-    yield Check("LM-head loss, 16,384 positions, V = 50,257", lambda _: gpu_kernels.compare_lm_head_losses())
+def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) -> Iterator[Check]:
+    """Return the checks, the most important first."""
+    small, medium, _ = sizes.models
     if nanogpt is not None:
-        yield Check("small vs. nanoGPT", gpu_runs.compare_with_nanogpt(find_model_file(nanogpt)))
+        beside = partial(gpu_runs.compare_with_nanogpt, model_file=find_model_file(nanogpt))
+        yield Check("small beside nanoGPT", beside, 180)
+    yield Check("profile of small", gpu_runs.profile, 30)
     if trl_python is not None:
-        yield Check("distillation, medium to small, vs. TRL", gpu_runs.compare_with_trl(trl_python))
-    speed = gpu_runs.speed
-    yield Check("small, bf16, compiled", speed("small", 16, "precision=bf16", "compile=true"))
-    yield Check("small, bf16, eager", speed("small", 16, "precision=bf16", "compile=false"))
-    yield Check("precisions", gpu_runs.precisions)
-    yield Check("distillation, medium to small, default values", gpu_runs.distil_with_defaults)
-    yield Check("resume after kill -9", gpu_runs.resume_after_a_kill)
-    yield Check("deterministic, compiled", gpu_runs.deterministic("compile=true"))
-    yield Check("deterministic, eager, packed documents", gpu_runs.deterministic("compile=false", "packing=true"))
-    yield Check("deterministic distillation", gpu_runs.deterministic_distillation)
-    yield Check("FSDP on one GPU", gpu_runs.fsdp_on_one_gpu)
-    yield Check("medium, bf16, compiled", speed("medium", 16, "precision=bf16", "compile=true"))
+        yield Check("distillation beside TRL", partial(gpu_runs.compare_with_trl, trl_python=trl_python), 120)
+    kernels = "LM-head loss, 16,384 positions, V = 50,257"
+    yield Check(kernels, lambda _: gpu_kernels.compare_lm_head_losses(), 40, needs_gpu=True)
+    yield Check("deterministic, compiled", partial(_deterministic, options=("compile=true",)), 90)
+    yield Check("medium", partial(_speed, model=medium, options=("precision=bf16", "compile=true")), 60)
+    yield Check("experiment at GPT-2 size", gpu_runs.experiment, 180)
+    yield Check("small, fp16", partial(_speed, model=small, options=("precision=fp16", "compile=true")), 45, True)
+    yield Check("playground", gpu_proofs.playground, 20)
+    yield Check("flash attention", lambda _: gpu_kernels.flash_attention(), 5, needs_gpu=True)
+    yield Check("precisions", gpu_proofs.precisions, 130, needs_gpu=True)
+    yield Check("resume after kill -9", gpu_proofs.resume_after_a_kill, 90)
+    packed = ("compile=false", "packing=true")
+    yield Check("deterministic, packed documents", partial(_deterministic, options=packed), 90)
+    yield Check("deterministic distillation", gpu_proofs.deterministic_distillation, 90)
+    yield Check("FSDP on one GPU", gpu_proofs.fsdp_on_one_gpu, 45, needs_gpu=True)
+    yield Check("distillation with default values", gpu_runs.distil_with_defaults, 60, needs_gpu=True)
     recomputed = ("precision=bf16", "compile=false", "activation_checkpointing=true")
-    yield Check("medium, bf16, activations recomputed", speed("medium", 16, *recomputed, steps=20))
-    yield Check("small, fp16, eager", speed("small", 16, "precision=fp16", "compile=false"))
+    yield Check("medium, activations recomputed", partial(_speed, model=medium, options=recomputed), 45)
+    yield Check("packed documents", lambda _: gpu_kernels.packing(prefix=False), 30, needs_gpu=True)
+    yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True), 10, needs_gpu=True)
 
 
-def outcome(check: Check, folder: Path) -> tuple[str, str]:
-    """Return ("passed" | "FAILED", result)."""
+def _speed(bench: Bench, model: str, options: tuple[str, ...]) -> str:
+    return gpu_runs.speed(bench, model, *options)
+
+
+def _deterministic(bench: Bench, options: tuple[str, ...]) -> str:
+    return gpu_proofs.deterministic(bench, *options)
+
+
+def outcome(check: Check, bench: Bench) -> tuple[str, str]:
+    """Return ("passed" | "FAILED" | "not run", result)."""
+    if bench.on_gpu and bench.seconds_left < check.seconds:
+        return "not run", f"{bench.seconds_left:.0f} s were left, about {check.seconds} are needed"
+    if check.needs_gpu and not bench.on_gpu:
+        return "not run", "needs a GPU"
     try:
-        return "passed", check.run(folder)
-    except (RuntimeError, OSError, KeyError, ValueError, subprocess.TimeoutExpired) as error:
+        return "passed", check.run(bench)
+    except (RuntimeError, OSError, KeyError, ValueError, subprocess.SubprocessError) as error:
         return "FAILED", " ".join(str(error).split())[-600:]
     finally:
         torch.cuda.empty_cache()
 
 
+def append(text: str, file: Path | None) -> None:
+    """Print text and append it to a file that survives the end of this process."""
+    print(text, end="", flush=True)
+    if file is not None:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+
+
+def verify(checked: Iterator[Check], bench: Bench, file: Path | None) -> list[str]:
+    """Run the checks in their order, write a row for each, and return the verdicts."""
+    bench.write_inputs()
+    verdicts = []
+    for check in checked:
+        started = time.monotonic()
+        verdict, result = outcome(check, bench)
+        seconds = time.monotonic() - started
+        append(f"| {check.name} | {verdict} | {result.replace('|', '/')} | {seconds:.0f} |\n", file)
+        verdicts.append(verdict)
+    return verdicts
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=12.0, help="by then every check has ended (default: 12)")
     parser.add_argument("--nanogpt", type=Path, help="a nanoGPT checkout, or its model.py")
     parser.add_argument("--trl-python", help="the Python of an environment that has TRL")
     parser.add_argument("--only", default="", help="checks that have one of these words in their names")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models on the CPU; nothing is written")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not options.rehearse:
         print("gpu-check: skipped, because PyTorch finds no GPU.")
         return 0
-    device = torch.cuda.get_device_name()
-    heading = f"\n## {time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}\n\n"
-    verdicts, table = [], "| check | | result | s |\n|---|---|---|--:|\n"
+    sizes = REHEARSAL if options.rehearse else GPU
+    deadline = time.monotonic() + 60 * options.minutes
+    device = "a CPU, tiny models" if options.rehearse else torch.cuda.get_device_name()
+    file = None if options.rehearse else RESULTS
+    append(f"\n## {time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}\n\n{TABLE_HEAD}", file)
+    wanted = options.only.split(",")
+    every = checks(options.nanogpt, options.trl_python, sizes)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_corpus(folder / "corpus", gpu_runs.VOCABULARY, train_tokens=4_000_000, val_tokens=64 * gpu_runs.CONTEXT)
-        write_tokenizer(folder / "tokenizer", gpu_runs.VOCABULARY)
-        for check in checks(options.nanogpt, options.trl_python):
-            if not any(word in check.name for word in options.only.split(",")):
-                continue
-            started = time.monotonic()
-            verdict, result = outcome(check, folder)
-            seconds = time.monotonic() - started
-            row = f"| {check.name} | {verdict} | {result.replace('|', '/')} | {seconds:.0f} |\n"
-            print(row, end="", flush=True)
-            verdicts.append(verdict)
-            table += row
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(heading + table)
+        some = (check for check in every if any(word in check.name for word in wanted))
+        verdicts = verify(some, Bench(Path(scratch), sizes, deadline), file)
     return 1 if "FAILED" in verdicts else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

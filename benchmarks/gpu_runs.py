@@ -1,220 +1,259 @@
-"""Checks of gpu_check.py that run train.py, with comparisons to nanoGPT and TRL if available.
+"""Checks of gpu_check.py that compare the speed of train.py with nanoGPT, TRL and earlier results.
 
 Each returns its result as text and raises RuntimeError if the claim is violated.
 """
 
+import gzip
 import json
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import benchmark_precisions
 from benchmarks.benchmark_distill import LOOPS, trl_step
-from benchmarks.benchmark_precisions import EXACT, OTHERS
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
-from benchmarks.train_command import ROOT, bin_data, run_train, train
+from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.train_command import bin_data, run_train, train
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
-ACCELERATOR = "gpu"
-VOCABULARY = 50_257
-MEDIUM = 24, 16, 1024  # layers, heads, width
-CONTEXT = 1024
-BATCH_TOKENS = 32 * CONTEXT
-SAME_LOSS = 0.02  # nats: FSDP compared with one device
-SAME_RESUMED = 1e-3  # nats: without trainer.deterministic GPU kernels are not
-DETERMINISTIC = "trainer.deterministic=true"
-LIMIT = 400  # seconds of one run
+# Part of a kernel's name → what it computes; the first that is contained counts
+KERNELS = {
+    "flash": "attention",
+    "fmha": "attention",
+    "cudnn_generated": "attention",
+    "multi_tensor": "optimizer",
+    "adam": "optimizer",
+    "triton": "fused elementwise and reductions",
+    "gemm": "matrix products",
+    "nvjet": "matrix products",
+    "cutlass": "matrix products",
+    "memcpy": "copies",
+    "memset": "copies",
+}
+OTHER_KERNELS = "other kernels"
 
 
-def base(folder: Path, model: str, steps: int) -> list[str]:
-    quiet = [f"{key}_every={steps}" for key in ("validate", "checkpoint")]
-    sizes = [f"context={CONTEXT}", f"batch_tokens={BATCH_TOKENS}", f"steps={steps}", "log_every=5"]
-    data = bin_data(folder / "corpus", folder / "tokenizer")
-    fixed = [f"accelerator={ACCELERATOR}", "devices=1", "logger=csv", "callbacks=minimal"]
-    return [f"model={model}", *data, *sizes, *quiet, *fixed]
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of models and batches.
+
+    Attributes:
+        models: names of the small, the medium and the miniature model of train.py.
+        student, teacher: layers, heads and width.
+        sequences: in a micro-batch of the small model.
+        budget: target tokens on which the teacher of the experiment is trained.
+    """
+
+    accelerator: str
+    vocab_size: int
+    context: int
+    sequences: int
+    models: tuple[str, str, str]
+    student: tuple[int, int, int]
+    teacher: tuple[int, int, int]
+    steps: int
+    rounds: int
+    budget: int
 
 
-def speed(model: str, micro_batch: int, *options: str, steps: int = 40) -> Callable[[Path], str]:
-    """Make a check that trains some steps and reports speed, MFU and memory."""
+GPU = Sizes(
+    accelerator="gpu",
+    vocab_size=50_304,  # a multiple of 64 for every side: GPUs multiply odd sizes slowly
+    context=1024,
+    sequences=16,
+    models=("small", "medium", "mini"),
+    student=(12, 12, 768),
+    teacher=(24, 16, 1024),
+    steps=40,
+    rounds=3,
+    budget=24_000_000,
+)
+REHEARSAL = Sizes("cpu", 320, 32, 4, ("nano", "nano", "nano"), (2, 2, 128), (3, 2, 160), 20, 1, 16_384)
 
-    def run(folder: Path) -> str:
-        arguments = [*base(folder, model, steps), f"micro_batch={micro_batch}", *options]
-        report = _train_once(folder / "-".join([model, *options]).replace("=", "-"), arguments)
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder for runs, with corpus and tokenizer, sizes, and the time at which every run has to end.
+
+    Attributes:
+        deadline: of time.monotonic().
+    """
+
+    folder: Path
+    sizes: Sizes
+    deadline: float
+
+    @property
+    def seconds_left(self) -> float:
+        return max(self.deadline - time.monotonic(), 1.0)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.sizes.accelerator == "gpu"
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.sizes.sequences * self.sizes.context
+
+    def write_inputs(self) -> None:
+        """Write a corpus and a tokenizer of any text."""
+        context = self.sizes.context
+        tokens = {"train_tokens": 4_000 * context, "val_tokens": 64 * context}
+        write_corpus(self.folder / "corpus", self.sizes.vocab_size, **tokens)
+        write_tokenizer(self.folder / "tokenizer", self.sizes.vocab_size)
+
+    def on_corpus(self, model: str, steps: int) -> list[str]:
+        """Return arguments for training on the synthetic corpus, two micro-batches a step."""
+        sizes = [f"context={self.sizes.context}", f"batch_tokens={2 * self.batch_tokens}", "log_every=5"]
+        data = bin_data(self.folder / "corpus", self.folder / "tokenizer")
+        return [f"model={model}", *data, *sizes, *self.of_length(steps), "callbacks=minimal"]
+
+    def of_length(self, steps: int) -> list[str]:
+        lengths = [f"steps={steps}", f"validate_every={steps}", f"checkpoint_every={steps}"]
+        return [*lengths, f"accelerator={self.sizes.accelerator}", "devices=1", "logger=csv"]
+
+    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
+        """Run train.py into the folder `name` and return its report; the checkpoints are deleted."""
+        report = train(self.folder / name, arguments, self.seconds_left)
+        shutil.rmtree(self.folder / name / "checkpoints", ignore_errors=True)
         if not report["train_loss"] < 12:
             raise RuntimeError(f"training loss {report['train_loss']}")
-        used, planned = (report[key] / 2**30 for key in ("peak_memory_bytes", "planned_memory_bytes"))
-        speed = f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}"
-        return f"{speed}, {used:.1f} GiB ({planned:.1f} planned)"
+        return report
 
-    return run
+    def resume(self, run_dir: Path) -> None:
+        run_train([f"resume={run_dir}"], self.seconds_left)
 
-
-def compare_with_nanogpt(model_file: Path) -> Callable[[Path], str]:
-    """Make a check of small and nanoGPT's model file, both compiled: 16 sequences of 1,024 tokens, bf16, AdamW."""
-
-    def run(folder: Path) -> str:
-        _, sequences, context = STEPS["small"]
-        theirs = nanogpt(model_file, folder / "corpus", 50_304, compiled=True, steps=40, size="small")
-        keys = ["compile=true", "precision=bf16", "optimizer=adamw", f"micro_batch={sequences}"]
-        keys += [f"batch_tokens={sequences * context}"]
-        report = _train_once(folder / "beside-nanogpt", [*base(folder, "small", 60), *keys])
-        ours = report["tokens_per_second"]
-        return f"{ours:,.0f} tokens/s, nanoGPT {theirs:,.0f}: {ours / theirs:.2f} ×"
-
-    return run
+    def random_teacher(self) -> Path:
+        """Write a teacher with random weights, which the preflight would refuse."""
+        folder = self.folder / "random-teacher"
+        if not folder.exists():
+            torch.manual_seed(1)
+            shape = ModelShape(*self.sizes.teacher, self.sizes.context, self.sizes.vocab_size)
+            to_hf(Backbone(shape)).save_pretrained(folder)
+            load_tokenizer(str(self.folder / "tokenizer")).save_pretrained(folder)
+        return folder
 
 
-def compare_with_trl(trl_python: str) -> Callable[[Path], str]:
-    """Make a check of distilling medium to small (JSD, 8 × 1,024 tokens, bf16), also with two training loops of TRL."""
-
-    def run(folder: Path) -> str:
-        teacher = folder / "medium"
-        torch.manual_seed(1)
-        to_hf(Backbone(ModelShape(*MEDIUM, CONTEXT, VOCABULARY))).save_pretrained(teacher)
-        keys = ["task=distill", f"teacher={teacher}", "preflight=off", "loss=jsd", "loss.beta=0.5"]
-        keys += ["loss.hard_weight=0", "optimizer=adamw", "precision=bf16"]
-        keys += ["micro_batch=8", f"batch_tokens={8 * CONTEXT}"]
-        report = _train_once(folder / "beside-trl", [*base(folder, "small", 60), *keys])
-        ours = report["tokens_per_second"], report["peak_memory_bytes"] / 2**30
-        results = [f"{ours[0]:,.0f} tokens/s, {ours[1]:.1f} GiB"]
-        given = {"corpus": folder / "corpus", "tokenizer": folder / "tokenizer", "teacher": teacher, "beta": 0.5}
-        given |= {"layers": 12, "heads": 12, "width": 768, "batch": 8, "steps": 30, "threads": 8, "precision": "bf16"}
-        for loop, context in {"gkd": CONTEXT - 1, "compiled": CONTEXT}.items():  # GKDTrainer has a prompt token before
-            found = trl_step(trl_python, {**given, "loop": loop, "context": context}, timeout=LIMIT)
-            theirs = found["targets"] / found["milliseconds"] * 1e3, found["peak"] / 2**30
-            ratios = f"{ours[0] / theirs[0]:.2f} × the speed, {ours[1] / theirs[1]:.2f} × the memory"
-            side = f"{LOOPS[loop]}, TRL {found['trl']}"
-            results.append(f"{side}: {theirs[0]:,.0f} tokens/s, {theirs[1]:.1f} GiB; ours {ratios}")
-        return "; ".join(results)
-
-    return run
+def speed(bench: Bench, model: str, *options: str, steps: int | None = None) -> str:
+    """Train some steps and return speed, MFU and memory."""
+    arguments = [*bench.on_corpus(model, steps or bench.sizes.steps), f"micro_batch={bench.sizes.sequences}", *options]
+    return _speed(bench.train("-".join(["speed", model, *options]).replace("=", "-"), arguments))
 
 
-def distil_with_defaults(
-    folder: Path, *options: str, model: str = "small", teacher_shape: tuple[int, int, int] = MEDIUM
-) -> str:
-    """Check the command of docs/distillation.md, task=distill model=small with a medium teacher, for 20 steps.
-
-    The teacher has random weights, which the preflight would refuse.
-
-    Args:
-        options: further keys of train.py.
-        teacher_shape: its layers, heads and width.
-    """
-    teacher = folder / "random-medium"
-    torch.manual_seed(1)
-    to_hf(Backbone(ModelShape(*teacher_shape, CONTEXT, VOCABULARY))).save_pretrained(teacher)
-    load_tokenizer(str(folder / "tokenizer")).save_pretrained(teacher)
-    usual = ["task=distill", f"model={model}", f"teacher={teacher}", "steps=20"]
-    report = _train_once(folder / "defaults", [*usual, "preflight=off", *options])
-    if not report["train_loss"] < 12:
-        raise RuntimeError(f"training loss {report['train_loss']}")
-    used = report["peak_memory_bytes"] / 2**30
-    return f"{report['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.1%}, {used:.1f} GiB"
+def _speed(report: Mapping[str, Any]) -> str:
+    mfu = f", MFU {report['mfu']:.1%}" if report.get("mfu") is not None else ""
+    used, planned = (report[key] / 2**30 for key in ("peak_memory_bytes", "planned_memory_bytes"))
+    return f"{report['tokens_per_second']:,.0f} tokens/s{mfu}, {used:.1f} GiB ({planned:.1f} planned)"
 
 
-def fsdp_on_one_gpu(folder: Path) -> str:
-    """Check that 30 steps have the same loss with FSDP (on one GPU) and without."""
-
-    def run(strategy: str) -> float:
-        arguments = [*base(folder, "small", 30), "micro_batch=8", "compile=false", f"strategy={strategy}"]
-        return _train_once(folder / f"strategy-{strategy}", arguments)["val_loss"]
-
-    with ThreadPoolExecutor() as pool:
-        unsharded, sharded = pool.map(run, ("auto", "fsdp"))
-    if not abs(unsharded - sharded) < SAME_LOSS:
-        raise RuntimeError(f"val/loss {unsharded:.4f} unsharded, {sharded:.4f} sharded")
-    return f"val/loss {sharded:.4f}, unsharded {unsharded:.4f}"
-
-
-def resume_after_a_kill(folder: Path, model: str = "mini") -> str:
-    """Check a run that is killed (SIGKILL) after its first checkpoint and resumed against an uninterrupted one."""
-    arguments = [*base(folder, model, 150), "micro_batch=32", "compile=false", "checkpoint_every=50"]
-    with ThreadPoolExecutor() as pool:
-        whole = pool.submit(train, folder / "unbroken", arguments, LIMIT)
-        run_dir = folder / "killed"
-        _kill_at_first_checkpoint([sys.executable, "train.py", *arguments, f"run_dir={run_dir}"], run_dir)
-        run_train([f"resume={run_dir}"], LIMIT)
-        unbroken = whole.result()["val_loss"]
-    loss = json.loads((run_dir / "report.json").read_text())["val_loss"]
-    if not abs(loss - unbroken) < SAME_RESUMED:
-        raise RuntimeError(f"val/loss {loss:.5f} resumed, {unbroken:.5f} uninterrupted")
-    return f"val/loss differs from the uninterrupted run's by {abs(loss - unbroken):.1e}"
+def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
+    """Compare train.py (AdamW, Muon) with nanoGPT's model file: compiled, bf16, one micro-batch a step, same tokens."""
+    sizes, found = bench.sizes, defaultdict[str, list[float]](list)
+    size = "small" if bench.on_gpu else "mini"
+    keys = ["compile=true", "precision=bf16"]
+    if bench.on_gpu:
+        keys += [f"micro_batch={sizes.sequences}", f"batch_tokens={bench.batch_tokens}"]
+    else:  # the sizes of nanogpt_step.py
+        _, sequences, context = STEPS[size]
+        keys += [f"micro_batch={sequences}", f"context={context}", f"batch_tokens={sequences * context}"]
+    for number in range(sizes.rounds):
+        theirs = nanogpt(model_file, bench.folder / "corpus", sizes.vocab_size, True, sizes.steps, size)
+        found["nanoGPT"].append(theirs)
+        for optimizer in ("adamw", "muon"):
+            arguments = [*bench.on_corpus(size, sizes.steps), *keys, f"optimizer={optimizer}"]
+            report = bench.train(f"beside-nanogpt-{optimizer}-{number}", arguments)
+            found[optimizer].append(report["tokens_per_second"])
+            mfu = f" (MFU {report['mfu']:.1%})" if report.get("mfu") is not None else ""
+    medians = {name: statistics.median(speeds) for name, speeds in found.items()}
+    ratios = [f"{name} {medians[name]:,.0f}: {medians[name] / medians['nanoGPT']:.2f} ×" for name in ("adamw", "muon")]
+    return f"tokens/s: nanoGPT {medians['nanoGPT']:,.0f}; {'; '.join(ratios)}{mfu}; {sizes.rounds} rounds"
 
 
-def deterministic(*options: str, model: str = "mini") -> Callable[[Path], str]:
-    """Make a check that deterministic runs end with the same bytes, one of them killed (SIGKILL) and resumed.
-
-    They generate samples too: PyTorch has no deterministic algorithm for nucleus sampling on a GPU.
-    """
-
-    def run(folder: Path) -> str:
-        name = "-".join(["deterministic", *(option.split("/")[-1] for option in options)]).replace("=", "-")
-        usual = [*base(folder, model, 60), "micro_batch=16", "checkpoint_every=20", "callbacks=default", *options]
-        usual += ["callbacks.checkpoint.verify_export=false", "callbacks.samples.max_new_tokens=16", "sample_every=60"]
-        arguments = [*usual, DETERMINISTIC]
-        first, second, killed = (folder / f"{name}-{run}" for run in ("first", "second", "killed"))
-        usual_speed = train(folder / f"{name}-usual", usual, LIMIT)["tokens_per_second"]
-        speed = train(first, arguments, LIMIT)["tokens_per_second"]
-        train(second, arguments, LIMIT)
-        _kill_at_first_checkpoint([sys.executable, "train.py", *arguments, f"run_dir={killed}"], killed)
-        run_train([f"resume={killed}"], LIMIT)
-        for other in (second, killed):
-            for file in ("hf/model.safetensors", "samples.jsonl"):
-                if (first / file).read_bytes() != (other / file).read_bytes():
-                    raise RuntimeError(f"{file} of {other.name} and {first.name} differ")
-        return f"three runs bitwise equal, one after SIGKILL; {speed / usual_speed:.2f} × the usual tokens/s"
-
-    return run
+def profile(bench: Bench) -> str:
+    """Profile three steps of the small model and return the milliseconds of a step by kind of kernel."""
+    sizes = bench.sizes
+    keys = [f"micro_batch={sizes.sequences}", f"batch_tokens={bench.batch_tokens}", "precision=bf16", "compile=true"]
+    name, steps = "profiled", 3
+    arguments = [*bench.on_corpus(sizes.models[0], sizes.steps), *keys, "optimizer=adamw"]
+    bench.train(name, [*arguments, f"profile={sizes.steps - steps}:{steps}"])
+    with gzip.open(bench.folder / name / "profile" / "trace-rank0.json.gz", "rt", encoding="utf-8") as file:
+        return summarize_trace(json.load(file)["traceEvents"], steps)
 
 
-def deterministic_distillation(folder: Path, model: str = "mini") -> str:
-    """Check that deterministic distillation from a teacher with random weights ends with the same bytes."""
-    teacher = folder / "teacher"
-    torch.manual_seed(1)
-    to_hf(Backbone(ModelShape(6, 6, 384, CONTEXT, VOCABULARY))).save_pretrained(teacher)
-    options = ("task=distill", f"teacher={teacher}", "preflight=off", "compile=false")
-    return deterministic(*options, model=model)(folder)
+def summarize_trace(events: list[dict[str, Any]], steps: int) -> str:
+    """Return the milliseconds per step of all kernels, of each kind, and of the five longest."""
+    kinds: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            name = event["name"]
+            kind = next((kind for part, kind in KERNELS.items() if part in name.lower()), OTHER_KERNELS)
+            kinds[kind] += event["dur"] / 1e3 / steps
+            kernels[name] += event["dur"] / 1e3 / steps
+    if not kernels:
+        return "no kernels of a GPU"
+    by_time = sorted(kinds.items(), key=lambda item: -item[1])
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:5]
+    busy = f"{sum(kinds.values()):.1f} ms of kernels in a step: " + ", ".join(f"{k} {ms:.1f}" for k, ms in by_time)
+    return f"{busy}; the longest: " + ", ".join(f"{name[:60]} {ms:.2f}" for name, ms in longest)
 
 
-def precisions(folder: Path) -> str:
-    """Check each precision against fp32 with the same seeds: nano, 300 steps on the standard library."""
-    losses = benchmark_precisions.measure_losses(folder, ACCELERATOR, at_once=len(OTHERS[ACCELERATOR]) + 1)
-    results, wrong = [f"fp32 {statistics.mean(losses[EXACT].values()):.3f}"], []
-    for name, found in benchmark_precisions.compare_with_exact(losses).items():
-        results.append(f"{name} {found.mean:+.4f} ({', '.join(f'{d:+.4f}' for d in found.differences.values())})")
-        if not benchmark_precisions.is_within(found):
-            wrong.append(name)
-    if wrong:
-        raise RuntimeError("val/loss: " + "; ".join(results))
-    return "val/loss: " + "; ".join(results)
+def compare_with_trl(bench: Bench, trl_python: str) -> str:
+    """Compare a step of distilling medium to small (JSD, bf16) with GKDTrainer and TRL's chunked loss."""
+    sizes, batch = bench.sizes, max(bench.sizes.sequences // 2, 1)
+    keys = ["task=distill", f"teacher={bench.random_teacher()}", "preflight=off", "loss=jsd", "loss.beta=0.5"]
+    keys += ["loss.hard_weight=0", "optimizer=adamw", "precision=bf16", "compile=true"]
+    keys += [f"micro_batch={batch}", f"batch_tokens={batch * sizes.context}"]
+    report = bench.train("beside-trl", [*bench.on_corpus(sizes.models[0], sizes.steps), *keys])
+    ours = report["tokens_per_second"], report["peak_memory_bytes"] / 2**30
+    results = [f"{ours[0]:,.0f} tokens/s, {ours[1]:.1f} GiB"]
+    layers, heads, width = sizes.student
+    given = {"corpus": bench.folder / "corpus", "tokenizer": bench.folder / "tokenizer", "beta": 0.5, "steps": 30}
+    given |= {"layers": layers, "heads": heads, "width": width, "batch": batch, "precision": "bf16"}
+    given |= {"teacher": bench.random_teacher(), "threads": 8 if bench.on_gpu else 1}
+    for loop, context in {
+        "compiled": sizes.context,
+        "gkd": sizes.context - 1,
+    }.items():  # GKDTrainer adds a prompt token
+        found = trl_step(trl_python, {**given, "loop": loop, "context": context}, timeout=bench.seconds_left)
+        theirs = found["targets"] / found["milliseconds"] * 1e3, found["peak"] / 2**30
+        ratios = f"{ours[0] / theirs[0]:.2f} × the speed, {ours[1] / theirs[1]:.2f} × the memory"
+        side = f"{LOOPS[loop]}, TRL {found['trl']}"
+        results.append(f"{side}: {theirs[0]:,.0f} tokens/s, {theirs[1]:.1f} GiB; ours {ratios}")
+    return "; ".join(results)
 
 
-def _train_once(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
-    report = train(run_dir, arguments, LIMIT)
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    return report
+def distil_with_defaults(bench: Bench, *options: str) -> str:
+    """Run the command of docs/distillation.md, task=distill model=small with a medium teacher, for 20 steps."""
+    usual = ["task=distill", f"model={bench.sizes.models[0]}", f"teacher={bench.random_teacher()}", "steps=20"]
+    return _speed(bench.train("defaults", [*usual, "preflight=off", *options]))
 
 
-def _kill_at_first_checkpoint(command: list[str], run_dir: Path) -> None:
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + LIMIT
-    while not (run_dir / "checkpoints" / "last").exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise RuntimeError("the run ended before it saved a checkpoint")
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def experiment(bench: Bench) -> str:
+    """Train a small teacher on installed Python packages, then the student with and without it at equal tokens."""
+    sizes, small = bench.sizes, bench.sizes.models[0]
+    tokens = 4 * bench.batch_tokens
+    usual = [*(["data=packages"] if bench.on_gpu else ["data=stdlib"]), f"context={sizes.context}"]
+    usual += [f"batch_tokens={tokens}", f"micro_batch={sizes.sequences}", "callbacks=minimal", "log_every=20"]
+    usual += ["precision=bf16"] if bench.on_gpu else ["validate_tokens=4096"]
+
+    def score(name: str, share: float, keys: list[str]) -> float:
+        steps = max(round(share * sizes.budget / tokens), 2)
+        return bench.train(f"experiment-{name}", [*usual, *bench.of_length(steps), *keys])["val_loss"]
+
+    shape = [f"model={small}"] if not bench.on_gpu else ["model=distil"]
+    teacher = score("teacher", 1.0, [f"model={small}"])
+    distil = ["task=distill", f"teacher={bench.folder / 'experiment-teacher'}", "preflight=warn", "loss.hard_weight=0"]
+    with_teacher, alone = score("kd", 0.5, [*shape, *distil]), score("ce", 0.5, shape)
+    closed = (alone - with_teacher) / (alone - teacher)
+    losses = f"val/loss: teacher {teacher:.3f}, student with it {with_teacher:.3f}, without {alone:.3f}"
+    return f"{losses} on {sizes.budget // 2:,} tokens each; {closed:.0%} of the gap closed"

@@ -68,6 +68,8 @@ def sides(head: Head, device: torch.device, compiles: bool) -> dict[str, Side]:
         found["F.linear_cross_entropy"] = torch_chunked
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         found["Liger"] = liger
+    if head.loss == "forward_kl" and importlib.util.find_spec("trl"):
+        found["TRL"] = trl
     return found
 
 
@@ -123,6 +125,17 @@ def liger(inputs: HeadInputs) -> Tensor:
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, inputs.labels)
     teacher = inputs.teacher
     mean = LigerFusedLinearJSD(jsd_beta=0.0)(hidden, weight, teacher.hidden, teacher.weight, inputs.labels)
+    return mean * len(inputs.labels)
+
+
+def trl(inputs: HeadInputs) -> Tensor:
+    """Compute the loss of TRL's DistillationTrainer, in tiles; β = 0 is forward KL."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    assert inputs.teacher is not None
+    mask = torch.ones(1, len(inputs.labels), device=inputs.labels.device)
+    states = inputs.hidden.unsqueeze(0), inputs.teacher.hidden.unsqueeze(0)
+    mean, *_ = _chunked_divergence_loss(*states, inputs.weight, inputs.teacher.weight, mask, 0.0)
     return mean * len(inputs.labels)
 
 

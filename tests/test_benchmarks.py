@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from benchmarks import (
     benchmark_scaling,
     benchmark_sweep_overhead,
     benchmark_ten_students,
-    gpu_runs,
 )
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
+from benchmarks.gpu_check import Check, verify
+from benchmarks.gpu_runs import REHEARSAL, Bench, summarize_trace
 from benchmarks.lm_head_sides import EAGER, OURS, Head
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
 from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.generation.speculative import Speculated
 from gpt2lab.model.backbone import Backbone, to_hf
@@ -170,20 +172,55 @@ def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_runs_of_the_gpu_check_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
-    sizes = {"ACCELERATOR": "cpu", "VOCABULARY": 300, "CONTEXT": 32, "BATCH_TOKENS": 32 * 32}
-    for name, value in sizes.items():
-        monkeypatch.setattr(gpu_runs, name, value)
-    monkeypatch.setenv("GPT2LAB_CACHE", str(cache))
-    write_corpus(tmp_path / "corpus", 300, train_tokens=20_000, val_tokens=640)
-    write_tokenizer(tmp_path / "tokenizer", 300)
-    assert "tokens/s, MFU" in gpu_runs.speed("nano", 32, "precision=fp32", "compile=false", steps=20)(tmp_path)
-    assert "by 0.0e+00" in gpu_runs.resume_after_a_kill(tmp_path, "nano")
-    assert "three runs bitwise equal" in gpu_runs.deterministic("compile=false", model="nano")(tmp_path)
-    assert "three runs bitwise equal" in gpu_runs.deterministic_distillation(tmp_path, "nano")
-    tiny = ("context=32", "batch_tokens=1024", "validate_tokens=640", "callbacks.final_score=null")
-    distilled = gpu_runs.distil_with_defaults(tmp_path, *tiny, model="nano", teacher_shape=(3, 2, 160))
-    assert "tokens/s, MFU" in distilled
+def test_the_gpu_check_is_rehearsed_on_a_cpu(tmp_path: Path, cache: Path) -> None:
+    """Every check that needs no GPU runs, with nanoGPT and TRL too where $NANOGPT and $TRL_PYTHON name them."""
+    peers = {"--nanogpt": os.environ.get("NANOGPT"), "--trl-python": os.environ.get("TRL_PYTHON")}
+    words = [word for option, value in peers.items() if value for word in (option, value)]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--minutes=30", *words]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=False)
+    rows = {row[0]: row[1:3] for row in cells(ended.stdout.split("\n\n")[-1])}
+    assert "FAILED" not in ended.stdout
+    assert {name for name, row in rows.items() if row[0] == "passed"} >= {
+        "profile of small",
+        "deterministic, compiled",
+        "experiment at GPT-2 size",
+        "playground",
+        "resume after kill -9",
+        "deterministic, packed documents",
+        "deterministic distillation",
+    }
+    assert "by 0.0e+00" in rows["resume after kill -9"][1]
+    assert ended.returncode == 0
+
+
+def test_gpu_check_writes_rows_at_once_and_stops_in_time(tmp_path: Path) -> None:
+    file = tmp_path / "RESULTS.md"
+    seen = []
+
+    def check(seconds: int, result: str) -> Check:
+        def run(_: Bench) -> str:
+            seen.append(file.read_text() if file.exists() else "")
+            if result == "violated":
+                raise RuntimeError(result)
+            return result
+
+        return Check(f"takes {seconds} s", run, seconds)
+
+    sizes = replace(REHEARSAL, accelerator="gpu")
+    some = [check(1, "fine"), check(2, "violated"), check(1000, "never"), check(3, "also")]
+    verdicts = verify(iter(some), Bench(tmp_path, sizes, time.monotonic() + 500), file)
+    assert verdicts == ["passed", "FAILED", "not run", "passed"]
+    assert [len(text.splitlines()) for text in seen] == [0, 1, 3]
+
+
+def test_kernels_of_a_trace_are_summed_by_kind() -> None:
+    found = [("flash_fwd_kernel", 2000), ("nvjet_tst_128", 3000), ("triton_red_fused", 500), ("nvjet_tst_128", 3000)]
+    events = [{"cat": "kernel", "name": name, "dur": duration} for name, duration in found]
+    text = summarize_trace([*events, {"cat": "cpu_op", "name": "aten::mm", "dur": 9e9}, {"name": "no kind"}], steps=2)
+    assert text.startswith(
+        "4.2 ms of kernels in a step: matrix products 3.0, attention 1.0, fused elementwise and reductions 0.2"
+    )
+    assert "nvjet_tst_128 3.00" in text
 
 
 @pytest.mark.slow
