@@ -13,6 +13,8 @@ Position ids are counted from the first position of each document. Without spans
 import torch
 from torch import Tensor
 
+SHORT_ATTENTION = "gpt2lab_short"  # attention implementation of short_attention.py; its masks are those of sdpa
+
 
 def document_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first position of each position's document and the one after its last: (B, T) int64 each.
@@ -63,7 +65,7 @@ def format_mask(mask: Tensor, implementation: str, dtype: torch.dtype) -> Tensor
     Raises:
         ValueError: the implementation does not support such masks, for example flash attention.
     """
-    if implementation == "sdpa":
+    if implementation in ("sdpa", SHORT_ATTENTION):
         return mask
     if implementation == "eager":
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

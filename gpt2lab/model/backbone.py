@@ -18,7 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lab.errors import InputError
-from gpt2lab.model.attention_masks import causal_spans, format_mask, spans_to_mask, spans_to_position_ids
+from gpt2lab.model import short_attention  # noqa: F401  registers SHORT_ATTENTION
+from gpt2lab.model.attention_masks import (
+    SHORT_ATTENTION,
+    causal_spans,
+    format_mask,
+    spans_to_mask,
+    spans_to_position_ids,
+)
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
 from gpt2lab.storage.tensor_file import UNREADABLE, unreadable_message
@@ -40,6 +47,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.shape = shape
         self.lm = _linear_layout(GPT2LMHeadModel(_config(shape)))
+        self.lm.config._attn_implementation = SHORT_ATTENTION
         self.projection: nn.Linear | None = None
         self._compiled_pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
 

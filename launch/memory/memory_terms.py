@@ -14,6 +14,7 @@ from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_A_CHUNK as COMPILE
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_AN_UNCOMPILED_CHUNK as METRIC_LOGITS
 from gpt2lab.losses.lm_head_loss import LOGITS_OF_A_BLOCK, ROWS_OF_A_TEACHER, rows_of_a_chunk
 from gpt2lab.losses.target_losses import LOGITS_OF_A_CHUNK as VALIDATION_LOGITS
+from gpt2lab.model.short_attention import LONGEST
 from gpt2lab.optim.stochastic_rounding import CHUNK_NUMEL, WORK_BYTES
 from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameter_count
@@ -198,6 +199,8 @@ def _block_activations(sizes: RunSizes) -> int:
     per_position = (2 * sizes.weight_bytes + 14 * item) * shape.n_embd + 16 + 4 * shape.n_head
     if sizes.masked:
         per_position += sizes.length * item
+    if sizes.compute_bytes == 2 and not sizes.on_gpu and not shape.dropout and sizes.length <= LONGEST:
+        per_position += 2 * shape.n_head * sizes.length  # short_attention.py keeps the probabilities
     if shape.dropout:
         unfused_attention = 12 * shape.n_head * sizes.length + 8 * shape.n_embd  # no fused kernel with dropout on CPUs
         per_position += 2 * shape.n_embd + (0 if sizes.on_gpu else unfused_attention)

@@ -301,7 +301,7 @@ COUNTED_FEATURES = {
     "tables of samples in W&B": {"wandb": True, "samples": True},
     "verified export": {"verified": True},
     "compiled loss": {"compiled_head": True},
-    "teacher cache": {"cached_teacher": replace(SMALL, n_layer=48), "sampled_cache": True},
+    "teacher cache": {"cached_teacher": replace(SMALL, n_layer=72), "sampled_cache": True},
     "distillation metrics": {"divergence": "forward_kl"},
     "teacher": {"divergence": "forward_kl", "teacher": SMALL},
     "lengths that differ": {"varied": True},
@@ -334,8 +334,10 @@ def test_terms_grow_with_the_sizes_in_their_formulas():
     for name, change in twice.items():
         assert memory_terms(replace(sizes, **change))[name] == 2 * terms[name], name
     half = memory_terms(replace(sizes, precision=precision_named("bf16_true")))
+    attention = 2 * SMALL.n_layer * SMALL.n_head * 4 * 256**2  # bytes of its probabilities, kept in bf16 alone
     for name in ("weights", "gradients", "optimizer state", "activations"):
-        assert half[name] == pytest.approx(terms[name] / 2, rel=0.01), name
+        expected = terms[name] / 2 + (attention if name == "activations" else 0)
+        assert half[name] == pytest.approx(expected, rel=0.01), name
     assert memory_terms(replace(sizes, sharded=True, ranks=4))["gradients"] == terms["gradients"] // 4
     assert terms["export"] == 2 * 4 * parameters(SMALL)
 
