@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes of seconds, and their tables put the right numbers into ratios."""
 
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from benchmarks import (
     benchmark_ten_students,
 )
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
+from benchmarks.benchmark_tokens_to_loss import share_at
 from benchmarks.gpu_check import Check, verify
 from benchmarks.gpu_runs import REHEARSAL, Bench, summarize_trace
 from benchmarks.lm_head_sides import EAGER, OURS, Head
@@ -168,6 +170,25 @@ def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
     separate, sweep = cells(ended.stdout)
     assert separate == [benchmark_sweep_overhead.SEPARATE, separate[1], "1.00"]
     assert float(sweep[2]) == pytest.approx(float(sweep[1]) / float(separate[1]), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(4.5, 0.25), (4.0, 0.25), (3.0, 0.5), (3.5, 0.25 * 2**0.5), (2.5, 2**-0.5), (1.9, math.inf)]
+)
+def test_share_of_tokens_is_interpolated_between_losses(loss: float, expected: float) -> None:
+    assert share_at(loss, {0.25: 4.0, 1.0: 2.0, 0.5: 3.0}) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_tokens_to_loss_trains_both_recipes(cache: Path) -> None:
+    words = ["--tiny", "--steps=20", "--seeds", "1", "2", "--shares", "0.5", "1.0"]
+    command = [sys.executable, "-m", "benchmarks.benchmark_tokens_to_loss", *words]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    table = ended.stdout[ended.stdout.index("| seed") :]
+    first, second = cells(table.split("\n\n")[0])
+    assert (first[0], second[0]) == ("1", "2")
+    assert float(first[1]) > 0
+    assert "At the largest share" in table
 
 
 @pytest.mark.slow
