@@ -35,7 +35,6 @@ def make_older(run: Path) -> None:
 
 
 REFUSED = {
-    "profile=3:1": "does not read profile",  # its callbacks have no profiler
     "hub.private=true": "hub=default does not read hub.private",
     "sample_every=1": "does not read sample_every",
 }
@@ -55,8 +54,9 @@ def test_run_of_an_older_version_is_resumed(train_here: Train, tiny: list[str], 
         answer = train_here("resume=run", "steps=4", word)
         assert answer.code == 2, word
         assert message in answer.stderr
-    answer = train_here("resume=run", "steps=4")
+    answer = train_here("resume=run", "steps=4", "profile=3:1")  # its callbacks had no profiler
     assert answer.code == 0, answer.stderr
     assert read_report(tmp_path / "run")["steps"] == 4
+    assert (tmp_path / "run" / "profile" / "operations-rank0.txt").is_file()
     answer = train_here("resume=run", "steps=5", "profile=9:1")
     assert "begins after the last step, 5" in answer.stderr
