@@ -50,6 +50,11 @@ def show(line: "RenderableType") -> None:
     console().print(line, soft_wrap=isinstance(line, str))
 
 
+def terminal_width() -> int | None:
+    """Return the columns of stdout; None where it is not a terminal, and lines are not wrapped."""
+    return console().width if is_live(sys.stdout) else None
+
+
 def printable(text: str) -> str:
     """Replace characters that would control the terminal; line ends and tabs remain."""
     return "".join(one if one in "\n\t" or unicodedata.category(one) != "Cc" else "�" for one in text)
