@@ -228,6 +228,8 @@ def _next(report: dict[str, Any], run: RunFiles) -> str:
 def _configuration(report: dict[str, Any], config: str) -> str:
     given = str(report.get("command") or "")
     again = f"<div>The command of this run</div>{command(given)}{_given_keys(given)}" if given else ""
+    if isinstance(continued := report.get("continued_with"), list):
+        again += f"<div>Continued with <code>{escape(shlex.join(map(str, continued)))}</code></div>"
     facts = f'<div class="scroll"><table class="grid">{"".join(_facts(report))}</table></div>'
     folded = {"config.yaml": f'<pre class="long">{escape(config)}</pre>' if config else "", "report.json": facts}
     return again + "".join(
