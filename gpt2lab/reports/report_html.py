@@ -60,8 +60,9 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
     is_running = report.get("status") == RUNNING
     words = [str(report[key]) for key in ("status", "task", "model") if report.get(key)]
     words += [f"step {report['steps']:,}"] if report.get("steps") is not None else []
-    status = escape(" · ".join(words)) + " · this page is rewritten at validations and reloads itself" * is_running
+    status = escape(" · ".join(words)) + " · this page is rewritten and reloads itself" * is_running
     events = _events(report)
+    nothing = "No loss is logged yet." if is_running else "No loss was logged."
     curves = plots([loss_chart(run.rows, report, events), *side_charts(run.rows)])
     distillation = _distillation(report.get("metrics") or {}) + plots(distillation_charts(run.rows))
     body = [
@@ -70,7 +71,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         section(
             "Curves",
-            tools([run_clock(run.rows)], True) + curves if curves else "<p>No loss was logged.</p>",
+            tools([run_clock(run.rows)], True) + curves if curves else f"<p>{nothing}</p>",
         ),
         section("The student against its teacher", distillation),
         section("Validation examples", examples_html(run.examples)),

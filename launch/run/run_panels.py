@@ -37,6 +37,8 @@ def show_start(spec: PreparedSpec, facts: DataFacts, folder: Path, checkpoint: P
     if is_one_of_many:
         show("\n".join(f"{name}: {text}" for name, text in rows))
         return
+    if spec.config.callbacks.get("report") is not None:
+        rows.append(("page", f"{folder}/report.html"))
     _show_panel(f"{spec.config.task_name} {spec.resolved.model_name}", rows)
 
 

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Command, Distil, Train, command_here
 from tests.support.configurations import composed, prepared, resolved
 from tests.support.pseudo_terminal import PseudoTerminal
 
-START = ("model", "data", "device", "precision", "steps", "memory", "time", "run")
+START = ("model", "data", "device", "precision", "steps", "memory", "time", "run", "page")
 FINISHED = {"status": "finished", "watched": 4.0, "watched_metric": "val/loss"}
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "pretrain": (
