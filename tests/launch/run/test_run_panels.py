@@ -151,6 +151,18 @@ def test_narrow_terminal_gets_whole_words_without_a_box(columns: int, has_box: b
 
 
 @pytest.mark.slow
+def test_long_paths_stay_whole_below_the_box() -> None:
+    path = "/a/very/long/folder/of/experiments/that/has/no/space/runs/pretrain/first"
+    rows = [("steps", "60 of 8 × 128 tokens"), ("run", path), ("page", "runs/report.html")]
+    program = f"from launch.run.run_panels import _show_panel; _show_panel('title', {rows})"
+    shown = PseudoTerminal([sys.executable, "-c", program], 60, ROOT)
+    assert shown.end() == 0, shown.shown
+    assert f"run: {path}" in shown.lines
+    boxed = [line for line in shown.lines if line.startswith("│")]
+    assert [line.split()[1] for line in boxed] == ["steps", "page"]
+
+
+@pytest.mark.slow
 def test_time_is_estimated_from_an_earlier_run_of_the_same_kind(
     train_here: Train, tiny: list[str], tmp_path: Path
 ) -> None:
