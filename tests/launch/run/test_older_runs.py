@@ -1,16 +1,21 @@
 """Runs of an older version: what their files lack takes its default, and a resume reads only what the run reads."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
+from gpt2lab.errors import InputError
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.storage.report_json import read_report
 from launch.commands.compare import _configuration
 from launch.config import run_spec
+from launch.config.known_keys import check_nodes
 from tests.conftest import Train
+from tests.support.configurations import composed, prepared, resolved
 
 NEW = ("profile", "hub")  # keys and groups that older programs did not have
 
@@ -32,6 +37,29 @@ def make_older(run: Path) -> None:
     (best,) = [part for part in state["callbacks"].values() if "errors" in part]
     del best["errors"]
     torch.save(state, checkpoint)
+
+
+REMOVED = {  # part of config.yaml that no version leaves out → message
+    "config.invocation.groups.task": "invocation.groups lacks task",
+    "config.invocation.groups": "invocation.groups lacks",
+    "config.invocation": "invocation.groups lacks",
+    "config.task._target_": "has no _target_",
+    "config.optimizer.lr": "lr",
+    "resolved.machine": "machine",
+    "prepared": "prepared",
+}
+
+
+@pytest.mark.parametrize("place", REMOVED)
+def test_config_without_a_needed_part_is_refused(place: str) -> None:
+    tree = yaml.safe_load(run_spec.to_yaml(prepared(resolved(composed("model=nano", "teacher=x", "task=distill")))))
+    *outer, name = place.split(".")
+    node = tree
+    for part in outer:
+        node = node[part]
+    del node[name]
+    with pytest.raises(InputError, match=re.escape(REMOVED[place])):
+        check_nodes(run_spec.from_yaml(run_spec.PreparedSpec, yaml.safe_dump(tree), "config.yaml").config.target_nodes)
 
 
 REFUSED = {
