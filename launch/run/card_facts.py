@@ -78,7 +78,7 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "layer drop": config.layer_drop,
         "gradient clipping": config.gradient_clip,
     }
-    lora = config.task.get("lora") or {}
+    lora = config.lora
     found = {
         "model": f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, {model.n_positions} positions, "
         f"vocabulary of {spec.prepared.vocab_size}",
@@ -95,7 +95,7 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "batch": rows,
         "steps": str(config.steps),
         "exported weights": {"last": "of the last step", "best": "of the best validation"}[config.export],
-        "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, merged" if config.lora_rank else "",
+        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, merged" if config.lora_rank else "",
         "frozen blocks": str(config.task["frozen_layers"]) if config.task.get("frozen_layers") else "",
         **{name: f"{value:g}" for name, value in optional.items() if value},
         "precision": f"{machine.precision.name}, on {machine.world_size} {machine.accelerator} device"

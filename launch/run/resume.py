@@ -240,10 +240,9 @@ def _with_given_keys(group: str, stored: Any, config: RunConfig) -> Any:
 def warn_of_other_masks(run: Existing) -> None:
     """Log one line where a run with dropout is resumed with other ranks or micro-batches than it had so far."""
     config = run.spec.config
-    lora = config.task.get("lora") if config.lora_rank else None
     rates = {
         "model.dropout": config.model.dropout,
-        "task.lora.dropout": float(lora["dropout"]) if lora else 0.0,
+        "task.lora.dropout": config.lora.dropout if config.lora_rank else 0.0,
         "layer_drop": config.layer_drop,
     }
     dropped = " ".join(f"{key}={rate}" for key, rate in rates.items() if rate)

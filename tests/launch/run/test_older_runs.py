@@ -9,11 +9,13 @@ import torch
 import yaml
 
 from gpt2lab.errors import InputError
+from gpt2lab.settings import LoraSettings
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 from gpt2lab.storage.report_json import read_report
 from launch.commands.compare import _configuration
 from launch.config import run_spec
 from launch.config.known_keys import check_nodes
+from launch.run.card_facts import recipe
 from tests.conftest import Train
 from tests.support.configurations import composed, prepared, resolved
 
@@ -60,6 +62,23 @@ def test_config_without_a_needed_part_is_refused(place: str) -> None:
     del node[name]
     with pytest.raises(InputError, match=re.escape(REMOVED[place])):
         check_nodes(run_spec.from_yaml(run_spec.PreparedSpec, yaml.safe_dump(tree), "config.yaml").config.target_nodes)
+
+
+LACKING = {  # keys of the task that an older version did not store → adapters
+    "rank": LoraSettings(0, 16.0, 0.1),
+    "alpha": LoraSettings(4, 32.0, 0.1),
+    "dropout": LoraSettings(4, 16.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("key", LACKING)
+def test_keys_that_a_stored_task_lacks_have_their_defaults(key: str) -> None:
+    given = ("task.lora.rank=4", "task.lora.alpha=16.0", "task.lora.dropout=0.1")
+    tree = yaml.safe_load(run_spec.to_yaml(prepared(resolved(composed("task=finetune", "model=nano", *given)))))
+    del tree["config"]["task"]["lora"][key]
+    spec = run_spec.from_yaml(run_spec.PreparedSpec, yaml.safe_dump(tree), "config.yaml")
+    assert spec.config.lora == LACKING[key]
+    assert ("LoRA" in recipe(spec)) == (key != "rank")
 
 
 REFUSED = {
