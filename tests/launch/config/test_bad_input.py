@@ -34,7 +34,7 @@ BEFORE_ANY_IMPORT = [
     ("trainer.fast_dev_run=yes", "not of type bool | int"),
     ("trainer.limit_val_batches=all", "not of type int | float | None"),
     ("trainer.overfit_batches=true", "not of type int | float"),
-    ("callbacks.checkpoint=null export=best", "the callback checkpoint reads it"),
+    ("callbacks.checkpoint=null export=best", "this run does not read export: it has no callback checkpoint"),
     ("trainer.max_time=1h", "Give DD:HH:MM:SS"),
     ("trainer.max_time=5", "Give DD:HH:MM:SS"),
     ("resume=run trainer.max_time=08:00:00", "Give DD:HH:MM:SS"),  # before the run stores it
