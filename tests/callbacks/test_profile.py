@@ -28,7 +28,8 @@ def steps_in(trace: Path) -> int:
     [pytest.param("0:1", 1, marks=pytest.mark.slow), ("2:3", 3), pytest.param("7:20", 1, marks=pytest.mark.slow)],
 )
 def test_profile_records_the_given_steps(given: str, steps: int, train_here: Train, tiny: list[str], tmp_path: Path):
-    train_here(*tiny, "steps=8", "name=run", f"profile={given}")
+    answer = train_here(*tiny, "steps=8", "name=run", f"profile={given}")
+    assert "USDT" not in answer.stderr, "PyTorch's own lines"
     folder = tmp_path / "runs/pretrain/run/profile"
     assert steps_in(folder / "trace-rank0.json.gz") == steps
     tables = (folder / "operations-rank0.txt").read_text()
