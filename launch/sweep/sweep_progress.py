@@ -27,7 +27,7 @@ class SweepProgress:
 
     def __init__(self, total: int, keys: Sequence[str], slots: int, *, has_bar: bool) -> None:
         self.total, self.keys, self.slots, self.has_bar = total, list(keys), max(slots, 1), has_bar
-        self.bar = Phase("sweep", total, "jobs", prints_lines=False)
+        self.bar = Phase("sweep", total, "jobs", prints_lines=False, has_rate=False)
         self._jobs: list[Job] = []
         self._begun: dict[int, float] = {}  # job number → time of its start
         self._durations: list[float] = []
@@ -83,11 +83,14 @@ class SweepProgress:
         return [f"best {metric} {best.watched:.4f}", f"by {self.name(best)}"]
 
     def _left(self) -> float | None:
-        """Estimate the seconds until all jobs have ended, from those that this process has run."""
+        """Estimate the seconds until all jobs have ended, from those that this process has run.
+
+        None before one has ended, and while all that is left are jobs that run longer than those did.
+        """
         if not self._durations:
             return None
         left = self.total - sum(job.status in ENDED for job in self._jobs)
-        slots = max(min(self.slots, left), 1)
-        running = sum(time.monotonic() - begun for begun in self._begun.values())
         mean = sum(self._durations) / len(self._durations)
-        return max((left * mean - running) / slots, 0.0)
+        running = sum(max(mean - (time.monotonic() - begun), 0.0) for begun in self._begun.values())
+        seconds = max(left - len(self._begun), 0) * mean + running
+        return None if self._begun and not seconds else seconds / max(min(self.slots, left), 1)
