@@ -80,6 +80,8 @@ BEFORE_ANY_IMPORT = [
     ("task=finetune batch_tokens=512", "data=summarize does not read batch_tokens"),
     ("task=finetune data=stdlib", "pairs"),
     ("data=text path=no/such/file.txt", "no such file"),
+    ("data=text path=a.txt,b.txt", "give their folder or a glob"),
+    ("data=text path=. val_path=[a.txt,b.txt]", "give their folder or a glob"),
     ("data=text path=. val_path=nowhere", "val_path=nowhere"),
     ("context=2048", "context=2048 is longer than model nano's 1024 positions"),
     ("batch_tokens=1000", "batch_tokens=768 or batch_tokens=1024"),
