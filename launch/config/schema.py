@@ -167,9 +167,10 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     @property
     def lora(self) -> LoraSettings:
         """Settings of the adapters; keys that the stored task of an older version lacks have their defaults."""
-        given = self.task.get("lora")
-        known = {item.name for item in fields(LoraSettings)} & set(given if isinstance(given, dict) else ())
-        return LoraSettings(**{name: given[name] for name in known})
+        lora = self.task.get("lora")
+        given: dict[str, Any] = lora if isinstance(lora, dict) else {}
+        names = [item.name for item in fields(LoraSettings)]
+        return LoraSettings(**{name: given[name] for name in names if name in given})
 
     @property
     def watched_metric(self) -> str:
