@@ -15,6 +15,7 @@ from gpt2lab.system.terminal import REFRESH, Phase, console, format_time, is_liv
 
 LINES = 10  # per run, if the output is not a terminal
 MEASURED_STEPS = 10  # the time of the run is estimated after so many
+LEAST_STEPS = 3  # measured steps before the first ETA: single ones differ severalfold
 
 
 class ProgressBar(lightning.Callback, ShowsPhases):
@@ -34,7 +35,7 @@ class ProgressBar(lightning.Callback, ShowsPhases):
         self._started, self._first_step = time.monotonic(), trainer.global_step
         self._shown_step = trainer.global_step
         if shows_phases(trainer):
-            self._training = Phase("train", trainer.max_steps, prints_lines=False)
+            self._training = Phase("train", trainer.max_steps, prints_lines=False, has_rate=False)
             self._training.done = self._training.begun_at = trainer.global_step
             self._training.__enter__()
 
@@ -97,13 +98,20 @@ class ProgressBar(lightning.Callback, ShowsPhases):
             self._drawn = time.monotonic()
         is_due = step % max(total // LINES, trainer.log_every_n_steps) == 0 or step == total
         if is_due and not is_live(console().file):
-            show("  ".join([f"step {step}/{total}", *_numbers(trainer), f"ETA {self._left(trainer)}"]))
+            left = self._left(trainer)
+            show("  ".join([f"step {step}/{total}", *_numbers(trainer), *([f"ETA {left}"] if left else [])]))
 
-    def _remaining(self, trainer: Trainer) -> float:
+    def _remaining(self, trainer: Trainer) -> float | None:
+        """Estimate the remaining seconds; None before enough steps are measured."""
+        step = trainer.global_step
+        if step < min(self._first_step + LEAST_STEPS, trainer.max_steps):
+            return None
         return remaining_seconds(trainer, self._first_step, time.monotonic() - self._started, self._trained)
 
     def _left(self, trainer: Trainer) -> str:
-        return format_time(self._remaining(trainer))
+        """Format the remaining time; empty while it is unknown."""
+        left = self._remaining(trainer)
+        return "" if left is None else format_time(left)
 
     def _close(self) -> None:
         for phase in (self._validation, self._training):

@@ -1,4 +1,4 @@
-"""Report: write report.json and report.html at the end of a run, however it ends; the page also during training."""
+"""Report: write report.json and report.html at the end of a run, however it ends; the page also from its start on."""
 
 import logging
 import shlex
@@ -16,6 +16,7 @@ from callbacks.checkpoint import is_complete
 from callbacks.ending import run_status, stop_reason
 from callbacks.health import Health
 from callbacks.throughput import find_throughput
+from gpt2lab.data.batch import Batch
 from gpt2lab.errors import ExportError
 from gpt2lab.metric_names import TOKENS
 from gpt2lab.reports.model_card import FILE, STEPS, read_step, write_card
@@ -27,7 +28,8 @@ from gpt2lab.storage.report_json import FINISHED, read_report
 from gpt2lab.system import device
 
 PAGE_SECONDS = 20.0  # between two pages of a run that trains
-LATE = 4  # times the time between two pages, after which the next one is late
+LATE = 4  # times the longest time between two pages so far, after which the next one is late
+FIRST_LATE = 600.0  # seconds, for the second page, before which a run may compile
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Report(lightning.Callback):
         self._earlier_seconds = 0.0
         self._resumed: list[int] = []  # steps
         self._start = self._page_due = self._page_end = time.monotonic()
+        self._longest_gap = 0.0  # seconds between two pages
         self._has_trained = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,22 +64,45 @@ class Report(lightning.Callback):
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._start = time.monotonic()
-        self._page_due, self._page_end = self._start + PAGE_SECONDS, self._start
         pl_module.elapsed = self._seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self._has_trained = True
         if trainer.global_step:
             self._resumed.append(trainer.global_step)
+        if trainer.is_global_zero:
+            self._write_running_page(trainer, pl_module, FIRST_LATE)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._rewrite_page(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._rewrite_page(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self._rewrite_page(trainer, pl_module)
+
+    def _rewrite_page(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         """Rewrite the page of a run that trains, at most every PAGE_SECONDS and in at most 2 % of the time."""
+        if self._has_trained and trainer.is_global_zero and time.monotonic() >= self._page_due:
+            self._longest_gap = max(self._longest_gap, time.monotonic() - self._page_end)
+            self._write_running_page(trainer, pl_module, LATE * max(self._longest_gap, PAGE_SECONDS))
+
+    def _write_running_page(self, trainer: Trainer, pl_module: lightning.LightningModule, patience: float) -> None:
         start = time.monotonic()
-        if not trainer.is_global_zero or start < self._page_due:
-            return
         report = self._report(trainer, pl_module, RUNNING)
         with suppress(OSError):  # a full disk ends the run where it loses something
-            write_page(trainer.default_root_dir, report, LATE * (start - self._page_end))
+            write_page(trainer.default_root_dir, report, patience)
         end = self._page_end = time.monotonic()
         self._page_due = end + max(PAGE_SECONDS, 50 * (end - start))
 

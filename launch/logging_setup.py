@@ -64,6 +64,11 @@ def configure_logging(is_main: bool = True) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def silence_cpu_profiler() -> None:
+    """Disable the lines that PyTorch's profiler prints at its start and end; on a GPU they include its errors."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest
+
+
 def silence_libraries() -> None:
     """Disable the progress bars and info logs that transformers and Lightning enable at import; call it after that."""
     from transformers.utils import logging as transformers_logging

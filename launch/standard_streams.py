@@ -14,6 +14,8 @@ from typing import Any
 READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe, as in `python train.py | head`; a terminal that was closed
 ASCII_FORMS = {"·": "|", "…": "...", "±": "+/-", "−": "-", "–": "-", "—": "-", "×": "x", "─": "-", "→": "->"}
 ASCII_FORMS |= {"≤": "<=", "≥": ">=", "≈": "~", "█": "#", "━": "#", "²": "^2"}
+ASCII_FORMS |= {"‖": "||", "←": "<-", "↑": "^", "↓": "v", "½": "1/2", "¼": "1/4", "÷": "/", "’": "'", "\xa0": " "}
+ASCII_FORMS |= {"α": "alpha", "β": "beta", "λ": "lambda", "Σ": "sum", "�": "?", "│": "|", **dict.fromkeys("╭╮╰╯", "+")}
 PROTECTED = "ascii-forms"  # name of the error handler
 
 

@@ -20,6 +20,7 @@ from gpt2lab.storage.model_folder import read_objective, read_pair_template
 STEPS = "steps"  # fact of the card: optimizer steps of the exported weights
 FILE = "README.md"
 TRAINED = {"pretrain": "pretrained", "distill": "distilled", "finetune": "fine-tuned"}  # by task
+ABSOLUTE = re.compile(r"""(?:(?<=^)|(?<=[=,\["']))/[^,"'\]]*""")  # path of a value, a list of values or a quoted one
 OPTIMAL_TOKENS = 20  # for each parameter, Hoffmann et al. 2022
 FEW_DOCUMENTS = 30
 
@@ -110,6 +111,8 @@ def _recipe(facts: Mapping[str, Any]) -> str:
     parts = [_table(("setting", "value"), recipe.items())] if recipe else []
     if command:
         parts.append(f"```bash\n{without_local_paths(command)}\n```")
+    if continued := facts.get("continued_with"):
+        parts.append(f"Continued with `{shlex.join(continued)}`.")
     versions = facts.get("versions") or {}
     if versions:
         names = [f"{name} {versions[name]}" for name in ("python", "torch", "lightning", "transformers")]
@@ -121,17 +124,13 @@ def _recipe(facts: Mapping[str, Any]) -> str:
 def without_local_paths(command: str) -> str:
     """Return a command whose absolute paths are relative to the working folder, or reduced to their last name."""
 
-    def public(path: str) -> str:
-        here = Path.cwd()
-        if not path.startswith("/") or len(Path(path).parts) < 2:
-            return path
-        return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else f".../{Path(path).name}"
+    def public(found: re.Match[str]) -> str:
+        path, here = Path(found[0]), Path.cwd()
+        if len(path.parts) < 2:
+            return found[0]
+        return str(path.relative_to(here)) if path.is_relative_to(here) else f".../{path.name}"
 
-    words = []
-    for word in shlex.split(command):
-        key, equals, value = word.partition("=")
-        words.append(f"{key}{equals}{','.join(map(public, value.split(',')))}" if equals else public(word))
-    return shlex.join(words)
+    return shlex.join(ABSOLUTE.sub(public, word) for word in shlex.split(command))
 
 
 def _evaluation(facts: Mapping[str, Any]) -> str:
@@ -224,7 +223,10 @@ def _limitations(facts: Mapping[str, Any], template: PairTemplate | None) -> str
     limits.append(
         "Nothing was done to make its text true, safe or free of bias, and it can repeat training text word for word."
     )
-    limits.append(_meaning_of_scores(overlap, facts.get("val_documents")))
+    if scores(facts):
+        limits.append(_meaning_of_scores(overlap, facts.get("val_documents")))
+    else:
+        limits.append("It was not validated: nothing is known of its loss on other text.")
     if any(one.role == "teacher" for one in facts.get("ancestors") or ()):
         limits.append("It was trained to imitate its teacher, with the errors of that model.")
     return _list(limits)

@@ -60,8 +60,9 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
     is_running = report.get("status") == RUNNING
     words = [str(report[key]) for key in ("status", "task", "model") if report.get(key)]
     words += [f"step {report['steps']:,}"] if report.get("steps") is not None else []
-    status = escape(" · ".join(words)) + " · this page is rewritten at validations and reloads itself" * is_running
+    status = escape(" · ".join(words)) + " · this page is rewritten and reloads itself" * is_running
     events = _events(report)
+    nothing = "No loss is logged yet." if is_running else "No loss was logged."
     curves = plots([loss_chart(run.rows, report, events), *side_charts(run.rows)])
     distillation = _distillation(report.get("metrics") or {}) + plots(distillation_charts(run.rows))
     body = [
@@ -70,7 +71,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         section(
             "Curves",
-            tools([run_clock(run.rows)], True) + curves if curves else "<p>No loss was logged.</p>",
+            tools([run_clock(run.rows)], True) + curves if curves else f"<p>{nothing}</p>",
         ),
         section("The student against its teacher", distillation),
         section("Validation examples", examples_html(run.examples)),
@@ -228,6 +229,8 @@ def _next(report: dict[str, Any], run: RunFiles) -> str:
 def _configuration(report: dict[str, Any], config: str) -> str:
     given = str(report.get("command") or "")
     again = f"<div>The command of this run</div>{command(given)}{_given_keys(given)}" if given else ""
+    if isinstance(continued := report.get("continued_with"), list):
+        again += f"<div>Continued with <code>{escape(shlex.join(map(str, continued)))}</code></div>"
     facts = f'<div class="scroll"><table class="grid">{"".join(_facts(report))}</table></div>'
     folded = {"config.yaml": f'<pre class="long">{escape(config)}</pre>' if config else "", "report.json": facts}
     return again + "".join(

@@ -17,6 +17,7 @@ CURVE_POINTS = 100
 FAR = 5.0  # outliers: gap to the best above so many times that of the third quartile; at the edge of the axes
 BEGINNING = 0.2  # share of a run whose losses do not affect the axis
 MAX_LABELS = 6  # numbers beside an axis
+LABEL_HEIGHT = 0.06  # share of a vertical axis that a label takes
 MAX_LETTERS = 12  # of a text beside an axis
 MARGIN = 0.04  # share of a vertical axis left free at both ends
 COLOURS = {"best": "val", "tie": "tie", "": "train"}
@@ -130,7 +131,7 @@ def parallel_chart(group: SettingGroup, keys: Sequence[str], numbers: dict[str, 
     edge = ("≥ " if metric_names.lower_is_better(group.metric) else "≤ ") * is_cut
     result = [(0.0, edge + significant(worst, 4)), (1.0, significant(best, 4))] if best != worst else []
     short = short_names(list(keys))
-    axes = [(short[key], _labels(column)) for key, column in zip(keys, columns, strict=True)]
+    axes = [(short[key], _readable(_labels(column))) for key, column in zip(keys, columns, strict=True)]
     axes.append((group.metric, result))
     placed = [(name, [(MARGIN + (1 - 2 * MARGIN) * at, text) for at, text in marks]) for name, marks in axes]
     title = f"settings as lines over their keys, the best {group.metric} on top"
@@ -198,6 +199,15 @@ def _labels(axis: VariedKey) -> list[tuple[float, str]]:
     if len(pairs) > MAX_LABELS and axis.is_number:
         pairs = [pairs[0], *(pair for pair in pairs[1:2] if not pairs[0][0]), pairs[-1]]
     return [(position, _shortened(tick_text(value)) if value else "–") for value, position in pairs]
+
+
+def _readable(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Return the labels without inner ones that would cover another; their values are in the names of the lines."""
+    kept = [*labels[:1], *(labels[-1:] if len(labels) > 1 else [])]
+    for label in labels[1:-1]:
+        if all(abs(label[0] - other[0]) >= LABEL_HEIGHT for other in kept):
+            kept.append(label)
+    return sorted(kept)
 
 
 def _shortened(text: str) -> str:

@@ -50,6 +50,11 @@ def show(line: "RenderableType") -> None:
     console().print(line, soft_wrap=isinstance(line, str))
 
 
+def terminal_width() -> int | None:
+    """Return the columns of stdout; None where it is not a terminal, and lines are not wrapped."""
+    return console().width if is_live(sys.stdout) else None
+
+
 def printable(text: str) -> str:
     """Replace characters that would control the terminal; line ends and tabs remain."""
     return "".join(one if one in "\n\t" or unicodedata.category(one) != "Cc" else "�" for one in text)
@@ -85,17 +90,27 @@ class Phase:
         total: amount of work; None: unknown.
         unit: "B" for bytes, otherwise a plural noun.
         prints_lines: whether a long phase prints plain lines where no bar can be shown.
+        has_rate: whether the work is even, so that its rate gives the remaining time.
 
     Attributes:
         done: finished amount of work.
         begun_at: amount of work that was finished before the phase began, as in a resumed run.
         numbers: newest figures, the most important first.
-        remaining: seconds that are left; None: estimated from the rate.
+        remaining: seconds that are left; None: estimated from the rate, if there is one.
         has_ended: whether the phase is shown for the last time, without an ETA.
     """
 
-    def __init__(self, title: str, total: float | None = None, unit: str = "", *, prints_lines: bool = True) -> None:
-        self.title, self.total, self.unit, self.prints_lines = title, total, unit, prints_lines
+    def __init__(
+        self,
+        title: str,
+        total: float | None = None,
+        unit: str = "",
+        *,
+        prints_lines: bool = True,
+        has_rate: bool = True,
+    ) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.prints_lines, self.has_rate = prints_lines, has_rate
         self.done: float = 0
         self.begun_at: float = 0
         self.numbers: list[str] = []
@@ -174,7 +189,7 @@ class Phase:
 
     def _remaining(self) -> float | None:
         worked = self.done - self.begun_at
-        if self.remaining is not None or not self.total or not worked:
+        if self.remaining is not None or not self.total or not worked or not self.has_rate:
             return self.remaining
         return self.seconds * max(self.total - self.done, 0) / worked
 

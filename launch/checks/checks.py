@@ -292,7 +292,8 @@ def check_files(config: RunConfig) -> None:
         given = str(value_of(config, key))
         if given and not matching_paths(given):
             near = _nearest_file(Path(given).expanduser())
-            raise InputError(f"{key}={given}: there is no such file or folder{near}.")
+            several = f"\nFor several files give their folder or a glob, {key}='FOLDER/*.txt'." if "," in given else ""
+            raise InputError(f"{key}={given}: there is no such file or folder{near}.{several}")
 
 
 def check_model_folders(config: RunConfig) -> None:

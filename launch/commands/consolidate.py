@@ -85,9 +85,9 @@ def _hf_model(spec: PreparedSpec, content: dict[str, Any]) -> "GPT2LMHeadModel":
     from gpt2lab.model.lora import merge_adapters
 
     inner = stored_weights(content)
-    lora = spec.config.task.get("lora") or {}
-    if lora.get("rank"):
-        inner = merge_adapters(inner, lora["alpha"] / lora["rank"])
+    lora = spec.config.lora
+    if lora.rank:
+        inner = merge_adapters(inner, lora.alpha / lora.rank)
     shape = spec.resolved.model.shape(inner["lm_head.weight"].shape[0])
     return hf_from_state(inner, shape, spec.config.objective.name, spec.config.pair_template)
 

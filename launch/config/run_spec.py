@@ -194,7 +194,9 @@ def from_yaml(kind: type[Kind], text: str, where: str) -> Kind:
         raise InputError(f"Cannot read the configuration {where}: {str(error).splitlines()[0]}") from error
     assert isinstance(spec, kind)
     check_values(values)
-    _check_sizes(spec.config if isinstance(spec, RunSpec) else spec, where)
+    read = spec.config if isinstance(spec, RunSpec) else spec
+    _check_groups(read, where)
+    _check_sizes(read, where)
     return spec
 
 
@@ -209,6 +211,20 @@ def add_new_keys(config: dict[str, Any]) -> None:
             config[name] = {key.partition(".")[2]: default for key, default in groups.keys_set_by(name, value).items()}
             if isinstance(invocation := config.get("invocation"), dict):
                 invocation.setdefault("groups", {}).setdefault(name, value)
+
+
+def _check_groups(config: RunConfig, where: str) -> None:
+    """Check that the value of every group is named, which decides what reads a key.
+
+    Raises:
+        InputError: one is not.
+    """
+    lacking = [name for name in groups.default_values() if name not in config.groups]
+    if lacking:
+        raise InputError(
+            f"Cannot read the configuration {where}: invocation.groups lacks {', '.join(lacking)}.\n"
+            "Put back the file as the run wrote it, or start a run from its weights: init=RUN"
+        )
 
 
 def _check_sizes(config: RunConfig, where: str) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import (
     PAIR_SIDES,
     HubSettings,
+    LoraSettings,
     LossSettings,
     ModelShape,
     ObjectiveSettings,
@@ -161,8 +162,15 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     @property
     def lora_rank(self) -> int:
         """Rank of the adapters that are trained instead of the weights; 0: none."""
+        return int(self.lora.rank)
+
+    @property
+    def lora(self) -> LoraSettings:
+        """Settings of the adapters; keys that the stored task of an older version lacks have their defaults."""
         lora = self.task.get("lora")
-        return int(lora["rank"]) if isinstance(lora, dict) else 0
+        given: dict[str, Any] = lora if isinstance(lora, dict) else {}
+        names = [item.name for item in fields(LoraSettings)]
+        return LoraSettings(**{name: given[name] for name in names if name in given})
 
     @property
     def watched_metric(self) -> str:

@@ -91,7 +91,10 @@ def unread_keys(config: RunConfig) -> dict[str, str]:
             group, is_read, text = _reading(reader, config)
             if is_read:
                 continue
-            unread[name] = f"{group}={config.groups[group]} does not read {name}: {text}"
+            decides = f"{group}={config.groups[group]}"
+            if decides == "callbacks=default" and reader not in CONDITIONS:  # which has it, unless it was removed
+                decides, text = "this run", f"it has no callback {reader.partition('=')[2]}"
+            unread[name] = f"{decides} does not read {name}: {text}"
             break
     return unread
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gpt2lab.optim.schedules import warmup_steps
 from gpt2lab.reports.lineage import ancestors_of
-from gpt2lab.settings import DataFacts
-from gpt2lab.storage.hub import is_hub_id
+from gpt2lab.settings import DataFacts, SequenceSettings, TokenizerChoice
+from gpt2lab.storage.hub import hub_id, is_hub_id
 from launch.config.run_spec import PreparedSpec
 from launch.config.schema import RunConfig
 from launch.config.unused_keys import given_keys
@@ -59,6 +60,7 @@ def report_facts(spec: PreparedSpec, facts: DataFacts) -> dict[str, Any]:
             "val_overlap": facts.val_overlap,
         },
         "command": spec.config.invocation.command,
+        **({"continued_with": continued} if (continued := spec.config.invocation.continued_with) else {}),
         "planned_memory_bytes": spec.prepared.planned_memory.get("peak"),
     }
 
@@ -76,16 +78,16 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "layer drop": config.layer_drop,
         "gradient clipping": config.gradient_clip,
     }
-    lora = config.task.get("lora") or {}
+    lora = config.lora
     found = {
         "model": f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, {model.n_positions} positions, "
         f"vocabulary of {spec.prepared.vocab_size}",
-        "tokenizer": spec.resolved.tokenizer.kind,
+        "tokenizer": _tokenizer(spec.resolved.tokenizer),
         "objective": config.objective.name,
         "distillation loss": f"{loss.name}, temperature {loss.temperature:g}, weight of the labels {loss.hard_weight:g}"
         if distills
         else "",
-        "text of the distillation": config.sequences.name if distills else "",
+        "text of the distillation": _distillation_text(config.sequences) if distills else "",
         "stored teacher": config.teacher_cache.name if distills and config.teacher_cache.name != "none" else "",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}, "
         f"weight decay {config.optimizer.weight_decay:g}",
@@ -93,7 +95,7 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "batch": rows,
         "steps": str(config.steps),
         "exported weights": {"last": "of the last step", "best": "of the best validation"}[config.export],
-        "LoRA": f"rank {lora['rank']}, alpha {lora['alpha']:g}, merged" if config.lora_rank else "",
+        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, merged" if config.lora_rank else "",
         "frozen blocks": str(config.task["frozen_layers"]) if config.task.get("frozen_layers") else "",
         **{name: f"{value:g}" for name, value in optional.items() if value},
         "precision": f"{machine.precision.name}, on {machine.world_size} {machine.accelerator} device"
@@ -101,6 +103,25 @@ def recipe(spec: PreparedSpec) -> dict[str, str]:
         "seed": str(config.seed),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _tokenizer(chosen: TokenizerChoice) -> str:
+    """Return the kind of a tokenizer trained here, and the model or Hub id that another one comes from."""
+    if chosen.kind != "pretrained":
+        return f"{chosen.kind}, trained on the training split"
+    folder = Path(chosen.source)
+    return f"that of {hub_id(chosen.source) or (folder.parent if folder.name == 'hf' else folder).name}"
+
+
+def _distillation_text(sequences: SequenceSettings) -> str:
+    """Return the key and the origin of the training text."""
+    origins = {
+        "data": "the data, unchanged",
+        "gkd": f"the student's own text in {sequences.lmbda:.0%} of the steps, the data in the others",
+        "distillm": "the data and a growing share of the student's own text",
+        "seqkd": "text that the teacher generated once",
+    }
+    return f"{sequences.name}: {origins[sequences.name]}"
 
 
 def stated_languages(config: RunConfig) -> list[str]:

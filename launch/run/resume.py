@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 LOCATION_KEYS = ("resume", "run_dir", "name", "launcher", "n_jobs", "plugins", "allow_targets")
 LENGTH_KEYS = ("steps", "epochs", "early_stop_patience", "trainer.max_time")
+PROFILE = "profile"  # key, and its callback, which runs of older versions do not have
 RECHOSEN_KEYS = ("micro_batch", "threads", "checkpoint_format")  # on another machine, unless given
 
 
@@ -147,6 +148,8 @@ def _had_checkpoints(folder: Path) -> bool:
 def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     """Return the stored run with the keys given now; if they concern the machine, its settings are chosen anew."""
     given = {name.split(".")[0] for name in given_keys(config.invocation.overrides)} & set(changeable_keys())
+    if PROFILE in given and PROFILE not in stored.config.callbacks:
+        stored = replace(stored, config=_with_profile(stored.config))
     if is_cluster_rank() and (config.devices, config.num_nodes) != (stored.machine.devices, stored.machine.num_nodes):
         given |= {"devices", "num_nodes"}  # as torchrun or srun started the ranks
     values = {name: vars(config)[name] for name in given}
@@ -167,7 +170,7 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
     changed = with_references(replace(stored.config, **values, allow_targets=config.allow_targets))
     if "steps" in given:
         checks.check_schedule(changed)
-    if "profile" in given:
+    if PROFILE in given:
         checks.check_profile(changed)
     check_unused_keys(replace(changed, invocation=replace(changed.invocation, overrides=config.invocation.overrides)))
     if not of_machine:
@@ -176,6 +179,15 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
 
     machine = choose_machine(changed, stored.resolved, free_memory(changed))
     return RunSpec(changed, replace(stored.resolved, machine=machine))
+
+
+def _with_profile(config: RunConfig) -> RunConfig:
+    """Return the configuration of an older version with the callback that reads `profile`, in second place."""
+    first, *others = config.callbacks.items()
+    node = {"_target_": "callbacks.profile.Profile", "steps": None}
+    references = {**config.invocation.references, f"callbacks.{PROFILE}.steps": f"${{{PROFILE}}}"}
+    invocation = replace(config.invocation, references=references)
+    return replace(config, callbacks=dict([first, (PROFILE, node), *others]), invocation=invocation)
 
 
 def _continued(stored: RunConfig, config: RunConfig) -> Invocation:
@@ -228,10 +240,9 @@ def _with_given_keys(group: str, stored: Any, config: RunConfig) -> Any:
 def warn_of_other_masks(run: Existing) -> None:
     """Log one line where a run with dropout is resumed with other ranks or micro-batches than it had so far."""
     config = run.spec.config
-    lora = config.task.get("lora") if config.lora_rank else None
     rates = {
         "model.dropout": config.model.dropout,
-        "task.lora.dropout": float(lora["dropout"]) if lora else 0.0,
+        "task.lora.dropout": config.lora.dropout if config.lora_rank else 0.0,
         "layer_drop": config.layer_drop,
     }
     dropped = " ".join(f"{key}={rate}" for key, rate in rates.items() if rate)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +19,7 @@ from launch.run import auto_settings, earlier_run, next_commands
 
 NARROWEST, WIDEST = 40, 100  # columns of a panel
 MEASURED_LATER = "known after the first steps"
+BORDERS = 6  # columns of a panel besides names and texts
 OVERVIEWS = ("study.json", "demo.html")  # beside the runs of a command that shows the results of all
 
 Rows = Sequence[tuple[str, str]]
@@ -37,6 +39,8 @@ def show_start(spec: PreparedSpec, facts: DataFacts, folder: Path, checkpoint: P
     if is_one_of_many:
         show("\n".join(f"{name}: {text}" for name, text in rows))
         return
+    if spec.config.callbacks.get("report") is not None:
+        rows.append(("page", f"{folder}/report.html"))
     _show_panel(f"{spec.config.task_name} {spec.resolved.model_name}", rows)
 
 
@@ -63,12 +67,19 @@ def _show_panel(title: str, rows: Rows) -> None:
     if not is_live(console().file) or console().width < NARROWEST:
         show("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]))
         return
+    columns = min(console().width, WIDEST)
+    room = columns - BORDERS - width
+    is_long = {name: max(map(cell_len, text.split(" "))) > room for name, text in rows}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(Text(name), Text(text))
-    show(Panel(table, title=Text(title, "bold"), title_align="left", width=min(console().width, WIDEST)))
+        if not is_long[name]:
+            table.add_row(Text(name), Text(text))
+    show(Panel(table, title=Text(title, "bold"), title_align="left", width=columns))
+    for name, text in rows:
+        if is_long[name]:  # whole, so that a path can be copied
+            show(f"{name}: {text}")
 
 
 def _what(spec: PreparedSpec, facts: DataFacts) -> list[tuple[str, str]]:

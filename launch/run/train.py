@@ -25,6 +25,7 @@ from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch import exit_codes, rank_environment
 from launch.config.run_dir import RunDirectory, kept_checkpoint_message
 from launch.config.run_spec import PreparedSpec, RunSpec
+from launch.logging_setup import silence_cpu_profiler
 from launch.run import build, disk_space, memory_limit, run_panels
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def set_up_process(spec: RunSpec) -> None:
     torch.set_num_threads(spec.machine.threads)
     if spec.machine.accelerator == "cpu":
         keep_freed_memory()
+        silence_cpu_profiler()
     use_deterministic_algorithms(spec.config.trainer.get("deterministic"))
 
 

@@ -90,20 +90,20 @@ def _run_arms(study: "Study") -> None:
         if ce.seconds and kd.seconds
     ]
     study.check_one_corpus()
-    results = StudyResults(
-        study_plan.seeds(config),
-        study.teacher,
-        study.teacher_loss(),
-        list(rates.values()),
-        [*equal, *longer],
-        contrasts([*equal, *longer]),
-        [f"{run.name}: {job.error}" for run, job in study.runs.items() if job.status != "finished"],
-    )
-    study.save("finished", results.facts())
-    write_text(study.folder / "study.html", render(study.folder.name, results))
+    results = _write_results(study, "finished", list(rates.values()), [*equal, *longer])
     print(study_table.format_study(results))
     print(f"{study.folder}/study.html")
     jobs.check_all_finished(list(study.runs.values()), 0, "study")
+
+
+def _write_results(study: "Study", status: str, rates: list[LearningRates], arms: list[ArmResult]) -> StudyResults:
+    """Write study.json and study.html, and return the results."""
+    failed = [f"{run.name}: {job.error}" for run, job in study.runs.items() if job.status != "finished"]
+    seeds, teacher_loss = study_plan.seeds(study.config), study.teacher_loss()
+    results = StudyResults(seeds, study.teacher, teacher_loss, rates, arms, contrasts(arms), failed)
+    study.save(status, results.facts())
+    write_text(study.folder / "study.html", render(study.folder.name, results))
+    return results
 
 
 @dataclass
@@ -143,6 +143,7 @@ class Study:
         if job.error:
             print(f"run {job.number} failed: {job.error}", file=sys.stderr, flush=True)
         if stopped:
+            self.save("stopped", {})
             jobs.check_all_finished([], stopped, "study", f"Continue with: {self._command()}")
         return self._report(planned)
 
@@ -302,7 +303,9 @@ def _search_learning_rate(study: Study, arm: Arm) -> LearningRates:
     }
     losses = {factor: loss for factor, loss in all_losses.items() if loss is not None}
     if not losses:
-        raise exit_codes.Exit(exit_codes.FAILED, f"The study ended: no learning rate trained {arm.name}.")
+        _write_results(study, "failed", [], [])
+        where = f"The reasons are in {study.folder}/study.html."
+        raise exit_codes.Exit(exit_codes.FAILED, f"The study ended: no learning rate trained {arm.name}. {where}")
     best = min(losses, key=losses.__getitem__)
     rates = {study_plan.learning_rate(config, factor): loss for factor, loss in all_losses.items()}
     return LearningRates(arm.name, rates, study_plan.learning_rate(config, best), best)

@@ -16,7 +16,7 @@ from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.report_json import is_finished, read_report
-from gpt2lab.system.terminal import show
+from gpt2lab.system.terminal import show, terminal_width
 from launch import exit_codes
 from launch.config import machine, run_dir, run_spec
 from launch.config.groups import experiment_keys, values
@@ -32,6 +32,7 @@ from launch.sweep.job_process import LocalJobs
 from launch.sweep.job_queue import JobList, JobQueue, Proposal, Source
 from launch.sweep.jobs import Job
 from launch.sweep.sweep_progress import SweepProgress
+from launch.sweep.text_table import wrapped
 
 CHANGEABLE_ON_RESUME = (  # keys that may differ when a sweep is resumed
     "resume",
@@ -137,7 +138,7 @@ def _run_jobs(
         if job.error:
             print(f"{progress.name(job)} {job.status}: {job.error}", file=sys.stderr, flush=True)
         elif executor.is_parallel and job.status != "running":
-            show(f"{progress.name(job)} {job.status}: {progress.result(job)}")
+            show(wrapped(f"{progress.name(job)} {job.status}: {progress.result(job)}", terminal_width()))
 
     try:
         with progress.bar if progress.has_bar else nullcontext():
@@ -148,7 +149,7 @@ def _run_jobs(
     finally:
         executor.close()
         if started:
-            show(results.format_results(folder, started))
+            show(results.format_results(folder, started, terminal_width()))
     jobs.check_all_finished(started, stopped, "sweep", f"Continue with: {_resume_command(folder)}")
     return started
 

@@ -2,12 +2,12 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpt2lab.analysis.sweep_axes import varied_values
+from gpt2lab.analysis.sweep_axes import override_value, varied_values
 from gpt2lab.analysis.sweep_runs import NAMED, SweepResults, SweepRun, format_gap, format_value, group_runs, summarize
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
 from gpt2lab.reports.sweep_html import render
@@ -17,9 +17,11 @@ from gpt2lab.storage.report_json import read_report
 from launch.config.unused_keys import given_keys
 from launch.sweep import jobs
 from launch.sweep.jobs import Job
+from launch.sweep.text_table import aligned, wrapped
 
 FIRST_COLUMNS = ("job", "status", "watched_metric", "watched", "val_loss", "seconds", "tokens_per_second")
 LAST_COLUMNS = ("overrides", "error", "command")
+ERRORS = "± of a value: half its 95 % interval; behind the best by more than its ±: worse, else a tie"
 
 
 def write(folder: Path, planned: Sequence[Job]) -> None:
@@ -31,14 +33,19 @@ def write(folder: Path, planned: Sequence[Job]) -> None:
     write_text(folder / "sweep.html", render(folder.name, collect_results(folder, planned)))
 
 
-def format_results(folder: Path, planned: Sequence[Job]) -> str:
-    """Format the terminal table: one line per setting if there are several seeds, else per job; then the best run."""
+def format_results(folder: Path, planned: Sequence[Job], width: int | None = None) -> str:
+    """Format the terminal table: one line per setting if there are several seeds, else per job; then the best run.
+
+    Args:
+        width: columns of the terminal; None: lines are not wrapped. Commands never are, so that they can be copied.
+    """
     found = collect_results(folder, planned)
-    lines = [_settings(found) if found.has_seeds else _jobs(planned)]
-    lines += _by_document(found)
+    lines = [aligned(_settings(found) if found.has_seeds else _jobs(planned), width)]
+    lines += [wrapped(ERRORS, width)] if found.has_seeds else []
+    lines += [wrapped(line, width) for line in _by_document(found)]
     for group in found.groups if len(found.settings) > 1 else []:
         apart = f"{group.metric} {group.condition}: " if len(found.groups) > 1 else ""
-        lines += ["", apart + summarize(group), f"  {group.best_command}"]
+        lines += ["", wrapped(apart + summarize(group), width), f"  {group.best_command}"]
     return "\n".join([*lines, "", f"{folder}/sweep.csv", f"{folder}/sweep.html"])
 
 
@@ -117,23 +124,29 @@ def _command(job: Job, report: dict[str, Any]) -> str:
     return str(report.get("command") or jobs.single_run_command(job.overrides))
 
 
-def _jobs(planned: Sequence[Job]) -> str:
-    """One line per job, with the overrides in which the jobs differ."""
+def _jobs(planned: Sequence[Job]) -> list[tuple[str, ...]]:
+    """Header and one line per job, with the overrides in which the jobs differ."""
     shared = _shared_overrides(planned)
-    lines = [("folder", "status", "watched", "value", "seconds", "overrides")]
+    lines: list[tuple[str, ...]] = [("folder", "status", "watched", "value", "seconds", "overrides")]
     for job in planned:
         row = _row(job, {})
         value = "" if job.watched is None else f"{job.watched:.4f}"
         seconds = f"{row['seconds']:.0f}" if row["seconds"] != "" else ""
-        own = shlex.join(override for override in job.overrides if override not in shared)
+        own = short_overrides(override for override in job.overrides if override not in shared)
         lines.append((str(job.number), job.status, row["watched_metric"], value, seconds, own))
-    return _aligned(lines)
+    return lines
 
 
-def _settings(found: SweepResults) -> str:
-    """One line per setting, best first."""
+def short_overrides(overrides: Iterable[str]) -> str:
+    """Join overrides as in a shell, numbers with three significant digits."""
+    parts = (override.partition("=") for override in overrides)
+    return shlex.join(f"{key}{equals}{override_value(value)}" for key, equals, value in parts)
+
+
+def _settings(found: SweepResults) -> list[tuple[str, ...]]:
+    """Header and one line per setting, best first."""
     metrics = {group.metric for group in found.groups}
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             "",
             metrics.pop() if len(metrics) == 1 else "value",
@@ -152,10 +165,7 @@ def _settings(found: SweepResults) -> str:
         standing = group.status_of(setting) if group else ""
         behind = format_gap(group, setting)
         lines.append((standing, format_value(setting), behind, setting.statuses, seconds, numbers, setting.label))
-    return (
-        _aligned(lines)
-        + "\n± of a value: half its 95 % interval; behind the best by more than its ±: worse, else a tie"
-    )
+    return lines
 
 
 def _by_document(found: SweepResults) -> list[str]:
@@ -166,11 +176,3 @@ def _by_document(found: SweepResults) -> list[str]:
             difference = group.by_document(setting)
             lines += [f"  {setting.label} − {group.best.label}: {difference}"] if difference else []
     return ["", "Paired by document, without the error between seeds", *lines] if lines else []
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-        for line in lines
-    )

@@ -1,15 +1,16 @@
 """Sweep progress: position and setting of each job of a sweep, best result so far, and remaining time."""
 
 import math
-import shlex
 import time
 from collections.abc import Sequence
 
 from gpt2lab import metric_names
 from gpt2lab.storage.report_json import read_report
-from gpt2lab.system.terminal import Phase, console, format_time, is_live, show
+from gpt2lab.system.terminal import Phase, console, format_time, is_live, show, terminal_width
 from launch.config.unused_keys import given_keys
 from launch.sweep.jobs import Job
+from launch.sweep.results import short_overrides
+from launch.sweep.text_table import wrapped
 
 ENDED = ("finished", "pruned", "failed", "stopped")
 
@@ -26,7 +27,7 @@ class SweepProgress:
 
     def __init__(self, total: int, keys: Sequence[str], slots: int, *, has_bar: bool) -> None:
         self.total, self.keys, self.slots, self.has_bar = total, list(keys), max(slots, 1), has_bar
-        self.bar = Phase("sweep", total, "jobs", prints_lines=False)
+        self.bar = Phase("sweep", total, "jobs", prints_lines=False, has_rate=False)
         self._jobs: list[Job] = []
         self._begun: dict[int, float] = {}  # job number → time of its start
         self._durations: list[float] = []
@@ -35,7 +36,7 @@ class SweepProgress:
         """Print a job that is about to start."""
         self._jobs.append(job)
         state = [] if self.has_bar and is_live(console().file) else self._state()
-        show("  ".join([f"{self.name(job)}  (folder {job.folder.name})", *state]))
+        show(wrapped("  ".join([f"{self.name(job)}  (folder {job.folder.name})", *state]), terminal_width()))
 
     def change(self, job: Job) -> None:
         """Record the start or the end of a job."""
@@ -57,7 +58,7 @@ class SweepProgress:
         """Return position and setting of a job: job 3/6 loss=jsd."""
         position = self._jobs.index(job) + 1
         own = [word for word in job.overrides if given_keys([word])[0] in self.keys]
-        return f"job {position}/{max(self.total, position)} {shlex.join(own)}".rstrip()
+        return f"job {position}/{max(self.total, position)} {short_overrides(own)}".rstrip()
 
     def result(self, job: Job) -> str:
         """Return the watched metric and the seconds of a job that has ended."""
@@ -82,11 +83,14 @@ class SweepProgress:
         return [f"best {metric} {best.watched:.4f}", f"by {self.name(best)}"]
 
     def _left(self) -> float | None:
-        """Estimate the seconds until all jobs have ended, from those that this process has run."""
+        """Estimate the seconds until all jobs have ended, from those that this process has run.
+
+        None before one has ended, and while all that is left are jobs that run longer than those did.
+        """
         if not self._durations:
             return None
         left = self.total - sum(job.status in ENDED for job in self._jobs)
-        slots = max(min(self.slots, left), 1)
-        running = sum(time.monotonic() - begun for begun in self._begun.values())
         mean = sum(self._durations) / len(self._durations)
-        return max((left * mean - running) / slots, 0.0)
+        running = sum(max(mean - (time.monotonic() - begun), 0.0) for begun in self._begun.values())
+        seconds = max(left - len(self._begun), 0) * mean + running
+        return None if self._begun and not seconds else seconds / max(min(self.slots, left), 1)

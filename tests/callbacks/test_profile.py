@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch.config.groups import CONF
+from launch.config.unused_keys import check_unused_keys
 from tests.conftest import Train, needs_two_cores
+from tests.support.configurations import composed
 
 
 def steps_in(trace: Path) -> int:
@@ -25,7 +28,8 @@ def steps_in(trace: Path) -> int:
     [pytest.param("0:1", 1, marks=pytest.mark.slow), ("2:3", 3), pytest.param("7:20", 1, marks=pytest.mark.slow)],
 )
 def test_profile_records_the_given_steps(given: str, steps: int, train_here: Train, tiny: list[str], tmp_path: Path):
-    train_here(*tiny, "steps=8", "name=run", f"profile={given}")
+    answer = train_here(*tiny, "steps=8", "name=run", f"profile={given}")
+    assert "USDT" not in answer.stderr, "PyTorch's own lines"
     folder = tmp_path / "runs/pretrain/run/profile"
     assert steps_in(folder / "trace-rank0.json.gz") == steps
     tables = (folder / "operations-rank0.txt").read_text()
@@ -61,6 +65,13 @@ def test_steps_that_cannot_be_profiled_are_refused(
     answer = train_here(*tiny, "steps=8", *words)
     assert answer.code == 2
     assert message in answer.stderr
+
+
+@pytest.mark.parametrize("group", sorted(file.stem for file in (CONF / "callbacks").glob("*.yaml")))
+def test_every_group_of_callbacks_can_be_profiled(group: str):
+    config = composed(f"callbacks={group}", "profile=2:1")
+    assert config.callbacks["profile"]["steps"] == "2:1"
+    check_unused_keys(config)
 
 
 ONE, TWO_RANKS = ("micro_batch=1",), ("devices=2", "accelerator=cpu")

@@ -9,12 +9,13 @@ import lightning
 import pytest
 from lightning.pytorch.callbacks import Timer
 
+from callbacks.progress import ProgressBar
 from callbacks.remaining_time import remaining_seconds
 from callbacks.samples import Samples
 from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.storage.report_json import read_report
 from gpt2lab.system.run_time import count_events, forward_share
-from gpt2lab.system.terminal import format_time
+from gpt2lab.system.terminal import Phase, format_time
 from tests.conftest import Train
 from tests.support import tiny_run
 from tests.support.pages import charts_of
@@ -119,6 +120,44 @@ def test_report_adds_the_phases_of_a_resumed_run(
     finished = Path("run/report.html").read_text()
     assert 'http-equiv="refresh"' not in finished
     assert charts_of(finished)[0]["events"] == [[2, "resumed"]]
+
+
+def test_page_is_written_before_the_first_step(tmp_path: Path) -> None:
+    pages: list[str] = []
+
+    class Reader(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            pages.append((Path(trainer.default_root_dir) / "report.html").read_text())
+
+    tiny_run.train(tmp_path / "run", tmp_path / "cache", steps=2, extra=[Reader()])
+    assert "running · " in pages[0]
+    assert "step 0" in pages[0]
+    assert "No loss is logged yet." in pages[0]
+    assert 'data-patience="600"' in pages[0]
+
+
+class Steps(ProgressBar):
+    """Records the estimate after every step."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self.estimates: list[str] = []
+        self.on_train_start(trainer, trainer)
+        for step in range(trainer.global_step + 1, trainer.max_steps + 1):
+            trainer.global_step = step
+            self._training = Phase("train")
+            self._show(trainer)
+            self.estimates.append(self._left(trainer))
+
+
+@pytest.mark.parametrize(("first", "last", "unknown"), [(0, 8, 3), (20, 28, 3), (0, 2, 1), (0, 1, 0)])
+def test_eta_waits_for_three_measured_steps(first: int, last: int, unknown: int) -> None:
+    trainer: Any = SimpleNamespace(
+        global_step=first, max_steps=last, callbacks=[], callback_metrics={}, log_every_n_steps=1, is_global_zero=True
+    )
+    estimates = Steps(trainer).estimates
+    assert estimates[:unknown] == [""] * unknown
+    assert all(estimates[unknown:])
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.7, "1:00"), (3599.5, "1:00:00"), (61.2, "1:01")])

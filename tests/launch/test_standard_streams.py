@@ -1,5 +1,6 @@
 """Standard streams: a program does not fail because of what its terminal can show or because its output is unread."""
 
+import ast
 import errno
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.standard_streams import READER_GONE
+from launch.standard_streams import ASCII_FORMS, READER_GONE
 from tests.conftest import ROOT, environment, started
 
 TEXT = "step 4 · val 5.5 ± 0.1 … é 日 \ud800"
@@ -47,6 +48,22 @@ def test_text_that_a_terminal_cannot_show_is_replaced(variables: dict[str, str])
         assert line.startswith(("step 4 | val", "step 4 · val"))
         assert "0.1 ... " in line or "0.1 … " in line
         assert line.endswith("\\ud800\n")
+
+
+PRINTED = [*(ROOT / "launch").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")]
+PRINTED += [*(ROOT / "gpt2lab").glob("*.py"), *(ROOT / "gpt2lab/system").glob("*.py")]
+PRINTED += [*(ROOT / "gpt2lab/analysis").glob("*.py"), *ROOT.glob("*.py")]
+
+
+@pytest.mark.parametrize("file", PRINTED, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_symbol_of_this_project_has_an_ascii_form(file: Path):
+    text = file.read_text()
+    strings = [text]
+    if file.suffix == ".py":  # without comments
+        strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    used = {letter for string in strings if isinstance(string, str) for letter in string}
+    assert not {letter for letter in used if not letter.isascii()} - set(ASCII_FORMS)
+    assert "".join(ASCII_FORMS.values()).isascii()
 
 
 @pytest.mark.parametrize(("unbuffered", "expected"), [("", (b"", b"one\n")), ("1", (b"one\ntwo", b"one\ntwo"))])

@@ -15,6 +15,9 @@ import aiohttp
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OUT_OF_ROW = """[...document.querySelectorAll('.grid td')]
   .filter(one => one.offsetParent && getComputedStyle(one).display !== 'table-cell').map(one => one.textContent)"""
+EMPTY_ROWS = """[...document.querySelectorAll('.grid tr')]
+  .filter(one => one.offsetParent && one.offsetHeight && !one.closest('details:not([open])') && !one.innerText.trim())
+  .map(one => one.outerHTML.slice(0, 80))"""
 PATIENCE = 60.0  # seconds, on a busy machine
 SMALLEST = 11  # pixels
 SMALL_TEXTS = f"""[...document.querySelectorAll('body *')].filter(one => one.offsetParent
@@ -165,6 +168,7 @@ def faults(browser: Browser, width: int) -> dict[str, Any]:
         "scrolls by": browser.value(f"Math.max(document.documentElement.scrollWidth - {width}, 0)"),
         "small": browser.value(SMALL_TEXTS),
         "stacked letters": browser.value(STACKED),
+        "empty rows": browser.value(EMPTY_ROWS) if width < 800 else [],
         "charts that are not drawn": browser.value(scripts),
         "cells out of their row": browser.value(OUT_OF_ROW) if width > 800 else [],
     }

@@ -19,6 +19,7 @@ from gpt2lab.analysis.setting_comparison import Comparison, Runs, compare
 from gpt2lab.analysis.sweep_axes import VariedKey
 from gpt2lab.analysis.sweep_runs import summarize
 from gpt2lab.reports.run_report import build_report, write_report
+from gpt2lab.reports.sweep_charts import _labels, _readable
 from gpt2lab.storage.metrics_csv import MetricsFile
 from gpt2lab.storage.report_json import read_report
 from launch.sweep import results
@@ -310,6 +311,31 @@ def test_outlier_is_at_the_edge_and_keeps_its_number(tmp_path: Path):
     results.write(few, swept(few, {"optimizer.lr=1": 3.5, "optimizer.lr=2": 3.6, "optimizer.lr=3": 4.1}))
     (chart,) = [one for one in charts_of((few / "sweep.html").read_text()) if one["kind"] == "parallel"]
     assert [text for _, text in chart["axes"][-1][1]] == ["4.100", "3.500"], "the worst of three is no outlier"
+
+
+LABELS = {  # values of a searched key → those beside its axis
+    "apart": (["1", "2", "3"], ["1", "2", "3"]),
+    "near the end": (["1", "2", "2.95", "3"], ["1", "2", "3"]),
+    "near each other": (["1", "2", "2.05", "3"], ["1", "2", "3"]),
+    "two": (["1", "1.1"], ["1", "1.1"]),
+    "one": (["1"], ["1"]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_an_axis_do_not_cover_each_other(kind: str) -> None:
+    values, expected = LABELS[kind]
+    assert [text for _, text in _readable(_labels(VariedKey(values)))] == expected
+
+
+def test_table_of_a_search_fits_a_terminal_and_has_short_numbers(tmp_path: Path) -> None:
+    values = {f"optimizer.lr={0.004004814616573204 * n} optimizer.weight_decay=0.1{n}": 4.0 + n for n in range(3, 6)}
+    jobs = swept(tmp_path, values)
+    shown = results.format_results(tmp_path, jobs, 60).splitlines()
+    whole = [line for line in shown if not line.startswith(("  python", str(tmp_path)))]
+    assert max(map(len, whole)) <= 60
+    assert "optimizer.lr=0.012" in "".join(whole)
+    assert "0.0120144" in next(line for line in shown if line.startswith("  python")), "a command has all digits"
 
 
 def test_failed_sweep_names_its_jobs_and_is_over(tmp_path: Path):

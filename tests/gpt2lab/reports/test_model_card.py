@@ -1,6 +1,7 @@
 """Model card: metadata that huggingface_hub reads back, and nothing in it that is not known."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from gpt2lab.data.pair_template import PairTemplate
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.reports.lineage import Ancestor, ancestors_of, read_ancestor
 from gpt2lab.reports.model_card import model_card, read_step, without_local_paths
+from gpt2lab.reports.report_html import RunFiles, render
+from launch.run.card_facts import recipe
 from tests.conftest import Train
-from tests.support.configurations import composed
+from tests.support.configurations import composed, prepared, resolved
 
 FACTS: dict[str, Any] = {
     "title": "tiny",
@@ -138,11 +141,50 @@ def test_lineage_with_a_circle_or_damage_ends(tmp_path: Path) -> None:
     assert ancestors_of({"init": {"source": "scratch"}}) == ()
 
 
-def test_card_names_no_path_of_the_machine() -> None:
-    here = Path.cwd()
-    command = f"python train.py teacher={here}/runs/a path=/home/me/x/notes,/data/y 'prompt=a /b c' https://x/y"
-    public = without_local_paths(command)
-    assert public == "python train.py teacher=runs/a path=.../notes,.../y 'prompt=a /b c' https://x/y"
+PATHS = {  # word of a command → word of the card
+    f"teacher={Path.cwd()}/runs/a": "teacher=runs/a",
+    "path=/home/me/x/notes,/data/y": "path=.../notes,.../y",
+    "path='/home/me/*.py'": "path='.../*.py'",
+    "callbacks.x.files=[/home/me/a,/home/me/b]": "callbacks.x.files=[.../a,.../b]",
+    "prompt=a /b c": "prompt=a /b c",
+    "/home/me/train.py": ".../train.py",
+    "path=/": "path=/",
+    "https://x/y": "https://x/y",
+}
+
+
+@pytest.mark.parametrize("word", PATHS)
+def test_card_names_no_path_of_the_machine(word: str) -> None:
+    assert without_local_paths(shlex.join(["python", word])) == shlex.join(["python", PATHS[word]])
+
+
+RECIPES = {
+    "on-policy": (["task=distill", "sequences=gkd", "sequences.lmbda=0.25"], "the student's own text in 25% of the"),
+    "off-policy": (["task=distill"], "data: the data, unchanged"),
+    "teacher's text": (["task=distill", "sequences=seqkd"], "text that the teacher generated once"),
+    "trained tokenizer": (["data=stdlib"], "bpe, trained on the training split"),
+    "tokenizer of the Hub": (["tokenizer=hub", "tokenizer.source=org/name"], "that of org/name"),
+    "tokenizer of a run": (["tokenizer=hub", "tokenizer.source=/x/runs/a/hf"], "that of a"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_names_the_origin_of_text_and_tokenizer(name: str) -> None:
+    words, expected = RECIPES[name]
+    spec = prepared(resolved(composed("teacher=x", *words) if "task=distill" in words else composed(*words)))
+    assert any(expected in value for value in recipe(spec).values()), recipe(spec)
+
+
+def test_card_without_validation_claims_nothing_of_scores(tokenizer: Any) -> None:
+    text = model_card({**FACTS, "metrics": {}, "full_val_loss": None}, "clm", tokenizer, None)
+    assert "It was not validated" in text
+    assert "Scores on the validation split" not in text
+
+
+def test_continued_run_states_its_other_length(tokenizer: Any) -> None:
+    facts = {**FACTS, "continued_with": ["steps=800"]}
+    assert "Continued with `steps=800`." in model_card(facts, "clm", tokenizer, None)
+    assert "Continued with <code>steps=800</code>" in render("run", facts, RunFiles())
 
 
 PRESETS = {

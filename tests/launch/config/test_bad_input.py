@@ -34,7 +34,7 @@ BEFORE_ANY_IMPORT = [
     ("trainer.fast_dev_run=yes", "not of type bool | int"),
     ("trainer.limit_val_batches=all", "not of type int | float | None"),
     ("trainer.overfit_batches=true", "not of type int | float"),
-    ("callbacks.checkpoint=null export=best", "the callback checkpoint reads it"),
+    ("callbacks.checkpoint=null export=best", "this run does not read export: it has no callback checkpoint"),
     ("trainer.max_time=1h", "Give DD:HH:MM:SS"),
     ("trainer.max_time=5", "Give DD:HH:MM:SS"),
     ("resume=run trainer.max_time=08:00:00", "Give DD:HH:MM:SS"),  # before the run stores it
@@ -80,6 +80,8 @@ BEFORE_ANY_IMPORT = [
     ("task=finetune batch_tokens=512", "data=summarize does not read batch_tokens"),
     ("task=finetune data=stdlib", "pairs"),
     ("data=text path=no/such/file.txt", "no such file"),
+    ("data=text path=a.txt,b.txt", "give their folder or a glob"),
+    ("data=text path=. val_path=[a.txt,b.txt]", "give their folder or a glob"),
     ("data=text path=. val_path=nowhere", "val_path=nowhere"),
     ("context=2048", "context=2048 is longer than model nano's 1024 positions"),
     ("batch_tokens=1000", "batch_tokens=768 or batch_tokens=1024"),

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Command, Distil, Train, command_here
 from tests.support.configurations import composed, prepared, resolved
 from tests.support.pseudo_terminal import PseudoTerminal
 
-START = ("model", "data", "device", "precision", "steps", "memory", "time", "run")
+START = ("model", "data", "device", "precision", "steps", "memory", "time", "run", "page")
 FINISHED = {"status": "finished", "watched": 4.0, "watched_metric": "val/loss"}
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "pretrain": (
@@ -148,6 +148,18 @@ def test_narrow_terminal_gets_whole_words_without_a_box(columns: int, has_box: b
     assert shown.end() == 0, shown.shown
     assert "37,120 parameters" in shown.shown
     assert ("╭" in shown.shown) == has_box
+
+
+@pytest.mark.slow
+def test_long_paths_stay_whole_below_the_box() -> None:
+    path = "/a/very/long/folder/of/experiments/that/has/no/space/runs/pretrain/first"
+    rows = [("steps", "60 of 8 × 128 tokens"), ("run", path), ("page", "runs/report.html")]
+    program = f"from launch.run.run_panels import _show_panel; _show_panel('title', {rows})"
+    shown = PseudoTerminal([sys.executable, "-c", program], 60, ROOT)
+    assert shown.end() == 0, shown.shown
+    assert f"run: {path}" in shown.lines
+    boxed = [line for line in shown.lines if line.startswith("│")]
+    assert [line.split()[1] for line in boxed] == ["steps", "page"]
 
 
 @pytest.mark.slow

@@ -454,6 +454,24 @@ def test_every_arm_may_have_its_own_learning_rate(study: Study, tmp_path: Path):
         assert f"Learning rate of {rates['arm']}: {rates['chosen']:g}" in ended.stdout
 
 
+EARLY_ENDS = {  # exit code of the first runs and the received signal → status of the study
+    "stopped": (exit_codes.STOPPED, signal.SIGTERM, "", "stopped"),
+    "failed": (exit_codes.FAILED, 0, "RuntimeError: planted", "failed"),
+}
+
+
+@pytest.mark.parametrize("kind", EARLY_ENDS)
+def test_study_that_ends_early_has_its_status(kind: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    *outcome, status = EARLY_ENDS[kind]
+    monkeypatch.setattr(jobs, "run_process", lambda _settings: tuple(outcome))
+    assert study("run_dir=here").code == outcome[0]
+    assert results_in(tmp_path / "here")["status"] == status
+    page = tmp_path / "here" / "study.html"
+    assert page.is_file() == (status == "failed")
+    if status == "failed":
+        assert "RuntimeError: planted" in page.read_text()
+
+
 def test_stopped_study_prints_its_resume_command(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jobs, "run_process", lambda _settings: (exit_codes.STOPPED, signal.SIGTERM, ""))
     ended = study("name=mine")

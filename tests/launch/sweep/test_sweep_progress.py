@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,26 @@ def test_remaining_time_is_shared_by_the_jobs_at_once(tmp_path: Path) -> None:
         assert progress._left() is None, "nothing is measured"
         progress._jobs, progress._durations = jobs, [8.0, 12.0]
         assert progress._left() == expected
+
+
+RUNNING: dict[str, tuple[int, list[float], float | None]] = {  # jobs that wait, seconds of those that run → estimate
+    "half done": (2, [5.0, 5.0], 15.0),
+    "one overdue": (2, [5.0, 50.0], 12.5),
+    "all overdue": (2, [50.0, 50.0], 10.0),
+    "last, half done": (0, [5.0, 5.0], 5.0),
+    "last, one overdue": (0, [5.0, 50.0], 2.5),
+    "last, all overdue": (0, [50.0, 50.0], None),
+}
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_overdue_jobs_do_not_shorten_the_estimate(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, seconds, expected = RUNNING[kind]
+    monkeypatch.setattr("launch.sweep.sweep_progress.time", SimpleNamespace(monotonic=lambda: 100.0))
+    progress = SweepProgress(3 + waiting, ["loss"], 2, has_bar=False)
+    progress._jobs = [job(tmp_path, 0, "finished", 4.0)]
+    progress._durations, progress._begun = [10.0], {n: 100.0 - passed for n, passed in enumerate(seconds, 1)}
+    assert progress._left() == expected
 
 
 def test_every_job_of_a_sweep_has_position_best_and_eta(
