@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 METADATA = "key"
+AUTO_OR_BOOL = ("auto", "true", "false")  # choices of a boolean that can be chosen when a run starts
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,7 @@ class Key:
         text: one line with its unit, for --help and docs/reference.md.
         choices: allowed values; of a list, of each item.
         within: allowed numbers, an interval as in mathematics: "[0, 1)" holds 0 and not 1. Of a list, of each item.
-        auto: whether `auto` is allowed too, and is resolved to a value when a run starts.
-        word: a word that is allowed besides whole numbers.
+        word: a word that is allowed besides whole numbers, like `auto` for a value that is chosen when a run starts.
         read_by: the group value that reads it, "optimizer=muon" or "teacher_cache=topk,sampled", or a name in
             launch/config/unused_keys.py; empty: every run.
         on_resume: whether a resumed run may be given another value.
@@ -31,7 +31,6 @@ class Key:
     text: str
     choices: Collection[str] = ()
     within: str = ""
-    auto: bool = False
     read_by: str = ""
     on_resume: bool = False
     of_machine: bool = False
@@ -47,7 +46,6 @@ def key(
     factory: Callable[[], Any] | Any = MISSING,
     choices: Collection[str] = (),
     within: str = "",
-    auto: bool = False,
     read_by: str = "",
     on_resume: bool = False,
     of_machine: bool = False,
@@ -56,7 +54,7 @@ def key(
     word: str = "",
 ) -> Any:
     """Declare a dataclass field that is a configuration key; the arguments are those of `Key`."""
-    meaning = Key(text, choices, within, auto, read_by, on_resume or of_machine, of_machine, free_text, by_size, word)
+    meaning = Key(text, choices, within, read_by, on_resume or of_machine, of_machine, free_text, by_size, word)
     return dataclasses.field(default=default, default_factory=factory, metadata={METADATA: meaning})
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt2lab.errors import InputError
-from gpt2lab.keys import key
+from gpt2lab.keys import AUTO_OR_BOOL, key
 from gpt2lab.registry import Registry
 
 # Packages of the user add functions to these (docs/extending.md)
@@ -136,7 +136,7 @@ class StrategySettings:
     find_unused_parameters: str = key(
         "search for weights without a gradient; auto: with layer_drop or trainer.deterministic",
         "auto",
-        auto=True,
+        choices=AUTO_OR_BOOL,
         read_by="strategy=auto,ddp",
     )
     offload: bool = key(
@@ -145,7 +145,7 @@ class StrategySettings:
     shard_teacher: str = key(
         "shard the teacher too; auto: if it does not fit next to the student's shard",
         "auto",
-        auto=True,
+        choices=AUTO_OR_BOOL,
         read_by="task=distill",
     )
 

@@ -190,4 +190,4 @@ def test_minillm_distils_a_started_student_on_pairs(
     config = replace(spec.config, optimizer=replace(spec.config.optimizer, lr=5e-6))
     assert promised("minillm_dolly", config) == PROMISED["minillm_dolly"]
     reverse = logged(tmp_path / "run", metric_names.DISTILL_REVERSE_KL)
-    assert reverse[-1] < reverse[0], "what it minimises"
+    assert reverse[-1] < reverse[0], "what it minimizes"

@@ -68,7 +68,7 @@ def validation_rows(numbers: NDArray[np.int64], tokens: NDArray[np.int64], limit
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash with SplitMix64's finaliser (Steele et al. 2014): every input bit affects every output bit."""
+    """Hash with SplitMix64's finalizer (Steele et al. 2014): every input bit affects every output bit."""
     with np.errstate(over="ignore"):
         values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -35,7 +35,7 @@ class Importance:
         channels: (D,).
         heads: (H,) per layer.
         neurons: (F,) per layer.
-        norms: (2, D) per layer norm, by name: mean and mean square of its normalised input, before gain and bias.
+        norms: (2, D) per layer norm, by name: mean and mean square of its normalized input, before gain and bias.
     """
 
     channels: Tensor
@@ -141,10 +141,10 @@ def _register_hooks(teacher: Backbone, add: Callable[[str, Tensor], None]) -> li
     """Register hooks that pass the activations of layer norms, attention heads and MLP neurons to `add`."""
 
     def of_norm(name: str, module: nn.LayerNorm, inputs: tuple[Tensor], output: Tensor) -> None:
-        normalised = nn.functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)  # (B, T, D)
+        normalized = nn.functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)  # (B, T, D)
         add(f"{name} output", output.abs())
-        add(f"{name} mean", normalised)
-        add(f"{name} square", normalised.square())
+        add(f"{name} mean", normalized)
+        add(f"{name} square", normalized.square())
 
     def of_heads(layer: int, _: nn.Module, inputs: tuple[Tensor]) -> None:  # (B, T, D), head after head
         add(f"{layer} heads", inputs[0].unflatten(-1, (teacher.shape.n_head, -1)).norm(dim=-1))

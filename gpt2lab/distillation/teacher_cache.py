@@ -59,7 +59,7 @@ class CacheSide:
     Args:
         folder: folder of the cache.
         side: train or val.
-        settings: kind of record; with `tail` off, the top-k probabilities are normalised when read.
+        settings: kind of record; with `tail` off, the top-k probabilities are normalized when read.
         vocab_size: vocabulary size of the softmax.
     """
 

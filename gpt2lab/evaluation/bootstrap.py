@@ -9,7 +9,7 @@ Source: Koehn 2004, Statistical Significance Tests for Machine Translation Evalu
 Clustered Data.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,27 @@ class TextScore:
     signature: str = ""
 
 
+@dataclass(frozen=True)
+class ResampledScore:
+    """Score of all texts and of every resample; the resamples are empty for a single document.
+
+    The resamples depend on the metric names, references, seed and groups only, so that scores of other texts with equal
+    ones are paired.
+    """
+
+    value: float | None
+    resamples: list[float]
+    signature: str = ""
+
+    @property
+    def interval(self) -> TextScore:
+        """The score with its standard error and 95 % interval."""
+        if self.value is None or not self.resamples:
+            return TextScore(self.value, None, None, None, self.signature)
+        low, high = np.percentile(self.resamples, [2.5, 97.5])
+        return TextScore(self.value, float(np.std(self.resamples)), float(low), float(high), self.signature)
+
+
 def text_scores(
     names: Iterable[str],
     predictions: list[str],
@@ -53,43 +74,44 @@ def text_scores(
     Raises:
         ValueError: an unknown name, no text, or the numbers of predictions and references differ.
     """
-    found = _resampled_scores(list(names), predictions, references, seed, groups)
-    return {name: _interval(*one) for name, one in found.items()}
+    return intervals(resampled_scores(names, predictions, references, seed, groups))
 
 
-def text_differences(
-    names: Iterable[str],
-    predictions: list[str],
-    others: list[str],
-    references: list[str],
-    seed: int = 0,
-    groups: Sequence[int] | None = None,
-) -> dict[str, TextScore]:
-    """Return the score of `predictions` minus that of `others` by metric name, paired by document.
+def intervals(scores: Mapping[str, ResampledScore]) -> dict[str, TextScore]:
+    """Return the scores with their errors, by metric name."""
+    return {name: score.interval for name, score in scores.items()}
 
-    Both are scored on the same resampled documents, so that their difficulty cancels. Arguments as in `text_scores`.
+
+def text_differences(ours: Mapping[str, ResampledScore], others: Mapping[str, ResampledScore]) -> dict[str, TextScore]:
+    """Return the scores of `ours` minus those of `others` by metric name, paired by document.
+
+    Both are scored on the same resampled documents, so that their difficulty cancels.
+
+    Args:
+        ours, others: `resampled_scores` of equal names, references, seed and groups.
     """
-    names = list(names)
-    ours, theirs = (_resampled_scores(names, texts, references, seed, groups) for texts in (predictions, others))
     differences = {}
-    for name, (score, resampled, _) in ours.items():
-        other, other_resampled, _ = theirs[name]
-        apart = [mine - its for mine, its in zip(resampled, other_resampled, strict=True)]
-        differences[name] = _interval(None if score is None or other is None else score - other, apart)
+    for name, score in ours.items():
+        other = others[name]
+        value = None if score.value is None or other.value is None else score.value - other.value
+        apart = [mine - its for mine, its in zip(score.resamples, other.resamples, strict=True)]
+        differences[name] = ResampledScore(value, apart).interval
     return differences
 
 
-def _resampled_scores(
-    names: list[str], predictions: list[str], references: list[str], seed: int, groups: Sequence[int] | None
-) -> dict[str, tuple[float | None, list[float], str]]:
-    """Return (score, scores of the resamples, signature) by metric name.
-
-    The resamples depend on the names, references, seed and groups only.
-    """
+def resampled_scores(
+    names: Iterable[str],
+    predictions: list[str],
+    references: list[str],
+    seed: int = 0,
+    groups: Sequence[int] | None = None,
+) -> dict[str, ResampledScore]:
+    """Score the texts and all resamples; arguments and errors as in `text_scores`."""
+    names = list(names)
     values = per_text_scores(names, predictions, references)
     documents = _texts_of_documents(groups if groups is not None else range(len(references)))
     generator = np.random.default_rng(seed)
-    scores: dict[str, tuple[float | None, list[float], str]] = {}
+    scores: dict[str, ResampledScore] = {}
     for name in names:
         if name in SACREBLEU_METRICS:
             scores[name] = _sacrebleu_scores(name, predictions, references, documents, generator)
@@ -100,19 +122,19 @@ def _resampled_scores(
                 macro_f1([predictions[n] for n in texts], [references[n] for n in texts])
                 for texts in _resample(documents, generator)
             ]
-            scores[name] = macro_f1(predictions, references), resampled, ""
+            scores[name] = ResampledScore(macro_f1(predictions, references), resampled)
     return scores
 
 
 def _mean_scores(
     values: Sequence[float | None], documents: list[NDArray[np.int64]], generator: np.random.Generator
-) -> tuple[float | None, list[float], str]:
+) -> ResampledScore:
     """Score a metric that is a mean over texts."""
     known = np.array([np.nan if value is None else value for value in values])
     if np.isnan(known).all():
-        return None, [], ""
+        return ResampledScore(None, [])
     resampled = [known[texts] for texts in _resample(documents, generator)]
-    return mean_or_nan(values), [float(np.nanmean(one)) for one in resampled if not np.isnan(one).all()], ""
+    return ResampledScore(mean_or_nan(values), [float(np.nanmean(one)) for one in resampled if not np.isnan(one).all()])
 
 
 def _texts_of_documents(groups: Sequence[int]) -> list[NDArray[np.int64]]:
@@ -130,24 +152,17 @@ def _resample(documents: list[NDArray[np.int64]], generator: np.random.Generator
     return [np.concatenate([documents[number] for number in one]) for one in numbers]
 
 
-def _interval(value: float | None, resampled: list[float], signature: str = "") -> TextScore:
-    if value is None or not resampled:
-        return TextScore(value, None, None, None, signature)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return TextScore(value, float(np.std(resampled)), float(low), float(high), signature)
-
-
 def _sacrebleu_scores(
     name: str,
     predictions: list[str],
     references: list[str],
     documents: list[NDArray[np.int64]],
     generator: np.random.Generator,
-) -> tuple[float, list[float], str]:
+) -> ResampledScore:
     """Score a corpus metric; resamples are scored from the sums of each text's statistics."""
     metric = sacrebleu_metric(name, references)
     statistics = metric._extract_corpus_statistics(predictions, [references])  # per text
     resampled = [
         metric._aggregate_and_compute([statistics[n] for n in texts]).score for texts in _resample(documents, generator)
     ]
-    return metric._aggregate_and_compute(statistics).score, resampled, str(metric.get_signature())
+    return ResampledScore(metric._aggregate_and_compute(statistics).score, resampled, str(metric.get_signature()))

@@ -184,11 +184,11 @@ def _label_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterato
     for rows, logits in logit_chunks(hidden, weight):
         scores = logits.float()  # (C, V)
         label_scores = scores.gather(1, labels[rows].unsqueeze(1))  # (C, 1)
-        normaliser = scores.logsumexp(1)
+        normalizer = scores.logsumexp(1)
         yield (
-            normaliser - label_scores.squeeze(1),
+            normalizer - label_scores.squeeze(1),
             (scores > label_scores).sum(1),
-            (scores.max(1).values - normaliser).exp(),
+            (scores.max(1).values - normalizer).exp(),
         )
 
 

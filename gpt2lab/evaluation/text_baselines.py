@@ -61,10 +61,10 @@ def word_table(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
                 for word, share in zip(words, shares, strict=True):
                     if share:
                         counts[word][target_word] += share / whole
-        probabilities = {word: _normalise(found) for word, found in counts.items()}
+        probabilities = {word: _normalize(found) for word, found in counts.items()}
     return {word: max(found, key=found.__getitem__) for word, found in probabilities.items()}
 
 
-def _normalise(counts: dict[str, float]) -> dict[str, float]:
+def _normalize(counts: dict[str, float]) -> dict[str, float]:
     whole = sum(counts.values())
     return {word: count / whole for word, count in counts.items()}

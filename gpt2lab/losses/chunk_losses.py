@@ -90,7 +90,7 @@ def _hard_losses(student: Distribution, labels: Tensor, hard: CrossEntropySettin
         mean_log = student.scores.mean(1) - student.total.log().squeeze(1)
         trained = (1 - hard.label_smoothing) * cross_entropy - hard.label_smoothing * mean_log
     if hard.z_loss:
-        trained = trained + hard.z_loss * student.log_normaliser.square().squeeze(1)
+        trained = trained + hard.z_loss * student.log_normalizer.square().squeeze(1)
     return cross_entropy, trained
 
 
@@ -98,7 +98,7 @@ def _hard_gradient(student: Distribution, labels: Tensor, hard: CrossEntropySett
     """Return weight · (q − (1 − ε) 1_y − ε / V + 2 c lse q), (C, V)."""
     gradient = student.value
     if hard.z_loss:
-        gradient = gradient * (1 + 2 * hard.z_loss * student.log_normaliser)
+        gradient = gradient * (1 + 2 * hard.z_loss * student.log_normalizer)
     if hard.label_smoothing:
         gradient = gradient - hard.label_smoothing / gradient.shape[1]
     return _subtract_at_labels(weight * gradient, labels, weight * (1 - hard.label_smoothing))

@@ -33,7 +33,7 @@ LINEAR_IN_TEACHER = ("forward_kl",)
 class Distribution(NamedTuple):
     """Distributions over the vocabulary at C positions, in fp32 or wider; probabilities are weights / total.
 
-    The division is left to the caller: a compiled loss that sums before it normalises reads the logits once less.
+    The division is left to the caller: a compiled loss that sums before it normalizes reads the logits once less.
     """
 
     scores: Tensor  # (C, V) logits minus the largest one, finite
@@ -52,7 +52,7 @@ class Distribution(NamedTuple):
         return self.weights * (1 / self.total)
 
     @property
-    def log_normaliser(self) -> Tensor:
+    def log_normalizer(self) -> Tensor:
         """Logsumexp of the logits, (C, 1)."""
         return self.largest + self.total.log()
 
@@ -148,7 +148,7 @@ def finite(scores: Tensor) -> Tensor:
 
 
 def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
-    """Forward KL, Σ p (log p − log q): the mean of the logit difference under p, minus that of the log-normalisers."""
+    """Forward KL, Σ p (log p − log q): the mean of the logit difference under p, minus that of the log-normalizers."""
     difference = teacher.mean(teacher.scores - student.scores) - teacher.total.log() + student.total.log()
     return difference.squeeze(1), student.value - teacher.value
 

@@ -26,7 +26,7 @@ STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Push the singular values of each matrix towards 1: (n, R, C) → the same shape, bf16."""
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -110,7 +110,7 @@ def assign_owners(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
     return owned
 
 
-def orthogonalise_over_ranks(updates: Sequence[Tensor], replicas: ProcessGroup | None = None) -> None:
+def orthogonalize_over_ranks(updates: Sequence[Tensor], replicas: ProcessGroup | None = None) -> None:
     """Orthogonalize and scale updates (R, C) in place; each rank computes its share of the matrices.
 
     Args:
@@ -123,16 +123,16 @@ def orthogonalise_over_ranks(updates: Sequence[Tensor], replicas: ProcessGroup |
     owned = assign_owners(split_matrices(updates, ranks), ranks)
     held = [[matrix.part_of(to_local(updates[matrix.update]), rank) for matrix in own] for own in owned]  # by owner
     if group is None:
-        received = [_orthogonalise_by_shape(held[0])]
+        received = [_orthogonalize_by_shape(held[0])]
     elif sharded is None:
-        received = _gather(_orthogonalise_by_shape(held[rank]), held, group)
+        received = _gather(_orthogonalize_by_shape(held[rank]), held, group)
     else:
-        received = _orthogonalise_shards(held, owned, rank, group)
+        received = _orthogonalize_shards(held, owned, rank, group)
     for matrix, part, result in zip(chain(*owned), chain(*held), chain(*received), strict=True):
         part.copy_(result.view_as(part)).mul_(matrix.scale)
 
 
-def _orthogonalise_by_shape(matrices: Sequence[Tensor]) -> list[Tensor]:
+def _orthogonalize_by_shape(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Orthogonalize matrices of equal shape as one batch; return the results in the order of the matrices."""
     numbers: dict[torch.Size, list[int]] = {}
     for number, matrix in enumerate(matrices):
@@ -140,18 +140,18 @@ def _orthogonalise_by_shape(matrices: Sequence[Tensor]) -> list[Tensor]:
     results: dict[int, Tensor] = {}
     for of_shape in numbers.values():
         batch = torch.stack([matrices[number].bfloat16() for number in of_shape])
-        results.update(zip(of_shape, orthogonalise(batch), strict=True))
+        results.update(zip(of_shape, orthogonalize(batch), strict=True))
     return [results[number] for number in range(len(matrices))]
 
 
-def _orthogonalise_shards(
+def _orthogonalize_shards(
     held: list[list[Tensor]], owned: list[list[Matrix]], rank: int, group: ProcessGroup
 ) -> list[list[Tensor]]:
     """Send this rank's rows of each matrix to its owner; return the same rows of the results, by owner."""
     own, ranks = owned[rank], range(len(owned))
     rows = _exchange(held, [[matrix.numel_on(other) for matrix in own] for other in ranks], group)
     whole = [torch.cat([of_rank[number] for of_rank in rows]) for number in range(len(own))]
-    results = _orthogonalise_by_shape(
+    results = _orthogonalize_by_shape(
         [flat.view(matrix.rows, matrix.columns) for flat, matrix in zip(whole, own, strict=True)]
     )
     outgoing = [[result[matrix.rows_on(other)] for matrix, result in zip(own, results, strict=True)] for other in ranks]

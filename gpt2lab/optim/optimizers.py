@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gpt2lab.optim.newton_schulz import orthogonalise_over_ranks
+from gpt2lab.optim.newton_schulz import orthogonalize_over_ranks
 from gpt2lab.optim.stochastic_rounding import RoundingAdam, is_bf16, round_stochastically, to_local
 from gpt2lab.settings import OPTIMIZERS, OptimizerSettings
 
@@ -104,7 +104,7 @@ class MuonWithAdamW(RoundingAdam):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov
-        orthogonalise_over_ranks(updates, self.replicas)
+        orthogonalize_over_ranks(updates, self.replicas)
         for index, (parameter, update) in enumerate(zip(parameters, updates, strict=True)):
             weight = to_local(parameter).float() if is_bf16(parameter) else to_local(parameter)
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(to_local(update), alpha=-group["lr"])

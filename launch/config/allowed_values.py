@@ -17,13 +17,11 @@ def check_value(name: str, meaning: Key, given: Any, as_typed: str = "") -> None
     Raises:
         InputError: it is not allowed; the message lists the choices or the interval.
     """
-    written = str(given).lower() if isinstance(given, bool) else str(given)
+    written = str(given).lower() if str(given) in ("True", "False") else str(given)
     if meaning.choices and written not in meaning.choices:
         near = nearest(written, meaning.choices)
         raise InputError(f"{name}={written}: no such value{near}.\nAllowed: {', '.join(meaning.choices)}.")
-    if meaning.auto:
-        _check_auto(name, meaning, given)
-    elif meaning.word:
+    if meaning.word:
         _check_word(name, meaning, given)
     elif meaning.within and not is_within(given, meaning.within):
         finite = " and finite" if not math.isfinite(given) else ""
@@ -33,13 +31,11 @@ def check_value(name: str, meaning: Key, given: Any, as_typed: str = "") -> None
 
 
 def format_allowed(meaning: Key) -> str:
-    """Return the choices or the interval in words, with `auto`; nothing where every value of the type is allowed."""
+    """Return the choices or the interval in words, with its word; nothing where every value of the type is allowed."""
     if meaning.choices:
         return ", ".join(meaning.choices)
-    if meaning.auto and not meaning.within:
-        return "auto, true, false"
     interval = format_interval(meaning.within) if meaning.within else ""
-    word = "auto" if meaning.auto or meaning.by_size else meaning.word
+    word = "auto" if meaning.by_size else meaning.word
     return f"{word}, or {interval}" if word else interval
 
 
@@ -60,12 +56,3 @@ def _check_word(name: str, meaning: Key, given: Any) -> None:
     if given != meaning.word and not (is_number and is_within(given, meaning.within)):
         allowed = format_interval(meaning.within)
         raise InputError(f"{name}={given} is neither {meaning.word} nor a whole number: {allowed}.")
-
-
-def _check_auto(name: str, meaning: Key, given: Any) -> None:
-    """Check a key that is a number or a boolean, or `auto`."""
-    if not meaning.within:
-        if str(given).lower() not in ("auto", "true", "false"):
-            raise InputError(f"{name}={given}: no such value.\nAllowed: auto, true, false.")
-    elif given != "auto" and not (isinstance(given, int) and is_within(given, meaning.within)):
-        raise InputError(f"{name}={given} is neither auto nor a whole number: {format_interval(meaning.within)}.")

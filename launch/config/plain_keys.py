@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt2lab.keys import key
+from gpt2lab.keys import AUTO_OR_BOOL, key
 
 DISTILL = "task=distill"
 EVERY_STEPS = "[1, inf)"
@@ -67,7 +67,7 @@ class TrainingKeys:
     )
     batch_sequences: int = key("pairs per optimizer step, over all devices", within="[1, 1e6]", read_by="pairs")
     micro_batch: int | str = key(
-        "sequences per device and forward pass; auto: by free memory", within="[1, 1e6]", auto=True, of_machine=True
+        "sequences per device and forward pass; auto: by free memory", within="[1, 1e6]", word="auto", of_machine=True
     )
     context: int = key("sequence length in tokens; auto: by size", within="[2, 1e6]", by_size=True)
     packing: bool = key("pack documents or pairs into shared rows, without attention between them")
@@ -77,7 +77,7 @@ class TrainingKeys:
     layer_drop: float = key("probability that a training pass skips a block (LayerDrop)", within="[0, 1)")
     ema: float = key("decay of the weight average (EMA) that is validated and exported; 0: no average", within="[0, 1)")
     activation_checkpointing: bool = key("recompute activations in the backward pass: less memory, a third more time")
-    compile: bool | str = key("torch.compile; auto: if it saves time within the run", auto=True)
+    compile: bool | str = key("torch.compile; auto: if it saves time within the run", choices=AUTO_OR_BOOL)
     validate_every: int = key("optimizer steps between validations", within=EVERY_STEPS, on_resume=True)
     validate_tokens: int | str = key(
         "most tokens of a validation, a fixed sample of the validation split; full: the whole split",
@@ -127,7 +127,7 @@ class MachineKeys:
         "device type; auto: a GPU if there is one, else the CPU", choices=("auto", "cpu", "gpu", "mps"), of_machine=True
     )
     devices: int | str = key(
-        "devices per machine; auto: one CPU process, or every GPU", within="[1, 1e4]", auto=True, of_machine=True
+        "devices per machine; auto: one CPU process, or every GPU", within="[1, 1e4]", word="auto", of_machine=True
     )
     num_nodes: int = key("number of machines (docs/cluster.md)", within="[1, 1e4]", of_machine=True)
     n_jobs: int = key("jobs of a sweep that run at once, each on its share of cores and GPUs", within="[1, 1024]")
@@ -136,7 +136,7 @@ class MachineKeys:
         within="[0, 1000]",
         on_resume=True,
     )
-    threads: int | str = key("CPU threads per process", within="[1, 4096]", auto=True, of_machine=True)
+    threads: int | str = key("CPU threads per process", within="[1, 4096]", word="auto", of_machine=True)
     workers: int = key("data loading processes per rank", within="[0, 64]", on_resume=True)
     rank_timeout: int = key(
         "seconds without progress of a rank after which the run ends and names it", within="[5, 1e6]", on_resume=True

@@ -22,7 +22,7 @@ from launch.logging_setup import announce, configure_logging, silence_libraries
 if TYPE_CHECKING:
     import torch
 
-    from gpt2lab.evaluation.bootstrap import TextScore
+    from gpt2lab.evaluation.bootstrap import ResampledScore, TextScore
     from gpt2lab.evaluation.evaluation import Score
     from gpt2lab.evaluation.jackknife import DocumentDifference
     from gpt2lab.evaluation.teacher_student_eval import Comparison
@@ -147,6 +147,7 @@ def evaluate(arguments: Arguments) -> Results:
     configure_logging()
     announce(f"Loading {arguments.checkpoint}")  # the following imports take seconds: arguments are checked first
     from gpt2lab.data.document_groups import warn_of_few_groups
+    from gpt2lab.evaluation.bootstrap import intervals
     from gpt2lab.evaluation.evaluation import paired_difference
     from gpt2lab.evaluation.jackknife import TOKENS
     from gpt2lab.system.device import resolve_device
@@ -169,10 +170,10 @@ def evaluate(arguments: Arguments) -> Results:
     described = eval_data.describe_data(specs[0].config, modules[0])
     results = Results([], {}, left_out, specs[0].config.context, described, scorers[0].sampling)
     tasks = lm_eval_harness.find_tasks(arguments.lm_eval, arguments.lm_eval_path) if arguments.lm_eval else None
+    for scorer in scorers:  # scores are compared by metric
+        scorer.metrics = list(dict.fromkeys(name for other in scorers for name in other.metrics))
     answers = scorers[0].trivial_answers()
-    if answers:
-        with Phase("baselines without a model"):
-            results.baselines = {name: scorers[0].score_texts(texts) for name, texts in answers.items()}
+    results.baselines = {name: intervals(scores) for name, scores in answers.items()}
     loaded = [compared_models.load(other) for other in track(others, "load the compared models", len(others))]
     for number, (model, scorer) in enumerate(zip(checkpoints, scorers, strict=True), 1):
         if len(checkpoints) > 1:
@@ -229,6 +230,7 @@ class _Scorer:
 
     Attributes:
         label: name of the checkpoint before that of a phase on the terminal, if there are several.
+        metrics: text metrics of pairs: those of the argument, else of the run, else of the data.
     """
 
     label = ""
@@ -245,6 +247,9 @@ class _Scorer:
         self.tokenizer = load_tokenizer(self.facts.tokenizer_folder)
         self.token_bytes = bytes_of_tokens(self.tokenizer)
         self.has_pairs = "prompt" in spec.config.data
+        self.metrics: list[str] = arguments.metrics.split(",") if arguments.metrics else []
+        if self.has_pairs and not self.metrics:
+            self.metrics = spec.config.task.get("text", {}).get("metrics") or self.data.metrics
         if self.has_pairs and arguments.stride:
             raise InputError("stride= is for running text, but these data are pairs.\nLeave it out.")
         unread = [key for key in ("metrics", "max_new_tokens") if vars(arguments)[key] and not self.has_pairs]
@@ -257,7 +262,7 @@ class _Scorer:
         model: NamedModel,
         others: "list[Backbone]",
         tasks: "lm_eval_harness.TaskSet | None",
-        answers: dict[str, list[str]],
+        answers: "dict[str, dict[str, ResampledScore]]",
     ) -> Scored:
         """Compute all requested results of a checkpoint.
 
@@ -265,12 +270,14 @@ class _Scorer:
             others: [], [teacher] or [teacher, baseline].
             answers: `trivial_answers`, which the completions are compared with; empty: none are scored.
         """
+        from gpt2lab.evaluation.bootstrap import intervals, text_differences
+
         backbone = compared_models.load(model)
         found = self._compare(others, backbone, model.source)
         if answers:
-            completions = self._completions(backbone)
-            found.texts = self.score_texts(completions)
-            found.minus_answers = {name: self._difference(completions, texts) for name, texts in answers.items()}
+            own = self._score_texts(self._completions(backbone))
+            found.texts = intervals(own)
+            found.minus_answers = {name: text_differences(own, scores) for name, scores in answers.items()}
         if self.arguments.decode:
             found.speeds = self._measure_speeds(backbone)
         if tasks is not None:
@@ -280,40 +287,23 @@ class _Scorer:
             )
         return found
 
-    def trivial_answers(self) -> dict[str, list[str]]:
-        """Return answers without a model to the scored prompts, by name; empty where no texts are scored."""
-        if not (self.has_pairs and self.arguments.texts and self._metrics):
+    def trivial_answers(self) -> "dict[str, dict[str, ResampledScore]]":
+        """Score answers without a model to the scored prompts, by name; empty where no texts are scored."""
+        if not (self.has_pairs and self.arguments.texts and self.metrics):
             return {}
         from gpt2lab.evaluation.text_baselines import text_baselines
 
         sources, _ = self.data.val_texts(self.arguments.texts)
-        answers = text_baselines(self._metrics, self.data.training_pairs())
-        return {name: [answer(source) for source in sources] for name, answer in answers.items()}
+        answers = text_baselines(self.metrics, self.data.training_pairs())
+        with Phase("baselines without a model"):
+            return {name: self._score_texts([answer(source) for source in sources]) for name, answer in answers.items()}
 
-    def score_texts(self, texts: list[str]) -> "dict[str, TextScore]":
+    def _score_texts(self, texts: list[str]) -> "dict[str, ResampledScore]":
         """Return text metrics of one text per scored prompt."""
-        from gpt2lab.evaluation.bootstrap import text_scores
+        from gpt2lab.evaluation.bootstrap import resampled_scores
 
-        return text_scores(self._metrics, texts, self._references, groups=self._groups)
-
-    def _difference(self, texts: list[str], others: list[str]) -> "dict[str, TextScore]":
-        from gpt2lab.evaluation.bootstrap import text_differences
-
-        return text_differences(self._metrics, texts, others, self._references, groups=self._groups)
-
-    @property
-    def _references(self) -> list[str]:
-        return self.data.val_texts(self.arguments.texts)[1]
-
-    @property
-    def _groups(self) -> list[int]:
-        return self.data.val_groups(self.arguments.texts)
-
-    @property
-    def _metrics(self) -> list[str]:
-        """Text metrics: those of the argument, else of the run, else of the data."""
-        given = self.arguments.metrics.split(",") if self.arguments.metrics else []
-        return given or self.config.task.get("text", {}).get("metrics") or self.data.metrics
+        references = self.data.val_texts(self.arguments.texts)[1]
+        return resampled_scores(self.metrics, texts, references, groups=self.data.val_groups(self.arguments.texts))
 
     def _compare(self, others: "list[Backbone]", backbone: "Backbone", source: str) -> Scored:
         import torch

@@ -42,19 +42,19 @@ def updated(layout: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
     settings = OptimizerSettings("muon", lr=0.01, weight_decay=0.1)
     optimizer = build_optimizer(model.named_parameters(), settings, fused=False, replicas=replicas)
     counted: Counter[str] = Counter()
-    original = newton_schulz.orthogonalise
+    original = newton_schulz.orthogonalize
 
     def counting(matrices: Tensor) -> Tensor:
         counted["×".join(map(str, matrices.shape[1:]))] += len(matrices)
         return original(matrices)
 
-    newton_schulz.orthogonalise = counting
+    newton_schulz.orthogonalize = counting
     for step in range(STEPS):
         for number, parameter in enumerate(model.parameters()):
             seeded = torch.Generator().manual_seed(1000 * step + number)
             give_gradient(parameter, torch.randn(parameter.shape, generator=seeded).to(dtype))
         optimizer.step()
-    newton_schulz.orthogonalise = original
+    newton_schulz.orthogonalize = original
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     return {name: tensor.detach().float() for name, tensor in whole.items()}, dict(counted)
 

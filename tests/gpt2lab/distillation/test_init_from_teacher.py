@@ -166,14 +166,14 @@ def test_dropping_a_large_channel_keeps_the_others():
     assert 5 not in channels
     student = student_from_teacher(teacher, shape, [batch]).eval().requires_grad_(False)
     for layer, original in ((0, 0), (1, 2)):
-        theirs = normalised(teacher, original, batch)[..., channels].flatten(0, 1)  # (B · T, Ds)
-        ours = normalised(student, layer, batch).flatten(0, 1)  # (B · T, Ds)
+        theirs = normalized(teacher, original, batch)[..., channels].flatten(0, 1)  # (B · T, Ds)
+        ours = normalized(student, layer, batch).flatten(0, 1)  # (B · T, Ds)
         # Their residual streams differ, as the student has no second block; mean and deviation of each channel do not.
         assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.15)
         assert float((ours.mean(0) - theirs.mean(0)).norm() / theirs.std(0).norm()) < 0.7
 
 
-def normalised(model: Backbone, layer: int, batch: Batch) -> Tensor:
+def normalized(model: Backbone, layer: int, batch: Batch) -> Tensor:
     """Return the output of a block's first layer norm: (B, T, D)."""
     seen: list[Tensor] = []
     handle = model.blocks[layer].ln_1.register_forward_hook(lambda _, __, output: seen.append(output))

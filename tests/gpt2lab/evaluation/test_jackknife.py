@@ -8,7 +8,7 @@ import torch
 from sacrebleu.metrics import CHRF
 
 from gpt2lab.data.document_groups import WindowDocuments, document_sums
-from gpt2lab.evaluation.bootstrap import text_differences, text_scores
+from gpt2lab.evaluation.bootstrap import resampled_scores, text_differences, text_scores
 from gpt2lab.evaluation.document_losses import DocumentLosses
 from gpt2lab.evaluation.jackknife import TOKENS, GroupedSums, Sums, interval_factor, mean_error, standard_errors
 from gpt2lab.generation.decoding_speed import median_with_error
@@ -95,11 +95,12 @@ def test_values_are_those_without_an_interval_and_lie_in_it() -> None:
 @pytest.mark.parametrize("name", ["rougeL", "bleu", "chrf", "exact", "f1"])
 def test_difference_of_texts_is_paired_by_document(name: str) -> None:
     better = [*REFERENCES[:30], *PREDICTIONS[30:]]
-    found = text_differences([name], better, PREDICTIONS, REFERENCES)[name]
-    ours, theirs = (text_scores([name], texts, REFERENCES)[name] for texts in (better, PREDICTIONS))
-    assert found.value == pytest.approx(ours.value - theirs.value)
+    ours, theirs = (resampled_scores([name], texts, REFERENCES) for texts in (better, PREDICTIONS))
+    found = text_differences(ours, theirs)[name]
+    assert found.value == pytest.approx(ours[name].value - theirs[name].value)
     assert 0 < found.low < found.value < found.high
-    same = text_differences([name], PREDICTIONS, PREDICTIONS, REFERENCES, groups=[n // 4 for n in range(48)])[name]
+    grouped = (resampled_scores([name], PREDICTIONS, REFERENCES, groups=[n // 4 for n in range(48)]) for _ in range(2))
+    same = text_differences(*grouped)[name]
     assert same.value == same.low == same.high == 0
 
 

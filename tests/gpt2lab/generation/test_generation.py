@@ -140,7 +140,7 @@ SAMPLINGS = [
     NUCLEUS,
     SamplingSettings("min_p", temperature=1.5, min_p=0.1),
     SamplingSettings("typical", typical_p=0.5),
-    SamplingSettings("penalised", top_p=0.9, repetition_penalty=1.3, no_repeat_ngram=2),
+    SamplingSettings("penalized", top_p=0.9, repetition_penalty=1.3, no_repeat_ngram=2),
     SamplingSettings("beams", beams=3, no_repeat_ngram=2),
     SamplingSettings("short_beams", beams=3, length_penalty=-8.0),
     SamplingSettings("long_beams", beams=3, length_penalty=8.0),

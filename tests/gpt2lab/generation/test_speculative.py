@@ -39,7 +39,7 @@ def draft() -> GPT2LMHeadModel:
     return model(1, seed=1)
 
 
-PENALISED = SamplingSettings("penalised", temperature=0.0, repetition_penalty=1.3, no_repeat_ngram=3)
+PENALIZED = SamplingSettings("penalized", temperature=0.0, repetition_penalty=1.3, no_repeat_ngram=3)
 FILTERED = SamplingSettings("filtered", temperature=0.8, top_k=4, top_p=0.9)
 SIZES = {"end_of_text": END, "vocab_size": ENTRIES}
 
@@ -57,7 +57,7 @@ def long_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("long_drafts")
-@pytest.mark.parametrize("sampling", [GREEDY, PENALISED])
+@pytest.mark.parametrize("sampling", [GREEDY, PENALIZED])
 def test_greedy_text_equals_that_of_the_target(
     target: GPT2LMHeadModel, draft: GPT2LMHeadModel, sampling: SamplingSettings
 ) -> None:
@@ -109,7 +109,7 @@ def test_end_of_text_anywhere_in_a_draft_ends_the_text(target: GPT2LMHeadModel, 
     assert len(lengths) > 3
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, PENALISED, FILTERED])
+@pytest.mark.parametrize("sampling", [GREEDY, PENALIZED, FILTERED])
 def test_the_target_as_its_own_draft_is_always_accepted(target: GPT2LMHeadModel, sampling: SamplingSettings) -> None:
     own = model(2, seed=0)
     found = speculate(target, own, [1, 2], sampling, max_new_tokens=40, **SIZES)

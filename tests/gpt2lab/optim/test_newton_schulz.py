@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2lab.optim.newton_schulz import assign_owners, orthogonalise, orthogonalise_over_ranks, split_matrices
+from gpt2lab.optim.newton_schulz import assign_owners, orthogonalize, orthogonalize_over_ranks, split_matrices
 from tests.conftest import ROOT
 
 
@@ -32,10 +32,10 @@ def test_ranks_have_equal_shares_of_newton_schulz(layers: int, width: int, ranks
 def test_one_rank_orthogonalizes_merged_qkv_as_three() -> None:
     updates = [torch.randn(96, 32), torch.randn(32, 128)]
     qkv, wide = (update.clone() for update in updates)
-    orthogonalise_over_ranks(updates)
-    expected = torch.cat([orthogonalise(part[None])[0].float() * (0.2 * 32**0.5) for part in qkv.chunk(3)])
+    orthogonalize_over_ranks(updates)
+    expected = torch.cat([orthogonalize(part[None])[0].float() * (0.2 * 32**0.5) for part in qkv.chunk(3)])
     assert torch.equal(updates[0], expected)
-    assert torch.equal(updates[1], orthogonalise(wide[None])[0].float() * (0.2 * 128**0.5))
+    assert torch.equal(updates[1], orthogonalize(wide[None])[0].float() * (0.2 * 128**0.5))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gpt2lab.model.backbone import Backbone
-from gpt2lab.optim.newton_schulz import orthogonalise
+from gpt2lab.optim.newton_schulz import orthogonalize
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.settings import ModelShape, OptimizerSettings, ScheduleSettings
@@ -40,7 +40,7 @@ def test_muon_treats_merged_qkv_as_three_matrices() -> None:
     merged.grad = torch.randn(96, 32)
     optimizer.step()
     for part, gradient in zip(merged.detach().chunk(3), merged.grad.chunk(3), strict=True):
-        expected = -0.2 * 32**0.5 * orthogonalise(gradient[None] * 1.0)[0].float()
+        expected = -0.2 * 32**0.5 * orthogonalize(gradient[None] * 1.0)[0].float()
         assert (part - expected).norm() <= 0.05 * expected.norm()
 
 

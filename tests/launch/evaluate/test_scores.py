@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from gpt2lab.data.tokenizer import load_tokenizer, train_bpe
 from gpt2lab.data.windows import SlidingWindows
+from gpt2lab.evaluation import bootstrap
 from gpt2lab.evaluation.evaluation import (
     BYTES,
     CALIBRATION,
@@ -290,6 +291,22 @@ def test_pairs_are_scored_together_with_model_free_baselines(evaluate_here, tmp_
     none = evaluate_here("checkpoint=1", *PAIRS, "texts=0", f"json={tmp_path / 'none.json'}")
     assert none.code == 0
     assert "texts" not in json.loads((tmp_path / "none.json").read_text())
+
+
+def test_each_set_of_texts_is_resampled_once(evaluate_here, monkeypatch, tmp_path: Path) -> None:
+    resampled, original = [], bootstrap.resampled_scores
+
+    def counting(names, texts, *arguments, **keywords):
+        resampled.append(tuple(texts))
+        return original(names, texts, *arguments, **keywords)
+
+    monkeypatch.setattr(bootstrap, "resampled_scores", counting)
+    words = ["metrics=rougeL,bleu", "texts=2", "max_new_tokens=4", f"json={tmp_path / 'scores.json'}"]
+    done = evaluate_here("checkpoint=1,3", *PAIRS, *words)
+    assert done.code == 0, done.stderr
+    first, second = json.loads((tmp_path / "scores.json").read_text())
+    assert sorted(first["texts_minus"]) == sorted(second["texts_minus"]) == ["copy", "first words", "word table"]
+    assert len(resampled) == 3 + 2  # baselines and checkpoints
 
 
 EXACT = {"model", "tokens", "bytes"}  # counted or named, not estimated
