@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import OBJECTIVES
+from gpt2lab.system.terminal import is_live
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -65,8 +67,11 @@ def find_tasks(tasks: str, folder: str, key: str = "lm_eval", path_key: str = "l
     Raises:
         InputError: an unknown task, or one whose data cannot be loaded.
     """
+    import datasets
     from lm_eval.tasks import TaskManager
 
+    if not is_live(sys.stderr):
+        datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = TaskManager(include_path=folder or None)

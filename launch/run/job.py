@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from launch import exit_codes
 if __name__ == "__main__":
     exit_codes.exit_on_early_signal()
 
+from gpt2lab.errors import InputError, RunError
 from gpt2lab.system.determinism import fix_cublas_workspace
 from gpt2lab.system.heartbeat import FolderBoard, Heartbeat
 from launch import logging_setup, rank_environment
@@ -74,10 +75,24 @@ def _run_here(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
     else:
         from launch.run.train import train
 
-        report = train(spec, data, facts, directory)
+        with _named_checkpoint(directory, spec.config.steps):
+            report = train(spec, data, facts, directory)
     _upload(spec, directory)
     show_end(spec, report, directory)
     return report
+
+
+@contextmanager
+def _named_checkpoint(directory: RunDirectory, planned: int) -> Iterator[None]:
+    """Add the newest checkpoint and the resume command to an unexpected error, below its traceback."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        if directory.path is not None and directory.path.is_dir():
+            error.add_note(run_dir.kept_checkpoint_message(directory.path, planned))
+        raise
 
 
 def _upload(spec: RunSpec, directory: RunDirectory) -> None:

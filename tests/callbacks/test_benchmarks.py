@@ -58,6 +58,7 @@ def test_benchmarks_are_logged_and_leave_training_as_it_is(
     assert [step for step, _ in series(rows, ACCURACY)] == [2, 4, 6]
     assert [step for step, _ in series(rows, f"{ACCURACY}_stderr")] == [2, 4, 6]
     assert "tiny_completion/acc" in ended.stderr
+    assert "examples/s" not in ended.stderr, "a progress bar in a pipe"
     words = ["lm_eval=tiny_completion", f"lm_eval_path={tasks}", "lm_eval_limit=0", "json=scores.json"]
     assert evaluate_here("checkpoint=run", *words).code == 0
     last = series(rows, ACCURACY)[-1][1]
