@@ -46,6 +46,7 @@ class RunLabels:
     Attributes:
         data: name and hash of the prepared data.
         models: folders of the models that the run starts from: its teacher, and its initial weights.
+        completed: steps of the checkpoint that the run is resumed from.
         is_requested: whether the user chose or configured the logger, so that its messages are of interest.
     """
 
@@ -55,6 +56,7 @@ class RunLabels:
     tags: tuple[str, ...] = ()
     data: tuple[str, str] | None = None
     models: tuple[str, ...] = ()
+    completed: int = 0
     is_requested: bool = True
 
 

@@ -19,10 +19,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from wandb.sdk.lib.noop_run import init_noop_run
 
 from callbacks.loggers.bounded_calls import CALL_SECONDS, SERVICE_EXIT, BoundedCalls, end_service, first_line
-from callbacks.loggers.offline_runs import merge, wait_until_written
+from callbacks.loggers.offline_runs import merge, merged_rows, wait_until_written
 from callbacks.loggers.protocols import RunLabels
 from callbacks.loggers.wandb_content import SAMPLES, define_metrics, log_artifact, use_inputs, with_samples
 from callbacks.loggers.wandb_mode import chosen_mode
+from callbacks.loggers.wandb_resume import Best, RowNumbers
 from gpt2lab.reports.samples_jsonl import Sample
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.damaged_files import set_aside
@@ -45,7 +46,8 @@ class WeightsAndBiases(WandbLogger):
     """Lightning's WandbLogger in `<run_dir>/wandb`, without failures or delays of training.
 
     Metrics of one step form one row, which is logged when the next step begins. The run id is stored in the folder, so
-    a resumed job continues the W&B run.
+    a resumed job continues the W&B run. Online that is rewound to the checkpoint; if the server does not allow it,
+    the steps that it has are not logged again.
 
     Args:
         project: W&B project.
@@ -80,11 +82,15 @@ class WeightsAndBiases(WandbLogger):
         self._row: dict[str, Any] = {}
         self._step = 0
         self._logged_step = -1  # last one that a resumed run logged before
+        self._is_continued = False  # whether the server has earlier rows of this run
+        self._numbers: RowNumbers | None = None  # of online runs
+        self._best = Best()
         self._samples: wandb.Table | None = None
         self._params: dict[str, Any] = {}
 
     def set_labels(self, labels: RunLabels) -> None:
         self.labels = labels
+        self._step = labels.completed
         self.calls.is_quiet = not labels.is_requested
 
     @property
@@ -101,7 +107,9 @@ class WeightsAndBiases(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run, which is started at the first use; one that does nothing if W&B is disabled or has failed."""
         if self._experiment is None:
-            self._experiment = self.calls.call(self._start, None, 2 * INIT_SECONDS + 10) or _no_run()
+            self._experiment = self.calls.call(self._start, None, 4 * INIT_SECONDS + 10) or _no_run()
+            if self._is_continued:
+                self._log_missing_rows()
         elif self.calls.failure and not self._experiment.disabled:
             self._experiment = _no_run()
         return self._experiment
@@ -188,8 +196,27 @@ class WeightsAndBiases(WandbLogger):
 
     def _log_row(self) -> None:
         row, self._row = self._row, {}
+        best = self._best.add(row)
         if row and self._step > self._logged_step:
-            self.experiment.log(row)
+            run = self.experiment
+            run.log(row)
+            if best and self._is_continued:
+                self.calls.call(lambda: run.summary.update(best), None)
+
+    def _log_missing_rows(self) -> None:
+        """Log rows until the checkpoint that the server lacks, such as the last before a crash, and their summary."""
+        summary: dict[str, Any] = {}
+        rows: list[Any] = self.calls.call(lambda: list(merged_rows(self.run_dir)), [])
+        for step, values, samples in rows:
+            if step > self.labels.completed:
+                break
+            summary |= {STEP: step, **values, **self._best.add(values)}
+            if step > self._logged_step:
+                self.log_metrics(values, step)
+                self.log_samples(samples, step)
+        if summary and self._logged_step <= self.labels.completed:  # else the server's is newer
+            run = self.experiment
+            self.calls.call(lambda: run.summary.update(summary), None)
 
     def _start(self) -> Any:
         """Return a new W&B run; None if W&B is disabled."""
@@ -201,7 +228,7 @@ class WeightsAndBiases(WandbLogger):
             log.log(logging.INFO if is_shown else logging.DEBUG, "W&B: disabled")
             return None
         try:
-            run = self._init(mode, self.run_dir)
+            run = self._start_online() if mode == "online" else self._init(mode, self.run_dir)
         except Exception as error:
             if mode == "offline":
                 raise
@@ -213,15 +240,40 @@ class WeightsAndBiases(WandbLogger):
         log.log(logging.INFO if is_shown else logging.DEBUG, "W&B: %s", offline if mode == "offline" else run.url)
         if mode == "online":
             use_inputs(run, self.labels)
-            # The server keeps the steps that a resumed run repeats
-            self._logged_step = int(run.summary.get(STEP, 0)) if run.resumed else 0
         return self._prepared(run)
 
-    def _init(self, mode: Any, folder: Path) -> Any:
+    def _start_online(self) -> Any:
+        """Return the online run; one of which the server has rows after the checkpoint is rewound if possible."""
+        numbers, run = RowNumbers(self.run_dir), None
+        last = numbers.last_until(self.labels.completed)
+        if last is not None and self._rows_of_server() > last + 1:
+            try:
+                run = self._init("online", self.run_dir, f"{self.run_id()}?_step={last}")
+            except Exception as error:
+                end_service()
+                if not self.calls.is_quiet:
+                    log.info("W&B did not rewind this run, so repeated steps are omitted: %s", first_line(error))
+        is_rewound = run is not None
+        run = run or self._init("online", self.run_dir)
+        numbers.begin(run.starting_step)
+        self._numbers, self._is_continued = numbers, is_rewound or run.resumed
+        self._logged_step = max(numbers.newest, int(run.summary.get(STEP, 0)) if run.resumed else 0)
+        return run
+
+    def _rows_of_server(self) -> int:
+        """Return the number of the run's rows that the server has."""
+        run = self._init("online", self.run_dir, is_read_only=True)
+        rows = int(run.starting_step) if run.resumed else 0
+        run.finish()
+        end_service()  # which still has the run id
+        return rows
+
+    def _init(self, mode: Any, folder: Path, resume_from: str | None = None, is_read_only: bool = False) -> Any:
         labels = self.labels
         settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, console="off")
         settings.finish_timeout = self._finish_seconds()
         settings.finish_timeout_raises = True
+        settings.x_update_finish_state = not is_read_only
         is_new = not (self.run_dir / "wandb" / "run-id").exists() and "WANDB_RUN_ID" not in os.environ
         run = wandb.init(
             entity=self.entity or None,
@@ -233,7 +285,8 @@ class WeightsAndBiases(WandbLogger):
             notes=self.notes or None,
             id=self.run_id(),
             dir=folder,
-            resume=None if is_new else "allow",  # which requests the state of the run from the server
+            resume=None if is_new or resume_from else "allow",  # which requests the state of the run from the server
+            resume_from=resume_from,
             mode=mode,
             reinit="default" if wandb.run is None or wandb.run.disabled else "create_new",
             settings=settings,
@@ -252,8 +305,13 @@ class WeightsAndBiases(WandbLogger):
             setattr(run, name, self._bounded(getattr(run, name), seconds))
         log_row = run.log
 
+        def log_numbered(data: dict[str, Any], *given: Any) -> None:
+            if self._numbers is not None and self._step > self._numbers.newest:
+                self._numbers.add(self._step, max(run.step, run.starting_step))  # 0 before its first row
+            log_row({STEP: self._step, **data}, *given)
+
         def log_at_step(data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
-            self.calls.call(lambda: log_row({STEP: self._step, **data}, step, commit), None)
+            self.calls.call(lambda: log_numbered(data, step, commit), None)
 
         run.log = log_at_step
         if wandb.run is run:

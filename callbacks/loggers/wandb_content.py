@@ -21,10 +21,13 @@ def define_metrics(run: Any) -> None:
     """Plot everything over `step`, and show the best value of metrics that have one beside the last."""
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP)
-    if "WANDB_SWEEP_ID" in os.environ:  # whose search reads plain values
-        return
-    for name, best in metric_names.summaries().items():
+    for name, best in best_kinds().items():
         run.define_metric(name, step_metric=STEP, summary=f"{best},last")
+
+
+def best_kinds() -> dict[str, str]:
+    """Return the metrics with a best value: name → min or max; none in a W&B sweep, whose search reads plain values."""
+    return {} if "WANDB_SWEEP_ID" in os.environ else metric_names.summaries()
 
 
 def with_samples(table: Any, samples: list[Sample]) -> Any:

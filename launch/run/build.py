@@ -228,17 +228,20 @@ def _is_foreign(callback: lightning.Callback) -> bool:
     return type(callback).__module__.split(".")[0] not in OWN_PACKAGES
 
 
-def loggers(spec: PreparedSpec, folder: Path) -> list[Logger]:
+def loggers(spec: PreparedSpec, folder: Path, completed: int = 0) -> list[Logger]:
     """Return the loggers, with the whole specification as hyper-parameters.
 
     W&B is the first, for `trainer.logger.experiment` of callbacks of other projects; then that of metrics.csv.
+
+    Args:
+        completed: steps of the checkpoint that the run is resumed from.
     """
     config = _in_folder(spec, folder)
     nodes = {where: node for where, node in config.logger_nodes.items() if node["_target_"] != METRICS_CSV}
     chosen = [instantiate(node, where, config.allow_targets, folder) for where, node in nodes.items()]
     labelled = [logger for logger in chosen if isinstance(logger, TakesLabels)]
     for logger in labelled:
-        logger.set_labels(run_labels(spec, folder))
+        logger.set_labels(run_labels(spec, folder, completed))
     chosen = [*labelled, MetricsCsv(str(folder)), *(logger for logger in chosen if logger not in labelled)]
     for logger in chosen:
         logger.log_hyperparams(searchable_values(spec))

@@ -26,12 +26,12 @@ LONGEST_REASON = 300  # characters
 
 
 def upload_finished(hub: HubSettings, run_dir: Path) -> None:
-    """Upload `hf/` of a run if `hub.push` is set and the run is complete, and add the upload to its report.
+    """Upload `hf/` of a run to `hub.push` if the run is complete, and add the upload to its report.
 
     A failure is a warning with the command that uploads the model later.
     """
     folder, report = run_dir / "hf", read_report(run_dir)
-    if hub.push is None or not is_finished(report) or not folder.is_dir():
+    if not is_finished(report) or not folder.is_dir():
         return
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"Uploading {folder} ({size / 1e6:,.0f} MB) to {hub.push}", file=sys.stderr, flush=True)

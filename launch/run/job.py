@@ -97,9 +97,10 @@ def _named_checkpoint(directory: RunDirectory, planned: int) -> Iterator[None]:
 
 def _upload(spec: RunSpec, directory: RunDirectory) -> None:
     """Upload the model to the Hub if that is requested; a failure does not fail the run."""
-    if spec.config.hub.push is not None and directory.path is not None:
+    if spec.config.hub.push is not None:
         from launch.run.hub_upload import upload_finished
 
+        assert directory.path is not None
         upload_finished(spec.config.hub, directory.path)
 
 

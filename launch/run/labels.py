@@ -10,8 +10,12 @@ from launch.config.schema import RunConfig
 from launch.config.unused_keys import given_keys
 
 
-def run_labels(spec: PreparedSpec, folder: Path) -> RunLabels:
-    """Return the labels of a run; a name that the user gave to its directory is the run's name."""
+def run_labels(spec: PreparedSpec, folder: Path, completed: int = 0) -> RunLabels:
+    """Return the labels of a run; a name that the user gave to its directory is the run's name.
+
+    Args:
+        completed: steps of the checkpoint that it is resumed from.
+    """
     config = spec.config
     is_named = bool(config.run_dir or config.name) and not config.invocation.sweep
     parts = _parts(config, spec.resolved.model_name)
@@ -25,6 +29,7 @@ def run_labels(spec: PreparedSpec, folder: Path) -> RunLabels:
         tags=tuple(dict.fromkeys(_tags(config, spec.resolved.model_name))),
         data=(config.groups["data"], spec.prepared.data_hash),
         models=tuple(dict.fromkeys(folder for folder in _models(spec) if folder)),
+        completed=completed,
         is_requested=any(key.split(".")[0] == "logger" for key in given) or bool(os.environ.get("WANDB_MODE")),
     )
 

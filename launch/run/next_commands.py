@@ -4,11 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gpt2lab.storage.model_folder import read_shape
 from gpt2lab.storage.report_json import is_finished
-from launch.config.groups import CONF
+from launch.config.groups import keys_set_by, values
 from launch.config.run_spec import PreparedSpec
 from launch.config.unused_keys import given_keys
 
@@ -86,8 +84,10 @@ def _given_data(spec: PreparedSpec) -> list[str]:
 
 def _smaller_model(spec: PreparedSpec) -> str:
     """Return the largest model of conf/ that is smaller than the run's; empty if there is none."""
-    sizes = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) or {} for file in (CONF / "model").glob("*")}
-    volumes = {name: given["n_layer"] * given["n_embd"] ** 2 for name, given in sizes.items() if given.get("n_layer")}
+    sizes = {name: keys_set_by("model", name) for name in values("model")}
+    volumes = {
+        name: keys["model.n_layer"] * keys["model.n_embd"] ** 2 for name, keys in sizes.items() if keys["model.n_layer"]
+    }
     own = (spec.resolved.model.n_layer or 0) * (spec.resolved.model.n_embd or 0) ** 2
     smaller = {name: volume for name, volume in volumes.items() if volume < own}
     return max(smaller, key=smaller.__getitem__, default="")

@@ -19,6 +19,7 @@ from callbacks.report import Report
 from gpt2lab.errors import ExportError, InputError
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.atomic_files import full_disk_message
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step
 from gpt2lab.system.determinism import use_deterministic_algorithms
 from gpt2lab.system.heartbeat import Heartbeat
 from gpt2lab.system.malloc_tuning import keep_freed_memory
@@ -57,7 +58,8 @@ def train(
             callbacks = build.callbacks(spec, folder, facts)
             if heartbeat is not None:
                 callbacks.insert(0, ProgressMarks(heartbeat))
-            trainer = build.trainer(spec, folder, callbacks, build.loggers(spec, folder))
+            completed = 0 if checkpoint is None else checkpoint_step(checkpoint)
+            trainer = build.trainer(spec, folder, callbacks, build.loggers(spec, folder, completed))
             with memory_limit.convert_out_of_memory(spec, folder):
                 _fit(trainer, module, data, checkpoint)
     return _outcome(trainer, folder)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.loggers.offline_runs import is_complete, offline_folders, wait_until_written
 from callbacks.loggers.wandb import WeightsAndBiases
 from callbacks.loggers.wandb_file import read_records, read_rows
+from callbacks.loggers.wandb_resume import RowNumbers
 from gpt2lab.reports.samples_jsonl import Sample, append_samples, drop_samples_after
-from gpt2lab.storage.metrics_csv import drop_metrics_after, read_metrics
+from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.metrics_csv import drop_metrics_after, read_metrics, series
 from tests.conftest import ROOT, started
 from tests.support.offline_wandb import assert_one_complete_run, files_in, runs_in
 from tests.support.wandb_server import Server
@@ -261,16 +264,21 @@ def test_an_interrupted_merge_loses_nothing_and_is_repeated(
         ("stops", [], "W&B has not received the whole run in time; `wandb sync"),
         ("answers", ["stop"], "W&B is off for the rest of this run: no response within"),
         ("", ["stop"], "W&B is off for the rest of this run: no response within"),
+        ("hangs", ["resume"], "W&B did not rewind this run, so repeated steps are omitted: "),
     ],
 )
 def test_no_server_and_no_service_keeps_a_process_running(
     behaviour: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    if behaviour:
-        monkeypatch.delenv("WANDB_MODE")
-        monkeypatch.setenv("WANDB_BASE_URL", Server(behaviour).url)
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    server = Server(behaviour)
+    for name, value in server.login.items() if behaviour else ():
+        monkeypatch.setenv(name, value)
+    if words == ["resume"]:
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "run-id").write_text("abc")
+        (tmp_path / "wandb" / "row-numbers.csv").write_text("1,0\n2,1\n3,2\n")
+        server.history = [{"step": 1, "_step": 0}, {"step": 2, "_step": 1}, {"step": 3, "_step": 2}]
     program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "5", *words]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
     assert ended.returncode == 0, ended.stderr
@@ -279,19 +287,57 @@ def test_no_server_and_no_service_keeps_a_process_running(
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.slow
-def test_an_online_run_omits_the_steps_that_the_server_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_BASE_URL", Server("resumes").url)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+@pytest.mark.parametrize(
+    ("text", "completed", "last"),
+    [
+        ("1,0\n2,1\n3,4\n", 2, 3),  # another callback logged rows 2 and 3
+        ("1,0\n2,1\n3,4\n", 3, None),  # nothing is repeated
+        ("1,0\n3,4\n", 0, None),  # no row is left
+        ("1,0\n2,12\n3,1", 1, 11),  # a crash truncated the last line
+        ("", 2, None),
+    ],
+)
+def test_rewind_goes_to_the_last_row_of_the_checkpoint(text: str, completed: int, last: int | None, tmp_path: Path):
     (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "run-id").write_text("abc")
-    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "30"]
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
-    assert ended.returncode == 0, ended.stderr
-    (file,) = tmp_path.glob("wandb/run-*/*.wandb")
-    assert [row["step"] for row in read_rows(file)][:2] == [4, 5]
+    (tmp_path / "wandb" / "row-numbers.csv").write_text(text)
+    numbers = RowNumbers(tmp_path)
+    assert numbers.last_until(completed) == last
+    if last is not None:
+        numbers.begin(last + 1)
+        assert numbers.newest == completed
+        numbers.add(completed + 1, last + 1)
+        assert numbers.last_until(completed) == last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", ["rewinds", "answers"])
+def test_an_online_run_that_is_resumed_has_each_step_once(behaviour: str, cache: Path, tiny: list[str], tmp_path: Path):
+    server, run_dir = Server(behaviour), tmp_path / "run"
+    keys = [key for key in tiny if not key.startswith("logger")]
+    keys += ["logger=wandb", "log_every=1", "validate_every=5", "checkpoint_every=5", "steps=400", "run_dir=run"]
+    keys += ["compile=false", "threads=1", "schedule=constant", "optimizer.lr=3"]  # it diverges
+    process = started(cache, tmp_path, *keys, **server.login)
+    completed = kill_after_later_rows(process, server, run_dir)
+    sent, before = server.history[-1]["step"], len(server.received)
+    ended = started(cache, tmp_path, "resume=run", f"steps={sent + 7}", **server.login)
+    _, errors = ended.communicate()
+    assert ended.returncode == 0, errors
+    assert "Traceback" not in errors
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in server.history] == [int(row["step"]) for row in rows]
+    assert [row["_step"] for row in server.history] == list(range(len(rows)))
+    losses = [loss for _, loss in series(rows, "val/loss")]
+    assert min(losses) == losses[0], "the best value is of the killed process"
+    assert server.summary["val/loss"] == pytest.approx({"min": min(losses), "last": losses[-1]}, rel=1e-6)
+    first_sent_again = server.received[before]["step"]
+    notices = errors.count("repeated steps are omitted")
+    if behaviour == "rewinds":
+        for row, wanted in zip(server.history, rows, strict=True):
+            expected = {name: float(text) for name, text in wanted.items() if text}
+            assert {name: row.get(name) for name in expected} == pytest.approx(expected, rel=1e-6)
+        assert (server.rewinds, first_sent_again, notices) == ([completed - 1], completed + 1, 0)
+    else:
+        assert (first_sent_again, notices) == (sent + 1, 1)
 
 
 @pytest.mark.slow
@@ -313,11 +359,24 @@ def test_a_run_killed_twice_and_resumed_is_one_offline_run(cache: Path, tiny: li
     assert ended.returncode == 0, errors
     assert_one_complete_run(tmp_path / "run")
     server = Server("answers")
-    login = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
     command = [sys.executable, "-m", "wandb", "sync", str(files_in(tmp_path / "run")[0].parent)]
-    synced = subprocess.run(command, env={**os.environ, **login}, capture_output=True, text=True, timeout=180)
+    synced = subprocess.run(command, env={**os.environ, **server.login}, capture_output=True, text=True, timeout=180)
     assert "Finished syncing" in synced.stderr, synced.stderr
     assert "file_stream" in server.queries
+
+
+def kill_after_later_rows(process: subprocess.Popen[str], server: Server, run_dir: Path) -> int:
+    """Kill a run when the server has rows of later steps than the newest checkpoint, whose step is returned."""
+    while process.poll() is None:
+        time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
+        newest = newest_good_checkpoint(run_dir)
+        if newest is not None and server.history and server.history[-1]["step"] > checkpoint_step(newest):
+            process.kill()
+            process.communicate()
+            return checkpoint_step(newest)
+        process.send_signal(signal.SIGCONT)
+    raise AssertionError(process.communicate())
 
 
 def interrupt(*_unused: Any) -> Any:

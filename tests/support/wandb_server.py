@@ -1,12 +1,12 @@
 """Stand-in for W&B's server on this machine: enough of GraphQL and of the stream of files for a run to start.
 
-As a program: python tests/support/wandb_server.py BEHAVIOUR prints its port. It `answers` requests; or `resumes`, and
-has the first three steps of a run; or is `silent`: it accepts connections and never responds; or `stops`: it is silent
-after the first rows of a run have arrived.
+It `answers` requests and keeps the rows and the summary of one run, which it does not rewind; or it `rewinds` that; or
+it `hangs` then: such a request is never answered; or it is `silent`: it accepts connections and never responds; or
+`stops`: it is silent after the first rows have arrived.
 """
 
+import gzip
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,15 +15,9 @@ RUN = {"id": "cnVu", "name": "run", "displayName": "run", "historyLineCount": 0,
 RUN |= {"project": {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}, "sweepName": None}
 USER = {"id": "u", "entity": "entity", "username": "user", "email": "", "flags": "{}", "teams": {"edges": []}}
 
-RESUMED = {
-    **RUN,
-    "summaryMetrics": '{"step": 3, "_step": 2}',
-    "historyTail": '["{\\"_step\\": 2}"]',
-    "eventsTail": "[]",
-}
-RESUMED |= {"wandbConfig": '{"t": 1}', "historyLineCount": 3, "logLineCount": 0, "eventsLineCount": 0, "tags": []}
 ARTIFACT: dict[str, Any] = {"id": "a", "state": "COMMITTED"}
 ARTIFACT["artifactSequence"] = {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}
+HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 
 
 class Server(ThreadingHTTPServer):
@@ -31,25 +25,39 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         queries: GraphQL requests and streamed files so far.
+        received: rows in the order in which they arrived.
+        history: rows of the run.
+        summary: summary of the run.
+        rewinds: W&B steps to which the run was rewound.
     """
 
     daemon_threads = True
 
     def __init__(self, behaviour: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behaviour, self.queries = behaviour, []
+        self.behaviour = behaviour
+        self.queries: list[str] = []
+        self.received: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.rewinds: list[float] = []
         self.is_silent = behaviour == "silent"
         self.never = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+    def login(self) -> dict[str, str]:
+        """Environment variables of a process that is logged in here and sends each row at once."""
+        url = f"http://127.0.0.1:{self.server_port}"
+        interval = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.05"}
+        return {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", **interval}
 
-    def data(self, query: str) -> dict[str, Any]:
-        """Return the data of the response to a GraphQL request."""
+    def data(self, query: str, variables: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the data of the response to a GraphQL request; None for one that this server does not know."""
         if "upsertBucket" in query:
-            return {"upsertBucket": {"bucket": RUN, "inserted": True}}
+            return {"upsertBucket": {"bucket": RUN, "inserted": not self.history}}
+        if "rewindRun" in query:
+            return self._rewound(variables["metricValue"]) if self.behaviour == "rewinds" else None
         if "viewer" in query:
             return {"viewer": USER}
         if "createRunFiles" in query:
@@ -58,7 +66,34 @@ class Server(ThreadingHTTPServer):
             return {"serverInfo": {"features": [], "cliVersionInfo": {}}}
         if "createArtifact(" in query:
             return {"createArtifact": {"artifact": ARTIFACT}}
-        return {"model": {"bucket": RESUMED if self.behaviour == "resumes" else None}}
+        return {"model": {"bucket": self._resumed() if self.history else None}}
+
+    def receive(self, files: dict[str, Any]) -> None:
+        """Store streamed rows from their offset on, and the summary."""
+        if rows := files.get(HISTORY):
+            new = [json.loads(line) for line in rows["content"]]
+            self.received += new
+            self.history[rows["offset"] : rows["offset"] + len(new)] = new
+        if SUMMARY in files:
+            self.summary = json.loads(files[SUMMARY]["content"][-1])
+
+    def _rewound(self, step: float) -> dict[str, Any]:
+        self.rewinds.append(step)
+        self.history = [row for row in self.history if row["_step"] <= step]
+        self.summary = {}
+        return {"rewindRun": {"rewoundRun": {**RUN, "historyLineCount": len(self.history)}}}
+
+    def _resumed(self) -> dict[str, Any]:
+        counts = {"historyLineCount": len(self.history), "logLineCount": 0, "eventsLineCount": 0}
+        tails = {"historyTail": json.dumps([json.dumps(self.history[-1])]), "eventsTail": "[]"}
+        return {
+            **RUN,
+            **counts,
+            **tails,
+            "summaryMetrics": json.dumps(self.summary),
+            "wandbConfig": '{"t": 1}',
+            "tags": [],
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -67,25 +102,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
         if self.server.is_silent:
             self.server.never.wait()
         if self.path.endswith("file_stream"):
             self.server.queries.append("file_stream")
+            self.server.receive(json.loads(body).get("files") or {})
             self.server.is_silent = self.server.behaviour == "stops"
             self._answer({"limits": {}})
             return
         if not self.path.endswith("graphql"):
             self._answer({})
             return
-        query = json.loads(body)["query"]
-        self.server.queries.append(query.split("(")[0].split("{")[0].strip())
-        self._answer({"data": self.server.data(query)})
+        request = json.loads(body)
+        if "rewindRun" in request["query"] and self.server.behaviour == "hangs":
+            self.server.never.wait()
+        self.server.queries.append(request["query"].split("(")[0].split("{")[0].strip())
+        data = self.server.data(request["query"], request.get("variables") or {})
+        errors = {"errors": [{"message": "Unknown field"}]}
+        self._answer(*((errors, 400) if data is None else ({"data": data}, 200)))
 
     do_GET = do_PUT = do_POST
 
-    def _answer(self, content: dict[str, Any]) -> None:
+    def _answer(self, content: dict[str, Any], status: int = 200) -> None:
         text = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -93,9 +135,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_unused: Any) -> None:
         """Print nothing."""
-
-
-if __name__ == "__main__":
-    server = Server(sys.argv[1])
-    print(server.server_port, flush=True)
-    server.never.wait()
