@@ -28,6 +28,7 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from launch.config.run_dir import finished_runs
 from tests.conftest import ROOT, Answer, Distil, Train, environment, needs_two_cores
+from tests.support.sources import write_sources
 
 # The rate is so high that the loss rises after a few steps, and the best validation is neither the first nor the last.
 RISING = ("optimizer=adamw", "optimizer.lr=0.2", "schedule=constant", "schedule.warmup_steps=6", "steps=16")
@@ -54,6 +55,14 @@ def exported(run: Path) -> dict[str, str]:
 def without_card(files: dict[str, str]) -> dict[str, str]:
     """Leave out the card, whose heading is the name of the run directory."""
     return {name: digest for name, digest in files.items() if name != "hf/README.md"}
+
+
+@pytest.fixture
+def tiny(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a small run on whole files, on which the loss of RISING rises late."""
+    whole = tmp_path_factory.mktemp("whole")
+    write_sources(whole, ("heapq", "bisect", "textwrap", "shlex", "string", "queue"), 10**6)
+    return [*tiny, f"path={whole}"]
 
 
 @pytest.fixture
