@@ -83,6 +83,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def whole_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few whole Python files, for tests whose weights must have learned more."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_sources(folder, ("heapq", "bisect", "textwrap", "shlex", "string", "queue"), 10**6)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all runs of a test session, as on a user's machine."""
     return tmp_path_factory.mktemp("cache")

@@ -28,7 +28,6 @@ from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import read_report
 from launch.config.run_dir import finished_runs
 from tests.conftest import ROOT, Answer, Distil, Train, environment, needs_two_cores
-from tests.support.sources import write_sources
 
 # The rate is so high that the loss rises after a few steps, and the best validation is neither the first nor the last.
 RISING = ("optimizer=adamw", "optimizer.lr=0.2", "schedule=constant", "schedule.warmup_steps=6", "steps=16")
@@ -58,11 +57,9 @@ def without_card(files: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture
-def tiny(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def tiny(tiny: list[str], whole_sources: Path) -> list[str]:
     """Overrides of a small run on whole files, on which the loss of RISING rises late."""
-    whole = tmp_path_factory.mktemp("whole")
-    write_sources(whole, ("heapq", "bisect", "textwrap", "shlex", "string", "queue"), 10**6)
-    return [*tiny, f"path={whole}"]
+    return [*tiny, f"path={whole_sources}"]
 
 
 @pytest.fixture
