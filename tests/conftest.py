@@ -1,7 +1,6 @@
 """Fixtures for the tests of train.py: the real conf/, shrunk to a model and a text of seconds."""
 
 import functools
-import heapq
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support import hydra_cache
+from tests.support.sources import write_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -76,11 +76,17 @@ def peak_measured_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a few real Python files."""
+    """A folder with the beginnings of a few real Python files."""
     folder = tmp_path_factory.mktemp("sources")
-    for name in ("heapq", "bisect", "textwrap", "shlex", "string", "queue"):
-        original = Path(heapq.__file__).with_name(f"{name}.py")
-        (folder / original.name).write_text(original.read_text())
+    write_sources(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few whole Python files, for tests whose weights must have learned more."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_sources(folder, ("heapq", "bisect", "textwrap", "shlex", "string", "queue"), 10**6)
     return folder
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2lab.evaluation.document_losses import DocumentLosses, loss_difference, mean_losses
 from gpt2lab.evaluation.paired_statistics import PairedDifference, Summary, paired_difference, summary, verdict
+from gpt2lab.number_format import column_decimals
 
 if TYPE_CHECKING:
     from gpt2lab.evaluation.jackknife import DocumentDifference
@@ -90,6 +91,11 @@ class LearningRates:
     factor: float
 
     @property
+    def decimals(self) -> int:
+        """Decimals of the losses in tables."""
+        return column_decimals(loss for loss in self.losses.values() if loss is not None)
+
+    @property
     def at_the_edge(self) -> str:
         """Direction in which to extend the search if the best rate is the first or last; otherwise empty."""
         rates = sorted(self.losses)
@@ -109,6 +115,11 @@ class StudyResults:
     arms: list[ArmResult]
     contrasts: list[Contrast]
     failed_runs: list[str]
+
+    @property
+    def decimals(self) -> int:
+        """Decimals of the arms' losses in tables."""
+        return column_decimals(arm.summary.mean for arm in self.arms if arm.summary.mean is not None)
 
     def facts(self) -> dict[str, Any]:
         """Return the results for JSON, with each arm's document error instead of its documents."""

@@ -73,6 +73,15 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
+def tick_text(text: str) -> str:
+    """Format the value of an override beside an axis: as short as three significant digits permit."""
+    shorter = override_value(text)
+    if not NUMBER.fullmatch(text) or not 0 < abs(float(text)) < 1e-2:
+        return shorter
+    mantissa, exponent = f"{float(text):.2e}".split("e")
+    return min(shorter, f"{float(mantissa):g}e{int(exponent)}", key=len)
+
+
 def override_value(text: str) -> str:
     """Format the value of an override: a number with more digits has three significant ones."""
     if not NUMBER.fullmatch(text) or not math.isfinite(float(text)):

@@ -16,6 +16,7 @@ from gpt2lab import metric_names
 from gpt2lab.analysis.setting_comparison import Comparison, compare, mean_interval
 from gpt2lab.analysis.sweep_axes import override_value, short_names
 from gpt2lab.evaluation.document_losses import DocumentLosses, loss_difference, mean_losses
+from gpt2lab.number_format import column_decimals, fixed, significant
 from gpt2lab.settings import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ class SettingGroup:
     comparison: Comparison
 
     @property
+    def decimals(self) -> int:
+        """Decimals of the means in tables."""
+        means = [setting.mean[0] for setting in self.settings if setting.mean is not None]
+        return column_decimals(means, metric_names.lower_is_better(self.metric))
+
+    @property
     def best(self) -> Setting:
         """The winner, or the best seen so far."""
         return self.settings[0]
@@ -259,7 +266,7 @@ def summarize(group: SettingGroup) -> str:
     """Return one sentence with the winner or the ties, and the evidence."""
     best, settings = group.best, group.settings
     seeds = f", mean of {len(best.values)}" if len(best.values) > 1 else ""
-    leader = f"{best.label} ({group.metric} {format_value(best)}{seeds})"
+    leader = f"{best.label} ({group.metric} {format_value(group, best)}{seeds})"
     lost = f" {best.lost} of its {len(best.runs)} runs gave no value." if best.lost else ""
     if len(settings) == 1:
         return f"Only one setting has a value: {leader}.{lost}"
@@ -280,13 +287,13 @@ def summarize(group: SettingGroup) -> str:
 def format_gap(group: SettingGroup | None, setting: Setting) -> str:
     """Format as `0.0513 ± 0.0214`: difference to the best ± smallest significant difference."""
     found = group.comparison.gaps.get(setting.name) if group else None
-    return f"{found[0]:.4f} ± {found[1]:.4f}" if found else ""
+    return f"{significant(found[0])} ± {significant(found[1])}" if found else ""
 
 
 def format_document_error(group: SettingGroup | None, setting: Setting) -> str:
     """Format the standard error between documents; empty for another metric than val/loss."""
     error = setting.document_error if group and group.metric == metric_names.VAL_LOSS else None
-    return "" if error is None else f"{error:.4f}"
+    return "" if error is None else significant(error)
 
 
 def format_document_difference(group: SettingGroup | None, setting: Setting) -> str:
@@ -294,13 +301,15 @@ def format_document_difference(group: SettingGroup | None, setting: Setting) -> 
     found = group.by_document(setting) if group else None
     if found is None:
         return ""
-    interval = "" if found.low is None or found.high is None else f" ({found.low:.4f} … {found.high:.4f})"
-    return f"{found.value:.4f}{interval}".replace("-", "−")
+    interval = (
+        "" if found.low is None or found.high is None else f" ({significant(found.low)} … {significant(found.high)})"
+    )
+    return f"{significant(found.value)}{interval}"
 
 
-def format_value(setting: Setting) -> str:
-    """Format as `3.9712 ± 0.0211`; without ± for one run, empty without a value."""
-    if setting.mean is None:
+def format_value(group: SettingGroup | None, setting: Setting) -> str:
+    """Format as `3.97 ± 0.0211`; without ± for one run, empty without a value."""
+    if group is None or setting.mean is None:
         return ""
     mean, half = setting.mean
-    return f"{mean:.4f}" if math.isnan(half) else f"{mean:.4f} ± {half:.4f}"
+    return fixed(mean, group.decimals) + ("" if math.isnan(half) else f" ± {significant(half)}")

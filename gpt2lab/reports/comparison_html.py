@@ -6,8 +6,8 @@ from html import escape
 
 from gpt2lab import metric_names as names
 from gpt2lab.analysis.sweep_runs import SEED, SweepResults
+from gpt2lab.number_format import column_decimals, fixed
 from gpt2lab.reports.charts import Chart, Line, plots, tools
-from gpt2lab.reports.number_format import loss
 from gpt2lab.reports.page import render_page, section, table
 from gpt2lab.reports.run_curves import SIDE_CHARTS, run_clock, thinned, value_at
 from gpt2lab.reports.sweep_html import counts, results_html, setting_numbers
@@ -53,7 +53,8 @@ def work_notes(results: SweepResults, rows: Sequence[Rows]) -> list[str]:
         values = [value_at(run.curve, clock, least) for run, clock in zip(runs, clocks, strict=True)]
         known = [(value, run.name) for run, value in zip(runs, values, strict=True) if value is not None]
         ordered = sorted(known, reverse=not names.lower_is_better(group.metric))
-        shown = ", ".join(f"{name} {loss(value)}" for value, name in ordered) or "not measured"
+        decimals = column_decimals([value for value, _ in known], names.lower_is_better(group.metric))
+        shown = ", ".join(f"{name} {fixed(value, decimals)}" for value, name in ordered) or "not measured"
         notes.append(
             f"The runs trained on {least:,.0f} to {most:,.0f} tokens, so the verdict compares unequal work. "
             f"{group.metric} of each after {least:,.0f} tokens: {shown}. Longer runs had not lowered their learning "

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
 from gpt2lab.data.pair_template import PairTemplate
+from gpt2lab.number_format import significant
 from gpt2lab.reports.card_metadata import Score, card_license, distillation_scores, languages, metadata, scores
 from gpt2lab.reports.card_usage import FOLDER, usage
 from gpt2lab.reports.lineage import Ancestor
-from gpt2lab.reports.number_format import significant
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.model_folder import read_objective, read_pair_template
 

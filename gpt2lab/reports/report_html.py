@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab import metric_names
+from gpt2lab.number_format import duration, loss, significant
 from gpt2lab.reports.charts import plots, tools
-from gpt2lab.reports.number_format import duration, loss, significant
 from gpt2lab.reports.page import age, command, render_page, section, table
 from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
 from gpt2lab.reports.run_texts import Example, examples_html, samples_html

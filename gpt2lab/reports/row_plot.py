@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from gpt2lab.reports.number_format import significant
+from gpt2lab.number_format import significant
 
 MARGIN = 0.04  # share of the range left free at both ends
 TICKS = 4

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
-from gpt2lab.reports.number_format import significant
+from gpt2lab.number_format import significant
 from gpt2lab.reports.samples_jsonl import Sample
 from gpt2lab.storage.atomic_files import write_text
 

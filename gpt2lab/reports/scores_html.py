@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from gpt2lab.reports.number_format import significant
+from gpt2lab.number_format import significant
 from gpt2lab.reports.page import render_page, section
 from gpt2lab.reports.row_plot import Row, row_plot
 

@@ -2,8 +2,8 @@
 
 from html import escape
 
-from gpt2lab.analysis.study_results import TIME, ArmResult, Contrast, StudyResults
-from gpt2lab.reports.number_format import loss
+from gpt2lab.analysis.study_results import TIME, Contrast, StudyResults
+from gpt2lab.number_format import fixed, significant
 from gpt2lab.reports.page import render_page, section, shown_path, table
 from gpt2lab.reports.row_plot import Row, row_plot
 
@@ -17,7 +17,7 @@ VERDICTS = ("budget", "comparison", "over seeds", "over documents")
 
 def render(title: str, results: StudyResults) -> str:
     """Render the page."""
-    teacher = "" if results.teacher_loss is None else f", validation loss {results.teacher_loss:.4f}"
+    teacher = "" if results.teacher_loss is None else f", validation loss {significant(results.teacher_loss)}"
     seeds = ", ".join(map(str, results.seeds))
     has_documents = any(contrast.by_document for contrast in results.contrasts)
     verdicts = "".join(
@@ -31,8 +31,8 @@ def render(title: str, results: StudyResults) -> str:
         *(f'<pre class="error">{escape(run)}</pre>' for run in results.failed_runs),
         section("Verdicts", _verdicts(verdicts, has_documents)),
         section("Differences, with their intervals", _intervals(results.contrasts)),
-        section("Every run", _dots(results.arms)),
-        section("Errors of the mean losses", table(ERRORS, _errors(results.arms))),
+        section("Every run", _dots(results)),
+        section("Errors of the mean losses", table(ERRORS, _errors(results))),
         section("Learning rates", table(RATES, rates) if (rates := _rates(results)) else ""),
     ]
     status = f"Teacher {escape(shown_path(results.teacher))}{teacher}<br>Seeds {seeds}"
@@ -45,28 +45,33 @@ def _verdicts(rows: str, has_documents: bool) -> str:
     return f'<div class="scroll"><table class="grid stack"><tr>{head}</tr>{rows}</table></div>' if rows else ""
 
 
-def _dots(arms: list[ArmResult]) -> str:
+def _dots(results: StudyResults) -> str:
     """Plot one row per arm: its runs as dots, their mean as a bar."""
-    if not any(arm.summary.n for arm in arms):
+    if not any(arm.summary.n for arm in results.arms):
         return "<p>No run finished.</p>"
     rows = [
         Row(
             f"{arm.arm.name}, {arm.steps:,} steps" + (" (time)" if arm.budget == TIME else ""),
-            [(found, f"seed {seed}: {found:.4f}") for seed, found in arm.losses.items() if found is not None],
+            [
+                (found, f"seed {seed}: {fixed(found, results.decimals)}")
+                for seed, found in arm.losses.items()
+                if found is not None
+            ],
             mean=arm.summary.mean,
-            text="" if arm.summary.mean is None else loss(arm.summary.mean),
+            text="" if arm.summary.mean is None else fixed(arm.summary.mean, results.decimals),
         )
-        for arm in arms
+        for arm in results.arms
     ]
     return row_plot("validation loss of every run", "validation loss, nats per token (← better)", rows)
 
 
-def _errors(arms: list[ArmResult]) -> list[tuple[str, list[str]]]:
+def _errors(results: StudyResults) -> list[tuple[str, list[str]]]:
     """Return rows with the error between seeds and between documents of each arm."""
     rows = []
-    for arm in arms:
-        values = (arm.summary.mean, arm.summary.sd, arm.document_error)
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
+    for arm in results.arms:
+        mean = "" if arm.summary.mean is None else fixed(arm.summary.mean, results.decimals)
+        errors = (arm.summary.sd, arm.document_error)
+        cells = [mean, *("" if error is None else significant(error) for error in errors)]
         rows.append(("", [f"{escape(arm.arm.name)}, {arm.steps:,} steps", *cells]))
     return rows
 
@@ -79,7 +84,7 @@ def _intervals(contrasts: list[Contrast]) -> str:
         if found.mean is None:
             continue
         span = (found.low, found.high) if found.low is not None and found.high is not None else None
-        text = f"{found.mean:+.3f}".replace("-", "−")
+        text = "+" * (found.mean > 0) + significant(found.mean)
         rows.append(Row(f"{contrast.title} ({contrast.budget})", [(found.mean, text)], span, text=text))
     if not rows:
         return "<p>No pair of runs finished.</p>"
@@ -94,7 +99,7 @@ def _rates(results: StudyResults) -> list[tuple[str, list[str]]]:
             [
                 escape(rates.arm),
                 f"{rate:.3g}{', chosen' * (rate == rates.chosen)}",
-                "failed" if loss is None else f"{loss:.4f}",
+                "failed" if loss is None else fixed(loss, rates.decimals),
             ],
         )
         for rates in results.learning_rates

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from gpt2lab import metric_names
 from gpt2lab.analysis.hyperparameter_importance import Importance, importances
-from gpt2lab.analysis.sweep_axes import VariedKey, short_names
+from gpt2lab.analysis.sweep_axes import VariedKey, short_names, tick_text
 from gpt2lab.analysis.sweep_runs import Setting, SettingGroup, format_value
+from gpt2lab.number_format import fixed, significant
 from gpt2lab.reports.charts import Chart, Line
-from gpt2lab.reports.number_format import significant, tick_text
 from gpt2lab.reports.row_plot import Row, row_plot, share_bars
 from gpt2lab.reports.run_curves import thinned
 
@@ -57,9 +57,11 @@ def means_plot(group: SettingGroup, numbers: dict[str, int]) -> str:
     for setting in group.settings[:SHOWN_ROWS]:
         span = _interval(setting)
         ends += [min(max(end, low - margin), high + margin) for end in span or ()]
-        dots = [(value, f"seed {seed}: " * bool(seed) + f"{value:.4f}") for seed, value in setting.values]
+        dots = [(value, f"seed {seed}: " * bool(seed) + fixed(value, group.decimals)) for seed, value in setting.values]
         mean = setting.mean[0] if setting.mean is not None and len(setting.values) > 1 else None
-        rows.append(Row(setting.label, dots, span, mean, format_value(setting), _attributes(group, setting, numbers)))
+        rows.append(
+            Row(setting.label, dots, span, mean, format_value(group, setting), _attributes(group, setting, numbers))
+        )
     left_out = len(group.settings) - len(rows)
     more = f"<p>{left_out} worse settings are not drawn.</p>" if left_out else ""
     axis = f"{group.metric} ({better(group.metric)})"
@@ -77,7 +79,7 @@ def gap_plot(group: SettingGroup, numbers: dict[str, int]) -> str:
         ends += [min(max(end, -reach), reach) for end in span]
         text = f"{significant(gap)} ± {significant(margin)}"
         attributes = _attributes(group, setting, numbers)
-        rows.append(Row(setting.label, [(gap, f"{gap:.4f}")], span, None, text, attributes))
+        rows.append(Row(setting.label, [(gap, significant(gap))], span, None, text, attributes))
     axis = f"{group.metric}, worse than the best (← better)"
     return row_plot("how much worse than the best each setting is", axis, rows, zero=True, ends=ends)
 
@@ -124,7 +126,7 @@ def parallel_chart(group: SettingGroup, keys: Sequence[str], numbers: dict[str, 
         share = (setting.mean[0] - worst) / (best - worst) if best != worst else 0.5
         is_cut |= share < 0
         heights = [*(column.positions[number] for column in columns), min(max(share, 0.0), 1.0)]
-        name = f"{setting.label}: {setting.mean[0]:.4f}"
+        name = f"{setting.label}: {fixed(setting.mean[0], group.decimals)}"
         points = [(float(place), MARGIN + (1 - 2 * MARGIN) * height) for place, height in enumerate(heights)]
         kind = rank(group, setting)
         lines.append(Line(name, points, COLOURS[kind], is_bold=kind == "best", setting=numbers[setting.name]))
@@ -148,7 +150,7 @@ def slice_charts(group: SettingGroup, keys: Sequence[str], numbers: dict[str, in
         for setting, position in zip(group.settings, column.positions, strict=True):
             assert setting.mean is not None
             value = min(max(setting.mean[0], min(best, worst)), max(best, worst))
-            name, kind = f"{setting.label}: {setting.mean[0]:.4f}", rank(group, setting)
+            name, kind = f"{setting.label}: {fixed(setting.mean[0], group.decimals)}", rank(group, setting)
             lines.append(Line(name, [(position, value)], COLOURS[kind], setting=numbers[setting.name]))
         charts.append(
             Chart(

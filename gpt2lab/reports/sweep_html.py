@@ -17,8 +17,8 @@ from gpt2lab.analysis.sweep_runs import (
     format_value,
     summarize,
 )
+from gpt2lab.number_format import duration, significant
 from gpt2lab.reports.charts import plots
-from gpt2lab.reports.number_format import duration
 from gpt2lab.reports.page import age, command, render_page, section, table
 from gpt2lab.reports.sweep_charts import (
     curves_chart,
@@ -128,7 +128,7 @@ def _cells(setting: Setting, group: SettingGroup | None, keys: Sequence[str], na
     return [
         group.status_of(setting) if group else "",
         *([_value(setting.overrides[key]) for key in keys] or [escape(setting.label)]),
-        escape(metric) + format_value(setting),
+        escape(metric) + format_value(group, setting),
         format_document_error(group, setting),
         format_gap(group, setting),
         format_document_difference(group, setting).replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"),
@@ -145,7 +145,7 @@ def _value(value: str) -> str:
 def _link(run: SweepRun) -> str:
     """Render the run's number or name as a link to its report, with seed and value as tooltip."""
     seed = f"seed {run.overrides[SEED]}, " if SEED in run.overrides else ""
-    tooltip = seed + (run.outcome if run.value is None else f"{run.value:.4f}")
+    tooltip = seed + (run.outcome if run.value is None else significant(run.value, 5))
     shown = run.name or f"folder\N{NO-BREAK SPACE}{run.number}"
     shown += "" if run.value is not None else f" ({run.outcome})"
     href = f' href="{escape(run.page)}"' if run.page else ""

@@ -10,6 +10,8 @@ from typing import Any
 from gpt2lab.analysis.sweep_axes import override_value, varied_values
 from gpt2lab.analysis.sweep_runs import NAMED, SweepResults, SweepRun, format_gap, format_value, group_runs, summarize
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
+from gpt2lab.metric_names import lower_is_better
+from gpt2lab.number_format import column_decimals, fixed
 from gpt2lab.reports.sweep_html import render
 from gpt2lab.storage.atomic_files import write_text
 from gpt2lab.storage.metrics_csv import read_metrics, series
@@ -128,9 +130,16 @@ def _jobs(planned: Sequence[Job]) -> list[tuple[str, ...]]:
     """Header and one line per job, with the overrides in which the jobs differ."""
     shared = _shared_overrides(planned)
     lines: list[tuple[str, ...]] = [("folder", "status", "watched", "value", "seconds", "overrides")]
-    for job in planned:
-        row = _row(job, {})
-        value = "" if job.watched is None else f"{job.watched:.4f}"
+    rows = [_row(job, {}) for job in planned]
+    decimals = {
+        metric: column_decimals(
+            [row["watched"] for row in rows if row["watched_metric"] == metric and row["watched"] != ""],
+            lower_is_better(metric),
+        )
+        for metric in {row["watched_metric"] for row in rows}
+    }
+    for job, row in zip(planned, rows, strict=True):
+        value = "" if job.watched is None else fixed(job.watched, decimals[row["watched_metric"]])
         seconds = f"{row['seconds']:.0f}" if row["seconds"] != "" else ""
         own = short_overrides(override for override in job.overrides if override not in shared)
         lines.append((str(job.number), job.status, row["watched_metric"], value, seconds, own))
@@ -164,7 +173,9 @@ def _settings(found: SweepResults) -> list[tuple[str, ...]]:
         numbers = ",".join(str(run.number) for run in setting.runs)
         standing = group.status_of(setting) if group else ""
         behind = format_gap(group, setting)
-        lines.append((standing, format_value(setting), behind, setting.statuses, seconds, numbers, setting.label))
+        lines.append(
+            (standing, format_value(group, setting), behind, setting.statuses, seconds, numbers, setting.label)
+        )
     return lines
 
 

@@ -1,6 +1,7 @@
 """Study table: terminal output of a distillation study."""
 
 from gpt2lab.analysis.study_results import TIME, TOKENS, ArmResult, Contrast, LearningRates, StudyResults
+from gpt2lab.number_format import fixed, significant
 
 HEADINGS = {TOKENS: "At equal tokens", TIME: "At equal time: CE for as long as KD took"}
 ERRORS = "± of a loss: standard deviation over seeds. ± documents: standard error between validation documents."
@@ -23,24 +24,24 @@ def format_study(results: StudyResults) -> str:
 
 
 def _arms(results: StudyResults) -> list[str]:
-    teacher = "" if results.teacher_loss is None else f" (validation loss {results.teacher_loss:.3f})"
+    teacher = "" if results.teacher_loss is None else f" (validation loss {significant(results.teacher_loss)})"
     seeds = ", ".join(map(str, results.seeds))
     lines = [f"Teacher: {results.teacher}{teacher}", f"Seeds: {seeds}", ""]
     lines += [f"  {'':<22}{'validation loss':<24}{'± documents':>11}{'steps':>8}{'seconds':>9}"]
     for budget, heading in HEADINGS.items():
         of_budget = [result for result in results.arms if result.budget == budget]
-        lines += [heading, *map(_arm, of_budget)] if of_budget else []
+        lines += [heading, *(_arm(result, results.decimals) for result in of_budget)] if of_budget else []
     return lines
 
 
-def _arm(result: ArmResult) -> str:
+def _arm(result: ArmResult, decimals: int) -> str:
     found = result.summary
-    score = "no run finished" if found.mean is None else f"{found.mean:.3f}"
-    score += "" if found.sd is None else f" ± {found.sd:.3f}"
+    score = "no run finished" if found.mean is None else fixed(found.mean, decimals)
+    score += "" if found.sd is None else f" ± {significant(found.sd)}"
     missing = len(result.losses) - found.n
     score += f"  ({missing} failed)" if missing and found.n else ""
     seconds = "" if result.seconds is None else f"{result.seconds:.1f}"
-    documents = "" if result.document_error is None else f"{result.document_error:.3f}"
+    documents = "" if result.document_error is None else significant(result.document_error)
     return f"  {result.arm.name:<22}{score:<24}{documents:>11}{result.steps:>8}{seconds:>9}"
 
 
@@ -52,7 +53,8 @@ def _contrast(contrast: Contrast) -> list[str]:
 
 def _rates(rates: LearningRates, runs: str) -> list[str]:
     lines = [f"Learning rate of {runs}: {rates.chosen:g}, the best of {rates.arm} with the first seed"]
-    lines += [f"  {rate:<8g}{'failed' if loss is None else f'{loss:.3f}'}" for rate, loss in rates.losses.items()]
+    for rate, loss in rates.losses.items():
+        lines.append(f"  {rate:<8g}{'failed' if loss is None else fixed(loss, rates.decimals)}")
     if rates.at_the_edge:
         side = "smallest" if rates.at_the_edge == "lower" else "largest"
         hint = f"{rates.arm} may do better still at a {rates.at_the_edge} one (study.lr_factors)."

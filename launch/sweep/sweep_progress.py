@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from gpt2lab import metric_names
+from gpt2lab.number_format import column_decimals, fixed
 from gpt2lab.storage.report_json import read_report
 from gpt2lab.system.terminal import Phase, console, format_time, is_live, show, terminal_width
 from launch.config.unused_keys import given_keys
@@ -63,7 +64,8 @@ class SweepProgress:
     def result(self, job: Job) -> str:
         """Return the watched metric and the seconds of a job that has ended."""
         report = read_report(job.folder)
-        value = "" if job.watched is None else f"{report['watched_metric']} {job.watched:.4f}, "
+        metric = report.get("watched_metric", "")
+        value = "" if job.watched is None else f"{metric} {self._shown(metric, job.watched)}, "
         return f"{value}{report.get('seconds', 0):.0f} s"
 
     def _state(self) -> list[str]:
@@ -80,7 +82,12 @@ class SweepProgress:
         metric = metrics.pop()
         choose = min if metric_names.lower_is_better(metric) else max
         best = choose((job for job, _ in found), key=lambda job: job.watched or 0.0)
-        return [f"best {metric} {best.watched:.4f}", f"by {self.name(best)}"]
+        return [f"best {metric} {self._shown(metric, best.watched or 0.0)}", f"by {self.name(best)}"]
+
+    def _shown(self, metric: str, value: float) -> str:
+        """Format a value with the decimals that the results so far need."""
+        known = [job.watched for job in self._jobs if job.watched is not None]
+        return fixed(value, column_decimals(known, metric_names.lower_is_better(metric)))
 
     def _left(self) -> float | None:
         """Estimate the seconds until all jobs have ended, from those that this process has run.

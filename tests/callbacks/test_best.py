@@ -57,6 +57,12 @@ def without_card(files: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture
+def tiny(tiny: list[str], whole_sources: Path) -> list[str]:
+    """Overrides of a small run on whole files, on which the loss of RISING rises late."""
+    return [*tiny, f"path={whole_sources}"]
+
+
+@pytest.fixture
 def run(train_here: Train, tiny: list[str]) -> Iterator[Any]:
     def start(*overrides: str) -> Answer:
         answer = train_here(*tiny, *overrides)

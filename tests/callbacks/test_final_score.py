@@ -15,7 +15,7 @@ from gpt2lab.storage.report_json import read_report
 from tests.conftest import Command, Train, needs_two_cores, started
 
 WORDS = ("steps=4", "validate_every=4", "threads=1", "seed=1")
-SMALL = "validate_tokens=640"
+SMALL = "validate_tokens=160"
 PAIRS = ("task=finetune", "init=start", "data=pairs", "path=pairs.tsv", "context=32", "batch_sequences=8")
 PAIRS += ("val_fraction=0.3", "precision=fp32", "logger=none", "callbacks=minimal", "task.lora.rank=2")
 PAIRS += ("task.text.max_new_tokens=8",)

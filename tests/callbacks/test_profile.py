@@ -23,6 +23,9 @@ def steps_in(trace: Path) -> int:
     return sum(not any(first < start and end < last for first, last in ends) for start, end in ends)
 
 
+LAYER_STATS = ("callbacks=layer_stats", "callbacks.checkpoint.verify_export=false", "log_every=2")
+
+
 @pytest.mark.parametrize(
     ("given", "steps"),
     [pytest.param("0:1", 1, marks=pytest.mark.slow), ("2:3", 3), pytest.param("7:20", 1, marks=pytest.mark.slow)],
@@ -40,7 +43,7 @@ def test_profile_records_the_given_steps(given: str, steps: int, train_here: Tra
 
 def test_profile_and_layer_stats_keep_the_weights(train_here: Train, tiny: list[str], tmp_path: Path):
     train_here(*tiny, "steps=6", "name=plain")
-    train_here(*tiny, "steps=6", "name=watched", "profile=2:2", "callbacks=layer_stats", "log_every=2")
+    train_here(*tiny, "steps=6", "name=watched", "profile=2:2", *LAYER_STATS)
     plain, watched = (
         load_file(tmp_path / f"runs/pretrain/{name}/hf/model.safetensors") for name in ("plain", "watched")
     )
@@ -89,7 +92,7 @@ ONE, TWO_RANKS = ("micro_batch=1",), ("devices=2", "accelerator=cpu")
 def test_layer_stats_add_up_to_the_gradient_norm(
     machine: tuple[str, ...], train_here: Train, tiny: list[str], tmp_path: Path
 ):
-    train_here(*tiny, "steps=4", "name=run", "callbacks=layer_stats", "log_every=2", *machine)
+    train_here(*tiny, "steps=4", "name=run", *LAYER_STATS, *machine)
     rows = [row for row in csv.DictReader((tmp_path / "runs/pretrain/run/metrics.csv").open()) if row["step"] == "4"]
     row = {name: float(value) for part in rows for name, value in part.items() if value}
     layers = ["embeddings", "block_00", "block_01", "final_norm"]

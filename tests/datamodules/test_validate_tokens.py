@@ -21,7 +21,7 @@ from launch.evaluate import eval_data
 from tests.conftest import Command, Train
 from tests.support.configurations import composed
 
-LIMIT = 2000
+LIMIT = 800
 COMMON: dict[str, Any] = {
     "tokenizer": TokenizerChoice("bpe", vocab_size=300),
     "context": 32,

@@ -29,6 +29,12 @@ from tests.conftest import Distil, Train
 IDS = torch.arange(40)[None] * 7 % 300  # (1, T)
 
 
+@pytest.fixture
+def tiny(tiny: list[str], whole_sources: Path) -> list[str]:
+    """Overrides of a small run on whole files."""
+    return [*tiny, f"path={whole_sources}"]
+
+
 def logits_of(module: LanguageModel) -> torch.Tensor:
     with torch.no_grad():
         return module.eval().backbone.logits(IDS)

@@ -3,7 +3,6 @@
 As a program: python tests/support/tiny_run.py RUN_DIR CACHE_DIR STEPS resumes the run in RUN_DIR or starts it.
 """
 
-import heapq
 import sys
 from pathlib import Path
 
@@ -23,16 +22,14 @@ from datamodules.language_modeling import LanguageModelingData
 from gpt2lab.settings import ModelShape, OptimizerSettings, ScheduleSettings, TokenizerChoice, TrainingSettings
 from gpt2lab.storage.checkpoint_ledger import newest_good_checkpoint
 from lightning_modules.pretrain import Pretrain
+from tests.support.sources import write_sources
 
 ACCUMULATE = 2
 
 
 def data(cache_dir: Path) -> LanguageModelingData:
     sources = cache_dir / "sources"
-    sources.mkdir(parents=True, exist_ok=True)
-    for name in ("heapq", "bisect", "textwrap", "shlex", "string", "queue"):
-        original = Path(heapq.__file__).with_name(f"{name}.py")
-        (sources / original.name).write_text(original.read_text())
+    write_sources(sources)
     return LanguageModelingData(
         name="text",
         source="text",

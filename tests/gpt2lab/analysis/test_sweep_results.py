@@ -133,14 +133,14 @@ def test_settings_without_common_seeds_are_independent_runs():
 def test_one_seed_each_names_no_winner(tmp_path: Path):
     jobs = swept(tmp_path, {"optimizer.lr=1e-3": 3.9, "optimizer.lr=3e-3": 3.5})
     (line,) = sentences(tmp_path, jobs)
-    assert line.startswith("Best seen: lr=3e-3 (val/loss 3.5000)")
+    assert line.startswith("Best seen: lr=3e-3 (val/loss 3.50)")
     assert "one seed each" in line
 
 
 def test_the_winner_of_a_score_is_the_highest(tmp_path: Path):
     values = {"optimizer.lr=1e-3": [10.0, 11.0, 10.5], "optimizer.lr=3e-3": [20.0, 21.0, 20.4]}
     (line,) = sentences(tmp_path, swept(tmp_path, values, metric="val/rougeL"))
-    assert line.startswith("Winner: lr=3e-3 (val/rougeL 20.4667")
+    assert line.startswith("Winner: lr=3e-3 (val/rougeL 20.5")
     assert metric_names.lower_is_better("val/loss")
 
 
@@ -305,7 +305,7 @@ def test_outlier_is_at_the_edge_and_keeps_its_number(tmp_path: Path):
     page = (tmp_path / "sweep.html").read_text()
     (chart,) = [chart for chart in charts_of(page) if chart["kind"] == "parallel"]
     assert [text for _, text in chart["axes"][-1][1]] == ["≥ 3.800", "3.500"]
-    assert '<span class="value">9.9000</span>' in page
+    assert '<span class="value">9.90</span>' in page
     assert "lr=0.000123<" in page, "three significant digits"
     few = tmp_path / "few"
     results.write(few, swept(few, {"optimizer.lr=1": 3.5, "optimizer.lr=2": 3.6, "optimizer.lr=3": 4.1}))

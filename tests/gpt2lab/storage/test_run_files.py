@@ -1,6 +1,7 @@
 """The files of a run directory: written atomically, resumed without duplicates, readable after a crash."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 from gpt2lab.analysis.sweep_axes import override_value
 from gpt2lab.errors import InputError
-from gpt2lab.reports.number_format import significant
+from gpt2lab.number_format import column_decimals, fixed, significant
 from gpt2lab.reports.report_html import RunFiles, render
 from gpt2lab.reports.row_plot import round_ticks
 from gpt2lab.reports.run_report import build_report, write_report
@@ -302,6 +303,26 @@ def test_numbers_on_pages_have_three_significant_digits():
     assert shown == ["3.99", "0.0123", "12,300", "1,000", "0", "−2.50", "1.23e-5", "1.23e6"]
     values = {"0.00031234567": "0.000312", "1e-3": "1e-3", "3.14159e-05": "3.14e-5", "nano": "nano", "0.1": "0.1"}
     assert {value: override_value(value) for value in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "lower_is_better", "shown"),
+    [
+        ([3.2314, 3.3291], True, ["3.23", "3.33"]),
+        ([3.2314, 3.2291], True, ["3.231", "3.229"]),  # the two best differ in the third decimal
+        ([3.2314, 3.2291, 3.5], False, ["3.23", "3.23", "3.50"]),  # of scores the highest is the best
+        ([3.23141, 3.23142], True, ["3.2314", "3.2314"]),
+        ([3.5, 3.5, 3.5001], True, ["3.5000", "3.5000", "3.5001"]),
+        ([20.46, 18.1], False, ["20.5", "18.1"]),
+        ([0.5123], True, ["0.512"]),
+        ([0.0, -0.25], False, ["0.00", "−0.25"]),
+        ([math.nan, math.inf, 12.34], True, ["nan", "inf", "12.3"]),
+        ([], True, []),
+    ],
+)
+def test_column_has_the_digits_that_tell_the_best_apart(values, lower_is_better: bool, shown: list[str]):
+    decimals = column_decimals(values, lower_is_better)
+    assert [fixed(value, decimals) for value in values] == shown
 
 
 def test_writing_a_text_leaves_no_scratch_file(tmp_path):

@@ -41,10 +41,10 @@ def test_comparison_pairs_documents_and_names_differences(
     monkeypatch.setattr(sys, "argv", ["compare", str(first), str(second), f"out={out}"])
     main()
     printed, page = capsys.readouterr().out, out.read_text().replace("\N{NO-BREAK SPACE}", " ")
-    assert printed.startswith("Best seen: <b>distilled (val/loss 3.5500)")
+    assert printed.startswith("Best seen: <b>distilled (val/loss 3.55)")
     assert "The runs differ in " in printed
     assert "python train.py 'name=<b>distilled'" in printed or "python train.py name=<b>distilled" in printed
-    assert "0.2500 (0.2500 … 0.2500)" in page, "the difference, paired by document"
+    assert "0.250 (0.250 … 0.250)" in page, "the difference, paired by document"
     assert "&lt;b&gt;distilled" in page
     assert "<b>distilled" not in page
     curve = charts_of(page)[0]
@@ -87,7 +87,7 @@ def test_runs_of_unequal_length_are_compared_at_equal_tokens(tmp_path: Path) -> 
     _, notes = compare_runs([short, long], tmp_path / "page.html")
     assert len(notes) == 1
     assert "trained on 180 to 540 tokens" in notes[0]
-    assert "after 180 tokens: short 3.900, long 4.000" in notes[0]
+    assert "after 180 tokens: short 3.90, long 4.00" in notes[0]
     assert notes[0] in (tmp_path / "page.html").read_text()
 
 

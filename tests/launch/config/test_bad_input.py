@@ -214,13 +214,10 @@ for number, row in enumerate(rows):
     print("row", json.dumps([code, imported, os.listdir()]))
     os.chdir("..")
 """
-CHUNKS = 2  # so that they run on several cores
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_invalid_key_is_refused_before_heavy_imports(chunk: int, cache: Path, tmp_path: Path):
-    rows = BEFORE_ANY_IMPORT[chunk::CHUNKS]
-    given = [re.findall(r"(?:[^ ']|'[^']*')+", arguments) for arguments, _ in rows]
+def test_invalid_key_is_refused_before_heavy_imports(cache: Path, tmp_path: Path):
+    given = [re.findall(r"(?:[^ ']|'[^']*')+", arguments) for arguments, _ in BEFORE_ANY_IMPORT]
     ended = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER],
         input=json.dumps([given, sorted(HEAVY)]),
@@ -232,7 +229,7 @@ def test_invalid_key_is_refused_before_heavy_imports(chunk: int, cache: Path, tm
     assert ended.returncode == 0, ended.stderr
     found = [json.loads(line[4:]) for line in ended.stdout.splitlines() if line.startswith("row ")]
     failed = {}
-    for number, ((arguments, words), (code, imported, left)) in enumerate(zip(rows, found, strict=True)):
+    for number, ((arguments, words), (code, imported, left)) in enumerate(zip(BEFORE_ANY_IMPORT, found, strict=True)):
         message = (tmp_path / str(number) / "stderr").read_text()
         is_short = 1 <= len(message.strip().splitlines()) <= 5 and "Traceback" not in message
         if code != 2 or words not in message or not is_short or imported or left != ["stderr"]:

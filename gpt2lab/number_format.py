@@ -1,8 +1,9 @@
-"""Figures on pages: three significant digits in tables and on axes; commands keep the full value."""
+"""Figures on pages and terminals: three significant digits; commands keep the full value."""
 
 import math
+from collections.abc import Iterable
 
-from gpt2lab.analysis.sweep_axes import NUMBER, override_value
+MOST_DECIMALS = 4
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -23,13 +24,23 @@ def loss(value: float) -> str:
     return f"{value:.3f}"
 
 
-def tick_text(text: str) -> str:
-    """Format the value of an override beside an axis: as short as three significant digits permit."""
-    shorter = override_value(text)
-    if not NUMBER.fullmatch(text) or not 0 < abs(float(text)) < 1e-2:
-        return shorter
-    mantissa, exponent = f"{float(text):.2e}".split("e")
-    return min(shorter, f"{float(mantissa):g}e{int(exponent)}", key=len)
+def column_decimals(values: Iterable[float], lower_is_better: bool = True) -> int:
+    """Return the decimals of a column of losses or scores.
+
+    Three significant digits of the best, or as many as distinguish it from the second best, up to four decimals.
+    """
+    finite = sorted(filter(math.isfinite, values), reverse=not lower_is_better)
+    best, *others = finite or [0.0]
+    second = next((value for value in others if value != best), math.inf)
+    decimals = min(max(2 - math.floor(math.log10(abs(best) or 1.0)), 0), MOST_DECIMALS)
+    while decimals < MOST_DECIMALS and fixed(best, decimals) == fixed(second, decimals):
+        decimals += 1
+    return decimals
+
+
+def fixed(value: float, decimals: int) -> str:
+    """Format with as many decimals: 3.97, −0.250, 1,230."""
+    return f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
