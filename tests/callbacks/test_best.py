@@ -62,6 +62,12 @@ def tiny(tiny: list[str], whole_sources: Path) -> list[str]:
     return [*tiny, f"path={whole_sources}"]
 
 
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the teacher, which has another tokenizer than that of the other tests."""
+    return tmp_path_factory.mktemp("teachers")
+
+
 @pytest.fixture
 def run(train_here: Train, tiny: list[str]) -> Iterator[Any]:
     def start(*overrides: str) -> Answer:

@@ -29,12 +29,6 @@ from tests.conftest import Distil, Train
 IDS = torch.arange(40)[None] * 7 % 300  # (1, T)
 
 
-@pytest.fixture
-def tiny(tiny: list[str], whole_sources: Path) -> list[str]:
-    """Overrides of a small run on whole files."""
-    return [*tiny, f"path={whole_sources}"]
-
-
 def logits_of(module: LanguageModel) -> torch.Tensor:
     with torch.no_grad():
         return module.eval().backbone.logits(IDS)
@@ -83,8 +77,11 @@ def test_load_from_checkpoint_gives_equal_logits(task, train_here: Train, tiny, 
     assert isinstance(module, kind)
     # LoRA: the export has the adapters merged into the weights.
     assert (logits_of(module) - exported(tmp_path / "run")).abs().max() <= 1e-5
-    assert torch.equal(logits_of(module), logits_of(kind.load_from_checkpoint(file, map_location="cpu", strict=True)))
-    assert module.generate(["def "], module.sampling_methods[0], 4) != [""]
+    again = kind.load_from_checkpoint(file, map_location="cpu", strict=True)
+    assert torch.equal(logits_of(module), logits_of(again))
+    texts = [one.generate(["def ", "add 1"], one.sampling_methods[0], 4) for one in (module, again)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 2
     template = {"prompt": "{source}\n\n", "response": "{target}"} if task == "finetune" else {}
     assert read_pair_template(tmp_path / "run" / "hf") == stored["training"]["pair_template"] == template
     if isinstance(module, Distill):

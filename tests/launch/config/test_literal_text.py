@@ -86,7 +86,7 @@ def test_a_stored_configuration_reads_back_equal(text: str):
         callbacks={**config.callbacks, "samples": samples},
         data={**config.data, "text": text},
         launcher=replace(config.launcher, partition=text, setup=[text], sbatch={"a": text}),
-        invocation=Invocation({"x": text}, [f"path={text}", text], text),
+        invocation=Invocation({**config.invocation.groups, "data": text}, [f"path={text}", text], text),
     )
     assert run_spec.from_yaml(RunConfig, run_spec.to_yaml(config), "here") == config
 
