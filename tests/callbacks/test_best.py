@@ -221,6 +221,7 @@ def test_best_export_is_the_same_after_sigkill_anywhere(tiny: list[str], cache: 
 STOPPING = (*RISING, "schedule.warmup_steps=1", "early_stop_patience=2", "steps=40", "log_every=1")
 
 
+@pytest.mark.slow
 def test_early_stop_counts_as_finished_and_over_a_resume(run: Any, train_here: Train, tmp_path: Path):
     answer = run(*STOPPING, "name=early")
     folder = tmp_path / "runs" / "pretrain" / "early"

@@ -205,7 +205,8 @@ def on_cpu(config: RunConfig) -> PreparedSpec:
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param(PLAIN + [rows[0] for rows in AROUND_RECIPES], id="pairs"),
+        pytest.param(PLAIN[::3] + [rows[0] for rows in AROUND_RECIPES], id="pairs"),
+        pytest.param(PLAIN[1::3] + PLAIN[2::3], id="other_pairs", marks=pytest.mark.slow),
         pytest.param([row for rows in AROUND_RECIPES for row in rows[1:]], id="recipes", marks=pytest.mark.slow),
     ],
 )

@@ -300,6 +300,7 @@ def test_unsupported_generation_is_refused(words: list[str], message: str, write
     assert message in write(*(word.format(checkpoint=checkpoint) for word in words)).stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_text_and_at_the_prompt_the_program(tmp_path: Path) -> None:
     tokenizer = train_bpe(iter([Path(json.__file__).read_text()]), 300)
     shape = ModelShape(n_layer=4, n_head=2, n_embd=64, n_positions=1024, vocab_size=len(tokenizer))

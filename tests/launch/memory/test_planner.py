@@ -88,6 +88,7 @@ def test_a_plan_names_every_part_and_leaves_nothing_behind(
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_distill_and_finetune_are_planned_from_config_json(
     train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -207,6 +208,7 @@ def test_planning_a_large_model_takes_little_work(train_here: Train, tmp_path: P
     assert "not measured" in printed
 
 
+@pytest.mark.slow
 def test_planning_a_large_model_allocates_nothing_of_its_size(cache: Path, tmp_path: Path):
     """gpt2-xl's weights alone are 6.2 GB; the peak covers the plan's process and the processes that it starts."""
     keys = ["data=text", f"path={tmp_path}", "model=xl", "optimizer=adamw", "context=1024", "batch_tokens=131072"]
