@@ -1,4 +1,4 @@
-"""CPU training step: effect of reusing freed memory and of compiling the blocks.
+"""CPU training step: effect of reusing freed memory, of attention of short sequences and of compiling the blocks.
 
     python -m benchmarks.benchmark_cpu_step
 
@@ -26,16 +26,23 @@ from gpt2lab.system.device import peak_memory_bytes
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 
 VOCABULARIES = (4_096, 50_257)
-CASES = {"as PyTorch comes": "", "freed memory reused": "reuse", "the same, blocks compiled": "reuse compile"}
+CASES = {
+    "as PyTorch comes": "sdpa",
+    "freed memory reused": "sdpa reuse",
+    "and attention of short sequences": "reuse",
+    "the same, blocks compiled": "reuse compile",
+}
 WARM_UP, STEPS, ROUNDS = 5, 20, 3
 
 
-def step_milliseconds(vocab_size: int, compiled_blocks: bool) -> float:
+def step_milliseconds(vocab_size: int, options: str) -> float:
     """Return the median of STEPS optimizer steps."""
     torch.manual_seed(0)
     sizes = {"n_layer": MINI["n_layer"], "n_head": MINI["n_head"], "n_embd": MINI["n_embd"]}
     backbone = Backbone(ModelShape(**sizes, n_positions=MINI["block_size"], vocab_size=vocab_size)).train()
-    if compiled_blocks:
+    if "sdpa" in options:
+        backbone.lm.config._attn_implementation = "sdpa"
+    if "compile" in options:
         backbone.compile_blocks()
     optimizer = build_optimizer(backbone.named_parameters(), OptimizerSettings("adamw", 1e-3, 0.1), fused=True)
     tokens = torch.randint(vocab_size, (BATCH, CONTEXT + 1))  # (B, T + 1)
@@ -60,7 +67,7 @@ def step_milliseconds(vocab_size: int, compiled_blocks: bool) -> float:
 def measure_here(vocab_size: int, options: str) -> None:
     if "reuse" in options and not keep_freed_memory():
         raise SystemExit("This C library has no mallopt; there is nothing to compare.")
-    milliseconds = step_milliseconds(vocab_size, "compile" in options)
+    milliseconds = step_milliseconds(vocab_size, options)
     print(json.dumps({"milliseconds": milliseconds, "memory": peak_memory_bytes(torch.device("cpu"))}))
 
 

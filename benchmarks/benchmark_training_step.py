@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.shape import BATCH, CONTEXT
@@ -43,10 +44,12 @@ def find_model_file(given: Path) -> Path:
     return (given / "model.py" if given.is_dir() else given).resolve()
 
 
-def measure(folder: Path, model_file: Path | None, steps: int, rounds: int) -> dict[tuple[int, str, bool], float]:
+def measure(
+    folder: Path, model_file: Path | None, steps: int, rounds: int, vocabularies: Sequence[int] = VOCABULARIES
+) -> dict[tuple[int, str, bool], float]:
     """Return median tokens per second by (vocabulary, program, compiled)."""
     speeds: dict[tuple[int, str, bool], list[float]] = defaultdict(list)
-    for vocab_size in VOCABULARIES:
+    for vocab_size in vocabularies:
         corpus, tokenizer = folder / f"corpus-{vocab_size}", folder / f"tokenizer-{vocab_size}"
         write_corpus(corpus, vocab_size)
         write_tokenizer(tokenizer, vocab_size)
@@ -82,6 +85,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a nanoGPT checkout, or its model.py")
     parser.add_argument("--steps", type=int, default=40, help="steps of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     options = parser.parse_args()
     model_file = options.nanogpt
     if model_file is not None:
@@ -89,7 +93,7 @@ def main() -> None:
         if not model_file.is_file():
             parser.error(f"--nanogpt {options.nanogpt}: no model.py there")
     with tempfile.TemporaryDirectory() as folder:
-        print(markdown(measure(Path(folder), model_file, options.steps, options.rounds)))
+        print(markdown(measure(Path(folder), model_file, options.steps, options.rounds, options.vocabularies)))
 
 
 if __name__ == "__main__":

@@ -52,19 +52,19 @@ FULL = Sizes(
     name="demo",
     teacher=("model=micro",),
     student=("model=nano",),
-    steps=(320, 200, 400),
+    steps=(240, 160, 400),
     shared=(),
     running_text=(),
     finetuning=(),
     texts=400,
     characters=200_000,
     seconds={
-        TEACHER: (136, 0.29),
-        SCRATCH: (34, 0.085),
-        DISTILLED: (62, 0.176),
-        FROM_LAYERS: (64, 0.176),
-        FINETUNED: (64, 0.076),
-        SCORES: (18, 0),
+        TEACHER: (154, 0.53),
+        SCRATCH: (38, 0.15),
+        DISTILLED: (84, 0.32),
+        FROM_LAYERS: (83, 0.32),
+        FINETUNED: (52, 0.087),
+        SCORES: (11, 0),
     },
 )
 QUICK = Sizes(
@@ -169,8 +169,8 @@ def stages(folder: Path, sizes: Sizes, data: tuple[str, ...], start: str = FROM_
 
 
 def _lengths(steps: int) -> tuple[str, ...]:
-    quarter = steps // 4
-    often = (f"validate_every={quarter}", f"checkpoint_every={quarter}", f"sample_every={steps}")
+    half = steps // 2
+    often = (f"validate_every={half}", f"checkpoint_every={half}", f"sample_every={steps}")
     return (f"steps={steps}", *often, f"log_every={LOGGED_EVERY}")
 
 
