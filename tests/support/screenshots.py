@@ -34,6 +34,7 @@ class Picture:
 
 
 PICTURES = {
+    "demo": Picture(1400, 1475, scale=0.8),
     "run": Picture(),
     "phone": Picture(390, 1100, "dark", 1.0),
     "comparison": Picture(height=1500, scale=0.75),
