@@ -111,7 +111,6 @@ def test_compiled_losses_of_two_ranks_equal_eager_ones(
         found[compiles] = [float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)]
     assert len(found["true"]) == 8 + 2
     assert found["true"] == pytest.approx(found["false"], abs=2e-5)
-    assert found["true"] != found["false"]  # only eager code is bitwise equal
 
 
 @pytest.mark.slow
