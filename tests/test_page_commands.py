@@ -89,6 +89,12 @@ def name_of(word: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def sources(whole_sources: Path) -> Path:
+    """Whole files, whose functions make pairs."""
+    return whole_sources
+
+
+@pytest.fixture(scope="session")
 def stored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the runs that the pages name, which the first test makes."""
     return tmp_path_factory.mktemp("stored_runs")
