@@ -59,31 +59,25 @@ def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) 
         yield Check("distillation beside TRL", partial(gpu_runs.compare_with_trl, trl_python=trl_python), 120)
     kernels = "LM-head loss, 16,384 positions, V = 50,257"
     yield Check(kernels, lambda _: gpu_kernels.compare_lm_head_losses(), 40, needs_gpu=True)
-    yield Check("deterministic, compiled", partial(_deterministic, options=("compile=true",)), 90)
-    yield Check("medium", partial(_speed, model=medium, options=("precision=bf16", "compile=true")), 60)
+    yield Check("deterministic, compiled", partial(gpu_proofs.deterministic, options=("compile=true",)), 90)
+    yield Check("medium", partial(gpu_runs.speed, model=medium, options=("precision=bf16", "compile=true")), 60)
     yield Check("experiment at GPT-2 size", gpu_runs.experiment, 180)
-    yield Check("small, fp16", partial(_speed, model=small, options=("precision=fp16", "compile=true")), 45, True)
+    yield Check(
+        "small, fp16", partial(gpu_runs.speed, model=small, options=("precision=fp16", "compile=true")), 45, True
+    )
     yield Check("playground", gpu_proofs.playground, 20)
     yield Check("flash attention", lambda _: gpu_kernels.flash_attention(), 5, needs_gpu=True)
     yield Check("precisions", gpu_proofs.precisions, 130, needs_gpu=True)
     yield Check("resume after kill -9", gpu_proofs.resume_after_a_kill, 90)
     packed = ("compile=false", "packing=true")
-    yield Check("deterministic, packed documents", partial(_deterministic, options=packed), 90)
+    yield Check("deterministic, packed documents", partial(gpu_proofs.deterministic, options=packed), 90)
     yield Check("deterministic distillation", gpu_proofs.deterministic_distillation, 90)
     yield Check("FSDP on one GPU", gpu_proofs.fsdp_on_one_gpu, 45, needs_gpu=True)
     yield Check("distillation with default values", gpu_runs.distil_with_defaults, 60, needs_gpu=True)
     recomputed = ("precision=bf16", "compile=false", "activation_checkpointing=true")
-    yield Check("medium, activations recomputed", partial(_speed, model=medium, options=recomputed), 45)
+    yield Check("medium, activations recomputed", partial(gpu_runs.speed, model=medium, options=recomputed), 45)
     yield Check("packed documents", lambda _: gpu_kernels.packing(prefix=False), 30, needs_gpu=True)
     yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True), 10, needs_gpu=True)
-
-
-def _speed(bench: Bench, model: str, options: tuple[str, ...]) -> str:
-    return gpu_runs.speed(bench, model, *options)
-
-
-def _deterministic(bench: Bench, options: tuple[str, ...]) -> str:
-    return gpu_proofs.deterministic(bench, *options)
 
 
 def outcome(check: Check, bench: Bench) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def resume_after_a_kill(bench: Bench) -> str:
     return f"val/loss differs from the uninterrupted run's by {abs(loss - unbroken):.1e}"
 
 
-def deterministic(bench: Bench, *options: str) -> str:
+def deterministic(bench: Bench, options: Sequence[str]) -> str:
     """Check that deterministic runs end with the same bytes, one of them killed (SIGKILL) and resumed.
 
     They generate samples too: PyTorch has no deterministic algorithm for nucleus sampling on a GPU.
@@ -75,7 +76,7 @@ def deterministic(bench: Bench, *options: str) -> str:
 def deterministic_distillation(bench: Bench) -> str:
     """Check that deterministic distillation from a teacher with random weights ends with the same bytes."""
     teacher = ("task=distill", f"teacher={bench.random_teacher()}", "preflight=off", "compile=false")
-    return deterministic(bench, *teacher)
+    return deterministic(bench, teacher)
 
 
 def precisions(bench: Bench) -> str:

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,9 @@ class Bench:
         return folder
 
 
-def speed(bench: Bench, model: str, *options: str, steps: int | None = None) -> str:
+def speed(bench: Bench, model: str, options: Sequence[str]) -> str:
     """Train some steps and return speed, MFU and memory."""
-    arguments = [*bench.on_corpus(model, steps or bench.sizes.steps), f"micro_batch={bench.sizes.sequences}", *options]
+    arguments = [*bench.on_corpus(model, bench.sizes.steps), f"micro_batch={bench.sizes.sequences}", *options]
     return _speed(bench.train("-".join(["speed", model, *options]).replace("=", "-"), arguments))
 
 

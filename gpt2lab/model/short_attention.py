@@ -1,4 +1,4 @@
-"""Causal attention of short sequences in bf16 on a CPU, with plain matrix products.
+"""Attention of short sequences in bf16 on a CPU, with plain matrix products.
 
 Shapes: B sequences, H heads, T positions, D width of a head.
 
