@@ -129,6 +129,7 @@ def at_home(
         ("TEACHER_RUN", "pretrain/teacher"),
         ("STUDENT_RUN", "distill/student"),
         ("runs/pretrain/first", "pretrain/teacher"),
+        ("runs/pretrain/notes", "pretrain/teacher"),
     ):
         shutil.copytree(tmp_path / "runs" / run, tmp_path / name)
     shutil.copytree(tmp_path / "runs/finetune/summary", tmp_path / "runs/finetune/RUN")

@@ -172,13 +172,20 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
         checks.check_schedule(changed)
     if PROFILE in given:
         checks.check_profile(changed)
-    check_unused_keys(replace(changed, invocation=replace(changed.invocation, overrides=config.invocation.overrides)))
+    check_unused_keys(_with_given_launcher(changed, config))
     if not of_machine:
         return RunSpec(changed, stored.resolved)
     from launch.run.auto_settings import choose_machine, free_memory  # imports torch
 
     machine = choose_machine(changed, stored.resolved, free_memory(changed))
     return RunSpec(changed, replace(stored.resolved, machine=machine))
+
+
+def _with_given_launcher(changed: RunConfig, config: RunConfig) -> RunConfig:
+    """Return the changed run with the launcher and the overrides given now, which are not stored with the run."""
+    groups = {**changed.groups, "launcher": config.groups["launcher"]}
+    invocation = replace(changed.invocation, overrides=config.invocation.overrides, groups=groups)
+    return replace(changed, launcher=config.launcher, invocation=invocation)
 
 
 def _with_profile(config: RunConfig) -> RunConfig:

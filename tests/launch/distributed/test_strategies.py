@@ -139,6 +139,14 @@ def test_a_resumed_run_keeps_the_options_of_its_strategy() -> None:
         assert resume._changed(stored, composed(*words)).config.strategy == expected
 
 
+def test_a_resumed_run_reads_the_keys_of_the_launcher_given_now() -> None:
+    stored = prepared(resolved(composed("accelerator=cpu")))
+    changed = resume._changed(stored, composed("resume=x", "launcher=slurm", "launcher.executor=local")).config
+    assert changed.launcher == stored.config.launcher  # which is not stored with the run
+    with pytest.raises(InputError, match=r"launcher=processes does not read launcher\.executor"):
+        resume._changed(stored, composed("resume=x", "launcher.executor=local"))
+
+
 @pytest.mark.parametrize(("ranks", "per_machine"), [(1, 1), (2, 2), (4, 2)])
 def test_a_resumed_run_has_the_ranks_that_torchrun_started(monkeypatch, ranks: int, per_machine: int) -> None:
     stored = prepared(resolved(composed("devices=1", "accelerator=cpu", "batch_tokens=4096")))
