@@ -128,3 +128,14 @@ class StepMemory(Callback):
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         found = {"before_model": self.before, "peak": self.peak}
         Path(trainer.default_root_dir, "step_memory.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+class FirstStep(Callback):
+    """Write <run_dir>/first_step.json: the time (seconds since 1970) at the end of the first optimizer step."""
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        file = Path(trainer.default_root_dir, "first_step.json")
+        if trainer.global_step == 1 and trainer.is_global_zero and not file.exists():
+            file.write_text(json.dumps({"time": time.time()}) + "\n", encoding="utf-8")

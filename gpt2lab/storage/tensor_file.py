@@ -1,9 +1,10 @@
-"""Tensor file: read tensors and plain values written by torch.save, without running code from the file.
+"""Tensor file: tensors and plain values written by torch.save, read without running code from the file.
 
 Files are loaded with `weights_only=True`. A damaged file, or one with other objects, raises an InputError; a checkpoint
 is written without such objects.
 """
 
+import copy
 import io
 import pickle
 import re
@@ -47,6 +48,43 @@ def read_checkpoint_file(path: Path, mmap: bool = False) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path} is not a training checkpoint: it has no {', '.join(missing)}.\nGive another run.")
     return checkpoint
+
+
+def write_tensor_file(content: Any, path: Path) -> None:
+    """Write a file that `read_tensor_file` reads, without a copy in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
+def copy_to_cpu(content: Any) -> Any:
+    """Return a copy of nested containers with their tensors on the CPU; tensors share memory as they did before."""
+    copied = _copy_to_cpu(content, {})
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copy_to_cpu(value: Any, storages: dict[tuple[torch.device, int], torch.Tensor]) -> Any:
+    """Copy a value; `storages` are the bytes that are copied already, by device and address."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        copied = kind((key, _copy_to_cpu(one, storages)) for key, one in value.items())
+        if kind is OrderedDict:
+            vars(copied).update(vars(value))  # versions of the modules of a state dict
+        return copied
+    if kind in (list, tuple):
+        return kind(_copy_to_cpu(one, storages) for one in value)
+    if kind is not torch.Tensor or value.layout != torch.strided:
+        return copy.deepcopy(value)
+    storage = value.untyped_storage()
+    where = (value.device, storage.data_ptr())
+    if where not in storages:
+        given = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+        bytes_on_cpu = torch.empty(given.shape, dtype=torch.uint8, pin_memory=value.is_cuda)
+        storages[where] = bytes_on_cpu.copy_(given, non_blocking=True)
+    shared = storages[where].untyped_storage()
+    return torch.empty(0, dtype=value.dtype).set_(shared, value.storage_offset(), value.size(), value.stride())
 
 
 def without_objects(checkpoint: dict[str, Any]) -> dict[str, Any]:

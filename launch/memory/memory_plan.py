@@ -36,6 +36,7 @@ SHOWN = (
     "LM head temporaries",
     "teacher activations",
     "generation",
+    "checkpoint copy",
     "export",
 )
 
@@ -97,8 +98,8 @@ def memory_plan(sizes: RunSizes, process: int = 0) -> MemoryPlan:
 def _cpu_bytes(sizes: RunSizes, size: dict[str, int], phases: dict[str, int]) -> int:
     """Return the peak bytes of a CPU process beyond its start.
 
-    All phases share one heap, which never shrinks and is larger than the temporaries in it. The export is written and
-    read through files, beside the heap.
+    All phases share one heap, which never shrinks and is larger than the temporaries in it. Beside it, another thread
+    writes a checkpoint and its export while training goes on.
     """
     kept = sum(size[name] for name in KEPT)
     training = max(phases[name] for name in TRAINING) - kept
@@ -110,7 +111,7 @@ def _cpu_bytes(sizes: RunSizes, size: dict[str, int], phases: dict[str, int]) ->
     libraries = LIBRARY_BYTES + (COMPILER_BYTES if sizes.compiled_head else 0)
     if sizes.wandb:
         libraries += WANDB_BYTES + (WANDB_TABLE_BYTES if sizes.samples else 0)
-    return int(libraries + heap + size["export"])
+    return int(libraries + heap + size["export"] + size["checkpoint copy"])
 
 
 def largest_that_fits(sizes: RunSizes, process: int, limit: int, cap: int) -> int:

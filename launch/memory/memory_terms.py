@@ -138,11 +138,15 @@ def _kept(sizes: RunSizes) -> dict[str, int]:
     """Terms that are kept from step to step."""
     w, trained, total = sizes.weight_bytes, trained_parameters(sizes), parameters(sizes.shape) + lora_parameters(sizes)
     gathered = _embeddings(sizes.shape) + 2 * _matrices(sizes.shape) if sizes.sharded else 0  # by FSDP2, and two blocks
+    state = (2 * trained - _muon_parameters(sizes)) * w // sizes.shards
+    averaged = total * 4 // sizes.shards if sizes.ema else 0
     return {
         "weights": total * w // sizes.shards + gathered * w,
         "gradients": trained * w // sizes.shards,  # DDP's buckets are views of them
-        "optimizer state": (2 * trained - _muon_parameters(sizes)) * w // sizes.shards,
-        "averaged weights": total * 4 // sizes.shards if sizes.ema else 0,
+        "optimizer state": state,
+        "averaged weights": averaged,
+        # which is written while training goes on
+        "checkpoint copy": 0 if sizes.on_gpu or sizes.sharded else total * w + state + averaged,
         "teacher weights": _teacher_parameters(sizes) * sizes.precision.teacher_bytes,
         "logits buffer": 0 if sizes.on_gpu or sizes.negatives else _logits_buffer(sizes),
     }

@@ -15,7 +15,8 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from callbacks.best import Best
-from callbacks.checkpoint import Checkpoint, StreamingCheckpointIO
+from callbacks.checkpoint import Checkpoint
+from callbacks.checkpoint_io import StreamingCheckpointIO
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.loggers.protocols import TakesLabels
 from callbacks.pruning import Pruning, TrialReports

@@ -93,7 +93,7 @@ def run_cost(spec: RunSpec, sizes: RunSizes, files: RunFiles, split: int | None,
         "train": _train(spec, sizes, student, teacher),
         "validate": _validate(spec, student, teacher, validated, scored),
         "sample": _sample(spec.config, student),
-        **_save(spec.config, files),
+        **_save(spec, files),
     }
     return RunCost(phases, student + teacher * FORWARD)
 
@@ -134,15 +134,16 @@ def _sample(config: RunConfig, student: float) -> PhaseCost:
     return PhaseCost(f"{times:,} times {texts} texts", flops, decoded=times * methods * new)
 
 
-def _save(config: RunConfig, files: RunFiles) -> dict[str, PhaseCost]:
-    """Checkpoints, and exports, which are read back."""
-    checkpoint = config.callbacks.get("checkpoint")
-    times = _events(config, int(checkpoint["every"])) if checkpoint else 0
+def _save(spec: RunSpec, files: RunFiles) -> dict[str, PhaseCost]:
+    """Checkpoints, and exports, which are read back; training waits for the last one, and for shards."""
+    checkpoint = spec.config.callbacks.get("checkpoint")
+    times = _events(spec.config, int(checkpoint["every"])) if checkpoint else 0
     verified = VERIFY_SECONDS if checkpoint and checkpoint.get("verify_export") else 0.0
-    text = f"{times:,} times, at {DISK_BYTES / 1e9} GB/s"
+    waits, beside = (times, "") if spec.machine.strategy == "fsdp" else (min(times, 1), ", beside training")
+    text = f"{times:,} times{beside}, at {DISK_BYTES / 1e9} GB/s"
     return {
-        "save": PhaseCost(text, written=times * files.checkpoint),
-        "export": PhaseCost(text, written=2 * times * files.export, seconds=verified),
+        "save": PhaseCost(text, written=waits * files.checkpoint),
+        "export": PhaseCost(text, written=2 * waits * files.export, seconds=verified),
     }
 
 

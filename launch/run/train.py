@@ -11,8 +11,9 @@ import lightning
 import torch
 
 from callbacks.best import find_best
-from callbacks.checkpoint import is_added, is_complete, raising_callback
+from callbacks.checkpoint import is_complete
 from callbacks.ending import stop_reason
+from callbacks.failing_callbacks import is_added, raising_callback
 from callbacks.interrupt import Interrupt, StoppedNowError
 from callbacks.progress_marks import ProgressMarks
 from callbacks.report import Report

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import callbacks.checkpoint
+import callbacks.export
 from callbacks.best import Best, find_best
 from gpt2lab.analysis.optuna_storage import STUDY_FILE, load_study
 from gpt2lab.evaluation.document_losses import read_document_losses
@@ -157,8 +158,10 @@ class PowerCut(BaseException):
 
 def cut_power(moment: str, patch: pytest.MonkeyPatch) -> None:
     """End the run in its third save whose weights are exported."""
-    name = "write_hf_folder" if "export" in moment else "commit_checkpoint"
-    action, count = vars(callbacks.checkpoint)[name], 0
+    module, name = (
+        (callbacks.export, "write_hf_folder") if "export" in moment else (callbacks.checkpoint, "commit_checkpoint")
+    )
+    action, count = vars(module)[name], 0
 
     def dying(*arguments: Any) -> Any:
         nonlocal count
@@ -170,7 +173,7 @@ def cut_power(moment: str, patch: pytest.MonkeyPatch) -> None:
             raise PowerCut
         return result
 
-    patch.setattr(callbacks.checkpoint, name, dying)
+    patch.setattr(module, name, dying)
 
 
 @pytest.mark.parametrize(
