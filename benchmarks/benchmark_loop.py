@@ -1,4 +1,4 @@
-"""What train.py adds to the steps themselves: its loop, its start, and a checkpoint every 100 steps.
+"""Time of train.py beside its steps: loop, start, and a checkpoint every 100 steps.
 
     python -m benchmarks.benchmark_loop [--rounds 5]
 
@@ -50,7 +50,7 @@ def run(folder: Path, model: str, steps: int, *keys: str) -> tuple[Path, dict[st
 
 
 def loop_seconds(folder: Path) -> dict[str, float]:
-    """Seconds of a step of a bare loop and of train.py."""
+    """Measure the seconds of a step of a bare loop and of train.py."""
     bare = measure_apart(VOCABULARY, "reuse")["milliseconds"] / 1e3
     run_dir, _ = run(folder, "mini", 60, "compile=auto", STEP_TIMES, "log_every=1")
     times = json.loads((run_dir / "step_times.json").read_text())
@@ -58,7 +58,7 @@ def loop_seconds(folder: Path) -> dict[str, float]:
 
 
 def start_seconds(folder: Path) -> dict[str, float]:
-    """Seconds of the imports alone, and from the start of train.py to the end of its first step."""
+    """Measure the seconds of the imports alone, and from the start of train.py to the end of its first step."""
     started = time.time()
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)
     imports, started = time.time() - started, time.time()
@@ -68,7 +68,7 @@ def start_seconds(folder: Path) -> dict[str, float]:
 
 
 def checkpoint_seconds(folder: Path, model: str) -> dict[str, float]:
-    """Seconds of all steps, and of what interrupts them, without and with checkpoints."""
+    """Measure the seconds of all steps, and of what interrupts them, without and with checkpoints."""
     found = {}
     for name, every in (("no checkpoints", STEPS[model]), (f"one every {EVERY} steps", EVERY)):
         _, report = run(folder, model, STEPS[model], f"checkpoint_every={every}")

@@ -43,7 +43,7 @@ class Checkpoint(lightning.Callback):
     """Save every `every` steps and at the end of a fit, however it ends; one of the last callbacks.
 
     A step with a validation is saved after it; a run that is being stopped also saves before it. A pruned run is not
-    saved at its end. Another thread writes while training goes on; its error ends the run after the next step. The run
+    saved at its end. Another thread writes while training continues; its error ends the run after the next step. The run
     directory's Hugging Face folder `hf` is written before the checkpoint is added to the ledger, so it is never older
     than the checkpoint. Under export=best it holds the weights of the best validation so far, whose checkpoint is saved
     and kept; a resumed run writes it again if the killed one left a later one.
@@ -174,7 +174,7 @@ class Checkpoint(lightning.Callback):
         return (due or exported_step(trainer) == step) and step != self.saved_step
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save a checkpoint and the export; collective, rank 0 writes, whole ones while the training goes on."""
+        """Save a checkpoint and the export; collective, rank 0 writes, whole ones while training continues."""
         step = trainer.global_step
         with outside_training_time(trainer, SAVE), self._full_disk_named(step):
             self._raise_failed_write(trainer)

@@ -50,7 +50,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
 
 class BackgroundWrite:
-    """At most one write in another thread, which also ends before the process does."""
+    """One write at a time in another thread; the process ends after it."""
 
     def __init__(self) -> None:
         self._pending: Future[None] | None = None

@@ -99,7 +99,7 @@ def _cpu_bytes(sizes: RunSizes, size: dict[str, int], phases: dict[str, int]) ->
     """Return the peak bytes of a CPU process beyond its start.
 
     All phases share one heap, which never shrinks and is larger than the temporaries in it. Beside it, another thread
-    writes a checkpoint and its export while training goes on.
+    writes a checkpoint and its export while training continues.
     """
     kept = sum(size[name] for name in KEPT)
     training = max(phases[name] for name in TRAINING) - kept

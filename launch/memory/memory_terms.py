@@ -145,7 +145,7 @@ def _kept(sizes: RunSizes) -> dict[str, int]:
         "gradients": trained * w // sizes.shards,  # DDP's buckets are views of them
         "optimizer state": state,
         "averaged weights": averaged,
-        # which is written while training goes on
+        # which is written while training continues
         "checkpoint copy": 0 if sizes.on_gpu or sizes.sharded else total * w + state + averaged,
         "teacher weights": _teacher_parameters(sizes) * sizes.precision.teacher_bytes,
         "logits buffer": 0 if sizes.on_gpu or sizes.negatives else _logits_buffer(sizes),

@@ -185,7 +185,7 @@ def _memory(spec: RunSpec, sizes: RunSizes, plan: MemoryPlan, room: int | None) 
         + (", recomputed block by block" if sizes.checkpointing else ""),
         "LM head temporaries": "the chunk of logits that is worked on",
         "generation": "key-value cache and logits of samples, generated answers and on-policy text",
-        "checkpoint copy": "which is written while training goes on",
+        "checkpoint copy": "which is written while training continues",
         "export": "fp32 copies of the weights while a checkpoint is written and verified",
         "teacher weights": "a device's part of its blocks, and two whole ones" if sizes.sharded_teacher else "",
     }

@@ -1,4 +1,4 @@
-"""Checkpoints written in another thread while training goes on: the same content, and errors that are not lost."""
+"""Checkpoints written in another thread while training continues: the same content, and errors that are not lost."""
 
 import errno
 import threading
@@ -53,7 +53,7 @@ def content(run: Path, step: int) -> dict[str, Any]:
     return found
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_training_continues_while_a_checkpoint_is_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The file and the export of step 4 are written after step 6, and hold step 4."""
     later, waited = AfterStep(6), []
 
