@@ -8,8 +8,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import wandb
@@ -33,6 +36,7 @@ from gpt2lab.storage.report_json import FINISHED, read_report
 log = logging.getLogger(__name__)
 
 RUN_ID = re.compile(r"[0-9A-Za-z_-]+")
+ONLINE_FOLDERS = "wandb/run-*-*"  # time and run id
 INIT_SECONDS = 30  # to wait for the server
 FINISH_SECONDS = 30  # for the rest of the data at the end of an online run
 UPLOAD_SECONDS = 600  # the same with a model
@@ -232,7 +236,6 @@ class WeightsAndBiases(WandbLogger):
         except Exception as error:
             if mode == "offline":
                 raise
-            end_service()  # which still has the run id
             log.warning("W&B is unreachable (%s); this run is logged offline.", first_line(error))
             mode = "offline"
             run = self._init(mode, self.run_dir)
@@ -246,26 +249,33 @@ class WeightsAndBiases(WandbLogger):
         """Return the online run; one of which the server has rows after the checkpoint is rewound if possible."""
         numbers, run = RowNumbers(self.run_dir), None
         last = numbers.last_until(self.labels.completed)
-        if last is not None and self._rows_of_server() > last + 1:
-            try:
-                run = self._init("online", self.run_dir, f"{self.run_id()}?_step={last}")
-            except Exception as error:
-                end_service()
-                if not self.calls.is_quiet:
-                    log.info("W&B did not rewind this run, so repeated steps are omitted: %s", first_line(error))
-        is_rewound = run is not None
-        run = run or self._init("online", self.run_dir)
-        numbers.begin(run.starting_step)
+        with _attempt(self.run_dir):
+            if last is not None and self._rows_of_server() > last + 1:
+                run = self._rewound(last)
+            is_rewound = run is not None
+            run = run or self._init("online", self.run_dir)
+            numbers.begin(run.starting_step)
         self._numbers, self._is_continued = numbers, is_rewound or run.resumed
         self._logged_step = max(numbers.newest, int(run.summary.get(STEP, 0)) if run.resumed else 0)
         return run
 
+    def _rewound(self, last: int) -> Any:
+        """Return the online run after its rewind to a row; None if the server does not allow that."""
+        try:
+            with _attempt(self.run_dir):
+                return self._init("online", self.run_dir, f"{self.run_id()}?_step={last}")
+        except Exception as error:
+            if not self.calls.is_quiet:
+                log.info("W&B did not rewind this run, so repeated steps are omitted: %s", first_line(error))
+            return None
+
     def _rows_of_server(self) -> int:
-        """Return the number of the run's rows that the server has."""
-        run = self._init("online", self.run_dir, is_read_only=True)
-        rows = int(run.starting_step) if run.resumed else 0
-        run.finish()
-        end_service()  # which still has the run id
+        """Return the number of the run's rows that the server has; the folder of the request is temporary."""
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            run = self._init("online", Path(folder), is_read_only=True)
+            rows = int(run.starting_step) if run.resumed else 0
+            run.finish()
+            end_service()  # which still has the run id
         return rows
 
     def _init(self, mode: Any, folder: Path, resume_from: str | None = None, is_read_only: bool = False) -> Any:
@@ -321,6 +331,19 @@ class WeightsAndBiases(WandbLogger):
     def _bounded(self, method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         """Return the method as one that returns None when it fails or takes too long."""
         return lambda *given, **named: self.calls.call(lambda: method(*given, **named), None, seconds)
+
+
+@contextmanager
+def _attempt(run_dir: Path) -> Iterator[None]:
+    """Start an online run; if that fails, end W&B's service, which has its id, and delete its folder without a row."""
+    earlier = set(run_dir.glob(ONLINE_FOLDERS))
+    try:
+        yield
+    except Exception:
+        end_service()
+        for folder in set(run_dir.glob(ONLINE_FOLDERS)) - earlier:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _no_run() -> Any:

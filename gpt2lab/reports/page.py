@@ -42,9 +42,9 @@ def render_page(title: str, heading: str, status: str, body: str, reload_seconds
 
 def shown_path(path: str | Path) -> str:
     """Return the path of a run as typed in a command: relative to the current folder if below it, without its `hf/`."""
-    whole, here = Path(path).absolute(), Path.cwd()
-    run = whole.parent if whole.name == "hf" else whole
-    return str(run.relative_to(here)) if run.is_relative_to(here) else str(path)
+    run, here = Path(path), Path.cwd()
+    run = run.parent if run.name == "hf" else run
+    return str(run.absolute().relative_to(here)) if run.absolute().is_relative_to(here) else str(run)
 
 
 def section(title: str, content: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 from gpt2lab import metric_names
 from gpt2lab.number_format import duration, loss, significant
 from gpt2lab.reports.charts import plots, tools
+from gpt2lab.reports.next_commands import next_commands, resume_command
 from gpt2lab.reports.page import age, command, render_page, section, table
 from gpt2lab.reports.run_curves import distillation_charts, loss_chart, run_clock, side_charts
 from gpt2lab.reports.run_texts import Example, examples_html, samples_html
 from gpt2lab.reports.samples_jsonl import Sample
-from gpt2lab.storage.report_json import is_finished
 
 RUNNING = "running"
 RELOAD_SECONDS = 30
@@ -66,7 +66,7 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
     curves = plots([loss_chart(run.rows, report, events), *side_charts(run.rows)])
     distillation = _distillation(report.get("metrics") or {}) + plots(distillation_charts(run.rows))
     body = [
-        age(run.patience, _resume_command(run.folder)) if is_running else "",
+        age(run.patience, resume_command(run.folder)) if is_running else "",
         error,
         f'<div class="tiles">{"".join(_tiles(report))}</div>',
         section(
@@ -80,15 +80,11 @@ def render(title: str, report: dict[str, Any], run: RunFiles) -> str:
         section("Lineage", _lineage(title, report, run.pages)),
         section("Time", _phases(report.get("seconds_by_phase") or {})),
         section("Inside the model", _links({Path(page).stem: page for page in run.inside})),
-        section("Next", _next(report, run)),
+        section("Next", "" if is_running else _next(report, run)),
         section("Files", _links({path: path for path in run.files})),
         section("Configuration", _configuration(report, run.config)),
     ]
     return render_page(title, title, status, "".join(body), RELOAD_SECONDS if is_running else 0)
-
-
-def _resume_command(folder: str) -> str:
-    return f"python train.py resume={shlex.quote(folder)}" if folder else ""
 
 
 def _tiles(report: dict[str, Any]) -> list[str]:
@@ -210,20 +206,8 @@ def _links(pages: Mapping[str, str]) -> str:
 
 
 def _next(report: dict[str, Any], run: RunFiles) -> str:
-    """Render the commands that use or continue the run."""
-    status, folder = report.get("status"), shlex.quote(run.folder)
-    if not run.folder or status == RUNNING:
-        return ""
-    lines = {}
-    if not is_finished(report) and status != "pruned":
-        lines["Resume"] = _resume_command(run.folder)
-    if "hf" in run.files:
-        lines["Generate text"] = f'python generate.py checkpoint={folder} prompt="…"'
-        lines["Evaluate"] = f"python evaluate.py checkpoint={folder}"
-        lines["Playground in the browser"] = f"python generate.py checkpoint={folder} serve=true"
-    if status == "finished" and report.get("steps"):
-        lines["Train longer"] = f"python train.py resume={folder} steps={2 * report['steps']}"
-    return "".join(f"<div>{title}</div>{command(text)}" for title, text in lines.items())
+    commands = next_commands(report, run.folder, "hf" in run.files)
+    return "".join(f"<div>{escape(name.capitalize())}</div>{command(text)}" for name, text in commands.items())
 
 
 def _configuration(report: dict[str, Any], config: str) -> str:

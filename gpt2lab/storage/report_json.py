@@ -10,7 +10,7 @@ from gpt2lab.storage.damaged_files import read_file, set_aside, warn_once
 # Types of the values read by other modules
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("status", "error", "watched_metric", "command"), (str,)),
-    **dict.fromkeys(("metrics", "data", "teacher", "hub"), (dict,)),
+    **dict.fromkeys(("metrics", "data", "teacher", "hub", "uses"), (dict,)),
     **dict.fromkeys(("seconds", "tokens_per_second", "val_loss", "full_val_loss"), (int, float, type(None))),
 }
 FINISHED = ("finished", "stopped early")  # statuses of a complete run

@@ -200,17 +200,24 @@ def _block_activations(sizes: RunSizes) -> int:
     keys and values, the attention output, and the 4 D hidden units of the MLP before and after the activation.
     """
     shape, item = sizes.shape, sizes.compute_bytes
-    per_position = (2 * sizes.weight_bytes + 14 * item) * shape.n_embd + 16 + 4 * shape.n_head
-    if sizes.masked:
-        per_position += sizes.length * item
-    if sizes.compute_bytes == 2 and not sizes.on_gpu and not shape.dropout and sizes.length <= LONGEST:
-        per_position += 2 * shape.n_head * sizes.length  # short_attention.py keeps the probabilities
+    per_position = (2 * sizes.weight_bytes + 14 * item) * shape.n_embd + 16 + 4 * shape.n_head + _attention_bytes(sizes)
     if shape.dropout:
-        unfused_attention = 12 * shape.n_head * sizes.length + 8 * shape.n_embd  # no fused kernel with dropout on CPUs
-        per_position += 2 * shape.n_embd + (0 if sizes.on_gpu else unfused_attention)
+        per_position += 2 * shape.n_embd
     if sizes.lora_rank:
         per_position += 4 * sizes.lora_rank * item + (2 * shape.n_embd if item < sizes.weight_bytes else 0)
     return per_position * sizes.positions
+
+
+def _attention_bytes(sizes: RunSizes) -> int:
+    """Bytes per position that attention saves besides its inputs and output: the mask, and on CPUs probabilities."""
+    shape, mask = sizes.shape, sizes.length * sizes.compute_bytes if sizes.masked else 0
+    probabilities = shape.n_head * sizes.length  # elements
+    if sizes.on_gpu:
+        return mask
+    if shape.dropout:  # no fused kernel
+        return mask + 12 * probabilities + 8 * shape.n_embd
+    is_short = sizes.compute_bytes == 2 and sizes.length <= LONGEST  # short_attention.py
+    return mask + 2 * probabilities if is_short else mask
 
 
 def _casts(sizes: RunSizes) -> int:

@@ -35,10 +35,11 @@ from launch.config.run_spec import PreparedSpec, RunSpec, to_yaml
 from launch.config.schema import RunConfig, with_references
 from launch.config.targets import OWN_PACKAGES, call, check_arguments, instantiate, target_class
 from launch.config.unused_keys import given_keys
-from launch.rank_environment import is_rank
+from launch.rank_environment import is_main_process, is_rank
 from launch.run import memory_limit
 from launch.run.card_facts import card_facts, report_facts
 from launch.run.labels import run_labels, searchable_values
+from launch.run.run_uses import run_uses
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.plugins.fsdp_strategy import ShardedStrategy
 
@@ -192,6 +193,8 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
     callbacks = _states_first(_with_best(callbacks, best))
     known = report_facts(spec, facts)
     card = card_facts(spec, known)
+    if is_main_process():  # the teacher may be missing on the other machines of a run
+        known["uses"] = run_uses(spec, folder)
     for callback in callbacks:
         if isinstance(callback, Report):
             callback.facts, callback.card = known, card

@@ -9,13 +9,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from gpt2lab.reports.next_commands import next_commands
+from gpt2lab.reports.page import shown_path
 from gpt2lab.settings import DataFacts
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step
 from gpt2lab.storage.model_folder import parameter_count, read_shape
 from gpt2lab.system.terminal import console, format_time, is_live, show
 from launch.config.run_spec import PreparedSpec
 from launch.memory.run_sizes import rank_memory_limit
-from launch.run import auto_settings, earlier_run, next_commands
+from launch.run import auto_settings, earlier_run
+from launch.run.run_uses import run_uses
 
 NARROWEST, WIDEST = 40, 100  # columns of a panel
 MEASURED_LATER = "known after the first steps"
@@ -52,7 +55,8 @@ def show_end(spec: PreparedSpec, report: dict[str, Any], folder: Path) -> None:
         show(f"{title} · {folder}/report.html")
         return
     _show_panel(title, _results(report, folder))
-    commands = next_commands.next_commands(spec, report, folder)
+    uses = run_uses(spec, folder)
+    commands = next_commands({**report, "uses": uses}, shown_path(folder), (folder / "hf").is_dir())
     show("\n".join(f"{name}:\n  {command}" for name, command in commands.items()))
 
 
@@ -93,7 +97,7 @@ def _what(spec: PreparedSpec, facts: DataFacts) -> list[tuple[str, str]]:
         ("data", f"{facts.name}, {facts.train_tokens:,} tokens, vocabulary of {facts.vocab_size:,}"),
     ]
     if inputs.init_names_weights:
-        rows.append(("init", next_commands.shown_model(inputs.init)))
+        rows.append(("init", shown_path(inputs.init)))
     if config.objective.name != "clm":
         rows.append(("objective", config.objective.name))
     return [*rows, *_teacher(spec)]
@@ -109,7 +113,7 @@ def _teacher(spec: PreparedSpec) -> list[tuple[str, str]]:
         return []
     usage = "runs at every step" if cache == "none" else f"read once, teacher_cache={cache}"
     size = parameter_count(read_shape(Path(teacher)))
-    return [("teacher", f"{next_commands.shown_model(teacher)}, {size:,} parameters, {usage}")]
+    return [("teacher", f"{shown_path(teacher)}, {size:,} parameters, {usage}")]
 
 
 def _how(spec: PreparedSpec) -> list[tuple[str, str]]:

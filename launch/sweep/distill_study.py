@@ -38,8 +38,8 @@ from gpt2lab.settings import ModelShape, TokenizerChoice
 from gpt2lab.storage.atomic_files import write_json, write_text
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.model_folder import read_shape
-from gpt2lab.storage.report_json import is_finished, read_report
-from gpt2lab.system.terminal import format_time, show
+from gpt2lab.storage.report_json import is_finished, read_report, watched_value
+from gpt2lab.system.terminal import format_time, show, terminal_width
 from launch import exit_codes, logging_setup
 from launch.checks import study_plan
 from launch.checks.study_plan import PlannedRun, steps_in_the_same_time
@@ -50,6 +50,8 @@ from launch.config.schema import RunConfig, with_absolute_paths
 from launch.run import resolve
 from launch.sweep import jobs, study_table
 from launch.sweep.jobs import Job
+from launch.sweep.sweep_progress import best_so_far
+from launch.sweep.text_table import wrapped
 
 COLUMNS: tuple[str, ...] = ("run", "arm", "seed", "lr", "steps", "status", "val_loss", "training_seconds", "seconds")
 COLUMNS += ("tokens_per_second", "folder", "error")
@@ -129,13 +131,11 @@ class Study:
         overrides = study_plan.run_overrides(planned, self.config, self.teacher, self.tokenizer)
         overrides = [*overrides, "resume=auto"]  # resumes a run that was interrupted with this study
         job = self.runs[planned] = Job(len(self.runs) + 1, overrides, self.folder / planned.name)
-        if is_finished(read_report(job.folder)):
-            job.status = "finished"
+        if is_finished(report := read_report(job.folder)):
+            job.status, job.watched = "finished", watched_value(report)
             print(f"run {job.number}: {planned.name} has finished already", flush=True)
             return self._report(planned)
-        left = self._remaining_seconds()
-        eta = "" if left is None else f"  ETA {format_time(left)}"
-        show(f"run {job.number} of about {self._expected()}: {planned.name}{eta}")
+        self._show(job)
         begin = time.monotonic()
         stopped = jobs.run(job, partial(compose, "train", return_hydra_config=True), drops_unread=True)
         self.durations.append(time.monotonic() - begin)
@@ -183,6 +183,14 @@ class Study:
 
     def _report(self, planned: PlannedRun) -> dict[str, Any]:
         return read_report(self.runs[planned].folder) if self.runs[planned].status == "finished" else {}
+
+    def _show(self, job: Job) -> None:
+        """Print a run that is about to start, the best result so far and the remaining time."""
+        left = self._remaining_seconds()
+        best = best_so_far(list(self.runs.values()), lambda run: f"run {run.number} {run.folder.name}")
+        eta = [] if left is None else [f"ETA {format_time(left)}"]
+        words = [f"run {job.number} of about {self._expected()}: {job.folder.name}", *best, *eta]
+        show(wrapped("  ".join(words), terminal_width()))
 
     def _expected(self) -> int:
         study, arms = self.config.study, 2 * len(self.config.study.inits)

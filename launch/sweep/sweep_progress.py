@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gpt2lab import metric_names
 from gpt2lab.number_format import column_decimals, fixed
@@ -65,7 +65,7 @@ class SweepProgress:
         """Return the watched metric and the seconds of a job that has ended."""
         report = read_report(job.folder)
         metric = report.get("watched_metric", "")
-        value = "" if job.watched is None else f"{metric} {self._shown(metric, job.watched)}, "
+        value = "" if job.watched is None else f"{metric} {_shown(metric, job.watched, self._jobs)}, "
         return f"{value}{report.get('seconds', 0):.0f} s"
 
     def _state(self) -> list[str]:
@@ -74,20 +74,7 @@ class SweepProgress:
         return [*self._best(), *([] if left is None else [f"ETA {format_time(left)}"])]
 
     def _best(self) -> list[str]:
-        """Return the best result so far; jobs with different metrics are not compared."""
-        ended = [job for job in self._jobs if job.watched is not None and math.isfinite(job.watched)]
-        found = [(job, read_report(job.folder).get("watched_metric", "")) for job in ended]
-        if len(metrics := {metric for _, metric in found}) != 1:
-            return []
-        metric = metrics.pop()
-        choose = min if metric_names.lower_is_better(metric) else max
-        best = choose((job for job, _ in found), key=lambda job: job.watched or 0.0)
-        return [f"best {metric} {self._shown(metric, best.watched or 0.0)}", f"by {self.name(best)}"]
-
-    def _shown(self, metric: str, value: float) -> str:
-        """Format a value with the decimals that the results so far need."""
-        known = [job.watched for job in self._jobs if job.watched is not None]
-        return fixed(value, column_decimals(known, metric_names.lower_is_better(metric)))
+        return best_so_far(self._jobs, self.name)
 
     def _left(self) -> float | None:
         """Estimate the seconds until all jobs have ended, from those that this process has run.
@@ -101,3 +88,21 @@ class SweepProgress:
         running = sum(max(mean - (time.monotonic() - begun), 0.0) for begun in self._begun.values())
         seconds = max(left - len(self._begun), 0) * mean + running
         return None if self._begun and not seconds else seconds / max(min(self.slots, left), 1)
+
+
+def best_so_far(jobs: Sequence[Job], name: Callable[[Job], str]) -> list[str]:
+    """Return the best result and the name of its job; jobs with different metrics are not compared."""
+    ended = [job for job in jobs if job.watched is not None and math.isfinite(job.watched)]
+    found = [(job, read_report(job.folder).get("watched_metric", "")) for job in ended]
+    if len(metrics := {metric for _, metric in found}) != 1:
+        return []
+    metric = metrics.pop()
+    choose = min if metric_names.lower_is_better(metric) else max
+    best = choose((job for job, _ in found), key=lambda job: job.watched or 0.0)
+    return [f"best {metric} {_shown(metric, best.watched or 0.0, jobs)}", f"by {name(best)}"]
+
+
+def _shown(metric: str, value: float, jobs: Sequence[Job]) -> str:
+    """Format a value with the decimals that the results so far need."""
+    known = [job.watched for job in jobs if job.watched is not None]
+    return fixed(value, column_decimals(known, metric_names.lower_is_better(metric)))

@@ -271,20 +271,41 @@ def test_no_server_and_no_service_keeps_a_process_running(
     behaviour: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    server = Server(behaviour)
-    for name, value in server.login.items() if behaviour else ():
-        monkeypatch.setenv(name, value)
     if words == ["resume"]:
-        (tmp_path / "wandb").mkdir()
-        (tmp_path / "wandb" / "run-id").write_text("abc")
-        (tmp_path / "wandb" / "row-numbers.csv").write_text("1,0\n2,1\n3,2\n")
-        server.history = [{"step": 1, "_step": 0}, {"step": 2, "_step": 1}, {"step": 3, "_step": 2}]
-    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(tmp_path), "5", *words]
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=180)
+        ended = resumed_process(behaviour, tmp_path)
+    else:
+        with Server(behaviour) as server:
+            ended = wandb_process(server.login if behaviour else {}, tmp_path, *words)
     assert ended.returncode == 0, ended.stderr
     assert "finished" in ended.stdout
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
+    assert len(list((tmp_path / "wandb").glob("*run-*-*"))) == (2 if words == ["resume"] else 1), "one for each process"
+
+
+def wandb_process(login: dict[str, str], run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(ROOT / "tests" / "support" / "wandb_run.py"), str(run_dir), "5", *words]
+    return subprocess.run(program, env={**os.environ, **login}, capture_output=True, text=True, timeout=180)
+
+
+def resumed_process(behaviour: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Resume a run after its first step, of which the server has three."""
+    (run_dir / "wandb" / "run-20260101_000000-abc").mkdir(parents=True)
+    (run_dir / "wandb" / "run-id").write_text("abc")
+    (run_dir / "wandb" / "row-numbers.csv").write_text("1,0\n2,1\n3,2\n")
+    with Server(behaviour) as server:
+        server.history = [{"step": 1, "_step": 0}, {"step": 2, "_step": 1}, {"step": 3, "_step": 2}]
+        return wandb_process(server.login, run_dir, "resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", ["rewinds", "answers"])
+def test_a_resumed_process_adds_one_wandb_folder(behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    ended = resumed_process(behaviour, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    earlier, added = sorted(path.name for path in (tmp_path / "wandb").glob("run-*-*"))
+    assert (earlier, added) == ("run-20260101_000000-abc", (tmp_path / "wandb" / "latest-run").readlink().name)
 
 
 @pytest.mark.parametrize(
@@ -312,15 +333,16 @@ def test_rewind_goes_to_the_last_row_of_the_checkpoint(text: str, completed: int
 @pytest.mark.slow
 @pytest.mark.parametrize("behaviour", ["rewinds", "answers"])
 def test_an_online_run_that_is_resumed_has_each_step_once(behaviour: str, cache: Path, tiny: list[str], tmp_path: Path):
-    server, run_dir = Server(behaviour), tmp_path / "run"
+    run_dir = tmp_path / "run"
     keys = [key for key in tiny if not key.startswith("logger")]
     keys += ["logger=wandb", "log_every=1", "validate_every=5", "checkpoint_every=5", "steps=400", "run_dir=run"]
     keys += ["compile=false", "threads=1", "schedule=constant", "optimizer.lr=3"]  # it diverges
-    process = started(cache, tmp_path, *keys, **server.login)
-    completed = kill_after_later_rows(process, server, run_dir)
-    sent, before = server.history[-1]["step"], len(server.received)
-    ended = started(cache, tmp_path, "resume=run", f"steps={sent + 7}", **server.login)
-    _, errors = ended.communicate()
+    with Server(behaviour) as server:
+        process = started(cache, tmp_path, *keys, **server.login)
+        completed = kill_after_later_rows(process, server, run_dir)
+        sent, before = server.history[-1]["step"], len(server.received)
+        ended = started(cache, tmp_path, "resume=run", f"steps={sent + 7}", **server.login)
+        _, errors = ended.communicate()
     assert ended.returncode == 0, errors
     assert "Traceback" not in errors
     rows = read_metrics(run_dir)
@@ -358,9 +380,10 @@ def test_a_run_killed_twice_and_resumed_is_one_offline_run(cache: Path, tiny: li
     _, errors = ended.communicate()
     assert ended.returncode == 0, errors
     assert_one_complete_run(tmp_path / "run")
-    server = Server("answers")
     command = [sys.executable, "-m", "wandb", "sync", str(files_in(tmp_path / "run")[0].parent)]
-    synced = subprocess.run(command, env={**os.environ, **server.login}, capture_output=True, text=True, timeout=180)
+    with Server("answers") as server:
+        given = {**os.environ, **server.login}
+        synced = subprocess.run(command, env=given, capture_output=True, text=True, timeout=180)
     assert "Finished syncing" in synced.stderr, synced.stderr
     assert "file_stream" in server.queries
 

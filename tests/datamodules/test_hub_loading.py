@@ -21,7 +21,7 @@ from gpt2lab.storage.damaged_files import warn_once
 from tests.conftest import ROOT
 from tests.datamodules.test_corpora import text_data
 from tests.datamodules.test_pair_sources import make, pairs_of
-from tests.support.hub_server import TOKEN, Hub, serving
+from tests.support.hub_server import TOKEN, Hub
 
 STORIES = [f"The lamp by river number {number} counts the stones. " * 9 for number in range(60)]
 CARD = b"---\nlicense: mit\n---\n"
@@ -83,7 +83,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The server in place of the Hub, an empty Hugging Face cache, and retries without waiting."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub_storage, "RETRY_AFTER", (0, 0, 0))
-    with serving(fill(Hub())) as hub:
+    with fill(Hub()) as hub:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
@@ -263,7 +263,7 @@ def test_train_and_check_presets_read_the_hub_of_hf_endpoint(tmp_path: Path) -> 
     tiny = ("model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.n_positions=64", "context=32", "steps=2")
     tiny += ("data=openwebtext", "tokenizer=bpe", "vocab_size=300", "batch_tokens=256", "precision=fp32")
     tiny += ("logger=none", "callbacks=minimal", "compile=false")
-    with serving(hub):
+    with hub:
         done = run(str(ROOT / "train.py"), *tiny, "run_dir=online")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("has a loading script; the Hub's parquet conversion of it is read.") == 1

@@ -7,9 +7,9 @@ it `hangs` then: such a request is never answered; or it is `silent`: it accepts
 
 import gzip
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.support.local_server import Handler, LocalServer
 
 RUN = {"id": "cnVu", "name": "run", "displayName": "run", "historyLineCount": 0, "config": "{}"}
 RUN |= {"project": {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}, "sweepName": None}
@@ -20,8 +20,8 @@ ARTIFACT["artifactSequence"] = {"id": "s", "latestArtifact": {"id": "a", "versio
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 
 
-class Server(ThreadingHTTPServer):
-    """Stand-in on a free port of 127.0.0.1.
+class Server(LocalServer):
+    """Stand-in for W&B's server.
 
     Attributes:
         queries: GraphQL requests and streamed files so far.
@@ -31,10 +31,8 @@ class Server(ThreadingHTTPServer):
         rewinds: W&B steps to which the run was rewound.
     """
 
-    daemon_threads = True
-
     def __init__(self, behaviour: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(_Handler)
         self.behaviour = behaviour
         self.queries: list[str] = []
         self.received: list[dict[str, Any]] = []
@@ -42,15 +40,12 @@ class Server(ThreadingHTTPServer):
         self.summary: dict[str, Any] = {}
         self.rewinds: list[float] = []
         self.is_silent = behaviour == "silent"
-        self.never = threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def login(self) -> dict[str, str]:
         """Environment variables of a process that is logged in here and sends each row at once."""
-        url = f"http://127.0.0.1:{self.server_port}"
         interval = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.05"}
-        return {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", **interval}
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", **interval}
 
     def data(self, query: str, variables: dict[str, Any]) -> dict[str, Any] | None:
         """Return the data of the response to a GraphQL request; None for one that this server does not know."""
@@ -96,42 +91,28 @@ class Server(ThreadingHTTPServer):
         }
 
 
-class Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     server: Server
-    protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         if self.server.is_silent:
-            self.server.never.wait()
+            return self.hang()
         if self.path.endswith("file_stream"):
             self.server.queries.append("file_stream")
             self.server.receive(json.loads(body).get("files") or {})
             self.server.is_silent = self.server.behaviour == "stops"
-            self._answer({"limits": {}})
-            return
+            return self.respond_json({"limits": {}})
         if not self.path.endswith("graphql"):
-            self._answer({})
-            return
+            return self.respond_json({})
         request = json.loads(body)
         if "rewindRun" in request["query"] and self.server.behaviour == "hangs":
-            self.server.never.wait()
+            return self.hang()
         self.server.queries.append(request["query"].split("(")[0].split("{")[0].strip())
         data = self.server.data(request["query"], request.get("variables") or {})
         errors = {"errors": [{"message": "Unknown field"}]}
-        self._answer(*((errors, 400) if data is None else ({"data": data}, 200)))
+        return self.respond_json(*((errors, 400) if data is None else ({"data": data}, 200)))
 
     do_GET = do_PUT = do_POST
-
-    def _answer(self, content: dict[str, Any], status: int = 200) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_unused: Any) -> None:
-        """Print nothing."""

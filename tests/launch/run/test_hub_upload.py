@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from gpt2lab.storage.report_json import read_report
 from launch.run import hub_upload
 from tests.conftest import Train
-from tests.support.hub_uploads import OID, TOKEN, Uploads, receiving
+from tests.support.hub_uploads import OID, TOKEN, Uploads
 
 RUN = ("steps=2", "validate_every=2", "callbacks.checkpoint.verify_export=false", "run_dir=run")
 
@@ -19,7 +19,7 @@ RUN = ("steps=2", "validate_every=2", "callbacks.checkpoint.verify_export=false"
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Uploads]:
     """A server in place of the Hub, for this process and its children, and a token for it."""
-    with receiving(Uploads()) as uploads:
+    with Uploads() as uploads:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         for name, value in {"HF_ENDPOINT": uploads.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}.items():
             monkeypatch.setenv(name, value)

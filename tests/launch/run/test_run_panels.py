@@ -1,9 +1,11 @@
 """What a run prints on the terminal before its first step and after its last; the next commands work when pasted."""
 
+import html
 import io
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import closing
@@ -12,42 +14,54 @@ from pathlib import Path
 import pytest
 
 import generate
+from callbacks.report import Report
+from gpt2lab.reports.next_commands import next_commands
+from gpt2lab.reports.run_report import write_report
+from gpt2lab.settings import DataFacts
 from launch.checks import checks
 from launch.config.key_value_cli import parse
 from launch.config.run_dir import RunDirectory
 from launch.evaluate.score_checkpoints import Arguments as EvaluateArguments
 from launch.generate import serve
 from launch.generate.generator import Arguments as GenerateArguments
-from launch.run import job, next_commands
+from launch.run import build, job, run_panels, run_uses
 from tests.conftest import ROOT, Command, Distil, Train, command_here
 from tests.support.configurations import composed, prepared, resolved
 from tests.support.pseudo_terminal import PseudoTerminal
 
+PLAYGROUND = "playground in the browser"
 START = ("model", "data", "device", "precision", "steps", "memory", "time", "run", "page")
 FINISHED = {"status": "finished", "watched": 4.0, "watched_metric": "val/loss"}
 RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "pretrain": (
         ("model=micro", "data=text", "path=a folder"),
-        {"evaluate", "generate text", "playground", "distill", "fine-tune", "train longer"},
+        {"evaluate", "generate text", PLAYGROUND, "distill", "fine-tune", "train longer"},
     ),
     "smallest model": (
         ("model=nano",),
-        {"evaluate", "generate text", "playground", "fine-tune", "train longer"},
+        {"evaluate", "generate text", PLAYGROUND, "fine-tune", "train longer"},
     ),
     "masks": (("model=nano", "objective=mlm"), {"evaluate", "generate text", "train longer"}),
-    "gaps": (("model=nano", "objective=fim"), {"evaluate", "generate text", "playground", "train longer"}),
+    "gaps": (("model=nano", "objective=fim"), {"evaluate", "generate text", PLAYGROUND, "train longer"}),
     "pairs": (
         ("task=finetune", "model=nano", "init=scratch"),
-        {"evaluate", "generate text", "playground", "train longer"},
+        {"evaluate", "generate text", PLAYGROUND, "train longer"},
     ),
-    "epochs": (("model=nano", "epochs=2"), {"evaluate", "generate text", "playground", "fine-tune"}),
+    "epochs": (
+        ("model=nano", "epochs=2"),
+        {"evaluate", "generate text", PLAYGROUND, "fine-tune", "train longer"},
+    ),
+    "limited time": (
+        ("model=nano", "trainer.max_time=00:08:00:00"),
+        {"evaluate", "generate text", PLAYGROUND, "fine-tune"},
+    ),
     "distill": (
         ("task=distill", "model=nano", "teacher=my teacher"),
-        {"evaluate", "generate text", "playground", "speculative", "fine-tune", "train longer"},
+        {"evaluate", "generate text", PLAYGROUND, "speculative", "fine-tune", "train longer"},
     ),
     "other tokenizer": (
         ("task=distill", "model=nano", "teacher=my teacher", "loss=uld"),
-        {"evaluate", "generate text", "playground", "fine-tune", "train longer"},
+        {"evaluate", "generate text", PLAYGROUND, "fine-tune", "train longer"},
     ),
 }
 
@@ -64,23 +78,45 @@ def check_pasted(command: str) -> None:
         parse(words, GenerateArguments)
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_next_commands_of_every_kind_of_run_compose(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words, expected = RUNS[kind]
+@pytest.fixture
+def a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory of a run with a space, in the current folder; teachers have 1024 positions."""
     monkeypatch.chdir(tmp_path)
     Path("a folder").mkdir()
     (tmp_path / "a run" / "hf").mkdir(parents=True)
-    monkeypatch.setattr(next_commands, "read_shape", lambda folder: {"n_positions": 1024})
-    spec = prepared(resolved(composed(*words)))
-    commands = next_commands.next_commands(spec, FINISHED, Path("a run"))
+    monkeypatch.setattr(run_uses, "read_shape", lambda folder: {"n_positions": 1024})
+    return tmp_path / "a run"
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_next_commands_of_every_kind_of_run_compose(kind: str, a_run: Path) -> None:
+    words, expected = RUNS[kind]
+    report = {"uses": run_uses.run_uses(prepared(resolved(composed(*words))), a_run)}
+    commands = next_commands({**report, **FINISHED}, "a run", has_export=True)
     assert set(commands) == expected
     for command in commands.values():
         check_pasted(command)
     for status in ("stopped", "failed"):
-        stopped = next_commands.next_commands(spec, {**FINISHED, "status": status}, Path("a run"))
+        stopped = next_commands({**report, "status": status}, "a run", has_export=True)
         assert stopped["resume"] == "python train.py resume='a run'"
         assert "train longer" not in stopped
-    assert "resume" not in next_commands.next_commands(spec, {**FINISHED, "status": "pruned"}, Path("a run"))
+        assert set(next_commands({**report, "status": status}, "a run", has_export=False)) == {"resume"}
+    assert "resume" not in next_commands({**report, "status": "pruned"}, "a run", has_export=True)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "distill", "masks"])
+def test_page_shows_the_next_commands_of_the_terminal(
+    kind: str, a_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = prepared(resolved(composed(*RUNS[kind][0])))
+    facts = DataFacts("text", "hash", "tokenizer", 300, train_tokens=10, val_tokens=10, val_bytes=10)
+    known = next(one.facts for one in build.callbacks(spec, a_run, facts) if isinstance(one, Report))
+    write_report(a_run, {**known, **FINISHED})
+    run_panels.show_end(spec, FINISHED, a_run)
+    commands = commands_of(capsys.readouterr().out)
+    assert {name.rstrip(":") for name in commands} == RUNS[kind][1]
+    shown = (a_run / "report.html").read_text().partition("<h2>Next</h2>")[2].partition("<h2>")[0]
+    assert re.findall("<pre>(.*?)</pre>", shown) == [html.escape(command) for command in commands.values()]
 
 
 def commands_of(output: str) -> dict[str, str]:
@@ -101,13 +137,13 @@ def test_next_commands_work_when_pasted(
     longer = ("model.n_positions=256", "callbacks=default", "callbacks.final_score=null")
     answer = distil(*longer, "run_dir=run", without=("model.n_positions",))
     commands = {name.rstrip(":"): command for name, command in commands_of(answer.stdout).items()}
-    assert set(commands) == {"evaluate", "generate text", "playground", "speculative", "fine-tune", "train longer"}
+    assert set(commands) == {"evaluate", "generate text", PLAYGROUND, "speculative", "fine-tune", "train longer"}
     generate_here = command_here("generate.py", generate.main, monkeypatch, capfd)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(serve, "serve", lambda arguments: serve._check(arguments))
     words = {name: shlex.split(command)[2:] for name, command in commands.items()}
     assert evaluate_here(*words["evaluate"]).code == 0
-    for name in ("generate text", "playground"):
+    for name in ("generate text", PLAYGROUND):
         assert generate_here(*words[name]).code == 0, name
     assert generate_here(*words["speculative"]).code == 0
     with closing(RunDirectory()) as directory:
@@ -187,9 +223,8 @@ def test_job_of_a_sweep_prints_one_line_at_its_end(jobs_here: None, train_here: 
 
 
 def test_models_of_few_positions_get_texts_that_fit(tmp_path: Path) -> None:
-    (tmp_path / "hf").mkdir()
     spec = prepared(resolved(composed("model=nano", "model.n_positions=64", "context=32")))
-    commands = next_commands.next_commands(spec, FINISHED, tmp_path)
+    commands = run_uses.run_uses(spec, tmp_path)
     assert commands["generate text"] == f"python generate.py checkpoint={tmp_path} max_new_tokens=32"
-    assert "max_new_tokens=32" in commands["playground"]
+    assert "max_new_tokens=32" in commands[PLAYGROUND]
     assert "fine-tune" not in commands

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import sys
@@ -423,6 +424,21 @@ def test_student_that_does_not_fit_is_refused_before_any_run(study: Study, tmp_p
     )
     titles = {contrast["title"] for contrast in results_in(tmp_path / "studies" / "mine")["contrasts"]}
     assert titles == {"KD − CE from scratch"}
+
+
+def test_every_run_of_a_study_has_position_best_and_eta(study: Study, monkeypatch: pytest.MonkeyPatch):
+    words = ("run_dir=here", "study.inits=[scratch]", "study.lr_factors=[1]")
+    lines = [line for line in study(*words, "study.seeds=1").stdout.splitlines() if line.startswith("run ")]
+    assert lines[0] == "run 1 of about 3: scratch-ce-seed3-lr1x-4steps"
+    best = r"  best val/loss \d\.\d{2,4}  by run 1 scratch-ce-seed3-lr1x-4steps"
+    assert re.fullmatch(rf"run 2 of about 3: scratch-kd-seed3-lr1x-4steps{best}  ETA \d+:\d\d", lines[1])
+    monkeypatch.setattr("launch.sweep.distill_study.terminal_width", lambda: 60)
+    shown = study(*words, "study.seeds=2", "resume=auto").stdout
+    wrapped = re.search(r"^run 2 of about 6: .*\n(  .*\n)+", shown, re.MULTILINE)
+    assert wrapped
+    assert max(map(len, wrapped[0].splitlines())) <= 60
+    words_of_run = " ".join(wrapped[0].split())
+    assert re.fullmatch(f"run 2 of about 6: scratch-ce-seed4-lr1x-4steps{best.replace('  ', ' ')}", words_of_run)
 
 
 @pytest.mark.slow

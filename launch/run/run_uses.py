@@ -1,11 +1,11 @@
-"""Next commands: what can be done with a run after it has ended, as commands to paste."""
+"""Run uses: the commands that use the exported model of a run or continue it, known before its first step."""
 
 import shlex
 from pathlib import Path
-from typing import Any
 
+from gpt2lab.reports.next_commands import LONGER
+from gpt2lab.reports.page import shown_path
 from gpt2lab.storage.model_folder import read_shape
-from gpt2lab.storage.report_json import is_finished
 from launch.config.groups import keys_set_by, values
 from launch.config.run_spec import PreparedSpec
 from launch.config.unused_keys import given_keys
@@ -17,40 +17,28 @@ SHORTEST_PAIRS = 256  # positions for a function and its summary
 PAIRS = "summarize"  # data of the suggested fine-tuning, which every machine has
 
 
-def next_commands(spec: PreparedSpec, report: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Return {what it does: command} for a run directory."""
-    run, commands = shlex.quote(str(folder)), {}
-    if not is_finished(report) and report.get("status") != "pruned":
-        commands["resume"] = f"python train.py resume={run}"
-    if (folder / "hf").is_dir():
-        commands |= _uses(spec, run)
-        commands |= _trainings(spec, run)
-    is_bounded = spec.config.epochs is not None or spec.config.trainer.get("max_time")
-    if report.get("status") == "finished" and not is_bounded:
-        commands["train longer"] = f"python train.py resume={run} steps={2 * spec.config.steps}"
+def run_uses(spec: PreparedSpec, folder: Path) -> dict[str, str]:
+    """Return {what it does: command} for the model that the run exports to its directory."""
+    run, config = shlex.quote(shown_path(folder)), spec.config
+    commands = _uses(spec, run) | _trainings(spec, run)
+    if not config.trainer.get("max_time"):
+        commands[LONGER] = f"python train.py resume={run} steps={2 * config.steps}"
     return commands
-
-
-def shown_model(folder: str) -> str:
-    """Return the run directory or folder of a model, relative to the working directory if it is below that."""
-    path = Path(folder)
-    path = path.parent if path.name == "hf" else path
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _uses(spec: PreparedSpec, run: str) -> dict[str, str]:
     """Commands that read the exported model."""
     kind, teacher, own = spec.config.objective.kind, spec.resolved.teacher, spec.resolved.model.n_positions or 0
     shares_tokenizer = teacher and spec.config.loss.name != "uld"
-    against = f" teacher={shlex.quote(shown_model(teacher))}" if shares_tokenizer else ""
+    against = f" teacher={shlex.quote(shown_path(teacher))}" if shares_tokenizer else ""
     commands = {
         "evaluate": f"python evaluate.py checkpoint={run}{against}",
         "generate text": f"python generate.py checkpoint={run}{_length(own)}",
     }
     if not kind.fills_masks:
-        commands["playground"] = f"python generate.py checkpoint={run}{_length(own)} serve=true"
+        commands["playground in the browser"] = f"python generate.py checkpoint={run}{_length(own)} serve=true"
     if shares_tokenizer and kind.is_causal and not spec.config.takes_pairs:
-        both = f"checkpoint={shlex.quote(shown_model(teacher))} draft={run}"
+        both = f"checkpoint={shlex.quote(shown_path(teacher))} draft={run}"
         length = _length(min(own, read_shape(Path(teacher))["n_positions"]))
         commands["speculative"] = f"python generate.py {both}{length} prompt={CODE_PROMPT}"
     return commands
