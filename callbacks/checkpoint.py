@@ -43,10 +43,10 @@ class Checkpoint(lightning.Callback):
     """Save every `every` steps and at the end of a fit, however it ends; one of the last callbacks.
 
     A step with a validation is saved after it; a run that is being stopped also saves before it. A pruned run is not
-    saved at its end. Another thread writes while training continues; its error ends the run after the next step. The run
-    directory's Hugging Face folder `hf` is written before the checkpoint is added to the ledger, so it is never older
-    than the checkpoint. Under export=best it holds the weights of the best validation so far, whose checkpoint is saved
-    and kept; a resumed run writes it again if the killed one left a later one.
+    saved at its end. Another thread writes while training continues; its error ends the run after the next step. The
+    run directory's Hugging Face folder `hf` is written before the checkpoint is added to the ledger, so it is never
+    older than the checkpoint. Under export=best it holds the weights of the best validation so far, whose checkpoint is
+    saved and kept; a resumed run writes it again if the killed one left a later one.
 
     Args:
         every: steps between checkpoints.
