@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.benchmark_lm_head_loss import memory_here, times_here
 from benchmarks.lm_head_sides import Head
+from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.model.attention_masks import document_bounds, make_spans, spans_to_mask
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import ModelShape
@@ -85,12 +86,15 @@ def _check_no_leak(backbone: Backbone, ids: Tensor, spans: Tensor) -> None:
         raise RuntimeError("a document changes the hidden states of another")
 
 
+def _heads() -> list[Tensor]:
+    """Return queries, keys and values (B, H, T, D/H) of one layer of small."""
+    shape = (SEQUENCES, SMALL.n_head, CONTEXT, SMALL.n_embd // SMALL.n_head)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
 def _kernels(spans: Tensor) -> dict[str, float]:
     """Measure the milliseconds of one layer's attention, forward and backward, by kernel."""
-    query, key, value = (
-        torch.randn(SEQUENCES, 12, CONTEXT, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
-    )
+    query, key, value = _heads()
     seen, (first, end) = spans_to_mask(spans), spans.unbind(2)
 
     def sees(sequence: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -108,6 +112,46 @@ def _kernels(spans: Tensor) -> dict[str, float]:
         way().sum().backward()
 
     return {name: _median(partial(forward_backward, way)) for name, way in ways.items()}
+
+
+def attention_kernels() -> str:
+    """Measure causal attention of small, forward and backward in bf16, by PyTorch's kernels."""
+    query, key, value = _heads()
+    found = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+        def work(kernel: SDPBackend = kernel) -> None:
+            with sdpa_kernel(kernel):
+                F.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+
+        try:
+            found[kernel.name] = f"{_median(work):.2f}"
+        except RuntimeError as error:
+            found[kernel.name] = f"refused ({str(error).splitlines()[0][:60]})"
+    return "ms of one layer: " + ", ".join(f"{name.removesuffix('_ATTENTION')} {ms}" for name, ms in found.items())
+
+
+def lm_head_chunks() -> str:
+    """Measure cross-entropy and its gradient at several chunk sizes, without whose reads the products remain."""
+    rows, width = SEQUENCES * CONTEXT, SMALL.n_embd
+    hidden = torch.randn(rows, width, device="cuda", requires_grad=True)
+    weight = torch.randn(VOCABULARY, width, device="cuda", requires_grad=True)
+    labels = torch.randint(VOCABULARY, (rows,), device="cuda")
+    left, right = hidden.detach().bfloat16(), F.pad(weight.detach().bfloat16(), (0, 0, 0, -VOCABULARY % 64))  # (V', D)
+    logits = left @ right.T  # (N, V')
+
+    def loss(chunk_rows: int) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            lm_head_loss(hidden, weight, labels, chunk_rows=chunk_rows, compiled=True).total.backward()
+
+    def products() -> None:
+        torch.mm(left, right.T, out=logits)
+        logits @ right
+        logits.T @ left
+
+    times = {f"{size:,} rows": _median(partial(loss, size)) for size in (1_024, 2_048, 4_096, 8_192, rows)}
+    times["the three products alone"] = _median(products)
+    return "ms: " + ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in times.items())
 
 
 def compare_lm_head_losses() -> str:

@@ -157,7 +157,7 @@ def _speed(report: Mapping[str, Any]) -> str:
 
 def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
     """Compare train.py (AdamW, Muon) with nanoGPT's model file: compiled, bf16, one micro-batch a step, same tokens."""
-    sizes, found = bench.sizes, defaultdict[str, list[float]](list)
+    sizes, found, mfu = bench.sizes, defaultdict[str, list[float]](list), dict.fromkeys(("adamw", "muon"), "")
     size = "small" if bench.on_gpu else "mini"
     keys = ["compile=true", "precision=bf16"]
     if bench.on_gpu:
@@ -168,14 +168,14 @@ def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
     for number in range(sizes.rounds):
         theirs = nanogpt(model_file, bench.folder / "corpus", sizes.vocab_size, True, sizes.steps, size)
         found["nanoGPT"].append(theirs)
-        for optimizer in ("adamw", "muon"):
+        for optimizer in mfu:
             arguments = [*bench.on_corpus(size, sizes.steps), *keys, f"optimizer={optimizer}"]
             report = bench.train(f"beside-nanogpt-{optimizer}-{number}", arguments)
             found[optimizer].append(report["tokens_per_second"])
-            mfu = f" (MFU {report['mfu']:.1%})" if report.get("mfu") is not None else ""
+            mfu[optimizer] = f" (MFU {report['mfu']:.1%})" if report.get("mfu") is not None else ""
     medians = {name: statistics.median(speeds) for name, speeds in found.items()}
-    ratios = [f"{name} {medians[name]:,.0f}: {medians[name] / medians['nanoGPT']:.2f} ×" for name in ("adamw", "muon")]
-    return f"tokens/s: nanoGPT {medians['nanoGPT']:,.0f}; {'; '.join(ratios)}{mfu}; {sizes.rounds} rounds"
+    ratios = [f"{name} {medians[name]:,.0f}{mfu[name]}: {medians[name] / medians['nanoGPT']:.2f} ×" for name in mfu]
+    return f"tokens/s: nanoGPT {medians['nanoGPT']:,.0f}; {'; '.join(ratios)}; {sizes.rounds} rounds"
 
 
 def profile(bench: Bench) -> str:
@@ -230,6 +230,19 @@ def compare_with_trl(bench: Bench, trl_python: str) -> str:
         side = f"{LOOPS[loop]}, TRL {found['trl']}"
         results.append(f"{side}: {theirs[0]:,.0f} tokens/s, {theirs[1]:.1f} GiB; ours {ratios}")
     return "; ".join(results)
+
+
+def checkpoints(bench: Bench) -> str:
+    """Compare the small model's training with a checkpoint every 100 steps, and with one at the end alone."""
+    sizes, seconds = bench.sizes, {}
+    every = 100 if bench.on_gpu else sizes.steps
+    keys = [f"micro_batch={sizes.sequences}", f"batch_tokens={bench.batch_tokens}", "compile=true"]
+    for name, saved in (("without", 4 * every), ("with", every)):
+        arguments = [*bench.on_corpus(sizes.models[0], 4 * every), *keys, f"checkpoint_every={saved}"]
+        phases = bench.train(f"checkpoints-{name}", arguments)["seconds_by_phase"]
+        seconds[name] = phases["train"] + phases["save"] + phases["export"]
+    longer = seconds["with"] / seconds["without"] - 1
+    return f"{seconds['with']:.1f} s with one every {every} steps, {seconds['without']:.1f} s without: {longer:+.1%}"
 
 
 def distil_with_defaults(bench: Bench, *options: str) -> str:
