@@ -82,7 +82,7 @@ def test_the_second_ctrl_c_stops_at_once(
 ):
     # One step lasts for seconds, so both presses fall into it.
     mark = uuid.uuid4().hex
-    slow = ["batch_tokens=524288", "steps=1000", "log_every=1"]
+    slow = ["batch_tokens=1048576", "steps=1000", "log_every=1"]
     process = started(cache, tmp_path, *tiny, *slow, *keys, MARK=mark)
     while not all(read_metrics(tmp_path / run) for run in runs):
         assert process.poll() is None, process.communicate()
@@ -273,12 +273,12 @@ def test_checkpoints_outlive_their_ledger(tiny: list[str], train_here: Train, le
 
 @pytest.mark.slow
 def test_closed_stdout_does_not_end_the_run(cache: Path, tmp_path: Path, tiny: list[str]):
-    """The command is like `python train.py | head -1`."""
+    """The reader of the lines, such as `head`, ends after the first one of a step."""
     keys = [key for key in tiny if not key.startswith("callbacks")]
     room = ["callbacks.samples.max_new_tokens=8", "callbacks.checkpoint.verify_export=false"]
     process = started(cache, tmp_path, *keys, *room, "steps=40", "log_every=2", "run_dir=run")
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("step ")
+    assert any(line.startswith("step ") for line in process.stdout)
     process.stdout.close()
     assert process.wait() == 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "finished"
