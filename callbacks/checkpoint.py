@@ -110,7 +110,7 @@ class Checkpoint(lightning.Callback):
         """Save after an unscheduled end: early stopping, a time limit, or a later callback."""
         if self.saved_step != trainer.global_step and not is_pruned(trainer):
             self._save(trainer, pl_module)
-        self._finish_write(trainer)
+        self._finish_last_write(trainer)
         self.has_ended = True
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
@@ -154,7 +154,7 @@ class Checkpoint(lightning.Callback):
             return
         if self.saved_step != trainer.global_step:  # a time limit of 0 ends a fit before `on_train_start`
             self._save(trainer, pl_module)
-            self._finish_write(trainer)
+            self._finish_last_write(trainer)
         if not trainer.is_global_zero:
             return
         self.export.restore_best(trainer, pl_module)
@@ -240,6 +240,11 @@ class Checkpoint(lightning.Callback):
         if self._writing.is_pending:
             with outside_training_time(trainer, SAVE):
                 self._raise_failed_write(trainer)
+
+    def _finish_last_write(self, trainer: Trainer) -> None:
+        """Wait on every rank, whose later callbacks read the export; collective."""
+        self._finish_write(trainer)
+        trainer.strategy.barrier("checkpoint recorded")
 
     def _raise_failed_write(self, trainer: Trainer) -> None:
         """Wait for the write and raise its error, after which the present step is not saved."""

@@ -65,7 +65,6 @@ def test_every_launcher_trains_beside_modules_of_the_user(
     assert "finished: val/loss" in ended.stdout
 
 
-@pytest.mark.slow
 def test_torchrun_ranks_train_beside_modules_of_the_user(shadowed: Path, cache: Path, tiny: list[str]):
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [str(torchrun), "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"), *tiny, "steps=2"]

@@ -60,7 +60,7 @@ def test_finished_run_is_uploaded_as_it_is_in_hf(push: Train, online: Uploads, t
 
 FAULTS = {
     "refused": ({"/api/repos/create": 403}, 300.0, "403"),
-    "card": ({"/api/validate-yaml": 400}, 300.0, "400"),
+    "card": ({"/api/validate-yaml": 400}, 300.0, "Invalid metadata"),
     "broken": ({"/commit/main": 500}, 300.0, "500"),
     "silent": ({"/preupload/main": 0}, 8.0, "longer than 8 seconds"),
 }
