@@ -183,7 +183,7 @@ def test_ranks_and_jobs_of_a_sweep_import_plugins(teacher: Path, cache: Path):
         (["-m", "optimizer.name=nadam,adamw", "hydra.sweep.dir=sweep"], ["sweep/0", "sweep/1"]),
         (["launcher=slurm", "launcher.executor=local", "run_dir=submitted"], ["submitted"]),
     ):
-        ended = in_process(cache, ROOT / "train.py", *keys, *more, "accelerator=cpu", "steps=1")
+        ended = in_process(cache, ROOT / "train.py", *keys, *more, "accelerator=cpu", "steps=2")
         assert ended.code == 0, ended.stderr
         for folder in folders:
             stored = yaml.safe_load(Path(folder, "config.yaml").read_text())["config"]

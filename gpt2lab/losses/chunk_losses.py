@@ -108,7 +108,7 @@ def _subtract_at_labels(gradient: Tensor, labels: Tensor, weight: float) -> Tens
     """Return gradient (C, V) − weight · one-hot(labels (C, 1)); in place unless compiled."""
     if torch.compiler.is_compiling():  # pointwise, so the compiler fuses it; a scatter would split the kernel
         columns = torch.arange(gradient.shape[1], device=gradient.device)
-        return gradient - weight * (columns == labels)
+        return torch.where(columns == labels, gradient - weight, gradient)  # the weight in the dtype of the gradient
     return gradient.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=gradient.dtype))
 
 

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy
-from transformers import GPT2Config
+from transformers import GPT2Config, GPT2Model
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import StrategySettings
-from gpt2lab.storage.model_folder import parameter_count
 from launch import logging_setup
 from launch.checks import checks, sharding
 from launch.config.groups import precision_named
@@ -59,14 +59,20 @@ def test_estimate_counts_state_kept_between_steps() -> None:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """Folders of large GPT-2s with sparse weight files of a byte a parameter: a plan reads the sizes alone."""
+    """Folders of large GPT-2s with sparse weight files in bf16: a plan reads names and sizes alone."""
     for size, (layers, heads, width) in SIZES.items():
-        GPT2Config(n_layer=layers, n_head=heads, n_embd=width).save_pretrained(tmp_path / size)
-        half = parameter_count(vars(GPT2Config(n_layer=layers, n_embd=width))) // 2 + 1
-        header = json.dumps({"wte.weight": {"dtype": "BF16", "shape": [half], "data_offsets": [0, 2 * half]}}).encode()
+        config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
+        config.save_pretrained(tmp_path / size)
+        with torch.device("meta"):
+            tensors = GPT2Model(config).state_dict()
+        described, end = {}, 0
+        for name, tensor in tensors.items():
+            start, end = end, end + 2 * tensor.numel()
+            described[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header = json.dumps(described).encode()
         with (tmp_path / size / "model.safetensors").open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + 2 * half)
+            file.truncate(8 + len(header) + end)
     return tmp_path
 
 
