@@ -110,14 +110,14 @@ def test_recipes_train_on_the_data_of_their_headers() -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, cache: Path, sources: Path) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, cache: Path, whole_sources: Path) -> Path:
     """A folder with a teacher of twelve layers, a student that has begun to learn, and pairs of successive lines."""
     folder = tmp_path_factory.mktemp("project")
-    text = [line.strip() for file in sorted(sources.glob("*.py")) for line in file.read_text().splitlines()]
+    text = [line.strip() for file in sorted(whole_sources.glob("*.py")) for line in file.read_text().splitlines()]
     lines = [line for line in text if line.isprintable() and 8 < len(line) < 20]
     pairs = ["\t".join(pair) for pair in itertools.pairwise(lines[:400])]
     (folder / "pairs.tsv").write_text("\n".join(["source\ttarget", *pairs]) + "\n")
-    words = [*TINY, f"path={sources}", "optimizer.lr=1e-2", "schedule.warmup_steps=4", "compile=false"]
+    words = [*TINY, f"path={whole_sources}", "optimizer.lr=1e-2", "schedule.warmup_steps=4", "compile=false"]
     teacher = [*words, "name=teacher", "model.n_layer=12", "steps=150"]
     started = [word for word in words if not word.startswith("vocab_size")]
     started += ["name=started", "model.n_layer=2", "steps=10"]
@@ -149,10 +149,10 @@ def run_twin(recipe: str, train_here: Train, run: Path, fall: float, *words: str
 
 @pytest.mark.slow
 def test_distilgpt2_keeps_six_evenly_spaced_layers_and_learns(
-    project: Path, train_here: Train, tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, train_here: Train, tmp_path: Path, whole_sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    words = [*TINY, f"path={sources}", "teacher=runs/pretrain/teacher"]
+    words = [*TINY, f"path={whole_sources}", "teacher=runs/pretrain/teacher"]
     # It starts near its best loss, with its teacher's layers.
     spec = run_twin("distilgpt2_owt", train_here, tmp_path / "run", 0.005, *words)
     assert promised("distilgpt2_owt", spec.config) == PROMISED["distilgpt2_owt"]
