@@ -42,7 +42,7 @@ def run(folder: Path, model: str, steps: int, *keys: str) -> tuple[Path, dict[st
     arguments = [f"model={model}", *bin_data(folder / "corpus", folder / "tokenizer"), "optimizer=adamw"]
     arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", "precision=bf16"]
     arguments += [f"validate_every={steps}", f"sample_every={steps}", "callbacks.checkpoint.verify_export=false"]
-    arguments += [f"steps={steps}", "callbacks.final_score=null", "devices=1", "schedule.warmup_steps=1"]
+    arguments += [f"steps={steps}", "callbacks.final_score=null", "devices=1", "schedule.warmup_steps=0"]
     given = {key.partition("=")[0] for key in keys}
     arguments += [] if "checkpoint_every" in given else [f"checkpoint_every={steps}"]
     run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
