@@ -28,7 +28,7 @@ from benchmarks.benchmark_cpu_step import measure_apart
 from benchmarks.profile_step import STEP_TIMES
 from benchmarks.shape import BATCH, CONTEXT
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import bin_data, train
+from benchmarks.train_command import bin_data, seconds_of_steps, train
 
 VOCABULARY = 4_096
 IMPORTS = "import torch, lightning, transformers"
@@ -43,8 +43,7 @@ def run(folder: Path, model: str, steps: int, *keys: str) -> tuple[Path, dict[st
     arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", "precision=bf16"]
     arguments += [f"validate_every={steps}", f"sample_every={steps}", "callbacks.checkpoint.verify_export=false"]
     arguments += [f"steps={steps}", "callbacks.final_score=null", "devices=1", "schedule.warmup_steps=0"]
-    given = {key.partition("=")[0] for key in keys}
-    arguments += [] if "checkpoint_every" in given else [f"checkpoint_every={steps}"]
+    arguments += [f"checkpoint_every={steps}"]  # the last one of a key counts
     run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
     return run_dir, train(run_dir, [*arguments, *keys])
 
@@ -72,8 +71,7 @@ def checkpoint_seconds(folder: Path, model: str) -> dict[str, float]:
     found = {}
     for name, every in (("no checkpoints", STEPS[model]), (f"one every {EVERY} steps", EVERY)):
         _, report = run(folder, model, STEPS[model], f"checkpoint_every={every}")
-        phases = report["seconds_by_phase"]
-        found[name] = phases["train"] + phases["save"] + phases["export"]
+        found[name] = seconds_of_steps(report)
     return found
 
 

@@ -132,7 +132,7 @@ def attention_kernels() -> str:
 
 
 def lm_head_chunks() -> str:
-    """Measure cross-entropy and its gradient at several chunk sizes, without whose reads the products remain."""
+    """Measure cross-entropy and its gradient at several chunk sizes, and its three matrix products alone."""
     rows, width = SEQUENCES * CONTEXT, SMALL.n_embd
     hidden = torch.randn(rows, width, device="cuda", requires_grad=True)
     weight = torch.randn(VOCABULARY, width, device="cuda", requires_grad=True)

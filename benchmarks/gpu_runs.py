@@ -20,7 +20,7 @@ from benchmarks.benchmark_distill import LOOPS, trl_step
 from benchmarks.benchmark_training_step import nanogpt
 from benchmarks.shape import STEPS
 from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import bin_data, run_train, train
+from benchmarks.train_command import bin_data, run_train, seconds_of_steps, train
 from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
@@ -239,8 +239,7 @@ def checkpoints(bench: Bench) -> str:
     keys = [f"micro_batch={sizes.sequences}", f"batch_tokens={bench.batch_tokens}", "compile=true"]
     for name, saved in (("without", 4 * every), ("with", every)):
         arguments = [*bench.on_corpus(sizes.models[0], 4 * every), *keys, f"checkpoint_every={saved}"]
-        phases = bench.train(f"checkpoints-{name}", arguments)["seconds_by_phase"]
-        seconds[name] = phases["train"] + phases["save"] + phases["export"]
+        seconds[name] = seconds_of_steps(bench.train(f"checkpoints-{name}", arguments))
     longer = seconds["with"] / seconds["without"] - 1
     return f"{seconds['with']:.1f} s with one every {every} steps, {seconds['without']:.1f} s without: {longer:+.1%}"
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ def train(run_dir: Path, arguments: Sequence[str], timeout: float | None = None)
     """Run `python train.py …` into `run_dir` and return its report.json; raises as `run_train`."""
     run_train([*arguments, f"run_dir={run_dir}"], timeout)
     return json.loads((run_dir / "report.json").read_text())
+
+
+def seconds_of_steps(report: Mapping[str, Any]) -> float:
+    """Return the seconds of all steps, and of the checkpoints and exports that interrupt them."""
+    return sum(report["seconds_by_phase"][phase] for phase in ("train", "save", "export"))
 
 
 def run_train(arguments: Sequence[str], timeout: float | None = None) -> None:

@@ -174,7 +174,7 @@ class Checkpoint(lightning.Callback):
         return (due or exported_step(trainer) == step) and step != self.saved_step
 
     def _save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save a checkpoint and the export; collective, rank 0 writes, whole ones while training continues."""
+        """Save a checkpoint and the export; collective. Rank 0 writes, in another thread unless weights are sharded."""
         step = trainer.global_step
         with outside_training_time(trainer, SAVE), self._full_disk_named(step):
             self._raise_failed_write(trainer)
