@@ -1,6 +1,6 @@
 """Time of train.py beside its steps: loop, start, and a checkpoint every 100 steps.
 
-    python -m benchmarks.benchmark_loop [--rounds 5]
+    python -m benchmarks.benchmark_loop [--rounds 5] [--every 100]
 
 - Loop: seconds of a step of train.py with its default callbacks over those of a bare loop over the same model, loss and
   optimizer (benchmark_cpu_step.py).
@@ -32,8 +32,7 @@ from benchmarks.train_command import bin_data, seconds_of_steps, train
 
 VOCABULARY = 4_096
 IMPORTS = "import torch, lightning, transformers"
-EVERY = 100
-STEPS = {"nano": 40 * EVERY, "mini": 4 * EVERY}
+CHECKPOINTS = {"nano": 40, "mini": 4}
 FIRST_STEP = "+callbacks.first_step._target_=benchmarks.step_times.FirstStep"
 
 
@@ -66,11 +65,11 @@ def start_seconds(folder: Path) -> dict[str, float]:
     return {"imports of torch, lightning and transformers": imports, "train.py, first step": first["time"] - started}
 
 
-def checkpoint_seconds(folder: Path, model: str) -> dict[str, float]:
+def checkpoint_seconds(folder: Path, model: str, every: int) -> dict[str, float]:
     """Measure the seconds of all steps, and of what interrupts them, without and with checkpoints."""
-    found = {}
-    for name, every in (("no checkpoints", STEPS[model]), (f"one every {EVERY} steps", EVERY)):
-        _, report = run(folder, model, STEPS[model], f"checkpoint_every={every}")
+    found, steps = {}, CHECKPOINTS[model] * every
+    for name, interval in (("no checkpoints", steps), (f"one every {every} steps", every)):
+        _, report = run(folder, model, steps, f"checkpoint_every={interval}")
         found[name] = seconds_of_steps(report)
     return found
 
@@ -78,6 +77,7 @@ def checkpoint_seconds(folder: Path, model: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=100, help="steps between two checkpoints")
     options = parser.parse_args()
     print("| | seconds | ÷ the first | beyond the first, s |\n|---|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as name:
@@ -88,8 +88,10 @@ def main() -> None:
         measured: dict[str, Callable[[Path], dict[str, float]]] = {
             "a step of mini": loop_seconds,
             "until the first step of nano": start_seconds,
-            **{f"{STEPS[model]:,} steps of {model}": partial(checkpoint_seconds, model=model) for model in STEPS},
         }
+        for model, number in CHECKPOINTS.items():
+            title = f"{number * options.every:,} steps of {model}"
+            measured[title] = partial(checkpoint_seconds, model=model, every=options.every)
         for title, measure in measured.items():
             found = defaultdict(list)
             for _ in range(options.rounds):

@@ -164,6 +164,21 @@ def test_benchmark_of_two_ranks_measures_text_and_muon(cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_loop_benchmark_runs(cache: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.benchmark_loop", "--rounds=1", "--every=1"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    rows = cells(ended.stdout)
+    assert [row[0].partition(":")[0] for row in rows[::2]] == [
+        "a step of mini",
+        "until the first step of nano",
+        "40 steps of nano",
+        "4 steps of mini",
+    ]
+    assert all(row[2] == "1.000" for row in rows[::2])
+    assert all(float(row[1]) > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.benchmark_sweep_overhead", "--tiny", "--rounds=1", "--jobs=2"]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
