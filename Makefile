@@ -54,6 +54,7 @@ format: $(READY_DEV) ## let ruff rewrite what it can
 bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/path/to/python add these in the same run)
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_training_step $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_distill $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_on_policy $(if $(TRL_PYTHON),--trl-python "$(TRL_PYTHON)")
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_ten_students
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_sweep_overhead
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_scaling

@@ -178,14 +178,18 @@ class Bench:
 
 
 def trl_step(
-    python: str, options: Mapping[str, Any], flags: Sequence[str] = (), timeout: float | None = None
+    python: str,
+    options: Mapping[str, Any],
+    flags: Sequence[str] = (),
+    timeout: float | None = None,
+    script: str = "trl_step",
 ) -> dict[str, Any]:
-    """Run trl_step.py with these options in an environment with TRL and return what it prints.
+    """Run trl_step.py, or another script, with these options in an environment with TRL and return what it prints.
 
     Raises:
         RuntimeError: it failed.
     """
-    command = [python, "-m", "benchmarks.trl_step", *flags]
+    command = [python, "-m", f"benchmarks.{script}", *flags]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     ended = subprocess.run(

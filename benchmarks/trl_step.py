@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,23 +126,34 @@ def train_chunked(options: argparse.Namespace, tokenizer: Any, rows: Dataset) ->
     return options.batch * options.context
 
 
+class StepClock:
+    """Record the ends of all optimizer steps; as in step_times.py, a step is the time between two of them."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+        register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, *_unused: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ended.append(time.perf_counter())
+
+    @property
+    def milliseconds(self) -> float:
+        """Median step after the first quarter."""
+        seconds = np.diff(self.ended)
+        return statistics.median(seconds[len(seconds) // 4 :].tolist()) * 1e3
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the median step after the first quarter, and resident bytes before the model is built and at the peak."""
+    """Measure the median step, and resident bytes before the model is built and at the peak."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     rows = dataset(options.corpus, options.context, options.batch * options.steps)
     before_model = reset_peak_memory(torch.device("cpu"))
-    ended: list[float] = []  # as in step_times.py, a step is the time between the ends of two optimizer steps
-
-    def stepped(*_unused: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        ended.append(time.perf_counter())
-
-    register_optimizer_step_post_hook(stepped)
+    clock = StepClock()
     targets = (train_gkd if options.loop == "gkd" else train_chunked)(options, tokenizer, rows)
-    seconds = np.diff(ended)
     return {
-        "milliseconds": statistics.median(seconds[len(seconds) // 4 :].tolist()) * 1e3,
+        "milliseconds": clock.milliseconds,
         "before_model": before_model,
         "peak": peak_memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "targets": targets,
@@ -149,23 +161,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loop", choices=("gkd", "chunked", "compiled"), default="gkd")
-    for name in ("corpus", "tokenizer", "teacher"):
+def option_parser(description: str, loops: Sequence[str], sizes: Sequence[str]) -> argparse.ArgumentParser:
+    """Build a parser of the options of every loop; `sizes` are the integers beyond the student's and the batch's."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--loop", choices=loops, default=loops[0])
+    for name in ("tokenizer", "teacher"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("layers", "heads", "width", "context", "batch", "steps", "threads"):
+    for name in ("layers", "heads", "width", "batch", "steps", "threads", *sizes):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), required=True)
     parser.add_argument("--beta", type=float, required=True, help="0 forward KL, 1 reverse KL, between them JSD")
     parser.add_argument("--keep-freed-memory", action="store_true", help="as train.py does on a CPU")
-    options = parser.parse_args()
+    return parser
+
+
+def print_measured(options: argparse.Namespace, measured: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
+    """Set the threads and the allocator, measure and print one JSON object."""
     torch.set_num_threads(options.threads)
     if options.keep_freed_memory and not keep_freed_memory():
         raise SystemExit("This C library has no mallopt.")
     with contextlib.redirect_stdout(sys.stderr):  # the trainer prints a summary
-        found = measure(options)
+        found = measured(options)
     print(json.dumps(found))
+
+
+def main() -> None:
+    parser = option_parser(__doc__.splitlines()[0], ("gkd", "chunked", "compiled"), ("context",))
+    parser.add_argument("--corpus", type=Path, required=True)
+    print_measured(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from benchmarks import (
     benchmark_decoding,
     benchmark_distill,
     benchmark_lm_head_loss,
+    benchmark_on_policy,
     benchmark_precisions,
     benchmark_scaling,
     benchmark_sweep_overhead,
@@ -121,6 +122,34 @@ def test_distillation_benchmark_runs_and_lists_what_it_skipped(cache: Path) -> N
     sides = [row[1] for row in cells(ended.stdout.split("\n\n")[0])]
     assert CROSS_ENTROPY in sides
     assert ("GKDTrainer bf16" in sides) == bool(os.environ.get("TRL_PYTHON"))
+    assert ("no comparison" in ended.stdout) == (not os.environ.get("TRL_PYTHON"))
+
+
+def test_on_policy_benchmark_reports_ratios_of_speeds() -> None:
+    fast, slow = "DistillationTrainer bf16, dynamic cache", "GKDTrainer fp32, static cache"
+    results = {
+        (300, benchmark_on_policy.OURS): benchmark_on_policy.Measured(20.0, 64.0),
+        (300, slow): benchmark_on_policy.Measured(100.0, 64.0),
+        (300, fast): benchmark_on_policy.Measured(25.0, 32.0),
+    }
+    ours, theirs, _ = cells(benchmark_on_policy.markdown(results))
+    assert ours == ["300", benchmark_on_policy.OURS, "20", "3,200", "1.00"]
+    assert theirs == ["300", slow, "100", "640", "5.00"]
+    (line,) = benchmark_on_policy.best_of_trl(results)
+    assert "2.50" in line
+    assert fast in line
+
+
+@pytest.mark.slow
+def test_on_policy_benchmark_runs_and_lists_what_it_skipped(cache: Path) -> None:
+    """The benchmark also runs TRL's trainers if $TRL_PYTHON is set."""
+    command = [sys.executable, "-m", "benchmarks.benchmark_on_policy", "--tiny", "--trl-caches", "dynamic"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    rows = cells(ended.stdout.split("\n\n")[0])
+    sizes = benchmark_on_policy.TINY
+    assert rows[0][1] == benchmark_on_policy.OURS
+    assert 0 < float(rows[0][3].replace(",", "")) * float(rows[0][2]) / 1e3 < 1.2 * sizes.batch * sizes.new
+    assert ("GKDTrainer bf16, dynamic cache" in [row[1] for row in rows]) == bool(os.environ.get("TRL_PYTHON"))
     assert ("no comparison" in ended.stdout) == (not os.environ.get("TRL_PYTHON"))
 
 
