@@ -60,6 +60,7 @@ bench: $(READY) ## speed and memory (NANOGPT=/path/to/nanoGPT and TRL_PYTHON=/pa
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_scaling
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_lm_head_loss
 	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_cpu_step
+	@$(PYTHON_IN_VENV) -m benchmarks.benchmark_evaluation
 	@$(PYTHON_IN_VENV) -m benchmarks.profile_step
 
 chaos: $(READY_DEV) ## tests that kill processes and damage files, in an hour

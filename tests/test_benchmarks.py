@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks import (
     benchmark_decoding,
     benchmark_distill,
+    benchmark_evaluation,
     benchmark_lm_head_loss,
     benchmark_on_policy,
     benchmark_precisions,
@@ -311,6 +312,21 @@ def test_precision_benchmark_compares_each_precision_with_fp32(
 def test_decoding_benchmark_implementations_write_the_same() -> None:
     rows = benchmark_decoding.decoding_rows(ModelShape(1, 2, 16, 64, 100), 8, 1, torch.float32)
     assert [row.split(" | ")[-1] for row in rows] == ["1/1 |", "1/1 |", "16/16 |", "16/16 |"]
+
+
+@pytest.mark.slow
+def test_evaluation_benchmark_runs_in_both_precisions(cache: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.benchmark_evaluation", "--tiny", "--rounds=1", "--tokens=512"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    rows = cells(ended.stdout.split("\n\n")[1])
+    assert [row[:4] for row in rows] == [["tiny", "300", precision, "256"] for precision in ("fp32", "bf16")]
+    assert all(float(row[7].split()[0]) > 0 for row in rows)
+
+
+def test_evaluation_benchmark_stops_at_a_loss_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_evaluation, "our_loss", lambda *_: 1.0)
+    with pytest.raises(RuntimeError, match=r"ours 1\.0"):
+        benchmark_evaluation.evaluation_row(ModelShape(1, 2, 16, 64, 100), "fp32", context=16, tokens=64, rounds=1)
 
 
 @pytest.mark.slow
