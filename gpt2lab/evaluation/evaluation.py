@@ -27,8 +27,12 @@ from gpt2lab.evaluation.jackknife import (
     total,
 )
 from gpt2lab.losses.logit_chunks import logit_chunks
+from gpt2lab.losses.target_losses import LOGITS_OF_A_BLOCK
 from gpt2lab.losses.teacher_signal import TOP
 from gpt2lab.model.backbone import Backbone
+
+LOGITS_OF_A_CHUNK = 2**25  # of one matrix product; they take 128 MiB in fp32
+ROWS_OF_A_CHUNK = 512  # a CPU multiplies this many faster than an odd number that fills the chunk
 
 BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibration"
 
@@ -180,16 +184,25 @@ def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Ten
 
 
 def _label_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield for each target of a chunk (C,): nats, rank of the label from 0, and probability of the top-1 token."""
-    for rows, logits in logit_chunks(hidden, weight):
-        scores = logits.float()  # (C, V)
-        label_scores = scores.gather(1, labels[rows].unsqueeze(1))  # (C, 1)
-        normalizer = scores.logsumexp(1)
-        yield (
-            normalizer - label_scores.squeeze(1),
-            (scores > label_scores).sum(1),
-            (scores.max(1).values - normalizer).exp(),
-        )
+    """Yield for each target of a block (C,): nats, rank of the label from 0, and probability of the top-1 token."""
+    chunk = max(min(LOGITS_OF_A_CHUNK // len(weight), ROWS_OF_A_CHUNK), 1)
+    for rows, logits in logit_chunks(hidden, weight, rows=chunk):
+        block = max(LOGITS_OF_A_BLOCK // len(weight), 1) if logits.device.type == "cpu" else len(logits)
+        yield from map(_statistics, logits.split(block), labels[rows].split(block))
+
+
+def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the three from logits (C, V), which are overwritten.
+
+    On a CPU each operation is chosen for its speed: sums of booleans and a maximum with its index take several times
+    as long as the softmax.
+    """
+    scores, labels = logits.float(), labels.unsqueeze(1)  # (C, V), (C, 1)
+    label_scores = scores.gather(1, labels)
+    log_probability = scores.log_softmax(1).gather(1, labels)
+    confidence = (scores.amax(1, keepdim=True) - label_scores + log_probability).exp()
+    rank = scores.gt_(label_scores).sum(1)
+    return -log_probability.squeeze(1), rank, confidence.squeeze(1)
 
 
 def _figures(sums: Sums) -> Figures:
