@@ -420,11 +420,12 @@ SMALL = ("steps=12", "checkpoint_every=4", "validate_every=4", "log_every=2", "m
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(3600)
 def test_killed_at_each_file_operation_a_start_is_continued(tmp_path: Path, tiny: list[str], cache: Path):
     """resume=auto and resume=DIR both end with the bytes of a run that was never killed."""
     keys = [*tiny, "steps=4", "threads=1", "compile=false", "callbacks=default", UNVERIFIED]
     command = [sys.executable, str(ROOT / "tests" / "support" / "killed_start.py"), str(tmp_path), "1", "500", *keys]
-    ended = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=1500)
+    ended = subprocess.run(command, env=environment(cache), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = [json.loads(line) for line in ended.stdout.splitlines()]
     assert rows[-1]["killed"] is False, "the whole run is covered"
