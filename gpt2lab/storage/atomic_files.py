@@ -20,6 +20,7 @@ from gpt2lab.storage.damaged_files import is_not_folder, set_aside
 log = logging.getLogger(__name__)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SCRATCH_NAME = re.compile(r"\..+\.\d+\.tmp", re.ASCII)  # of `write_text`
 AT_FDCWD = -100  # linux/fcntl.h: paths are relative to the working directory
 RENAME_EXCHANGE = 2  # linux/fs.h: swap the two names in one step
 
@@ -36,6 +37,13 @@ def write_text(path: Path, text: str) -> None:
         finally:
             scratch.unlink(missing_ok=True)
         flush(path.parent)
+
+
+def delete_scratch_files(folder: Path) -> None:
+    """Delete the scratch files that killed calls of `write_text` have left in a folder that no process writes to."""
+    for entry in folder.iterdir():
+        if SCRATCH_NAME.fullmatch(entry.name) and entry.is_file():
+            entry.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

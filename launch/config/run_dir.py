@@ -13,7 +13,7 @@ from pathlib import Path
 from gpt2lab.errors import InputError
 from gpt2lab.reports import side_files
 from gpt2lab.storage import folder_lock
-from gpt2lab.storage.atomic_files import can_write, flush
+from gpt2lab.storage.atomic_files import can_write, delete_scratch_files, flush
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.damaged_files import read_file
 from gpt2lab.storage.folder_lock import FolderLock, InUseError
@@ -295,6 +295,8 @@ def _lock(folder: Path) -> FolderLock:
     for entry in folder.iterdir():
         if _is_scratch(entry.name) and entry.is_file():
             entry.unlink(missing_ok=True)
+        elif entry.name in OWN_FILES and entry.is_dir() and not entry.is_symlink():
+            delete_scratch_files(entry)
     return lock
 
 

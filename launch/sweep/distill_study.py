@@ -35,7 +35,7 @@ from gpt2lab.evaluation.document_losses import read_document_losses
 from gpt2lab.model.student_shape import check_fits
 from gpt2lab.reports.study_html import render
 from gpt2lab.settings import ModelShape, TokenizerChoice
-from gpt2lab.storage.atomic_files import write_json, write_text
+from gpt2lab.storage.atomic_files import delete_scratch_files, write_json, write_text
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.model_folder import read_shape
 from gpt2lab.storage.report_json import is_finished, read_report, watched_value
@@ -67,6 +67,7 @@ def run_study(config: RunConfig) -> None:
     logging_setup.configure_logging()
     study = _open(config)
     with FolderLock(study.folder, use="a study"):
+        delete_scratch_files(study.folder)
         stored = study.folder / "study.json"
         if stored.is_file():
             _check_same(study, stored)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from gpt2lab.analysis.optuna_storage import STUDY_FILE
 from gpt2lab.errors import InputError
+from gpt2lab.storage.atomic_files import delete_scratch_files
 from gpt2lab.storage.folder_lock import FolderLock
 from gpt2lab.storage.report_json import is_finished, read_report
 from gpt2lab.system.terminal import show, terminal_width
@@ -91,6 +92,7 @@ def run_sweep(
             _check_together(combinations, tasks, sweep_config)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
+            delete_scratch_files(folder)
             _check_folder(folder, combinations, first, isinstance(source, JobList))
             known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
             executor = _executor(sweep_config, folder)

@@ -196,6 +196,19 @@ def test_named_run_is_written_to_its_name(name: str, tiny: list[str], train_here
     assert not Path("victim").exists() or Path("victim").read_text() == "precious"
 
 
+def test_scratch_files_of_a_killed_write_are_deleted(tiny: list[str], train_here: Train):
+    train_here(*tiny, "steps=2", "run_dir=run", UNVERIFIED)
+    names = ("hf/.README.md.7.tmp", "checkpoints/.index.json.7.tmp", ".report.json.7.tmp")
+    left = [Path("run", name) for name in names]
+    others = [Path("run", name) for name in ("hf/notes.7.tmp", "hf/.notes.tmp", ".notes.7.tmp")]
+    for path in (*left, *others):
+        path.write_text("half")
+    answer = train_here("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert not [path for path in left if path.exists()]
+    assert all(path.read_text() == "half" for path in others)
+
+
 # Two processes, one directory
 
 HOLD = """
