@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 
@@ -134,6 +135,28 @@ def test_a_copy_keeps_shared_memory_and_nothing_of_the_original():
     assert (kept["empty"].shape, copied["inner"][0]["half"].dtype) == ((0, 3), torch.float16)
     assert kept._metadata == {"": {"version": 1}}
     assert (copied["numbers"], copied["set"]) == ([1, 2.5, None, "text"], {1})
+
+
+@pytest.mark.parametrize("order", [("part", "whole"), ("whole", "part")])
+def test_a_copy_keeps_two_tensors_over_one_numpy_array(order: tuple[str, str]):
+    array = np.arange(6.0)
+    over = {"part": torch.from_numpy(array[:2]), "whole": torch.from_numpy(array)}
+    copied = copy_to_cpu({name: over[name] for name in order})
+    assert copied["part"].tolist() == [0, 1]
+    assert copied["whole"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_copy_keeps_a_conjugate_and_a_sign_not_applied():
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    copied = copy_to_cpu({"conjugate": numbers.conj(), "negative": numbers.conj().imag})
+    assert copied["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert copied["negative"].tolist() == [-2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning")
+def test_a_copy_keeps_the_scale_of_a_quantized_tensor():
+    quantized = torch.quantize_per_tensor(torch.tensor([1.0, 2.5]), 0.5, 0, torch.quint8)
+    assert copy_to_cpu([quantized])[0].dequantize().tolist() == [1, 2.5]
 
 
 def test_the_error_of_a_write_is_raised_once():
