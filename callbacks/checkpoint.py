@@ -20,7 +20,7 @@ from callbacks.loggers.protocols import TakesModels
 from callbacks.throughput import EXPORT, SAVE, outside_training_time
 from gpt2lab.data.batch import Batch
 from gpt2lab.errors import RunError
-from gpt2lab.storage.atomic_files import input_error_when_full
+from gpt2lab.storage.atomic_files import input_error_when_full, write_text
 from gpt2lab.storage.checkpoint_ledger import (
     checkpoint_file,
     checkpoint_folder,
@@ -36,6 +36,7 @@ from gpt2lab.storage.tensor_file import write_tensor_file
 
 log = logging.getLogger(__name__)
 
+SETTINGS = "config.yaml"  # written by the launcher
 HOOKS_AFTER_A_STEP = ("on_train_batch_end", "on_validation_end")
 
 
@@ -66,6 +67,7 @@ class Checkpoint(lightning.Callback):
         self.run_dir = Path()
         self.card: Mapping[str, Any] = {}
         self._writing = BackgroundWrite()
+        self._settings = ""
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self.run_dir = Path(trainer.default_root_dir)
@@ -81,6 +83,8 @@ class Checkpoint(lightning.Callback):
         if pl_module.validation_is_due:
             self.saved_step = -1  # the pending validation changes the content of this step's checkpoint
         if trainer.is_global_zero:
+            settings = self.run_dir / SETTINGS
+            self._settings = settings.read_text(encoding="utf-8") if settings.is_file() else ""
             drop_checkpoints_after(self.run_dir, trainer.global_step)
             drop_metrics_after(self.run_dir, trainer.global_step)
             self.export.restore_best(trainer, pl_module)
@@ -181,12 +185,22 @@ class Checkpoint(lightning.Callback):
             self.attempted_step = step
             checkpoint_folder(self.run_dir).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
+                self._restore_settings()
                 delete_checkpoint(scratch_file(self.run_dir, step))
             save = self._save_sharded if pl_module.is_sharded else self._save_whole
             failure = save(trainer, pl_module, exported_step(trainer))
         self.saved_step = step
         if failure is not None:
             raise failure
+
+    def _restore_settings(self) -> None:
+        """Write `config.yaml` again if the run directory was deleted or moved; no run is resumed without it."""
+        file = self.run_dir / SETTINGS
+        if self._settings and not file.exists():
+            log.warning(
+                "%s was deleted or moved during training; the run continues in a new folder there.", self.run_dir
+            )
+            write_text(file, self._settings)
 
     def _save_sharded(
         self, trainer: Trainer, pl_module: lightning.LightningModule, best_step: int | None

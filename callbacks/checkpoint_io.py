@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,13 @@ class BackgroundWrite:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait until nothing is being written; a wait that a signal interrupts can be repeated.
 
         Raises:
             BaseException: the error of the write.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
+            wait([pending])
+            self._pending = None
             pending.result()

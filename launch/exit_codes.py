@@ -26,6 +26,7 @@ from launch.rank_environment import ignore_foreign_variables, is_spawned_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FINISHED, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 PACKAGES = ("hydra", "lightning", "torch", "transformers")  # imported by every program
 ERROR_FILE = "error.txt"  # message of a failed job, for the sweep that started it
 
@@ -144,8 +145,10 @@ def as_input_error(error: Exception) -> InputError | None:
         return InputError("A path begins with ~, but that user has no home directory.\nWrite out the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return InputError(f"The name of this file or folder is too long: {error.filename}\nShorten it.")
-    if isinstance(error, PermissionError) and error.filename:
-        return InputError(f"{error.strerror}: {error.filename}\nChange its permissions, or give another path.")
+    if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+        notes = vars(error).get("__notes__", [])  # the newest checkpoint of the run
+        hint = "Change its permissions, or give another path."
+        return InputError("\n".join([f"{error.strerror}: {error.filename}", hint, *notes]))
     if isinstance(error, pickle.UnpicklingError):
         from gpt2lab.storage.tensor_file import unreadable_message
 

@@ -67,8 +67,9 @@ class FolderLock:
         """Remove the lock file and release the lock."""
         if self._descriptor is None:
             return
-        if _is_at(self._descriptor, self.folder / NAME):
-            (self.folder / NAME).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder has become read-only: the file alone locks nothing
+            if _is_at(self._descriptor, self.folder / NAME):
+                (self.folder / NAME).unlink()
         os.close(self._descriptor)
         self._descriptor = None
 

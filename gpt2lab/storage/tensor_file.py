@@ -65,8 +65,8 @@ def copy_to_cpu(content: Any) -> Any:
     return copied
 
 
-def _copy_to_cpu(value: Any, storages: dict[tuple[torch.device, int], torch.Tensor]) -> Any:
-    """Copy a value; `storages` are the bytes that are copied already, by device and address."""
+def _copy_to_cpu(value: Any, storages: dict[tuple[torch.device, int, int], torch.Tensor]) -> Any:
+    """Copy a value; `storages` are the bytes that are copied already, by device, address and size."""
     kind = type(value)
     if kind in (dict, OrderedDict):
         copied = kind((key, _copy_to_cpu(one, storages)) for key, one in value.items())
@@ -75,16 +75,21 @@ def _copy_to_cpu(value: Any, storages: dict[tuple[torch.device, int], torch.Tens
         return copied
     if kind in (list, tuple):
         return kind(_copy_to_cpu(one, storages) for one in value)
-    if kind is not torch.Tensor or value.layout != torch.strided:
+    if kind is not torch.Tensor or value.layout != torch.strided or _is_more_than_bytes(value):
         return copy.deepcopy(value)
     storage = value.untyped_storage()
-    where = (value.device, storage.data_ptr())
+    where = (value.device, storage.data_ptr(), storage.nbytes())  # tensors over parts of one NumPy array differ in size
     if where not in storages:
         given = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
         bytes_on_cpu = torch.empty(given.shape, dtype=torch.uint8, pin_memory=value.is_cuda)
         storages[where] = bytes_on_cpu.copy_(given, non_blocking=True)
     shared = storages[where].untyped_storage()
     return torch.empty(0, dtype=value.dtype).set_(shared, value.storage_offset(), value.size(), value.stride())
+
+
+def _is_more_than_bytes(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor follow from more than its memory: a scale, or a conjugate or sign not applied."""
+    return tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
 
 
 def without_objects(checkpoint: dict[str, Any]) -> dict[str, Any]:

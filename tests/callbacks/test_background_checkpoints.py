@@ -1,17 +1,22 @@
 """Checkpoints written in another thread while training continues: the same content, and errors that are not lost."""
 
 import errno
+import signal
 import threading
+import traceback
 from collections import OrderedDict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 
 import callbacks.checkpoint
 from callbacks.checkpoint_io import BackgroundWrite
+from callbacks.interrupt import StoppedNowError
 from gpt2lab.errors import InputError
 from gpt2lab.reports.model_card import read_step
 from gpt2lab.storage.checkpoint_ledger import checkpoint_file, newest_good_checkpoint, read_entries
@@ -134,6 +139,59 @@ def test_a_copy_keeps_shared_memory_and_nothing_of_the_original():
     assert (kept["empty"].shape, copied["inner"][0]["half"].dtype) == ((0, 3), torch.float16)
     assert kept._metadata == {"": {"version": 1}}
     assert (copied["numbers"], copied["set"]) == ([1, 2.5, None, "text"], {1})
+
+
+@pytest.mark.parametrize("order", [("part", "whole"), ("whole", "part")])
+def test_a_copy_keeps_two_tensors_over_one_numpy_array(order: tuple[str, str]):
+    array = np.arange(6.0)
+    over = {"part": torch.from_numpy(array[:2]), "whole": torch.from_numpy(array)}
+    copied = copy_to_cpu({name: over[name] for name in order})
+    assert copied["part"].tolist() == [0, 1]
+    assert copied["whole"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_copy_keeps_a_conjugate_and_a_sign_not_applied():
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    copied = copy_to_cpu({"conjugate": numbers.conj(), "negative": numbers.conj().imag})
+    assert copied["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert copied["negative"].tolist() == [-2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor:UserWarning")
+def test_a_copy_keeps_the_scale_of_a_quantized_tensor():
+    quantized = torch.quantize_per_tensor(torch.tensor([1.0, 2.5]), 0.5, 0, torch.quint8)
+    assert copy_to_cpu([quantized])[0].dequantize().tolist() == [1, 2.5]
+
+
+def test_a_write_is_waited_for_again_after_an_interrupt():
+    """As by a second Ctrl-C during the wait: the write goes on, and its error is not lost."""
+    is_interrupted, sends_no_more, writing = threading.Event(), threading.Event(), BackgroundWrite()
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        callers = {one.f_code for one, _ in traceback.walk_stack(frame)}
+        is_blocked = frame is not None and "saved_state" in frame.f_locals  # a lock is held: Condition.wait waits
+        if is_blocked and BackgroundWrite.wait.__code__ in callers and not is_interrupted.is_set():
+            is_interrupted.set()
+            raise StoppedNowError
+
+    def write() -> None:
+        while not is_interrupted.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+        sends_no_more.set()
+        raise OSError("Input/output error")
+
+    previous = signal.signal(signal.SIGUSR2, interrupt)
+    try:
+        writing.start(write)
+        with pytest.raises(StoppedNowError):
+            writing.wait()
+        assert writing.is_pending
+        with pytest.raises(OSError, match="Input/output error"):
+            writing.wait()
+    finally:
+        sends_no_more.wait(LONGEST_WAIT)
+        signal.signal(signal.SIGUSR2, previous)
+    assert not writing.is_pending
 
 
 def test_the_error_of_a_write_is_raised_once():

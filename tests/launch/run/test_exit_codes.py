@@ -1,6 +1,8 @@
 """Exit codes of a run: 0 finished, 75 stopped and resumable, 130 Ctrl-C, 1 an error."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,12 +10,15 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+import callbacks.checkpoint
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from gpt2lab.storage.tensor_file import write_tensor_file
 from launch import exit_codes
 from tests.conftest import ROOT, Train, started
 from tests.launch.sweep.test_sweep_on_ranks import marked
@@ -159,6 +164,25 @@ def test_a_signal_before_training_leaves_nothing_behind(
 def test_a_path_without_permission_is_a_user_error():
     error = exit_codes.as_input_error(PermissionError(13, "Permission denied", "other/run"))
     assert str(error).splitlines()[0] == "Permission denied: other/run"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_run_directory_made_read_only_is_a_user_error(
+    code: int, tiny: list[str], train_here: Train, monkeypatch: pytest.MonkeyPatch
+):
+    def failing(held: Any, path: Path) -> None:
+        if path.name == ".step-000004.ckpt.tmp":
+            raise OSError(code, os.strerror(code), str(path))
+        write_tensor_file(held, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.checkpoint, "write_tensor_file", failing)
+        answer = train_here(*tiny, "run_dir=run", "steps=6", "checkpoint_every=2")
+    lines = answer.stderr.splitlines()
+    assert (answer.code, "Traceback" in answer.stderr) == (2, False), answer.stderr
+    assert f"error: {os.strerror(code)}: run/checkpoints/.step-000004.ckpt.tmp" in lines
+    assert lines[-1].startswith("The newest checkpoint is of step 2;")
+    assert lines[-1].endswith("Continue with: python train.py resume=run")
 
 
 def test_an_error_is_exit_code_1_and_a_report(tmp_path: Path, tiny: list[str], train_here: Train):

@@ -1,5 +1,6 @@
 """The directory of a run: which process may create, use and delete it, and recovery from a killed start."""
 
+import errno
 import json
 import os
 import shutil
@@ -248,6 +249,21 @@ def test_a_lock_ends_with_its_owner_not_with_children(tmp_path: Path):
         owner.wait()
         os.kill(child, 0)  # which is alive
         FolderLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_released_in_a_folder_made_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The lock file cannot be removed; an error of that would hide the one that ends the run."""
+
+    def fail(*_: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    lock = FolderLock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        lock.release()
+    assert not folder_lock.is_locked(tmp_path)
+    FolderLock(tmp_path).release()
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -15,8 +16,9 @@ import torch
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 
+from callbacks.checkpoint import Checkpoint
 from datamodules.micro_batches import TrainingStream
-from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
+from gpt2lab.storage.checkpoint_ledger import checkpoint_file, checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.report_json import read_report
 from lightning_modules.pretrain import Pretrain
 from tests.callbacks.test_callbacks import equal, metrics_without_clock
@@ -335,3 +337,42 @@ def test_a_failure_after_the_last_save_is_a_warning(
     if failure != "no temporary files":
         assert answer.stderr.count("Training is complete and saved, but a later step failed") == 1
     assert "\nfinished: val/loss" in answer.stdout
+
+
+class RemovesTheRun(lightning.Callback):
+    """Deletes or moves the run directory once the checkpoint of a step is complete."""
+
+    def __init__(self, step: int, moved_to: str | None = None) -> None:
+        self.step, self.moved_to = step, moved_to
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_unused: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        if trainer.global_step != self.step:
+            return
+        next(one for one in trainer.callbacks if isinstance(one, Checkpoint))._finish_write(trainer)
+        if self.moved_to:
+            folder.rename(self.moved_to)
+        else:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("moved_to", [None, "elsewhere"])
+def test_a_run_whose_directory_was_deleted_can_be_resumed(
+    moved_to: str | None, tmp_path: Path, tiny: list[str], train_here: Train
+) -> None:
+    """It ends in a new directory with its settings; a moved one can be resumed too."""
+    removes = ["+callbacks.removes._target_=tests.launch.run.test_run_ends.RemovesTheRun", "+callbacks.removes.step=3"]
+    keys = [
+        "run_dir=run",
+        "steps=6",
+        "checkpoint_every=2",
+        *removes,
+        f"+callbacks.removes.moved_to={moved_to or 'null'}",
+    ]
+    answer = train_here(*tiny, *keys)
+    assert answer.code == 0, answer.stderr
+    assert "was deleted or moved during training" in answer.stderr
+    for name in ["run", *([moved_to] if moved_to else [])]:
+        answer = train_here(f"resume={name}", "steps=8", "allow_targets=[tests]")
+        assert answer.code == 0, answer.stderr
+        assert newest_good_checkpoint(tmp_path / name) == checkpoint_file(tmp_path / name, 8)
