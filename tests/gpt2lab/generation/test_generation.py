@@ -7,7 +7,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.generation.sampling import generate_ids
+from gpt2lab.generation.sampling import choice_device, generate_ids, inverse_cdf, row_uniforms
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import BEAM, GREEDY, NUCLEUS, TOP_K, ModelShape, SamplingSettings
 
@@ -70,6 +70,55 @@ def test_seeds_of_rows_make_text_independent_of_the_batch() -> None:
     assert together == [generate([p], [seed], sampling)[0] for p, seed in zip(PROMPTS, [1, 2, 3], strict=True)]
     assert together != generate(PROMPTS, [4, 5, 6], sampling)
     assert generate(PROMPTS, [1, 2, 3], SamplingSettings("one", top_k=1)) == generate(PROMPTS, [1, 2, 3], GREEDY)
+
+
+def test_rows_are_sampled_from_the_softmax_of_their_logits() -> None:
+    """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand times."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 1.5])
+    rows, steps, temperature = 5_000, 4, 0.7
+    for uniforms in row_uniforms(range(rows), steps):
+        drawn = inverse_cdf((logits / temperature).expand(rows, -1), uniforms).flatten().bincount(minlength=8)
+        expected = (logits / temperature).softmax(0) * rows
+        assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
+
+
+SMALLEST, LARGEST = 2.0**-53, 1 - 2.0**-53  # of the uniform variates above 0
+BANNED = -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("logits", "uniform", "token"),
+    [
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], 0.0, 1),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], SMALLEST, 1),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], 0.5 - SMALLEST, 1),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], 0.5, 3),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], LARGEST, 3),
+        ([0.0, -1e4, BANNED], LARGEST, 0),
+        ([0.0] * 7 + [BANNED], LARGEST, 6),  # 7 · fp32(1 / 7) > 1
+        ([0.0] * 41 + [BANNED], LARGEST, 40),  # 41 · fp32(1 / 41) < 1
+    ],
+)
+def test_sampled_tokens_have_positive_probability(logits: list[float], uniform: float, token: int) -> None:
+    assert inverse_cdf(torch.tensor([logits]), torch.tensor([[uniform]], dtype=torch.float64)).item() == token
+
+
+def test_sampling_from_nan_logits_returns_some_token() -> None:
+    for width, uniform in ((3, LARGEST), (4, 0.5), (1, 0.0)):
+        drawn = inverse_cdf(torch.full((1, width), torch.nan), torch.tensor([[uniform]], dtype=torch.float64))
+        assert drawn.item() in range(width)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_tokens_are_chosen_where_float64_exists(device: str, expected: str) -> None:
+    assert choice_device(torch.device(device)) == torch.device(expected)
+
+
+def test_random_numbers_of_a_row_depend_on_its_seed_alone() -> None:
+    together = row_uniforms([1, 2, 3], 20)
+    for row, seed in enumerate([1, 2, 3]):
+        assert torch.equal(row_uniforms([seed], 40)[:20, 0], together[:, row])
+    assert together.unique().numel() == together.numel()
 
 
 @pytest.mark.parametrize("sampling", [NUCLEUS, BEAM], ids=lambda sampling: sampling.name)
