@@ -57,7 +57,6 @@ def logits_processors(sampling: SamplingSettings, padding: Tensor | None = None)
     return processors
 
 
-@torch.inference_mode()
 def generate_ids(
     model: GPT2LMHeadModel,
     prompts: Sequence[Sequence[int]],
@@ -131,16 +130,23 @@ def stopping_criteria(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | 
 
 @contextmanager
 def generation_mode(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
-    """Put the models in eval mode and seed the random state; restore both at the end of the context."""
+    """Disable gradients, put the models in eval mode and seed the random state; restore all at the end of the context.
+
+    Autocast keeps its copy of a weight for the next token, except in inference mode and of weights without gradient.
+    """
     device = models[0].transformer.wte.weight.device
+    has_autocast = torch.is_autocast_enabled(device.type)
     were_training = [model.training for model in models]
     for model in models:
         model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with random_state, torch.inference_mode(not has_autocast), torch.no_grad():
         torch.manual_seed(seed)
         try:
             yield
         finally:
+            if has_autocast:
+                torch.clear_autocast_cache()  # the copies have no gradient, and training needs their memory
             for model, was_training in zip(models, were_training, strict=True):
                 model.train(was_training)
 

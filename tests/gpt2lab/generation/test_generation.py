@@ -1,9 +1,12 @@
 """Generation: batches equal single prompts, and sampling does not change the global random state."""
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
@@ -181,6 +184,45 @@ def test_decoder_in_pieces_equals_one_forward_pass(layout: str) -> None:
     found = torch.cat(pieces, 1)
     torch.testing.assert_close(found[0, 3:], expected[0, 3:], rtol=1e-4, atol=1e-4)  # another order of sums
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+class Casts(TorchDispatchMode):
+    """Number of casts of each tensor of some storages."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.counts = {tensor.untyped_storage().data_ptr(): 0 for tensor in tensors}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (
+            function is torch.ops.aten._to_copy.default
+            and (place := args[0].untyped_storage().data_ptr()) in self.counts
+        ):
+            self.counts[place] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_autocast_casts_each_weight_once(outside: Callable[[], AbstractContextManager[None]]) -> None:
+    lm = model().lm
+    with outside(), torch.autocast("cpu", torch.bfloat16), Casts(lm.parameters()) as casts:
+        generate_ids(lm, PROMPTS, NUCLEUS, max_new_tokens=8, end_of_text=END)
+    assert max(casts.counts.values()) == 1
+
+
+def test_generation_under_autocast_keeps_gradients() -> None:
+    backbone = model()
+
+    def gradients(generates: bool) -> list[torch.Tensor]:
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            if generates:
+                generate_ids(backbone.lm, PROMPTS, NUCLEUS, max_new_tokens=4, end_of_text=END)
+            backbone.eval().logits(torch.tensor(PROMPTS[:1])).sum().backward()
+        return [parameter.grad for parameter in backbone.parameters()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, expected)
 
 
 SAMPLINGS = [
