@@ -225,6 +225,29 @@ def test_generation_under_autocast_keeps_gradients() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("weights", "autocast", "cache"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.float32, True, torch.float32),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float64, False, torch.float64),
+    ],
+)
+def test_keys_and_values_have_at_least_fp32_on_a_cpu(weights: torch.dtype, autocast: bool, cache: torch.dtype) -> None:
+    lm = model().eval().lm.to(weights)
+    ids = torch.tensor(PROMPTS[:1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = lm(ids).logits[:, -1:]
+        decoder = Decoder(lm, 8)
+        decoder.read(ids[:, :-1])
+        found = decoder.read(ids[:, -1:])
+    assert {block.dtype for block in decoder.cache} == {cache}
+    assert found.dtype == expected.dtype
+    rounding = 0.05 if expected.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+
+
 SAMPLINGS = [
     GREEDY,
     TOP_K,
