@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import (
     Cache,
     GPT2LMHeadModel,
-    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
@@ -29,6 +28,7 @@ from gpt2lab.generation.decoder import Decoder
 from gpt2lab.model.attention_masks import format_mask
 from gpt2lab.settings import SamplingSettings
 from gpt2lab.system.determinism import has_deterministic_cumsum
+from gpt2lab.system.device import widest_float
 
 
 def logits_processors(sampling: SamplingSettings, padding: Tensor | None = None) -> LogitsProcessorList:
@@ -57,7 +57,6 @@ def logits_processors(sampling: SamplingSettings, padding: Tensor | None = None)
     return processors
 
 
-@torch.inference_mode()
 def generate_ids(
     model: GPT2LMHeadModel,
     prompts: Sequence[Sequence[int]],
@@ -99,13 +98,11 @@ def generate_ids(
     padding = torch.tensor([longest - len(prompt) for prompt in truncated], device=device)  # (B,)
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in truncated], device=device)  # (B, longest)
     stops = stopping_criteria(stop, tokenizer)
-    choice_device = device if has_deterministic_cumsum(device) else torch.device("cpu")  # top_p and typical_p need it
-    processors = logits_processors(sampling, padding.to(choice_device))
-    do_sample = not sampling.is_greedy
-    if row_seeds is not None and do_sample:
-        processors.append(RowwiseSampling(row_seeds, choice_device))
-        do_sample = False
+    chosen_on = choice_device(device)
+    uniforms = None if row_seeds is None else iter(row_uniforms(row_seeds, max_new_tokens).to(chosen_on))
     vocab_size = vocab_size or model.config.vocab_size
+    processors = logits_processors(sampling, padding.to(chosen_on))
+    choice = TokenChoice(processors, vocab_size, not sampling.is_greedy, chosen_on, uniforms)
     with generation_mode(model, seed=seed):
         if sampling.beams > 1:
             ids = _beam_search(
@@ -115,10 +112,15 @@ def generate_ids(
             decoder = Decoder(model, longest + max_new_tokens, padding)
             if bidirectional and longest > 1:
                 decoder.read(ids[:, :-1], bidirectional=True)
-            choice = TokenChoice(processors, vocab_size, do_sample, choice_device)
             ids = _generate(decoder, ids, choice, stops, max_new_tokens, end_of_text, streamer)
     completions = ids[:, longest:].tolist()
     return [row[: row.index(end_of_text)] if end_of_text in row else row for row in completions]
+
+
+def choice_device(device: torch.device) -> torch.device:
+    """Return where tokens are chosen: `device`, or the CPU if it has no cumulative sum of floats or no float64."""
+    is_able = has_deterministic_cumsum(device) and widest_float(device) == torch.float64
+    return device if is_able else torch.device("cpu")
 
 
 def stopping_criteria(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> StoppingCriteriaList:
@@ -128,16 +130,23 @@ def stopping_criteria(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | 
 
 @contextmanager
 def generation_mode(*models: GPT2LMHeadModel, seed: int) -> Iterator[None]:
-    """Put the models in eval mode and seed the random state; restore both at the end of the context."""
+    """Disable gradients, put the models in eval mode and seed the random state; restore all at the end of the context.
+
+    Autocast keeps its copy of a weight for the next token, except in inference mode and of weights without gradient.
+    """
     device = models[0].transformer.wte.weight.device
+    has_autocast = torch.is_autocast_enabled(device.type)
     were_training = [model.training for model in models]
     for model in models:
         model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with random_state, torch.inference_mode(not has_autocast), torch.no_grad():
         torch.manual_seed(seed)
         try:
             yield
         finally:
+            if has_autocast:
+                torch.clear_autocast_cache()  # the copies have no gradient, and training needs their memory
             for model, was_training in zip(models, were_training, strict=True):
                 model.train(was_training)
 
@@ -148,12 +157,14 @@ class TokenChoice:
 
     Attributes:
         device: where the choice is made; None: where the logits are.
+        uniforms: variates (B, 1) of each sampled token; None: from the global random state.
     """
 
     processors: LogitsProcessorList
     vocab_size: int
     do_sample: bool
     device: torch.device | None = None
+    uniforms: Iterator[Tensor] | None = None
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Process the logits (B, V) after the tokens (B, S): (B, vocab_size)."""
@@ -162,7 +173,32 @@ class TokenChoice:
 
     def tokens(self, scores: Tensor) -> Tensor:
         """Choose tokens (B, 1) from scores (B, vocab_size)."""
-        return scores.softmax(1).multinomial(1) if self.do_sample else scores.argmax(1, keepdim=True)
+        if not self.do_sample:
+            return scores.argmax(1, keepdim=True)
+        if self.uniforms is None:
+            return scores.softmax(1).multinomial(1)
+        return inverse_cdf(scores, next(self.uniforms))
+
+
+def row_uniforms(row_seeds: Sequence[int], count: int) -> Tensor:
+    """Return `count` uniform variates in [0, 1) of each row, (count, B, 1) in float64, each row from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in row_seeds]
+    rows = [torch.rand(count, 1, generator=generator, dtype=torch.float64) for generator in generators]
+    return torch.stack(rows, 1)
+
+
+def inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Return tokens (B, 1) of softmax(scores (B, V)) at these points (B, 1) of its cumulative distribution.
+
+    Probabilities are multiples of 2^−52. Sums of integers are exact: they are the same on every device, a token of
+    probability 0 is never chosen, and u < 1 is below the last sum.
+
+    Args:
+        uniforms: float64, in [0, 1).
+    """
+    cumulative = (scores.softmax(1) * 2.0**52).cumsum(1, dtype=torch.int64)  # (B, V)
+    points = (uniforms * cumulative[:, -1:]).long()
+    return torch.searchsorted(cumulative, points, right=True).clamp_max(scores.shape[1] - 1)  # the clamp is for NaN
 
 
 def _generate(
@@ -275,20 +311,3 @@ class NoRepeatedNGram(NoRepeatNGramLogitsProcessor):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             input_ids = input_ids.masked_fill(positions < self.padding[:, None], scores.shape[1])  # an unused id
         return super().__call__(input_ids, scores)
-
-
-class RowwiseSampling(LogitsProcessor):
-    """Logits processor whose argmax is a sample from softmax(logits), each row with its own generator.
-
-    Source: the Gumbel-max trick; −log of an exponential variate is a Gumbel variate.
-    """
-
-    def __init__(self, row_seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in row_seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Add Gumbel noise to the logits (B, V)."""
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.log()

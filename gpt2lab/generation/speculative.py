@@ -188,7 +188,6 @@ def speculate(
     return Speculated(ids, plain_ids, *counts, seconds, plain_seconds, cost, verify)
 
 
-@torch.inference_mode()
 def speculative_ids(
     target: GPT2LMHeadModel,
     draft: GPT2LMHeadModel,

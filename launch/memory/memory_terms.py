@@ -286,8 +286,8 @@ def _validation(sizes: RunSizes) -> dict[str, int]:
 def _outside_training(sizes: RunSizes) -> dict[str, int]:
     """Terms of generation, of the export and of writing a teacher cache."""
     shape, w, c, texts = sizes.shape, sizes.weight_bytes, sizes.compute_bytes, sizes.prompts * sizes.generated_length
-    gathered = parameters(shape) * c if sizes.sharded and texts else 0  # weights, for the texts of one call
-    key_values = 2 * shape.n_layer * shape.n_embd * w * texts
+    copied = parameters(shape) * c if texts and (sizes.sharded or c < w) else 0  # weights gathered, or cast by autocast
+    key_values = 2 * shape.n_layer * shape.n_embd * (w if sizes.on_gpu else 4) * texts  # in fp32 on a CPU (decoder.py)
     logits = 3 * sizes.prompts * shape.vocab_size * 4  # raw, processed, and sorted or their softmax
     copies = max(2 if sizes.verified else 1, 2 if sizes.lora_rank else 1)  # in fp32
     cache, teacher = 0, sizes.cached_teacher
@@ -299,7 +299,7 @@ def _outside_training(sizes: RunSizes) -> dict[str, int]:
         head = positions * teacher.n_embd * c + work
         cache = parameters(teacher) * c + max(_forward_pass(sizes, teacher, positions, c), head)
     return {
-        "generation": gathered + key_values + logits + _forward_pass(sizes, shape, texts, w),
+        "generation": copied + key_values + logits + _forward_pass(sizes, shape, texts, w),
         "export": 0 if sizes.on_gpu else parameters(shape) * 4 * copies,
         "teacher cache": cache,
     }

@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.distillation.generation_batches import GeneratedSequence, TextGenerator, collate
 from gpt2lab.distillation.on_policy import BUFFER, DATA, STUDENT, ReplayBuffer, TextChoice
-from gpt2lab.generation.sampling import RowwiseSampling
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import ModelShape, SequenceSettings
 from gpt2lab.storage.metrics_csv import read_metrics
@@ -41,16 +40,6 @@ def pairs() -> Batch:
     """Prompts of 2, 5, 9 and 12 tokens; the last exceeds the context."""
     ids = torch.arange(1, 17).repeat(4, 1) + torch.arange(4)[:, None]
     return Batch(ids, torch.full_like(ids, IGNORE_INDEX), 0, torch.tensor([7, 3, 11, 5]), torch.tensor([2, 5, 9, 12]))
-
-
-def test_row_is_sampled_from_its_own_distribution() -> None:
-    """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand times."""
-    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 1.5])
-    count, temperature = 20_000, 0.7
-    noisy = RowwiseSampling(range(count), torch.device("cpu"))
-    drawn = noisy(torch.empty(0), (logits / temperature).expand(count, -1)).argmax(1).bincount(minlength=8)
-    expected = (logits / temperature).softmax(0) * count
-    assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
 
 
 def test_generated_text_does_not_depend_on_its_batch(model) -> None:

@@ -1,13 +1,16 @@
 """Generation: batches equal single prompts, and sampling does not change the global random state."""
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.generation.sampling import generate_ids
+from gpt2lab.generation.sampling import choice_device, generate_ids, inverse_cdf, row_uniforms
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import BEAM, GREEDY, NUCLEUS, TOP_K, ModelShape, SamplingSettings
 
@@ -72,6 +75,55 @@ def test_seeds_of_rows_make_text_independent_of_the_batch() -> None:
     assert generate(PROMPTS, [1, 2, 3], SamplingSettings("one", top_k=1)) == generate(PROMPTS, [1, 2, 3], GREEDY)
 
 
+def test_rows_are_sampled_from_the_softmax_of_their_logits() -> None:
+    """Chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand times."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 1.5])
+    rows, steps, temperature = 5_000, 4, 0.7
+    for uniforms in row_uniforms(range(rows), steps):
+        drawn = inverse_cdf((logits / temperature).expand(rows, -1), uniforms).flatten().bincount(minlength=8)
+        expected = (logits / temperature).softmax(0) * rows
+        assert float(((drawn - expected) ** 2 / expected).sum()) < 24.3
+
+
+SMALLEST, LARGEST = 2.0**-53, 1 - 2.0**-53  # of the uniform variates above 0
+BANNED = -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("logits", "uniform", "token"),
+    [
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], 0.0, 1),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], SMALLEST, 1),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], 0.5 - SMALLEST, 1),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], 0.5, 3),
+        ([BANNED, 0.0, BANNED, 0.0, BANNED], LARGEST, 3),
+        ([0.0, -1e4, BANNED], LARGEST, 0),
+        ([0.0] * 7 + [BANNED], LARGEST, 6),  # 7 · fp32(1 / 7) > 1
+        ([0.0] * 41 + [BANNED], LARGEST, 40),  # 41 · fp32(1 / 41) < 1
+    ],
+)
+def test_sampled_tokens_have_positive_probability(logits: list[float], uniform: float, token: int) -> None:
+    assert inverse_cdf(torch.tensor([logits]), torch.tensor([[uniform]], dtype=torch.float64)).item() == token
+
+
+def test_sampling_from_nan_logits_returns_some_token() -> None:
+    for width, uniform in ((3, LARGEST), (4, 0.5), (1, 0.0)):
+        drawn = inverse_cdf(torch.full((1, width), torch.nan), torch.tensor([[uniform]], dtype=torch.float64))
+        assert drawn.item() in range(width)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_tokens_are_chosen_where_float64_exists(device: str, expected: str) -> None:
+    assert choice_device(torch.device(device)) == torch.device(expected)
+
+
+def test_random_numbers_of_a_row_depend_on_its_seed_alone() -> None:
+    together = row_uniforms([1, 2, 3], 20)
+    for row, seed in enumerate([1, 2, 3]):
+        assert torch.equal(row_uniforms([seed], 40)[:20, 0], together[:, row])
+    assert together.unique().numel() == together.numel()
+
+
 @pytest.mark.parametrize("sampling", [NUCLEUS, BEAM], ids=lambda sampling: sampling.name)
 def test_a_streamer_can_interrupt_the_generation_at_a_token(sampling: SamplingSettings) -> None:
     class Interrupting(BaseStreamer):
@@ -132,6 +184,68 @@ def test_decoder_in_pieces_equals_one_forward_pass(layout: str) -> None:
     found = torch.cat(pieces, 1)
     torch.testing.assert_close(found[0, 3:], expected[0, 3:], rtol=1e-4, atol=1e-4)  # another order of sums
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+class Casts(TorchDispatchMode):
+    """Number of casts of each tensor of some storages."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.counts = {tensor.untyped_storage().data_ptr(): 0 for tensor in tensors}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (
+            function is torch.ops.aten._to_copy.default
+            and (place := args[0].untyped_storage().data_ptr()) in self.counts
+        ):
+            self.counts[place] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_autocast_casts_each_weight_once(outside: Callable[[], AbstractContextManager[None]]) -> None:
+    lm = model().lm
+    with outside(), torch.autocast("cpu", torch.bfloat16), Casts(lm.parameters()) as casts:
+        generate_ids(lm, PROMPTS, NUCLEUS, max_new_tokens=8, end_of_text=END)
+    assert max(casts.counts.values()) == 1
+
+
+def test_generation_under_autocast_keeps_gradients() -> None:
+    backbone = model()
+
+    def gradients(generates: bool) -> list[torch.Tensor]:
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            if generates:
+                generate_ids(backbone.lm, PROMPTS, NUCLEUS, max_new_tokens=4, end_of_text=END)
+            backbone.eval().logits(torch.tensor(PROMPTS[:1])).sum().backward()
+        return [parameter.grad for parameter in backbone.parameters()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "autocast", "cache"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.float32, True, torch.float32),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float64, False, torch.float64),
+    ],
+)
+def test_keys_and_values_have_at_least_fp32_on_a_cpu(weights: torch.dtype, autocast: bool, cache: torch.dtype) -> None:
+    lm = model().eval().lm.to(weights)
+    ids = torch.tensor(PROMPTS[:1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = lm(ids).logits[:, -1:]
+        decoder = Decoder(lm, 8)
+        decoder.read(ids[:, :-1])
+        found = decoder.read(ids[:, -1:])
+    assert {block.dtype for block in decoder.cache} == {cache}
+    assert found.dtype == expected.dtype
+    rounding = 0.05 if expected.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
 
 
 SAMPLINGS = [

@@ -340,6 +340,12 @@ def test_terms_grow_with_the_sizes_in_their_formulas():
     for name in ("weights", "gradients", "optimizer state", "activations"):
         expected = terms[name] / 2 + (attention if name == "activations" else 0)
         assert half[name] == pytest.approx(expected, rel=0.01), name
+    on_gpu = memory_terms(replace(sizes, precision=precision_named("bf16_true"), on_gpu=True))
+    assert (
+        half["generation"] - on_gpu["generation"] == 2 * SMALL.n_layer * SMALL.n_embd * 2 * 4 * 256
+    )  # keys and values
+    short = replace(sizes, precision=precision_named("bf16"), prompts=1, generated_length=1)
+    assert memory_terms(short)["generation"] > 2 * parameters(SMALL)  # autocast's copies of the weights
     assert memory_terms(replace(sizes, sharded=True, ranks=4))["gradients"] == terms["gradients"] // 4
     assert terms["export"] == 2 * 4 * parameters(SMALL)
 
