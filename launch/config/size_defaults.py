@@ -19,6 +19,7 @@ TYPES |= {"optimizer.lr": float, "optimizer.weight_decay": float}
 WARMUP = "schedule.warmup_steps"
 
 TRY_OUT = "a try-out: 16 sequences of 256 tokens a step"
+SHAKESPEARE = "nanoGPT's train_shakespeare_char"
 CHINCHILLA = "20 tokens for each parameter (Chinchilla)"
 WARMUP_SHARE, LONGEST_WARMUP = 0.02, 700  # llm.c has 700 of 19,560 steps, modded-nanogpt 250 of 9,536
 STEPS_OF_PAIRS = 1000  # 16,000 pairs in batches of 16: about three epochs of a small data set
@@ -33,7 +34,7 @@ class SizeDefaults:
         batch_tokens: of a step on GPUs.
         tokens: of a whole run on GPUs; 0: `steps` counts.
         lr: by optimizer; for weights that start at random.
-        lr_from_weights: for weights that were trained before; None: the same.
+        lr_from_weights: by optimizer; for weights that were trained before.
         practice: whose practice the row follows.
     """
 
@@ -43,18 +44,19 @@ class SizeDefaults:
     batch_tokens: int
     tokens: float
     lr: Mapping[str, float]
+    lr_from_weights: Mapping[str, float]
     practice: str
     steps: int = 300
-    lr_from_weights: float | None = None
-
-
-# Measured here for 2 to 4 layers: Muon and AdamW at 3e-3 and 1e-3 (docs/measurements/distillation.md)
-LAPTOP = {"muon": 3e-3, "adamw": 1e-3, "adam": 1e-3}
 
 
 def _lr(value: float) -> dict[str, float]:
     """Muon's updates have the size of AdamW's, whose rate it takes (Moonlight, arXiv 2502.16982)."""
     return dict.fromkeys(("muon", "adamw", "adam"), value)
+
+
+def _laptop(muon: float) -> dict[str, float]:
+    """Return the rates of a small model; those for random weights are in docs/measurements/recipe.md."""
+    return {"muon": muon, "adamw": 1e-3, "adam": 1e-3}
 
 
 # mini: nanoGPT, config/train_shakespeare_char.py: 6 layers of width 384, block_size 256, 64 sequences, 5,000 steps.
@@ -66,14 +68,14 @@ def _lr(value: float) -> dict[str, float]:
 #   From trained weights: 5e-5 of Hugging Face's Trainer, twice that up to small; LoRA 2e-4 (arXiv 2106.09685, GPT-2);
 #   weight decay 0.01 (LoRA; microsoft/LMOps' fine-tuning of GPT-2).
 SIZES = (
-    SizeDefaults("nano", 0.393e6, 256, 4096, 0, LAPTOP, TRY_OUT),
-    SizeDefaults("micro", 3.15e6, 256, 4096, 0, LAPTOP, TRY_OUT),
-    SizeDefaults("mini", 10.6e6, 256, 16384, 0, LAPTOP, "nanoGPT's train_shakespeare_char", steps=5000),
-    SizeDefaults("distil", 42.5e6, 1024, 524288, 1.64e9, _lr(6e-4), "GPT-2, llm.c, nanochat", lr_from_weights=1e-4),
-    SizeDefaults("small", 84.9e6, 1024, 524288, 2.49e9, _lr(6e-4), "GPT-2, llm.c, nanochat", lr_from_weights=1e-4),
-    SizeDefaults("medium", 302e6, 1024, 524288, 7.1e9, _lr(3e-4), "GPT-2, GPT-3, nanochat", lr_from_weights=5e-5),
-    SizeDefaults("large", 708e6, 1024, 524288, 15.5e9, _lr(2.5e-4), "GPT-2, GPT-3, nanochat", lr_from_weights=5e-5),
-    SizeDefaults("xl", 1475e6, 1024, 1048576, 31.2e9, _lr(2e-4), "GPT-2, GPT-3, llm.c", lr_from_weights=5e-5),
+    SizeDefaults("nano", 0.393e6, 256, 4096, 0, _laptop(1e-2), _laptop(3e-3), TRY_OUT),
+    SizeDefaults("micro", 3.15e6, 256, 4096, 0, _laptop(1e-2), _laptop(3e-3), TRY_OUT),
+    SizeDefaults("mini", 10.6e6, 256, 16384, 0, _laptop(6e-3), _laptop(3e-3), SHAKESPEARE, 5000),
+    SizeDefaults("distil", 42.5e6, 1024, 524288, 1.64e9, _lr(6e-4), _lr(1e-4), "GPT-2, llm.c, nanochat"),
+    SizeDefaults("small", 84.9e6, 1024, 524288, 2.49e9, _lr(6e-4), _lr(1e-4), "GPT-2, llm.c, nanochat"),
+    SizeDefaults("medium", 302e6, 1024, 524288, 7.1e9, _lr(3e-4), _lr(5e-5), "GPT-2, GPT-3, nanochat"),
+    SizeDefaults("large", 708e6, 1024, 524288, 15.5e9, _lr(2.5e-4), _lr(5e-5), "GPT-2, GPT-3, nanochat"),
+    SizeDefaults("xl", 1475e6, 1024, 1048576, 31.2e9, _lr(2e-4), _lr(5e-5), "GPT-2, GPT-3, llm.c"),
 )
 NANO = SIZES[0]
 LORA_LR, DECAY_FROM_WEIGHTS, DECAY = 2e-4, 0.01, 0.1
@@ -110,7 +112,7 @@ class Facts:
     @property
     def fine_tunes(self) -> bool:
         """Whether trained weights of at least distil's size are trained further."""
-        return self.from_weights and self.size.lr_from_weights is not None
+        return self.from_weights and self.size.tokens > 0
 
 
 def default_values(facts: Facts, given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -159,10 +161,11 @@ def _learning_rate(facts: Facts, given: Mapping[str, Any]) -> tuple[float, str]:
     row = facts.size
     if facts.fine_tunes and facts.lora:
         return LORA_LR, f"{row.name} with LoRA: as published for GPT-2"
-    if facts.fine_tunes and row.lr_from_weights is not None:
-        return row.lr_from_weights, f"{row.name} from trained weights"
-    practice = "GPT-3, table 2.1; nanoGPT, llm.c" if row.tokens else "measured for 2 to 4 layers"
-    return row.lr.get(facts.optimizer, row.lr["adamw"]), f"{row.name}: {practice}"
+    practice = "GPT-3, table 2.1; nanoGPT, llm.c" if row.tokens else "measured for 2 to 6 layers"
+    rates, origin = row.lr, f"{row.name}: {practice}"
+    if facts.from_weights:
+        rates, origin = row.lr_from_weights, f"{row.name} from trained weights"
+    return rates.get(facts.optimizer, rates["adamw"]), origin
 
 
 def _weight_decay(facts: Facts, given: Mapping[str, Any]) -> tuple[float, str]:

@@ -21,9 +21,10 @@ def values(config: RunConfig) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "changed"),
     [
-        ((), {"optimizer.lr": 3e-3}),
-        (("task=distill",), {"optimizer.lr": 3e-3}),
+        ((), {"optimizer.lr": 1e-2}),
+        (("task=distill",), {"optimizer.lr": 1e-2}),
         (("task=finetune",), {"optimizer.lr": 3e-3}),
+        (("init=x",), {"optimizer.lr": 3e-3}),
         (("optimizer=adamw",), {"optimizer.lr": 1e-3}),
         (("optimizer=adam",), {"optimizer.lr": 1e-3, "optimizer.weight_decay": 0.0}),
     ],
@@ -34,7 +35,7 @@ def test_nano_keeps_its_values(keys: tuple[str, ...], changed: dict[str, Any], m
 
 
 ON_GPU = [  # model, context, batch_tokens, lr, weight decay
-    ("mini", 256, 16_384, 3e-3),
+    ("mini", 256, 16_384, 6e-3),
     ("distil", 1024, 524_288, 6e-4),
     ("small", 1024, 524_288, 6e-4),
     ("medium", 1024, 524_288, 3e-4),
@@ -65,7 +66,7 @@ def test_sizes_have_the_values_of_practice(model: str, context: int, batch: int,
         (("model=small", "steps=20"), {"steps": 20, size_defaults.WARMUP: None}),
         (("model=small", "optimizer.lr=1", "optimizer.weight_decay=0"), {"optimizer.lr": 1.0}),
         (("model=small", "model.n_positions=512"), {"context": 512}),
-        (("model=small", "model.n_layer=2", "model.n_head=2", "model.n_embd=128"), {**NANO, "optimizer.lr": 3e-3}),
+        (("model=small", "model.n_layer=2", "model.n_head=2", "model.n_embd=128"), {**NANO, "optimizer.lr": 1e-2}),
         (("model=nano", "model.n_layer=12", "model.n_head=12", "model.n_embd=768"), {"optimizer.lr": 6e-4}),
         (("experiment=gpt2_124m_fineweb",), {"steps": 19_560, "optimizer.lr": 6e-4, size_defaults.WARMUP: 700}),
         (("experiment=gpt2_124m_fineweb", "steps=auto"), {"steps": 4749, "batch_tokens": 524_288}),
