@@ -25,7 +25,7 @@ QUICK = ("precision=bf16", "micro_batch=3")
 def losses(train_here: Train, tiny: list[str], run_dir: Path, *keys: str) -> list[float]:
     """Return the training loss of each step; of keys that are given twice the last counts."""
     lengths = [f"{key}={STEPS}" for key in ("steps", "validate_every", "checkpoint_every")]
-    usual = ["logger=csv", "log_every=1", "compile=false"]
+    usual = ["logger=csv", "log_every=1", "compile=false", "optimizer.lr=3e-3"]  # differences grow with the rate
     words = dict(word.split("=", 1) for word in [*tiny, *lengths, *usual, *keys, f"run_dir={run_dir}"])
     ended = train_here(*(f"{key}={value}" for key, value in words.items()))
     assert ended.code == 0, ended.stderr
