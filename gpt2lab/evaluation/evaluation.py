@@ -26,8 +26,7 @@ from gpt2lab.evaluation.jackknife import (
     standard_errors,
     total,
 )
-from gpt2lab.losses.logit_chunks import logit_chunks
-from gpt2lab.losses.target_losses import LOGITS_OF_A_BLOCK
+from gpt2lab.losses.logit_chunks import logit_chunks, rows_of_a_block
 from gpt2lab.losses.teacher_signal import TOP
 from gpt2lab.model.backbone import Backbone
 
@@ -187,7 +186,7 @@ def _label_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterato
     """Yield for each target of a block (C,): nats, rank of the label from 0, and probability of the top-1 token."""
     chunk = max(min(LOGITS_OF_A_CHUNK // len(weight), ROWS_OF_A_CHUNK), 1)
     for rows, logits in logit_chunks(hidden, weight, rows=chunk):
-        block = max(LOGITS_OF_A_BLOCK // len(weight), 1) if logits.device.type == "cpu" else len(logits)
+        block = rows_of_a_block(logits)
         yield from map(_statistics, logits.split(block), labels[rows].split(block))
 
 

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.losses.chunk_losses import ChunkFunction, chunk_function
-from gpt2lab.losses.logit_chunks import Head, compute_dtype, even_chunk_rows, transposed
+from gpt2lab.losses.logit_chunks import Head, compute_dtype, even_chunk_rows, rows_of_a_block, transposed
 from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products use
 ROWS_OF_A_TEACHER = 256  # rows of teacher logits, which one product uses; on a CPU, whole chunks on a GPU
-LOGITS_OF_A_BLOCK = 2**20  # on a CPU; whole chunks on a GPU
 GPU_ALIGNMENT = 64  # V is padded to a multiple of this on a GPU: unpadded, 50,257 logits took 30 of 35 ms
 
 
@@ -208,8 +207,7 @@ def _logits(hidden: Tensor, head: Tensor, role: str) -> Tensor:
 
 def _blocks(logits: Tensor) -> list[slice]:
     """Return slices of the rows (C, V) that are processed together."""
-    rows, vocab_size = logits.shape
-    return _slices(rows, max(LOGITS_OF_A_BLOCK // vocab_size, 1) if logits.device.type == "cpu" else max(rows, 1))
+    return _slices(len(logits), rows_of_a_block(logits))
 
 
 def _slices(rows: int, step: int) -> list[slice]:

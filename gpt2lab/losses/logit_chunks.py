@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LOGITS_OF_A_CHUNK = 2**23  # 32 MiB in fp32; several more tensors of this size exist while a chunk is evaluated
+LOGITS_OF_A_BLOCK = 2**20  # on a CPU; the intermediate results fit its cache
 
 Head = Callable[[Tensor], Tensor]  # hidden states (C, D) → logits (C, V)
 
@@ -36,6 +37,12 @@ def logit_chunks(
     step = rows or max(most // len(weight), 1)
     parts = (slice(start, start + step) for start in range(0, max(len(hidden), 1), step))
     return ((part, head(hidden[part])) for part in parts)
+
+
+def rows_of_a_block(logits: Tensor) -> int:
+    """Return how many rows of a chunk (C, V) are processed together: on a CPU as fit its cache, on a GPU all."""
+    rows, vocab_size = logits.shape
+    return max(LOGITS_OF_A_BLOCK // vocab_size, 1) if logits.device.type == "cpu" else max(rows, 1)
 
 
 def plain_head(weight: Tensor, dtype: torch.dtype) -> Head:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from gpt2lab.losses.divergences import SMALLEST_LOG
-from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks
+from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks, rows_of_a_block
 
 LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
-LOGITS_OF_A_BLOCK = 2**20  # on a CPU; the intermediate results fit its cache
 
 
 @torch.compiler.disable  # chunks are compiled separately; the caller's graph breaks here
@@ -34,7 +33,7 @@ def target_losses(
     device, work, parts = hidden.device.type, _chunk_function(compiled), []
     with torch.autocast(device, enabled=False):
         for rows, logits in chunks if len(labels) else ():
-            block = max(LOGITS_OF_A_BLOCK // len(head), 1) if device == "cpu" else len(logits)
+            block = rows_of_a_block(logits)
             parts += [work(*part) for part in zip(logits.split(block), labels[rows].split(block), strict=True)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(torch.float32, dtype))
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from gpt2lab.distillation.teacher_cache import LOGITS_AT_A_TIME as TEACHER_CACHE_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_A_CHUNK as COMPILED_METRIC_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_AN_UNCOMPILED_CHUNK as METRIC_LOGITS
-from gpt2lab.losses.lm_head_loss import LOGITS_OF_A_BLOCK, ROWS_OF_A_TEACHER, rows_of_a_chunk
+from gpt2lab.losses.lm_head_loss import ROWS_OF_A_TEACHER, rows_of_a_chunk
+from gpt2lab.losses.logit_chunks import LOGITS_OF_A_BLOCK
 from gpt2lab.losses.target_losses import LOGITS_OF_A_CHUNK as VALIDATION_LOGITS
 from gpt2lab.model.short_attention import LONGEST
 from gpt2lab.optim.stochastic_rounding import CHUNK_NUMEL, WORK_BYTES
