@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ PROMPTS = (
 )
 
 Rows = list[list[int]]
+Found = TypeVar("Found")
 
 
 def main() -> None:
@@ -115,7 +117,7 @@ def decoding_rows(shape: ModelShape, tokens: int, rounds: int, dtype: torch.dtyp
                 "theirs": _theirs(theirs, prompts, sampling, tokens),
                 "ours": _ours(ours, prompts, sampling, tokens),
             }
-            speeds, texts = _alternate(sides, rounds)
+            speeds, texts = alternate(sides, rounds, _length)
             same = sum(one == other for one, other in zip(texts["theirs"], texts["ours"], strict=True))
             ratios = [ours / theirs for theirs, ours in zip(speeds["theirs"], speeds["ours"], strict=True)]
             cells = [spread(speeds["theirs"], ",.0f"), spread(speeds["ours"], ",.0f"), spread(ratios)]
@@ -204,7 +206,7 @@ def assisted_row(target: str, draft: str, tokens: int, rounds: int, dtype: torch
         "ours": lambda: [generate_ids(ours, [prompt], GREEDY, **given)[0] for prompt in prompts],
         "drafted": lambda: [speculative_ids(ours, our_draft, prompt, GREEDY, **given)[0] for prompt in prompts],
     }
-    speeds, texts = _alternate(sides, rounds)
+    speeds, texts = alternate(sides, rounds, _length)
     pairs = (
         ("assisted", "theirs"),
         ("tuned", "theirs"),
@@ -239,18 +241,28 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def _alternate(sides: dict[str, Callable[[], Rows]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Rows]]:
-    """Return (tokens per second in each round, texts of the last round) by side."""
+def alternate(
+    sides: dict[str, Callable[[], Found]], rounds: int, tokens: Callable[[Found], int]
+) -> tuple[dict[str, list[float]], dict[str, Found]]:
+    """Return (tokens per second in each round, result of the last round) by side; the first round is warm-up.
+
+    Args:
+        tokens: the number of tokens of a result.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in sides}
-    texts: dict[str, Rows] = {}
+    found: dict[str, Found] = {}
     for number in range(rounds + 1):
         for name in list(sides) if number % 2 else reversed(list(sides)):
             started = time.perf_counter()
-            texts[name] = sides[name]()
+            found[name] = sides[name]()
             seconds = time.perf_counter() - started
             if number:
-                speeds[name].append(sum(map(len, texts[name])) / seconds)
-    return speeds, texts
+                speeds[name].append(tokens(found[name]) / seconds)
+    return speeds, found
+
+
+def _length(rows: Rows) -> int:
+    return sum(map(len, rows))
 
 
 def _ours(model: GPT2LMHeadModel, prompts: Rows, sampling: SamplingSettings, tokens: int) -> Callable[[], Rows]:

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from benchmarks.benchmark_decoding import PRECISIONS, SHAPES, TINY, spread
+from benchmarks.benchmark_decoding import PRECISIONS, SHAPES, TINY, alternate, spread
 from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.evaluation import score
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
@@ -78,7 +77,7 @@ def evaluation_row(shape: ModelShape, precision: str, context: int, tokens: int,
         sides = their_sides(folder, precision, batches := text_batches(shape.vocab_size, context, tokens))
         sides[OURS] = partial(our_loss, load_backbone(folder), precision, batches)
     targets = sum(batch.target_tokens for batch in batches)
-    speeds, losses = alternate(sides, targets, rounds)
+    speeds, losses = alternate(sides, rounds, lambda _loss: targets)
     for name, loss in losses.items():
         if not abs(loss - losses[OURS]) < TOLERANCES[precision]:
             raise RuntimeError(f"The loss of {name} is {loss:.6f}, ours {losses[OURS]:.6f}.")
@@ -138,20 +137,6 @@ def _mean_loss(model: GPT2LMHeadModel, how: str, batch: Batch) -> Tensor:
         return model(batch.input_ids, labels=batch.labels, shift_labels=batch.labels, use_cache=False).loss
     logits = model(batch.input_ids, use_cache=False).logits  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
-
-
-def alternate(sides: dict[str, Side], targets: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return (tokens per second in each round, loss) by side."""
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, float] = {}
-    for number in range(rounds + 1):
-        for name in list(sides) if number % 2 else reversed(list(sides)):
-            started = time.perf_counter()
-            losses[name] = sides[name]()
-            seconds = time.perf_counter() - started
-            if number:
-                speeds[name].append(targets / seconds)
-    return speeds, losses
 
 
 if __name__ == "__main__":
