@@ -67,10 +67,10 @@ def run_study(config: RunConfig) -> None:
     logging_setup.configure_logging()
     study = _open(config)
     with FolderLock(study.folder, use="a study"):
-        delete_scratch_files(study.folder)
         stored = study.folder / "study.json"
         if stored.is_file():
             _check_same(study, stored)
+        delete_scratch_files(study.folder)
         study.save("running", {})
         _run_arms(study)
 

@@ -92,8 +92,8 @@ def run_sweep(
             _check_together(combinations, tasks, sweep_config)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FolderLock(folder, use="a sweep", keys="hydra.sweep.dir"))
-            delete_scratch_files(folder)
             _check_folder(folder, combinations, first, isinstance(source, JobList))
+            delete_scratch_files(folder)
             known = [Job(number, keys, folder / str(number)) for number, keys in enumerate(combinations, first)]
             executor = _executor(sweep_config, folder)
             check = partial(jobs.checked, compose=_composer(loader, sweep_config), drops_unread=len(tasks) > 1)
