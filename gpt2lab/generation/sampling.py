@@ -99,7 +99,9 @@ def generate_ids(
     ids = torch.tensor([[end_of_text] * (longest - len(p)) + p for p in truncated], device=device)  # (B, longest)
     stops = stopping_criteria(stop, tokenizer)
     chosen_on = choice_device(device)
-    uniforms = None if row_seeds is None else iter(row_uniforms(row_seeds, max_new_tokens).to(chosen_on))
+    uniforms = None
+    if row_seeds is not None and not sampling.is_greedy:
+        uniforms = iter(row_uniforms(row_seeds, max_new_tokens).to(chosen_on))
     vocab_size = vocab_size or model.config.vocab_size
     processors = logits_processors(sampling, padding.to(chosen_on))
     choice = TokenChoice(processors, vocab_size, not sampling.is_greedy, chosen_on, uniforms)
