@@ -226,7 +226,8 @@ def test_share_of_tokens_is_interpolated_between_losses(loss: float, expected: f
 
 @pytest.mark.slow
 def test_tokens_to_loss_trains_both_recipes(cache: Path) -> None:
-    words = ["--tiny", "--steps=20", "--seeds", "1", "2", "--shares", "0.5", "1.0"]
+    words = ["--tiny", "--tokens=10240", "--batch=512", "--seeds", "1", "2", "--shares", "0.5", "1.0"]
+    words += ["--baseline", "batch_tokens=1024"]
     command = [sys.executable, "-m", "benchmarks.benchmark_tokens_to_loss", *words]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
     table = ended.stdout[ended.stdout.index("| seed") :]
