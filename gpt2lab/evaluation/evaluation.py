@@ -6,7 +6,7 @@ All figures are functions of sums per document, from which jackknife.py computes
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,10 @@ from gpt2lab.evaluation.jackknife import (
     standard_errors,
     total,
 )
-from gpt2lab.losses.logit_chunks import logit_chunks, rows_of_a_block
+from gpt2lab.losses.label_statistics import VocabularyTiles, label_statistics, vocabulary_tiles
+from gpt2lab.losses.logit_chunks import compute_dtype
 from gpt2lab.losses.teacher_signal import TOP
 from gpt2lab.model.backbone import Backbone
-
-LOGITS_OF_A_CHUNK = 2**25  # of one matrix product; they take 128 MiB in fp32
-ROWS_OF_A_CHUNK = 512  # a CPU multiplies this many faster than an odd number that fills the chunk
 
 BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibration"
 
@@ -100,16 +98,18 @@ def score(
         ValueError: the batches have no target.
     """
     backbone.to(device).eval()
-    grouped = GroupedSums()
-    for batch in batches:
-
-        def head(hidden: Tensor, weight: Tensor, batch: Batch = batch) -> Sums:
-            return target_values(hidden, weight[: len(token_bytes)], batch, token_bytes)
-
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            values = backbone(batch.input_ids.to(device), head, batch.spans_on(device))
-        grouped.add(values, target_groups(batch))
+    grouped, tiles = GroupedSums(), None
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):  # casts each weight once
+        for batch in batches:
+            hidden, weight = hidden_and_head(backbone, batch, device)
+            tiles = tiles or vocabulary_tiles(weight[: len(token_bytes)], compute_dtype(hidden))
+            grouped.add(target_values(hidden, tiles, batch, token_bytes), target_groups(batch))
     return score_from_sums(grouped.scored())
+
+
+def hidden_and_head(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return hidden states (B, T, D) and head weight (V, D)."""
+    return model(batch.input_ids.to(device), lambda hidden, weight: (hidden, weight), batch.spans_on(device))
 
 
 def target_groups(batch: Batch) -> Tensor:
@@ -156,18 +156,18 @@ def paired_difference(first: Score, second: Score) -> DocumentDifference | None:
     return paired_mean_difference(*bits, ours[BYTES], "bits per byte")
 
 
-def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Tensor) -> Sums:
+def target_values(hidden: Tensor, tiles: VocabularyTiles, batch: Batch, token_bytes: Tensor) -> Sums:
     """Return the summands of each target, (n,) or (n, bins), on the CPU.
 
     Args:
         hidden: (B, T, D).
-        weight: (V, D) head.
+        tiles: of the head (V, D).
         token_bytes: (V,).
     """
     kept = batch.labels != IGNORE_INDEX  # (B, T)
     labels = batch.labels[kept]  # (n,)
-    chunks = _label_statistics(hidden[kept.to(hidden.device)], weight, labels.to(hidden.device))
-    nats, rank, confidence = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))  # (n,) each
+    found = label_statistics(hidden[kept.to(hidden.device)], tiles, labels.to(hidden.device))
+    nats, rank, confidence = found.nats.cpu(), found.rank.cpu(), found.confidence.cpu()  # (n,)
     bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
     surplus = (rank == 0).double() - confidence.double()
     return {
@@ -180,28 +180,6 @@ def target_values(hidden: Tensor, weight: Tensor, batch: Batch, token_bytes: Ten
             1, bins[:, None], surplus[:, None]
         ),
     }
-
-
-def _label_statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield for each target of a block (C,): nats, rank of the label from 0, and probability of the top-1 token."""
-    chunk = max(min(LOGITS_OF_A_CHUNK // len(weight), ROWS_OF_A_CHUNK), 1)
-    for rows, logits in logit_chunks(hidden, weight, rows=chunk):
-        block = rows_of_a_block(logits)
-        yield from map(_statistics, logits.split(block), labels[rows].split(block))
-
-
-def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the three from logits (C, V), which are overwritten.
-
-    On a CPU each operation is chosen for its speed: sums of booleans and a maximum with its index take several times
-    as long as the softmax.
-    """
-    scores, labels = logits.float(), labels.unsqueeze(1)  # (C, V), (C, 1)
-    label_scores = scores.gather(1, labels)
-    log_probability = scores.log_softmax(1).gather(1, labels)
-    confidence = (scores.amax(1, keepdim=True) - label_scores + log_probability).exp()
-    rank = scores.gt_(label_scores).sum(1)
-    return -log_probability.squeeze(1), rank, confidence.squeeze(1)
 
 
 def _figures(sums: Sums) -> Figures:

@@ -14,9 +14,18 @@ from gpt2lab import metric_names
 from gpt2lab.data.batch import IGNORE_INDEX, Batch
 from gpt2lab.evaluation.acceptance import Speculation, cost_ratio, estimate_speculation, tokens_per_target_call
 from gpt2lab.evaluation.distillation_metrics import distillation_sums, figures, gap_closed
-from gpt2lab.evaluation.evaluation import NATS, Score, score_from_sums, target_groups, target_values
+from gpt2lab.evaluation.evaluation import (
+    NATS,
+    Score,
+    hidden_and_head,
+    score_from_sums,
+    target_groups,
+    target_values,
+)
 from gpt2lab.evaluation.jackknife import TOKENS, Figures, GroupedSums, Sums, standard_errors, total
 from gpt2lab.losses.dense_teacher import DenseTeacher
+from gpt2lab.losses.label_statistics import vocabulary_tiles
+from gpt2lab.losses.logit_chunks import compute_dtype
 from gpt2lab.model.backbone import Backbone
 
 BASELINE_NATS = "baseline_nats"
@@ -75,14 +84,15 @@ def compare(
         model.to(device).eval()
     vocab_size = min(len(token_bytes), *(model.shape.vocab_size for model in models))
     draws = torch.Generator().manual_seed(seed)
-    own, both = [GroupedSums() for _ in models], GroupedSums()
-    for batch in batches:
-        uniforms = torch.rand(*batch.labels.shape, 2, generator=draws)  # on the CPU: the same on every device
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = [_hidden(model, batch, device) for model in models]
+    own, both, heads = [GroupedSums() for _ in models], GroupedSums(), None
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):  # casts each weight once
+        for batch in batches:
+            uniforms = torch.rand(*batch.labels.shape, 2, generator=draws)  # on the CPU: the same on every device
+            outputs = [hidden_and_head(model, batch, device) for model in models]
+            heads = heads or [vocabulary_tiles(head[:vocab_size], compute_dtype(hidden)) for hidden, head in outputs]
             groups = target_groups(batch)
-            for scores_of_model, (hidden, weight) in zip(own, outputs, strict=True):
-                scores_of_model.add(target_values(hidden, weight[:vocab_size], batch, token_bytes), groups)
+            for scores_of_model, (hidden, _), tiles in zip(own, outputs, heads, strict=True):
+                scores_of_model.add(target_values(hidden, tiles, batch, token_bytes), groups)
             both.add(*_sums_of_groups(outputs[0], outputs[1], batch, groups, uniforms.to(device), vocab_size))
     scores = [score_from_sums(scores_of_model.scored()) for scores_of_model in own]
     # Figures also use these sums of single models, over the same groups.
@@ -99,11 +109,6 @@ def compare(
         vocab_size=vocab_size,
         is_truncated=any(model.shape.vocab_size > vocab_size for model in models),
     )
-
-
-def _hidden(model: Backbone, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return hidden states (B, T, D) and head weight (V, D)."""
-    return model(batch.input_ids.to(device), lambda hidden, weight: (hidden, weight), batch.spans_on(device))
 
 
 def _sums_of_groups(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gpt2lab.losses.divergences import SMALLEST_LOG
-from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks, rows_of_a_block
+from gpt2lab.losses.label_statistics import label_losses, vocabulary_tiles
+from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks
 
 LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
 
@@ -26,15 +27,15 @@ def target_losses(
         hidden: (n, D) hidden states at the targets.
         weight: (V, D) head; rows from `vocab_size` on are padding and are left out.
         labels: (n,) int64.
-        compiled: run the work on a chunk's logits through torch.compile.
+        compiled: run the work on a chunk's logits through torch.compile, except on a CPU.
     """
-    dtype, head = compute_dtype(hidden), weight[:vocab_size]
+    dtype, head, device = compute_dtype(hidden), weight[:vocab_size], hidden.device.type
+    if device == "cpu":
+        return label_losses(hidden, vocabulary_tiles(head, dtype), labels)
     chunks = logit_chunks(hidden, head, most=LOGITS_OF_A_CHUNK, dtype=dtype)
-    device, work, parts = hidden.device.type, _chunk_function(compiled), []
+    work = _chunk_function(compiled)
     with torch.autocast(device, enabled=False):
-        for rows, logits in chunks if len(labels) else ():
-            block = rows_of_a_block(logits)
-            parts += [work(*part) for part in zip(logits.split(block), labels[rows].split(block), strict=True)]
+        parts = [work(logits, labels[rows]) for rows, logits in chunks] if len(labels) else []
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.promote_types(torch.float32, dtype))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gpt2lab.distillation.teacher_cache import LOGITS_AT_A_TIME as TEACHER_CACHE_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_A_CHUNK as COMPILED_METRIC_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_AN_UNCOMPILED_CHUNK as METRIC_LOGITS
+from gpt2lab.losses.label_statistics import ENTRIES, ROWS
 from gpt2lab.losses.lm_head_loss import ROWS_OF_A_TEACHER, rows_of_a_chunk
 from gpt2lab.losses.logit_chunks import LOGITS_OF_A_BLOCK
 from gpt2lab.losses.target_losses import LOGITS_OF_A_CHUNK as VALIDATION_LOGITS
@@ -20,6 +21,7 @@ from gpt2lab.optim.stochastic_rounding import CHUNK_NUMEL, WORK_BYTES
 from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameter_count
 
+LOGITS_OF_A_TILE = ROWS * ENTRIES  # of a validation on a CPU
 FP32 = PrecisionSettings("fp32", "32-true", "float32", "float32", "float32")
 # fp32 tensors of the size of a block of logits that a loss and its gradient need at once, without torch.compile
 CROSS_ENTROPY_TENSORS = 4.25
@@ -275,10 +277,11 @@ def _validation(sizes: RunSizes) -> dict[str, int]:
         work = min(COMPILED_METRIC_LOGITS, logits) * c * 3
     elif sizes.divergence:
         work = min(METRIC_LOGITS, logits) * 4 * (METRIC_TENSORS if sizes.teacher else CACHED_METRIC_TENSORS)
-    else:  # two chunks exist at a time
-        block = min(VALIDATION_LOGITS if sizes.on_gpu else LOGITS_OF_A_BLOCK, logits)
+    elif sizes.on_gpu:  # two chunks exist at a time
         tensors = COMPILED_TENSORS if sizes.compiled_head else CROSS_ENTROPY_TENSORS
-        work = min(2 * VALIDATION_LOGITS, logits) * c + int(block * 4 * tensors)
+        work = min(2 * VALIDATION_LOGITS, logits) * c + int(min(VALIDATION_LOGITS, logits) * 4 * tensors)
+    else:  # and two tiles
+        work = min(2 * LOGITS_OF_A_TILE, logits) * (c if c == 4 else c + 4)
     trained = parameters(shape) * w // sizes.shards if sizes.ema else 0  # a copy while the average is validated
     head = positions * shape.n_embd * w + shape.vocab_size * shape.n_embd * c + work
     return {"trained weights": trained, "validation batch": max(blocks, head)}

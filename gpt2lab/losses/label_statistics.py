@@ -1,0 +1,133 @@
+"""Label statistics: loss, rank and confidence of each target, without gradients and without a whole row of logits.
+
+Shapes: n targets, D hidden width, V vocabulary size, C rows of a chunk, W entries of a tile of the vocabulary.
+
+A CPU computes the logits of C targets and W entries at a time, which stay in its cache until they are summed; a GPU
+takes the whole vocabulary as one tile. Every logit is taken relative to that of its row's label, so the sum of their
+exponentials is the inverse of the label's probability.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt2lab.losses.logit_chunks import transposed
+
+ROWS, ENTRIES = 1024, 1024  # of a tile on a CPU: 4 MiB in fp32
+LOGITS_OF_A_CHUNK, ROWS_OF_A_CHUNK = 2**25, 512  # at most, on other devices; they take 128 MiB in fp32
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """Figures (n,) of each target.
+
+    Attributes:
+        nats: cross-entropy, in fp32 or wider.
+        rank: number of tokens with a larger logit than the label, as a float.
+        confidence: probability of the top-1 token.
+    """
+
+    nats: Tensor
+    rank: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True)
+class VocabularyTiles:
+    """A head cut into tiles of its vocabulary.
+
+    Attributes:
+        weight: (V, D).
+        matrices: (D, W) each, in the dtype of the matrix products; for 16-bit dtypes on a CPU copies.
+    """
+
+    weight: Tensor
+    matrices: tuple[Tensor, ...]
+
+
+Chunk = tuple[Tensor, VocabularyTiles, Tensor]  # hidden states (C, D), head and labels (C,)
+
+
+@torch.no_grad()
+def vocabulary_tiles(weight: Tensor, dtype: torch.dtype) -> VocabularyTiles:
+    """Cut a head (V, D) without padding into tiles for products in `dtype`."""
+    entries = ENTRIES if weight.device.type == "cpu" else len(weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        return VocabularyTiles(weight, tuple(transposed(part, dtype) for part in weight.split(entries)))
+
+
+@torch.no_grad()
+def label_losses(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
+    """Return the loss of each target (n,) alone, with the arguments of `label_statistics`."""
+    return torch.cat([_losses(*chunk) for chunk in _chunks(hidden, tiles, labels)])
+
+
+@torch.no_grad()
+def label_statistics(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> LabelStatistics:
+    """Return the statistics of each target; independent of autocast.
+
+    Args:
+        hidden: (n, D) hidden states at the targets.
+        labels: (n,) int64.
+    """
+    parts = [_statistics(*chunk) for chunk in _chunks(hidden, tiles, labels)]
+    return LabelStatistics(*(torch.cat(figures) for figures in zip(*parts, strict=True)))
+
+
+def _chunks(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Iterator[Chunk]:
+    device, rows = hidden.device.type, ROWS
+    if device != "cpu":
+        rows = min(max(LOGITS_OF_A_CHUNK // len(tiles.weight), 1), ROWS_OF_A_CHUNK)
+    hidden = hidden.to(tiles.matrices[0].dtype)
+    for part, of_part in zip(hidden.split(rows), labels.split(rows), strict=True):
+        with torch.autocast(device, enabled=False):
+            yield part, tiles, of_part
+
+
+def _losses(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
+    """Compute the losses (C,) from hidden states (C, D)."""
+    chunk = (hidden, tiles, labels)
+    return _nats([scores.exp_().sum(1) for scores in _relative_logits(*chunk)], chunk)
+
+
+def _statistics(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the three (C,) from hidden states (C, D).
+
+    On a CPU each operation is chosen for its speed: sums of booleans and a maximum with its index take several times
+    as long as an exponential.
+    """
+    chunk = (hidden, tiles, labels)
+    tops, sums, ranks = [], [], []
+    for scores in _relative_logits(*chunk):
+        tops.append(scores.amax(1))
+        sums.append(scores.exp_().sum(1))
+        ranks.append(scores.gt_(1).sum(1))
+    nats = _nats(sums, chunk)
+    return nats, torch.stack(ranks).sum(0), (torch.stack(tops).amax(0) - nats).exp()
+
+
+def _nats(sums: list[Tensor], chunk: Chunk) -> Tensor:
+    """Return the losses (C,) from the sums of exponentials (C,) of each tile, which overflow far above the label."""
+    nats = torch.stack(sums).sum(0).log()
+    if (far := nats.isinf()).any():
+        hidden, tiles, labels = chunk
+        parts = [scores.logsumexp(1) for scores in _relative_logits(hidden[far], tiles, labels[far])]
+        nats[far] = torch.stack(parts).logsumexp(0)
+    return nats
+
+
+def _relative_logits(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Iterator[Tensor]:
+    """Yield the logits (C, W) of each tile less that of the row's label, for which they are exactly 0."""
+    wide = torch.promote_types(torch.float32, hidden.dtype)
+    of_labels = tiles.weight[labels].to(hidden.dtype)  # (C, D)
+    label_scores = (hidden.to(wide) * of_labels).sum(1, keepdim=True).to(hidden.dtype).to(wide)  # (C, 1)
+    columns = labels
+    for matrix in tiles.matrices:
+        logits = hidden @ matrix
+        scores = logits.sub_(label_scores) if logits.dtype == wide else logits - label_scores  # (C, W)
+        own = ((columns >= 0) & (columns < scores.shape[1])).nonzero().squeeze(1)
+        scores[own, columns[own]] = 0.0  # its two products may differ in their rounding
+        yield scores
+        columns = columns - scores.shape[1]
