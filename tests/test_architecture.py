@@ -34,7 +34,7 @@ HANG_GUARDS += ("slurm_cluster.py:end", "slurm_cluster.py:wait_until_idle")  # o
 SHORTEST_TIMEOUT = 120  # seconds; a machine that does other things too may take long to start a process
 
 # Folders from the bottom up: a file imports from its own folder and from those listed before
-LAYERS: tuple[str, ...] = ("gpt2lab", "gpt2lab/storage", "gpt2lab/optim", "gpt2lab/system", "gpt2lab/model")
+LAYERS: tuple[str, ...] = ("gpt2lab", "gpt2lab/storage", "gpt2lab/system", "gpt2lab/optim", "gpt2lab/model")
 LAYERS += ("gpt2lab/data", "gpt2lab/losses", "gpt2lab/evaluation", "gpt2lab/generation", "gpt2lab/distillation")
 LAYERS += ("gpt2lab/analysis", "gpt2lab/reports", "lightning_modules/plugins", "lightning_modules", "datamodules")
 LAYERS += ("callbacks/loggers", "callbacks", "launch/config", "launch", "launch/distributed", "launch/checks")

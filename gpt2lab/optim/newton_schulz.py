@@ -3,8 +3,8 @@
 Shapes: R rows and C columns of a matrix.
 
 Under DDP every rank has all updates, so only the results are exchanged. Under FSDP2 every rank has some rows of each
-update: it sends them to the owners and receives the same rows of the results. Both transfers are in bf16, the dtype of
-the iteration, so the results are those of one rank.
+update: it sends them to the owners and receives the same rows of the results. Both transfers are in bf16, as the
+inputs and results of the iteration, so the results are those of one rank.
 
 Source: Jordan et al. 2024 ("Muon"; github.com/KellerJordan/Muon, whose ranks take turns over the matrices);
 DistMuonAdamW of github.com/karpathy/nanochat divides each shape over the ranks; github.com/microsoft/dion exchanges
@@ -21,14 +21,19 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from gpt2lab.optim.stochastic_rounding import to_local
+from gpt2lab.system.device import multiplies_bf16
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Push the singular values of each matrix towards 1: (n, R, C) → the same shape, bf16."""
+    """Push the singular values of each matrix towards 1: (n, R, C) → the same shape, bf16.
+
+    The products are in bf16, or in fp32 where a device emulates bf16, which takes three times as long.
+    """
     x = matrices.bfloat16()
+    x = x if multiplies_bf16(x.device.type) else x.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -37,7 +42,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).bfloat16()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 import resource
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -142,6 +143,20 @@ def resolve_device(accelerator: str) -> torch.device:
 def widest_float(device: torch.device) -> torch.dtype:
     """Return the widest float dtype of a device, for long sums: an Apple GPU has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Return whether a kind of device, cpu or cuda, multiplies bf16 in hardware; others are taken to."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device != "cpu" or cpu_has_bf16()
+
+
+@cache
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def synchronize(device: torch.device) -> None:

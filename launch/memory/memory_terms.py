@@ -20,6 +20,7 @@ from gpt2lab.model.short_attention import LONGEST
 from gpt2lab.optim.stochastic_rounding import CHUNK_NUMEL, WORK_BYTES
 from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameter_count
+from gpt2lab.system.device import multiplies_bf16
 
 LOGITS_OF_A_TILE = ROWS * ENTRIES  # of a validation on a CPU
 FP32 = PrecisionSettings("fp32", "32-true", "float32", "float32", "float32")
@@ -28,7 +29,9 @@ CROSS_ENTROPY_TENSORS = 4.25
 DIVERGENCE_TENSORS = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25}
 OTHER_DIVERGENCE_TENSORS = 10.25
 COMPILED_TENSORS = 1.0
-NEWTON_SCHULZ_BYTES = 16  # per element of the matrices that a rank orthogonalizes together: a third, of one shape
+NEWTON_SCHULZ_BYTES = (
+    16  # in bf16, per element of the matrices that a rank orthogonalizes together: a third, of one shape
+)
 METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of METRIC_LOGITS, with a teacher and with a teacher cache
 
 
@@ -261,7 +264,8 @@ def _optimizer_temporaries(sizes: RunSizes) -> int:
     matrices, averaged = _muon_parameters(sizes), parameters(sizes.shape) * 4 if sizes.ema else 0
     own, held = matrices // sizes.ranks, matrices // sizes.shards  # orthogonalized here; stored here
     results = 2 * held // 3 if sizes.ranks == 1 else 2 * (held + own) if sizes.sharded else held  # in bf16, with copies
-    muon = held * sizes.weight_bytes + own // 3 * NEWTON_SCHULZ_BYTES + 2 * results
+    iteration = NEWTON_SCHULZ_BYTES * (1 if sizes.on_gpu or multiplies_bf16("cpu") else 2)
+    muon = held * sizes.weight_bytes + own // 3 * iteration + 2 * results
     rounded = (trained_parameters(sizes) - matrices) // sizes.shards if sizes.precision.is_bf16_true else 0
     return max(min(rounded, CHUNK_NUMEL) * WORK_BYTES, muon, averaged // sizes.shards if sizes.weight_bytes < 4 else 0)
 
@@ -290,7 +294,8 @@ def _validation(sizes: RunSizes) -> dict[str, int]:
 def _outside_training(sizes: RunSizes) -> dict[str, int]:
     """Terms of generation, of the export and of writing a teacher cache."""
     shape, w, c, texts = sizes.shape, sizes.weight_bytes, sizes.compute_bytes, sizes.prompts * sizes.generated_length
-    copied = parameters(shape) * c if texts and (sizes.sharded or c < w) else 0  # weights gathered, or cast by autocast
+    is_packed = c == 4 and not sizes.on_gpu  # packed_products.py
+    copied = parameters(shape) * c if texts and (sizes.sharded or c < w or is_packed) else 0  # gathered, cast or packed
     key_values = 2 * shape.n_layer * shape.n_embd * (w if sizes.on_gpu else 4) * texts  # in fp32 on a CPU (decoder.py)
     logits = 3 * sizes.prompts * shape.vocab_size * 4  # raw, processed, and sorted or their softmax
     copies = max(2 if sizes.verified else 1, 2 if sizes.lora_rank else 1)  # in fp32

@@ -16,14 +16,14 @@ import torch
 from gpt2lab.errors import InputError
 from gpt2lab.settings import PrecisionSettings
 from gpt2lab.storage.model_folder import matmul_parameter_count
-from gpt2lab.system.device import resident_memory_bytes
+from gpt2lab.system.device import multiplies_bf16, resident_memory_bytes
+from gpt2lab.system.free_memory import free_bytes
 from launch.checks import checks, sharding
 from launch.config.groups import precision_named
 from launch.config.machine import usable_cores
 from launch.config.run_spec import Inputs, Machine, RunSpec
 from launch.config.schema import RunConfig
 from launch.memory import device_memory
-from launch.memory.free_memory import free_bytes
 from launch.memory.memory_plan import largest_that_fits
 from launch.memory.run_sizes import expected_vocabulary, fastest_micro_batch, rank_memory_limit, run_sizes
 
@@ -212,15 +212,13 @@ def _shard_teacher(config: RunConfig, inputs: Inputs, machine: Machine) -> bool:
 def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
     checks.check_precision(config, accelerator)
     if config.precision.name != "auto":
-        if config.precision.compute == "bfloat16" and accelerator == "cpu" and not cpu_has_bf16():
+        if config.precision.compute == "bfloat16" and accelerator == "cpu" and not multiplies_bf16("cpu"):
             slow = "this CPU does not multiply bf16 in hardware; precision=fp32 is many times faster"
             log.warning("precision=%s: %s", config.precision.name, slow)
         return config.precision
     if config.plan_memory is not None:
         return precision_named("bf16")  # as GPUs have it since 2020
-    has_bf16 = accelerator == "cpu" and cpu_has_bf16()
-    if accelerator == "gpu":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = accelerator != "mps" and multiplies_bf16("cuda" if accelerator == "gpu" else "cpu")
     chosen = "bf16" if has_bf16 else "fp16" if accelerator == "gpu" else "fp32"
     return precision_named(chosen)
 
@@ -228,9 +226,3 @@ def _precision(config: RunConfig, accelerator: str) -> PrecisionSettings:
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(usable_cores())
-
-
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt2lab.optim import newton_schulz
 from gpt2lab.optim.newton_schulz import assign_owners, orthogonalize, orthogonalize_over_ranks, split_matrices
 from tests.conftest import ROOT
 
@@ -36,6 +38,26 @@ def test_one_rank_orthogonalizes_merged_qkv_as_three() -> None:
     expected = torch.cat([orthogonalize(part[None])[0].float() * (0.2 * 32**0.5) for part in qkv.chunk(3)])
     assert torch.equal(updates[0], expected)
     assert torch.equal(updates[1], orthogonalize(wide[None])[0].float() * (0.2 * 128**0.5))
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_products_are_in_bf16_only_if_the_device_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newton_schulz, "multiplies_bf16", lambda _device: has_bf16)
+    products: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                products.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    matrices = torch.randn(2, 16, 48)
+    with Products():
+        result = orthogonalize(matrices)
+    assert products == {torch.bfloat16 if has_bf16 else torch.float32}
+    assert result.dtype == torch.bfloat16
+    singular = torch.linalg.svdvals(result.float())
+    assert 0.6 < singular.min() <= singular.max() < 1.3
 
 
 @pytest.mark.slow

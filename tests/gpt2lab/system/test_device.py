@@ -30,3 +30,11 @@ def test_a_damaged_file_of_peaks_is_measured_again(
     file.write_bytes(content.replace(b"KEY", key.encode()))
     assert device.peak_flops(*cpu, tmp_path) == 7.0
     assert json.loads(file.read_text()) == {key: 7.0}
+
+
+def test_a_cpu_multiplies_bf16_if_its_flags_say_so(tmp_path: Path) -> None:
+    for flags, has in (("fpu avx512_bf16 sse", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx2", False)):
+        file = tmp_path / flags.replace(" ", "-")
+        file.write_text(f"flags : {flags}\n")
+        assert device.cpu_has_bf16(file) is has
+    assert device.cpu_has_bf16(tmp_path / "missing") is False

@@ -307,18 +307,11 @@ def test_every_micro_batch_has_a_sequence():
         assert parts <= rows <= parts * micro
 
 
-def test_automatic_precision_follows_the_cpu(tmp_path: Path):
-    for flags, has in (("fpu avx512_bf16 sse", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx2", False)):
-        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
-        assert auto_settings.cpu_has_bf16(tmp_path / "cpuinfo") is has
-    assert auto_settings.cpu_has_bf16(tmp_path / "missing") is False
-
-
 @pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_automatic_precision_is_shown_with_its_reason(
     has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(auto_settings, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(auto_settings, "multiplies_bf16", lambda _device: has_bf16)
     logging_setup.configure_logging()
     spec = resolved(composed("precision=auto", "accelerator=cpu", "devices=1"))
     assert run_panels._precision(spec).startswith(f"{precision}: this CPU")

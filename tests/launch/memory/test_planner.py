@@ -22,11 +22,11 @@ from gpt2lab.losses.lm_head_loss import _workspaces, lm_head_loss
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings, TokenizerChoice
+from gpt2lab.system.free_memory import host_free_bytes
 from launch.checks import sharding
 from launch.config import run_spec
 from launch.config.groups import precision_named
 from launch.memory import step_timing
-from launch.memory.free_memory import host_free_bytes
 from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import largest_that_fits, memory_plan
 from launch.memory.memory_terms import RunSizes, memory_terms, parameters, trained_parameters
@@ -323,14 +323,19 @@ def test_gpu_plan_has_the_same_terms_without_the_process():
     plan, on_cpu = memory_plan(sizes, 10**9), memory_plan(replace(sizes, on_gpu=False), 10**9)
     assert plan.process == plan.fragmentation == 0
     assert plan == memory_plan(replace(sizes, wandb=True, samples=True, verified=True))
-    for name in ("weights", "gradients", "optimizer state", "activations", "LM head gradients", "generation"):
+    for name in ("weights", "gradients", "optimizer state", "activations", "LM head gradients"):
         assert plan.parts[name] == on_cpu.parts[name] > 0
+    packed = parameters(SMALL) * 4  # matrices for products of a few rows
+    assert on_cpu.parts["generation"] - packed == plan.parts["generation"] > 0
 
 
 def test_terms_grow_with_the_sizes_in_their_formulas():
     sizes = RunSizes(SMALL, 4, 256, 4, prompts=4, generated_length=256, verified=True)
     terms = memory_terms(sizes)
-    twice = {"activations": {"rows": 8}, "hidden states": {"length": 512}, "generation": {"prompts": 8}}
+    twice = {"activations": {"rows": 8}, "hidden states": {"length": 512}}
+    packed = parameters(SMALL) * 4  # matrices for products of a few rows, once for all prompts
+    more = memory_terms(replace(sizes, prompts=8))["generation"]
+    assert more - packed == 2 * (terms["generation"] - packed) > 0
     assert terms["accumulated gradients"] == 0
     assert memory_terms(replace(sizes, step_rows=8))["accumulated gradients"] == terms["gradients"]
     for name, change in twice.items():
