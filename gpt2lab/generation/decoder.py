@@ -7,6 +7,7 @@ masks, outputs and caches at every token, which takes longer than the arithmetic
 decoding with `transformers` takes 2.8 times as long for nano, 2.1 times for micro, 1.2 times for small
 (docs/measurements/decoding.md). Keys and values are written in place, where a DynamicCache copies all of them at every
 token. For bf16 on a CPU they are stored in fp32, in which PyTorch's attention of one query is faster there.
+Matrices are packed once for products of several rows (packed_products.py).
 """
 
 from contextlib import nullcontext
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2LMHeadModel
+
+from gpt2lab.generation.packed_products import PackedProducts
 
 
 class Decoder:
@@ -31,6 +34,7 @@ class Decoder:
         self.transformer, self.head = model.transformer, model.lm_head
         self.blocks: list[Any] = list(model.transformer.h)  # Any: type checkers do not know the submodules
         self.heads = model.config.n_head
+        self.product = PackedProducts(model)
         self.max_length = max_length
         self.padding = None if padding is None or not padding.any() else padding[:, None, None, None]
         self.positions = torch.arange(max_length, device=model.transformer.wte.weight.device)
@@ -53,8 +57,9 @@ class Decoder:
         for number, block in enumerate(self.blocks):
             hidden = hidden + self._attend(number, block.attn, block.ln_1(hidden), mask, causal)
             mlp = block.mlp
-            hidden = hidden + mlp.c_proj(mlp.act(mlp.c_fc(block.ln_2(hidden))))
-        return self.head(self.transformer.ln_f(hidden[:, -last:]))
+            inner = mlp.act(self.product(mlp.c_fc, block.ln_2(hidden)))  # (B, T, 4 · D)
+            hidden = hidden + self.product(mlp.c_proj, inner)
+        return self.product(self.head, self.transformer.ln_f(hidden[:, -last:]))
 
     def truncate(self, length: int) -> None:
         """Keep at most the first `length` tokens."""
@@ -73,7 +78,7 @@ class Decoder:
 
     def _attend(self, number: int, attention: Any, hidden: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         rows, count, width = hidden.shape
-        split = attention.c_attn(hidden).view(rows, count, 3, self.heads, width // self.heads)
+        split = self.product(attention.c_attn, hidden).view(rows, count, 3, self.heads, width // self.heads)
         query, *new = split.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D / H) each
         dtype = query.dtype
         is_widened = dtype == torch.bfloat16 and query.device.type == "cpu"
@@ -85,4 +90,4 @@ class Decoder:
             old[:, :, self.length - count :] = fresh
         with torch.autocast("cpu", enabled=False) if is_widened else nullcontext():
             mixed = functional.scaled_dot_product_attention(query, cached[0], cached[1], mask, is_causal=causal)
-        return attention.c_proj(mixed.transpose(1, 2).reshape(rows, count, width).to(dtype))
+        return self.product(attention.c_proj, mixed.transpose(1, 2).reshape(rows, count, width).to(dtype))

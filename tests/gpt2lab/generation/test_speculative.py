@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from gpt2lab.evaluation.acceptance import MOST_DRAFTS
 from gpt2lab.generation import speculative
 from gpt2lab.generation.sampling import generate_ids
-from gpt2lab.generation.speculative import VERIFY_COSTS_CPU, DraftLength, Speculated, accept, speculate, speculative_ids
+from gpt2lab.generation.speculative import DraftLength, Speculated, accept, speculate, speculative_ids
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.settings import GREEDY, ModelShape, SamplingSettings
 
@@ -178,10 +178,13 @@ def test_uncertain_draft_is_shorter() -> None:
     assert not length.should_continue(0.3)
 
 
+DOUBLED_FROM_FOUR = (1.0, 1.1, 1.2, *(1.5 + 0.13 * rows for rows in range(4, MOST_DRAFTS + 2)))
+
+
 def test_draft_ends_before_a_costlier_verification_if_unlikely() -> None:
     def lengths(kept: float) -> list[int]:
         """Return the lengths of 300 drafts of constant confidence, with this share of tokens accepted."""
-        length, draws, found = DraftLength(0.02, VERIFY_COSTS_CPU), random.Random(0), []
+        length, draws, found = DraftLength(0.02, DOUBLED_FROM_FOUR), random.Random(0), []
         for _ in range(300):
             drafted = 1
             while length.should_continue(kept):

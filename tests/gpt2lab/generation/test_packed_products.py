@@ -1,0 +1,72 @@
+"""Packed matrices give the products of the modules themselves, and only plain fp32 modules on a CPU are packed."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gpt2lab.generation import packed_products
+from gpt2lab.generation.packed_products import MOST_ROWS, PackedProducts
+
+SIZE = 600  # SIZE² weights are packed
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every product with a packed matrix."""
+    rows: list[int] = []
+    product = torch.ops.mkldnn._linear_pointwise
+
+    class Counted:
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+        @staticmethod
+        def _linear_pointwise(hidden: torch.Tensor, *arguments: object) -> torch.Tensor:
+            rows.append(hidden.numel() // hidden.shape[-1])
+            return product(hidden, *arguments)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Counted)
+    return rows
+
+
+def module_of(kind: str, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    module = Conv1D(SIZE, SIZE) if kind == "Conv1D" else nn.Linear(SIZE, SIZE, bias=bias)
+    for weights in module.parameters():
+        nn.init.normal_(weights, std=0.02)
+    return module
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("kind", "bias"), [("Conv1D", True), ("Linear", True), ("Linear", False)])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (4, 1), (1, 9), (16, 1), (MOST_ROWS,), (MOST_ROWS + 1,)])
+def test_packed_products_equal_those_of_the_module(kind: str, bias: bool, shape: tuple[int, ...], packed) -> None:
+    module = module_of(kind, bias)
+    hidden, product = torch.randn(*shape, SIZE), PackedProducts(module)
+    for _ in range(2):
+        torch.testing.assert_close(product(module, hidden), module(hidden), rtol=1e-5, atol=1e-5)
+    rows = hidden.numel() // SIZE
+    assert packed == ([rows] * 2 if 4 <= rows <= MOST_ROWS else [])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["bf16 weights", "autocast", "small", "no room", "no operator", "adapter"])
+def test_other_products_are_those_of_the_module(case: str, monkeypatch, packed) -> None:
+    module, hidden = module_of("Linear"), torch.randn(8, SIZE)
+    if case == "bf16 weights":
+        module, hidden = module.bfloat16(), hidden.bfloat16()
+    elif case == "small":
+        module, hidden = nn.Linear(32, 32), torch.randn(8, 32)
+    elif case == "no room":
+        monkeypatch.setattr(packed_products, "host_free_bytes", lambda: SIZE**2 * 4)
+    elif case == "no operator":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif case == "adapter":
+        adapted = get_peft_model(nn.Sequential(module), LoraConfig(target_modules=["0"], init_lora_weights=False))
+        module = adapted.base_model.model[0]
+    with torch.autocast("cpu", enabled=case == "autocast"):
+        assert torch.equal(PackedProducts(module)(module, hidden), deepcopy(module)(hidden))
+    assert packed == []
