@@ -34,13 +34,8 @@ from gpt2lab.evaluation.acceptance import MOST_DRAFTS, cost_ratio, is_accepted
 from gpt2lab.generation.decoder import Decoder
 from gpt2lab.generation.decoding_speed import StepTimes
 from gpt2lab.generation.draft_length import DraftLength
-from gpt2lab.generation.sampling import (
-    TokenChoice,
-    generate_ids,
-    generation_mode,
-    logits_processors,
-    stopping_criteria,
-)
+from gpt2lab.generation.sampling import generate_ids, generation_mode, stopping_criteria
+from gpt2lab.generation.token_choice import TokenChoice, logits_processors
 from gpt2lab.model.backbone import shape_from_config
 from gpt2lab.settings import SamplingSettings
 from gpt2lab.system.device import synchronize

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2lab.generation.decoder import Decoder
-from gpt2lab.generation.sampling import choice_device, generate_ids, inverse_cdf, row_uniforms
+from gpt2lab.generation.sampling import generate_ids
+from gpt2lab.generation.token_choice import choice_device, inverse_cdf, row_uniforms
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import BEAM, GREEDY, NUCLEUS, TOP_K, ModelShape, SamplingSettings
 
