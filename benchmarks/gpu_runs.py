@@ -25,14 +25,15 @@ from gpt2lab.data.tokenizer import load_tokenizer
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 
-# Part of a kernel's name → what it computes; the first that is contained counts
+# Part of a kernel's name → what it computes; the first that is contained counts. The compiler names a kernel of its own
+# after all operations in it, attention among them.
 KERNELS = {
+    "triton": "fused elementwise and reductions",
     "flash": "attention",
     "fmha": "attention",
     "cudnn_generated": "attention",
     "multi_tensor": "optimizer",
     "adam": "optimizer",
-    "triton": "fused elementwise and reductions",
     "gemm": "matrix products",
     "nvjet": "matrix products",
     "cutlass": "matrix products",
