@@ -32,10 +32,18 @@ def ours(corpus: Path, tokenizer: Path, run_dir: Path, steps: int, keys: list[st
     return train(run_dir, arguments)["tokens_per_second"]
 
 
-def nanogpt(model_file: Path, corpus: Path, vocab_size: int, compiled: bool, steps: int, size: str = "mini") -> float:
+def nanogpt(
+    model_file: Path,
+    corpus: Path,
+    vocab_size: int,
+    compiled: bool,
+    steps: int,
+    size: str = "mini",
+    timeout: float | None = None,
+) -> float:
     command = [sys.executable, "-m", "benchmarks.nanogpt_step", "--model", str(model_file), "--corpus", str(corpus)]
     command += ["--vocab", str(vocab_size), "--size", size, "--steps", str(steps), *(["--compile"] if compiled else [])]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True)
     return json.loads(ended.stdout)["tokens_per_second"]
 
 

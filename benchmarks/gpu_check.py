@@ -4,8 +4,9 @@
 
 A ranked list: speed beside nanoGPT with a profile, distillation beside TRL, the LM-head loss beside PyTorch, TRL and
 Liger, determinism, medium, distillation at GPT-2 size, fp16 and the playground; then attention kernels, precisions,
-FSDP and resume. Each row is appended to benchmarks/RESULTS.md as soon as it is known. A check that would not end within
-the minutes is not started, and every run of one is ended in time.
+FSDP and resume. Each row is appended to benchmarks/RESULTS.md, or to --results, as soon as it is known, and what a long
+check has found so far before it ends. A check that would not end within the minutes is not started, and one that takes
+longer than expected is ended.
 
     python -m benchmarks.gpu_check --rehearse       every check that needs no GPU, with tiny models on the CPU
 
@@ -14,11 +15,12 @@ Without a GPU nothing else is checked and the exit code is 0.
 
 import argparse
 import os
-import subprocess
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from benchmarks.train_command import ROOT
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 TABLE_HEAD = "| check | | result | s |\n|---|---|---|--:|\n"
+LONGEST = 1.3  # of the seconds that a check takes, after which it is ended
+GRACE = 3.0  # seconds for a check to end its own processes
 
 
 @dataclass(frozen=True)
@@ -83,18 +87,37 @@ def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) 
     yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True), 10, needs_gpu=True)
 
 
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds; in the main thread only."""
+
+    def end(*_unused: object) -> None:
+        raise TimeoutError(f"not finished after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def outcome(check: Check, bench: Bench) -> tuple[str, str]:
     """Return ("passed" | "FAILED" | "not run", result)."""
     if bench.on_gpu and bench.seconds_left < check.seconds:
         return "not run", f"{bench.seconds_left:.0f} s were left, about {check.seconds} are needed"
     if check.needs_gpu and not bench.on_gpu:
         return "not run", "needs a GPU"
+    seconds = min(LONGEST * check.seconds, bench.seconds_left) if bench.on_gpu else bench.seconds_left
     try:
-        return "passed", check.run(bench)
-    except (RuntimeError, OSError, KeyError, ValueError, subprocess.SubprocessError) as error:
-        return "FAILED", " ".join(str(error).split())[-600:]
+        with ended_after(seconds + GRACE):
+            return "passed", check.run(replace(bench, deadline=time.monotonic() + seconds))
+    except Exception as error:  # whatever a library raises, the other checks are run
+        return "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[-600:]
     finally:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after a failed kernel every call raises
+            torch.cuda.empty_cache()
 
 
 def append(text: str, file: Path | None) -> None:
@@ -113,9 +136,13 @@ def verify(checked: Iterator[Check], bench: Bench, file: Path | None) -> list[st
     verdicts = []
     for check in checked:
         started = time.monotonic()
-        verdict, result = outcome(check, bench)
-        seconds = time.monotonic() - started
-        append(f"| {check.name} | {verdict} | {result.replace('|', '/')} | {seconds:.0f} |\n", file)
+
+        def write(verdict: str, result: str, name: str = check.name, started: float = started) -> None:
+            seconds = time.monotonic() - started
+            append(f"| {name} | {verdict} | {result.replace('|', '/')} | {seconds:.0f} |\n", file)
+
+        verdict, result = outcome(check, replace(bench, note=partial(write, "so far")))
+        write(verdict, result)
         verdicts.append(verdict)
     return verdicts
 
@@ -126,6 +153,7 @@ def main() -> int:
     parser.add_argument("--nanogpt", type=Path, help="a nanoGPT checkout, or its model.py")
     parser.add_argument("--trl-python", help="the Python of an environment that has TRL")
     parser.add_argument("--only", default="", help="checks that have one of these words in their names")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that the rows are appended to")
     parser.add_argument("--rehearse", action="store_true", help="tiny models on the CPU; nothing is written")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.rehearse:
@@ -134,7 +162,7 @@ def main() -> int:
     sizes = REHEARSAL if options.rehearse else GPU
     deadline = time.monotonic() + 60 * options.minutes
     device = "a CPU, tiny models" if options.rehearse else torch.cuda.get_device_name()
-    file = None if options.rehearse else RESULTS
+    file = None if options.rehearse else options.results
     append(f"\n## {time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}\n\n{TABLE_HEAD}", file)
     wanted = options.only.split(",")
     every = checks(options.nanogpt, options.trl_python, sizes)

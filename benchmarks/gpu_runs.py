@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ KERNELS = {
     "memset": "copies",
 }
 OTHER_KERNELS = "other kernels"
+LATER_ROUND = 0.7  # seconds of a round that finds everything compiled ÷ those of the first one, an estimate
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,13 @@ class Bench:
 
     Attributes:
         deadline: of time.monotonic().
+        note: receives what a check has found so far.
     """
 
     folder: Path
     sizes: Sizes
     deadline: float
+    note: Callable[[str], None] = lambda _: None
 
     @property
     def seconds_left(self) -> float:
@@ -157,26 +160,48 @@ def _speed(report: Mapping[str, Any]) -> str:
 
 
 def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
-    """Compare train.py (AdamW, Muon) with nanoGPT's model file: compiled, bf16, one micro-batch a step, same tokens."""
-    sizes, found, mfu = bench.sizes, defaultdict[str, list[float]](list), dict.fromkeys(("adamw", "muon"), "")
-    size = "small" if bench.on_gpu else "mini"
-    keys = ["compile=true", "precision=bf16"]
-    if bench.on_gpu:
-        keys += [f"micro_batch={sizes.sequences}", f"batch_tokens={bench.batch_tokens}"]
-    else:  # the sizes of nanogpt_step.py
-        _, sequences, context = STEPS[size]
-        keys += [f"micro_batch={sequences}", f"context={context}", f"batch_tokens={sequences * context}"]
+    """Compare train.py (AdamW, Muon) with nanoGPT's model file: compiled, bf16, one micro-batch a step, same tokens.
+
+    A round is left out if the time is too short for it.
+    """
+    sizes, size = bench.sizes, "small" if bench.on_gpu else "mini"
+    keys, seconds = _keys_beside_nanogpt(bench, size), 0.0
+    found: dict[str, list[float]] = {"nanoGPT": [], "adamw": [], "muon": []}
+    mfu: dict[str, str] = {}
     for number in range(sizes.rounds):
-        theirs = nanogpt(model_file, bench.folder / "corpus", sizes.vocab_size, True, sizes.steps, size)
-        found["nanoGPT"].append(theirs)
-        for optimizer in mfu:
+        if number and bench.seconds_left < seconds:
+            break
+        started, corpus = time.monotonic(), bench.folder / "corpus"
+        found["nanoGPT"].append(
+            nanogpt(model_file, corpus, sizes.vocab_size, True, sizes.steps, size, bench.seconds_left)
+        )
+        for optimizer in ("adamw", "muon"):
             arguments = [*bench.on_corpus(size, sizes.steps), *keys, f"optimizer={optimizer}"]
             report = bench.train(f"beside-nanogpt-{optimizer}-{number}", arguments)
             found[optimizer].append(report["tokens_per_second"])
-            mfu[optimizer] = f" (MFU {report['mfu']:.1%})" if report.get("mfu") is not None else ""
-    medians = {name: statistics.median(speeds) for name, speeds in found.items()}
-    ratios = [f"{name} {medians[name]:,.0f}{mfu[name]}: {medians[name] / medians['nanoGPT']:.2f} ×" for name in mfu]
-    return f"tokens/s: nanoGPT {medians['nanoGPT']:,.0f}; {'; '.join(ratios)}; {sizes.rounds} rounds"
+            mfu[optimizer] = f", MFU {report['mfu']:.1%}" if report.get("mfu") is not None else ""
+            bench.note(_beside_nanogpt(found, mfu))
+        seconds = (time.monotonic() - started) * (1.0 if number else LATER_ROUND)
+    return _beside_nanogpt(found, mfu)
+
+
+def _keys_beside_nanogpt(bench: Bench, size: str) -> list[str]:
+    keys = ["compile=true", "precision=bf16"]
+    if bench.on_gpu:
+        return [*keys, f"micro_batch={bench.sizes.sequences}", f"batch_tokens={bench.batch_tokens}"]
+    _, sequences, context = STEPS[size]  # the sizes of nanogpt_step.py
+    return [*keys, f"micro_batch={sequences}", f"context={context}", f"batch_tokens={sequences * context}"]
+
+
+def _beside_nanogpt(found: Mapping[str, list[float]], mfu: Mapping[str, str]) -> str:
+    """Format the median of each side, its range, and the ratio to nanoGPT's."""
+    parts, theirs = [], statistics.median(found["nanoGPT"])
+    for name, speeds in found.items():
+        if speeds:
+            median = statistics.median(speeds)
+            ratio = f": {median / theirs:.2f} ×" if name in mfu else ""
+            parts.append(f"{name} {median:,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f}{mfu.get(name, '')}){ratio}")
+    return f"tokens/s: {'; '.join(parts)}; {len(found['nanoGPT'])} rounds"
 
 
 def profile(bench: Bench) -> str:
@@ -217,6 +242,7 @@ def compare_with_trl(bench: Bench, trl_python: str) -> str:
     report = bench.train("beside-trl", [*bench.on_corpus(sizes.models[0], sizes.steps), *keys])
     ours = report["tokens_per_second"], report["peak_memory_bytes"] / 2**30
     results = [f"{ours[0]:,.0f} tokens/s, {ours[1]:.1f} GiB"]
+    bench.note(results[0])
     layers, heads, width = sizes.student
     given = {"corpus": bench.folder / "corpus", "tokenizer": bench.folder / "tokenizer", "beta": 0.5, "steps": 30}
     given |= {"layers": layers, "heads": heads, "width": width, "batch": batch, "precision": "bf16"}
@@ -230,6 +256,7 @@ def compare_with_trl(bench: Bench, trl_python: str) -> str:
         ratios = f"{ours[0] / theirs[0]:.2f} × the speed, {ours[1] / theirs[1]:.2f} × the memory"
         side = f"{LOOPS[loop]}, TRL {found['trl']}"
         results.append(f"{side}: {theirs[0]:,.0f} tokens/s, {theirs[1]:.1f} GiB; ours {ratios}")
+        bench.note("; ".join(results))
     return "; ".join(results)
 
 

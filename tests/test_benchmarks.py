@@ -22,6 +22,7 @@ from benchmarks import (
     benchmark_scaling,
     benchmark_sweep_overhead,
     benchmark_ten_students,
+    gpu_check,
 )
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.benchmark_tokens_to_loss import share_at
@@ -279,8 +280,37 @@ def test_gpu_check_writes_rows_at_once_and_stops_in_time(tmp_path: Path) -> None
     assert [len(text.splitlines()) for text in seen] == [0, 1, 3]
 
 
+def test_gpu_check_keeps_what_an_ended_check_found_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LONGEST", 0.1)
+    monkeypatch.setattr(gpu_check, "GRACE", 0.0)
+
+    def overruns(bench: Bench) -> str:
+        bench.note("a first round")
+        while bench.seconds_left:
+            pass
+        return "never"
+
+    def raises(_: Bench) -> str:
+        raise ImportError("no such package")
+
+    file = tmp_path / "RESULTS.md"
+    some = [Check("overruns", overruns, 1), Check("raises", raises, 1), Check("last", lambda _: "fine", 1)]
+    bench = Bench(tmp_path, replace(REHEARSAL, accelerator="gpu"), deadline=1e9)
+    assert verify(iter(some), bench, file) == ["FAILED", "FAILED", "passed"]
+    rows = [line.split(" | ") for line in file.read_text().splitlines()]
+    assert [row[:2] for row in rows] == [
+        ["| overruns", "so far"],
+        ["| overruns", "FAILED"],
+        ["| raises", "FAILED"],
+        ["| last", "passed"],
+    ]
+    assert "not finished" in rows[1][2]
+    assert "ImportError: no such package" in rows[2][2]
+
+
 def test_kernels_of_a_trace_are_summed_by_kind() -> None:
-    found = [("flash_fwd_kernel", 2000), ("nvjet_tst_128", 3000), ("triton_red_fused", 500), ("nvjet_tst_128", 3000)]
+    triton = "triton_poi_fused__scaled_dot_product_flash_attention_view_3"
+    found = [("flash_fwd_kernel", 2000), ("nvjet_tst_128", 3000), (triton, 500), ("nvjet_tst_128", 3000)]
     events = [{"cat": "kernel", "name": name, "dur": duration} for name, duration in found]
     text = summarize_trace([*events, {"cat": "cpu_op", "name": "aten::mm", "dur": 9e9}, {"name": "no kind"}], steps=2)
     assert text.startswith(
