@@ -62,7 +62,7 @@ def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) 
     if trl_python is not None:
         yield Check("distillation beside TRL", partial(gpu_runs.compare_with_trl, trl_python=trl_python), 120)
     kernels = "LM-head loss, 16,384 positions, V = 50,257"
-    yield Check(kernels, lambda _: gpu_kernels.compare_lm_head_losses(), 40, needs_gpu=True)
+    yield Check(kernels, lambda bench: gpu_kernels.compare_lm_head_losses(bench.note), 60, needs_gpu=True)
     yield Check("LM-head loss by chunk size", lambda _: gpu_kernels.lm_head_chunks(), 15, needs_gpu=True)
     yield Check("attention kernels", lambda _: gpu_kernels.attention_kernels(), 5, needs_gpu=True)
     yield Check("deterministic, compiled", partial(gpu_proofs.deterministic, options=("compile=true",)), 90)

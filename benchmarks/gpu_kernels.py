@@ -117,12 +117,12 @@ def _kernels(spans: Tensor) -> dict[str, float]:
 def attention_kernels() -> str:
     """Measure causal attention of small, forward and backward in bf16, by PyTorch's kernels."""
     query, key, value = _heads()
-    found = {}
+    gradient, found = torch.randn_like(query), {}
     for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 
         def work(kernel: SDPBackend = kernel) -> None:
             with sdpa_kernel(kernel):
-                F.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+                F.scaled_dot_product_attention(query, key, value, is_causal=True).backward(gradient)
 
         try:
             found[kernel.name] = f"{_median(work):.2f}"
@@ -149,21 +149,33 @@ def lm_head_chunks() -> str:
         logits @ right
         logits.T @ left
 
-    times = {f"{size:,} rows": _median(partial(loss, size)) for size in (1_024, 2_048, 4_096, 8_192, rows)}
+    times = {}
+    for size in (1_024, 2_048, 4_096, 8_192, rows):
+        torch.compiler.reset()  # each size is compiled as the only one of a run is, not for sizes that vary
+        times[f"{size:,} rows"] = _median(partial(loss, size))
     times["the three products alone"] = _median(products)
     return "ms: " + ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in times.items())
 
 
-def compare_lm_head_losses() -> str:
-    """Measure time and memory of cross-entropy and forward KL in bf16, D = 768, for every side, fastest first."""
-    results = []
+def compare_lm_head_losses(note: Callable[[str], None]) -> str:
+    """Measure time and memory of cross-entropy and forward KL in bf16, D = 768, for every side, fastest first.
+
+    Args:
+        note: receives what has been measured so far.
+    """
+    results: list[str] = []
     for loss in ("cross_entropy", "forward_kl"):
-        head = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY)
-        times = times_here(head, rounds=ROUNDS, compiles=True)
-        memory = {name: memory_here(head, name, compiles=True) for name in times}
+        head, refused = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY), dict[str, str]()
+        times = times_here(head, rounds=ROUNDS, compiles=True, refused=refused)
         names = sorted(times, key=times.__getitem__)
-        rows = ", ".join(f"{name} {times[name]:.1f} ms {memory[name] / 1e6:,.0f} MB" for name in names)
-        results.append(f"{loss.replace('_', ' ')}: {rows}")
+        cells = {name: f"{name} {times[name]:.1f} ms" for name in names}
+        cells |= {name: f"{name} refused ({error})" for name, error in refused.items()}
+        title = loss.replace("_", " ")
+        note("; ".join([*results, f"{title}: {', '.join(cells.values())}"]))
+        for name in names:
+            cells[name] += f" {memory_here(head, name, compiles=True) / 1e6:,.0f} MB"
+        results.append(f"{title}: {', '.join(cells.values())}")
+        note("; ".join(results))
     return "; ".join(results)
 
 
