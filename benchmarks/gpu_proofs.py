@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from benchmarks.train_command import ROOT
 SAME_LOSS = 0.02  # nats: FSDP compared with one device
 SAME_RESUMED = 1e-3  # nats: without trainer.deterministic GPU kernels are not
 DETERMINISTIC = "trainer.deterministic=true"
+STOP_SECONDS = 5.0  # for the playground to end
 
 
 def fsdp_on_one_gpu(bench: Bench) -> str:
@@ -62,10 +63,13 @@ def deterministic(bench: Bench, options: Sequence[str]) -> str:
     arguments, names = [*usual, DETERMINISTIC], [f"{name}-{run}" for run in ("first", "second", "killed")]
     usual_speed = bench.train(f"{name}-usual", usual)["tokens_per_second"]
     speed = bench.train(names[0], arguments)["tokens_per_second"]
-    bench.train(names[1], arguments)
+    bench.note(f"{speed / usual_speed:.2f} × the usual tokens/s")
     first, second, killed = (bench.folder / one for one in names)
-    _kill_at_first_checkpoint(bench, arguments, killed)
-    bench.resume(killed)
+    with ThreadPoolExecutor() as pool:  # their speed is not measured
+        unbroken = pool.submit(bench.train, names[1], arguments)
+        _kill_at_first_checkpoint(bench, arguments, killed)
+        bench.resume(killed)
+        unbroken.result()
     for other in (second, killed):
         for file in ("hf/model.safetensors", "samples.jsonl"):
             if (first / file).read_bytes() != (other / file).read_bytes():
@@ -94,25 +98,41 @@ def precisions(bench: Bench) -> str:
 
 
 def playground(bench: Bench) -> str:
-    """Start generate.py serve=true on the teacher of the experiment and return the tokens/s of a streamed text."""
+    """Start generate.py serve=true and return the tokens/s of a streamed text.
+
+    The model is the teacher of the experiment, or one with random weights.
+    """
     run_dir = bench.folder / "experiment-teacher"
-    command = [sys.executable, "generate.py", f"checkpoint={run_dir}", "serve=true", "port=0"]
+    checkpoint = run_dir if (run_dir / "report.json").exists() else bench.random_teacher()
+    command = [sys.executable, "generate.py", f"checkpoint={checkpoint}", "serve=true", "port=0"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert server.stdout is not None
-        address = next((word for line in server.stdout for word in line.split() if word.startswith("http://")), None)
-        if address is None:
-            raise RuntimeError("the playground ended before it had an address")
+        address = _address(server.stdout)
         content = json.dumps({"prompt": "def add(a, b):\n", "max_new_tokens": 100}).encode()
         request = urllib.request.Request(f"{address.rstrip('/')}/write", content, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=bench.seconds_left) as answer:
             events = [json.loads(line) for line in answer]
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
     if not events or "error" in events[-1]:
         raise RuntimeError(f"the playground answered {events[-1:]}")
     return f"{len(events)} events; the last: {json.dumps(events[-1])[:200]}"
+
+
+def _address(lines: Iterable[str]) -> str:
+    """Return the address in a server's output."""
+    printed = []
+    for line in lines:
+        printed.append(line)
+        for word in line.split():
+            if word.startswith("http://"):
+                return word
+    raise RuntimeError(f"the playground ended before it had an address: {''.join(printed)[-400:]}")
 
 
 def _kill_at_first_checkpoint(bench: Bench, arguments: list[str], run_dir: Path) -> None:
