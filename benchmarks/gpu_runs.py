@@ -167,7 +167,7 @@ def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
     sizes, size = bench.sizes, "small" if bench.on_gpu else "mini"
     keys, seconds = _keys_beside_nanogpt(bench, size), 0.0
     found: dict[str, list[float]] = {"nanoGPT": [], "adamw": [], "muon": []}
-    mfu: dict[str, str] = {}
+    mfu: dict[str, float | None] = {}  # of one token a second
     for number in range(sizes.rounds):
         if number and bench.seconds_left < seconds:
             break
@@ -179,7 +179,7 @@ def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
             arguments = [*bench.on_corpus(size, sizes.steps), *keys, f"optimizer={optimizer}"]
             report = bench.train(f"beside-nanogpt-{optimizer}-{number}", arguments)
             found[optimizer].append(report["tokens_per_second"])
-            mfu[optimizer] = f", MFU {report['mfu']:.1%}" if report.get("mfu") is not None else ""
+            mfu[optimizer] = report["mfu"] and report["mfu"] / report["tokens_per_second"]
             bench.note(_beside_nanogpt(found, mfu))
         seconds = (time.monotonic() - started) * (1.0 if number else LATER_ROUND)
     return _beside_nanogpt(found, mfu)
@@ -193,14 +193,16 @@ def _keys_beside_nanogpt(bench: Bench, size: str) -> list[str]:
     return [*keys, f"micro_batch={sequences}", f"context={context}", f"batch_tokens={sequences * context}"]
 
 
-def _beside_nanogpt(found: Mapping[str, list[float]], mfu: Mapping[str, str]) -> str:
-    """Format the median of each side, its range, and the ratio to nanoGPT's."""
+def _beside_nanogpt(found: Mapping[str, list[float]], mfu: Mapping[str, float | None]) -> str:
+    """Format the median of each side, its range, its MFU where that is known, and the ratio to nanoGPT's."""
     parts, theirs = [], statistics.median(found["nanoGPT"])
     for name, speeds in found.items():
         if speeds:
             median = statistics.median(speeds)
+            of_one = mfu.get(name)
+            share = f", MFU {median * of_one:.1%}" if of_one else ""
             ratio = f": {median / theirs:.2f} ×" if name in mfu else ""
-            parts.append(f"{name} {median:,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f}{mfu.get(name, '')}){ratio}")
+            parts.append(f"{name} {median:,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f}{share}){ratio}")
     return f"tokens/s: {'; '.join(parts)}; {len(found['nanoGPT'])} rounds"
 
 
