@@ -159,6 +159,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     rows = dataset(options.corpus, options.context, options.batch * options.steps)
+    torch.empty(0, device=device)  # starts CUDA, without which there is no peak to reset
     before_model = reset_peak_memory(device)
     clock = StepClock()
     targets = (train_gkd if options.loop == "gkd" else train_chunked)(options, tokenizer, rows)
