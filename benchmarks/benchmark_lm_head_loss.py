@@ -93,8 +93,8 @@ def _check_gradients(name: str, head: Head, found: tuple[Tensor, Tensor], right:
 def memory_here(head: Head, name: str, compiles: bool) -> int:
     """Return the peak bytes above the inputs of one side.
 
-    A warm-up excludes libraries that a side loads at its first call. On a CPU it has a few rows, because a peak cannot
-    be told from memory that was freed before; on a GPU it is a whole step, which also excludes trial runs of kernels.
+    A warm-up excludes libraries that a side loads at its first call. On a CPU it has a few rows, because memory that
+    a whole step frees would hide the peak; on a GPU it is a whole step, which also excludes trial runs of kernels.
     """
     device = resolve_device("auto")
     side = sides(head, device, compiles)[name]

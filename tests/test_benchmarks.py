@@ -280,7 +280,7 @@ def test_gpu_check_writes_rows_at_once_and_stops_in_time(tmp_path: Path) -> None
     assert [len(text.splitlines()) for text in seen] == [0, 1, 3]
 
 
-def test_gpu_check_keeps_what_an_ended_check_found_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_check_keeps_what_an_ended_check_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LONGEST", 0.1)
     monkeypatch.setattr(gpu_check, "GRACE", 0.0)
 
