@@ -61,7 +61,8 @@ def vocabulary_tiles(weight: Tensor, dtype: torch.dtype) -> VocabularyTiles:
 @torch.no_grad()
 def label_losses(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
     """Return the loss of each target (n,) alone, with the arguments of `label_statistics`."""
-    return torch.cat([_losses(*chunk) for chunk in _chunks(hidden, tiles, labels)])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.cat([_losses(*chunk) for chunk in _chunks(hidden, tiles, labels)])
 
 
 @torch.no_grad()
@@ -72,18 +73,18 @@ def label_statistics(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> 
         hidden: (n, D) hidden states at the targets.
         labels: (n,) int64.
     """
-    parts = [_statistics(*chunk) for chunk in _chunks(hidden, tiles, labels)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [_statistics(*chunk) for chunk in _chunks(hidden, tiles, labels)]
     return LabelStatistics(*(torch.cat(figures) for figures in zip(*parts, strict=True)))
 
 
 def _chunks(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Iterator[Chunk]:
-    device, rows = hidden.device.type, ROWS
-    if device != "cpu":
+    rows = ROWS
+    if hidden.device.type != "cpu":
         rows = min(max(LOGITS_OF_A_CHUNK // len(tiles.weight), 1), ROWS_OF_A_CHUNK)
     hidden = hidden.to(tiles.matrices[0].dtype)
     for part, of_part in zip(hidden.split(rows), labels.split(rows), strict=True):
-        with torch.autocast(device, enabled=False):
-            yield part, tiles, of_part
+        yield part, tiles, of_part
 
 
 def _losses(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
@@ -119,15 +120,18 @@ def _nats(sums: list[Tensor], chunk: Chunk) -> Tensor:
 
 
 def _relative_logits(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Iterator[Tensor]:
-    """Yield the logits (C, W) of each tile less that of the row's label, for which they are exactly 0."""
+    """Yield the logits (C, W) of each tile less that of the row's label.
+
+    For the label itself they are exactly 0, or NaN if its logit is infinite.
+    """
     wide = torch.promote_types(torch.float32, hidden.dtype)
-    of_labels = tiles.weight[labels].to(hidden.dtype)  # (C, D)
+    of_labels = tiles.weight.index_select(0, labels).to(hidden.dtype)  # (C, D); refuses negative labels
     label_scores = (hidden.to(wide) * of_labels).sum(1, keepdim=True).to(hidden.dtype).to(wide)  # (C, 1)
-    columns = labels
+    zeros, columns = (label_scores - label_scores).squeeze(1), labels
     for matrix in tiles.matrices:
         logits = hidden @ matrix
         scores = logits.sub_(label_scores) if logits.dtype == wide else logits - label_scores  # (C, W)
         own = ((columns >= 0) & (columns < scores.shape[1])).nonzero().squeeze(1)
-        scores[own, columns[own]] = 0.0  # its two products may differ in their rounding
+        scores[own, columns[own]] = zeros[own]  # its two products may differ in their rounding
         yield scores
         columns = columns - scores.shape[1]

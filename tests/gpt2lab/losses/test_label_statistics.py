@@ -1,5 +1,7 @@
 """Loss, rank and confidence of targets equal those of whole rows of logits."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,7 +72,27 @@ def test_equal_logits_do_not_outrank_the_label() -> None:
 
 
 def test_infinite_hidden_states_give_no_finite_loss() -> None:
+    for value in (torch.nan, torch.inf):
+        hidden, weight, labels = inputs(3, 10)
+        hidden[1] = value
+        found = label_statistics(hidden, vocabulary_tiles(weight, torch.float32), labels)
+        assert found.nats.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_infinite_logit_of_a_label_gives_no_finite_loss(sign: int) -> None:
     hidden, weight, labels = inputs(3, 10)
-    hidden[1] = torch.nan
+    hidden[1, 0], weight[labels[1]] = 1.0, 0.0
+    weight[labels[1], 0] = sign * torch.inf
     found = label_statistics(hidden, vocabulary_tiles(weight, torch.float32), labels)
-    assert found.nats.isfinite().tolist() == [True, False, True]
+    assert not found.nats[1].isfinite()
+
+
+@pytest.mark.parametrize("label", [-100, -1, 10])
+def test_an_unknown_label_is_an_error_and_leaves_autocast_alone(label: int) -> None:
+    hidden, weight, labels = inputs(3, 10)
+    labels[1] = label
+    with pytest.raises(IndexError), torch.autocast("cpu", torch.bfloat16):
+        label_statistics(hidden, vocabulary_tiles(weight, torch.bfloat16), labels)
+    gc.collect()
+    assert not torch.is_autocast_enabled("cpu")
