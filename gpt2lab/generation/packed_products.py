@@ -1,10 +1,12 @@
 """Products of a few rows with a model's matrices, on a CPU in fp32: each matrix is packed once for all of them.
 
 PyTorch brings a matrix into the order of its CPU kernels for every product with four rows or more, which takes longer
-than a product with so few rows itself. Here it is done at the first one, with the operator to which Inductor compiles
-frozen models. Products with fewer rows read the matrix as it is.
+than a product with so few rows itself. Here it is done once, with the operator to which Inductor compiles frozen
+models. That pays after five to ten products, so a matrix has a few as it is first; a prompt is one. Products with fewer
+rows read the matrix as it is.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lab.system.free_memory import host_free_bytes
 
 FEWEST_ROWS, MOST_ROWS = 4, 64  # above, PyTorch's own product loses at most a tenth by it
+FIRST_PACKED = 4  # number of the first product for which a matrix is packed
 FEWEST_WEIGHTS = 300_000  # smaller matrices stay in a cache, and gain nothing
 PACKED_FOR = 16  # rows, of which the kernels choose the order of the weights
 MOST_OF_FREE_MEMORY = 0.25
@@ -24,6 +27,7 @@ class PackedProducts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._products: Counter[nn.Module] = Counter()  # of a few rows
         self._packed: dict[nn.Module, Tensor] = {}
         self._packs: bool | None = None  # unknown before the first product of a few rows
 
@@ -31,6 +35,9 @@ class PackedProducts:
         """Return `module(hidden)`: (…, n_in) → (…, n_out)."""
         rows = hidden.numel() // hidden.shape[-1]
         if not FEWEST_ROWS <= rows <= MOST_ROWS or not self._is_packable(module, hidden):
+            return module(hidden)
+        self._products[module] += 1
+        if self._products[module] < FIRST_PACKED:
             return module(hidden)
         if module not in self._packed:
             matrix = module.weight.T if isinstance(module, Conv1D) else module.weight  # (n_out, n_in)

@@ -9,7 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lab.generation import packed_products
-from gpt2lab.generation.packed_products import MOST_ROWS, PackedProducts
+from gpt2lab.generation.packed_products import FIRST_PACKED, MOST_ROWS, PackedProducts
+from gpt2lab.generation.sampling import generate_ids
+from gpt2lab.model.backbone import Backbone
+from gpt2lab.settings import GREEDY, ModelShape
 
 SIZE = 600  # SIZE² weights are packed
 
@@ -46,7 +49,7 @@ def module_of(kind: str, bias: bool = True) -> nn.Module:
 def test_packed_products_equal_those_of_the_module(kind: str, bias: bool, shape: tuple[int, ...], packed) -> None:
     module = module_of(kind, bias)
     hidden, product = torch.randn(*shape, SIZE), PackedProducts(module)
-    for _ in range(2):
+    for _ in range(FIRST_PACKED + 1):
         torch.testing.assert_close(product(module, hidden), module(hidden), rtol=1e-5, atol=1e-5)
     rows = hidden.numel() // SIZE
     assert packed == ([rows] * 2 if 4 <= rows <= MOST_ROWS else [])
@@ -68,5 +71,18 @@ def test_other_products_are_those_of_the_module(case: str, monkeypatch, packed) 
         adapted = get_peft_model(nn.Sequential(module), LoraConfig(target_modules=["0"], init_lora_weights=False))
         module = adapted.base_model.model[0]
     with torch.autocast("cpu", enabled=case == "autocast"):
-        assert torch.equal(PackedProducts(module)(module, hidden), deepcopy(module)(hidden))
+        product = PackedProducts(module)
+        for _ in range(FIRST_PACKED):
+            assert torch.equal(product(module, hidden), deepcopy(module)(hidden))
     assert packed == []
+
+
+def test_a_batch_is_packed_and_the_prompt_of_one_text_is_not(packed) -> None:
+    torch.manual_seed(0)
+    shape = ModelShape(n_layer=2, n_head=4, n_embd=320, n_positions=32, vocab_size=1000, dropout=0.0)
+    model, tokens = Backbone(shape).lm, {"max_new_tokens": 8, "end_of_text": 0}
+    prompts = [torch.randint(1, 1000, (length,)).tolist() for length in (5, 7, 6, 7, 4)]
+    alone = [generate_ids(model, [prompt], GREEDY, **tokens)[0] for prompt in prompts]
+    assert packed == []
+    assert generate_ids(model, prompts, GREEDY, **tokens) == alone
+    assert set(packed) == {len(prompts)}
