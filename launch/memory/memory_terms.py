@@ -9,6 +9,8 @@ pass of `transformers`' GPT-2 with SDPA attention, and what this project's losse
 
 from dataclasses import dataclass
 
+import torch
+
 from gpt2lab.distillation.teacher_cache import LOGITS_AT_A_TIME as TEACHER_CACHE_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_A_CHUNK as COMPILED_METRIC_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_AN_UNCOMPILED_CHUNK as METRIC_LOGITS
@@ -29,9 +31,8 @@ CROSS_ENTROPY_TENSORS = 4.25
 DIVERGENCE_TENSORS = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25}
 OTHER_DIVERGENCE_TENSORS = 10.25
 COMPILED_TENSORS = 1.0
-NEWTON_SCHULZ_BYTES = (
-    16  # in bf16, per element of the matrices that a rank orthogonalizes together: a third, of one shape
-)
+# in bf16, per element of the matrices that a rank orthogonalizes together: a third, of one shape
+NEWTON_SCHULZ_BYTES = 16
 METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of METRIC_LOGITS, with a teacher and with a teacher cache
 
 
@@ -264,10 +265,16 @@ def _optimizer_temporaries(sizes: RunSizes) -> int:
     matrices, averaged = _muon_parameters(sizes), parameters(sizes.shape) * 4 if sizes.ema else 0
     own, held = matrices // sizes.ranks, matrices // sizes.shards  # orthogonalized here; stored here
     results = 2 * held // 3 if sizes.ranks == 1 else 2 * (held + own) if sizes.sharded else held  # in bf16, with copies
-    iteration = NEWTON_SCHULZ_BYTES * (1 if sizes.on_gpu or multiplies_bf16("cpu") else 2)
-    muon = held * sizes.weight_bytes + own // 3 * iteration + 2 * results
+    muon = held * sizes.weight_bytes + own // 3 * _newton_schulz_bytes(sizes) + 2 * results
     rounded = (trained_parameters(sizes) - matrices) // sizes.shards if sizes.precision.is_bf16_true else 0
     return max(min(rounded, CHUNK_NUMEL) * WORK_BYTES, muon, averaged // sizes.shards if sizes.weight_bytes < 4 else 0)
+
+
+def _newton_schulz_bytes(sizes: RunSizes) -> int:
+    """Bytes of an iteration per element: in fp32 where bf16 is emulated. A planned GPU that is not here has bf16."""
+    is_here = not sizes.on_gpu or torch.cuda.is_available()
+    in_fp32 = is_here and not multiplies_bf16("cuda" if sizes.on_gpu else "cpu")
+    return NEWTON_SCHULZ_BYTES * (2 if in_fp32 else 1)
 
 
 def _validation(sizes: RunSizes) -> dict[str, int]:
@@ -295,7 +302,8 @@ def _outside_training(sizes: RunSizes) -> dict[str, int]:
     """Terms of generation, of the export and of writing a teacher cache."""
     shape, w, c, texts = sizes.shape, sizes.weight_bytes, sizes.compute_bytes, sizes.prompts * sizes.generated_length
     is_packed = c == 4 and not sizes.on_gpu  # packed_products.py
-    copied = parameters(shape) * c if texts and (sizes.sharded or c < w or is_packed) else 0  # gathered, cast or packed
+    copies_of_weights = int(sizes.sharded or c < w) + int(is_packed)  # gathered or cast by autocast; packed
+    copied = parameters(shape) * c * copies_of_weights if texts else 0
     key_values = 2 * shape.n_layer * shape.n_embd * (w if sizes.on_gpu else 4) * texts  # in fp32 on a CPU (decoder.py)
     logits = 3 * sizes.prompts * shape.vocab_size * 4  # raw, processed, and sorted or their softmax
     copies = max(2 if sizes.verified else 1, 2 if sizes.lora_rank else 1)  # in fp32

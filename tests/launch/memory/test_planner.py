@@ -29,7 +29,7 @@ from launch.config.groups import precision_named
 from launch.memory import step_timing
 from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import largest_that_fits, memory_plan
-from launch.memory.memory_terms import RunSizes, memory_terms, parameters, trained_parameters
+from launch.memory.memory_terms import NEWTON_SCHULZ_BYTES, RunSizes, memory_terms, parameters, trained_parameters
 from launch.memory.run_sizes import run_sizes
 from launch.memory.step_timing import Speed, affordable_rows, fitting_rows
 from launch.run import auto_settings, disk_space, plan_report
@@ -353,6 +353,21 @@ def test_terms_grow_with_the_sizes_in_their_formulas():
     assert memory_terms(short)["generation"] > 2 * parameters(SMALL)  # autocast's copies of the weights
     assert memory_terms(replace(sizes, sharded=True, ranks=4))["gradients"] == terms["gradients"] // 4
     assert terms["export"] == 2 * 4 * parameters(SMALL)
+
+
+def test_a_cpu_packs_the_weights_that_it_gathered():
+    sizes = RunSizes(SMALL, 4, 256, 4, prompts=4, generated_length=256, ranks=2)
+    whole, sharded = (memory_terms(replace(sizes, sharded=sharded))["generation"] for sharded in (False, True))
+    assert sharded - whole == 4 * parameters(SMALL)
+
+
+def test_muon_takes_twice_the_iteration_on_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch):
+    sizes = RunSizes(SMALL, 4, 256, 4, optimizer="muon", on_gpu=True)
+    planned = memory_terms(sizes)["optimizer temporaries"]  # for a GPU that is not here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("launch.memory.memory_terms.multiplies_bf16", lambda device: device != "cuda")
+    more = memory_terms(sizes)["optimizer temporaries"] - planned
+    assert more == SMALL.n_layer * 12 * SMALL.n_embd**2 // 3 * NEWTON_SCHULZ_BYTES
 
 
 def test_run_sizes_include_callbacks_and_loggers(tmp_path: Path):
