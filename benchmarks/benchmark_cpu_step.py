@@ -8,20 +8,21 @@ processes; times are medians over processes of the median step, memory is the la
 
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.shape import BATCH, CONTEXT, MINI
-from benchmarks.train_command import ROOT
+from benchmarks.alternation import alternate
+from benchmarks.shape import BATCH, CONTEXT, SHAPES
+from benchmarks.train_command import run_module
 from gpt2lab.losses.lm_head_loss import LMHeadLoss, lm_head_loss
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
-from gpt2lab.settings import ModelShape, OptimizerSettings
+from gpt2lab.settings import OptimizerSettings
 from gpt2lab.system.device import peak_memory_bytes
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 
@@ -38,8 +39,7 @@ WARM_UP, STEPS, ROUNDS = 5, 20, 3
 def step_milliseconds(vocab_size: int, options: str) -> float:
     """Return the median of STEPS optimizer steps."""
     torch.manual_seed(0)
-    sizes = {"n_layer": MINI["n_layer"], "n_head": MINI["n_head"], "n_embd": MINI["n_embd"]}
-    backbone = Backbone(ModelShape(**sizes, n_positions=MINI["block_size"], vocab_size=vocab_size)).train()
+    backbone = Backbone(replace(SHAPES["mini"], vocab_size=vocab_size)).train()
     if "sdpa" in options:
         backbone.lm.config._attn_implementation = "sdpa"
     if "compile" in options:
@@ -72,18 +72,13 @@ def measure_here(vocab_size: int, options: str) -> None:
 
 
 def measure_apart(vocab_size: int, options: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.benchmark_cpu_step", str(vocab_size), options]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(ended.stdout)
+    return run_module("benchmark_cpu_step", str(vocab_size), options)
 
 
 def main() -> None:
     print("| vocabulary | | step, ms | ÷ as PyTorch comes | peak memory, GB |\n|--:|---|--:|--:|--:|")
     for vocab_size in VOCABULARIES:
-        found = defaultdict(list)
-        for _ in range(ROUNDS):
-            for name, options in CASES.items():
-                found[name].append(measure_apart(vocab_size, options))
+        found = alternate({name: partial(measure_apart, vocab_size, case) for name, case in CASES.items()}, ROUNDS)
         times = {name: statistics.median(one["milliseconds"] for one in several) for name, several in found.items()}
         for name, several in found.items():
             ratio, memory = times[name] / times["as PyTorch comes"], max(one["memory"] for one in several) / 1e9

@@ -17,14 +17,15 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from benchmarks.alternation import alternate_speeds, spread
+from benchmarks.shape import PRECISIONS, SHAPES, TINY
 from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
 from gpt2lab.generation.sampling import generate_ids
 from gpt2lab.generation.speculative import Speculated, speculate, speculative_ids
@@ -33,13 +34,11 @@ from gpt2lab.settings import GREEDY, ModelShape, SamplingSettings
 from gpt2lab.storage.model_folder import resolve_model_folder
 from launch.logging_setup import silence_libraries
 
-SHAPES = {"nano": (2, 2, 128), "micro": (4, 4, 256), "small": (12, 12, 768)}  # layers, heads, width
-TINY = {"tiny": (1, 2, 16)}
-VOCABULARY, POSITIONS, END = 4_096, 1_024, 0
+MODELS = ("nano", "micro", "small")
+VOCABULARY, END = 4_096, 0
 BATCHES = (1, 16)
 HOT = SamplingSettings("temperature 1")
 WAYS = (GREEDY, HOT)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECULATIVE_WAYS = (GREEDY, SamplingSettings("temperature 0.8", temperature=0.8), HOT)
 TUNED_DRAFTS = 2  # drafted tokens per call of assisted generation; usually the maximum of our loop on a CPU
 PROMPTS = (
@@ -52,14 +51,13 @@ PROMPTS = (
 )
 
 Rows = list[list[int]]
-Found = TypeVar("Found")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", help="a run directory or a Hugging Face folder")
     parser.add_argument("--draft", action="append", default=[], help="the same, with the target's tokens; several")
-    parser.add_argument("--models", default=",".join(SHAPES), help="models of the first table; empty: no first table")
+    parser.add_argument("--models", default=",".join(MODELS), help="models of the first table; empty: no first table")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -68,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     silence_libraries()
     torch.set_num_threads(options.threads)
-    shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.models.split(",") if name}
+    shapes = {"tiny": TINY} if options.tiny else {name: SHAPES[name] for name in options.models.split(",") if name}
     dtype = PRECISIONS[options.precision]
     print(
         f"CPU, {options.threads} threads, {options.precision}, {options.tokens} new tokens, {options.rounds} rounds\n"
@@ -76,9 +74,8 @@ def main() -> None:
     if shapes:
         print("| model | batch | | theirs, tokens/s | ours, tokens/s | ours ÷ theirs | same text |")
         print("|---|--:|---|--:|--:|--:|--:|")
-    for name, (layers, heads, width) in shapes.items():
-        shape = ModelShape(layers, heads, width, POSITIONS, VOCABULARY)
-        for row in decoding_rows(shape, options.tokens, options.rounds, dtype):
+    for name, shape in shapes.items():
+        for row in decoding_rows(replace(shape, vocab_size=VOCABULARY), options.tokens, options.rounds, dtype):
             print(f"| {name} | {row}", flush=True)
     if options.target:
         print(
@@ -117,7 +114,7 @@ def decoding_rows(shape: ModelShape, tokens: int, rounds: int, dtype: torch.dtyp
                 "theirs": _theirs(theirs, prompts, sampling, tokens),
                 "ours": _ours(ours, prompts, sampling, tokens),
             }
-            speeds, texts = alternate(sides, rounds, _length)
+            speeds, texts = alternate_speeds(sides, rounds, _length)
             same = sum(one == other for one, other in zip(texts["theirs"], texts["ours"], strict=True))
             ratios = [ours / theirs for theirs, ours in zip(speeds["theirs"], speeds["ours"], strict=True)]
             cells = [spread(speeds["theirs"], ",.0f"), spread(speeds["ours"], ",.0f"), spread(ratios)]
@@ -206,7 +203,7 @@ def assisted_row(target: str, draft: str, tokens: int, rounds: int, dtype: torch
         "ours": lambda: [generate_ids(ours, [prompt], GREEDY, **given)[0] for prompt in prompts],
         "drafted": lambda: [speculative_ids(ours, our_draft, prompt, GREEDY, **given)[0] for prompt in prompts],
     }
-    speeds, texts = alternate(sides, rounds, _length)
+    speeds, texts = alternate_speeds(sides, rounds, _length)
     pairs = (
         ("assisted", "theirs"),
         ("tuned", "theirs"),
@@ -234,31 +231,6 @@ def pool(found: Sequence[Speculated]) -> Speculated:
         cost_ratio=statistics.mean(one.cost_ratio for one in found),
         look_ratio=statistics.mean(one.look_ratio for one in found),
     )
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Format the median with the smallest and the largest value."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
-
-
-def alternate(
-    sides: dict[str, Callable[[], Found]], rounds: int, tokens: Callable[[Found], int]
-) -> tuple[dict[str, list[float]], dict[str, Found]]:
-    """Return (tokens per second in each round, result of the last round) by side; the first round is warm-up.
-
-    Args:
-        tokens: the number of tokens of a result.
-    """
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    found: dict[str, Found] = {}
-    for number in range(rounds + 1):
-        for name in list(sides) if number % 2 else reversed(list(sides)):
-            started = time.perf_counter()
-            found[name] = sides[name]()
-            seconds = time.perf_counter() - started
-            if number:
-                speeds[name].append(tokens(found[name]) / seconds)
-    return speeds, found
 
 
 def _length(rows: Rows) -> int:

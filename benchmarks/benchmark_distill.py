@@ -10,12 +10,9 @@ docs/measurements/performance.md for TRL's environment; without it TRL is skippe
 import argparse
 import json
 import os
-import statistics
 import subprocess
-import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +21,10 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.profile_step import STEP_TIMES
+from benchmarks.alternation import Record, alternate, median_records
 from benchmarks.shape import BATCH, CONTEXT
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import ROOT, bin_data, train
+from benchmarks.synthetic_corpus import write_data
+from benchmarks.train_command import ROOT, STEP_TIMES, new_run_dir, of_length, train
 from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 from launch.run.auto_settings import HEAD_COMPILE_STEPS, cpu_cores
@@ -52,11 +49,12 @@ TRL_SIDES = {
 HEADING = """| vocabulary | step | ms | ÷ cross-entropy alone | tokens/s | distillation's ÷ it \
 | memory above imports, GB | distillation's ÷ it | whole process, GB |
 |--:|---|--:|--:|--:|--:|--:|--:|--:|"""
+NO_TRL = "\nWithout --trl-python there is no comparison with TRL; see docs/measurements/performance.md."
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of models, batches and measurements."""
+    """Sizes of models, batches and measurements, also of benchmark_on_policy.py and benchmark_ten_students.py."""
 
     vocabularies: tuple[int, ...]
     student: ModelShape
@@ -81,8 +79,15 @@ class Sizes:
         student = self.student
         words = ["model=micro", f"model.n_layer={student.n_layer}", f"model.n_head={student.n_head}"]
         words += [f"model.n_embd={student.n_embd}", "optimizer=adamw", f"context={self.context}"]
-        words += [f"{key}={self.steps}" for key in ("steps", "validate_every", "checkpoint_every")]
-        return [*words, f"batch_tokens={self.targets}", "accelerator=cpu", "devices=1", f"threads={self.threads}"]
+        words += [*of_length(self.steps), f"batch_tokens={self.targets}"]
+        return [*words, "accelerator=cpu", "devices=1", f"threads={self.threads}"]
+
+    @property
+    def trl_options(self) -> dict[str, int]:
+        """Options of both TRL scripts."""
+        student = self.student
+        sizes = {"layers": student.n_layer, "heads": student.n_head, "width": student.n_embd}
+        return {**sizes, "batch": self.batch, "steps": self.trl_steps, "threads": self.threads}
 
 
 FULL = Sizes(
@@ -115,12 +120,11 @@ class Measured:
 Results = dict[tuple[int, str], Measured]
 
 
-def write_inputs(folder: Path, teacher: ModelShape, vocab_size: int, train_tokens: int) -> None:
-    """Write the folders corpus, tokenizer and teacher, with random weights."""
-    write_corpus(folder / "corpus", vocab_size, train_tokens)
-    write_tokenizer(folder / "tokenizer", vocab_size)
+def write_inputs(folder: Path, teacher: ModelShape, vocab_size: int, train_tokens: int = 200_000) -> list[str]:
+    """Write the folders corpus, tokenizer and teacher, with random weights; return train.py's arguments for data."""
     torch.manual_seed(1)
     to_hf(Backbone(replace(teacher, vocab_size=vocab_size))).save_pretrained(folder / "teacher")
+    return write_data(folder, vocab_size, train_tokens)
 
 
 class Bench:
@@ -129,12 +133,10 @@ class Bench:
     def __init__(self, folder: Path, sizes: Sizes, vocab_size: int, loss: str, trl_python: Path | None) -> None:
         self.folder, self.sizes, self.trl_python = folder, sizes, trl_python
         self.loss_arguments, self.beta = LOSSES[loss]
-        self.runs = 0
-        self.corpus, self.tokenizer, self.teacher = (folder / name for name in ("corpus", "tokenizer", "teacher"))
-        write_inputs(folder, sizes.teacher, vocab_size, train_tokens=200_000)
+        self.data = write_inputs(folder, sizes.teacher, vocab_size)
 
     def sides(self) -> dict[str, Callable[[], Measured]]:
-        distill = ["task=distill", f"teacher={self.teacher}", "preflight=off", "loss.hard_weight=0"]
+        distill = ["task=distill", f"teacher={self.folder / 'teacher'}", "preflight=off", "loss.hard_weight=0"]
         cached = ["loss=forward_kl", "teacher_cache=sampled", f"cache_dir={self.folder / 'cache'}"]
         found: dict[str, Callable[[], Measured]] = {
             DISTILLATION: partial(self.ours, [*distill, *self.loss_arguments]),
@@ -144,36 +146,26 @@ class Bench:
         if self.trl_python is not None:
             for name, (loop, precision, keep) in TRL_SIDES.items():
                 if precision in self.sizes.trl_precisions and loop in self.sizes.trl_loops:
-                    found[name] = partial(self.trl, loop, precision, keep)
+                    found[name] = partial(self.trl, self.trl_python, loop, precision, keep)
         return found
 
     def ours(self, task: list[str]) -> Measured:
         """Measure a complete run of train.py in bf16."""
-        sizes = self.sizes
-        arguments = [*task, *bin_data(self.corpus, self.tokenizer), *sizes.keys, f"sample_every={sizes.steps}"]
-        arguments += [f"micro_batch={sizes.batch}", "precision=bf16", "logger=csv"]
-        arguments += [STEP_TIMES, STEP_MEMORY, "callbacks.checkpoint.verify_export=false"]
-        self.runs += 1
-        run_dir = self.folder / f"run-{self.runs}"
-        train(run_dir, arguments)
-        memory = json.loads((run_dir / "step_memory.json").read_text())
-        return Measured(json.loads((run_dir / "step_times.json").read_text())["step"], **memory)
+        arguments = [*task, *self.data, *self.sizes.keys, f"micro_batch={self.sizes.batch}", "precision=bf16"]
+        arguments += ["logger=csv", "callbacks.checkpoint.verify_export=false", f"sample_every={self.sizes.steps}"]
+        run_dir = new_run_dir(self.folder)
+        train(run_dir, [*arguments, STEP_TIMES, STEP_MEMORY])
+        times, memory = (json.loads((run_dir / f"step_{name}.json").read_text()) for name in ("times", "memory"))
+        return Measured(times["step"], **memory)
 
-    def trl(self, loop: str, precision: str, keep_freed_memory: bool) -> Measured:
+    def trl(self, python: Path, loop: str, precision: str, keep_freed_memory: bool) -> Measured:
         """Measure TRL in its environment, with the same teacher, corpus and number of target tokens."""
-        sizes, student = self.sizes, self.sizes.student
-        given = {
-            "loop": loop,
-            "corpus": self.corpus,
-            "tokenizer": self.tokenizer,
-            "teacher": self.teacher,
-            "precision": precision,
-        }
-        given |= {"layers": student.n_layer, "heads": student.n_head, "width": student.n_embd, "beta": self.beta}
-        given |= {"context": sizes.context, "batch": sizes.batch, "steps": sizes.trl_steps, "threads": sizes.threads}
-        found = trl_step(str(self.trl_python), given, ["--keep-freed-memory"] if keep_freed_memory else [])
-        if found["targets"] != sizes.targets:
-            raise RuntimeError(f"TRL has {found['targets']} target tokens per step, train.py {sizes.targets}.")
+        given = {**self.sizes.trl_options, "loop": loop, "precision": precision, "beta": self.beta}
+        given |= {name: self.folder / name for name in ("corpus", "tokenizer", "teacher")}
+        given |= {"context": self.sizes.context}
+        found = trl_step(str(python), given, ["--keep-freed-memory"] if keep_freed_memory else [])
+        if found["targets"] != self.sizes.targets:
+            raise RuntimeError(f"TRL has {found['targets']} target tokens per step, train.py {self.sizes.targets}.")
         return Measured(found["milliseconds"], found["before_model"], found["peak"])
 
 
@@ -200,22 +192,21 @@ def trl_step(
     return json.loads(ended.stdout.splitlines()[-1])  # after the output of its libraries
 
 
-def measure(sizes: Sizes, loss: str, trl_python: Path | None) -> Results:
-    """Return medians over the rounds by (vocabulary, side)."""
-    several: dict[tuple[int, str], list[Measured]] = defaultdict(list)
+def measure(
+    sizes: Sizes, sides: Callable[[Path, int], Mapping[str, Callable[[], Record]]]
+) -> dict[tuple[int, str], Record]:
+    """Return medians over the rounds by (vocabulary, side).
+
+    Args:
+        sides: returns the sides of a vocabulary; it writes their files into the given folder.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        benches = {v: Bench(Path(scratch) / str(v), sizes, v, loss, trl_python) for v in sizes.vocabularies}
-        for _ in range(sizes.rounds):
-            for vocab_size, bench in benches.items():
-                for name, side in bench.sides().items():
-                    one = side()
-                    several[vocab_size, name].append(one)
-                    print(f"V={vocab_size} {name}: {one.milliseconds:.0f} ms, {one.peak / 1e9:.2f} GB", file=sys.stderr)
-    fields = ("milliseconds", "before_model", "peak")
-    return {
-        key: Measured(*(statistics.median(vars(one)[field] for one in ones) for field in fields))
-        for key, ones in several.items()
-    }
+        every = {
+            (vocab_size, name): side
+            for vocab_size in sizes.vocabularies
+            for name, side in sides(Path(scratch) / str(vocab_size), vocab_size).items()
+        }
+        return median_records(alternate(every, sizes.rounds))
 
 
 def markdown(results: Results, targets: int) -> str:
@@ -230,28 +221,38 @@ def markdown(results: Results, targets: int) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_options(
+    parser: argparse.ArgumentParser, full: Sizes, tiny: Sizes, loops: Iterable[str]
+) -> tuple[argparse.Namespace, Sizes]:
+    """Add the options of a benchmark beside TRL, parse them all and return the sizes that they select."""
     parser.add_argument("--trl-python", type=Path, help="Python of an environment with TRL (default: $TRL_PYTHON)")
-    parser.add_argument("--loss", choices=LOSSES, default="jsd", help="the divergence, without labels (default: jsd)")
-    parser.add_argument("--rounds", type=int, default=FULL.rounds)
+    parser.add_argument("--rounds", type=int, default=full.rounds)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=full.vocabularies)
     parser.add_argument("--trl-precisions", choices=TRL_PRECISIONS, nargs="+", default=TRL_PRECISIONS)
-    parser.add_argument("--trl-loops", choices=LOOPS, nargs="+", default=tuple(LOOPS))
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=FULL.vocabularies)
+    parser.add_argument("--trl-loops", choices=loops, nargs="+", default=tuple(loops))
     parser.add_argument("--tiny", action="store_true", help="takes seconds; results are meaningless")
     options = parser.parse_args()
-    trl_python = options.trl_python or (Path(os.environ["TRL_PYTHON"]) if os.environ.get("TRL_PYTHON") else None)
-    if trl_python is not None and not trl_python.is_file():
-        parser.error(f"--trl-python {trl_python}: no such file")
-    full = replace(FULL, vocabularies=tuple(options.vocabularies), rounds=options.rounds)
-    full = replace(full, trl_precisions=tuple(options.trl_precisions), trl_loops=tuple(options.trl_loops))
-    sizes = TINY if options.tiny else full
+    if options.trl_python is None and os.environ.get("TRL_PYTHON"):
+        options.trl_python = Path(os.environ["TRL_PYTHON"])
+    if options.trl_python is not None:
+        if not options.trl_python.is_file():
+            parser.error(f"--trl-python {options.trl_python}: no such file")
+        # Absolute but not resolved: Python finds its environment through the symlink.
+        options.trl_python = options.trl_python.absolute()
+    full = replace(full, vocabularies=tuple(options.vocabularies), rounds=options.rounds)
+    sizes = replace(tiny if options.tiny else full, trl_loops=tuple(options.trl_loops))
+    return options, replace(sizes, trl_precisions=tuple(options.trl_precisions))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loss", choices=LOSSES, default="jsd", help="the divergence, without labels (default: jsd)")
+    options, sizes = parse_options(parser, FULL, TINY, LOOPS)
     transformers_logging.disable_progress_bar()
-    # Absolute but not resolved: Python finds its environment through the symlink.
-    results = measure(sizes, options.loss, trl_python.absolute() if trl_python else None)
+    results = measure(sizes, lambda folder, v: Bench(folder, sizes, v, options.loss, options.trl_python).sides())
     print(markdown(results, sizes.targets))
-    if trl_python is None:
-        print("\nWithout --trl-python there is no comparison with TRL; see docs/measurements/performance.md.")
+    if options.trl_python is None:
+        print(NO_TRL)
 
 
 if __name__ == "__main__":

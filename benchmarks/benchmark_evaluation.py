@@ -15,6 +15,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from benchmarks.benchmark_decoding import PRECISIONS, SHAPES, TINY, alternate, spread
+from benchmarks.alternation import alternate_speeds, spread
+from benchmarks.shape import PRECISIONS, SHAPES, TINY
 from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.evaluation import score
 from gpt2lab.model.backbone import Backbone, load_backbone, to_hf
@@ -30,8 +32,8 @@ from gpt2lab.settings import ModelShape
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.logging_setup import silence_libraries
 
+MODELS = ("nano", "micro", "small")
 CONTEXTS = {"small": (256, 1_024)}  # of the other models 256
-POSITIONS = 1_024
 BATCH_TOKENS = 2_048
 VOCABULARIES = (4_096, 50_257)
 TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # nats per token, between the losses of both sides
@@ -42,7 +44,7 @@ Side = Callable[[], float]  # returns the mean loss of the text
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", choices=SHAPES, nargs="+", default=tuple(SHAPES))
+    parser.add_argument("--models", choices=SHAPES, nargs="+", default=MODELS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=tuple(PRECISIONS))
     parser.add_argument("--rounds", type=int, default=5)
@@ -56,10 +58,10 @@ def main() -> None:
     print(f"CPU, {options.threads} threads, a text of {options.tokens} tokens, {options.rounds} rounds\n")
     print("| model | vocabulary | precision | context | fastest of theirs | theirs, tokens/s | ours, tokens/s ", end="")
     print("| ours ÷ theirs | difference of the losses |\n|---|--:|---|--:|---|--:|--:|--:|--:|")
-    shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.models}
+    shapes = {"tiny": TINY} if options.tiny else {name: SHAPES[name] for name in options.models}
     vocabularies = (300,) if options.tiny else options.vocabularies
-    for (name, (layers, heads, width)), vocab_size in itertools.product(shapes.items(), vocabularies):
-        shape = ModelShape(layers, heads, width, POSITIONS, vocab_size)
+    for (name, sizes), vocab_size in itertools.product(shapes.items(), vocabularies):
+        shape = replace(sizes, vocab_size=vocab_size)
         for precision, context in itertools.product(options.precisions, CONTEXTS.get(name, (256,))):
             row = evaluation_row(shape, precision, context, options.tokens, options.rounds)
             print(f"| {name} | {vocab_size:,} | {precision} | {context:,} | {row}", flush=True)
@@ -77,7 +79,7 @@ def evaluation_row(shape: ModelShape, precision: str, context: int, tokens: int,
         sides = their_sides(folder, precision, batches := text_batches(shape.vocab_size, context, tokens))
         sides[OURS] = partial(our_loss, load_backbone(folder), precision, batches)
     targets = sum(batch.target_tokens for batch in batches)
-    speeds, losses = alternate(sides, rounds, lambda _loss: targets)
+    speeds, losses = alternate_speeds(sides, rounds, lambda _loss: targets)
     for name, loss in losses.items():
         if not abs(loss - losses[OURS]) < TOLERANCES[precision]:
             raise RuntimeError(f"The loss of {name} is {loss:.6f}, ours {losses[OURS]:.6f}.")

@@ -11,18 +11,18 @@ default and with freed memory reused, as in train.py. Prints a Markdown table.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.lm_head_sides import EAGER, OURS, Head, HeadInputs, Side, make_inputs, sides
-from benchmarks.train_command import ROOT
+from benchmarks.train_command import run_module
 from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory, resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
 from launch.run.auto_settings import cpu_cores, has_compiler
@@ -111,10 +111,9 @@ def memory_here(head: Head, name: str, compiles: bool) -> int:
     return peak_memory_bytes(device) - before
 
 
-def apart(*job: object) -> str:
-    """Run `here` for this job in a new process and return its output."""
-    command = [sys.executable, "-m", "benchmarks.benchmark_lm_head_loss", "--here", json.dumps(job)]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+def apart(*job: object) -> Any:
+    """Run `here` for this job in a new process and return its result."""
+    return run_module("benchmark_lm_head_loss", "--here", json.dumps(job))
 
 
 def here(what: str, head: dict, rounds: int, compiles: bool, keep: bool, name: str) -> None:
@@ -135,9 +134,9 @@ def measure(head: Head, rounds: int, compiles: bool, reuse: bool = False) -> dic
     """
     sizes, found = asdict(head), {}
     on_cpu = resolve_device("auto").type == "cpu"
-    for name, milliseconds in json.loads(apart("times", sizes, rounds, compiles, reuse and on_cpu, "")).items():
-        memory = int(apart("memory", sizes, rounds, compiles, False, name))
-        kept = int(apart("memory", sizes, rounds, compiles, True, name)) if on_cpu else memory
+    for name, milliseconds in apart("times", sizes, rounds, compiles, reuse and on_cpu, "").items():
+        memory = apart("memory", sizes, rounds, compiles, False, name)
+        kept = apart("memory", sizes, rounds, compiles, True, name) if on_cpu else memory
         found[name] = Measured(milliseconds, memory, kept)
         print(f"{head} {name}: {milliseconds:.0f} ms, {memory / 1e6:.0f} MB, {kept / 1e6:.0f} MB", file=sys.stderr)
     return found

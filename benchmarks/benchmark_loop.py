@@ -13,65 +13,74 @@ Programs alternate in new processes; ratios are of medians over rounds. Prints M
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks.alternation import alternate, medians
 from benchmarks.benchmark_cpu_step import measure_apart
-from benchmarks.profile_step import STEP_TIMES
 from benchmarks.shape import BATCH, CONTEXT
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import bin_data, seconds_of_steps, train
+from benchmarks.synthetic_corpus import write_data
+from benchmarks.train_command import new_run_dir, of_length, seconds_of_steps, train, train_timed
 
 VOCABULARY = 4_096
 IMPORTS = "import torch, lightning, transformers"
 CHECKPOINTS = {"nano": 40, "mini": 4}
 FIRST_STEP = "+callbacks.first_step._target_=benchmarks.step_times.FirstStep"
 
-
-def run(folder: Path, model: str, steps: int, *keys: str) -> tuple[Path, dict[str, Any]]:
-    """Train and return (run directory, report); `folder` holds the corpus and receives the run."""
-    arguments = [f"model={model}", *bin_data(folder / "corpus", folder / "tokenizer"), "optimizer=adamw"]
-    arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", "precision=bf16"]
-    arguments += [f"validate_every={steps}", f"sample_every={steps}", "callbacks.checkpoint.verify_export=false"]
-    arguments += [f"steps={steps}", "callbacks.final_score=null", "devices=1", "schedule.warmup_steps=0"]
-    arguments += [f"checkpoint_every={steps}"]  # the last one of a key counts
-    run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    return run_dir, train(run_dir, [*arguments, *keys])
+Sides = dict[str, Callable[[], float]]  # return seconds
 
 
-def loop_seconds(folder: Path) -> dict[str, float]:
-    """Measure the seconds of a step of a bare loop and of train.py."""
-    bare = measure_apart(VOCABULARY, "reuse")["milliseconds"] / 1e3
-    run_dir, _ = run(folder, "mini", 60, "compile=auto", STEP_TIMES, "log_every=1")
-    times = json.loads((run_dir / "step_times.json").read_text())
-    return {"a bare loop": bare, "train.py": times["step"] / 1e3}
+def arguments(data: list[str], model: str, steps: int) -> list[str]:
+    """Return the arguments of train.py; `data` are those of the corpus."""
+    words = [f"model={model}", *data, *of_length(steps), f"sample_every={steps}", "optimizer=adamw"]
+    words += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", "precision=bf16"]
+    words += ["schedule.warmup_steps=0", "devices=1"]
+    return [*words, "callbacks.checkpoint.verify_export=false", "callbacks.final_score=null"]
 
 
-def start_seconds(folder: Path) -> dict[str, float]:
-    """Measure the seconds of the imports alone, and from the start of train.py to the end of its first step."""
-    started = time.time()
-    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
-    imports, started = time.time() - started, time.time()
-    run_dir, _ = run(folder, "nano", 1, FIRST_STEP)
-    first = json.loads((run_dir / "first_step.json").read_text())
-    return {"imports of torch, lightning and transformers": imports, "train.py, first step": first["time"] - started}
+def loops(folder: Path, data: list[str]) -> Sides:
+    """Return sides that measure a step of a bare loop and of train.py."""
+
+    def bare() -> float:
+        return measure_apart(VOCABULARY, "reuse")["milliseconds"] / 1e3
+
+    def ours() -> float:
+        _, times = train_timed(folder, [*arguments(data, "mini", 60), "compile=auto", "log_every=1"])
+        return times["step"] / 1e3
+
+    return {"a bare loop": bare, "train.py": ours}
 
 
-def checkpoint_seconds(folder: Path, model: str, every: int) -> dict[str, float]:
-    """Measure the seconds of all steps, and of what interrupts them, without and with checkpoints."""
-    found, steps = {}, CHECKPOINTS[model] * every
-    for name, interval in (("no checkpoints", steps), (f"one every {every} steps", every)):
-        _, report = run(folder, model, steps, f"checkpoint_every={interval}")
-        found[name] = seconds_of_steps(report)
-    return found
+def starts(folder: Path, data: list[str]) -> Sides:
+    """Return sides that measure the imports alone, and the time until the end of the first step of train.py."""
+
+    def imports() -> float:
+        started = time.time()
+        subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+        return time.time() - started
+
+    def first_step() -> float:
+        run_dir, started = new_run_dir(folder), time.time()
+        train(run_dir, [*arguments(data, "nano", 1), FIRST_STEP])
+        return json.loads((run_dir / "first_step.json").read_text())["time"] - started
+
+    return {"imports of torch, lightning and transformers": imports, "train.py, first step": first_step}
+
+
+def checkpoints(folder: Path, data: list[str], model: str, every: int) -> Sides:
+    """Return sides that measure all steps and what interrupts them, without and with checkpoints."""
+    steps = CHECKPOINTS[model] * every
+
+    def measure(interval: int) -> float:
+        keys = [*arguments(data, model, steps), f"checkpoint_every={interval}"]  # the last one of a key counts
+        return seconds_of_steps(train(new_run_dir(folder), keys))
+
+    return {"no checkpoints": partial(measure, steps), f"one every {every} steps": partial(measure, every)}
 
 
 def main() -> None:
@@ -82,24 +91,15 @@ def main() -> None:
     print("| | seconds | ÷ the first | beyond the first, s |\n|---|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "corpus", VOCABULARY)
-        write_tokenizer(folder / "tokenizer", VOCABULARY)
-        run(folder, "nano", 1)  # fills the caches
-        measured: dict[str, Callable[[Path], dict[str, float]]] = {
-            "a step of mini": loop_seconds,
-            "until the first step of nano": start_seconds,
-        }
+        data = write_data(folder, VOCABULARY)
+        train(new_run_dir(folder), arguments(data, "nano", 1))  # fills the caches
+        measured = {"a step of mini": loops(folder, data), "until the first step of nano": starts(folder, data)}
         for model, number in CHECKPOINTS.items():
-            title = f"{number * options.every:,} steps of {model}"
-            measured[title] = partial(checkpoint_seconds, model=model, every=options.every)
-        for title, measure in measured.items():
-            found = defaultdict(list)
-            for _ in range(options.rounds):
-                for program, seconds in measure(folder).items():
-                    found[program].append(seconds)
-            medians = {program: statistics.median(values) for program, values in found.items()}
-            first = next(iter(medians.values()))
-            for program, seconds in medians.items():
+            measured[f"{number * options.every:,} steps of {model}"] = checkpoints(folder, data, model, options.every)
+        for title, sides in measured.items():
+            found = medians(alternate(sides, options.rounds))
+            first = next(iter(found.values()))
+            for program, seconds in found.items():
                 row = f"{title}: {program} | {seconds:.3f} | {seconds / first:.3f} | {seconds - first:+.2f}"
                 print(f"| {row} |", flush=True)
 

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.shape import SHAPES
+from benchmarks.synthetic_corpus import write_data, write_tokenizer
 from benchmarks.train_command import ROOT, bin_data, train
 from gpt2lab.model.backbone import Backbone, to_hf
-from gpt2lab.settings import ModelShape
 
-SIZES = {"nano": (2, 128, 2), "micro": (4, 256, 4), "mini": (6, 384, 6), "distil": (6, 768, 12), "small": (12, 768, 12)}
 MODEL_FILES = "import sys; from benchmarks.benchmark_memory_plan import write_model; write_model(*sys.argv[1:])"
 
 
@@ -113,9 +112,8 @@ class Found:
 
 def write_model(folder: str, size: str, vocabulary: str) -> None:
     """Write a Hugging Face folder of a model with random weights."""
-    layers, width, heads = SIZES[size]
     torch.manual_seed(1)
-    to_hf(Backbone(ModelShape(layers, heads, width, 1024, int(vocabulary)))).save_pretrained(folder)
+    to_hf(Backbone(replace(SHAPES[size], vocab_size=int(vocabulary)))).save_pretrained(folder)
 
 
 def model_folder(folder: Path, size: str, vocabulary: int) -> Path:
@@ -152,15 +150,14 @@ def keys(case: Case, folder: Path) -> list[str]:
         start = model_folder(folder, case.model, case.vocabulary)
         words += ["task=finetune", f"init={start}", "data=pairs", f"path={folder / 'pairs.jsonl'}"]
         return [*words, f"batch_sequences={case.rows * case.parts * case.ranks}", "task.text.examples=0"]
-    corpus, tokenizer = folder / f"corpus-{case.vocabulary}", folder / f"tokenizer-{case.vocabulary}"
-    if not corpus.exists():
-        write_corpus(corpus, case.vocabulary, train_tokens=200_000, val_tokens=8_193)
-        write_tokenizer(tokenizer, case.vocabulary)
+    data = folder / f"data-{case.vocabulary}"
+    if not data.exists():
+        write_data(data, case.vocabulary, train_tokens=200_000, val_tokens=8_193)
     words += [f"model={case.model}", f"batch_tokens={case.context * case.rows * case.parts * case.ranks}"]
     if case.teacher:
         teacher = model_folder(folder, case.teacher, case.vocabulary)
         words += ["task=distill", "preflight=off", f"teacher={teacher}"]
-    return [*words, *bin_data(corpus, tokenizer)]
+    return [*words, *bin_data(data / "corpus", data / "tokenizer")]
 
 
 def measure(case: Case, folder: Path) -> Found:

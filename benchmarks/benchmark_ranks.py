@@ -18,8 +18,8 @@ from typing import Any
 import lightning
 import torch
 
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import bin_data, run_train
+from benchmarks.synthetic_corpus import write_data
+from benchmarks.train_command import of_length, run_train
 from gpt2lab.settings import GREEDY
 from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
 from gpt2lab.system.malloc_tuning import release_freed_memory
@@ -73,13 +73,12 @@ class RankTimes(lightning.Callback):
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Train and return the figures of each rank."""
-    write_corpus(folder / "corpus", VOCABULARY, train_tokens=100_000, val_tokens=2 * CONTEXT)
-    write_tokenizer(folder / "tokenizer", VOCABULARY)
-    keys = [f"model={options.model}", *bin_data(folder / "corpus", folder / "tokenizer"), f"context={CONTEXT}"]
+    data = write_data(folder, VOCABULARY, train_tokens=100_000, val_tokens=2 * CONTEXT)
+    keys = [f"model={options.model}", *data, f"context={CONTEXT}", *of_length(STEPS)]
     keys += [f"precision={options.precision}", f"devices={options.devices}", f"strategy={options.strategy}"]
-    keys += ["accelerator=cpu", "optimizer=muon", f"steps={STEPS}", f"validate_every={STEPS}", "compile=false"]
+    keys += ["accelerator=cpu", "optimizer=muon", "compile=false"]
     keys += [f"batch_tokens={options.devices * CONTEXT}", "micro_batch=1", "logger=none", "callbacks=minimal"]
-    keys += [f"checkpoint_every={STEPS}", "+callbacks.times._target_=benchmarks.benchmark_ranks.RankTimes"]
+    keys += ["+callbacks.times._target_=benchmarks.benchmark_ranks.RankTimes"]
     given = {"folder": folder, "prompts": options.prompts, "tokens": options.tokens}
     keys += [f"+callbacks.times.{name}={value}" for name, value in given.items()]
     run_train([*keys, f"run_dir={folder / 'run'}"], TIMEOUT)

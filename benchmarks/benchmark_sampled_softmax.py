@@ -6,14 +6,13 @@ T = 256, 2,048 tokens per step, bf16, AdamW. Sides alternate; values are medians
 """
 
 import argparse
-import statistics
-import sys
 import tempfile
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+from benchmarks.alternation import alternate, medians
 from benchmarks.benchmark_training_step import ours
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
+from benchmarks.synthetic_corpus import write_data
 
 VOCABULARY = 50_257
 WHOLE = "clm, all 50,257 tokens"
@@ -28,20 +27,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)  # minimum for which the full head is compiled
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    speeds = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
-        corpus, tokenizer = Path(scratch) / "corpus", Path(scratch) / "tokenizer"
-        write_corpus(corpus, VOCABULARY)
-        write_tokenizer(tokenizer, VOCABULARY)
-        for number in range(options.rounds):
-            for place, (name, keys) in enumerate(SIDES.items()):
-                run_dir = Path(scratch) / f"run-{number}-{place}"
-                speeds[name].append(ours(corpus, tokenizer, run_dir, options.steps, keys))
-                print(f"{name}: {speeds[name][-1]:,.0f} tokens/s", file=sys.stderr)
-    medians = {name: statistics.median(several) for name, several in speeds.items()}
+        data = write_data(folder := Path(scratch), VOCABULARY)
+        sides = {name: partial(ours, folder, options.steps, [*data, *keys]) for name, keys in SIDES.items()}
+        speeds = medians(alternate(sides, options.rounds))
     print("| objective | tokens/s | ÷ full softmax |\n|---|--:|--:|")
-    for name, speed in medians.items():
-        print(f"| {name} | {speed:,.0f} | {speed / medians[WHOLE]:.2f} |")
+    for name, speed in speeds.items():
+        print(f"| {name} | {speed:,.0f} | {speed / speeds[WHOLE]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ Prints a Markdown table.
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from benchmarks.profile_step import STEP_TIMES
-from benchmarks.train_command import tiny_run, train
+from benchmarks.alternation import alternate, median_records
+from benchmarks.train_command import of_length, tiny_run, train_timed
 from launch.run.auto_settings import cpu_cores
 
 SIDES = ((1, "auto"), (2, "ddp"), (2, "fsdp"))  # processes, strategy
@@ -33,26 +30,18 @@ class Measured:
 
 
 def measure_run(folder: Path, processes: int, strategy: str, steps: int, keys: list[str]) -> Measured:
-    """Measure one run into `folder`."""
+    """Measure one run into a new folder in `folder`."""
     words = [f"devices={processes}", f"strategy={strategy}", f"batch_tokens={processes * TOKENS}", "threads=1"]
-    words += ["accelerator=cpu", "logger=none", "callbacks=minimal", "log_every=5", STEP_TIMES]
-    words += [f"{key}={steps}" for key in ("steps", "validate_every", "checkpoint_every")]
-    report = train(folder, [*words, *keys])
-    times = json.loads((folder / "step_times.json").read_text())
+    words += ["accelerator=cpu", "logger=none", "callbacks=minimal", "log_every=5", *of_length(steps)]
+    report, times = train_timed(folder, [*words, *keys])
     return Measured(report["tokens_per_second"], times["data"] / times["step"])
 
 
 def measure(rounds: int, steps: int, keys: list[str]) -> dict[tuple[int, str], Measured]:
     """Return medians over the rounds by side."""
-    found: dict[tuple[int, str], list[Measured]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
-        for number in tqdm(range(rounds * len(SIDES)), "runs", disable=None):
-            side = SIDES[number % len(SIDES)]
-            found[side].append(measure_run(Path(scratch, str(number)), *side, steps, keys))
-    return {
-        side: Measured(statistics.median(run.speed for run in runs), statistics.median(run.waiting for run in runs))
-        for side, runs in found.items()
-    }
+        sides = {side: partial(measure_run, Path(scratch), *side, steps, keys) for side in SIDES}
+        return median_records(alternate(sides, rounds))
 
 
 def markdown(found: dict[tuple[int, str], Measured]) -> str:

@@ -9,14 +9,13 @@ alternating sides. Prints a Markdown table.
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
-from benchmarks.train_command import run_train, tiny_run
+from benchmarks.alternation import alternate, medians
+from benchmarks.train_command import new_run_dir, run_train, tiny_run
 from launch.config.machine import usable_cores
 
 CORES = 2
@@ -31,22 +30,25 @@ def run_all(commands: list[list[str]]) -> float:
     return time.perf_counter() - start
 
 
-def sides(folder: Path, jobs: int, keys: list[str]) -> dict[str, list[list[str]]]:
-    """Return the arguments of the calls by side."""
+def sides(folder: Path, jobs: int, keys: list[str]) -> dict[str, Callable[[], float]]:
+    """Return a function per side that runs its jobs into new folders in `folder` and returns the seconds."""
     seeds = [str(seed + 1) for seed in range(jobs)]
-    sweep = ["-m", *keys, f"seed={','.join(seeds)}", f"n_jobs={CORES}", f"hydra.sweep.dir={folder / 'sweep'}"]
-    return {SEPARATE: [[*keys, f"seed={seed}", f"run_dir={folder / seed}"] for seed in seeds], SWEEP: [sweep]}
+
+    def separate() -> float:
+        return run_all([[*keys, f"seed={seed}", f"run_dir={new_run_dir(folder)}"] for seed in seeds])
+
+    def sweep() -> float:
+        job = [f"seed={','.join(seeds)}", f"n_jobs={CORES}", f"hydra.sweep.dir={new_run_dir(folder)}"]
+        return run_all([["-m", *keys, *job]])
+
+    return {SEPARATE: separate, SWEEP: sweep}
 
 
 def measure(rounds: int, jobs: int, keys: list[str]) -> dict[str, float]:
     """Return median seconds over the rounds by side. Tokenizer and data are prepared before."""
-    found: dict[str, list[float]] = {SEPARATE: [], SWEEP: []}
     with tempfile.TemporaryDirectory() as scratch:
-        run_all([[*keys, f"run_dir={Path(scratch, 'before')}"]])
-        for number in tqdm(range(rounds), "rounds", disable=None):
-            for side, commands in sides(Path(scratch, str(number)), jobs, keys).items():
-                found[side].append(run_all(commands))
-    return {side: statistics.median(seconds) for side, seconds in found.items()}
+        run_train([*keys, f"run_dir={new_run_dir(Path(scratch))}"])
+        return medians(alternate(sides(Path(scratch), jobs, keys), rounds))
 
 
 def markdown(seconds: dict[str, float], jobs: int, steps: int) -> str:

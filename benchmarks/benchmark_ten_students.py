@@ -9,28 +9,28 @@ table.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
+from benchmarks.alternation import alternate, medians
 from benchmarks.benchmark_distill import FULL, TINY, Sizes, write_inputs
-from benchmarks.train_command import bin_data, run_train
+from benchmarks.train_command import new_run_dir, run_train
 
 STEPS = 200
 ONLINE, CACHED = "online teacher", "cached teacher: 12 samples per token"
 KEYS = {ONLINE: ["teacher_cache=none"], CACHED: ["teacher_cache=sampled"]}
 
 
-def sweep(folder: Path, sizes: Sizes, students: int, keys: list[str], cache: Path) -> float:
-    """Run one sweep into `folder` and return the seconds; raises as `run_train`."""
+def sweep(folder: Path, sizes: Sizes, students: int, keys: list[str]) -> float:
+    """Run one sweep into a new folder in `folder` and return the seconds; raises as `run_train`."""
+    sweep_dir = new_run_dir(folder)
     rates = ",".join(f"{(number + 1) * 2e-4:.1e}" for number in range(students))
-    words = ["task=distill", f"teacher={folder / 'teacher'}", "preflight=off", f"optimizer.lr={rates}"]
-    words += [*bin_data(folder / "corpus", folder / "tokenizer"), *sizes.keys, f"cache_dir={cache}"]
-    words += ["logger=none", "callbacks=minimal", "loss=forward_kl", *keys, f"hydra.sweep.dir={cache / 'sweep'}"]
+    words = ["task=distill", f"teacher={folder / 'teacher'}", "preflight=off", f"optimizer.lr={rates}", *sizes.keys]
+    words += ["logger=none", "callbacks=minimal", "loss=forward_kl", *keys]
+    words += [f"cache_dir={sweep_dir.parent / 'cache'}", f"hydra.sweep.dir={sweep_dir}"]
     start = time.perf_counter()
     run_train(["-m", *words])
     return time.perf_counter() - start
@@ -38,15 +38,11 @@ def sweep(folder: Path, sizes: Sizes, students: int, keys: list[str], cache: Pat
 
 def measure(sizes: Sizes, vocab_size: int, students: int) -> dict[str, float]:
     """Return median seconds over the rounds by side."""
-    seconds: dict[str, list[float]] = {side: [] for side in KEYS}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        # Enough for one epoch
-        write_inputs(folder, sizes.teacher, vocab_size, sizes.targets * sizes.steps + sizes.context + 1)
-        for number in tqdm(range(sizes.rounds * len(KEYS)), "sweeps", disable=None):
-            side = list(KEYS)[number % len(KEYS)]
-            seconds[side].append(sweep(folder, sizes, students, KEYS[side], folder / f"cache-{number}"))
-    return {side: statistics.median(found) for side, found in seconds.items()}
+        folder, one_epoch = Path(scratch), sizes.targets * sizes.steps + sizes.context + 1
+        data = write_inputs(folder, sizes.teacher, vocab_size, one_epoch)
+        sides = {side: partial(sweep, folder, sizes, students, [*data, *keys]) for side, keys in KEYS.items()}
+        return medians(alternate(sides, sizes.rounds))
 
 
 def markdown(seconds: dict[str, float], students: int) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.train_command import tiny_run, train
+from benchmarks.train_command import of_length, tiny_run, train
 from gpt2lab.evaluation.paired_statistics import paired_difference
 
 BASELINE = ("optimizer=adamw", "schedule=cosine", "schedule.final_fraction=0.1")
@@ -45,8 +45,8 @@ class Sides:
 def run(folder: Path, keys: Sequence[str], tokens: float, seed: int) -> Ended:
     batch = next(int(key.removeprefix(BATCH)) for key in reversed(keys) if key.startswith(BATCH))
     steps = max(round(tokens / batch), 1)
-    lengths = [f"steps={steps}", f"validate_every={steps}", f"checkpoint_every={steps}"]
-    report = train(folder / f"{steps}-{seed}", [*keys, *lengths, f"seed={seed}", "callbacks=minimal", "logger=csv"])
+    usual = [*of_length(steps), f"seed={seed}", "callbacks=minimal", "logger=csv"]
+    report = train(folder / f"{steps}-{seed}", [*keys, *usual])
     return Ended(report["val_loss"], report["seconds_by_phase"]["train"])
 
 

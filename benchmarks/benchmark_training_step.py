@@ -7,29 +7,25 @@ over rounds; ratios are to nanoGPT's best of eager and compiled. Prints a Markdo
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from benchmarks.alternation import alternate, medians
 from benchmarks.shape import BATCH, CONTEXT
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import ROOT, bin_data, train
+from benchmarks.synthetic_corpus import write_data
+from benchmarks.train_command import new_run_dir, of_length, run_module, train
 
 VOCABULARIES = (4_096, 50_257)
 
 
-def ours(corpus: Path, tokenizer: Path, run_dir: Path, steps: int, keys: list[str]) -> float:
+def ours(folder: Path, steps: int, keys: list[str]) -> float:
     """Return the tokens per second from report.json: complete steps of train.py including data and logging."""
-    arguments = ["task=pretrain", "model=mini", *bin_data(corpus, tokenizer), "optimizer=adamw", "precision=bf16"]
-    arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}", f"steps={steps}"]
-    arguments += [f"validate_every={steps}", f"checkpoint_every={steps}", f"sample_every={steps}", "log_every=5"]
-    arguments += ["logger=csv", "devices=1", *keys]
-    return train(run_dir, arguments)["tokens_per_second"]
+    arguments = ["task=pretrain", "model=mini", "optimizer=adamw", "precision=bf16", *of_length(steps), "log_every=5"]
+    arguments += [f"context={CONTEXT}", f"batch_tokens={BATCH * CONTEXT}", f"micro_batch={BATCH}"]
+    arguments += [f"sample_every={steps}", "logger=csv", "devices=1"]
+    return train(new_run_dir(folder), [*arguments, *keys])["tokens_per_second"]
 
 
 def nanogpt(
@@ -41,10 +37,9 @@ def nanogpt(
     size: str = "mini",
     timeout: float | None = None,
 ) -> float:
-    command = [sys.executable, "-m", "benchmarks.nanogpt_step", "--model", str(model_file), "--corpus", str(corpus)]
-    command += ["--vocab", str(vocab_size), "--size", size, "--steps", str(steps), *(["--compile"] if compiled else [])]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True)
-    return json.loads(ended.stdout)["tokens_per_second"]
+    words = ["--model", str(model_file), "--corpus", str(corpus), "--vocab", str(vocab_size), "--size", size]
+    words += ["--steps", str(steps), *(["--compile"] if compiled else [])]
+    return run_module("nanogpt_step", *words, timeout=timeout)["tokens_per_second"]
 
 
 def find_model_file(given: Path) -> Path:
@@ -56,22 +51,18 @@ def measure(
     folder: Path, model_file: Path | None, steps: int, rounds: int, vocabularies: Sequence[int] = VOCABULARIES
 ) -> dict[tuple[int, str, bool], float]:
     """Return median tokens per second by (vocabulary, program, compiled)."""
-    speeds: dict[tuple[int, str, bool], list[float]] = defaultdict(list)
+    found: dict[tuple[int, str, bool], float] = {}
     for vocab_size in vocabularies:
-        corpus, tokenizer = folder / f"corpus-{vocab_size}", folder / f"tokenizer-{vocab_size}"
-        write_corpus(corpus, vocab_size)
-        write_tokenizer(tokenizer, vocab_size)
-        for number in range(rounds):
-            for compiled in (False, True):
-                run_dir = folder / f"run-{vocab_size}-{number}-{compiled}"
-                speed = ours(corpus, tokenizer, run_dir, steps, [f"compile={str(compiled).lower()}"])
-                speeds[vocab_size, "train.py", compiled].append(speed)
-                print(f"V={vocab_size} train.py compile={compiled}: {speed:,.0f} tokens/s", file=sys.stderr)
-                if model_file is not None:
-                    speed = nanogpt(model_file, corpus, vocab_size, compiled, steps)
-                    speeds[vocab_size, "nanoGPT", compiled].append(speed)
-                    print(f"V={vocab_size} nanoGPT compile={compiled}: {speed:,.0f} tokens/s", file=sys.stderr)
-    return {key: statistics.median(values) for key, values in speeds.items()}
+        data = write_data(own := folder / str(vocab_size), vocab_size)
+        sides: dict[tuple[int, str, bool], Callable[[], float]] = {}
+        for compiled in (False, True):
+            keys = [*data, f"compile={str(compiled).lower()}"]
+            sides[vocab_size, "train.py", compiled] = partial(ours, own, steps, keys)
+            if model_file is not None:
+                theirs = partial(nanogpt, model_file, own / "corpus", vocab_size, compiled, steps)
+                sides[vocab_size, "nanoGPT", compiled] = theirs
+        found |= medians(alternate(sides, rounds))
+    return found
 
 
 def markdown(speeds: dict[tuple[int, str, bool], float]) -> str:

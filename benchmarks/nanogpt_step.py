@@ -51,7 +51,8 @@ def step_seconds(options: argparse.Namespace) -> list[float]:
     device = resolve_device("auto")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as its train.py allows
-    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=options.vocab, dropout=0.0, bias=True, **shape)).to(device)
+    sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
+    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=options.vocab, dropout=0.0, bias=True, **sizes)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
     step_model = torch.compile(model) if options.compile else model
     tokens = np.memmap(options.corpus / "train.bin", dtype=np.uint16, mode="r")

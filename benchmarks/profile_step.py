@@ -11,9 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.train_command import train
-
-STEP_TIMES = "+callbacks.step_times._target_=benchmarks.step_times.StepTimes"
+from benchmarks.train_command import STEP_TIMES, of_length, train
 
 
 def stage_commands(folder: Path) -> dict[str, list[str]]:
@@ -29,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each stage")
     steps = parser.parse_args().steps
-    lengths = [f"steps={steps}", f"validate_every={steps}", f"checkpoint_every={steps}", f"sample_every={steps}"]
+    lengths = [*of_length(steps), f"sample_every={steps}"]
     print("| stage | step, ms | forward | backward | optimizer | outside | tokens/s |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,16 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.train_command import bin_data
+
 END_OF_TEXT = "<|endoftext|>"
+
+
+def write_data(folder: Path, vocab_size: int, train_tokens: int = 1_000_000, val_tokens: int = 8_192) -> list[str]:
+    """Write folder/corpus and folder/tokenizer and return the arguments of train.py for them."""
+    write_corpus(folder / "corpus", vocab_size, train_tokens, val_tokens)
+    write_tokenizer(folder / "tokenizer", vocab_size)
+    return bin_data(folder / "corpus", folder / "tokenizer")
 
 
 def write_corpus(folder: Path, vocab_size: int, train_tokens: int = 1_000_000, val_tokens: int = 8_192) -> None:

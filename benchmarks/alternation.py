@@ -1,0 +1,62 @@
+"""Alternation: the sides of a comparison run in turn, round by round, so that a slow minute affects all of them."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
+Record = TypeVar("Record", bound=Any)
+
+
+def alternate(sides: Mapping[Key, Callable[[], Found]], rounds: int) -> dict[Key, list[Found]]:
+    """Return the result of each round by side, and print it on stderr as soon as it is known."""
+    found: dict[Key, list[Found]] = {side: [] for side in sides}
+    for side in tqdm(list(sides) * rounds, "measurements", disable=None):
+        found[side].append(sides[side]())
+        tqdm.write(f"{side}: {found[side][-1]}", file=sys.stderr)
+    return found
+
+
+def medians(found: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
+    """Return the median over the rounds by side."""
+    return {side: statistics.median(values) for side, values in found.items()}
+
+
+def median_records(found: Mapping[Key, Sequence[Record]]) -> dict[Key, Record]:
+    """Return the median of each field over the rounds by side; the records are dataclasses of numbers."""
+    return {
+        side: type(records[0])(*map(statistics.median, zip(*(vars(one).values() for one in records), strict=True)))
+        for side, records in found.items()
+    }
+
+
+def alternate_speeds(
+    sides: Mapping[str, Callable[[], Found]], rounds: int, tokens: Callable[[Found], int]
+) -> tuple[dict[str, list[float]], dict[str, Found]]:
+    """Return (tokens per second of each round, result of the last round) by side.
+
+    The first round is warm-up, and every second round runs the sides in reverse.
+
+    Args:
+        tokens: the number of tokens of a result.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    found: dict[str, Found] = {}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else reversed(list(sides)):
+            started = time.perf_counter()
+            found[name] = sides[name]()
+            seconds = time.perf_counter() - started
+            if number:
+                speeds[name].append(tokens(found[name]) / seconds)
+    return speeds, found
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Format the median with the smallest and the largest value."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
