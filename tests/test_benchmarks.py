@@ -47,6 +47,13 @@ def cells(table: str) -> list[list[str]]:
     ]
 
 
+def run_benchmark(cache: Path, name: str, *words: str) -> str:
+    """Run `python -m benchmarks.NAME …` and return what it prints."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *words]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
+    return ended.stdout
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_head_benchmark_implementations_compute_the_same(loss: str, precision: str) -> None:
@@ -73,7 +80,7 @@ def test_head_benchmark_measures_memory_in_a_separate_process() -> None:
     """Dense cross-entropy at N = 2,048, V = 8,000 has several tensors of its logits' size, in fp32 66 MB, at once."""
     sizes = {"loss": "cross_entropy", "precision": "fp32", "width": 16, "rows": 2048, "vocab_size": 8000}
     logits = 2048 * 8000 * 4
-    measured = int(benchmark_lm_head_loss.apart("memory", sizes, 1, False, False, EAGER))
+    measured = benchmark_lm_head_loss.apart("memory", sizes, 1, False, False, EAGER)
     assert 2 * logits < measured < 5 * logits
 
 
@@ -119,12 +126,11 @@ def test_a_distillation_step_is_measured_through_train_py(
 @pytest.mark.slow
 def test_distillation_benchmark_runs_and_lists_what_it_skipped(cache: Path) -> None:
     """The benchmark also runs GKDTrainer if $TRL_PYTHON is set."""
-    command = [sys.executable, "-m", "benchmarks.benchmark_distill", "--tiny", "--loss", "forward_kl"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    sides = [row[1] for row in cells(ended.stdout.split("\n\n")[0])]
+    printed = run_benchmark(cache, "benchmark_distill", "--tiny", "--loss", "forward_kl")
+    sides = [row[1] for row in cells(printed.split("\n\n")[0])]
     assert CROSS_ENTROPY in sides
     assert ("GKDTrainer bf16" in sides) == bool(os.environ.get("TRL_PYTHON"))
-    assert ("no comparison" in ended.stdout) == (not os.environ.get("TRL_PYTHON"))
+    assert ("no comparison" in printed) == (not os.environ.get("TRL_PYTHON"))
 
 
 def test_on_policy_benchmark_reports_ratios_of_speeds() -> None:
@@ -145,21 +151,19 @@ def test_on_policy_benchmark_reports_ratios_of_speeds() -> None:
 @pytest.mark.slow
 def test_on_policy_benchmark_runs_and_lists_what_it_skipped(cache: Path) -> None:
     """The benchmark also runs TRL's trainers if $TRL_PYTHON is set."""
-    command = [sys.executable, "-m", "benchmarks.benchmark_on_policy", "--tiny", "--trl-caches", "dynamic"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    rows = cells(ended.stdout.split("\n\n")[0])
+    printed = run_benchmark(cache, "benchmark_on_policy", "--tiny", "--trl-caches", "dynamic")
+    rows = cells(printed.split("\n\n")[0])
     sizes = benchmark_on_policy.TINY
     assert rows[0][1] == benchmark_on_policy.OURS
     assert 0 < float(rows[0][3].replace(",", "")) * float(rows[0][2]) / 1e3 < 1.2 * sizes.batch * sizes.context // 2
     assert ("GKDTrainer bf16, dynamic cache" in [row[1] for row in rows]) == bool(os.environ.get("TRL_PYTHON"))
-    assert ("no comparison" in ended.stdout) == (not os.environ.get("TRL_PYTHON"))
+    assert ("no comparison" in printed) == (not os.environ.get("TRL_PYTHON"))
 
 
 @pytest.mark.slow
 def test_the_benchmark_of_ten_students_runs(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_ten_students", "--tiny"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    online, cached = cells(ended.stdout)
+    printed = run_benchmark(cache, "benchmark_ten_students", "--tiny")
+    online, cached = cells(printed)
     assert online == [benchmark_ten_students.ONLINE, online[1], "1.00"]
     assert float(cached[1]) > 0
 
@@ -179,26 +183,23 @@ def test_scaling_benchmark_reports_efficiency_of_two_processes() -> None:
 
 @pytest.mark.slow
 def test_the_scaling_benchmark_runs(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_scaling", "--tiny"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    assert [row[:2] for row in cells(ended.stdout)] == [["1", "–"], ["2", "ddp"], ["2", "fsdp"]]
-    assert all(0 < float(row[-1].rstrip("%")) < 100 for row in cells(ended.stdout)), "a batch takes time to load"
+    printed = run_benchmark(cache, "benchmark_scaling", "--tiny")
+    assert [row[:2] for row in cells(printed)] == [["1", "–"], ["2", "ddp"], ["2", "fsdp"]]
+    assert all(0 < float(row[-1].rstrip("%")) < 100 for row in cells(printed)), "a batch takes time to load"
 
 
 @pytest.mark.slow
 def test_benchmark_of_two_ranks_measures_text_and_muon(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_ranks", "--model=nano", "--prompts=3", "--tokens=4"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    (row,) = cells(ended.stdout)
+    printed = run_benchmark(cache, "benchmark_ranks", "--model=nano", "--prompts=3", "--tokens=4")
+    (row,) = cells(printed)
     assert row[:3] == ["nano", "bf16", "fsdp"]
     assert all(float(value) >= 0 for value in row[3:])
 
 
 @pytest.mark.slow
 def test_the_loop_benchmark_runs(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_loop", "--rounds=1", "--every=1"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    rows = cells(ended.stdout)
+    printed = run_benchmark(cache, "benchmark_loop", "--rounds=1", "--every=1")
+    rows = cells(printed)
     assert [row[0].partition(":")[0] for row in rows[::2]] == [
         "a step of mini",
         "until the first step of nano",
@@ -211,9 +212,8 @@ def test_the_loop_benchmark_runs(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_the_sweep_overhead_benchmark_runs(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_sweep_overhead", "--tiny", "--rounds=1", "--jobs=2"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    separate, sweep = cells(ended.stdout)
+    printed = run_benchmark(cache, "benchmark_sweep_overhead", "--tiny", "--rounds=1", "--jobs=2")
+    separate, sweep = cells(printed)
     assert separate == [benchmark_sweep_overhead.SEPARATE, separate[1], "1.00"]
     assert float(sweep[2]) == pytest.approx(float(sweep[1]) / float(separate[1]), abs=0.01)
 
@@ -229,9 +229,8 @@ def test_share_of_tokens_is_interpolated_between_losses(loss: float, expected: f
 def test_tokens_to_loss_trains_both_recipes(cache: Path) -> None:
     words = ["--tiny", "--tokens=10240", "--batch=512", "--seeds", "1", "2", "--shares", "0.5", "1.0"]
     words += ["--baseline", "batch_tokens=1024"]
-    command = [sys.executable, "-m", "benchmarks.benchmark_tokens_to_loss", *words]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    table = ended.stdout[ended.stdout.index("| seed") :]
+    printed = run_benchmark(cache, "benchmark_tokens_to_loss", *words)
+    table = printed[printed.index("| seed") :]
     first, second = cells(table.split("\n\n")[0])
     assert (first[0], second[0]) == ("1", "2")
     assert float(first[1]) > 0
@@ -347,9 +346,8 @@ def test_decoding_benchmark_implementations_write_the_same() -> None:
 
 @pytest.mark.slow
 def test_evaluation_benchmark_runs_in_both_precisions(cache: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.benchmark_evaluation", "--tiny", "--rounds=1", "--tokens=512"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
-    rows = cells(ended.stdout.split("\n\n")[1])
+    printed = run_benchmark(cache, "benchmark_evaluation", "--tiny", "--rounds=1", "--tokens=512")
+    rows = cells(printed.split("\n\n")[1])
     assert [row[:4] for row in rows] == [["tiny", "300", precision, "256"] for precision in ("fp32", "bf16")]
     assert all(float(row[7].split()[0]) > 0 for row in rows)
 
