@@ -40,7 +40,7 @@ BATCHES = (1, 16)
 HOT = SamplingSettings("temperature 1")
 WAYS = (GREEDY, HOT)
 SPECULATIVE_WAYS = (GREEDY, SamplingSettings("temperature 0.8", temperature=0.8), HOT)
-TUNED_DRAFTS = 2  # drafted tokens per call of assisted generation; usually the maximum of our loop on a CPU
+TUNED_DRAFTS = 2  # drafted tokens per call of assisted generation; about those of our loop in fp32
 PROMPTS = (
     "import json\n\n\nclass Reader:\n    def read(self, path):\n",
     "def add(a, b):\n    ",
