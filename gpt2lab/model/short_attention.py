@@ -17,8 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gpt2lab.model.attention_masks import SHORT_ATTENTION
+from gpt2lab.system.device import cpu_has_bf16
 
 LONGEST = 512  # positions; at 1,024 both take the same time
+# Where a CPU emulates bf16, two of these in one compiled graph give NaN (torch 2.13, avx512 without avx512_bf16)
+HAS_BF16 = cpu_has_bf16()
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -58,10 +61,10 @@ def short_attention(
     Args:
         attention_mask: bool (B, 1, T, T); None: causal.
 
-    Sequences in bf16 on a CPU with at most LONGEST positions, without cache and dropout, are computed here, all others
-    by SDPA. A position that may attend to nothing gets the average of all values.
+    Sequences in bf16 on a CPU that has it in hardware, with at most LONGEST positions, without cache and dropout, are
+    computed here, all others by SDPA. A position that may attend to nothing gets the average of all values.
     """
-    is_short = query.shape == key.shape and 1 < query.shape[-2] <= LONGEST and not dropout
+    is_short = HAS_BF16 and query.shape == key.shape and 1 < query.shape[-2] <= LONGEST and not dropout
     if not is_short or query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     bias = _bias(attention_mask, query)

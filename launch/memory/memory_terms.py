@@ -18,7 +18,7 @@ from gpt2lab.losses.label_statistics import ENTRIES, ROWS
 from gpt2lab.losses.lm_head_loss import ROWS_OF_A_TEACHER, rows_of_a_chunk
 from gpt2lab.losses.logit_chunks import LOGITS_OF_A_BLOCK
 from gpt2lab.losses.target_losses import LOGITS_OF_A_CHUNK as VALIDATION_LOGITS
-from gpt2lab.model.short_attention import LONGEST
+from gpt2lab.model import short_attention
 from gpt2lab.optim.stochastic_rounding import CHUNK_NUMEL, WORK_BYTES
 from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameter_count
@@ -223,7 +223,7 @@ def _attention_bytes(sizes: RunSizes) -> int:
         return mask
     if shape.dropout:  # no fused kernel
         return mask + 12 * probabilities + 8 * shape.n_embd
-    is_short = sizes.compute_bytes == 2 and sizes.length <= LONGEST  # short_attention.py
+    is_short = short_attention.HAS_BF16 and sizes.compute_bytes == 2 and sizes.length <= short_attention.LONGEST
     return mask + 2 * probabilities if is_short else mask
 
 

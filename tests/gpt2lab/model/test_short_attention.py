@@ -4,12 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2lab.model import short_attention as module_of_attention
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.short_attention import LONGEST, short_attention
 from gpt2lab.settings import ModelShape
+from gpt2lab.system.device import cpu_has_bf16
 
 B, H, D = 2, 3, 8
 CLOSE = 0.01  # norm of the difference ÷ norm; bf16 has 8 bits
+
+
+@pytest.fixture(autouse=True)
+def has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take this CPU as one with bf16 in hardware."""
+    monkeypatch.setattr(module_of_attention, "HAS_BF16", True)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -42,8 +50,9 @@ def test_attention_and_gradients_are_those_of_fp32(length: int, name: str) -> No
         assert relative(tensor.grad.float(), right.grad) < CLOSE
 
 
-@pytest.mark.parametrize("kind", ["fp32", "one position", "long", "cache", "dropout"])
-def test_all_other_attention_is_sdpas(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["fp32", "one position", "long", "cache", "dropout", "emulated"])
+def test_all_other_attention_is_sdpas(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_of_attention, "HAS_BF16", kind != "emulated")
     length = {"one position": 1, "long": LONGEST + 1}.get(kind, 5)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     key, value = torch.randn(2, B, H, length, D, dtype=dtype)
@@ -67,6 +76,8 @@ def test_position_that_attends_to_nothing_is_finite() -> None:
 
 @pytest.mark.parametrize("kind", ["recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_short_attention_of_blocks_has_the_same_gradient(kind: str) -> None:
+    if kind == "compiled" and not cpu_has_bf16():
+        pytest.skip("compiled code of emulated bf16 is not used")
     ids = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     gradients = []
     for change in (None, kind):

@@ -19,6 +19,7 @@ from transformers import GPT2Config
 from benchmarks.benchmark_memory_plan import Case, measure, measure_default
 from gpt2lab.errors import InputError
 from gpt2lab.losses.lm_head_loss import _workspaces, lm_head_loss
+from gpt2lab.model import short_attention
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings, TokenizerChoice
@@ -329,7 +330,8 @@ def test_gpu_plan_has_the_same_terms_without_the_process():
     assert on_cpu.parts["generation"] - packed == plan.parts["generation"] > 0
 
 
-def test_terms_grow_with_the_sizes_in_their_formulas():
+def test_terms_grow_with_the_sizes_in_their_formulas(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(short_attention, "HAS_BF16", True)
     sizes = RunSizes(SMALL, 4, 256, 4, prompts=4, generated_length=256, verified=True)
     terms = memory_terms(sizes)
     twice = {"activations": {"rows": 8}, "hidden states": {"length": 512}}
