@@ -45,7 +45,7 @@ class Sides:
 def run(folder: Path, keys: Sequence[str], tokens: float, seed: int) -> Ended:
     batch = next(int(key.removeprefix(BATCH)) for key in reversed(keys) if key.startswith(BATCH))
     steps = max(round(tokens / batch), 1)
-    usual = [*of_length(steps), f"seed={seed}", "callbacks=minimal", "logger=csv"]
+    usual = [*of_length(steps), f"seed={seed}", "callbacks=minimal", "callbacks.final_score=null", "logger=csv"]
     report = train(folder / f"{steps}-{seed}", [*keys, *usual])
     return Ended(report["val_loss"], report["seconds_by_phase"]["train"])
 
