@@ -91,7 +91,9 @@ def test_tokens_may_be_chosen_on_another_device(monkeypatch: pytest.MonkeyPatch)
     lm = Backbone(ModelShape(1, 2, 16, 32, 40)).lm
     texts = []
     for has_cumsum in (True, False):
-        monkeypatch.setattr("gpt2lab.generation.sampling.has_deterministic_cumsum", lambda device, has=has_cumsum: has)
+        monkeypatch.setattr(
+            "gpt2lab.generation.token_choice.has_deterministic_cumsum", lambda device, has=has_cumsum: has
+        )
         given = {"max_new_tokens": 8, "end_of_text": 0, "row_seeds": [1, 2]}
         texts.append(generate_ids(lm, [[5, 6], [7]], NUCLEUS, **given))
     assert texts[0] == texts[1]
