@@ -18,7 +18,7 @@ from gpt2lab.system.free_memory import host_free_bytes
 FEWEST_ROWS, MOST_ROWS = 4, 64  # above, PyTorch's own product loses at most a tenth by it
 FIRST_PACKED = 4  # number of the first product for which a matrix is packed
 FEWEST_WEIGHTS = 300_000  # smaller matrices stay in a cache, and gain nothing
-PACKED_FOR = 16  # rows, of which the kernels choose the order of the weights
+PACKED_FOR = 16  # number of rows for which the kernel chooses the order of the weights
 MOST_OF_FREE_MEMORY = 0.25
 
 

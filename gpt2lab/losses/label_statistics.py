@@ -89,8 +89,8 @@ def _chunks(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Iterator[
 
 def _losses(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
     """Compute the losses (C,) from hidden states (C, D)."""
-    chunk = (hidden, tiles, labels)
-    return _nats([scores.exp_().sum(1) for scores in _relative_logits(*chunk)], chunk)
+    sums = [scores.exp_().sum(1) for scores in _relative_logits(hidden, tiles, labels)]
+    return _nats(sums, hidden, tiles, labels)
 
 
 def _statistics(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,21 +99,19 @@ def _statistics(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> tuple
     On a CPU each operation is chosen for its speed: sums of booleans and a maximum with its index take several times
     as long as an exponential.
     """
-    chunk = (hidden, tiles, labels)
     tops, sums, ranks = [], [], []
-    for scores in _relative_logits(*chunk):
+    for scores in _relative_logits(hidden, tiles, labels):
         tops.append(scores.amax(1))
         sums.append(scores.exp_().sum(1))
         ranks.append(scores.gt_(1).sum(1))
-    nats = _nats(sums, chunk)
+    nats = _nats(sums, hidden, tiles, labels)
     return nats, torch.stack(ranks).sum(0), (torch.stack(tops).amax(0) - nats).exp()
 
 
-def _nats(sums: list[Tensor], chunk: Chunk) -> Tensor:
+def _nats(sums: list[Tensor], hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
     """Return the losses (C,) from the sums of exponentials (C,) of each tile, which overflow far above the label."""
     nats = torch.stack(sums).sum(0).log()
     if (far := nats.isinf()).any():
-        hidden, tiles, labels = chunk
         parts = [scores.logsumexp(1) for scores in _relative_logits(hidden[far], tiles, labels[far])]
         nats[far] = torch.stack(parts).logsumexp(0)
     return nats
