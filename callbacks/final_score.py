@@ -22,6 +22,7 @@ from gpt2lab.data.document_groups import DOCUMENT_NATS, DOCUMENT_TARGETS
 from gpt2lab.evaluation.document_losses import DocumentLosses, read_document_losses
 from gpt2lab.model.backbone import Backbone, load_backbone
 from gpt2lab.reports.model_card import read_step
+from gpt2lab.settings import MOST_SCORED
 from gpt2lab.storage.metrics_csv import read_metrics, series
 from gpt2lab.storage.report_json import FINAL_SCORE, read_report
 from gpt2lab.system.device import widest_float
@@ -37,11 +38,11 @@ class FinalScore(lightning.Callback):
     which `resume=` computes.
 
     Args:
-        tokens: most tokens that are scored.
+        tokens: most tokens that are scored; "auto": those that the launcher sets by the length of the run.
     """
 
-    def __init__(self, tokens: int = 10_000_000) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int | str = MOST_SCORED) -> None:
+        self.tokens = MOST_SCORED if tokens == "auto" else int(tokens)
         self._stored: dict[str, Any] = {}
         self._rows: NDArray[np.int64] | None = None
 

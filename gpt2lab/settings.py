@@ -24,6 +24,7 @@ PAIR_SIDES = ("prompt", "response")  # of a template of pairs
 SKEW = "loss=skew_kl,skew_reverse_kl"
 SAMPLED = "sampling=top_k,nucleus"
 DECODED = "sampling=greedy,top_k,nucleus,beam"
+MOST_SCORED = 10_000_000  # tokens of the score after training
 MOST_PROFILED = 100  # steps; the events of a step take megabytes of memory
 MIN_TEMPERATURE = 1e-3  # decoding is greedy below it; logits would overflow
 

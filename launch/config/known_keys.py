@@ -147,7 +147,12 @@ class CheckpointKeys:
 class FinalScoreKeys:
     """Keys of callbacks.final_score."""
 
-    tokens: int = key("most tokens on which the exported weights are scored after training", within="[1, inf)")
+    tokens: int | str = key(
+        "most tokens on which the exported weights are scored after training; auto: a quarter of the trained tokens, "
+        "but at least validate_tokens and at most 10,000,000",
+        within="[1, inf)",
+        word="auto",
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from gpt2lab.keys import key
 from gpt2lab.metric_names import VAL_LOSS
 from gpt2lab.model.student_shape import TEACHER_LAYERS
 from gpt2lab.settings import (
+    MOST_SCORED,
     PAIR_SIDES,
     HubSettings,
     LoraSettings,
@@ -185,6 +186,20 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     def most_validated(self) -> int | None:
         """Most tokens of a validation; None: the whole split."""
         return None if self.validate_tokens == FULL else int(self.validate_tokens)
+
+    @property
+    def most_scored(self) -> int:
+        """Most tokens of the final score; 0 without one."""
+        given = (self.callbacks.get("final_score") or {}).get("tokens", 0)
+        if given != "auto":
+            return int(given)
+        validated = MOST_SCORED if self.most_validated is None else self.most_validated
+        return min(MOST_SCORED, max(validated, self.trained_positions // 4))
+
+    @property
+    def trained_positions(self) -> int:
+        """Positions of all training batches."""
+        return self.steps * self.global_batch_rows * self.context
 
     @property
     def global_batch_rows(self) -> int:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from callbacks.best import Best
 from callbacks.checkpoint import Checkpoint
 from callbacks.checkpoint_io import StreamingCheckpointIO
+from callbacks.final_score import FinalScore
 from callbacks.loggers.metrics_csv import MetricsCsv
 from callbacks.loggers.protocols import TakesLabels
 from callbacks.pruning import Pruning, TrialReports
@@ -200,6 +201,8 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
             callback.facts, callback.card = known, card
         if isinstance(callback, Checkpoint):
             callback.card = card
+        if isinstance(callback, FinalScore):
+            callback.tokens = config.most_scored
         if isinstance(callback, Throughput):
             callback.seconds[PREPARE] = spec.prepared.seconds
     callbacks.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))

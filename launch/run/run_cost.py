@@ -23,7 +23,7 @@ FORWARD, FROZEN = 1 / 3, 2 / 3  # shares of a training step's FLOP: a forward pa
 SAMPLING_METHODS = 3  # of sampling=auto
 # Assumed: of a disk, of text that is tokenized, and to load the export in a new process
 DISK_BYTES, PREPARED_BYTES, VERIFY_SECONDS = 5e8, 1.2e6, 10.0
-LESS_VALIDATION = "Fewer tokens: validate_tokens=N; no score of the export at the end: callbacks.final_score=null"
+LESS_VALIDATION = "Fewer tokens: validate_tokens=N, with callbacks.final_score.tokens=auto (its default)"
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def run_cost(spec: RunSpec, sizes: RunSizes, files: RunFiles, split: int | None,
 def _prepare(config: RunConfig, sizes: RunSizes, validated: int, text: int) -> PhaseCost:
     cached = _flops(sizes.cached_teacher, sizes.length)
     work = "tokens and the teacher's distributions" if cached else "tokens"
-    flops = cached * FORWARD * (_positions(config) + validated)
+    flops = cached * FORWARD * (config.trained_positions + validated)
     return PhaseCost(f"{work}, unless they are in cache_dir", flops=flops, seconds=text / PREPARED_BYTES)
 
 
 def _train(spec: RunSpec, sizes: RunSizes, student: float, teacher: float) -> PhaseCost:
     config = spec.config
     generated = _on_policy_tokens(config)
-    flops = _positions(config) * (student * (FROZEN if sizes.lora_rank else 1) + teacher * FORWARD)
+    flops = config.trained_positions * (student * (FROZEN if sizes.lora_rank else 1) + teacher * FORWARD)
     flops += config.steps * config.global_batch_rows * generated * student * FORWARD
     return PhaseCost(f"{config.steps:,} steps", flops, decoded=config.steps * spec.machine.accumulate * generated)
 
@@ -169,11 +169,6 @@ def _flops(shape: ModelShape | None, length: int) -> float:
     return flops_per_token(matmul_parameter_count(vars(shape)), shape.n_layer, shape.n_embd, length)
 
 
-def _positions(config: RunConfig) -> int:
-    """Positions of all training batches."""
-    return config.steps * config.global_batch_rows * config.context
-
-
 def _events(config: RunConfig, every: int) -> int:
     return count_events(0, config.steps, every)
 
@@ -188,8 +183,7 @@ def _validated(config: RunConfig, split: int | None) -> tuple[int, int]:
     if split is None and limit is None:
         raise InputError("validate_tokens=full: the size of the validation split is known once the data are prepared")
     validated = min(size for size in (limit, split) if size is not None)
-    score = config.callbacks.get("final_score")
-    scored = min(size for size in (int(score["tokens"]), split) if size is not None) if score else 0
+    scored = min(size for size in (config.most_scored, split) if size is not None)
     return validated, scored if scored > validated else 0
 
 

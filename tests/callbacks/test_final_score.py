@@ -14,7 +14,7 @@ from callbacks.final_score import FinalScore
 from gpt2lab.storage.report_json import read_report
 from tests.conftest import Command, Train, needs_two_cores, started
 
-WORDS = ("steps=4", "validate_every=4", "threads=1", "seed=1")
+WORDS = ("steps=4", "validate_every=4", "threads=1", "seed=1", "callbacks.final_score.tokens=10000000")
 SMALL = "validate_tokens=160"
 PAIRS = ("task=finetune", "init=start", "data=pairs", "path=pairs.tsv", "context=32", "batch_sequences=8")
 PAIRS += ("val_fraction=0.3", "precision=fp32", "logger=none", "callbacks=minimal", "task.lora.rank=2")

@@ -123,8 +123,8 @@ SHORT = ("model=nano", "accelerator=cpu", "steps=40", "batch_tokens=512", "conte
         ((), 400_000, True),
         ((), 100_000, False),  # takes longer than the training, but seconds
         (("steps=4000", "validate_every=4000"), 2_000_000, False),
-        (("validate_tokens=10000",), 4_000_000, True),  # the score at the end reads them
-        (("validate_tokens=10000", "callbacks.final_score=null"), 4_000_000, False),
+        (("validate_tokens=10000",), 4_000_000, False),
+        (("validate_tokens=10000", "callbacks.final_score.tokens=4000000"), 4_000_000, True),
         (("trainer.fast_dev_run=2",), 4_000_000, False),
     ],
 )
@@ -133,4 +133,19 @@ def test_validation_that_takes_longer_than_training_is_a_warning(words, split: i
     monkeypatch.setattr(plan_report.log, "warning", lambda text, *values: messages.append(text % values))
     plan_report.warn_of_long_validation(resolved(composed(*SHORT, *words)), 4096, split)
     assert bool(messages) == warns
-    assert all("callbacks.final_score=null" in message for message in messages)
+    assert all("validate_tokens=N" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("words", "scored"),
+    [
+        ((), 64_000),  # a quarter of 1,000 steps of 256 tokens
+        (("steps=20",), 3200),
+        (("steps=1000000",), 10_000_000),
+        (("validate_tokens=full",), 10_000_000),
+        (("callbacks.final_score.tokens=500",), 500),
+        (("callbacks.final_score=null",), 0),
+    ],
+)
+def test_the_final_score_reads_a_quarter_of_the_trained_tokens(words: tuple[str, ...], scored: int) -> None:
+    assert composed(*KEYS, *words).most_scored == scored
