@@ -6,6 +6,8 @@ Context 256; the first 100 steps of 16 pairs in one micro-batch each, with train
 trained. Prints a Markdown table.
 """
 
+import argparse
+
 from datamodules.micro_batches import TrainingStream
 from datamodules.pair_batches import PairSamples
 from datamodules.pairs import PairData
@@ -35,6 +37,7 @@ def prepare_data(packing: bool) -> PairData:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print("| | rows of a micro-batch | positions | of these padding |\n|---|--:|--:|--:|")
     for packing in (False, True):
         data = prepare_data(packing)

@@ -3,6 +3,7 @@
 python -m benchmarks.simulate_sweeps
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -82,6 +83,7 @@ def share_wrong(found: Sequence[Comparison], means: Sequence[float]) -> float:
 
 def main() -> None:
     """Print the three tables, in percent of the sweeps."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     cells = [(settings, seeds) for settings in SETTINGS for seeds in SEEDS]
     print("All settings alike: a winner is named\n" + _line("", [f"{k}×{n}" for k, n in cells]))
     for noise in NOISE:

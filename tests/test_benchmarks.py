@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes of seconds, and their tables put the right numbers into ratios."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -38,6 +39,7 @@ from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
 from tests.conftest import ROOT, environment
 
 SMALL = {"width": 16, "rows": 64, "vocab_size": 300}
+PROGRAMS = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text())
 
 
 def cells(table: str) -> list[list[str]]:
@@ -52,6 +54,14 @@ def run_benchmark(cache: Path, name: str, *words: str) -> str:
     command = [sys.executable, "-m", f"benchmarks.{name}", *words]
     ended = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=True)
     return ended.stdout
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_of_a_benchmark_measures_nothing(name: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert "usage:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl"])
