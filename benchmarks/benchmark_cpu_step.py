@@ -1,4 +1,4 @@
-"""CPU training step: effect of reusing freed memory, of attention of short sequences and of compiling the blocks.
+"""CPU training step: effect of reused memory, attention of short sequences, compiled GELU and compiled blocks.
 
     python -m benchmarks.benchmark_cpu_step
 
@@ -6,9 +6,9 @@ Model mini, 8 sequences of 256 tokens, bf16 autocast, AdamW; the LM head is alwa
 processes; times are medians over processes of the median step, memory is the largest resident set.
 """
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -31,9 +31,10 @@ CASES = {
     "as PyTorch comes": "sdpa",
     "freed memory reused": "sdpa reuse",
     "and attention of short sequences": "reuse",
-    "the same, blocks compiled": "reuse compile",
+    "and GELU compiled": "reuse gelu",
+    "or the blocks compiled": "reuse compile",
 }
-WARM_UP, STEPS, ROUNDS = 5, 20, 3
+WARM_UP, STEPS = 5, 20
 
 
 def step_milliseconds(vocab_size: int, options: str) -> float:
@@ -42,6 +43,8 @@ def step_milliseconds(vocab_size: int, options: str) -> float:
     backbone = Backbone(replace(SHAPES["mini"], vocab_size=vocab_size)).train()
     if "sdpa" in options:
         backbone.lm.config._attn_implementation = "sdpa"
+    if "gelu" in options:
+        backbone.compile_gelu()
     if "compile" in options:
         backbone.compile_blocks()
     optimizer = build_optimizer(backbone.named_parameters(), OptimizerSettings("adamw", 1e-3, 0.1), fused=True)
@@ -72,21 +75,26 @@ def measure_here(vocab_size: int, options: str) -> None:
 
 
 def measure_apart(vocab_size: int, options: str) -> dict[str, float]:
-    return run_module("benchmark_cpu_step", str(vocab_size), options)
+    return run_module("benchmark_cpu_step", "--here", json.dumps([vocab_size, options]))
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--here", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        return measure_here(*options.here)
     print("| vocabulary | | step, ms | ÷ as PyTorch comes | peak memory, GB |\n|--:|---|--:|--:|--:|")
     for vocab_size in VOCABULARIES:
-        found = alternate({name: partial(measure_apart, vocab_size, case) for name, case in CASES.items()}, ROUNDS)
+        sides = {name: partial(measure_apart, vocab_size, case) for name, case in CASES.items()}
+        found = alternate(sides, options.rounds)
         times = {name: statistics.median(one["milliseconds"] for one in several) for name, several in found.items()}
         for name, several in found.items():
             ratio, memory = times[name] / times["as PyTorch comes"], max(one["memory"] for one in several) / 1e9
             print(f"| {vocab_size:,} | {name} | {times[name]:.0f} | {ratio:.2f} | {memory:.2f} |", flush=True)
+    return None
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        measure_here(int(sys.argv[1]), sys.argv[2])
-    else:
-        main()
+    main()

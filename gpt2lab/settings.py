@@ -488,7 +488,7 @@ class TrainingSettings:
         steps: optimizer steps of the whole run, for the schedule.
         gradient_clip: largest global L2 norm of the gradient; 0 does not clip.
         compiled: nothing, the transformer blocks one by one, or the whole pass from token ids to hidden states.
-        compile_head: compile the work on each chunk of the LM-head loss.
+        compile_head: compile the work on each chunk of the LM-head loss, and on a CPU the GELU of the blocks.
         ema: decay of the averaged weights used for validation and export; 0 is off.
         layer_drop: probability with which a training pass leaves out a block; 0 is off.
         val_tokens, val_bytes: targets of a validation and the UTF-8 bytes they spell, for bits per byte.

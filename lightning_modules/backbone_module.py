@@ -75,6 +75,8 @@ class BackboneModule(lightning.LightningModule):
             self.backbone.compile_blocks()
         elif self.settings.compiled == "pass":
             self.backbone.compile_pass()
+        elif self.settings.compile_head:
+            self.backbone.compile_gelu()
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
 

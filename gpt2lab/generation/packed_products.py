@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gpt2lab.system import onednn
 from gpt2lab.system.free_memory import host_free_bytes
 
 FEWEST_ROWS, MOST_ROWS = 4, 64  # above, PyTorch's own product loses at most a tenth by it
@@ -48,17 +49,8 @@ class PackedProducts:
         if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
         if self._packs is None:
-            self._packs = has_packed_product() and _has_room(self.model)
+            self._packs = onednn.has_operators() and _has_room(self.model)
         return self._packs and _is_plain(module) and module.weight.numel() >= FEWEST_WEIGHTS
-
-
-def has_packed_product() -> bool:
-    """Return whether this PyTorch has the operators; they are not part of its public interface."""
-    try:
-        _ = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    except AttributeError:
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _is_plain(module: Any) -> bool:

@@ -3,8 +3,8 @@
 Shapes: B sequences, T positions, D hidden width, V vocabulary.
 
 The modules are those of `transformers`, so `generate`, PEFT and assisted decoding work on them. There are two
-differences, neither of which changes the function: Conv1D layers are `nn.Linear` (faster under compile), and gelu_new
-is PyTorch's fused tanh GELU. `to_hf` reverts both for export.
+differences, neither of which changes the function: Conv1D layers are `nn.Linear` (faster under compile), and the MLP
+has a faster GELU (gpt2lab/model/mlp.py). `to_hf` reverts both for export.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +26,7 @@ from gpt2lab.model.attention_masks import (
     spans_to_mask,
     spans_to_position_ids,
 )
+from gpt2lab.model.mlp import FastMLP, Gelu
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.model_folder import read_shape, resolve_model_folder
 from gpt2lab.storage.tensor_file import UNREADABLE, unreadable_message
@@ -47,6 +48,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.shape = shape
         self.lm = _linear_layout(GPT2LMHeadModel(_config(shape)))
+        for block in self.lm.transformer.h:
+            block.mlp = FastMLP(block.mlp)
         self.lm.config._attn_implementation = SHORT_ATTENTION
         self.projection: nn.Linear | None = None
         self._compiled_pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
@@ -112,6 +115,12 @@ class Backbone(nn.Module):
         """Compile each block in place; all share one graph. Parameter names are unchanged."""
         for block in self.blocks:
             block.compile()
+
+    def compile_gelu(self) -> None:
+        """Compile the GELU of each block and its gradient, for training on a CPU with blocks that are not compiled."""
+        for module in self.modules():
+            if isinstance(module, Gelu):
+                module.compiled = True
 
     def compile_pass(self) -> None:
         """Compile the pass from token ids to hidden states as one graph, used when gradients are enabled.

@@ -19,31 +19,46 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from gpt2lab.model.attention_masks import SHORT_ATTENTION
 from gpt2lab.system.device import cpu_has_bf16
 
-LONGEST = 512  # positions; at 1,024 both take the same time
+LONGEST = 512  # positions; with more, the probabilities of training take too much memory
+LONGEST_UNSTORED = 1024  # causal and without a gradient, where no probabilities are kept
+BLOCK = 128  # queries; a block does not compute the products with later keys
 # Where a CPU emulates bf16, two of these in one compiled graph give NaN (torch 2.13, avx512 without avx512_bf16)
 HAS_BF16 = cpu_has_bf16()
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Softmax(scale · Q Kᵀ + bias) V with its gradient in closed form."""
+    """Softmax(scale · Q Kᵀ + bias) V with its gradient in closed form, for blocks of queries.
+
+    A block reads the keys up to its last query; `bias` is that of the last of them, as many as it has queries.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-        query = query * scale
-        probabilities = torch.softmax((query @ key.transpose(-1, -2)).add_(bias), dim=-1)  # (B, H, T, T)
-        ctx.save_for_backward(query, key, value, probabilities)
-        ctx.scale = scale
-        return probabilities @ value
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, blocks: list[tuple[int, int]]
+    ) -> Tensor:
+        query, output, saved = query * scale, torch.empty_like(query), []
+        for first, last in blocks:
+            scores = query[..., first:last, :] @ key[..., :last, :].transpose(-1, -2)  # (B, H, last - first, last)
+            scores[..., first:].add_(bias[..., : last - first, : last - first])
+            saved.append(torch.softmax(scores, dim=-1))
+            output[..., first:last, :] = saved[-1] @ value[..., :last, :]
+        ctx.save_for_backward(query, key, value, *saved)
+        ctx.scale, ctx.blocks = scale, blocks
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, probabilities = ctx.saved_tensors
-        of_scores = torch._softmax_backward_data(
-            gradient @ value.transpose(-1, -2), probabilities, -1, probabilities.dtype
-        )
-        of_value = probabilities.transpose(-1, -2) @ gradient
-        return (of_scores @ key) * ctx.scale, of_scores.transpose(-1, -2) @ query, of_value, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, key, value, *saved = ctx.saved_tensors
+        of_query, of_key, of_value = (torch.zeros_like(one) for one in (query, key, value))
+        for (first, last), probabilities in zip(ctx.blocks, saved, strict=True):
+            own = gradient[..., first:last, :]
+            of_probabilities = own @ value[..., :last, :].transpose(-1, -2)
+            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
+            of_query[..., first:last, :] = of_scores @ key[..., :last, :]
+            of_key[..., :last, :] += of_scores.transpose(-1, -2) @ query[..., first:last, :]
+            of_value[..., :last, :] += probabilities.transpose(-1, -2) @ own
+        return of_query * ctx.scale, of_key, of_value, None, None, None
 
 
 def short_attention(
@@ -64,19 +79,31 @@ def short_attention(
     Sequences in bf16 on a CPU that has it in hardware, with at most LONGEST positions, without cache and dropout, are
     computed here, all others by SDPA. A position that may attend to nothing gets the average of all values.
     """
-    is_short = HAS_BF16 and query.shape == key.shape and 1 < query.shape[-2] <= LONGEST and not dropout
+    longest = LONGEST if torch.is_grad_enabled() or attention_mask is not None else LONGEST_UNSTORED
+    is_short = HAS_BF16 and query.shape == key.shape and 1 < query.shape[-2] <= longest and not dropout
     if not is_short or query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    bias = _bias(attention_mask, query)
-    output = _PlainAttention.apply(query, key, value, bias, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    blocks = _blocks(query.shape[-2], is_causal=attention_mask is None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _PlainAttention.apply(query, key, value, _bias(attention_mask, query, blocks), scale, blocks)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _bias(mask: Tensor | None, query: Tensor) -> Tensor:
-    """Return what is added to the scores: (T, T) or (B, 1, T, T)."""
+def _blocks(length: int, is_causal: bool) -> list[tuple[int, int]]:
+    """Return (first query, last + 1) of the blocks; a mask may let a query see later keys, so it has a single one."""
+    if not is_causal:
+        return [(0, length)]
+    if torch.compiler.is_compiling():  # with a number of blocks that follows from the length, each would be compiled
+        return [(0, length // 2), (length // 2, length)]
+    return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
+
+
+def _bias(mask: Tensor | None, query: Tensor, blocks: list[tuple[int, int]]) -> Tensor:
+    """Return what is added to the scores: (N, N) for N queries of the longest block, or (B, 1, T, T)."""
     least = torch.finfo(query.dtype).min  # finite, so that no softmax is NaN
     if mask is None:
-        return torch.full((query.shape[-2], query.shape[-2]), least, dtype=query.dtype).triu_(1)
+        size = max(last - first for first, last in blocks)
+        return torch.full((size, size), least, dtype=query.dtype).triu_(1)
     return torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, least)
 
 

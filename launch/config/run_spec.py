@@ -92,7 +92,7 @@ class Prepared:
         data_hash: content hash of the prepared data.
         vocab_size: of the model.
         compile: whether the model is compiled.
-        compile_head: whether the work on the logits of the LM head is compiled.
+        compile_head: whether the work on the logits of the LM head is compiled, and on a CPU the GELU of the blocks.
         baseline_loss: val/loss of the baseline, read when the run started.
         planned_memory: bytes of the process without a model, and at the peak.
         teacher_text: folder with the text that the teacher generated, where students train on that.

@@ -223,8 +223,11 @@ def _attention_bytes(sizes: RunSizes) -> int:
         return mask
     if shape.dropout:  # no fused kernel
         return mask + 12 * probabilities + 8 * shape.n_embd
-    is_short = short_attention.HAS_BF16 and sizes.compute_bytes == 2 and sizes.length <= short_attention.LONGEST
-    return mask + 2 * probabilities if is_short else mask
+    if not short_attention.HAS_BF16 or sizes.compute_bytes != 2 or sizes.length > short_attention.LONGEST:
+        return mask
+    if not sizes.masked:  # a block of queries has probabilities of the keys up to its end
+        probabilities = shape.n_head * min(sizes.length, (sizes.length + short_attention.BLOCK) // 2)
+    return mask + 2 * probabilities
 
 
 def _casts(sizes: RunSizes) -> int:
