@@ -36,29 +36,33 @@ class _PlainAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, blocks: list[tuple[int, int]]
     ) -> Tensor:
-        query, output, saved = query * scale, torch.empty_like(query), []
+        shape, pairs = query.shape, (-1, *query.shape[-2:])  # products of 4-D tensors would copy their parts each time
+        query, key, value = (query * scale).reshape(pairs), key.reshape(pairs), value.reshape(pairs)  # (B·H, T, D)
+        output, saved = torch.empty_like(query), []
         for first, last in blocks:
-            scores = query[..., first:last, :] @ key[..., :last, :].transpose(-1, -2)  # (B, H, last - first, last)
-            scores[..., first:].add_(bias[..., : last - first, : last - first])
+            scores = torch.bmm(query[:, first:last], key[:, :last].mT)  # (B·H, last - first, last)
+            own = scores.view(*shape[:2], last - first, last)[..., first:]
+            own.add_(bias[..., : last - first, : last - first])
             saved.append(torch.softmax(scores, dim=-1))
-            output[..., first:last, :] = saved[-1] @ value[..., :last, :]
+            output[:, first:last] = torch.bmm(saved[-1], value[:, :last])
         ctx.save_for_backward(query, key, value, *saved)
         ctx.scale, ctx.blocks = scale, blocks
-        return output
+        return output.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, *saved = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.zeros_like(one) for one in (query, key, value))
+        shape, gradient = gradient.shape, gradient.reshape(query.shape)
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (first, last), probabilities in zip(ctx.blocks, saved, strict=True):
-            own = gradient[..., first:last, :]
-            of_probabilities = own @ value[..., :last, :].transpose(-1, -2)
+            own = gradient[:, first:last]
+            of_probabilities = torch.bmm(own, value[:, :last].mT)
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[..., first:last, :] = of_scores @ key[..., :last, :]
-            of_key[..., :last, :] += of_scores.transpose(-1, -2) @ query[..., first:last, :]
-            of_value[..., :last, :] += probabilities.transpose(-1, -2) @ own
-        return of_query * ctx.scale, of_key, of_value, None, None, None
+            of_query[:, first:last] = torch.bmm(of_scores, key[:, :last])
+            of_key[:, :last] += torch.bmm(of_scores.mT, query[:, first:last])
+            of_value[:, :last] += torch.bmm(probabilities.mT, own)
+        return (of_query * ctx.scale).view(shape), of_key.view(shape), of_value.view(shape), None, None, None
 
 
 def short_attention(
