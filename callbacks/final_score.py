@@ -41,7 +41,7 @@ class FinalScore(lightning.Callback):
         tokens: most tokens that are scored; "auto": those that the launcher sets by the length of the run.
     """
 
-    def __init__(self, tokens: int | str = MOST_SCORED) -> None:
+    def __init__(self, tokens: int | str = "auto") -> None:
         self.tokens = MOST_SCORED if tokens == "auto" else int(tokens)
         self._stored: dict[str, Any] = {}
         self._rows: NDArray[np.int64] | None = None

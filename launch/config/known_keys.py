@@ -148,8 +148,7 @@ class FinalScoreKeys:
     """Keys of callbacks.final_score."""
 
     tokens: int | str = key(
-        "most tokens on which the exported weights are scored after training; auto: a quarter of the trained tokens, "
-        "but at least validate_tokens and at most 10,000,000",
+        "most tokens of the score after training; auto: a quarter of those trained on, at most 10,000,000",
         within="[1, inf)",
         word="auto",
     )
