@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of one call, S tokens including those before, R maximum
 
 It calls the model's modules in order, so it computes the same as the forward of `transformers`. That forward prepares
 masks, outputs and caches at every token, which takes longer than the arithmetic of a small model: on two CPU threads
-decoding with `transformers` takes 2.8 times as long for nano, 2.1 times for micro, 1.2 times for small
+decoding with `transformers` takes 2.0 times as long for nano, 1.8 times for micro, 1.4 times for small
 (docs/measurements/decoding.md). Keys and values are written in place, where a DynamicCache copies all of them at every
 token. For bf16 on a CPU they are stored in fp32, in which PyTorch's attention of one query is faster there.
 Matrices are packed once for products of several rows (packed_products.py).

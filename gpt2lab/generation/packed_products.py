@@ -1,9 +1,9 @@
-"""Products of a few rows with a model's matrices, on a CPU in fp32: each matrix is packed once for all of them.
+"""Products of a few rows with a model's matrices, on a CPU in fp32: with oneDNN's operator in place of MKL's.
 
-PyTorch brings a matrix into the order of its CPU kernels for every product with four rows or more, which takes longer
-than a product with so few rows itself. Here it is done once, with the operator to which Inductor compiles frozen
-models. That pays after five to ten products, so a matrix has a few as it is first; a prompt is one. Products with fewer
-rows read the matrix as it is.
+MKL, which PyTorch uses, reads a matrix at half the speed of memory on some CPUs. For four rows or more either brings it
+into the order of its kernels at every product, which takes longer than a product with so few rows itself. Here that is
+done once, as Inductor does for frozen models. It pays after five to ten products, so a matrix has a few as it is first;
+a prompt is one.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lab.system import onednn
 from gpt2lab.system.free_memory import host_free_bytes
 
-FEWEST_ROWS, MOST_ROWS = 4, 64  # above, PyTorch's own product loses at most a tenth by it
+FEWEST_ROWS, MOST_ROWS = 4, 64  # above, PyTorch's own product loses at most a tenth by it; below, packing gains nothing
 FIRST_PACKED = 4  # number of the first product for which a matrix is packed
-FEWEST_WEIGHTS = 300_000  # smaller matrices stay in a cache, and gain nothing
+FEWEST_WEIGHTS, FEWEST_PACKED = 150_000, 300_000  # smaller matrices stay in a cache, and gain nothing
 PACKED_FOR = 16  # number of rows for which the kernel chooses the order of the weights
 MOST_OF_FREE_MEMORY = 0.25
 
@@ -28,29 +28,39 @@ class PackedProducts:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._products: Counter[nn.Module] = Counter()  # of a few rows
+        self._products: Counter[nn.Module] = Counter()  # of FEWEST_ROWS or more
         self._packed: dict[nn.Module, Tensor] = {}
-        self._packs: bool | None = None  # unknown before the first product of a few rows
+        self._packs: bool | None = None  # unknown before the first matrix that would be packed
 
     def __call__(self, module: Any, hidden: Tensor) -> Tensor:
         """Return `module(hidden)`: (…, n_in) → (…, n_out)."""
         rows = hidden.numel() // hidden.shape[-1]
-        if not FEWEST_ROWS <= rows <= MOST_ROWS or not self._is_packable(module, hidden):
+        if rows > MOST_ROWS or not _gains(module, hidden):
             return module(hidden)
+        weight = self._packed_weight(module) if rows >= FEWEST_ROWS else None
+        if weight is None and type(module) is nn.Linear:
+            weight = module.weight
+        if weight is None:  # Conv1D
+            return module(hidden)
+        return torch.ops.mkldnn._linear_pointwise(hidden, weight, module.bias, "none", [], "")
+
+    def _packed_weight(self, module: Any) -> Tensor | None:
+        """Return the packed matrix; None: not yet, or never."""
         self._products[module] += 1
-        if self._products[module] < FIRST_PACKED:
-            return module(hidden)
-        if module not in self._packed:
+        if self._products[module] < FIRST_PACKED or module.weight.numel() < FEWEST_PACKED:
+            return None
+        if self._packs is None:
+            self._packs = _has_room(self.model)
+        if self._packs and module not in self._packed:
             matrix = module.weight.T if isinstance(module, Conv1D) else module.weight  # (n_out, n_in)
             self._packed[module] = torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), PACKED_FOR)
-        return torch.ops.mkldnn._linear_pointwise(hidden, self._packed[module], module.bias, "none", [], "")
+        return self._packed.get(module)
 
-    def _is_packable(self, module: Any, hidden: Tensor) -> bool:
-        if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return False
-        if self._packs is None:
-            self._packs = onednn.has_operators() and _has_room(self.model)
-        return self._packs and _is_plain(module) and module.weight.numel() >= FEWEST_WEIGHTS
+
+def _gains(module: Any, hidden: Tensor) -> bool:
+    if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return _is_plain(module) and module.weight.numel() >= FEWEST_WEIGHTS and onednn.has_operators()
 
 
 def _is_plain(module: Any) -> bool:
