@@ -7,6 +7,7 @@ takes the whole vocabulary as one tile. Every logit is taken relative to that of
 exponentials is the inverse of the label's probability.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gpt2lab.losses.logit_chunks import transposed
 
+LOG2_E = math.log2(math.e)
 ROWS, ENTRIES = 1024, 1024  # of a tile on a CPU: 4 MiB in fp32
 LOGITS_OF_A_CHUNK, ROWS_OF_A_CHUNK = 2**25, 512  # at most, on other devices; they take 128 MiB in fp32
 
@@ -89,7 +91,7 @@ def _chunks(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Iterator[
 
 def _losses(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
     """Compute the losses (C,) from hidden states (C, D)."""
-    sums = [scores.exp_().sum(1) for scores in _relative_logits(hidden, tiles, labels)]
+    sums = [_exponentials(scores).sum(1) for scores in _relative_logits(hidden, tiles, labels)]
     return _nats(sums, hidden, tiles, labels)
 
 
@@ -102,10 +104,15 @@ def _statistics(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> tuple
     tops, sums, ranks = [], [], []
     for scores in _relative_logits(hidden, tiles, labels):
         tops.append(scores.amax(1))
-        sums.append(scores.exp_().sum(1))
+        sums.append(_exponentials(scores).sum(1))
         ranks.append(scores.gt_(1).sum(1))
     nats = _nats(sums, hidden, tiles, labels)
     return nats, torch.stack(ranks).sum(0), (torch.stack(tops).amax(0) - nats).exp()
+
+
+def _exponentials(scores: Tensor) -> Tensor:
+    """Compute exp in place, as a power of two: PyTorch's exp is MKL's, which takes twice as long on an AMD CPU."""
+    return scores.mul_(LOG2_E).exp2_()
 
 
 def _nats(sums: list[Tensor], hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
