@@ -42,7 +42,8 @@ class FinalScore(lightning.Callback):
     """
 
     def __init__(self, tokens: int | str = "auto") -> None:
-        self.tokens = MOST_SCORED if tokens == "auto" else int(tokens)
+        self.is_auto = tokens == "auto"
+        self.tokens = MOST_SCORED if self.is_auto else int(tokens)
         self._stored: dict[str, Any] = {}
         self._rows: NDArray[np.int64] | None = None
 

@@ -42,7 +42,7 @@ from gpt2lab.system.device import synchronize
 
 # Cost of verifying 1, 2, … tokens in one call, in target steps. On a CPU a matrix product with two or three rows costs
 # little more than with one; from four rows on its weights are packed (packed_products.py). Measured on one thread for
-# small: 1.17, 1.24, 1.38, 1.38, 1.47, 1.60, 1.60, 1.69.
+# small, with MKL for up to three rows: 1.17, 1.24, 1.38, 1.38, 1.47, 1.60, 1.60, 1.69.
 VERIFY_COSTS_CPU = (1.0, 1.1, 1.2, *(1.15 + 0.06 * rows for rows in range(4, MOST_DRAFTS + 2)))
 # In bf16, on a CPU with bf16 products, eight rows cost hardly more than one: 1.06, 1.05, 1.09, 1.06, 1.01, …, 1.14
 # (small, two threads).

@@ -2,9 +2,8 @@
 
 Shapes: D hidden width, F inner width (4 · D).
 
-PyTorch's GELU takes half the time of the product before it there, most of it in tanh. Since (1 + tanh u) / 2 is
-sigmoid(2u), it is computed with one exponential where it is compiled, and together with the product where no gradient
-is needed.
+There PyTorch's GELU takes half the time of the product before it, most of it in tanh. Compiled code computes it with
+one exponential instead, since (1 + tanh u) / 2 is sigmoid(2u). Without a gradient, product and GELU are one operation.
 """
 
 import math
@@ -21,6 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from gpt2lab.system import onednn
 from gpt2lab.system.device import cpu_has_bf16
 
+FEWEST_FUSED = 64  # rows; with fewer, the weights would be cast too often under autocast, and little is gained
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # GELU(x) ≈ x · sigmoid(SCALE · (x + CUBIC · x³))
 
@@ -77,11 +77,12 @@ class _CompiledGelu(torch.autograd.Function):
 def fuses_gelu(linear: nn.Module, hidden: Tensor) -> bool:
     """Return whether `linear_gelu` computes GELU(linear(hidden)) here, faster than one after the other.
 
-    Not so with an adapter or with a sharded weight.
+    Not so with an adapter, with a sharded weight and with few rows.
     """
     if hidden.device.type != "cpu" or torch.compiler.is_compiling() or not onednn.has_operators():
         return False
-    is_plain = type(linear) is nn.Linear and type(linear.weight.data) is Tensor
+    has_rows = hidden.numel() >= FEWEST_FUSED * hidden.shape[-1]
+    is_plain = has_rows and type(linear) is nn.Linear and type(linear.weight.data) is Tensor
     dtype = _compute_dtype(hidden)
     return is_plain and (dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_has_bf16()))
 

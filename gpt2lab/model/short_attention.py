@@ -27,14 +27,22 @@ HAS_BF16 = cpu_has_bf16()
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Softmax(scale · Q Kᵀ + bias) V with its gradient in closed form, for blocks of queries.
+    """Softmax(scale · Q Kᵀ + bias) V with its gradient in closed form, for one block of queries after the other.
 
-    A block reads the keys up to its last query; `bias` is that of the last of them, as many as it has queries.
+    A block reads the keys up to its last query. `bias` is added to the scores of the block's own positions, queries and
+    keys. Probabilities are kept for the backward pass only if `keeps`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, blocks: list[tuple[int, int]]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor,
+        scale: float,
+        blocks: list[tuple[int, int]],
+        keeps: bool,
     ) -> Tensor:
         shape, pairs = query.shape, (-1, *query.shape[-2:])  # products of 4-D tensors would copy their parts each time
         query, key, value = (query * scale).reshape(pairs), key.reshape(pairs), value.reshape(pairs)  # (B·H, T, D)
@@ -43,15 +51,16 @@ class _PlainAttention(torch.autograd.Function):
             scores = torch.bmm(query[:, first:last], key[:, :last].mT)  # (B·H, last - first, last)
             own = scores.view(*shape[:2], last - first, last)[..., first:]
             own.add_(bias[..., : last - first, : last - first])
-            saved.append(torch.softmax(scores, dim=-1))
-            output[:, first:last] = torch.bmm(saved[-1], value[:, :last])
+            probabilities = torch.softmax(scores, dim=-1)
+            output[:, first:last] = torch.bmm(probabilities, value[:, :last])
+            saved += [probabilities] if keeps else []
         ctx.save_for_backward(query, key, value, *saved)
         ctx.scale, ctx.blocks = scale, blocks
         return output.view(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         query, key, value, *saved = ctx.saved_tensors
         shape, gradient = gradient.shape, gradient.reshape(query.shape)
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -62,7 +71,7 @@ class _PlainAttention(torch.autograd.Function):
             of_query[:, first:last] = torch.bmm(of_scores, key[:, :last])
             of_key[:, :last] += torch.bmm(of_scores.mT, query[:, first:last])
             of_value[:, :last] += torch.bmm(probabilities.mT, own)
-        return (of_query * ctx.scale).view(shape), of_key.view(shape), of_value.view(shape), None, None, None
+        return (of_query * ctx.scale).view(shape), of_key.view(shape), of_value.view(shape), None, None, None, None
 
 
 def short_attention(
@@ -89,7 +98,8 @@ def short_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     blocks = _blocks(query.shape[-2], is_causal=attention_mask is None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _PlainAttention.apply(query, key, value, _bias(attention_mask, query, blocks), scale, blocks)
+    bias, keeps = _bias(attention_mask, query, blocks), torch.is_grad_enabled()
+    output = _PlainAttention.apply(query, key, value, bias, scale, blocks, keeps)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -277,6 +277,7 @@ KINDS: dict[Any, tuple[tuple[type, ...], type]] = {
     str | None: ((str, type(None)), object),
     bool | None: ((bool, type(None)), object),
     bool | int: ((bool, int), object),
+    int | str: ((int, str), object),
     int | float: ((int, float), object),
     int | float | None: ((int, float, type(None)), object),
     list[str]: ((list,), str),

@@ -191,8 +191,11 @@ class RunConfig(DataKeys, MachineKeys, TrainingKeys, DistillationKeys, RunKeys):
     def most_scored(self) -> int:
         """Most tokens of the final score; 0 without one."""
         given = (self.callbacks.get("final_score") or {}).get("tokens", 0)
-        if given != "auto":
-            return int(given)
+        return self.auto_scored if given == "auto" else int(given)
+
+    @property
+    def auto_scored(self) -> int:
+        """Most tokens of the final score under `auto`."""
         validated = MOST_SCORED if self.most_validated is None else self.most_validated
         return min(MOST_SCORED, max(validated, self.trained_positions // 4))
 

@@ -104,7 +104,7 @@ def split_batch(config: RunConfig, machine: Machine) -> tuple[int, int]:
 def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
     """Return whether compiling the blocks saves more within this run than it costs, and works here at all.
 
-    On a CPU it gains nothing: docs/measurements/performance.md has the figures.
+    On a CPU it gains a twentieth at most: docs/measurements/performance.md has the figures.
     """
     given = str(spec.config.compile).lower()
     fixed = not spec.config.sequences.on_policy  # text of the student has another length at every step

@@ -201,8 +201,8 @@ def callbacks(spec: PreparedSpec, folder: Path, facts: DataFacts) -> list[lightn
             callback.facts, callback.card = known, card
         if isinstance(callback, Checkpoint):
             callback.card = card
-        if isinstance(callback, FinalScore):
-            callback.tokens = config.most_scored
+        if isinstance(callback, FinalScore) and callback.is_auto:
+            callback.tokens = config.auto_scored
         if isinstance(callback, Throughput):
             callback.seconds[PREPARE] = spec.prepared.seconds
     callbacks.append(SameSettings(hashlib.sha256(to_yaml(spec).encode()).hexdigest()[:16]))

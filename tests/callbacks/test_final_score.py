@@ -60,6 +60,16 @@ def test_final_score_is_the_validation_of_the_whole_split(
     assert f"validation loss on {part['full_val_tokens']:,} tokens" in Path("part/report.html").read_text()
 
 
+def test_the_score_of_a_short_run_reads_no_more_than_it_needs(train_here: Train, tiny: list[str]) -> None:
+    words = [*tiny, "steps=8", "threads=1", "batch_tokens=512", SMALL, "run_dir=run"]
+    report = report_of(train_here(*words), "run")
+    assert report["val_tokens"] < 700 < report["full_val_tokens"] <= 8 * 512 // 4
+    assert (
+        report_of(train_here(*words[:-1], "callbacks.final_score.tokens=300", "run_dir=few"), "few")["full_val_tokens"]
+        <= 300
+    )
+
+
 def test_a_score_lost_by_a_kill_is_computed_once(
     train_here: Train, evaluate_here: Command, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from gpt2lab.metric_names import TRAIN_LOSS
+from gpt2lab.model import mlp
 from gpt2lab.storage.metrics_csv import read_metrics, series
+from launch.run.auto_settings import has_compiler
 from tests.conftest import Train
 
 STEPS = 50
@@ -15,11 +17,12 @@ FAST_PATHS = {
     "precision=bf16_true": 0.01,
     "micro_batch=3": 1e-4,
     "activation_checkpointing=true": 1e-4,
+    "compile=auto": 1e-4,  # the work on the logits and GELU
     "compile=true": 1e-4,
     "devices=2": 1e-4,
     "devices=2 strategy=fsdp": 1e-4,
 }
-QUICK = ("precision=bf16", "micro_batch=3")
+QUICK = ("precision=bf16", "micro_batch=3", "compile=auto")
 
 
 def losses(train_here: Train, tiny: list[str], run_dir: Path, *keys: str) -> list[float]:
@@ -35,9 +38,14 @@ def losses(train_here: Train, tiny: list[str], run_dir: Path, *keys: str) -> lis
 @pytest.mark.parametrize(
     "keys", [pytest.param(keys, marks=[pytest.mark.slow] * (keys not in QUICK)) for keys in FAST_PATHS]
 )
-def test_fast_path_has_the_losses_of_plain_fp32(keys: str, train_here: Train, tiny: list[str], tmp_path: Path) -> None:
+def test_fast_path_has_the_losses_of_plain_fp32(
+    keys: str, train_here: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uses, compiled = [], mlp._compiled
+    monkeypatch.setattr(mlp, "_compiled", lambda: uses.append(1) or compiled())
     plain = losses(train_here, tiny, tmp_path / "plain")
     fast = losses(train_here, tiny, tmp_path / "fast", *keys.split())
+    assert bool(uses) == (keys == "compile=auto" and has_compiler()), "GELU is compiled by itself"
     assert len(plain) == len(fast) == STEPS
     assert plain[-1] < plain[0] - 1
     worst = max(abs(a - b) for a, b in zip(plain, fast, strict=True))

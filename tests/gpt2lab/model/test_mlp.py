@@ -11,6 +11,7 @@ from gpt2lab.model import mlp as module_of_mlp
 from gpt2lab.model.backbone import Backbone
 from gpt2lab.model.mlp import FastMLP, Gelu
 from gpt2lab.settings import ModelShape
+from launch.run.auto_settings import has_compiler
 
 VALUES = [0.0, -0.0, 1e-6, -1e-6, 0.5, -0.75, 1.0, -3.0, 5.0, -5.5, 12.0, -20.0, 300.0, -4e4]
 SHAPE = ModelShape(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=50)
@@ -36,9 +37,11 @@ def test_the_gelu_and_its_gradient_are_those_of_fp64(dtype: torch.dtype) -> None
     torch.testing.assert_close(slope.double(), exact.grad, **close)
 
 
-def test_a_compiled_gelu_trains_as_the_plain_one() -> None:
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_a_compiled_gelu_trains_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
-    gradients = []
+    gradients, uses, compiled = [], [], module_of_mlp._compiled
+    monkeypatch.setattr(module_of_mlp, "_compiled", lambda: uses.append(1) or compiled())
     for compiles in (False, True):
         torch.manual_seed(1)
         backbone = Backbone(SHAPE).train()
@@ -47,6 +50,7 @@ def test_a_compiled_gelu_trains_as_the_plain_one() -> None:
         backbone.logits(ids).square().sum().backward()
         gradients.append({name: weights.grad for name, weights in backbone.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    assert len(uses) == 2 * SHAPE.n_layer, "forward and backward of each block"
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ def test_the_mlp_without_gradient_is_that_of_transformers(kind: str, fused: list
     theirs.load_state_dict(
         {name: value.T if name.endswith("weight") else value for name, value in mlp.state_dict().items()}
     )
-    hidden = torch.randn(3, 5, SHAPE.n_embd)
+    hidden = torch.randn(8, 16, SHAPE.n_embd)
     expected = theirs(hidden)
     if kind == "bf16 weights":
         mlp, hidden = mlp.bfloat16(), hidden.bfloat16()
@@ -83,7 +87,7 @@ def test_the_mlp_without_gradient_is_that_of_transformers(kind: str, fused: list
     assert ((found.float() - expected).norm() / expected.norm()).item() < (1e-6 if kind == "fp32" else 0.01)
 
 
-@pytest.mark.parametrize("case", ["gradient", "fp64", "fp16", "no operator", "adapter", "no bf16"])
+@pytest.mark.parametrize("case", ["gradient", "fp64", "fp16", "no operator", "adapter", "no bf16", "few rows"])
 def test_other_mlps_compute_the_gelu_by_itself(case: str, fused: list[torch.dtype], monkeypatch) -> None:
     model = Backbone(SHAPE).eval()
     if case == "adapter":
@@ -93,7 +97,8 @@ def test_other_mlps_compute_the_gelu_by_itself(case: str, fused: list[torch.dtyp
     elif case == "no bf16":
         monkeypatch.setattr(module_of_mlp, "cpu_has_bf16", lambda: False)
     dtypes = {"fp64": torch.float64, "fp16": torch.float16, "no bf16": torch.bfloat16}
-    model, hidden = model.to(dtypes.get(case, torch.float32)), torch.randn(2, SHAPE.n_embd).to(dtypes.get(case))
+    model, rows = model.to(dtypes.get(case, torch.float32)), 2 if case == "few rows" else 100
+    hidden = torch.randn(rows, SHAPE.n_embd).to(dtypes.get(case))
     mlp = model.blocks[0].mlp
     with torch.set_grad_enabled(case == "gradient"):
         found = mlp(hidden)

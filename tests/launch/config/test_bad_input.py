@@ -129,6 +129,7 @@ BEFORE_ANY_IMPORT = [
     ("callbacks.samples.prompts=[3]", "list[str]"),
     ("callbacks.samples.max_new_tokens=1024", "leaves no tokens"),
     ("callbacks.checkpoint.keep_last=0", "at least 1"),
+    ("callbacks.final_score.tokens=null", "is not of type int | str"),
     ("vocab_size=100000000000", "at most 1000000"),
     ("steps=99999999999", "at most"),
     ("threads=1000000", "at most"),
