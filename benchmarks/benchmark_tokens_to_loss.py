@@ -23,6 +23,7 @@ from gpt2lab.evaluation.paired_statistics import paired_difference
 BASELINE = ("optimizer=adamw", "schedule=cosine", "schedule.final_fraction=0.1")
 SHARES = (0.2, 0.3, 0.45)
 BATCH = "batch_tokens="
+VALIDATED = 250_000  # tokens: the validation of packages would take a third of the time
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def run(folder: Path, keys: Sequence[str], tokens: float, seed: int) -> Ended:
     batch = next(int(key.removeprefix(BATCH)) for key in reversed(keys) if key.startswith(BATCH))
     steps = max(round(tokens / batch), 1)
     usual = [*of_length(steps), f"seed={seed}", "callbacks=minimal", "callbacks.final_score=null", "logger=csv"]
+    usual.append(f"validate_tokens={VALIDATED}")
     report = train(folder / f"{steps}-{seed}", [*keys, *usual])
     return Ended(report["val_loss"], report["seconds_by_phase"]["train"])
 
