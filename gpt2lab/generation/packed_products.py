@@ -1,6 +1,6 @@
 """Products of a few rows with a model's matrices, on a CPU in fp32: with oneDNN's operator in place of MKL's.
 
-PyTorch uses MKL, which on some CPUs reads a matrix at half the speed of memory. With four rows or more both libraries
+PyTorch uses MKL, which on some CPUs reads a matrix at half the speed of memory. With several rows both libraries
 first copy the matrix into the order of their kernels, which takes longer than a product with so few rows. Here the copy
 is kept, as Inductor does for frozen models. That pays after five to ten products, so the first few of a matrix, such as
 those of a prompt, do without.
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lab.system import onednn
 from gpt2lab.system.free_memory import host_free_bytes
 
-FEWEST_ROWS, MOST_ROWS = 4, 64  # of a packed matrix; above, PyTorch's own product loses at most a tenth by it
+FEWEST_ROWS, MOST_ROWS = 2, 64  # of a packed matrix; above, PyTorch's own product loses at most a tenth by it
 FIRST_PACKED = 4  # number of the first product for which a matrix is packed
 FEWEST_WEIGHTS, FEWEST_PACKED = 150_000, 300_000  # smaller matrices stay in a cache, and gain nothing
 PACKED_FOR = 16  # number of rows for which the kernel chooses the order of the weights

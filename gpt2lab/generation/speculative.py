@@ -40,10 +40,10 @@ from gpt2lab.model.backbone import shape_from_config
 from gpt2lab.settings import SamplingSettings
 from gpt2lab.system.device import synchronize
 
-# Cost of verifying 1, 2, … tokens in one call, in target steps. On a CPU a matrix product with two or three rows costs
-# little more than with one; from four rows on its weights are packed (packed_products.py). Measured on one thread for
-# small, with MKL for up to three rows: 1.17, 1.24, 1.38, 1.38, 1.47, 1.60, 1.60, 1.69.
-VERIFY_COSTS_CPU = (1.0, 1.1, 1.2, *(1.15 + 0.06 * rows for rows in range(4, MOST_DRAFTS + 2)))
+# Cost of verifying 1, 2, … tokens in one call, in target steps. On a CPU in fp32 the weights are packed for products of
+# two rows or more (packed_products.py). Measured for small, 2 to 8 tokens: on an Intel Xeon, one thread, 1.17, 1.24,
+# 1.38, 1.38, 1.47, 1.60, 1.60; on an AMD EPYC, two threads, 1.15, 0.98, 1.02, 0.92, 0.94, 0.99, 1.01. Between them:
+VERIFY_COSTS_CPU = (1.0, *(1.1 + 0.04 * rows for rows in range(2, MOST_DRAFTS + 2)))
 # In bf16, on a CPU with bf16 products, eight rows cost hardly more than one: 1.06, 1.05, 1.09, 1.06, 1.01, …, 1.14
 # (small, two threads).
 VERIFY_COSTS_CPU_BF16 = (1.0, *(1.05 + 0.01 * rows for rows in range(MOST_DRAFTS)))
