@@ -134,8 +134,7 @@ def _relative_logits(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> 
     label_scores = (hidden.to(wide) * of_labels).sum(1, keepdim=True).to(hidden.dtype).to(wide)  # (C, 1)
     zeros, columns = (label_scores - label_scores).squeeze(1), labels
     for matrix in tiles.matrices:
-        logits = hidden @ matrix
-        scores = logits.sub_(label_scores) if logits.dtype == wide else logits - label_scores  # (C, W)
+        scores = (hidden @ matrix).to(wide).sub_(label_scores)  # (C, W)
         own = ((columns >= 0) & (columns < scores.shape[1])).nonzero().squeeze(1)
         scores[own, columns[own]] = zeros[own]  # its two products may differ in their rounding
         yield scores
