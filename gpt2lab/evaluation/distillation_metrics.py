@@ -30,8 +30,9 @@ from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.data.document_groups import document_sums
 from gpt2lab.evaluation.acceptance import acceptance_sums
 from gpt2lab.losses.divergences import finite
-from gpt2lab.losses.logit_chunks import compute_dtype, even_chunk_rows, logit_chunks, plain_head
+from gpt2lab.losses.logit_chunks import even_chunk_rows, logit_chunks, plain_head
 from gpt2lab.losses.teacher_signal import Classes, TeacherChunk, TeacherSignal, log_softmax, top_tokens
+from gpt2lab.system.device import compute_dtype
 
 LOGITS_OF_A_CHUNK = 2**25  # of one model; 64 MiB in bf16
 LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several matrices of this size exist at a time, in fp32

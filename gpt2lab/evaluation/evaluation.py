@@ -27,9 +27,9 @@ from gpt2lab.evaluation.jackknife import (
     total,
 )
 from gpt2lab.losses.label_statistics import VocabularyTiles, label_statistics, vocabulary_tiles
-from gpt2lab.losses.logit_chunks import compute_dtype
 from gpt2lab.losses.teacher_signal import TOP
 from gpt2lab.model.backbone import Backbone
+from gpt2lab.system.device import compute_dtype
 
 BYTES, NATS, TOP1, TOP5, CALIBRATION = "bytes", "nats", "top1", "top5", "calibration"
 

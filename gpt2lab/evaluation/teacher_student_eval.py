@@ -25,8 +25,8 @@ from gpt2lab.evaluation.evaluation import (
 from gpt2lab.evaluation.jackknife import TOKENS, Figures, GroupedSums, Sums, standard_errors, total
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.label_statistics import vocabulary_tiles
-from gpt2lab.losses.logit_chunks import compute_dtype
 from gpt2lab.model.backbone import Backbone
+from gpt2lab.system.device import compute_dtype
 
 BASELINE_NATS = "baseline_nats"
 

@@ -60,12 +60,11 @@ class PackedProducts:
 def _gains(module: Any, hidden: Tensor) -> bool:
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    return _is_plain(module) and module.weight.numel() >= FEWEST_WEIGHTS and onednn.has_operators()
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether the module computes its product alone: no adapter, no quantized or sharded weight."""
-    return type(module) in (nn.Linear, Conv1D) and type(module.weight.data) is Tensor
+    return (
+        onednn.is_plain(module, nn.Linear, Conv1D)
+        and module.weight.numel() >= FEWEST_WEIGHTS
+        and onednn.has_operators()
+    )
 
 
 def _has_room(model: nn.Module) -> bool:

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.losses.chunk_losses import ChunkFunction, chunk_function
-from gpt2lab.losses.logit_chunks import Head, compute_dtype, even_chunk_rows, rows_of_a_block, transposed
+from gpt2lab.losses.logit_chunks import Head, even_chunk_rows, rows_of_a_block, transposed
 from gpt2lab.losses.teacher_signal import TeacherSignal
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
+from gpt2lab.system.device import compute_dtype
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products use
 ROWS_OF_A_TEACHER = 256  # rows of teacher logits, which one product uses; on a CPU, whole chunks on a GPU

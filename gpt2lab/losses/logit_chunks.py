@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from gpt2lab.system.device import compute_dtype
+
 LOGITS_OF_A_CHUNK = 2**23  # 32 MiB in fp32; several more tensors of this size exist while a chunk is evaluated
 LOGITS_OF_A_BLOCK = 2**20  # on a CPU; the intermediate results fit its cache
 
@@ -62,12 +64,6 @@ def transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Transpose (V, D) to (D, V). In bf16 a CPU multiplies by a contiguous matrix twice as fast as by a view."""
     matrix = weight.to(dtype).T
     return matrix.contiguous() if dtype.itemsize == 2 and weight.device.type == "cpu" else matrix
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with `hidden`: autocast's where it is active, else that of `hidden`."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def even_chunk_rows(rows: int, row_size: int, most: int) -> int:

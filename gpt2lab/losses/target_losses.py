@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gpt2lab.losses.divergences import SMALLEST_LOG
 from gpt2lab.losses.label_statistics import label_losses, vocabulary_tiles
-from gpt2lab.losses.logit_chunks import compute_dtype, logit_chunks
+from gpt2lab.losses.logit_chunks import logit_chunks
+from gpt2lab.system.device import compute_dtype
 
 LOGITS_OF_A_CHUNK = 2**24  # of one matrix product; they take 64 MiB in fp32
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from gpt2lab.system import onednn
-from gpt2lab.system.device import cpu_has_bf16
+from gpt2lab.system.device import compute_dtype, cpu_has_bf16
 
 FEWEST_FUSED = 64  # rows; with fewer, the weights would be cast too often under autocast, and little is gained
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,20 +82,16 @@ def fuses_gelu(linear: nn.Module, hidden: Tensor) -> bool:
     if hidden.device.type != "cpu" or torch.compiler.is_compiling() or not onednn.has_operators():
         return False
     has_rows = hidden.numel() >= FEWEST_FUSED * hidden.shape[-1]
-    is_plain = has_rows and type(linear) is nn.Linear and type(linear.weight.data) is Tensor
-    dtype = _compute_dtype(hidden)
+    is_plain = has_rows and onednn.is_plain(linear, nn.Linear)
+    dtype = compute_dtype(hidden)
     return is_plain and (dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_has_bf16()))
 
 
 def linear_gelu(linear: Any, hidden: Tensor) -> Tensor:
     """Compute GELU(linear(hidden)), (…, D) → (…, F), without a gradient, in the dtype of autocast."""
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     weight, bias = linear.weight.to(dtype), linear.bias.to(dtype)
     return torch.ops.mkldnn._linear_pointwise(hidden.to(dtype), weight, bias, "gelu", [], "tanh")
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
 
 
 def _gelu(inner: Tensor) -> Tensor:

@@ -159,6 +159,12 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with `hidden`: autocast's where it is active, else that of `hidden`."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a GPU, so that a timing includes it."""
     if device.type == "cuda":

@@ -1,6 +1,9 @@
 """oneDNN: the operators of PyTorch's CPU library to which Inductor compiles; not part of PyTorch's public interface."""
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 
 def has_operators() -> bool:
@@ -10,3 +13,8 @@ def has_operators() -> bool:
     except AttributeError:
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Return whether a module of these kinds computes its product alone: no adapter, no quantized or sharded weight."""
+    return type(module) in kinds and type(module.weight.data) is Tensor
