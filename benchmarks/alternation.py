@@ -1,12 +1,16 @@
-"""Alternation: the sides of a comparison run in turn, round by round, so that a slow minute affects all of them."""
+"""Alternation: the sides of a comparison run in turn, or two at once, so that a slow minute affects all of them."""
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from launch.config.machine import usable_cores
 
 Key = TypeVar("Key")
 Found = TypeVar("Found")
@@ -19,6 +23,35 @@ def alternate(sides: Mapping[Key, Callable[[], Found]], rounds: int) -> dict[Key
     for side in tqdm(list(sides) * rounds, "measurements", disable=None):
         found[side].append(sides[side]())
         tqdm.write(f"{side}: {found[side][-1]}", file=sys.stderr)
+    return found
+
+
+def run_pairs(sides: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """Return the result of each round of two sides, whose processes run at once on half of the cores each.
+
+    They exchange their cores every round. For differences of a few percent, less than the speed of a shared machine
+    varies from minute to minute.
+
+    Raises:
+        RuntimeError: this process may use one core only, or the system does not set cores (Linux does).
+    """
+    cores = usable_cores()
+    if len(cores) < 2 or not sys.platform.startswith("linux"):
+        raise RuntimeError(f"{len(cores)} cores on {sys.platform}: two sides at once need Linux and two cores.")
+    halves = [cores[: len(cores) // 2], cores[len(cores) // 2 :]]
+
+    def run(side: Key, own: list[int]) -> float:
+        os.sched_setaffinity(0, own)  # of this thread, and of the processes that it starts
+        return sides[side]()
+
+    found: dict[Key, list[float]] = {side: [] for side in sides}
+    for number in tqdm(range(rounds), "rounds", disable=None):
+        own = halves if number % 2 else halves[::-1]
+        with ThreadPoolExecutor(2) as threads:
+            pending = {side: threads.submit(run, side, half) for side, half in zip(sides, own, strict=True)}
+        for side, future in pending.items():
+            found[side].append(future.result())
+            tqdm.write(f"{side}: {found[side][-1]}", file=sys.stderr)
     return found
 
 

@@ -25,6 +25,7 @@ from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import OptimizerSettings
 from gpt2lab.system.device import peak_memory_bytes
 from gpt2lab.system.malloc_tuning import keep_freed_memory
+from launch.config.machine import usable_cores
 
 VOCABULARIES = (4_096, 50_257)
 CASES = {
@@ -68,6 +69,7 @@ def step_milliseconds(vocab_size: int, options: str) -> float:
 
 
 def measure_here(vocab_size: int, options: str) -> None:
+    torch.set_num_threads(len(usable_cores()))
     if "reuse" in options and not keep_freed_memory():
         raise SystemExit("This C library has no mallopt; there is nothing to compare.")
     milliseconds = step_milliseconds(vocab_size, options)

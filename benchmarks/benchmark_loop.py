@@ -1,6 +1,6 @@
 """Time of train.py beside its steps: loop, start, and a checkpoint every 100 steps.
 
-    python -m benchmarks.benchmark_loop [--rounds 5] [--every 100]
+    python -m benchmarks.benchmark_loop [--parts loop start checkpoints] [--rounds 5] [--every 100]
 
 - Loop: seconds of a step of train.py with its default callbacks over those of a bare loop over the same model, loss and
   optimizer (benchmark_cpu_step.py).
@@ -8,11 +8,14 @@
   lightning and transformers. The data are prepared before.
 - Checkpoints: seconds of training with one every 100 steps over those without, both until the last step is over.
 
-Programs alternate in new processes; ratios are of medians over rounds. Prints Markdown tables.
+The two programs of the loop, and of the checkpoints, run at once on half of the cores each and exchange them every
+round; those of the start alternate. Values are medians over rounds, ratios with the smallest and largest of a round.
+Prints a Markdown table.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.alternation import alternate, medians
+from benchmarks.alternation import alternate, run_pairs, spread
 from benchmarks.benchmark_cpu_step import measure_apart
 from benchmarks.shape import BATCH, CONTEXT
 from benchmarks.synthetic_corpus import write_data
@@ -29,7 +32,8 @@ from benchmarks.train_command import new_run_dir, of_length, seconds_of_steps, t
 
 VOCABULARY = 4_096
 IMPORTS = "import torch, lightning, transformers"
-CHECKPOINTS = {"nano": 40, "mini": 4}
+CHECKPOINTS = {"nano": 10, "mini": 2}
+PARTS = ("loop", "start", "checkpoints")
 FIRST_STEP = "+callbacks.first_step._target_=benchmarks.step_times.FirstStep"
 
 Sides = dict[str, Callable[[], float]]  # return seconds
@@ -85,23 +89,31 @@ def checkpoints(folder: Path, data: list[str], model: str, every: int) -> Sides:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--every", type=int, default=100, help="steps between two checkpoints")
     options = parser.parse_args()
-    print("| | seconds | ÷ the first | beyond the first, s |\n|---|--:|--:|--:|")
+    print("| | | seconds | ÷ the first | beyond the first, s |\n|---|---|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_data(folder, VOCABULARY)
         train(new_run_dir(folder), arguments(data, "nano", 1))  # fills the caches
-        measured = {"a step of mini": loops(folder, data), "until the first step of nano": starts(folder, data)}
-        for model, number in CHECKPOINTS.items():
-            measured[f"{number * options.every:,} steps of {model}"] = checkpoints(folder, data, model, options.every)
-        for title, sides in measured.items():
-            found = medians(alternate(sides, options.rounds))
-            first = next(iter(found.values()))
-            for program, seconds in found.items():
-                row = f"{title}: {program} | {seconds:.3f} | {seconds / first:.3f} | {seconds - first:+.2f}"
-                print(f"| {row} |", flush=True)
+        if "loop" in options.parts:
+            print_rows("a step of mini", run_pairs(loops(folder, data), options.rounds))
+        if "start" in options.parts:
+            print_rows("until the first step of nano", alternate(starts(folder, data), options.rounds))
+        for model, number in CHECKPOINTS.items() if "checkpoints" in options.parts else ():
+            sides = checkpoints(folder, data, model, options.every)
+            print_rows(f"{number * options.every:,} steps of {model}", run_pairs(sides, options.rounds))
+
+
+def print_rows(title: str, found: dict[str, list[float]]) -> None:
+    """Print a row for each program, with its seconds in each round, beside the first."""
+    first = next(iter(found.values()))
+    for program, seconds in found.items():
+        ratios = spread([one / other for one, other in zip(seconds, first, strict=True)], ".3f")
+        beyond = statistics.median(seconds) - statistics.median(first)
+        print(f"| {title} | {program} | {statistics.median(seconds):.3f} | {ratios} | {beyond:+.2f} |", flush=True)
 
 
 if __name__ == "__main__":

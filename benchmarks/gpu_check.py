@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_check [--minutes 12] [--nanogpt /path/to/nanoGPT] [--trl-python PYTHON] [--only WORD,WORD]
 
 A ranked list: speed beside nanoGPT with a profile, distillation beside TRL, the LM-head loss beside PyTorch, TRL and
-Liger, determinism, medium, distillation at GPT-2 size, fp16 and the playground; then attention kernels, precisions,
-FSDP and resume. Each row is appended to benchmarks/RESULTS.md, or to --results, as soon as it is known, and what a long
-check has found so far before it ends. A check that would not end within the minutes is not started, and one that takes
-longer than expected is ended.
+Liger, attention kernels, determinism, medium, distillation at GPT-2 size, fp16 and the playground; then checkpoints,
+precisions, resume and FSDP. Each row is appended to benchmarks/RESULTS.md, or to --results, as soon as it is known, and
+what a long check has found so far before it ends. A check that would not end within the minutes is not started, and one
+that takes longer than expected is ended.
 
     python -m benchmarks.gpu_check --rehearse       every check that needs no GPU, with tiny models on the CPU
 
@@ -33,7 +33,7 @@ from benchmarks.train_command import ROOT
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 TABLE_HEAD = "| check | | result | s |\n|---|---|---|--:|\n"
-LONGEST = 1.3  # of the seconds that a check takes, after which it is ended
+TIMEOUT_FACTOR = 1.3  # times the seconds of a check, after which it is ended
 GRACE = 3.0  # seconds for a check to end its own processes
 
 
@@ -42,7 +42,7 @@ class Check:
     """A claim to verify.
 
     Attributes:
-        run: returns the result as text; raises if the claim is violated.
+        run: returns the result as text; raises if the claim is violated. A speed is a result, not a claim.
         seconds: that it takes on an H200, about; it is started if so much time is left.
     """
 
@@ -109,7 +109,7 @@ def outcome(check: Check, bench: Bench) -> tuple[str, str]:
         return "not run", f"{bench.seconds_left:.0f} s were left, about {check.seconds} are needed"
     if check.needs_gpu and not bench.on_gpu:
         return "not run", "needs a GPU"
-    seconds = min(LONGEST * check.seconds, bench.seconds_left) if bench.on_gpu else bench.seconds_left
+    seconds = min(TIMEOUT_FACTOR * check.seconds, bench.seconds_left) if bench.on_gpu else bench.seconds_left
     try:
         with ended_after(seconds + GRACE):
             return "passed", check.run(replace(bench, deadline=time.monotonic() + seconds))

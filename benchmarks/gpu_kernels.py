@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.benchmark_lm_head_loss import memory_here, times_here
-from benchmarks.lm_head_sides import Head
+from benchmarks.lm_head_sides import Head, missing_packages
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.model.attention_masks import document_bounds, make_spans, spans_to_mask
 from gpt2lab.model.backbone import Backbone
@@ -163,7 +163,7 @@ def compare_lm_head_losses(note: Callable[[str], None]) -> str:
     Args:
         note: receives what has been measured so far.
     """
-    results: list[str] = []
+    results = [f"not installed here: {name}" for name in missing_packages()]
     for loss in ("cross_entropy", "forward_kl"):
         head, refused = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY), dict[str, str]()
         times = times_here(head, rounds=ROUNDS, compiles=True, refused=refused)

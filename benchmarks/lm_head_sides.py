@@ -59,6 +59,11 @@ def make_inputs(head: Head, device: torch.device) -> HeadInputs:
     return HeadInputs(hidden.requires_grad_(), weight.requires_grad_(), labels, teacher)
 
 
+def missing_packages() -> list[str]:
+    """Return the packages of other sides that are not installed here."""
+    return [name for name in ("trl", "liger_kernel") if importlib.util.find_spec(name) is None]
+
+
 def sides(head: Head, device: torch.device, compiles: bool) -> dict[str, Side]:
     """Return the sides available for this loss on this machine; without a C++ compiler none is compiled."""
     found: dict[str, Side] = {OURS: lambda inputs: ours(inputs, compiles), EAGER: dense}

@@ -1,10 +1,11 @@
 """Training step of nanoGPT's model file, for comparison; its code is loaded from a checkout.
 
-    python -m benchmarks.nanogpt_step --model /path/to/nanoGPT/model.py --corpus DIR --vocab 4096 [--compile]
+    python -m benchmarks.nanogpt_step --model /path/to/nanoGPT/model.py --corpus DIR --vocab 4096 [--compile] [--tuned]
 
-Prints one JSON object: {"tokens_per_second": …}. The step is nanoGPT's train.py: bf16 autocast, fused AdamW, clipping
-at 1.0, random batches from train.bin, on a GPU copied from pinned memory. As there, the CPU does not wait for the GPU
-after every step, but every few steps, as often as train.py logs beside it.
+Prints one JSON object: {"tokens_per_second": …}. The step is nanoGPT's train.py: bf16 autocast, AdamW (fused on a GPU
+alone), clipping at 1.0, random batches from train.bin, on a GPU copied from pinned memory. As there, the CPU does not
+wait for the GPU after every step, but every few steps, as often as train.py logs beside it. --tuned adds what our
+train.py does on a CPU and nanoGPT's does not: fused AdamW and reuse of freed memory.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import torch
 
 from benchmarks.shape import STEPS
 from gpt2lab.system.device import resolve_device, synchronize
+from gpt2lab.system.malloc_tuning import keep_freed_memory
+from launch.config.machine import usable_cores
 
 STEPS_OF_AN_INTERVAL = {"cuda": 5, "cpu": 1}  # timed together
 
@@ -54,6 +57,9 @@ def step_seconds(options: argparse.Namespace) -> list[float]:
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.n_positions}
     model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=options.vocab, dropout=0.0, bias=True, **sizes)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    if options.tuned:
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     step_model = torch.compile(model) if options.compile else model
     tokens = np.memmap(options.corpus / "train.bin", dtype=np.uint16, mode="r")
     seconds, length = [], STEPS_OF_AN_INTERVAL[device.type]
@@ -81,8 +87,12 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, required=True)
     parser.add_argument("--size", choices=STEPS, default="mini")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--tuned", action="store_true", help="fused AdamW, freed memory reused")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
+    torch.set_num_threads(len(usable_cores()))
+    if options.tuned and not keep_freed_memory():
+        raise SystemExit("This C library has no mallopt.")
     with contextlib.redirect_stdout(sys.stderr):  # the model file prints what it does
         seconds = step_seconds(options)
     timed = seconds[len(seconds) // 4 :]  # without warm-up

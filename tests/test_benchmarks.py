@@ -25,6 +25,7 @@ from benchmarks import (
     benchmark_ten_students,
     gpu_check,
 )
+from benchmarks.alternation import run_pairs
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.benchmark_tokens_to_loss import share_at
 from benchmarks.gpu_check import Check, verify
@@ -36,6 +37,7 @@ from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.reports.hf_folder import write_hf_folder
 from gpt2lab.settings import GREEDY, ModelShape
 from gpt2lab.system.device import peak_memory_bytes, reset_peak_memory
+from launch.config.machine import usable_cores
 from tests.conftest import ROOT, environment
 
 SMALL = {"width": 16, "rows": 64, "vocab_size": 300}
@@ -210,14 +212,28 @@ def test_benchmark_of_two_ranks_measures_text_and_muon(cache: Path) -> None:
 def test_the_loop_benchmark_runs(cache: Path) -> None:
     printed = run_benchmark(cache, "benchmark_loop", "--rounds=1", "--every=1")
     rows = cells(printed)
-    assert [row[0].partition(":")[0] for row in rows[::2]] == [
+    assert [row[0] for row in rows[::2]] == [
         "a step of mini",
         "until the first step of nano",
-        "40 steps of nano",
-        "4 steps of mini",
+        "10 steps of nano",
+        "2 steps of mini",
     ]
-    assert all(row[2] == "1.000" for row in rows[::2])
-    assert all(float(row[1]) > 0 for row in rows)
+    assert all(row[3].startswith("1.000 ") for row in rows[::2])
+    assert all(float(row[2]) > 0 for row in rows)
+
+
+def test_two_programs_at_once_run_on_different_cores() -> None:
+    if not sys.platform.startswith("linux") or len(usable_cores()) < 2:
+        pytest.skip("needs Linux and two cores")
+    command = [sys.executable, "-c", "import os; print(min(os.sched_getaffinity(0)))"]
+
+    def core() -> float:
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    first, second = run_pairs({"one": core, "other": core}, 2).values()
+    assert first == second[::-1]
+    assert len({*first}) == 2
+    assert len(usable_cores()) > 1, "the cores of the caller are restored"
 
 
 @pytest.mark.slow
@@ -290,7 +306,7 @@ def test_gpu_check_writes_rows_at_once_and_stops_in_time(tmp_path: Path) -> None
 
 
 def test_gpu_check_keeps_what_an_ended_check_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "LONGEST", 0.1)
+    monkeypatch.setattr(gpu_check, "TIMEOUT_FACTOR", 0.1)
     monkeypatch.setattr(gpu_check, "GRACE", 0.0)
 
     def overruns(bench: Bench) -> str:
