@@ -1,10 +1,10 @@
 """Label statistics: loss, rank and confidence of each target, without gradients and without a whole row of logits.
 
-Shapes: n targets, D hidden width, V vocabulary size, C rows of a chunk, W entries of a tile of the vocabulary.
+Shapes: n targets, D hidden width, V vocabulary size, C rows of a chunk, W tokens of a tile of the vocabulary.
 
-A CPU computes the logits of C targets and W entries at a time, which stay in its cache until they are summed; a GPU
-takes the whole vocabulary as one tile. Every logit is taken relative to that of its row's label, so the sum of their
-exponentials is the inverse of the label's probability.
+A CPU computes the logits of C targets and W tokens at a time, which stay in its cache until they are summed; a GPU
+takes the whole vocabulary as one tile. Every logit is taken relative to that of its row's label: the label's
+probability is 1 / Σ exp(logit − label's logit).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt2lab.losses.logit_chunks import transposed
 
 LOG2_E = math.log2(math.e)
-ROWS, ENTRIES = 1024, 1024  # of a tile on a CPU: 4 MiB in fp32
+ROWS, TOKENS_OF_A_TILE = 1024, 1024  # of a tile on a CPU: 4 MiB in fp32
 LOGITS_OF_A_CHUNK, ROWS_OF_A_CHUNK = 2**25, 512  # at most, on other devices; they take 128 MiB in fp32
 
 
@@ -42,7 +42,8 @@ class VocabularyTiles:
 
     Attributes:
         weight: (V, D).
-        matrices: (D, W) each, in the dtype of the matrix products; for 16-bit dtypes on a CPU copies.
+        matrices: (D, W) each, in the dtype of the matrix products; for 16-bit dtypes on a CPU copies. On a GPU W is V,
+            padded by `transposed`.
     """
 
     weight: Tensor
@@ -55,9 +56,9 @@ Chunk = tuple[Tensor, VocabularyTiles, Tensor]  # hidden states (C, D), head and
 @torch.no_grad()
 def vocabulary_tiles(weight: Tensor, dtype: torch.dtype) -> VocabularyTiles:
     """Cut a head (V, D) without padding into tiles for products in `dtype`."""
-    entries = ENTRIES if weight.device.type == "cpu" else len(weight)
+    width = TOKENS_OF_A_TILE if weight.device.type == "cpu" else len(weight)
     with torch.autocast(weight.device.type, enabled=False):
-        return VocabularyTiles(weight, tuple(transposed(part, dtype) for part in weight.split(entries)))
+        return VocabularyTiles(weight, tuple(transposed(part, dtype) for part in weight.split(width)))
 
 
 @torch.no_grad()
@@ -116,7 +117,10 @@ def _exponentials(scores: Tensor) -> Tensor:
 
 
 def _nats(sums: list[Tensor], hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> Tensor:
-    """Return the losses (C,) from the sums of exponentials (C,) of each tile, which overflow far above the label."""
+    """Return the losses (C,) from the sums of exponentials (C,) of each tile.
+
+    A sum overflows where a logit is far above the label's; such rows are computed again with logsumexp.
+    """
     nats = torch.stack(sums).sum(0).log()
     if (far := nats.isinf()).any():
         parts = [scores.logsumexp(1) for scores in _relative_logits(hidden[far], tiles, labels[far])]
@@ -134,7 +138,7 @@ def _relative_logits(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> 
     label_scores = (hidden.to(wide) * of_labels).sum(1, keepdim=True).to(hidden.dtype).to(wide)  # (C, 1)
     zeros, columns = (label_scores - label_scores).squeeze(1), labels
     for matrix in tiles.matrices:
-        scores = (hidden @ matrix).to(wide).sub_(label_scores)  # (C, W)
+        scores = (hidden @ matrix)[:, : len(tiles.weight)].to(wide).sub_(label_scores)  # (C, W), without padding
         own = ((columns >= 0) & (columns < scores.shape[1])).nonzero().squeeze(1)
         scores[own, columns[own]] = zeros[own]  # its two products may differ in their rounding
         yield scores

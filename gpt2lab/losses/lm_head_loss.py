@@ -19,7 +19,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2lab.data.batch import IGNORE_INDEX
@@ -30,8 +29,7 @@ from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSett
 from gpt2lab.system.device import compute_dtype
 
 BYTES_OF_A_CHUNK = 2**28  # of the student's logits, which three matrix products use
-ROWS_OF_A_TEACHER = 256  # rows of teacher logits, which one product uses; on a CPU, whole chunks on a GPU
-GPU_ALIGNMENT = 64  # V is padded to a multiple of this on a GPU: unpadded, 50,257 logits took 30 of 35 ms
+ROWS_OF_A_TEACHER = 256  # rows of one product with a teacher's head on a CPU; a GPU takes the whole chunk
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = compute_dtype(hidden)
-        prepare, add = _compiled_passes() if compiled else (_padded, _add)
+        prepare, add = _compiled_passes() if compiled else (transposed, _add)
         head = prepare(weight[:vocab_size], dtype)  # (D, V')
         read_teacher = teacher.reader(vocab_size, partial(_workspace_head, prepare, dtype)) if teacher else None
         # needs_input_grad is True under no_grad too, where validation would compute gradients that are not used.
@@ -202,7 +200,8 @@ def _logits(hidden: Tensor, head: Tensor, role: str) -> Tensor:
     rows, columns = hidden.shape[0], head.shape[1]
     workspace = _workspaces.get((role, head.dtype))
     if workspace is None or workspace.numel() < rows * columns:
-        workspace = _workspaces[role, head.dtype] = head.new_empty(rows * columns)
+        with torch.inference_mode(False):  # else a later training step could not write to it
+            workspace = _workspaces[role, head.dtype] = head.new_empty(rows * columns)
     return torch.mm(hidden, head, out=workspace[: rows * columns].view(rows, columns))
 
 
@@ -213,18 +212,6 @@ def _blocks(logits: Tensor) -> list[slice]:
 
 def _slices(rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pad and transpose (V, D) → (D, V')."""
-    if padding := _padding(weight):  # F.pad copies even without padding
-        return F.pad(weight.to(dtype), (0, 0, 0, padding)).T
-    return transposed(weight, dtype)
-
-
-def _padding(weight: Tensor) -> int:
-    """Return V' − V."""
-    return -len(weight) % GPU_ALIGNMENT if weight.device.type == "cuda" else 0
 
 
 def _outer_product(gradient: Tensor, chunk: Tensor) -> Tensor:
@@ -241,4 +228,4 @@ def _add(total: Tensor, summand: Tensor) -> None:
 @cache
 def _compiled_passes() -> tuple[Callable[[Tensor, torch.dtype], Tensor], Callable[[Tensor, Tensor], None]]:
     """Compile both to one pass over memory instead of two or three; importing the compiler takes a second."""
-    return torch.compile(_padded), torch.compile(_add)
+    return torch.compile(transposed), torch.compile(_add)

@@ -19,8 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from gpt2lab.model.attention_masks import SHORT_ATTENTION
 from gpt2lab.system.device import cpu_has_bf16
 
-LONGEST = 512  # positions; with more, the probabilities of training take too much memory
-LONGEST_UNSTORED = 1024  # causal and without a gradient, where no probabilities are kept
+MOST_POSITIONS = 512  # with more, the probabilities of training take too much memory
+MOST_WITHOUT_GRADIENT = 1024  # positions of causal attention that keeps no probabilities
 BLOCK = 128  # queries; a block does not compute the products with later keys
 # Where a CPU emulates bf16, two of these in one compiled graph give NaN (torch 2.13, avx512 without avx512_bf16)
 HAS_BF16 = cpu_has_bf16()
@@ -30,7 +30,7 @@ class _PlainAttention(torch.autograd.Function):
     """Softmax(scale · Q Kᵀ + bias) V with its gradient in closed form, for one block of queries after the other.
 
     A block reads the keys up to its last query. `bias` is added to the scores of the block's own positions, queries and
-    keys. Probabilities are kept for the backward pass only if `keeps`.
+    keys. Probabilities are kept for the backward pass only if `keeps_probabilities`.
     """
 
     @staticmethod
@@ -42,36 +42,44 @@ class _PlainAttention(torch.autograd.Function):
         bias: Tensor,
         scale: float,
         blocks: list[tuple[int, int]],
-        keeps: bool,
+        keeps_probabilities: bool,
     ) -> Tensor:
         shape, pairs = query.shape, (-1, *query.shape[-2:])  # products of 4-D tensors would copy their parts each time
         query, key, value = (query * scale).reshape(pairs), key.reshape(pairs), value.reshape(pairs)  # (B·H, T, D)
         output, saved = torch.empty_like(query), []
         for first, last in blocks:
             scores = torch.bmm(query[:, first:last], key[:, :last].mT)  # (B·H, last - first, last)
-            own = scores.view(*shape[:2], last - first, last)[..., first:]
-            own.add_(bias[..., : last - first, : last - first])
+            diagonal = scores.view(*shape[:2], last - first, last)[..., first:]
+            diagonal.add_(bias[..., : last - first, : last - first])
             probabilities = torch.softmax(scores, dim=-1)
             output[:, first:last] = torch.bmm(probabilities, value[:, :last])
-            saved += [probabilities] if keeps else []
+            saved += [probabilities] if keeps_probabilities else []
         ctx.save_for_backward(query, key, value, *saved)
         ctx.scale, ctx.blocks = scale, blocks
         return output.view(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved = ctx.saved_tensors
         shape, gradient = gradient.shape, gradient.reshape(query.shape)
-        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (first, last), probabilities in zip(ctx.blocks, saved, strict=True):
-            own = gradient[:, first:last]
-            of_probabilities = torch.bmm(own, value[:, :last].mT)
-            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[:, first:last] = torch.bmm(of_scores, key[:, :last])
-            of_key[:, :last] += torch.bmm(of_scores.mT, query[:, first:last])
-            of_value[:, :last] += torch.bmm(probabilities.mT, own)
-        return (of_query * ctx.scale).view(shape), of_key.view(shape), of_value.view(shape), None, None, None, None
+            grad_output = gradient[:, first:last]
+            grad_probabilities = torch.bmm(grad_output, value[:, :last].mT)
+            grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
+            grad_query[:, first:last] = torch.bmm(grad_scores, key[:, :last])
+            grad_key[:, :last] += torch.bmm(grad_scores.mT, query[:, first:last])
+            grad_value[:, :last] += torch.bmm(probabilities.mT, grad_output)
+        return (
+            (grad_query * ctx.scale).view(shape),
+            grad_key.view(shape),
+            grad_value.view(shape),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def short_attention(
@@ -89,17 +97,18 @@ def short_attention(
     Args:
         attention_mask: bool (B, 1, T, T); None: causal.
 
-    Sequences in bf16 on a CPU that has it in hardware, with at most LONGEST positions, without cache and dropout, are
-    computed here, all others by SDPA. A position that may attend to nothing gets the average of all values.
+    Sequences in bf16 on a CPU that has it in hardware, without cache and dropout, are computed here, all others by
+    SDPA. They have at most MOST_POSITIONS, or MOST_WITHOUT_GRADIENT if causal and without a gradient. A position that
+    may attend to nothing gets the average of all values.
     """
-    longest = LONGEST if torch.is_grad_enabled() or attention_mask is not None else LONGEST_UNSTORED
-    is_short = HAS_BF16 and query.shape == key.shape and 1 < query.shape[-2] <= longest and not dropout
+    most = MOST_POSITIONS if torch.is_grad_enabled() or attention_mask is not None else MOST_WITHOUT_GRADIENT
+    is_short = HAS_BF16 and query.shape == key.shape and 1 < query.shape[-2] <= most and not dropout
     if not is_short or query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     blocks = _blocks(query.shape[-2], is_causal=attention_mask is None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias, keeps = _bias(attention_mask, query, blocks), torch.is_grad_enabled()
-    output = _PlainAttention.apply(query, key, value, bias, scale, blocks, keeps)
+    bias = _bias(attention_mask, query, blocks)
+    output = _PlainAttention.apply(query, key, value, bias, scale, blocks, torch.is_grad_enabled())
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -107,7 +116,7 @@ def _blocks(length: int, is_causal: bool) -> list[tuple[int, int]]:
     """Return (first query, last + 1) of the blocks; a mask may let a query see later keys, so it has a single one."""
     if not is_causal:
         return [(0, length)]
-    if torch.compiler.is_compiling():  # with a number of blocks that follows from the length, each would be compiled
+    if torch.compiler.is_compiling():  # a number of blocks that depends on the length would be compiled again
         return [(0, length // 2), (length // 2, length)]
     return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
 

@@ -14,7 +14,7 @@ import torch
 from gpt2lab.distillation.teacher_cache import LOGITS_AT_A_TIME as TEACHER_CACHE_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_A_CHUNK as COMPILED_METRIC_LOGITS
 from gpt2lab.evaluation.distillation_metrics import LOGITS_OF_AN_UNCOMPILED_CHUNK as METRIC_LOGITS
-from gpt2lab.losses.label_statistics import ENTRIES, ROWS
+from gpt2lab.losses.label_statistics import ROWS, TOKENS_OF_A_TILE
 from gpt2lab.losses.lm_head_loss import ROWS_OF_A_TEACHER, rows_of_a_chunk
 from gpt2lab.losses.logit_chunks import LOGITS_OF_A_BLOCK
 from gpt2lab.losses.target_losses import LOGITS_OF_A_CHUNK as VALIDATION_LOGITS
@@ -24,7 +24,7 @@ from gpt2lab.settings import ModelShape, PrecisionSettings
 from gpt2lab.storage.model_folder import parameter_count
 from gpt2lab.system.device import multiplies_bf16
 
-LOGITS_OF_A_TILE = ROWS * ENTRIES  # of a validation on a CPU
+LOGITS_OF_A_TILE = ROWS * TOKENS_OF_A_TILE  # of a validation on a CPU
 FP32 = PrecisionSettings("fp32", "32-true", "float32", "float32", "float32")
 # fp32 tensors of the size of a block of logits that a loss and its gradient need at once, without torch.compile
 CROSS_ENTROPY_TENSORS = 4.25
@@ -223,7 +223,7 @@ def _attention_bytes(sizes: RunSizes) -> int:
         return mask
     if shape.dropout:  # no fused kernel
         return mask + 12 * probabilities + 8 * shape.n_embd
-    if not short_attention.HAS_BF16 or sizes.compute_bytes != 2 or sizes.length > short_attention.LONGEST:
+    if not short_attention.HAS_BF16 or sizes.compute_bytes != 2 or sizes.length > short_attention.MOST_POSITIONS:
         return mask
     if not sizes.masked:  # a block of queries has probabilities of the keys up to its end
         probabilities = shape.n_head * min(sizes.length, (sizes.length + short_attention.BLOCK) // 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2lab.losses.label_statistics import ENTRIES, ROWS, LabelStatistics, label_statistics, vocabulary_tiles
+from gpt2lab.losses.label_statistics import ROWS, TOKENS_OF_A_TILE, LabelStatistics, label_statistics, vocabulary_tiles
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 
@@ -29,7 +29,7 @@ def inputs(targets: int, vocab_size: int, scale: float = 1.0) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("vocab_size", [2, ENTRIES, ENTRIES + 1, 2 * ENTRIES + 300])
+@pytest.mark.parametrize("vocab_size", [2, TOKENS_OF_A_TILE, TOKENS_OF_A_TILE + 1, 2 * TOKENS_OF_A_TILE + 300])
 @pytest.mark.parametrize("targets", [0, 1, 5, ROWS + 7])
 def test_label_statistics_equal_those_of_whole_rows(targets: int, vocab_size: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = inputs(targets, vocab_size)
@@ -44,7 +44,7 @@ def test_label_statistics_equal_those_of_whole_rows(targets: int, vocab_size: in
 
 @pytest.mark.parametrize("targets", [1, ROWS + 7])
 def test_bf16_logits_change_the_statistics_by_their_rounding(targets: int) -> None:
-    hidden, weight, labels = inputs(targets, 2 * ENTRIES + 300, scale=0.2)
+    hidden, weight, labels = inputs(targets, 2 * TOKENS_OF_A_TILE + 300, scale=0.2)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     found = label_statistics(hidden, vocabulary_tiles(weight, torch.bfloat16), labels)
     expected = plain_statistics(hidden, weight, labels)
@@ -57,7 +57,7 @@ def test_bf16_logits_change_the_statistics_by_their_rounding(targets: int) -> No
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e6])
 def test_logits_hundreds_of_nats_apart_have_finite_losses(scale: float) -> None:
-    hidden, weight, labels = inputs(50, 2 * ENTRIES + 300, scale)
+    hidden, weight, labels = inputs(50, 2 * TOKENS_OF_A_TILE + 300, scale)
     found = label_statistics(hidden, vocabulary_tiles(weight, torch.float32), labels)
     expected = plain_statistics(hidden, weight, labels)
     torch.testing.assert_close(found.nats.double(), expected.nats, rtol=2e-6, atol=scale * 1e-5)
@@ -65,10 +65,12 @@ def test_logits_hundreds_of_nats_apart_have_finite_losses(scale: float) -> None:
 
 
 def test_equal_logits_do_not_outrank_the_label() -> None:
-    hidden, weight = torch.ones(3, 8), torch.ones(ENTRIES + 5, 8)
-    found = label_statistics(hidden, vocabulary_tiles(weight, torch.float32), torch.tensor([0, ENTRIES, ENTRIES + 4]))
+    hidden, weight = torch.ones(3, 8), torch.ones(TOKENS_OF_A_TILE + 5, 8)
+    found = label_statistics(
+        hidden, vocabulary_tiles(weight, torch.float32), torch.tensor([0, TOKENS_OF_A_TILE, TOKENS_OF_A_TILE + 4])
+    )
     assert found.rank.tolist() == [0, 0, 0]
-    torch.testing.assert_close(found.confidence, torch.full((3,), 1 / (ENTRIES + 5)))
+    torch.testing.assert_close(found.confidence, torch.full((3,), 1 / (TOKENS_OF_A_TILE + 5)))
 
 
 def test_infinite_hidden_states_give_no_finite_loss() -> None:

@@ -304,7 +304,7 @@ def test_draws_are_refused_for_losses_they_would_bias(mix) -> None:
 def test_logits_padded_as_on_a_gpu_equal_the_dense_twin(
     mix, compiled, tolerance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt2lab.losses.lm_head_loss._padding", lambda weight: -len(weight) % 64)
+    monkeypatch.setattr("gpt2lab.losses.logit_chunks.padding_rows", lambda weight: -len(weight) % 64)
     hidden, weight, labels, teacher = example(torch.float64)
     teacher = teacher if mix else None
     result = lm_head_loss(hidden, weight, labels, teacher=teacher, loss=mix, chunk_rows=7, compiled=compiled)
@@ -368,3 +368,13 @@ def test_values_under_no_grad_are_equal_and_form_no_gradient(mix) -> None:
         scored = lm_head_loss(hidden, weight, labels, **given)
     assert torch.equal(trained.total, scored.total)
     assert torch.equal(trained.divergence, scored.divergence)
+
+
+def test_training_works_after_a_loss_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2lab.losses.lm_head_loss._workspaces", {})
+    hidden, weight, labels, _ = example(torch.float32)
+    with torch.inference_mode():
+        expected = lm_head_loss(hidden, weight, labels).total.item()
+    result = lm_head_loss(hidden, weight, labels)
+    result.total.backward()
+    assert result.total.item() == expected

@@ -6,11 +6,13 @@ from typing import Self
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2lab.evaluation.distillation_metrics import distillation_sums
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.losses.divergences import Distribution, Divergence, softmax
+from gpt2lab.losses.label_statistics import label_statistics, vocabulary_tiles
 from gpt2lab.losses.lm_head_loss import lm_head_loss
 from gpt2lab.losses.logit_chunks import Head, logit_chunks
 from gpt2lab.losses.teacher_signal import Classes, TeacherChunk, TeacherSignal, log_softmax, token_classes, top_tokens
@@ -36,6 +38,16 @@ def test_chunks_join_to_the_whole_product_without_gradients(head, most, rows, ch
     joined = torch.cat([logits for _, logits in found])
     assert not joined.requires_grad
     torch.testing.assert_close(joined, (hidden @ weight.T).detach())
+
+
+def test_chunks_padded_as_on_a_gpu_join_to_the_whole_product(head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2lab.losses.logit_chunks.padding_rows", lambda weight: -len(weight) % 64)
+    hidden, weight = (tensor.detach() for tensor in head)
+    (_, logits), labels = next(logit_chunks(hidden, weight)), torch.arange(ROWS)
+    torch.testing.assert_close(logits, hidden @ weight.T)
+    found = label_statistics(hidden, vocabulary_tiles(weight, torch.float32), labels)
+    torch.testing.assert_close(found.nats, F.cross_entropy(hidden @ weight.T, labels, reduction="none"))
+    assert (found.rank < VOCABULARY).all()
 
 
 def test_no_rows_give_one_empty_chunk(head) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gpt2lab.model import short_attention as module_of_attention
 from gpt2lab.model.backbone import Backbone
-from gpt2lab.model.short_attention import BLOCK, LONGEST, LONGEST_UNSTORED, short_attention
+from gpt2lab.model.short_attention import BLOCK, MOST_POSITIONS, MOST_WITHOUT_GRADIENT, short_attention
 from gpt2lab.settings import ModelShape
 from gpt2lab.system.device import cpu_has_bf16
 
@@ -31,7 +31,7 @@ def masks(length: int) -> dict[str, torch.Tensor | None]:
     return {"causal": None, "packed": packed, "bidirectional": torch.ones_like(causal)}
 
 
-@pytest.mark.parametrize("length", [3, 4, 33, BLOCK, BLOCK + 1, 3 * BLOCK - 1, LONGEST])
+@pytest.mark.parametrize("length", [3, 4, 33, BLOCK, BLOCK + 1, 3 * BLOCK - 1, MOST_POSITIONS])
 @pytest.mark.parametrize("name", masks(2))
 def test_attention_and_gradients_are_those_of_fp32(length: int, name: str) -> None:
     mask = masks(length)[name]
@@ -53,7 +53,7 @@ def test_attention_and_gradients_are_those_of_fp32(length: int, name: str) -> No
 @pytest.mark.parametrize("kind", ["fp32", "one position", "long", "longer", "cache", "dropout", "emulated"])
 def test_all_other_attention_is_sdpas(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_of_attention, "HAS_BF16", kind != "emulated")
-    length = {"one position": 1, "long": LONGEST + 1, "longer": LONGEST_UNSTORED + 1}.get(kind, 5)
+    length = {"one position": 1, "long": MOST_POSITIONS + 1, "longer": MOST_WITHOUT_GRADIENT + 1}.get(kind, 5)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     key, value = torch.randn(2, B, H, length, D, dtype=dtype)
     query = torch.randn(B, H, 2, D, dtype=dtype) if kind == "cache" else torch.randn(B, H, length, D, dtype=dtype)
@@ -70,7 +70,7 @@ def test_all_other_attention_is_sdpas(kind: str, monkeypatch: pytest.MonkeyPatch
 
 @torch.no_grad()
 def test_longer_attention_without_gradient_is_that_of_fp32() -> None:
-    inputs = torch.randn(3, B, H, LONGEST_UNSTORED, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = torch.randn(3, B, H, MOST_WITHOUT_GRADIENT, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     found, _ = short_attention(torch.nn.Identity(), *inputs, None)
     expected = F.scaled_dot_product_attention(*inputs.float(), is_causal=True).transpose(1, 2)
     assert relative(found.float(), expected) < CLOSE
