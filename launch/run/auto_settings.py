@@ -15,6 +15,7 @@ import torch
 
 from gpt2lab.errors import InputError
 from gpt2lab.settings import PrecisionSettings
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.model_folder import matmul_parameter_count
 from gpt2lab.system.device import multiplies_bf16, resident_memory_bytes
 from gpt2lab.system.free_memory import free_bytes
@@ -29,8 +30,8 @@ from launch.memory.run_sizes import expected_vocabulary, fastest_micro_batch, ra
 
 log = logging.getLogger(__name__)
 
-# GPU: 6 · parameters · tokens per second of eager training, and the share of its time that compiled blocks save: small
-# on an H200 (benchmarks/RESULTS.md). What compiling costs is an estimate
+# Of model small on an H200 (benchmarks/RESULTS.md): FLOP/s of eager training, and the share of its time that compiled
+# blocks save. The cost of compiling is an estimate
 GPU_FLOPS, COMPILE_GAIN, COMPILE_SECONDS = 180e12, 0.35, 60.0
 USED = 0.9  # share of the free memory that a micro-batch may fill: other programs grow too, and a plan is not exact
 HEAD_COMPILE_STEPS = 50  # compiling the work on the LM head's logits takes seconds and then halves its time
@@ -78,7 +79,7 @@ def free_memory(config: RunConfig) -> int | None:
 
 
 def _largest_that_fits(config: RunConfig, inputs: Inputs, machine: Machine, free: int | None) -> int:
-    """Sequences of the largest micro-batch that gains speed by its size and fits into the free memory."""
+    """Return the sequences of the largest micro-batch that fits into the free memory, up to the fastest size."""
     fastest, process = fastest_micro_batch(config, machine), resident_memory_bytes()
     room = rank_memory_limit(machine, free, process)
     if room is None:
@@ -109,9 +110,13 @@ def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
     given = str(spec.config.compile).lower()
     fixed = not spec.config.sequences.on_policy  # text of the student has another length at every step
     pays = fixed and spec.machine.accelerator == "gpu" and _saves_time(spec, vocab_size)
-    requested = given == "true" or (given == "auto" and pays)
+    return _compiles(given == "true" or (given == "auto" and pays))
+
+
+def _compiles(requested: bool) -> bool:
+    """Return whether to compile what is requested; a machine that cannot is reported."""
     if requested and not has_compiler():
-        log.warning("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
+        warn_once("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
     return requested and has_compiler()
 
 
@@ -119,14 +124,13 @@ def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
     config = spec.config
     tokens = config.steps * config.global_batch_rows * config.context
     work = 6 * matmul_parameter_count({**vars(spec.resolved.model), "vocab_size": vocab_size}) * tokens
-    return work / (GPU_FLOPS * spec.machine.devices) * COMPILE_GAIN > COMPILE_SECONDS
+    return work / (GPU_FLOPS * spec.machine.world_size) * COMPILE_GAIN > COMPILE_SECONDS
 
 
 def compiling_the_head_pays(spec: RunSpec) -> bool:
     """Return whether to compile the work on the LM head's logits, on any device."""
     given, enough = str(spec.config.compile).lower(), spec.config.steps >= HEAD_COMPILE_STEPS
-    requested = given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough)
-    return requested and has_compiler()
+    return _compiles(given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough))
 
 
 def has_compiler() -> bool:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from callbacks.loggers.metrics_csv import MetricsCsv
 from gpt2lab.settings import DataFacts
+from gpt2lab.storage.damaged_files import warn_once
 from gpt2lab.storage.model_folder import parameter_count
 from launch import logging_setup
 from launch.checks import checks
@@ -352,11 +353,22 @@ def test_tokenizer_is_that_of_the_config(tmp_path: Path):
     assert (hub.kind, hub.source) == ("pretrained", "./mine")
 
 
-def test_training_without_a_compiler_is_eager_with_a_warning(monkeypatch: pytest.MonkeyPatch, capfd):
+@pytest.mark.parametrize("given", ["true", "auto"])
+def test_training_without_a_compiler_is_eager_with_a_warning(given: str, monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.setenv("CXX", "no-such-compiler")
     logging_setup.configure_logging()
-    assert auto_settings.compile_pays(resolved(composed("compile=true", "accelerator=cpu")), 4096) is False
-    assert "runs eagerly" in capfd.readouterr().err
+    warn_once.cache_clear()
+    spec = resolved(composed(f"compile={given}", "accelerator=cpu", "steps=1000"))
+    assert auto_settings.compile_pays(spec, 4096) is False
+    assert auto_settings.compiling_the_head_pays(spec) is False
+    assert capfd.readouterr().err.count("runs eagerly") == 1
+
+
+def test_compiling_pays_later_on_more_machines() -> None:
+    spec = on_gpu(composed("model=small", "batch_tokens=131072", "steps=600"))
+    several = replace(spec, resolved=replace(spec.resolved, machine=replace(spec.machine, num_nodes=4)))
+    assert auto_settings._saves_time(spec, 50_257)
+    assert not auto_settings._saves_time(several, 50_257)
 
 
 def on_gpu(config: RunConfig) -> RunSpec:
