@@ -2,9 +2,11 @@
 
 profile/trace-rank0.json.gz         every operation and GPU kernel, for https://ui.perfetto.dev or chrome://tracing
 profile/operations-rank0.txt        the operations with the most time, and those that allocate the most memory
-profile/memory-rank0.pickle         on a GPU: every allocation, for https://pytorch.org/memory_viz
+profile/memory-rank0.pickle         on a GPU: the last 200,000 allocations, for https://pytorch.org/memory_viz; where a
+                                    profiled step fails, as without enough memory, this file alone
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,12 @@ class Profile(lightning.Callback):
         self._finish(trainer, pl_module.device)
 
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        if self.profiler is not None:
-            self.profiler.stop()
-            self.profiler = None
+        if self.profiler is None:
+            return
+        self.profiler.stop()
+        self.profiler = None
+        with contextlib.suppress(OSError):  # a full disk does not hide the exception
+            _write_memory(_folder(trainer), trainer.global_rank, pl_module.device)
 
     def _start(self, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU]
@@ -78,15 +83,25 @@ class Profile(lightning.Callback):
             return
         profiler, self.profiler = self.profiler, None
         profiler.stop()
-        folder, rank = Path(trainer.default_root_dir) / FOLDER, f"rank{trainer.global_rank}"
+        folder, rank = _folder(trainer), trainer.global_rank
         with input_error_when_full(f"the profile {folder}", "Free some space, or leave out profile."):
             folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
-            (folder / f"operations-{rank}.txt").write_text(_tables(profiler, device))
-            if device.type == "cuda":
-                torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
+            profiler.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
+            (folder / f"operations-rank{rank}.txt").write_text(_tables(profiler, device))
+            _write_memory(folder, rank, device)
         log.info("profile of steps %d to %d: %s", self.steps.start, trainer.global_step, folder)
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / FOLDER
+
+
+def _write_memory(folder: Path, rank: int, device: torch.device) -> None:
+    """Write the allocations recorded on a GPU, and record no more."""
+    if device.type == "cuda":
+        folder.mkdir(exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(folder / f"memory-rank{rank}.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _tables(profiler: torch.profiler.profile, device: torch.device) -> str:
