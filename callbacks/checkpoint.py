@@ -107,7 +107,7 @@ class Checkpoint(lightning.Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         # A checkpoint saved before the validation lacks its results, which some tasks depend on.
         if self._is_due(trainer) or trainer.should_stop:
-            with torch.inference_mode(mode=False), torch.no_grad():  # validation runs in inference mode
+            with torch.inference_mode(mode=False), torch.no_grad():  # a trainer may validate in inference mode
                 self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

@@ -22,7 +22,8 @@ BLOCK = re.compile(r"\.h\.(\d+)\.")
 class LayerStats(lightning.Callback):
     """Log both every `log_every` steps; a copy of the trained weights exists during these steps.
 
-    A layer is a block, the embeddings, or the final layer norm; weights that are not trained are left out.
+    A layer is a block, the embeddings, the final layer norm, or the projection to the teacher's width; weights that are
+    not trained are left out.
     """
 
     def __init__(self) -> None:

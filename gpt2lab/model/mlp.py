@@ -2,8 +2,9 @@
 
 Shapes: D hidden width, F inner width (4 · D).
 
-There PyTorch's GELU takes half the time of the product before it, most of it in tanh. Compiled code computes it with
-one exponential instead, since (1 + tanh u) / 2 is sigmoid(2u). Without a gradient, product and GELU are one operation.
+On a CPU PyTorch's tanh GELU takes half as long as the linear layer before it, most of it in tanh. Compiled code
+computes it with one exponential instead, since (1 + tanh u) / 2 is sigmoid(2u). Without a gradient, the linear layer
+and GELU are one oneDNN operation.
 """
 
 import math
@@ -43,7 +44,8 @@ class Gelu(nn.Module):
     """Tanh GELU.
 
     Attributes:
-        compiled: whether forward and backward are compiled on a CPU, each to one pass over memory.
+        compiled: whether forward and backward are compiled on a CPU, each to one pass over memory; set by
+            `Backbone.compile_gelu`.
     """
 
     def __init__(self) -> None:
@@ -60,7 +62,7 @@ class Gelu(nn.Module):
 
 
 class _CompiledGelu(torch.autograd.Function):
-    """GELU with its gradient in closed form; both see a vector, so that they are compiled once for every shape."""
+    """GELU with its gradient in closed form. Inputs are flattened, so that one compiled function serves all shapes."""
 
     @staticmethod
     def forward(ctx: Any, inner: Tensor) -> Tensor:
@@ -75,9 +77,9 @@ class _CompiledGelu(torch.autograd.Function):
 
 
 def fuses_gelu(linear: nn.Module, hidden: Tensor) -> bool:
-    """Return whether `linear_gelu` computes GELU(linear(hidden)) here, faster than one after the other.
+    """Return whether `linear_gelu` is available for these inputs, and faster than GELU(linear(hidden)).
 
-    Not so with an adapter, with a sharded weight and with few rows.
+    Adapters, sharded weights and fewer than FEWEST_FUSED rows are excluded.
     """
     if hidden.device.type != "cpu" or torch.compiler.is_compiling() or not onednn.has_operators():
         return False

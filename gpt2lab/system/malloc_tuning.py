@@ -1,4 +1,4 @@
-"""malloc tuning: keep host memory that a training step frees for the next step."""
+"""malloc tuning: keep freed host memory in the process, so that the next training step can reuse it."""
 
 import ctypes
 
@@ -9,8 +9,8 @@ LARGEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Make malloc reuse freed memory; return whether the C library supports it (glibc).
 
-    By default glibc maps every large tensor again and the kernel zeroes its pages, which takes a quarter of a CPU
-    training step at a vocabulary of 50,257 (docs/performance.md). The cost: the process keeps its peak memory.
+    By default glibc maps every large tensor again and the kernel zeroes its pages, which takes a tenth to a quarter of
+    a CPU training step at a vocabulary of 50,257 (docs/performance.md). The cost: the process keeps its peak memory.
 
     Source: mallopt(3).
     """

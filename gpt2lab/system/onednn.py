@@ -1,4 +1,4 @@
-"""oneDNN: the operators of PyTorch's CPU library to which Inductor compiles; not part of PyTorch's public interface."""
+"""oneDNN: private operators of PyTorch, to which Inductor compiles linear layers on a CPU."""
 
 from typing import Any
 
