@@ -87,12 +87,11 @@ class ProgressBar(lightning.Callback, ShowsPhases):
             self._is_measured = True
             throughput = find_throughput(trainer)
             self._started, self._first_step = time.monotonic(), step
-            self._trained = throughput.seconds[TRAIN] if throughput is not None else 0.0
+            self._trained = throughput.seconds_so_far(TRAIN) if throughput is not None else 0.0
             return
         if step == self._first_step + MEASURED_STEPS and total - step > MEASURED_STEPS:
             show(f"About {self._left(trainer)} left, at the speed of the first {MEASURED_STEPS} steps.")
         if time.monotonic() - self._drawn > REFRESH or step == total:
-            # Reading the numbers synchronizes the GPU
             self._training.numbers, self._training.remaining = _numbers(trainer), self._remaining(trainer)
             self._training.refresh(at_once=True)
             self._drawn = time.monotonic()

@@ -29,8 +29,7 @@ def remaining_seconds(trainer: Trainer, first_step: int, elapsed: float, trained
     limit = min((left for left in map(_time_left, trainer.callbacks) if left is not None), default=math.inf)
     if clock is None:
         return min(elapsed / (step - first_step) * (last - step), limit)
-    clock.seconds_by_phase()  # counts the time until now
-    per_step = (clock.seconds[TRAIN] - trained) / (step - first_step)
+    per_step = (clock.seconds_so_far(TRAIN) - trained) / (step - first_step)
     per_validation = clock.mean(VALIDATE) or per_step * _steps_of_a_validation(trainer)
     validations = count_events(step, last, max(int(trainer.val_check_batch) // trainer.accumulate_grad_batches, 1))
     score = _validations_of_the_score(trainer)

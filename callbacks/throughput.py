@@ -70,6 +70,10 @@ class Throughput(lightning.Callback):
         self._enter(self._phase)
         return {phase: self._earlier[phase] + self.seconds[phase] for phase in PHASES}
 
+    def seconds_so_far(self, phase: str) -> float:
+        """Return the seconds of a phase since the run was started or resumed, without a wait for a GPU's queue."""
+        return self.seconds[phase] + (time.perf_counter() - self._since if phase == self._phase else 0.0)
+
     def mean(self, phase: str) -> float | None:
         """Return the mean seconds of a phase each time it was entered; None if it was not."""
         return self.seconds[phase] / self.entered[phase] if self.entered[phase] else None

@@ -77,6 +77,38 @@ def test_phases_and_remaining_time_count_everything(tmp_path: Path, monkeypatch:
     assert before > (STEPS - 3) * tiny_run.ACCUMULATE, "a validation that is not measured yet is estimated"
 
 
+class Estimates(ProgressBar):
+    """Records the estimate before each step."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.found: dict[int, tuple[float, float | None]] = {}  # step → (time, estimate of the rest)
+
+    def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+        super().on_train_batch_start(trainer, *rest)
+        if trainer.global_step > 8 and trainer.global_step not in self.found:
+            self.found[trainer.global_step] = (self.clock.now, self._remaining(trainer))
+
+
+class SlowStart(Clock):
+    """Takes 1,000 seconds more for the first step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.now += 1_000 * (trainer.global_step == 0)
+
+
+def test_eta_leaves_out_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SlowStart()
+    bar = Estimates(clock)
+    monkeypatch.setattr("callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    tiny_run.train(tmp_path / "run", tmp_path / "cache", steps=STEPS, extra=[bar, clock])
+    assert {step: rest for step, (_, rest) in bar.found.items()} == {
+        step: clock.now - at for step, (at, _) in bar.found.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("first", "last", "every", "count"),
     [(0, 300, 100, 3), (0, 250, 100, 3), (200, 250, 100, 1), (100, 200, 100, 1), (99, 100, 100, 1), (100, 100, 100, 0)],
