@@ -57,9 +57,10 @@ class Interrupt(lightning.Callback):
         # Before Lightning installs its handlers; that of SIGTERM waits for other ranks.
         self._previous = {number: signal.getsignal(number) for number in SIGNALS}
         pl_module.stop_request = self._request
-        trainer.fit_loop.epoch_loop.val_loop = StoppableValidation(
-            trainer, lambda: self._stop_validation(trainer, pl_module)
-        )
+        loop = trainer.fit_loop.epoch_loop
+        loop.val_loop = StoppableValidation(trainer, lambda: self._stop_validation(trainer, pl_module))
+        # Lightning's ranks exchange a received SIGTERM before every micro-batch, for which they wait for their GPUs
+        loop._broadcast_sigterm_tensor = _nothing
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -130,6 +131,10 @@ class Interrupt(lightning.Callback):
                 raise StoppedNowError
             self._first_press = self._first_press or pressed
         self._request.reason = signal.Signals(number).name
+
+
+def _nothing() -> None:
+    """Do nothing: `StopRequest.agree` exchanges signals, after each step and between CPUs."""
 
 
 class StoppableValidation(_EvaluationLoop):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -207,6 +208,14 @@ def test_loss_spike_stops_the_run_only_if_configured(cache, tmp_path, caplog):
         else:
             assert (report["status"], report["stopped_by"]) == ("stopped", "loss spike")
             assert newest_good_checkpoint(run_dir).name == f"step-{trainer.global_step:06d}.ckpt"
+
+
+def test_micro_batches_do_not_wait_for_signals_of_other_ranks(cache: Path, tmp_path: Path) -> None:
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor), "Lightning's exchange has another name"
+    trainer, _ = tiny_run.train(tmp_path / "run", cache, steps=1, extra=[Interrupt()])
+    exchange = trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+    assert exchange is not _TrainingEpochLoop._broadcast_sigterm_tensor.__get__(trainer.fit_loop.epoch_loop)
+    assert exchange.__module__ == Interrupt.__module__
 
 
 def test_unknown_action_on_a_spike_is_refused():
