@@ -172,7 +172,9 @@ class SampleDataModule(lightning.LightningDataModule):
         """Load micro-batches of this rank from the trainer's optimizer step on, without end."""
         if self.workers:
             shorten_for_multiprocessing()
-        loader = TrainingLoader(self._stream(), batch_size=None, shuffle=False, num_workers=self.workers)
+        loader = TrainingLoader(
+            self._stream(), batch_size=None, shuffle=False, num_workers=self.workers, pin_memory=self._feeds_gpu
+        )
         loader.optimizer_step = lambda: self._rank_and_step()[2]
         return loader
 
@@ -239,7 +241,11 @@ class SampleDataModule(lightning.LightningDataModule):
     def _sequential_loader(self, samples: Samples, rows: NDArray[np.int64] | None = None) -> DataLoader:
         rank, world, _ = self._rank_and_step()
         batches = SequentialBatches(samples, self.eval_batch_sequences, rank, world, rows)
-        return DataLoader(batches, batch_size=None, shuffle=False)
+        return DataLoader(batches, batch_size=None, shuffle=False, pin_memory=self._feeds_gpu)
+
+    @property
+    def _feeds_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _rank_and_step(self) -> tuple[int, int, int]:
         """Return (rank, number of ranks, optimizer step to start from)."""

@@ -90,6 +90,8 @@ class Distill(LanguageModel):
 
     def on_fit_start(self) -> None:
         if not self.cache:
+            if self.settings.compiled != "nothing" and self.device.type == "cuda":  # a CPU gains nothing
+                self.teacher.compile()
             if self.shard_teacher:
                 self.teacher.backbone.to(self._teacher_dtype)
                 self.teacher.shard(self.device_mesh["data_parallel"])
@@ -186,7 +188,7 @@ class Distill(LanguageModel):
 
         sums = self.backbone(batch.input_ids, head, batch.spans)
         if self.cache:  # some labels are not among the stored tokens, so the loss is stored too
-            nats = self.cache["val"].nats(batch.indices.cpu().numpy())
+            nats = self.cache["val"].nats(batch.indices.numpy())
             sums[metric_names.DISTILL_TEACHER_LOSS] = torch.tensor(nats)
         return sums
 

@@ -4,8 +4,8 @@ Shapes: B sequences of one micro-batch on one rank, T positions each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,27 @@ class Batch:
     on_policy: bool = False  # whether the student generated the text, so that its labels carry no information
     places: Tensor | None = None  # (B,) int64, in a validation: the place of each sample among those that it reads
     documents: Tensor | None = None  # (targets,) int64, row by row: the document group of each, for standard errors
+    row_targets: Tensor | None = None  # (B,) int64: number of targets of each row, of a batch on another device
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with what a device gets in pinned memory, which a GPU reads while it computes."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._read_by_device()})
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device, without what only the CPU reads: reading it back would wait for a GPU.
+
+        The targets of its rows are counted before they leave the CPU.
+        """
+        is_async, tensors = device.type == "cuda", self._read_by_device()
+        row_targets = self.row_targets
+        if row_targets is None and device.type != "cpu":
+            row_targets = (self.labels != IGNORE_INDEX).sum(1)
+        moved = {name: tensor.to(device, non_blocking=is_async) for name, tensor in tensors}
+        return replace(self, row_targets=row_targets, **moved)
+
+    def _read_by_device(self) -> list[tuple[str, Any]]:
+        tensors = {"input_ids": self.input_ids, "labels": self.labels, "spans": self.spans, "documents": self.documents}
+        return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
 
     def spans_on(self, device: torch.device) -> Tensor | None:
         """Return the spans, moved to a device."""

@@ -41,11 +41,21 @@ class OnlineTeacher:
             weight = self.backbone.lm.transformer.wte.weight
             weight.data = weight.data.T.contiguous().T  # spares a copy per step; embedding lookups are slightly slower
 
+    def compile(self) -> None:
+        """Compile the blocks, each for a pass without gradients."""
+        self.backbone.compile_blocks()
+
     @torch.no_grad()
     def signal(self, input_ids: Tensor, spans: Tensor | None = None) -> DenseTeacher:
-        """Return the signal for input_ids (B, T) and attention spans (B, T, 2): B·T positions."""
+        """Return the signal for input_ids (B, T) and attention spans (B, T, 2): B·T positions.
+
+        Weights in the dtype of autocast need none: on a GPU it would compute layer norms in fp32.
+        """
         self.backbone.eval()
-        return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
+        kind, dtype = input_ids.device.type, self.backbone.lm.transformer.wte.weight.dtype
+        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
+        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=casts):
+            return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
 
     def aligned_signal(self, text: AlignedText, vocab_size: int) -> AlignedTeacher:
         """Return the signal for text in the teacher's own tokens; a padded head is truncated to `vocab_size`."""

@@ -123,13 +123,13 @@ class CacheSide:
     def signal(self, batch: Batch) -> TeacherSignal:
         """Return the teacher's distributions at the batch's targets, in the order of its flattened labels."""
         records = self._map("bin", self._record)
-        samples = batch.indices.cpu().numpy()
+        samples = batch.indices.numpy()
         found = records[record_numbers(self._map("index", "<i8"), samples, _targets_of_rows(batch)[: len(samples)])]
         device = batch.input_ids.device
-        ids = torch.from_numpy(found["ids"].astype(np.int64)).to(device)
+        ids = _on_device(found["ids"].astype(np.int32), device).long()
         if self.settings.name == "sampled":
-            return SampledTeacher(ids, torch.from_numpy(found["entropy"].astype(np.float32)).to(device))
-        logs = torch.from_numpy(np.column_stack([found["logs"].astype(np.float32), found["tail_log"]])).to(device)
+            return SampledTeacher(ids, _on_device(found["entropy"].astype(np.float32), device))
+        logs = _on_device(np.column_stack([found["logs"].astype(np.float32), found["tail_log"]]), device)
         if not self.settings.tail:
             logs[:, -1] = -torch.inf
             logs = logs.log_softmax(1)
@@ -166,9 +166,16 @@ class CacheSide:
         return records, losses
 
 
+def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to a device; a GPU reads from pinned memory, so that the CPU does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _targets_of_rows(batch: Batch) -> NDArray[np.int64]:
     """Return the number of targets (B,) of each row."""
-    return (batch.labels != IGNORE_INDEX).sum(1).cpu().numpy()
+    counts = (batch.labels != IGNORE_INDEX).sum(1) if batch.row_targets is None else batch.row_targets
+    return counts.cpu().numpy()
 
 
 def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,11 +43,12 @@ def pairs_file(tmp_path, words) -> Path:
 
 
 class Place:
-    """Rank, number of ranks and optimizer step, which a data module reads from its trainer; no overfitting."""
+    """What a data module reads from its trainer: rank, number of ranks, optimizer step and device; no overfitting."""
 
     def __init__(self, rank: int, world: int, step: int = 0) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world, step
         self.overfit_batches = 0
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def make(path: Path | str, cache: Path, changed: dict[str, object] | None = None) -> PairData:

@@ -1,6 +1,7 @@
 """The dynamic graph: layer drop, and batches of many lengths with a few compiled graphs."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt2lab.distillation.teacher import OnlineTeacher
 from gpt2lab.model.attention_masks import document_bounds, make_spans
-from gpt2lab.model.backbone import Backbone
+from gpt2lab.model.backbone import Backbone, to_hf
 from gpt2lab.settings import ModelShape
 from gpt2lab.storage.metrics_csv import read_metrics
 from launch.run.auto_settings import has_compiler
@@ -92,6 +94,27 @@ def test_pass_compiled_as_one_graph_is_equal_with_every_mask() -> None:
         assert torch.equal(plain.logits(ids[:2]), compiled.logits(ids[:2]))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_student_and_teacher_compile_for_any_length(tmp_path: Path) -> None:
+    """Their blocks are one function to the compiler, which gives up after eight graphs."""
+    torch.manual_seed(0)
+    to_hf(Backbone(ModelShape(3, 4, 64, n_positions=64, vocab_size=100))).save_pretrained(tmp_path)
+    plain, teacher = OnlineTeacher(str(tmp_path)), OnlineTeacher(str(tmp_path))
+    student = Backbone(ModelShape(2, 2, 32, n_positions=64, vocab_size=100))
+    torch._dynamo.reset()
+    teacher.compile()
+    student.compile_blocks()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for training, length in itertools.product((True, False), (16, 24, 32, 40, 48, 56)):
+            ids = torch.randint(100, (2 + length // 24, length))
+            expected = plain.signal(ids)
+            torch.testing.assert_close(teacher.signal(ids).hidden, expected.hidden, rtol=1e-4, atol=1e-4)
+            with torch.set_grad_enabled(training):
+                total = student.train(training).logits(ids).sum()
+            if training:
+                total.backward()
 
 
 @pytest.mark.slow
