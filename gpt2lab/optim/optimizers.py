@@ -96,18 +96,26 @@ class MuonWithAdamW(RoundingAdam):
     @torch.no_grad()
     def _muon_step(self, group: dict) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        updates = []
+        if not parameters:
+            return
         for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())  # AdamW's load_state_dict expects it in every state
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov
+            if not self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros(())  # AdamW's load_state_dict expects it in every state
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
         orthogonalize_over_ranks(updates, self.replicas)
-        for index, (parameter, update) in enumerate(zip(parameters, updates, strict=True)):
+        decay, held = 1 - group["lr"] * group["weight_decay"], [to_local(update) for update in updates]
+        if not any(map(is_bf16, parameters)):
+            weights = [to_local(parameter) for parameter in parameters]
+            torch._foreach_mul_(weights, decay)
+            torch._foreach_add_(weights, held, alpha=-group["lr"])
+            return
+        for index, (parameter, update) in enumerate(zip(parameters, held, strict=True)):  # a copy in fp32 at a time
             weight = to_local(parameter).float() if is_bf16(parameter) else to_local(parameter)
-            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(to_local(update), alpha=-group["lr"])
+            weight.mul_(decay).add_(update, alpha=-group["lr"])
             if is_bf16(parameter):
                 step = self.state[parameter]["step"].add_(1)
                 generator = self.make_generator(parameter, int(step), -1, index)

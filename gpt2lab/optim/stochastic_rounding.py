@@ -87,7 +87,7 @@ class RoundingAdam(torch.optim.Adam):
             [average],
             [square],
             [],
-            [torch.tensor(step - 1.0, device=weight.device)],
+            [torch.full((), step - 1.0, device=weight.device)],  # torch.tensor would wait for its copy to a GPU
             fused=True,
             decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=False,
