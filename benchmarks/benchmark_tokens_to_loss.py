@@ -6,7 +6,8 @@
 The baseline is AdamW (β 0.9 and 0.95, weight decay 0.1, clipping at 1.0) with a cosine schedule to a tenth. The other
 side is this project's default, for several shares of the baseline's tokens; each is a whole run with its own decay.
 Further keys are those of train.py, for either side. Between two shares the loss is interpolated linearly in the
-logarithm of the tokens. Prints a Markdown table with the share that reaches the baseline's loss, by seed.
+logarithm of the tokens; "≤" is for the smallest share, where that suffices. Prints a Markdown table with the share that
+reaches the baseline's loss, by seed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ VALIDATED = 250_000  # tokens: the validation of packages would take a third of 
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunResult:
     """Validation loss in nats per token, and seconds of training."""
 
     loss: float
@@ -43,13 +44,13 @@ class Sides:
     tokens: int
 
 
-def run(folder: Path, keys: Sequence[str], tokens: float, seed: int) -> Ended:
+def run(folder: Path, keys: Sequence[str], tokens: float, seed: int) -> RunResult:
     batch = next(int(key.removeprefix(BATCH)) for key in reversed(keys) if key.startswith(BATCH))
     steps = max(round(tokens / batch), 1)
     usual = [*of_length(steps), f"seed={seed}", "callbacks=minimal", "callbacks.final_score=null", "logger=csv"]
     usual.append(f"validate_tokens={VALIDATED}")
     report = train(folder / f"{steps}-{seed}", [*keys, *usual])
-    return Ended(report["val_loss"], report["seconds_by_phase"]["train"])
+    return RunResult(report["val_loss"], report["seconds_by_phase"]["train"])
 
 
 def share_at(loss: float, losses: Mapping[float, float]) -> float:
@@ -69,9 +70,9 @@ def share_at(loss: float, losses: Mapping[float, float]) -> float:
 
 
 def compare(folder: Path, sides: Sides, seeds: Sequence[int], shares: Sequence[float]) -> str:
-    """Train both sides with every seed and format a row for each."""
-    rows = ["| seed | baseline's loss | losses at shares of its tokens | share that reaches it | seconds, share |"]
-    rows.append("|--:|--:|---|--:|--:|")
+    """Train both sides with every seed, print a row for each, and return the difference at the largest share."""
+    print("| seed | baseline's loss | losses at shares of its tokens | share that reaches it | seconds, share |")
+    print("|--:|--:|---|--:|--:|", flush=True)
     baseline, longest = {}, {}
     for seed in seeds:
         theirs = run(folder / "baseline", sides.baseline, sides.tokens, seed)
@@ -79,13 +80,13 @@ def compare(folder: Path, sides: Sides, seeds: Sequence[int], shares: Sequence[f
         needed = share_at(theirs.loss, {share: one.loss for share, one in ended.items()})
         pace = sum(one.seconds for one in ended.values()) / sum(shares)  # seconds for all of the baseline's tokens
         losses = ", ".join(f"{share:g}: {one.loss:.4f}" for share, one in ended.items())
-        seconds = needed * pace / theirs.seconds
-        rows.append(f"| {seed} | {theirs.loss:.4f} | {losses} | {needed:.2f} | {seconds:.2f} |")
-        print(rows[-1], flush=True)
+        most = "≤ " if ended[min(shares)].loss <= theirs.loss else ""
+        cells = f"{most}{needed:.2f} | {most}{needed * pace / theirs.seconds:.2f}"
+        print(f"| {seed} | {theirs.loss:.4f} | {losses} | {cells} |", flush=True)
         baseline[seed], longest[seed] = theirs.loss, ended[max(shares)].loss
     found = paired_difference(longest, baseline)
     interval = f" ({found.low:+.4f} … {found.high:+.4f})" if found.low is not None else ""
-    return "\n".join([*rows, f"\nAt the largest share the loss differs by {found.mean:+.4f}{interval} nats."])
+    return f"\nAt the largest share the loss differs by {found.mean:+.4f}{interval} nats."
 
 
 def main() -> None:

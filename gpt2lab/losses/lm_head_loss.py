@@ -13,7 +13,7 @@ Gradient per position, with q the student's probabilities at temperature 1, y th
     divergence (gpt2lab/losses/divergences.py)            its gradient / T, times T² where scale_t2
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from gpt2lab.data.batch import IGNORE_INDEX
 from gpt2lab.losses.chunk_losses import ChunkFunction, chunk_function
 from gpt2lab.losses.logit_chunks import Head, even_chunk_rows, rows_of_a_block, transposed
-from gpt2lab.losses.teacher_signal import TeacherSignal
+from gpt2lab.losses.teacher_signal import TeacherChunk, TeacherSignal
 from gpt2lab.settings import PLAIN_CROSS_ENTROPY, CrossEntropySettings, LossSettings
 from gpt2lab.system.device import compute_dtype
 
@@ -149,12 +149,9 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = hidden[rows].to(dtype)  # (C, D)
             gradient = _logits(chunk, head, "student")  # (C, V'), replaced in place by their gradient
             logits = gradient[:, :vocab_size]
-            for part in _slices(len(gradient), ROWS_OF_A_TEACHER if gradient.device.type == "cpu" else len(gradient)):
-                read = read_teacher(slice(start + part.start, start + part.stop)) if read_teacher else ()
-                for block in _blocks(logits[part]):
-                    positions = slice(start + part.start + block.start, start + part.start + block.stop)
-                    teacher_block = tuple(tensor[block] for tensor in read)
-                    sums += work(logits[part][block], labels[positions], kept[positions], teacher_block, mixing)
+            for block, teacher_block in _blocks(logits, start, read_teacher):
+                positions = slice(start + block.start, start + block.stop)
+                sums += work(logits[block], labels[positions], kept[positions], teacher_block, mixing)
             if not needs_gradient:
                 continue
             if hidden_gradient is not None:
@@ -205,9 +202,20 @@ def _logits(hidden: Tensor, head: Tensor, role: str) -> Tensor:
     return torch.mm(hidden, head, out=workspace[: rows * columns].view(rows, columns))
 
 
-def _blocks(logits: Tensor) -> list[slice]:
-    """Return slices of the rows (C, V) that are processed together."""
-    return _slices(len(logits), rows_of_a_block(logits))
+def _blocks(
+    logits: Tensor, start: int, read_teacher: Callable[[slice], TeacherChunk] | None
+) -> Iterator[tuple[slice, TeacherChunk]]:
+    """Yield (rows, what the teacher has for them) of the rows of a chunk (C, V) that are processed together.
+
+    Args:
+        start: position of the chunk's first row.
+        read_teacher: reads positions of the teacher; on a CPU a few at a time.
+    """
+    rows = len(logits)
+    for part in _slices(rows, ROWS_OF_A_TEACHER if logits.device.type == "cpu" else rows):
+        read = read_teacher(slice(start + part.start, start + part.stop)) if read_teacher else ()
+        for block in _slices(part.stop - part.start, rows_of_a_block(logits)):
+            yield slice(part.start + block.start, part.start + block.stop), tuple(tensor[block] for tensor in read)
 
 
 def _slices(rows: int, step: int) -> list[slice]:
