@@ -54,13 +54,13 @@ class Interrupt(lightning.Callback):
 
     def setup(self, trainer: Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._max_steps = trainer.max_steps
-        # Before Lightning installs its handlers; that of SIGTERM waits for other ranks.
         self._previous = {number: signal.getsignal(number) for number in SIGNALS}
         pl_module.stop_request = self._request
         loop = trainer.fit_loop.epoch_loop
         loop.val_loop = StoppableValidation(trainer, lambda: self._stop_validation(trainer, pl_module))
         # Lightning's ranks exchange a received SIGTERM before every micro-batch, for which they wait for their GPUs
         loop._broadcast_sigterm_tensor = _nothing
+        trainer._signal_connector.register_signal_handlers = _nothing  # that of SIGTERM waits for this exchange
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

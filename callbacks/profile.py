@@ -2,8 +2,8 @@
 
 profile/trace-rank0.json.gz         every operation and GPU kernel, for https://ui.perfetto.dev or chrome://tracing
 profile/operations-rank0.txt        the operations with the most time, and those that allocate the most memory
-profile/memory-rank0.pickle         on a GPU: the last 200,000 allocations, for https://pytorch.org/memory_viz; where a
-                                    profiled step fails, as without enough memory, this file alone
+profile/memory-rank0.pickle         on a GPU: the last 200,000 allocations and frees, for https://pytorch.org/memory_viz;
+                                    where a profiled step fails, as without enough memory, this file alone
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Profile(lightning.Callback):
             return
         self.profiler.stop()
         self.profiler = None
-        with contextlib.suppress(OSError):  # a full disk does not hide the exception
+        with contextlib.suppress(Exception):  # such as a full disk: they would hide the one that ends the run
             _write_memory(_folder(trainer), trainer.global_rank, pl_module.device)
 
     def _start(self, device: torch.device) -> None:

@@ -258,12 +258,13 @@ class Distill(LanguageModel):
         if self.preflight == "off":
             return
         preflight = self.preflight_checks()
-        for problem in preflight.problems():
-            self.teacher_loss = preflight.teacher_loss
-            if problem and self.preflight == "refuse":
-                raise InputError(f"{problem}\nGive a better teacher, or continue with preflight=warn.")
-            if problem:
-                log.warning("preflight: %s", problem)
+        with torch.compiler.set_stance("force_eager"):  # compiled for another shape, a graph would be dynamic
+            for problem in preflight.problems():
+                self.teacher_loss = preflight.teacher_loss
+                if problem and self.preflight == "refuse":
+                    raise InputError(f"{problem}\nGive a better teacher, or continue with preflight=warn.")
+                if problem:
+                    log.warning("preflight: %s", problem)
 
     def preflight_checks(self) -> Preflight:
         """Return the checks of this teacher, student and loss."""

@@ -36,16 +36,16 @@ class Batch:
     on_policy: bool = False  # whether the student generated the text, so that its labels carry no information
     places: Tensor | None = None  # (B,) int64, in a validation: the place of each sample among those that it reads
     documents: Tensor | None = None  # (targets,) int64, row by row: the document group of each, for standard errors
-    row_targets: Tensor | None = None  # (B,) int64: number of targets of each row, of a batch on another device
+    row_targets: Tensor | None = None  # (B,) int64: number of targets of each row, counted before `to` another device
 
     def pin_memory(self) -> "Batch":
         """Return the batch with what a device gets in pinned memory, which a GPU reads while it computes."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._read_by_device()})
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device, without what only the CPU reads: reading it back would wait for a GPU.
+        """Return the batch on a device. What only the CPU reads stays there: reading it back would wait for a GPU.
 
-        The targets of its rows are counted before they leave the CPU.
+        The targets of each row are counted before the labels leave the CPU.
         """
         is_async, tensors = device.type == "cuda", self._read_by_device()
         row_targets = self.row_targets

@@ -105,7 +105,8 @@ class MuonWithAdamW(RoundingAdam):
         gradients = [parameter.grad for parameter in parameters]
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
+        # Nesterov; one by one, since PyTorch before 2.13 has no such operation for lists of DTensors
+        updates = [one.lerp(average, group["momentum"]) for one, average in zip(gradients, averages, strict=True)]
         orthogonalize_over_ranks(updates, self.replicas)
         decay, held = 1 - group["lr"] * group["weight_decay"], [to_local(update) for update in updates]
         if not any(map(is_bf16, parameters)):

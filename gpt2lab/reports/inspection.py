@@ -220,7 +220,7 @@ def hidden_states(model: GPT2LMHeadModel, reading: Reading) -> Tensor:
     weight = model.transformer.wte.weight
     ids, spans = torch.tensor([reading.ids], device=weight.device), reading.spans.to(weight.device)
     mask = format_mask(spans_to_mask(spans), "eager", weight.dtype)
-    with _eager(model):
+    with _eager(model), torch.compiler.set_stance("force_eager"):  # each length would be compiled
         out = model.transformer(ids, attention_mask=mask, position_ids=spans_to_position_ids(spans), use_cache=False)
     return out.last_hidden_state[0]
 

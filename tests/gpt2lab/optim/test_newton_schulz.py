@@ -40,18 +40,21 @@ def test_one_rank_orthogonalizes_merged_qkv_as_three() -> None:
     assert torch.equal(updates[1], orthogonalize(wide[None])[0].float() * (0.2 * 128**0.5))
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_products_are_in_bf16_only_if_the_device_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_in_bf16_only_if_the_device_has_it(
+    has_bf16: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(newton_schulz, "multiplies_bf16", lambda _device: has_bf16)
     products: set[torch.dtype] = set()
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.bmm.default:
-                products.add(args[0].dtype)
+            if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+                products.update(one.dtype for one in args)
             return func(*args, **(kwargs or {}))
 
-    matrices = torch.randn(2, 16, 48)
+    matrices = torch.randn(2, *shape)
     with Products():
         result = orthogonalize(matrices)
     assert products == {torch.bfloat16 if has_bf16 else torch.float32}
