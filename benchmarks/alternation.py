@@ -93,3 +93,10 @@ def alternate_speeds(
 def spread(values: Sequence[float], form: str = ".2f") -> str:
     """Format the median with the smallest and the largest value."""
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def beside_fastest(speeds: Mapping[str, list[float]], ours: str) -> tuple[str, list[str]]:
+    """Return (name of the fastest other side, cells with its speed, ours and the ratio in each round)."""
+    fastest = max((name for name in speeds if name != ours), key=lambda name: statistics.median(speeds[name]))
+    ratios = [one / other for other, one in zip(speeds[fastest], speeds[ours], strict=True)]
+    return fastest, [spread(speeds[fastest], ",.0f"), spread(speeds[ours], ",.0f"), spread(ratios)]

@@ -25,7 +25,7 @@ from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import OptimizerSettings
 from gpt2lab.system.device import peak_memory_bytes
 from gpt2lab.system.malloc_tuning import keep_freed_memory
-from launch.config.machine import usable_cores
+from launch.run.auto_settings import cpu_cores
 
 VOCABULARIES = (4_096, 50_257)
 CASES = {
@@ -69,7 +69,7 @@ def step_milliseconds(vocab_size: int, options: str) -> float:
 
 
 def measure_here(vocab_size: int, options: str) -> None:
-    torch.set_num_threads(len(usable_cores()))
+    torch.set_num_threads(cpu_cores())
     if "reuse" in options and not keep_freed_memory():
         raise SystemExit("This C library has no mallopt; there is nothing to compare.")
     milliseconds = step_milliseconds(vocab_size, options)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from benchmarks.alternation import alternate_speeds, spread
+from benchmarks.alternation import alternate_speeds, beside_fastest, spread
 from benchmarks.shape import PRECISIONS, SHAPES, TINY
 from gpt2lab.data.tokenizer import describe_difference, load_tokenizer
 from gpt2lab.generation.sampling import generate_ids
@@ -113,11 +113,9 @@ def decoding_rows(shape: ModelShape, tokens: int, rounds: int, dtype: torch.dtyp
         for sampling in WAYS:
             sides = {cache: _theirs(theirs, prompts, sampling, tokens, cache) for cache in CACHES}
             speeds, texts = alternate_speeds({**sides, "ours": _ours(ours, prompts, sampling, tokens)}, rounds, _length)
-            best = max(CACHES, key=lambda cache: statistics.median(speeds[cache]))
+            best, cells = beside_fastest(speeds, "ours")
             same = sum(one == other for one, other in zip(texts[best], texts["ours"], strict=True))
-            ratios = [ours / theirs for theirs, ours in zip(speeds[best], speeds["ours"], strict=True)]
-            cells = [best, spread(speeds[best], ",.0f"), spread(speeds["ours"], ",.0f"), spread(ratios)]
-            rows.append(f"{batch} | {sampling.name} | {' | '.join(cells)} | {same}/{batch} |")
+            rows.append(f"{batch} | {sampling.name} | {best} | {' | '.join(cells)} | {same}/{batch} |")
     return rows
 
 

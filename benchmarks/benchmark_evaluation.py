@@ -12,7 +12,6 @@ over rounds with the smallest and the largest in brackets.
 
 import argparse
 import itertools
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from benchmarks.alternation import alternate_speeds, spread
+from benchmarks.alternation import alternate_speeds, beside_fastest
 from benchmarks.shape import PRECISIONS, SHAPES, TINY
 from gpt2lab.data.batch import Batch
 from gpt2lab.evaluation.evaluation import score
@@ -83,10 +82,8 @@ def evaluation_row(shape: ModelShape, precision: str, context: int, tokens: int,
     for name, loss in losses.items():
         if not abs(loss - losses[OURS]) < TOLERANCES[precision]:
             raise RuntimeError(f"The loss of {name} is {loss:.6f}, ours {losses[OURS]:.6f}.")
-    fastest = max((name for name in speeds if name != OURS), key=lambda name: statistics.median(speeds[name]))
-    ratios = [ours / theirs for theirs, ours in zip(speeds[fastest], speeds[OURS], strict=True)]
-    cells = [fastest, spread(speeds[fastest], ",.0f"), spread(speeds[OURS], ",.0f"), spread(ratios)]
-    return f"{' | '.join(cells)} | {abs(losses[fastest] - losses[OURS]):.0e} |"
+    fastest, cells = beside_fastest(speeds, OURS)
+    return f"{fastest} | {' | '.join(cells)} | {abs(losses[fastest] - losses[OURS]):.0e} |"
 
 
 def text_batches(vocab_size: int, context: int, tokens: int) -> list[Batch]:

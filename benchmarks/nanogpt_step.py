@@ -24,7 +24,7 @@ import torch
 from benchmarks.shape import STEPS
 from gpt2lab.system.device import resolve_device, synchronize
 from gpt2lab.system.malloc_tuning import keep_freed_memory
-from launch.config.machine import usable_cores
+from launch.run.auto_settings import cpu_cores
 
 STEPS_OF_AN_INTERVAL = {"cuda": 5, "cpu": 1}  # timed together
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true", help="fused AdamW, freed memory reused")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    torch.set_num_threads(len(usable_cores()))
+    torch.set_num_threads(cpu_cores())
     if options.tuned and not keep_freed_memory():
         raise SystemExit("This C library has no mallopt.")
     with contextlib.redirect_stdout(sys.stderr):  # the model file prints what it does

@@ -91,7 +91,7 @@ class Distill(LanguageModel):
     def on_fit_start(self) -> None:
         if not self.cache:
             if self.settings.compiled != "nothing" and self.device.type == "cuda":  # a CPU gains nothing
-                self.teacher.compile()
+                self.teacher.backbone.compile_blocks()
             if self.shard_teacher:
                 self.teacher.backbone.to(self._teacher_dtype)
                 self.teacher.shard(self.device_mesh["data_parallel"])

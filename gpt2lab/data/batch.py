@@ -36,7 +36,7 @@ class Batch:
     on_policy: bool = False  # whether the student generated the text, so that its labels carry no information
     places: Tensor | None = None  # (B,) int64, in a validation: the place of each sample among those that it reads
     documents: Tensor | None = None  # (targets,) int64, row by row: the document group of each, for standard errors
-    row_targets: Tensor | None = None  # (B,) int64: number of targets of each row, counted before `to` another device
+    row_targets: Tensor | None = None  # (B,) int64: number of targets of each row, counted by `to` another device
 
     def pin_memory(self) -> "Batch":
         """Return the batch with what a device gets in pinned memory, which a GPU reads while it computes."""
@@ -47,12 +47,13 @@ class Batch:
 
         The targets of each row are counted before the labels leave the CPU.
         """
-        is_async, tensors = device.type == "cuda", self._read_by_device()
-        row_targets = self.row_targets
-        if row_targets is None and device.type != "cpu":
-            row_targets = (self.labels != IGNORE_INDEX).sum(1)
-        moved = {name: tensor.to(device, non_blocking=is_async) for name, tensor in tensors}
+        moved = {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self._read_by_device()}
+        row_targets = self.row_targets if device.type == "cpu" else self.count_row_targets()
         return replace(self, row_targets=row_targets, **moved)
+
+    def count_row_targets(self) -> Tensor:
+        """Return the number of targets (B,) of each row, on the CPU."""
+        return (self.labels != IGNORE_INDEX).sum(1).cpu() if self.row_targets is None else self.row_targets
 
     def _read_by_device(self) -> list[tuple[str, Any]]:
         tensors = {"input_ids": self.input_ids, "labels": self.labels, "spans": self.spans, "documents": self.documents}

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from gpt2lab.losses.aligned_teacher import AlignedTeacher, AlignedText
 from gpt2lab.losses.dense_teacher import DenseTeacher
 from gpt2lab.model.backbone import Backbone, load_backbone
+from gpt2lab.system.device import compute_dtype
 
 
 class OnlineTeacher:
@@ -41,10 +42,6 @@ class OnlineTeacher:
             weight = self.backbone.lm.transformer.wte.weight
             weight.data = weight.data.T.contiguous().T  # spares a copy per step; embedding lookups are slightly slower
 
-    def compile(self) -> None:
-        """Compile the blocks, each for a pass without gradients."""
-        self.backbone.compile_blocks()
-
     @torch.no_grad()
     def signal(self, input_ids: Tensor, spans: Tensor | None = None) -> DenseTeacher:
         """Return the signal for input_ids (B, T) and attention spans (B, T, 2): B·T positions.
@@ -52,9 +49,8 @@ class OnlineTeacher:
         Weights in the dtype of autocast need none: on a GPU it would compute layer norms in fp32.
         """
         self.backbone.eval()
-        kind, dtype = input_ids.device.type, self.backbone.lm.transformer.wte.weight.dtype
-        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
-        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=casts):
+        weight = self.backbone.lm.transformer.wte.weight
+        with torch.autocast(input_ids.device.type, enabled=compute_dtype(weight) != weight.dtype):
             return self.backbone(input_ids, lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight), spans)
 
     def aligned_signal(self, text: AlignedText, vocab_size: int) -> AlignedTeacher:

@@ -107,7 +107,7 @@ class CacheSide:
         with self._files["bin"].open("r+b") as records, self._files["nats"].open("r+b") as nats:
             pending: list[tuple[int, float]] = []  # samples with unsynced records, and their nats
             for batch in batches:
-                samples, counts = batch.indices.numpy(), _targets_of_rows(batch)
+                samples, counts = batch.indices.numpy(), batch.count_row_targets().numpy()
                 numbers = record_numbers(index, samples, counts)
                 found, losses = self._records(signal(batch), batch, numbers, temperature)
                 ends = np.cumsum(counts)[:-1]
@@ -124,7 +124,9 @@ class CacheSide:
         """Return the teacher's distributions at the batch's targets, in the order of its flattened labels."""
         records = self._map("bin", self._record)
         samples = batch.indices.numpy()
-        found = records[record_numbers(self._map("index", "<i8"), samples, _targets_of_rows(batch)[: len(samples)])]
+        found = records[
+            record_numbers(self._map("index", "<i8"), samples, batch.count_row_targets().numpy()[: len(samples)])
+        ]
         device = batch.input_ids.device
         ids = _on_device(found["ids"].astype(np.int32), device).long()
         if self.settings.name == "sampled":
@@ -170,12 +172,6 @@ def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy to a device; a GPU reads from pinned memory, so that the CPU does not wait for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _targets_of_rows(batch: Batch) -> NDArray[np.int64]:
-    """Return the number of targets (B,) of each row."""
-    counts = (batch.labels != IGNORE_INDEX).sum(1) if batch.row_targets is None else batch.row_targets
-    return counts.cpu().numpy()
 
 
 def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]]) -> None:
