@@ -39,12 +39,13 @@ LOSSES = {
 DISTILLATION, CROSS_ENTROPY = "train.py, distillation", "train.py, cross-entropy alone"
 CACHED = "train.py, forward KL to a cached teacher"
 TRL_PRECISIONS = ("fp32", "bf16")
+ALLOCATORS = {"default": "", "reused": ", freed memory reused"}
 LOOPS = {"gkd": "GKDTrainer", "chunked": "TRL's chunked loss", "compiled": "TRL's chunked loss, models compiled"}
 TRL_SIDES = {
-    f"{title} {precision}{', freed memory reused' if keep else ''}": (loop, precision, keep)
+    f"{title} {precision}{text}": (loop, precision, allocator)
     for loop, title in LOOPS.items()
     for precision in TRL_PRECISIONS
-    for keep in (False, True)
+    for allocator, text in ALLOCATORS.items()
 }
 HEADING = """| vocabulary | step | ms | ÷ cross-entropy alone | tokens/s | distillation's ÷ it \
 | memory above imports, GB | distillation's ÷ it | whole process, GB |
@@ -130,8 +131,16 @@ def write_inputs(folder: Path, teacher: ModelShape, vocab_size: int, train_token
 class Bench:
     """Files shared by all sides for one vocabulary, and a function per side."""
 
-    def __init__(self, folder: Path, sizes: Sizes, vocab_size: int, loss: str, trl_python: Path | None) -> None:
-        self.folder, self.sizes, self.trl_python = folder, sizes, trl_python
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Sizes,
+        vocab_size: int,
+        loss: str,
+        trl_python: Path | None,
+        allocators: Sequence[str] = tuple(ALLOCATORS),
+    ) -> None:
+        self.folder, self.sizes, self.trl_python, self.allocators = folder, sizes, trl_python, allocators
         self.loss_arguments, self.beta = LOSSES[loss]
         self.data = write_inputs(folder, sizes.teacher, vocab_size)
 
@@ -144,9 +153,10 @@ class Bench:
             CROSS_ENTROPY: partial(self.ours, ["task=pretrain"]),
         }
         if self.trl_python is not None:
-            for name, (loop, precision, keep) in TRL_SIDES.items():
-                if precision in self.sizes.trl_precisions and loop in self.sizes.trl_loops:
-                    found[name] = partial(self.trl, self.trl_python, loop, precision, keep)
+            for name, (loop, precision, allocator) in TRL_SIDES.items():
+                chosen = precision in self.sizes.trl_precisions and loop in self.sizes.trl_loops
+                if chosen and allocator in self.allocators:
+                    found[name] = partial(self.trl, self.trl_python, loop, precision, allocator)
         return found
 
     def ours(self, task: list[str]) -> Measured:
@@ -158,12 +168,12 @@ class Bench:
         times, memory = (json.loads((run_dir / f"step_{name}.json").read_text()) for name in ("times", "memory"))
         return Measured(times["step"], **memory)
 
-    def trl(self, python: Path, loop: str, precision: str, keep_freed_memory: bool) -> Measured:
+    def trl(self, python: Path, loop: str, precision: str, allocator: str) -> Measured:
         """Measure TRL in its environment, with the same teacher, corpus and number of target tokens."""
         given = {**self.sizes.trl_options, "loop": loop, "precision": precision, "beta": self.beta}
         given |= {name: self.folder / name for name in ("corpus", "tokenizer", "teacher")}
         given |= {"context": self.sizes.context}
-        found = trl_step(str(python), given, ["--keep-freed-memory"] if keep_freed_memory else [])
+        found = trl_step(str(python), given, ["--keep-freed-memory"] if allocator == "reused" else [])
         if found["targets"] != self.sizes.targets:
             raise RuntimeError(f"TRL has {found['targets']} target tokens per step, train.py {self.sizes.targets}.")
         return Measured(found["milliseconds"], found["before_model"], found["peak"])
@@ -247,9 +257,11 @@ def parse_options(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loss", choices=LOSSES, default="jsd", help="the divergence, without labels (default: jsd)")
+    parser.add_argument("--trl-allocators", choices=ALLOCATORS, nargs="+", default=tuple(ALLOCATORS))
     options, sizes = parse_options(parser, FULL, TINY, LOOPS)
     transformers_logging.disable_progress_bar()
-    results = measure(sizes, lambda folder, v: Bench(folder, sizes, v, options.loss, options.trl_python).sides())
+    rest = options.loss, options.trl_python, options.trl_allocators
+    results = measure(sizes, lambda folder, v: Bench(folder, sizes, v, *rest).sides())
     print(markdown(results, sizes.targets))
     if options.trl_python is None:
         print(NO_TRL)
