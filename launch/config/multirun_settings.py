@@ -18,7 +18,7 @@ class StudySettings:
     )
     lr_factors: list[float] = key(
         "multiples of optimizer.lr that are tried with the first seed",
-        factory=lambda: [2.0, 4.0, 8.0],
+        factory=lambda: [0.5, 1.0, 2.0],
         within="(0, 1e6]",
         read_by=STUDY,
     )
