@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gpt2lab.data.tokenizer import load_tokenizer
@@ -68,7 +69,7 @@ class BackboneModule(lightning.LightningModule):
         if self.has_trainer:
             self._compile_and_shard()
         if self.settings.ema:
-            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema)
+            self.average = WeightAverage(self.backbone.parameters(), self.settings.ema, self._drop_gathered)
 
     def _compile_and_shard(self) -> None:
         if self.settings.compiled == "blocks":
@@ -79,6 +80,11 @@ class BackboneModule(lightning.LightningModule):
             self.backbone.compile_gelu()
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self.backbone, self.backbone.blocks)
+
+    def _drop_gathered(self) -> None:
+        """Under FSDP, drop the whole weights outside of the blocks, which stay gathered after a validation."""
+        if isinstance(self.backbone, FSDPModule):
+            self.backbone.reshard()
 
     @property
     def has_trainer(self) -> bool:

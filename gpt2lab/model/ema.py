@@ -1,6 +1,6 @@
 """Exponential moving average (EMA) of weights, swapped in for validation and export."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,17 @@ class WeightAverage:
     """Average of each parameter: average ← decay · average + (1 − decay) · weight, in the parameters' order.
 
     Averages of bf16 weights are fp32, because bf16 would lose updates of a thousandth; `swap` rounds them to bf16.
+
+    Args:
+        swapped: called after each swap; FSDP then drops weights that it gathered before.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], decay: float, swapped: Callable[[], None] = lambda: None
+    ) -> None:
         self.parameters = list(parameters)
         self.averages = [_detach(parameter).clone() for parameter in self.parameters]
+        self._swapped = swapped
         self._update = get_ema_multi_avg_fn(decay)
         self._weights: list[Tensor] = []  # the model's weights while the averages are swapped in
 
@@ -31,13 +37,13 @@ class WeightAverage:
     def swap(self) -> None:
         """Copy the averages into the model; a second call restores its weights."""
         if self._weights:
-            for parameter, weight in zip(self.parameters, self._weights, strict=True):
-                parameter.copy_(weight)
-            self._weights = []
-            return
-        self._weights = [parameter.detach().clone() for parameter in self.parameters]
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            parameter.copy_(average)
+            copied, self._weights = self._weights, []
+        else:
+            self._weights = [parameter.detach().clone() for parameter in self.parameters]
+            copied = self.averages
+        for parameter, weight in zip(self.parameters, copied, strict=True):
+            parameter.copy_(weight)
+        self._swapped()
 
     @property
     def is_applied(self) -> bool:

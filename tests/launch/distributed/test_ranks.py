@@ -34,12 +34,13 @@ RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "keys"), [("ddp", ()), ("fsdp", ()), ("fsdp", ("ema=0.5",))])
 def test_two_ranks_have_the_losses_of_one(
-    strategy: str, train_here: Train, train_process: Train, tiny: list[str], tmp_path: Path
+    strategy: str, keys: tuple[str, ...], train_here: Train, train_process: Train, tiny: list[str], tmp_path: Path
 ):
-    assert train_here(*tiny, *RUN, "run_dir=alone").code == 0
-    answer = train_process(*tiny, *RUN, "devices=2", f"strategy={strategy}", "run_dir=run")
+    """With averaged weights too, which the validation in the middle exchanges with those that are trained."""
+    assert train_here(*tiny, *RUN, *keys, "run_dir=alone").code == 0
+    answer = train_process(*tiny, *RUN, *keys, "devices=2", f"strategy={strategy}", "run_dir=run")
     assert answer.code == 0, answer.stderr
     alone, together = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert len(alone) == len(together) == 8
