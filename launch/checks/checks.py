@@ -10,7 +10,16 @@ from gpt2lab.settings import profiled_steps
 from gpt2lab.storage.hub import is_hub_id
 from gpt2lab.storage.model_folder import resolve_model_folder
 from gpt2lab.storage.path_patterns import matching_paths
-from launch.checks import baseline, distillation, hub, lightning_nodes, objective, resource_request, study_plan
+from launch.checks import (
+    baseline,
+    distillation,
+    hub,
+    lightning_nodes,
+    objective,
+    resource_request,
+    sharding,
+    study_plan,
+)
 from launch.config import run_dir
 from launch.config.allowed_values import check_value
 from launch.config.did_you_mean import nearest
@@ -57,7 +66,7 @@ def check(config: RunConfig) -> None:
         check_batch(config)
     check_files(config)
     check_precision(config, config.accelerator)
-    check_layer_drop(config)
+    sharding.check_layer_drop(config, config.strategy.name)
     check_task_and_data(config)
     objective.check(config)
     check_benchmarks(config)
@@ -315,15 +324,6 @@ def check_precision(config: RunConfig, accelerator: str) -> None:
         raise InputError(
             "precision=fp16 needs a GPU: CPUs have no fp16 matrix products, and Lightning would silently use bf16.\n"
             "Set precision=bf16 or precision=fp32."
-        )
-
-
-def check_layer_drop(config: RunConfig) -> None:
-    """Check that layer_drop is not combined with FSDP, whose ranks must all-gather the same blocks."""
-    if config.layer_drop and config.strategy.name == "fsdp":
-        raise InputError(
-            "layer_drop skips other blocks on each rank, but strategy=fsdp needs the same blocks on all ranks.\n"
-            "Leave layer_drop out, or use strategy=ddp."
         )
 
 

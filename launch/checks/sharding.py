@@ -11,6 +11,7 @@ def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, str
     Raises:
         InputError: the first unsupported combination.
     """
+    check_layer_drop(config, strategy)
     if strategy == "fsdp":
         if precision.has_loss_scaling:
             raise InputError(
@@ -31,6 +32,15 @@ def check(config: RunConfig, accelerator: str, precision: PrecisionSettings, str
             name = key.split("=")[0]
             fix = f"Leave {name} out, or use strategy=fsdp."
             raise InputError(f"{key}: with strategy={strategy} every device holds the whole model.\n{fix}")
+
+
+def check_layer_drop(config: RunConfig, strategy: str) -> None:
+    """Check that layer_drop is not combined with FSDP, whose ranks must all-gather the same blocks."""
+    if config.layer_drop and strategy == "fsdp":
+        raise InputError(
+            "layer_drop skips other blocks on each rank, but strategy=fsdp needs the same blocks on all ranks.\n"
+            "Leave layer_drop out, or use strategy=ddp."
+        )
 
 
 def may_shard(config: RunConfig, accelerator: str, precision: PrecisionSettings) -> bool:

@@ -49,6 +49,14 @@ def test_a_model_too_large_for_one_of_several_devices_is_sharded(
     assert machine_of("model=nano", "devices=2", "strategy=fsdp").checkpoint_format == "single"
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_layer_drop_is_refused_where_the_ranks_shard(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_settings, "cpu_cores", lambda: 8)
+    monkeypatch.setattr(device_memory, "device_bytes", lambda config, machine: 32e9)
+    with pytest.raises(InputError, match="layer_drop skips other blocks on each rank"):
+        machine_of("model=xl", "devices=4", "context=1024", "layer_drop=0.1", f"strategy={strategy}")
+
+
 def test_estimate_counts_state_kept_between_steps() -> None:
     for keys, share in ((), 1), (("ema=0.9",), 20 / 16), (("ema=0.9", "precision=bf16_true"), 12 / 16):
         spec = resolved(composed("model=xl", "context=1024", "accelerator=cpu", "devices=1", *keys))
