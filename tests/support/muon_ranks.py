@@ -1,8 +1,8 @@
 """One rank of several that updates a tiny model by Muon, under DDP's and FSDP2's layouts, from given gradients.
 
-As a program: python muon_ranks.py RANK WORLD STORE OUT. Each rank also makes the updates of a single rank, and writes
-what differs to OUT, as JSON: for each layout the largest relative difference of a weight, the numbers of matrices that
-were orthogonalized, by shape, and the numbers of one rank.
+As a program: python muon_ranks.py RANK WORLD STORE OUT LAYERS. Each rank also makes the updates of a single rank, and
+writes what differs to OUT, as JSON: for each layout the largest relative difference of a weight, the numbers of
+matrices that were orthogonalized, by shape, and the numbers of one rank.
 """
 
 import json
@@ -25,14 +25,13 @@ from gpt2lab.optim import newton_schulz
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings
 
-SHAPE = ModelShape(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64)
 STEPS = 3
 
 
-def updated(layout: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, int]]:
+def updated(layout: str, dtype: torch.dtype, shape: ModelShape) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return the whole weights after STEPS steps, and how many matrices of each shape this rank orthogonalized."""
     torch.manual_seed(0)
-    model = Backbone(SHAPE).to(dtype)
+    model = Backbone(shape).to(dtype)
     if layout == "fsdp":
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
         for block in model.blocks:
@@ -65,14 +64,15 @@ def give_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     parameter.grad = gradient
 
 
-def _program(rank: int, world: int, store: str, out: str) -> None:
+def _program(rank: int, world: int, store: str, out: str, layers: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     found: dict[str, Any] = {}
-    start = dict(Backbone(SHAPE).named_parameters())
+    shape = ModelShape(int(layers), n_head=2, n_embd=32, n_positions=32, vocab_size=64)
+    start = dict(Backbone(shape).named_parameters())
     for layout, dtype in (("ddp", torch.float32), ("fsdp", torch.float32), ("ddp", torch.bfloat16)):
-        alone, all_matrices = updated("alone", dtype)
-        together, matrices = updated(layout, dtype)
+        alone, all_matrices = updated("alone", dtype, shape)
+        together, matrices = updated(layout, dtype, shape)
         worst = max(float((alone[name] - together[name]).abs().max()) for name in start)
         found[f"{layout} {dtype}"] = {"difference": worst, "own": matrices, "all": all_matrices}
     Path(out).write_text(json.dumps(found))

@@ -64,13 +64,17 @@ def test_products_are_in_bf16_only_if_the_device_has_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_update_like_one_with_a_share_of_its_work(ranks: int, tmp_path: Path) -> None:
-    """Under ddp and fsdp, with the same gradients; three ranks do not divide the rows of any matrix."""
+@pytest.mark.parametrize(("ranks", "layers"), [(2, 2), (3, 2), (7, 1)])
+def test_ranks_update_like_one_with_a_share_of_its_work(ranks: int, layers: int, tmp_path: Path) -> None:
+    """Under ddp and fsdp, with the same gradients.
+
+    Three ranks do not divide the rows of any matrix; of seven, one has none of the six matrices of a layer.
+    """
     program = str(ROOT / "tests" / "support" / "muon_ranks.py")
     files = [tmp_path / f"{rank}.json" for rank in range(ranks)]
+    command, store = [sys.executable, program], str(tmp_path / "store")
     started = [
-        subprocess.Popen([sys.executable, program, str(rank), str(ranks), str(tmp_path / "store"), str(file)])
+        subprocess.Popen([*command, str(rank), str(ranks), store, str(file), str(layers)])
         for rank, file in enumerate(files)
     ]
     assert [process.wait(timeout=300) for process in started] == [0] * ranks
