@@ -99,7 +99,8 @@ class Preflight:
         """
         labels, vocab_size = batch.labels.flatten(), len(self.student.tokenizer)
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        if teacher.only_targets and teacher.rows != len(kept):
+        is_wrong = torch.tensor(float(teacher.only_targets and teacher.rows != len(kept)), device=labels.device)
+        if self.student.over_ranks(is_wrong).item():  # on any rank: the others would wait for it
             return f"The cached teacher has records of {teacher.rows} targets where the student counts {len(kept)}."
         teacher = teacher.at_targets(kept)
         with self.student.trainer.precision_plugin.forward_context():
