@@ -150,7 +150,7 @@ class LanguageModel(BackboneModule):
             rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
             teacher = term.teacher if term else None
             if few_targets:
-                targets = _head_rows(labels, 1 if teacher and teacher.only_targets else ROWS_MULTIPLE)
+                targets = batch.head_rows(1 if teacher and teacher.only_targets else ROWS_MULTIPLE)
                 rows, labels = rows[targets], labels[targets]
                 teacher = teacher.at_targets(targets) if teacher else None
             result = lm_head_loss(
@@ -172,8 +172,10 @@ class LanguageModel(BackboneModule):
 
     def _sampled_loss(self, batch: Batch, negatives: NegativeSampler) -> LMHeadLoss:
         """Cross-entropy over the targets and this step's negatives, which all micro-batches and ranks share."""
-        token_ids = negatives.sample(self.trainer.global_step).to(self.device)
-        log_expected = negatives.log_expected.to(self.device, torch.float32)
+        token_ids, log_expected = negatives.sample(self.trainer.global_step), negatives.log_expected
+        if self.device.type == "cuda":
+            token_ids = token_ids.pin_memory()
+        token_ids = token_ids.to(self.device, non_blocking=self.device.type == "cuda")
 
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
             return sampled_softmax_loss(hidden.flatten(0, 1), weight, batch.labels.flatten(), token_ids, log_expected)
@@ -185,7 +187,7 @@ class LanguageModel(BackboneModule):
     def on_train_start(self) -> None:
         objective = self.settings.objective
         if objective.kind.samples_softmax:
-            self.negatives = NegativeSampler(self._distribution(), objective.negatives, self.settings.seed)
+            self.negatives = NegativeSampler(self._distribution(), objective.negatives, self.settings.seed, self.device)
         self._set_learning_rates()
         if self.validation_is_due:
             self._validate_now()
@@ -408,11 +410,3 @@ def _batch_counts(checkpoint: dict[str, Any]) -> tuple[dict[str, int], dict[str,
     """Lightning's counts of micro-batches, of the whole run and of its epoch."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return progress["total"], progress["current"]
-
-
-def _head_rows(labels: Tensor, multiple: int) -> Tensor:
-    """Return the positions (n,) with a target, and of those without one as many as make n a multiple; ascending."""
-    kept = labels != IGNORE_INDEX
-    targets = kept.nonzero().squeeze(1)
-    others = (~kept).nonzero().squeeze(1)[: -len(targets) % multiple]
-    return torch.cat([targets, others]).sort().values

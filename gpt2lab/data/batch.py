@@ -36,24 +36,34 @@ class Batch:
     on_policy: bool = False  # whether the student generated the text, so that its labels carry no information
     places: Tensor | None = None  # (B,) int64, in a validation: the place of each sample among those that it reads
     documents: Tensor | None = None  # (targets,) int64, row by row: the document group of each, for standard errors
-    row_targets: Tensor | None = None  # (B,) int64: number of targets of each row, counted by `to` another device
+    on_cpu: "Batch | None" = None  # what `to` another device was called on: reading back would wait for the device
 
     def pin_memory(self) -> "Batch":
         """Return the batch with what a device gets in pinned memory, which a GPU reads while it computes."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._read_by_device()})
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device. What only the CPU reads stays there: reading it back would wait for a GPU.
-
-        The targets of each row are counted before the labels leave the CPU.
-        """
+        """Return the batch on a device. What only the CPU reads stays there."""
         moved = {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self._read_by_device()}
-        row_targets = self.row_targets if device.type == "cpu" else self.count_row_targets()
-        return replace(self, row_targets=row_targets, **moved)
+        return replace(self, on_cpu=self.on_cpu if device.type == "cpu" else self, **moved)
 
     def count_row_targets(self) -> Tensor:
         """Return the number of targets (B,) of each row, on the CPU."""
-        return (self.labels != IGNORE_INDEX).sum(1).cpu() if self.row_targets is None else self.row_targets
+        return ((self.on_cpu or self).labels != IGNORE_INDEX).sum(1).cpu()
+
+    def head_rows(self, multiple: int) -> Tensor:
+        """Return the positions (n,) of B · T with a target, and of those without one as many as make n a multiple.
+
+        Ascending, on the device of the labels.
+        """
+        kept = (self.on_cpu or self).labels.flatten() != IGNORE_INDEX
+        targets = kept.nonzero().squeeze(1)
+        others = (~kept).nonzero().squeeze(1)[: -len(targets) % multiple]
+        rows = torch.cat([targets, others]).sort().values
+        if rows.device == self.labels.device:
+            return rows
+        on_gpu = self.labels.device.type == "cuda"
+        return (rows.pin_memory() if on_gpu else rows).to(self.labels.device, non_blocking=on_gpu)
 
     def _read_by_device(self) -> list[tuple[str, Any]]:
         tensors = {"input_ids": self.input_ids, "labels": self.labels, "spans": self.spans, "documents": self.documents}

@@ -56,6 +56,7 @@ class Alignment:
 
     def __call__(self, batch: Batch) -> AlignedText:
         """Return the batch in the teacher's tokens, on the CPU."""
+        batch = batch.on_cpu or batch
         inputs, labels = batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy()  # (B, T)
         is_target = labels != IGNORE_INDEX
         lengths = np.where(is_target.any(1), inputs.shape[1] - is_target[:, ::-1].argmax(1), 0)  # (B,)

@@ -139,7 +139,11 @@ def _relative_logits(hidden: Tensor, tiles: VocabularyTiles, labels: Tensor) -> 
     zeros, columns = (label_scores - label_scores).squeeze(1), labels
     for matrix in tiles.matrices:
         scores = (hidden @ matrix)[:, : len(tiles.weight)].to(wide).sub_(label_scores)  # (C, W), without padding
-        own = ((columns >= 0) & (columns < scores.shape[1])).nonzero().squeeze(1)
-        scores[own, columns[own]] = zeros[own]  # its two products may differ in their rounding
+        # Its two products may differ in their rounding. A search for a tile's own labels would wait for a GPU.
+        if len(tiles.matrices) == 1:
+            scores.scatter_(1, columns[:, None], zeros[:, None])
+        else:
+            own = ((columns >= 0) & (columns < scores.shape[1])).nonzero().squeeze(1)
+            scores[own, columns[own]] = zeros[own]
         yield scores
         columns = columns - scores.shape[1]

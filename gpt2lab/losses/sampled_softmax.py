@@ -41,14 +41,16 @@ class NegativeSampler:
         probabilities: (V,) sampling distribution.
         count: S, the number of distinct negatives, below V.
         seed: seed of the run.
+        device: of `log_expected`, (V,) fp32: the logarithm of each token's expected count.
     """
 
-    def __init__(self, probabilities: Tensor, count: int, seed: int) -> None:
+    def __init__(self, probabilities: Tensor, count: int, seed: int, device: torch.device | str = "cpu") -> None:
         self.probabilities = probabilities
         self.count = count
         self.seed = seed
         # Sampling without replacement is close to as many independent draws as `count` distinct tokens take.
-        self.log_expected = torch.log(-torch.expm1(_expected_draws(probabilities, count) * torch.log1p(-probabilities)))
+        draws = _expected_draws(probabilities, count)
+        self.log_expected = torch.log(-torch.expm1(draws * torch.log1p(-probabilities))).to(device, torch.float32)
 
     def sample(self, step: int) -> Tensor:
         """Return (S,) token ids in ascending order, a pure function of (seed, step): the same on every rank."""
@@ -86,10 +88,10 @@ def sampled_softmax_loss(
         negatives: (S,) distinct token ids.
         log_expected: (V,) logarithm of each token's expected count among the negatives.
     """
-    kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    hidden, labels = hidden[kept], labels[kept]
+    kept, labels = labels != IGNORE_INDEX, labels.clamp_min(0)  # a selection of rows would wait for a GPU
     target_logits = (hidden * F.embedding(labels, weight)).sum(1, dtype=torch.float32)  # (N,)
     negative_logits = (hidden @ F.embedding(negatives, weight).T).float() - log_expected[negatives]  # (N, S)
     negative_logits = negative_logits.masked_fill(labels[:, None] == negatives, -math.inf)
-    total = (torch.logaddexp(target_logits, negative_logits.logsumexp(1)) - target_logits).sum()
-    return LMHeadLoss(total, torch.tensor(len(labels)), total.detach(), torch.zeros_like(total))
+    nats = torch.logaddexp(target_logits, negative_logits.logsumexp(1)) - target_logits  # (N,)
+    total = nats.masked_fill(~kept, 0.0).sum()
+    return LMHeadLoss(total, kept.sum(), total.detach(), torch.zeros_like(total))

@@ -32,7 +32,7 @@ from gpt2lab.settings import (
 )
 from lightning_modules.distill import Distill
 from lightning_modules.finetune import FineTune
-from lightning_modules.language_model import LanguageModel, _head_rows
+from lightning_modules.language_model import LanguageModel
 from lightning_modules.nan_guard import NonFiniteLossError
 from lightning_modules.plugins.bf16_weights import Bf16Weights
 from lightning_modules.pretrain import Pretrain
@@ -378,13 +378,3 @@ def test_a_teacher_of_another_vocabulary_is_refused(tokenizer_folder, tmp_path) 
     module = Distill(settings(tokenizer_folder), str(tmp_path), LossSettings("forward_kl"), preflight="off")
     with pytest.raises(InputError, match="a vocabulary size of 60, the tokenizer of this run 64"):
         fit(module, CountingData())
-
-
-def test_lm_head_rows_are_the_targets_padded_to_a_multiple():
-    """Few different numbers of rows: oneDNN keeps memory for each."""
-    labels = torch.full((20,), IGNORE_INDEX)
-    labels[[3, 7, 19]] = 5
-    for multiple, expected in ((1, [3, 7, 19]), (3, [3, 7, 19]), (4, [0, 3, 7, 19]), (8, [0, 1, 2, 3, 4, 5, 7, 19])):
-        assert _head_rows(labels, multiple).tolist() == expected
-    assert len(_head_rows(labels, 64)) == len(labels)
-    assert _head_rows(torch.full((20,), IGNORE_INDEX), 64).tolist() == []

@@ -6,7 +6,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from gpt2lab.data.batch import Batch
+from gpt2lab.data.batch import IGNORE_INDEX, Batch
 
 
 def test_a_loader_pins_what_a_gpu_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,5 +29,19 @@ def test_a_device_gets_what_the_model_reads() -> None:
         "documents",
     }
     assert moved.indices.tolist() == [0, 1]
-    assert moved.row_targets is not None
-    assert moved.row_targets.tolist() == [8, 8]
+    assert moved.count_row_targets().tolist() == [8, 8]
+    assert moved.head_rows(64).is_meta, "counted without reading the device"
+
+
+def test_lm_head_rows_are_the_targets_padded_to_a_multiple():
+    """Few different numbers of rows: oneDNN keeps memory for each."""
+
+    def head_rows(targets: list[int], multiple: int) -> list[int]:
+        labels = torch.full((2, 10), IGNORE_INDEX)
+        labels.view(-1)[targets] = 5
+        return Batch(labels, labels, 16, torch.arange(2)).head_rows(multiple).tolist()
+
+    for multiple, expected in ((1, [3, 7, 19]), (3, [3, 7, 19]), (4, [0, 3, 7, 19]), (8, [0, 1, 2, 3, 4, 5, 7, 19])):
+        assert head_rows([3, 7, 19], multiple) == expected
+    assert len(head_rows([3, 7, 19], 64)) == 20
+    assert head_rows([], 64) == []
