@@ -1,6 +1,7 @@
 """Distill: train a student on a larger teacher's next-token distributions, mixed with the labels."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ class Distill(LanguageModel):
         self.shard_teacher = shard_teacher
         self.is_on_policy = False  # whether the current step trains on text that the student generated
         self.student_text: StudentText | None = None
+        self._trained_shape: torch.Size | None = None  # (B, T) of the last training batch
         if sequences is not None and sequences.on_policy:
             end_of_text, steps, seed = self.tokenizer.eos_token_id, self.settings.steps, self.settings.seed
             self.student_text = StudentText(sequences, context, steps, seed, end_of_text, vocab_size)
@@ -160,7 +162,15 @@ class Distill(LanguageModel):
         """Return the teacher's distributions for a batch of this side of the split, train or val."""
         if self.alignment is not None:
             return self.teacher.aligned_signal(self.alignment(batch).to(self.device), self.alignment.vocab_size)
-        return self.cache[side].signal(batch) if self.cache else self.teacher.signal(batch.input_ids, batch.spans)
+        if self.cache:
+            return self.cache[side].signal(batch)
+        shape = batch.input_ids.shape
+        if side == "train":
+            self._trained_shape = shape
+        # Under "pass" all training batches have one shape; a graph compiled for another one would be slower for all.
+        is_other = self.settings.compiled == "pass" and shape != self._trained_shape
+        with torch.compiler.set_stance("force_eager") if is_other else nullcontext():
+            return self.teacher.signal(batch.input_ids, batch.spans)
 
     def after_step(self) -> None:
         if self.loss_settings.name == "taid":

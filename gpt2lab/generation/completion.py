@@ -101,6 +101,7 @@ def distinct_seed(seed: int, number: int) -> int:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiled blocks would be recompiled for every length
 def fill_masks(model: GPT2LMHeadModel, prompt: Sequence[int], special: SpecialTokens) -> list[int]:
     """Return the prompt with its masked tokens filled one by one, the most confident first.
 

@@ -182,6 +182,7 @@ def _beam_search(
         )
 
 
+@torch.compiler.set_stance("force_eager")  # compiled blocks would be recompiled for every length
 def _prefill_bidirectional(model: GPT2LMHeadModel, ids: Tensor, mask: Tensor) -> Cache:
     """Return the key-value cache of left-padded prompts (B, L) with their mask (B, L)."""
     diagonal = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # padding attends to itself

@@ -102,8 +102,9 @@ def short_attention(
     may attend to nothing gets the average of all values.
     """
     most = MOST_POSITIONS if torch.is_grad_enabled() or attention_mask is not None else MOST_WITHOUT_GRADIENT
-    is_short = HAS_BF16 and query.shape == key.shape and 1 < query.shape[-2] <= most and not dropout
-    if not is_short or query.device.type != "cpu" or query.dtype != torch.bfloat16:
+    # The device first: a compiled graph would depend on each length that is compared.
+    is_on_cpu = HAS_BF16 and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not is_on_cpu or dropout or query.shape != key.shape or not 1 < query.shape[-2] <= most:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     blocks = _blocks(query.shape[-2], is_causal=attention_mask is None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
