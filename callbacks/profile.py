@@ -62,9 +62,9 @@ class Profile(lightning.Callback):
     def on_exception(self, trainer: Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         if self.profiler is None:
             return
-        self.profiler.stop()
-        self.profiler = None
+        profiler, self.profiler = self.profiler, None
         with contextlib.suppress(Exception):  # such as a full disk: they would hide the one that ends the run
+            profiler.stop()
             _write_memory(_folder(trainer), trainer.global_rank, pl_module.device)
 
     def _start(self, device: torch.device) -> None:
@@ -72,10 +72,11 @@ class Profile(lightning.Callback):
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
-        self.profiler = torch.profiler.profile(
+        profiler = torch.profiler.profile(
             activities=activities, record_shapes=True, profile_memory=True, acc_events=True
         )
-        self.profiler.start()
+        profiler.start()
+        self.profiler = profiler
 
     def _finish(self, trainer: Trainer, device: torch.device) -> None:
         """Write the files, if steps have been recorded."""

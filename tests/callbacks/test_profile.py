@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from launch.config.groups import CONF
 from launch.config.unused_keys import check_unused_keys
+from lightning_modules.language_model import LanguageModel
 from tests.conftest import Train, needs_two_cores
 from tests.support.configurations import composed
 
@@ -48,6 +50,41 @@ def test_profile_and_layer_stats_keep_the_weights(train_here: Train, tiny: list[
         load_file(tmp_path / f"runs/pretrain/{name}/hf/model.safetensors") for name in ("plain", "watched")
     )
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+def test_a_profiled_step_that_fails_reports_its_own_error(
+    train_here: Train, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """PyTorch's profiler has been stopped, so that the next run of this process can start it again."""
+    honest = LanguageModel.training_step
+
+    def fails(self: LanguageModel, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 3:
+            raise RuntimeError("no memory left")
+        return honest(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "training_step", fails)
+        answer = train_here(*tiny, "steps=8", "name=run", "profile=2:5")
+    assert answer.code == 1
+    assert "no memory left" in answer.stderr
+    assert not Path("runs/pretrain/run/profile").exists(), "an incomplete trace"
+    assert train_here(*tiny, "steps=3", "name=next", "profile=1:1").code == 0
+
+
+def test_a_resumed_run_warns_that_nothing_is_profiled(train_here: Train, tiny: list[str]):
+    keys = (*tiny, "run_dir=run", "checkpoint_every=4", "profile=2:1")
+    assert train_here(*keys, "steps=4").code == 0
+    answer = train_here("resume=run", "steps=6")
+    assert answer.code == 0, answer.stderr
+    assert "Nothing is profiled: the run starts at step 4" in answer.stderr
+
+
+@pytest.mark.parametrize("profiler", ["simple", pytest.param("advanced", marks=pytest.mark.slow)])
+def test_profilers_of_lightning_write_their_report(profiler: str, train_here: Train, tiny: list[str]):
+    assert train_here(*tiny, "steps=2", "run_dir=run", f"trainer.profiler={profiler}").code == 0
+    report = Path("run/fit-profile.txt").read_text()
+    assert "training_step" in report
 
 
 @pytest.mark.parametrize(
@@ -99,3 +136,21 @@ def test_layer_stats_add_up_to_the_gradient_norm(
     norms = [row[f"layers/grad_norm/{layer}"] for layer in layers]
     assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(row["grad_norm"], rel=1e-4)
     assert all(0 < row[f"layers/update_ratio/{layer}"] < 1 for layer in layers)
+
+
+def test_update_ratio_is_that_of_the_weights_of_two_steps(train_here: Train, tiny: list[str], tmp_path: Path):
+    """Of two runs with the same first step, which differ in the number of steps alone."""
+    usual = (*LAYER_STATS[:2], "schedule=constant", "schedule.warmup_steps=0", "logger=csv", "log_every=1")
+    weights = []
+    for steps in (1, 2):
+        answer = train_here(*tiny, *usual, f"steps={steps}", f"run_dir={tmp_path / str(steps)}")
+        assert answer.code == 0, answer.stderr
+        weights.append(load_file(tmp_path / str(steps) / "hf/model.safetensors"))
+    before, after = (
+        torch.cat([one.flatten() for name, one in found.items() if ".h.1." in name or name.startswith("h.1.")])
+        for found in weights
+    )
+    rows = csv.DictReader((tmp_path / "2/metrics.csv").open())
+    logged = [row["layers/update_ratio/block_01"] for row in rows if row["step"] == "2"]
+    expected = float((after - before).norm() / before.norm())
+    assert [float(value) for value in logged if value] == pytest.approx([expected], rel=1e-3)
