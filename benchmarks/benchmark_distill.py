@@ -99,7 +99,7 @@ FULL = Sizes(
     batch=BATCH,
     steps=HEAD_COMPILE_STEPS,  # minimum for which the LM head is compiled
     trl_steps=8,  # a step takes ten seconds with a vocabulary of 50,257
-    rounds=3,
+    rounds=5,
     threads=cpu_cores(),
 )
 TINY = Sizes((300,), ModelShape(1, 1, 16), ModelShape(1, 2, 32), 32, 2, steps=12, trl_steps=4, rounds=1, threads=1)

@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=Path, help="a nanoGPT checkout, or its model.py")
     parser.add_argument("--steps", type=int, default=40, help="steps of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     options = parser.parse_args()
     model_file = options.nanogpt

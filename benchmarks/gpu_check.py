@@ -6,7 +6,8 @@ A ranked list: speed beside nanoGPT with a profile, distillation beside TRL, the
 Liger, attention kernels, determinism, medium, distillation at GPT-2 size, fp16 and the playground; then checkpoints,
 precisions, resume and FSDP. Each row is appended to benchmarks/RESULTS.md, or to --results, as soon as it is known, and
 what a long check has found so far before it ends. A check that would not end within the minutes is not started, and one
-that takes longer than expected is ended.
+that takes longer than expected is ended. The whole list takes about half an hour, up to the playground 17 minutes.
+TRL and Liger are those of --trl-python's environment, which needs hydra-core for the LM-head loss.
 
     python -m benchmarks.gpu_check --rehearse       every check that needs no GPU, with tiny models on the CPU
 
@@ -19,16 +20,16 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_proofs, gpu_runs
+from benchmarks import gpu_bench, gpu_proofs, gpu_runs
 from benchmarks.benchmark_training_step import find_model_file
-from benchmarks.gpu_runs import GPU, REHEARSAL, Bench
+from benchmarks.gpu_bench import GPU, REHEARSAL, Bench, NotRun
 from benchmarks.train_command import ROOT
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -52,19 +53,18 @@ class Check:
     needs_gpu: bool = False
 
 
-def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) -> Iterator[Check]:
+def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_bench.Sizes) -> Iterator[Check]:
     """Return the checks, the most important first."""
     small, medium, _ = sizes.models
-    if nanogpt is not None:
-        beside = partial(gpu_runs.compare_with_nanogpt, model_file=find_model_file(nanogpt))
-        yield Check("small beside nanoGPT", beside, 230)
+
+    def kernels(name: str, title: str, seconds: int, python: str | None = None, needs_gpu: bool = True) -> Check:
+        return Check(title, partial(gpu_bench.kernels, name=name, python=python), seconds, needs_gpu)
+
+    model_file = None if nanogpt is None else find_model_file(nanogpt)
+    yield Check("small beside nanoGPT", partial(gpu_runs.compare_with_nanogpt, model_file=model_file), 230)
     yield Check("profile of small", gpu_runs.profile, 50)
-    if trl_python is not None:
-        yield Check("distillation beside TRL", partial(gpu_runs.compare_with_trl, trl_python=trl_python), 170)
-    kernels = "LM-head loss, 16,384 positions, V = 50,257"
-    yield Check(kernels, lambda bench: gpu_kernels.compare_lm_head_losses(bench.note), 70, needs_gpu=True)
-    yield Check("LM-head loss by chunk size", lambda _: gpu_kernels.lm_head_chunks(), 25, needs_gpu=True)
-    yield Check("attention kernels", lambda _: gpu_kernels.attention_kernels(), 10, needs_gpu=True)
+    yield Check("distillation beside TRL", partial(gpu_runs.compare_with_trl, trl_python=trl_python), 200)
+    yield kernels("lm_head", "LM-head loss, 16,384 positions, V = 50,257", 80, trl_python, needs_gpu=False)
     yield Check("deterministic, compiled", partial(gpu_proofs.deterministic, options=("compile=true",)), 140)
     yield Check("medium", partial(gpu_runs.speed, model=medium, options=("precision=bf16", "compile=true")), 65)
     yield Check("experiment at GPT-2 size", gpu_runs.experiment, 190)
@@ -72,8 +72,10 @@ def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) 
         "small, fp16", partial(gpu_runs.speed, model=small, options=("precision=fp16", "compile=true")), 60, True
     )
     yield Check("playground", gpu_proofs.playground, 25)
+    yield kernels("lm_head_chunks", "LM-head loss by chunk size", 35)
+    yield kernels("attention", "attention kernels", 20)
     yield Check("checkpoint every 100 steps", gpu_runs.checkpoints, 100)
-    yield Check("flash attention", lambda _: gpu_kernels.flash_attention(), 10, needs_gpu=True)
+    yield kernels("flash_attention", "flash attention", 20)
     yield Check("precisions", gpu_proofs.precisions, 130, needs_gpu=True)
     yield Check("resume after kill -9", gpu_proofs.resume_after_a_kill, 70)
     packed = ("compile=false", "packing=true")
@@ -83,16 +85,20 @@ def checks(nanogpt: Path | None, trl_python: str | None, sizes: gpu_runs.Sizes) 
     yield Check("distillation with default values", gpu_runs.distil_with_defaults, 110, needs_gpu=True)
     recomputed = ("precision=bf16", "compile=false", "activation_checkpointing=true")
     yield Check("medium, activations recomputed", partial(gpu_runs.speed, model=medium, options=recomputed), 45)
-    yield Check("packed documents", lambda _: gpu_kernels.packing(prefix=False), 30, needs_gpu=True)
-    yield Check("packed prefixes", lambda _: gpu_kernels.packing(prefix=True), 10, needs_gpu=True)
+    yield kernels("packed_documents", "packed documents", 40)
+    yield kernels("packed_prefixes", "packed prefixes", 20)
+
+
+class OutOfTime(BaseException):
+    """A check takes too long; not an Exception, so that no library takes it for one of its own."""
 
 
 @contextmanager
 def ended_after(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so many seconds; in the main thread only."""
+    """Raise OutOfTime in the block after so many seconds; in the main thread only."""
 
     def end(*_unused: object) -> None:
-        raise TimeoutError(f"not finished after {seconds:.0f} s")
+        raise OutOfTime(f"not finished after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -113,11 +119,10 @@ def outcome(check: Check, bench: Bench) -> tuple[str, str]:
     try:
         with ended_after(seconds + GRACE):
             return "passed", check.run(replace(bench, deadline=time.monotonic() + seconds))
-    except Exception as error:  # whatever a library raises, the other checks are run
+    except NotRun as reason:
+        return "not run", str(reason)
+    except (Exception, OutOfTime) as error:  # whatever a library raises, the other checks are run
         return "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[-600:]
-    finally:
-        with suppress(RuntimeError):  # after a failed kernel every call raises
-            torch.cuda.empty_cache()
 
 
 def append(text: str, file: Path | None) -> None:

@@ -1,8 +1,12 @@
-"""Checks of gpu_check.py without a training run: attention kernels and the LM-head loss, in this process.
+"""Checks of gpu_check.py without a training run: attention kernels and the LM-head loss.
 
-Each returns its result as text and raises RuntimeError if the claim is violated.
+    python -m benchmarks.gpu_kernels lm_head
+
+Prints a line with each result so far; the last is the result. A violated claim is an exit code of 1. With --tiny,
+`lm_head` runs on a CPU too; the others need a GPU.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -157,25 +161,21 @@ def lm_head_chunks() -> str:
     return "ms: " + ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in times.items())
 
 
-def compare_lm_head_losses(note: Callable[[str], None]) -> str:
-    """Measure time and memory of cross-entropy and forward KL in bf16, D = 768, for every side, fastest first.
-
-    Args:
-        note: receives what has been measured so far.
-    """
+def compare_lm_head_losses(tiny: bool = False) -> str:
+    """Measure time and memory of cross-entropy and forward KL in bf16, D = 768, for every side, fastest first."""
     results = [f"not installed here: {name}" for name in missing_packages()]
+    sizes = (16, 64, 320) if tiny else (SMALL.n_embd, SEQUENCES * CONTEXT, VOCABULARY)
     for loss in ("cross_entropy", "forward_kl"):
-        head, refused = Head(loss, "bf16", 768, 4 * 4_096, VOCABULARY), dict[str, str]()
+        head, refused = Head(loss, "bf16", *sizes), dict[str, str]()
         times = times_here(head, rounds=ROUNDS, compiles=True, refused=refused)
         names = sorted(times, key=times.__getitem__)
         cells = {name: f"{name} {times[name]:.1f} ms" for name in names}
         cells |= {name: f"{name} refused ({error})" for name, error in refused.items()}
         title = loss.replace("_", " ")
-        note("; ".join([*results, f"{title}: {', '.join(cells.values())}"]))
+        print("; ".join([*results, f"{title}: {', '.join(cells.values())}"]), flush=True)
         for name in names:
             cells[name] += f" {memory_here(head, name, compiles=True) / 1e6:,.0f} MB"
         results.append(f"{title}: {', '.join(cells.values())}")
-        note("; ".join(results))
     return "; ".join(results)
 
 
@@ -213,3 +213,25 @@ def _median(work: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[ROUNDS // 4 :]) * 1e3
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "lm_head": compare_lm_head_losses,
+    "lm_head_chunks": lm_head_chunks,
+    "attention": attention_kernels,
+    "flash_attention": flash_attention,
+    "packed_documents": partial(packing, prefix=False),
+    "packed_prefixes": partial(packing, prefix=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--tiny", action="store_true", help="lm_head: takes seconds; results are meaningless")
+    options = parser.parse_args()
+    print(compare_lm_head_losses(tiny=True) if options.tiny else CHECKS[options.check](), flush=True)
+
+
+if __name__ == "__main__":
+    main()

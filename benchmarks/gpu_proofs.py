@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import benchmark_precisions
 from benchmarks.benchmark_precisions import EXACT, OTHERS
-from benchmarks.gpu_runs import Bench
+from benchmarks.gpu_bench import Bench
 from benchmarks.train_command import ROOT
 
 SAME_LOSS = 0.02  # nats: FSDP compared with one device
@@ -44,7 +44,7 @@ def resume_after_a_kill(bench: Bench) -> str:
     arguments = [*bench.on_corpus(bench.sizes.models[2], 150), "compile=false", "checkpoint_every=50"]
     unbroken = bench.train("unbroken", arguments)["val_loss"]
     run_dir = bench.folder / "killed"
-    _kill_at_first_checkpoint(bench, arguments, run_dir)
+    kill_at_first_checkpoint(bench, arguments, run_dir)
     bench.resume(run_dir)
     loss = json.loads((run_dir / "report.json").read_text())["val_loss"]
     if not abs(loss - unbroken) < SAME_RESUMED:
@@ -67,7 +67,7 @@ def deterministic(bench: Bench, options: Sequence[str]) -> str:
     first, second, killed = (bench.folder / one for one in names)
     with ThreadPoolExecutor() as pool:  # their speed is not measured
         unbroken = pool.submit(bench.train, names[1], arguments)
-        _kill_at_first_checkpoint(bench, arguments, killed)
+        kill_at_first_checkpoint(bench, arguments, killed)
         bench.resume(killed)
         unbroken.result()
     for other in (second, killed):
@@ -135,13 +135,15 @@ def _address(lines: Iterable[str]) -> str:
     raise RuntimeError(f"the playground ended before it had an address: {''.join(printed)[-400:]}")
 
 
-def _kill_at_first_checkpoint(bench: Bench, arguments: list[str], run_dir: Path) -> None:
+def kill_at_first_checkpoint(bench: Bench, arguments: list[str], run_dir: Path) -> None:
     command = [sys.executable, "train.py", *arguments, f"run_dir={run_dir}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (run_dir / "checkpoints" / "last").exists():
-        if process.poll() is not None or time.monotonic() > bench.deadline:
-            process.kill()
-            raise RuntimeError("the run ended before it saved a checkpoint")
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not (run_dir / "checkpoints" / "last").exists():
+            if process.poll() is not None or time.monotonic() > bench.deadline:
+                raise RuntimeError("the run ended, or its time, before it saved a checkpoint")
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    if process.wait() != -signal.SIGKILL:
+        raise RuntimeError("the run ended before it was killed")

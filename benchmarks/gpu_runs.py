@@ -5,12 +5,11 @@ Each returns its result as text. "passed" is for a run that ended, whatever its 
 
 import gzip
 import json
-import shutil
 import statistics
+import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,9 @@ import torch
 
 from benchmarks.benchmark_distill import LOOPS, trl_step
 from benchmarks.benchmark_training_step import nanogpt
+from benchmarks.gpu_bench import Bench, NotRun
 from benchmarks.shape import STEPS
-from benchmarks.synthetic_corpus import write_corpus, write_tokenizer
-from benchmarks.train_command import bin_data, run_train, seconds_of_steps, train
-from gpt2lab.data.tokenizer import load_tokenizer
-from gpt2lab.model.backbone import Backbone, to_hf
-from gpt2lab.settings import ModelShape
+from benchmarks.train_command import seconds_of_steps
 
 # Part of a kernel's name → what it computes; the first that is contained counts. The compiler names a kernel of its own
 # after all operations in it, attention among them.
@@ -41,110 +37,8 @@ KERNELS = {
     "memset": "copies",
 }
 OTHER_KERNELS = "other kernels"
+LIGER = "Liger's JSD, models compiled"
 LATER_ROUND = 0.7  # seconds of a round that finds everything compiled ÷ those of the first one, an estimate
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of models and batches.
-
-    Attributes:
-        models: names of the small, the medium and the miniature model of train.py.
-        student, teacher: layers, heads and width.
-        sequences: in a micro-batch of the small model.
-        budget: target tokens on which the teacher of the experiment is trained.
-    """
-
-    accelerator: str
-    vocab_size: int
-    context: int
-    sequences: int
-    models: tuple[str, str, str]
-    student: tuple[int, int, int]
-    teacher: tuple[int, int, int]
-    steps: int
-    rounds: int
-    budget: int
-
-
-GPU = Sizes(
-    accelerator="gpu",
-    vocab_size=50_304,  # a multiple of 64 for every side: GPUs multiply odd sizes slowly
-    context=1024,
-    sequences=16,
-    models=("small", "medium", "mini"),
-    student=(12, 12, 768),
-    teacher=(24, 16, 1024),
-    steps=40,
-    rounds=3,
-    budget=16_000_000,
-)
-REHEARSAL = Sizes("cpu", 320, 32, 4, ("nano", "nano", "nano"), (2, 2, 128), (3, 2, 160), 20, 1, 16_384)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A folder for runs, with corpus and tokenizer, sizes, and the time at which every run has to end.
-
-    Attributes:
-        deadline: of time.monotonic().
-        note: receives what a check has found so far.
-    """
-
-    folder: Path
-    sizes: Sizes
-    deadline: float
-    note: Callable[[str], None] = lambda _: None
-
-    @property
-    def seconds_left(self) -> float:
-        return max(self.deadline - time.monotonic(), 1.0)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.sizes.accelerator == "gpu"
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.sizes.sequences * self.sizes.context
-
-    def write_inputs(self) -> None:
-        """Write a corpus and a tokenizer of any text."""
-        context = self.sizes.context
-        tokens = {"train_tokens": 4_000 * context, "val_tokens": 64 * context}
-        write_corpus(self.folder / "corpus", self.sizes.vocab_size, **tokens)
-        write_tokenizer(self.folder / "tokenizer", self.sizes.vocab_size)
-
-    def on_corpus(self, model: str, steps: int) -> list[str]:
-        """Return arguments for training on the synthetic corpus, two micro-batches a step."""
-        sizes = [f"context={self.sizes.context}", f"batch_tokens={2 * self.batch_tokens}", "log_every=5"]
-        data = bin_data(self.folder / "corpus", self.folder / "tokenizer")
-        return [f"model={model}", *data, *sizes, *self.of_length(steps), "callbacks=minimal"]
-
-    def of_length(self, steps: int) -> list[str]:
-        lengths = [f"steps={steps}", f"validate_every={steps}", f"checkpoint_every={steps}"]
-        return [*lengths, f"accelerator={self.sizes.accelerator}", "devices=1", "logger=csv"]
-
-    def train(self, name: str, arguments: list[str]) -> dict[str, Any]:
-        """Run train.py into the folder `name` and return its report; the checkpoints are deleted."""
-        report = train(self.folder / name, arguments, self.seconds_left)
-        shutil.rmtree(self.folder / name / "checkpoints", ignore_errors=True)
-        if not report["train_loss"] < 12:
-            raise RuntimeError(f"training loss {report['train_loss']}")
-        return report
-
-    def resume(self, run_dir: Path) -> None:
-        run_train([f"resume={run_dir}"], self.seconds_left)
-
-    def random_teacher(self) -> Path:
-        """Write a teacher with random weights, which the preflight would refuse."""
-        folder = self.folder / "random-teacher"
-        if not folder.exists():
-            torch.manual_seed(1)
-            shape = ModelShape(*self.sizes.teacher, self.sizes.context, self.sizes.vocab_size)
-            to_hf(Backbone(shape)).save_pretrained(folder)
-            load_tokenizer(str(self.folder / "tokenizer")).save_pretrained(folder)
-        return folder
 
 
 def speed(bench: Bench, model: str, options: Sequence[str]) -> str:
@@ -159,11 +53,13 @@ def _speed(report: Mapping[str, Any]) -> str:
     return f"{report['tokens_per_second']:,.0f} tokens/s{mfu}, {used:.1f} GiB ({planned:.1f} planned)"
 
 
-def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
+def compare_with_nanogpt(bench: Bench, model_file: Path | None) -> str:
     """Compare train.py (AdamW, Muon) with nanoGPT's model file: compiled, bf16, one micro-batch a step, same tokens.
 
     A round is left out if the time is too short for it.
     """
+    if model_file is None:
+        raise NotRun("--nanogpt is not given")
     sizes, size = bench.sizes, "small" if bench.on_gpu else "mini"
     keys, seconds = _keys_beside_nanogpt(bench, size), 0.0
     found: dict[str, list[float]] = {"nanoGPT": [], "adamw": [], "muon": []}
@@ -172,15 +68,16 @@ def compare_with_nanogpt(bench: Bench, model_file: Path) -> str:
         if number and bench.seconds_left < seconds:
             break
         started, corpus = time.monotonic(), bench.folder / "corpus"
-        found["nanoGPT"].append(
-            nanogpt(model_file, corpus, sizes.vocab_size, True, sizes.steps, size, bench.seconds_left)
-        )
         for optimizer in ("adamw", "muon"):
             arguments = [*bench.on_corpus(size, sizes.steps), *keys, f"optimizer={optimizer}"]
             report = bench.train(f"beside-nanogpt-{optimizer}-{number}", arguments)
             found[optimizer].append(report["tokens_per_second"])
             mfu[optimizer] = report["mfu"] and report["mfu"] / report["tokens_per_second"]
             bench.note(_beside_nanogpt(found, mfu))
+        found["nanoGPT"].append(
+            nanogpt(model_file, corpus, sizes.vocab_size, True, sizes.steps, size, bench.seconds_left)
+        )
+        bench.note(_beside_nanogpt(found, mfu))
         seconds = (time.monotonic() - started) * (1.0 if number else LATER_ROUND)
     return _beside_nanogpt(found, mfu)
 
@@ -194,14 +91,14 @@ def _keys_beside_nanogpt(bench: Bench, size: str) -> list[str]:
 
 
 def _beside_nanogpt(found: Mapping[str, list[float]], mfu: Mapping[str, float | None]) -> str:
-    """Format the median of each side, its range, its MFU where that is known, and the ratio to nanoGPT's."""
-    parts, theirs = [], statistics.median(found["nanoGPT"])
+    """Format the median of each side, its range, its MFU and the ratio to nanoGPT's, where these are known."""
+    parts, theirs = [], statistics.median(found["nanoGPT"]) if found["nanoGPT"] else None
     for name, speeds in found.items():
         if speeds:
             median = statistics.median(speeds)
             of_one = mfu.get(name)
             share = f", MFU {median * of_one:.1%}" if of_one else ""
-            ratio = f": {median / theirs:.2f} ×" if name in mfu else ""
+            ratio = f": {median / theirs:.2f} ×" if name in mfu and theirs else ""
             parts.append(f"{name} {median:,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f}{share}){ratio}")
     return f"tokens/s: {'; '.join(parts)}; {len(found['nanoGPT'])} rounds"
 
@@ -213,7 +110,10 @@ def profile(bench: Bench) -> str:
     name, steps = "profiled", 3
     arguments = [*bench.on_corpus(sizes.models[0], sizes.steps), *keys, "optimizer=adamw"]
     bench.train(name, [*arguments, f"profile={sizes.steps - steps}:{steps}"])
-    with gzip.open(bench.folder / name / "profile" / "trace-rank0.json.gz", "rt", encoding="utf-8") as file:
+    folder = bench.folder / name / "profile"
+    if bench.on_gpu and not (folder / "memory-rank0.pickle").exists():
+        raise RuntimeError("the profile has no memory snapshot")
+    with gzip.open(folder / "trace-rank0.json.gz", "rt", encoding="utf-8") as file:
         return summarize_trace(json.load(file)["traceEvents"], steps)
 
 
@@ -235,8 +135,13 @@ def summarize_trace(events: list[dict[str, Any]], steps: int) -> str:
     return f"{busy}; the longest: " + ", ".join(f"{name[:60]} {ms:.2f}" for name, ms in longest)
 
 
-def compare_with_trl(bench: Bench, trl_python: str) -> str:
-    """Compare a step of distilling medium to small (JSD, bf16) with GKDTrainer and TRL's chunked loss."""
+def compare_with_trl(bench: Bench, trl_python: str | None) -> str:
+    """Compare a step of distilling medium to small (JSD, bf16) with GKDTrainer, TRL's chunked loss and Liger's.
+
+    A side that fails does not hide the others.
+    """
+    if trl_python is None:
+        raise NotRun("--trl-python is not given")
     sizes, batch = bench.sizes, max(bench.sizes.sequences // 2, 1)
     keys = ["task=distill", f"teacher={bench.random_teacher()}", "preflight=off", "loss=jsd", "loss.beta=0.5"]
     keys += ["loss.hard_weight=0", "optimizer=adamw", "precision=bf16", "compile=true"]
@@ -249,16 +154,21 @@ def compare_with_trl(bench: Bench, trl_python: str) -> str:
     given = {"corpus": bench.folder / "corpus", "tokenizer": bench.folder / "tokenizer", "beta": 0.5, "steps": 30}
     given |= {"layers": layers, "heads": heads, "width": width, "batch": batch, "precision": "bf16"}
     given |= {"teacher": bench.random_teacher(), "threads": 8 if bench.on_gpu else 1}
-    for loop, context in {
-        "compiled": sizes.context,
-        "gkd": sizes.context - 1,
-    }.items():  # GKDTrainer adds a prompt token
-        found = trl_step(trl_python, {**given, "loop": loop, "context": context}, timeout=bench.seconds_left)
+    sides = {"compiled": LOOPS["compiled"], "gkd": LOOPS["gkd"]} | ({"liger": LIGER} if bench.on_gpu else {})
+    failed = []
+    for loop, title in sides.items():
+        context = sizes.context - (loop == "gkd")  # GKDTrainer adds a prompt token
+        try:
+            found = trl_step(trl_python, {**given, "loop": loop, "context": context}, timeout=bench.seconds_left)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            failed.append(f"{title} failed: {' '.join(str(error).split())[-200:]}")
+            continue
         theirs = found["targets"] / found["milliseconds"] * 1e3, found["peak"] / 2**30
         ratios = f"{ours[0] / theirs[0]:.2f} × the speed, {ours[1] / theirs[1]:.2f} × the memory"
-        side = f"{LOOPS[loop]}, TRL {found['trl']}"
-        results.append(f"{side}: {theirs[0]:,.0f} tokens/s, {theirs[1]:.1f} GiB; ours {ratios}")
+        results.append(f"{title}: {theirs[0]:,.0f} tokens/s, {theirs[1]:.1f} GiB; ours {ratios}")
         bench.note("; ".join(results))
+    if failed:
+        raise RuntimeError("; ".join([*results, *failed]))
     return "; ".join(results)
 
 
@@ -301,7 +211,7 @@ def experiment(bench: Bench) -> str:
         bench.note(f"val/loss: {', '.join(found)}")
         return loss
 
-    shape = [f"model={small}"] if not bench.on_gpu else ["model=distil"]
+    shape = ["model=distil"] if bench.on_gpu else [f"model={small}", "model.n_layer=1"]
     teacher = score("teacher", 1.0, [f"model={small}"])
     distil = ["task=distill", f"teacher={bench.folder / 'experiment-teacher'}", "preflight=warn", "loss.hard_weight=0"]
     with_teacher, alone = score("kd", 0.5, [*shape, *distil]), score("ce", 0.5, shape)

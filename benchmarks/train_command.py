@@ -56,9 +56,15 @@ def run_train(arguments: Sequence[str], timeout: float | None = None) -> None:
 
 
 def run_module(name: str, *arguments: str, timeout: float | None = None) -> Any:
-    """Run `python -m benchmarks.NAME …` in a new process and return the JSON that it prints."""
+    """Run `python -m benchmarks.NAME …` in a new process and return the JSON that it prints.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"exit code {ended.returncode} from {' '.join(command[1:])}\n{ended.stderr[-2000:]}")
     return json.loads(ended.stdout)
 
 

@@ -5,6 +5,7 @@
     gkd        GKDTrainer as a plain trainer; a sequence has one prompt token, its minimum, and `context` targets
     chunked    the loss of DistillationTrainer, which holds no logits of the whole batch, in a loop of a dozen lines
     compiled   the same with both models compiled
+    liger      the fused Jensen–Shannon divergence of Liger in the same loop, both models compiled; on a GPU
 
 Prints one JSON object: {"milliseconds", "before_model", "peak", "targets", "trl"}; on a GPU the bytes are its
 allocator's. The student is a GPT-2 with random weights.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -100,25 +102,40 @@ def train_gkd(options: argparse.Namespace, tokenizer: Any, rows: Dataset) -> int
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def train_chunked(options: argparse.Namespace, tokenizer: Any, rows: Dataset) -> int:
-    """Train with the chunked loss of DistillationTrainer, in bf16 by autocast, and return the targets of a step."""
+def trl_divergence(hidden: Tensor, target: Tensor, weight: Tensor, target_weight: Tensor, beta: float) -> Tensor:
+    """Compute TRL's chunked loss: hidden states (B, T, D) and head (V, D) of the student, then the teacher's."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
+    mask = torch.ones(hidden.shape[:2], device=hidden.device)
+    return _chunked_divergence_loss(hidden, target, weight, target_weight, mask, beta)[0]
+
+
+def liger_divergence(hidden: Tensor, target: Tensor, weight: Tensor, target_weight: Tensor, beta: float) -> Tensor:
+    """Compute Liger's fused loss of the same; autocast does not apply to it."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    student = hidden.flatten(0, 1).to(target_weight.dtype), weight.to(target_weight.dtype)
+    teacher = target.flatten(0, 1).to(target_weight.dtype), target_weight
+    return LigerFusedLinearJSD(jsd_beta=beta)(*student, *teacher)
+
+
+def train_in_a_loop(options: argparse.Namespace, tokenizer: Any, rows: Dataset) -> int:
+    """Train with a loss that holds no logits of the whole batch, in bf16 by autocast; return the targets of a step."""
+    divergence = liger_divergence if options.loop == "liger" else trl_divergence
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = (model.to(device) for model in build_models(options, tokenizer))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     bodies = [student.transformer, teacher.eval().transformer]
-    if options.loop == "compiled":
+    if options.loop != "chunked":
         bodies = [torch.compile(body) for body in bodies]
     heads = student.lm_head.weight, teacher.lm_head.weight
     ids = torch.tensor(rows["input_ids"])[:, :-1].contiguous().to(device)  # at once, so that no step waits for it
-    mask = torch.ones(options.batch, options.context, device=device)
     for inputs in ids.split(options.batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             hidden = bodies[0](inputs, use_cache=False)[0]
             with torch.no_grad():
                 target = bodies[1](inputs, use_cache=False)[0]
-            loss, *_ = _chunked_divergence_loss(hidden, target, *heads, mask, options.beta)
+            loss = divergence(hidden, target, *heads, options.beta)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -162,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.empty(0, device=device)  # starts CUDA, without which there is no peak to reset
     before_model = reset_peak_memory(device)
     clock = StepClock()
-    targets = (train_gkd if options.loop == "gkd" else train_chunked)(options, tokenizer, rows)
+    targets = (train_gkd if options.loop == "gkd" else train_in_a_loop)(options, tokenizer, rows)
     return {
         "milliseconds": clock.milliseconds,
         "before_model": before_model,
@@ -197,7 +214,7 @@ def print_measured(options: argparse.Namespace, measured: Callable[[argparse.Nam
 
 
 def main() -> None:
-    parser = option_parser(__doc__.splitlines()[0], ("gkd", "chunked", "compiled"), ("context",))
+    parser = option_parser(__doc__.splitlines()[0], ("gkd", "chunked", "compiled", "liger"), ("context",))
     parser.add_argument("--corpus", type=Path, required=True)
     print_measured(parser.parse_args(), measure)
 

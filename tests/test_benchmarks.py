@@ -1,10 +1,12 @@
 """The benchmarks run, at sizes of seconds, and their tables put the right numbers into ratios."""
 
+import contextlib
 import importlib
 import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,16 @@ from benchmarks import (
     benchmark_sweep_overhead,
     benchmark_ten_students,
     gpu_check,
+    gpu_proofs,
+    gpu_runs,
 )
 from benchmarks.alternation import run_pairs
 from benchmarks.benchmark_distill import CROSS_ENTROPY, DISTILLATION, TINY, Measured
 from benchmarks.benchmark_tokens_to_loss import share_at
+from benchmarks.gpu_bench import REHEARSAL, Bench, NotRun
 from benchmarks.gpu_check import Check, verify
-from benchmarks.gpu_runs import REHEARSAL, Bench, summarize_trace
+from benchmarks.gpu_proofs import kill_at_first_checkpoint
+from benchmarks.gpu_runs import summarize_trace
 from benchmarks.lm_head_sides import EAGER, OURS, Head
 from gpt2lab.data.tokenizer import train_bpe
 from gpt2lab.generation.speculative import Speculated
@@ -274,6 +280,7 @@ def test_the_gpu_check_is_rehearsed_on_a_cpu(tmp_path: Path, cache: Path) -> Non
     assert "FAILED" not in ended.stdout
     assert {name for name, row in rows.items() if row[0] == "passed"} >= {
         "profile of small",
+        "LM-head loss, 16,384 positions, V = 50,257",
         "deterministic, compiled",
         "experiment at GPT-2 size",
         "playground",
@@ -282,6 +289,8 @@ def test_the_gpu_check_is_rehearsed_on_a_cpu(tmp_path: Path, cache: Path) -> Non
         "deterministic distillation",
     }
     assert "by 0.0e+00" in rows["resume after kill -9"][1]
+    assert "forward kl" in rows["LM-head loss, 16,384 positions, V = 50,257"][1]
+    assert (rows["small beside nanoGPT"][0] == "not run") == (not os.environ.get("NANOGPT"))
     assert ended.returncode == 0
 
 
@@ -318,19 +327,74 @@ def test_gpu_check_keeps_what_an_ended_check_found(tmp_path: Path, monkeypatch: 
     def raises(_: Bench) -> str:
         raise ImportError("no such package")
 
+    def lacks(_: Bench) -> str:
+        raise NotRun("an option is not given")
+
     file = tmp_path / "RESULTS.md"
-    some = [Check("overruns", overruns, 1), Check("raises", raises, 1), Check("last", lambda _: "fine", 1)]
+    some = [Check("overruns", overruns, 10), Check("raises", raises, 600), Check("lacks", lacks, 600)]
+    some += [Check("last", lambda _: "fine", 600)]
     bench = Bench(tmp_path, replace(REHEARSAL, accelerator="gpu"), deadline=1e9)
-    assert verify(iter(some), bench, file) == ["FAILED", "FAILED", "passed"]
+    assert verify(iter(some), bench, file) == ["FAILED", "FAILED", "not run", "passed"]
     rows = [line.split(" | ") for line in file.read_text().splitlines()]
     assert [row[:2] for row in rows] == [
         ["| overruns", "so far"],
         ["| overruns", "FAILED"],
         ["| raises", "FAILED"],
+        ["| lacks", "not run"],
         ["| last", "passed"],
     ]
     assert "not finished" in rows[1][2]
     assert "ImportError: no such package" in rows[2][2]
+
+
+def test_gpu_check_ends_a_check_whose_library_hides_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "TIMEOUT_FACTOR", 0.1)
+    monkeypatch.setattr(gpu_check, "GRACE", 0.0)
+
+    def hides(bench: Bench) -> str:
+        while bench.seconds_left:
+            with contextlib.suppress(Exception):
+                time.sleep(0.01)
+        return "never"
+
+    bench = Bench(tmp_path, replace(REHEARSAL, accelerator="gpu"), deadline=1e9)
+    assert verify(iter([Check("hides", hides, 1)]), bench, None) == ["FAILED"]
+
+
+def test_gpu_check_needs_a_run_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended before the kill proves nothing about resume."""
+    (tmp_path / "run/checkpoints/last").mkdir(parents=True)
+    (tmp_path / "train.py").touch()
+    monkeypatch.setattr(gpu_proofs, "ROOT", tmp_path)
+    honest = gpu_proofs.subprocess.Popen
+
+    def ended(*arguments: Any, **options: Any) -> Any:
+        process = honest(*arguments, **options)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(gpu_proofs.subprocess, "Popen", ended)
+    with pytest.raises(RuntimeError, match="ended before it was killed"):
+        kill_at_first_checkpoint(Bench(tmp_path, REHEARSAL, deadline=1e9), [], tmp_path / "run")
+
+
+def test_a_side_of_trl_that_fails_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"targets": 128, "milliseconds": 10.0, "peak": 2**30, "trl": "1.16.0"}
+
+    def trl_step(_python: str, options: dict[str, Any], timeout: float) -> dict[str, Any]:
+        if options["loop"] == "compiled":
+            raise RuntimeError("no compiler")
+        return found
+
+    notes: list[str] = []
+    bench = Bench(tmp_path, REHEARSAL, deadline=1e9, note=notes.append)
+    report = {"tokens_per_second": 25_600, "peak_memory_bytes": 2**29}
+    monkeypatch.setattr(gpu_runs, "trl_step", trl_step)
+    monkeypatch.setattr(Bench, "train", lambda *_unused: report)
+    monkeypatch.setattr(Bench, "random_teacher", lambda _: tmp_path)
+    with pytest.raises(RuntimeError, match=r"GKDTrainer: 12,800 .* 2.00 × the speed.*failed: no compiler"):
+        gpu_runs.compare_with_trl(bench, "python")
+    assert "GKDTrainer" in notes[-1]
 
 
 def test_kernels_of_a_trace_are_summed_by_kind() -> None:
