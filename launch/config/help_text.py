@@ -22,7 +22,7 @@ COMMANDS = (
     ("python train.py", "pretrain nano on the standard library's source"),
     ("python train.py task=distill model=nano teacher=RUN_DIR", "distill a trained run into a small model"),
     ("python train.py task=finetune init=RUN_DIR data=summarize", "fine-tune on pairs"),
-    ("python train.py -m model=nano,micro optimizer.lr=1e-3,3e-3", "a sweep: every combination"),
+    ("python train.py -m model=nano,micro optimizer.lr=3e-3,1e-2", "a sweep: every combination"),
     ("python train.py --help optimizer", "the values and keys of a group; also --help KEY"),
     ("python train.py --cfg job", "the whole configuration, keys of groups included"),
 )
