@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--tiny", action="store_true", help="lm_head: takes seconds; results are meaningless")
     options = parser.parse_args()
+    if options.tiny and options.check != "lm_head":
+        parser.error("--tiny is for lm_head; the other checks need a GPU")
     print(compare_lm_head_losses(tiny=True) if options.tiny else CHECKS[options.check](), flush=True)
 
 

@@ -63,19 +63,22 @@ class Profile(lightning.Callback):
         if self.profiler is None:
             return
         profiler, self.profiler = self.profiler, None
-        with contextlib.suppress(Exception):  # such as a full disk: they would hide the one that ends the run
+        # An exception here, as of a full disk, would hide the one that ends the run.
+        with contextlib.suppress(Exception):
             profiler.stop()
+        with contextlib.suppress(Exception):
             _write_memory(_folder(trainer), trainer.global_rank, pl_module.device)
 
     def _start(self, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
         profiler = torch.profiler.profile(
             activities=activities, record_shapes=True, profile_memory=True, acc_events=True
         )
         profiler.start()
+        if device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
         self.profiler = profiler
 
     def _finish(self, trainer: Trainer, device: torch.device) -> None:

@@ -101,7 +101,10 @@ class Preflight:
         kept = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         is_wrong = torch.tensor(float(teacher.only_targets and teacher.rows != len(kept)), device=labels.device)
         if self.student.over_ranks(is_wrong).item():  # on any rank: the others would wait for it
-            return f"The cached teacher has records of {teacher.rows} targets where the student counts {len(kept)}."
+            return (
+                "The cached teacher's records do not match the targets of the student "
+                f"(on this rank {teacher.rows} and {len(kept)})."
+            )
         teacher = teacher.at_targets(kept)
         with self.student.trainer.precision_plugin.forward_context():
             student = self.student.lm_head_loss(batch)

@@ -178,7 +178,11 @@ class LanguageModel(BackboneModule):
         token_ids = token_ids.to(self.device, non_blocking=self.device.type == "cuda")
 
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
-            return sampled_softmax_loss(hidden.flatten(0, 1), weight, batch.labels.flatten(), token_ids, log_expected)
+            rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
+            if batch.few_targets:
+                targets = batch.head_rows(1)
+                rows, labels = rows[targets], labels[targets]
+            return sampled_softmax_loss(rows, weight, labels, token_ids, log_expected)
 
         return self.backbone(batch.input_ids, head, batch.spans)
 

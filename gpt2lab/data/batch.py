@@ -43,18 +43,18 @@ class Batch:
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._read_by_device()})
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device. What only the CPU reads stays there."""
+        """Return the batch on a device. What only the CPU reads stays there. Replace labels before, not after."""
         moved = {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in self._read_by_device()}
-        return replace(self, on_cpu=self.on_cpu if device.type == "cpu" else self, **moved)
+        return replace(self, on_cpu=self.on_cpu or (None if device.type == "cpu" else self), **moved)
 
     def count_row_targets(self) -> Tensor:
         """Return the number of targets (B,) of each row, on the CPU."""
         return ((self.on_cpu or self).labels != IGNORE_INDEX).sum(1).cpu()
 
     def head_rows(self, multiple: int) -> Tensor:
-        """Return the positions (n,) of B · T with a target, and of those without one as many as make n a multiple.
+        """Return the positions (n,) of B · T with a target, ascending, and with some others n is a multiple.
 
-        Ascending, on the device of the labels.
+        On the device of the labels.
         """
         kept = (self.on_cpu or self).labels.flatten() != IGNORE_INDEX
         targets = kept.nonzero().squeeze(1)

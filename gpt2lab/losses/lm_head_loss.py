@@ -100,7 +100,7 @@ def lm_head_loss(
         compiled,
         mixing,
         vocab_size,
-        chunk_rows or rows_of_a_chunk(hidden.shape[0], vocab_size * compute_dtype(hidden).itemsize),
+        chunk_rows or _rows_of_every_chunk(hidden.shape[0], vocab_size * compute_dtype(hidden).itemsize),
         torch.is_grad_enabled(),
     )
     return LMHeadLoss(total, kept.sum(), cross_entropy, distance)
@@ -109,6 +109,19 @@ def lm_head_loss(
 def rows_of_a_chunk(rows: int, row_bytes: int) -> int:
     """Return C: the rows of equal chunks of at most BYTES_OF_A_CHUNK, with `row_bytes` of logits per row."""
     return even_chunk_rows(rows, row_bytes, BYTES_OF_A_CHUNK)
+
+
+def _rows_of_every_chunk(rows: int, row_bytes: int) -> int:
+    """Return at most rows_of_a_chunk: a divisor of `rows`, where up to a quarter more chunks allow that.
+
+    A last chunk of another size would be compiled again.
+    """
+    chunk_rows = rows_of_a_chunk(rows, row_bytes)
+    fewest = -(-rows // chunk_rows)
+    for chunks in range(max(fewest, 1), fewest * 5 // 4 + 1):
+        if rows % chunks == 0:
+            return rows // chunks
+    return chunk_rows
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -81,10 +81,6 @@ def padding_rows(weight: Tensor) -> int:
 
 
 def even_chunk_rows(rows: int, row_size: int, most: int) -> int:
-    """Return the rows of chunks of at most `most`, with `row_size` per row.
-
-    All have the same, where up to a quarter more chunks than necessary allow that: another size is compiled again.
-    """
-    fewest = max(-(-rows * row_size // most), 1)
-    chunks = next((number for number in range(fewest, fewest * 5 // 4 + 2) if rows % number == 0), fewest)
-    return -(-rows // chunks) or 1
+    """Return the rows of equal chunks of at most `most`, with `row_size` per row."""
+    chunks = -(-rows * row_size // most)
+    return -(-rows // max(chunks, 1)) or 1

@@ -16,15 +16,15 @@ class WeightAverage:
     Averages of bf16 weights are fp32, because bf16 would lose updates of a thousandth; `swap` rounds them to bf16.
 
     Args:
-        swapped: called after each swap; FSDP then drops weights that it gathered before.
+        after_swap: called after each swap; FSDP then drops weights that it gathered before.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], decay: float, swapped: Callable[[], None] = lambda: None
+        self, parameters: Iterable[nn.Parameter], decay: float, after_swap: Callable[[], None] = lambda: None
     ) -> None:
         self.parameters = list(parameters)
         self.averages = [_detach(parameter).clone() for parameter in self.parameters]
-        self._swapped = swapped
+        self._after_swap = after_swap
         self._update = get_ema_multi_avg_fn(decay)
         self._weights: list[Tensor] = []  # the model's weights while the averages are swapped in
 
@@ -43,7 +43,7 @@ class WeightAverage:
             copied = self.averages
         for parameter, weight in zip(self.parameters, copied, strict=True):
             parameter.copy_(weight)
-        self._swapped()
+        self._after_swap()
 
     @property
     def is_applied(self) -> bool:

@@ -153,25 +153,25 @@ def _orthogonalize_shards(
     held: list[list[Tensor]], owned: list[list[Matrix]], rank: int, group: ProcessGroup
 ) -> list[list[Tensor]]:
     """Send this rank's rows of each matrix to its owner; return the same rows of the results, by owner."""
-    own, ranks, nothing = owned[rank], range(len(owned)), next(chain(*held)).new_empty(0, dtype=torch.bfloat16)
-    rows = _exchange(nothing, held, [[matrix.numel_on(other) for matrix in own] for other in ranks], group)
+    own, ranks, empty = owned[rank], range(len(owned)), next(chain(*held)).new_empty(0, dtype=torch.bfloat16)
+    rows = _exchange(empty, held, [[matrix.numel_on(other) for matrix in own] for other in ranks], group)
     whole = [torch.cat([of_rank[number] for of_rank in rows]) for number in range(len(own))]
     results = _orthogonalize_by_shape(
         [flat.view(matrix.rows, matrix.columns) for flat, matrix in zip(whole, own, strict=True)]
     )
     outgoing = [[result[matrix.rows_on(other)] for matrix, result in zip(own, results, strict=True)] for other in ranks]
-    return _exchange(nothing, outgoing, [[matrix.numel_on(rank) for matrix in of_rank] for of_rank in owned], group)
+    return _exchange(empty, outgoing, [[matrix.numel_on(rank) for matrix in of_rank] for of_rank in owned], group)
 
 
 def _exchange(
-    nothing: Tensor, outgoing: list[list[Tensor]], incoming: list[list[int]], group: ProcessGroup
+    empty: Tensor, outgoing: list[list[Tensor]], incoming: list[list[int]], group: ProcessGroup
 ) -> list[list[Tensor]]:
     """Send a list of tensors to each rank; return the flat ones from each, whose numbers of elements are `incoming`.
 
     Args:
-        nothing: (0,) bf16, for a rank that sends nothing.
+        empty: (0,) bf16, for a rank that sends nothing.
     """
-    sent = torch.cat([nothing, *(tensor.bfloat16().flatten() for tensor in chain(*outgoing))])
+    sent = torch.cat([empty, *(tensor.bfloat16().flatten() for tensor in chain(*outgoing))])
     arrived = sent.new_empty(sum(map(sum, incoming)))
     to_each = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     distributed.all_to_all_single(arrived, sent, [sum(sizes) for sizes in incoming], to_each, group=group)

@@ -31,7 +31,7 @@ CROSS_ENTROPY_TENSORS = 4.25
 DIVERGENCE_TENSORS = {"forward_kl": 7.25, "reverse_kl": 8.25, "mse": 8.25}
 OTHER_DIVERGENCE_TENSORS = 10.25
 COMPILED_TENSORS = 1.0
-SORTED = "uld"  # its sort is not compiled
+UNCOMPILED_LOSS = "uld"  # its sort
 # in bf16, per element of the matrices that a rank orthogonalizes together: a third, of one shape
 NEWTON_SCHULZ_BYTES = 16
 METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of METRIC_LOGITS, with a teacher and with a teacher cache
@@ -257,7 +257,7 @@ def _head_temporaries(sizes: RunSizes) -> int:
 
 
 def _loss_tensors(sizes: RunSizes) -> float:
-    if sizes.compiled_head and sizes.divergence != SORTED:
+    if sizes.compiled_head and sizes.divergence != UNCOMPILED_LOSS:
         return COMPILED_TENSORS
     if not sizes.divergence:
         return CROSS_ENTROPY_TENSORS
@@ -288,7 +288,7 @@ def _validation(sizes: RunSizes) -> dict[str, int]:
     if sizes.teacher:
         blocks = max(blocks, _forward_pass(sizes, sizes.teacher, positions, c))
     logits = int(positions * sizes.eval_target_share) * shape.vocab_size
-    if sizes.divergence not in ("", SORTED) and sizes.compiled_head:
+    if sizes.divergence not in ("", UNCOMPILED_LOSS) and sizes.compiled_head:
         work = min(COMPILED_METRIC_LOGITS, logits) * c * 3  # logits of student and teacher, and one copy
     elif sizes.divergence:
         work = min(METRIC_LOGITS, logits) * 4 * (METRIC_TENSORS if sizes.teacher else CACHED_METRIC_TENSORS)

@@ -139,7 +139,7 @@ def test_layer_stats_add_up_to_the_gradient_norm(
 
 
 def test_update_ratio_is_that_of_the_weights_of_two_steps(train_here: Train, tiny: list[str], tmp_path: Path):
-    """Of two runs with the same first step, which differ in the number of steps alone."""
+    """Two runs share the first step; the second makes one more."""
     usual = (*LAYER_STATS[:2], "schedule=constant", "schedule.warmup_steps=0", "logger=csv", "log_every=1")
     weights = []
     for steps in (1, 2):

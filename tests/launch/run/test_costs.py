@@ -53,7 +53,7 @@ def succeeded(answer: Answer) -> None:
 def test_preflight_reads_as_few_tokens_as_one_step(
     text: Path, train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of the default run reads 4,096, three times as expensive; context and vocabulary are the defaults."""
+    """Student and teacher read 4,096 tokens each in a step; context and vocabulary are the defaults."""
     read: list[int] = []
     start, forward = Distill.on_train_start, Backbone.forward
 
