@@ -159,8 +159,20 @@ class Checkpoint(lightning.Callback):
         if self.saved_step != trainer.global_step:  # a time limit of 0 ends a fit before `on_train_start`
             self._save(trainer, pl_module)
             self._finish_last_write(trainer)
-        if not trainer.is_global_zero:
-            return
+        failure: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                self._finish_export(trainer, pl_module)
+            except Exception as error:
+                failure = error
+        reason = trainer.strategy.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if reason is not None:  # the ranks end together: the callbacks that follow need all of them
+            raise RunError(f"The export has failed on the first rank: {reason}")
+
+    def _finish_export(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        """Complete and verify the export; on the first rank."""
         self.export.restore_best(trainer, pl_module)
         if self.export.lacks_best(trainer):
             find_best(trainer).forget()

@@ -18,7 +18,10 @@ HOOKS_OF_A_SAVE = {
 
 
 def save_without_failing(trainer: Trainer, file: Path, storage_options: Any = None) -> Exception | None:
-    """Save a checkpoint without the state of added callbacks that fail to give it; return the first such error."""
+    """Save a checkpoint without the state of added callbacks that fail to give it; return the first such error.
+
+    Ranks that share the weights cannot repeat a save by themselves: there the error is raised.
+    """
     callbacks, failure = trainer.callbacks, None
     try:
         while True:
@@ -27,7 +30,8 @@ def save_without_failing(trainer: Trainer, file: Path, storage_options: Any = No
                 return failure
             except Exception as error:
                 callback, hook = raising_callback(error)
-                if hook not in HOOKS_OF_A_SAVE.values() or not is_added(callback):
+                is_shared = trainer.lightning_module.is_sharded and trainer.world_size > 1
+                if hook not in HOOKS_OF_A_SAVE.values() or not is_added(callback) or is_shared:
                     raise
                 log.warning("Step %d is saved without the state of %s.", trainer.global_step, type(callback).__name__)
                 trainer.callbacks = [one for one in trainer.callbacks if one is not callback]

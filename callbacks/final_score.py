@@ -60,7 +60,8 @@ class FinalScore(lightning.Callback):
         reports = [callback for callback in trainer.callbacks if isinstance(callback, Report)]
         if not reports or run_status(trainer) in ("stopped", "pruned") or trainer.fast_dev_run:
             return
-        if not (Path(trainer.default_root_dir) / "hf").is_dir():
+        has_export = (Path(trainer.default_root_dir) / "hf").is_dir()  # on the first rank, which may have repaired it
+        if not trainer.strategy.broadcast(has_export):
             return  # without the callback Checkpoint nothing is exported
         rows = self.rows(trainer)
         known = self._known(trainer, rows) if trainer.is_global_zero else {}

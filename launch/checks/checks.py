@@ -53,10 +53,11 @@ def check(config: RunConfig) -> None:
     check_nodes(config.target_nodes)
     lightning_nodes.check(config)
     check_values(config)
+    check_profile(config)
     if not config.is_unsized and config.epochs is None:  # else they are counted later
         check_schedule(config)
+        check_profiled_steps(config)
     check_deterministic(config)
-    check_profile(config)
     check_sweep_only(config)
     multi_node.check(config)
     resource_request.check(config)
@@ -84,16 +85,23 @@ def check_deterministic(config: RunConfig) -> None:
 
 
 def check_profile(config: RunConfig) -> None:
-    """Check that profile names steps that the run has, and that PyTorch's profiler is started once."""
+    """Check the form of profile, and that PyTorch's profiler is started once."""
     if config.profile is None:
         return
-    steps = profiled_steps(config.profile)
+    profiled_steps(config.profile)
     if config.trainer.get("profiler") == "pytorch":
         raise InputError(
             f"profile={config.profile} and trainer.profiler=pytorch both need PyTorch's profiler, which runs once in a "
             "process.\nGive one of the two."
         )
-    if config.epochs is None and not config.is_unsized and steps.start > config.steps:
+
+
+def check_profiled_steps(config: RunConfig) -> None:
+    """Check that the run has the steps of profile, once their number is known."""
+    if config.profile is None:
+        return
+    steps = profiled_steps(config.profile)
+    if steps.start > config.steps:
         raise InputError(
             f"profile={config.profile} begins after the last step, {config.steps}.\n"
             f"Give profile={max(config.steps - len(steps), 0)}:{len(steps)}, or more steps."
@@ -133,8 +141,10 @@ def check_sizes(config: RunConfig, model: ModelKeys) -> None:
     """Repeat the checks that depend on sizes which were unknown: those of init, and defaults by size."""
     if config.epochs is None:
         check_schedule(config)
+        check_profiled_steps(config)
     if model.n_positions is not None:
         check_context(config.context, model.n_positions, "the model's")
+    distillation.check_sequences(config)
     baseline.check_context(config)
 
 

@@ -11,7 +11,8 @@ def check(config: RunConfig) -> None:
         InputError: the first unsupported combination.
     """
     check_teacher_cache(config)
-    check_sequences(config)
+    if not config.is_unsized:
+        check_sequences(config)
     check_hidden_state_losses(config)
 
 

@@ -298,7 +298,8 @@ def check(config: RunConfig) -> None:
             f"  torchrun --nnodes={config.num_nodes} --nproc-per-node=1 --rdzv-backend=c10d "
             "--rdzv-endpoint=FIRST_HOST:29500 train.py …\n"
             f"or: srun -K --nodes={config.num_nodes} --ntasks-per-node=1 python train.py …\n"
-            "or submit it to SLURM: launcher=slurm"
+            "or submit it to SLURM: launcher=slurm\n"
+            "or train on this machine alone: num_nodes=1"
         )
 
 

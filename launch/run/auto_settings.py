@@ -110,10 +110,10 @@ def compile_pays(spec: RunSpec, vocab_size: int) -> bool:
     given = str(spec.config.compile).lower()
     fixed = not spec.config.sequences.on_policy  # text of the student has another length at every step
     pays = fixed and spec.machine.accelerator == "gpu" and _saves_time(spec, vocab_size)
-    return _compiles(given == "true" or (given == "auto" and pays))
+    return compiles(given == "true" or (given == "auto" and pays))
 
 
-def _compiles(requested: bool) -> bool:
+def compiles(requested: bool) -> bool:
     """Return whether to compile what is requested; a machine that cannot is reported."""
     if requested and not has_compiler():
         warn_once("No C++ compiler or no Python.h here, so nothing is compiled: training runs eagerly.")
@@ -130,7 +130,7 @@ def _saves_time(spec: RunSpec, vocab_size: int) -> bool:
 def compiling_the_head_pays(spec: RunSpec) -> bool:
     """Return whether to compile the work on the LM head's logits, on any device."""
     given, enough = str(spec.config.compile).lower(), spec.config.steps >= HEAD_COMPILE_STEPS
-    return _compiles(given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough))
+    return compiles(given == "true" or (given == "auto" and spec.machine.accelerator != "mps" and enough))
 
 
 def has_compiler() -> bool:

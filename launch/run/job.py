@@ -64,6 +64,7 @@ def _run_here(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
 
         print(plan_report(spec), flush=True)
         return {"watched": None}
+    multi_node.check(replace(spec.config, num_nodes=spec.machine.num_nodes))  # a resumed run keeps its machines
     from launch.run.prepare import prepare_data
 
     data, facts, spec = prepare_data(spec, existing)

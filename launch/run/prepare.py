@@ -65,13 +65,14 @@ def prepare_text(spec: RunSpec, existing: Existing | None) -> tuple[Any, DataFac
     _warn_of_repeated_data(spec.config, len(data.train_samples))
     vocab_size = resolve.vocabulary(spec, facts)
     checks.check_heads(spec.resolved.model.n_embd or 0, spec.resolved.model.n_head or 1)
-    compile_head = stored.compile_head if stored else auto_settings.compiling_the_head_pays(spec)
+    compiles = auto_settings.compiles  # a resumed run is perhaps on another machine than before
+    compile_head = compiles(stored.compile_head) if stored else auto_settings.compiling_the_head_pays(spec)
     target_share = facts.val_tokens / (len(data.val_rows) * spec.config.context)
     plan = planned_memory(spec, vocab_size, compile_head, target_share)
     prepared = Prepared(
         data_hash=facts.hash,
         vocab_size=vocab_size,
-        compile=stored.compile if stored else auto_settings.compile_pays(spec, vocab_size),
+        compile=compiles(stored.compile) if stored else auto_settings.compile_pays(spec, vocab_size),
         compile_head=compile_head,
         baseline_loss=stored.baseline_loss
         if stored and is_resumed
@@ -116,7 +117,9 @@ def _with_steps(spec: RunSpec, samples: int, existing: Existing | None) -> RunSp
         config = with_size_defaults(config, spec.resolved.model, spec.machine.accelerator == "gpu")  # the warm-up
     log.info("epochs=%g: %d steps of %d of %d sequences", config.epochs, steps, config.global_batch_rows, samples)
     checks.check_schedule(config)
-    if existing is not None:
+    if existing is None:
+        checks.check_profiled_steps(config)
+    else:
         resume.check_steps(existing, config)
     return replace(spec, config=config)
 

@@ -80,7 +80,8 @@ def _sizes(config: RunConfig, init: str) -> tuple[ModelKeys, str]:
     shape = read_shape(Path(init))
     sizes = {size: shape[size] for size in ("n_layer", "n_head", "n_embd", "n_positions")}
     if config.model.n_layer is None:
-        checks.check_context(config.context, sizes["n_positions"], "the init model's")
+        if not _context_follows(config):
+            checks.check_context(config.context, sizes["n_positions"], "the init model's")
         checks.check_prompt_space(config, sizes["n_positions"])
         checks.check_frozen_weights(config, sizes["n_layer"])
         return ModelKeys(**sizes, dropout=config.model.dropout), _model_name(Path(init))
@@ -92,6 +93,11 @@ def _sizes(config: RunConfig, init: str) -> tuple[ModelKeys, str]:
                 "Leave the sizes to init with model=auto, or start from scratch with init=scratch."
             )
     return config.model, name
+
+
+def _context_follows(config: RunConfig) -> bool:
+    """Whether the context is not chosen yet, but will be by the sizes of init."""
+    return config.is_unsized and "context" in config.invocation.auto_keys
 
 
 def _model_name(folder: Path) -> str:
@@ -123,7 +129,8 @@ def _teacher_folder(config: RunConfig, model: ModelKeys) -> str:
 
 def _check_teacher(config: RunConfig, teacher: str) -> None:
     """The teacher reads the student's windows; with loss=uld it has a tokenizer, and longer windows are cut."""
-    check_teacher_context(config, teacher)
+    if not _context_follows(config):
+        check_teacher_context(config, teacher)
     if config.loss.name == "uld" and not has_tokenizer(Path(teacher)):
         raise InputError(
             f"loss=uld runs the teacher on its own tokens, but {teacher} holds no tokenizer.\n"

@@ -172,6 +172,7 @@ def _changed(stored: PreparedSpec, config: RunConfig) -> RunSpec:
         checks.check_schedule(changed)
     if PROFILE in given:
         checks.check_profile(changed)
+        checks.check_profiled_steps(changed)
     check_unused_keys(_with_given_launcher(changed, config))
     if not of_machine:
         return RunSpec(changed, stored.resolved)

@@ -95,6 +95,7 @@ def test_profilers_of_lightning_write_their_report(profiler: str, train_here: Tr
         (("profile=3:1000",), "COUNT of 1 to 100"),
         (("profile=-1:2",), "is not START:COUNT"),
         (("profile=8:2",), "begins after the last step, 8"),
+        (("epochs=0.01", "profile=5000:2"), "begins after the last step, "),
         (("profile=1:2", "trainer.profiler=pytorch"), "runs once in a process"),
         (("profile=1:2", "callbacks.profile=null"), "does not read profile"),
     ],

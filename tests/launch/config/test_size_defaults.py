@@ -1,6 +1,7 @@
 """Defaults by size: context, batch, steps, learning rate, weight decay and warm-up of keys that are auto."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,47 @@ def test_sizes_have_the_values_of_practice(model: str, context: int, batch: int,
 def test_given_values_decide_the_others(keys: tuple[str, ...], wanted: dict[str, Any]):
     found = values(composed(*keys, "accelerator=gpu"))
     assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+
+
+@pytest.fixture
+def with_positions(train_here: Train, tiny: list[str]) -> Callable[[int], list[str]]:
+    """Train a model with so many positions; return the arguments of a run that takes its sizes."""
+
+    def train(positions: int) -> list[str]:
+        keys = (f"model.n_positions={positions}", "steps=1", "run_dir=init")
+        assert train_here(*tiny, *keys).code == 0
+        sized = ("context", "batch_tokens", "model", "vocab_size")
+        return [*(key for key in tiny if not key.startswith(sized)), "init=init", "accelerator=cpu", "plan=true"]
+
+    return train
+
+
+@pytest.mark.parametrize("task", [(), ("task=distill", "teacher=init")])
+def test_context_follows_an_init_with_few_positions(
+    task: tuple[str, ...], train_here: Train, with_positions: Callable[[int], list[str]]
+):
+    answer = train_here(*with_positions(40), *task)
+    assert answer.code == 0, answer.stderr
+    assert re.search(r"context\W+40\b", answer.stdout + answer.stderr)
+
+
+def test_generated_text_is_checked_in_the_context_of_init(
+    train_here: Train, with_positions: Callable[[int], list[str]]
+):
+    words = (*with_positions(512), "task=distill", "teacher=init", "sequences=gkd")
+    answer = train_here(*words, "sequences.max_new_tokens=300")
+    assert answer.code == 0, answer.stderr
+    answer = train_here(*words, "sequences.max_new_tokens=600")
+    assert answer.code == 2
+    assert "leaves no tokens for a prompt in context=512" in answer.stderr
+
+
+def test_capacity_is_checked_for_the_batch_of_init(train_here: Train, with_positions: Callable[[int], list[str]]):
+    """As many sequences as the defaults of its size have in a step."""
+    words = (*with_positions(512), "task=distill", "teacher=init", "sequences=distillm")
+    answer = train_here(*words, "sequences.capacity=1")
+    assert answer.code == 2
+    assert "sequences of a step" in answer.stderr
 
 
 def test_sizes_of_init_decide_once_they_are_known():

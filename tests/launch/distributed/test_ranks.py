@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from gpt2lab.storage.checkpoint_ledger import checkpoint_step, newest_good_checkpoint
 from gpt2lab.storage.metrics_csv import read_metrics
+from gpt2lab.storage.report_json import read_report
 from tests import conftest
 from tests.conftest import ROOT, Train, environment
 
@@ -30,6 +32,16 @@ def losses(folder: Path) -> list[float]:
     return [float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)]
 
 
+FAILING = """
+import lightning
+from callbacks.export import Export
+
+class Failing(lightning.Callback):
+    def on_train_start(self, trainer, pl_module):
+        def fail(*_):
+            raise OSError("no more processes")
+        Export.verify = fail
+"""
 RUN = ["steps=6", "log_every=1", "validate_every=3", "micro_batch=2", "optimizer=adamw", "schedule.warmup_steps=2"]
 
 
@@ -47,6 +59,32 @@ def test_two_ranks_have_the_losses_of_one(
     assert together == pytest.approx(alone, abs=2e-5)
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
     assert "\nfinished: val/loss" in answer.stdout
+
+
+@pytest.mark.slow
+def test_two_ranks_score_an_export_that_only_the_first_repairs(train_process: Train, tiny: list[str], tmp_path: Path):
+    words = [key for key in tiny if not key.startswith("callbacks")]
+    assert train_process(*words, *RUN, "devices=2", "run_dir=run").code == 0
+    expected = read_report(tmp_path / "run")["full_val_loss"]
+    shutil.rmtree(tmp_path / "run" / "hf")
+    answer = train_process("resume=run")
+    assert answer.code == 0, answer.stderr
+    assert "a later step failed" not in answer.stderr
+    assert read_report(tmp_path / "run")["full_val_loss"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_end_together_where_the_export_fails_on_one(
+    strategy: str, train_process: Train, tiny: list[str], tmp_path: Path
+):
+    """The first rank cannot start the process that verifies the export."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = [key for key in tiny if not key.startswith("callbacks")]
+    keys = ["devices=2", f"strategy={strategy}", "rank_timeout=60", "run_dir=run"]
+    answer = train_process(*words, *RUN, *keys, "+callbacks.failing._target_=failing.Failing")
+    assert answer.code == 0, answer.stderr
+    assert "a later step failed: OSError: no more processes" in answer.stderr
 
 
 @pytest.mark.slow

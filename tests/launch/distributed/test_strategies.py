@@ -177,6 +177,18 @@ def test_a_run_of_two_machines_resumes_on_one() -> None:
     assert resume._changed(stored, composed("resume=x", "num_nodes=1")).machine.world_size == 2
 
 
+def test_a_run_of_two_machines_is_not_resumed_by_one_process(train_here: Train, tiny: list[str]) -> None:
+    assert train_here(*tiny, "steps=2", "accelerator=cpu", "devices=1", "run_dir=run").code == 0
+    file = Path("run/config.yaml")
+    text = file.read_text()
+    assert text.count("num_nodes: 1") == 2
+    file.write_text(text.replace("num_nodes: 1", "num_nodes: 2"))
+    answer = train_here("resume=run", "steps=4")
+    assert answer.code == 2
+    assert "num_nodes=2: start the run on every machine" in answer.stderr
+    assert train_here("resume=run", "steps=4", "num_nodes=1").code == 0
+
+
 def test_ranks_of_several_machines_each_need_a_sequence() -> None:
     settings = composed("context=1024", "batch_tokens=4096", "devices=4", "num_nodes=2")
     with pytest.raises(InputError, match=r"(?s)4 sequences .* by devices=4 of num_nodes=2.*batch_tokens=8192 or more"):
