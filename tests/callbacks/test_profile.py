@@ -95,7 +95,6 @@ def test_profilers_of_lightning_write_their_report(profiler: str, train_here: Tr
         (("profile=3:1000",), "COUNT of 1 to 100"),
         (("profile=-1:2",), "is not START:COUNT"),
         (("profile=8:2",), "begins after the last step, 8"),
-        (("epochs=0.01", "profile=5000:2"), "begins after the last step, "),
         (("profile=1:2", "trainer.profiler=pytorch"), "runs once in a process"),
         (("profile=1:2", "callbacks.profile=null"), "does not read profile"),
     ],
@@ -106,6 +105,12 @@ def test_steps_that_cannot_be_profiled_are_refused(
     answer = train_here(*tiny, "steps=8", *words)
     assert answer.code == 2
     assert message in answer.stderr
+
+
+def test_steps_beyond_a_number_of_epochs_are_refused(train_here: Train, tiny: list[str]):
+    answer = train_here(*tiny, "epochs=0.1", "profile=5000:2")
+    assert answer.code == 2
+    assert "profile=5000:2 begins after the last step" in answer.stderr
 
 
 @pytest.mark.parametrize("group", sorted(file.stem for file in (CONF / "callbacks").glob("*.yaml")))

@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
+from gpt2lab.errors import InputError
+from launch.checks import checks
 from launch.config import schema, size_defaults
 from launch.config.schema import ModelKeys, RunConfig, value_of
 from tests.conftest import Train
@@ -91,7 +94,13 @@ def with_positions(train_here: Train, tiny: list[str]) -> Callable[[int], list[s
         keys = (f"model.n_positions={positions}", "steps=1", "run_dir=init")
         assert train_here(*tiny, *keys).code == 0
         sized = ("context", "batch_tokens", "model", "vocab_size")
-        return [*(key for key in tiny if not key.startswith(sized)), "init=init", "accelerator=cpu", "plan=true"]
+        return [
+            *(key for key in tiny if not key.startswith(sized)),
+            "model=auto",
+            "init=init",
+            "accelerator=cpu",
+            "plan=true",
+        ]
 
     return train
 
@@ -105,23 +114,23 @@ def test_context_follows_an_init_with_few_positions(
     assert re.search(r"context\W+40\b", answer.stdout + answer.stderr)
 
 
-def test_generated_text_is_checked_in_the_context_of_init(
-    train_here: Train, with_positions: Callable[[int], list[str]]
-):
-    words = (*with_positions(512), "task=distill", "teacher=init", "sequences=gkd")
-    answer = train_here(*words, "sequences.max_new_tokens=300")
-    assert answer.code == 0, answer.stderr
-    answer = train_here(*words, "sequences.max_new_tokens=600")
-    assert answer.code == 2
-    assert "leaves no tokens for a prompt in context=512" in answer.stderr
-
-
-def test_capacity_is_checked_for_the_batch_of_init(train_here: Train, with_positions: Callable[[int], list[str]]):
-    """As many sequences as the defaults of its size have in a step."""
-    words = (*with_positions(512), "task=distill", "teacher=init", "sequences=distillm")
-    answer = train_here(*words, "sequences.capacity=1")
-    assert answer.code == 2
-    assert "sequences of a step" in answer.stderr
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (("sequences=gkd", "sequences.max_new_tokens=300"), ""),
+        (("sequences=gkd", "sequences.max_new_tokens=1024"), "leaves no tokens for a prompt in context=1024"),
+        (("sequences=distillm", "sequences.capacity=600"), ""),
+        (("sequences=distillm", "sequences.capacity=200"), "less than the 512 sequences of a step"),
+    ],
+)
+def test_generated_text_is_checked_with_the_sizes_of_init(keys: tuple[str, ...], problem: str):
+    """Before, the context is 256 and a step has 16 sequences."""
+    config = composed("task=distill", "model=auto", "init=x", "teacher=y", "accelerator=gpu", *keys)
+    checks.distillation.check(config)
+    small = ModelKeys(n_layer=12, n_head=12, n_embd=768, n_positions=1024)
+    sized = schema.with_size_defaults(config, small, True)
+    with pytest.raises(InputError, match=problem) if problem else nullcontext():
+        checks.check_sizes(sized, small)
 
 
 def test_sizes_of_init_decide_once_they_are_known():
