@@ -127,7 +127,7 @@ def test_generated_text_is_checked_with_the_sizes_of_init(keys: tuple[str, ...],
     """Before, the context is 256 and a step has 16 sequences."""
     config = composed("task=distill", "model=auto", "init=x", "teacher=y", "accelerator=gpu", *keys)
     checks.distillation.check(config)
-    small = ModelKeys(n_layer=12, n_head=12, n_embd=768, n_positions=1024)
+    small = ModelKeys(n_layer=12, n_head=12, n_embd=768, n_positions=1024, dropout=0.0)
     sized = schema.with_size_defaults(config, small, True)
     with pytest.raises(InputError, match=problem) if problem else nullcontext():
         checks.check_sizes(sized, small)
