@@ -33,7 +33,7 @@ OTHER_DIVERGENCE_TENSORS = 10.25
 COMPILED_TENSORS = 1.0
 UNCOMPILED_LOSS = "uld"  # its sort
 # in bf16, per element of the matrices that a rank orthogonalizes together: a third, of one shape
-NEWTON_SCHULZ_BYTES = 16
+NEWTON_SCHULZ_BYTES = 10
 METRIC_TENSORS, CACHED_METRIC_TENSORS = 14, 7  # fp32 tensors of METRIC_LOGITS, with a teacher and with a teacher cache
 
 
