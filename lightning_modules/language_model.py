@@ -30,7 +30,7 @@ from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.optim.schedules import learning_rate_factor
 from gpt2lab.reports.run_texts import Example
 from gpt2lab.settings import LossSettings, TrainingSettings
-from gpt2lab.system.device import seed_random_state, widest_float
+from gpt2lab.system.device import copied_to, seed_random_state, widest_float
 from gpt2lab.system.run_time import forward_share
 from lightning_modules.backbone_module import BackboneModule
 
@@ -172,17 +172,14 @@ class LanguageModel(BackboneModule):
 
     def _sampled_loss(self, batch: Batch, negatives: NegativeSampler) -> LMHeadLoss:
         """Cross-entropy over the targets and this step's negatives, which all micro-batches and ranks share."""
-        token_ids, log_expected = negatives.sample(self.trainer.global_step), negatives.log_expected
-        if self.device.type == "cuda":
-            token_ids = token_ids.pin_memory()
-        token_ids = token_ids.to(self.device, non_blocking=self.device.type == "cuda")
+        token_ids = copied_to(negatives.sample(self.trainer.global_step), self.device)
 
         def head(hidden: Tensor, weight: Tensor) -> LMHeadLoss:
             rows, labels = hidden.flatten(0, 1), batch.labels.flatten()
             if batch.few_targets:
                 targets = batch.head_rows(1)
                 rows, labels = rows[targets], labels[targets]
-            return sampled_softmax_loss(rows, weight, labels, token_ids, log_expected)
+            return sampled_softmax_loss(rows, weight, labels, token_ids, negatives.log_expected)
 
         return self.backbone(batch.input_ids, head, batch.spans)
 

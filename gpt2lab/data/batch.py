@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt2lab.model.attention_masks import document_bounds, make_spans
+from gpt2lab.system.device import copied_to
 
 IGNORE_INDEX = -100
 MULTIPLE = 8  # tensor cores are faster with it, and fewer lengths compile to fewer kernels
@@ -59,11 +60,7 @@ class Batch:
         kept = (self.on_cpu or self).labels.flatten() != IGNORE_INDEX
         targets = kept.nonzero().squeeze(1)
         others = (~kept).nonzero().squeeze(1)[: -len(targets) % multiple]
-        rows = torch.cat([targets, others]).sort().values
-        if rows.device == self.labels.device:
-            return rows
-        on_gpu = self.labels.device.type == "cuda"
-        return (rows.pin_memory() if on_gpu else rows).to(self.labels.device, non_blocking=on_gpu)
+        return copied_to(torch.cat([targets, others]).sort().values, self.labels.device)
 
     def _read_by_device(self) -> list[tuple[str, Any]]:
         tensors = {"input_ids": self.input_ids, "labels": self.labels, "spans": self.spans, "documents": self.documents}

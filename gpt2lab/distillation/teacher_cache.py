@@ -33,7 +33,7 @@ from gpt2lab.losses.top_k_teacher import TopKTeacher
 from gpt2lab.settings import LossSettings, TeacherCacheSettings
 from gpt2lab.storage.atomic_files import flush
 from gpt2lab.system.determinism import has_deterministic_cumsum
-from gpt2lab.system.device import widest_float
+from gpt2lab.system.device import copied_to, widest_float
 
 LOGITS_AT_A_TIME = 2**24
 SAMPLES_OF_A_COMMIT = 256
@@ -128,10 +128,11 @@ class CacheSide:
             record_numbers(self._map("index", "<i8"), samples, batch.count_row_targets().numpy()[: len(samples)])
         ]
         device = batch.input_ids.device
-        ids = _on_device(found["ids"].astype(np.int32), device).long()
+        ids = copied_to(torch.from_numpy(found["ids"].astype(np.int32)), device).long()
         if self.settings.name == "sampled":
-            return SampledTeacher(ids, _on_device(found["entropy"].astype(np.float32), device))
-        logs = _on_device(np.column_stack([found["logs"].astype(np.float32), found["tail_log"]]), device)
+            return SampledTeacher(ids, copied_to(torch.from_numpy(found["entropy"].astype(np.float32)), device))
+        stacked = np.column_stack([found["logs"].astype(np.float32), found["tail_log"]])
+        logs = copied_to(torch.from_numpy(stacked), device)
         if not self.settings.tail:
             logs[:, -1] = -torch.inf
             logs = logs.log_softmax(1)
@@ -166,12 +167,6 @@ class CacheSide:
                 records["ids"][part], records["logs"][part] = ids.cpu(), top.clamp_min(SMALLEST_STORED).cpu()
                 records["tail_log"][part] = log_p.scatter_(1, ids, -torch.inf).logsumexp(1).cpu()
         return records, losses
-
-
-def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to a device; a GPU reads from pinned memory, so that the CPU does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _commit(records: BinaryIO, nats: BinaryIO, pending: list[tuple[int, float]]) -> None:

@@ -165,6 +165,13 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device. A GPU reads it from pinned memory, so that the CPU does not wait for it."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a GPU, so that a timing includes it."""
     if device.type == "cuda":
