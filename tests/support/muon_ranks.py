@@ -7,7 +7,6 @@ matrices that were orthogonalized, by shape, and the numbers of one rank.
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt2lab.model.backbone import Backbone
-from gpt2lab.optim import newton_schulz
 from gpt2lab.optim.optimizers import build_optimizer
 from gpt2lab.settings import ModelShape, OptimizerSettings
+from tests.support.count_matrices import counted_matrices
 
 STEPS = 3
 
@@ -40,20 +39,12 @@ def updated(layout: str, dtype: torch.dtype, shape: ModelShape) -> tuple[dict[st
     replicas = torch.distributed.group.WORLD if layout == "ddp" else None
     settings = OptimizerSettings("muon", lr=0.01, weight_decay=0.1)
     optimizer = build_optimizer(model.named_parameters(), settings, fused=False, replicas=replicas)
-    counted: Counter[str] = Counter()
-    original = newton_schulz.orthogonalize
-
-    def counting(matrices: Tensor) -> Tensor:
-        counted["×".join(map(str, matrices.shape[1:]))] += len(matrices)
-        return original(matrices)
-
-    newton_schulz.orthogonalize = counting
-    for step in range(STEPS):
-        for number, parameter in enumerate(model.parameters()):
-            seeded = torch.Generator().manual_seed(1000 * step + number)
-            give_gradient(parameter, torch.randn(parameter.shape, generator=seeded).to(dtype))
-        optimizer.step()
-    newton_schulz.orthogonalize = original
+    with counted_matrices() as counted:
+        for step in range(STEPS):
+            for number, parameter in enumerate(model.parameters()):
+                seeded = torch.Generator().manual_seed(1000 * step + number)
+                give_gradient(parameter, torch.randn(parameter.shape, generator=seeded).to(dtype))
+            optimizer.step()
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     return {name: tensor.detach().float() for name, tensor in whole.items()}, dict(counted)
 
