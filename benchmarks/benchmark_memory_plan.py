@@ -3,10 +3,11 @@
     python -m benchmarks.benchmark_memory_plan                            runs with default callbacks and logger
     python -m benchmarks.benchmark_memory_plan --drawn 24 --seed 0        random configurations
 
-A default run has six steps, samples, a validation, a checkpoint, an export with its verification, and W&B offline. A
-random configuration has three steps, a validation and a checkpoint, with random tokens and weights. The measured value
-is report.json's `peak_memory_bytes`; the planned one is from the run's config.yaml, written before the model is built.
-Prints a Markdown table and the median. About 15 minutes on two cores; the largest run takes 4 GB.
+A default run has 30 steps, two validations with samples, three checkpoints written beside the training, an export with
+its verification, and W&B offline. A random configuration has three steps, a validation and a checkpoint, with random
+tokens and weights. The measured value is report.json's `peak_memory_bytes`; the planned one is from the run's
+config.yaml, written before the model is built. Prints a Markdown table and the median. About 15 minutes on two cores;
+the largest run takes 4 GB.
 """
 
 import argparse
@@ -51,22 +52,24 @@ class Case:
     strategy: str = "auto"
 
 
-SHORT = ("steps=6", "trainer.limit_val_batches=2", "task.text.examples=16", "accelerator=cpu", "devices=1", "threads=1")
+ON_ONE_CORE = ("accelerator=cpu", "devices=1", "threads=1")
+SHORT = ("steps=30", "checkpoint_every=10", "validate_every=15", "trainer.limit_val_batches=2", *ON_ONE_CORE)
+SCORED_TEXTS = "task.text.examples=16"  # of fine-tuning
 DISTILL = ("task=distill", "preflight=off", "teacher={micro}")
 FINETUNE = ("task=finetune", "init={micro}")
 DEFAULT_RUNS = {  # name → arguments; {name} is the directory of an earlier run
     "nano": ("model=nano",),
     "micro": ("model=micro",),
     "mini": ("model=mini",),
-    "nano fp32": ("model=nano", "precision=fp32", "logger=csv"),
-    "micro fp32": ("model=micro", "precision=fp32"),
-    "mini fp32 checkpointed": ("model=mini", "precision=fp32", "activation_checkpointing=true"),
+    "nano-fp32": ("model=nano", "precision=fp32", "logger=csv"),
+    "micro-fp32": ("model=micro", "precision=fp32"),
+    "mini-fp32-checkpointed": ("model=mini", "precision=fp32", "activation_checkpointing=true"),
     "distill": (*DISTILL, "model=nano"),
-    "distill fp32": ("task=distill", "preflight=off", "teacher={mini}", "model=micro", "precision=fp32"),
-    "distill cached": ("task=distill", "preflight=off", "teacher={mini}", "model=micro", "teacher_cache=sampled"),
-    "distill on-policy": (*DISTILL, "init={nano}", "data=summarize", "sequences=gkd", "loss=jsd"),
+    "distill-fp32": ("task=distill", "preflight=off", "teacher={mini}", "model=micro", "precision=fp32"),
+    "distill-cached": ("task=distill", "preflight=off", "teacher={mini}", "model=micro", "teacher_cache=sampled"),
+    "distill-on-policy": (*DISTILL, "init={nano}", "data=summarize", "sequences=gkd", "loss=jsd"),
     "finetune": FINETUNE,
-    "finetune fp32": (*FINETUNE, "precision=fp32"),
+    "finetune-fp32": (*FINETUNE, "precision=fp32"),
     "LoRA": ("task=finetune", "init={mini}", "task.lora.rank=8"),
 }
 CHECKPOINTED = ("activation_checkpointing=true",)
@@ -166,11 +169,16 @@ def measure(case: Case, folder: Path) -> Found:
         return _found(train(Path(scratch) / "run", keys(case, folder)))
 
 
+def default_keys(name: str, folder: Path) -> list[str]:
+    """Return the arguments of a default run, whose models are in directories of earlier runs in `folder`."""
+    arguments = [key.format(**{one: folder / one for one in DEFAULT_RUNS}) for key in DEFAULT_RUNS[name]]
+    scored = [SCORED_TEXTS] if "task=finetune" in arguments else []
+    return [*arguments, *SHORT, *scored, f"cache_dir={folder / 'cache'}"]
+
+
 def measure_default(name: str, folder: Path) -> Found:
     """Run a default run into `folder`/`name`, where later runs find its model."""
-    arguments = [key.format(**{one: folder / one for one in DEFAULT_RUNS}) for key in DEFAULT_RUNS[name]]
-    short = [key for key in SHORT if not key.startswith("task.") or "task=finetune" in arguments]
-    return _found(train(folder / name, [*arguments, *short, f"cache_dir={folder / 'cache'}"]))
+    return _found(train(folder / name, default_keys(name, folder)))
 
 
 def _found(report: dict[str, Any]) -> Found:

@@ -35,7 +35,7 @@ from gpt2lab.losses.teacher_signal import Classes, TeacherChunk, TeacherSignal, 
 from gpt2lab.system.device import compute_dtype
 
 LOGITS_OF_A_CHUNK = 2**25  # of one model; 64 MiB in bf16
-LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**23  # several matrices of this size exist at a time, in fp32
+LOGITS_OF_AN_UNCOMPILED_CHUNK = 2**22  # several matrices of this size exist at a time, in fp32
 CALIBRATION_BINS = 15
 
 STUDENT_CALIBRATION, TEACHER_CALIBRATION = "calibration_student", "calibration_teacher"  # names of (15,) sums
@@ -83,7 +83,7 @@ def distillation_sums(
         teacher: dense, at all N positions; or top-k with K ≥ 5, at temperature 1 and at the targets only, in their
             order. The loss of a top-k teacher is left out.
         uniforms: (N, 2) numbers in [0, 1) to sample and accept drafts (acceptance.py); ignored with a top-k teacher.
-        chunk_rows: C; by default a chunk has 2^25 logits (2^23 uncompiled), in chunks of equal size.
+        chunk_rows: C; by default a chunk has 2^25 logits (2^22 uncompiled), in chunks of equal size.
         compiled: run the work on a chunk's logits through torch.compile: seconds once, then half the time.
         documents: (targets,) document group of each target; adds the sums DOCUMENT_NATS and DOCUMENT_TARGETS.
 

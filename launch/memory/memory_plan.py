@@ -44,7 +44,7 @@ SHOWN = (
 LIBRARY_BYTES = 30_000_000  # pages of PyTorch's and MKL's libraries that the first step reads
 COMPILER_BYTES = 110_000_000  # torch.compile, in a process that compiles the LM-head loss
 WANDB_BYTES = 26_000_000  # import wandb and wandb.init
-WANDB_TABLE_BYTES = 65_000_000  # pandas and pyarrow, which wandb.Table imports for the samples
+WANDB_TABLE_BYTES = 35_000_000  # pandas and pyarrow, which wandb.Table imports for the samples
 # Bytes that malloc holds for one byte of temporaries, when it keeps freed memory (gpt2lab/system/malloc_tuning.py)
 HEAP_FACTOR = 1.5
 MIXED_HEAP_FACTOR = 2.25  # LoRA, and micro-batches of different lengths under autocast: tensors of many sizes

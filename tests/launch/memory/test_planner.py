@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config
 
-from benchmarks.benchmark_memory_plan import Case, measure, measure_default
+from benchmarks.benchmark_memory_plan import DEFAULT_RUNS, Case, default_keys, measure, measure_default
 from gpt2lab.errors import InputError
 from gpt2lab.losses.lm_head_loss import _workspaces, lm_head_loss
 from gpt2lab.model import short_attention
@@ -27,6 +27,7 @@ from gpt2lab.system.free_memory import host_free_bytes
 from launch.checks import sharding
 from launch.config import run_spec
 from launch.config.groups import precision_named
+from launch.config.run_dir import check_name
 from launch.memory import step_timing
 from launch.memory.memory_options import memory_options
 from launch.memory.memory_plan import largest_that_fits, memory_plan
@@ -268,6 +269,11 @@ def test_report_has_planned_and_measured_memory(train_here: Train, tiny: list[st
 def test_the_peak_of_a_run_is_the_planned_one(case: Case, tmp_path: Path):
     """Measured in a separate process; within a fifth, as nearly all runs in docs/measurements/planning.md."""
     assert abs(measure(case, tmp_path).error) < 0.2
+
+
+@pytest.mark.parametrize("name", DEFAULT_RUNS)
+def test_each_default_run_of_the_memory_benchmark_is_accepted(name: str, tmp_path: Path):
+    check_name(composed(*default_keys(name, tmp_path), f"run_dir={tmp_path / name}"))
 
 
 @pytest.mark.slow
