@@ -5,14 +5,16 @@ Lightning and PyTorch, is imported.
 """
 
 import difflib
+import json
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from inspect import formatannotation
 from typing import Any, cast, get_type_hints
 
 from gpt2lab.errors import InputError
-from gpt2lab.keys import Key, key, keys_of
+from gpt2lab.keys import METADATA, Key, key, keys_of
 from gpt2lab.settings import TEXT_METRICS, LoraSettings, TextMetricSettings
+from launch.config.allowed_values import format_allowed
 from launch.config.did_you_mean import elsewhere, nearest, parts
 from launch.config.groups import groups, keys_set_by, values
 from launch.config.schema import RunConfig
@@ -375,14 +377,20 @@ def typed_settings(kind: type, values: Any, place: str) -> Any:
     if missing:
         raise InputError(f"{place} lacks {', '.join(missing)}.")
     hints = get_type_hints(kind)
-    return kind(**{name: _typed(hints[name], value, f"{place}.{name}") for name, value in values.items()})
+    meanings = {name: items[name].metadata.get(METADATA) for name in values}
+    return kind(
+        **{name: _typed(hints[name], meanings[name], value, f"{place}.{name}") for name, value in values.items()}
+    )
 
 
-def _typed(hint: Any, value: Any, place: str) -> Any:
+def _typed(hint: Any, meaning: Key | None, value: Any, place: str) -> Any:
     if is_dataclass(hint):
         return typed_settings(cast(type, hint), value, place)
     allowed, item = KINDS.get(hint, ((object,), object))
     fits = isinstance(value, allowed) and not (isinstance(value, bool) and not {bool, object} & {*allowed})
     if not fits or (isinstance(value, list) and not all(isinstance(one, item) for one in value)):
-        raise InputError(f"{place}={value} is not of type {formatannotation(hint)}.")
+        written = value if isinstance(value, str) else json.dumps(value, default=str)
+        choice = format_allowed(meaning) if meaning else ""
+        message = f"{place}={written} is not of type {formatannotation(hint)}."
+        raise InputError(f"{message}\nAllowed: {choice}." if choice else message)
     return value

@@ -77,7 +77,15 @@ def test_a_resumed_run_warns_that_nothing_is_profiled(train_here: Train, tiny: l
     assert train_here(*keys, "steps=4").code == 0
     answer = train_here("resume=run", "steps=6")
     assert answer.code == 0, answer.stderr
-    assert "Nothing is profiled: the run starts at step 4" in answer.stderr
+    assert "Nothing is profiled: step 4 is done, and the last one to profile is 3." in answer.stderr
+
+
+def test_a_run_resumed_among_the_profiled_steps_records_the_rest(train_here: Train, tiny: list[str]):
+    assert train_here(*tiny, "run_dir=run", "checkpoint_every=4", "steps=4").code == 0
+    answer = train_here("resume=run", "steps=8", "profile=2:4")
+    assert answer.code == 0, answer.stderr
+    assert "profile of steps 5 to 6" in answer.stderr
+    assert steps_in(Path("run/profile/trace-rank0.json.gz")) == 2
 
 
 @pytest.mark.parametrize("profiler", ["simple", pytest.param("advanced", marks=pytest.mark.slow)])

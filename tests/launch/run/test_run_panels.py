@@ -210,7 +210,7 @@ def test_time_is_estimated_from_an_earlier_run_of_the_same_kind(
     file.write_text(json.dumps({**json.loads(file.read_text()), "seconds_by_phase": phases}))
     longer = train_here(*words, "steps=8", "seed=2", "name=second").stdout
     assert "about 0:23, as in runs/pretrain/first" in longer  # 16 s of training, one validation, sample and save
-    for other in ("context=16", "micro_batch=2", "validate_tokens=1000"):
+    for other in ("context=16", "micro_batch=2", "validate_tokens=1000", "profile=1:1"):
         os.utime(file)
         assert "known after the first steps" in train_here(*words, "steps=4", other, f"name={other[0]}").stdout
 
