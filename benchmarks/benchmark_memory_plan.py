@@ -3,8 +3,8 @@
     python -m benchmarks.benchmark_memory_plan                            runs with default callbacks and logger
     python -m benchmarks.benchmark_memory_plan --drawn 24 --seed 0        random configurations
 
-A default run has 30 steps, two validations with samples, three checkpoints written beside the training, an export with
-its verification, and W&B offline. A random configuration has three steps, a validation and a checkpoint, with random
+A default run has 30 steps, two validations, samples, three checkpoints written beside the training, an export with its
+verification, and W&B offline. A random configuration has three steps, a validation and a checkpoint, with random
 tokens and weights. The measured value is report.json's `peak_memory_bytes`; the planned one is from the run's
 config.yaml, written before the model is built. Prints a Markdown table and the median. About 15 minutes on two cores;
 the largest run takes 4 GB.

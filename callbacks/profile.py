@@ -39,19 +39,18 @@ class Profile(lightning.Callback):
     def __init__(self, steps: str | None) -> None:
         self.steps = profiled_steps(steps) if steps is not None else range(0)
         self.profiler: torch.profiler.profile | None = None
-        self.first = 0  # step that is recorded
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         done, last = trainer.global_step, self.steps.stop - 1
         if self.steps and done >= last:
             log.warning("Nothing is profiled: step %d is done, and the last one to profile is %d.", done, last)
+        self.steps = range(max(self.steps.start, done + 1), self.steps.stop)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        step, is_first = trainer.global_step + 1, batch_idx % trainer.accumulate_grad_batches == 0
-        if self.profiler is None and is_first and step in self.steps:
-            self.first = step
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0
+        if self.steps and is_first and trainer.global_step + 1 == self.steps.start:
             self._start(pl_module.device)
 
     def on_train_batch_end(
@@ -98,7 +97,7 @@ class Profile(lightning.Callback):
             profiler.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
             (folder / f"operations-rank{rank}.txt").write_text(_tables(profiler, device))
             _write_memory(folder, rank, device)
-        log.info("profile of steps %d to %d: %s", self.first, trainer.global_step, folder)
+        log.info("profile of steps %d to %d: %s", self.steps.start, trainer.global_step, folder)
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -5,7 +5,6 @@ Lightning and PyTorch, is imported.
 """
 
 import difflib
-import json
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from inspect import formatannotation
@@ -17,6 +16,7 @@ from gpt2lab.settings import TEXT_METRICS, LoraSettings, TextMetricSettings
 from launch.config.allowed_values import format_allowed
 from launch.config.did_you_mean import elsewhere, nearest, parts
 from launch.config.groups import groups, keys_set_by, values
+from launch.config.help_lines import format_value
 from launch.config.schema import RunConfig
 
 
@@ -389,8 +389,7 @@ def _typed(hint: Any, meaning: Key | None, value: Any, place: str) -> Any:
     allowed, item = KINDS.get(hint, ((object,), object))
     fits = isinstance(value, allowed) and not (isinstance(value, bool) and not {bool, object} & {*allowed})
     if not fits or (isinstance(value, list) and not all(isinstance(one, item) for one in value)):
-        written = value if isinstance(value, str) else json.dumps(value, default=str)
         choice = format_allowed(meaning) if meaning else ""
-        message = f"{place}={written} is not of type {formatannotation(hint)}."
+        message = f"{place}={format_value(value)} is not of type {formatannotation(hint)}."
         raise InputError(f"{message}\nAllowed: {choice}." if choice else message)
     return value

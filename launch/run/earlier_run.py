@@ -52,7 +52,7 @@ def _work(spec: RunSpec) -> str:
         "rows": (config.global_batch_rows, config.context, config.validate_tokens),
         "data": config.groups["data"],
         "callbacks": sorted(config.callbacks),
-        "profiled": bool((config.callbacks.get("profile") or {}).get("steps") or config.trainer.get("profiler")),
+        "profiled": bool(config.profile or config.trainer.get("profiler")),
     }
     return json.dumps(work, default=str, sort_keys=True)
 
