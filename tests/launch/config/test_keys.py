@@ -24,7 +24,7 @@ from launch.config.schema import RunConfig
 from launch.config.unused_keys import CONDITIONS
 from launch.evaluate.score_checkpoints import Arguments as EvaluateArguments
 from launch.generate.generator import Arguments as GenerateArguments
-from tests.conftest import Train
+from tests.conftest import ROOT, Train
 
 LONGEST_TEXT = 100  # characters
 PRESETS = [(group, value) for group in groups() for value in values(group)]
@@ -144,6 +144,11 @@ def test_a_text_is_one_short_line(program: str, name: str, meaning: Key) -> None
     assert 0 < len(text) <= LONGEST_TEXT, len(text)
     assert not text.endswith(".")
     assert "\n" not in text
+
+
+def test_docs_list_the_keys_that_a_resumed_run_may_change() -> None:
+    text = (ROOT / "docs" / "runs.md").read_text()
+    assert [name for name, meaning in known_keys().items() if meaning.on_resume and f"`{name}`" not in text] == []
 
 
 def test_no_key_is_described_twice() -> None:
